@@ -1,0 +1,47 @@
+# make install | demo | test | lint | bench | clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+
+.PHONY: help install dev demo test lint bench clean
+
+help:
+	@echo "make install   make .venv and install sslcli into it"
+	@echo "make demo      train with the defaults, then probe (at most 4 minutes on 2 cores)"
+	@echo "make test      install what the tests need, lint, type-check, run all tests"
+	@echo "make lint      formatting, ruff, mypy"
+	@echo "make bench     time a training step, the views and the losses"
+	@echo "make clean     remove .venv, caches and runs"
+
+# A stamp, so that nothing is installed twice; a change of the metadata installs again.
+$(VENV)/installed: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[dev,timm]"
+	touch $@
+
+install: $(VENV)/installed
+
+dev: $(VENV)/installed-dev
+
+demo: install
+	$(BIN)/ssl-train run_dir=$(DEMO)
+	$(BIN)/ssl-eval run=$(DEMO)
+
+lint: dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: dev
+	$(BIN)/python scripts/bench/step.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache runs

@@ -1,0 +1,1 @@
+"""The configuration groups of sslcli, shipped as `sslcli.conf`."""

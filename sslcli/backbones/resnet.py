@@ -1,0 +1,87 @@
+"""torchvision's residual networks without their classifier, with a stem for small images where wanted.
+
+He et al. 2016  https://arxiv.org/abs/1512.03385     wide: Zagoruyko & Komodakis 2016  https://arxiv.org/abs/1605.07146
+conf/backbone/resnet18.yaml and its siblings
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from torch import Tensor, nn
+
+from sslcli.backbones.base import Backbone, check_positive
+
+ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "wide_resnet101_2")
+STEMS = ("auto", "imagenet", "cifar")
+LARGEST_CIFAR_IMAGE = 64
+
+
+class ResNet(Backbone):
+    """A torchvision ResNet whose parameter names are torchvision's, less `fc`, so that weights move both ways.
+
+    Args:
+        arch: one of `ARCHS`; num_features is 512 for resnet18 and resnet34, 2048 for the others.
+        image_size: side of the training images in pixels; it decides the stem where `stem` is "auto".
+        stem: "imagenet" (7x7 convolution of stride 2, max-pool), "cifar" (3x3 of stride 1, no max-pool; SimCLR
+            appendix B.9) or "auto": cifar up to 64 px, imagenet above.
+        in_channels: of the images; other than 3 changes the first convolution alone.
+        zero_init_residual: start every residual branch at zero (Goyal et al. 2017, section 5.1).
+
+    Raises ValueError for an arch or stem that does not exist.
+    """
+
+    conv1: nn.Conv2d
+    bn1: nn.Module
+    relu: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+    avgpool: nn.Module
+
+    def __init__(
+        self,
+        arch: str,
+        *,
+        image_size: int,
+        stem: str = "auto",
+        in_channels: int = 3,
+        zero_init_residual: bool = False,
+    ) -> None:
+        super().__init__()
+        if arch not in ARCHS:
+            near = difflib.get_close_matches(str(arch), ARCHS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"arch is {arch!r}{hint}, but it must be one of: {', '.join(ARCHS)}")
+        if stem not in STEMS:
+            raise ValueError(f"stem is {stem!r}, but it must be one of: {', '.join(STEMS)}")
+        check_positive(image_size=image_size, in_channels=in_channels)
+
+        from torchvision import models
+
+        # One class keeps torchvision from drawing a large classifier that is thrown away here.
+        net = getattr(models, arch)(weights=None, num_classes=1, zero_init_residual=zero_init_residual)
+        self.num_features: int = net.fc.in_features
+        for name, child in net.named_children():
+            if name != "fc":
+                self.add_module(name, child)
+        if stem == "cifar" or (stem == "auto" and image_size <= LARGEST_CIFAR_IMAGE):
+            self.conv1 = nn.Conv2d(in_channels, 64, 3, stride=1, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        elif in_channels != 3:
+            self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, num_features), the mean over positions of layer4."""
+        return self.avgpool(self.stages(images)["layer4"]).flatten(1)  # type: ignore[no-any-return]
+
+    def stages(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps after `layer1` to `layer4`; each halves the side of the one before."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        maps = {}
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            x = maps[name] = getattr(self, name)(x)
+        return maps

@@ -1,0 +1,76 @@
+"""Any model of the timm library (https://github.com/huggingface/pytorch-image-models) without its classifier.
+
+conf/backbone/timm.yaml; timm is an extra: pip install "sslcli[timm]"
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from sslcli.backbones.base import Backbone
+from sslcli.backbones.wrap import dry_output, pooled
+
+
+class Timm(Backbone):
+    """The timm model `name`, whose parameters are named `model.*` with timm's names behind.
+
+    Args:
+        name: as in timm.list_models(), with or without a tag of weights, or "hf-hub:owner/model".
+        image_size: side of the images in pixels; handed to models that are built for one size (ViT, Swin ...).
+        in_channels: of the images.
+        pretrained: start from timm's weights instead of at random; needs the network once.
+        options: further keyword arguments of timm.create_model, e.g. {"drop_path_rate": 0.1}.
+
+    Raises ValueError where timm cannot be imported, knows no such model, or cannot build it as asked.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        image_size: int,
+        in_channels: int = 3,
+        pretrained: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = create(
+            name, image_size=image_size, in_channels=in_channels, pretrained=pretrained, options=dict(options or {})
+        )
+        # timm's own num_features is not the width of the output in models with a layer before the classifier.
+        self.num_features = dry_output(self.model, image_size=image_size, in_channels=in_channels).shape[1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, num_features)."""
+        return pooled(self.model(images))
+
+
+def create(name: str, *, image_size: int, in_channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    """timm.create_model without classifier, for images of `image_size`; errors as `Timm` documents them."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(
+            f'backbone=timm needs the package timm, which cannot be imported ({error}): pip install "sslcli[timm]"'
+        ) from error
+    if ":" not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+        hint = f"; the nearest are: {', '.join(near)}" if near else "; timm.list_models() lists all"
+        raise ValueError(f"timm {getattr(timm, '__version__', '')} has no model {name!r}{hint}")
+    arguments = {"pretrained": pretrained, "num_classes": 0, "in_chans": in_channels, **options}
+    try:
+        try:
+            model: nn.Module = timm.create_model(name, img_size=image_size, **arguments)
+        except TypeError as error:
+            if "img_size" not in str(error):  # convolutional models take any size and no such argument
+                raise
+            model = timm.create_model(name, **arguments)
+    except Exception as error:  # whatever it is (network, option, size), the user's yaml asked for it
+        raise ValueError(
+            f"timm cannot build {name!r} with image_size={image_size}, {arguments}: {type(error).__name__}: {error}"
+        ) from error
+    return model

@@ -1,0 +1,82 @@
+"""Make a backbone of any module that turns images into vectors or maps."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from sslcli.backbones.base import Backbone, check_positive
+
+
+def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> Tensor:
+    """What `module` makes of two black images (2, in_channels, image_size, image_size), leaving it as it was.
+
+    Runs in evaluation mode, without gradient, on copies of the buffers, with the random state restored; device and
+    type are those of the first parameter. Raises ValueError where the module cannot take the images or gives neither
+    (2, D) nor (2, C, H, W).
+    """
+    check_positive(image_size=image_size, in_channels=in_channels)
+    name = type(module).__name__
+    first = next(module.parameters(), torch.empty(0))
+    images = torch.zeros(2, in_channels, image_size, image_size, device=first.device, dtype=first.dtype)
+    modes = {part: part.training for part in module.modules()}
+    buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
+    devices = [first.device] if first.is_cuda else []
+    module.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            out = torch.func.functional_call(module, buffers, (images,))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{name} does not take images of shape {tuple(images.shape)}: {error}; "
+            "a backbone is called with one tensor (N, C, H, W), so change image_size, in_channels or the module"
+        ) from error
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    if not isinstance(out, Tensor):
+        raise ValueError(
+            f"{name} gives a {type(out).__name__}, but a backbone gives one tensor (N, D) or (N, C, H, W): "
+            "wrap it in a module that returns the tensor"
+        )
+    if out.ndim not in (2, 4) or len(out) != len(images):
+        raise ValueError(
+            f"{name} gives shape {tuple(out.shape)} for images of shape {tuple(images.shape)}, "
+            "but a backbone gives (N, D) or (N, C, H, W): pool or flatten its output"
+        )
+    return out
+
+
+def pooled(out: Tensor) -> Tensor:
+    """(N, D) as it is; (N, C, H, W) -> (N, C), the mean over positions."""
+    return out.mean((2, 3)) if out.ndim == 4 else out
+
+
+class Wrapped(Backbone):
+    """A user's module as a backbone; its parameters are named `module.*`."""
+
+    def __init__(self, module: nn.Module, *, num_features: int) -> None:
+        super().__init__()
+        self.module = module
+        self.num_features = num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, num_features); maps are averaged over positions."""
+        return pooled(self.module(images))
+
+
+def as_backbone(module: nn.Module, *, image_size: int, in_channels: int = 3) -> Backbone:
+    """`module` as a backbone for images of `image_size` pixels, its feature width found by a dry forward.
+
+    A module that gives (N, num_features) and says so in an integer `num_features` is returned itself, so its parameter
+    names stay; such a module has `stages` only where it defines them. Any other is wrapped: an output (N, D) is
+    used as it is, (N, C, H, W) is averaged over positions. The module's mode, buffers and the random state are left as
+    they were. Raises ValueError for any other output, naming its shape.
+    """
+    out = dry_output(module, image_size=image_size, in_channels=in_channels)
+    declared = getattr(module, "num_features", None)
+    if isinstance(declared, int) and tuple(out.shape[1:]) == (declared,):
+        return cast(Backbone, module)
+    return Wrapped(module, num_features=out.shape[1])

@@ -1,0 +1,164 @@
+"""Checkpoints: the only code that writes or reads them.
+
+    <run_dir>/checkpoints/
+        step-00001234.pt       tensors and plain values, readable with torch.load(weights_only=True)
+        step-00001234.sha256   its checksum, in the format of sha256sum
+        last                   link to the newest .pt
+
+A file appears under its name only when it is complete and on disk: it is written under another name, synchronised
+and renamed, checksum first. So a process killed at any moment leaves the earlier checkpoints as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sslcli.errors import ConfigError, TrainingFailed
+
+SCHEMA = 1
+
+
+def folder(run_dir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    """The file of the checkpoint after `step` optimizer steps."""
+    return folder(run_dir) / f"step-{step:08d}.pt"
+
+
+def all_of(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(folder(run_dir).glob("step-*.pt"))
+
+
+def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
+    """Write `state`, which holds "step", make it the last one, and delete all but the newest `keep`.
+
+    Raises TrainingFailed when the disk refuses; earlier checkpoints are untouched then.
+    """
+    path = path_of(run_dir, state["step"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob("*.tmp"):
+        leftover.unlink()
+    temporary = path.with_suffix(".pt.tmp")
+    try:
+        torch.save({"schema": SCHEMA, **state}, temporary)
+        digest = sha256(temporary)
+        replace(path.with_suffix(".sha256"), f"{digest}  {path.name}\n".encode())
+        synchronise(temporary)
+        os.replace(temporary, path)
+        link = path.parent / "last.tmp"
+        link.symlink_to(path.name)
+        os.replace(link, path.parent / "last")
+        synchronise(path.parent)
+    except (OSError, RuntimeError) as error:
+        for leftover in path.parent.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+        kept = all_of(run_dir)
+        raise TrainingFailed(
+            f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}). "
+            + (f"{kept[-1].name} is intact" if kept else "There is no earlier one")
+            + ": make room or mend the disk, then start the same command again to go on"
+        ) from error
+    for old in all_of(run_dir)[:-keep]:
+        old.unlink()
+        old.with_suffix(".sha256").unlink(missing_ok=True)
+    return path
+
+
+def load_newest(run_dir: Path, *, device: torch.device, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read, or None where there is none.
+
+    One that is truncated, altered or unreadable is passed over with a warning. Raises ConfigError when there are
+    checkpoints and none can be read.
+    """
+    paths = all_of(run_dir)
+    for path in reversed(paths):
+        try:
+            return load(path, device=device)
+        except ConfigError as error:
+            warn(f"{error}. Falling back to the one before")
+    if paths:
+        raise ConfigError(
+            f"none of the {len(paths)} checkpoints in {folder(run_dir)} can be read: "
+            "delete the folder to start afresh, or restore a copy"
+        )
+    return None
+
+
+def load(path: Path, *, device: torch.device) -> dict[str, Any]:
+    """Read one checkpoint without running any code it may hold. Raises ConfigError saying what is wrong with it."""
+    recorded = path.with_suffix(".sha256")
+    if not path.exists():
+        raise ConfigError(f"there is no checkpoint {path}")
+    if recorded.exists() and recorded.read_text().split()[:1] != [sha256(path)]:
+        raise ConfigError(f"the checkpoint {path} does not match its checksum: it was cut short or altered")
+    state = load_weights(path, device=device)
+    if state.get("schema", 0) > SCHEMA:
+        raise ConfigError(
+            f"the checkpoint {path} is of a newer version of sslcli (schema {state['schema']} > {SCHEMA})"
+        )
+    return state
+
+
+def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
+    """A dictionary saved by torch, without running any code it may hold. Raises ConfigError where it is none."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"{path} was refused: it holds more than tensors and plain values") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+    if not isinstance(state, dict):
+        raise ConfigError(f"{path} holds a {type(state).__name__}, but a dictionary of tensors is needed")
+    return state
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's generators in this process."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Continue torch's generators where they were."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file so that it is either the old or the new one, whole, whatever happens."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    synchronise(temporary)
+    os.replace(temporary, path)
+
+
+def synchronise(path: Path) -> None:
+    """Make sure a file's content, or a folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

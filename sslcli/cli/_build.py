@@ -1,0 +1,136 @@
+"""Objects from a checked configuration. The only place where a `_target_` becomes a class."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sslcli import schedule
+from sslcli.backbones.base import Backbone
+from sslcli.backbones.wrap import as_backbone
+from sslcli.cli._schema import check_target, nearest, trusted_packages
+from sslcli.data.sources import Source
+from sslcli.data.views import Views
+from sslcli.errors import ConfigError
+from sslcli.methods.base import Method
+from sslcli.optim import parameter_groups
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the groups of a configuration become."""
+
+    source: Source
+    views: Views
+    method: Method
+
+
+def find(target: str, *, trust: list[str], where: str) -> Any:
+    """The class or function a `_target_` names, if it is defined in a trusted package."""
+    check_target(target, trust, where)
+    module_name, _, name = target.rpartition(".")
+    try:
+        found = getattr(import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{where} is {target!r}, but {error.name} is not installed") from error
+    except AttributeError as error:
+        known = [n for n in dir(import_module(module_name)) if not n.startswith("_")]
+        raise ConfigError(f"{where} is {target!r}, but {module_name} has no {name}.{nearest(name, known)}") from error
+    home = getattr(found, "__module__", "")
+    # A trusted module may itself import os or subprocess; what it did not define stays out of reach.
+    if not callable(found) or not any(f"{home}.".startswith(f"{package}.") for package in trusted_packages(trust)):
+        raise ConfigError(f"{where} is {target!r}, but that is not a class or function of a trusted package")
+    return found
+
+
+def build(node: dict[str, Any], *, trust: list[str], where: str, **given: Any) -> Any:
+    """Call the `_target_` of a node with its values; nodes inside are built first.
+
+    Raises ConfigError for keywords the target does not take and for values it refuses.
+    """
+    target = find(node["_target_"], trust=trust, where=f"{where}._target_")
+    values: dict[str, Any] = {}
+    for name, value in node.items():
+        if isinstance(value, dict) and "_target_" in value:
+            values[name] = build(value, trust=trust, where=f"{where}.{name}")
+        elif name != "_target_":
+            values[name] = value
+    parameters = inspect.signature(target).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in values:
+            if name not in parameters:
+                raise ConfigError(
+                    f"{where}.{name}: {node['_target_']} takes no such keyword.{nearest(name, parameters)} "
+                    f"It takes: {', '.join(parameters)}"
+                )
+    try:
+        return target(**values, **given)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def build_source(config: dict[str, Any], *, trust: list[str]) -> Source:
+    """The image set."""
+    source: Source = build(config["dataset"], trust=trust, where="dataset")
+    return source
+
+
+def build_backbone(config: dict[str, Any], *, image_size: int, trust: list[str]) -> Backbone:
+    """The backbone, its feature width found by a dry forward where its class does not say it."""
+    module: nn.Module = build(config["backbone"], trust=trust, where="backbone")
+    try:
+        return as_backbone(module, image_size=image_size, in_channels=config["backbone"].get("in_channels", 3))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"backbone: {error}") from error
+
+
+def build_method(config: dict[str, Any], *, image_size: int, num_images: int, trust: list[str]) -> Method:
+    """The method around its backbone, freshly initialised from the run's seed."""
+    torch.manual_seed(config["seed"])
+    node = config["method"]
+    backbone = build_backbone(config, image_size=image_size, trust=trust)
+    target = find(node["_target_"], trust=trust, where="method._target_")
+    given: dict[str, Any] = {"backbone": backbone}
+    if "num_images" in inspect.signature(target).parameters:
+        given["num_images"] = num_images
+    method: Method = build(node, trust=trust, where="method", **given)
+    return method.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def build_parts(config: dict[str, Any], *, trust: list[str]) -> Parts:
+    """Image set, views and method. Raises ConfigError where they do not fit together."""
+    source = build_source(config, trust=trust)
+    views: Views = build(config["views"], trust=trust, where="views")
+    num_images = len(source.splits["train"])
+    method = build_method(config, image_size=source.image_size, num_images=num_images, trust=trust)
+    if method.num_views != views.num_views:
+        raise ConfigError(
+            f"method needs {method.num_views} views, but the chosen views are {views.num_views}: "
+            "choose others with views=..."
+        )
+    return Parts(source, views, method)
+
+
+def build_optimizer(config: dict[str, Any], method: Method) -> tuple[Optimizer, float]:
+    """The optimizer over the method's parameter groups, and its peak learning rate after scaling."""
+    node, train = config["optimizer"], config["train"]
+    for name in ("lr", "weight_decay"):
+        value = node.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise ConfigError(f"optimizer.{name} is {value!r}, but it must be a number of at least 0")
+    peak = schedule.scale_lr(node["lr"], batch_size=train["batch_size"], rule=train["lr_scaling"])
+    groups = parameter_groups(
+        method, weight_decay=node.get("weight_decay", 0.0), decay_norm_and_bias=train["decay_norm_and_bias"]
+    )
+    optimizer = build(node | {"lr": peak}, trust=config["trust"], where="optimizer", params=groups)
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"optimizer._target_ is {node['_target_']!r}, but that is not an optimizer")
+    return optimizer, peak

@@ -1,0 +1,71 @@
+"""`ssl-train dry_run=true`: what would happen, measured on a few steps, with nothing trained; and the views' picture."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from sslcli.cli._build import Parts
+from sslcli.data.loader import Loader, plain_batches
+from sslcli.report import pictures
+from sslcli.report.console import duration
+from sslcli.train import Run, optimise
+
+STEPS = 2  # the first step also pays for setting up kernels and memory, so the second is the one to time
+
+
+def dry_run(job: Run, parts: Parts) -> int:
+    """Decode a few images, run a step, print what a run would cost, write the picture of the views."""
+    count = job.watch.settings.pictures or 8
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    picture = save_views(job.loader, parts, count, job.run_dir)
+    job.method.train()
+    for micro_batches in job.loader.steps(0, min(STEPS, job.total_steps)):
+        begun = time.perf_counter()
+        scalars = optimise(job, job.method, micro_batches)
+        job.method.after_step(0.0)
+        taken = time.perf_counter() - begun
+    per_image = sum(p.numel() for p in parts.method.backbone.parameters())
+    facts = {
+        "backbone parameters": per_image,
+        "all parameters, momentum copies included": sum(p.numel() for p in parts.method.parameters()),
+        "loss of a step": float(scalars["loss"]),
+        "seconds a step, without data": taken,
+        "estimated time, without data": duration(taken * job.total_steps),
+        "peak memory (GB)": peak_memory(job.device),
+        "views": str(picture),
+    }
+    job.screen.table("dry run", facts)
+    for number, line in enumerate(parts.views.describe()):
+        job.screen.say(f"  view {number}: {line}")
+    job.screen.say("nothing was trained: leave dry_run out to start")
+    return 0
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory used so far, in GB: of the GPU where there is one, of this process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def save_views(loader: Loader, parts: Parts, count: int, run_dir: Path) -> Path:
+    """The picture of what a method trains on: originals in the top row, their views below."""
+    batches = loader.steps(0, 1)
+    batch = next(batches)[0]
+    del batches
+    source = parts.source
+    chosen = source.splits["train"][batch.index[:count].cpu()]
+    originals, _ = next(plain_batches(source, chosen, batch_size=count, workers=0))
+    views = [
+        pictures.unnormalized(view[:count].float().cpu(), source.mean, source.std, normalized=parts.views.normalize)
+        for view in batch.views
+    ]
+    path = run_dir / "views.png"
+    pictures.save(pictures.grid([originals.float() / 255, *views]), path)
+    return path

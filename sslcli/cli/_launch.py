@@ -1,0 +1,58 @@
+"""Where a run happens: in this process, in one of several that torchrun started, or on several of this node."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sslcli.errors import EXIT_CONFIG, ConfigError
+
+
+def launch(config: dict[str, Any]) -> int:
+    """Run a checked configuration of ssl-train; the exit code."""
+    config = config | {"run_dir": run_dir_of(config)}
+    if config["launcher"]["kind"] == "multi" and "RANK" not in os.environ and not config["dry_run"]:
+        from sslcli.launch import run_processes
+
+        with tempfile.TemporaryDirectory(prefix="sslcli-") as folder:
+            path = Path(folder) / "config.json"
+            path.write_text(json.dumps(config), encoding="utf-8")
+            return run_processes(["-m", "sslcli.cli._launch", str(path)], processes=config["launcher"]["processes"])
+    from sslcli.cli._run import run
+
+    return run(config)
+
+
+def run_dir_of(config: dict[str, Any]) -> str:
+    """The run directory, absolute: the one given, or runs/<name>."""
+    if config["run_dir"] is not None:
+        return os.path.abspath(config["run_dir"])
+    return os.path.abspath(os.path.join("runs", config["name"] or default_name(config)))
+
+
+def default_name(config: dict[str, Any]) -> str:
+    """Method, data set and backbone, and a digest of what the command line changed."""
+    chosen = config["_choices_"]
+    parts = [chosen["method"], chosen["dataset"], chosen["backbone"], config["_overrides_"]]
+    return "_".join(part for part in parts if part)
+
+
+def main() -> None:
+    """One process of several: `python -m sslcli.cli._launch CONFIG.json`."""
+    from sslcli.launch import die_with_parent
+
+    die_with_parent()
+    config = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    try:
+        sys.exit(launch(config))
+    except ConfigError as error:
+        print(f"ssl-train: {error}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""One process of a training run: build everything, train, end with the right exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from sslcli import checkpoint, distributed, launch, precision
+from sslcli.cli import _run_dir
+from sslcli.cli._build import Parts, build_optimizer, build_parts
+from sslcli.cli._dry import dry_run, save_views
+from sslcli.data.loader import Loader, worker_died
+from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, Stopped, TrainingFailed
+from sslcli.evaluate.online import knn_probe
+from sslcli.report.console import Screen, percent, show
+from sslcli.report.metrics import newest
+from sslcli.settings import MonitorSettings, TrainSettings, seconds
+from sslcli.stopping import StopRequest
+from sslcli.train import Run, train
+from sslcli.watch import Watch
+
+
+def run(config: dict[str, Any]) -> int:
+    """Carry out a checked configuration in this process; the exit code."""
+    run_dir = Path(config["run_dir"])
+    try:
+        if _run_dir.is_finished(run_dir) and config["resume"] != "never" and not config["dry_run"]:
+            _run_dir.check_resumable(run_dir, config)
+            Screen(silent=not distributed.is_main()).say(f"this run is finished already: {run_dir}{outcome(run_dir)}")
+            return 0
+        _run_dir.check_resumable(run_dir, config)
+        device = launch.pick_device(config["device"])
+        launch.share_threads(config["launcher"]["threads"])
+        set_determinism(config["train"]["deterministic"])
+        with launch.process_group(device):
+            return _carry_out(config, run_dir, device)
+    except ConfigError as error:
+        return _end(str(error), EXIT_CONFIG)
+    except TrainingFailed as error:
+        return _end(str(error), EXIT_FAILED)
+    except Stopped as error:
+        return _end(str(error), EXIT_STOPPED)
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):  # raised wherever the signal of the dying worker finds us
+            return _end(str(worker_died(error)), EXIT_FAILED)
+        raise
+
+
+def _end(message: str, code: int) -> int:
+    print(f"ssl-train: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> int:
+    main, dry = distributed.is_main(), config["dry_run"]
+    parts = build_parts(config, trust=config["trust"])
+    loader = build_loader(config, parts, device)
+    optimizer, peak_lr = build_optimizer(config, parts.method.to(device))
+    held = _run_dir.lock(run_dir) if main and not dry else None
+    with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
+        job = assemble(config, parts, loader, optimizer, peak_lr, run_dir, device, screen)
+        facts = effective(job, parts, config)
+        screen.table(f"{type(parts.method).__name__}: {run_dir}", facts)
+        for warning in doubts(job, parts):
+            screen.warn(warning)
+        if dry:
+            job.stop.close()
+            return dry_run(job, parts)
+        if main:
+            _run_dir.describe(run_dir, config, effective=facts, device=str(device), threads=torch.get_num_threads())
+            if job.watch.settings.pictures and not checkpoint.all_of(run_dir):
+                save_views(loader, parts, job.watch.settings.pictures, run_dir)
+        try:
+            train(job)
+        finally:
+            job.stop.close()
+            job.watch.close()
+            if loader.bad.count:
+                screen.warn(f"{loader.bad.count} images could not be read: see {run_dir / 'bad_images.txt'}")
+                loader.bad.write(run_dir / ("bad_images.txt" if main else f"bad_images.{distributed.rank()}.txt"))
+        if main:
+            checkpoint.replace(run_dir / "done", b"")
+        screen.say(f"done: {run_dir}{outcome(run_dir)}")
+    if held is not None:
+        held.close()
+    return 0
+
+
+def build_loader(config: dict[str, Any], parts: Parts, device: torch.device) -> Loader:
+    """The loader of a run."""
+    return Loader(
+        parts.source,
+        parts.views,
+        batch_size=config["train"]["batch_size"],
+        accumulate=config["train"]["accumulate"],
+        seed=config["seed"],
+        device=device,
+    )
+
+
+def assemble(
+    config: dict[str, Any],
+    parts: Parts,
+    loader: Loader,
+    optimizer: Optimizer,
+    peak_lr: float,
+    run_dir: Path,
+    device: torch.device,
+    screen: Screen,
+) -> Run:
+    """Everything a run is made of, the method in training mode and the generators at the run's seed."""
+    settings, monitor = TrainSettings(**config["train"]), MonitorSettings(**config["monitor"])
+    resolved = precision.resolve(settings.precision, device)
+    watch = Watch(
+        monitor,
+        log_every=settings.log_every,
+        batch_size=settings.batch_size,
+        steps_per_epoch=loader.steps_per_epoch,
+        run_dir=run_dir if distributed.is_main() else None,
+        screen=screen,
+        probe=probe_of(parts, monitor, device, resolved, screen),
+    )
+    if settings.compile:
+        parts.method.backbone.compile()
+    torch.manual_seed(config["seed"] + 1_000_003 * (distributed.rank() + 1))
+    return Run(
+        method=parts.method,
+        optimizer=optimizer,
+        loader=loader,
+        settings=settings,
+        peak_lr=peak_lr,
+        seed=config["seed"],
+        device=device,
+        precision=resolved,
+        run_dir=run_dir,
+        config={key: value for key, value in config.items() if not key.startswith("_")},
+        screen=screen,
+        watch=watch,
+        stop=StopRequest(seconds("train.max_time", settings.max_time)),
+    )
+
+
+def set_determinism(wanted: bool) -> None:
+    """Prefer kernels that give the same result every time; a warning names those that cannot."""
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not wanted
+
+
+def probe_of(
+    parts: Parts, monitor: MonitorSettings, device: torch.device, resolved: str, screen: Screen
+) -> Callable[[], dict[str, float]] | None:
+    """The online k-NN, or None, saying why, where it cannot be measured."""
+    if monitor.knn_every == 0:
+        return None
+    if not parts.source.labelled or len(parts.source.splits["val"]) == 0:
+        screen.say("k-NN is skipped: the images have no labels, or none are held out (dataset.val_fraction)")
+        return None
+    return knn_probe(parts.method, parts.source, parts.views, monitor, device=device, precision=resolved)
+
+
+def effective(job: Run, parts: Parts, config: dict[str, Any]) -> dict[str, Any]:
+    """What the settings come to: learning rate after scaling, steps, negatives, images a step."""
+    settings, node = job.settings, config["optimizer"]
+    processes = distributed.world_size()
+    trainable = sum(p.numel() for p in parts.method.parameters() if p.requires_grad)
+    split = {name: len(positions) for name, positions in parts.source.splits.items()}
+    return {
+        "training images": split["train"],
+        "held-out images": split.get("val", 0),
+        "images a step": settings.batch_size,
+        "processes": processes,
+        "micro-batches a step": settings.accumulate,
+        "steps an epoch": job.loader.steps_per_epoch,
+        "steps": job.total_steps,
+        "warm-up steps": job.warmup_steps,
+        "learning rate": job.peak_lr,
+        "learning rate from": f"{node['lr']:g} for 256 images, scaling {settings.lr_scaling}",
+        "trainable parameters": trainable,
+        "backbone features": parts.method.backbone.num_features,
+        **parts.method.effective(settings.batch_size // settings.accumulate),
+        "precision": job.precision,
+        "device": str(job.device),
+        "CPU threads a process": torch.get_num_threads(),
+    }
+
+
+def doubts(job: Run, parts: Parts) -> list[str]:
+    """Settings that work and are seldom meant."""
+    found = []
+    queue = getattr(parts.method, "queue", None)
+    num_images = len(parts.source.splits["train"])
+    if isinstance(queue, torch.Tensor) and len(queue) > num_images:
+        found.append(
+            f"the queue holds {len(queue):,} keys but there are {num_images:,} images, so views of one image are "
+            "negatives of each other: method.queue_size=4096 is usual for small sets, with method.momentum=0.99"
+        )
+    if job.settings.accumulate > 1 and job.method.effective(2).get("negatives a query sees") not in (None, 0):
+        found.append("with train.accumulate the negatives within a batch are those of the micro-batch alone")
+    return found
+
+
+def outcome(run_dir: Path) -> str:
+    """The last figures of a run, for the line that ends it."""
+    found = newest(run_dir / "metrics.jsonl", "monitor/knn_top1")
+    loss = newest(run_dir / "metrics.jsonl", "train/loss")
+    parts = [f"loss {show(loss)}" if loss is not None else "", f"k-NN {percent(found)}" if found is not None else ""]
+    told = ", ".join(part for part in parts if part)
+    return f" ({told})" if told else ""

@@ -1,0 +1,166 @@
+"""The run directory: who may use it, what it must agree with, what it tells about its run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+
+from sslcli import checkpoint
+from sslcli.errors import ConfigError
+
+# Keys that change how a run is carried out and not what it computes.
+NEUTRAL = (
+    "resume",
+    "run_dir",
+    "name",
+    "dry_run",
+    "trust",
+    "launcher",
+    "device",
+    "dataset.workers",
+    "train.max_time",
+    "train.keep",
+    "train.save_every_epochs",
+    "train.save_every_steps",
+)
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run in this directory came to its end."""
+    return (run_dir / "done").exists()
+
+
+def check_resumable(run_dir: Path, config: dict[str, Any]) -> None:
+    """Raise ConfigError unless `config` may start or continue the run in `run_dir`."""
+    started = (run_dir / "config.yaml").exists()
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir is {run_dir}, but that is a file: choose a directory")
+    if config["resume"] == "never" and started:
+        raise ConfigError(
+            f"resume is 'never', but {run_dir} holds a run: choose another run_dir or name, or resume=auto to go on"
+        )
+    if config["resume"] == "must" and not checkpoint.all_of(run_dir):
+        raise ConfigError(
+            f"resume is 'must', but {run_dir} holds no checkpoint: check run_dir, or start with resume=auto"
+        )
+    if not started:
+        return
+    before, now = flat(read_config(run_dir)), flat(config)
+    changed = [
+        f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"the run in {run_dir} was started with another configuration; what differs: {'; '.join(changed)}. "
+            "Use the same values to go on, or another run_dir to start anew"
+        )
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of what makes a run what it is."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if (key.startswith("_") and not prefix) or path in NEUTRAL or path == "effective":
+            continue
+        if isinstance(value, dict):
+            found |= flat(value, f"{path}.")
+        else:
+            found[path] = value
+    return found
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The configuration a run was started with. Raises ConfigError where there is none."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"{run_dir} is not a run directory: it has no config.yaml")
+    config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    if not isinstance(config, dict) or "method" not in config:
+        raise ConfigError(f"{path} is not the configuration of a run")
+    return {str(key): value for key, value in config.items()}
+
+
+def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
+    """Take the run directory for this process until it ends, making it where needed.
+
+    Waits a moment for the processes of a run that was just killed. Raises ConfigError when another run holds it.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir is {run_dir}, but it cannot be written ({error.strerror}): choose another"
+        ) from error
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if time.monotonic() > until:
+                file.seek(0)
+                raise ConfigError(
+                    f"another run ({file.read().strip() or 'unknown'}) is at work in {run_dir}: "
+                    "wait for it, or choose another run_dir"
+                ) from error
+            time.sleep(0.1)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def describe(run_dir: Path, config: dict[str, Any], *, effective: dict[str, Any], device: str, threads: int) -> None:
+    """Write what explains the run: configuration, command line, environment."""
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    overrides = run_dir / "overrides.txt"
+    if not overrides.exists():
+        checkpoint.replace(overrides, "".join(f"{line}\n" for line in config["_lines_"]).encode())
+    path = run_dir / "environment.json"
+    now = environment(device=device, threads=threads)
+    first = json.loads(path.read_text(encoding="utf-8"))["first"] if path.exists() else now
+    checkpoint.replace(path, json.dumps({"first": first, "latest": now}, indent=2).encode())
+    text = OmegaConf.to_yaml(OmegaConf.create(plain | {"effective": effective}))
+    checkpoint.replace(run_dir / "config.yaml", text.encode())
+
+
+def environment(*, device: str, threads: int) -> dict[str, Any]:
+    """Versions, machine and code state, as plain values."""
+    packages = ["sslcli", "torch", "torchvision", "hydra-core", "omegaconf", "numpy", "pillow"]
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "device": device,
+        "threads": threads,
+        "git": git(),
+    }
+
+
+def git() -> dict[str, Any] | None:
+    """Commit and cleanness of the repository the command was started in, None where there is none."""
+    if shutil.which("git") is None:
+        return None
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if commit.returncode != 0:
+        return None
+    status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return {"commit": commit.stdout.strip(), "changed_files": len(status.stdout.splitlines())}

@@ -1,0 +1,31 @@
+"""ssl-eval: measure the features of a run, of several, or of a bare backbone. See conf/eval.yaml."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from sslcli.cli._compose import command
+from sslcli.errors import ConfigError
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(command("eval", evaluate))
+
+
+def evaluate(config: dict[str, Any]) -> int:
+    """Carry out a checked configuration of ssl-eval; the exit code."""
+    if (config["run"] is None) == (config["weights"] is None):
+        raise ConfigError("give run=DIR, or weights=FILE with backbone=... and dataset=..., and not both")
+    given = config["run"] or config["weights"]
+    if not os.path.exists(given):
+        raise ConfigError(f"{'run' if config['run'] else 'weights'} is {given!r}, but there is no such path")
+    from sslcli.cli._evaluate import run
+
+    return run(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""ssl-train: pre-train a backbone without labels. See conf/train.yaml for everything that can be set."""
+
+from __future__ import annotations
+
+import sys
+
+from sslcli.cli._compose import command
+
+
+def main() -> None:
+    """The console script."""
+    from sslcli.cli._launch import launch
+
+    sys.exit(command("train", launch))
+
+
+if __name__ == "__main__":
+    main()

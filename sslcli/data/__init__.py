@@ -1,0 +1,1 @@
+"""From a set of image files to batches of augmented views on the device."""

@@ -1,0 +1,217 @@
+"""Batched colour operations on float images (N, C, H, W) in [0, 1].
+
+Each operation equals its namesake in `torchvision.transforms.v2.functional`, but takes one parameter an image and has
+no loop over images. None changes its input. Parameters and masks may be on the images' device or on the CPU; on the
+CPU they are better, because rows are then selected without waiting for the device. float16 and bfloat16 images are
+computed in float32 and rounded once at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+# The ranges of skimage's Lab over the sRGB cube, with which CMC maps each channel to [-1, 1] (CMC/train_CMC.py).
+_LAB_RANGE = ((0.0, 100.0), (-86.183, 98.233), (-107.857, 94.478))
+LAB_MEAN = tuple((high + low) / 2 for low, high in _LAB_RANGE)
+LAB_STD = tuple((high - low) / 2 for low, high in _LAB_RANGE)
+
+# As skimage.color: sRGB primaries, and the D65 white of the 2 degree observer.
+_XYZ_FROM_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
+_WHITE = (0.95047, 1.0, 1.08883)
+
+
+def in_working_precision(images: Tensor) -> Tensor:
+    """float32 for narrower types, else the images themselves: three digits are too few to compute with."""
+    return images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
+
+
+def where_rows(images: Tensor, mask: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Replace the images of `mask` by `operation(images[rows], rows)`, rows being int64 on the mask's device."""
+    rows = mask.nonzero().squeeze(1)
+    if rows.numel() == 0:
+        return images
+    if rows.numel() == len(images):
+        return operation(images, rows)
+    target = rows.to(images.device, non_blocking=True)
+    changed = operation(images.index_select(0, target), rows)
+    # Zeroed rows plus the new ones: exact, and several times faster on the CPU than index_copy or where.
+    return (images * _column(~mask, images)).index_add_(0, target, changed)
+
+
+def _column(values: Tensor, images: Tensor) -> Tensor:
+    """(N,) parameters as (N, 1, 1, 1), ready to be broadcast against the images."""
+    return values.to(images.device, images.dtype, non_blocking=True).view(-1, 1, 1, 1)
+
+
+def _gray(images: Tensor) -> Tensor:
+    """ITU-R 601-2 luma (N, 1, H, W), with torchvision's rounded weights; always a new tensor."""
+    if images.shape[1] == 1:
+        return images.clone()
+    if images.shape[1] != 3:
+        raise ValueError(f"colour operations need 1 or 3 channels, the images have {images.shape[1]}")
+    red, green, blue = images[:, 0:1], images[:, 1:2], images[:, 2:3]
+    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def _mean(gray: Tensor) -> Tensor:
+    """The mean of each image, (N, 1, 1, 1)."""
+    # In two steps: the sum over a whole image is split among threads when there is one image only, and its last bits
+    # would then depend on the batch size.
+    return gray.mean(3, keepdim=True).mean(2, keepdim=True)
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Multiply by factor (N,) >= 0 and clamp to [0, 1]; 1 leaves an image as it is."""
+    work = in_working_precision(images)
+    return (work * _column(factor, work)).clamp_(0, 1).to(images.dtype)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the mean of the gray image: factor (N,) 0 gives that mean, 1 the image, more than 1 exaggerates."""
+    work = in_working_precision(images)
+    column = _column(factor, work)
+    return (work * column).add_(_mean(_gray(work)) * (1 - column)).clamp_(0, 1).to(images.dtype)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the gray image: factor (N,) 0 gives the gray image, 1 the image, more than 1 exaggerates."""
+    work = in_working_precision(images)
+    column = _column(factor, work)
+    return (work * column).add_(_gray(work) * (1 - column)).clamp_(0, 1).to(images.dtype)
+
+
+def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
+    """Rotate the hue in HSV by factor (N,) turns, in [-0.5, 0.5]; 0, or one channel, leaves an image as it is."""
+    if images.shape[1] == 1:
+        return images
+    work = in_working_precision(images)
+    return where_rows(work, factor != 0, lambda part, rows: _rotate_hue(part, factor[rows])).to(images.dtype)
+
+
+def _rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
+    # Arithmetic only: on the CPU comparisons and `where` cost several times as much as these operations.
+    red, green, blue = images.unbind(1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    least = torch.minimum(torch.minimum(red, green), blue)
+    chroma = value - least
+    # The hue in sectors of 60 degrees is +-(1 + (g + b - r - min) / chroma), minus where b > g: all six branches of
+    # the usual definition in one. A gray pixel has numerator 0 and chroma 0, so that its hue plays no part.
+    hue = (green + blue).sub_(red).sub_(least).div_(chroma.clamp(min=torch.finfo(images.dtype).tiny))
+    hue = hue.add_(1).copysign_(green - blue).add_(_column(turns, images)[:, 0] * 6)
+    hue.sub_((hue / 6).floor_().mul_(6))
+    # v - c * clamp(min(k, 4 - k), 0, 1) with k = (n + hue) mod 6 for n = 5, 3, 1, the mod worked out by hand.
+    out = torch.empty_like(images)
+    for channel, centre in enumerate((3, 2, 4)):
+        distance = (hue - centre).abs_()
+        share = distance.neg_().add_(2) if channel == 0 else distance.sub_(1)
+        torch.sub(value, share.clamp_(0, 1).mul_(chroma), out=out[:, channel])
+    return out
+
+
+def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue, in an order of its own for each image, clamped after each.
+
+    Args:
+        images: (N, C, H, W), C = 1 or 3; on one channel saturation and hue do nothing.
+        factors: (N, 4) factor of brightness, contrast, saturation and hue; (1, 1, 1, 0) leaves an image as it is.
+        order: (N, 4) int64, each row a permutation of 0..3 (the columns of `factors`), first operation first.
+
+    Returns:
+        (N, C, H, W) of the dtype of `images`.
+    """
+    work = in_working_precision(images)
+    # Images are grouped by the slot in which their hue turns, so that each group is one slice of the batch in which
+    # every slot is one operation. A fifth group has no turn, and a blend by 1 in that slot; what follows the groups
+    # is not changed at all.
+    turns = (order == HUE) & (factors[:, HUE : HUE + 1] != 0) & (images.shape[1] == 3)
+    slot = torch.where(turns.any(1), turns.long().argmax(1), 4)
+    slot = torch.where((factors[:, :HUE] == 1).all(1) & (factors[:, HUE] == 0), 5, slot)
+    grouping = torch.argsort(slot, stable=True)
+    grouped = work.index_select(0, grouping.to(work.device, non_blocking=True))
+    factors, order = factors[grouping], order[grouping]
+    ends = torch.searchsorted(slot[grouping], torch.arange(5, device=slot.device), right=True).tolist()
+    for group, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if start < end:
+            rows = slice(start, end)
+            grouped[rows] = _jitter_group(grouped[rows], factors[rows], order[rows], group)
+    return grouped.index_select(0, grouping.argsort().to(work.device, non_blocking=True)).to(images.dtype)
+
+
+def _jitter_group(images: Tensor, factors: Tensor, order: Tensor, hue_slot: int) -> Tensor:
+    """Jitter images that turn their hue in the same slot; changes `images`."""
+    for slot in range(4):
+        if slot == hue_slot:
+            images = _rotate_hue(images, factors[:, HUE])
+            continue
+        # Brightness, contrast and saturation are one blend f * image + (1 - f) * reference.
+        operation = order[:, slot]
+        factor = factors.gather(1, operation.unsqueeze(1)).squeeze(1)
+        factor = torch.where(operation == HUE, 1.0, factor)
+        gray = _gray(images)
+        from_mean = _mean(gray) * _column((1 - factor) * (operation == CONTRAST), images)
+        reference = gray.mul_(_column((1 - factor) * (operation == SATURATION), images)).add_(from_mean)
+        images = images.mul_(_column(factor, images)).add_(reference).clamp_(0, 1)
+    return images
+
+
+def to_grayscale(images: Tensor, mask: Tensor) -> Tensor:
+    """The images of mask (N,) bool in gray, with as many channels as before."""
+
+    def operation(part: Tensor, rows: Tensor) -> Tensor:
+        return _gray(in_working_precision(part)).to(part.dtype).expand_as(part)
+
+    return where_rows(images, mask, operation)
+
+
+def solarize(images: Tensor, threshold: float, mask: Tensor) -> Tensor:
+    """Invert the values of at least `threshold` in [0, 1] of the images of mask (N,) bool."""
+    return where_rows(images, mask, lambda part, rows: torch.where(part >= threshold, 1 - part, part))
+
+
+def rgb_to_lab(images: Tensor) -> Tensor:
+    """CIE Lab of sRGB images, as `skimage.color.rgb2lab` (D65, 2 degree observer).
+
+    Returns:
+        (N, 3, H, W): L in [0, 100], a in about [-86.2, 98.2], b in about [-107.9, 94.5]; normalise with
+        LAB_MEAN and LAB_STD for [-1, 1].
+
+    Raises:
+        ValueError: not three channels.
+    """
+    if images.shape[1] != 3:
+        raise ValueError(f'color_space "lab" needs 3 channels, the images have {images.shape[1]}; use "rgb"')
+    work = in_working_precision(images)
+    linear = torch.where(work > 0.04045, ((work + 0.055) / 1.055) ** 2.4, work / 12.92)
+    rows = []
+    for coefficients, white in zip(_XYZ_FROM_RGB, _WHITE, strict=True):
+        weights = [coefficient / white for coefficient in coefficients]
+        tone = linear[:, 0] * weights[0] + linear[:, 1] * weights[1] + linear[:, 2] * weights[2]
+        # The clamp keeps the unused branch of `where` away from 0, where its derivative is infinite.
+        root = tone.clamp(min=0.008856) ** (1 / 3)
+        rows.append(torch.where(tone > 0.008856, root, 7.787 * tone + 16.0 / 116.0))
+    x, y, z = rows
+    return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), 1).to(images.dtype)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images - mean) / std, one pair a channel.
+
+    Raises:
+        ValueError: as many values as channels are needed, and each std above 0.
+    """
+    channels = images.shape[1]
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(
+            f"mean={tuple(mean)} and std={tuple(std)} must have one value for each of the {channels} channels"
+        )
+    if min(std) <= 0:
+        raise ValueError(f"std={tuple(std)} must be above 0 in every channel")
+    work = in_working_precision(images)
+    centre = torch.tensor(mean, dtype=work.dtype).to(work.device, non_blocking=True).view(1, -1, 1, 1)
+    scale = torch.tensor(std, dtype=work.dtype).to(work.device, non_blocking=True).view(1, -1, 1, 1)
+    return (work - centre).div_(scale).to(images.dtype)

@@ -1,0 +1,277 @@
+"""Sets of image files: finding them, decoding them.
+
+A file is known by its path below its root, so mounting a root elsewhere changes neither split nor fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from sslcli.data.bad_images import BadImage
+from sslcli.data.scan import Root, check_folder, no_images, parse_roots, read_csv, scan, scan_classes
+from sslcli.data.sources import Source, digest
+
+_SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
+
+
+def decode(path: str, *, at_least: int | None = None) -> Image.Image:
+    """Read an image file as RGB.
+
+    Transparency is laid over white. 16-bit gray is scaled to 8 bits, not clipped; floats in [0, 1] likewise, and wider
+    integers and floats are stretched from their least to their greatest value. Of several frames the first counts. A
+    JPEG's EXIF orientation is ignored, as in the usual readers of ImageNet.
+
+    at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side keeps this many pixels.
+
+    Raises BadImage for anything that keeps the file from being read whole.
+    """
+    try:
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise BadImage(path, "the file is empty")
+            file.seek(0)
+            with Image.open(file) as image:
+                if at_least is not None:
+                    image.draft(None, (at_least, at_least))
+                return to_rgb(image)
+    except BadImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImage(path, "no image format that is known") from error
+    # On damaged bytes PIL's decoders raise nearly any type.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise BadImage(path, reason) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode as RGB; see `decode`. Raises ValueError for a mode that has no conversion."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        values = np.nan_to_num(np.asarray(image, np.float64))
+        low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
+        if values.min() < low or values.max() > high:
+            low, high = values.min(), values.max()
+        gray = (values - low) / max(high - low, np.finfo(float).tiny) * 255
+        return Image.fromarray(np.rint(gray).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        over = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass
+class Listing:
+    """Files in position order while a set is put together."""
+
+    names: list[str] = field(default_factory=list)  # below the root, with "/"
+    labels: list[int] = field(default_factory=list)  # -1 = unknown
+    roots: list[int] = field(default_factory=list)  # which root
+
+    def add(self, names: Sequence[str], *, label: int, root: int) -> None:
+        """Append files of one label and root."""
+        self.names += names
+        self.labels += [label] * len(names)
+        self.roots += [root] * len(names)
+
+    def sort(self) -> None:
+        """Order by name, then root."""
+        order = sorted(range(len(self.names)), key=lambda i: (self.names[i], self.roots[i]))
+        self.names = [self.names[i] for i in order]
+        self.labels = [self.labels[i] for i in order]
+        self.roots = [self.roots[i] for i in order]
+
+
+class Files(Source):
+    """Base of the file sets: names packed in arrays, which worker processes share instead of copying."""
+
+    def fill(
+        self,
+        pool: Listing,
+        test: Listing,
+        *,
+        name: str,
+        roots: Sequence[str],
+        classes: list[str],
+        weights: Sequence[float] = (),
+    ) -> None:
+        """Take over the files: `pool` is split into train and val, `test` is the official test split (may be empty).
+
+        name: of the set. roots: what the listings' numbers mean. weights: of the images of each root, empty = all 1.
+        """
+        names = [os.fsencode(file) for file in pool.names + test.names]
+        self.name, self.classes, self.roots = name, classes, list(roots)
+        self.labels = torch.tensor(pool.labels + test.labels, dtype=torch.int64)
+        self._names = b"".join(names)
+        self._ends = np.fromiter(accumulate(map(len, names)), np.int64, len(names))
+        self._root_of = np.array(pool.roots + test.roots, np.int64)
+        hashes = b"".join(hashlib.blake2b(file, digest_size=8).digest() for file in names[: len(pool.names)])
+        keys = torch.from_numpy(np.frombuffer(hashes, "<i8").astype(np.int64))
+        self.split(keys, labelled=self.labels[: len(keys)] >= 0, num_test=len(test.names))
+        if any(weight != 1 for weight in weights):
+            self.weights = torch.tensor(weights)[torch.from_numpy(self._root_of)[self.splits["train"]]]
+
+    def relative(self, position: int) -> str:
+        """The path below the root."""
+        start = self._ends[position - 1] if position else 0
+        return os.fsdecode(self._names[start : self._ends[position]])
+
+    def path(self, position: int) -> str:
+        """The path of the file at `position`."""
+        return os.path.join(self.roots[self._root_of[position]], self.relative(position))
+
+    def read(self, position: int, *, at_least: int | None = None) -> Image.Image:
+        """The image at `position`; see `decode`."""
+        return decode(self.path(position), at_least=at_least)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits: sha256 of the relative path, size in bytes (-1 = cannot be told) and label of every file.
+
+        Asks the file system for the size of each, which takes a while for a million.
+        """
+        return digest(self._rows())
+
+    def _rows(self) -> Iterator[bytes]:
+        for position, label in enumerate(self.labels.tolist()):
+            try:
+                size = os.stat(self.path(position)).st_size
+            except OSError:
+                size = -1
+            yield os.fsencode(self.relative(position)) + f"\0{size}\0{label}".encode()
+
+
+class Folder(Files):
+    """Class folders: `root/<class>/**/<image>`; the label is the name of the folder.
+
+    Args:
+        root: a folder, a list of folders, or a mapping from folder to weight: 2.0 shows each of its training images
+            twice an epoch, 0.5 half of them. The classes of several roots are merged by name.
+        test: a folder of class folders that is the official test split, or None.
+        common: the keywords of `Source`.
+
+    Raises ValueError for a root that is absent, no folder, unreadable or without images. Class folders without images
+    are left out, and loose images beside them ignored, each with a warning.
+    """
+
+    def __init__(self, *, root: Root, test: str | None = None, **common: Any) -> None:
+        super().__init__(**common)
+        roots = parse_roots(root)
+        found = [scan_classes(folder) for folder in roots]
+        classes = sorted(set().union(*found))
+        if all(name.lower() in _SPLIT_NAMES for name in classes):
+            likely = os.path.join(next(iter(roots)), classes[-1 if "train" in classes[-1].lower() else 0])
+            raise ValueError(
+                f"the class folders in {', '.join(roots)} are {', '.join(classes)}, which look like splits: set "
+                f"dataset.root={likely}, and dataset.test to the folder of the test split"
+            )
+        label = {name: number for number, name in enumerate(classes)}
+        pool, official = Listing(), Listing()
+        for number, groups in enumerate(found):
+            for name, files in groups.items():
+                pool.add(files, label=label[name], root=number)
+        if test is not None:
+            check_folder(test, key="dataset.test")
+            for name, files in scan_classes(test).items():
+                if name not in label:
+                    raise ValueError(
+                        f"{test} has the class folder {name!r}, which {', '.join(roots)} has not: remove it"
+                    )
+                official.add(files, label=label[name], root=len(roots))
+        pool.sort()
+        official.sort()
+        places = [*roots, *([] if test is None else [test])]
+        weights = [*roots.values(), 1.0]
+        self.fill(pool, official, name=base_name(roots), roots=places, classes=classes, weights=weights)
+
+
+class ImageNet(Folder):
+    """ImageNet-1k as class folders: `root/train/<wnid>/`, and the official validation set, `root/val/<wnid>/`, as test.
+
+    Args:
+        root: the folder that holds both. common: the keywords of `Source`.
+
+    Raises ValueError if either is absent; torchvision cannot download this set.
+    """
+
+    def __init__(self, *, root: str, **common: Any) -> None:
+        root = os.path.expanduser(root)
+        train, val = os.path.join(root, "train"), os.path.join(root, "val")
+        for folder in (train, val):
+            if not os.path.isdir(folder):
+                raise ValueError(
+                    f"there is no folder {os.path.abspath(folder)}: dataset.root must hold train/ and val/, each with "
+                    "one folder a class (n01440764, ...). Get the archives from image-net.org and unpack them there, "
+                    "or use dataset=folder for class folders of another layout"
+                )
+        super().__init__(root=train, test=val, **common)
+        self.name = "imagenet"
+
+
+class Flat(Files):
+    """Unlabelled images at any depth below one or several roots; nothing is held out.
+
+    Args:
+        root: as for `Folder`. common: the keywords of `Source`.
+
+    Raises ValueError as `Folder`.
+    """
+
+    def __init__(self, *, root: Root, **common: Any) -> None:
+        super().__init__(**common)
+        roots = parse_roots(root)
+        pool = Listing()
+        for number, folder in enumerate(roots):
+            files = scan(folder)
+            if not files:
+                raise ValueError(no_images(folder))
+            pool.add(files, label=-1, root=number)
+        pool.sort()
+        weights = list(roots.values())
+        self.fill(pool, Listing(), name=base_name(roots), roots=list(roots), classes=[], weights=weights)
+
+
+class ListFile(Files):
+    """A CSV file with a header and a column `path`, and optionally `label` (any text; nothing or -1 = unknown).
+
+    Args:
+        file: the CSV file, UTF-8. Positions are its rows; other columns are ignored.
+        root: the folder that relative paths start from; None = that of the CSV file.
+        common: the keywords of `Source`.
+
+    Raises ValueError for a file that is absent, no CSV, lacks the column or rows, or whose paths lead nowhere.
+    """
+
+    def __init__(self, *, file: str, root: str | None = None, **common: Any) -> None:
+        super().__init__(**common)
+        file = os.path.expanduser(file)
+        base = os.path.dirname(os.path.abspath(file)) if root is None else os.path.expanduser(root)
+        names, texts = read_csv(file)
+        check_folder(base, key="dataset.root")
+        sample = names[:: max(1, len(names) // 20)]
+        if not any(os.path.lexists(os.path.join(base, name)) for name in sample):
+            raise ValueError(
+                f"{file} lists {sample[0]!r}, but there is no {os.path.join(base, sample[0])}, nor any of "
+                f"{len(sample)} rows tried: set dataset.root to the folder that its paths start from"
+            )
+        known = set(texts) - {"", "-1"}
+        numeric = all(text.isdecimal() for text in known)
+        classes = sorted(known, key=lambda text: (int(text) if numeric else 0, text))
+        label = {name: number for number, name in enumerate(classes)} | {"": -1, "-1": -1}
+        pool = Listing(names, [label[text] for text in texts], [0] * len(names))
+        self.fill(pool, Listing(), name=Path(file).stem, roots=[base], classes=classes)
+
+
+def base_name(roots: Iterable[str]) -> str:
+    """The last part of each root, for messages and records."""
+    return "+".join(Path(root).absolute().name for root in roots)

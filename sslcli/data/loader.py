@@ -1,0 +1,282 @@
+"""From an image set to the batches of a run: which images a step sees, and their views on the device.
+
+    source -> [worker: decode once, crop each view, uint8] -> device -> batched colour operations -> Batch
+
+The images of step t are a function of (seed, t) and their views of (seed, epoch, index): nothing here has state that
+a checkpoint would need, and neither the number of workers nor that of processes changes a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sslcli.data import augment, rng
+from sslcli.data.bad_images import BadImage, BadImages
+from sslcli.data.sources import Source, replacement
+from sslcli.data.views import Views
+from sslcli.distributed import rank, world_size
+from sslcli.errors import ConfigError, TrainingFailed
+from sslcli.methods.base import Batch
+
+RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+BadList = list[tuple[str, str]]
+
+
+def epoch_order(source: Source, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """The training images of an epoch in their order: (M,) index and (M,) visit.
+
+    `index` counts within the training split. An image of weight w comes w times an epoch on average over the images
+    of that weight, exactly; `visit` tells the epoch and the repetition, so that repetitions get views of their own.
+    """
+    num_images = len(source.splits["train"])
+    index, repeat = torch.arange(num_images), torch.zeros(num_images, dtype=torch.long)
+    if source.weights is not None:
+        lucky = rng.uniform(rng.mix(seed, epoch, index), 0)
+        parts = []
+        for weight in source.weights.unique().tolist():
+            members = index[source.weights == weight]
+            whole, left = int(weight), round(len(members) * weight) - int(weight) * len(members)
+            parts += [(members, turn) for turn in range(whole)]
+            parts.append((members[lucky[members].argsort()[:left]], whole))
+        index = torch.cat([members for members, _ in parts])
+        repeat = torch.cat([torch.full_like(members, turn) for members, turn in parts])
+    order = rng.permutation(len(index), seed, epoch)
+    return index[order], epoch + (repeat[order] << 32)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The images one process needs for one micro-batch."""
+
+    index: Tensor  # (n,) in the training split
+    visit: Tensor  # (n,)
+
+
+class Loader:
+    """The batches of a training run.
+
+    Args:
+        source: the image set.
+        views: what to make of each image.
+        batch_size: images a step over all processes and micro-batches.
+        accumulate: micro-batches a step.
+        seed: of the order and the views.
+        device: where batches go.
+    """
+
+    def __init__(
+        self, source: Source, views: Views, *, batch_size: int, accumulate: int, seed: int, device: torch.device
+    ) -> None:
+        share = accumulate * world_size()
+        if batch_size % share:
+            raise ConfigError(
+                f"train.batch_size is {batch_size}, but it must split evenly into {accumulate} micro-batches on "
+                f"{world_size()} processes: choose a multiple of {share}"
+            )
+        num_images = len(epoch_order(source, seed=seed, epoch=0)[0])
+        if batch_size > num_images:
+            raise ConfigError(
+                f"train.batch_size is {batch_size}, but the training split of {source.name} has {num_images} images: "
+                f"choose at most {num_images}"
+            )
+        self.source, self.views, self.seed, self.device = source, views, seed, device
+        self.batch_size, self.accumulate, self.part = batch_size, accumulate, batch_size // share
+        self.steps_per_epoch = num_images // batch_size
+        self.bad = BadImages(max_bad=source.max_bad, total=len(source.splits["train"]))
+
+    def requests(self, start: int, stop: int) -> Iterator[Request]:
+        """What this process needs for steps start to stop - 1, `accumulate` requests a step."""
+        epoch = -1
+        for step in range(start, stop):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                index, visit = epoch_order(self.source, seed=self.seed, epoch=epoch)
+            first = step % self.steps_per_epoch * self.batch_size
+            for micro in range(self.accumulate):
+                at = first + (micro * world_size() + rank()) * self.part
+                yield Request(index[at : at + self.part], visit[at : at + self.part])
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """The micro-batches of steps start to stop - 1."""
+        batches = self.from_memory(start, stop) if self.source.images is not None else self.from_files(start, stop)
+        for first in batches:
+            yield [first, *(next(batches) for _ in range(self.accumulate - 1))]
+
+    def from_memory(self, start: int, stop: int) -> Iterator[Batch]:
+        assert self.source.images is not None
+        for request in self.requests(start, stop):
+            position = self.source.splits["train"][request.index]
+            images = self.source.images[position].to(self.device, non_blocking=True)  # (n, C, H, W)
+            key = self.key(request)
+            height, width = (torch.full((len(images),), side) for side in images.shape[2:])
+            crops = [
+                augment.resized_crop(
+                    images,
+                    self.views.boxes(view, key, height, width).to(self.device, non_blocking=True),
+                    size,
+                    interpolation=self.views.views[view].interpolation,
+                )
+                for view, size in enumerate(self.views.sizes(self.source.image_size))
+            ]
+            yield self.batch(request, crops)
+
+    def from_files(self, start: int, stop: int) -> Iterator[Batch]:
+        crops = ViewCrops(self.source, self.views, self.seed)
+        for request, views, bad in batches_of(crops, list_of(self.requests(start, stop)), self.source.workers):
+            for path, reason in bad:
+                self.bad.add(path, reason)
+            self.bad.check()
+            yield self.batch(request, [view.to(self.device, non_blocking=True).float() / 255 for view in views])
+
+    def batch(self, request: Request, crops: list[Tensor]) -> Batch:
+        """Colour operations on float crops in [0, 1] of this process's images."""
+        key = self.key(request)
+        views = [
+            self.views.colour(view, key, crop, mean=self.source.mean, std=self.source.std)
+            for view, crop in enumerate(crops)
+        ]
+        label = self.source.labels[self.source.splits["train"][request.index]]
+        batch = Batch([view.contiguous(memory_format=torch.channels_last) for view in views], request.index, label)
+        return batch.to(self.device)
+
+    def key(self, request: Request) -> Tensor:
+        return rng.mix(self.seed, request.visit, request.index)
+
+
+class list_of:
+    """A generator as a sampler that can be started anew."""
+
+    def __init__(self, requests: Iterator[Request]) -> None:
+        self.requests = requests
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.requests
+
+
+class ViewCrops(Dataset[tuple[Request, list[Tensor], BadList]]):
+    """Runs in a worker: decode each image of a request once, cut and resize each view."""
+
+    def __init__(self, source: Source, views: Views, seed: int) -> None:
+        self.source, self.views, self.seed = source, views, seed
+
+    def __getitem__(self, request: Request) -> tuple[Request, list[Tensor], BadList]:
+        positions = self.source.splits["train"][request.index]
+        images, bad = read_all(self.source, positions)
+        key = rng.mix(self.seed, request.visit, request.index)
+        height = torch.tensor([image.height for image in images])
+        width = torch.tensor([image.width for image in images])
+        views = []
+        for view, size in enumerate(self.views.sizes(self.source.image_size)):
+            boxes = self.views.boxes(view, key, height, width).tolist()
+            resample = RESAMPLE[self.views.views[view].interpolation]
+            crops = [
+                image.crop((left, top, left + w, top + h)).resize((size, size), resample)
+                for image, (top, left, h, w) in zip(images, boxes, strict=True)
+            ]
+            views.append(to_uint8(crops))
+        return request, views, bad
+
+
+class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
+    """Runs in a worker: images for evaluation, and which of them could be read."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        size, images, readable = self.source.image_size, [], []
+        for position in positions.tolist():
+            try:
+                images.append(centre_crop(self.source.read(position), size))
+                readable.append(True)
+            except BadImage:
+                images.append(Image.new("RGB", (size, size)))
+                readable.append(False)
+        return to_uint8(images), torch.tensor(readable)
+
+
+def plain_batches(
+    source: Source, positions: Tensor, *, batch_size: int, workers: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images for evaluation: uint8 (n, C, S, S) in the order of `positions`, and (n,) whether each could be read.
+
+    Test transform: shorter side to S * 8 / 7, centre crop; nothing where the image is S x S already.
+    """
+    chunks = list(positions.split(batch_size))
+    if source.images is None:
+        yield from batches_of(PlainCrops(source), chunks, source.workers if workers is None else workers)
+        return
+    size = source.image_size
+    for chunk in chunks:
+        images = source.images[chunk]
+        if images.shape[2:] != (size, size):
+            images = to_uint8([centre_crop(Image.fromarray(i.permute(1, 2, 0).numpy()), size) for i in images])
+        yield images, torch.ones(len(chunk), dtype=torch.bool)
+
+
+def batches_of(dataset, sampler, workers: int):  # type: ignore[no-untyped-def]
+    """`dataset[request]` for each request, in order, by `workers` processes (0: in this one)."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    try:
+        yield from loader
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
+            raise worker_died(error) from error
+        raise
+
+
+def worker_died(error: BaseException) -> TrainingFailed:
+    """The message for a data worker that vanished."""
+    return TrainingFailed(
+        f"a data worker died ({str(error).splitlines()[0]}). The usual cause is too little memory: "
+        "lower dataset.workers (0 reads in the main process) and start the same command again to go on"
+    )
+
+
+def read_all(source: Source, positions: Tensor) -> tuple[list[Image.Image], BadList]:
+    """The images at `positions`; one that cannot be read is replaced by a deterministic other."""
+    images, bad = [], []
+    for position in positions.tolist():
+        attempt, at = 0, position
+        while True:
+            try:
+                images.append(source.read(at))
+                break
+            except BadImage as error:
+                bad.append((error.path, error.reason))
+                attempt += 1
+                if attempt > 20:
+                    raise ConfigError(f"{error.path} and 20 images tried in its place cannot be read") from error
+                at = replacement(source, position, attempt)
+    return images, bad
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Shorter side to size * 8 / 7, then the middle size x size; an image of that size stays as it is."""
+    if image.size == (size, size):
+        return image
+    scale = round(size * 8 / 7) / min(image.size)
+    wide = image.resize(
+        (max(size, round(image.width * scale)), max(size, round(image.height * scale))), RESAMPLE["bilinear"]
+    )
+    left, top = (wide.width - size) // 2, (wide.height - size) // 2
+    return wide.crop((left, top, left + size, top + size))
+
+
+def to_uint8(images: list[Image.Image]) -> Tensor:
+    """RGB images of one size -> (n, 3, H, W)."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)

@@ -1,0 +1,281 @@
+"""The embedded image set: drawn images whose label is a shape and whose everything else is a nuisance.
+
+Each image shows two to four instances of one shape on a cluttered background. Fill colour, texture, scale,
+rotation and place differ between the instances of an image, so the shape is what two random crops of it share;
+the background changes across the image and carries little from one crop to the other. Each nuisance has a
+strength in [0, 1].
+
+Image i is a pure function of (seed, i, size, nuisances), bit for bit: the random numbers are stateless and the
+drawing uses only correctly rounded operations (+ - * / sqrt min max floor), so neither batch split nor thread count
+nor the processor's vector width changes a pixel. Edges are anti-aliased with signed distance functions (negative
+inside, unit slope near the edge; the idea: https://iquilezles.org/articles/distfunctions2d/).
+
+Shape letters: n images, S side in pixels. Lengths are in half image sides: x and y run from -1 to 1, y downwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from sslcli.data.rng import mix, uniform
+
+_SLOTS = ((-0.5, -0.5), (0.5, 0.5), (0.5, -0.5), (-0.5, 0.5))  # the first two are always filled
+_CHUNK_PIXELS = 1 << 18  # planes of 1 MiB stay in cache
+_TURNS = 4096  # libm's sin and cos differ between processors and between SIMD bodies and tails: one table for all
+_COSINE = torch.tensor([math.cos(2 * math.pi * i / _TURNS) for i in range(_TURNS)], dtype=torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nuisances:
+    """How much of everything but the shape varies, each a strength in [0, 1]: 0 removes the variation.
+
+    color: hue, saturation and lightness of each instance (0: all the same light grey).
+    texture: stripes and checks inside the instances (0: flat fill).
+    scale: size and aspect ratio of each instance.
+    rotation: angle of each instance (0: upright, 1: any angle).
+    position: place and number of the instances (0: four, at the centres of the quadrants).
+    background: colour, patches and noise behind the instances (0: a plain dark grey).
+    light: brightness, direction and tint of the light on the whole image.
+
+    Raises ValueError if a strength is outside [0, 1].
+    """
+
+    color: float = 1.0
+    texture: float = 1.0
+    scale: float = 1.0
+    rotation: float = 1.0
+    position: float = 1.0
+    background: float = 1.0
+    light: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"nuisance {field.name}={value} must be a strength from 0 (off) to 1 (full)")
+
+
+def draw(indices: Tensor, *, seed: int, size: int, nuisances: Nuisances = Nuisances()) -> tuple[Tensor, Tensor]:
+    """Draw images of the set.
+
+    indices: (n,) int64 on the CPU, any order, repeats allowed. size: side in pixels, at least 16.
+    Returns images (n, 3, size, size) uint8 and labels (n,) int64, positions in `CLASSES`, uniform in expectation.
+    Raises ValueError if indices are not a vector of int64 or size is under 16.
+    """
+    if indices.ndim != 1 or indices.dtype != torch.int64:
+        raise ValueError(
+            f"indices must be a vector of int64, got {indices.dtype} of shape {tuple(indices.shape)}; "
+            "pass torch.arange(n) or a 1-d selection of it"
+        )
+    if size < 16:
+        raise ValueError(f"size={size} must be at least 16 pixels for the shapes to be told apart; use 32 or more")
+    keys = mix(seed, indices)
+    labels = (uniform(keys, 0) * len(CLASSES)).long()
+    images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
+    chunk = max(1, _CHUNK_PIXELS // size**2)
+    for label, distance in enumerate(_DISTANCES.values()):
+        for rows in torch.split((labels == label).nonzero().flatten(), chunk):
+            images[rows] = _render(keys[rows], distance, size, nuisances)
+    return images, labels
+
+
+# Distances to the shapes: coordinates (n, S, S) in units of the instance's radius -> (n, S, S), negative inside.
+# Sizes give the shapes areas and extents that overlap over the range of scales, so size tells little of the label.
+
+
+def _disc(x: Tensor, y: Tensor) -> Tensor:
+    return _length(x, y) - 0.8
+
+
+def _ring(x: Tensor, y: Tensor) -> Tensor:
+    return (_length(x, y) - 0.68).abs() - 0.24
+
+
+def _square(x: Tensor, y: Tensor) -> Tensor:
+    return _box(x, y, 0.75, 0.75)
+
+
+def _bar(x: Tensor, y: Tensor) -> Tensor:
+    return _box(x, y, 1.0, 0.3)
+
+
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    return torch.minimum(_box(x, y, 1.0, 0.3), _box(x, y, 0.3, 1.0))
+
+
+def _triangle(x: Tensor, y: Tensor) -> Tensor:
+    slanted = x.abs() * math.sqrt(0.75) - y * 0.5
+    return torch.maximum(slanted, y) - 0.52
+
+
+def _star(x: Tensor, y: Tensor) -> Tensor:
+    # Three reflections fold the plane onto one tenth of the star, where its border is one line, from a tip to a notch.
+    cos, sin, notch = math.cos(math.pi / 5), math.sin(math.pi / 5), 0.5
+    x, y = x.abs(), -y
+    for side in (cos, -cos):
+        beyond = (x * side - y * sin).clamp(min=0) * 2
+        x, y = x - beyond * side, y + beyond * sin
+    across, along = 1 - notch * cos, notch * sin
+    return (x.abs() * across + (y - 1) * along) / math.hypot(across, along)
+
+
+def _crescent(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(_length(x, y) - 0.95, 0.75 - _length(x - 0.45, y))
+
+
+def _heart(x: Tensor, y: Tensor) -> Tensor:
+    # A square on its tip and discs on its two upper sides.
+    side = 0.55
+    x, y = x.abs(), y - 0.15
+    diagonal, other = (x + y) * math.sqrt(0.5), (x - y) * math.sqrt(0.5)
+    disc = _length(diagonal, other - side) - side
+    return torch.minimum(_box(diagonal, other, side, side), disc)
+
+
+def _arrow(x: Tensor, y: Tensor) -> Tensor:
+    head = torch.maximum((x.abs() - y - 1.0) * math.sqrt(0.5), y + 0.15)
+    return torch.minimum(head, _box(x, y - 0.3, 0.22, 0.7))
+
+
+_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "disc": _disc,
+    "ring": _ring,
+    "square": _square,
+    "bar": _bar,
+    "cross": _cross,
+    "triangle": _triangle,
+    "star": _star,
+    "crescent": _crescent,
+    "heart": _heart,
+    "arrow": _arrow,
+}
+CLASSES: tuple[str, ...] = tuple(_DISTANCES)
+
+
+def _length(x: Tensor, y: Tensor) -> Tensor:
+    return (x * x + y * y).sqrt()
+
+
+def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
+    return torch.maximum(x.abs() - half_width, y.abs() - half_height)
+
+
+def _render(keys: Tensor, distance: Callable[[Tensor, Tensor], Tensor], size: int, nuisances: Nuisances) -> Tensor:
+    """Images of one class: (n,) image keys -> (n, 3, S, S) uint8."""
+    axis = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1
+    x, y = axis.view(1, 1, size), axis.view(1, size, 1)
+    lightness = _blend(0.25, uniform(keys, 1, 0.25, 0.5), nuisances.background)
+    image = _background(mix(keys, 1), x, y, lightness, nuisances.background)
+    for slot, (slot_x, slot_y) in enumerate(_SLOTS):
+        key = mix(keys, 2, slot)
+        radius = 0.46 * (1 + nuisances.scale * uniform(key, 0, -0.2, 0.2))
+        aspect = 1 + nuisances.scale * uniform(key, 1, -0.1, 0.1)
+        cos, sin = _direction(nuisances.rotation * uniform(key, 2, -0.5, 0.5))
+        move_x = x - _field(slot_x + nuisances.position * uniform(key, 3, -0.2, 0.2))
+        move_y = y - _field(slot_y + nuisances.position * uniform(key, 4, -0.2, 0.2))
+        u = move_x * _field(cos / (radius * aspect)) + move_y * _field(sin / (radius * aspect))
+        v = move_y * _field(cos * aspect / radius) - move_x * _field(sin * aspect / radius)
+        cover = (0.5 - distance(u, v) * _field(radius * (size / 2))).clamp(0, 1)
+        if slot >= 2:
+            cover = cover * _field(uniform(key, 5) >= 0.2 * nuisances.position)
+        fill = _fill_color(mix(key, 6), lightness, nuisances.color)
+        shade = 1 + _texture(mix(key, 7), u, v) * (0.2 * nuisances.texture)
+        image += (fill[:, :, None, None] * shade[:, None] - image) * cover[:, None]
+    image *= _light(mix(keys, 3), x, y, nuisances.light)
+    return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+
+
+def _background(key: Tensor, x: Tensor, y: Tensor, lightness: Tensor, strength: float) -> Tensor:
+    """(n, 3, S, S): a coloured ground, two half planes of other colours, smooth noise."""
+    ground = lightness[:, None] + _chroma(key, 0) * (0.15 * strength)
+    image = ground[:, :, None, None].expand(-1, -1, y.shape[1], x.shape[2]).clone()
+    for patch in range(2):
+        part = mix(key, patch)
+        cos, sin = _direction(uniform(part, 2))
+        depth = (x * _field(cos) + y * _field(sin) - _field(uniform(part, 3, -0.6, 0.6))) * (x.shape[2] / 2)
+        change = uniform(part, 4, -0.08, 0.08)[:, None] + _chroma(part, 5) * 0.2
+        image += (change * strength)[:, :, None, None] * (depth + 0.5).clamp(0, 1)[:, None]
+    return image + (_noise(mix(key, 7), x, y) * (0.08 * strength))[:, None]
+
+
+def _fill_color(key: Tensor, background: Tensor, strength: float) -> Tensor:
+    """(n, 3) colours that stand out from the background's lightness (n,) also in grayscale."""
+    darker = (background > 0.37) & (uniform(key, 0) < 0.6)
+    contrast = uniform(key, 1, 0.35, 0.5)
+    lightness = torch.where(darker, background - contrast, background + contrast)
+    color = lightness[:, None] + _chroma(key, 2) * 0.3
+    return _blend(0.85, color, strength).clamp(0, 1)
+
+
+def _texture(key: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """(n, S, S) in [-1, 1]: stripes or checks in the instance's own coordinates."""
+    cos, sin = _direction(uniform(key, 0))
+    frequency = uniform(key, 1, 0.4, 1.4)
+    amount = uniform(key, 2)
+    stripes = _wave(u * _field(cos * frequency) + v * _field(sin * frequency) + _field(uniform(key, 3)))
+    across = _wave(v * _field(cos * frequency) - u * _field(sin * frequency) + _field(uniform(key, 4)))
+    checks = uniform(key, 5) < 0.5
+    return stripes * torch.where(_field(checks), across, 1.0) * _field(amount)
+
+
+def _light(key: Tensor, x: Tensor, y: Tensor, strength: float) -> Tensor:
+    """(n, 3, S, S) gain: overall brightness, a slope across the image, a tint."""
+    cos, sin = _direction(uniform(key, 0))
+    slope = uniform(key, 1, 0.0, 0.15)
+    gain = (x * _field(cos) + y * _field(sin)) * _field(slope) + _field(uniform(key, 2, -0.2, 0.1))
+    tint = _chroma(key, 3) * 0.1
+    return 1 + (gain[:, None] + tint[:, :, None, None]) * strength
+
+
+def _noise(key: Tensor, x: Tensor, y: Tensor, cells: int = 5) -> Tensor:
+    """(n, S, S) in [-1, 1]: value noise, a random lattice under a smooth kernel, shifted at random."""
+    nodes = torch.arange(cells + 1)
+    lattice = uniform(mix(key[:, None, None], nodes[:, None], nodes), 0, -1.0, 1.0)
+
+    def kernel(axis: Tensor, shift: Tensor) -> list[Tensor]:
+        place = (axis + 1) * ((cells - 1) / 2) + _field(shift)
+        reach = [(1 - (place - node).abs()).clamp(min=0) for node in range(cells + 1)]
+        return [weight * weight * (3 - 2 * weight) for weight in reach]
+
+    columns, rows = kernel(x, uniform(key, 1)), kernel(y, uniform(key, 2))
+    noise = torch.zeros(())
+    for i, row in enumerate(rows):
+        line = torch.zeros(())
+        for j, column in enumerate(columns):
+            line = line + column * _field(lattice[:, i, j])
+        noise = noise + row * line
+    return noise
+
+
+def _chroma(key: Tensor, stream: int) -> Tensor:
+    """(n, 3) RGB differences of random hue and saturation that leave the lightness as it is (ITU-R BT.601 luma)."""
+    hue = uniform(key, 100 + stream)
+    red, green, blue = (((hue + shift) % 1 * 6 - 3).abs() - 1 for shift in (0.0, 2 / 3, 1 / 3))
+    rgb = torch.stack([red, green, blue], dim=1).clamp(0, 1)
+    luma = rgb[:, 0] * 0.299 + rgb[:, 1] * 0.587 + rgb[:, 2] * 0.114
+    return (rgb - luma[:, None]) * uniform(key, 200 + stream)[:, None]
+
+
+def _direction(turn: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of angles given in turns."""
+    step = (turn * _TURNS).floor().long()
+    return _COSINE[step % _TURNS], _COSINE[(step - _TURNS // 4) % _TURNS]
+
+
+def _wave(phase: Tensor) -> Tensor:
+    """Triangle wave of period 1 in [-1, 1]."""
+    return ((phase - phase.floor()) * 4 - 2).abs() - 1
+
+
+def _blend(fixed: float, varied: Tensor, strength: float) -> Tensor:
+    return fixed + (varied - fixed) * strength
+
+
+def _field(values: Tensor) -> Tensor:
+    """(n,) -> (n, 1, 1), to meet (n, S, S)."""
+    return values[:, None, None]

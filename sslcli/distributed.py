@@ -1,0 +1,115 @@
+"""Processes of a run: who we are, gathers with and without gradient, shuffling a batch over all processes.
+
+Everything here is the identity in a run of one process. Rows of a gathered tensor are in rank order, so a global
+batch cut into contiguous parts comes back in its own order. Shapes: N rows a process, W processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """The number of processes W."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 <= rank < W."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes files and talks to the user."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+@torch.no_grad()
+def all_gather(rows: Tensor) -> Tensor:
+    """(N, ...) of every process -> (W * N, ...), without gradient. N must be equal on all processes."""
+    if world_size() == 1:
+        return rows.detach()
+    gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.detach().contiguous())
+    return gathered
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.num_rows = len(rows)
+        return all_gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[rank() * ctx.num_rows :][: ctx.num_rows]
+
+
+def all_gather_with_grad(rows: Tensor) -> Tensor:
+    """(N, ...) -> (W * N, ...); the gradient is that of the sum of all processes' losses.
+
+    With gradients averaged over the processes, as DistributedDataParallel does, a loss that each process takes as
+    the mean over its own rows gets exactly the gradient of one process with the whole batch.
+    """
+    return rows if world_size() == 1 else _GatherWithGrad.apply(rows)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@torch.no_grad()
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """The mean of `value` over all processes, a new tensor."""
+    value = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(value)
+        value /= world_size()
+    return value
+
+
+def gather_objects(mine: T) -> list[T]:
+    """Plain objects of all processes, in rank order."""
+    if world_size() == 1:
+        return [mine]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def broadcast_objects(values: list[Any]) -> None:
+    """Replace the elements of `values` by those of the main process."""
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+
+
+class BatchShuffle:
+    """A random order of the W * N images of a step, the same on all processes (shuffling BN, MoCo sec. 3.3).
+
+    The order is a function of `draw` alone, so a resumed run, or one with another number of processes, repeats it.
+    """
+
+    def __init__(self, num_rows: int, draw: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0x5EED + draw)
+        order = torch.randperm(world_size() * num_rows, generator=generator)
+        mine = slice(rank() * num_rows, (rank() + 1) * num_rows)
+        self.take = order[mine].to(device)
+        self.give_back = order.argsort()[mine].to(device)
+
+    def shuffle(self, rows: Tensor) -> Tensor:
+        """(N, ...) in batch order -> this process's (N, ...) of the shuffled batch."""
+        return all_gather(rows)[self.take]
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """The inverse of `shuffle`."""
+        return all_gather(rows)[self.give_back]

@@ -1,0 +1,22 @@
+"""What a command may end with besides success. The CLI turns each into a message and an exit code.
+
+Plain `ValueError` from a constructor also means "the user's configuration is wrong" while a run is being built.
+"""
+
+from __future__ import annotations
+
+EXIT_CONFIG = 2
+EXIT_FAILED = 3
+EXIT_STOPPED = 75
+
+
+class ConfigError(ValueError):
+    """The user's configuration or data is wrong: exit code 2, message only."""
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on (not-a-number loss, collapse, a dead worker, a full disk): exit code 3."""
+
+
+class Stopped(Exception):
+    """Stopped by a signal or the time limit with a checkpoint saved: exit code 75, run again to go on."""

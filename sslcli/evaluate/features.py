@@ -1,0 +1,210 @@
+"""Extract the features of an image set once, for every protocol that needs them.
+
+    source -> plain_batches (uint8) -> device, [0, 1] -> prepare (colour, normalise) -> encode -> float32 on the CPU
+
+The monitor during training and `ssl-eval` afterwards both call `extract`, so that the two report the same number.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslcli.data.loader import plain_batches
+from sslcli.precision import autocast
+
+if TYPE_CHECKING:
+    from sslcli.data.sources import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSet:
+    """Features and labels of the splits of one image set; `val` is held out of training, `test` is official.
+
+    Features are finite (n, d) floats, labels (n,) int64 in [0, num_classes). Either of val and test may be None.
+    Raises ValueError, naming the split, for anything else.
+    """
+
+    train: Tensor
+    train_labels: Tensor
+    val: Tensor | None = None
+    val_labels: Tensor | None = None
+    test: Tensor | None = None
+    test_labels: Tensor | None = None
+    num_classes: int
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("train", "val", "test"):
+            features, labels = getattr(self, name), getattr(self, f"{name}_labels")
+            if (features is None) != (labels is None):
+                raise ValueError(f"split {name!r} has features or labels but not both: give both or neither")
+            if features is not None:
+                check_features(features, labels, num_classes=self.num_classes, width=self.train.shape[-1], name=name)
+        if self.val is None and self.test is None:
+            raise ValueError("a feature set needs a val or a test split: set dataset.val_fraction above 0")
+
+    def reported(self) -> tuple[str, Tensor, Tensor]:
+        """The split an official number is computed on, its features and labels: test where there is one, else val."""
+        name = "val" if self.test is None else "test"
+        return name, getattr(self, name), getattr(self, f"{name}_labels")
+
+    def to(self, device: torch.device | str) -> FeatureSet:
+        """The same set with all tensors on `device`: protocols compute where the features are."""
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return FeatureSet(**moved)
+
+
+def check_features(features: Tensor, labels: Tensor, *, num_classes: int, width: int, name: str) -> None:
+    """Raise ValueError unless features are finite (n, width), n >= 1, and labels (n,) int64 in [0, num_classes)."""
+    if features.ndim != 2 or len(features) == 0 or features.shape[1] != width:
+        raise ValueError(
+            f"{name} features have shape {tuple(features.shape)}, but must be (n, {width}) with at least one row"
+        )
+    if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"{name} labels have shape {tuple(labels.shape)} and dtype {labels.dtype}, but must be int64, one for each "
+            f"of the {len(features)} feature rows"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"{name} labels run from {int(labels.min())} to {int(labels.max())}, but must be in [0, {num_classes}): "
+            "-1 marks an unlabelled image, which no probe can use; choose labelled positions or another data set"
+        )
+    if not bool(torch.isfinite(features).all()):
+        bad = int((~torch.isfinite(features)).any(dim=1).sum())
+        raise ValueError(
+            f"{name} features of {bad} of {len(features)} images are NaN or infinite: the checkpoint has diverged, "
+            "or 16 bits are too few for this net; evaluate an earlier one, or with train.precision=fp32"
+        )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put `module` in eval mode; afterwards give every submodule back its own mode, frozen ones included."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def extract(
+    encode: Callable[[Tensor], Tensor],
+    source: Source,
+    positions: Tensor,
+    *,
+    prepare: Callable[[Tensor], Tensor],
+    batch_size: int,
+    device: torch.device | str,
+    precision: str,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Features (n, d) float32 of the images of `source` at `positions` (n,) int64, in that order, and (n,) bool whether
+    each image could be read (where not, its features are those of a blank one: leave them out). Both on the CPU.
+
+    `prepare` maps float images (N, C, S, S) in [0, 1] to what the net was trained on (`Views.finish`), `encode` maps
+    those to (N, d); put the net in eval mode around the call with `evaluating`. `progress(done, total)` is called
+    after each batch. No parameter, buffer or random state is changed: a run with this in it ends as one without.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1: 256 is usual")
+    total = len(positions)
+    if total == 0:
+        raise ValueError("there are no images to extract features of: the split is empty; check dataset.limit")
+    device = torch.device(device)
+    features: Tensor | None = None
+    readable = torch.empty(total, dtype=torch.bool)
+    done = 0
+    # A DataLoader draws its workers' base seed from the global generator, hence the fork.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for images, whole in plain_batches(source, positions, batch_size=batch_size, workers=workers):
+            batch = _encode_batch(encode, images, prepare=prepare, device=device, precision=precision)
+            if features is None:
+                features = torch.empty(total, batch.shape[1])
+            features[done : done + len(batch)] = batch
+            readable[done : done + len(batch)] = whole
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+    assert features is not None
+    assert done == total
+    return features, readable
+
+
+@torch.inference_mode()
+def _encode_batch(
+    encode: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    prepare: Callable[[Tensor], Tensor],
+    device: torch.device,
+    precision: str,
+) -> Tensor:
+    """uint8 images (N, C, S, S) -> float32 features (N, d) on the CPU."""
+    prepared = prepare(images.to(device, non_blocking=True).float() / 255)
+    with autocast(device, precision):
+        features = encode(prepared.contiguous(memory_format=torch.channels_last))
+    if features.ndim != 2 or len(features) != len(images):
+        raise ValueError(
+            f"encode gave shape {tuple(features.shape)} for {len(images)} images, but must give (N, d): pool maps first"
+        )
+    return features.float().cpu()
+
+
+def pixels(images: Tensor) -> Tensor:
+    """The images (N, C, H, W) themselves as features (N, d): what a representation has to beat.
+
+    A longer side of more than 32 pixels is averaged down (by area) to 32, so that d stays at most C * 1024.
+    """
+    height, width = images.shape[-2:]
+    if (longest := max(height, width)) > 32:
+        size = (max(1, round(height * 32 / longest)), max(1, round(width * 32 / longest)))
+        images = F.interpolate(images.float(), size=size, mode="area")
+    return images.flatten(1)
+
+
+def cached(path: Path, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors stored at `path` under `key`, or those of `compute()`, then stored there.
+
+    `key` must name everything that the tensors depend on (checkpoint hash, data fingerprint, transform, layer,
+    precision). A file with another key, or one that cannot be read, is replaced. Tensors keep their dtype: features
+    stay float32, so that a number from the cache equals one computed afresh bit for bit. The file is read with
+    `weights_only=True`, and written beside `path` and renamed, so that it is whole or absent.
+    """
+    stored = _load(path, key)
+    if stored is not None:
+        return stored
+    # clone: saving a slice would write the whole storage that it is a view of
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in compute().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        torch.save({"key": key, "tensors": tensors}, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return tensors
+
+
+def _load(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors of a cache file, or None when it is absent, unreadable or of another key."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError):
+        return None
+    if not isinstance(stored, dict) or stored.get("key") != key or not isinstance(stored.get("tensors"), dict):
+        return None
+    return dict(stored["tensors"])

@@ -1,0 +1,146 @@
+"""Weighted k-nearest-neighbour classification of frozen features.
+
+Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978, section 3.4;
+the form of DINO, arXiv:2104.14294, appendix F.1. Yaml: conf/protocol/knn.yaml. n bank, m queries, d dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslcli.evaluate.features import FeatureSet, check_features
+from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnResult:
+    """Accuracies as fractions, predictions (m,) int64, votes (m, C) that sum to 1 a row, correct (m,) bool."""
+
+    top1: float
+    top5: float
+    predictions: Tensor
+    votes: Tensor
+    correct: Tensor
+
+
+@torch.no_grad()
+def knn(
+    train: Tensor,
+    train_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    *,
+    k: int = 200,
+    temperature: float = 0.07,
+    num_classes: int,
+    chunk: int = 1024,
+) -> KnnResult:
+    """Classify `query` (m, d) by the k most similar rows of `train` (n, d), each voting exp(cos / temperature).
+
+    Features are L2-normalised here, in float32 or float64. k above n means n; top-5 among fewer than five classes is
+    among all. Equal votes go to the lowest class index. At most chunk x n similarities exist at once. A query
+    must not itself be in the bank. Raises ValueError for values out of range.
+    """
+    _check(k=k, temperature=temperature, chunk=chunk)
+    check_features(train, train_labels, num_classes=num_classes, width=train.shape[-1], name="train")
+    check_features(query, query_labels, num_classes=num_classes, width=train.shape[-1], name="query")
+    dtype = torch.float64 if train.dtype == torch.float64 else torch.float32
+    bank = F.normalize(train.to(dtype), dim=1)
+    queries = F.normalize(query.to(dtype), dim=1)
+    votes = torch.cat(
+        [
+            _votes(rows, bank, train_labels, min(k, len(bank)), temperature, num_classes)
+            for rows in torch.split(queries, chunk)
+        ]
+    )
+    place = label_rank(votes, query_labels)
+    return KnnResult(
+        top1=accuracy(place, 1),
+        top5=accuracy(place, 5),
+        predictions=votes.argmax(dim=1),
+        votes=votes,
+        correct=place == 0,
+    )
+
+
+def _votes(rows: Tensor, bank: Tensor, labels: Tensor, k: int, temperature: float, num_classes: int) -> Tensor:
+    """Normalised class votes (rows, C) of unit rows against the unit bank."""
+    similarity, neighbour = (rows @ bank.T).topk(k, dim=1)
+    # softmax subtracts the largest exponent: exp(1 / temperature) alone overflows float32 below 0.0113
+    weight = (similarity / temperature).softmax(dim=1)
+    votes = weight.new_zeros(len(rows), num_classes)
+    return votes.scatter_add_(1, labels[neighbour], weight)
+
+
+def _check(*, k: int, temperature: float, chunk: int) -> None:
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1: 20 and 200 are usual")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0: 0.07 and 0.1 are usual")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1: 1024 is usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn:
+    """The k-NN protocol: the bank is train, the queries are val (and test, where there is one besides).
+
+    `top1` is of val, because the monitor watches it during training and nothing may be chosen on test;
+    `test_top1` is the number to report.
+    """
+
+    k: int | None = None  # None: what the run's monitor uses, else 200
+    temperature: float | None = None  # None: what the run's monitor uses, else 0.07
+    chunk: int = 1024
+    seed: int = 0
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", 200 if self.k is None else self.k)
+        object.__setattr__(self, "temperature", 0.07 if self.temperature is None else self.temperature)
+        _check(k=self.k, temperature=self.temperature, chunk=self.chunk)
+        if self.resamples < 1:
+            raise ValueError(f"resamples={self.resamples} must be at least 1: 1000 is usual")
+
+    def __call__(self, features: FeatureSet) -> dict[str, Any]:
+        """Classify and return a JSON-able result; accuracies are fractions, intervals [low, high] at 95 %."""
+        split, queries, labels = features.reported()
+        if features.val is not None and features.val_labels is not None:
+            split, queries, labels = "val", features.val, features.val_labels
+        found, interval = self._classify(features, queries, labels)
+        result: dict[str, Any] = {
+            "protocol": "knn",
+            "split": split,
+            "top1": found.top1,
+            "top5": found.top5,
+            "interval": interval,
+            "n_train": len(features.train),
+            "n_test": len(queries),
+            "num_classes": features.num_classes,
+            "k": min(self.k, len(features.train)),
+            "temperature": self.temperature,
+            "seed": self.seed,
+        }
+        test, labels_of_test = features.test, features.test_labels
+        if split == "val" and test is not None and labels_of_test is not None and test is not queries:
+            found, interval = self._classify(features, test, labels_of_test)
+            result |= {"test_top1": found.top1, "test_top5": found.top5, "test_interval": interval}
+        return result
+
+    def _classify(self, features: FeatureSet, queries: Tensor, labels: Tensor) -> tuple[KnnResult, list[float]]:
+        found = knn(
+            features.train,
+            features.train_labels,
+            queries,
+            labels,
+            k=self.k,
+            temperature=self.temperature,
+            num_classes=features.num_classes,
+            chunk=self.chunk,
+        )
+        return found, list(bootstrap_interval(found.correct, seed=self.seed, resamples=self.resamples))

@@ -1,0 +1,259 @@
+"""Linear probe: multinomial logistic regression on frozen features, the whole hyper-parameter grid trained at once.
+
+Two solvers: SGD with momentum and a cosine (the common probe without its augmentation, so 0 to 1.5 points below it),
+and L-BFGS along a path of regularisation (as DINOv2, arXiv:2304.07193, does), deterministic to convergence.
+Yaml: conf/protocol/linear.yaml. n images, d dimensions, C classes, G hyper-parameter choices ("heads").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslcli.evaluate.features import FeatureSet
+from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank
+
+Heads = tuple[Tensor, Tensor]  # weights (d, G*C) and biases (G*C,): one matrix, so that one product serves all heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearResult:
+    """Outcome of one probe. Accuracies are fractions; `interval` is the 95 % bootstrap interval of `top1`.
+
+    `chosen` and the entries of `grid` hold lr and weight_decay (sgd) or c (lbfgs), with val_top1 and val_loss.
+    """
+
+    top1: float
+    top5: float
+    interval: tuple[float, float]
+    chosen: dict[str, float]
+    grid: list[dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standardise:
+    """Shift and scale to zero mean and unit deviation of the features it was made from."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Standardise:
+        """Statistics over the rows of (n, d); 1e-6 is the least deviation, for dimensions that never vary."""
+        return cls(mean=features.mean(dim=0), std=features.std(dim=0, correction=0).clamp_min(1e-6))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.std
+
+
+@torch.no_grad()
+def fit_sgd(
+    x: Tensor,
+    y: Tensor,
+    *,
+    num_classes: int,
+    lrs: Sequence[float],
+    weight_decays: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    momentum: float,
+    seed: int,
+) -> Heads:
+    """Train one head for each pair (lrs[g], weight_decays[g]) on x (n, d) and y (n,), from zero, on the same batches.
+
+    Softmax cross-entropy, SGD with momentum, cosine to 0 by step, no decay on the bias. Heads do not see each
+    other: one that diverges to NaN leaves the others as they are. The same seed gives the same bits.
+    """
+    n, d = x.shape
+    heads = len(lrs)
+    weight, bias = x.new_zeros(d, heads * num_classes), x.new_zeros(heads * num_classes)
+    weight_step, bias_step = torch.zeros_like(weight), torch.zeros_like(bias)
+    lr = x.new_tensor(lrs).repeat_interleave(num_classes)
+    decay = x.new_tensor(weight_decays).repeat_interleave(num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    total = epochs * math.ceil(n / batch_size)
+    step = 0
+    for _ in range(epochs):
+        for index in torch.split(torch.randperm(n, generator=generator).to(x.device), batch_size):
+            rows = x[index]
+            error = _error((rows @ weight).add_(bias), y[index], num_classes)
+            scale = 0.5 * (1 + math.cos(math.pi * step / total))
+            weight_step.mul_(momentum).addmm_(rows.T, error).addcmul_(weight, decay)
+            bias_step.mul_(momentum).add_(error.sum(dim=0))
+            weight.addcmul_(weight_step, lr, value=-scale)
+            bias.addcmul_(bias_step, lr, value=-scale)
+            step += 1
+    return weight, bias
+
+
+def _error(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Gradient (b, G*C) of the mean cross-entropy with respect to logits (b, G*C): (softmax - one-hot) / b."""
+    b = len(logits)
+    error = logits.view(b, -1, num_classes).softmax(dim=2)
+    error[torch.arange(b, device=labels.device), :, labels] -= 1
+    return error.div_(b).view(b, -1)
+
+
+def fit_lbfgs(x: Tensor, y: Tensor, *, num_classes: int, cs: Sequence[float], max_iterations: int) -> Heads:
+    """Minimise cross-entropy + |W|^2 / (2 c n) for each c of `cs` by L-BFGS, on x (n, d) and y (n,).
+
+    c is the inverse regularisation of scikit-learn's LogisticRegression. Each solution starts the next, from strong to
+    weak regularisation. Stops at a gradient below 1e-5 or after `max_iterations`.
+    """
+    n, d = x.shape
+    theta = x.new_zeros(d + 1, num_classes, requires_grad=True)  # the last row is the bias
+    theta.grad = torch.zeros_like(theta)
+    found: dict[float, Tensor] = {}
+    for c in sorted(cs):
+        solver = torch.optim.LBFGS(
+            [theta], max_iter=max_iterations, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        )
+
+        def closure(c: float = c) -> Tensor:
+            with torch.no_grad():
+                weight = theta[:-1]
+                logits = torch.addmm(theta[-1], x, weight)
+                penalty = weight.square().sum() / (2 * c * n)
+                loss = F.cross_entropy(logits, y) + penalty
+                error = _error(logits, y, num_classes)
+                assert theta.grad is not None
+                torch.mm(x.T, error, out=theta.grad[:-1]).add_(weight, alpha=1 / (c * n))
+                torch.sum(error, dim=0, out=theta.grad[-1])
+            return loss
+
+        solver.step(closure)  # type: ignore[no-untyped-call]
+        found[c] = theta.detach().clone()
+    heads = torch.cat([found[c] for c in cs], dim=1)
+    return heads[:-1].contiguous(), heads[-1].contiguous()
+
+
+@torch.no_grad()
+def score(x: Tensor, y: Tensor, heads: Heads, *, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Place of the true class (G, m) int64 (see `label_rank`) and mean cross-entropy (G,) of each head on x (m, d).
+
+    A head that gives numbers that are not finite is wrong everywhere, and its loss is the largest float.
+    """
+    weight, bias = heads
+    count = len(bias) // num_classes
+    chunk = max(1, (1 << 22) // len(bias))  # logits of at most 16 MiB, which stay near the cache
+    places, losses = [], x.new_zeros(count)
+    for rows, labels in zip(torch.split(x, chunk), torch.split(y, chunk), strict=True):
+        logits = torch.addmm(bias, rows, weight).view(-1, num_classes)  # (m*G, C)
+        repeated = labels.repeat_interleave(count)
+        loss = F.cross_entropy(logits, repeated, reduction="none").view(-1, count)
+        losses += loss.sum(dim=0)
+        places.append(label_rank(logits, repeated).view(-1, count))
+    return torch.cat(places).T, (losses / len(x)).nan_to_num(nan=torch.finfo(losses.dtype).max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """The linear protocol: fit on train, choose on a part of train, refit on all of train, report on test or else val.
+
+    The split that is reported is looked at once, after everything is chosen. Raises ValueError for values out of range.
+    """
+
+    solver: str = "sgd"
+    lrs: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    weight_decays: Sequence[float] = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
+    epochs: int = 30
+    batch_size: int = 1024
+    momentum: float = 0.9
+    cs: Sequence[float] = tuple(10.0**e for e in range(-6, 6))
+    max_iterations: int = 100
+    val_fraction: float = 0.1
+    seed: int = 0
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.solver not in ("sgd", "lbfgs"):
+            raise ValueError(f"solver={self.solver!r} is unknown: choose sgd or lbfgs")
+        for name, low in (("lrs", "above 0"), ("cs", "above 0"), ("weight_decays", "at least 0")):
+            values = getattr(self, name)
+            if len(values) == 0 or not all(v > 0 or (v == 0 and low != "above 0") for v in values):
+                raise ValueError(f"{name}={list(values)} must hold at least one number, all {low}")
+        for name in ("epochs", "batch_size", "max_iterations", "resamples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must be in [0, 1): 0.9 is usual")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must be between 0 and 1: 0.1 is usual")
+
+    def __call__(self, features: FeatureSet) -> dict[str, Any]:
+        """Fit, choose and report as a JSON-able dict; accuracies are fractions, the interval [low, high] at 95 %."""
+        split, x_test, y_test = features.reported()
+        found = self.fit(features.train, features.train_labels, x_test, y_test, num_classes=features.num_classes)
+        mine = ["lrs", "weight_decays", "epochs", "batch_size", "momentum"]
+        if self.solver == "lbfgs":
+            mine = ["cs", "max_iterations"]
+        return {
+            "protocol": "linear",
+            "split": split,
+            **asdict(found),
+            "interval": list(found.interval),
+            "n_train": len(features.train),
+            "n_test": len(x_test),
+            "num_classes": features.num_classes,
+            "solver": self.solver,
+            **{k: list(v) if isinstance(v := getattr(self, k), Sequence) else v for k in mine},
+            "val_fraction": self.val_fraction,
+            "seed": self.seed,
+        }
+
+    def fit(self, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, num_classes: int) -> LinearResult:
+        """Probe of train features x (n, d), labels y (n,), reported on x_test (m, d), y_test (m,)."""
+        n = len(x)
+        if n < 2:
+            raise ValueError(f"the linear protocol needs at least 2 training images, got {n}: raise dataset.limit")
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed)).to(x.device)
+        num_held_out = min(n - 1, max(1, round(self.val_fraction * n)))
+        held_out, kept = order[:num_held_out], order[num_held_out:]
+        x, x_test = x.float(), x_test.float()
+        scale = Standardise.of(x[kept])
+        heads = self._heads(scale(x[kept]), y[kept], self._choices(), num_classes=num_classes)
+        place, loss = score(scale(x[held_out]), y[held_out], heads, num_classes=num_classes)
+        grid = [
+            {**choice, "val_top1": accuracy(p, 1), "val_loss": float(v)}
+            for choice, p, v in zip(self._choices(), place, loss, strict=True)
+        ]
+        # A small validation split has many ties; its loss tells them apart.
+        best = max(range(len(grid)), key=lambda g: (grid[g]["val_top1"], -grid[g]["val_loss"]))
+        scale = Standardise.of(x)
+        heads = self._heads(scale(x), y, [self._choices()[best]], num_classes=num_classes)
+        place, _ = score(scale(x_test), y_test, heads, num_classes=num_classes)
+        return LinearResult(
+            top1=accuracy(place[0], 1),
+            top5=accuracy(place[0], 5),
+            interval=bootstrap_interval(place[0] == 0, seed=self.seed, resamples=self.resamples),
+            chosen=grid[best],
+            grid=grid,
+        )
+
+    def _choices(self) -> list[dict[str, float]]:
+        """The grid, in the order of the heads."""
+        if self.solver == "lbfgs":
+            return [{"c": float(c)} for c in self.cs]
+        return [{"lr": float(lr), "weight_decay": float(wd)} for lr in self.lrs for wd in self.weight_decays]
+
+    def _heads(self, x: Tensor, y: Tensor, choices: list[dict[str, float]], *, num_classes: int) -> Heads:
+        if self.solver == "lbfgs":
+            cs = [choice["c"] for choice in choices]
+            return fit_lbfgs(x, y, num_classes=num_classes, cs=cs, max_iterations=self.max_iterations)
+        return fit_sgd(
+            x,
+            y,
+            num_classes=num_classes,
+            lrs=[choice["lr"] for choice in choices],
+            weight_decays=[choice["weight_decay"] for choice in choices],
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            momentum=self.momentum,
+            seed=self.seed,
+        )

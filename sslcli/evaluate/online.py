@@ -1,0 +1,83 @@
+"""k-NN during training, by the same code as `ssl-eval protocol=knn` afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sslcli.data import rng
+from sslcli.data.sources import Source
+from sslcli.data.views import Views
+from sslcli.evaluate.features import FeatureSet, evaluating, extract
+from sslcli.evaluate.knn import Knn
+from sslcli.methods.base import Method
+from sslcli.settings import MonitorSettings
+
+BATCH = 512  # images a forward pass; online and offline must agree in it, since kernels may depend on the batch
+
+
+def bank_positions(source: Source, limit: int | None) -> Tensor:
+    """Which training images form the bank: all, or `limit` of them by a fixed hash."""
+    positions = source.splits["train"]
+    if limit is None or limit >= len(positions):
+        return positions
+    chosen = rng.permutation(len(positions), 0)[:limit].sort().values
+    return positions[chosen]
+
+
+def collect(
+    encode: Callable[[Tensor], Tensor],
+    source: Source,
+    splits: dict[str, Tensor],
+    *,
+    prepare: Callable[[Tensor], Tensor],
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    workers: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> FeatureSet:
+    """Features and labels of the given splits, without the images that cannot be read or have no label."""
+    found: dict[str, Tensor] = {}
+    for name, positions in splits.items():
+        labelled = positions[source.labels[positions] >= 0]
+        features, readable = extract(
+            encode,
+            source,
+            labelled,
+            prepare=prepare,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            workers=workers,
+            progress=None if progress is None else lambda done, total, name=name: progress(name, done, total),
+        )
+        found[name] = features[readable]
+        found[f"{name}_labels"] = source.labels[labelled][readable]
+    return FeatureSet(**found, num_classes=len(source.classes), classes=tuple(source.classes))  # type: ignore[arg-type]
+
+
+def knn_probe(
+    method: Method, source: Source, views: Views, monitor: MonitorSettings, *, device: torch.device, precision: str
+) -> Callable[[], dict[str, float]]:
+    """A function that measures the method as it stands: k-NN top-1 and top-5 on the held-out split, in [0, 1]."""
+    protocol = Knn(k=monitor.knn_k, temperature=monitor.knn_temperature)
+    splits = {"train": bank_positions(source, monitor.knn_images), "val": source.splits["val"]}
+
+    def probe() -> dict[str, float]:
+        with evaluating(method):
+            features = collect(
+                method.features,
+                source,
+                splits,
+                prepare=lambda images: views.finish(images, mean=source.mean, std=source.std),
+                batch_size=BATCH,
+                device=device,
+                precision=precision,
+            )
+        result = protocol(features)
+        return {"knn_top1": result["top1"], "knn_top5": result["top5"]}
+
+    return probe

@@ -1,0 +1,63 @@
+"""What every evaluation result carries: how accuracies are counted, how sure they are, what they were computed from."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def label_rank(scores: Tensor, labels: Tensor) -> Tensor:
+    """Place (0 = best) of the true class among the scores (m, C) of each row, as (m,) int64.
+
+    Equal scores are ordered by class index, so the result never depends on a sort. A row with a score that is not
+    finite gets place C: it counts as wrong for every k.
+    """
+    num_classes = scores.shape[1]
+    own = scores.gather(1, labels[:, None])
+    earlier = torch.arange(num_classes, device=scores.device) < labels[:, None]
+    place = ((scores > own) | ((scores == own) & earlier)).sum(dim=1)
+    return torch.where(torch.isfinite(scores).all(dim=1), place, num_classes)
+
+
+def accuracy(place: Tensor, k: int) -> float:
+    """Share in [0, 1] of the rows whose true class is among the best `k`; `place` (m,) is from `label_rank`."""
+    return int((place < k).sum()) / len(place)
+
+
+def bootstrap_interval(
+    correct: Tensor, *, seed: int, resamples: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high), fractions, of the mean of `correct` (m,) bool.
+
+    Only the number of hits matters in a resample of m hits and misses, and it is Binomial(m, mean): so it is drawn
+    as such, which is the same distribution as drawing m indices `resamples` times (Efron and Tibshirani, 1993, ch. 13).
+    """
+    if correct.ndim != 1 or len(correct) == 0:
+        raise ValueError(f"correct has shape {tuple(correct.shape)}, but must be (m,) with at least one image")
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples} must be at least 1: 1000 is usual")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must be between 0 and 1: 0.95 is usual")
+    generator = torch.Generator().manual_seed(seed)
+    m = len(correct)
+    share = float(correct.sum()) / m
+    hits = torch.binomial(
+        torch.full((resamples,), float(m), dtype=torch.float64),
+        torch.full((resamples,), share, dtype=torch.float64),
+        generator=generator,
+    )
+    tail = (1 - level) / 2
+    low, high = torch.quantile(hits / m, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def sha256(path: Path | str) -> str:
+    """Hex SHA-256 digest of a file, read in pieces: what a result file names its checkpoint by."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""Run a function in this process, as one of the processes an outer launcher started, or on N processes of this node.
+
+Only RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are read; who sets them does not matter. Engine: torch's elastic agent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError
+
+
+def joined() -> bool:
+    """Whether an outer launcher (torchrun, our own agent, Slurm) started this process as one of several."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process. Raises ConfigError, naming what there is, where it is not available."""
+    if name == "auto":
+        name = next((kind for kind in ("cuda", "mps") if kind in available()), "cpu")
+    kind = name.partition(":")[0]
+    if kind not in available():
+        raise ConfigError(f"device is {name!r}, but this machine has only: {', '.join(available())}")
+    if name == "cuda" and joined():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)
+
+
+def available() -> list[str]:
+    """Kinds of device this machine has."""
+    kinds = ["cpu"]
+    if torch.cuda.is_available():
+        kinds.append("cuda")
+    if torch.backends.mps.is_available():
+        kinds.append("mps")
+    return kinds
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """The processes of this run, joined for the time of the block; nothing where there is one."""
+    if not joined():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def share_threads(threads: int | None) -> None:
+    """Use `threads` CPU threads, or an equal share of the machine's for each process on it."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if joined() else 1
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def die_with_parent() -> None:
+    """End this process when the one that started it ends, even by SIGKILL, so that no orphan holds the run (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def run_processes(arguments: list[str], *, processes: int | None) -> int:
+    """Run `python ARGUMENTS` on `processes` processes of this node (None: one a device) and return their exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    count = processes or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
+    if torch.cuda.is_available() and count > torch.cuda.device_count():
+        raise ConfigError(f"launcher.processes is {count}, but this node has {torch.cuda.device_count()} CUDA devices")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"sslcli-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return next((code for code in (EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED) if code in codes), 1)
+    except SignalException:
+        return EXIT_STOPPED
+    return 0

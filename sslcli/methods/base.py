@@ -1,0 +1,68 @@
+"""What a method is: one self-supervised objective around a backbone, whose `forward` is the training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one step on one process."""
+
+    views: list[Tensor]  # one (N, C, H, W) tensor a view
+    index: Tensor  # (N,) position in the training set, for memory banks
+    label: Tensor  # (N,) for probes alone; a method never reads it
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; copies from pinned memory do not wait."""
+        views = [view.to(device, non_blocking=True) for view in self.views]
+        return Batch(views, self.index.to(device, non_blocking=True), self.label.to(device, non_blocking=True))
+
+
+class Method(nn.Module):
+    """One self-supervised objective around a backbone.
+
+    A subclass takes the backbone and keyword hyper-parameters, computes its loss in `forward` and changes its own
+    state (momentum network, queue, bank) in `after_step` alone, so that a loss always reads the state of before.
+    """
+
+    num_views: int
+    embeddings: tuple[Tensor, ...] = ()  # of the last forward, detached, one (N, D) a view: what health looks at
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalars by name: the loop differentiates `loss` and logs them all."""
+        raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+    def after_step(self, progress: float) -> None:
+        """Called after every optimizer step; `progress` = t / T for the 0-based step t of T."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """What probes and exports see: (N, C, H, W) -> (N, num_features)."""
+        return self.backbone(images)  # type: ignore[no-any-return]
+
+    def projection(self, images: Tensor) -> Tensor:
+        """What the loss sees of an image, before normalisation: (N, C, H, W) -> (N, D); features by default."""
+        return self.features(images)
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        """Facts about a step worth printing before training, for `batch_size` images in a micro-batch of all processes."""
+        return {}
+
+
+def num_features(backbone: nn.Module) -> int:
+    """The feature width of a backbone. Raises ValueError where the module does not say it."""
+    width = getattr(backbone, "num_features", None)
+    if not isinstance(width, int):
+        raise ValueError(
+            f"the backbone {type(backbone).__name__} has no integer num_features: "
+            "wrap it with sslcli.backbones.wrap.as_backbone, which finds the width by a dry forward"
+        )
+    return width

@@ -1,0 +1,80 @@
+"""BYOL: predict the momentum network's projection of the other view; no negatives.
+
+Grill et al. 2020  https://arxiv.org/abs/2006.07733   conf/method/byol.yaml
+
+Shapes: N images a process, D embedding size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslcli.losses import check_momentum, cosine_distance
+from sslcli.methods.base import Batch, Method, num_features
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy, mlp
+from sslcli.schedule import ema_momentum
+
+
+def byol_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+    """|p1 - z2|^2 + |p2 - z1|^2 after normalisation, mean over images (eq. 2 and its symmetric twin), in [0, 8].
+
+    All are (N, D); `z` come from the target and take no gradient.
+    """
+    return cosine_distance(p1, z2) + cosine_distance(p2, z1)
+
+
+class BYOL(Method):
+    """Bootstrap your own latent.
+
+    Args:
+        dim: embedding size D.
+        hidden: width of the hidden layer of projector and predictor.
+        momentum: of the target at the start; rises to 1 by a cosine. 0.996 for 1000 epochs, 0.99 for 100 to 300.
+        predictor: False leaves the predictor out, which lets the representation collapse (the paper's ablation).
+    """
+
+    num_views = 2
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        dim: int = 256,
+        hidden: int = 4096,
+        momentum: float = 0.996,
+        predictor: bool = True,
+    ) -> None:
+        super().__init__(backbone)
+        check_momentum(momentum)
+        self.projector = mlp([num_features(backbone), hidden, dim], bias=True)
+        self.predictor = mlp([dim, hidden, dim], bias=True) if predictor else nn.Identity()
+        convert_batch_norm(self, SyncBatchNorm)
+        self.target_backbone = frozen_copy(self.backbone)
+        self.target_projector = frozen_copy(self.projector)
+        self.momentum = momentum
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        x1, x2 = batch.views
+        y1, y2 = self.projection(x1), self.projection(x2)  # (N, D)
+        p1, p2 = self.predictor(y1), self.predictor(y2)
+        z1, z2 = self.target(x1), self.target(x2)  # no gradient
+        self.embeddings = (y1.detach(), y2.detach())
+        return {"loss": byol_loss(p1, p2, z1, z2)}
+
+    @torch.no_grad()
+    def target(self, images: Tensor) -> Tensor:
+        return self.target_projector(self.target_backbone(images))  # type: ignore[no-any-return]
+
+    def after_step(self, progress: float) -> None:
+        momentum = ema_momentum(progress, base=self.momentum)
+        ema_update(self.target_backbone, self.backbone, momentum)
+        ema_update(self.target_projector, self.projector, momentum)
+
+    def projection(self, images: Tensor) -> Tensor:
+        return self.projector(self.backbone(images))  # type: ignore[no-any-return]
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        return {"negatives a query sees": 0}

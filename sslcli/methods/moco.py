@@ -1,0 +1,138 @@
+"""MoCo v1 and v2: contrast each image against a queue of momentum-encoded keys.
+
+v1  He et al. 2020    https://arxiv.org/abs/1911.05722   conf/method/moco.yaml
+v2  Chen et al. 2020  https://arxiv.org/abs/2003.04297   conf/method/moco_v2.yaml (MLP head, stronger views)
+
+Shapes: N images a process, W processes, D embedding size, K queue length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslcli.distributed import BatchShuffle, all_gather
+from sslcli.losses import check_momentum, check_temperature, info_nce
+from sslcli.methods.base import Batch, Method, num_features
+from sslcli.nn import SplitBatchNorm, average_statistics, convert_batch_norm, ema_update, frozen_copy, mlp
+
+
+@torch.no_grad()
+def enqueue(queue: Tensor, head: Tensor, keys: Tensor) -> None:
+    """Write `keys` (G, D) over the oldest rows of `queue` (K, D) and move `head`, for any G and K.
+
+    `head` () is the next row to overwrite. Of more than K keys only the last K are kept.
+    """
+    size = len(queue)
+    rows = (head + torch.arange(len(keys), device=queue.device)) % size
+    queue[rows[-size:]] = keys[-size:].to(queue.dtype)
+    head.copy_((head + len(keys)) % size)
+
+
+class MoCo(Method):
+    """Momentum contrast with a queue and shuffling BatchNorm.
+
+    Args:
+        dim: embedding size D.
+        queue_size: keys kept as negatives, K.
+        momentum: of the key encoder.
+        temperature: divides the cosines.
+        mlp_head: v2's head (one hidden layer as wide as the features) in place of one linear layer.
+        symmetric: also contrast view 2 as the query against view 1 as the key and take the mean of both losses.
+        bn_group: images BatchNorm normalises together. Keys are grouped in a shuffled order (sec. 3.3), so that
+            statistics cannot tell which key belongs to a query; 32 is what one of the paper's 8 GPUs saw.
+    """
+
+    num_views = 2
+    queue: Tensor  # (K, D), oldest rows are overwritten first
+    queue_head: Tensor  # () next row to overwrite
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        dim: int = 128,
+        queue_size: int = 65536,
+        momentum: float = 0.999,
+        temperature: float = 0.07,
+        mlp_head: bool = False,
+        symmetric: bool = False,
+        bn_group: int = 32,
+    ) -> None:
+        super().__init__(backbone)
+        check_temperature(temperature)
+        check_momentum(momentum)
+        if queue_size < 1:
+            raise ValueError(f"queue_size is {queue_size}, but the queue must hold at least one key")
+        if bn_group < 2:
+            raise ValueError(f"bn_group is {bn_group}, but BatchNorm needs at least 2 images to normalise together")
+        width = num_features(backbone)
+        self.head = mlp([width, *([width] if mlp_head else []), dim], norm=False, bias=True, last_bias=True)
+        for part in convert_batch_norm(self, SplitBatchNorm).modules():
+            if isinstance(part, SplitBatchNorm):
+                part.group = bn_group
+        self.key_backbone = frozen_copy(self.backbone)
+        self.key_head = frozen_copy(self.head)
+        self.momentum = momentum
+        self.temperature = temperature
+        self.symmetric = symmetric
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
+        self.register_buffer("queue_head", torch.zeros((), dtype=torch.long))
+        self.draws = 0  # shuffles so far, so that each has its own order
+        self.new_keys: list[Tensor] = []  # of the micro-batches of this step, enqueued by after_step
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        x1, x2 = batch.views
+        q1 = F.normalize(self.head(self.backbone(x1)).float(), dim=1)  # (N, D)
+        k2 = self.encode_keys(x2)  # (N, D)
+        contrast = info_nce(q1, k2, self.queue, temperature=self.temperature)
+        loss, accuracy, keys = contrast.loss, contrast.accuracy, k2
+        self.embeddings = (q1.detach(), k2)
+        if self.symmetric:
+            q2 = F.normalize(self.head(self.backbone(x2)).float(), dim=1)
+            k1 = self.encode_keys(x1)
+            other = info_nce(q2, k1, self.queue, temperature=self.temperature)
+            loss, accuracy = (loss + other.loss) / 2, (accuracy + other.accuracy) / 2
+            keys = torch.stack([all_gather(k1), all_gather(k2)]).flatten(0, 1)  # (2WN, D), view 1 first
+        else:
+            keys = all_gather(keys)  # (WN, D)
+        self.new_keys.append(keys)
+        return {"loss": loss, "accuracy": accuracy}
+
+    @torch.no_grad()
+    def encode_keys(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, D) unit keys, BatchNorm seeing them among other images than the queries."""
+        order = BatchShuffle(len(images), self.draws, images.device)
+        self.draws += 1
+        keys = self.key_head(self.key_backbone(order.shuffle(images)))
+        return order.restore(F.normalize(keys.float(), dim=1))
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        ema_update(self.key_backbone, self.backbone, self.momentum)
+        ema_update(self.key_head, self.head, self.momentum)
+        for keys in self.new_keys:
+            enqueue(self.queue, self.queue_head, keys)
+        self.new_keys.clear()
+        average_statistics(self)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.draws)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.draws = int(state)
+
+    def projection(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))  # type: ignore[no-any-return]
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        return {"negatives a query sees": len(self.queue), "images BatchNorm sees together": self.groups(batch_size)}
+
+    def groups(self, batch_size: int) -> str:
+        norms = [part for part in self.backbone.modules() if isinstance(part, SplitBatchNorm)]
+        if not norms:
+            return "no BatchNorm"
+        return str(batch_size // norms[0].num_groups(batch_size))

@@ -1,0 +1,99 @@
+"""MoCo v3: a predictor, a momentum encoder and the large batch's own keys as negatives; no queue.
+
+Chen, Xie, He 2021  https://arxiv.org/abs/2104.02057   conf/method/moco_v3.yaml
+
+Shapes: N images a process, W processes, D embedding size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslcli.distributed import all_gather, rank
+from sslcli.losses import Contrast, check_momentum, check_temperature, info_nce
+from sslcli.methods.base import Batch, Method, num_features
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy, mlp
+from sslcli.schedule import ema_momentum
+
+
+def contrast(query: Tensor, key: Tensor, *, temperature: float) -> Contrast:
+    """2 tau times the cross-entropy of finding key i of all processes' keys by query i (Alg. 1, `ctr`).
+
+    `query` and `key` are (N, D) of any length; the negatives are the other images' keys of the same view.
+    """
+    query = F.normalize(query.float() if query.dtype != torch.float64 else query, dim=1)
+    key = F.normalize(key.to(query.dtype), dim=1).detach()
+    own = rank() * len(key) + torch.arange(len(key), device=key.device)
+    result = info_nce(query, key, all_gather(key), temperature=temperature, exclude=own[:, None])
+    return Contrast(2 * temperature * result.loss, result.accuracy)
+
+
+class MoCoV3(Method):
+    """Symmetric contrast between a predictor's output and a momentum encoder's projection.
+
+    Args:
+        dim: embedding size D.
+        hidden: width of the hidden layers of projector and predictor.
+        projector_layers: 2 for convolutional nets, 3 for ViT.
+        predictor_norm: BatchNorm (without affine) after the predictor; the official ViT runs have it, ResNets do not.
+        momentum: of the target at the start; rises to 1 by a cosine.
+        temperature: tau, 1.0 for ResNet-50 and 0.2 for ViT and CIFAR.
+    """
+
+    num_views = 2
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        dim: int = 256,
+        hidden: int = 4096,
+        projector_layers: int = 2,
+        predictor_norm: bool = False,
+        momentum: float = 0.99,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(backbone)
+        check_temperature(temperature)
+        check_momentum(momentum)
+        if projector_layers < 2:
+            raise ValueError(f"projector_layers is {projector_layers}, but the projector has at least 2 layers")
+        inner = [hidden] * (projector_layers - 1)
+        self.projector = mlp([num_features(backbone), *inner, dim], last_norm="plain")
+        self.predictor = mlp([dim, hidden, dim], last_norm="plain" if predictor_norm else None)
+        convert_batch_norm(self, SyncBatchNorm)
+        self.target_backbone = frozen_copy(self.backbone)
+        self.target_projector = frozen_copy(self.projector)
+        self.momentum = momentum
+        self.temperature = temperature
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        x1, x2 = batch.views
+        q1, q2 = self.predict(x1), self.predict(x2)  # (N, D)
+        k1, k2 = self.target(x1), self.target(x2)  # (N, D), no gradient
+        first = contrast(q1, k2, temperature=self.temperature)
+        second = contrast(q2, k1, temperature=self.temperature)
+        self.embeddings = (q1.detach(), q2.detach())
+        return {"loss": first.loss + second.loss, "accuracy": (first.accuracy + second.accuracy) / 2}
+
+    def predict(self, images: Tensor) -> Tensor:
+        return self.predictor(self.projection(images))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def target(self, images: Tensor) -> Tensor:
+        return self.target_projector(self.target_backbone(images))  # type: ignore[no-any-return]
+
+    def after_step(self, progress: float) -> None:
+        momentum = ema_momentum(progress, base=self.momentum)
+        ema_update(self.target_backbone, self.backbone, momentum)
+        ema_update(self.target_projector, self.projector, momentum)
+
+    def projection(self, images: Tensor) -> Tensor:
+        return self.projector(self.backbone(images))  # type: ignore[no-any-return]
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        return {"negatives a query sees": batch_size - 1}

@@ -1,0 +1,86 @@
+"""SimCLR: bring two views of an image together, against all other views of the batch.
+
+Chen et al. 2020  https://arxiv.org/abs/2002.05709   conf/method/simclr.yaml
+
+Shapes: N images a process, W processes, D embedding size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslcli.distributed import all_gather_with_grad, rank, world_size
+from sslcli.losses import Contrast, check_temperature, info_nce
+from sslcli.methods.base import Batch, Method, num_features
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, mlp
+
+
+def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float) -> Contrast:
+    """Normalised temperature-scaled cross-entropy (eq. 1), the mean over this process's 2N anchors.
+
+    `z1` and `z2` are (N, D) of any length, row i of both the same image. The negatives are the 2(WN - 1) views of
+    all other images on all processes; gradients flow through them on every process.
+    """
+    z1, z2 = (F.normalize(z.float() if z.dtype != torch.float64 else z, dim=1) for z in (z1, z2))
+    num_rows, total = len(z1), world_size() * len(z1)
+    candidates = torch.cat([all_gather_with_grad(z1), all_gather_with_grad(z2)])  # (2WN, D)
+    mine = rank() * num_rows + torch.arange(num_rows, device=z1.device)
+    same_image = torch.stack([mine, mine + total], dim=1).repeat(2, 1)  # (2N, 2): the anchor itself and its positive
+    return info_nce(torch.cat([z1, z2]), torch.cat([z2, z1]), candidates, temperature=temperature, exclude=same_image)
+
+
+class SimCLR(Method):
+    """NT-Xent between two views over the global batch.
+
+    Args:
+        dim: embedding size D.
+        hidden: width of the head's hidden layers; None is the width of the features, as in the official code.
+        layers: linear layers of the head, 2 in v1.
+        norm: BatchNorm in the head, after the last layer without beta, as in the official code.
+        temperature: 0.1 on ImageNet with large batches, 0.5 on CIFAR-10.
+    """
+
+    num_views = 2
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        dim: int = 128,
+        hidden: int | None = None,
+        layers: int = 2,
+        norm: bool = True,
+        temperature: float = 0.1,
+    ) -> None:
+        super().__init__(backbone)
+        check_temperature(temperature)
+        if layers < 1:
+            raise ValueError(f"layers is {layers}, but the head has at least one")
+        width = num_features(backbone)
+        widths = [width, *([hidden or width] * (layers - 1)), dim]
+        bias = not norm
+        self.head = mlp(widths, norm=norm, bias=bias, last_bias=bias, last_norm="scale" if norm else None)
+        if norm:
+            for layer in self.head:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(
+                        layer.weight, std=0.01
+                    )  # tf2/model.py; BatchNorm follows, so only its step size shows
+        convert_batch_norm(self, SyncBatchNorm)
+        self.temperature = temperature
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        z1, z2 = (self.projection(view) for view in batch.views)  # (N, D)
+        contrast = nt_xent(z1, z2, temperature=self.temperature)
+        self.embeddings = (z1.detach(), z2.detach())
+        return {"loss": contrast.loss, "accuracy": contrast.accuracy}
+
+    def projection(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))  # type: ignore[no-any-return]
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        return {"negatives a query sees": 2 * batch_size - 2}

@@ -1,0 +1,186 @@
+"""Building blocks that methods share: projection heads, momentum copies, BatchNorm over parts of the global batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sslcli import distributed
+
+
+def mlp(
+    widths: Sequence[int],
+    *,
+    norm: bool = True,
+    bias: bool = False,
+    last_norm: str | None = None,
+    last_bias: bool = False,
+) -> nn.Sequential:
+    """Linear layers through `widths` (input first), each but the last followed by [BatchNorm and] ReLU.
+
+    `last_norm` follows the last layer: None, "affine", "scale" (BatchNorm without beta, SimCLR's) or "plain"
+    (without gamma and beta, MoCo v3's). `bias` is that of the hidden linear layers, `last_bias` of the last.
+    """
+    if len(widths) < 2 or min(widths) < 1:
+        raise ValueError(f"a head needs at least an input and an output width, all positive, but got {list(widths)}")
+    layers: list[nn.Module] = []
+    for width, following in zip(widths[:-2], widths[1:-1], strict=True):
+        layers += [nn.Linear(width, following, bias=bias), *([nn.BatchNorm1d(following)] if norm else []), nn.ReLU()]
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
+    if last_norm is not None:
+        if last_norm not in ("affine", "scale", "plain"):
+            raise ValueError(f"last_norm is {last_norm!r}, but it must be affine, scale, plain or None")
+        norm_layer = nn.BatchNorm1d(widths[-1], affine=last_norm != "plain")
+        if last_norm == "scale":
+            norm_layer.register_parameter("bias", None)
+        layers.append(norm_layer)
+    return nn.Sequential(*layers)
+
+
+def frozen_copy(module: nn.Module) -> Any:
+    """A copy that takes no gradient and never drops activations; its BatchNorm stays in the mode it is set to.
+
+    The copy starts with the buffers of the original and keeps its own from then on.
+    """
+    twin = copy.deepcopy(module).requires_grad_(False)
+    for part in twin.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+        if isinstance(getattr(part, "drop_prob", None), float):
+            part.drop_prob = 0.0  # type: ignore[assignment]
+    return twin
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
+    """target <- momentum * target + (1 - momentum) * online, for parameters only (BYOL eq. 1, MoCo eq. 2)."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1.0 - momentum)
+
+
+class SplitBatchNorm(_BatchNorm):
+    """BatchNorm that normalises contiguous groups of about `group` images, each with its own statistics.
+
+    It does on one process what BatchNorm does on several without synchronisation, so a run of one process with two
+    groups equals one of two processes with one group each. Running statistics are the mean over the groups.
+    """
+
+    group = 32
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected (N, C, ...) but got {tuple(input.shape)}")
+
+    def num_groups(self, num_images: int) -> int:
+        """Groups of a local batch; at least 2 over all processes, since shuffling within one group hides nothing."""
+        fewest = 2 if distributed.world_size() == 1 else 1
+        return max(fewest, round(num_images / self.group))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, ...) -> the same shape, normalised."""
+        if not self.training or len(input) < 4:
+            return super().forward(input)
+        chunks = input.tensor_split(self.num_groups(len(input)))
+        means = self.running_mean.repeat(len(chunks), 1)  # type: ignore[union-attr, operator]
+        variances = self.running_var.repeat(len(chunks), 1)  # type: ignore[union-attr, operator]
+        out = torch.cat(
+            [
+                F.batch_norm(chunk, mean, variance, self.weight, self.bias, True, self.momentum or 0.1, self.eps)
+                for chunk, mean, variance in zip(chunks, means, variances, strict=True)
+            ]
+        )
+        self.running_mean.copy_(means.mean(0))  # type: ignore[union-attr]
+        self.running_var.copy_(variances.mean(0))  # type: ignore[union-attr]
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        return out
+
+
+@torch.no_grad()
+def average_statistics(module: nn.Module) -> None:
+    """Make the running statistics of split BatchNorms the mean over all processes, in one exchange.
+
+    They are linear in what each step adds, so every process ends with what one process would have.
+    """
+    parts = [part for part in module.modules() if isinstance(part, SplitBatchNorm)]
+    if distributed.world_size() == 1 or not parts:
+        return
+    statistics = [buffer for part in parts for buffer in (part.running_mean, part.running_var) if buffer is not None]
+    means = distributed.all_reduce_mean(torch.cat(statistics))
+    for buffer, mean in zip(statistics, means.split([len(b) for b in statistics]), strict=True):
+        buffer.copy_(mean)
+
+
+class _SyncNormalize(torch.autograd.Function):
+    """Normalise by the statistics of the batch of all processes, which hold equally many values."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+        axes = [axis for axis in range(input.dim()) if axis != 1]
+        local_var, local_mean = torch.var_mean(input.float(), dim=axes, correction=0)
+        means = distributed.all_gather(local_mean[None])  # (W, C)
+        variances = distributed.all_gather(local_var[None])
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
+        ctx.save_for_backward(input, weight, mean, torch.rsqrt(variance + eps))
+        ctx.mark_non_differentiable(mean, variance)
+        out = F.batch_norm(input, mean, variance, weight, bias, False, 0.0, eps)
+        return out, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        input, weight, mean, inv_std = ctx.saved_tensors
+        grad = grads[0].float()
+        axes = [axis for axis in range(input.dim()) if axis != 1]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        normed = (input.float() - mean.view(shape)) * inv_std.view(shape)
+        sums = torch.stack([grad.sum(axes), (grad * normed).sum(axes)])  # (2, C), local
+        total = sums.clone()
+        dist.all_reduce(total)
+        total /= input.numel() / input.size(1) * distributed.world_size()
+        scale = inv_std if weight is None else inv_std * weight
+        grad_input = (grad - total[0].view(shape) - normed * total[1].view(shape)) * scale.view(shape)
+        has_bias = ctx.needs_input_grad[2]
+        return grad_input.to(input.dtype), None if weight is None else sums[1], sums[0] if has_bias else None, None
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """BatchNorm over the batch of all processes, on any device (torch's own works on GPUs only)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, ...) -> the same shape, normalised."""
+        if not self.training or distributed.world_size() == 1:
+            use_batch = self.training
+            if use_batch:
+                self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+            momentum = self.momentum or 0.0
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, use_batch, momentum, self.eps
+            )
+        if input.is_cuda and self.bias is not None:
+            return super().forward(input)
+        out, mean, variance = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
+        count = input.numel() / input.size(1) * distributed.world_size()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum or 0.0)  # type: ignore[union-attr, operator]
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum or 0.0)  # type: ignore[union-attr, operator]
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        return out  # type: ignore[no-any-return]
+
+
+def convert_batch_norm(module: nn.Module, kind: type[_BatchNorm]) -> Any:
+    """Turn every BatchNorm inside `module` into `kind`, in place, keeping parameters and buffers.
+
+    The classes differ in `forward` alone, so the conversion changes the class and leaves names and state untouched.
+    """
+    for part in module.modules():
+        if type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            part.__class__ = kind
+            if issubclass(kind, nn.SyncBatchNorm):
+                part.process_group = None  # type: ignore[assignment]
+    return module

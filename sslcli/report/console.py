@@ -1,0 +1,121 @@
+"""Progress for people: a live bar in a terminal, plain lines elsewhere, and the same lines in console.log."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_SECONDS = 5.0  # between plain progress lines
+
+
+class Screen:
+    """Where a run talks to its user. A process that is not the main one stays silent.
+
+    Args:
+        log: a file that gets every plain line as well, or None.
+        silent: print nothing.
+    """
+
+    def __init__(self, log: Path | None = None, *, silent: bool = False) -> None:
+        self.console = Console(quiet=silent, highlight=False, soft_wrap=True)
+        self.log = None if log is None or silent else log.open("a", encoding="utf-8")
+        self.bar: Progress | None = None
+        self.last_line = 0.0
+
+    def say(self, message: str, *, style: str = "") -> None:
+        """One message, at once."""
+        self.console.print(Text(message, style=style))
+        self.write(message)
+
+    def warn(self, message: str) -> None:
+        """One warning, at once."""
+        self.say(f"warning: {message}", style="yellow")
+
+    def table(self, title: str, rows: dict[str, Any]) -> None:
+        """Names and values below a title."""
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
+        for name, value in rows.items():
+            table.add_row(name, show(value))
+            self.write(f"  {name}: {show(value)}")
+        self.console.print(table)
+
+    def write(self, line: str) -> None:
+        if self.log is not None:
+            self.log.write(line + "\n")
+            self.log.flush()
+
+    def start(self, title: str, *, total: int, done: int = 0) -> None:
+        """Begin the progress of `total` things, `done` of them done."""
+        self.title, self.total, self.begun, self.done_at_start = title, total, time.monotonic(), done
+        self.last_line = time.monotonic()
+        if self.console.is_terminal:
+            self.bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                TextColumn("{task.fields[facts]}"),
+                console=self.console,
+                transient=False,
+            )
+            self.task = self.bar.add_task(title, total=total, completed=done, facts="")
+            self.bar.start()
+
+    def advance(self, done: int, facts: str = "", *, always: bool = False) -> None:
+        """Tell how far it is; a plain line at most every few seconds, unless `always`."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, facts=facts)
+        now = time.monotonic()
+        if now - self.last_line >= PLAIN_SECONDS or always:
+            self.last_line = now
+            rate = (done - self.done_at_start) / max(now - self.begun, 1e-9)
+            left = f", {duration((self.total - done) / rate)} left" if rate > 0 and done < self.total else ""
+            line = f"{self.title} {done}/{self.total}{left}  {facts}".rstrip()
+            self.write(line)
+            if self.bar is None:
+                self.console.print(Text(line))
+
+    def stop(self) -> None:
+        """End the progress."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        if self.log is not None:
+            self.log.close()
+
+
+def duration(seconds: float) -> str:
+    """`75` -> `1:15`, `4000` -> `1:06:40`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def show(value: Any) -> str:
+    """A value as people write it."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000:
+        return f"{value:,}"
+    return str(value)
+
+
+def percent(share: float) -> str:
+    """`0.4567` -> `45.7 %`."""
+    return f"{100 * share:.1f} %"

@@ -1,0 +1,38 @@
+"""Pictures of a run: the views a method trains on, beside the images they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+def grid(rows: list[Tensor], *, gap: int = 2, smallest: int = 64) -> Tensor:
+    """Images in a grid: each element of `rows` is (n, C, H, W) in [0, 1] -> one (3, H', W') picture.
+
+    Rows may differ in size; all are drawn at the size of the largest, small ones enlarged to at least `smallest` px.
+    """
+    side = max(smallest, *(row.shape[-1] for row in rows))
+    lines = []
+    for row in rows:
+        images = F.interpolate(row.float(), size=(side, side), mode="nearest")
+        images = images[:, :1].expand(-1, 3, -1, -1) if images.shape[1] != 3 else images
+        tiles = F.pad(images, [0, gap, 0, gap], value=1.0)  # (n, 3, side + gap, side + gap)
+        lines.append(torch.cat(list(tiles), dim=2))
+    return torch.cat(lines, dim=1)
+
+
+def unnormalized(view: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, normalized: bool) -> Tensor:
+    """A view as it was before normalisation, clamped to [0, 1]: (N, C, H, W) -> the same shape."""
+    if normalized:
+        shape = (1, -1, 1, 1)
+        view = view * view.new_tensor(std).view(shape) + view.new_tensor(mean).view(shape)
+    return view.clamp(0, 1)
+
+
+def save(picture: Tensor, path: Path) -> None:
+    """Write a (3, H, W) picture in [0, 1] as a file of the kind its name says."""
+    Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)

@@ -1,0 +1,132 @@
+"""The settings of a run that belong to no group: types, ranges and defaults, without importing torch.
+
+The yaml files hold the values; these classes hold what is allowed. `conf/train.yaml` and `TrainSettings` are kept
+equal by a test.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sslcli.errors import ConfigError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SCALINGS = ("linear", "sqrt", "none")
+SCHEDULES = ("cosine", "step", "constant")
+COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
+RESUME = ("auto", "never", "must")
+
+
+def check_range(name: str, value: float | None, *, above: float | None = None, least: float | None = None) -> None:
+    """Raise ConfigError unless `value` is None, or > `above` and >= `least`."""
+    if value is None:
+        return
+    if above is not None and not value > above:
+        raise ConfigError(f"{name} is {value}, but it must be greater than {above:g}")
+    if least is not None and not value >= least:
+        raise ConfigError(f"{name} is {value}, but it must be at least {least:g}")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}, but it must be one of: {', '.join(allowed)}")
+
+
+def seconds(name: str, value: str | float | None) -> float | None:
+    """A duration in seconds from `90`, `"90s"`, `"10m"`, `"1.5h"`, `"2d"`; None stays None."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))
+    if not match:
+        raise ConfigError(f"{name} is {value!r}, but it must be a duration such as 90s, 10m, 1.5h or 2d")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Keys `train.*`."""
+
+    epochs: int
+    max_steps: int | None  # replaces the length that `epochs` gives
+    max_time: str | float | None  # stop with exit code 75 after this long; run again to go on
+    batch_size: int  # images an optimizer step sees, over all processes and micro-batches
+    accumulate: int  # micro-batches an optimizer step is split into
+    precision: str
+    compile: bool
+    deterministic: bool
+    clip_grad: float | None  # largest norm of the whole gradient
+    log_every: int
+    save_every_epochs: int
+    save_every_steps: int | None
+    keep: int  # newest checkpoints kept
+    lr_scaling: str
+    schedule: str
+    warmup_epochs: float
+    final_lr: float  # the end of the cosine, as a share of the peak
+    milestones: list[float]  # of schedule=step, as shares of the run
+    decay_norm_and_bias: bool
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "log_every", "keep"):
+            check_range(f"train.{name}", getattr(self, name), least=1)
+        for name in ("max_steps", "save_every_steps"):
+            check_range(f"train.{name}", getattr(self, name), least=1)
+        check_range("train.save_every_epochs", self.save_every_epochs, least=0)
+        check_range("train.warmup_epochs", self.warmup_epochs, least=0)
+        check_range("train.clip_grad", self.clip_grad, above=0)
+        check_range("train.final_lr", self.final_lr, least=0)
+        check_choice("train.precision", self.precision, PRECISIONS)
+        check_choice("train.lr_scaling", self.lr_scaling, SCALINGS)
+        check_choice("train.schedule", self.schedule, SCHEDULES)
+        seconds("train.max_time", self.max_time)
+        if self.final_lr > 1:
+            raise ConfigError(f"train.final_lr is {self.final_lr}, but it is a share of the peak rate, so at most 1")
+        if any(not 0 < at < 1 for at in self.milestones):
+            raise ConfigError(f"train.milestones is {self.milestones}, but each must lie between 0 and 1")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"train.batch_size is {self.batch_size} and train.accumulate is {self.accumulate}, but the batch "
+                "must split into equal micro-batches: choose a divisor of the batch size"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorSettings:
+    """Keys `monitor.*`."""
+
+    knn_every: int  # epochs; 0 = never, not even at the end
+    knn_k: int
+    knn_temperature: float
+    knn_images: int | None  # at most this many training images form the bank; None = all
+    health_every: int  # steps; 0 = never
+    on_collapse: str
+    pictures: int  # images in the picture of the augmented views; 0 = none
+
+    def __post_init__(self) -> None:
+        for name in ("knn_every", "health_every", "pictures"):
+            check_range(f"monitor.{name}", getattr(self, name), least=0)
+        check_range("monitor.knn_k", self.knn_k, least=1)
+        check_range("monitor.knn_images", self.knn_images, least=1)
+        check_range("monitor.knn_temperature", self.knn_temperature, above=0)
+        check_choice("monitor.on_collapse", self.on_collapse, COLLAPSE_ACTIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The keys of ssl-train that stand alone."""
+
+    seed: int
+    name: str | None
+    run_dir: str | None
+    resume: str
+    device: str  # auto, cpu, cuda, cuda:1, mps
+    dry_run: bool
+    trust: list[str]
+
+    def __post_init__(self) -> None:
+        check_range("seed", self.seed, least=0)
+        check_choice("resume", self.resume, RESUME)
+        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", self.device):
+            raise ConfigError(f"device is {self.device!r}, but it must be one of: auto, cpu, cuda, cuda:N, mps, xpu")

@@ -1,0 +1,59 @@
+"""Stopping in good order: signals and the time limit, agreed on by all processes at the same step."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from sslcli.distributed import world_size
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+
+class StopRequest:
+    """Whether the run should save and end after the current step.
+
+    Args:
+        max_seconds: time limit of this process from now on, or None.
+    """
+
+    def __init__(self, max_seconds: float | None = None) -> None:
+        self.reason = ""
+        self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self.flag = torch.zeros(1, dtype=torch.int32)
+        self.pending: dist.Work | None = None
+        self.previous = {number: signal.signal(number, self.receive) for number in SIGNALS}
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler; a second interrupt from the keyboard ends the process at once."""
+        if self.reason and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason = f"signal {signal.Signals(number).name}"
+
+    def agreed(self) -> bool:
+        """Whether all processes stop now. Call once a step on every process.
+
+        With several processes the answer is that of the step before, so that asking never waits.
+        """
+        if self.deadline is not None and time.monotonic() > self.deadline and not self.reason:
+            self.reason = "the time limit"
+        if world_size() == 1:
+            return bool(self.reason)
+        stop = False
+        if self.pending is not None:
+            self.pending.wait()
+            stop = bool(self.flag.item())
+        self.flag.fill_(bool(self.reason))
+        self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
+        return stop
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.pending is not None:
+            self.pending.wait()

@@ -1,0 +1,181 @@
+"""The training loop. Everything a run does between two checkpoints is on this page."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from sslcli import checkpoint, distributed, precision, schedule
+from sslcli.data.loader import Loader
+from sslcli.errors import ConfigError, Stopped, TrainingFailed
+from sslcli.methods.base import Batch, Method
+from sslcli.report.console import Screen
+from sslcli.settings import TrainSettings
+from sslcli.stopping import StopRequest
+from sslcli.watch import Watch
+
+
+@dataclass
+class Run:
+    """Everything a run is made of."""
+
+    method: Method
+    optimizer: Optimizer
+    loader: Loader
+    settings: TrainSettings
+    peak_lr: float
+    seed: int
+    device: torch.device
+    precision: str  # fp32, bf16 or fp16
+    run_dir: Path
+    config: dict[str, Any]  # plain values, kept in every checkpoint
+    screen: Screen
+    watch: Watch
+    stop: StopRequest
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scaler = precision.grad_scaler(self.device, self.precision)
+
+    @property
+    def total_steps(self) -> int:
+        return self.settings.max_steps or self.settings.epochs * self.loader.steps_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        """At most a quarter of the run, so that a short run still trains at its peak rate."""
+        return min(round(self.settings.warmup_epochs * self.loader.steps_per_epoch), self.total_steps // 4)
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of the 0-based `step`."""
+        settings = self.settings
+        length = {"total": self.total_steps, "warmup": self.warmup_steps}
+        if settings.schedule == "cosine":
+            return self.peak_lr * schedule.warmup_cosine(step, final=settings.final_lr, **length)
+        milestones = settings.milestones if settings.schedule == "step" else ()
+        return self.peak_lr * schedule.warmup_steps_down(step, milestones=milestones, **length)
+
+
+def train(run: Run) -> None:
+    """Train to the end, from the newest checkpoint if there is one.
+
+    Raises Stopped after a signal or at the time limit, with a checkpoint saved, and TrainingFailed when the loss is
+    not finite, the representation has collapsed, or the disk or a data worker fails.
+    """
+    step, total, watch = resume(run), run.total_steps, run.watch
+    model = parallel(run.method, run.device)
+    batches = run.loader.steps(step, total)
+    watch.start(step, total)
+    while step < total:
+        micro_batches = watch.timed_next(batches)
+        lr = run.lr_at(step)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+        scalars = optimise(run, model, micro_batches)
+        run.method.after_step(step / total)
+        step += 1
+
+        watch.after_step(step, scalars, lr=lr, method=run.method)
+        stop = run.stop.agreed()
+        if stop or step == total or save_is_due(run.settings, step, run.loader.steps_per_epoch):
+            watch.check_finite()
+            save(run, step)
+        if stop and step < total:
+            reason = run.stop.reason or "another process's signal"
+            raise Stopped(f"stopped by {reason} after step {step} of {total}; checkpoint saved, run again to go on")
+
+
+def optimise(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """One optimizer step on the mean loss of the micro-batches; returns the mean of each scalar."""
+    means: dict[str, Tensor] = {}
+    share = 1 / len(micro_batches)
+    for number, batch in enumerate(micro_batches, start=1):
+        last = number == len(micro_batches)
+        hold = nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+        with hold:
+            with precision.autocast(run.device, run.precision):
+                scalars = model(batch)
+            run.scaler.scale(scalars["loss"] * share).backward()  # type: ignore[no-untyped-call]
+        for name, value in scalars.items():
+            means[name] = means.get(name, 0) + value.detach() * share
+    if run.settings.clip_grad is not None:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.method.parameters(), run.settings.clip_grad)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return means
+
+
+def parallel(method: Method, device: torch.device) -> nn.Module:
+    """The method itself, or wrapped so that gradients are the mean over the processes.
+
+    Buffers are not broadcast: every process computes the same queue and the same synchronised statistics.
+    """
+    if distributed.world_size() == 1:
+        return method
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def save_is_due(settings: TrainSettings, step: int, steps_per_epoch: int) -> bool:
+    """Whether the settings ask for a checkpoint after `step`."""
+    by_steps = settings.save_every_steps is not None and step % settings.save_every_steps == 0
+    every = settings.save_every_epochs * steps_per_epoch
+    return by_steps or (every > 0 and step % every == 0)
+
+
+def save(run: Run, step: int) -> None:
+    """Write a checkpoint; all processes take part, the main one writes."""
+    mine = {"rng": checkpoint.rng_state(run.device), "window": run.watch.window.state_dict()}
+    processes = distributed.gather_objects(mine)
+    run.watch.synchronise()
+    failure: list[str | None] = [None]
+    if distributed.is_main():
+        state = {
+            "step": step,
+            "method": run.method.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "processes": processes,
+            "watch": run.watch.state_dict(),
+            "config": run.config,
+        }
+        try:
+            checkpoint.save(run.run_dir, state, keep=run.settings.keep)
+        except TrainingFailed as error:
+            failure = [str(error)]
+    distributed.broadcast_objects(failure)
+    if failure[0]:
+        raise TrainingFailed(failure[0])
+
+
+def resume(run: Run) -> int:
+    """Load the newest checkpoint into the run and return its step; 0 where there is none."""
+    state = checkpoint.load_newest(run.run_dir, device=run.device, warn=run.screen.warn)
+    run.method.train()
+    if state is None:
+        return 0
+    try:
+        run.method.load_state_dict(state["method"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(f"the checkpoint in {run.run_dir} does not fit this method or backbone: {error}") from error
+    run.watch.load_state_dict(state["watch"])
+    if len(state["processes"]) == distributed.world_size():
+        mine = state["processes"][distributed.rank()]
+        checkpoint.set_rng_state(mine["rng"], run.device)
+        run.watch.window.load_state_dict(mine["window"])
+    else:  # another number of processes: the same images and views, new noise
+        torch.manual_seed(run.seed + 1_000_003 * (distributed.rank() + 1) + state["step"])
+    run.screen.say(f"continuing from step {state['step']:,} in {run.run_dir}")
+    return int(state["step"])

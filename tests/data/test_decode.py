@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sslcli.data.files import Flat, decode
+
+
+def pixel(path: Path, at=(0, 0)):
+    image = decode(str(path))
+    assert image.mode == "RGB"
+    return image.getpixel(at)
+
+
+def test_cmyk_jpeg_becomes_rgb(tmp_path):
+    Image.new("RGB", (8, 8), (250, 10, 10)).convert("CMYK").save(tmp_path / "a.jpg")
+    red, green, blue = pixel(tmp_path / "a.jpg")
+    assert red > 230
+    assert max(green, blue) < 40
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, suffix):
+    Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16)).save(tmp_path / f"a.{suffix}")
+    image = decode(str(tmp_path / f"a.{suffix}"))
+    assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
+
+
+def test_sixteen_bit_pgm_is_scaled(tmp_path):
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + np.array([32896, 65535], ">u2").tobytes())
+    assert pixel(tmp_path / "a.pgm") == (128, 128, 128)
+
+
+def test_floats_of_zero_to_one_fill_the_range_and_others_are_stretched(tmp_path):
+    Image.fromarray(np.array([[0.0, 0.2]], np.float32)).save(tmp_path / "a.tif")
+    assert pixel(tmp_path / "a.tif", (1, 0)) == (51, 51, 51)
+    Image.fromarray(np.array([[-300.0, 300.0]], np.float32)).save(tmp_path / "b.tif")
+    assert [pixel(tmp_path / "b.tif", (x, 0))[0] for x in (0, 1)] == [0, 255]
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_gray_and_bilevel_become_rgb(tmp_path, mode):
+    Image.new(mode, (3, 3), 255).save(tmp_path / "a.png")
+    assert pixel(tmp_path / "a.png") == (255, 255, 255)
+
+
+def test_palette_becomes_its_colors(tmp_path):
+    for suffix in ("png", "gif"):
+        Image.new("RGB", (4, 4), (10, 200, 30)).quantize(4).save(tmp_path / f"a.{suffix}")
+        assert pixel(tmp_path / f"a.{suffix}") == (10, 200, 30)
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (2, 2), (200, 0, 0, 255)).save(tmp_path / "solid.png")
+    Image.new("LA", (2, 2), (0, 127)).save(tmp_path / "half.png")
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(tmp_path / "palette.png", transparency=0)
+    assert pixel(tmp_path / "clear.png") == (255, 255, 255)
+    assert pixel(tmp_path / "solid.png") == (200, 0, 0)
+    assert pixel(tmp_path / "half.png") == (128, 128, 128)
+    assert pixel(tmp_path / "palette.png") == (255, 255, 255)
+
+
+def test_image_of_one_pixel_is_read(tmp_path):
+    Image.new("RGB", (1, 1), (200, 30, 60)).save(tmp_path / "a.png")
+    assert pixel(tmp_path / "a.png") == (200, 30, 60)
+
+
+def test_exif_orientation_is_ignored(tmp_path):
+    image, exif = Image.new("RGB", (6, 4)), Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert decode(str(tmp_path / "a.jpg")).size == (6, 4)
+
+
+def test_scaled_decoding_keeps_the_shorter_side(tmp_path):
+    gradient = np.linspace(0, 255, 400 * 300 * 3).reshape(300, 400, 3).astype(np.uint8)
+    Image.fromarray(gradient).save(tmp_path / "a.jpg", quality=95)
+    source = Flat(root=str(tmp_path), image_size=8)
+    assert source.read(0).size == (400, 300)
+    assert source.read(0, at_least=150).size == (200, 150)
+    assert source.read(0, at_least=151).size == (400, 300)
+    assert source.read(0, at_least=10).size == (50, 38)
+    assert source.read(0, at_least=1000).size == (400, 300)
+    small = np.asarray(source.read(0, at_least=150).resize((40, 30)), float)
+    assert np.abs(small - np.asarray(source.read(0).resize((40, 30)), float)).mean() < 3
