@@ -30,7 +30,8 @@ dev: $(VENV)/installed-dev
 
 demo: install
 	$(BIN)/ssl-train run_dir=$(DEMO)
-	$(BIN)/ssl-eval run=$(DEMO)
+	$(BIN)/ssl-eval run=$(DEMO) protocol=knn > $(DEMO)/knn.log
+	$(BIN)/ssl-eval run=$(DEMO) protocol=linear
 
 lint: dev
 	$(BIN)/ruff format --check .

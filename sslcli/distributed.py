@@ -65,7 +65,7 @@ def all_gather_with_grad(rows: Tensor) -> Tensor:
     With gradients averaged over the processes, as DistributedDataParallel does, a loss that each process takes as
     the mean over its own rows gets exactly the gradient of one process with the whole batch.
     """
-    return rows if world_size() == 1 else _GatherWithGrad.apply(rows)  # type: ignore[no-any-return, no-untyped-call]
+    return rows if world_size() == 1 else _GatherWithGrad.apply(rows)
 
 
 @torch.no_grad()

@@ -91,9 +91,7 @@ def info_nce(
     check_temperature(temperature)
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(query.dtype, torch.float32)
-        loss, accuracy = _InfoNCE.apply(  # type: ignore[no-untyped-call]
-            query.to(dtype), positive.to(dtype), negatives.to(dtype), exclude, temperature
-        )
+        loss, accuracy = _InfoNCE.apply(query.to(dtype), positive.to(dtype), negatives.to(dtype), exclude, temperature)
     return Contrast(loss, accuracy)
 
 

@@ -87,8 +87,8 @@ class SplitBatchNorm(_BatchNorm):
         if not self.training or len(input) < 4:
             return super().forward(input)
         chunks = input.tensor_split(self.num_groups(len(input)))
-        means = self.running_mean.repeat(len(chunks), 1)  # type: ignore[union-attr, operator]
-        variances = self.running_var.repeat(len(chunks), 1)  # type: ignore[union-attr, operator]
+        means = self.running_mean.repeat(len(chunks), 1)  # type: ignore[union-attr]
+        variances = self.running_var.repeat(len(chunks), 1)  # type: ignore[union-attr]
         out = torch.cat(
             [
                 F.batch_norm(chunk, mean, variance, self.weight, self.bias, True, self.momentum or 0.1, self.eps)
@@ -112,7 +112,7 @@ def average_statistics(module: nn.Module) -> None:
         return
     statistics = [buffer for part in parts for buffer in (part.running_mean, part.running_var) if buffer is not None]
     means = distributed.all_reduce_mean(torch.cat(statistics))
-    for buffer, mean in zip(statistics, means.split([len(b) for b in statistics]), strict=True):
+    for buffer, mean in zip(statistics, torch.split(means, [len(buffer) for buffer in statistics]), strict=True):
         buffer.copy_(mean)
 
 
@@ -164,11 +164,11 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             )
         if input.is_cuda and self.bias is not None:
             return super().forward(input)
-        out, mean, variance = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
+        out, mean, variance = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)
         count = input.numel() / input.size(1) * distributed.world_size()
         with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum or 0.0)  # type: ignore[union-attr, operator]
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum or 0.0)  # type: ignore[union-attr, operator]
+            self.running_mean.lerp_(mean, self.momentum or 0.0)  # type: ignore[union-attr]
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum or 0.0)  # type: ignore[union-attr]
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         return out  # type: ignore[no-any-return]
 

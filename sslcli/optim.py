@@ -74,12 +74,12 @@ class LARS(Optimizer):
 
     def trust(self, weight: Tensor, grad: Tensor, decayed: Tensor, group: dict[str, Any]) -> Tensor:
         """The scalar q that makes a step proportional to the length of `weight`; stays on the device."""
-        length = weight.norm()
+        length = torch.linalg.vector_norm(weight)
         if self.separate_norms:
-            divisor = grad.norm() + group["weight_decay"] * length + 1e-8
-            usable = (length > 0) & (grad.norm() > 0)
+            divisor = torch.linalg.vector_norm(grad) + group["weight_decay"] * length + 1e-8
+            usable = (length > 0) & (grad.ne(0).any())
         else:
-            divisor = decayed.norm()
+            divisor = torch.linalg.vector_norm(decayed)
             usable = (length > 0) & (divisor > 0)
         trust = torch.where(usable, group["eta"] * length / divisor, torch.ones_like(length))
         return (trust / group["lr"]).clamp(max=1.0) if self.clip_lr and group["lr"] > 0 else trust
@@ -94,9 +94,10 @@ def parameter_groups(
     as in MoCo v1 and v2. A method with its own `param_groups()` is taken at its word.
     """
     if hasattr(method, "param_groups"):
-        groups: list[dict[str, Any]] = method.param_groups()
-        return groups
-    decayed, plain = [], []
+        own: list[dict[str, Any]] = method.param_groups()  # type: ignore[operator]
+        return own
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             excluded = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in NEVER_DECAYED

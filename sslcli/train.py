@@ -103,7 +103,7 @@ def optimise(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str
         with hold:
             with precision.autocast(run.device, run.precision):
                 scalars = model(batch)
-            run.scaler.scale(scalars["loss"] * share).backward()  # type: ignore[no-untyped-call]
+            run.scaler.scale(scalars["loss"] * share).backward()
         for name, value in scalars.items():
             means[name] = means.get(name, 0) + value.detach() * share
     if run.settings.clip_grad is not None:

@@ -113,7 +113,8 @@ class Watch:
     def after_step(self, step: int, scalars: dict[str, Tensor], *, lr: float, method: Method) -> None:
         """Everything that is due after `step` steps; at most one line of metrics."""
         self.window.add(step, scalars)
-        last, line = step == self.total, {}
+        last = step == self.total
+        line: dict[str, float] = {}
         if step % self.log_every == 0 or last:
             self.check_finite()
             line |= {f"train/{name}": value for name, value in self.window.means().items()}
@@ -198,7 +199,7 @@ class Watch:
         self.metrics.write({**facts, **line})
         for name, value in line.items():
             if math.isfinite(value):
-                self.tensorboard.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                self.tensorboard.add_scalar(name, value, step)
 
     def seconds(self) -> float:
         """Seconds of training, those before an interruption included."""
@@ -208,14 +209,14 @@ class Watch:
         """Bring everything written to disk."""
         if self.run_dir is not None:
             self.metrics.synchronise()
-            self.tensorboard.flush()  # type: ignore[no-untyped-call]
+            self.tensorboard.flush()
 
     def close(self) -> None:
         """Close the files."""
         self.screen.stop()
         if self.run_dir is not None and hasattr(self, "metrics"):
             self.metrics.close()
-            self.tensorboard.close()  # type: ignore[no-untyped-call]
+            self.tensorboard.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a continued run needs to write the same lines, the same on all processes."""

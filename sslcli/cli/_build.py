@@ -102,7 +102,7 @@ def build_method(config: dict[str, Any], *, image_size: int, num_images: int, tr
     if "num_images" in inspect.signature(target).parameters:
         given["num_images"] = num_images
     method: Method = build(node, trust=trust, where="method", **given)
-    return method.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return method.to(memory_format=torch.channels_last)
 
 
 def build_parts(config: dict[str, Any], *, trust: list[str]) -> Parts:

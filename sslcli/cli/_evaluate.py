@@ -195,7 +195,7 @@ def _bare(config: dict[str, Any], device: torch.device) -> tuple[Subject, Source
     def fresh() -> nn.Module:
         torch.manual_seed(0)
         net = build_backbone(config, image_size=source.image_size, trust=config["trust"]).to(device)
-        return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return net.to(memory_format=torch.channels_last)
 
     def trained() -> nn.Module:
         net = fresh()
@@ -277,7 +277,7 @@ def _features(
         else:
             digest = hashlib.sha256(key.encode()).hexdigest()[:12]
             tensors = cached(subject.home / "features" / f"{name}_{digest}.pt", key, compute)
-    return FeatureSet(**tensors, num_classes=len(source.classes), classes=tuple(source.classes))  # type: ignore[arg-type]
+    return FeatureSet(**tensors, num_classes=len(source.classes), classes=tuple(source.classes))
 
 
 def summary(home: Path, screen: Screen) -> None:

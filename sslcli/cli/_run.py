@@ -147,7 +147,7 @@ def assemble(
 
 def set_determinism(wanted: bool) -> None:
     """Prefer kernels that give the same result every time; a warning names those that cannot."""
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.set_deterministic_debug_mode("warn" if wanted else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not wanted
 

@@ -40,7 +40,7 @@ def epoch_order(source: Source, *, seed: int, epoch: int) -> tuple[Tensor, Tenso
     if source.weights is not None:
         lucky = rng.uniform(rng.mix(seed, epoch, index), 0)
         parts = []
-        for weight in source.weights.unique().tolist():
+        for weight in sorted(set(source.weights.tolist())):
             members = index[source.weights == weight]
             whole, left = int(weight), round(len(members) * weight) - int(weight) * len(members)
             parts += [(members, turn) for turn in range(whole)]
@@ -209,7 +209,7 @@ def plain_batches(
 
     Test transform: shorter side to S * 8 / 7, centre crop; nothing where the image is S x S already.
     """
-    chunks = list(positions.split(batch_size))
+    chunks = list(torch.split(positions, batch_size))
     if source.images is None:
         yield from batches_of(PlainCrops(source), chunks, source.workers if workers is None else workers)
         return

@@ -165,70 +165,84 @@ def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
     return torch.maximum(x.abs() - half_width, y.abs() - half_height)
 
 
+class _Numbers:
+    """The random numbers of one part of n images, (n,) at a call, handed out in the order they are asked for.
+
+    Hashing all of them at once is what makes drawing a few images quick.
+    """
+
+    def __init__(self, key: Tensor, count: int = 20) -> None:
+        self._columns = iter(uniform(mix(key[:, None], torch.arange(count)), 0).unbind(1))
+
+    def __call__(self, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return next(self._columns) * (high - low) + low
+
+
 def _render(keys: Tensor, distance: Callable[[Tensor, Tensor], Tensor], size: int, nuisances: Nuisances) -> Tensor:
     """Images of one class: (n,) image keys -> (n, 3, S, S) uint8."""
     axis = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1
     x, y = axis.view(1, 1, size), axis.view(1, size, 1)
-    lightness = _blend(0.25, uniform(keys, 1, 0.25, 0.5), nuisances.background)
-    image = _background(mix(keys, 1), x, y, lightness, nuisances.background)
+    numbers = _Numbers(mix(keys, 1))
+    lightness = _blend(0.25, numbers(0.25, 0.5), nuisances.background)
+    image = _background(numbers, x, y, lightness, nuisances.background)
+    image += (_noise(mix(keys, 2), x, y) * (0.08 * nuisances.background))[:, None]
+    light = _light(numbers, x, y, nuisances.light)
     for slot, (slot_x, slot_y) in enumerate(_SLOTS):
-        key = mix(keys, 2, slot)
-        radius = 0.46 * (1 + nuisances.scale * uniform(key, 0, -0.2, 0.2))
-        aspect = 1 + nuisances.scale * uniform(key, 1, -0.1, 0.1)
-        cos, sin = _direction(nuisances.rotation * uniform(key, 2, -0.5, 0.5))
-        move_x = x - _field(slot_x + nuisances.position * uniform(key, 3, -0.2, 0.2))
-        move_y = y - _field(slot_y + nuisances.position * uniform(key, 4, -0.2, 0.2))
+        numbers = _Numbers(mix(keys, 3, slot))
+        present = numbers() >= (0.2 * nuisances.position if slot >= 2 else 0)
+        radius = 0.46 * (1 + nuisances.scale * numbers(-0.2, 0.2))
+        aspect = 1 + nuisances.scale * numbers(-0.1, 0.1)
+        cos, sin = _direction(nuisances.rotation * numbers(-0.5, 0.5))
+        move_x = x - _field(slot_x + nuisances.position * numbers(-0.2, 0.2))
+        move_y = y - _field(slot_y + nuisances.position * numbers(-0.2, 0.2))
         u = move_x * _field(cos / (radius * aspect)) + move_y * _field(sin / (radius * aspect))
         v = move_y * _field(cos * aspect / radius) - move_x * _field(sin * aspect / radius)
-        cover = (0.5 - distance(u, v) * _field(radius * (size / 2))).clamp(0, 1)
-        if slot >= 2:
-            cover = cover * _field(uniform(key, 5) >= 0.2 * nuisances.position)
-        fill = _fill_color(mix(key, 6), lightness, nuisances.color)
-        shade = 1 + _texture(mix(key, 7), u, v) * (0.2 * nuisances.texture)
+        cover = (0.5 - distance(u, v) * _field(radius * (size / 2))).clamp(0, 1) * _field(present)
+        fill = _fill_color(numbers, lightness, nuisances.color)
+        shade = 1 + _texture(numbers, u, v) * (0.2 * nuisances.texture)
         image += (fill[:, :, None, None] * shade[:, None] - image) * cover[:, None]
-    image *= _light(mix(keys, 3), x, y, nuisances.light)
+    image *= light
     return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
-def _background(key: Tensor, x: Tensor, y: Tensor, lightness: Tensor, strength: float) -> Tensor:
-    """(n, 3, S, S): a coloured ground, two half planes of other colours, smooth noise."""
-    ground = lightness[:, None] + _chroma(key, 0) * (0.15 * strength)
+def _background(numbers: _Numbers, x: Tensor, y: Tensor, lightness: Tensor, strength: float) -> Tensor:
+    """(n, 3, S, S): a coloured ground and two half planes of other colours."""
+    ground = lightness[:, None] + _chroma(numbers) * (0.15 * strength)
     image = ground[:, :, None, None].expand(-1, -1, y.shape[1], x.shape[2]).clone()
-    for patch in range(2):
-        part = mix(key, patch)
-        cos, sin = _direction(uniform(part, 2))
-        depth = (x * _field(cos) + y * _field(sin) - _field(uniform(part, 3, -0.6, 0.6))) * (x.shape[2] / 2)
-        change = uniform(part, 4, -0.08, 0.08)[:, None] + _chroma(part, 5) * 0.2
+    for _ in range(2):
+        cos, sin = _direction(numbers())
+        depth = (x * _field(cos) + y * _field(sin) - _field(numbers(-0.6, 0.6))) * (x.shape[2] / 2)
+        change = numbers(-0.08, 0.08)[:, None] + _chroma(numbers) * 0.2
         image += (change * strength)[:, :, None, None] * (depth + 0.5).clamp(0, 1)[:, None]
-    return image + (_noise(mix(key, 7), x, y) * (0.08 * strength))[:, None]
+    return image
 
 
-def _fill_color(key: Tensor, background: Tensor, strength: float) -> Tensor:
+def _fill_color(numbers: _Numbers, background: Tensor, strength: float) -> Tensor:
     """(n, 3) colours that stand out from the background's lightness (n,) also in grayscale."""
-    darker = (background > 0.37) & (uniform(key, 0) < 0.6)
-    contrast = uniform(key, 1, 0.35, 0.5)
+    darker = (background > 0.37) & (numbers() < 0.6)
+    contrast = numbers(0.35, 0.5)
     lightness = torch.where(darker, background - contrast, background + contrast)
-    color = lightness[:, None] + _chroma(key, 2) * 0.3
+    color = lightness[:, None] + _chroma(numbers) * 0.3
     return _blend(0.85, color, strength).clamp(0, 1)
 
 
-def _texture(key: Tensor, u: Tensor, v: Tensor) -> Tensor:
+def _texture(numbers: _Numbers, u: Tensor, v: Tensor) -> Tensor:
     """(n, S, S) in [-1, 1]: stripes or checks in the instance's own coordinates."""
-    cos, sin = _direction(uniform(key, 0))
-    frequency = uniform(key, 1, 0.4, 1.4)
-    amount = uniform(key, 2)
-    stripes = _wave(u * _field(cos * frequency) + v * _field(sin * frequency) + _field(uniform(key, 3)))
-    across = _wave(v * _field(cos * frequency) - u * _field(sin * frequency) + _field(uniform(key, 4)))
-    checks = uniform(key, 5) < 0.5
+    cos, sin = _direction(numbers())
+    frequency = numbers(0.4, 1.4)
+    amount = numbers()
+    stripes = _wave(u * _field(cos * frequency) + v * _field(sin * frequency) + _field(numbers()))
+    across = _wave(v * _field(cos * frequency) - u * _field(sin * frequency) + _field(numbers()))
+    checks = numbers() < 0.5
     return stripes * torch.where(_field(checks), across, 1.0) * _field(amount)
 
 
-def _light(key: Tensor, x: Tensor, y: Tensor, strength: float) -> Tensor:
+def _light(numbers: _Numbers, x: Tensor, y: Tensor, strength: float) -> Tensor:
     """(n, 3, S, S) gain: overall brightness, a slope across the image, a tint."""
-    cos, sin = _direction(uniform(key, 0))
-    slope = uniform(key, 1, 0.0, 0.15)
-    gain = (x * _field(cos) + y * _field(sin)) * _field(slope) + _field(uniform(key, 2, -0.2, 0.1))
-    tint = _chroma(key, 3) * 0.1
+    cos, sin = _direction(numbers())
+    slope = numbers(0.0, 0.15)
+    gain = (x * _field(cos) + y * _field(sin)) * _field(slope) + _field(numbers(-0.2, 0.1))
+    tint = _chroma(numbers) * 0.1
     return 1 + (gain[:, None] + tint[:, :, None, None]) * strength
 
 
@@ -252,13 +266,13 @@ def _noise(key: Tensor, x: Tensor, y: Tensor, cells: int = 5) -> Tensor:
     return noise
 
 
-def _chroma(key: Tensor, stream: int) -> Tensor:
+def _chroma(numbers: _Numbers) -> Tensor:
     """(n, 3) RGB differences of random hue and saturation that leave the lightness as it is (ITU-R BT.601 luma)."""
-    hue = uniform(key, 100 + stream)
+    hue, saturation = numbers(), numbers()
     red, green, blue = (((hue + shift) % 1 * 6 - 3).abs() - 1 for shift in (0.0, 2 / 3, 1 / 3))
     rgb = torch.stack([red, green, blue], dim=1).clamp(0, 1)
     luma = rgb[:, 0] * 0.299 + rgb[:, 1] * 0.587 + rgb[:, 2] * 0.114
-    return (rgb - luma[:, None]) * uniform(key, 200 + stream)[:, None]
+    return (rgb - luma[:, None]) * saturation[:, None]
 
 
 def _direction(turn: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,9 @@
 
 A `View` is one distribution, written in yaml; `Views` draws from a list of them. Every parameter is a pure function of
 (image key, view number, operation), see `rng`: a view of an image is the same in whatever batch it comes.
-The operations come in this order, each optional:
+The operations come in this order, each optional (grayscale before the jitter where `grayscale_first` is set):
 
     crop and resize -> flip -> colour jitter -> grayscale -> blur -> solarize -> colour space -> normalise
-
-with grayscale before the jitter where `grayscale_first` is set.
 """
 
 from __future__ import annotations

@@ -101,11 +101,19 @@ class Knn:
     resamples: int = 1000
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", 200 if self.k is None else self.k)
-        object.__setattr__(self, "temperature", 0.07 if self.temperature is None else self.temperature)
-        _check(k=self.k, temperature=self.temperature, chunk=self.chunk)
+        _check(k=self.neighbours, temperature=self.sharpness, chunk=self.chunk)
         if self.resamples < 1:
             raise ValueError(f"resamples={self.resamples} must be at least 1: 1000 is usual")
+
+    @property
+    def neighbours(self) -> int:
+        """k, 200 where none was given."""
+        return 200 if self.k is None else self.k
+
+    @property
+    def sharpness(self) -> float:
+        """The temperature, 0.07 where none was given."""
+        return 0.07 if self.temperature is None else self.temperature
 
     def __call__(self, features: FeatureSet) -> dict[str, Any]:
         """Classify and return a JSON-able result; accuracies are fractions, intervals [low, high] at 95 %."""
@@ -122,8 +130,8 @@ class Knn:
             "n_train": len(features.train),
             "n_test": len(queries),
             "num_classes": features.num_classes,
-            "k": min(self.k, len(features.train)),
-            "temperature": self.temperature,
+            "k": min(self.neighbours, len(features.train)),
+            "temperature": self.sharpness,
             "seed": self.seed,
         }
         test, labels_of_test = features.test, features.test_labels
@@ -138,8 +146,8 @@ class Knn:
             features.train_labels,
             queries,
             labels,
-            k=self.k,
-            temperature=self.temperature,
+            k=self.neighbours,
+            temperature=self.sharpness,
             num_classes=features.num_classes,
             chunk=self.chunk,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ def collect(
     found: dict[str, Tensor] = {}
     for name, positions in splits.items():
         labelled = positions[source.labels[positions] >= 0]
+        tell = None if progress is None else partial(progress, name)
         features, readable = extract(
             encode,
             source,
@@ -52,11 +54,11 @@ def collect(
             device=device,
             precision=precision,
             workers=workers,
-            progress=None if progress is None else lambda done, total, name=name: progress(name, done, total),
+            progress=tell,
         )
         found[name] = features[readable]
         found[f"{name}_labels"] = source.labels[labelled][readable]
-    return FeatureSet(**found, num_classes=len(source.classes), classes=tuple(source.classes))  # type: ignore[arg-type]
+    return FeatureSet(**found, num_classes=len(source.classes), classes=tuple(source.classes))
 
 
 def knn_probe(

@@ -53,7 +53,7 @@ class Method(nn.Module):
         return self.features(images)
 
     def effective(self, batch_size: int) -> dict[str, Any]:
-        """Facts about a step worth printing before training, for `batch_size` images in a micro-batch of all processes."""
+        """Facts about a step worth printing before training, for a micro-batch of `batch_size` images in all."""
         return {}
 
 

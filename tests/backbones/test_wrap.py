@@ -126,3 +126,15 @@ def test_a_module_for_another_image_size_is_refused_and_left_as_it_was() -> None
     with pytest.raises(ValueError, match=r"Sequential does not take images of shape \(2, 3, 32, 32\).*image_size"):
         as_backbone(module, image_size=32)
     assert all(part.training for part in module.modules())
+
+
+def test_the_dry_forward_runs_in_evaluation_mode_without_gradient() -> None:
+    seen = []
+
+    class Records(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append((self.training, torch.is_grad_enabled()))
+            return images
+
+    as_backbone(Records().train(), image_size=8)
+    assert seen == [(False, False)]

@@ -45,13 +45,13 @@ def test_an_image_drawn_alone_equals_its_row_in_any_batch(size: int) -> None:
 
 
 def test_chunks_and_threads_do_not_change_a_pixel(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
-    indices = torch.arange(300)
+    indices = torch.arange(80)
     torch.set_num_threads(1)
-    expected, _ = draw(indices, seed=0, size=32)
-    torch.set_num_threads(4)
-    assert torch.equal(draw(indices, seed=0, size=32)[0], expected)
-    monkeypatch.setattr(shapes, "_CHUNK_PIXELS", 7 * 32 * 32)
-    assert torch.equal(draw(indices, seed=0, size=32)[0], expected)
+    expected, _ = draw(indices, seed=0, size=64)
+    torch.set_num_threads(2)
+    assert torch.equal(draw(indices, seed=0, size=64)[0], expected)
+    monkeypatch.setattr(shapes, "_CHUNK_PIXELS", 3 * 64 * 64)
+    assert torch.equal(draw(indices, seed=0, size=64)[0], expected)
 
 
 def test_drawing_takes_nothing_from_the_global_generator() -> None:
@@ -67,7 +67,7 @@ def test_the_set_is_the_one_that_was_published() -> None:
     # Results on different machines and versions are comparable only while these pixels stay as they are.
     images, labels = draw(torch.arange(64), seed=0, size=32)
     digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
-    assert digest[:16] == "@@"
+    assert digest[:16] == "3cfa4a5fe8dd1170"
 
 
 def test_seed_and_index_change_the_image() -> None:
@@ -116,7 +116,7 @@ def test_without_nuisances_only_the_shape_differs() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_nuisance_alone_varies_the_images_more_with_more_strength(name: str) -> None:
-    indices = torch.arange(60)
+    indices = torch.arange(40)
     plain = draw(indices, seed=0, size=32, nuisances=OFF)[0].float()
     weak = draw(indices, seed=0, size=32, nuisances=only(name, 0.3))[0].float()
     full, labels = draw(indices, seed=0, size=32, nuisances=only(name))

@@ -71,6 +71,12 @@ def test_presets_have_the_published_numbers() -> None:
     assert _fields("ijepa") == [View(crop_scale=(0.3, 1.0), flip=0.0)]
 
 
+@pytest.mark.parametrize(("size", "taps"), [(224, 23), (96, 9), (64, 7), (32, 3), (16, 3)])
+def test_blur_kernel_is_about_a_tenth_of_the_side(size: int, taps: int) -> None:
+    assert View().kernel_size(size) == taps
+    assert View(blur_kernel=11).kernel_size(size) == 11
+
+
 def test_describe_names_what_happens_and_nothing_else() -> None:
     views = Views(
         [{"count": 2, "jitter": [0.4, 0.4, 0.4, 0.1], "blur": 0.5}, {"size": 96, "crop_scale": None, "flip": 0}]
@@ -126,3 +132,9 @@ def test_wrong_lists_and_keys_are_refused_with_the_nearest_name() -> None:
         Views([3])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="color_space='hsv' must be one of rgb, lab"):
         Views([{}], color_space="hsv")
+
+
+def test_bytes_are_refused_with_the_remedy() -> None:
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="uint8; divide by 255"):
+        Views([{}]).colour(0, mix(0, torch.arange(1)), images, mean=[0.5] * 3, std=[0.25] * 3)
