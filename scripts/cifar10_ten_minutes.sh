@@ -14,15 +14,13 @@ seconds=${SECONDS_A_RUN:-600}
 batch=256
 
 arguments() {
-  echo experiment="cifar10_$1" backbone=small dataset=folder dataset.root="$images" dataset.image_size=32 \
+  echo backbone=small dataset=folder dataset.root="$images" dataset.image_size=32 \
     "dataset.mean=[0.4914,0.4822,0.4465]" "dataset.std=[0.247,0.243,0.262]" \
     dataset.workers=1 train.batch_size=$batch
-}
-
-extra() { # what differs from the 200-epoch recipe: heads as small as the net, no blur, a rate for a short run
-  case $1 in
-    moco) echo method.bn_group=32 optimizer.lr=0.12 ;;
-    moco_v3) echo method.hidden=1024 views=byol_cifar optimizer=sgd optimizer.lr=0.12 optimizer.weight_decay=5e-4 train.warmup_epochs=0 ;;
+  case $1 in # what differs from the 200-epoch recipes: heads as small as the net, a rate for a short run
+    moco) echo experiment=cifar10_moco method.bn_group=32 optimizer.lr=0.12 ;;
+    moco_v3) echo method=moco_v3 views=byol_cifar method.temperature=0.2 method.hidden=1024 train.warmup_epochs=0 ;;
+    *) echo experiment="cifar10_$1" ;;
   esac
 }
 
@@ -30,14 +28,14 @@ for method in "${methods[@]}"; do
   # shellcheck disable=SC2046
   if [ ! -e "$out/$method/done" ]; then
     rm -rf "$out/timing"
-    ssl-train $(arguments "$method") $(extra "$method") train.max_steps=50 train.log_every=25 monitor.knn_every=0 run_dir="$out/timing" >/dev/null
+    ssl-train $(arguments "$method") train.max_steps=50 train.log_every=25 monitor.knn_every=0 run_dir="$out/timing" >/dev/null
     steps=$(python - "$out/timing/metrics.jsonl" "$seconds" "$batch" <<'P'
 import json, sys
 rate = json.loads(open(sys.argv[1]).readlines()[-1])["train/images_per_s"]
 print(int(float(sys.argv[2]) * rate / int(sys.argv[3])))
 P
     )
-    ssl-train $(arguments "$method") $(extra "$method") train.max_steps="$steps" monitor.knn_every=4 run_dir="$out/$method"
+    ssl-train $(arguments "$method") train.max_steps="$steps" monitor.knn_every=4 run_dir="$out/$method"
   fi
   ssl-eval run="$out/$method" protocol=knn
   ssl-eval run="$out/$method" protocol=linear

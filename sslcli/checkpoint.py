@@ -15,6 +15,7 @@ import hashlib
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ import torch
 from sslcli.errors import ConfigError, TrainingFailed
 
 SCHEMA = 1
+
+
+class NewerCheckpoint(ConfigError):
+    """A checkpoint of a newer version of sslcli: not broken, so nothing may take its place."""
 
 
 def folder(run_dir: Path) -> Path:
@@ -41,7 +46,7 @@ def all_of(run_dir: Path) -> list[Path]:
 
 
 def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `state`, which holds "step", make it the last one, and delete all but the newest `keep`.
+    """Write `state`, which holds "step", make it the last one, and delete all but the newest `keep` up to it.
 
     Raises TrainingFailed when the disk refuses; earlier checkpoints are untouched then.
     """
@@ -69,22 +74,38 @@ def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
             + (f"{kept[-1].name} is intact" if kept else "There is no earlier one")
             + ": make room or mend the disk, then start the same command again to go on"
         ) from error
-    for old in all_of(run_dir)[:-keep]:
-        old.unlink()
-        old.with_suffix(".sha256").unlink(missing_ok=True)
+    prune(path, keep=keep)
     return path
+
+
+def prune(newest: Path, *, keep: int) -> None:
+    """Delete all checkpoints but the `keep` up to `newest`, and checksums without a checkpoint.
+
+    Later ones are there only when they could not be read and the run went on from an earlier one; they would count
+    as newest for ever.
+    """
+    paths = all_of(newest.parent.parent)
+    end = paths.index(newest) + 1
+    with suppress(OSError):  # what cannot be deleted must not end a run
+        for old in paths[: max(0, end - keep)] + paths[end:]:
+            old.unlink()
+        for recorded in newest.parent.glob("step-*.sha256"):
+            if not recorded.with_suffix(".pt").exists():
+                recorded.unlink()
 
 
 def load_newest(run_dir: Path, *, device: torch.device, warn: Callable[[str], None]) -> dict[str, Any] | None:
     """The newest checkpoint that can be read, or None where there is none.
 
     One that is truncated, altered or unreadable is passed over with a warning. Raises ConfigError when there are
-    checkpoints and none can be read.
+    checkpoints and none can be read, or one is of a newer version.
     """
     paths = all_of(run_dir)
     for path in reversed(paths):
         try:
             return load(path, device=device)
+        except NewerCheckpoint:
+            raise
         except ConfigError as error:
             warn(f"{error}. Falling back to the one before")
     if paths:
@@ -100,13 +121,20 @@ def load(path: Path, *, device: torch.device) -> dict[str, Any]:
     recorded = path.with_suffix(".sha256")
     if not path.exists():
         raise ConfigError(f"there is no checkpoint {path}")
-    if recorded.exists() and recorded.read_text().split()[:1] != [sha256(path)]:
+    try:
+        intact = not recorded.exists() or recorded.read_bytes().split()[:1] == [sha256(path).encode()]
+    except OSError as error:
+        raise ConfigError(f"the checkpoint {path} cannot be read ({error.strerror})") from error
+    if not intact:
         raise ConfigError(f"the checkpoint {path} does not match its checksum: it was cut short or altered")
     state = load_weights(path, device=device)
     if state.get("schema", 0) > SCHEMA:
-        raise ConfigError(
-            f"the checkpoint {path} is of a newer version of sslcli (schema {state['schema']} > {SCHEMA})"
+        raise NewerCheckpoint(
+            f"the checkpoint {path} is of a newer version of sslcli (schema {state['schema']} > {SCHEMA}): update "
+            "sslcli to go on"
         )
+    if not isinstance(state.get("step"), int):
+        raise ConfigError(f"{path} is not a checkpoint of sslcli: it tells no step")
     return state
 
 
@@ -115,9 +143,10 @@ def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ConfigError(f"{path} was refused: it holds more than tensors and plain values") from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+        raise ConfigError(f"{path} was refused: it is damaged, or holds more than tensors and plain values") from error
+    except Exception as error:  # on damaged bytes torch raises nearly any type
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{path} cannot be read ({reason})") from error
     if not isinstance(state, dict):
         raise ConfigError(f"{path} holds a {type(state).__name__}, but a dictionary of tensors is needed")
     return state

@@ -6,6 +6,10 @@ batch cut into contiguous parts comes back in its own order. Shapes: N rows a pr
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import sys
 from typing import Any, TypeVar
 
 import torch
@@ -91,6 +95,14 @@ def broadcast_objects(values: list[Any]) -> None:
     """Replace the elements of `values` by those of the main process."""
     if world_size() > 1:
         dist.broadcast_object_list(values, src=0)
+
+
+def end_with(parent: int) -> None:
+    """End this process with its `parent`, even when that is killed, so that no orphan holds a run (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before we asked
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class BatchShuffle:

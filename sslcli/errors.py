@@ -5,6 +5,8 @@ Plain `ValueError` from a constructor also means "the user's configuration is wr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 EXIT_CONFIG = 2
 EXIT_FAILED = 3
 EXIT_STOPPED = 75
@@ -20,3 +22,12 @@ class TrainingFailed(RuntimeError):
 
 class Stopped(Exception):
     """Stopped by a signal or the time limit with a checkpoint saved: exit code 75, run again to go on."""
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"`, whatever the case of the letters, or nothing."""
+    from difflib import get_close_matches
+
+    names = {option.lower(): option for option in known}
+    found = get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+    return f" Did you mean {names[found[0]]!r}?" if found else ""

@@ -5,23 +5,37 @@ Only RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are read; who sets them does not 
 
 from __future__ import annotations
 
-import ctypes
+import logging
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from sslcli import distributed
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError
+
+AGENT = "SSLCLI_AGENT"  # where the process of our agent leaves its id for those it starts
 
 
 def joined() -> bool:
     """Whether an outer launcher (torchrun, our own agent, Slurm) started this process as one of several."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def number() -> int:
+    """This process's place among those of the run, 0 for the main one, also while they are not joined."""
+    return int(os.environ["RANK"]) if joined() else 0
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether this is what torch raises when another process of the run has ended."""
+    return joined() and (isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed" in str(error))
 
 
 def pick_device(name: str) -> torch.device:
@@ -71,9 +85,8 @@ def share_threads(threads: int | None) -> None:
 
 
 def die_with_parent() -> None:
-    """End this process when the one that started it ends, even by SIGKILL, so that no orphan holds the run (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    """End this process, which our own agent started, when the agent ends, even by SIGKILL."""
+    distributed.end_with(int(os.environ[AGENT]))
 
 
 def run_processes(arguments: list[str], *, processes: int | None) -> int:
@@ -85,6 +98,14 @@ def run_processes(arguments: list[str], *, processes: int | None) -> int:
     count = processes or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
     if torch.cuda.is_available() and count > torch.cuda.device_count():
         raise ConfigError(f"launcher.processes is {count}, but this node has {torch.cuda.device_count()} CUDA devices")
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        raise SignalException(f"got signal {signum}", signal.SIGTERM)  # what the agent itself does at a SIGTERM
+
+    before = dict(os.environ), signal.signal(signal.SIGUSR1, forward)
+    # The agent kills processes that take longer than this to save and end.
+    os.environ |= {AGENT: str(os.getpid()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes tell why they end
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -98,8 +119,24 @@ def run_processes(arguments: list[str], *, processes: int | None) -> int:
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        return next((code for code in (EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED) if code in codes), 1)
+        return exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException:
         return EXIT_STOPPED
+    finally:
+        os.environ.clear()
+        os.environ |= before[0]
+        signal.signal(signal.SIGUSR1, before[1])
     return 0
+
+
+def exit_code(codes: dict[int, int]) -> int:
+    """One exit code from those of the processes by rank; tells of those that could not tell themselves."""
+    killed = {rank: signal.Signals(-code).name for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
+    for rank, name in killed.items():
+        print(
+            f"ssl-train: process {rank} was ended by {name}. The usual cause of SIGKILL is too little memory; start "
+            "the same command again to go on",
+            file=sys.stderr,
+        )
+    told = (code for code in (EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED) if code in codes.values())
+    return next(told, EXIT_FAILED if killed else 1)

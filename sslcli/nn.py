@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def mlp(
     if len(widths) < 2 or min(widths) < 1:
         raise ValueError(f"a head needs at least an input and an output width, all positive, but got {list(widths)}")
     layers: list[nn.Module] = []
-    for width, following in zip(widths[:-2], widths[1:-1], strict=True):
+    for width, following in pairwise(widths[:-1]):
         layers += [nn.Linear(width, following, bias=bias), *([nn.BatchNorm1d(following)] if norm else []), nn.ReLU()]
     layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
     if last_norm is not None:
@@ -61,7 +62,9 @@ def frozen_copy(module: nn.Module) -> Any:
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """target <- momentum * target + (1 - momentum) * online, for parameters only (BYOL eq. 1, MoCo eq. 2)."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1.0 - momentum)
+    averaged = list(target.parameters())
+    if averaged:  # a module may have none
+        torch._foreach_lerp_(averaged, list(online.parameters()), 1.0 - momentum)
 
 
 class SplitBatchNorm(_BatchNorm):
@@ -122,7 +125,8 @@ class _SyncNormalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
         axes = [axis for axis in range(input.dim()) if axis != 1]
-        local_var, local_mean = torch.var_mean(input.float(), dim=axes, correction=0)
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
+        local_var, local_mean = torch.var_mean(values, dim=axes, correction=0)
         means = distributed.all_gather(local_mean[None])  # (W, C)
         variances = distributed.all_gather(local_var[None])
         mean = means.mean(0)
@@ -135,10 +139,10 @@ class _SyncNormalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         input, weight, mean, inv_std = ctx.saved_tensors
-        grad = grads[0].float()
+        grad = grads[0].to(mean.dtype)
         axes = [axis for axis in range(input.dim()) if axis != 1]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        normed = (input.float() - mean.view(shape)) * inv_std.view(shape)
+        normed = (input.to(mean.dtype) - mean.view(shape)) * inv_std.view(shape)
         sums = torch.stack([grad.sum(axes), (grad * normed).sum(axes)])  # (2, C), local
         total = sums.clone()
         dist.all_reduce(total)

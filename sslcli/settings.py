@@ -6,32 +6,67 @@ equal by a test.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
-from sslcli.errors import ConfigError
+from sslcli.errors import ConfigError, nearest
 
+LARGEST_SEED = 2**32 - 1
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCALINGS = ("linear", "sqrt", "none")
 SCHEDULES = ("cosine", "step", "constant")
 COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
 RESUME = ("auto", "never", "must")
+# Keys that change how a run is carried out and not what it computes, those below them included.
+NEUTRAL = (
+    "resume",
+    "run_dir",
+    "name",
+    "dry_run",
+    "trust",
+    "launcher",
+    "device",
+    "dataset.workers",
+    "train.max_time",
+    "train.keep",
+    "train.save_every_epochs",
+    "train.save_every_steps",
+)
 
 
-def check_range(name: str, value: float | None, *, above: float | None = None, least: float | None = None) -> None:
-    """Raise ConfigError unless `value` is None, or > `above` and >= `least`."""
+def check_range(
+    name: str,
+    value: float | None,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> None:
+    """Raise ConfigError unless `value` is None, or finite, > `above`, >= `least` and <= `most`."""
     if value is None:
         return
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}, but it must be a finite number")
     if above is not None and not value > above:
         raise ConfigError(f"{name} is {value}, but it must be greater than {above:g}")
     if least is not None and not value >= least:
         raise ConfigError(f"{name} is {value}, but it must be at least {least:g}")
+    if most is not None and not value <= most:
+        raise ConfigError(f"{name} is {value}, but it must be at most {most}")
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}, but it must be one of: {', '.join(allowed)}")
+        hint = nearest(value, allowed)
+        raise ConfigError(f"{name} is {value!r}, but it must be one of: {', '.join(allowed)}{hint and '.' + hint}")
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError unless the name can mean a device; whether there is one is found out later."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise ConfigError(f"device is {device!r}, but it must be one of: auto, cpu, cuda, cuda:N (N = 0, 1, ...), mps")
 
 
 def seconds(name: str, value: str | float | None) -> float | None:
@@ -126,7 +161,32 @@ class RunSettings:
     trust: list[str]
 
     def __post_init__(self) -> None:
-        check_range("seed", self.seed, least=0)
+        check_range("seed", self.seed, least=0, most=LARGEST_SEED)
         check_choice("resume", self.resume, RESUME)
-        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", self.device):
-            raise ConfigError(f"device is {self.device!r}, but it must be one of: auto, cpu, cuda, cuda:N, mps, xpu")
+        check_device(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """The keys of ssl-eval that stand alone."""
+
+    run: str | None
+    weights: str | None
+    checkpoint: str | int  # last, or a step
+    device: str
+    precision: str
+    batch_size: int
+    workers: int | None
+    baselines: bool
+    cache: bool
+    trust: list[str]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.checkpoint, int):
+            check_range("checkpoint", self.checkpoint, least=0)
+        elif self.checkpoint != "last":
+            raise ConfigError(f"checkpoint is {self.checkpoint!r}, but it must be last or the number of a step")
+        check_device(self.device)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_range("batch_size", self.batch_size, least=1)
+        check_range("workers", self.workers, least=0)

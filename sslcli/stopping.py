@@ -23,15 +23,21 @@ class StopRequest:
 
     def __init__(self, max_seconds: float | None = None) -> None:
         self.reason = ""
+        self.received = 0.0
         self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self.flag = torch.zeros(1, dtype=torch.int32)
         self.pending: dist.Work | None = None
         self.previous = {number: signal.signal(number, self.receive) for number in SIGNALS}
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler; a second interrupt from the keyboard ends the process at once."""
-        if self.reason and number == signal.SIGINT:
+        """The signal handler; a second interrupt from the keyboard ends the process at once.
+
+        Under an agent one key press arrives twice, from the terminal and from the agent, within moments.
+        """
+        now = time.monotonic()
+        if self.reason and number == signal.SIGINT and now - self.received > 2:
             raise KeyboardInterrupt
+        self.received = now
         self.reason = f"signal {signal.Signals(number).name}"
 
     def agreed(self) -> bool:

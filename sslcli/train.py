@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import warnings
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,26 +72,27 @@ def train(run: Run) -> None:
     """
     step, total, watch = resume(run), run.total_steps, run.watch
     model = parallel(run.method, run.device)
-    batches = run.loader.steps(step, total)
     watch.start(step, total)
-    while step < total:
-        micro_batches = watch.timed_next(batches)
-        lr = run.lr_at(step)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+    with closing(run.loader.steps(step, total)) as batches:
+        while step < total:
+            micro_batches = watch.timed_next(batches)
+            lr = run.lr_at(step)
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
 
-        scalars = optimise(run, model, micro_batches)
-        run.method.after_step(step / total)
-        step += 1
+            scalars = optimise(run, model, micro_batches)
+            run.method.after_step(step / total)
+            step += 1
 
-        watch.after_step(step, scalars, lr=lr, method=run.method)
-        stop = run.stop.agreed()
-        if stop or step == total or save_is_due(run.settings, step, run.loader.steps_per_epoch):
-            watch.check_finite()
-            save(run, step)
-        if stop and step < total:
-            reason = run.stop.reason or "another process's signal"
-            raise Stopped(f"stopped by {reason} after step {step} of {total}; checkpoint saved, run again to go on")
+            watch.after_step(step, scalars, lr=lr, method=run.method)
+            stop = run.stop.agreed()
+            if stop or step == total or save_is_due(run.settings, step, run.loader.steps_per_epoch):
+                watch.check_finite()
+                watch.check_weights(step, run.method)
+                save(run, step)
+            if stop and step < total:
+                reason = run.stop.reason or "another process's signal"
+                raise Stopped(f"stopped by {reason} after step {step} of {total}; checkpoint saved, run again to go on")
 
 
 def optimise(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
@@ -123,7 +125,9 @@ def parallel(method: Method, device: torch.device) -> nn.Module:
     if distributed.world_size() == 1:
         return method
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # what follows it is new
+        return DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def save_is_due(settings: TrainSettings, step: int, steps_per_epoch: int) -> bool:
@@ -162,6 +166,12 @@ def resume(run: Run) -> int:
     """Load the newest checkpoint into the run and return its step; 0 where there is none."""
     state = checkpoint.load_newest(run.run_dir, device=run.device, warn=run.screen.warn)
     run.method.train()
+    found = distributed.gather_objects(0 if state is None else state["step"])
+    if len(set(found)) > 1:
+        raise TrainingFailed(
+            f"the processes found checkpoints of different steps ({', '.join(map(str, found))}) in {run.run_dir}: "
+            "every process must see the same directory; start the same command again to try once more"
+        )
     if state is None:
         return 0
     try:
@@ -171,11 +181,12 @@ def resume(run: Run) -> int:
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(f"the checkpoint in {run.run_dir} does not fit this method or backbone: {error}") from error
     run.watch.load_state_dict(state["watch"])
-    if len(state["processes"]) == distributed.world_size():
-        mine = state["processes"][distributed.rank()]
-        checkpoint.set_rng_state(mine["rng"], run.device)
-        run.watch.window.load_state_dict(mine["window"])
+    processes = state["processes"]
+    if len(processes) == distributed.world_size():
+        checkpoint.set_rng_state(processes[distributed.rank()]["rng"], run.device)
+        run.watch.window.load_state_dict(processes[distributed.rank()]["window"])
     else:  # another number of processes: the same images and views, new noise
+        run.watch.window.load_mean([process["window"] for process in processes])
         torch.manual_seed(run.seed + 1_000_003 * (distributed.rank() + 1) + state["step"])
     run.screen.say(f"continuing from step {state['step']:,} in {run.run_dir}")
     return int(state["step"])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sslcli import distributed, health
+from sslcli import checkpoint, distributed, health
 from sslcli.errors import TrainingFailed
 from sslcli.methods.base import Batch, Method
 from sslcli.report.console import Screen, percent
@@ -44,11 +45,17 @@ class Window:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums, self.count = dict(state["sums"]), state["count"]
 
-    def bad_step(self) -> int:
-        """The first step whose loss was not finite on any process, or -1."""
-        if self.first_bad is None:
-            return -1
-        return max(distributed.gather_objects(int(self.first_bad)))
+    def load_mean(self, states: list[dict[str, Any]]) -> None:
+        """Go on from the sums of another number of processes: their mean, which keeps the means of the next log."""
+        self.count = states[0]["count"]
+        self.sums = {name: torch.stack([state["sums"][name] for state in states]).mean(0) for name in states[0]["sums"]}
+
+    def bad_step(self) -> tuple[int, str]:
+        """The first step whose loss was not finite, or -1, and the means on the process that saw it."""
+        mine = -1 if self.first_bad is None else int(self.first_bad)
+        told = ", ".join(f"{name} {float(value) / self.count:g}" for name, value in self.sums.items())
+        found = [(step, means) for step, means in distributed.gather_objects((mine, told)) if step >= 0]
+        return min(found, default=(-1, ""))
 
     def means(self) -> dict[str, float]:
         """The mean of each scalar over steps and processes; then begin anew."""
@@ -66,7 +73,7 @@ class Watch:
         log_every: steps between lines of `train/*`.
         batch_size: images a step, for images a second.
         steps_per_epoch: to tell epochs from steps.
-        run_dir: where to write, or None to write nothing (a process that is not the main one).
+        run_dir: where the main process writes.
         screen: where to print.
         probe: measures the representation, giving scalars by name, or None where labels are missing.
     """
@@ -78,30 +85,50 @@ class Watch:
         log_every: int,
         batch_size: int,
         steps_per_epoch: int,
-        run_dir: Path | None,
+        run_dir: Path,
         screen: Screen,
         probe: Callable[[], dict[str, float]] | None,
     ) -> None:
         self.settings, self.log_every, self.batch_size = settings, log_every, batch_size
         self.steps_per_epoch, self.run_dir, self.screen, self.probe = steps_per_epoch, run_dir, screen, probe
+        self.writes = distributed.is_main()
         self.window = Window()
         self.judge = health.CollapseJudge()
         self.wall = 0.0  # seconds of training before this process
         self.waited = 0.0  # seconds the loop waited for data since the last log
         self.aside = 0.0  # seconds spent measuring since the last log
         self.facts: dict[str, str] = {}
+        self.hyperparameters: dict[str, Any] = {}  # for TensorBoard, by dotted name
+        self.picture: Tensor | None = None  # for TensorBoard, (3, H, W) in [0, 1]
 
     def start(self, step: int, total: int) -> None:
         """Open the files and begin the progress at `step` of `total`."""
         self.total, self.begun = total, time.perf_counter()
         self.last_log = (self.begun, step)
-        if self.run_dir is not None:
+        if self.writes:
             from torch.utils.tensorboard import SummaryWriter
 
             self.metrics = Metrics(self.run_dir / "metrics.jsonl", step=step)
-            purge = step + 1 if step else None
+            # What a killed run wrote beyond its last checkpoint is hidden.
+            purge = step + 1 if step else 0
             self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
+            if step == 0:
+                self.introduce()
         self.screen.start("step", total=total, done=step)
+
+    def introduce(self) -> None:
+        """Show the hyper-parameters, beside the last scalars they led to, and the picture of the views."""
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {name: plain(value) for name, value in sorted(self.hyperparameters.items())}
+        if values:
+            led_to = dict.fromkeys(["train/loss", *(["monitor/knn_top1"] if self.probe else [])], 0.0)
+            for summary in hparams(values, led_to):  # type: ignore[no-untyped-call]
+                self.tensorboard._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+            rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
+            self.tensorboard.add_text("configuration", f"| key | value |\n|---|---|\n{rows}", 0)
+        if self.picture is not None:
+            self.tensorboard.add_image("views", self.picture, 0)
 
     def timed_next(self, batches: Iterator[list[Batch]]) -> list[Batch]:
         """The next batches, with the time it took to get them."""
@@ -121,15 +148,18 @@ class Watch:
             line |= {"train/lr": lr, **self.speed(step)}
             self.facts |= {"loss": f"{line['train/loss']:.4f}", "images/s": f"{line['train/images_per_s']:.0f}"}
             self.facts["data"] = percent(line["train/data_wait"])
-        before = time.perf_counter()
+        before, verdict = time.perf_counter(), None
         if self.health_is_due(step) and method.embeddings:
-            line |= self.measure_health(step, method.embeddings)
+            values, verdict = self.measure_health(method.embeddings)
+            line |= values
         if self.probe is not None and (last or self.epoch_ends(step)):
             found = self.measure_probe()
             line |= {f"monitor/{name}": value for name, value in found.items()}
         self.aside += time.perf_counter() - before
-        if line and self.run_dir is not None:
+        if line and self.writes:
             self.write(step, line)
+        if verdict is not None:
+            self.act_on_collapse(step, verdict)
         facts = "  ".join(f"{name} {value}" for name, value in self.facts.items())
         self.screen.advance(step, facts, always=last)
         if last:
@@ -155,19 +185,20 @@ class Watch:
         self.waited = self.aside = 0.0
         return values
 
-    def measure_health(self, step: int, embeddings: tuple[Tensor, ...]) -> dict[str, float]:
-        """Health of the batch's embeddings over all processes; acts on a collapse as the settings say."""
+    def measure_health(self, embeddings: tuple[Tensor, ...]) -> tuple[dict[str, float], str | None]:
+        """Health of the batch's embeddings over all processes, and why it is a collapse, if it is."""
         views = [distributed.all_gather(view)[:HEALTH_ROWS] for view in embeddings[:2]]
         values = health.measure(*views)
         verdict = self.judge.update(values, dim=views[0].shape[1])
-        if verdict is not None and self.settings.on_collapse != "ignore":
-            message = f"the representation looks collapsed at step {step}: {verdict}"
-            if self.settings.on_collapse == "stop":
-                if self.run_dir is not None:
-                    self.write(step, {f"health/{name}": value for name, value in values.items()})
-                raise TrainingFailed(message)
+        return {f"health/{name}": value for name, value in values.items()}, verdict
+
+    def act_on_collapse(self, step: int, verdict: str) -> None:
+        """Warn, stop or say nothing, as the settings ask."""
+        message = f"the representation looks collapsed at step {step}: {verdict}"
+        if self.settings.on_collapse == "stop":
+            raise TrainingFailed(message)
+        if self.settings.on_collapse == "warn":
             self.screen.warn(message)
-        return {f"health/{name}": value for name, value in values.items()}
 
     def measure_probe(self) -> dict[str, float]:
         """What the probe finds; the main process looks, the others wait."""
@@ -180,17 +211,27 @@ class Watch:
 
     def check_finite(self) -> None:
         """Raise TrainingFailed if the loss of any process was not finite at any step since the last look."""
-        bad = self.window.bad_step()
-        if bad < 0:
-            return
-        means = ", ".join(f"{name} {float(value) / self.window.count:g}" for name, value in self.window.sums.items())
-        from sslcli.checkpoint import all_of
+        step, means = self.window.bad_step()
+        if step >= 0:
+            raise TrainingFailed(f"the loss is not finite since step {step} ({means}); {self.remedy()}")
 
-        saved = [] if self.run_dir is None else all_of(self.run_dir)
+    def check_weights(self, step: int, method: Method) -> None:
+        """Raise TrainingFailed if a weight is not finite: such a checkpoint would be no good one to go back to."""
+        finite = {name: weight.isfinite().all() for name, weight in method.named_parameters()}
+        if finite and not torch.stack(list(finite.values())).all():
+            broken = [name for name, whole in finite.items() if not whole]
+            raise TrainingFailed(
+                f"after step {step}, {len(broken)} of {len(finite)} weight tensors are not finite, {broken[0]} among "
+                f"them; {self.remedy()}"
+            )
+
+    def remedy(self) -> str:
+        """Where to go back to, and what to change."""
+        saved = checkpoint.all_of(self.run_dir)
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        raise TrainingFailed(
-            f"the loss is not finite since step {bad} ({means}); {kept}. Usual remedies: a lower optimizer.lr, a longer "
-            "train.warmup_epochs, train.clip_grad=1, or train.precision=fp32"
+        return (
+            f"{kept}. Usual remedies: a lower optimizer.lr, a longer train.warmup_epochs, train.clip_grad=1, or "
+            "train.precision=fp32"
         )
 
     def write(self, step: int, line: dict[str, float]) -> None:
@@ -207,16 +248,17 @@ class Watch:
 
     def synchronise(self) -> None:
         """Bring everything written to disk."""
-        if self.run_dir is not None:
+        if self.writes:
             self.metrics.synchronise()
             self.tensorboard.flush()
 
     def close(self) -> None:
         """Close the files."""
         self.screen.stop()
-        if self.run_dir is not None and hasattr(self, "metrics"):
-            self.metrics.close()
-            self.tensorboard.close()
+        if self.writes and hasattr(self, "metrics"):
+            with suppress(OSError):  # on a full disk, of which whatever ended the run has told
+                self.metrics.close()
+                self.tensorboard.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a continued run needs to write the same lines, the same on all processes."""
@@ -225,3 +267,8 @@ class Watch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.judge.load_state_dict(state["judge"])
         self.wall = state["wall"]
+
+
+def plain(value: Any) -> bool | int | float | str:
+    """A value of a configuration as TensorBoard takes it."""
+    return value if isinstance(value, (bool, int, float, str)) else str(value)

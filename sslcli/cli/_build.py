@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from sslcli import schedule
 from sslcli.backbones.base import Backbone
 from sslcli.backbones.wrap import as_backbone
-from sslcli.cli._schema import check_target, nearest, trusted_packages
+from sslcli.cli._schema import check_target, trusted_packages
 from sslcli.data.sources import Source
 from sslcli.data.views import Views
-from sslcli.errors import ConfigError
+from sslcli.errors import ConfigError, nearest
 from sslcli.methods.base import Method
 from sslcli.optim import parameter_groups
 

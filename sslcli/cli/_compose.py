@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import warnings
+from argparse import Namespace
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -26,70 +26,112 @@ from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from sslcli.cli import _schema
-from sslcli.cli._signature import parameters_of
+from sslcli.cli import _explain, _schema
+from sslcli.cli._help import folder_of_conf
 from sslcli.errors import EXIT_CONFIG, ConfigError
+from sslcli.settings import NEUTRAL
 
 # A checkout that is not installed has no sslcli.conf.
-CONF = "pkg://sslcli.conf" if find_spec("sslcli.conf") else str(Path(__file__).resolve().parents[2] / "conf")
-ANSWERED_BY_HYDRA = ("help", "hydra_help", "info", "shell_completion", "experimental_rerun")
-NOT_IN_DIGEST = ("run_dir", "name", "resume", "dry_run", "launcher", "hydra.", "trust", "train.max_time")
+CONF = "pkg://sslcli.conf" if folder_of_conf(installed=True) else str(folder_of_conf())
+ANSWERED_BY_HYDRA = ("hydra_help", "info", "shell_completion", "experimental_rerun")
+EXIT_INTERRUPTED = 130
 
 
 def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
     """Compose, check and run what the command line asks for; the exit code."""
-    arguments = get_args_parser().parse_args()
-    if any(getattr(arguments, flag) for flag in ANSWERED_BY_HYDRA):
-        _hand_over(name, lambda config: None)
-        return 0
     try:
+        arguments = read_arguments()
+        if any(getattr(arguments, flag) for flag in ANSWERED_BY_HYDRA):
+            hand_over(name, lambda config: None, arguments)
+            return 0
         jobs = checked_jobs(name, arguments)
         if arguments.cfg:
-            _hand_over(name, lambda config: None)
+            hand_over(name, lambda config: None, arguments)
             return 0
         if arguments.multirun:
             from sslcli.cli._sweep import sweep
 
-            return sweep(name, jobs, arguments, _hand_over)
+            return sweep(name, jobs, arguments)
         return run(jobs[0])
     except ConfigError as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        print(f"ssl-{name}: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    except KeyboardInterrupt:
+        print(f"ssl-{name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
-def _hand_over(name: str, task: Callable[[DictConfig], Any]) -> None:
-    """Let Hydra answer: help, completion, printing, and multirun with its sweepers and launchers."""
+def read_arguments() -> Namespace:
+    """Flags and overrides in any order. Raises ConfigError for what is neither."""
+    arguments, strange = get_args_parser().parse_known_intermixed_args()
+    if strange:
+        raise ConfigError(
+            f"there is no flag {strange[0]}: settings are written key=value, as in train.epochs=5; see --help"
+        )
+    if arguments.multirun and arguments.cfg:
+        raise ConfigError("--cfg shows one configuration and --multirun makes several: leave one of them out")
+    return arguments
+
+
+def hand_over(name: str, task: Callable[[DictConfig], Any], arguments: Namespace) -> None:
+    """Let Hydra answer: completion, printing, and multirun with its sweepers and launchers."""
+    # Hydra reads the command line itself, and only if all overrides stand together.
+    sys.argv = [sys.argv[0], *arguments.overrides, *flags_of(arguments)]
     hydra.main(version_base="1.3", config_path=CONF, config_name=name)(task)()
 
 
-def checked_jobs(name: str, arguments: Any) -> list[dict[str, Any]]:
+def flags_of(arguments: Namespace, *, only: tuple[str, ...] = ()) -> list[str]:
+    """The flags that were given, as a command line writes them; folders as absolute paths."""
+    flags = []
+    for name, value in vars(arguments).items():
+        if name == "overrides" or not value or (only and name not in only):
+            continue
+        value = os.path.abspath(value) if name in ("config_dir", "config_path") else value
+        flags.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
+    return flags
+
+
+def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
     """The resolved, checked configuration of every job, as plain values. Raises ConfigError."""
-    name = arguments.config_name or name
     engine = _engine(arguments)
     try:
         overrides = _parsed(engine, arguments.overrides)
-        if not arguments.multirun and any(override.is_sweep_override() for override in overrides):
-            swept = next(override for override in overrides if override.is_sweep_override())
+        swept = [override for override in overrides if override.is_sweep_override()]
+        if swept and not arguments.multirun:
             raise ConfigError(
-                f"{swept.input_line} names several values: add --multirun to run them all, or write a list as key=[a,b]"
+                f"{swept[0].input_line} names several values: add --multirun to run them all, write a list as "
+                "key=[a,b], or quote a text that holds a comma, as in key='\"a,b\"'"
             )
-        lines = [list(arguments.overrides)]
-        if arguments.multirun:
-            lines = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
-        return [_job(engine, name, line) for line in lines]
+        return [
+            _job(engine, name, arguments.config_name or name, line)
+            for line in _lines(overrides, multirun=arguments.multirun)
+        ]
     finally:
         GlobalHydra.instance().clear()
 
 
-def _engine(arguments: Any) -> Hydra:
-    path = CONF
-    if arguments.config_path is not None:
-        path = os.path.abspath(arguments.config_path)
-    search = create_automatic_config_search_path(None, None, path)
-    for folder in (arguments.config_dir, arguments.config_path):
+def _lines(overrides: list[Override], *, multirun: bool) -> list[list[str]]:
+    """The overrides of each job."""
+    given = [override.input_line or "" for override in overrides]
+    if not multirun:
+        return [given]
+    if any(override.get_key_element() == "hydra/sweeper" for override in overrides):
+        # Another sweeper draws its jobs while it runs: each is checked when it starts.
+        return [[o.input_line or "" for o in overrides if not o.is_sweep_override()]]
+    try:
+        return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+    except (HydraException, ValueError) as error:
+        raise ConfigError(f"cannot tell the jobs of --multirun: {_explain.one_line(error)}") from error
+
+
+def _engine(arguments: Namespace) -> Hydra:
+    for flag, folder in (("--config-dir", arguments.config_dir), ("--config-path", arguments.config_path)):
         if folder is not None and not os.path.isdir(folder):
-            raise ConfigError(f"the configuration folder {folder} does not exist: give an existing one")
+            raise ConfigError(f"{flag} is {folder}, but there is no such folder: give an existing one")
+    path = CONF if arguments.config_path is None else os.path.abspath(arguments.config_path)
+    search = create_automatic_config_search_path(None, None, path)
     if arguments.config_dir is not None:
         before_schema = SearchPathQuery(provider="schema")  # which Hydra wants last
         search.prepend("command-line", f"file://{os.path.abspath(arguments.config_dir)}", before_schema)
@@ -97,97 +139,85 @@ def _engine(arguments: Any) -> Hydra:
 
 
 def _parsed(engine: Hydra, lines: list[str]) -> list[Override]:
-    try:
-        return OverridesParser.create(config_loader=engine.config_loader).parse_overrides(lines)
-    except HydraException as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(f"cannot read the command line: {text}. Write key=value, and quote brackets") from error
+    parser = OverridesParser.create(config_loader=engine.config_loader)
+    found = []
+    for line in lines:
+        try:
+            found += parser.parse_overrides([line])
+        except HydraException as error:
+            raise ConfigError(_explain.unreadable(line, error)) from error
+    return found
 
 
-def _job(engine: Hydra, name: str, lines: list[str]) -> dict[str, Any]:
+def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dict[str, Any]:
     overrides = _parsed(engine, lines)
-    groups = set(engine.config_loader.list_groups("")) - {"hydra"}
-    for override in overrides:
-        if override.get_key_element().rpartition(".")[2].rpartition("/")[2] == "_target_":
-            trust = next((o.value() for o in overrides if o.get_key_element() == "trust"), [])
-            _schema.check_target(override.value(), trust, override.get_key_element())
-    choices = [o for o in overrides if _is_choice(o, groups)]
-    base = _composed(engine, name, [o.input_line for o in choices if o.input_line], groups)
-    for override in overrides:
-        if override not in choices and not override.get_key_element().startswith("hydra."):
-            _check_path(override, base, groups)
-    config = _composed(engine, name, lines, groups)
+    _explain.check_choices(command, overrides, engine)
     try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"cannot resolve the configuration: {str(error).splitlines()[0]}") from error
-    assert isinstance(plain, dict)
-    job = {str(key): value for key, value in plain.items() if key != "hydra"}
-    _schema.check("train" if "train" in job else "eval", job)
+        config = _composed(engine, command, config_name, lines)
+    except ConfigError as error:
+        choices = [override.input_line or "" for override in overrides if _explain.is_choice(override, engine)]
+        base = _composed(engine, command, config_name, choices)
+        _explain.check_overrides(command, [o for o in overrides if o.input_line not in choices], base)
+        raise error
+    _explain.check_deletions(overrides, config)
+    job = _plain(config)
+    _find_own_modules(job)
+    _schema.check(command, job)
     chosen = OmegaConf.to_container(config.hydra.runtime.choices)
     return job | {"_choices_": chosen, "_overrides_": digested(lines), "_lines_": lines}
 
 
-def _is_choice(override: Override, groups: set[str]) -> bool:
-    key = override.get_key_element().split("@")[0].lstrip("+~")
-    return key in groups or "/" in key or key == "hydra.searchpath"
-
-
-def _composed(engine: Hydra, name: str, lines: list[str], groups: set[str]) -> DictConfig:
+def _composed(engine: Hydra, command: str, name: str, lines: list[str]) -> DictConfig:
     try:
-        return engine.compose_config(
-            config_name=name,
-            overrides=lines,
-            run_mode=RunMode.RUN,
-            from_shell=True,
-            validate_sweep_overrides=False,
-            with_log_configuration=False,
-        )
-    except MissingConfigException as error:
-        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        options = list(error.options or ())
-        if not options:
-            raise ConfigError(" ".join(str(error).split())) from error
-        raise ConfigError(
-            f"{group}={choice}: there is no such choice.{_schema.nearest(choice, options)} Choices: {', '.join(options)}"
-        ) from error
-    except HydraException as error:
-        raise ConfigError(_readable(error, groups)) from error
-
-
-def _readable(error: HydraException, groups: set[str]) -> str:
-    """Hydra's message in one line, with the groups there are where one was mistaken."""
-    text = " ".join((str(error) + (f" ({error.__cause__})" if error.__cause__ else "")).split())
-    return f"{text}. Groups: {', '.join(sorted(groups))}"
-
-
-def _check_path(override: Override, base: DictConfig, groups: set[str]) -> None:
-    """Refuse a value for a key that neither the yaml nor the constructor knows, plus sign or not."""
-    path = override.get_key_element().lstrip("+~")
-    node: Any = base
-    walked = ""
-    for part in path.split("."):
-        if not OmegaConf.is_dict(node):
-            return  # inside a list or a value: the types are checked later
-        names = {str(name) for name in node} - {"hydra"}
-        target = OmegaConf.select(node, "_target_") if walked else None
-        parameters = parameters_of(target) if isinstance(target, str) else None
-        names |= set(parameters or ())
-        if node == base:
-            names |= groups
-        if part not in names:
-            if target is not None and parameters is None:
-                return  # not our class: its own signature decides when it is built
-            where = f" in {walked}" if walked else ""
-            raise ConfigError(
-                f"{path}: there is no such key.{_schema.nearest(part, names)} Known{where}: "
-                + ", ".join(sorted(names - {"_target_"}))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*is not available", category=UserWarning)
+            return engine.compose_config(
+                config_name=name,
+                overrides=lines,
+                run_mode=RunMode.RUN,
+                from_shell=True,
+                validate_sweep_overrides=False,
+                with_log_configuration=False,
             )
-        node = node.get(part) if part in node else None
-        walked = f"{walked}.{part}" if walked else part
+    except MissingConfigException as error:
+        raise ConfigError(_explain.missing(error)) from error
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"a configuration file cannot be read: {_explain.one_line(error)}") from error
+    except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(_explain.readable(error, groups=_schema.GROUPS[command])) from error
+    except UserWarning as error:
+        raise ConfigError(f"hydra.searchpath names a folder that is not there: {_explain.one_line(error)}") from error
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    """All but Hydra's own part, with every interpolation resolved."""
+    try:
+        plain = {}
+        for key in config:
+            if key != "hydra":
+                node = None if OmegaConf.is_missing(config, key) else config[key]
+                plain[str(key)] = (
+                    OmegaConf.to_container(node, resolve=True, throw_on_missing=False)
+                    if OmegaConf.is_config(node)
+                    else ("???" if OmegaConf.is_missing(config, key) else node)
+                )
+        return plain
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{where}cannot resolve the value: {str(error).splitlines()[0]}") from error
+
+
+def _find_own_modules(job: dict[str, Any]) -> None:
+    """Let packages the user trusts lie in the folder the command is started in, after all that is installed."""
+    if job.get("trust") and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def digested(lines: list[str]) -> str:
     """Six hex digits of the overrides that make a run what it is, so that the same command finds its directory."""
-    telling = sorted(line for line in lines if not line.lstrip("+~").startswith(NOT_IN_DIGEST))
+    telling = sorted(line for line in lines if not _is_neutral(line.partition("=")[0].lstrip("+~")))
     return hashlib.sha256("\n".join(telling).encode()).hexdigest()[:6] if telling else ""
+
+
+def _is_neutral(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in (*NEUTRAL, "hydra")) or key.startswith("hydra/")

@@ -1,4 +1,4 @@
-"""`ssl-train dry_run=true`: what would happen, measured on a few steps, with nothing trained; and the views' picture."""
+"""`ssl-train dry_run=true`: what would happen, measured on two steps, with nothing kept but the views' picture."""
 
 from __future__ import annotations
 

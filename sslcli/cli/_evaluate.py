@@ -21,7 +21,7 @@ from sslcli.cli import _run_dir
 from sslcli.cli._build import build, build_backbone, build_method, build_source
 from sslcli.data.sources import Source
 from sslcli.data.views import Views
-from sslcli.errors import EXIT_CONFIG, ConfigError
+from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, TrainingFailed
 from sslcli.evaluate.features import FeatureSet, cached, evaluating, pixels
 from sslcli.evaluate.online import bank_positions, collect
 from sslcli.report.console import Screen, percent
@@ -56,6 +56,9 @@ def run(config: dict[str, Any]) -> int:
     except ValueError as error:
         print(f"ssl-eval: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    except TrainingFailed as error:
+        print(f"ssl-eval: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _sweep(folder: Path, config: dict[str, Any], device: torch.device, screen: Screen) -> int:
@@ -227,7 +230,7 @@ def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:
             f"{where} does not fit this net, and a net with other weights would be measured in its place: "
             f"{len(missing)} keys are missing ({', '.join(missing[:3]) or '-'}), "
             f"{len(unknown)} are unknown ({', '.join(unknown[:3]) or '-'}), "
-            f"{len(shapes)} have another shape ({'; '.join(sorted(shapes)[:3]) or '-'}). Give the backbone it was saved from"
+            f"{len(shapes)} differ in shape ({'; '.join(sorted(shapes)[:3]) or '-'}). Give the backbone it belongs to"
         )
     net.load_state_dict(state)
 
@@ -265,11 +268,10 @@ def _features(
         return {key: value for key, value in vars(found).items() if isinstance(value, Tensor)}
 
     positions = hashlib.sha256(b"".join(part.numpy().tobytes() for part in splits.values())).hexdigest()[:16]
-    facts = (
-        {**subject.provenance, "seed": None}
-        if name == "trained"
-        else {k: v for k, v in subject.provenance.items() if k != "step"}
-    )
+    of_checkpoint = ("checkpoint", "checkpoint_sha256", "step", "weights")
+    facts = subject.provenance if name == "trained" else {}
+    if name == "random":
+        facts = {key: value for key, value in subject.provenance.items() if key not in of_checkpoint}
     key = json.dumps([__version__, name, facts, source.fingerprint, positions, subject.precision, config["batch_size"]])
     with evaluating(net) if net is not None else nullcontext():
         if not config["cache"]:

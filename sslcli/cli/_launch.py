@@ -29,15 +29,14 @@ def launch(config: dict[str, Any]) -> int:
 
 def run_dir_of(config: dict[str, Any]) -> str:
     """The run directory, absolute: the one given, or runs/<name>."""
-    if config["run_dir"] is not None:
-        return os.path.abspath(config["run_dir"])
-    return os.path.abspath(os.path.join("runs", config["name"] or default_name(config)))
+    given: str | None = config["run_dir"]
+    return os.path.abspath(given if given is not None else os.path.join("runs", config["name"] or default_name(config)))
 
 
 def default_name(config: dict[str, Any]) -> str:
     """Method, data set and backbone, and a digest of what the command line changed."""
     chosen = config["_choices_"]
-    parts = [chosen["method"], chosen["dataset"], chosen["backbone"], config["_overrides_"]]
+    parts: list[str] = [chosen["method"], chosen["dataset"], chosen["backbone"], config["_overrides_"]]
     return "_".join(part for part in parts if part)
 
 

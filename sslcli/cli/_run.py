@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,18 @@ from sslcli.cli._dry import dry_run, save_views
 from sslcli.data.loader import Loader, worker_died
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, Stopped, TrainingFailed
 from sslcli.evaluate.online import knn_probe
+from sslcli.report import pictures
 from sslcli.report.console import Screen, percent, show
 from sslcli.report.metrics import newest
 from sslcli.settings import MonitorSettings, TrainSettings, seconds
 from sslcli.stopping import StopRequest
 from sslcli.train import Run, train
 from sslcli.watch import Watch
+
+WAIT = 2.0  # seconds, see _end
+LOST_CONTACT = "another process of this run ended; start the same command again to go on"
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
+DISK_ERRORS = (*REFUSALS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def run(config: dict[str, Any]) -> int:
@@ -31,12 +39,12 @@ def run(config: dict[str, Any]) -> int:
     try:
         if _run_dir.is_finished(run_dir) and config["resume"] != "never" and not config["dry_run"]:
             _run_dir.check_resumable(run_dir, config)
-            Screen(silent=not distributed.is_main()).say(f"this run is finished already: {run_dir}{outcome(run_dir)}")
+            Screen(silent=launch.number() > 0).say(f"this run is finished already: {run_dir}{outcome(run_dir)}")
             return 0
         _run_dir.check_resumable(run_dir, config)
         device = launch.pick_device(config["device"])
         launch.share_threads(config["launcher"]["threads"])
-        set_determinism(config["train"]["deterministic"])
+        set_determinism(config["train"]["deterministic"], compiled=config["train"]["compile"])
         with launch.process_group(device):
             return _carry_out(config, run_dir, device)
     except ConfigError as error:
@@ -48,10 +56,24 @@ def run(config: dict[str, Any]) -> int:
     except RuntimeError as error:
         if "DataLoader worker" in str(error):  # raised wherever the signal of the dying worker finds us
             return _end(str(worker_died(error)), EXIT_FAILED)
+        if launch.lost_contact(error):
+            return _end(LOST_CONTACT, EXIT_FAILED, wait=2 * WAIT)  # the other process has the reason to tell
         raise
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        what = f"{error.filename or run_dir} cannot be written ({error.strerror})"
+        if error.errno in REFUSALS:
+            return _end(f"{what}: choose another run_dir, or change its permissions", EXIT_CONFIG)
+        return _end(f"{what}: make room or mend the disk, then start the same command again to go on", EXIT_FAILED)
 
 
-def _end(message: str, code: int) -> int:
+def _end(message: str, code: int, *, wait: float | None = None) -> int:
+    """Tell why this process ends; the exit code.
+
+    What ends all processes is told once: the main one is first, and its launcher ends the others while they wait.
+    """
+    time.sleep((WAIT if launch.number() > 0 else 0.0) if wait is None else wait)
     print(f"ssl-train: {message}", file=sys.stderr, flush=True)
     return code
 
@@ -62,33 +84,52 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
     loader = build_loader(config, parts, device)
     optimizer, peak_lr = build_optimizer(config, parts.method.to(device))
     held = _run_dir.lock(run_dir) if main and not dry else None
+    if held is not None:
+        _run_dir.check_resumable(run_dir, config)  # once more, now that nobody else can change it
     with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
         job = assemble(config, parts, loader, optimizer, peak_lr, run_dir, device, screen)
-        facts = effective(job, parts, config)
-        screen.table(f"{type(parts.method).__name__}: {run_dir}", facts)
-        for warning in doubts(job, parts):
-            screen.warn(warning)
-        if dry:
-            job.stop.close()
-            return dry_run(job, parts)
-        if main:
-            _run_dir.describe(run_dir, config, effective=facts, device=str(device), threads=torch.get_num_threads())
-            if job.watch.settings.pictures and not checkpoint.all_of(run_dir):
-                save_views(loader, parts, job.watch.settings.pictures, run_dir)
         try:
+            facts = effective(job, parts, config)
+            screen.table(f"{type(parts.method).__name__}: {run_dir}", facts)
+            for warning in doubts(job, parts):
+                screen.warn(warning)
+            if dry:
+                job.stop.close()  # an interrupt ends it at once
+                return dry_run(job, parts)
+            if main:
+                _run_dir.describe(run_dir, config, effective=facts, device=str(device), threads=torch.get_num_threads())
+                prepare_watch(job, parts, config)
             train(job)
+        except (ConfigError, TrainingFailed, Stopped) as error:
+            screen.write(str(error))
+            raise
         finally:
             job.stop.close()
             job.watch.close()
-            if loader.bad.count:
-                screen.warn(f"{loader.bad.count} images could not be read: see {run_dir / 'bad_images.txt'}")
-                loader.bad.write(run_dir / ("bad_images.txt" if main else f"bad_images.{distributed.rank()}.txt"))
+            if not dry:
+                list_bad_images(job)
         if main:
             checkpoint.replace(run_dir / "done", b"")
         screen.say(f"done: {run_dir}{outcome(run_dir)}")
     if held is not None:
         held.close()
     return 0
+
+
+def prepare_watch(job: Run, parts: Parts, config: dict[str, Any]) -> None:
+    """At the start of a run, draw its views; give TensorBoard the picture and the configuration."""
+    job.watch.hyperparameters = _run_dir.flat(config)
+    if job.watch.settings.pictures and not checkpoint.all_of(job.run_dir):
+        job.watch.picture = pictures.load(save_views(job.loader, parts, job.watch.settings.pictures, job.run_dir))
+
+
+def list_bad_images(job: Run) -> None:
+    """Write which images could not be read since the start of this process."""
+    if not job.loader.bad.count:
+        return
+    path = job.run_dir / ("bad_images.txt" if distributed.is_main() else f"bad_images.{distributed.rank()}.txt")
+    job.loader.bad.write(path)
+    job.screen.warn(f"{job.loader.bad.count} images could not be read: see {path}")
 
 
 def build_loader(config: dict[str, Any], parts: Parts, device: torch.device) -> Loader:
@@ -121,7 +162,7 @@ def assemble(
         log_every=settings.log_every,
         batch_size=settings.batch_size,
         steps_per_epoch=loader.steps_per_epoch,
-        run_dir=run_dir if distributed.is_main() else None,
+        run_dir=run_dir,
         screen=screen,
         probe=probe_of(parts, monitor, device, resolved, screen),
     )
@@ -145,8 +186,10 @@ def assemble(
     )
 
 
-def set_determinism(wanted: bool) -> None:
+def set_determinism(wanted: bool, *, compiled: bool) -> None:
     """Prefer kernels that give the same result every time; a warning names those that cannot."""
+    if compiled:  # tells the compiler as well, whose import takes seconds
+        torch.use_deterministic_algorithms(wanted, warn_only=True)
     torch.set_deterministic_debug_mode("warn" if wanted else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not wanted

@@ -18,22 +18,7 @@ from omegaconf import OmegaConf
 
 from sslcli import checkpoint
 from sslcli.errors import ConfigError
-
-# Keys that change how a run is carried out and not what it computes.
-NEUTRAL = (
-    "resume",
-    "run_dir",
-    "name",
-    "dry_run",
-    "trust",
-    "launcher",
-    "device",
-    "dataset.workers",
-    "train.max_time",
-    "train.keep",
-    "train.save_every_epochs",
-    "train.save_every_steps",
-)
+from sslcli.settings import NEUTRAL
 
 
 def is_finished(run_dir: Path) -> bool:

@@ -2,46 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
-from importlib.metadata import entry_points
 from typing import Any
 
-from sslcli.cli._signature import INJECTED, fits, parameters_of
-from sslcli.errors import ConfigError
-from sslcli.settings import MonitorSettings, RunSettings, TrainSettings
+from sslcli.cli._signature import GIVEN, INJECTED, parameters_of
+from sslcli.cli._types import fits, words
+from sslcli.errors import ConfigError, nearest
+from sslcli.settings import LARGEST_SEED, EvalSettings, MonitorSettings, RunSettings, TrainSettings, check_range
 
-GROUPS = {
-    "train": ("backbone", "dataset", "views", "optimizer", "launcher", "monitor", "method", "train"),
-    "eval": ("dataset", "backbone", "protocol"),
+GROUPS = {  # of each command; those that may be left out are in OPTIONAL
+    "train": ("method", "dataset", "backbone", "views", "optimizer", "launcher", "monitor", "experiment"),
+    "eval": ("protocol", "dataset", "backbone"),
 }
-EVAL_KEYS: dict[str, str] = {
-    "run": "str | None",
-    "weights": "str | None",
-    "checkpoint": "str | int",
-    "device": "str",
-    "precision": "str",
-    "batch_size": "int",
-    "workers": "int | None",
-    "baselines": "bool",
-    "cache": "bool",
-    "trust": "list[str]",
-}
+OPTIONAL = {"train": ("experiment",), "eval": ("dataset", "backbone")}
+BUILT = ("method", "dataset", "backbone", "views", "optimizer", "protocol")  # have a `_target_`
+PLAIN: dict[str, type] = {"train": RunSettings, "eval": EvalSettings}  # the keys that stand alone
 LAUNCHER_KEYS = {
     "local": {"kind": "str", "threads": "int | None"},
     "multi": {"kind": "str", "threads": "int | None", "processes": "int | None"},
 }
+HEADER = "a yaml that sets keys outside its own group begins with the line: # @package _global_"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` or nothing."""
-    found = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {found[0]!r}?" if found else ""
+def check(command: str, config: dict[str, Any]) -> None:
+    """Raise ConfigError, naming the key, what is allowed and the nearest name, unless the configuration is sound."""
+    plain = [f.name for f in fields(PLAIN[command])]
+    sections = ["train"] if command == "train" else []
+    if "experiment" in config:
+        raise ConfigError(
+            f"the chosen experiment sets nothing but keys below `experiment`, which mean nothing: {HEADER}"
+        )
+    check_keys("", config, [*plain, *sections, *GROUPS[command]])
+    trust = trusted_by(config.get("trust", []))
+    for where, target in targets("", config):
+        check_target(target, trust, where)
+    settings(PLAIN[command], {name: config[name] for name in plain if name in config}, "")
+    for group in GROUPS[command]:
+        if config.get(group) is not None or group not in OPTIONAL[command]:
+            check_group(group, config.get(group))
+    if command == "train":
+        settings(TrainSettings, config.get("train"), "train")
+        settings(MonitorSettings, config["monitor"], "monitor")
+        launcher(config["launcher"])
+
+
+def trusted_by(value: Any) -> list[str]:
+    """The value of `trust` as a list of package names. Raises ConfigError where it is none."""
+    if not fits(value, "list[str]") or not all(value):
+        raise ConfigError(f"trust is {value!r}, but it must be a list of package names, as in trust=[torch,mypackage]")
+    return list(value)
 
 
 def trusted_packages(trust: Iterable[str]) -> list[str]:
     """Packages whose classes a `_target_` may name: ours, torch.optim, announced plugins, and those the user trusts."""
+    from importlib.metadata import entry_points
+
     plugins = [entry.value.split(":")[0].split(".")[0] for entry in entry_points(group="sslcli.plugins")]
     return ["sslcli", "torch.optim", *plugins, *trust]
 
@@ -49,84 +65,110 @@ def trusted_packages(trust: Iterable[str]) -> list[str]:
 def check_target(target: Any, trust: Iterable[str], where: str) -> None:
     """Raise ConfigError unless `target` lies in a trusted package."""
     packages = trusted_packages(trust)
-    if not isinstance(target, str) or not any(target.startswith(package + ".") for package in packages):
+    if not isinstance(target, str) or "." not in target:
+        raise ConfigError(f"{where} is {target!r}, but it must be the dotted name of a class, as in mypackage.MyClass")
+    if not any(target.startswith(package + ".") for package in packages):
         raise ConfigError(
             f"{where} is {target!r}, but classes are built only from trusted packages: {', '.join(packages)}. If you "
-            f"know that package, add trust=[{str(target).split('.')[0]}]"
+            f"know that package, add trust=[{target.split('.')[0]}]"
         )
 
 
-def check(command: str, config: dict[str, Any]) -> None:
-    """Raise ConfigError, naming the key, what is allowed and the nearest name, unless the configuration is sound."""
-    if command == "train":
-        plain = {f.name for f in fields(RunSettings)}
-        check_keys("", config, plain | set(GROUPS["train"]))
-        settings(RunSettings, {name: config[name] for name in plain if name in config}, "")
-        settings(TrainSettings, config["train"], "train")
-        settings(MonitorSettings, config["monitor"], "monitor")
-        launcher(config["launcher"])
-    else:
-        check_keys("", config, set(EVAL_KEYS) | set(GROUPS["eval"]))
-        check_types("", config, EVAL_KEYS)
-        if config["batch_size"] < 1:
-            raise ConfigError(f"batch_size is {config['batch_size']}, but it must be at least 1")
-    for group in GROUPS[command]:
-        node = config.get(group)
-        if isinstance(node, dict) and "_target_" in node:
-            check_node(group, node, config["trust"])
+def targets(where: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Every `_target_` with its path, however deep, in lists too. Raises ConfigError for a value left to be given."""
+    if value == "???":
+        raise ConfigError(f"{where} has no value, but it must be given: {where}=...")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            path = f"{where}.{key}" if where else str(key)
+            if key == "_target_":
+                yield path, inner
+            else:
+                yield from targets(path, inner)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from targets(f"{where}.{number}", inner)
 
 
-def check_node(where: str, node: dict[str, Any], trust: Iterable[str]) -> None:
+def check_group(group: str, node: Any) -> None:
+    """Raise ConfigError unless a group came to a mapping, with a `_target_` where something is built from it."""
+    if node is None:
+        raise ConfigError(f"{group} is missing: choose one with {group}=...")
+    if not isinstance(node, dict):
+        raise ConfigError(f"{group} is {node!r}, but it must be a mapping of keys to values")
+    if group in BUILT:
+        if "_target_" not in node:
+            raise ConfigError(f"{group} has no _target_, the name of its class; {HEADER}")
+        check_node(group, node)
+
+
+def check_node(where: str, node: dict[str, Any]) -> None:
     """Check the keys and types of a node with a `_target_`, and of the nodes inside it."""
-    check_target(node["_target_"], trust, f"{where}._target_")
     for name, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
-            check_node(f"{where}.{name}", value, trust)
-    parameters = parameters_of(node["_target_"])
+            check_node(f"{where}.{name}", value)
+    target = node["_target_"]
+    parameters = parameters_of(target)
     if parameters is None:
-        if node["_target_"].startswith("sslcli."):
-            raise ConfigError(f"{where}._target_ is {node['_target_']!r}, but there is no such class in sslcli")
+        if target.startswith("sslcli."):
+            raise ConfigError(f"{where}._target_ is {target!r}, but there is no such class in sslcli")
         return
     given = {name: value for name, value in node.items() if name != "_target_"}
-    allowed = {name: parameter.annotation for name, parameter in parameters.items() if name not in INJECTED}
+    handed_over = {"method": INJECTED, "optimizer": GIVEN}.get(where, ())
+    allowed = {name: parameter.annotation for name, parameter in parameters.items() if name not in handed_over}
     check_keys(where, given, allowed)
     check_types(where, given, allowed)
-    optional = {"params", *INJECTED}
-    missing = [n for n, p in parameters.items() if p.required and n not in given and n not in optional]
+    if "seed" in allowed:
+        check_range(f"{where}.seed", given.get("seed"), least=0, most=LARGEST_SEED)
+    missing = [name for name in allowed if parameters[name].required and name not in given]
     if missing:
-        raise ConfigError(f"{where} lacks {', '.join(missing)}: set {where}.{missing[0]}=...")
+        raise ConfigError(lacks(where, missing))
+
+
+def lacks(where: str, names: list[str]) -> str:
+    """The message for keys that must be there and are not."""
+    path = f"{where}.{names[0]}" if where else names[0]
+    return f"{where or 'the configuration'} lacks {', '.join(names)}: give it with {path}=..."
+
+
+def unknown(where: str, key: str, known: Iterable[str]) -> str:
+    """The message for a key that does not exist."""
+    names = sorted(str(name) for name in known)
+    path = f"{where}.{key}" if where else key
+    return (
+        f"{path}: there is no such key.{nearest(key, names)} "
+        f"Known{f' in {where}' if where else ''}: {', '.join(names) or 'none'}"
+    )
 
 
 def check_keys(where: str, node: dict[str, Any], known: Iterable[str]) -> None:
     """Raise ConfigError for a key that is not known."""
-    names = sorted(known)
+    names = set(known)
     for key in node:
         if key not in names:
-            path = f"{where}.{key}" if where else key
-            raise ConfigError(
-                f"{path}: there is no such key.{nearest(key, names)} Known{f' in {where}' if where else ''}: "
-                + ", ".join(names)
-            )
+            raise ConfigError(unknown(where, str(key), names))
 
 
 def check_types(where: str, node: dict[str, Any], annotations: dict[str, str]) -> None:
     """Raise ConfigError for a value that cannot be what the annotation says."""
     for key, value in node.items():
         path = f"{where}.{key}" if where else key
-        if value == "???":
-            raise ConfigError(f"{path} has no value, but it must be given: {path}=...")
         if key in annotations and not fits(value, annotations[key]):
-            raise ConfigError(f"{path} is {value!r}, but it must be {annotations[key].replace(' | ', ' or ')}")
+            as_text = isinstance(value, (int, float)) and "str" in annotations[key]
+            quoted = f""". To mean the text, write {path}='"{value}"'""" if as_text else ""
+            raise ConfigError(f"{path} is {value!r}, but it must be {words(annotations[key])}{quoted}")
 
 
-def settings(kind: type, node: dict[str, Any], where: str) -> Any:
+def settings(kind: type, node: Any, where: str) -> Any:
     """An instance of a settings class from a node."""
     annotations = {f.name: str(f.type) for f in fields(kind)}
+    if not isinstance(node, dict):
+        raise ConfigError(f"{where} is {node!r}, but it must hold the keys: {', '.join(annotations)}")
     check_keys(where, node, annotations)
     check_types(where, node, annotations)
     missing = [f.name for f in fields(kind) if f.name not in node and f.default is MISSING]
     if missing:
-        raise ConfigError(f"{where} lacks {', '.join(missing)}: set {where}.{missing[0]}=...")
+        raise ConfigError(lacks(where, missing))
     return kind(**node)
 
 
@@ -134,9 +176,9 @@ def launcher(node: dict[str, Any]) -> None:
     """Check the keys of a launcher."""
     kind = node.get("kind")
     if kind not in LAUNCHER_KEYS:
-        raise ConfigError(f"launcher.kind is {kind!r}, but it must be one of: {', '.join(LAUNCHER_KEYS)}")
+        names = ", ".join(LAUNCHER_KEYS)
+        raise ConfigError(f"launcher.kind is {kind!r}, but it must be one of: {names}")
     check_keys("launcher", node, LAUNCHER_KEYS[kind])
     check_types("launcher", node, LAUNCHER_KEYS[kind])
     for name in ("threads", "processes"):
-        if node.get(name) is not None and node[name] < 1:
-            raise ConfigError(f"launcher.{name} is {node[name]}, but it must be at least 1")
+        check_range(f"launcher.{name}", node.get(name), least=1)

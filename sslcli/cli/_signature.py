@@ -1,4 +1,4 @@
-"""What a `_target_` of sslcli takes, read from its source text, so that a typo is found without importing torch."""
+"""What a `_target_` takes, read from its source text, so that a typo is found without importing torch or user code."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 INJECTED = ("backbone", "num_images")  # what the commands pass to a method themselves
+GIVEN = ("params",)  # and to an optimizer
+DEPTH = 8  # imports and bases followed before giving up
+
+Parameters = dict[str, "Parameter"]
 
 
 @dataclass(frozen=True)
@@ -21,53 +24,96 @@ class Parameter:
 
 
 @lru_cache
-def parameters_of(target: str) -> dict[str, Parameter] | None:
-    """Keywords of a class or function of sslcli by name; None where the source is not ours or cannot be found."""
+def parameters_of(target: str) -> Parameters | None:
+    """Keywords of a class or function by its dotted name; None where its source does not tell them all."""
     module, _, name = target.rpartition(".")
-    if module.split(".")[0] != "sslcli":
+    return _find(module, name, DEPTH)
+
+
+def source_of(module: str) -> Path | None:
+    """The file of a module, found without importing it or the packages around it."""
+    package, *rest = module.split(".")
+    try:
+        spec = find_spec(package) if package else None
+    except (ImportError, ValueError):
         return None
-    tree = _tree(module)
-    return None if tree is None else _parameters(tree, name)
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    stem = Path(spec.origin)
+    if rest:
+        if stem.name != "__init__.py":
+            return None
+        stem = stem.parent.joinpath(*rest)
+    return next((path for path in (stem, stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
 
 
+@lru_cache
 def _tree(module: str) -> ast.Module | None:
-    root = find_spec("sslcli")
-    assert root is not None and root.submodule_search_locations is not None
-    stem = Path(root.submodule_search_locations[0]).joinpath(*module.split(".")[1:])
-    for path in (stem.with_suffix(".py"), stem / "__init__.py"):
-        if path.exists():
-            return ast.parse(path.read_text(encoding="utf-8"))
-    return None
+    path = source_of(module)
+    if path is None:
+        return None
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, OSError):
+        return None
 
 
-def _parameters(tree: ast.Module, name: str) -> dict[str, Parameter] | None:
+def _find(module: str, name: str, depth: int) -> Parameters | None:
+    """Keywords of `name` as seen in `module`, following imports."""
+    tree = _tree(module)
+    if tree is None or depth == 0:
+        return None
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            return _arguments(node.args, skip=0)
+            return None if node.decorator_list or _open(node.args) else _arguments(node.args, skip=0)
         if isinstance(node, ast.ClassDef) and node.name == name:
-            return _class(tree, node)
-        if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == name for alias in node.names):
-            return parameters_of(f"{node.module}.{name}")
+            return _class(module, node, depth)
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return _find(_absolute(module, node), alias.name, depth - 1)
     return None
 
 
-def _class(tree: ast.Module, node: ast.ClassDef) -> dict[str, Parameter]:
-    found: dict[str, Parameter] = {}
+def _absolute(module: str, node: ast.ImportFrom) -> str:
+    """The module an import names, as seen from `module`."""
+    if node.level == 0:
+        return node.module or ""
+    path = source_of(module)
+    inside = path is not None and path.name == "__init__.py"
+    parts = module.split(".")
+    parts = parts[: len(parts) - node.level + inside]
+    return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def _class(module: str, node: ast.ClassDef, depth: int) -> Parameters | None:
     init = next((part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"), None)
-    if init is None or init.args.kwarg is not None:
-        for base in node.bases:
-            if isinstance(base, ast.Name):
-                found |= _parameters(tree, base.id) or {}
+    if init is not None and not _open(init.args):
+        return _arguments(init.args, skip=1)
+    if init is not None and (not node.bases or module.split(".")[0] != "sslcli"):
+        return None  # others may take more out of **kwargs than they pass on
+    found: Parameters = {}
+    for base in node.bases:  # what is not taken here is passed on to them
+        inherited = _find(module, base.id, depth - 1) if isinstance(base, ast.Name) else None
+        if inherited is None:
+            return None
+        found |= inherited
     if init is not None:
         return found | _arguments(init.args, skip=1)
-    for part in node.body:
-        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
-            found[part.target.id] = Parameter(ast.unparse(part.annotation), required=part.value is None)
+    if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        for part in node.body:
+            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                found[part.target.id] = Parameter(ast.unparse(part.annotation), required=part.value is None)
     return found
 
 
-def _arguments(arguments: ast.arguments, *, skip: int) -> dict[str, Parameter]:
-    plain = arguments.args[skip:]
+def _open(arguments: ast.arguments) -> bool:
+    """Whether it takes more than its own keywords."""
+    return arguments.kwarg is not None or arguments.vararg is not None
+
+
+def _arguments(arguments: ast.arguments, *, skip: int) -> Parameters:
+    plain = [*arguments.posonlyargs, *arguments.args][skip:]
     required = len(plain) - len(arguments.defaults)
     found = {}
     for place, argument in enumerate(plain):
@@ -79,22 +125,3 @@ def _arguments(arguments: ast.arguments, *, skip: int) -> dict[str, Parameter]:
 
 def _text(argument: ast.arg) -> str:
     return "Any" if argument.annotation is None else ast.unparse(argument.annotation)
-
-
-def fits(value: Any, annotation: str) -> bool:
-    """Whether a yaml value can be meant for a parameter; annotations we do not know fit anything."""
-    options = [option.strip() for option in annotation.split("|")]
-    if value is None:
-        return "None" in options or "Any" in annotation or "Optional" in annotation
-    return any(_fits_one(value, option) for option in options if option != "None")
-
-
-def _fits_one(value: Any, option: str) -> bool:
-    known = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-    if option in known:
-        return isinstance(value, known[option]) and (option == "bool" or not isinstance(value, bool))
-    if option.startswith(("list", "tuple", "Sequence")):
-        return isinstance(value, (list, tuple))
-    if option.startswith(("dict", "Mapping")):
-        return isinstance(value, dict)
-    return True

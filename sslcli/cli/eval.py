@@ -6,12 +6,15 @@ import os
 import sys
 from typing import Any
 
-from sslcli.cli._compose import command
+from sslcli.cli._help import show_and_exit
 from sslcli.errors import ConfigError
 
 
 def main() -> None:
     """The console script."""
+    show_and_exit("eval")
+    from sslcli.cli._compose import command
+
     sys.exit(command("eval", evaluate))
 
 

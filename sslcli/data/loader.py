@@ -8,8 +8,12 @@ a checkpoint would need, and neither the number of workers nor that of processes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+import signal
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +25,7 @@ from sslcli.data import augment, rng
 from sslcli.data.bad_images import BadImage, BadImages
 from sslcli.data.sources import Source, replacement
 from sslcli.data.views import Views
-from sslcli.distributed import rank, world_size
+from sslcli.distributed import end_with, rank, world_size
 from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.methods.base import Batch
 
@@ -103,8 +107,8 @@ class Loader:
                 at = first + (micro * world_size() + rank()) * self.part
                 yield Request(index[at : at + self.part], visit[at : at + self.part])
 
-    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """The micro-batches of steps start to stop - 1."""
+    def steps(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
+        """The micro-batches of steps start to stop - 1. Closing the generator ends the workers."""
         batches = self.from_memory(start, stop) if self.source.images is not None else self.from_files(start, stop)
         for first in batches:
             yield [first, *(next(batches) for _ in range(self.accumulate - 1))]
@@ -230,6 +234,8 @@ def batches_of(dataset, sampler, workers: int):  # type: ignore[no-untyped-def]
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=partial(start_worker, os.getpid()),
+        generator=torch.Generator(),  # else a number is drawn from the global one, which a resumed run would draw twice
     )
     try:
         yield from loader
@@ -237,6 +243,18 @@ def batches_of(dataset, sampler, workers: int):  # type: ignore[no-untyped-def]
         if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
             raise worker_died(error) from error
         raise
+
+
+def start_worker(parent: int, number: int) -> None:
+    """Make a data worker leave signals to the process it works for, and end with it.
+
+    Schedulers and terminals signal the whole process group: a worker that dies of it would turn a stop in good order
+    into a failure. One that outlived its run would hold the lock of the run directory, which it inherits by fork.
+    """
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    if multiprocessing.get_start_method() != "forkserver":  # its workers are no children of the run
+        end_with(parent)
 
 
 def worker_died(error: BaseException) -> TrainingFailed:

@@ -41,6 +41,8 @@ class SimCLR(Method):
         hidden: width of the head's hidden layers; None is the width of the features, as in the official code.
         layers: linear layers of the head, 2 in v1.
         norm: BatchNorm in the head, after the last layer without beta, as in the official code.
+        init_std: of the head's weights, 0.01 in the official code; None is torch's own. BatchNorm hides the scale of a
+            weight but not that of its steps: a small weight turns faster, which LARS evens out and SGD does not.
         temperature: 0.1 on ImageNet with large batches, 0.5 on CIFAR-10.
     """
 
@@ -54,6 +56,7 @@ class SimCLR(Method):
         hidden: int | None = None,
         layers: int = 2,
         norm: bool = True,
+        init_std: float | None = None,
         temperature: float = 0.1,
     ) -> None:
         super().__init__(backbone)
@@ -64,12 +67,10 @@ class SimCLR(Method):
         widths = [width, *([hidden or width] * (layers - 1)), dim]
         bias = not norm
         self.head = mlp(widths, norm=norm, bias=bias, last_bias=bias, last_norm="scale" if norm else None)
-        if norm:
+        if init_std is not None:
             for layer in self.head:
                 if isinstance(layer, nn.Linear):
-                    nn.init.normal_(
-                        layer.weight, std=0.01
-                    )  # tf2/model.py; BatchNorm follows, so only its step size shows
+                    nn.init.normal_(layer.weight, std=init_std)
         convert_batch_norm(self, SyncBatchNorm)
         self.temperature = temperature
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,9 +48,17 @@ class Screen:
         self.console.print(table)
 
     def write(self, line: str) -> None:
-        if self.log is not None:
+        """A line of the log; a full disk ends the log, not the run."""
+        if self.log is None:
+            return
+        try:
             self.log.write(line + "\n")
             self.log.flush()
+        except OSError as error:
+            broken, self.log = self.log, None
+            with suppress(OSError):
+                broken.close()
+            self.warn(f"{broken.name} cannot be written ({error.strerror}) and ends here")
 
     def start(self, title: str, *, total: int, done: int = 0) -> None:
         """Begin the progress of `total` things, `done` of them done."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -36,3 +37,9 @@ def unnormalized(view: Tensor, mean: tuple[float, ...], std: tuple[float, ...], 
 def save(picture: Tensor, path: Path) -> None:
     """Write a (3, H, W) picture in [0, 1] as a file of the kind its name says."""
     Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)
+
+
+def load(path: Path) -> Tensor:
+    """The picture in a file: (3, H, W) in [0, 1]."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255

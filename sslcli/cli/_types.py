@@ -1,0 +1,130 @@
+"""Whether a yaml value can be meant for an annotation, and the annotation in words that people use."""
+
+from __future__ import annotations
+
+import ast
+import math
+from functools import lru_cache
+from typing import Any
+
+LISTS = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple")
+MAPPINGS = ("dict", "Dict", "Mapping")
+WORDS = {
+    "int": ("a whole number", "whole numbers"),
+    "float": ("a finite number", "finite numbers"),
+    "bool": ("true or false", "true or false each"),
+    "str": ("text", "texts"),
+    "None": ("null", "null"),
+}
+
+
+def fits(value: Any, annotation: str) -> bool:
+    """Whether a value can be meant for a parameter; annotations that are not known fit anything."""
+    return _fits(value, _parsed(annotation)) is not False
+
+
+def words(annotation: str) -> str:
+    """`int | None` -> `a whole number or null`."""
+    return _words(_parsed(annotation), many=False)
+
+
+@lru_cache
+def _parsed(annotation: str) -> ast.expr:
+    try:
+        tree = ast.parse(annotation, mode="eval").body
+    except SyntaxError:
+        return ast.Name("Any")
+    if isinstance(tree, ast.Constant) and isinstance(tree.value, str):  # one that was written in quotes
+        return _parsed(tree.value)
+    return tree
+
+
+def _options(node: ast.expr) -> list[ast.expr]:
+    """The parts of a union; of anything else, itself."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return [*_options(node.left), *_options(node.right)]
+    if isinstance(node, ast.Subscript) and _name(node) == "Optional":
+        return [*_options(node.slice), ast.Constant(None)]
+    if isinstance(node, ast.Subscript) and _name(node) == "Union":
+        return [option for part in _inside(node) for option in _options(part)]
+    return [node]
+
+
+def _name(node: ast.expr) -> str:
+    """The last part of a name, without what stands in brackets."""
+    node = node.value if isinstance(node, ast.Subscript) else node
+    return "None" if isinstance(node, ast.Constant) else ast.unparse(node).rpartition(".")[2]
+
+
+def _inside(node: ast.expr) -> list[ast.expr]:
+    if not isinstance(node, ast.Subscript):
+        return []
+    return list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
+
+
+def _fits(value: Any, node: ast.expr) -> bool | None:
+    """None where the annotation is not known."""
+    found = [_fits_one(value, option) for option in _options(node)]
+    if True in found:
+        return True
+    if False in found:  # what is not known is a class, and yaml can only mean one by a mapping
+        return None if None in found and isinstance(value, dict) else False
+    return None
+
+
+def _fits_one(value: Any, node: ast.expr) -> bool | None:
+    name, inside = _name(node), _inside(node)
+    if name in ("Any", "object"):
+        return True
+    if name == "None":
+        return value is None
+    if name == "Literal":
+        return value in [part.value for part in inside if isinstance(part, ast.Constant)]
+    if name in ("int", "float", "bool", "str"):
+        return _is_plain(value, name)
+    if name in LISTS:
+        return isinstance(value, (list, tuple)) and _fit_all(list(value), name, inside)
+    if name in MAPPINGS:
+        return isinstance(value, dict) and (len(inside) < 2 or _fit_all(list(value.values()), "list", inside[1:]))
+    return None
+
+
+def _is_plain(value: Any, name: str) -> bool:
+    if name == "float":
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if name == "int":
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, bool if name == "bool" else str)
+
+
+def _fit_all(values: list[Any], name: str, inside: list[ast.expr]) -> bool:
+    """Whether the elements of a list fit what stands in its brackets."""
+    if not inside:
+        return True
+    if name.lower() != "tuple" or (len(inside) == 2 and ast.unparse(inside[1]) == "..."):
+        return all(_fits(value, inside[0]) is not False for value in values)
+    if len(values) != len(inside):
+        return False
+    return all(_fits(value, part) is not False for value, part in zip(values, inside, strict=True))
+
+
+def _words(node: ast.expr, *, many: bool) -> str:
+    return " or ".join(_words_of_one(option, many=many) for option in _options(node))
+
+
+def _words_of_one(node: ast.expr, *, many: bool) -> str:
+    name, inside = _name(node), _inside(node)
+    if name in WORDS:
+        return WORDS[name][many]
+    if name == "Literal":
+        return " or ".join(ast.unparse(part) for part in inside)
+    if name in LISTS:
+        exact = name.lower() == "tuple" and "..." not in map(ast.unparse, inside)
+        start = "lists of" if many else "a list of"
+        return f"{start} {f'{len(inside)} ' if exact and inside else ''}" + (
+            _words(inside[0], many=True) if inside else "values"
+        )
+    if name in MAPPINGS:
+        of = f" to {_words(inside[1], many=True)}" if len(inside) == 2 else ""
+        return ("mappings" if many else "a mapping") + of
+    return ast.unparse(node)

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from golden_cases import Case, golden_cases
+from sslcli.losses import info_nce
+from sslcli.methods.base import Batch
+from sslcli.methods.moco import MoCo, enqueue
+from sslcli.nn import SplitBatchNorm
+from tiny import TinyNet, make_batch
+
+
+def tiny_moco(*, norm: bool = True, **changes: object) -> MoCo:
+    return MoCo(TinyNet(norm=norm), **({"dim": 4, "queue_size": 12, "bn_group": 4, "temperature": 0.2} | changes))
+
+
+@golden_cases("moco_logits")
+def test_loss_and_gradient_equal_the_official_code(case: Case) -> None:
+    x = case.inputs
+    q = x["q"].requires_grad_()
+    k, queue = F.normalize(x["k"], dim=1), x["queue"].T.contiguous()
+    info_nce(F.normalize(q, dim=1), k, queue, temperature=case.params["temperature"]).loss.backward()
+    case.check(info_nce(F.normalize(q, dim=1), k, queue, temperature=case.params["temperature"]).loss, "loss")
+    case.check(q.grad, "grad_q")
+    head = torch.tensor(0)
+    enqueue(queue, head, k)
+    case.check(queue.T, "queue_after")
+    case.check(head[None], "ptr_after")
+
+
+@golden_cases("moco_queue")
+def test_queue_equals_the_official_one_after_every_step(case: Case) -> None:
+    queue, head = case.inputs["queue0"].T.contiguous(), torch.tensor(0)
+    queues, heads = [], []
+    for keys in case.inputs["keys"]:
+        enqueue(queue, head, keys)
+        queues.append(queue.T.clone())
+        heads.append(head.clone())
+    case.check(queues, "queue")
+    case.check(heads, "ptr")
+
+
+@golden_cases("moco_steps")
+def test_training_takes_the_steps_of_the_official_loop(case: Case) -> None:
+    x, params = case.inputs, case.params
+    width, pixels = x["W0"].shape
+    linear = nn.Linear(pixels, width, bias=False, dtype=case.dtype)
+    linear.weight.data.copy_(x["W0"])
+    linear.num_features = width
+    settings = {name: params[name] for name in ("temperature", "momentum")}
+    method = MoCo(linear, dim=width, queue_size=params["K"], **settings)
+    method.head, method.key_head = nn.Identity(), nn.Identity()
+    method.queue = x["queue0"].T.contiguous()
+    optimizer = torch.optim.SGD(linear.parameters(), lr=params["lr"])
+    losses, weights, key_weights, queues, heads = [], [], [], [], []
+    for im_q, im_k in zip(x["im_q"], x["im_k"], strict=True):
+        key_weights.append(method.key_backbone.weight.clone())  # the official update comes before the forward
+        loss = method(Batch([im_q, im_k], torch.arange(len(im_q)), torch.zeros(len(im_q))))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.after_step(0.0)
+        losses.append(loss)
+        weights.append(linear.weight.clone())
+        queues.append(method.queue.T.clone())
+        heads.append(method.queue_head.clone())
+    case.check(losses, "losses")
+    case.check(weights, "W_q")
+    case.check(key_weights, "W_k")
+    case.check(queues, "queue")
+    case.check(heads, "ptr")
+
+
+def test_loss_is_the_cross_entropy_of_the_own_key_before_the_whole_queue() -> None:
+    method, batch = tiny_moco(norm=False), make_batch(6)
+    q, k = method.projection(batch.views[0]), method.key_head(method.key_backbone(batch.views[1]))
+    expected = 0.0
+    for i in range(6):
+        query = q[i] / q[i].norm()
+        logits = [query @ (k[i] / k[i].norm()) / 0.2, *(query @ key / 0.2 for key in method.queue)]
+        expected += F.cross_entropy(torch.stack(logits)[None], torch.tensor([0])) / 6
+    torch.testing.assert_close(method(batch)["loss"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "count"), [(10, 4), (10, 10), (10, 23), (7, 7), (1, 3), (5, 1)])
+def test_queue_of_any_size_takes_any_number_of_keys_first_in_first_out(size: int, count: int) -> None:
+    queue, head = torch.full((size, 2), -1.0), torch.tensor(0)
+    newest: list[float] = [-1.0] * size
+    for step in range(7):
+        keys = torch.arange(step * count, (step + 1) * count).float()
+        enqueue(queue, head, keys[:, None].expand(-1, 2))
+        newest = [*newest, *keys.tolist()][-size:]
+        assert int(head) == (step + 1) * count % size
+        assert queue.roll(-int(head), 0)[:, 0].tolist() == newest
+
+
+def test_forward_leaves_queue_and_key_encoder_as_they_are_and_after_step_moves_both() -> None:
+    method = tiny_moco()
+    queue, weights = method.queue.clone(), [p.clone() for p in method.key_head.parameters()]
+    method(make_batch())["loss"].backward()
+    with torch.no_grad():
+        for parameter in method.head.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(method.queue, queue)
+    assert all(torch.equal(a, b) for a, b in zip(weights, method.key_head.parameters(), strict=True))
+    keys = method.embeddings[1]
+    method.after_step(0.0)
+    assert torch.equal(method.queue[:8], keys)
+    assert torch.equal(method.queue[8:], queue[8:])
+    assert not any(torch.equal(a, b) for a, b in zip(weights, method.key_head.parameters(), strict=True))
+
+
+def test_queue_starts_with_directions_and_stays_on_the_unit_sphere() -> None:
+    method = tiny_moco()
+    for seed in range(3):
+        torch.testing.assert_close(method.queue.norm(dim=1), torch.ones(12))
+        method(make_batch(seed=seed))
+        method.after_step(0.0)
+
+
+def test_keys_of_every_micro_batch_reach_the_queue_in_order() -> None:
+    method = tiny_moco(norm=False)
+    keys = []
+    for seed in (1, 2):
+        method(make_batch(4, seed=seed))
+        keys.append(method.embeddings[1])
+    method.after_step(0.0)
+    assert torch.equal(method.queue[:8], torch.cat(keys))
+    assert int(method.queue_head) == 8
+    method.after_step(0.0)  # nothing is left to be enqueued twice
+    assert int(method.queue_head) == 8
+
+
+def test_key_encoder_is_the_weighted_sum_of_all_past_query_encoders() -> None:
+    method, momentum, steps = tiny_moco(momentum=0.7), 0.7, 5
+    start = [p.clone() for p in method.backbone.parameters()]
+    past = []
+    for _ in range(steps):
+        with torch.no_grad():
+            for parameter in method.backbone.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        past.append([p.clone() for p in method.backbone.parameters()])
+        method.after_step(0.0)
+    for number, key in enumerate(method.key_backbone.parameters()):
+        expected = momentum**steps * start[number]
+        for i, weights in enumerate(past, start=1):
+            expected = expected + (1 - momentum) * momentum ** (steps - i) * weights[number]
+        torch.testing.assert_close(key, expected)
+
+
+def test_keys_take_no_gradient() -> None:
+    method = tiny_moco(symmetric=True)
+    method(make_batch())["loss"].backward()
+    frozen = [*method.key_backbone.parameters(), *method.key_head.parameters()]
+    assert frozen
+    assert not any(p.requires_grad or p.grad is not None for p in frozen)
+    assert all(p.grad is not None for p in [*method.backbone.parameters(), *method.head.parameters()])
+    assert not method.queue.requires_grad
+
+
+def test_heads_are_those_of_the_papers() -> None:
+    def layers(head: nn.Sequential) -> list[tuple]:
+        return [
+            (type(m), *m.weight.shape, m.bias is not None) if isinstance(m, nn.Linear) else (type(m),) for m in head
+        ]
+
+    assert layers(tiny_moco().head) == [(nn.Linear, 4, 8, True)]
+    v2 = [(nn.Linear, 8, 8, True), (nn.ReLU,), (nn.Linear, 4, 8, True)]
+    assert layers(tiny_moco(mlp_head=True).head) == v2
+    assert layers(tiny_moco(mlp_head=True).key_head) == v2
+
+
+def test_symmetric_loss_is_the_mean_of_both_directions_and_both_keys_are_enqueued() -> None:
+    method, batch = tiny_moco(norm=False, symmetric=True), make_batch(4)
+    one_way = tiny_moco(norm=False)
+    one_way.load_state_dict(method.state_dict())
+    there, back = one_way(batch), one_way(Batch(batch.views[::-1], batch.index, batch.label))
+    k2, k1 = one_way.new_keys
+    both = method(batch)
+    for name in ("loss", "accuracy"):
+        torch.testing.assert_close(both[name], (there[name] + back[name]) / 2)
+    method.after_step(0.0)
+    torch.testing.assert_close(method.queue[:8], torch.cat([k1, k2]))
+    assert int(method.queue_head) == 8
+
+
+def test_keys_without_batchnorm_do_not_feel_the_shuffling() -> None:
+    method, images = tiny_moco(norm=False), make_batch().views[1]
+    plain = F.normalize(method.key_head(method.key_backbone(images)), dim=1)
+    torch.testing.assert_close(method.encode_keys(images), plain)
+
+
+def test_batchnorm_sees_keys_in_shuffled_groups_and_queries_in_order() -> None:
+    method, images = tiny_moco(), make_batch().views[1]
+    query_parts, key_parts = (
+        [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for net in (method.backbone, method.key_backbone)
+    )
+    assert all(isinstance(m, SplitBatchNorm) and m.group == 4 for m in query_parts + key_parts)
+    assert query_parts
+    assert key_parts
+    seen: list[Tensor] = []
+    hook = method.key_backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    keys = method.encode_keys(images)
+    hook.remove()
+    order = [int((images == row).flatten(1).all(1).nonzero()) for row in seen[0]]
+    assert sorted(order) == list(range(8))
+    assert order != sorted(order)
+    convert_back(method.key_backbone)
+    groups = [images[order][:4], images[order][4:]]
+    expected = torch.cat([F.normalize(method.key_head(method.key_backbone(group)), dim=1) for group in groups])
+    torch.testing.assert_close(keys, expected[torch.tensor(order).argsort()], rtol=1e-4, atol=1e-5)
+
+
+def convert_back(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, SplitBatchNorm):
+            part.__class__ = nn.BatchNorm2d
+
+
+def test_every_shuffle_has_its_own_order_which_a_saved_run_continues() -> None:
+    method, images = tiny_moco(), make_batch(16).views[1]
+    method.encode_keys(images)
+    saved = method.state_dict()
+    again = tiny_moco()
+    again.load_state_dict(saved)
+    first, second = method.encode_keys(images), method.encode_keys(images)
+    assert not torch.allclose(first, second, atol=1e-4)
+    assert torch.equal(again.encode_keys(images), first)
+    assert torch.equal(again.encode_keys(images), second)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"queue_size": 0}, "queue_size is 0"),
+        ({"bn_group": 1}, "bn_group is 1"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"momentum": 1.5}, "momentum is 1.5"),
+    ],
+)
+def test_impossible_values_are_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_moco(**changes)
+
+
+def test_effective_values_tell_negatives_and_the_images_batchnorm_sees() -> None:
+    assert tiny_moco().effective(32) == {"negatives a query sees": 12, "images BatchNorm sees together": "4"}
+    assert tiny_moco(norm=False).effective(32)["images BatchNorm sees together"] == "no BatchNorm"

@@ -1,0 +1,98 @@
+"""Two processes that stay up for the whole test session, since starting one costs seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+SIZE = 2
+PATIENCE = 120.0  # seconds a task may take
+
+
+class Pair:
+    """Runs functions of importable modules on two processes joined by gloo.
+
+    A task that raises on one process leaves the other waiting inside a collective, so both are ended then, and the
+    next task starts new ones.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.starts = 0
+        self.workers: list[Any] = []
+        self.pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., T], *args: Any) -> list[T]:
+        """`function(*args)` on both at the same time; what each returned, by rank."""
+        if not self.workers:
+            self.start()
+        for pipe in self.pipes:
+            pipe.send_bytes(pickle.dumps((function, args)))
+        answers: dict[int, T] = {}
+        while len(answers) < SIZE:
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
+            ready = wait(waiting, timeout=PATIENCE)
+            if not ready:
+                self.stop()
+                raise TimeoutError(f"{function.__name__} took more than {PATIENCE:g} s on two processes")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = self.pipes.index(pipe)
+                try:
+                    error, answers[rank] = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    error = "it died"
+                if error:
+                    self.stop()
+                    raise AssertionError(f"process {rank} of {SIZE}: {error}")
+        return [answers[rank] for rank in range(SIZE)]
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        meeting = self.folder / f"meeting{self.starts}"
+        self.starts += 1
+        for rank in range(SIZE):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=serve, args=(rank, meeting, theirs), daemon=True)
+            worker.start()
+            theirs.close()  # so that its death is an end of file here
+            self.workers.append(worker)
+            self.pipes.append(ours)
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+            worker.join()
+        for pipe in self.pipes:
+            pipe.close()
+        self.workers.clear()
+        self.pipes.clear()
+
+
+def serve(rank: int, meeting: Path, pipe: Connection) -> None:
+    """What a process does: carry out tasks until the pipe closes."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=PATIENCE)
+    )
+    while True:
+        try:
+            function, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        torch.manual_seed(0)
+        try:
+            answer = (None, function(*args))
+        except Exception:
+            answer = (traceback.format_exc(), None)
+        pipe.send_bytes(pickle.dumps(answer))

@@ -1,0 +1,188 @@
+"""The documentation agrees with what there is: files, choices, keys, defaults and command lines."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from sslcli.cli import _compose
+from sslcli.data.views import View
+from sslcli.methods.base import Batch
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+GLOBAL = ("train", "eval", "method", "experiment")  # yaml whose keys are those of the whole configuration
+HANDED_OVER = ("--help", "--cfg", "-sc", "pkg://")  # answered by Hydra, or in need of an installed package
+
+
+def _name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def _blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of each fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def _prose(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def _anchors(page: Path) -> set[str]:
+    """Names of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", _prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _rows(text: str) -> list[list[str]]:
+    """Cells of the rows of all tables, without headers."""
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def _commands(page: Path) -> list[str]:
+    """The lines of the bash blocks that start one of our commands."""
+    lines = "\n".join(text for language, text in _blocks(page) if language == "bash").replace("\\\n", " ").splitlines()
+    found = [re.search(r"(?:^|\buntil )(ssl-(?:train|eval)\b[^;]*|torchrun .*)", line) for line in lines]
+    commands = [match[1] for match in found if match]
+    return [command for command in commands if not any(flag in command for flag in HANDED_OVER)]
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values of a yaml file, without what Hydra reads itself."""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            found |= _leaves(value, f"{prefix}{key}.")
+        elif key != "_target_":
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _defaults(path: Path) -> dict[str, Any]:
+    """The keys of a yaml file as a command line writes them, with their values."""
+    node = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key not in ("defaults", "hydra")}
+    group = path.parent.name if path.parent != CONF else path.stem
+    return _leaves(node) if group in GLOBAL else _leaves(node, f"{group}.")
+
+
+def _tables() -> list[tuple[str, str, str]]:
+    """Page, yaml file and text of every section whose heading names a yaml file."""
+    found = []
+    for page in PAGES:
+        for section in re.split(r"^(?=#)", _prose(page), flags=re.MULTILINE):
+            match = re.match(r"#.*`(conf/[\w/]+\.yaml)`\n", section)
+            if match:
+                found.append((_name(page), match[1], section))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{target} leads nowhere"
+        assert not anchor or anchor in _anchors(there), f"{target}: there is no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_every_file_of_the_project_that_is_named_exists(page: Path) -> None:
+    named = re.findall(r"`((?:sslcli|conf|tests|scripts|docs)/[\w./-]*)`", page.read_text())
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_every_method_has_a_page_and_a_row_in_the_readme_and_the_other_way_round() -> None:
+    assert sorted(path.stem for path in (ROOT / "docs" / "methods").glob("*.md")) == METHODS
+    section = re.split(r"^## ", _prose(ROOT / "README.md"), flags=re.MULTILINE)
+    rows = [row for row in _rows(next(part for part in section if part.startswith("Methods\n"))) if len(row) == 4]
+    assert sorted(row[0].strip("`") for row in rows) == METHODS
+    for word, _, target, link in rows:
+        method = yaml.safe_load((CONF / "method" / f"{word.strip('`')}.yaml").read_text())["method"]
+        assert target.strip("`") == method["_target_"]
+        assert f"docs/methods/{word.strip('`')}.md" in link
+
+
+@pytest.mark.parametrize("group", ["method", "dataset", "backbone", "views", "optimizer", "launcher", "experiment"])
+def test_every_choice_of_a_group_is_named(group: str) -> None:
+    text = "".join(_prose(ROOT / page) for page in ("docs/configuration.md", "docs/data.md"))
+    choices = [path.stem for path in (CONF / group).glob("*.yaml")]
+    assert [choice for choice in choices if f"`{choice}`" not in text] == []
+
+
+def test_every_yaml_of_settings_has_a_table() -> None:
+    groups = ("method", "monitor", "launcher", "optimizer", "protocol")
+    files = [CONF / "train.yaml", CONF / "eval.yaml", *(path for name in groups for path in (CONF / name).iterdir())]
+    tables = {name for _, name, _ in _tables()}
+    assert [path.name for path in files if str(path.relative_to(ROOT)) not in tables] == []
+
+
+@pytest.mark.parametrize(("page", "file", "section"), _tables(), ids=[f"{page}:{file}" for page, file, _ in _tables()])
+def test_a_table_has_every_key_of_its_yaml_with_its_default(page: str, file: str, section: str) -> None:
+    documented = {row[0].strip("`"): yaml.safe_load(row[1].strip("`")) for row in _rows(section)}
+    assert documented == _defaults(ROOT / file)
+
+
+def test_every_field_of_a_view_is_documented_with_its_default() -> None:
+    section = _prose(ROOT / "docs" / "data.md").partition("### Fields of an entry\n")[2].partition("\n###")[0]
+    documented = {row[0].strip("`"): yaml.safe_load(row[1].strip("`")) for row in _rows(section)}
+    expected = {field.name: field.default for field in fields(View)}
+    assert documented == {key: list(value) if isinstance(value, tuple) else value for key, value in expected.items()}
+
+
+def _write_examples(page: Path, folder: Path) -> None:
+    """Write the blocks of a page that begin with the name of a file."""
+    for language, text in _blocks(page):
+        match = re.match(r"# ([\w/]+\.(?:py|yaml))\n", text)
+        if match and language in ("python", "yaml"):
+            path = folder / match[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+
+@pytest.mark.parametrize(("page", "line"), [(page, line) for page in PAGES for line in _commands(page)])
+def test_every_command_composes(page: Path, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_examples(page, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = shlex.split(line, comments=True)
+    if words[0] == "torchrun":
+        words = ["ssl-train", *words[words.index("sslcli.cli.train") + 1 :]]
+    monkeypatch.setattr("sys.argv", words)
+    jobs = _compose.checked_jobs(words[0].removeprefix("ssl-"), _compose.read_arguments())
+    assert jobs
+    assert len(jobs) == 1 or "--multirun" in words
+
+
+def test_pages_have_commands() -> None:
+    assert len(_commands(ROOT / "README.md")) > 10
+    assert any(line.startswith("torchrun") for line in _commands(ROOT / "README.md"))
+    assert any("max_time=50m" in line for line in _commands(ROOT / "docs" / "reliability.md"))
+
+
+def test_the_method_and_the_backbone_of_the_readme_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_examples(ROOT / "README.md", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    nets, methods = (importlib.import_module(name) for name in ("mynets", "mymethods"))
+    from sslcli.backbones.wrap import as_backbone
+
+    method = methods.Agree(as_backbone(nets.Tiny(width=4), image_size=16), dim=8)
+    views = list(torch.rand(2, 6, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    scalars = method(Batch(views, torch.arange(6), torch.full((6,), -1)))
+    scalars["loss"].backward()
+    assert set(scalars) == {"loss", "agreement"}
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in method.parameters())
+    assert [len(view) for view in method.embeddings] == [6, 6]

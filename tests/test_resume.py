@@ -1,0 +1,218 @@
+"""A run that is killed and started again ends bit for bit as one that was never stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from runs import (
+    SSL_TRAIN,
+    complete,
+    differences,
+    family,
+    finish,
+    last_step,
+    make_folder,
+    metrics,
+    newest,
+    start,
+    survivors,
+    wait_for_step,
+)
+
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for the runs of all
+
+STEPS = 32
+COMMON = [
+    "backbone.width=4",
+    "dataset=folder",
+    "dataset.image_size=16",
+    "dataset.max_bad=0.1",
+    "train.batch_size=8",
+    f"train.max_steps={STEPS}",
+    "train.save_every_steps=3",
+    "train.log_every=2",  # so that checkpoints also hold unfinished means
+    "monitor.health_every=5",
+    "monitor.pictures=2",
+    "seed=3",
+]
+METHODS = {"moco_v2": ["method.queue_size=50"], "byol": ["method.hidden=16", "method.dim=8"]}
+TWO = ["launcher=multi", "launcher.processes=2"]
+TORN = """
+import os, signal, torch
+from sslcli.cli.train import main
+whole = torch.save
+def torn(state, path):
+    whole(state, path)
+    if state["step"] >= {step}:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = torn
+main()
+"""
+
+Killer = Callable[[subprocess.Popen[bytes], Path], None]
+
+
+class Runs:
+    """The runs of this file, two at a time, so that they share the machine while the tests wait for them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.images = make_folder(folder / "images")
+        self.pool = ThreadPoolExecutor(2)
+        self.futures: dict[tuple[str, ...], Future[Path]] = {}
+        for method in METHODS:
+            self.begin("killed", method, 1)
+            self.begin("reference", method, 1)
+        for method in METHODS:
+            self.begin("killed", method, 2)
+            self.begin("reference", method, 2)
+        self.begin("grown", "moco_v2", 2)
+        self.begin("torchrun", "byol", 2)
+
+    def begin(self, kind: str, method: str, processes: int) -> None:
+        run_dir = self.folder / f"{kind}-{method}-{processes}"
+        command = [f"method={method}", *METHODS[method], *COMMON, f"dataset.root={self.images}", f"run_dir={run_dir}"]
+        run = {"killed": killed, "reference": reference, "grown": grown, "torchrun": torchrun}[kind]
+        self.futures[kind, method, str(processes)] = self.pool.submit(run, command, run_dir, processes)
+
+    def __call__(self, kind: str, method: str, processes: int) -> Path:
+        """The directory of a finished run."""
+        return self.futures[kind, method, str(processes)].result()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    runs = Runs(tmp_path_factory.mktemp("resume"))
+    yield runs
+    runs.pool.shutdown(cancel_futures=True)
+
+
+def log_of(run_dir: Path) -> Path:
+    return run_dir.with_suffix(".log")
+
+
+def reference(command: list[str], run_dir: Path, processes: int) -> Path:
+    """Never stopped; files are read by the main process on one process, and by workers on two."""
+    launcher, workers = ([], 0) if processes == 1 else (TWO, 2)
+    complete(*command, *launcher, f"dataset.workers={workers}", log=log_of(run_dir))
+    return run_dir
+
+
+def killed(command: list[str], run_dir: Path, processes: int) -> Path:
+    """Killed several times, each start with another number of workers."""
+    chance = random.Random(f"{run_dir.name}")
+    if processes == 1:
+        steps = sorted(chance.sample(range(2, STEPS - 4), 4))
+        killers: list[Killer] = [partial(kill_main, step=step) for step in steps]
+        killers.insert(2, partial(kill_main, step=None))  # it kills itself while it writes a checkpoint
+        launcher = []
+    else:
+        early, late = sorted(chance.sample(range(2, STEPS - 12), 2))
+        killers = [partial(kill_main, step=early), partial(kill_a_rank, step=late), terminate]
+        launcher = TWO
+    for number, kill in enumerate(killers):
+        torn = processes == 1 and number == 2
+        program = (sys.executable, "-c", TORN.format(step=last_step(run_dir))) if torn else (SSL_TRAIN,)
+        process = start(
+            *command, *launcher, f"dataset.workers={2 * (number % 2)}", program=program, log=log_of(run_dir)
+        )
+        kill(process, run_dir)
+    complete(*command, *launcher, "dataset.workers=2", log=log_of(run_dir))
+    return run_dir
+
+
+def kill_main(process: subprocess.Popen[bytes], run_dir: Path, *, step: int | None) -> None:
+    """SIGKILL to the process that the user started; those it started must end with it, and leave the lock."""
+    if step is not None:
+        wait_for_step(process, run_dir, step)
+        children = family(process.pid)
+        process.kill()
+        assert survivors(children, within=5) == []
+    assert finish(process) == -signal.SIGKILL
+    if step is None:
+        assert list((run_dir / "checkpoints").glob("*.tmp")), "it was not killed inside a checkpoint write"
+
+
+def kill_a_rank(process: subprocess.Popen[bytes], run_dir: Path, *, step: int) -> None:
+    """SIGKILL to a process of several while a checkpoint is written, or about to be."""
+    wait_for_step(process, run_dir, step)
+    until = time.monotonic() + 60
+    while not list((run_dir / "checkpoints").glob("*.tmp")) and time.monotonic() < until:
+        pass
+    children = family(process.pid)
+    os.kill(children[step % 2], signal.SIGKILL)
+    assert finish(process) == 3
+    assert "was ended by SIGKILL" in log_of(run_dir).read_text()
+    assert survivors(children, within=5) == []
+
+
+def terminate(process: subprocess.Popen[bytes], run_dir: Path) -> None:
+    """SIGTERM to the whole process group, as schedulers send it: saved within two steps, exit code 75."""
+    wait_for_step(process, run_dir, last_step(run_dir) + 2)
+    os.killpg(process.pid, signal.SIGTERM)
+    seen = last_step(run_dir)
+    assert finish(process) == 75
+    assert seen <= newest(run_dir)["step"] <= seen + 4  # two steps, and two that had no line yet
+
+
+def grown(command: list[str], run_dir: Path, processes: int) -> Path:
+    """Stopped by the time limit on one process, continued on two."""
+    process = start(*command, "train.max_time=0.01", "dataset.workers=0", log=log_of(run_dir))
+    assert finish(process) == 75
+    assert newest(run_dir)["step"] == 1
+    complete(*command, *TWO, "dataset.workers=0", log=log_of(run_dir))
+    return run_dir
+
+
+def torchrun(command: list[str], run_dir: Path, processes: int) -> Path:
+    """Started by torch's own launcher."""
+    program = (sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0")
+    complete("-m", "sslcli.cli.train", *command, program=program, log=log_of(run_dir))
+    return run_dir
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_ends_as_one_never_stopped(runs: Runs, method: str, processes: int) -> None:
+    whole, resumed = runs("reference", method, processes), runs("killed", method, processes)
+    assert newest(whole)["step"] == STEPS
+    assert differences(newest(resumed), newest(whole)) == []
+    assert metrics(resumed) == metrics(whole)
+    assert (resumed / "done").exists()
+
+
+def test_every_step_has_its_line_once(runs: Runs) -> None:
+    steps = [line["step"] for line in metrics(runs("killed", "moco_v2", 1)) if "train/loss" in line]
+    assert steps == list(range(2, STEPS + 1, 2))
+
+
+def test_nothing_is_left_lying_about(runs: Runs) -> None:
+    run_dir = runs("killed", "byol", 1)
+    assert not list(run_dir.rglob("*.tmp"))
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    steps = [STEPS - 5, STEPS - 2, STEPS]
+    assert names == ["last", *(f"step-{step:08d}.{end}" for step in steps for end in ("pt", "sha256"))]
+
+
+def test_two_processes_go_on_where_one_stopped_with_the_same_images(runs: Runs) -> None:
+    whole, continued = metrics(runs("reference", "moco_v2", 1)), metrics(runs("grown", "moco_v2", 2))
+    assert [line["step"] for line in continued] == [line["step"] for line in whole]
+    for one, other in zip(whole, continued, strict=True):
+        assert other.get("train/loss") == pytest.approx(one.get("train/loss"), rel=1e-4)
+
+
+def test_torchrun_equals_our_own_launcher(runs: Runs) -> None:
+    assert differences(newest(runs("torchrun", "byol", 2)), newest(runs("reference", "byol", 2))) == []
+    assert metrics(runs("torchrun", "byol", 2)) == metrics(runs("reference", "byol", 2))

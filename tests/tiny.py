@@ -1,0 +1,33 @@
+"""Networks and batches small enough to compute anything about them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sslcli.methods.base import Batch
+
+
+class TinyNet(nn.Module):
+    """One convolution, with BatchNorm or without, and the mean over positions: (N, 3, H, W) -> (N, 8)."""
+
+    num_features = 8
+
+    def __init__(self, *, norm: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, bias=not norm)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(images))).mean((2, 3))
+
+
+def make_batch(
+    num_images: int = 8, *, views: int = 2, size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Batch:
+    """`views` noisy copies of random images, so that views of one image resemble each other."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(num_images, 3, size, size, generator=generator, dtype=torch.float64)
+    noisy = [images + torch.randn(images.shape, generator=generator, dtype=torch.float64) / 2 for _ in range(views)]
+    label = torch.arange(num_images) % 2
+    return Batch([view.to(dtype) for view in noisy], torch.arange(num_images), label)
