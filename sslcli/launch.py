@@ -68,6 +68,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     if not joined():
         yield
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        distributed.end_with(os.getppid())  # the agent, whoever started it
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

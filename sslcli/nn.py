@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as _FusedSyncNormalize
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslcli import distributed
@@ -62,7 +63,7 @@ def frozen_copy(module: nn.Module) -> Any:
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """target <- momentum * target + (1 - momentum) * online, for parameters only (BYOL eq. 1, MoCo eq. 2)."""
-    averaged = list(target.parameters())
+    averaged: list[Tensor] = list(target.parameters())
     if averaged:  # a module may have none
         torch._foreach_lerp_(averaged, list(online.parameters()), 1.0 - momentum)
 
@@ -153,27 +154,28 @@ class _SyncNormalize(torch.autograd.Function):
         return grad_input.to(input.dtype), None if weight is None else sums[1], sums[0] if has_bias else None, None
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """BatchNorm over the batch of all processes, on any device (torch's own works on GPUs only)."""
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm over the batch of all processes, on any device (torch's own works on GPUs only).
+
+    Not a subclass of torch's, which DistributedDataParallel refuses on a CPU.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, ...) -> the same shape, normalised."""
-        if not self.training or distributed.world_size() == 1:
-            use_batch = self.training
-            if use_batch:
-                self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-            momentum = self.momentum or 0.0
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, use_batch, momentum, self.eps
-            )
-        if input.is_cuda and self.bias is not None:
-            return super().forward(input)
-        out, mean, variance = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)
-        count = input.numel() / input.size(1) * distributed.world_size()
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum or 0.0)  # type: ignore[union-attr]
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum or 0.0)  # type: ignore[union-attr]
+        world_size, momentum = distributed.world_size(), self.momentum or 0.0
+        state = (self.running_mean, self.running_var)
+        if self.training:
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        if not self.training or world_size == 1:
+            return F.batch_norm(input, *state, self.weight, self.bias, self.training, momentum, self.eps)
+        if input.is_cuda and self.bias is not None:
+            settings = (self.eps, momentum, dist.group.WORLD, world_size)
+            return _FusedSyncNormalize.apply(input, self.weight, self.bias, *state, *settings)  # type: ignore[no-any-return]
+        out, mean, variance = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)
+        count = input.numel() / input.size(1) * world_size
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, momentum)  # type: ignore[union-attr]
+            self.running_var.lerp_(variance * count / (count - 1), momentum)  # type: ignore[union-attr]
         return out  # type: ignore[no-any-return]
 
 
@@ -185,6 +187,4 @@ def convert_batch_norm(module: nn.Module, kind: type[_BatchNorm]) -> Any:
     for part in module.modules():
         if type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             part.__class__ = kind
-            if issubclass(kind, nn.SyncBatchNorm):
-                part.process_group = None  # type: ignore[assignment]
     return module

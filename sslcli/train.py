@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -127,7 +128,25 @@ def parallel(method: Method, device: torch.device) -> nn.Module:
     ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # what follows it is new
-        return DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if device.type == "cpu":
+        model.register_comm_hook(None, lambda _, bucket: average_each(bucket))  # torch refuses written annotations
+    return model
+
+
+def average_each(bucket: Any) -> torch.futures.Future[Tensor]:
+    """Average a bucket of gradients over the processes, each parameter by itself.
+
+    The last bit of a sum over three or more processes depends on the place within what is reduced, and
+    DistributedDataParallel fills its buckets anew after the first step, that of a resumed run as well.
+    """
+    whole = bucket.buffer().div_(distributed.world_size())
+    parts = whole.split([gradient.numel() for gradient in bucket.gradients()])
+    for work in [dist.all_reduce(part, async_op=True) for part in parts]:
+        work.wait()
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(whole)
+    return done
 
 
 def save_is_due(settings: TrainSettings, step: int, steps_per_epoch: int) -> bool:

@@ -98,7 +98,9 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
             return [f"{path}: {sorted(map(str, one.keys() ^ other.keys()))}"]
         return [place for key in one for place in differences(one[key], other[key], f"{path}.{key}")]
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        return [place for i, pair in enumerate(zip(one, other)) for place in differences(*pair, f"{path}.{i}")]
+        return [
+            place for i, pair in enumerate(zip(one, other, strict=True)) for place in differences(*pair, f"{path}.{i}")
+        ]
     return [] if one == other else [path]
 
 

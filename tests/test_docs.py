@@ -136,6 +136,12 @@ def test_a_table_has_every_key_of_its_yaml_with_its_default(page: str, file: str
     assert documented == _defaults(ROOT / file)
 
 
+def test_the_tree_names_every_module() -> None:
+    tree = next(text for _, text in _blocks(ROOT / "docs" / "architecture.md") if text.startswith("sslcli/\n"))
+    modules = {path.name for path in (ROOT / "sslcli").rglob("*.py")} - {"__init__.py"}
+    assert sorted(modules) == sorted({name for name in re.findall(r"\w+\.py", tree) if name != "__init__.py"})
+
+
 def test_every_field_of_a_view_is_documented_with_its_default() -> None:
     section = _prose(ROOT / "docs" / "data.md").partition("### Fields of an entry\n")[2].partition("\n###")[0]
     documented = {row[0].strip("`"): yaml.safe_load(row[1].strip("`")) for row in _rows(section)}
@@ -144,9 +150,9 @@ def test_every_field_of_a_view_is_documented_with_its_default() -> None:
 
 
 def _write_examples(page: Path, folder: Path) -> None:
-    """Write the blocks of a page that begin with the name of a file."""
+    """Write the blocks of a page whose first comment is the name of a file."""
     for language, text in _blocks(page):
-        match = re.match(r"# ([\w/]+\.(?:py|yaml))\n", text)
+        match = re.match(r"(?:# @package _global_\n)?# ([\w/]+\.(?:py|yaml))\n", text)
         if match and language in ("python", "yaml"):
             path = folder / match[1]
             path.parent.mkdir(parents=True, exist_ok=True)

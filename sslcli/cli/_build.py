@@ -18,6 +18,7 @@ from sslcli.cli._schema import check_target, trusted_packages
 from sslcli.data.sources import Source
 from sslcli.data.views import Views
 from sslcli.errors import ConfigError, nearest
+from sslcli.evaluate.features import evaluating
 from sslcli.methods.base import Method
 from sslcli.optim import parameter_groups
 
@@ -38,7 +39,9 @@ def find(target: str, *, trust: list[str], where: str) -> Any:
     try:
         found = getattr(import_module(module_name), name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{where} is {target!r}, but {error.name} is not installed") from error
+        raise ConfigError(
+            f"{where} is {target!r}, but {error.name} is neither installed nor in the folder the command is started in"
+        ) from error
     except AttributeError as error:
         known = [n for n in dir(import_module(module_name)) if not n.startswith("_")]
         raise ConfigError(f"{where} is {target!r}, but {module_name} has no {name}.{nearest(name, known)}") from error
@@ -73,7 +76,7 @@ def build(node: dict[str, Any], *, trust: list[str], where: str, **given: Any) -
         return target(**values, **given)
     except ConfigError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # torch's, for lengths below 0 or too large
         raise ConfigError(f"{where}: {error}") from error
 
 
@@ -116,7 +119,21 @@ def build_parts(config: dict[str, Any], *, trust: list[str]) -> Parts:
             f"method needs {method.num_views} views, but the chosen views are {views.num_views}: "
             "choose others with views=..."
         )
+    check_channels(method, source)
     return Parts(source, views, method)
+
+
+def check_channels(method: Method, source: Source) -> None:
+    """Raise ConfigError unless the method makes features of images like those of the source."""
+    black = torch.zeros(2, source.channels, source.image_size, source.image_size)
+    try:
+        with evaluating(method), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            method.features(black)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"backbone: it does not take the images of {source.name}, which have {source.channels} channels and "
+            f"{source.image_size} pixels a side: {error}"
+        ) from error
 
 
 def build_optimizer(config: dict[str, Any], method: Method) -> tuple[Optimizer, float]:

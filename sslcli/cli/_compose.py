@@ -143,9 +143,12 @@ def _parsed(engine: Hydra, lines: list[str]) -> list[Override]:
     found = []
     for line in lines:
         try:
-            found += parser.parse_overrides([line])
+            override = parser.parse_overrides([line])[0]
         except HydraException as error:
             raise ConfigError(_explain.unreadable(line, error)) from error
+        if not override.key_or_group:
+            raise ConfigError(_explain.unreadable(line))
+        found.append(override)
     return found
 
 
@@ -192,19 +195,13 @@ def _composed(engine: Hydra, command: str, name: str, lines: list[str]) -> DictC
 def _plain(config: DictConfig) -> dict[str, Any]:
     """All but Hydra's own part, with every interpolation resolved."""
     try:
-        plain = {}
-        for key in config:
-            if key != "hydra":
-                node = None if OmegaConf.is_missing(config, key) else config[key]
-                plain[str(key)] = (
-                    OmegaConf.to_container(node, resolve=True, throw_on_missing=False)
-                    if OmegaConf.is_config(node)
-                    else ("???" if OmegaConf.is_missing(config, key) else node)
-                )
-        return plain
+        own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        plain = OmegaConf.to_container(own, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{where}cannot resolve the value: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 def _find_own_modules(job: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from sslcli.cli._build import Parts
 from sslcli.data.loader import Loader, plain_batches
+from sslcli.errors import ConfigError
 from sslcli.report import pictures
 from sslcli.report.console import duration
 from sslcli.train import Run, optimise
@@ -21,7 +22,12 @@ STEPS = 2  # the first step also pays for setting up kernels and memory, so the 
 def dry_run(job: Run, parts: Parts) -> int:
     """Decode a few images, run a step, print what a run would cost, write the picture of the views."""
     count = job.watch.settings.pictures or 8
-    job.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir is {job.run_dir}, but it cannot be written ({error.strerror}): choose another"
+        ) from error
     picture = save_views(job.loader, parts, count, job.run_dir)
     job.method.train()
     for micro_batches in job.loader.steps(0, min(STEPS, job.total_steps)):

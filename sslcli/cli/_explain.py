@@ -15,20 +15,22 @@ from sslcli.cli._signature import GIVEN, INJECTED, parameters_of
 from sslcli.errors import ConfigError, nearest
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: object) -> str:
     """A message without line breaks and advertisements."""
     text = " ".join(str(error).split())
     return re.sub(r" ?(See https?://\S+ for details\.?|Config search path:.*|full_key: .*)", "", text).rstrip(" .")
 
 
-def unreadable(line: str, error: BaseException) -> str:
+def unreadable(line: str, error: BaseException | None = None) -> str:
     """The message for an override that cannot be parsed."""
     if "=" not in line.strip()[1:]:
         return f"cannot read {line!r} in the command line: settings are written key=value, as in train.epochs=5"
     key, _, value = line.partition("=")
+    if not re.fullmatch(r"[+~]*[\w./@:-]+", key):
+        return f"cannot read {line!r} in the command line: a key is names joined by dots, an element of a list is key.0"
     return (
-        f"cannot read {line!r} in the command line ({one_line(error)}): a value with =, brackets, quotes or spaces "
-        f"""in it is quoted twice, once for the shell: {key}='"{value.strip("'").replace('"', "")}"'"""
+        f"cannot read {line!r} in the command line ({one_line(error or '')}): a value with =, brackets, quotes or "
+        f"""spaces is quoted twice, once for the shell: {key}='"{value.strip("'").replace('"', "")}"'"""
     )
 
 
@@ -130,10 +132,7 @@ def check_name(command: str, name: str, node: DictConfig, where: str) -> None:
 def check_deletions(overrides: list[Override], config: DictConfig) -> None:
     """Refuse to delete a hyper-parameter: the constructor's own default, which no yaml shows, would take its place."""
     for override in overrides:
-        path = group_of(override)
-        if (
-            override.is_delete()
-            and "." in path
-            and "_target_" in (OmegaConf.select(config, path.rpartition(".")[0]) or {})
-        ):
-            raise ConfigError(f"~{path}: a setting cannot be deleted, so that config.yaml shows it: give it a value")
+        where, _, name = group_of(override).rpartition(".")
+        target = OmegaConf.select(config, f"{where}._target_") if override.is_delete() and where else None
+        if isinstance(target, str) and name in (parameters_of(target) or ()):
+            raise ConfigError(f"~{where}.{name}: a setting cannot be deleted, as config.yaml shows all: give a value")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from sslcli import checkpoint, distributed, launch, precision
@@ -52,7 +53,7 @@ def run(config: dict[str, Any]) -> int:
     except TrainingFailed as error:
         return _end(str(error), EXIT_FAILED)
     except Stopped as error:
-        return _end(str(error), EXIT_STOPPED)
+        return EXIT_STOPPED if launch.number() > 0 else _end(str(error), EXIT_STOPPED)
     except RuntimeError as error:
         if "DataLoader worker" in str(error):  # raised wherever the signal of the dying worker finds us
             return _end(str(worker_died(error)), EXIT_FAILED)
@@ -82,6 +83,7 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
     main, dry = distributed.is_main(), config["dry_run"]
     parts = build_parts(config, trust=config["trust"])
     loader = build_loader(config, parts, device)
+    check_batch(loader, parts)
     optimizer, peak_lr = build_optimizer(config, parts.method.to(device))
     held = _run_dir.lock(run_dir) if main and not dry else None
     if held is not None:
@@ -142,6 +144,15 @@ def build_loader(config: dict[str, Any], parts: Parts, device: torch.device) -> 
         seed=config["seed"],
         device=device,
     )
+
+
+def check_batch(loader: Loader, parts: Parts) -> None:
+    """Raise ConfigError where a BatchNorm would see a single image."""
+    if loader.part < 2 and any(isinstance(module, _BatchNorm) for module in parts.method.modules()):
+        raise ConfigError(
+            f"train.batch_size is {loader.batch_size}, which leaves 1 image to a micro-batch of a process, but "
+            f"BatchNorm needs 2: choose at least {2 * loader.batch_size}"
+        )
 
 
 def assemble(

@@ -154,7 +154,7 @@ def check_types(where: str, node: dict[str, Any], annotations: dict[str, str]) -
     for key, value in node.items():
         path = f"{where}.{key}" if where else key
         if key in annotations and not fits(value, annotations[key]):
-            as_text = isinstance(value, (int, float)) and "str" in annotations[key]
+            as_text = isinstance(value, (int, float)) and fits(str(value), annotations[key])
             quoted = f""". To mean the text, write {path}='"{value}"'""" if as_text else ""
             raise ConfigError(f"{path} is {value!r}, but it must be {words(annotations[key])}{quoted}")
 

@@ -99,12 +99,20 @@ def _class(module: str, node: ast.ClassDef, depth: int) -> Parameters | None:
             return None
         found |= inherited
     if init is not None:
-        return found | _arguments(init.args, skip=1)
+        passed = _passed_on(init)
+        return {name: found[name] for name in found if name not in passed} | _arguments(init.args, skip=1)
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         for part in node.body:
             if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
                 found[part.target.id] = Parameter(ast.unparse(part.annotation), required=part.value is None)
     return found
+
+
+def _passed_on(init: ast.FunctionDef) -> set[str]:
+    """Keywords that a constructor gives to the one above by itself."""
+    calls = [node for node in ast.walk(init) if isinstance(node, ast.Call)]
+    above = [call for call in calls if ast.unparse(call.func) == "super().__init__"]
+    return {keyword.arg for call in above for keyword in call.keywords if keyword.arg is not None}
 
 
 def _open(arguments: ast.arguments) -> bool:

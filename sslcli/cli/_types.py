@@ -109,7 +109,10 @@ def _fit_all(values: list[Any], name: str, inside: list[ast.expr]) -> bool:
 
 
 def _words(node: ast.expr, *, many: bool) -> str:
-    return " or ".join(_words_of_one(option, many=many) for option in _options(node))
+    """Classes are left out where there is something that a command line can say."""
+    options = _options(node)
+    plain = [option for option in options if _name(option) in (*WORDS, *LISTS, *MAPPINGS, "Literal")]
+    return " or ".join(_words_of_one(option, many=many) for option in plain or options)
 
 
 def _words_of_one(node: ast.expr, *, many: bool) -> str:
@@ -125,6 +128,6 @@ def _words_of_one(node: ast.expr, *, many: bool) -> str:
             _words(inside[0], many=True) if inside else "values"
         )
     if name in MAPPINGS:
-        of = f" to {_words(inside[1], many=True)}" if len(inside) == 2 else ""
+        of = f" to {_words(inside[1], many=True)}" if len(inside) == 2 and _name(inside[1]) != "Any" else ""
         return ("mappings" if many else "a mapping") + of
     return ast.unparse(node)

@@ -42,6 +42,8 @@ def read_csv(file: str) -> tuple[list[str], list[str]]:
 
 def parse_roots(root: Root) -> dict[str, float]:
     """Folders, all of them there, and their weights; ValueError for none, a double one or a weight not above 0."""
+    if not isinstance(root, (str, os.PathLike, Sequence, Mapping)):
+        raise ValueError(f"dataset.root is {root!r}, but it must be a folder, a list of folders, or {{folder: weight}}")
     if isinstance(root, Mapping):
         pairs = list(root.items())
     else:

@@ -89,8 +89,8 @@ def test_head_without_batchnorm_has_biases() -> None:
     assert head[0].out_features == 16
 
 
-def test_weights_of_the_normalised_head_start_small() -> None:
-    head = SimCLR(TinyNet(), dim=256, hidden=256).head
+def test_weights_of_the_head_start_as_small_as_they_are_asked_to() -> None:
+    head = SimCLR(TinyNet(), dim=256, hidden=256, init_std=0.01).head
     assert float(head[3].weight.detach().std()) == pytest.approx(0.01, rel=0.05)
 
 

@@ -1,0 +1,182 @@
+"""What every method must do, whichever conf/method/*.yaml there are."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra._internal.utils import get_args_parser
+from torch import Tensor
+
+import sslcli
+from processes import Pair
+from runs import differences, newest
+from sslcli import distributed
+from sslcli.cli import _run
+from sslcli.cli._build import build_optimizer, build_parts
+from sslcli.cli._compose import checked_jobs
+from sslcli.methods.base import Batch, Method
+from sslcli.train import parallel
+
+METHODS = sorted(path.stem for path in (Path(sslcli.__file__).parents[1] / "conf" / "method").glob("*.yaml"))
+CPU = torch.device("cpu")
+OVERRIDES = [
+    "dataset=shapes",
+    "dataset.train_images=64",
+    "dataset.test_images=0",
+    "dataset.val_fraction=0",
+    "device=cpu",
+    "launcher.threads=1",
+    "train.batch_size=16",
+    "train.precision=fp32",
+    "train.max_steps=10",
+    "train.save_every_steps=5",
+    "train.log_every=1",
+    "monitor.knn_every=0",
+    "monitor.pictures=0",
+    "monitor.health_every=4",
+]
+SMALLER = {"queue_size": 40, "hidden": 32, "dim": 16, "width": 4}  # of the keys a method or backbone has
+
+
+@cache
+def composed(word: str) -> dict[str, Any]:
+    """A run of the method that takes moments, not to be changed."""
+    config = checked_jobs("train", get_args_parser().parse_args([f"method={word}", *OVERRIDES]))[0]
+    for group in ("method", "backbone"):
+        config[group] |= {key: value for key, value in SMALLER.items() if config[group].get(key) is not None}
+    return config
+
+
+def config_of(word: str) -> dict[str, Any]:
+    return copy.deepcopy(composed(word))
+
+
+@cache
+def batches_of(word: str) -> list[Batch]:
+    """The first epoch of that run: four batches."""
+    config = composed(word)
+    loader = _run.build_loader(config, build_parts(config, trust=[]), CPU)
+    return [micro_batches[0] for micro_batches in loader.steps(0, 4)]
+
+
+@dataclass
+class Trace:
+    """What training did."""
+
+    method: Method
+    scalars: list[dict[str, Tensor]]  # by step
+    gradients: list[dict[str, Tensor | None]]  # by step
+    state: dict[str, Any]
+
+
+def take_steps(config: dict[str, Any], batches: list[Batch]) -> Trace:
+    """Train at a constant rate on this process's part of every batch; scalars and gradients are those of them all."""
+    method = build_parts(config, trust=[]).method.train().to(batches[0].views[0].dtype)
+    optimizer, _ = build_optimizer(config, method)
+    model = parallel(method, CPU)
+    scalars, gradients = [], []
+    for step, batch in enumerate(batches):
+        found = model(my_part(batch))
+        found["loss"].backward()
+        scalars.append({name: distributed.all_reduce_mean(value) for name, value in found.items()})
+        gradients.append({n: copy.deepcopy(p.grad) for n, p in method.named_parameters() if p.requires_grad})
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(step / len(batches))
+    return Trace(method, scalars, gradients, copy.deepcopy(method.state_dict()))
+
+
+def my_part(batch: Batch) -> Batch:
+    def mine(rows: Tensor) -> Tensor:
+        return rows.chunk(distributed.world_size())[distributed.rank()]
+
+    return Batch([mine(view) for view in batch.views], mine(batch.index), mine(batch.label))
+
+
+def test_there_are_methods() -> None:
+    assert {"moco", "moco_v2", "moco_v3", "simclr", "byol"} <= set(METHODS)
+
+
+@pytest.mark.parametrize("word", METHODS)
+def test_a_step_has_a_finite_loss_and_a_gradient_for_every_trainable_parameter(word: str) -> None:
+    config = config_of(word)
+    trace = take_steps(config, batches_of(word)[:1])
+    assert all(value.isfinite() and value.ndim == 0 for value in trace.scalars[0].values())
+    assert trace.gradients[0]
+    without = [n for n, g in trace.gradients[0].items() if g is None or not g.isfinite().all() or not g.any()]
+    assert without == []
+
+
+@pytest.mark.parametrize("word", METHODS)
+def test_a_loaded_state_computes_what_the_saved_one_would(word: str) -> None:
+    config = config_of(word)
+    *batches, last = batches_of(word)
+    trace = take_steps(config, batches)
+    twin = build_parts(config | {"seed": 1}, trust=[]).method.train()
+    assert differences(twin.state_dict(), trace.state) != []
+    twin.load_state_dict(trace.state)
+    assert differences(twin.state_dict(), trace.state) == []
+    losses = []
+    for method in (trace.method, twin):
+        torch.manual_seed(0)
+        for batch in (last, batches[0]):
+            losses.append(method(batch)["loss"])
+            method.after_step(0.5)
+    assert torch.equal(torch.stack(losses[:2]), torch.stack(losses[2:]))
+    assert differences(twin.state_dict(), trace.method.state_dict()) == []
+
+
+@pytest.fixture
+def _determinism_as_before() -> Iterator[None]:
+    before = torch.get_deterministic_debug_mode()
+    yield
+    torch.set_deterministic_debug_mode(before)
+
+
+@pytest.mark.parametrize("word", METHODS)
+@pytest.mark.usefixtures("_determinism_as_before")
+def test_ten_steps_are_five_and_five_more_after_loading_bit_for_bit(word: str, tmp_path: Path) -> None:
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    assert _run.run(config_of(word) | {"run_dir": str(whole)}) == 0
+    (half / "checkpoints").mkdir(parents=True)
+    for path in (whole / "checkpoints").glob("step-00000005.*"):
+        shutil.copy(path, half / "checkpoints")
+    assert newest(half)["step"] == 5
+    assert _run.run(config_of(word) | {"run_dir": str(half), "resume": "must"}) == 0
+    assert newest(half)["step"] == newest(whole)["step"] == 10
+    assert differences(newest(half), newest(whole)) == []
+
+
+@pytest.mark.parametrize("word", METHODS)
+def test_the_loss_falls_on_a_small_fixed_set(word: str) -> None:
+    config = config_of(word)
+    config["optimizer"]["lr"] = 0.3
+    batches = batches_of(word)
+    losses = torch.stack([scalars["loss"] for scalars in take_steps(config, batches * 10).scalars])
+    epochs = losses.view(10, 4).mean(1)
+    before, after = epochs[1], epochs[-1]  # the first epoch fills what queues and running statistics start without
+    assert after < before - 0.05 * before.abs(), epochs
+
+
+@pytest.mark.parametrize("word", METHODS)
+def test_two_processes_train_like_one_on_the_whole_batch(word: str, pair: Pair) -> None:
+    config = config_of(word)
+    batches = [
+        Batch([view.double() for view in batch.views], batch.index, batch.label) for batch in batches_of(word)[:3]
+    ]
+    alone = take_steps(config, batches)
+    first, second = pair.run(take_steps, config, batches)
+    assert differences(first.state, second.state) == []
+    torch.testing.assert_close(first.scalars, alone.scalars, rtol=1e-5, atol=1e-5)
+    for found, expected in zip(first.gradients, alone.gradients, strict=True):
+        scale = max(float(gradient.abs().max()) for gradient in expected.values())
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(first.state, alone.state, rtol=1e-5, atol=1e-6)
