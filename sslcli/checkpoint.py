@@ -53,7 +53,7 @@ def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
     path = path_of(run_dir, state["step"])
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob("*.tmp"):
-        leftover.unlink()
+        os.unlink(leftover)
     temporary = path.with_suffix(".pt.tmp")
     try:
         torch.save({"schema": SCHEMA, **state}, temporary)
@@ -62,7 +62,7 @@ def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
         synchronise(temporary)
         os.replace(temporary, path)
         link = path.parent / "last.tmp"
-        link.symlink_to(path.name)
+        os.symlink(path.name, link)
         os.replace(link, path.parent / "last")
         synchronise(path.parent)
     except (OSError, RuntimeError) as error:
@@ -88,10 +88,10 @@ def prune(newest: Path, *, keep: int) -> None:
     end = paths.index(newest) + 1
     with suppress(OSError):  # what cannot be deleted must not end a run
         for old in paths[: max(0, end - keep)] + paths[end:]:
-            old.unlink()
+            os.unlink(old)
         for recorded in newest.parent.glob("step-*.sha256"):
             if not recorded.with_suffix(".pt").exists():
-                recorded.unlink()
+                os.unlink(recorded)
 
 
 def load_newest(run_dir: Path, *, device: torch.device, warn: Callable[[str], None]) -> dict[str, Any] | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,30 @@ def make_folder(root: Path, *, per_class: int = 30, broken: int = 1) -> Path:
     return root
 
 
-def start(*arguments: str, program: tuple[str, ...] = (SSL_TRAIN,), log: Path) -> subprocess.Popen[bytes]:
+class Started:
+    """A process at work. `code` is its exit code once it ended, minus the signal's number where one ended it."""
+
+    def __init__(self, pid: int, wait: Callable[[float], int | None]) -> None:
+        self.pid, self.wait = pid, wait
+
+    @property
+    def code(self) -> int | None:
+        return self.wait(0)
+
+    def finish(self) -> int:
+        """Wait for the end; the exit code."""
+        code = self.wait(PATIENCE)
+        if code is None:
+            for pid in [self.pid, *family(self.pid)]:
+                os.kill(pid, signal.SIGKILL)
+            raise TimeoutError(f"process {self.pid} did not end within {PATIENCE:g} s")
+        return code
+
+
+def start(*arguments: str, program: tuple[str, ...] = (SSL_TRAIN,), log: Path) -> Started:
     """`ssl-train ARGUMENTS` with one thread, in a process group of its own; what it prints is appended to `log`."""
     with log.open("ab") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*program, *arguments, "launcher.threads=1"],
             stdout=file,
             stderr=file,
@@ -43,27 +66,60 @@ def start(*arguments: str, program: tuple[str, ...] = (SSL_TRAIN,), log: Path) -
             start_new_session=True,
         )
 
+    def wait(seconds: float) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        return process.returncode
 
-def finish(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the end; the exit code."""
-    try:
-        return process.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    return Started(process.pid, wait)
 
 
-def complete(*arguments: str, program: tuple[str, ...] = (SSL_TRAIN,), log: Path) -> None:
-    """Run to the end, which must be a good one."""
-    code = finish(start(*arguments, program=program, log=log))
+def start_warm(*arguments: str, log: Path, prepare: Callable[..., None] | None = None, given: Any = None) -> Started:
+    """As `start`, without the seconds that imports take: forked from a server that has done them.
+
+    The process calls `prepare(given)` first.
+    """
+    multiprocessing.set_forkserver_preload(["sslcli.cli._run", "torch._dynamo", "torch.utils.tensorboard", "runs"])
+    process = multiprocessing.get_context("forkserver").Process(
+        target=ssl_train, args=([*arguments, "launcher.threads=1"], log, prepare, given)
+    )
+    process.start()
+    assert process.pid is not None
+
+    def wait(seconds: float) -> int | None:
+        process.join(seconds)
+        return process.exitcode
+
+    return Started(process.pid, wait)
+
+
+def ssl_train(arguments: list[str], log: Path, prepare: Callable[..., None] | None, given: Any) -> None:
+    """The console script, in this process."""
+    from sslcli.cli.train import main
+
+    os.setsid()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if prepare is not None:
+        prepare(given)
+    sys.argv = [SSL_TRAIN, *arguments]
+    main()
+
+
+def complete(process: Started, log: Path) -> None:
+    """Wait for the end, which must be a good one."""
+    code = process.finish()
     assert code == 0, f"exit code {code}: {log.read_text()[-3000:]}"
 
 
-def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
+def wait_for_step(process: Started, run_dir: Path, step: int) -> None:
     """Return once metrics.jsonl has `step` and the run is still at work."""
     until = time.monotonic() + PATIENCE
     while last_step(run_dir) < step:
-        assert process.poll() is None, f"the run ended by itself before step {step}, with code {process.returncode}"
+        assert process.code is None, f"the run ended by itself before step {step}, with code {process.code}"
         assert time.monotonic() < until, f"no step {step} after {PATIENCE:g} s"
         time.sleep(0.005)
 

@@ -294,10 +294,3 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(Killed):
         checkpoint.replace(path, b"new")
     assert path.read_bytes() == b"old"
-
-
-def test_generators_go_on_where_they_were() -> None:
-    saved = checkpoint.rng_state(CPU)
-    first = torch.rand(5)
-    checkpoint.set_rng_state(saved, CPU)
-    assert torch.equal(torch.rand(5), first)

@@ -160,6 +160,7 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
     except ConfigError as error:
         choices = [override.input_line or "" for override in overrides if _explain.is_choice(override, engine)]
         base = _composed(engine, command, config_name, choices)
+        _find_own_modules({"trust": base.get("trust") or [o for o in overrides if _explain.group_of(o) == "trust"]})
         _explain.check_overrides(command, [o for o in overrides if o.input_line not in choices], base)
         raise error
     _explain.check_deletions(overrides, config)

@@ -40,6 +40,7 @@ class Subject:
     provenance: dict[str, Any]
     home: Path  # where results go
     monitor: dict[str, Any]  # the run's monitor.* values, {} for a bare backbone
+    foreign: bool  # measured on other images than it was trained on
 
 
 def run(config: dict[str, Any]) -> int:
@@ -121,8 +122,7 @@ def evaluate(config: dict[str, Any], device: torch.device, screen: Screen) -> di
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    own = subject.provenance.get("pretrained_on") in (None, source.name)
-    path = subject.home / f"{result['protocol']}{'' if own else '_' + source.name}.json"
+    path = subject.home / f"{result['protocol']}{'_' + source.name if subject.foreign else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.replace(path, json.dumps(result, indent=2).encode())
     return result | {"home": str(subject.home)}
@@ -172,10 +172,15 @@ def load_subject(config: dict[str, Any], device: torch.device) -> tuple[Subject,
     }
     prepare = _prepare(views, mean, std)
     resolved = precision.resolve(wanted, device)
-    subject = Subject(trained, method, prepare, resolved, provenance, run_dir / "eval", saved["monitor"])
-    if not config.get("dataset"):
-        subject.provenance["pretrained_on"] = source.name
-    return subject, source
+    foreign = bool(config.get("dataset")) and images_of(config["dataset"]) != images_of(saved["dataset"])
+    if not foreign:
+        provenance["pretrained_on"] = source.name
+    return Subject(trained, method, prepare, resolved, provenance, run_dir / "eval", saved["monitor"], foreign), source
+
+
+def images_of(node: dict[str, Any]) -> dict[str, Any]:
+    """What decides which images a set has, and not how they are read."""
+    return {key: value for key, value in node.items() if key not in ("workers", "max_bad", "download", "memory_gb")}
 
 
 def type_name(node: dict[str, Any]) -> str:
@@ -213,7 +218,8 @@ def _bare(config: dict[str, Any], device: torch.device) -> tuple[Subject, Source
     views = Views([{"crop_scale": None}])
     resolved = precision.resolve(config["precision"], device)
     home = path.with_name(path.name + ".eval")
-    return Subject(trained, fresh, _prepare(views, source.mean, source.std), resolved, provenance, home, {}), source
+    prepare = _prepare(views, source.mean, source.std)
+    return Subject(trained, fresh, prepare, resolved, provenance, home, {}, foreign=False), source
 
 
 def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:

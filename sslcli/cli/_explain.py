@@ -91,10 +91,11 @@ def check_overrides(command: str, overrides: list[Override], base: DictConfig) -
             _schema.check_target(override.value(), trust, path)
     for override in overrides:
         if not group_of(override).startswith("hydra."):
-            check_path(command, group_of(override), base)
+            signed = override.is_add() or override.is_force_add() or override.is_delete()
+            check_path(command, group_of(override), base, signed=signed)
 
 
-def check_path(command: str, path: str, base: DictConfig) -> None:
+def check_path(command: str, path: str, base: DictConfig, *, signed: bool) -> None:
     """Raise ConfigError for a key that neither the yaml nor the constructor knows."""
     node: Any = base
     walked = ""
@@ -105,6 +106,10 @@ def check_path(command: str, path: str, base: DictConfig) -> None:
             inside, part = node, int(part)  # type: ignore[assignment]
         elif OmegaConf.is_dict(node):
             check_name(command, part, node, walked)
+            if part not in node:
+                if signed:
+                    return
+                raise ConfigError(f"{path}: the yaml leaves it out. To add it: +{path}=...")
             inside = node
         else:
             raise ConfigError(f"{path}: {walked} is a value of its own, with no keys below it")

@@ -247,6 +247,27 @@ def test_a_method_of_the_users_own_is_checked_against_its_class(refused: Any, tm
     assert METHODS.replace("byol,", "byol, mine,") in refused("--config-dir", str(tmp_path), "method=mien")
 
 
+OWN_CLASS = """
+class OwnMethodOfTest:
+    def __init__(self, backbone, *, dim: int = 8, weight: float = 1.0) -> None:
+        self.dim = dim
+"""
+
+
+def test_a_class_in_the_folder_of_the_command_is_read_before_a_typo_is_told(refused: Any, tmp_path: Path) -> None:
+    tmp_path.joinpath("own_method_of_test.py").write_text(OWN_CLASS)
+    tmp_path.joinpath("method").mkdir()
+    tmp_path.joinpath("method/own.yaml").write_text(
+        HEAD + "method:\n  _target_: own_method_of_test.OwnMethodOfTest\n  dim: 8\n"
+    )
+    line = ["--config-dir", ".", "method=own", "trust=[own_method_of_test]"]
+    for sign in ("", "+"):
+        message = refused(*line, f"{sign}method.wieght=10")
+        assert "method.wieght" in message
+        assert "Did you mean 'weight'?" in message
+    assert "+method.weight=..." in refused(*line, "method.weight=10")
+
+
 @pytest.mark.parametrize("sign", ["", "+", "++"])
 def test_a_class_outside_the_trusted_packages_is_refused_and_trust_is_named(sign: str, refused: Any) -> None:
     message = refused(f"{sign}method._target_=os.system")

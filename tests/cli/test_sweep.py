@@ -118,18 +118,18 @@ def test_a_stopped_sweep_starts_no_more_jobs(cli: Cli, monkeypatch: pytest.Monke
         return 75
 
     monkeypatch.setattr("sslcli.cli._sweep.run_process", stopped)
-    ended = cli("ssl-train", "-m", "seed=0,1,2")
+    ended = cli("ssl-train", "-m", "seed=0,1")
     assert ended.code == 75
     assert len(started) == 1
-    assert ended.out.count("(not started)") == 2
+    assert ended.out.count("(not started)") == 1
 
 
 def test_a_failed_job_does_not_keep_the_others_from_running(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = iter([0, 3, 0])
+    codes = iter([3, 0])
     monkeypatch.setattr("sslcli.cli._sweep.run_process", lambda line, stopped_by: next(codes))
-    ended = cli("ssl-train", "-m", "seed=0,1,2")
+    ended = cli("ssl-train", "-m", "seed=0,1")
     assert ended.code == 3
-    assert [line.split()[0] for line in ended.out.splitlines() if "seed=" in line and "===" not in line] == list("030")
+    assert [line.split()[0] for line in ended.out.splitlines() if "seed=" in line and "===" not in line] == ["3", "0"]
 
 
 def test_a_job_gets_the_flags_that_it_needs(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

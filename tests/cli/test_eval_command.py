@@ -1,0 +1,202 @@
+"""ssl-eval from the command line to the result file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Cli, installed
+from runs import make_folder
+
+FAST = ["protocol.epochs=2", "protocol.lrs=[0.1,1.0]", "protocol.weight_decays=[0.0,1e-4]"]
+OTHER = ["dataset=shapes", "dataset.seed=1", "dataset.limit=150", "dataset.test_images=80"]
+
+
+@pytest.fixture
+def trained(run_dir: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run, to evaluate."""
+    return Path(shutil.copytree(run_dir, tmp_path / "trained", symlinks=True))
+
+
+def result(home: Path, name: str) -> dict[str, Any]:
+    found = json.loads((home / f"{name}.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def test_knn_is_the_monitors_last_number(trained: Path, cli: Cli) -> None:
+    ended = cli("ssl-eval", f"run={trained}", "protocol=knn")
+    assert (ended.code, ended.err) == (0, "")
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    knn = result(trained / "eval", "knn")
+    assert (knn["top1"], knn["top5"]) == (last["monitor/knn_top1"], last["monitor/knn_top5"])
+    assert knn["k"] == 10  # of the run's monitor
+    assert 0 <= knn["test_top1"] <= 1
+
+
+def test_the_linear_probe_writes_where_its_number_comes_from(trained: Path, cli: Cli) -> None:
+    ended = cli("ssl-eval", f"run={trained}", *FAST)
+    assert (ended.code, ended.err) == (0, "")
+    linear = result(trained / "eval", "linear")
+    checkpoint = trained / "checkpoints/step-00000003.pt"
+    wanted = {
+        "protocol": "linear",
+        "split": "test",
+        "n_test": 100,
+        "checkpoint": checkpoint.name,
+        "checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "step": 3,
+        "method": "sslcli.methods.simclr.SimCLR",
+        "dataset": "shapes",
+        "pretrained_on": "shapes",
+        "pretraining_seed": 0,
+        "precision": "fp32",
+        "feature_layer": "backbone",
+        "seed": 0,
+    }
+    assert {key: linear[key] for key in wanted} == wanted
+    assert {"transform", "dataset_fingerprint", "sslcli", "torch", "protocol_settings"} <= linear.keys()
+    assert linear["protocol_settings"]["epochs"] == 2
+    low, high = linear["interval"]
+    assert low <= linear["top1"] <= high
+    assert linear["top1"] <= linear["top5"]
+    for name in ("random", "pixels"):
+        baseline = linear["baselines"][name]
+        assert baseline["interval"][0] <= baseline["top1"] <= baseline["interval"][1]
+        assert f"{100 * baseline['top1']:.1f} %" in ended.out
+    assert f"{100 * linear['top1']:.1f} %" in ended.out
+    assert str(trained / "eval") in ended.out
+
+
+def test_features_are_extracted_once(trained: Path, cli: Cli) -> None:
+    cli("ssl-eval", f"run={trained}", *FAST)
+    first = result(trained / "eval", "linear")
+    times = {path: path.stat().st_mtime_ns for path in (trained / "eval/features").iterdir()}
+    assert len(times) == 3  # trained, random, pixels
+    ended = cli("ssl-eval", f"run={trained}", *FAST)
+    assert "features," not in ended.out
+    assert {path: path.stat().st_mtime_ns for path in (trained / "eval/features").iterdir()} == times
+    second = result(trained / "eval", "linear")
+    clock = {"seconds": 0}
+    assert second | clock == first | clock
+    cli("ssl-eval", f"run={trained}", *FAST, "cache=false")
+    assert result(trained / "eval", "linear")["top1"] == first["top1"]
+
+
+def test_another_data_set_has_a_result_of_its_own(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    cli("ssl-eval", f"run={trained}", "protocol=knn", "baselines=false")
+    own = result(trained / "eval", "knn")
+    make_folder(tmp_path / "images", broken=0)
+    line = ["dataset=folder", f"dataset.root={tmp_path / 'images'}", "dataset.image_size=32", "dataset.workers=0"]
+    ended = cli("ssl-eval", f"run={trained}", "protocol=knn", "baselines=false", *line)
+    assert (ended.code, ended.err) == (0, "")
+    other = result(trained / "eval", "knn_images")
+    assert (other["dataset"], other["pretrained_on"], other["num_classes"]) == ("images", "shapes", 2)
+    assert other["dataset_fingerprint"] != own["dataset_fingerprint"]
+    assert result(trained / "eval", "knn") == own
+
+
+def test_other_images_of_the_same_name_do_not_replace_a_result(trained: Path, cli: Cli) -> None:
+    cli("ssl-eval", f"run={trained}", "protocol=knn", "baselines=false")
+    own = result(trained / "eval", "knn")
+    ended = cli("ssl-eval", f"run={trained}", "protocol=knn", "baselines=false", *OTHER)
+    assert (ended.code, ended.err) == (0, "")
+    assert result(trained / "eval", "knn") == own
+    results = [json.loads(path.read_text()) for path in (trained / "eval").glob("*.json")]
+    assert len({found["dataset_fingerprint"] for found in results}) == len(results) == 2
+
+
+@pytest.fixture
+def weights(trained: Path, tmp_path: Path) -> Path:
+    """The backbone of a run as a file of its own."""
+    state = torch.load(trained / "checkpoints/last", weights_only=True)["method"]
+    path = tmp_path / "net.pt"
+    torch.save({k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}, path)
+    return path
+
+
+def test_a_bare_backbone_is_measured(weights: Path, cli: Cli) -> None:
+    ended = cli("ssl-eval", f"weights={weights}", "backbone=small", *OTHER, "protocol=knn")
+    assert (ended.code, ended.err) == (0, "")
+    found = result(weights.with_name("net.pt.eval"), "knn")
+    assert found["weights"] == str(weights)
+    assert found["checkpoint_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert {"random", "pixels"} == found["baselines"].keys()
+
+
+def test_a_backbone_whose_keys_do_not_all_match_is_refused_with_their_names(weights: Path, cli: Cli) -> None:
+    line = [f"weights={weights}", *OTHER, "protocol=knn"]
+    state = torch.load(weights, weights_only=True)
+    torch.save({f"module.{key}": value for key, value in state.items()}, weights)
+    ended = cli("ssl-eval", *line, "backbone=small")
+    assert ended.code == 2
+    assert "block1.0.weight" in ended.err
+    assert "module.block1.0.weight" in ended.err
+    torch.save(state, weights)
+    ended = cli("ssl-eval", *line, "backbone=small", "backbone.width=16")
+    assert ended.code == 2
+    assert "block1.0.weight is (32, 3, 3, 3) and should be (16, 3, 3, 3)" in ended.err
+    assert not list(weights.with_name("net.pt.eval").glob("*.json"))
+
+
+def test_weights_need_a_backbone_and_a_data_set(weights: Path, cli: Cli) -> None:
+    assert "needs backbone=..." in cli("ssl-eval", f"weights={weights}", *OTHER).err
+    ended = cli("ssl-eval", f"weights={weights}", "backbone=resnet18", "backbone.image_size=32")
+    assert ended.code == 2
+    assert "needs dataset=..." in ended.err
+
+
+def test_a_folder_of_runs_becomes_a_table(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(trained, tmp_path / "sweep" / name, symlinks=True)
+    (tmp_path / "sweep/not_started").mkdir()
+    ended = cli("ssl-eval", f"run={tmp_path / 'sweep'}", "protocol=knn", "baselines=false")
+    assert (ended.code, ended.err) == (0, "")
+    number = f"{100 * result(tmp_path / 'sweep/one/eval', 'knn')['top1']:.1f} %"
+    rows = [line for line in ended.out.splitlines() if number in line]
+    assert [name for name in ("one", "two") if any(name in row for row in rows)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("run={run} checkpoint=2", ["checkpoint is 2", "steps: 3"]),
+        ("run={run} checkpoint=99999999999999", ["checkpoint is 99999999999999", "steps: 3"]),
+        ("run=images", ["images is neither a run directory"]),
+        ("run={run} device=cuda:77", ["device is 'cuda:77'"]),
+        ("run={run} dataset=flat dataset.root=images", ["images", "no labels"]),
+        ("run={run} dataset=folder dataset.root=nowhere", ["dataset.root is nowhere"]),
+        ("run={run} protocol=knn protocol.k=0", ["k=0", "at least 1"]),
+        ("weights=images/a/000.png backbone=small dataset=shapes dataset.limit=50", ["000.png"]),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_message(
+    line: str, wanted: list[str], trained: Path, cli: Cli, tmp_path: Path
+) -> None:
+    make_folder(tmp_path / "images", per_class=4, broken=0)
+    ended = cli("ssl-eval", *line.format(run=trained).split())
+    assert ended.code == 2, ended
+    assert [part for part in wanted if part not in ended.err] == [], ended.err
+    assert ended.err.count("\n") == 1
+    assert not list((trained / "eval").glob("*.json"))
+
+
+def test_a_run_that_names_a_strange_class_is_refused(trained: Path, cli: Cli) -> None:
+    path = trained / "config.yaml"
+    path.write_text(path.read_text().replace("sslcli.backbones.small.Small", "os.system"))
+    ended = cli("ssl-eval", f"run={trained}")
+    assert ended.code == 2
+    assert "os.system" in ended.err
+    assert "trust" in ended.err
+
+
+def test_the_installed_command_ends_with_a_table_and_the_place_of_the_results(trained: Path, tmp_path: Path) -> None:
+    told = installed(tmp_path, "ssl-eval", f"run={trained}", "protocol=knn")
+    for part in ("raw pixels", "random initialisation", "trained", f"results: {trained / 'eval'}"):
+        assert part in told
