@@ -79,7 +79,9 @@ def start_warm(*arguments: str, log: Path, prepare: Callable[..., None] | None =
 
     The process calls `prepare(given)` first.
     """
-    multiprocessing.set_forkserver_preload(["sslcli.cli._run", "torch._dynamo", "torch.utils.tensorboard", "runs"])
+    multiprocessing.set_forkserver_preload(
+        ["sslcli.cli._compose", "sslcli.cli._run", "torch._dynamo", "torch.utils.tensorboard"]
+    )
     process = multiprocessing.get_context("forkserver").Process(
         target=ssl_train, args=([*arguments, "launcher.threads=1"], log, prepare, given)
     )

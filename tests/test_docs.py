@@ -159,7 +159,10 @@ def _write_examples(page: Path, folder: Path) -> None:
             path.write_text(text)
 
 
-@pytest.mark.parametrize(("page", "line"), [(page, line) for page in PAGES for line in _commands(page)])
+COMMANDS = [(page, line) for page in PAGES for line in _commands(page)]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{_name(page)}:{line}" for page, line in COMMANDS])
 def test_every_command_composes(page: Path, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write_examples(page, tmp_path)
     monkeypatch.chdir(tmp_path)

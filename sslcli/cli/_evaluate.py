@@ -255,8 +255,11 @@ def _features(
     encode = pixels if net is None else getattr(net, "features", net)
 
     def compute() -> dict[str, Tensor]:
+        seen: dict[str, int] = {}
+
         def progress(split: str, done: int, total: int) -> None:
-            screen.advance(done, split)
+            seen[split] = done
+            screen.advance(sum(seen.values()), split)
 
         screen.start(f"features, {SUBJECTS[name]}", total=sum(len(part) for part in splits.values()))
         found = collect(
