@@ -107,7 +107,7 @@ def evaluate(config: dict[str, Any], device: torch.device, screen: Screen) -> di
     result: dict[str, Any] = protocol(features("trained"))
     if config["baselines"]:
         result["baselines"] = {
-            name: {key: value for key, value in protocol(features(name)).items() if "top" in key or key == "interval"}
+            name: {key: value for key, value in protocol(features(name)).items() if "top" in key or "interval" in key}
             for name in ("pixels", "random")
         }
     result |= {

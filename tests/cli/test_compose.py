@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conftest import Cli
+from command_line import Cli
 from sslcli.cli import _compose, _launch
 
 METHODS = "byol, moco, moco_v2, moco_v3, simclr"

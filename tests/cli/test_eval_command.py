@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Cli, installed
+from command_line import Cli, installed
 from runs import make_folder
 
 FAST = ["protocol.epochs=2", "protocol.lrs=[0.1,1.0]", "protocol.weight_decays=[0.0,1e-4]"]

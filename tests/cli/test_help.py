@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Cli
+from command_line import Cli
 from sslcli import __version__
 from sslcli.cli import _help
 from sslcli.cli._schema import GROUPS

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import SMALL, Cli, installed
+from command_line import SMALL, Cli, installed
 from runs import metrics
 from sslcli.cli._sweep import Outcome, print_table, run_process
 

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import SMALL, Cli, installed
+from command_line import SMALL, Cli, installed
 from runs import make_folder, metrics
 
 QUICK = [*SMALL, "monitor.knn_every=0", "monitor.health_every=0", "monitor.pictures=0"]

@@ -1,0 +1,49 @@
+"""Commands as tests call them: in this process, or as the installed console script."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+SMALL = [  # a run of a second
+    "dataset=shapes",
+    "dataset.limit=200",
+    "dataset.test_images=100",
+    "train.batch_size=32",
+    "train.max_steps=3",
+    "train.log_every=1",
+    "launcher.threads=1",
+]
+
+
+class Ended(NamedTuple):
+    """How a command ended and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Cli(Protocol):
+    """Calls a command in this process: `cli("ssl-train", "seed=1")`."""
+
+    def __call__(self, program: str, *arguments: str) -> Ended: ...
+
+
+def installed(cwd: Path, program: str, *arguments: str, code: int = 0) -> str:
+    """Run an installed command in `cwd`; what it printed. It must end with `code`."""
+    ended = subprocess.run(
+        [str(Path(sys.executable).with_name(program)), *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == code, ended.stdout[-3000:]
+    assert "Traceback" not in ended.stdout
+    return ended.stdout
