@@ -294,7 +294,7 @@ def _features(
 def summary(home: Path, screen: Screen) -> None:
     """All protocols measured so far on this subject: raw pixels, random initialisation, trained."""
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(home.glob("*.json"))}
-    table = Table("top-1", *results)
+    table = Table("top-1", *(f"{name} ({result['split']})" for name, result in results.items()))
     for name, title in SUBJECTS.items():
         cells = []
         for result in results.values():
