@@ -8,9 +8,9 @@ a checkpoint would need, and neither the number of workers nor that of processes
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -235,6 +235,7 @@ def batches_of(dataset, sampler, workers: int):  # type: ignore[no-untyped-def]
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=partial(start_worker, os.getpid()),
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # see start_worker
         generator=torch.Generator(),  # else a number is drawn from the global one, which a resumed run would draw twice
     )
     try:
@@ -250,11 +251,11 @@ def start_worker(parent: int, number: int) -> None:
 
     Schedulers and terminals signal the whole process group: a worker that dies of it would turn a stop in good order
     into a failure. One that outlived its run would hold the lock of the run directory, which it inherits by fork.
+    Python's newer start methods put a server between the run and its workers, which nothing would end with the run.
     """
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    if multiprocessing.get_start_method() != "forkserver":  # its workers are no children of the run
-        end_with(parent)
+    end_with(parent)
 
 
 def worker_died(error: BaseException) -> TrainingFailed:
