@@ -18,7 +18,7 @@ arguments() {
     "dataset.mean=[0.4914,0.4822,0.4465]" "dataset.std=[0.247,0.243,0.262]" \
     dataset.workers=1 train.batch_size=$batch
   case $1 in # what differs from the 200-epoch recipes: heads as small as the net, a rate for a short run
-    moco) echo experiment=cifar10_moco method.bn_group=32 optimizer.lr=0.12 ;;
+    moco) echo experiment=cifar10_moco method.bn_group=32 ;;
     moco_v3) echo method=moco_v3 views=byol_cifar method.temperature=0.2 method.hidden=1024 train.warmup_epochs=0 ;;
     *) echo experiment="cifar10_$1" ;;
   esac
