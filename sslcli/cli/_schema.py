@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, fields
+from functools import lru_cache
 from typing import Any
 
 from sslcli.cli._signature import GIVEN, INJECTED, parameters_of
@@ -56,10 +57,15 @@ def trusted_by(value: Any) -> list[str]:
 
 def trusted_packages(trust: Iterable[str]) -> list[str]:
     """Packages whose classes a `_target_` may name: ours, torch.optim, announced plugins, and those the user trusts."""
+    return ["sslcli", "torch.optim", *plugins(), *trust]
+
+
+@lru_cache
+def plugins() -> tuple[str, ...]:
+    """Installed packages that announce themselves by the entry point `sslcli.plugins`."""
     from importlib.metadata import entry_points
 
-    plugins = [entry.value.split(":")[0].split(".")[0] for entry in entry_points(group="sslcli.plugins")]
-    return ["sslcli", "torch.optim", *plugins, *trust]
+    return tuple(entry.value.split(":")[0].split(".")[0] for entry in entry_points(group="sslcli.plugins"))
 
 
 def check_target(target: Any, trust: Iterable[str], where: str) -> None:
