@@ -5,6 +5,8 @@
 #
 # IMAGES holds one folder a class (50,000 images; a tenth is held out by hash). The number of steps that fit into ten
 # minutes is measured first, so that the schedule comes to its end in time. Results: OUT/METHOD/eval/*.json.
+# On a machine that does other work, THREADS=1 SECONDS_A_RUN=1200 spends the same processor time: threads that wait
+# for each other in turn would waste most of it.
 set -euo pipefail
 images=$1 out=$2
 shift 2
@@ -16,7 +18,7 @@ batch=256
 arguments() {
   echo backbone=small dataset=folder dataset.root="$images" dataset.image_size=32 \
     "dataset.mean=[0.4914,0.4822,0.4465]" "dataset.std=[0.247,0.243,0.262]" \
-    dataset.workers=1 train.batch_size=$batch
+    dataset.workers=1 train.batch_size=$batch launcher.threads="${THREADS:-null}"
   case $1 in # what differs from the 200-epoch recipes: heads as small as the net, a rate for a short run
     moco) echo experiment=cifar10_moco method.bn_group=32 ;;
     moco_v3) echo method=moco_v3 views=byol_cifar method.temperature=0.2 method.hidden=1024 train.warmup_epochs=0 ;;
@@ -27,9 +29,9 @@ arguments() {
 for method in "${methods[@]}"; do
   # shellcheck disable=SC2046
   if [ ! -e "$out/$method/done" ]; then
-    rm -rf "$out/timing"
-    ssl-train $(arguments "$method") train.max_steps=50 train.log_every=25 monitor.knn_every=0 run_dir="$out/timing" >/dev/null
-    steps=$(python - "$out/timing/metrics.jsonl" "$seconds" "$batch" <<'P'
+    rm -rf "$out/$method.timing"
+    ssl-train $(arguments "$method") train.max_steps=50 train.log_every=25 monitor.knn_every=0 run_dir="$out/$method.timing" >/dev/null
+    steps=$(python - "$out/$method.timing/metrics.jsonl" "$seconds" "$batch" <<'P'
 import json, sys
 rate = json.loads(open(sys.argv[1]).readlines()[-1])["train/images_per_s"]
 print(int(float(sys.argv[2]) * rate / int(sys.argv[3])))

@@ -31,3 +31,10 @@ def nearest(name: object, known: Iterable[str]) -> str:
     names = {option.lower(): option for option in known}
     found = get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     return f" Did you mean {names[found[0]]!r}?" if found else ""
+
+
+def check_positive(**values: int) -> None:
+    """Raise ValueError unless every named value is an integer of at least 1."""
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, but it must be an integer of at least 1")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from sslcli.errors import ConfigError, nearest
 
@@ -20,6 +21,7 @@ COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
 RESUME = ("auto", "never", "must")
 # Keys that change how a run is carried out and not what it computes, those below them included.
 NEUTRAL = (
+    "about",
     "resume",
     "run_dir",
     "name",
@@ -159,6 +161,7 @@ class RunSettings:
     device: str  # auto, cpu, cuda, cuda:1, mps
     dry_run: bool
     trust: list[str]
+    about: dict[str, Any] | None = None  # of the method, for tables; nothing is computed from it
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, least=0, most=LARGEST_SEED)

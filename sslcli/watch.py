@@ -15,6 +15,7 @@ from torch import Tensor
 from sslcli import checkpoint, distributed, health
 from sslcli.errors import TrainingFailed
 from sslcli.methods.base import Batch, Method
+from sslcli.report import pictures
 from sslcli.report.console import Screen, percent
 from sslcli.report.metrics import Metrics
 from sslcli.settings import MonitorSettings
@@ -76,6 +77,7 @@ class Watch:
         run_dir: where the main process writes.
         screen: where to print.
         probe: measures the representation, giving scalars by name, or None where labels are missing.
+        draw: makes the method's pictures, (3, H, W) in [0, 1] by name.
     """
 
     def __init__(
@@ -88,9 +90,11 @@ class Watch:
         run_dir: Path,
         screen: Screen,
         probe: Callable[[], dict[str, float]] | None,
+        draw: Callable[[], dict[str, Tensor]] | None = None,
     ) -> None:
         self.settings, self.log_every, self.batch_size = settings, log_every, batch_size
         self.steps_per_epoch, self.run_dir, self.screen, self.probe = steps_per_epoch, run_dir, screen, probe
+        self.draw = draw
         self.writes = distributed.is_main()
         self.window = Window()
         self.judge = health.CollapseJudge()
@@ -155,6 +159,8 @@ class Watch:
         if self.probe is not None and (last or self.epoch_ends(step)):
             found = self.measure_probe()
             line |= {f"monitor/{name}": value for name, value in found.items()}
+        if self.draw is not None and self.writes and (last or self.epoch_ends(step)):
+            self.show_pictures(step, self.draw())
         self.aside += time.perf_counter() - before
         if line and self.writes:
             self.write(step, line)
@@ -208,6 +214,14 @@ class Watch:
         if "knn_top1" in found:
             self.facts["k-NN"] = percent(found["knn_top1"])
         return found
+
+    def show_pictures(self, step: int, found: dict[str, Tensor]) -> None:
+        """The newest pictures in the run directory, all of them in TensorBoard."""
+        for name, picture in found.items():
+            path = self.run_dir / "pictures" / f"{name}.png"
+            path.parent.mkdir(exist_ok=True)
+            pictures.save(picture, path)
+            self.tensorboard.add_image(name, picture, step)
 
     def check_finite(self) -> None:
         """Raise TrainingFailed if the loss of any process was not finite at any step since the last look."""

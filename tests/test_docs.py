@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -74,6 +75,8 @@ def _defaults(path: Path) -> dict[str, Any]:
     """The keys of a yaml file as a command line writes them, with their values."""
     node = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key not in ("defaults", "hydra")}
     group = path.parent.name if path.parent != CONF else path.stem
+    if group == "method":
+        node.pop("about")  # shown by the README's table
     return _leaves(node) if group in GLOBAL else _leaves(node, f"{group}.")
 
 
@@ -105,15 +108,12 @@ def test_every_file_of_the_project_that_is_named_exists(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-def test_every_method_has_a_page_and_a_row_in_the_readme_and_the_other_way_round() -> None:
+def test_every_method_has_a_page_and_the_readme_the_table_that_the_yaml_files_make() -> None:
     assert sorted(path.stem for path in (ROOT / "docs" / "methods").glob("*.md")) == METHODS
-    section = re.split(r"^## ", _prose(ROOT / "README.md"), flags=re.MULTILINE)
-    rows = [row for row in _rows(next(part for part in section if part.startswith("Methods\n"))) if len(row) == 4]
-    assert sorted(row[0].strip("`") for row in rows) == METHODS
-    for word, _, target, link in rows:
-        method = yaml.safe_load((CONF / "method" / f"{word.strip('`')}.yaml").read_text())["method"]
-        assert target.strip("`") == method["_target_"]
-        assert f"docs/methods/{word.strip('`')}.md" in link
+    readme = (ROOT / "README.md").read_text()
+    script = runpy.run_path(str(ROOT / "scripts" / "methods_table.py"))
+    assert script["with_table"](readme) == readme, "run: python scripts/methods_table.py"
+    assert script["table"]() in readme
 
 
 @pytest.mark.parametrize("group", ["method", "dataset", "backbone", "views", "optimizer", "launcher", "experiment"])

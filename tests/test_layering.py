@@ -17,6 +17,8 @@ RANKS = {
     "schedule": 1,  # pure functions of progress
     "distributed": 2,
     "nn": 3,
+    "decoder": 3,
+    "noise": 3,
     "losses": 3,
     "methods": 4,
     "backbones": 4,

@@ -26,10 +26,3 @@ class Backbone(nn.Module):
             f"the backbone {type(self).__name__} gives features but no maps by stage: "
             "take a resnet, small or vit backbone, or define stages(images) in your own"
         )
-
-
-def check_positive(**values: int) -> None:
-    """Raise ValueError unless every named value is an integer of at least 1."""
-    for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}, but it must be an integer of at least 1")

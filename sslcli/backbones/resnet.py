@@ -10,7 +10,8 @@ import difflib
 
 from torch import Tensor, nn
 
-from sslcli.backbones.base import Backbone, check_positive
+from sslcli.backbones.base import Backbone
+from sslcli.errors import check_positive
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "wide_resnet101_2")
 STEMS = ("auto", "imagenet", "cifar")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sslcli.backbones.base import Backbone, check_positive
+from sslcli.backbones.base import Backbone
+from sslcli.errors import check_positive
 
 SMALLEST_IMAGE = 16
 

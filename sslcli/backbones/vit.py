@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.backbones.base import Backbone, check_positive
+from sslcli.backbones.base import Backbone
+from sslcli.errors import check_positive
 
 POOLS = ("cls", "mean")
 

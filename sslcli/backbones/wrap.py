@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sslcli.backbones.base import Backbone, check_positive
+from sslcli.backbones.base import Backbone
+from sslcli.errors import check_positive
 
 
 def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> Tensor:

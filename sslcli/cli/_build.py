@@ -101,9 +101,10 @@ def build_method(config: dict[str, Any], *, image_size: int, num_images: int, tr
     node = config["method"]
     backbone = build_backbone(config, image_size=image_size, trust=trust)
     target = find(node["_target_"], trust=trust, where="method._target_")
-    given: dict[str, Any] = {"backbone": backbone}
-    if "num_images" in inspect.signature(target).parameters:
-        given["num_images"] = num_images
+    channels = config["backbone"].get("in_channels", 3)
+    known = {"backbone": backbone, "num_images": num_images, "image_size": image_size, "channels": channels}
+    taken = inspect.signature(target).parameters
+    given = {name: value for name, value in known.items() if name == "backbone" or name in taken}
     method: Method = build(node, trust=trust, where="method", **given)
     return method.to(memory_format=torch.channels_last)
 

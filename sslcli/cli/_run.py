@@ -6,6 +6,7 @@ import errno
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from sslcli import checkpoint, distributed, launch, precision
 from sslcli.cli import _run_dir
 from sslcli.cli._build import Parts, build_optimizer, build_parts
 from sslcli.cli._dry import dry_run, save_views
-from sslcli.data.loader import Loader, worker_died
+from sslcli.data.loader import Loader, plain_batches, worker_died
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, Stopped, TrainingFailed
+from sslcli.evaluate.features import evaluating
 from sslcli.evaluate.online import knn_probe
 from sslcli.report import pictures
 from sslcli.report.console import Screen, percent, show
@@ -176,6 +178,7 @@ def assemble(
         run_dir=run_dir,
         screen=screen,
         probe=probe_of(parts, monitor, device, resolved, screen),
+        draw=partial(draw_pictures, parts, monitor.pictures, device) if monitor.pictures else None,
     )
     if settings.compile:
         parts.method.backbone.compile()
@@ -216,6 +219,22 @@ def probe_of(
         screen.say("k-NN is skipped: the images have no labels, or none are held out (dataset.val_fraction)")
         return None
     return knn_probe(parts.method, parts.source, parts.views, monitor, device=device, precision=resolved)
+
+
+def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The method's own pictures of a few held-out images (training images where none are held out)."""
+    source, views = parts.source, parts.views
+    positions = next(split for name in ("val", "train") if len(split := source.splits.get(name, torch.empty(0))))
+    images, _ = next(plain_batches(source, positions[:count], batch_size=count, workers=0))
+    prepared = views.finish(images.to(device).float() / 255, mean=source.mean, std=source.std)
+    with (
+        evaluating(parts.method),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
+        found = parts.method.pictures(prepared)
+    restore = partial(pictures.unnormalized, mean=source.mean, std=source.std, normalized=views.normalize)
+    return {name: pictures.grid([restore(row.float().cpu()) for row in rows]) for name, rows in found.items()}
 
 
 def effective(job: Run, parts: Parts, config: dict[str, Any]) -> dict[str, Any]:

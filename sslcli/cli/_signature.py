@@ -8,7 +8,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-INJECTED = ("backbone", "num_images")  # what the commands pass to a method themselves
+INJECTED = ("backbone", "num_images", "image_size", "channels")  # what the commands pass to a method themselves
 GIVEN = ("params",)  # and to an optimizer
 DEPTH = 8  # imports and bases followed before giving up
 

@@ -52,6 +52,13 @@ class Method(nn.Module):
         """What the loss sees of an image, before normalisation: (N, C, H, W) -> (N, D); features by default."""
         return self.features(images)
 
+    def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
+        """Pictures worth looking at during training, by name: rows of images, each (n, C, H, W) as `images` is.
+
+        `images` are a few held-out ones as probes see them; the method is in evaluation mode and draws no noise.
+        """
+        return {}
+
     def effective(self, batch_size: int) -> dict[str, Any]:
         """Facts about a step worth printing before training, for a micro-batch of `batch_size` images in all."""
         return {}

@@ -1,0 +1,66 @@
+"""From a code back to an image: the decoder of autoencoders and the generator of GANs.
+
+    (N, dim) -> Linear -> (N, width, s, s) -> [upsample x 2, 3x3 convolution, BatchNorm, ReLU] an octave -> 3x3 -> image
+
+Nearest-neighbour upsampling before a convolution leaves no checkerboard, as transposed convolutions do
+(Odena et al. 2016, https://distill.pub/2016/deconv-checkerboard). No connection goes around the code.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from sslcli.errors import check_positive
+
+NARROWEST = 64  # channels of the last block, as in the 512-256-128-64 of 32-pixel images
+
+
+class Decoder(nn.Module):
+    """A convolutional decoder for square images.
+
+    Args:
+        dim: size of the code.
+        image_size: side of the images in pixels, at least 8.
+        channels: of the images.
+        width: channels of the smallest map, halved by each block down to 64.
+
+    The smallest map has a side of 4 to 7 pixels; where `image_size` is no such side times a power of two (as 100 is
+    not), the decoded image is cut to it from the next larger one.
+    Raises ValueError for values outside these.
+    """
+
+    def __init__(self, dim: int, *, image_size: int, channels: int = 3, width: int = 512) -> None:
+        super().__init__()
+        check_positive(dim=dim, channels=channels, width=width)
+        if image_size < 8:
+            raise ValueError(f"image_size is {image_size}, but the decoder needs at least 8 pixels: enlarge the images")
+        octaves = int(math.log2(image_size / 4))
+        self.image_size = image_size
+        self.smallest = math.ceil(image_size / 2**octaves)
+        widths = [max(width >> octave, min(width, NARROWEST)) for octave in range(octaves + 1)]
+        self.spread = nn.Linear(dim, width * self.smallest**2, bias=False)
+        self.start = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU())
+        blocks = [up_block(before, after) for before, after in pairwise(widths)]
+        self.blocks = nn.Sequential(*blocks)
+        self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1)
+
+    def forward(self, code: Tensor) -> Tensor:
+        """(N, dim) -> (N, channels, image_size, image_size), without an activation at the end."""
+        maps = self.spread(code).view(len(code), -1, self.smallest, self.smallest)
+        images = self.to_image(self.blocks(self.start(maps)))
+        start = (images.shape[-1] - self.image_size) // 2
+        inside = slice(start, start + self.image_size)
+        return images[..., inside, inside]  # type: ignore[no-any-return]
+
+
+def up_block(in_channels: int, out_channels: int) -> nn.Sequential:
+    """(N, in_channels, H, W) -> (N, out_channels, 2H, 2W)."""
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="nearest"),
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+    )
