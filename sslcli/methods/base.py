@@ -31,6 +31,7 @@ class Method(nn.Module):
     """
 
     num_views: int
+    falling: str = "loss"  # the scalar a good run brings down; the loss of a game between two players is none
     embeddings: tuple[Tensor, ...] = ()  # of the last forward, detached, one (N, D) a view: what health looks at
 
     def __init__(self, backbone: nn.Module) -> None:
