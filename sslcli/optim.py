@@ -63,8 +63,7 @@ class LARS(Optimizer):
     def move(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """Move one parameter tensor."""
         if group["adapt"]:
-            decayed = grad.add(weight, alpha=group["weight_decay"])
-            grad = decayed * self.trust(weight, grad, decayed, group)
+            grad = self.adapted(weight, grad, group)
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight)
@@ -72,17 +71,25 @@ class LARS(Optimizer):
         buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(grad, alpha=inside)
         weight.sub_(buffer, alpha=outside)
 
-    def trust(self, weight: Tensor, grad: Tensor, decayed: Tensor, group: dict[str, Any]) -> Tensor:
-        """The scalar q that makes a step proportional to the length of `weight`; stays on the device."""
+    def adapted(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
+        """The gradient with decay, times the scalar q that makes a step proportional to the length of `weight`.
+
+        Nothing here waits for the device.
+        """
         length = torch.linalg.vector_norm(weight)
+        decayed = grad.add(weight, alpha=group["weight_decay"])
         if self.separate_norms:
-            divisor = torch.linalg.vector_norm(grad) + group["weight_decay"] * length + 1e-8
-            usable = (length > 0) & (grad.ne(0).any())
+            of_gradient = torch.linalg.vector_norm(grad)
+            divisor = of_gradient + group["weight_decay"] * length + 1e-8
+            usable = (length > 0) & (of_gradient > 0)
+            decayed = torch.where(usable, decayed, grad)  # there, a weight without gradient does not decay either
         else:
             divisor = torch.linalg.vector_norm(decayed)
             usable = (length > 0) & (divisor > 0)
-        trust = torch.where(usable, group["eta"] * length / divisor, torch.ones_like(length))
-        return (trust / group["lr"]).clamp(max=1.0) if self.clip_lr and group["lr"] > 0 else trust
+        trust = group["eta"] * length / divisor
+        if self.clip_lr and group["lr"] > 0:
+            trust = (trust / group["lr"]).clamp(max=1.0)
+        return decayed * torch.where(usable, trust, 1.0)
 
 
 def parameter_groups(

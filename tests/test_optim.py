@@ -121,6 +121,13 @@ def test_a_gradient_of_zeros_stays_finite(separate_norms: bool) -> None:
     assert torch.equal(step, torch.zeros(3, 4))
 
 
+def test_a_weight_without_gradient_decays_in_the_reference_form_alone() -> None:
+    still, weight = torch.zeros(3, 4), torch.ones(3, 4)
+    reference = one_step(weight, still, weight_decay=0.1)
+    assert (reference < 0).all()
+    assert torch.equal(one_step(weight, still, weight_decay=0.1, separate_norms=True), still)
+
+
 def test_clipping_makes_the_rate_a_cap() -> None:
     weight, grad = torch.randn(2, 3, 4, dtype=torch.float64)
     trust = 0.02 * weight.norm() / (grad.norm() + 1e-8)
