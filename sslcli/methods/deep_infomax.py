@@ -1,0 +1,279 @@
+"""Deep InfoMax: a vector of the whole image tells as much as possible about each place of a feature map.
+
+Hjelm et al. 2019  https://arxiv.org/abs/1808.06670   conf/method/deep_infomax.yaml
+
+Shapes: N images a process, C channels of the local map of H x W places, n = H W, u units in which vector and places
+are compared, D size of the vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslcli.distributed import world_size
+from sslcli.errors import check_positive, nearest
+from sslcli.methods.base import Batch, Method, num_features
+from sslcli.methods.mutual_information import MEASURES, UNBOUNDED, concat_loss, dot_loss, prior_losses
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, mlp
+from sslcli.noise import Noise
+
+SCORES = ("dot", "concat")
+
+
+class Embed(nn.Module):
+    """Takes every place of a map by itself into the units it is compared in: (N, C, H, W) -> (N, u, H, W).
+
+    One hidden layer beside a linear shortcut that starts as the identity where it can, then LayerNorm over the units.
+    """
+
+    def __init__(self, channels: int, units: int) -> None:
+        super().__init__()
+        self.nonlinear = nn.Sequential(
+            nn.Conv2d(channels, units, 1, bias=False), nn.BatchNorm2d(units), nn.ReLU(), nn.Conv2d(units, units, 1)
+        )
+        self.shortcut = nn.Conv2d(channels, units, 1, bias=False)
+        self.norm = nn.LayerNorm(units)
+        if units >= channels:
+            nn.init.uniform_(self.shortcut.weight, -0.01, 0.01)
+            with torch.no_grad():
+                self.shortcut.weight[:channels, :, 0, 0].fill_diagonal_(1.0)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        out = self.nonlinear(maps) + self.shortcut(maps)
+        return self.norm(out.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
+
+
+class Pairing(nn.Module):
+    """The two networks of the local term: places and vectors into the same units, (N, u, n) and (N, u, 1)."""
+
+    def __init__(self, channels: int, dim: int, units: int) -> None:
+        super().__init__()
+        self.of_places = Embed(channels, units)
+        self.of_vectors = Embed(dim, units)
+
+    def forward(self, maps: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        return self.of_places(maps).flatten(2), self.of_vectors(vectors[:, :, None, None]).flatten(2)
+
+
+def scorer(channels: int, units: int) -> nn.Sequential:
+    """Scores a vector and the place it is put beside: (N, channels, H, W) -> (N, 1, H, W)."""
+    return nn.Sequential(
+        nn.Conv2d(channels, units, 1), nn.ReLU(), nn.Conv2d(units, units, 1), nn.ReLU(), nn.Conv2d(units, 1, 1)
+    )
+
+
+def map_encoder(channels: int, units: int, *, hidden: int) -> nn.Sequential:
+    """The rest of an encoder from the local map on, for the global term: (N, C, H, W) -> (N, u)."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(2 * channels),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        mlp([16 * 2 * channels, hidden, units], last_bias=True),
+    )
+
+
+def dry_stages(backbone: nn.Module, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Maps by stage and features of `images` in evaluation mode, leaving the backbone as it was.
+
+    Raises ValueError for a backbone without stages.
+    """
+    name = type(backbone).__name__
+    if not hasattr(backbone, "stages"):
+        raise ValueError(
+            f"Deep InfoMax needs feature maps, but the backbone {name} has no stages(images): "
+            "take a resnet, small or vit backbone, or define stages(images) -> dict of maps in your own"
+        )
+    modes = {part: part.training for part in backbone.modules()}
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            return backbone.stages(images), backbone(images)  # type: ignore[operator]
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def choose_stage(maps: dict[str, Tensor], wanted: str | None) -> str:
+    """The stage whose map is the local one; None takes that nearest to 8 x 8, of equals the deepest.
+
+    The last map is not chosen where there are others: features are its mean, so each of its places tells of them
+    anyway. Raises ValueError for a stage that does not exist or has a single place.
+    """
+    sides = {name: math.sqrt(m.shape[2] * m.shape[3]) for name, m in maps.items()}
+    if wanted is not None:
+        if wanted not in maps:
+            raise ValueError(
+                f"local_stage is {wanted!r}, but the backbone has the stages {', '.join(maps)}.{nearest(wanted, maps)}"
+            )
+        if sides[wanted] == 1:
+            raise ValueError(
+                f"local_stage is {wanted!r}, whose map has a single place: take an earlier one of {', '.join(maps)}, "
+                "or larger images"
+            )
+        return wanted
+    candidates = [name for name in list(maps)[: max(1, len(maps) - 1)] if sides[name] > 1]
+    if not candidates:
+        raise ValueError(
+            f"no stage of the backbone ({', '.join(maps)}) has a map of several places: take larger images"
+        )
+    return min(reversed(candidates), key=lambda name: abs(math.log(sides[name] / 8)))
+
+
+class DeepInfoMax(Method):
+    """alpha * global + beta * local + gamma * prior, and the discriminator's own loss.
+
+    Args:
+        image_size, channels: of the training images, known to the command.
+        alpha: weight of the global term: the vector against all of another network's view of the local map.
+        beta: weight of the local term: the vector against each place of the local map.
+        gamma: weight of matching the vectors to a uniform prior; 0 leaves out the discriminator.
+        measure: one of MEASURES.
+        score: "dot", dot products after a network each, all other images being negatives, or "concat", a network that
+            takes both, against the next image of the batch alone.
+        dim: size D of the vector.
+        hidden: width of a hidden layer between the features and the vector; None is one linear layer.
+        units: u of "dot"; the width of the hidden layers of "concat".
+        map_hidden: width of the hidden layer of the global term's network behind the local map.
+        prior_widths: of the hidden layers of the prior's discriminator.
+        local_stage: name of the backbone's stage that gives the local map; None takes that nearest to 8 x 8.
+        official_mask: InfoNCE counts each place of the own image as a negative of score -10, as the official code.
+        gather_negatives: the images of all processes are negatives, not those of this process alone.
+    """
+
+    num_views = 1
+    falling = "information"  # the discriminator's part of the sum rises as the encoder learns to match the prior
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        image_size: int,
+        channels: int = 3,
+        alpha: float = 0.0,
+        beta: float = 1.0,
+        gamma: float = 0.1,
+        measure: str = "InfoNCE",
+        score: str = "dot",
+        dim: int = 64,
+        hidden: int | None = None,
+        units: int = 256,
+        map_hidden: int = 1024,
+        prior_widths: Sequence[int] = (1000, 200),
+        local_stage: str | None = None,
+        official_mask: bool = False,
+        gather_negatives: bool = True,
+    ) -> None:
+        super().__init__(backbone)
+        check_weights(alpha=alpha, beta=beta, gamma=gamma)
+        check_choices(measure, score, official_mask)
+        check_positive(dim=dim, units=units, map_hidden=map_hidden)
+        images = torch.linspace(-1, 1, 2 * channels * image_size**2).view(2, channels, image_size, image_size)
+        maps, features = dry_stages(backbone, images)
+        self.local_stage = choose_stage(maps, local_stage)
+        *_, self.last_stage = maps
+        last = maps[self.last_stage].mean((2, 3))
+        self.one_pass = last.shape == features.shape and torch.allclose(last, features, rtol=1e-4, atol=1e-6)
+        self.places = maps[self.local_stage].shape[2] * maps[self.local_stage].shape[3]
+        width, local_channels = num_features(backbone), maps[self.local_stage].shape[1]
+        self.head = mlp([width, *([] if hidden is None else [hidden]), dim], last_bias=True)
+        dot = score == "dot"
+        if beta:
+            self.local_term = Pairing(local_channels, dim, units) if dot else scorer(dim + local_channels, units)
+        if alpha:
+            self.map_encoder = map_encoder(local_channels, units, hidden=map_hidden)
+            self.global_term = Embed(dim, units) if dot else scorer(dim + units, units)
+        if gamma:
+            self.discriminator = mlp([dim, *prior_widths, 1], norm=False, bias=True, last_bias=True)
+        convert_batch_norm(self, SyncBatchNorm)
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.dot, self.measure = dot, measure
+        self.official_mask = official_mask
+        self.gather_negatives = gather_negatives
+        self.noise = Noise()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        (images,) = batch.views
+        maps, features = self.encode(images)
+        vectors = self.head(features)  # (N, D)
+        self.embeddings = (vectors.detach(),)
+        scalars = {}
+        if self.beta:
+            scalars["local"] = self.local_loss(maps, vectors)
+        if self.alpha:
+            scalars["global"] = self.global_loss(maps, vectors)
+        scalars["information"] = self.alpha * scalars.get("global", 0) + self.beta * scalars.get("local", 0)
+        loss = scalars["information"]
+        if self.gamma:
+            prior = self.noise.uniform(*vectors.shape, device=vectors.device)
+            scalars["prior"], scalars["discriminator"] = prior_losses(self.discriminator, vectors, prior)
+            loss = loss + self.gamma * scalars["prior"] + scalars["discriminator"]
+        return {"loss": loss, **scalars}
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Local maps (N, C, H, W) and features (N, num_features), in one pass where the last map gives both."""
+        maps = self.backbone.stages(images)  # type: ignore[operator]
+        features = maps[self.last_stage].mean((2, 3)) if self.one_pass else self.backbone(images)
+        return maps[self.local_stage], features
+
+    def local_loss(self, maps: Tensor, vectors: Tensor) -> Tensor:
+        """Of the vectors (N, D) against each place of the maps (N, C, H, W)."""
+        settings: dict[str, Any] = {"measure": self.measure, "gather": self.gather_negatives}
+        if not self.dot:
+            return concat_loss(self.local_term, maps, vectors, **settings)
+        places, queries = self.local_term(maps, vectors)
+        return dot_loss(places, queries, official_mask=self.official_mask, **settings)
+
+    def global_loss(self, maps: Tensor, vectors: Tensor) -> Tensor:
+        """Of the vectors (N, D) against what a network makes of whole maps (N, C, H, W)."""
+        settings: dict[str, Any] = {"measure": self.measure, "gather": self.gather_negatives}
+        whole = self.map_encoder(maps)[:, :, None]  # (N, u, 1)
+        if not self.dot:
+            return concat_loss(self.global_term, whole[..., None], vectors, **settings)
+        queries = self.global_term(vectors[:, :, None, None]).flatten(2)
+        return dot_loss(whole, queries, official_mask=self.official_mask, **settings)
+
+    def projection(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))  # type: ignore[no-any-return]
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        facts: dict[str, Any] = {"local map": f"{self.local_stage}, {self.places} places"}
+        if self.dot:
+            images = batch_size if self.gather_negatives else batch_size // world_size()
+            facts["images a vector is contrasted with"] = images - 1
+        return facts
+
+
+def check_weights(**weights: float) -> None:
+    """Raise ValueError unless all weights are at least 0 and one that informs is more."""
+    for name, weight in weights.items():
+        if not weight >= 0:
+            raise ValueError(f"{name} is {weight}, but the weight of a term must be at least 0 (0 leaves it out)")
+    if not weights["alpha"] + weights["beta"] > 0:
+        raise ValueError(
+            "alpha and beta are both 0, so nothing tells images apart: set beta=1 (local term) or alpha=1 (global)"
+        )
+
+
+def check_choices(measure: str, score: str, official_mask: bool) -> None:
+    """Raise ValueError, with the remedy, for a measure or score that cannot be trained."""
+    if measure in UNBOUNDED:
+        raise ValueError(
+            f"measure is {measure!r}, whose loss falls without end as scores grow: take one of {', '.join(MEASURES)}"
+        )
+    if measure not in MEASURES:
+        hint = nearest(measure, MEASURES)
+        raise ValueError(f"measure is {measure!r}, but it must be one of: {', '.join(MEASURES)}.{hint}")
+    if score not in SCORES:
+        raise ValueError(f"score is {score!r}, but it must be one of: {', '.join(SCORES)}")
+    if official_mask and (measure != "InfoNCE" or score != "dot"):
+        raise ValueError(
+            f"official_mask concerns measure=InfoNCE with score=dot alone, but they are {measure} and {score}: "
+            "leave it false"
+        )

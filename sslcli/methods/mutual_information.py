@@ -1,0 +1,155 @@
+"""The losses of Deep InfoMax: bounds on mutual information from scores of pairs, and the matching of a prior.
+
+Hjelm et al. 2019  https://arxiv.org/abs/1808.06670   used by sslcli/methods/deep_infomax.py
+
+Shapes: N images a process, W processes, M images whose maps are compared (WN, or N without gathering), n places of a
+map, k vectors of an image (1 in the paper), u units in which both are compared, D size of the vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from sslcli.distributed import all_gather_with_grad, rank
+from sslcli.losses import CHUNK_VALUES
+
+LOG2 = math.log(2)
+UNBOUNDED = ("X2", "W1")  # as losses: scores that grow for ever lower them for ever
+OFFICIAL_MASK = -10.0
+
+# What a measure expects of the scores of pairs that belong together, and of pairs that do not (appendix A, table 6 of
+# Nowozin et al. 2016, https://arxiv.org/abs/1606.00709). X2 has the signs of the official code, which that table lacks.
+_ELEMENTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "GAN": (lambda p: -F.softplus(-p), F.softplus),
+    "JSD": (lambda p: LOG2 - F.softplus(-p), lambda q: F.softplus(q) - LOG2),
+    "X2": (lambda p: p.square(), lambda q: -0.5 * (q.abs() + 1).square()),
+    "KL": (lambda p: p + 1, torch.exp),
+    "RKL": (lambda p: -torch.exp(-p), lambda q: q - 1),
+    "H2": (lambda p: 1 - torch.exp(-p), lambda q: torch.exp(q) - 1),
+    "W1": (lambda p: p, lambda q: q),
+}
+MEASURES = ("InfoNCE", "DV", *(name for name in _ELEMENTWISE if name not in UNBOUNDED))
+
+
+def expectations(positive: Tensor, negative: Tensor, measure: str) -> tuple[Tensor, Tensor]:
+    """The mean over scores, of any shape, of pairs that belong together, and over those of pairs that do not.
+
+    The first less the second bounds a divergence, so the loss is the second less the first (eq. 2, 4).
+    """
+    if measure == "DV":
+        return positive.mean(), negative.flatten().logsumexp(0) - math.log(negative.numel())
+    of_positive, of_negative = _ELEMENTWISE[measure]
+    return of_positive(positive).mean(), of_negative(negative).mean()
+
+
+def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str, gather: bool = True) -> Tensor:
+    """What falls as the vectors tell more of the maps: minus the bound, for InfoNCE the cross-entropy (eq. 4, 5).
+
+    Args:
+        positive: (N, k, n) scores of vectors and places of the same image.
+        rows: (N, k) what `reduce_negatives` made of each vector's scores with other images.
+        count: scores that went into each element of `rows`.
+        measure: one of MEASURES.
+        gather: DV normalises over the vectors of all processes together.
+    """
+    if measure == "InfoNCE":  # all places of an image share their negatives, so one log-sum-exp serves them all
+        return (torch.logaddexp(positive, rows[..., None]) - positive).mean()
+    if measure == "DV":
+        everyone = (all_gather_with_grad(rows) if gather else rows).flatten()
+        return everyone.logsumexp(0) - math.log(everyone.numel() * count) - positive.mean()
+    return rows.mean() / count - _ELEMENTWISE[measure][0](positive).mean()
+
+
+def reduce_negatives(scores: Tensor, own: Tensor | None, *, measure: str, official_mask: bool = False) -> Tensor:
+    """(..., C) scores of each vector with places of other images -> (...): their sum, or log-sum-exp.
+
+    `own` marks the scores with places of the same image, which do not count; with `official_mask` InfoNCE counts each
+    as a score of -10, as the official code does.
+    """
+    if measure in ("InfoNCE", "DV"):
+        mask = OFFICIAL_MASK if official_mask and measure == "InfoNCE" else -torch.inf
+        return (scores if own is None else scores.masked_fill(own, mask)).logsumexp(-1)
+    of_negative = _ELEMENTWISE[measure][1]
+    if own is None:
+        return of_negative(scores).sum(-1)
+    return of_negative(scores.masked_fill(own, 0)).masked_fill(own, 0).sum(-1)
+
+
+def dot_loss(
+    places: Tensor, vectors: Tensor, *, measure: str, official_mask: bool = False, gather: bool = True
+) -> Tensor:
+    """Loss whose scores are dot products, without temperature or normalisation; every other image is a negative.
+
+    `places` is (N, u, n), `vectors` (N, u, k), N at least 2. Vectors meet the places of the images of all processes
+    with `gather`, else those of this process. Works in float32 (or float64 if given); memory beyond the gradients is
+    about `CHUNK_VALUES` scores, since blocks of rows are computed again in the backward pass.
+    """
+    with torch.autocast(places.device.type, enabled=False):
+        places, vectors = exact(places), exact(vectors)
+        everyone, first = (all_gather_with_grad(places), rank() * len(places)) if gather else (places, 0)
+        num_images, _, num_places = everyone.shape
+        if num_images < 2:
+            raise ValueError(
+                "Deep InfoMax contrasts images of a batch, but there is 1: set train.batch_size to 2 or more"
+            )
+        candidates = everyone.transpose(0, 1).flatten(1)  # (u, Mn)
+        image_of = torch.arange(num_images, device=places.device).repeat_interleave(num_places)
+
+        def block(mine: Tensor, ids: Tensor, candidates: Tensor) -> Tensor:
+            scores = mine.transpose(1, 2) @ candidates  # (rows, k, Mn)
+            own = (image_of == ids[:, None])[:, None]
+            return reduce_negatives(scores, own, measure=measure, official_mask=official_mask)
+
+        ids = first + torch.arange(len(vectors), device=places.device)
+        step = max(1, CHUNK_VALUES // (vectors.shape[2] * candidates.shape[1]))
+        blocks = list(zip(vectors.split(step), ids.split(step), strict=True))
+        if len(blocks) == 1:
+            rows = block(vectors, ids, candidates)
+        else:
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            rows = torch.cat([checkpoint(block, *part, candidates, **again) for part in blocks])
+        positive = vectors.transpose(1, 2) @ places  # (N, k, n)
+        count = (num_images - 1) * num_places
+        return information_loss(positive, rows, count=count, measure=measure, gather=gather)
+
+
+def concat_loss(score: nn.Module, maps: Tensor, vectors: Tensor, *, measure: str, gather: bool = True) -> Tensor:
+    """Loss whose scores a network makes of a vector beside each place; the negative is the map of the next image.
+
+    `maps` is (N, C, H, W), `vectors` (N, D); `score` takes (N, D + C, H, W) to (N, 1, H, W).
+    """
+    everyone, first = (all_gather_with_grad(maps), rank() * len(maps)) if gather else (maps, 0)
+    others = everyone.roll(-1, 0)[first : first + len(maps)]
+    beside = vectors[:, :, None, None].expand(-1, -1, *maps.shape[2:])
+    pairs = torch.cat([torch.cat([beside, beside]), torch.cat([maps, others])], dim=1)
+    with torch.autocast(maps.device.type, enabled=False):
+        positive, negative = exact(score(pairs)).flatten(2).chunk(2)  # (N, 1, n) each
+        rows = reduce_negatives(negative, None, measure=measure)
+        return information_loss(positive, rows, count=negative.shape[2], measure=measure, gather=gather)
+
+
+def prior_losses(discriminator: nn.Module, vectors: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Adversarial matching of sigmoid(vectors) to samples of the prior, both (N, D) (eq. 7).
+
+    Returns the encoder's non-saturating loss and the discriminator's, neither with gradient for the other's weights,
+    so that one backward of their sum gives each player its own.
+    """
+    with torch.autocast(vectors.device.type, enabled=False):
+        code = exact(vectors).sigmoid()
+        frozen = {name: weight.detach() for name, weight in discriminator.named_parameters()}
+        encoder_loss = F.softplus(-functional_call(discriminator, frozen, (code,))).mean()
+        real, fake = discriminator(torch.cat([prior.to(code.dtype), code.detach()])).chunk(2)
+        expected_real, expected_fake = expectations(real, fake, "GAN")
+        return encoder_loss, expected_fake - expected_real
+
+
+def exact(values: Tensor) -> Tensor:
+    """In float32, or float64 if they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
