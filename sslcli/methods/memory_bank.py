@@ -1,0 +1,123 @@
+"""Instance discrimination with a memory bank: every image is a class, and its class vector is its own past embedding.
+
+Wu et al. 2018  https://arxiv.org/abs/1805.01978   conf/method/memory_bank.yaml
+
+Shapes: N images a process, n training images, D embedding size, K noise rows an image.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslcli.losses import check_temperature, info_nce
+from sslcli.methods.bank import Bank, log_normalizer, nce, own_row_wins, sampled_softmax, scores
+from sslcli.methods.base import Batch, Method, num_features
+from sslcli.nn import SyncBatchNorm, convert_batch_norm
+from sslcli.noise import Noise
+
+LOSSES = ("full", "nce", "softmax")
+
+
+class MemoryBank(Method):
+    """Classify each image among all training images by a bank of past embeddings.
+
+    Args:
+        num_images: n, given by the command.
+        dim: embedding size D.
+        loss: "full" is the cross-entropy over all n rows (eq. 2), "nce" noise-contrastive estimation with K noise rows
+            (eq. 7), "softmax" the cross-entropy over the own row and K others (the later official release).
+        negatives: K, drawn uniformly with replacement, the own row not excluded; "full" draws none.
+        momentum: share of the old row in an update; 0.5 in the official code.
+        temperature: divides the similarities.
+        proximal: weight of the squared distance between an embedding and its row (eq. 10), 30 in the paper. The
+            official code has momentum in its place.
+
+    Raises ValueError for values outside these.
+    """
+
+    num_views = 1
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        num_images: int,
+        dim: int = 128,
+        loss: str = "nce",
+        negatives: int = 4096,
+        momentum: float = 0.5,
+        temperature: float = 0.07,
+        proximal: float = 0.0,
+    ) -> None:
+        super().__init__(backbone)
+        check_temperature(temperature)
+        if loss not in LOSSES:
+            raise ValueError(f"loss is {loss!r}, but it must be one of: {', '.join(LOSSES)}")
+        if negatives < 1:
+            raise ValueError(f"negatives is {negatives}, but an image needs at least one noise row; loss=full has all")
+        if proximal < 0:
+            raise ValueError(f"proximal is {proximal}, but it weighs a distance, so it must be at least 0")
+        self.bank = Bank(num_images, dim, momentum=momentum)
+        self.head = nn.Linear(num_features(backbone), dim)
+        convert_batch_norm(self, SyncBatchNorm)
+        self.noise = Noise()
+        self.loss, self.negatives, self.temperature, self.proximal = loss, negatives, temperature, proximal
+        self.log_z: float | None = None  # of "nce", set by the first batch and kept
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        z = self.projection(batch.views[0])
+        with torch.autocast(z.device.type, enabled=False):
+            v = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)  # (N, D)
+            scalars = self.contrast(v, batch.index)
+            if self.proximal:
+                distance = (v - self.bank.rows[batch.index]).square().sum(1).mean()
+                scalars["loss"] = scalars["loss"] + self.proximal * distance
+        self.bank.remember(batch.index, v)
+        self.embeddings = (v.detach(),)
+        return scalars
+
+    def contrast(self, v: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """The loss of unit embeddings `v` (N, D) of the images `index` (N,), and the share that finds its own row."""
+        num_images = len(self.bank.rows)
+        if self.loss == "full":
+            rows = self.bank.rows
+            own = info_nce(v, rows[index], rows, exclude=index[:, None], temperature=self.temperature)
+            return {"loss": own.loss, "accuracy": own.accuracy}
+        others = self.noise.integers(num_images, len(v), self.negatives, device=v.device)
+        chosen = torch.cat([index[:, None], others], dim=1)  # (N, K + 1)
+        logits = scores(v, self.bank.rows, chosen, temperature=self.temperature)
+        accuracy = own_row_wins(logits, chosen)
+        if self.loss == "softmax":
+            return {"loss": sampled_softmax(logits), "accuracy": accuracy}
+        if self.log_z is None:
+            self.log_z = log_normalizer(logits, num_images)
+        return {"loss": nce(logits, log_z=self.log_z, num_images=num_images), "accuracy": accuracy}
+
+    def after_step(self, progress: float) -> None:
+        self.bank.update()
+
+    def projection(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))  # type: ignore[no-any-return]
+
+    def stored(self) -> Tensor:
+        """What the bank knows of every training image, (n, D) in the order of the training split.
+
+        Unit rows, each a mean over past augmented views of its image by past weights. A k-NN classifier over them
+        takes `projection` of a query, and gives another accuracy than one over fresh features of plain images.
+        """
+        return self.bank.rows
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        rows, dim = self.bank.rows.shape
+        others = rows - 1 if self.loss == "full" else self.negatives
+        return {"negatives a query sees": others, "memory bank": f"{rows:,} x {dim}, {4 * rows * dim / 1e6:,.1f} MB"}
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([] if self.log_z is None else [self.log_z], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.log_z = float(state) if len(state) else None
