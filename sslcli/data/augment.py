@@ -19,6 +19,7 @@ from sslcli.data.color import (
     in_working_precision,
     normalize,
     rgb_to_lab,
+    rgb_to_ydbdr,
     solarize,
     to_grayscale,
     where_rows,
@@ -36,6 +37,7 @@ __all__ = [
     "normalize",
     "resized_crop",
     "rgb_to_lab",
+    "rgb_to_ydbdr",
     "solarize",
     "to_grayscale",
 ]

@@ -20,6 +20,10 @@ _LAB_RANGE = ((0.0, 100.0), (-86.183, 98.233), (-107.857, 94.478))
 LAB_MEAN = tuple((high + low) / 2 for low, high in _LAB_RANGE)
 LAB_STD = tuple((high - low) / 2 for low, high in _LAB_RANGE)
 
+# What PyContrast normalises YDbDr with: the colours of ImageNet, and the half width of each range.
+YDBDR_MEAN, YDBDR_STD = (0.457, -0.082, -0.052), (0.5, 1.331, 1.333)
+_YDBDR_FROM_RGB = ((0.299, 0.587, 0.114), (-0.45, -0.883, 1.333), (-1.333, 1.116, 0.217))  # as skimage.color
+
 # As skimage.color: sRGB primaries, and the D65 white of the 2 degree observer.
 _XYZ_FROM_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 _WHITE = (0.95047, 1.0, 1.08883)
@@ -196,6 +200,21 @@ def rgb_to_lab(images: Tensor) -> Tensor:
         rows.append(torch.where(tone > 0.008856, root, 7.787 * tone + 16.0 / 116.0))
     x, y, z = rows
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), 1).to(images.dtype)
+
+
+def rgb_to_ydbdr(images: Tensor) -> Tensor:
+    """YDbDr, the colour space of SECAM, of sRGB images, as `skimage.color.rgb2ydbdr`: linear in the values.
+
+    Returns:
+        (N, 3, H, W): Y in [0, 1], Db and Dr in [-1.333, 1.333]; normalise with YDBDR_MEAN and YDBDR_STD.
+
+    Raises:
+        ValueError: not three channels.
+    """
+    if images.shape[1] != 3:
+        raise ValueError(f'color_space "ydbdr" needs 3 channels, the images have {images.shape[1]}; use "rgb"')
+    red, green, blue = in_working_precision(images).unbind(1)
+    return torch.stack([red * r + green * g + blue * b for r, g, b in _YDBDR_FROM_RGB], 1).to(images.dtype)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

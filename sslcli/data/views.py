@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from sslcli.data import augment
-from sslcli.data.color import LAB_MEAN, LAB_STD
+from sslcli.data.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD
 from sslcli.data.rng import mix, uniform
 
-COLOR_SPACES = ("rgb", "lab")
+COLOR_SPACES = ("rgb", "lab", "ydbdr")
 
 # Streams of rng.uniform. A number says what a draw is for; changing one changes every run.
 _FLIP, _JITTER, _ORDER, _FACTORS, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE, _COLOUR_STREAMS = 0, 1, 2, 3, 7, 8, 9, 10, 11
@@ -181,8 +181,8 @@ class Views:
     Args:
         views: the distributions, as mappings of the fields of `View`, or as `View`.
         normalize: whether to subtract the mean and divide by the standard deviation at the end. With color_space "lab"
-            these are the constants of CMC, which map each channel to [-1, 1], and not those of the set.
-        color_space: "rgb" or "lab" (CIE Lab) of the result.
+            and "ydbdr" these are the constants of CMC, which map each channel to about [-1, 1], not those of the set.
+        color_space: "rgb", "lab" (CIE Lab) or "ydbdr" (YDbDr) of the result.
 
     Raises:
         ValueError: no views, an unknown key or colour space, or a value out of its range.
@@ -276,11 +276,12 @@ class Views:
 
         Args:
             images: (N, C, H, W) float in [0, 1].
-            mean, std: of the set; not used for "lab", whose constants are fixed, or where `normalize` is off.
+            mean, std: of the set; not used where the colour space has constants of its own, or `normalize` is off.
         """
         if self.color_space == "lab":
-            images = augment.rgb_to_lab(images)
-            mean, std = LAB_MEAN, LAB_STD
+            images, mean, std = augment.rgb_to_lab(images), LAB_MEAN, LAB_STD
+        elif self.color_space == "ydbdr":
+            images, mean, std = augment.rgb_to_ydbdr(images), YDBDR_MEAN, YDBDR_STD
         return augment.normalize(images, mean, std) if self.normalize else images
 
 

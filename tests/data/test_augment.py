@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from sslcli.data import augment
-from sslcli.data.color import LAB_MEAN, LAB_STD
+from sslcli.data.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAB_CASES = [case for case in json.loads((GOLDEN / "index.json").read_text()) if case["case"].startswith("cmc_lab")]
@@ -230,6 +230,30 @@ def test_lab_of_known_colours() -> None:
     torch.testing.assert_close(augment.rgb_to_lab(colours).view(3, 3), want, rtol=0, atol=0.05)
 
 
+def test_ydbdr_has_the_corners_that_define_the_space() -> None:
+    # Y is luma, Db = -1.333 .. 1.333 from yellow to blue, Dr the same from red to cyan; gray has no colour difference.
+    corners = torch.tensor(
+        [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]
+    )
+    want = torch.tensor(
+        [
+            [1.0, 0.0, 0.0],
+            [0.0, 0.0, 0.0],
+            [0.299, -0.45, -1.333],
+            [0.114, 1.333, 0.217],
+            [0.886, -1.333, -0.217],
+            [0.701, 0.45, 1.333],
+        ]
+    )
+    got = augment.rgb_to_ydbdr(corners.view(6, 3, 1, 1)).view(6, 3)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert augment.rgb_to_ydbdr(corners.view(6, 3, 1, 1).double()).dtype == torch.float64
+    # The constants are about those of ImageNet's mean colour, and bring every colour to about [-1, 1].
+    mean = augment.rgb_to_ydbdr(torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)).view(3)
+    torch.testing.assert_close(mean, torch.tensor(YDBDR_MEAN), rtol=0, atol=5e-3)
+    assert augment.normalize(augment.rgb_to_ydbdr(_images()), YDBDR_MEAN, YDBDR_STD).abs().max() < 1.1
+
+
 def test_normalize_equals_torchvision_and_refuses_wrong_constants() -> None:
     images, mean, std = _images(), [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
     torch.testing.assert_close(augment.normalize(images, mean, std), reference.normalize(images, mean, std))
@@ -253,6 +277,7 @@ def test_bfloat16_is_close_to_float32_everywhere() -> None:
         "blur": lambda x: augment.gaussian_blur(x, _between(0.1, 2.0), 5, mask),
         "solarize": lambda x: augment.solarize(x, 0.5, mask),
         "lab": lambda x: augment.normalize(augment.rgb_to_lab(x), LAB_MEAN, LAB_STD),
+        "ydbdr": lambda x: augment.normalize(augment.rgb_to_ydbdr(x), YDBDR_MEAN, YDBDR_STD),
         "normalize": lambda x: augment.normalize(x, [0.5] * 3, [0.25] * 3),
     }
     for name, operation in operations.items():
@@ -275,5 +300,7 @@ def test_wrong_arguments_are_refused() -> None:
         augment.gaussian_blur(images, torch.ones(16), 49, _every(images))
     with pytest.raises(ValueError, match='"lab" needs 3 channels'):
         augment.rgb_to_lab(images[:, :1])
+    with pytest.raises(ValueError, match='"ydbdr" needs 3 channels'):
+        augment.rgb_to_ydbdr(images[:, :1])
     with pytest.raises(ValueError, match="1 or 3 channels, the images have 2"):
         augment.to_grayscale(images[:, :2], _every(images))

@@ -130,7 +130,7 @@ def test_wrong_lists_and_keys_are_refused_with_the_nearest_name() -> None:
             Views(empty)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"views\[0\]=3 must be a mapping"):
         Views([3])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="color_space='hsv' must be one of rgb, lab"):
+    with pytest.raises(ValueError, match="color_space='hsv' must be one of rgb, lab, ydbdr"):
         Views([{}], color_space="hsv")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from sslcli.data import augment
-from sslcli.data.color import LAB_MEAN, LAB_STD
+from sslcli.data.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD
 from sslcli.data.rng import mix
 from sslcli.data.views import View, Views
 
@@ -215,17 +215,19 @@ def test_colour_applies_the_operations_in_the_documented_order(grayscale_first: 
 
 def test_finish_is_the_end_of_colour() -> None:
     images = _images(5)
-    for space, normalize in itertools.product(("rgb", "lab"), (True, False)):
+    for space, normalize in itertools.product(("rgb", "lab", "ydbdr"), (True, False)):
         views = Views([View(flip=0.0)], normalize=normalize, color_space=space)
         assert torch.equal(views.colour(0, _keys(5), images, **CONSTANTS), views.finish(images, **CONSTANTS))
     lab = augment.normalize(augment.rgb_to_lab(images), LAB_MEAN, LAB_STD)
     assert torch.equal(Views([View()], color_space="lab").finish(images, **CONSTANTS), lab)
     assert lab.abs().max() <= 1
+    ydbdr = augment.normalize(augment.rgb_to_ydbdr(images), YDBDR_MEAN, YDBDR_STD)
+    assert torch.equal(Views([View()], color_space="ydbdr").finish(images, **CONSTANTS), ydbdr)
     assert torch.equal(Views([View()], normalize=False).finish(images, **CONSTANTS), images)
 
 
 @pytest.mark.parametrize("part", [1, 8])
-@pytest.mark.parametrize("space", ["rgb", "lab"])
+@pytest.mark.parametrize("space", ["rgb", "lab", "ydbdr"])
 def test_a_view_is_the_same_in_any_batch(part: int, space: str) -> None:
     views, key, images = Views([RICH], color_space=space), _keys(64), (_images(64, 40) * 255).byte()
     size = torch.full((64,), 40)
