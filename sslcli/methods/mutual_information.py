@@ -24,8 +24,8 @@ LOG2 = math.log(2)
 UNBOUNDED = ("X2", "W1")  # as losses: scores that grow for ever lower them for ever
 OFFICIAL_MASK = -10.0
 
-# What a measure expects of the scores of pairs that belong together, and of pairs that do not (appendix A, table 6 of
-# Nowozin et al. 2016, https://arxiv.org/abs/1606.00709). X2 has the signs of the official code, which that table lacks.
+# What a measure expects of the scores of pairs that belong together, and of pairs that do not: the variational bounds
+# of Nowozin et al. 2016, https://arxiv.org/abs/1606.00709. The signs of X2 are those of the official code alone.
 _ELEMENTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "GAN": (lambda p: -F.softplus(-p), F.softplus),
     "JSD": (lambda p: LOG2 - F.softplus(-p), lambda q: F.softplus(q) - LOG2),
@@ -41,7 +41,7 @@ MEASURES = ("InfoNCE", "DV", *(name for name in _ELEMENTWISE if name not in UNBO
 def expectations(positive: Tensor, negative: Tensor, measure: str) -> tuple[Tensor, Tensor]:
     """The mean over scores, of any shape, of pairs that belong together, and over those of pairs that do not.
 
-    The first less the second bounds a divergence, so the loss is the second less the first (eq. 2, 4).
+    The first less the second bounds a divergence, so the loss is the second less the first (sec. 3.1).
     """
     if measure == "DV":
         return positive.mean(), negative.flatten().logsumexp(0) - math.log(negative.numel())
@@ -50,7 +50,7 @@ def expectations(positive: Tensor, negative: Tensor, measure: str) -> tuple[Tens
 
 
 def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str, gather: bool = True) -> Tensor:
-    """What falls as the vectors tell more of the maps: minus the bound, for InfoNCE the cross-entropy (eq. 4, 5).
+    """What falls as the vectors tell more of the maps: minus the bound, for InfoNCE the cross-entropy (sec. 3.1).
 
     Args:
         positive: (N, k, n) scores of vectors and places of the same image.
@@ -136,7 +136,7 @@ def concat_loss(score: nn.Module, maps: Tensor, vectors: Tensor, *, measure: str
 
 
 def prior_losses(discriminator: nn.Module, vectors: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Adversarial matching of sigmoid(vectors) to samples of the prior, both (N, D) (eq. 7).
+    """Adversarial matching of sigmoid(vectors) to samples of the prior, both (N, D) (sec. 3.3).
 
     Returns the encoder's non-saturating loss and the discriminator's, neither with gradient for the other's weights,
     so that one backward of their sum gives each player its own.
