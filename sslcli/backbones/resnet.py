@@ -7,10 +7,12 @@ conf/backbone/resnet18.yaml and its siblings
 from __future__ import annotations
 
 import difflib
+from functools import partial
 
 from torch import Tensor, nn
 
 from sslcli.backbones.base import Backbone
+from sslcli.backbones.norm import norm_layer
 from sslcli.errors import check_positive
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "wide_resnet101_2")
@@ -27,9 +29,11 @@ class ResNet(Backbone):
         stem: "imagenet" (7x7 convolution of stride 2, max-pool), "cifar" (3x3 of stride 1, no max-pool; SimCLR
             appendix B.9) or "auto": cifar up to 64 px, imagenet above.
         in_channels: of the images; other than 3 changes the first convolution alone.
-        zero_init_residual: start every residual branch at zero (Goyal et al. 2017, section 5.1).
+        zero_init_residual: start every residual branch at zero (Goyal et al. 2017, section 5.1); needs a norm.
+        norm: batch, layer or none, see `norm_layer`. Without any, the L residual branches start at 1 / sqrt(L) of
+            their size, so that the sum of them all does not explode (after Zhang et al. 2019, arXiv:1901.09321).
 
-    Raises ValueError for an arch or stem that does not exist.
+    Raises ValueError for an arch, stem or norm that does not exist.
     """
 
     conv1: nn.Conv2d
@@ -50,6 +54,7 @@ class ResNet(Backbone):
         stem: str = "auto",
         in_channels: int = 3,
         zero_init_residual: bool = False,
+        norm: str = "batch",
     ) -> None:
         super().__init__()
         if arch not in ARCHS:
@@ -59,11 +64,21 @@ class ResNet(Backbone):
         if stem not in STEMS:
             raise ValueError(f"stem is {stem!r}, but it must be one of: {', '.join(STEMS)}")
         check_positive(image_size=image_size, in_channels=in_channels)
+        if norm == "none" and zero_init_residual:
+            raise ValueError(
+                "zero_init_residual sets the last norm of every branch to zero, but norm is none: take norm=layer, "
+                "or zero_init_residual=false"
+            )
 
         from torchvision import models
 
         # One class keeps torchvision from drawing a large classifier that is thrown away here.
-        net = getattr(models, arch)(weights=None, num_classes=1, zero_init_residual=zero_init_residual)
+        net = getattr(models, arch)(
+            weights=None,
+            num_classes=1,
+            zero_init_residual=zero_init_residual,
+            norm_layer=partial(norm_layer, norm),
+        )
         self.num_features: int = net.fc.in_features
         for name, child in net.named_children():
             if name != "fc":
@@ -74,6 +89,8 @@ class ResNet(Backbone):
         elif in_channels != 3:
             self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        if norm == "none":
+            shrink_branches(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, num_features), the mean over positions of layer4."""
@@ -86,3 +103,12 @@ class ResNet(Backbone):
         for name in ("layer1", "layer2", "layer3", "layer4"):
             x = maps[name] = getattr(self, name)(x)
         return maps
+
+
+def shrink_branches(net: ResNet) -> None:
+    """Divide the last convolution of each of the L residual branches by sqrt(L)."""
+    blocks = [block for stage in (net.layer1, net.layer2, net.layer3, net.layer4) for block in stage.children()]
+    for block in blocks:
+        last = block.get_submodule("conv3" if hasattr(block, "conv3") else "conv2")
+        assert isinstance(last, nn.Conv2d)
+        last.weight.data /= len(blocks) ** 0.5

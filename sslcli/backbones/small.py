@@ -11,23 +11,25 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sslcli.backbones.base import Backbone
+from sslcli.backbones.norm import norm_layer
 from sslcli.errors import check_positive
 
 SMALLEST_IMAGE = 16
 
 
 class Small(Backbone):
-    """Five 3x3 convolutions, each with BatchNorm and ReLU, and the mean over positions; num_features = 8 * width.
+    """Five 3x3 convolutions, each with normalisation and ReLU, and the mean over positions; num_features = 8 * width.
 
     Args:
         image_size: side of the training images in pixels, at least 16; maps after block 5 have an eighth of it.
         width: channels of block 1; the blocks have 1, 2, 2, 4 and 8 times as many.
         in_channels: of the images.
+        norm: batch, layer or none, see `norm_layer`.
 
     Raises ValueError for values outside these.
     """
 
-    def __init__(self, *, image_size: int, width: int = 32, in_channels: int = 3) -> None:
+    def __init__(self, *, image_size: int, width: int = 32, in_channels: int = 3, norm: str = "batch") -> None:
         super().__init__()
         check_positive(image_size=image_size, width=width, in_channels=in_channels)
         if image_size < SMALLEST_IMAGE:
@@ -35,11 +37,11 @@ class Small(Backbone):
                 f"image_size is {image_size}, but the small backbone needs at least {SMALLEST_IMAGE} pixels: "
                 "enlarge the images, or take resnet18 with stem=cifar"
             )
-        self.block1 = block(in_channels, width, stride=2)
-        self.block2 = block(width, 2 * width, stride=2)
-        self.block3 = block(2 * width, 2 * width, stride=1)
-        self.block4 = block(2 * width, 4 * width, stride=2)
-        self.block5 = block(4 * width, 8 * width, stride=1)
+        self.block1 = block(in_channels, width, stride=2, norm=norm)
+        self.block2 = block(width, 2 * width, stride=2, norm=norm)
+        self.block3 = block(2 * width, 2 * width, stride=1, norm=norm)
+        self.block4 = block(2 * width, 4 * width, stride=2, norm=norm)
+        self.block5 = block(4 * width, 8 * width, stride=1, norm=norm)
         self.num_features = 8 * width
 
     def forward(self, images: Tensor) -> Tensor:
@@ -55,8 +57,8 @@ class Small(Backbone):
         return maps
 
 
-def block(in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential:
-    """3x3 convolution, BatchNorm, ReLU: (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)."""
-    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+def block(in_channels: int, out_channels: int, *, stride: int, norm: str) -> nn.Sequential:
+    """3x3 convolution, normalisation, ReLU: (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)."""
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=norm == "none")
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+    return nn.Sequential(conv, norm_layer(norm, out_channels), nn.ReLU(inplace=True))

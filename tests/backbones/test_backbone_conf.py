@@ -19,6 +19,7 @@ WIDTHS = {
     "wide_resnet50_2": 2048,
     "wide_resnet101_2": 2048,
     "small": 256,
+    "small_layernorm": 256,
     "vit_tiny": 192,
     "vit_small": 384,
     "vit_base": 768,

@@ -1,0 +1,81 @@
+"""The discriminator of DCGAN without its last layer: convolutions of stride 2, and the smallest map flattened.
+
+Radford et al. 2016  https://arxiv.org/abs/1511.06434   conf/backbone/dcgan.yaml
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslcli.backbones.base import Backbone
+from sslcli.backbones.norm import norm_layer
+from sslcli.errors import check_positive
+
+SLOPE = 0.2  # of LeakyReLU (section 4)
+INIT_STD = 0.02  # of weights, and of BatchNorm's scales around 1 (section 4 and the official code)
+SMALLEST_IMAGE = 16
+DEEPEST = 8  # times as many channels as the first map has
+
+
+class DCGANNet(Backbone):
+    """4x4 convolutions of stride 2, each but the first with normalisation, each with LeakyReLU.
+
+    There are as many as leave a map of 4 to 7 pixels a side from images of 64 pixels on, and of 2 or 3 below, where
+    four would else be three. num_features = channels of the last map times its places.
+
+    Args:
+        image_size: side of the training images in pixels, at least 16.
+        width: channels of the first map, doubled by each convolution up to 8 times as many.
+        in_channels: of the images.
+        norm: batch, layer or none, see `norm_layer`.
+
+    Raises ValueError for values outside these.
+    """
+
+    def __init__(self, *, image_size: int, width: int = 64, in_channels: int = 3, norm: str = "batch") -> None:
+        super().__init__()
+        check_positive(image_size=image_size, width=width, in_channels=in_channels)
+        if image_size < SMALLEST_IMAGE:
+            raise ValueError(
+                f"image_size is {image_size}, but the dcgan backbone needs at least {SMALLEST_IMAGE} pixels: "
+                "enlarge the images"
+            )
+        octaves = image_size.bit_length() - 3  # that leave 4 to 7 pixels: 16 -> 2, 32 -> 3, 64 -> 4
+        depth = max(octaves, min(octaves + 1, 4))
+        self.side = image_size >> depth
+        widths = [in_channels, *(width * min(2**number, DEEPEST) for number in range(depth))]
+        self.blocks = nn.Sequential(
+            *(
+                block(before, after, norm="none" if number == 0 else norm)
+                for number, (before, after) in enumerate(pairwise(widths))
+            )
+        )
+        self.num_features = widths[-1] * self.side**2
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, num_features), the last map; of images of another size, its means over as many places."""
+        *_, last = self.stages(images).values()
+        if last.shape[2:] != (self.side, self.side):
+            last = F.adaptive_avg_pool2d(last, self.side)
+        return last.flatten(1)
+
+    def stages(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps after `block1` and so on; each has half the side of the one before."""
+        x = images
+        maps = {}
+        for number, layer in enumerate(self.blocks, start=1):
+            x = maps[f"block{number}"] = layer(x)
+        return maps
+
+
+def block(in_channels: int, out_channels: int, *, norm: str) -> nn.Sequential:
+    """4x4 convolution, normalisation, LeakyReLU: (N, in_channels, H, W) -> (N, out_channels, H / 2, W / 2)."""
+    conv = nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1, bias=norm == "none")
+    normalise = norm_layer(norm, out_channels)
+    nn.init.normal_(conv.weight, std=INIT_STD)
+    if isinstance(normalise, nn.BatchNorm2d):
+        nn.init.normal_(normalise.weight, 1.0, INIT_STD)
+    return nn.Sequential(conv, normalise, nn.LeakyReLU(SLOPE, inplace=True))

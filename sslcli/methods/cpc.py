@@ -1,0 +1,290 @@
+"""CPC: predict the encodings of patches further down an image from those above, among wrong ones.
+
+v1  van den Oord, Li, Vinyals 2018  https://arxiv.org/abs/1807.03748  conf/method/cpc.yaml
+v2  Henaff et al. 2020              https://arxiv.org/abs/1905.09272  conf/method/cpc_v2.yaml (all other patches are
+    negatives, four directions, patches changed one by one)
+
+Shapes: N images a process, W processes, g rows and columns of patches, D encoding size, E context size, M negatives,
+R = g - offset rows of contexts that have a row to predict.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslcli.distributed import all_gather_with_grad, rank, world_size
+from sslcli.errors import check_positive
+from sslcli.losses import Contrast, info_nce
+from sslcli.methods.base import Batch, Method, num_features
+from sslcli.methods.cpc_context import context_network
+from sslcli.methods.cpc_patches import PatchAugmentation, patch_size, patchify, refuse_batch_norm
+from sslcli.noise import Noise
+
+
+def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Contrast:
+    """Cross-entropy of finding a context's own target among sampled ones (CPC v1, eq. 4).
+
+    Args:
+        context: (N, R, g, E).
+        targets: (N, R, g, E), W_k z of the patch each context predicts.
+        negative: (N, R, g, M) int64, places in the targets of all processes, flattened to (W N R g, E). The own
+            target may be among them, as in public code, so the loss does not fall to 0.
+
+    Returns the mean over contexts. Works in float32 (or float64 if given) even under autocast. The logarithm is that
+    of the softmax itself: log(softmax + 1e-11), which public code takes, has no gradient where it matters most.
+    """
+    with torch.autocast(context.device.type, enabled=False):
+        dtype = torch.promote_types(context.dtype, torch.float32)
+        context, targets = context.to(dtype), targets.to(dtype)
+        pool = all_gather_with_grad(targets.contiguous()).flatten(0, 2)
+        own = (context * targets).sum(3, keepdim=True)  # (N, R, g, 1)
+        others = torch.einsum("nrge,nrgme->nrgm", context, pool[negative])
+        loss = -F.log_softmax(torch.cat([own, others], 3), dim=3)[..., 0].mean()
+        accuracy = (own > others.amax(3, keepdim=True)).to(dtype).mean()
+    return Contrast(loss, accuracy)
+
+
+def full_contrast(prediction: Tensor, targets: Tensor, *, offset: int) -> Contrast:
+    """Cross-entropy of finding the patch `offset` rows below among all patches of all images (CPC v2, appendix).
+
+    Args:
+        prediction: (N, R, g, E), R = g - offset, of the contexts that have a row `offset` below them.
+        targets: (N, g, g, E).
+        offset: rows between a context and what it predicts.
+
+    Returns the mean over predictions. Works in float32 (or float64 if given) even under autocast.
+    """
+    with torch.autocast(prediction.device.type, enabled=False):
+        dtype = torch.promote_types(prediction.dtype, torch.float32)
+        pool = all_gather_with_grad(targets.to(dtype).contiguous()).flatten(0, 2)  # (W N g g, E)
+        own = own_places(*prediction.shape[:3], offset=offset, device=prediction.device)
+        query = prediction.to(dtype).flatten(0, 2)
+        return info_nce(query, pool[own], pool, temperature=1.0, exclude=own[:, None])
+
+
+def own_places(num_images: int, rows: int, columns: int, *, offset: int, device: torch.device) -> Tensor:
+    """(N R g) int64: where the patch `offset` rows below each context stands among those of all processes."""
+    image = rank() * num_images + torch.arange(num_images, device=device)[:, None, None]
+    row = torch.arange(rows, device=device)[:, None] + offset
+    return ((image * (rows + offset) + row) * columns + torch.arange(columns, device=device)).flatten()
+
+
+class PatchPrediction(Method):
+    """What v1 and v2 share: patches, encodings, contexts read in one to four directions.
+
+    Args:
+        image_size: side of the training images in pixels.
+        grid: patches a side; None: chosen from image_size. They overlap by half.
+        context: gru, pixelcnn_gated or pixelcnn_v2.
+        hidden: channels inside the context network.
+        steps: rows that are predicted from one context; None: all that the grid has below.
+        skip: rows below a context that are not predicted, since the next one shares half of its pixels with it.
+        directions: of reading: 1 from the top, up to 4 with the grid turned each time. They share the context
+            network and not the predictions.
+        augmentation: of each patch by itself in training, or None.
+
+    Raises ValueError for a backbone with BatchNorm, and for values that do not go together.
+    """
+
+    num_views = 1
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        image_size: int,
+        grid: int | None,
+        context: str,
+        hidden: int,
+        steps: int | None,
+        skip: int,
+        directions: int,
+        augmentation: PatchAugmentation | None,
+    ) -> None:
+        super().__init__(backbone)
+        check_positive(hidden=hidden)
+        refuse_batch_norm(backbone)
+        self.patch = patch_size(image_size, grid)
+        self.grid = 2 * image_size // self.patch - 1
+        self.offsets = range(skip + 1, skip + 1 + check_steps(steps, skip=skip, grid=self.grid))
+        if directions not in (1, 2, 3, 4):
+            raise ValueError(f"directions is {directions}, but a grid can be read in 1, 2, 3 or 4 directions")
+        self.directions = directions
+        self.augmentation = augmentation
+        self.noise = Noise()
+        self.dim = num_features(backbone)
+        self.context = context_network(context, self.dim, hidden)
+
+    def predictors(self, in_features: int, out_features: int, *, bias: bool) -> nn.ModuleList:
+        """A linear layer for each direction and offset: predictors[direction][step]."""
+        return nn.ModuleList(
+            nn.ModuleList(nn.Linear(in_features, out_features, bias=bias) for _ in self.offsets)
+            for _ in range(self.directions)
+        )
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        (images,) = batch.views
+        patches = patchify(images, self.patch)
+        if self.augmentation is not None:
+            patches = self.augmentation(patches, self.noise)
+        z = self.encode(patches)
+        self.embeddings = (z.detach().mean((1, 2)),)
+        found: list[Contrast] = []
+        for direction in range(self.directions):
+            turned = torch.rot90(z, -direction, (1, 2))  # the targets turn with the contexts
+            context = self.context(turned.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (N, g, g, E)
+            found += self.contrasts(context, turned, direction)
+        losses, accuracies = (torch.stack(values) for values in zip(*found, strict=True))
+        return {"loss": self.total(losses), "accuracy": accuracies.mean()}
+
+    def encode(self, patches: Tensor) -> Tensor:
+        """(N, g, g, C, p, p) -> (N, g, g, D), each patch by itself."""
+        flat = patches.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+        return self.backbone(flat).view(*patches.shape[:3], -1)  # type: ignore[no-any-return]
+
+    def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:
+        """The contrast of each offset, for contexts (N, g, g, E) and encodings (N, g, g, D) turned alike."""
+        raise NotImplementedError(f"{type(self).__name__} does not define contrasts")
+
+    def total(self, losses: Tensor) -> Tensor:
+        """The loss from those of all offsets and directions."""
+        return losses.mean()
+
+    def features(self, images: Tensor) -> Tensor:
+        """(N, C, S, S) -> (N, D), the mean over the grid; for other sizes than in training with more or fewer patches.
+
+        The network has seen nothing but patches, and no context is needed to represent a whole image.
+        """
+        return self.encode(patchify(images, self.patch)).mean((1, 2))
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        rows = f"{self.offsets[0]} to {self.offsets[-1]}" if len(self.offsets) > 1 else str(self.offsets[0])
+        return {
+            "patches": f"{self.grid} x {self.grid} of {self.patch} pixels",
+            "rows below that are predicted": rows,
+        }
+
+
+class CPC(PatchPrediction):
+    """CPC v1: the target among `negatives` patches drawn from those that any context predicts at this offset.
+
+    Args besides those of `PatchPrediction`:
+        negatives: drawn for each prediction, M, with replacement from the images of all processes.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        image_size: int,
+        grid: int | None = None,
+        context: str = "gru",
+        hidden: int = 256,
+        steps: int | None = None,
+        skip: int = 1,
+        negatives: int = 16,
+        directions: int = 1,
+        augmentation: PatchAugmentation | None = None,
+    ) -> None:
+        check_positive(negatives=negatives)
+        super().__init__(
+            backbone,
+            image_size=image_size,
+            grid=grid,
+            context=context,
+            hidden=hidden,
+            steps=steps,
+            skip=skip,
+            directions=directions,
+            augmentation=augmentation,
+        )
+        self.negatives = negatives
+        self.predict = self.predictors(self.dim, self.context.out_channels, bias=False)
+
+    def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:
+        found = []
+        for offset, predict in zip(self.offsets, self.predict[direction], strict=True):  # type: ignore[arg-type]
+            targets = predict(z[:, offset:])  # (N, R, g, E)
+            num_images, rows, columns = targets.shape[:3]
+            places = world_size() * num_images * rows * columns
+            shape = (num_images, rows, columns, self.negatives)
+            negative = self.noise.integers(places, *shape, device=z.device)
+            found.append(sampled_contrast(context[:, :rows], targets, negative))
+        return found
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        return super().effective(batch_size) | {"negatives a query sees": self.negatives}
+
+
+class CPCv2(PatchPrediction):
+    """CPC v2: the target among all patches of all images of the step.
+
+    Args besides those of `PatchPrediction`:
+        dim: size of what is compared, to which contexts and encodings are projected.
+        scale: of the predictions; 0.1 keeps the first softmax nearly uniform.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        image_size: int,
+        grid: int | None = None,
+        context: str = "pixelcnn_v2",
+        hidden: int = 256,
+        steps: int | None = 1,
+        skip: int = 2,
+        dim: int = 64,
+        scale: float = 0.1,
+        directions: int = 4,
+        augmentation: PatchAugmentation | None = None,
+    ) -> None:
+        check_positive(dim=dim)
+        if not scale > 0:
+            raise ValueError(f"scale is {scale}, but it multiplies the predictions, so it must be positive")
+        super().__init__(
+            backbone,
+            image_size=image_size,
+            grid=grid,
+            context=context,
+            hidden=hidden,
+            steps=steps,
+            skip=skip,
+            directions=directions,
+            augmentation=augmentation,
+        )
+        self.scale = scale
+        self.target = nn.Linear(self.dim, dim, bias=False)  # a bias would add the same to all logits of a prediction
+        self.predict = self.predictors(self.context.out_channels, dim, bias=True)
+
+    def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:
+        targets, found = self.target(z), []
+        for offset, predict in zip(self.offsets, self.predict[direction], strict=True):  # type: ignore[arg-type]
+            prediction = self.scale * predict(context[:, :-offset])
+            found.append(full_contrast(prediction, targets, offset=offset))
+        return found
+
+    def total(self, losses: Tensor) -> Tensor:
+        return losses.sum()
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        return super().effective(batch_size) | {"negatives a query sees": batch_size * self.grid**2 - 1}
+
+
+def check_steps(steps: int | None, *, skip: int, grid: int) -> int:
+    """The number of rows to predict. Raises ValueError unless the grid has as many below its first row."""
+    most = grid - 1 - skip
+    if skip < 0 or most < 1:
+        raise ValueError(f"skip is {skip}, but it must be 0 to {grid - 2} to leave a row of the {grid} to predict")
+    if steps is None:
+        return most
+    if not 1 <= steps <= most:
+        raise ValueError(
+            f"steps is {steps}, but with {grid} rows of patches and skip={skip} it must be 1 to {most}: "
+            "take null for all of them, or a larger grid"
+        )
+    return steps

@@ -1,0 +1,116 @@
+"""The context networks of CPC: what is known of an image once its rows of patches have been read down to row i.
+
+v1     van den Oord, Li, Vinyals 2018  https://arxiv.org/abs/1807.03748
+v2     Henaff et al. 2020              https://arxiv.org/abs/1905.09272
+gated  van den Oord et al. 2016        https://arxiv.org/abs/1606.05328
+
+Each maps encodings (N, D, g, g) to contexts (N, out_channels, g, g) such that row i of the context depends on rows up
+to i alone, the whole of row i included. Nothing is normalised over images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GATED_LAYERS = 4  # GreedyInfoMax/vision/models
+RESIDUAL_BLOCKS = 5  # CPC v2, appendix
+
+
+class Context(nn.Module):
+    """Encodings (N, D, g, g) -> contexts (N, out_channels, g, g)."""
+
+    out_channels: int
+
+
+class GruContext(Context):
+    """A GRU that reads every column of the grid from its top to its bottom."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(dim, hidden, batch_first=True)
+        self.out_channels = hidden
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(N, D, g, g) -> (N, hidden, g, g)."""
+        num_images, dim, rows, columns = z.shape
+        sequences = z.permute(0, 3, 2, 1).reshape(num_images * columns, rows, dim)
+        states, _ = self.gru(sequences)
+        return states.view(num_images, columns, rows, -1).permute(0, 3, 2, 1)  # type: ignore[no-any-return]
+
+
+class GatedLayer(nn.Module):
+    """tanh(a) * sigmoid(b) of a convolution over three columns of this row and the one above.
+
+    A masked 3x3 convolution whose last row of weights is 0 is the same and costs a half more.
+    """
+
+    def __init__(self, in_channels: int, hidden: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 2 * hidden, (2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.conv(F.pad(x, (1, 1, 1, 0))).chunk(2, dim=1)
+        return torch.tanh(value) * torch.sigmoid(gate)
+
+
+class GatedContext(Context):
+    """Four gated layers, all but the first beside a residual connection, and a 1x1 convolution."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.first = GatedLayer(dim, hidden)
+        self.others = nn.ModuleList(GatedLayer(hidden, hidden) for _ in range(GATED_LAYERS - 1))
+        self.last = nn.Conv2d(hidden, hidden, 1)
+        self.out_channels = hidden
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(N, D, g, g) -> (N, hidden, g, g)."""
+        x = self.first(z)
+        for layer in self.others:
+            x = x + layer(x)
+        return self.last(x)  # type: ignore[no-any-return]
+
+
+class ResidualContext(Context):
+    """Five residual blocks and a ReLU (CPC v2, appendix): each sees this row, and the one above, three columns wide."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(residual_block(dim, hidden) for _ in range(RESIDUAL_BLOCKS))
+        self.out_channels = dim
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(N, D, g, g) -> (N, D, g, g)."""
+        for block in self.blocks:
+            z = z + block(z)
+        return F.relu(z)
+
+
+def residual_block(dim: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(dim, hidden, 1),
+        nn.ReLU(),
+        nn.Conv2d(hidden, hidden, (1, 3), padding=(0, 1)),
+        nn.ZeroPad2d((0, 0, 1, 0)),
+        nn.Conv2d(hidden, hidden, (2, 1)),
+        nn.ReLU(),
+        nn.Conv2d(hidden, dim, 1),
+    )
+
+
+CONTEXTS: dict[str, Callable[[int, int], Context]] = {
+    "gru": GruContext,
+    "pixelcnn_gated": GatedContext,
+    "pixelcnn_v2": ResidualContext,
+}
+
+
+def context_network(context: str, dim: int, hidden: int) -> Context:
+    """The network of that name for encodings of `dim` channels, `hidden` wide. Raises ValueError for another name."""
+    if context not in CONTEXTS:
+        raise ValueError(f"context is {context!r}, but it must be one of: {', '.join(CONTEXTS)}")
+    return CONTEXTS[context](dim, hidden)

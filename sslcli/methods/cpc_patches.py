@@ -1,0 +1,173 @@
+"""An image as a grid of overlapping patches, and what is done to each patch by itself.
+
+Shapes: N images, S side of an image, g patches a side of the grid, p = 2 S / (g + 1) side of a patch, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sslcli.noise import Noise
+
+USUAL_GRID = 7  # CPC v1: 7 x 7 patches of 64 pixels out of 256
+SMALLEST_PATCH = 8  # pixels, where the grid is chosen here
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
+DRAWS = 12  # random numbers of a patch
+
+
+def patch_size(image_size: int, grid: int | None) -> int:
+    """The side p = 2 S / (g + 1) of a patch where patches overlap by half; where `grid` is None, the grid is chosen.
+
+    The chosen grid is the one nearest to 7 that has patches of 8 pixels or more: 32 px have 7 x 7 patches of 8,
+    64 px of 16, 96 px of 24, 224 px of 56. Raises ValueError for a grid below 3 and where no whole number of pixels
+    comes out, naming the grids that fit.
+    """
+    fitting = [n for n in range(3, image_size) if image_size % (n + 1) == 0 and 2 * image_size // (n + 1) >= 4]
+    named = ", ".join(map(str, fitting)) or "none"
+    if grid is None:
+        roomy = [n for n in fitting if 2 * image_size // (n + 1) >= SMALLEST_PATCH]
+        if not roomy:
+            raise ValueError(
+                f"images of {image_size} pixels have no grid of 3 x 3 or more patches of {SMALLEST_PATCH} pixels or "
+                f"more that overlap by half: take a dataset.image_size such as 32, or a method.grid of: {named}"
+            )
+        grid = min(roomy, key=lambda n: abs(n - USUAL_GRID))
+    elif grid not in fitting:
+        raise ValueError(
+            f"grid is {grid}, but images of {image_size} pixels cannot be cut into {grid} x {grid} patches of 2 * "
+            f"{image_size} / {grid + 1} pixels that overlap by half: take a grid of {named}, or null to have it "
+            f"chosen, or a dataset.image_size that is a multiple of {grid + 1}"
+        )
+    return 2 * image_size // (grid + 1)
+
+
+def refuse_batch_norm(backbone: nn.Module) -> None:
+    """Raise ValueError for a backbone with BatchNorm, whose statistics tell each patch of all the others."""
+    norms = [name for name, part in backbone.named_modules() if isinstance(part, _BatchNorm)]
+    if norms:
+        raise ValueError(
+            f"the backbone {type(backbone).__name__} has BatchNorm ({len(norms)} layers, the first is {norms[0]}), "
+            "which tells every patch of the others, so that predicting them teaches nothing: take "
+            "backbone=small_layernorm, or a resnet with backbone.norm=layer, or a vit"
+        )
+
+
+def patchify(images: Tensor, size: int) -> Tensor:
+    """Patches of `size` pixels that overlap by half: (N, C, S, S) -> (N, g, g, C, p, p), rows first.
+
+    Raises ValueError where they do not cover the image to its edges.
+    """
+    height, width = images.shape[-2:]
+    if height != width or height % (size // 2) or height < size:
+        raise ValueError(
+            f"an image of {height} x {width} pixels cannot be cut into patches of {size} pixels that overlap by half: "
+            f"its side must be a multiple of {size // 2}, at least {size}"
+        )
+    patches = images.unfold(2, size, size // 2).unfold(3, size, size // 2)  # (N, C, g, g, p, p)
+    return patches.permute(0, 2, 3, 1, 4, 5)
+
+
+class PatchAugmentation(nn.Module):
+    """Changes every patch by itself, so that neither colours nor edges continue from one to the next.
+
+    Args:
+        crop: share of the side that a random crop leaves out, filled up with zeros around it, at least one pixel;
+            0: no crop. CPC v1 crops 60 of 64 pixels.
+        jitter: strength of brightness, contrast and saturation, each at random.
+        jitter_p: share of the patches that get it.
+        grayscale: share of the patches that turn grey.
+        drop_colors: share of the patches that lose two of their three channels (Doersch et al. 2015).
+        shear: largest shear along each axis, as pixels a pixel.
+        shear_p: share of the patches that get it.
+
+    Colours of images that do not have three channels are left alone, but for brightness and contrast. Values are not
+    clamped, so images may be normalised or not. Raises ValueError for shares outside [0, 1] and strengths below 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        crop: float = 0.0,
+        jitter: float = 0.0,
+        jitter_p: float = 0.0,
+        grayscale: float = 0.0,
+        drop_colors: float = 0.0,
+        shear: float = 0.0,
+        shear_p: float = 0.0,
+    ) -> None:
+        super().__init__()
+        shares = {"jitter_p": jitter_p, "grayscale": grayscale, "drop_colors": drop_colors, "shear_p": shear_p}
+        for name, value in ({"crop": crop, "jitter": jitter, "shear": shear} | shares).items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}, but it must lie in [0, 1]")
+        self.crop, self.jitter, self.jitter_p, self.grayscale = crop, jitter, jitter_p, grayscale
+        self.drop_colors, self.shear, self.shear_p = drop_colors, shear, shear_p
+
+    def forward(self, patches: Tensor, noise: Noise) -> Tensor:
+        """(N, g, g, C, p, p) -> the same shape, with numbers of its own for each patch."""
+        num_images, rows, columns = patches.shape[:3]
+        u = noise.uniform(num_images, rows * columns, DRAWS, device=patches.device).to(patches.dtype)
+        draws = u.flatten(0, 1)  # (N g g, DRAWS)
+        x = patches.flatten(0, 2)
+        if self.jitter_p:
+            strength = (draws[:, 1:4] * 2 - 1) * self.jitter
+            x = jittered(x, strength * (draws[:, :1] < self.jitter_p))
+        if self.grayscale and x.shape[1] == 3:
+            x = torch.where(column(draws[:, 4] < self.grayscale), gray(x).expand_as(x), x)
+        if self.drop_colors and x.shape[1] == 3:
+            kept = F.one_hot((draws[:, 6] * 3).long(), 3).to(x.dtype)
+            x = torch.where(column(draws[:, 5] < self.drop_colors), x * kept[:, :, None, None], x)
+        if self.shear_p:
+            slopes = (draws[:, 8:10] * 2 - 1) * self.shear
+            x = torch.where(column(draws[:, 7] < self.shear_p), sheared(x, slopes), x)
+        if self.crop:
+            x = cropped(x, draws[:, 10:12], max(1, round(self.crop * x.shape[-1])))
+        return x.reshape(patches.shape)
+
+
+def column(values: Tensor) -> Tensor:
+    """(M,) -> (M, 1, 1, 1), to be broadcast against patches."""
+    return values[:, None, None, None]
+
+
+def gray(x: Tensor) -> Tensor:
+    """Brightness (M, 1, p, p) of colours (M, 3, p, p)."""
+    return torch.einsum("mchw,c->mhw", x, x.new_tensor(LUMA))[:, None]
+
+
+def jittered(x: Tensor, strength: Tensor) -> Tensor:
+    """(M, C, p, p) with brightness, contrast and saturation changed by (M, 3) in [-1, 1]; 0 leaves a patch as it is.
+
+    Brightness is added, as in the first implementation of SimCLR; the others blend with the mean and with grey.
+    """
+    brightness, contrast, saturation = (column(part) for part in strength.unbind(1))
+    x = x + brightness
+    x = x + contrast * (x - x.mean((1, 2, 3), keepdim=True))
+    return x + saturation * (x - gray(x)) if x.shape[1] == 3 else x
+
+
+def sheared(x: Tensor, slopes: Tensor) -> Tensor:
+    """(M, C, p, p) sheared along both axes by slopes (M, 2); zeros come in at the edges."""
+    one = torch.ones_like(slopes[:, 0])
+    across = torch.stack([one, slopes[:, 0], 0 * one], 1)
+    down = torch.stack([slopes[:, 1], one, 0 * one], 1)
+    where = F.affine_grid(torch.stack([across, down], 1), list(x.shape), align_corners=False)
+    return F.grid_sample(x, where, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def cropped(x: Tensor, place: Tensor, margin: int) -> Tensor:
+    """A random crop, `margin` pixels smaller, in the middle of zeros: (M, C, p, p) -> the same shape.
+
+    `place` (M, 2) in [0, 1) is where the crop lies between top and bottom, left and right.
+    """
+    side = x.shape[-1]
+    offset = (place * (margin + 1)).long()  # (M, 2), 0 to margin
+    target = torch.arange(side, device=x.device) - margin // 2
+    inside = (target >= 0) & (target < side - margin)
+    source = (target + offset[..., None]).clamp(0, side - 1)  # (M, 2, p)
+    rows = source[:, 0, None, :, None].expand(-1, x.shape[1], -1, side)
+    columns = source[:, 1, None, None, :].expand(-1, x.shape[1], side, -1)
+    return x.gather(2, rows).gather(3, columns) * (inside[:, None] & inside)

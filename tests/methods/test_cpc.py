@@ -1,0 +1,436 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from golden_cases import Case, golden_cases
+from processes import Pair
+from sslcli.backbones.small import Small
+from sslcli.backbones.vit import VisionTransformer
+from sslcli.methods.cpc import CPC, CPCv2, PatchPrediction, full_contrast, own_places, sampled_contrast
+from sslcli.methods.cpc_context import CONTEXTS, context_network
+from sslcli.methods.cpc_patches import PatchAugmentation, patch_size, patchify
+from sslcli.noise import Noise
+from tiny import TinyNet, make_batch
+
+KINDS = {"v1": CPC, "v2": CPCv2}
+DIRECTIONS = range(4)
+
+
+def tiny_cpc(kind: str = "v1", **changes: object) -> PatchPrediction:
+    """16-pixel images in 3 x 3 patches of 8 pixels; what is predicted is the last row."""
+    values: dict[str, object] = {"image_size": 16, "grid": 3, "hidden": 6, "skip": 1, "steps": 1}
+    return KINDS[kind](TinyNet(norm=False), **(values | changes))  # type: ignore[arg-type]
+
+
+def official_places(case: Case, step: int, rows: int) -> Tensor:
+    """The negatives of a golden case, whose places count (row, column, image), as places (image, row, column)."""
+    images, grid = case.params["N"], case.params["grid"]
+    flat = case.inputs[f"neg_index_{step}"]
+    row, column, image = flat // (grid * images), flat // images % grid, flat % images
+    places = (image * rows + row) * grid + column
+    return places.view(rows, grid, images, case.params["negatives"]).permute(2, 0, 1, 3)
+
+
+@golden_cases("cpc")
+def test_loss_and_gradients_of_sampled_negatives_equal_the_official_code(case: Case) -> None:
+    z, c, weights = (case.inputs[name].requires_grad_() for name in ("z", "c", "W"))
+    encodings, context = z.permute(0, 2, 3, 1), c.permute(0, 2, 3, 1)
+    losses = []
+    for step in range(1, case.params["pred_steps"] + 1):
+        offset = step + case.params["skip_step"]
+        targets = F.linear(encodings[:, offset:], weights[step - 1])
+        rows = targets.shape[1]
+        losses.append(sampled_contrast(context[:, :rows], targets, official_places(case, step, rows)).loss)
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    case.check(loss, "loss")
+    case.check(losses, "loss_per_step")
+    case.check(z.grad, "grad_z")
+    case.check(c.grad, "grad_c")
+    case.check(weights.grad, "grad_W")
+
+
+def test_sampled_loss_is_the_explicit_cross_entropy_over_what_was_drawn() -> None:
+    context, targets = torch.randn(2, 2, 2, 3, 4, dtype=torch.float64)
+    negative = torch.randint(12, (2, 2, 3, 5))
+    pool = [targets[b, r, x] for b in range(2) for r in range(2) for x in range(3)]
+    total, hits = 0.0, 0
+    for b in range(2):
+        for r in range(2):
+            for x in range(3):
+                own = float(context[b, r, x] @ targets[b, r, x])
+                others = [float(context[b, r, x] @ pool[int(j)]) for j in negative[b, r, x]]
+                total -= own - math.log(sum(math.exp(score) for score in (own, *others)))
+                hits += own > max(others)
+    loss, accuracy = sampled_contrast(context, targets, negative)
+    assert float(loss) == pytest.approx(total / 12)
+    assert float(accuracy) == pytest.approx(hits / 12)
+
+
+def test_full_loss_is_the_explicit_cross_entropy_over_all_patches() -> None:
+    """2 images, a 4 x 4 grid, the paper's i = 1: two rows below."""
+    offset, targets = 2, torch.randn(2, 4, 4, 5, dtype=torch.float64)
+    prediction = torch.randn(2, 4 - offset, 4, 5, dtype=torch.float64)
+    pool = [targets[b, r, x] for b in range(2) for r in range(4) for x in range(4)]
+    total, places = 0.0, []
+    for b in range(2):
+        for r in range(4 - offset):
+            for x in range(4):
+                places.append(b * 16 + (r + offset) * 4 + x)
+                scores = torch.stack([prediction[b, r, x] @ other for other in pool])
+                total += float(F.cross_entropy(scores, torch.tensor(places[-1])))
+                assert torch.equal(pool[places[-1]], targets[b, r + offset, x])
+    assert own_places(2, 2, 4, offset=offset, device=torch.device("cpu")).tolist() == places
+    assert float(full_contrast(prediction, targets, offset=offset).loss) == pytest.approx(total / 16, abs=1e-9)
+
+
+def test_the_gradient_of_the_full_loss_reaches_positives_and_negatives() -> None:
+    prediction = torch.randn(2, 1, 3, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
+    full_contrast(prediction, targets, offset=2).loss.backward()
+    found = prediction.grad, targets.grad
+    prediction.grad = targets.grad = None
+    scores = prediction.flatten(0, 2) @ targets.flatten(0, 2).T
+    F.cross_entropy(scores, own_places(2, 1, 3, offset=2, device=torch.device("cpu"))).backward()
+    torch.testing.assert_close(found, (prediction.grad, targets.grad))
+
+
+def test_a_hopeless_context_still_has_a_gradient() -> None:
+    context = torch.full((1, 1, 1, 1), 100.0, requires_grad=True)
+    targets = torch.tensor([[[[-1.0]]], [[[1.0]]]])
+    loss, _ = sampled_contrast(context.expand(2, 1, 1, 1), targets, torch.tensor([1, 0]).view(2, 1, 1, 1))
+    loss.backward()
+    assert float(loss) == pytest.approx(100.0)  # log(softmax + 1e-11) would stop at 25.3 / 2
+    assert context.grad is not None
+    assert float(context.grad) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("v1", math.log(1 + 5)), ("v2", 4 * math.log(8 * 3 * 3))])
+def test_predictions_of_zero_are_a_guess(kind: str, expected: float) -> None:
+    method = tiny_cpc(kind, directions=4, **({"negatives": 5} if kind == "v1" else {}))
+    for parameter in method.predict.parameters():
+        nn.init.zeros_(parameter)
+    found = method(make_batch(8, views=1, size=16))
+    assert float(found["loss"].detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(found["accuracy"]) == 0.0
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_context_depends_on_the_rows_down_to_its_own_and_on_no_other(name: str, direction: int) -> None:
+    torch.manual_seed(0)
+    grid = 5
+    network = context_network(name, 6, 8).double()
+    z = torch.randn(1, 6, grid, grid, dtype=torch.float64, requires_grad=True)
+    context = network(torch.rot90(z, -direction, (2, 3)))
+    assert context.shape == (1, network.out_channels, grid, grid)
+    for row in range(grid):
+        (gradient,) = torch.autograd.grad(context[:, :, row].sum(), z, retain_graph=True)
+        seen = torch.rot90(gradient, -direction, (2, 3)).abs().sum((0, 1, 3)) > 0
+        assert not seen[row + 1 :].any(), (row, seen)
+        assert seen[row], (row, seen)
+        assert seen[max(0, row - 1) : row + 1].all(), (row, seen)
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_changing_rows_below_leaves_contexts_above_as_they_were_bit_for_bit(name: str) -> None:
+    torch.manual_seed(0)
+    network = context_network(name, 6, 8)
+    z = torch.randn(2, 6, 5, 5)
+    other = z.clone()
+    other[:, :, 3:] = torch.randn(2, 6, 2, 5)
+    before, after = network(z), network(other)
+    assert torch.equal(before[:, :, :3], after[:, :, :3])
+    assert not torch.equal(before[:, :, 3:], after[:, :, 3:])
+
+
+@pytest.mark.parametrize("name", ["pixelcnn_gated", "pixelcnn_v2"])
+def test_a_pixelcnn_sees_its_row_to_the_left_and_to_the_right(name: str) -> None:
+    torch.manual_seed(0)
+    z = torch.randn(1, 6, 5, 5, requires_grad=True)
+    context_network(name, 6, 8)(z)[:, :, 2, 2].sum().backward()
+    assert z.grad is not None
+    assert (z.grad[0, :, 2].abs().sum(0) > 0).all()
+
+
+def test_a_gru_reads_each_column_by_itself() -> None:
+    z = torch.randn(1, 6, 5, 5, requires_grad=True)
+    context_network("gru", 6, 8)(z)[:, :, 4, 2].sum().backward()
+    assert z.grad is not None
+    seen = z.grad[0].abs().sum(0) > 0
+    assert seen[:, 2].all()
+    assert not seen[:, [0, 1, 3, 4]].any()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_each_direction_predicts_the_patch_that_lies_ahead_of_it(direction: int) -> None:
+    """Of one image the loss of a direction reads contexts of the first row as seen from it, targets of the last."""
+    method = tiny_cpc("v1", directions=4, negatives=1).double()
+    marked = torch.arange(9, dtype=torch.float64).view(1, 3, 3, 1).expand(1, 3, 3, 8)
+    seen: list[tuple[Tensor, Tensor]] = []
+    method.contrasts = lambda context, z, d: (
+        seen.append((context, z))
+        or [  # type: ignore[method-assign,func-returns-value]
+            sampled_contrast(context, context, torch.zeros(1, 3, 3, 1, dtype=torch.long))
+        ]
+    )
+    method.encode = lambda patches: marked  # type: ignore[method-assign]
+    method(make_batch(1, views=1, size=16, dtype=torch.float64))
+    last_rows = [[6, 7, 8], [2, 5, 8], [2, 1, 0], [6, 3, 0]]
+    assert sorted(seen[direction][1][0, 2, :, 0].tolist()) == sorted(last_rows[direction])
+    torch.testing.assert_close(seen[direction][0], method.context(seen[direction][1].mT.transpose(1, 2)).movedim(1, 3))
+
+
+def test_directions_share_the_context_network_and_not_the_predictions() -> None:
+    one, four = (tiny_cpc("v2", directions=number) for number in (1, 4))
+    count = [sum(p.numel() for p in method.context.parameters()) for method in (one, four)]
+    assert count[0] == count[1]
+    assert sum(p.numel() for p in four.predict.parameters()) == 4 * sum(p.numel() for p in one.predict.parameters())
+
+
+def test_loss_of_v1_is_a_mean_and_that_of_v2_a_sum_over_offsets_and_directions() -> None:
+    parts = torch.tensor([1.0, 2.0, 6.0])
+    assert float(tiny_cpc("v1").total(parts)) == 3.0
+    assert float(tiny_cpc("v2").total(parts)) == 9.0
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "grid"),
+    [(32, 8, 7), (64, 16, 7), (96, 24, 7), (224, 56, 7), (256, 64, 7), (28, 8, 6), (30, 10, 5)],
+)
+def test_the_grid_is_7_or_the_nearest_with_patches_of_8_pixels(size: int, patch: int, grid: int) -> None:
+    assert patch_size(size, None) == patch == patch_size(size, grid)
+    patches = patchify(torch.randn(2, 3, size, size), patch)
+    assert patches.shape == (2, grid, grid, 3, patch, patch)
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_overlapping_patches_put_back_and_averaged_are_the_image(size: int) -> None:
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+    p = patch_size(size, None)
+    patches = patchify(images, p)
+    total, count = torch.zeros_like(images), torch.zeros(size, size)
+    for i in range(patches.shape[1]):
+        for j in range(patches.shape[2]):
+            rows, columns = slice(i * p // 2, i * p // 2 + p), slice(j * p // 2, j * p // 2 + p)
+            total[:, :, rows, columns] += patches[:, i, j]
+            count[rows, columns] += 1
+    torch.testing.assert_close(total / count, images)
+    assert torch.equal(patches[:, 0, 1, :, :, : p // 2], patches[:, 0, 0, :, :, p // 2 :])
+    assert torch.equal(patches[:, 1, 0, :, : p // 2], patches[:, 0, 0, :, p // 2 :])
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "message"),
+    [
+        (32, 6, r"grid is 6, but images of 32 pixels .* take a grid of 3, 7, 15, or null .* multiple of 7"),
+        (32, 1, "grid is 1, "),
+        (33, None, r"images of 33 pixels have no grid .* method.grid of: 10"),
+        (13, None, r"images of 13 pixels have no grid .* method.grid of: none"),
+    ],
+)
+def test_images_that_no_grid_fits_are_refused_with_what_would(size: int, grid: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        patch_size(size, grid)
+
+
+def test_images_that_patches_do_not_cover_are_refused() -> None:
+    for height, width in ((30, 30), (32, 28), (4, 4)):
+        with pytest.raises(ValueError, match=f"{height} x {width} pixels .* multiple of 4, at least 8"):
+            patchify(torch.zeros(1, 3, height, width), 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_are_the_mean_over_patches_encoded_one_by_one_without_augmentation(kind: str) -> None:
+    method = tiny_cpc(kind, augmentation=PatchAugmentation(crop=0.2, jitter=1.0, jitter_p=1.0, grayscale=1.0))
+    images = torch.randn(2, 3, 16, 16)
+    windows = [images[:, :, y : y + 8, x : x + 8] for y in (0, 4, 8) for x in (0, 4, 8)]
+    expected = torch.stack([method.backbone(window) for window in windows]).mean(0)
+    torch.testing.assert_close(method.features(images), expected)
+    assert not torch.allclose(expected, method.backbone(images))
+    assert method.features(torch.randn(2, 3, 24, 24)).shape == (2, 8)
+
+
+def test_encodings_of_patches_do_not_depend_on_other_patches() -> None:
+    method = tiny_cpc()
+    patches = torch.randn(2, 3, 3, 3, 8, 8, requires_grad=True)
+    method.encode(patches)[0, 1, 2].sum().backward()
+    assert patches.grad is not None
+    touched = patches.grad.abs().sum((3, 4, 5)) > 0
+    assert touched[0, 1, 2]
+    assert int(touched.sum()) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backbone_with_batchnorm_is_refused_with_the_remedy(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"Small has BatchNorm \(5 layers, the first is block1.1\).*norm=layer"):
+        KINDS[kind](Small(image_size=32), image_size=32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [32, 64])
+def test_networks_without_batchnorm_train_at_every_usual_size(kind: str, size: int) -> None:
+    for net in (
+        Small(image_size=size, width=4, norm="layer"),
+        Small(image_size=size, width=4, norm="none"),
+        VisionTransformer(image_size=size, width=16, depth=1, num_heads=2),
+    ):
+        method = KINDS[kind](net, image_size=size, hidden=4)
+        found = method(make_batch(2, views=1, size=size))
+        found["loss"].backward()
+        assert found["loss"].isfinite()
+        assert method.features(torch.zeros(2, 3, size, size)).shape == (2, net.num_features)
+        assert method.effective(2)["patches"] == f"7 x 7 of {size // 4} pixels"
+
+
+def test_offsets_are_all_rows_below_the_skipped_ones_or_the_first_of_them() -> None:
+    def offsets(**values: int | None) -> list[int]:
+        return list(tiny_cpc(image_size=32, grid=7, **values).offsets)
+
+    assert offsets(steps=None, skip=1) == [2, 3, 4, 5, 6]
+    assert offsets(steps=2, skip=0) == [1, 2]
+    assert list(tiny_cpc("v2", image_size=32, grid=7, steps=1, skip=2).offsets) == [3]
+    assert tiny_cpc("v2", image_size=32, grid=7, steps=1, skip=2).effective(4) == {
+        "patches": "7 x 7 of 8 pixels",
+        "rows below that are predicted": "3",
+        "negatives a query sees": 4 * 49 - 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("v1", {"steps": 3}, r"steps is 3, but with 3 rows of patches and skip=1 it must be 1 to 1"),
+        ("v1", {"steps": 0}, "steps is 0"),
+        ("v2", {"skip": 2}, "skip is 2, but it must be 0 to 1"),
+        ("v1", {"skip": -1}, "skip is -1"),
+        ("v1", {"directions": 5}, "directions is 5"),
+        ("v1", {"negatives": 0}, "negatives is 0"),
+        ("v1", {"context": "lstm"}, "context is 'lstm', but it must be one of: gru, pixelcnn_gated, pixelcnn_v2"),
+        ("v2", {"hidden": 0}, "hidden is 0"),
+        ("v2", {"dim": 0}, "dim is 0"),
+        ("v2", {"scale": 0.0}, "scale is 0.0"),
+    ],
+)
+def test_impossible_values_are_refused(kind: str, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_cpc(kind, **changes)
+
+
+def augmented(patches: Tensor, **strengths: float) -> Tensor:
+    torch.manual_seed(0)
+    return PatchAugmentation(**strengths)(patches, Noise())
+
+
+def test_nothing_is_done_to_patches_by_default() -> None:
+    patches = torch.rand(2, 3, 3, 3, 8, 8)
+    assert torch.equal(augmented(patches), patches)
+    assert torch.equal(augmented(patches, jitter=1.0, shear=1.0), patches)  # their shares are 0
+
+
+def test_patches_change_one_by_one_and_as_often_as_asked() -> None:
+    patches = torch.rand(1, 1, 1, 3, 8, 8).expand(40, 7, 7, 3, 8, 8)
+    for strengths in ({"jitter": 0.4, "jitter_p": 0.8}, {"grayscale": 0.25}, {"shear": 0.3, "shear_p": 0.2}):
+        out = augmented(patches, **strengths)  # type: ignore[arg-type]
+        changed = (out != patches).flatten(3).any(3).double().mean()
+        share = next(value for name, value in strengths.items() if name in ("jitter_p", "grayscale", "shear_p"))
+        assert float(changed) == pytest.approx(share, abs=0.03), strengths
+    first, second = augmented(patches, jitter=0.4, jitter_p=1.0)[0, 0, :2]
+    assert not torch.equal(first, second)
+
+
+def test_grey_patches_have_equal_channels_and_the_same_brightness() -> None:
+    patches = torch.rand(2, 3, 3, 3, 8, 8)
+    out = augmented(patches, grayscale=1.0)
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    torch.testing.assert_close(out, (patches * luma).sum(3, keepdim=True).expand_as(patches))
+
+
+def test_dropping_colours_keeps_one_channel_each_as_often() -> None:
+    patches = torch.rand(40, 7, 7, 3, 8, 8) + 0.1
+    out = augmented(patches, drop_colors=1.0)
+    kept = (out != 0).flatten(4).all(4)  # (N, g, g, 3)
+    assert torch.equal(kept.sum(3), torch.ones(40, 7, 7, dtype=torch.long))
+    assert torch.equal(out[kept], patches[kept])
+    torch.testing.assert_close(kept.double().mean((0, 1, 2)), torch.full((3,), 1 / 3).double(), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(("side", "margin"), [(8, 1), (16, 1), (64, 4)])
+def test_a_crop_moves_what_it_shows_by_up_to_its_margin_within_zeros(side: int, margin: int) -> None:
+    patches = torch.rand(8, 3, 3, 3, side, side) + 0.1
+    out = augmented(patches, crop=1 / 16)
+    edge, kept = margin // 2, side - margin
+    inside = out[..., edge : edge + kept, edge : edge + kept]
+    assert int((out != 0).sum()) == inside.numel() == int((inside != 0).sum())
+    places = set()
+    for patch, crop in zip(patches.flatten(0, 2), inside.flatten(0, 2), strict=True):
+        fits = [
+            (y, x)
+            for y in range(margin + 1)
+            for x in range(margin + 1)
+            if torch.equal(patch[:, y : y + kept, x : x + kept], crop)
+        ]
+        assert len(fits) == 1
+        places |= set(fits)
+    assert len(places) >= 4
+
+
+def test_shear_moves_rows_against_each_other_about_the_middle() -> None:
+    ramp = torch.arange(8.0).expand(3, 8, 8)
+    out = augmented(ramp.expand(20, 2, 2, 3, 8, 8), shear=0.2, shear_p=1.0)[..., 2:6, 2:6].flatten(0, 3)
+    down = out.diff(dim=1).flatten(1)
+    torch.testing.assert_close(down, down[:, :1].expand_as(down), atol=1e-4, rtol=0)  # the same in all rows
+    assert 0.05 < float(down.abs().max()) <= 0.2 + 1e-4
+    assert float(down.min()) < 0 < float(down.max())
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_images_without_three_channels_keep_their_colours(channels: int) -> None:
+    patches = torch.rand(2, 3, 3, channels, 8, 8)
+    assert torch.equal(augmented(patches, grayscale=1.0, drop_colors=1.0), patches)
+    assert augmented(patches, jitter=0.4, jitter_p=1.0).shape == patches.shape
+
+
+@pytest.mark.parametrize("name", ["crop", "jitter", "jitter_p", "grayscale", "drop_colors", "shear", "shear_p"])
+def test_shares_and_strengths_outside_0_to_1_are_refused(name: str) -> None:
+    for value in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            PatchAugmentation(**{name: value})
+
+
+def losses_of_a_part(context: Tensor, targets: Tensor, negative: Tensor, prediction: Tensor) -> list[Tensor]:
+    """Both losses and the gradient with respect to this process's targets, as averaged over processes."""
+    half = len(targets) // 2
+    rows = slice(torch.distributed.get_rank() * half, (torch.distributed.get_rank() + 1) * half)
+    found = []
+    for kind in KINDS:
+        own = targets[rows].clone().requires_grad_()
+        if kind == "v1":
+            loss = sampled_contrast(context[rows], own, negative[rows]).loss
+        else:
+            loss = full_contrast(prediction[rows], own, offset=1).loss
+        loss.backward()
+        assert own.grad is not None
+        found += [loss.detach(), own.grad / 2]
+    return found
+
+
+def test_two_processes_compute_the_losses_and_gradients_of_the_whole_batch(pair: Pair) -> None:
+    context, targets = torch.randn(2, 4, 3, 3, 5, dtype=torch.float64)
+    prediction = torch.randn(4, 2, 3, 5, dtype=torch.float64)
+    negative = torch.randint(4 * 9, (4, 3, 3, 6))
+    first, second = pair.run(losses_of_a_part, context, targets, negative, prediction)
+    for place, kind in enumerate(KINDS):
+        whole = targets.clone().requires_grad_()
+        if kind == "v1":
+            loss = sampled_contrast(context, whole, negative).loss
+        else:
+            loss = full_contrast(prediction, whole, offset=1).loss
+        loss.backward()
+        torch.testing.assert_close((first[2 * place] + second[2 * place]) / 2, loss.detach())
+        torch.testing.assert_close(torch.cat([first[2 * place + 1], second[2 * place + 1]]), whole.grad)
