@@ -44,10 +44,10 @@ def where_rows(images: Tensor, mask: Tensor, operation: Callable[[Tensor, Tensor
     target = rows.to(images.device, non_blocking=True)
     changed = operation(images.index_select(0, target), rows)
     # Zeroed rows plus the new ones: exact, and several times faster on the CPU than index_copy or where.
-    return (images * _column(~mask, images)).index_add_(0, target, changed)
+    return (images * column(~mask, images)).index_add_(0, target, changed)
 
 
-def _column(values: Tensor, images: Tensor) -> Tensor:
+def column(values: Tensor, images: Tensor) -> Tensor:
     """(N,) parameters as (N, 1, 1, 1), ready to be broadcast against the images."""
     return values.to(images.device, images.dtype, non_blocking=True).view(-1, 1, 1, 1)
 
@@ -72,21 +72,21 @@ def _mean(gray: Tensor) -> Tensor:
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Multiply by factor (N,) >= 0 and clamp to [0, 1]; 1 leaves an image as it is."""
     work = in_working_precision(images)
-    return (work * _column(factor, work)).clamp_(0, 1).to(images.dtype)
+    return (work * column(factor, work)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean of the gray image: factor (N,) 0 gives that mean, 1 the image, more than 1 exaggerates."""
     work = in_working_precision(images)
-    column = _column(factor, work)
-    return (work * column).add_(_mean(_gray(work)) * (1 - column)).clamp_(0, 1).to(images.dtype)
+    weight = column(factor, work)
+    return (work * weight).add_(_mean(_gray(work)) * (1 - weight)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the gray image: factor (N,) 0 gives the gray image, 1 the image, more than 1 exaggerates."""
     work = in_working_precision(images)
-    column = _column(factor, work)
-    return (work * column).add_(_gray(work) * (1 - column)).clamp_(0, 1).to(images.dtype)
+    weight = column(factor, work)
+    return (work * weight).add_(_gray(work) * (1 - weight)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
     # The hue in sectors of 60 degrees is +-(1 + (g + b - r - min) / chroma), minus where b > g: all six branches of
     # the usual definition in one. A gray pixel has numerator 0 and chroma 0, so that its hue plays no part.
     hue = (green + blue).sub_(red).sub_(least).div_(chroma.clamp(min=torch.finfo(images.dtype).tiny))
-    hue = hue.add_(1).copysign_(green - blue).add_(_column(turns, images)[:, 0] * 6)
+    hue = hue.add_(1).copysign_(green - blue).add_(column(turns, images)[:, 0] * 6)
     hue.sub_((hue / 6).floor_().mul_(6))
     # v - c * clamp(min(k, 4 - k), 0, 1) with k = (n + hue) mod 6 for n = 5, 3, 1, the mod worked out by hand.
     out = torch.empty_like(images)
@@ -157,9 +157,9 @@ def _jitter_group(images: Tensor, factors: Tensor, order: Tensor, hue_slot: int)
         factor = factors.gather(1, operation.unsqueeze(1)).squeeze(1)
         factor = torch.where(operation == HUE, 1.0, factor)
         gray = _gray(images)
-        from_mean = _mean(gray) * _column((1 - factor) * (operation == CONTRAST), images)
-        reference = gray.mul_(_column((1 - factor) * (operation == SATURATION), images)).add_(from_mean)
-        images = images.mul_(_column(factor, images)).add_(reference).clamp_(0, 1)
+        from_mean = _mean(gray) * column((1 - factor) * (operation == CONTRAST), images)
+        reference = gray.mul_(column((1 - factor) * (operation == SATURATION), images)).add_(from_mean)
+        images = images.mul_(column(factor, images)).add_(reference).clamp_(0, 1)
     return images
 
 

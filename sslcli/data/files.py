@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -20,13 +20,30 @@ from PIL import Image, UnidentifiedImageError
 
 from sslcli.data.bad_images import BadImage
 from sslcli.data.scan import Root, check_folder, no_images, parse_roots, read_csv, scan, scan_classes
-from sslcli.data.sources import Source, digest
+from sslcli.data.sources import Picture, Source, digest
 
 _SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
 
 
-def decode(path: str, *, at_least: int | None = None) -> Image.Image:
-    """Read an image file as RGB.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode as RGB; see `decode`. Raises ValueError for a mode that has no conversion."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        values = np.nan_to_num(np.asarray(image, np.float64))
+        low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
+        if values.min() < low or values.max() > high:
+            low, high = values.min(), values.max()
+        gray = (values - low) / max(high - low, np.finfo(float).tiny) * 255
+        return Image.fromarray(np.rint(gray).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        over = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode(
+    path: str, *, at_least: int | None = None, convert: Callable[[Image.Image], Image.Image] = to_rgb
+) -> Image.Image:
+    """Read an image file as RGB, or as what `convert` makes of it.
 
     Transparency is laid over white. 16-bit gray is scaled to 8 bits, not clipped; floats in [0, 1] likewise, and wider
     integers and floats are stretched from their least to their greatest value. Of several frames the first counts. A
@@ -44,7 +61,7 @@ def decode(path: str, *, at_least: int | None = None) -> Image.Image:
             with Image.open(file) as image:
                 if at_least is not None:
                     image.draft(None, (at_least, at_least))
-                return to_rgb(image)
+                return convert(image)
     except BadImage:
         raise
     except UnidentifiedImageError as error:
@@ -53,21 +70,6 @@ def decode(path: str, *, at_least: int | None = None) -> Image.Image:
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise BadImage(path, reason) from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode as RGB; see `decode`. Raises ValueError for a mode that has no conversion."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        values = np.nan_to_num(np.asarray(image, np.float64))
-        low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
-        if values.min() < low or values.max() > high:
-            low, high = values.min(), values.max()
-        gray = (values - low) / max(high - low, np.finfo(float).tiny) * 255
-        return Image.fromarray(np.rint(gray).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        over = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
-    return image.convert("RGB")
 
 
 @dataclass
@@ -130,7 +132,7 @@ class Files(Source):
         """The path of the file at `position`."""
         return os.path.join(self.roots[self._root_of[position]], self.relative(position))
 
-    def read(self, position: int, *, at_least: int | None = None) -> Image.Image:
+    def read(self, position: int, *, at_least: int | None = None) -> Picture:
         """The image at `position`; see `decode`."""
         return decode(self.path(position), at_least=at_least)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sslcli.data import augment, rng
 from sslcli.data.bad_images import BadImage, BadImages
-from sslcli.data.sources import Source, replacement
+from sslcli.data.sources import Picture, Source, replacement
 from sslcli.data.views import Views
 from sslcli.distributed import end_with, rank, world_size
 from sslcli.errors import ConfigError, TrainingFailed
@@ -129,26 +129,27 @@ class Loader:
                 )
                 for view, size in enumerate(self.views.sizes(self.source.image_size))
             ]
-            yield self.batch(request, crops)
+            yield self.batch(request, crops, position)
 
     def from_files(self, start: int, stop: int) -> Iterator[Batch]:
         crops = ViewCrops(self.source, self.views, self.seed)
-        for request, views, bad in batches_of(crops, list_of(self.requests(start, stop)), self.source.workers):
+        for request, views, read, bad in batches_of(crops, list_of(self.requests(start, stop)), self.source.workers):
             for path, reason in bad:
                 self.bad.add(path, reason)
             self.bad.check()
-            yield self.batch(request, [view.to(self.device, non_blocking=True).float() / 255 for view in views])
+            yield self.batch(request, [view.to(self.device, non_blocking=True).float() / 255 for view in views], read)
 
-    def batch(self, request: Request, crops: list[Tensor]) -> Batch:
-        """Colour operations on float crops in [0, 1] of this process's images."""
-        key = self.key(request)
+    def batch(self, request: Request, crops: list[Tensor], read: Tensor) -> Batch:
+        """Colour operations on float crops in [0, 1] of this process's images, which are those at positions `read`."""
+        key, source = self.key(request), self.source
         views = [
-            self.views.colour(view, key, crop, mean=self.source.mean, std=self.source.std)
+            self.views.colour(view, key, crop, mean=source.mean, std=source.std, photometric=source.photometric)
             for view, crop in enumerate(crops)
         ]
-        label = self.source.labels[self.source.splits["train"][request.index]]
-        batch = Batch([view.contiguous(memory_format=torch.channels_last) for view in views], request.index, label)
-        return batch.to(self.device)
+        label = source.labels[source.splits["train"][request.index]]
+        present = None if source.present is None else source.present[read]
+        views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+        return Batch(views, request.index, label, present).to(self.device)
 
     def key(self, request: Request) -> Tensor:
         return rng.mix(self.seed, request.visit, request.index)
@@ -164,15 +165,15 @@ class list_of:
         return self.requests
 
 
-class ViewCrops(Dataset[tuple[Request, list[Tensor], BadList]]):
-    """Runs in a worker: decode each image of a request once, cut and resize each view."""
+class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
+    """Runs in a worker: decode each image of a request once, cut and resize each view; also which images these are."""
 
     def __init__(self, source: Source, views: Views, seed: int) -> None:
         self.source, self.views, self.seed = source, views, seed
 
-    def __getitem__(self, request: Request) -> tuple[Request, list[Tensor], BadList]:
+    def __getitem__(self, request: Request) -> tuple[Request, list[Tensor], Tensor, BadList]:
         positions = self.source.splits["train"][request.index]
-        images, bad = read_all(self.source, positions)
+        images, read, bad = read_all(self.source, positions)
         key = rng.mix(self.seed, request.visit, request.index)
         height = torch.tensor([image.height for image in images])
         width = torch.tensor([image.width for image in images])
@@ -185,7 +186,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], BadList]]):
                 for image, (top, left, h, w) in zip(images, boxes, strict=True)
             ]
             views.append(to_uint8(crops))
-        return request, views, bad
+        return request, views, read, bad
 
 
 class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
@@ -201,7 +202,7 @@ class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
                 images.append(centre_crop(self.source.read(position), size))
                 readable.append(True)
             except BadImage:
-                images.append(Image.new("RGB", (size, size)))
+                images.append(self.source.blank(size))
                 readable.append(False)
         return to_uint8(images), torch.tensor(readable)
 
@@ -266,14 +267,15 @@ def worker_died(error: BaseException) -> TrainingFailed:
     )
 
 
-def read_all(source: Source, positions: Tensor) -> tuple[list[Image.Image], BadList]:
-    """The images at `positions`; one that cannot be read is replaced by a deterministic other."""
-    images, bad = [], []
+def read_all(source: Source, positions: Tensor) -> tuple[list[Picture], Tensor, BadList]:
+    """The images at `positions`, one that cannot be read replaced by a deterministic other, and where they are from."""
+    images, read, bad = [], [], []
     for position in positions.tolist():
         attempt, at = 0, position
         while True:
             try:
                 images.append(source.read(at))
+                read.append(at)
                 break
             except BadImage as error:
                 bad.append((error.path, error.reason))
@@ -281,10 +283,10 @@ def read_all(source: Source, positions: Tensor) -> tuple[list[Image.Image], BadL
                 if attempt > 20:
                     raise ConfigError(f"{error.path} and 20 images tried in its place cannot be read") from error
                 at = replacement(source, position, attempt)
-    return images, bad
+    return images, torch.tensor(read), bad
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
+def centre_crop(image: Picture, size: int) -> Picture:
     """Shorter side to size * 8 / 7, then the middle size x size; an image of that size stays as it is."""
     if image.size == (size, size):
         return image
@@ -296,6 +298,6 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return wide.crop((left, top, left + size, top + size))
 
 
-def to_uint8(images: list[Image.Image]) -> Tensor:
-    """RGB images of one size -> (n, 3, H, W)."""
+def to_uint8(images: Sequence[Picture]) -> Tensor:
+    """Images of one size -> (n, C, H, W)."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,26 @@ from sslcli.data.bad_images import check_share
 from sslcli.errors import ConfigError
 
 _FINGERPRINT_IMAGES = 512
+
+
+class Picture(Protocol):
+    """What crops are cut from: an image of PIL, or several that lie over each other (`sslcli.data.parallel`)."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
+
+    def crop(self, box: tuple[int, int, int, int], /) -> Picture:
+        """The part from left and top to right and bottom."""
+
+    def resize(self, size: tuple[int, int], resample: Image.Resampling, /) -> Picture:
+        """All of it at another size."""
 
 
 class Source:
@@ -46,6 +66,8 @@ class Source:
         labels: (M,) int64, -1 = unknown. classes: their names, [] without labels.
         splits: sorted int64 positions: "train", "val" (empty without labels), "test" where there is an official one.
         weights: (len(train),) how often an epoch shows each training image; None = once each.
+        present: (M, modalities) bool, which modalities an image has; None = all.
+        photometric: the channels that the colour operations of views change.
 
     Raises ValueError for a value outside its range.
     """
@@ -55,6 +77,8 @@ class Source:
     classes: list[str]
     splits: dict[str, Tensor]
     weights: Tensor | None = None
+    present: Tensor | None = None
+    photometric: slice = slice(None)
     channels: int = 3
     name: str
 
@@ -97,7 +121,7 @@ class Source:
         """Whether any image has a label."""
         return bool((self.labels >= 0).any())
 
-    def read(self, position: int, *, at_least: int | None = None) -> Image.Image:
+    def read(self, position: int, *, at_least: int | None = None) -> Picture:
         """The image at `position`, RGB, of any size.
 
         at_least: file sets may decode a JPEG at 1/2, 1/4 or 1/8 of its size as long as the shorter side keeps this many
@@ -105,6 +129,10 @@ class Source:
         """
         assert self.images is not None
         return Image.fromarray(self.images[position].permute(1, 2, 0).numpy())
+
+    def blank(self, size: int) -> Picture:
+        """What stands where an image of an evaluation cannot be read."""
+        return Image.new("RGB", (size, size))
 
     def path(self, position: int) -> str:
         """Where the image at `position` comes from, for messages."""

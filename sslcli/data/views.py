@@ -5,6 +5,8 @@ A `View` is one distribution, written in yaml; `Views` draws from a list of them
 The operations come in this order, each optional (grayscale before the jitter where `grayscale_first` is set):
 
     crop and resize -> flip -> colour jitter -> grayscale -> blur -> solarize -> colour space -> normalise
+
+With RandAugment the blur comes earlier, which makes no difference to gray: jitter -> blur -> RandAugment -> grayscale.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslcli.data import augment
+from sslcli.data import augment, rand_augment
 from sslcli.data.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD
 from sslcli.data.rng import mix, uniform
 
@@ -29,7 +31,7 @@ COLOR_SPACES = ("rgb", "lab", "ydbdr")
 _FLIP, _JITTER, _ORDER, _FACTORS, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE, _COLOUR_STREAMS = 0, 1, 2, 3, 7, 8, 9, 10, 11
 _TRIES = 10
 _TOP, _LEFT, _AREA, _RATIO, _CROP_STREAMS = 0, 1, 2, 2 + _TRIES, 2 + 2 * _TRIES
-_FIRST_CROP_STREAM = 64
+_FIRST_CROP_STREAM, _FIRST_RAND_AUGMENT_STREAM = 64, 128
 
 _ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 _IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])
@@ -55,6 +57,10 @@ class View:
         blur_sigma: its standard deviation in pixels, uniform.
         blur_kernel: number of its taps, odd; None for about a tenth of the side, at least 3 (SimCLR).
         solarize: probability of inverting the values from `solarize_threshold` in [0, 1] on.
+        rand_augment: number of operations of RandAugment, see `sslcli.data.rand_augment`; 0 for none.
+        rand_augment_magnitude: mean of their magnitude, in [0, 10]; what is drawn is clipped to that.
+        rand_augment_std: deviation of the magnitude.
+        rand_augment_p: probability of each of the operations to happen at all.
 
     Raises:
         ValueError: a value out of its range; the message names the field.
@@ -75,6 +81,10 @@ class View:
     blur_kernel: int | None = None
     solarize: float = 0.0
     solarize_threshold: float = 0.5
+    rand_augment: int = 0
+    rand_augment_magnitude: float = 10.0
+    rand_augment_std: float = 0.5
+    rand_augment_p: float = 0.5
 
     def __post_init__(self) -> None:
         """Check every field, and turn the lists that yaml gives into tuples."""
@@ -89,7 +99,7 @@ class View:
         strengths = self._check_numbers("jitter", 4, "four numbers (brightness, contrast, saturation, hue)")
         if min(strengths) < 0 or strengths[3] > 0.5:
             raise _wrong("jitter", self.jitter, "at least 0 each, and hue, the fourth, at most 0.5")
-        for name in ("flip", "jitter_p", "grayscale", "blur", "solarize", "solarize_threshold"):
+        for name in ("flip", "jitter_p", "grayscale", "blur", "solarize", "solarize_threshold", "rand_augment_p"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:
                 raise _wrong(name, value, "a number in [0, 1]")
@@ -100,6 +110,12 @@ class View:
             self._check_integer("blur_kernel", minimum=1)
             if self.blur_kernel % 2 == 0:
                 raise _wrong("blur_kernel", self.blur_kernel, "odd, so that it has a centre")
+        self._check_integer("rand_augment", minimum=0)
+        for name, most in (("rand_augment_magnitude", rand_augment.MOST), ("rand_augment_std", math.inf)):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value <= most:
+                limit = "" if most == math.inf else f" and at most {most:g}"
+                raise _wrong(name, value, f"a number of at least 0{limit}")
 
     def _check_integer(self, name: str, *, minimum: int) -> None:
         value = getattr(self, name)
@@ -146,6 +162,9 @@ class View:
             parts.append("blur {:g}-{:g}".format(*self.blur_sigma) + f" p={self.blur:g}")
         if self.solarize > 0:
             parts.append(f"solarize p={self.solarize:g}")
+        if self.rand_augment > 0:
+            magnitude = f"{self.rand_augment_magnitude:g}+-{self.rand_augment_std:g}"
+            parts.append(f"RandAugment {self.rand_augment} x {magnitude} p={self.rand_augment_p:g}")
         return ", ".join(parts)
 
 
@@ -238,17 +257,30 @@ class Views:
         place = draws[:, [_TOP, _LEFT]]
         return augment.crop_boxes(area, ratio, place, height, width, ratio_range=(low, high))
 
-    def colour(self, view: int, key: Tensor, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Everything after the crop: flip, jitter, grayscale, blur, solarize, then `finish`.
+    def colour(
+        self,
+        view: int,
+        key: Tensor,
+        images: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        photometric: slice = slice(None),
+    ) -> Tensor:
+        """Everything after the crop: flip, the operations of `_photometric`, then `finish`.
 
         Args:
             view: number of the view, in range(num_views).
             key: (N,) int64, the key of each image; best on the CPU, where the parameters are drawn.
             images: (N, C, S, S) float in [0, 1], the crops.
             mean, std: of the set, one value a channel, on the scale [0, 1].
+            photometric: the channels that the operations between flip and `finish` change; they may be none.
 
         Returns:
             (N, C, S, S) of the dtype of `images`.
+
+        Raises:
+            ValueError: bytes, or RandAugment of some channels only.
         """
         if not images.is_floating_point():
             raise ValueError(f"colour() got images of dtype {images.dtype}; divide by 255 to get floats in [0, 1]")
@@ -256,19 +288,16 @@ class Views:
         draws = uniform(mix(key.cpu(), view).unsqueeze(0), torch.arange(_COLOUR_STREAMS).unsqueeze(1))
         if spec.flip > 0:
             images = augment.flip(images, draws[_FLIP] < spec.flip)
-        gray = draws[_GRAYSCALE] < spec.grayscale
-        if spec.grayscale_first:
-            images = augment.to_grayscale(images, gray)
-        if spec.jitters:
-            images = _jitter(spec, draws, images)
-        if not spec.grayscale_first:
-            images = augment.to_grayscale(images, gray)
-        if spec.blur > 0:
-            sigma = _between(draws[_SIGMA], *spec.blur_sigma)
-            taps = spec.kernel_size(min(images.shape[2:]))
-            images = augment.gaussian_blur(images, sigma, taps, draws[_BLUR] < spec.blur)
-        if spec.solarize > 0:
-            images = augment.solarize(images, spec.solarize_threshold, draws[_SOLARIZE] < spec.solarize)
+        first, last, _ = photometric.indices(images.shape[1])
+        if first < last:
+            before, part, after = images.tensor_split((first, last), 1)
+            if spec.rand_augment > 0 and part.shape != images.shape:
+                raise ValueError(
+                    "rand_augment of a view moves pixels, so the modalities of an image would no longer lie over each "
+                    "other: set it to 0, or choose other views"
+                )
+            part = _photometric(spec, draws, mix(key.cpu(), view), part, mean[first:last])
+            images = part if part.shape == images.shape else torch.cat((before, part, after), 1)
         return self.finish(images, mean=mean, std=std)
 
     def finish(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -287,6 +316,48 @@ class Views:
 
 def _between(fraction: Tensor, low: float, high: float) -> Tensor:
     return fraction * (high - low) + low
+
+
+def _photometric(spec: View, draws: Tensor, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
+    """Jitter, RandAugment, grayscale, blur and solarize, in the order of the module's text."""
+    gray = draws[_GRAYSCALE] < spec.grayscale
+    if spec.grayscale_first:
+        images = augment.to_grayscale(images, gray)
+    if spec.jitters:
+        images = _jitter(spec, draws, images)
+    if spec.rand_augment > 0:
+        images = _rand_augment(spec, key, _blur(spec, draws, images), mean)
+    if not spec.grayscale_first:
+        images = augment.to_grayscale(images, gray)
+    if spec.rand_augment == 0:
+        images = _blur(spec, draws, images)
+    if spec.solarize > 0:
+        images = augment.solarize(images, spec.solarize_threshold, draws[_SOLARIZE] < spec.solarize)
+    return images
+
+
+def _blur(spec: View, draws: Tensor, images: Tensor) -> Tensor:
+    """Gaussian blur of the images whose draw says so."""
+    if spec.blur == 0:
+        return images
+    sigma = _between(draws[_SIGMA], *spec.blur_sigma)
+    taps = spec.kernel_size(min(images.shape[2:]))
+    return augment.gaussian_blur(images, sigma, taps, draws[_BLUR] < spec.blur)
+
+
+def _rand_augment(spec: View, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
+    """RandAugment with the mean of the set where pixels are moved away."""
+    number = spec.rand_augment * rand_augment.STREAMS
+    streams = torch.arange(_FIRST_RAND_AUGMENT_STREAM, _FIRST_RAND_AUGMENT_STREAM + number)
+    draws = uniform(key.unsqueeze(0), streams.unsqueeze(1)).view(spec.rand_augment, rand_augment.STREAMS, -1)
+    return rand_augment.rand_augment(
+        images,
+        draws,
+        magnitude=spec.rand_augment_magnitude,
+        std=spec.rand_augment_std,
+        probability=spec.rand_augment_p,
+        fill=torch.tensor(mean),
+    )
 
 
 def _jitter(spec: View, draws: Tensor, images: Tensor) -> Tensor:

@@ -16,11 +16,14 @@ class Batch:
     views: list[Tensor]  # one (N, C, H, W) tensor a view
     index: Tensor  # (N,) position in the training set, for memory banks
     label: Tensor  # (N,) for probes alone; a method never reads it
+    present: Tensor | None = None  # (N, M) bool, which of M modalities an image has; None = all
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; copies from pinned memory do not wait."""
         views = [view.to(device, non_blocking=True) for view in self.views]
-        return Batch(views, self.index.to(device, non_blocking=True), self.label.to(device, non_blocking=True))
+        present = None if self.present is None else self.present.to(device, non_blocking=True)
+        index, label = (rows.to(device, non_blocking=True) for rows in (self.index, self.label))
+        return Batch(views, index, label, present)
 
 
 class Method(nn.Module):

@@ -14,13 +14,14 @@ from torch import Tensor
 def grid(rows: list[Tensor], *, gap: int = 2, smallest: int = 64) -> Tensor:
     """Images in a grid: each element of `rows` is (n, C, H, W) in [0, 1] -> one (3, H', W') picture.
 
+    Of fewer than three channels the first is shown in gray, of more than three the first three in colour.
     Rows may differ in size; all are drawn at the size of the largest, small ones enlarged to at least `smallest` px.
     """
     side = max(smallest, *(row.shape[-1] for row in rows))
     lines = []
     for row in rows:
         images = F.interpolate(row.float(), size=(side, side), mode="nearest")
-        images = images[:, :1].expand(-1, 3, -1, -1) if images.shape[1] != 3 else images
+        images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
         tiles = F.pad(images, [0, gap, 0, gap], value=1.0)  # (n, 3, side + gap, side + gap)
         lines.append(torch.cat(list(tiles), dim=2))
     return torch.cat(lines, dim=1)

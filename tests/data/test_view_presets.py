@@ -56,6 +56,7 @@ def test_presets_have_the_published_numbers() -> None:
             ((0.4, 1), byol, 0.8, 0.1, 0.2, 1),
             ((0.05, 0.4), byol, 0.8, 0.5, 0, 8),
         ],
+        "infomin": [((0.2, 1), simclr, 0.8, 0.5, 0, 2)],
         "cifar_symmetric": [((0.08, 1), simclr, 0.8, 0.5, 0, 2)],
         "cifar_symmetric_weak": [((0.08, 1), mild, 0.8, 0.5, 0, 2)],
         "cifar_asymmetric": [((0.08, 1), byol, 0.8, 0, 0, 1), ((0.08, 1), byol, 0.8, 0, 0.2, 1)],
@@ -67,6 +68,9 @@ def test_presets_have_the_published_numbers() -> None:
         assert all(view.grayscale_first == (name in ("instdisc", "mocov1")) for view in _fields(name)), name
     assert [view.size for view in _fields("swav")] == [None, 96]
     assert [view.size for view in _fields("dino")] == [None, None, 96]
+    (infomin,) = _fields("infomin")
+    assert (infomin.rand_augment, infomin.rand_augment_magnitude, infomin.rand_augment_std) == (2, 10, 0.5)
+    assert infomin.kernel_size(224) == 23
     assert _fields("mae") == [View(crop_scale=(0.2, 1.0), interpolation="bicubic")]
     assert _fields("ijepa") == [View(crop_scale=(0.3, 1.0), flip=0.0)]
 
