@@ -1,4 +1,4 @@
-"""From a code back to an image: the decoder of autoencoders and the generator of GANs.
+"""From a code back to an image, and how near the image comes: for autoencoders and the generators of GANs.
 
     (N, dim) -> Linear -> (N, width, s, s) -> [upsample x 2, 3x3 convolution, BatchNorm, ReLU] an octave -> 3x3 -> image
 
@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
-from sslcli.errors import check_positive
+from sslcli.errors import ConfigError, check_positive
 
 NARROWEST = 64  # channels of the last block, as in the 512-256-128-64 of 32-pixel images
 
@@ -64,3 +65,31 @@ def up_block(in_channels: int, out_channels: int) -> nn.Sequential:
         nn.BatchNorm2d(out_channels),
         nn.ReLU(),
     )
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """The same values in float32, or float64 where they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def psnr(drawn: Tensor, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images (N, C, H, W) in [0, 1]: -10 log10 of the mean squared error of each,
+    the mean over images. 100 dB at most.
+    """
+    error = (full_precision(drawn) - full_precision(images)).square().flatten(1).mean(1)  # (N,)
+    return -10 * error.clamp_min(1e-10).log10().mean()
+
+
+def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
+    """Raise ConfigError unless images (N, C, H, W) are of the `shape` (C, H, W) that is drawn and lie in [0, 1]."""
+    if tuple(images.shape[1:]) != shape:
+        raise ConfigError(
+            f"the views have the shape {tuple(images.shape[1:])}, but the decoder draws images of {shape}: leave "
+            "views.views.0.size at null"
+        )
+    lowest, highest = (float(value) for value in images.aminmax())
+    if lowest < -1e-3 or highest > 1 + 1e-3:
+        raise ConfigError(
+            f"the images have values from {lowest:.3g} to {highest:.3g}, but they are drawn in [0, 1]: set "
+            "views.normalize=false and views.color_space=rgb"
+        )
