@@ -56,7 +56,7 @@ class DCGANNet(Backbone):
         self.num_features = widths[-1] * self.side**2
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, num_features), the last map; of images of another size, its means over as many places."""
+        """(N, in_channels, H, W) -> (N, num_features): the last map, of images of another size as many means of it."""
         *_, last = self.stages(images).values()
         if last.shape[2:] != (self.side, self.side):
             last = F.adaptive_avg_pool2d(last, self.side)

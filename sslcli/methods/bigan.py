@@ -1,0 +1,179 @@
+"""BiGAN: a discriminator tells (image, its code) from (drawn image, the code it was drawn from), until E inverts G.
+
+Donahue et al. 2017  https://arxiv.org/abs/1605.09782   Dumoulin et al. 2017 (ALI)  https://arxiv.org/abs/1606.00704
+Donahue and Simonyan 2019 (BigBiGAN: unary scores, hinge)  https://arxiv.org/abs/1907.02544   conf/method/bigan.yaml
+
+Shapes: N images a process, C channels, S their side in pixels, D size of the code, K logits a pair.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from sslcli.decoder import full_precision
+from sslcli.errors import check_positive
+from sslcli.losses import check_momentum
+from sslcli.methods.base import Batch, num_features
+from sslcli.methods.gan import Game, aside, deceiver_loss, discriminator_loss, distance, pixels
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy
+
+SLOPE = 0.2  # of LeakyReLU, as in DCGAN
+
+
+class Discriminator(nn.Module):
+    """Scores pairs of an image and a code. Every weight has spectral norm, and nothing sees more than one pair.
+
+    Args:
+        dim: size D of the code.
+        image_size: side S of the images in pixels.
+        channels: C of the images.
+        width: channels of the first of the 4 x 4 convolutions of stride 2, doubled up to 8 times as many; there are as
+            many convolutions as leave a map of 2 or 3 pixels a side.
+        hidden: units in which image and code meet; the layers of the pair have twice as many.
+        unary: also score the image alone and the code alone (BigBiGAN, section 2).
+    """
+
+    def __init__(self, dim: int, *, image_size: int, channels: int, width: int, hidden: int, unary: bool) -> None:
+        super().__init__()
+        check_positive(dim=dim, width=width, hidden=hidden)
+        halvings = image_size.bit_length() - 2  # 32 -> 4, 64 -> 5, 96 -> 5
+        widths = [channels, *(width * min(2**depth, 8) for depth in range(halvings))]
+        convolutions: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            convolutions += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
+        last = widths[-1] * (image_size >> halvings) ** 2
+        self.of_images = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(last, hidden), nn.LeakyReLU(SLOPE))
+        self.of_codes = nn.Sequential(
+            nn.Linear(dim, hidden), nn.LeakyReLU(SLOPE), nn.Linear(hidden, hidden), nn.LeakyReLU(SLOPE)
+        )
+        self.of_pairs = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.LeakyReLU(SLOPE), nn.Linear(2 * hidden, 1))
+        self.unary = nn.ModuleList([nn.Linear(hidden, 1), nn.Linear(hidden, 1)] if unary else [])
+        for layer in [part for part in self.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]:
+            spectral_norm(layer)
+
+    def forward(self, images: Tensor, codes: Tensor) -> Tensor:
+        """Images (N, C, S, S) in [0, 1] and codes (N, D) -> logits (N, K), K = 1 or with unary scores 3."""
+        x, z = self.of_images(2 * images - 1), self.of_codes(codes)  # (N, hidden) each
+        scores = [self.of_pairs(torch.cat([x, z], 1))]
+        scores += [score(part) for score, part in zip(self.unary, (x, z), strict=False)]
+        return torch.cat(scores, 1)
+
+
+class BiGAN(Game):
+    """Adversarial feature learning: the encoder is a backbone and a linear layer, without noise.
+
+    What is evaluated and exported is the moving average of the trained encoder: `backbone` and `to_code` are the
+    average, `encoder` is what learns. Their running statistics are those of the trained one.
+
+    Args:
+        image_size, channels, dim, width, loss, r1, r1_every, discriminator_lr: see `Game`.
+        discriminator_width: channels of the discriminator's first convolution.
+        hidden: units in which the discriminator compares image and code.
+        unary: the discriminator also scores image and code by themselves.
+        momentum: of the average at the end, in [0, 1]; after t steps it is at most (1 + t) / (10 + t).
+    """
+
+    falling = "reconstruction"
+    discriminator_parts = ("discriminator",)
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        image_size: int,
+        channels: int = 3,
+        dim: int = 100,
+        width: int = 512,
+        discriminator_width: int = 64,
+        hidden: int = 512,
+        loss: Literal["logistic", "hinge"] = "logistic",
+        unary: bool = False,
+        r1: float = 0.0,
+        r1_every: int = 16,
+        discriminator_lr: float = 1.0,
+        momentum: float = 0.999,
+    ) -> None:
+        check_momentum(momentum)
+        super().__init__(
+            frozen_copy(backbone),
+            image_size=image_size,
+            channels=channels,
+            dim=dim,
+            width=width,
+            loss=loss,
+            r1=r1,
+            r1_every=r1_every,
+            discriminator_lr=discriminator_lr,
+        )
+        self.encoder = nn.Sequential(backbone, nn.Linear(num_features(backbone), dim))
+        self.to_code = frozen_copy(self.encoder[1])
+        convert_batch_norm(self, SyncBatchNorm)
+        self.average_generator = frozen_copy(self.generator)
+        self.discriminator = Discriminator(
+            dim, image_size=image_size, channels=channels, width=discriminator_width, hidden=hidden, unary=unary
+        )
+        self.momentum = momentum
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        (images,) = batch.views
+        self.check(images)
+        prior = self.codes(images)
+        codes, drawn = self.encoder(images), pixels(self.generator(prior))
+        self.embeddings = (codes.detach(),)
+
+        # The discriminator's own loss: it learns, encoder and generator do not.
+        x, z = torch.cat([images, drawn.detach()]), torch.cat([codes.detach(), prior])
+        real, fake = self.discriminator(x, z).chunk(2)
+        loss_d = discriminator_loss(real, fake, kind=self.loss)
+        penalty = self.penalty(
+            lambda x: aside(self.discriminator, x, full_precision(codes.detach()), learn=True), images
+        )
+
+        # That of encoder and generator, with the labels changed over: the discriminator is a constant.
+        real, fake = aside(self.discriminator, torch.cat([images, drawn]), torch.cat([codes, prior])).chunk(2)
+        loss_eg = deceiver_loss(-real, kind=self.loss) + deceiver_loss(fake, kind=self.loss)
+        return {
+            "loss": loss_d + loss_eg + penalty.get("r1", 0.0),
+            "loss_d": loss_d,
+            "loss_g": loss_eg,
+            **penalty,
+            "reconstruction": self.reconstruction_error(images, codes),
+            "distance": distance(drawn, images),
+        }
+
+    @torch.no_grad()
+    def reconstruction_error(self, images: Tensor, codes: Tensor) -> Tensor:
+        """|x - G(E(x))|, the root of the mean squared error of each image, the mean over images."""
+        drawn = pixels(aside(self.generator, codes))
+        return (full_precision(drawn) - full_precision(images)).square().flatten(1).mean(1).sqrt().mean()
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        super().after_step(progress)
+        # Early on the average is over the steps so far: 0.999 would keep the random start of a short run.
+        momentum = min(self.momentum, (1 + self.steps) / (10 + self.steps))
+        pairs = [
+            (self.backbone, self.encoder[0]),
+            (self.to_code, self.encoder[1]),
+            (self.average_generator, self.generator),
+        ]
+        for average, trained in pairs:
+            ema_update(average, trained, momentum)
+            for mine, theirs in zip(average.buffers(), trained.buffers(), strict=True):
+                mine.copy_(theirs)
+
+    def projection(self, images: Tensor) -> Tensor:
+        """(N, C, S, S) -> (N, D), the code."""
+        return self.to_code(self.backbone(images))  # type: ignore[no-any-return]
+
+    def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
+        drawn = pixels(self.average_generator(self.projection(images)))
+        return {"reconstruction": [images, drawn], "samples": self.samples(self.average_generator, images)}
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        return {"what is evaluated": f"the average of the encoder, momentum {self.momentum}"}
