@@ -176,6 +176,7 @@ class EvalSettings:
     run: str | None
     weights: str | None
     checkpoint: str | int  # last, or a step
+    feature_layer: str  # backbone, projection, head1 ..., or a stage
     device: str
     precision: str
     batch_size: int

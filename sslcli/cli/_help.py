@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from sslcli import __version__
+from sslcli.cli._plugins import conf_of_plugins
 
 TITLES = {
     "train": "ssl-train: pre-train a vision backbone without labels.",
@@ -47,7 +49,7 @@ def answer(name: str, arguments: list[str]) -> str | None:
         return f"sslcli {__version__}"
     if not {"--help", "-h"} & set(arguments):
         return None
-    folders = [folder_of_conf() or Path(), *own_folders(arguments)]
+    folders = [*conf_of_plugins().values(), folder_of_conf() or Path(), *own_folders(arguments)]
     chosen = [part.partition("=")[::2] for part in arguments if "=" in part and not part.startswith("-")]
     files = [path for group, choice in chosen if (path := find_choice(folders, group, choice)) is not None]
     if files:
@@ -57,7 +59,7 @@ def answer(name: str, arguments: list[str]) -> str | None:
 
 def overview(name: str, folders: list[Path]) -> str:
     """What a command does, its groups with their choices, its keys with their defaults, its flags."""
-    text = (folders[0] / f"{name}.yaml").read_text("utf-8")
+    text = ((folder_of_conf() or Path()) / f"{name}.yaml").read_text("utf-8")
     defaults = dict(re.findall(r"^  - (\w+): (\w+)", text, re.MULTILINE))
     keys = re.sub(r"^(#.*\n)*defaults:\n(  .*\n)+", "", text, count=1).partition("\nhydra:\n")[0]
     parts = [
@@ -79,7 +81,7 @@ def listed(folders: list[Path], group: str, default: str) -> str:
 
 
 def find_choice(folders: list[Path], group: str, choice: str) -> Path | None:
-    """The yaml file of a choice; the user's own come before ours."""
+    """The yaml file of a choice, in the last folder that has it: the user's own before ours, ours before a plugin's."""
     paths = [folder / group / f"{choice}.yaml" for folder in reversed(folders)]
     return next((path for path in paths if re.fullmatch(r"\w+/[\w-]+", f"{group}/{choice}") and path.is_file()), None)
 
@@ -110,5 +112,8 @@ def show_and_exit(name: str) -> None:
     """Answer `--help` and `--version` and end; return where the command line asks for neither."""
     text = answer(name, sys.argv[1:])
     if text is not None:
-        print(text)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # a reader as `head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

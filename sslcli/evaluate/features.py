@@ -31,6 +31,7 @@ class FeatureSet:
     """Features and labels of the splits of one image set; `val` is held out of training, `test` is official.
 
     Features are finite (n, d) floats, labels (n,) int64 in [0, num_classes). Either of val and test may be None.
+    Positions (n,) int64 tell where in their source the images are, for protocols that look at them again.
     Raises ValueError, naming the split, for anything else.
     """
 
@@ -40,6 +41,9 @@ class FeatureSet:
     val_labels: Tensor | None = None
     test: Tensor | None = None
     test_labels: Tensor | None = None
+    train_positions: Tensor | None = None
+    val_positions: Tensor | None = None
+    test_positions: Tensor | None = None
     num_classes: int
     classes: tuple[str, ...] = ()
 

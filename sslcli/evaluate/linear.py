@@ -37,6 +37,15 @@ class LinearResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Head:
+    """A linear layer fitted on features as they are: weight (C, d), bias (C,), and the choice it was fitted with."""
+
+    weight: Tensor
+    bias: Tensor
+    chosen: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Standardise:
     """Shift and scale to zero mean and unit deviation of the features it was made from."""
 
@@ -209,13 +218,27 @@ class Linear:
 
     def fit(self, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, num_classes: int) -> LinearResult:
         """Probe of train features x (n, d), labels y (n,), reported on x_test (m, d), y_test (m,)."""
+        x, x_test = x.float(), x_test.float()
+        grid, chosen = self.choose(x, y, num_classes=num_classes)
+        scale = Standardise.of(x)
+        heads = self._heads(scale(x), y, [chosen], num_classes=num_classes)
+        place, _ = score(scale(x_test), y_test, heads, num_classes=num_classes)
+        return LinearResult(
+            top1=accuracy(place[0], 1),
+            top5=accuracy(place[0], 5),
+            interval=bootstrap_interval(place[0] == 0, seed=self.seed, resamples=self.resamples),
+            chosen=chosen,
+            grid=grid,
+        )
+
+    def choose(self, x: Tensor, y: Tensor, *, num_classes: int) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """What every entry of the grid reaches on the held-out part of x (n, d), y (n,), and the best of them."""
         n = len(x)
         if n < 2:
             raise ValueError(f"the linear protocol needs at least 2 training images, got {n}: raise dataset.limit")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed)).to(x.device)
         num_held_out = min(n - 1, max(1, round(self.val_fraction * n)))
         held_out, kept = order[:num_held_out], order[num_held_out:]
-        x, x_test = x.float(), x_test.float()
         scale = Standardise.of(x[kept])
         heads = self._heads(scale(x[kept]), y[kept], self._choices(), num_classes=num_classes)
         place, loss = score(scale(x[held_out]), y[held_out], heads, num_classes=num_classes)
@@ -224,17 +247,16 @@ class Linear:
             for choice, p, v in zip(self._choices(), place, loss, strict=True)
         ]
         # A small validation split has many ties; its loss tells them apart.
-        best = max(range(len(grid)), key=lambda g: (grid[g]["val_top1"], -grid[g]["val_loss"]))
+        return grid, max(grid, key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
+
+    def head(self, x: Tensor, y: Tensor, *, num_classes: int) -> Head:
+        """The probe of x (n, d), y (n,) as a layer that takes features as they are, and not standardised ones."""
+        x = x.float()
+        _, chosen = self.choose(x, y, num_classes=num_classes)
         scale = Standardise.of(x)
-        heads = self._heads(scale(x), y, [self._choices()[best]], num_classes=num_classes)
-        place, _ = score(scale(x_test), y_test, heads, num_classes=num_classes)
-        return LinearResult(
-            top1=accuracy(place[0], 1),
-            top5=accuracy(place[0], 5),
-            interval=bootstrap_interval(place[0] == 0, seed=self.seed, resamples=self.resamples),
-            chosen=grid[best],
-            grid=grid,
-        )
+        weight, bias = self._heads(scale(x), y, [chosen], num_classes=num_classes)
+        weight = weight / scale.std[:, None]
+        return Head(weight=weight.T, bias=bias - scale.mean @ weight, chosen=chosen)
 
     def _choices(self) -> list[dict[str, float]]:
         """The grid, in the order of the heads."""

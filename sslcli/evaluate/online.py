@@ -58,6 +58,7 @@ def collect(
         )
         found[name] = features[readable]
         found[f"{name}_labels"] = source.labels[labelled][readable]
+        found[f"{name}_positions"] = labelled[readable]
     return FeatureSet(**found, num_classes=len(source.classes), classes=tuple(source.classes))
 
 

@@ -54,6 +54,27 @@ def bootstrap_interval(
     return low, high
 
 
+def bootstrap_runs(correct: Tensor, *, seed: int, resamples: int = 1000, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high) of the mean of `correct` (S, m) bool over S runs and m images.
+
+    Runs and images are both drawn anew, the same images for all runs, so it covers either's chance. With few runs it
+    is too narrow still.
+    """
+    if correct.ndim != 2 or correct.numel() == 0:
+        raise ValueError(f"correct has shape {tuple(correct.shape)}, but must be (runs, images), at least one of each")
+    generator = torch.Generator().manual_seed(seed)
+    runs, images = correct.shape
+    hits = correct.cpu().double()
+    means = torch.empty(resamples, dtype=torch.float64)
+    for number in range(resamples):
+        times = torch.bincount(torch.randint(images, (images,), generator=generator), minlength=images).double()
+        drawn = torch.randint(runs, (runs,), generator=generator)
+        means[number] = (hits @ times)[drawn].mean() / images
+    tail = (1 - level) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
 def sha256(path: Path | str) -> str:
     """Hex SHA-256 digest of a file, read in pieces: what a result file names its checkpoint by."""
     digest = hashlib.sha256()

@@ -111,7 +111,9 @@ def test_images_that_cannot_be_read_are_told_in_order():
             raise BadImage(f"{position}.png", "cut short")
         return Image.new("RGB", (9, 9), (position, 0, 0))
 
-    files = SimpleNamespace(images=None, image_size=8, workers=0, read=read)
+    files = SimpleNamespace(
+        images=None, image_size=8, workers=0, read=read, blank=lambda size: Image.new("RGB", (size, size))
+    )
     features, readable = extract(
         lambda images: images.mean(dim=(2, 3)),
         files,

@@ -1,0 +1,55 @@
+"""The tables ssl-eval ends with: all protocols of one subject, or one protocol of many runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sslcli.report.console import Screen, percent
+
+SUBJECTS = {"pixels": "raw pixels", "random": "random initialisation", "trained": "trained"}
+
+
+def summary(home: Path, screen: Screen) -> None:
+    """All protocols measured so far on this subject, a row each: raw pixels, random initialisation, trained."""
+    table = Table("top-1", *SUBJECTS.values())
+    for path in sorted(home.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        found = {**result.get("baselines", {}), "trained": result}
+        table.add_row(f"{path.stem} ({result['split']})", *(cell(found.get(name)) for name in SUBJECTS))
+    show(table, screen)
+    screen.say(f"results: {home}")
+
+
+def cell(found: dict[str, Any] | None) -> str:
+    """A number and below it how sure it is."""
+    if found is None:
+        return "-"
+    low, high = found["interval"]
+    return f"{percent(found['top1'])}\n{100 * low:.1f} to {100 * high:.1f}"
+
+
+def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
+    """One row a run, best first; names are folded where the screen is narrow, never cut."""
+    table = Table(title=rows[0]["protocol"])
+    table.add_column("run", overflow="fold", ratio=1)
+    for title in ("top-1", "95 % interval", "random initialisation"):
+        table.add_column(title, overflow="fold")
+    for row in sorted(rows, key=lambda row: -row["top1"]):
+        low, high = row["interval"]
+        random = row.get("baselines", {}).get("random")
+        table.add_row(
+            Path(row["home"]).parent.name,
+            percent(row["top1"]),
+            f"{percent(low)} to {percent(high)}",
+            percent(random["top1"]) if random else "-",
+        )
+    show(table, screen)
+
+
+def show(table: Table, screen: Screen) -> None:
+    """Print a table; the screen leaves lines to the terminal to wrap, but cells must be wrapped here."""
+    screen.console.print(table, soft_wrap=False)

@@ -1,0 +1,151 @@
+"""What ssl-eval measures: the net of a run or of a bare file, as trained and as initialised, and the images for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslcli import checkpoint, precision
+from sslcli.cli import _run_dir
+from sslcli.cli._build import build, build_backbone, build_method, build_source
+from sslcli.data.sources import Source
+from sslcli.data.views import Views
+from sslcli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a net, what it was made from, and how images are prepared for it."""
+
+    trained: Callable[[], nn.Module]  # the loaded net
+    fresh: Callable[[], nn.Module]  # the same net as initialised
+    views: Views  # of pre-training, whose colour space and normalisation hold here too
+    mean: Sequence[float]  # of the set of pre-training
+    std: Sequence[float]
+    precision: str
+    provenance: dict[str, Any]
+    home: Path  # where results go
+    monitor: dict[str, Any]  # the run's monitor.* values, {} for a bare backbone
+    foreign: bool  # measured on other images than it was trained on
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] as the net was trained to see them."""
+        return self.views.finish(images, mean=self.mean, std=self.std)
+
+    def net(self, name: str) -> nn.Module:
+        """The net `trained` or as initialised, `random`."""
+        return self.trained() if name == "trained" else self.fresh()
+
+
+def load_subject(config: dict[str, Any], device: torch.device) -> tuple[Subject, Source]:
+    """The net to measure and the images to measure it on."""
+    trust = config["trust"]
+    if config["weights"] is not None:
+        return _bare(config, device)
+    run_dir = Path(config["run"])
+    saved = _run_dir.read_config(run_dir)
+    source = build_source(config if config.get("dataset") else saved, trust=trust)
+    views: Views = build(saved["views"], trust=trust, where="views")
+    paths = checkpoint.all_of(run_dir)
+    if config["checkpoint"] != "last":
+        paths = [path for path in paths if path == checkpoint.path_of(run_dir, int(config["checkpoint"]))]
+    if not paths:
+        kept = ", ".join(str(int(path.stem[5:])) for path in checkpoint.all_of(run_dir)) or "none"
+        raise ConfigError(f"checkpoint is {config['checkpoint']!r}, but {run_dir} holds the steps: {kept}")
+    path = paths[-1]
+    mean, std = saved["dataset"]["mean"], saved["dataset"]["std"]
+
+    def method() -> nn.Module:
+        return build_method(
+            saved,
+            image_size=saved["dataset"]["image_size"],
+            num_images=saved["effective"]["training images"],
+            trust=trust,
+        ).to(device)
+
+    def trained() -> nn.Module:
+        net = method()
+        load_strictly(net, checkpoint.load(path, device=device)["method"], str(path))
+        return net
+
+    wanted = config["precision"] if config["precision"] != "auto" else saved["effective"]["precision"]
+    provenance = {
+        "run": str(run_dir.absolute()),
+        "checkpoint": path.name,
+        "checkpoint_sha256": checkpoint.sha256(path),
+        "step": int(path.stem[5:]),
+        "method": saved["method"]["_target_"],
+        "backbone": saved["backbone"]["_target_"],
+        "pretrained_on": type_name(saved["dataset"]),
+        "pretraining_seed": saved["seed"],
+    }
+    resolved = precision.resolve(wanted, device)
+    foreign = bool(config.get("dataset")) and images_of(config["dataset"]) != images_of(saved["dataset"])
+    if not foreign:
+        provenance["pretrained_on"] = source.name
+    home = run_dir / "eval"
+    return Subject(trained, method, views, mean, std, resolved, provenance, home, saved["monitor"], foreign), source
+
+
+def images_of(node: dict[str, Any]) -> dict[str, Any]:
+    """What decides which images a set has, and not how they are read."""
+    return {key: value for key, value in node.items() if key not in ("workers", "max_bad", "download", "memory_gb")}
+
+
+def type_name(node: dict[str, Any]) -> str:
+    """The name of an image set without building it: what torchvision calls it, or its class."""
+    return str(node.get("name") or node["_target_"].rpartition(".")[2].lower())
+
+
+def _bare(config: dict[str, Any], device: torch.device) -> tuple[Subject, Source]:
+    """A backbone from a file of its own."""
+    for group in ("backbone", "dataset"):
+        if not config.get(group):
+            raise ConfigError(f"weights=FILE needs {group}=... as well")
+    source = build_source(config, trust=config["trust"])
+    path = Path(config["weights"])
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        net = build_backbone(config, image_size=source.image_size, trust=config["trust"]).to(device)
+        return net.to(memory_format=torch.channels_last)
+
+    def trained() -> nn.Module:
+        net = fresh()
+        load_strictly(net, checkpoint.load_weights(path, device=device), str(path))
+        return net
+
+    provenance = {
+        "weights": str(path.absolute()),
+        "checkpoint_sha256": checkpoint.sha256(path),
+        "backbone": config["backbone"]["_target_"],
+    }
+    views = Views([{"crop_scale": None}])
+    resolved = precision.resolve(config["precision"], device)
+    home = path.with_name(path.name + ".eval")
+    mean, std = source.mean, source.std
+    return Subject(trained, fresh, views, mean, std, resolved, provenance, home, {}, foreign=False), source
+
+
+def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:
+    """Load a state whose keys and shapes all match. Raises ConfigError, naming what does not, otherwise."""
+    own = net.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{key} is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if isinstance(own[key], Tensor) and own[key].shape != state[key].shape
+    ]
+    if missing or unknown or shapes:
+        raise ConfigError(
+            f"{where} does not fit this net, and a net with other weights would be measured in its place: "
+            f"{len(missing)} keys are missing ({', '.join(missing[:3]) or '-'}), "
+            f"{len(unknown)} are unknown ({', '.join(unknown[:3]) or '-'}), "
+            f"{len(shapes)} differ in shape ({'; '.join(sorted(shapes)[:3]) or '-'}). Give the backbone it belongs to"
+        )
+    net.load_state_dict(state)

@@ -1,0 +1,119 @@
+"""Semi-supervised evaluation: few labels, class-balanced and nested subsets of them, several seeds.
+
+1 % and 10 % of ImageNet's labels: SimCLR (arXiv:2002.05709, section 6), SimCLR v2 (arXiv:2006.10029, from the first
+layer of the head). Yaml: conf/protocol/semi.yaml. S seeds, m images reported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslcli.evaluate.finetune import Outcome, Trained, Tuned
+from sslcli.evaluate.linear import Linear
+from sslcli.evaluate.result import accuracy, bootstrap_runs, label_rank
+from sslcli.evaluate.subsets import subset
+from sslcli.evaluate.training import Progress, Start, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Semi(Tuned):
+    """The protocol `semi`: fine-tuning, and where `linear` is set the frozen probe, on few labels.
+
+    Give `fraction` of every class's labels or `labels_per_class`, and leave the other one null.
+    """
+
+    fraction: float | None = 0.01
+    labels_per_class: int | None = None
+    seeds: int = 3
+    linear: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds < 1:
+            raise ValueError(f"seeds={self.seeds} must be at least 1: 3 to 5 are usual")
+        if self.fraction is None and self.labels_per_class is None:
+            raise ValueError("fraction and labels_per_class are both null: give one, as in fraction=0.01")
+        if self.labels_per_class is not None and self.labels_per_class < 1:
+            raise ValueError(f"labels_per_class={self.labels_per_class} must be at least 1: 4, 25 and 400 are usual")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ValueError(f"fraction={self.share} must be above 0 and at most 1: 0.01 and 0.1 are usual")
+
+    @property
+    def share(self) -> float | None:
+        """The fraction, unless a number of labels is given."""
+        return None if self.labels_per_class is not None else self.fraction
+
+    def __call__(self, starts: dict[str, Start], task: Task) -> Outcome:
+        """Train from each start on the same subsets."""
+        data = starts["trained"].features
+        assert data.train_positions is not None
+        subsets = [
+            subset(
+                data.train_positions,
+                data.train_labels,
+                seed=self.seed + number,
+                fraction=self.share,
+                per_class=self.labels_per_class,
+            )
+            for number in range(self.seeds)
+        ]
+        total = len(starts) * self.trainings(self.seeds, choosing=self.seeds) * self.steps
+        progress = Progress(task.screen, "fine-tuning on few labels", total=total)
+        found = {
+            name: self.learn(start, task, subsets, choosing=self.seeds, progress=progress)
+            for name, start in starts.items()
+        }
+        task.screen.stop()
+        trained = found["trained"]
+        result = {
+            "protocol": "semi",
+            "split": data.reported()[0],
+            **self.numbers(trained.place),
+            "runs": self.runs(trained),
+            "chosen": trained.chosen,
+            "grid": trained.grid,
+            "n_train": len(subsets[0]),
+            "n_test": trained.place.shape[1],
+            "num_classes": data.num_classes,
+            **self.facts(),
+        }
+        if self.linear:
+            result["linear"] = self.numbers(probed(starts["trained"], subsets, seed=self.seed))
+        if "random" in found:
+            random = self.numbers(found["random"].place) | {"chosen": found["random"].chosen}
+            if self.linear:
+                random["linear"] = self.numbers(probed(starts["random"], subsets, seed=self.seed))
+            result["baselines"] = {"random": random}
+        return Outcome(result=result, net=trained.net, positions=data.train_positions[subsets[0]])
+
+    def numbers(self, place: Tensor) -> dict[str, Any]:
+        """Mean and deviation over the seeds, and an interval over seeds and images, from places (S, m)."""
+        top1, top5 = ([accuracy(row, k) for row in place] for k in (1, 5))
+        interval = bootstrap_runs(place == 0, seed=self.seed, resamples=self.resamples)
+        return {
+            "top1": fmean(top1),
+            "top5": fmean(top5),
+            "std": stdev(top1) if len(top1) > 1 else None,
+            "interval": list(interval),
+        }
+
+    def runs(self, trained: Trained) -> list[dict[str, float]]:
+        """The numbers of each seed."""
+        pairs = zip(trained.top(1), trained.top(5), strict=True)
+        return [{"seed": self.seed + n, "top1": one, "top5": five} for n, (one, five) in enumerate(pairs)]
+
+
+def probed(start: Start, subsets: list[Tensor], *, seed: int) -> Tensor:
+    """Places (S, m) of the true classes by the linear probe of frozen features, fitted on each subset."""
+    data = start.features
+    _, x, y = data.reported()
+    places = []
+    for number, rows in enumerate(subsets):
+        head = Linear(seed=seed + number).head(data.train[rows], data.train_labels[rows], num_classes=data.num_classes)
+        places.append(label_rank(torch.addmm(head.bias, x, head.weight.T), y))
+    return torch.stack(places)
