@@ -77,7 +77,8 @@ def _defaults(path: Path) -> dict[str, Any]:
     group = path.parent.name if path.parent != CONF else path.stem
     if group == "method":
         node.pop("about")  # shown by the README's table
-    return _leaves(node) if group in GLOBAL else _leaves(node, f"{group}.")
+    place = "method.mixture" if group == "mixture" else group
+    return _leaves(node) if group in GLOBAL else _leaves(node, f"{place}.")
 
 
 def _tables() -> list[tuple[str, str, str]]:
@@ -116,7 +117,9 @@ def test_every_method_has_a_page_and_the_readme_the_table_that_the_yaml_files_ma
     assert script["table"]() in readme
 
 
-@pytest.mark.parametrize("group", ["method", "dataset", "backbone", "views", "optimizer", "launcher", "experiment"])
+@pytest.mark.parametrize(
+    "group", ["method", "dataset", "backbone", "views", "optimizer", "launcher", "mixture", "experiment"]
+)
 def test_every_choice_of_a_group_is_named(group: str) -> None:
     text = "".join(_prose(ROOT / page) for page in ("docs/configuration.md", "docs/data.md"))
     choices = [path.stem for path in (CONF / group).glob("*.yaml")]
@@ -124,7 +127,7 @@ def test_every_choice_of_a_group_is_named(group: str) -> None:
 
 
 def test_every_yaml_of_settings_has_a_table() -> None:
-    groups = ("method", "monitor", "launcher", "optimizer", "protocol")
+    groups = ("method", "mixture", "monitor", "launcher", "optimizer", "protocol")
     files = [CONF / "train.yaml", CONF / "eval.yaml", *(path for name in groups for path in (CONF / name).iterdir())]
     tables = {name for _, name, _ in _tables()}
     assert [path.name for path in files if str(path.relative_to(ROOT)) not in tables] == []

@@ -19,6 +19,7 @@ RANKS = {
     "nn": 3,
     "decoder": 3,
     "noise": 3,
+    "mixture": 3,
     "losses": 3,
     "methods": 4,
     "backbones": 4,
@@ -37,6 +38,7 @@ RANKS = {
 }
 SIDEWAYS = {  # within one rank, in this direction alone
     ("report", "checkpoint"),  # to write a file whole or not at all
+    ("mixture", "noise"),  # its random numbers
     ("train", "stopping"),
     ("train", "watch"),
 }

@@ -18,11 +18,13 @@ import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
-from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,6 +32,7 @@ from yaml import YAMLError
 
 from sslcli.cli import _explain, _schema
 from sslcli.cli._help import folder_of_conf
+from sslcli.cli._plugins import conf_of_plugins
 from sslcli.errors import EXIT_CONFIG, ConfigError
 from sslcli.settings import NEUTRAL
 
@@ -37,6 +40,17 @@ from sslcli.settings import NEUTRAL
 CONF = "pkg://sslcli.conf" if folder_of_conf(installed=True) else str(folder_of_conf())
 ANSWERED_BY_HYDRA = ("hydra_help", "info", "shell_completion", "experimental_rerun")
 EXIT_INTERRUPTED = 130
+
+
+class ConfOfPlugins(SearchPathPlugin):
+    """Lets Hydra find the yaml files of announced packages, after ours."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for package, folder in conf_of_plugins().items():
+            search_path.append(f"sslcli.plugins: {package}", f"file://{folder}")
+
+
+Plugins.instance().register(ConfOfPlugins)
 
 
 def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:

@@ -112,7 +112,8 @@ def check_path(command: str, path: str, base: DictConfig, *, signed: bool) -> No
                 raise ConfigError(f"{path}: the yaml leaves it out. To add it: +{path}=...")
             inside = node
         else:
-            raise ConfigError(f"{path}: {walked} is a value of its own, with no keys below it")
+            first = ". Choose a mixture first: mixture=..." if walked == "method.mixture" else ""
+            raise ConfigError(f"{path}: {walked} is a value of its own, with no keys below it{first}")
         if OmegaConf.is_missing(inside, part) or OmegaConf.is_interpolation(inside, part):
             return  # not known before the values are set
         node = inside._get_node(part)

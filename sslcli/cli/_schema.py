@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, fields
-from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from sslcli.cli._help import folder_of_conf
+from sslcli.cli._plugins import plugins
 from sslcli.cli._signature import GIVEN, INJECTED, parameters_of
 from sslcli.cli._types import fits, words
 from sslcli.errors import ConfigError, nearest
 from sslcli.settings import LARGEST_SEED, EvalSettings, MonitorSettings, RunSettings, TrainSettings, check_range
 
 GROUPS = {  # of each command; those that may be left out are in OPTIONAL
-    "train": ("method", "dataset", "backbone", "views", "optimizer", "launcher", "monitor", "experiment"),
+    "train": ("method", "dataset", "backbone", "views", "optimizer", "launcher", "monitor", "mixture", "experiment"),
     "eval": ("protocol", "dataset", "backbone"),
 }
-OPTIONAL = {"train": ("experiment",), "eval": ("dataset", "backbone")}
+OPTIONAL = {"train": ("mixture", "experiment"), "eval": ("dataset", "backbone")}
 BUILT = ("method", "dataset", "backbone", "views", "optimizer", "protocol")  # have a `_target_`
 PLAIN: dict[str, type] = {"train": RunSettings, "eval": EvalSettings}  # the keys that stand alone
 LAUNCHER_KEYS = {
@@ -33,6 +36,11 @@ def check(command: str, config: dict[str, Any]) -> None:
     if "experiment" in config:
         raise ConfigError(
             f"the chosen experiment sets nothing but keys below `experiment`, which mean nothing: {HEADER}"
+        )
+    if "mixture" in config:
+        raise ConfigError(
+            "nothing reads keys below `mixture`: on the command line write method.mixture.KEY, "
+            "and begin a yaml of your own with the line: # @package method.mixture"
         )
     check_keys("", config, [*plain, *sections, *GROUPS[command]])
     trust = trusted_by(config.get("trust", []))
@@ -58,14 +66,6 @@ def trusted_by(value: Any) -> list[str]:
 def trusted_packages(trust: Iterable[str]) -> list[str]:
     """Packages whose classes a `_target_` may name: ours, torch.optim, announced plugins, and those the user trusts."""
     return ["sslcli", "torch.optim", *plugins(), *trust]
-
-
-@lru_cache
-def plugins() -> tuple[str, ...]:
-    """Installed packages that announce themselves by the entry point `sslcli.plugins`."""
-    from importlib.metadata import entry_points
-
-    return tuple(entry.value.split(":")[0].split(".")[0] for entry in entry_points(group="sslcli.plugins"))
 
 
 def check_target(target: Any, trust: Iterable[str], where: str) -> None:
@@ -119,6 +119,8 @@ def check_node(where: str, node: dict[str, Any]) -> None:
         if target.startswith("sslcli."):
             raise ConfigError(f"{where}._target_ is {target!r}, but there is no such class in sslcli")
         return
+    if where == "method":
+        check_mixture(node, takes_one="mixture" in parameters)
     given = {name: value for name, value in node.items() if name != "_target_"}
     handed_over = {"method": INJECTED, "optimizer": GIVEN}.get(where, ())
     allowed = {name: parameter.annotation for name, parameter in parameters.items() if name not in handed_over}
@@ -129,6 +131,19 @@ def check_node(where: str, node: dict[str, Any]) -> None:
     missing = [name for name in allowed if parameters[name].required and name not in given]
     if missing:
         raise ConfigError(lacks(where, missing))
+
+
+def check_mixture(method: dict[str, Any], *, takes_one: bool) -> None:
+    """Raise ConfigError where a method is given a mixture it does not take, or something that is none."""
+    mixture = method.get("mixture")
+    if mixture is not None and not takes_one:
+        files = sorted((folder_of_conf() or Path()).glob("method/*.yaml"))
+        takers = [path.stem for path in files if re.search(r"^  mixture:", path.read_text("utf-8"), re.MULTILINE)]
+        raise ConfigError(
+            f"method.mixture: {method['_target_']} takes no mixture. Methods that take one: {', '.join(takers)}"
+        )
+    if isinstance(mixture, str):
+        raise ConfigError(f"method.mixture is {mixture!r}, but a mixture is chosen without `method`: mixture={mixture}")
 
 
 def lacks(where: str, names: list[str]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sslcli.losses import check_momentum, cosine_distance
 from sslcli.methods.base import Batch, Method, num_features
+from sslcli.mixture import UnMix, add_mixture
 from sslcli.nn import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy, mlp
 from sslcli.schedule import ema_momentum
 
@@ -34,6 +35,7 @@ class BYOL(Method):
         hidden: width of the hidden layer of projector and predictor.
         momentum: of the target at the start; rises to 1 by a cosine. 0.996 for 1000 epochs, 0.99 for 100 to 300.
         predictor: False leaves the predictor out, which lets the representation collapse (the paper's ablation).
+        mixture: None, or mixtures of view 1 whose prediction is drawn to the targets of both views.
     """
 
     num_views = 2
@@ -46,6 +48,7 @@ class BYOL(Method):
         hidden: int = 4096,
         momentum: float = 0.996,
         predictor: bool = True,
+        mixture: UnMix | None = None,
     ) -> None:
         super().__init__(backbone)
         check_momentum(momentum)
@@ -55,6 +58,7 @@ class BYOL(Method):
         self.target_backbone = frozen_copy(self.backbone)
         self.target_projector = frozen_copy(self.projector)
         self.momentum = momentum
+        self.mixture = mixture
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         x1, x2 = batch.views
@@ -62,7 +66,13 @@ class BYOL(Method):
         p1, p2 = self.predictor(y1), self.predictor(y2)
         z1, z2 = self.target(x1), self.target(x2)  # no gradient
         self.embeddings = (y1.detach(), y2.detach())
-        return {"loss": byol_loss(p1, p2, z1, z2)}
+        return add_mixture(
+            self.mixture,
+            {"loss": byol_loss(p1, p2, z1, z2)},
+            x1,
+            query=lambda images: self.predictor(self.projection(images)),
+            compare=lambda p: byol_loss(p, p, z1, z2),
+        )
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslcli.distributed import BatchShuffle, all_gather
-from sslcli.losses import check_momentum, check_temperature, info_nce
+from sslcli.losses import Contrast, check_momentum, check_temperature, info_nce
 from sslcli.methods.base import Batch, Method, num_features
+from sslcli.mixture import UnMix, add_mixture
 from sslcli.nn import SplitBatchNorm, average_statistics, convert_batch_norm, ema_update, frozen_copy, mlp
 
 
@@ -44,6 +45,7 @@ class MoCo(Method):
         symmetric: also contrast view 2 as the query against view 1 as the key and take the mean of both losses.
         bn_group: images BatchNorm normalises together. Keys are grouped in a shuffled order (sec. 3.3), so that
             statistics cannot tell which key belongs to a query; 32 is what one of the paper's 8 GPUs saw.
+        mixture: None, or mixtures of view 1 as further queries; only clean keys are enqueued.
     """
 
     num_views = 2
@@ -61,6 +63,7 @@ class MoCo(Method):
         mlp_head: bool = False,
         symmetric: bool = False,
         bn_group: int = 32,
+        mixture: UnMix | None = None,
     ) -> None:
         super().__init__(backbone)
         check_temperature(temperature)
@@ -79,6 +82,7 @@ class MoCo(Method):
         self.momentum = momentum
         self.temperature = temperature
         self.symmetric = symmetric
+        self.mixture = mixture
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("queue_head", torch.zeros((), dtype=torch.long))
         self.draws = 0  # shuffles so far, so that each has its own order
@@ -86,21 +90,30 @@ class MoCo(Method):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         x1, x2 = batch.views
-        q1 = F.normalize(self.head(self.backbone(x1)).float(), dim=1)  # (N, D)
-        k2 = self.encode_keys(x2)  # (N, D)
-        contrast = info_nce(q1, k2, self.queue, temperature=self.temperature)
-        loss, accuracy, keys = contrast.loss, contrast.accuracy, k2
+        q1, k2 = self.query(x1), self.encode_keys(x2)  # (N, D)
+        loss, accuracy = self.contrast(q1, k2)
         self.embeddings = (q1.detach(), k2)
+        keys = [k2]
         if self.symmetric:
-            q2 = F.normalize(self.head(self.backbone(x2)).float(), dim=1)
-            k1 = self.encode_keys(x1)
-            other = info_nce(q2, k1, self.queue, temperature=self.temperature)
+            q2, k1 = self.query(x2), self.encode_keys(x1)
+            other = self.contrast(q2, k1)
             loss, accuracy = (loss + other.loss) / 2, (accuracy + other.accuracy) / 2
-            keys = torch.stack([all_gather(k1), all_gather(k2)]).flatten(0, 1)  # (2WN, D), view 1 first
-        else:
-            keys = all_gather(keys)  # (WN, D)
-        self.new_keys.append(keys)
-        return {"loss": loss, "accuracy": accuracy}
+            keys = [k1, k2]
+        self.new_keys.append(torch.cat([all_gather(k) for k in keys]))  # (WN or 2WN, D), view 1 first
+        return add_mixture(
+            self.mixture,
+            {"loss": loss, "accuracy": accuracy},
+            x1,
+            query=self.query,
+            compare=lambda q: torch.stack([self.contrast(q, k).loss for k in keys]).mean(),
+        )
+
+    def query(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, D) unit queries."""
+        return F.normalize(self.projection(images).float(), dim=1)
+
+    def contrast(self, query: Tensor, key: Tensor) -> Contrast:
+        return info_nce(query, key, self.queue, temperature=self.temperature)
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor) -> Tensor:

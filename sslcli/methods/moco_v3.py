@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sslcli.distributed import all_gather, rank
 from sslcli.losses import Contrast, check_momentum, check_temperature, info_nce
 from sslcli.methods.base import Batch, Method, num_features
+from sslcli.mixture import UnMix, add_mixture
 from sslcli.nn import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy, mlp
 from sslcli.schedule import ema_momentum
 
@@ -42,6 +43,7 @@ class MoCoV3(Method):
         predictor_norm: BatchNorm (without affine) after the predictor; the official ViT runs have it, ResNets do not.
         momentum: of the target at the start; rises to 1 by a cosine.
         temperature: tau, 1.0 for ResNet-50 and 0.2 for ViT and CIFAR.
+        mixture: None, or mixtures of view 1 as further queries, against the keys of both views.
     """
 
     num_views = 2
@@ -56,6 +58,7 @@ class MoCoV3(Method):
         predictor_norm: bool = False,
         momentum: float = 0.99,
         temperature: float = 1.0,
+        mixture: UnMix | None = None,
     ) -> None:
         super().__init__(backbone)
         check_temperature(temperature)
@@ -70,15 +73,22 @@ class MoCoV3(Method):
         self.target_projector = frozen_copy(self.projector)
         self.momentum = momentum
         self.temperature = temperature
+        self.mixture = mixture
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         x1, x2 = batch.views
         q1, q2 = self.predict(x1), self.predict(x2)  # (N, D)
         k1, k2 = self.target(x1), self.target(x2)  # (N, D), no gradient
-        first = contrast(q1, k2, temperature=self.temperature)
-        second = contrast(q2, k1, temperature=self.temperature)
+        tau = self.temperature
+        first, second = contrast(q1, k2, temperature=tau), contrast(q2, k1, temperature=tau)
         self.embeddings = (q1.detach(), q2.detach())
-        return {"loss": first.loss + second.loss, "accuracy": (first.accuracy + second.accuracy) / 2}
+        return add_mixture(
+            self.mixture,
+            {"loss": first.loss + second.loss, "accuracy": (first.accuracy + second.accuracy) / 2},
+            x1,
+            query=self.predict,
+            compare=lambda q: contrast(q, k1, temperature=tau).loss + contrast(q, k2, temperature=tau).loss,
+        )
 
     def predict(self, images: Tensor) -> Tensor:
         return self.predictor(self.projection(images))  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sslcli.distributed import all_gather_with_grad, rank, world_size
 from sslcli.losses import Contrast, check_temperature, info_nce
 from sslcli.methods.base import Batch, Method, num_features
+from sslcli.mixture import UnMix, add_mixture
 from sslcli.nn import SyncBatchNorm, convert_batch_norm, mlp
 
 
@@ -44,6 +45,7 @@ class SimCLR(Method):
         init_std: of the head's weights, 0.01 in the official code; None is torch's own. BatchNorm hides the scale of a
             weight but not that of its steps: a small weight turns faster, which LARS evens out and SGD does not.
         temperature: 0.1 on ImageNet with large batches, 0.5 on CIFAR-10.
+        mixture: None, or mixtures of view 1 that take its place in a second loss.
     """
 
     num_views = 2
@@ -58,6 +60,7 @@ class SimCLR(Method):
         norm: bool = True,
         init_std: float | None = None,
         temperature: float = 0.1,
+        mixture: UnMix | None = None,
     ) -> None:
         super().__init__(backbone)
         check_temperature(temperature)
@@ -73,12 +76,20 @@ class SimCLR(Method):
                     nn.init.normal_(layer.weight, std=init_std)
         convert_batch_norm(self, SyncBatchNorm)
         self.temperature = temperature
+        self.mixture = mixture
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        z1, z2 = (self.projection(view) for view in batch.views)  # (N, D)
+        x1, x2 = batch.views
+        z1, z2 = self.projection(x1), self.projection(x2)  # (N, D)
         contrast = nt_xent(z1, z2, temperature=self.temperature)
         self.embeddings = (z1.detach(), z2.detach())
-        return {"loss": contrast.loss, "accuracy": contrast.accuracy}
+        return add_mixture(
+            self.mixture,
+            {"loss": contrast.loss, "accuracy": contrast.accuracy},
+            x1,
+            query=self.projection,
+            compare=lambda z: nt_xent(z, z2, temperature=self.temperature).loss,
+        )
 
     def projection(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))  # type: ignore[no-any-return]

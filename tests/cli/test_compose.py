@@ -12,7 +12,8 @@ import pytest
 from command_line import Cli
 from sslcli.cli import _compose, _launch
 
-METHODS = "byol, moco, moco_v2, moco_v3, simclr"
+CONF = Path(__file__).parents[2] / "conf"
+METHODS = ", ".join(sorted(path.stem for path in (CONF / "method").glob("*.yaml")))
 
 
 @pytest.fixture
@@ -51,6 +52,16 @@ WRONG: list[tuple[str, list[str]]] = [
     ("~method", ["method is missing", "method=..."]),
     ("backbone=resnet19", ["backbone=resnet19", "resnet18, resnet34", "Did you mean 'resnet18'?"]),
     ("+experiment=nonesuch", ["experiment=nonesuch", "cifar10_simclr"]),
+    ("mixture=unmixed", ["mixture=unmixed", "Did you mean 'unmix'?"]),
+    ("mixture=null", ["mixture needs a choice, or is left out", "unmix"]),
+    (
+        "method=memory_bank mixture=unmix",
+        ["method.mixture", "takes no mixture", "byol, moco, moco_v2, moco_v3, simclr"],
+    ),
+    ("method.mixture=unmix", ["chosen without `method`: mixture=unmix"]),
+    ("method.mixture.beta=2", ["method.mixture.beta", "Choose a mixture first"]),
+    ("mixture=unmix method.mixture.betta=2", ["method.mixture.betta", "Did you mean 'beta'?"]),
+    ("+mixture.beta=2", ["method.mixture.KEY"]),
     ("launcher=slurmm", ["launcher=slurmm", "local, multi"]),
     ("hydra/launcher=nonesuch", ["hydra/launcher=nonesuch", "basic"]),
     ("methd=moco", ["methd", "Did you mean 'method'?", "backbone, dataset"]),
