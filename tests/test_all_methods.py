@@ -98,7 +98,8 @@ def my_part(batch: Batch) -> Batch:
     def mine(rows: Tensor) -> Tensor:
         return rows.chunk(distributed.world_size())[distributed.rank()]
 
-    return Batch([mine(view) for view in batch.views], mine(batch.index), mine(batch.label))
+    present = None if batch.present is None else mine(batch.present)
+    return Batch([mine(view) for view in batch.views], mine(batch.index), mine(batch.label), present)
 
 
 def test_there_are_methods() -> None:

@@ -45,9 +45,16 @@ class Bank(nn.Module):
         self.momentum = momentum
         self.new: list[tuple[Tensor, Tensor]] = []  # index and embeddings of the micro-batches of this step
 
-    def remember(self, index: Tensor, embeddings: Tensor) -> None:
-        """Keep what every process found for its images, index (N,) and unit rows (N, D), until `update`."""
-        self.new.append((all_gather(index), all_gather(embeddings)))
+    def remember(self, index: Tensor, embeddings: Tensor, present: Tensor | None = None) -> None:
+        """Keep what every process found for its images until `update`: index (N,) and unit rows (N, D).
+
+        Images where `present` (N,) is false have no such embedding, and their rows stay as they are.
+        """
+        index, embeddings = all_gather(index), all_gather(embeddings)
+        if present is not None:
+            rows = all_gather(present)
+            index, embeddings = index[rows], embeddings[rows]
+        self.new.append((index, embeddings))
 
     def update(self) -> None:
         """Write everything that was remembered since the last update."""
@@ -78,14 +85,21 @@ def scores(query: Tensor, rows: Tensor, chosen: Tensor, *, temperature: float) -
     return torch.bmm(rows[chosen], query[:, :, None]).squeeze(2) / temperature
 
 
-def log_normalizer(logits: Tensor, num_images: int) -> float:
-    """log Z with Z = n * mean(exp(logits)) over the (N, K + 1) scores of all processes (1805.01978, eq. 8)."""
-    everyone = all_gather(logits.detach().double().flatten())
-    return float(everyone.logsumexp(0)) - math.log(everyone.numel()) + math.log(num_images)
+def log_normalizer(logits: Tensor, num_images: int, present: Tensor | None = None) -> float | None:
+    """log Z with Z = n * mean(exp(logits)) over the (N, K + 1) scores of all processes (1805.01978, eq. 8).
+
+    Only images where `present` (N,) is true count; None where there is no such image.
+    """
+    rows = all_gather(logits.detach().double().logsumexp(1))  # (WN,)
+    if present is not None:
+        rows = rows[all_gather(present)]
+    if not len(rows):
+        return None
+    return float(rows.logsumexp(0)) - math.log(len(rows) * logits.shape[1]) + math.log(num_images)
 
 
 def nce(logits: Tensor, *, log_z: float, num_images: int) -> Tensor:
-    """Noise-contrastive estimation (1805.01978, eq. 4 to 7): () the sum over an image's K + 1 rows, mean over images.
+    """Noise-contrastive estimation (1805.01978, eq. 4 to 7): (N,) losses, each the sum over an image's K + 1 rows.
 
     `logits` (N, K + 1), the image's own row first, the others drawn uniformly from all n. `log_z` turns scores into
     log-probabilities. With noise mass c = K / n the terms are log(P / (P + c)) for the own row and log(c / (P + c))
@@ -96,16 +110,17 @@ def nce(logits: Tensor, *, log_z: float, num_images: int) -> Tensor:
     log_total = torch.logaddexp(log_p, log_p.new_tensor(math.log(noise + EPS)))
     own = log_p[:, 0] - log_total[:, 0]
     others = (math.log(noise) - log_total[:, 1:]).sum(1)
-    return -(own + others).mean()
+    return -(own + others)
 
 
 def sampled_softmax(logits: Tensor) -> Tensor:
-    """() cross-entropy of the own row, column 0, among the K + 1 of `logits` (N, K + 1), mean over images."""
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+    """(N,) cross-entropy of the own row, column 0, among the K + 1 of `logits` (N, K + 1)."""
+    own = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return F.cross_entropy(logits, own, reduction="none")
 
 
 @torch.no_grad()
 def own_row_wins(logits: Tensor, chosen: Tensor) -> Tensor:
-    """() the share of images whose own row, column 0, scores above all other images' rows among `chosen` (N, K + 1)."""
+    """(N,) 1 where the own row, column 0, scores above all other images' rows among `chosen` (N, K + 1), else 0."""
     others = logits.masked_fill(chosen == chosen[:, :1], -torch.inf)
-    return (logits[:, 0] > others.amax(1)).to(logits.dtype).mean()
+    return (logits[:, 0] > others.amax(1)).to(logits.dtype)

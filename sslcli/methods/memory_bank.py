@@ -90,12 +90,13 @@ class MemoryBank(Method):
         others = self.noise.integers(num_images, len(v), self.negatives, device=v.device)
         chosen = torch.cat([index[:, None], others], dim=1)  # (N, K + 1)
         logits = scores(v, self.bank.rows, chosen, temperature=self.temperature)
-        accuracy = own_row_wins(logits, chosen)
+        accuracy = own_row_wins(logits, chosen).mean()
         if self.loss == "softmax":
-            return {"loss": sampled_softmax(logits), "accuracy": accuracy}
+            return {"loss": sampled_softmax(logits).mean(), "accuracy": accuracy}
         if self.log_z is None:
             self.log_z = log_normalizer(logits, num_images)
-        return {"loss": nce(logits, log_z=self.log_z, num_images=num_images), "accuracy": accuracy}
+            assert self.log_z is not None
+        return {"loss": nce(logits, log_z=self.log_z, num_images=num_images).mean(), "accuracy": accuracy}
 
     def after_step(self, progress: float) -> None:
         self.bank.update()
