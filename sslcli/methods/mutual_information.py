@@ -30,7 +30,7 @@ _ELEMENTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Ten
     "GAN": (lambda p: -F.softplus(-p), F.softplus),
     "JSD": (lambda p: LOG2 - F.softplus(-p), lambda q: F.softplus(q) - LOG2),
     "X2": (lambda p: p.square(), lambda q: -0.5 * (q.abs() + 1).square()),
-    "KL": (lambda p: p + 1, torch.exp),
+    "KL": (lambda p: p, lambda q: torch.exp(q - 1)),
     "RKL": (lambda p: -torch.exp(-p), lambda q: q - 1),
     "H2": (lambda p: 1 - torch.exp(-p), lambda q: torch.exp(q) - 1),
     "W1": (lambda p: p, lambda q: q),
@@ -125,6 +125,7 @@ def concat_loss(score: nn.Module, maps: Tensor, vectors: Tensor, *, measure: str
 
     `maps` is (N, C, H, W), `vectors` (N, D); `score` takes (N, D + C, H, W) to (N, 1, H, W).
     """
+    maps, vectors = exact(maps), exact(vectors)
     everyone, first = (all_gather_with_grad(maps), rank() * len(maps)) if gather else (maps, 0)
     others = everyone.roll(-1, 0)[first : first + len(maps)]
     beside = vectors[:, :, None, None].expand(-1, -1, *maps.shape[2:])
