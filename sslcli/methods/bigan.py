@@ -40,7 +40,6 @@ class Discriminator(nn.Module):
 
     def __init__(self, dim: int, *, image_size: int, channels: int, width: int, hidden: int, unary: bool) -> None:
         super().__init__()
-        check_positive(dim=dim, width=width, hidden=hidden)
         halvings = image_size.bit_length() - 2  # 32 -> 4, 64 -> 5, 96 -> 5
         widths = [channels, *(width * min(2**depth, 8) for depth in range(halvings))]
         convolutions: list[nn.Module] = []
@@ -99,6 +98,7 @@ class BiGAN(Game):
         momentum: float = 0.999,
     ) -> None:
         check_momentum(momentum)
+        check_positive(discriminator_width=discriminator_width, hidden=hidden)
         super().__init__(
             frozen_copy(backbone),
             image_size=image_size,

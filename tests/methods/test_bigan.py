@@ -196,7 +196,7 @@ def test_normalised_images_are_refused_at_the_first_step() -> None:
     [
         ({"momentum": 1.5}, r"momentum is 1\.5"),
         ({"hidden": 0}, "hidden is 0"),
-        ({"discriminator_width": 0}, "width is 0"),
+        ({"discriminator_width": 0}, "discriminator_width is 0"),
         ({"loss": "mse"}, "loss is 'mse'"),
     ],
 )
