@@ -26,7 +26,7 @@ PICTURE_SEED = 0  # of the corruption in pictures, so that those of two epochs c
 
 
 def corrupt(images: Tensor, numbers: Tensor, *, kind: str, strength: float) -> Tensor:
-    """A damaged copy of images (N, C, S, S) in [0, 1] (Vincent et al. 2010, section 3.3).
+    """A damaged copy of images (N, C, S, S) in [0, 1], with the damages of Vincent et al. 2010 and blocks.
 
     Args:
         images: left as they are.
@@ -47,7 +47,7 @@ def corrupt(images: Tensor, numbers: Tensor, *, kind: str, strength: float) -> T
 def patch_statistics(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each patch over its pixels and channels: (N, C, S, S) -> twice (N, 1, S, S).
 
-    The variance is the unbiased one, plus 1e-6 (MAE, arXiv:2111.06377, section 4.1 and the official code).
+    The variance is the unbiased one, plus 1e-6 (MAE, arXiv:2111.06377, as in the official code).
     """
     patches = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (N, C, h, p, w, p)
     variance, mean = torch.var_mean(patches, dim=(1, 3, 5))  # (N, h, w)

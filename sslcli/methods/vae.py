@@ -26,7 +26,7 @@ from sslcli.noise import Noise
 
 LOG_VARIANCE = (-10.0, 10.0)  # where exp is harmless
 SMALLEST_MSE = 1e-6  # about what the 256 levels of a byte leave: below it there is nothing to model
-ACTIVE = 0.01  # variance of a unit's mean over images (Burda et al. 2016, arXiv:1509.00519, section 5.3)
+ACTIVE = 0.01  # variance of a unit's mean over images (Burda et al. 2016, arXiv:1509.00519)
 PICTURE_SEED = 0  # of the samples in pictures, so that those of two epochs can be compared
 
 
@@ -64,7 +64,7 @@ def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, sigma: floa
     """-log p(x | z) without its constants, summed over the values of an image, the mean over images; in nats.
 
     bernoulli takes `drawn` as logits. gaussian is |x^ - x|^2 / (2 sigma^2), or for sigma None that of the sigma which
-    fits the errors of the step best, M/2 log(mean squared error) with M values an image (Rybkin et al., section 3.2).
+    fits the errors of the step best, M/2 log(mean squared error) with M values an image (Rybkin et al.).
     """
     if kind == "bernoulli":
         return bernoulli_nll(drawn, images).mean()
@@ -76,7 +76,7 @@ def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, sigma: floa
 
 
 def divergence_loss(posterior: Posterior, *, free_bits: float = 0.0) -> Tensor:
-    """KL(q(z|x) || p(z)) in nats: the mean over images, each dimension counted as at least `free_bits` (IAF, app. C.8).
+    """KL(q(z|x) || p(z)) in nats: the mean over images, each dimension counted as at least `free_bits`.
 
     The mean over the images of all processes comes before that bound, so a unit may spend its bits on a few images.
     """

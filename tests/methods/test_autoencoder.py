@@ -133,7 +133,7 @@ def test_a_linear_autoencoder_finds_the_principal_components() -> None:
     method.double()
     batch = batch_of(images.view(64, 3, 2, 2))
     descent = torch.optim.LBFGS(
-        method.parameters(), max_iter=2000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+        method.parameters(), max_iter=1000, tolerance_grad=1e-8, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
