@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from sslcli import __version__, checkpoint, launch
 from sslcli.cli._build import build
 from sslcli.cli._evaluate_table import SUBJECTS, comparison, summary
-from sslcli.cli._subject import Subject, load_subject
+from sslcli.cli._subject import Subject, load_strictly, load_subject
 from sslcli.data.sources import Source
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, TrainingFailed
 from sslcli.evaluate import layers
+from sslcli.evaluate.distill import Distill, Teacher
 from sslcli.evaluate.features import FeatureSet, cached, evaluating, pixels
 from sslcli.evaluate.finetune import Outcome
+from sslcli.evaluate.network import Classifier
 from sslcli.evaluate.online import bank_positions, collect
 from sslcli.evaluate.training import Recipe, Start, Task
 from sslcli.report.console import Screen
@@ -154,7 +156,8 @@ def _trained(this: Evaluation, protocol: Any) -> dict[str, Any]:
     if this.config["baselines"]:
         nets["random"] = this.subject.net("random")
     starts = {arm: Start(net=net, layer=this.layer, features=_features(arm, this, net)) for arm, net in nets.items()}
-    found: Outcome = protocol(starts, this.task())
+    given = {"teacher": _teacher(this, protocol.teacher)} if isinstance(protocol, Distill) else {}
+    found: Outcome = protocol(starts, this.task(), **given)
     folder = this.place(found.result)
     for name, text in found.files.items():
         _write(folder / name, text.encode())
@@ -172,6 +175,25 @@ def _layer(feature_layer: str, from_layer: int | None, net: nn.Module) -> str:
         return feature_layer
     number = getattr(net, "finetune_layer", 0) if from_layer is None else from_layer
     return f"head{number}" if number else layers.BACKBONE
+
+
+def _teacher(this: Evaluation, protocol: str) -> Teacher:
+    """The net that an earlier protocol left in this run directory, on the same images."""
+    path = this.place({"protocol": protocol}) / "net.pt"
+    if not path.exists():
+        raise ConfigError(f"there is no teacher {path}: make it with protocol={protocol} on the same run first")
+    state = checkpoint.load_weights(path, device=this.device)
+    if state["dataset_fingerprint"] != this.source.fingerprint:
+        raise ConfigError(f"the teacher {path} was trained on other images: run protocol={protocol} again")
+    if state["checkpoint_sha256"] != this.subject.provenance["checkpoint_sha256"]:
+        raise ConfigError(f"the teacher {path} is of another checkpoint: run protocol={protocol} again, or choose that")
+    shape = {"width": state["width"], "num_classes": len(state["classes"])}
+    net = Classifier(this.subject.fresh(), state["layer"], images=this.task().example(), **shape)
+    load_strictly(net, state["net"], str(path))
+    provenance = {"protocol": protocol, "net": str(path.relative_to(this.subject.home))}
+    return Teacher(
+        net=net, positions=state["positions"].cpu(), provenance=provenance | {"sha256": checkpoint.sha256(path)}
+    )
 
 
 def _keep(found: Outcome, path: Path, this: Evaluation) -> dict[str, Any]:

@@ -67,12 +67,12 @@ class Start:
     layer: str
     features: FeatureSet
 
-    def classifier(self, task: Task) -> Classifier:
-        """A copy of the net under a linear layer of zeros."""
+    def classifier(self, task: Task, *, width: int | None = None) -> Classifier:
+        """A copy of the net under a linear layer of zeros; `width` is that of its features where it is not known."""
         return Classifier(
             copy.deepcopy(self.net),
             self.layer,
-            width=self.features.train.shape[1],
+            width=self.features.train.shape[1] if width is None else width,
             num_classes=self.features.num_classes,
             images=task.example(),
         )

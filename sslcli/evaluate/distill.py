@@ -1,0 +1,135 @@
+"""Distillation: a student learns what a fine-tuned teacher says of images, whose labels it never sees.
+
+The third stage of SimCLR v2 (arXiv:2006.10029, section 2): cross-entropy against the teacher's probabilities at a
+temperature, on all training images. Yaml: conf/protocol/distill.yaml. N images, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslcli.evaluate.features import evaluating
+from sslcli.evaluate.finetune import Outcome, reported_positions
+from sslcli.evaluate.layers import BACKBONE
+from sslcli.evaluate.network import Classifier
+from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank
+from sslcli.evaluate.training import Progress, Recipe, Start, Task, batches, cross_entropy, fit, predict
+from sslcli.methods.base import Batch, num_features
+
+TEACHERS = ("finetune", "semi")
+
+
+def distillation(student: Tensor, teacher: Tensor, *, temperature: float, scale: bool = True) -> Tensor:
+    """Cross-entropy of the student's logits (N, C) against the teacher's probabilities, both at `temperature`.
+
+    The mean over N of -sum p_teacher log p_student (SimCLR v2, eq. 2); with `scale` times temperature squared, as the
+    official notebook does, so that gradients keep their size. No gradient to the teacher.
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    wanted = (teacher.detach().to(dtype) / temperature).softmax(1)
+    loss = -(wanted * (student.to(dtype) / temperature).log_softmax(1)).sum(1).mean()
+    return loss * temperature**2 if scale else loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A fine-tuned net, the labelled images it was trained on, and where it is from."""
+
+    net: Classifier
+    positions: Tensor
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Recipe):
+    """The protocol `distill`. There is one learning rate and nothing to choose.
+
+    The baseline `random` is the student from random initialisation, trained on the teacher's labels without the
+    teacher, for as many steps.
+    """
+
+    teacher: str = "finetune"
+    student: nn.Module | None = None
+    lr: float = 0.1
+    temperature: float = 1.0
+    scale: bool = True
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher not in TEACHERS:
+            raise ValueError(f"teacher={self.teacher!r} is unknown: choose {' or '.join(TEACHERS)}")
+        if not self.lr > 0 or not self.temperature > 0:
+            raise ValueError(f"lr={self.lr} and temperature={self.temperature} must be above 0")
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha} must be above 0 and at most 1, which is no labels at all")
+
+    def __call__(self, starts: dict[str, Start], task: Task, teacher: Teacher) -> Outcome:
+        """Distil into a copy of the run's net, or into `student` from random initialisation."""
+        data = starts["trained"].features
+        split, _, labels = data.reported()
+        at = reported_positions(data)
+        arms = {
+            name: start.classifier(task) if self.student is None else self.fresh(start, task)
+            for name, start in starts.items()
+        }
+        progress = Progress(task.screen, "distilling", total=len(arms) * self.steps)
+        student = arms["trained"]
+        self.distil(student, teacher, task, progress)
+        result = {
+            "protocol": "distill",
+            "split": split,
+            **self.numbers(label_rank(predict(student, task, at), labels)),
+            "teacher": teacher.provenance | self.numbers(label_rank(predict(teacher.net, task, at), labels)),
+            "student": "the run's own net" if self.student is None else type(self.student).__name__,
+            "n_train": len(task.source.splits["train"]),
+            "n_labels": len(teacher.positions),
+            "n_test": len(at),
+            "num_classes": data.num_classes,
+            **self.facts(),
+        }
+        if "random" in arms:
+            alone = arms["random"]
+            facts = "labels alone"
+            fit(alone, task, teacher.positions, self, lr=self.lr, seed=self.seed, progress=progress, facts=facts)
+            result["baselines"] = {"random": self.numbers(label_rank(predict(alone, task, at), labels))}
+        task.screen.stop()
+        return Outcome(result=result, net=student, positions=teacher.positions)
+
+    def fresh(self, start: Start, task: Task) -> Classifier:
+        """The student of the configuration as it was initialised."""
+        assert self.student is not None
+        given = Start(net=self.student.to(task.device), layer=BACKBONE, features=start.features)
+        return given.classifier(task, width=num_features(self.student))
+
+    def distil(self, student: Classifier, teacher: Teacher, task: Task, progress: Progress) -> None:
+        """Train the student on all training images; both nets see the same views."""
+        with evaluating(teacher.net), closing(self.labelled(teacher, task)) as labelled:
+
+            def loss(net: Classifier, batch: Batch) -> Tensor:
+                with torch.no_grad():
+                    wanted = teacher.net(batch.views[0])
+                soft = distillation(net(batch.views[0]), wanted, temperature=self.temperature, scale=self.scale)
+                if self.alpha == 1:
+                    return soft
+                return self.alpha * soft + (1 - self.alpha) * cross_entropy(net, next(labelled))
+
+            everything = task.source.splits["train"]
+            fit(student, task, everything, self, lr=self.lr, seed=self.seed, progress=progress, loss=loss)
+
+    def labelled(self, teacher: Teacher, task: Task) -> Iterator[Batch]:
+        """Batches of the teacher's labelled images, as many as there are steps."""
+        loader = batches(task, teacher.positions, self, seed=self.seed + 1)
+        with closing(loader.steps(0, self.steps)) as steps:
+            for (batch,) in steps:
+                yield batch
+
+    def numbers(self, place: Tensor) -> dict[str, Any]:
+        interval = bootstrap_interval(place == 0, seed=self.seed, resamples=self.resamples)
+        return {"top1": accuracy(place, 1), "top5": accuracy(place, 5), "interval": list(interval)}

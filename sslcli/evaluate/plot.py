@@ -1,0 +1,106 @@
+"""A picture of the utility study as SVG text: accuracy against labels for both arms, and utility below it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+WIDTH, PANEL, LEFT, RIGHT, TOP, GAP = 560, 220, 64, 24, 34, 56
+ARMS = {"trained": ("#1b6ca8", "pre-trained"), "random": ("#b3541e", "from scratch")}
+Scale = Callable[[float], float]
+
+
+def curves(points: Sequence[dict[str, Any]]) -> str:
+    """The picture of the points of a utility result; censored values are open circles with an arrow upwards."""
+    counts = [point["labels"] for point in points]
+    low, high = math.log(counts[0]), math.log(counts[-1])
+
+    def x(count: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (math.log(count) - low) / max(high - low, 1e-9)
+
+    best = max(point[arm]["top1"] + (point[arm]["std"] or 0) for point in points for arm in ARMS)
+    accuracy = axis(0.0, max(best, 1e-3), TOP)
+    values = [0.0, *(point["utility"] for point in points)]
+    utility = axis(min(values), max(max(values), min(values) + 1e-3), TOP + PANEL + GAP)
+    height = TOP + 2 * PANEL + 2 * GAP
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        *frame(TOP, "accuracy", accuracy, ticks(0.0, best), counts, x, percent=True),
+        *(part for arm in ARMS for part in arm_curve(points, arm, x, accuracy)),
+        *frame(
+            TOP + PANEL + GAP, "utility: labels saved / labels", utility, ticks(min(values), max(values)), counts, x
+        ),
+        *utility_curve(points, x, utility),
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def axis(low: float, high: float, top: float) -> Scale:
+    """From values to heights in the panel that begins at `top`, with a little air."""
+    air = 0.06 * (high - low)
+    return lambda value: top + PANEL * (1 - (value - low + air) / (high - low + 2 * air))
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """About four round values from low to high."""
+    rough = max(high - low, 1e-3) / 4
+    size = 10 ** math.floor(math.log10(rough))
+    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
+    return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def frame(
+    top: float,
+    title: str,
+    y: Scale,
+    marks: Sequence[float],
+    counts: Sequence[int],
+    x: Scale,
+    *,
+    percent: bool = False,
+) -> list[str]:
+    """Title, grid and labels of a panel."""
+    bottom, right = top + PANEL, WIDTH - RIGHT
+    parts = [f'<text x="{LEFT}" y="{top - 10}" font-weight="bold">{title}</text>']
+    for value in marks:
+        text = f"{100 * value:g} %" if percent else f"{value:g}"
+        parts.append(f'<line x1="{LEFT}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#e4e4e4"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end" fill="#555">{text}</text>')
+    parts += [
+        f'<text x="{x(count):.1f}" y="{bottom + 18}" text-anchor="middle" fill="#555">{count:,}</text>'
+        for count in counts
+    ]
+    parts.append(f'<text x="{(LEFT + right) / 2}" y="{bottom + 36}" text-anchor="middle" fill="#555">labels</text>')
+    parts.append(f'<path d="M{LEFT} {top}V{bottom}H{right}" fill="none" stroke="#888"/>')
+    return parts
+
+
+def arm_curve(points: Sequence[dict[str, Any]], arm: str, x: Scale, y: Scale) -> list[str]:
+    """Mean accuracies of an arm with one deviation up and down, and its name beside the last one but below it."""
+    color, name = ARMS[arm]
+    line = " ".join(f"{x(p['labels']):.1f},{y(p[arm]['top1']):.1f}" for p in points)
+    parts = [f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>']
+    for point in points:
+        at, mean, std = x(point["labels"]), point[arm]["top1"], point[arm]["std"] or 0.0
+        parts.append(f'<path d="M{at:.1f} {y(mean - std):.1f}V{y(mean + std):.1f}" stroke="{color}"/>')
+        parts.append(f'<circle cx="{at:.1f}" cy="{y(mean):.1f}" r="3.5" fill="{color}"/>')
+    right = WIDTH - RIGHT - (110 if arm == "trained" else 0)
+    return [*parts, f'<text x="{right}" y="{TOP - 10}" text-anchor="end" fill="{color}">{name}</text>']
+
+
+def utility_curve(points: Sequence[dict[str, Any]], x: Scale, y: Scale) -> list[str]:
+    """Utilities with their intervals; a lower bound is an open circle with an arrow, an upper one an open circle."""
+    line = " ".join(f"{x(p['labels']):.1f},{y(p['utility']):.1f}" for p in points)
+    zero = f'<path d="M{LEFT} {y(0.0):.1f}H{WIDTH - RIGHT}" stroke="#888" stroke-dasharray="4 3"/>'
+    parts = [zero, f'<polyline points="{line}" fill="none" stroke="#333" stroke-width="1.5"/>']
+    for point in points:
+        at, value = x(point["labels"]), point["utility"]
+        fill = "#333" if point["bound"] is None else "white"
+        if point["censored"]:
+            parts.append(f'<path d="M{at:.1f} {y(value):.1f}v-16m-4 5l4 -5l4 5" fill="none" stroke="#333"/>')
+        parts.append(f'<circle cx="{at:.1f}" cy="{y(value):.1f}" r="3.5" fill="{fill}" stroke="#333"/>')
+    return parts

@@ -1,0 +1,111 @@
+"""SimCLR v2: a deeper head, fine-tuned from its middle, and optionally the memory of MoCo.
+
+Chen et al. 2020  https://arxiv.org/abs/2006.10029   conf/method/simclr_v2.yaml
+
+The other two stages are `ssl-eval protocol=semi` (or finetune) and `protocol=distill`.
+Shapes: N images a process, W processes, D embedding size, K queue length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslcli.distributed import all_gather
+from sslcli.losses import check_momentum
+from sslcli.methods.base import Batch
+from sslcli.methods.moco import enqueue
+from sslcli.methods.simclr import SimCLR, nt_xent
+from sslcli.nn import ema_update, frozen_copy
+
+
+class SimCLRv2(SimCLR):
+    """SimCLR with a head of three layers, whose first layer is kept for fine-tuning.
+
+    Args:
+        layers: linear layers of the head, 3 in v2.
+        finetune_layer: layer of the head that fine-tuning starts from; 0 is the backbone.
+        queue_size: embeddings of a moving average of the network that are further negatives, K; 0 is none (sec. 2).
+        momentum: of that moving average.
+        others: as in SimCLR.
+    """
+
+    queue: Tensor  # (K, D), oldest rows are overwritten first
+    queue_head: Tensor  # () next row to overwrite
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        dim: int = 128,
+        hidden: int | None = None,
+        layers: int = 3,
+        norm: bool = True,
+        init_std: float | None = None,
+        temperature: float = 0.1,
+        finetune_layer: int = 1,
+        queue_size: int = 0,
+        momentum: float = 0.999,
+    ) -> None:
+        super().__init__(
+            backbone, dim=dim, hidden=hidden, layers=layers, norm=norm, init_std=init_std, temperature=temperature
+        )
+        check_momentum(momentum)
+        if queue_size < 0:
+            raise ValueError(f"queue_size is {queue_size}, but it must be at least 0, which is no memory")
+        if not 0 <= finetune_layer <= layers:
+            raise ValueError(
+                f"finetune_layer is {finetune_layer}, but the head has the layers 1 to {layers}; 0 is none"
+            )
+        self.head_layers = layers
+        self.finetune_layer = finetune_layer
+        self.queue_size, self.momentum = queue_size, momentum
+        self.new_keys: list[Tensor] = []  # of the micro-batches of this step, enqueued by after_step
+        if queue_size:
+            self.key_backbone = frozen_copy(self.backbone)
+            self.key_head = frozen_copy(self.head)
+            self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
+            self.register_buffer("queue_head", torch.zeros((), dtype=torch.long))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        if not self.queue_size:
+            return super().forward(batch)
+        z1, z2 = (self.projection(view) for view in batch.views)  # (N, D)
+        contrast = nt_xent(z1, z2, temperature=self.temperature, memory=self.queue)
+        self.new_keys.append(all_gather(self.encode_keys(batch.views[1])))  # (WN, D)
+        self.embeddings = (z1.detach(), z2.detach())
+        return {"loss": contrast.loss, "accuracy": contrast.accuracy}
+
+    @torch.no_grad()
+    def encode_keys(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, D) unit embeddings by the moving average of the network."""
+        return F.normalize(self.key_head(self.key_backbone(images)).float(), dim=1)
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        if not self.queue_size:
+            return
+        ema_update(self.key_backbone, self.backbone, self.momentum)
+        ema_update(self.key_head, self.head, self.momentum)
+        for keys in self.new_keys:
+            enqueue(self.queue, self.queue_head, keys)
+        self.new_keys.clear()
+
+    def head_features(self, images: Tensor, layer: int) -> Tensor:
+        """Output of a layer of the head, of a hidden one after its BatchNorm and ReLU; that of the backbone for 0.
+
+        (N, C, H, W) -> (N, width of the layer). Raises ValueError for a layer the head does not have.
+        """
+        if not 0 <= layer <= self.head_layers:
+            raise ValueError(
+                f"layer is {layer}, but the head has the layers 1 to {self.head_layers}; 0 is the backbone"
+            )
+        ends = [place for place, part in enumerate(self.head) if isinstance(part, nn.ReLU)]
+        stop = [0, *(place + 1 for place in ends), len(self.head)][layer]
+        return self.head[:stop](self.features(images))  # type: ignore[no-any-return]
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        return {"negatives a query sees": 2 * batch_size - 2 + self.queue_size}
