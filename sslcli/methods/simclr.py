@@ -20,15 +20,17 @@ from sslcli.mixture import UnMix, add_mixture
 from sslcli.nn import SyncBatchNorm, convert_batch_norm, mlp
 
 
-def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float) -> Contrast:
+def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None = None) -> Contrast:
     """Normalised temperature-scaled cross-entropy (eq. 1), the mean over this process's 2N anchors.
 
     `z1` and `z2` are (N, D) of any length, row i of both the same image. The negatives are the 2(WN - 1) views of
-    all other images on all processes; gradients flow through them on every process.
+    all other images on all processes; gradients flow through them on every process. The unit rows of `memory` (K, D),
+    where given, are further negatives of every anchor.
     """
     z1, z2 = (F.normalize(z.float() if z.dtype != torch.float64 else z, dim=1) for z in (z1, z2))
     num_rows, total = len(z1), world_size() * len(z1)
-    candidates = torch.cat([all_gather_with_grad(z1), all_gather_with_grad(z2)])  # (2WN, D)
+    further = [] if memory is None else [memory.to(z1.dtype)]
+    candidates = torch.cat([all_gather_with_grad(z1), all_gather_with_grad(z2), *further])  # (2WN + K, D)
     mine = rank() * num_rows + torch.arange(num_rows, device=z1.device)
     same_image = torch.stack([mine, mine + total], dim=1).repeat(2, 1)  # (2N, 2): the anchor itself and its positive
     return info_nce(torch.cat([z1, z2]), torch.cat([z2, z1]), candidates, temperature=temperature, exclude=same_image)
