@@ -120,11 +120,14 @@ class PatchPrediction(Method):
         self.context = context_network(context, self.dim, hidden)
 
     def predictors(self, in_features: int, out_features: int, *, bias: bool) -> nn.ModuleList:
-        """A linear layer for each direction and offset: predictors[direction][step]."""
-        return nn.ModuleList(
-            nn.ModuleList(nn.Linear(in_features, out_features, bias=bias) for _ in self.offsets)
-            for _ in range(self.directions)
-        )
+        """A linear layer for each direction and offset, those of the first direction first."""
+        count = self.directions * len(self.offsets)
+        return nn.ModuleList(nn.Linear(in_features, out_features, bias=bias) for _ in range(count))
+
+    def of_direction(self, predictors: nn.ModuleList, direction: int) -> list[tuple[int, nn.Module]]:
+        """Each offset with its layer of this direction."""
+        first = direction * len(self.offsets)
+        return list(zip(self.offsets, predictors[first : first + len(self.offsets)], strict=True))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (images,) = batch.views
@@ -182,7 +185,7 @@ class CPC(PatchPrediction):
         *,
         image_size: int,
         grid: int | None = None,
-        context: str = "gru",
+        context: str = "pixelcnn_gated",
         hidden: int = 256,
         steps: int | None = None,
         skip: int = 1,
@@ -207,7 +210,7 @@ class CPC(PatchPrediction):
 
     def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:
         found = []
-        for offset, predict in zip(self.offsets, self.predict[direction], strict=True):  # type: ignore[arg-type]
+        for offset, predict in self.of_direction(self.predict, direction):
             targets = predict(z[:, offset:])  # (N, R, g, E)
             num_images, rows, columns = targets.shape[:3]
             places = world_size() * num_images * rows * columns
@@ -263,7 +266,7 @@ class CPCv2(PatchPrediction):
 
     def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:
         targets, found = self.target(z), []
-        for offset, predict in zip(self.offsets, self.predict[direction], strict=True):  # type: ignore[arg-type]
+        for offset, predict in self.of_direction(self.predict, direction):
             prediction = self.scale * predict(context[:, :-offset])
             found.append(full_contrast(prediction, targets, offset=offset))
         return found

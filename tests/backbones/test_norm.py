@@ -62,7 +62,8 @@ def test_small_without_norm_has_biases_instead() -> None:
 def test_resnet_without_norm_starts_its_branches_small() -> None:
     def size(norm: str, name: str) -> float:
         torch.manual_seed(0)
-        return float(ResNet("resnet18", image_size=32, norm=norm).get_parameter(f"layer2.0.{name}.weight").std())
+        weight = ResNet("resnet18", image_size=32, norm=norm).get_parameter(f"layer2.0.{name}.weight")
+        return float(weight.detach().std())
 
     assert size("none", "conv1") == pytest.approx(size("layer", "conv1"))
     assert size("none", "conv2") == pytest.approx(size("layer", "conv2") / 8**0.5)
