@@ -83,15 +83,19 @@ class SimCLR(Method):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         x1, x2 = batch.views
         z1, z2 = self.projection(x1), self.projection(x2)  # (N, D)
-        contrast = nt_xent(z1, z2, temperature=self.temperature)
+        contrast = self.contrast(z1, z2)
         self.embeddings = (z1.detach(), z2.detach())
         return add_mixture(
             self.mixture,
             {"loss": contrast.loss, "accuracy": contrast.accuracy},
             x1,
             query=self.projection,
-            compare=lambda z: nt_xent(z, z2, temperature=self.temperature).loss,
+            compare=lambda z: self.contrast(z, z2).loss,
         )
+
+    def contrast(self, z1: Tensor, z2: Tensor) -> Contrast:
+        """The loss of two views' embeddings (N, D)."""
+        return nt_xent(z1, z2, temperature=self.temperature)
 
     def projection(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))  # type: ignore[no-any-return]

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslcli.distributed import all_gather
-from sslcli.losses import check_momentum
+from sslcli.losses import Contrast, check_momentum
 from sslcli.methods.base import Batch
 from sslcli.methods.moco import enqueue
 from sslcli.methods.simclr import SimCLR, nt_xent
+from sslcli.mixture import UnMix
 from sslcli.nn import ema_update, frozen_copy
 
 
@@ -49,9 +50,17 @@ class SimCLRv2(SimCLR):
         finetune_layer: int = 1,
         queue_size: int = 0,
         momentum: float = 0.999,
+        mixture: UnMix | None = None,
     ) -> None:
         super().__init__(
-            backbone, dim=dim, hidden=hidden, layers=layers, norm=norm, init_std=init_std, temperature=temperature
+            backbone,
+            dim=dim,
+            hidden=hidden,
+            layers=layers,
+            norm=norm,
+            init_std=init_std,
+            temperature=temperature,
+            mixture=mixture,
         )
         check_momentum(momentum)
         if queue_size < 0:
@@ -71,13 +80,13 @@ class SimCLRv2(SimCLR):
             self.register_buffer("queue_head", torch.zeros((), dtype=torch.long))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        if not self.queue_size:
-            return super().forward(batch)
-        z1, z2 = (self.projection(view) for view in batch.views)  # (N, D)
-        contrast = nt_xent(z1, z2, temperature=self.temperature, memory=self.queue)
-        self.new_keys.append(all_gather(self.encode_keys(batch.views[1])))  # (WN, D)
-        self.embeddings = (z1.detach(), z2.detach())
-        return {"loss": contrast.loss, "accuracy": contrast.accuracy}
+        if self.queue_size:
+            self.new_keys.append(all_gather(self.encode_keys(batch.views[1])))  # (WN, D)
+        return super().forward(batch)
+
+    def contrast(self, z1: Tensor, z2: Tensor) -> Contrast:
+        """NT-Xent; the rows of the memory are further negatives of every anchor."""
+        return nt_xent(z1, z2, temperature=self.temperature, memory=self.queue if self.queue_size else None)
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor) -> Tensor:

@@ -152,6 +152,85 @@ def test_weights_need_a_backbone_and_a_data_set(weights: Path, cli: Cli) -> None
     assert "needs dataset=..." in ended.err
 
 
+QUICK = ["protocol.steps=2", "protocol.batch_size=16", "protocol.lrs=[0.02,0.1]"]
+
+
+def test_a_fine_tuned_net_is_kept_and_teaches_a_student(trained: Path, cli: Cli) -> None:
+    line = [f"run={trained}", "protocol=distill", "protocol.steps=2"]
+    ended = cli("ssl-eval", *line)
+    assert ended.code == 2
+    assert "protocol=finetune" in ended.err
+    checkpoint = (trained / "checkpoints/step-00000003.pt").read_bytes()
+    ended = cli("ssl-eval", f"run={trained}", "protocol=finetune", *QUICK)
+    assert (ended.code, ended.err) == (0, "")
+    tuned = result(trained / "eval", "finetune")
+    assert (trained / "checkpoints/step-00000003.pt").read_bytes() == checkpoint
+    kept = trained / "eval" / tuned["net"]
+    assert tuned["net_sha256"] == hashlib.sha256(kept.read_bytes()).hexdigest()
+    assert tuned["checkpoint_sha256"] == hashlib.sha256(checkpoint).hexdigest()
+    assert tuned["baselines"].keys() == {"random"}
+    assert (tuned["feature_layer"], tuned["n_train"], tuned["n_test"]) == ("backbone", 200, 100)
+    for arm in (tuned, tuned["baselines"]["random"]):
+        assert f"{100 * arm['top1']:.1f} %" in ended.out
+    student = "protocol.student={_target_: sslcli.backbones.small.Small, image_size: 32, width: 4}"
+    for extra in ([], [student]):
+        ended = cli("ssl-eval", *line, *extra)
+        assert (ended.code, ended.err) == (0, "")
+        taught = result(trained / "eval", "distill")
+        assert taught["teacher"]["sha256"] == tuned["net_sha256"]
+        assert taught["teacher"]["top1"] == tuned["top1"]
+    assert taught["student"] == "Small"
+    ended = cli("ssl-eval", f"run={trained}", "protocol=finetune", *QUICK)
+    clock = {"seconds": 0}
+    assert result(trained / "eval", "finetune") | clock == tuned | clock
+    assert kept.read_bytes()
+
+
+def test_few_labels_and_the_labels_saved_are_measured(trained: Path, cli: Cli) -> None:
+    ended = cli("ssl-eval", f"run={trained}", "protocol=semi", *QUICK, "protocol.labels_per_class=2")
+    assert (ended.code, ended.err) == (0, "")
+    semi = result(trained / "eval", "semi")
+    assert (semi["n_train"], len(semi["runs"]), semi["protocol_settings"]["labels_per_class"]) == (20, 3, 2)
+    line = ["protocol.smallest=20", "protocol.points=2", "protocol.seeds=1", "feature_layer=block3"]
+    ended = cli("ssl-eval", f"run={trained}", "protocol=utility", *QUICK, *line)
+    assert (ended.code, ended.err) == (0, "")
+    utility = result(trained / "eval", "utility")
+    assert utility["feature_layer"] == "block3"
+    assert utility["curve"][-1]["labels"] == 200
+    assert (trained / "eval/utility/utility.svg").read_text().startswith("<svg")
+    ended = cli("ssl-eval", f"run={trained}", "protocol=utility", "baselines=false")
+    assert ended.code == 2
+    assert "baselines=true" in ended.err
+
+
+def test_features_of_another_layer_are_another_number(trained: Path, cli: Cli) -> None:
+    found = []
+    for layer in ("backbone", "projection", "block1"):
+        ended = cli("ssl-eval", f"run={trained}", "protocol=knn", f"feature_layer={layer}", "baselines=false")
+        assert (ended.code, ended.err) == (0, "")
+        found.append(result(trained / "eval", "knn"))
+    assert [one["feature_layer"] for one in found] == ["backbone", "projection", "block1"]
+    assert len(list((trained / "eval/features").iterdir())) == 3
+    ended = cli("ssl-eval", f"run={trained}", "protocol=knn", "feature_layer=blok1")
+    assert ended.code == 2
+    for part in ("blok1", "Did you mean 'block1'?", "projection", "block5"):
+        assert part in ended.err
+
+
+def test_a_long_name_is_whole_in_the_table_of_a_narrow_screen(
+    trained: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "simclr_shapes_small_" + "0123456789abcdef" * 4 + "_the_end"
+    shutil.copytree(trained, tmp_path / "sweep" / name, symlinks=True)
+    ended = cli("ssl-eval", f"run={tmp_path / 'sweep'}", "protocol=knn", "baselines=false")
+    assert (ended.code, ended.err) == (0, "")
+    table = ended.out[ended.out.index("top-1") :]
+    first = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
+    assert "".join(first) == name
+    assert max(map(len, table.splitlines()[1:])) <= 80
+
+
 def test_a_folder_of_runs_becomes_a_table(trained: Path, cli: Cli, tmp_path: Path) -> None:
     for name in ("one", "two"):
         shutil.copytree(trained, tmp_path / "sweep" / name, symlinks=True)
@@ -173,6 +252,9 @@ def test_a_folder_of_runs_becomes_a_table(trained: Path, cli: Cli, tmp_path: Pat
         ("run={run} dataset=flat dataset.root=images", ["images", "no labels"]),
         ("run={run} dataset=folder dataset.root=nowhere", ["dataset.root is nowhere"]),
         ("run={run} protocol=knn protocol.k=0", ["k=0", "at least 1"]),
+        ("run={run} protocol=finetune protocol.from_layer=1", ["head1", "It has: backbone, projection, block1"]),
+        ("run={run} protocol=finetune protocol.from_layer=1 feature_layer=block1", ["block1", "from_layer 1"]),
+        ("run={run} protocol=semi protocol.labels_per_class=500", ["labels_per_class is 500", "labelled training"]),
         ("weights=images/a/000.png backbone=small dataset=shapes dataset.limit=50", ["000.png"]),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -30,6 +31,17 @@ def test_help_names_every_group_choice_and_key(cli: Cli) -> None:
             assert set(told[group][1:]) == {path.stem for path in (CONF / group).glob("*.yaml")}, group
         keys = {field.name for kind in settings for field in fields(kind)}
         assert {f"{key}:" for key in keys} <= told.keys()
+
+
+@pytest.mark.parametrize("program", ["ssl-train", "ssl-eval"])
+def test_a_reader_that_has_seen_enough_is_no_error(program: str) -> None:
+    there, here = os.pipe()
+    os.close(there)  # as `head -1` does, but before and not while we write
+    ended = subprocess.run(
+        [str(Path(sys.executable).with_name(program)), "--help"], stdout=here, stderr=subprocess.PIPE, check=False
+    )
+    os.close(here)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_the_default_choice_stands_in_brackets(cli: Cli) -> None:
