@@ -1,9 +1,11 @@
-"""What is installed is complete: the wheel works in an empty environment, away from the checkout."""
+"""What is installed is complete: the wheel works in an empty environment, and so does a package of somebody else's."""
 
 from __future__ import annotations
 
 import configparser
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,18 +18,35 @@ from pathlib import Path
 import pytest
 from setuptools import find_packages
 
+from runs import differences, newest
+
 ROOT = Path(__file__).parents[1]
 SHIPPED = ["setup.cfg", "pyproject.toml", "README.md", "LICENSE", "sslcli", "conf"]
+PLUGIN = ROOT / "tests" / "plugin"
+PAGE = ROOT / "docs" / "add-a-method.md"
+FEW = ["dataset.limit=64", "dataset.test_images=40", "train.batch_size=16", "monitor.knn_every=0", "launcher.threads=1"]
 
 
-def run(*line: str, cwd: Path) -> str:
-    """What a command prints; it must end well, and sees no path of ours."""
+def run(*line: str, cwd: Path, code: int = 0) -> str:
+    """What a command prints; it must end with `code`, and sees no path of ours."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
     )
-    assert ended.returncode == 0, ended.stdout[-3000:]
+    assert ended.returncode == code, ended.stdout[-3000:]
     return ended.stdout
+
+
+def build(source: Path, out: Path) -> Path:
+    """The wheel of the package in `source`."""
+    try:
+        here = int(version("setuptools").partition(".")[0]) >= 71  # the first that needs no `wheel`
+    except PackageNotFoundError:
+        here = False
+    isolation = ["--no-build-isolation"] if here else []
+    run(sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", *isolation, "--wheel-dir", str(out), cwd=out)
+    (found,) = out.glob("*.whl")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +59,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(part, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(part, copy / name)
-    try:
-        here = int(version("setuptools").partition(".")[0]) >= 71  # the first that needs no `wheel`
-    except PackageNotFoundError:
-        here = False
-    isolation = ["--no-build-isolation"] if here else []
-    run(sys.executable, "-m", "pip", "wheel", str(copy), "--no-deps", *isolation, "--wheel-dir", str(out), cwd=out)
-    (found,) = out.glob("sslcli-*.whl")
-    return found
+    return build(copy, out)
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +105,66 @@ def test_the_installed_command_trains_a_step(installed: Path, tmp_path: Path) ->
     assert "step 1/1" in told
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert (run_dir / "done").exists()
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language on the page that explains the package."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_page_on_methods_shows_the_package_that_is_tested() -> None:
+    shown = {}
+    for text in [*blocks("python"), *blocks("yaml"), *blocks("toml")]:
+        (name,) = re.findall(r"^# (\S+\.(?:py|yaml|toml))\n", text, flags=re.MULTILINE)
+        shown[name] = text.replace(f"# {name}\n", "", 1)
+    files = [path for path in PLUGIN.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert shown == {str(path.relative_to(PLUGIN)): path.read_text("utf-8") for path in files}
+
+
+@pytest.fixture(scope="module")
+def with_plugin(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The commands, after somebody has installed a package with a method."""
+    source, out = tmp_path_factory.mktemp("plugin") / "source", tmp_path_factory.mktemp("plugin_wheel")
+    shutil.copytree(PLUGIN, source, ignore=shutil.ignore_patterns("__pycache__"))
+    wheel, python = build(source, out), installed / "python"
+    run(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", str(wheel), cwd=out)
+    return installed
+
+
+def test_the_method_of_a_package_is_found_by_its_name(with_plugin: Path, tmp_path: Path) -> None:
+    train = str(with_plugin / "ssl-train")
+    assert "hypersphere" in run(train, "--help", cwd=tmp_path)
+    assert "alpha: 2.0" in run(train, "--help", "method=hypersphere", cwd=tmp_path)
+    told = run(train, "--cfg", "job", "method=hypersphere", "method.t=3", cwd=tmp_path)
+    assert "_target_: hypersphere.Hypersphere" in told
+    assert "t: 3" in told
+    assert "flip" in told  # of the views it chooses
+    told = run(train, "method=hypershere", cwd=tmp_path, code=2)
+    assert "Did you mean 'hypersphere'?" in told
+
+
+def test_the_keys_of_the_method_of_a_package_are_checked(with_plugin: Path, tmp_path: Path) -> None:
+    train = str(with_plugin / "ssl-train")
+    (dialogue,) = [text for text in blocks("console") if "wieght" in text]
+    command, answer = dialogue.rstrip("\n").split("\n")
+    assert run(train, *shlex.split(command)[2:], cwd=tmp_path, code=2).strip() == answer
+    told = run(train, "method=hypersphere", "method.dim=wide", cwd=tmp_path, code=2)
+    assert "method.dim is 'wide', but it must be a whole number" in told
+    told = run(train, "method=hypersphere", "mixture=unmix", cwd=tmp_path, code=2)
+    assert "hypersphere.Hypersphere takes no mixture" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_method_of_a_package_trains_goes_on_and_is_measured(with_plugin: Path, tmp_path: Path) -> None:
+    train, whole, half = str(with_plugin / "ssl-train"), tmp_path / "whole", tmp_path / "half"
+    line = [train, "method=hypersphere", *FEW, "train.max_steps=4", "train.save_every_steps=2"]
+    assert "step 4/4" in run(*line, f"run_dir={whole}", cwd=tmp_path)
+    (half / "checkpoints").mkdir(parents=True)
+    for path in (whole / "checkpoints").glob("step-00000002.*"):
+        shutil.copy(path, half / "checkpoints")
+    assert newest(half)["step"] == 2
+    run(*line, f"run_dir={half}", "resume=must", cwd=tmp_path)
+    assert differences(newest(half), newest(whole)) == []
+    told = run(str(with_plugin / "ssl-eval"), f"run={whole}", "protocol=knn", "protocol.k=5", cwd=tmp_path)
+    assert "trained" in told
+    assert any((whole / "eval").iterdir())
