@@ -46,8 +46,8 @@ def axis(low: float, high: float, top: float) -> Scale:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """About four round values from low to high."""
-    rough = max(high - low, 1e-3) / 4
+    """About five round values from low to high."""
+    rough = max(high - low, 1e-3) / 5
     size = 10 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
     return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -57,8 +57,8 @@ def needed(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> 
     if accuracy > scratch[-1]:
         return Need(float(counts[-1]), "lower")
     place = next(i for i, reached in enumerate(scratch) if reached >= accuracy)
-    if place == 0:
-        return Need(float(counts[0]), "upper" if accuracy < scratch[0] else None)
+    if place == 0 or scratch[place] == accuracy:
+        return Need(float(counts[place]), "upper" if accuracy < scratch[place] else None)
     share = (accuracy - scratch[place - 1]) / (scratch[place] - scratch[place - 1])
     low, high = math.log(counts[place - 1]), math.log(counts[place])
     return Need(math.exp(low + share * (high - low)))
