@@ -50,14 +50,10 @@ class Encoders(nn.Module):
             start += channels
         self.num_features = len(modalities) * num_features(backbone)
 
-    def each(self, images: Tensor) -> list[Tensor]:
-        """(N, C, H, W) -> the features (N, num_features / M) of each modality."""
-        parts = torch.split(images, self.channels, dim=1)
-        return [encoder(part) for encoder, part in zip(self.encoders.values(), parts, strict=True)]
-
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, num_features), the features of all modalities side by side."""
-        return torch.cat(self.each(images), dim=1)
+        """(N, C, H, W) -> (N, num_features), the features of all modalities side by side, equally wide."""
+        parts = torch.split(images, self.channels, dim=1)
+        return torch.cat([encoder(part) for encoder, part in zip(self.encoders.values(), parts, strict=True)], dim=1)
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
         """Maps by stage of the backbone, those of all modalities along the channels. ValueError where it has none."""
@@ -216,7 +212,7 @@ class CMC(Method):
 
     def project(self, images: Tensor) -> list[Tensor]:
         """(N, C, H, W) -> the embedding (N, D) of each modality before normalisation."""
-        features = self.backbone.each(images)
+        features = self.backbone(images).chunk(len(self.names), dim=1)
         return [head(part) for head, part in zip(self.heads.values(), features, strict=True)]
 
     def projection(self, images: Tensor) -> Tensor:
