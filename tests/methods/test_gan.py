@@ -73,7 +73,7 @@ def test_losses_of_half_precision_logits_are_computed_in_float32(kind: str) -> N
 def test_against_the_best_discriminator_a_linear_encoder_inverts_a_linear_generator() -> None:
     """Of x ~ N(0, 4): D is the log ratio of the two joint densities, both smoothed a little so that they exist."""
     deviation, noise = 2.0, 0.1
-    weights = torch.tensor([0.2, 0.8], dtype=torch.float64, requires_grad=True)  # of E and G
+    weights = torch.tensor([0.4, 1.5], dtype=torch.float64, requires_grad=True)  # of E and G
     descent = torch.optim.Adam([weights], lr=0.02, betas=(0.5, 0.999))
     generator = torch.Generator().manual_seed(0)
 
