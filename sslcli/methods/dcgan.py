@@ -77,8 +77,7 @@ class DCGAN(Game):
             discriminator_lr=discriminator_lr,
         )
         self.to_logit = nn.Linear(num_features(backbone), 1)
-        start(self.generator)
-        start(self.to_logit)
+        start(self.generator)  # not to_logit: behind few features 0.02 leaves the generator next to no gradient
         convert_batch_norm(self, SyncBatchNorm)
         self.pool = pool
 
