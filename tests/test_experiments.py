@@ -1,0 +1,89 @@
+"""Every recipe in conf/experiment: whole, and able to take its first steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra._internal.utils import get_args_parser
+
+from sslcli.cli import _run
+from sslcli.cli._compose import checked_jobs
+
+CONF = Path(__file__).parents[1] / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+SIZES = (32, 64, 128)  # of the images, where the recipe's own are larger: the first that backbone and method take
+LARGE = 512  # whole numbers beyond are widths and counts of negatives, which take time and decide nothing here
+OVERRIDES = [
+    "dataset=shapes",
+    "dataset.limit=8",
+    "dataset.test_images=0",
+    "dataset.val_fraction=0",
+    "device=cpu",
+    "dry_run=true",
+    "launcher.threads=1",
+    "monitor.pictures=0",
+    "train.accumulate=1",
+    "train.batch_size=4",
+    "train.precision=fp32",
+]
+
+
+@pytest.fixture(autouse=True)
+def _determinism_as_before() -> Iterator[None]:
+    before = torch.get_deterministic_debug_mode()
+    yield
+    torch.set_deterministic_debug_mode(before)
+
+
+def composed(*lines: str) -> dict[str, Any]:
+    return checked_jobs("train", get_args_parser().parse_args(list(lines)))[0]
+
+
+def smaller(node: dict[str, Any]) -> dict[str, Any]:
+    """The same node with nets and banks of little cost."""
+    found = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            found[key] = smaller(value)
+        elif isinstance(value, int) and value > LARGE:
+            found[key] = 64
+        elif key == "arch":
+            found[key] = "resnet18"
+        else:
+            found[key] = min(value, 2) if key == "depth" else value
+    return found
+
+
+def test_there_are_experiments_for_both_kinds_of_sets() -> None:
+    assert {"cifar10_moco_v2", "imagenet_moco_v2"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("word", EXPERIMENTS)
+def test_a_recipe_names_all_that_it_is_made_of(word: str) -> None:
+    found = yaml.safe_load((CONF / "experiment" / f"{word}.yaml").read_text())
+    chosen = {line.removeprefix("override /") for entry in found["defaults"] for line in entry}
+    assert {"method", "dataset", "backbone", "views", "optimizer"} <= chosen
+    assert {"epochs", "batch_size"} <= set(found["train"])
+    assert "lr" in found["optimizer"]
+
+
+@pytest.mark.parametrize("word", EXPERIMENTS)
+def test_a_recipe_takes_its_first_steps_at_reduced_size(
+    word: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = composed(f"experiment={word}")
+    own, told = whole["dataset"]["image_size"], ""
+    for size in SIZES if own > SIZES[1] else (own,):
+        config = composed(f"experiment={word}", *OVERRIDES, f"dataset.image_size={size}", f"run_dir={tmp_path}")
+        for group in ("method", "views", "optimizer"):
+            assert config["_choices_"][group] == whole["_choices_"][group]
+        config |= {group: smaller(config[group]) for group in ("method", "backbone")}
+        if _run.run(config) == 0:
+            return
+        told = capfd.readouterr().err
+    pytest.fail(told)
