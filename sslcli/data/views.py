@@ -15,7 +15,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -312,6 +312,39 @@ class Views:
         elif self.color_space == "ydbdr":
             images, mean, std = augment.rgb_to_ydbdr(images), YDBDR_MEAN, YDBDR_STD
         return augment.normalize(images, mean, std) if self.normalize else images
+
+
+class ScaledViews(Views):
+    """Views whose jitter is multiplied by one number, for studies of how strong views should be.
+
+    Args:
+        views, normalize, color_space: as for `Views`.
+        strength: at least 0; hue times strength must stay at most 0.5.
+
+    Raises:
+        ValueError: as `Views`, and for a strength out of its range.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[Mapping[str, Any] | View],
+        *,
+        strength: float = 1.0,
+        normalize: bool = True,
+        color_space: str = "rgb",
+    ) -> None:
+        super().__init__(views, normalize=normalize, color_space=color_space)
+        hue = max(entry.jitter[3] for entry in self.entries)
+        if not _is_number(strength) or not 0 <= strength * hue <= 0.5 or strength < 0:
+            most = f" and at most {0.5 / hue:g}, where the hue turns by 0.5" if hue > 0 else ""
+            raise ValueError(f"strength={strength!r} of the views must be a number of at least 0{most}")
+        self.entries = [_with_jitter(entry, strength) for entry in self.entries]
+        self.views = [entry for entry in self.entries for _ in range(entry.count)]
+
+
+def _with_jitter(view: View, strength: float) -> View:
+    brightness, contrast, saturation, hue = (strength * number for number in view.jitter)
+    return replace(view, jitter=(brightness, contrast, saturation, hue))
 
 
 def _between(fraction: Tensor, low: float, high: float) -> Tensor:

@@ -10,7 +10,7 @@ import yaml
 
 from sslcli.data import augment
 from sslcli.data.rng import mix
-from sslcli.data.views import View, Views
+from sslcli.data.views import ScaledViews, View, Views
 
 PRESETS = sorted((Path(__file__).parents[2] / "conf" / "views").glob("*.yaml"))
 
@@ -19,9 +19,9 @@ PRESETS = sorted((Path(__file__).parents[2] / "conf" / "views").glob("*.yaml"))
 def test_every_preset_loads_and_draws(path: Path) -> None:
     config = yaml.safe_load(path.read_text())
     assert path.read_text().startswith("# ")
-    assert config.pop("_target_") == "sslcli.data.views.Views"
-    assert set(config) == {"views", "normalize", "color_space"}
-    views = Views(**config)
+    kind = {"sslcli.data.views.Views": Views, "sslcli.data.views.ScaledViews": ScaledViews}[config.pop("_target_")]
+    assert set(config) - {"strength"} == {"views", "normalize", "color_space"}
+    views = kind(**config)
     assert len(views.describe()) == len(config["views"])
     key, sides = mix(0, 0, torch.arange(4)), torch.full((4,), 48)
     images = torch.randint(256, (4, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -73,6 +73,20 @@ def test_presets_have_the_published_numbers() -> None:
     assert infomin.kernel_size(224) == 23
     assert _fields("mae") == [View(crop_scale=(0.2, 1.0), interpolation="bicubic")]
     assert _fields("ijepa") == [View(crop_scale=(0.3, 1.0), flip=0.0)]
+
+
+def test_a_strength_multiplies_the_jitter_and_nothing_else() -> None:
+    plain = {"count": 2, "jitter": [0.8, 0.8, 0.8, 0.2], "jitter_p": 0.8, "grayscale": 0.1}
+    scaled = ScaledViews([plain, {}], strength=0.25)
+    want = Views([plain | {"jitter": [0.2, 0.2, 0.2, 0.05]}, {}])
+    assert scaled.entries == want.entries
+    assert scaled.views == want.views
+    assert ScaledViews([plain]).views == Views([plain]).views
+    assert not ScaledViews([plain], strength=0).views[0].jitters
+    assert ScaledViews([plain], strength=2.5).views[0].jitter[3] == 0.5
+    for strength in (-1, 2.6, math.nan, "strong"):
+        with pytest.raises(ValueError, match=r"strength=.* at least 0 and at most 2\.5, where the hue"):
+            ScaledViews([plain], strength=strength)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("size", "taps"), [(224, 23), (96, 9), (64, 7), (32, 3), (16, 3)])

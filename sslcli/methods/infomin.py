@@ -1,0 +1,129 @@
+"""InfoMin: MoCo v2 under stronger views, with a second query made of the shuffled patches of the image (PIRL).
+
+InfoMin  Tian et al. 2020           https://arxiv.org/abs/2005.10243   conf/method/infomin.yaml
+PIRL     Misra, van der Maaten 2020 https://arxiv.org/abs/1912.01991   the jigsaw branch
+
+Shapes: N images a process, W processes, D embedding size, K queue length, F features; a jigsaw has 9 cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslcli.methods.base import Batch, num_features
+from sslcli.methods.moco import MoCo
+from sslcli.nn import SplitBatchNorm, mlp
+from sslcli.noise import Noise
+
+GRID = 3
+CELLS = GRID * GRID
+
+
+def cells_of(images: Tensor) -> Tensor:
+    """(N, C, S, S) -> (N, 9, C, S / 3, S / 3), line by line. Raises ValueError unless S is a multiple of 3."""
+    height, width = images.shape[2:]
+    if height != width or height % GRID:
+        raise ValueError(
+            f"the jigsaw view has {height} x {width} pixels, but it is cut into {GRID} x {GRID} cells: "
+            f"set views.views.1.size to a multiple of {GRID}"
+        )
+    side = height // GRID
+    grid = images.unfold(2, side, side).unfold(3, side, side)  # (N, C, 3, 3, s, s)
+    return grid.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+
+
+def crops_of(cells: Tensor, corner: Tensor, side: int) -> Tensor:
+    """A square out of each cell: (N, 9, C, s, s), corner (N, 9, 2) top and left -> (N, 9, C, side, side)."""
+    channels, height = cells.shape[2:4]
+    place = corner[..., None] + torch.arange(side, device=cells.device)  # (N, 9, 2, side)
+    rows = place[:, :, 0, None, :, None].expand(-1, -1, channels, -1, height)
+    columns = place[:, :, 1, None, None, :].expand(-1, -1, channels, side, -1)
+    return cells.gather(3, rows).gather(4, columns)
+
+
+class InfoMin(MoCo):
+    """Momentum contrast of a whole image and of its shuffled patches with the same key.
+
+    Args:
+        jigsaw_weight: beta in [0, 1]; the loss is (1 - beta) * MoCo's + beta * that of the patches. At 0 there is no
+            jigsaw: two views and exactly MoCo.
+        jigsaw_patch: side of a patch as a share of its cell, in (0, 1]; where it lies in the cell is random.
+        moco: the arguments of `MoCo`.
+
+    Views: query, key and, with a jigsaw, the image to be cut, whose side is a multiple of 3.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        dim: int = 128,
+        mlp_head: bool = True,
+        jigsaw_weight: float = 0.5,
+        jigsaw_patch: float = 64 / 85,
+        **moco: Any,
+    ) -> None:
+        super().__init__(backbone, dim=dim, mlp_head=mlp_head, **moco)
+        if not 0 <= jigsaw_weight <= 1:
+            raise ValueError(f"jigsaw_weight is {jigsaw_weight}, but it shares the loss out, so it must lie in [0, 1]")
+        if not 0 < jigsaw_patch <= 1:
+            raise ValueError(f"jigsaw_patch is {jigsaw_patch}, but a patch is a part of its cell: choose from 0 to 1")
+        self.jigsaw_weight, self.jigsaw_patch = jigsaw_weight, jigsaw_patch
+        self.num_views = 2 if jigsaw_weight == 0 else 3
+        if jigsaw_weight > 0:
+            width = num_features(self.backbone)
+            layers = [width, *([width] if mlp_head else []), dim]
+            self.patch_head = mlp(layers, norm=False, bias=True, last_bias=True)
+            self.jigsaw_head = nn.Linear(CELLS * dim, dim)
+            self.noise = Noise()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        if self.jigsaw_weight == 0:
+            return super().forward(batch)
+        x1, x2, whole = batch.views
+        scalars = super().forward(replace(batch, views=[x1, x2]))
+        key = self.embeddings[1]  # (N, D) of view 2, which the patches are compared with too
+        jigsaw = self.contrast(self.jigsaw(whole), key)
+        loss = (1 - self.jigsaw_weight) * scalars["loss"] + self.jigsaw_weight * jigsaw.loss
+        return scalars | {"loss": loss, "jigsaw_loss": jigsaw.loss.detach(), "jigsaw_accuracy": jigsaw.accuracy}
+
+    def jigsaw(self, images: Tensor) -> Tensor:
+        """(N, C, S, S) -> (N, D) unit queries, each of the nine patches of one image in a random order."""
+        patches = self.patches(images)
+        with self.grouped_by_image():
+            features = self.backbone(patches.flatten(0, 1))  # (9N, F)
+        codes = self.patch_head(features).unflatten(0, (len(images), CELLS))  # (N, 9, D)
+        order = self.noise.uniform(len(images), CELLS, device=images.device).argsort(1)
+        shuffled = codes.gather(1, order.unsqueeze(2).expand_as(codes))
+        return F.normalize(self.jigsaw_head(shuffled.flatten(1)).float(), dim=1)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """(N, C, S, S) -> (N, 9, C, p, p), one patch anywhere in each cell."""
+        cells = cells_of(images)
+        cell = cells.shape[-1]
+        side = max(1, round(self.jigsaw_patch * cell))
+        corner = self.noise.integers(cell - side + 1, len(images), CELLS, 2, device=images.device)
+        return crops_of(cells, corner, side)
+
+    @contextmanager
+    def grouped_by_image(self) -> Iterator[None]:
+        """Let BatchNorm normalise the patches of `bn_group` images together, as it does whole images."""
+        norms = [part for part in self.backbone.modules() if isinstance(part, SplitBatchNorm)]
+        for norm in norms:
+            norm.group *= CELLS
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.group //= CELLS
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        facts = super().effective(batch_size)
+        return facts | ({"patches of an image": CELLS} if self.jigsaw_weight > 0 else {})
