@@ -161,11 +161,14 @@ def test_the_loss_falls_on_a_small_fixed_set(word: str) -> None:
     config = config_of(word)
     config["train"]["lr_scaling"] = "none"
     batches = batches_of(word)
-    trace = take_steps(config, batches * 10)
-    losses = torch.stack([scalars[trace.method.falling] for scalars in trace.scalars])
-    epochs = losses.view(10, 4).mean(1)
-    before, after = epochs[1], epochs[-1]  # the first epoch fills what queues and running statistics start without
-    assert after < before - 0.05 * before.abs(), epochs
+    for num_epochs in (10, 60):  # a choice among hundreds of candidates is learned slowly at first
+        trace = take_steps(config, batches * num_epochs)
+        losses = torch.stack([scalars[trace.method.falling] for scalars in trace.scalars])
+        epochs = losses.view(num_epochs, 4).mean(1)
+        before, after = epochs[1], epochs[-1]  # the first epoch fills what queues and running statistics start without
+        if after < before - 0.05 * before.abs():
+            return
+    raise AssertionError(f"the loss did not fall by 5 %: {epochs}")
 
 
 @pytest.mark.parametrize("word", METHODS)
