@@ -35,7 +35,7 @@ def cell(found: dict[str, Any] | None) -> str:
 def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
     """One row a run, best first; names are folded where the screen is narrow, never cut."""
     table = Table(title=rows[0]["protocol"])
-    table.add_column("run", overflow="fold", ratio=1)
+    table.add_column("run", overflow="fold")
     for title in ("top-1", "95 % interval", "random initialisation"):
         table.add_column(title, overflow="fold")
     for row in sorted(rows, key=lambda row: -row["top1"]):

@@ -36,7 +36,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.classify.bias)
         for part in net.modules():
             if isinstance(part, SplitBatchNorm):  # groups hide keys from queries, which is of no use here
-                part.__class__ = SyncBatchNorm
+                part.__class__ = SyncBatchNorm  # type: ignore[assignment]
         self._open(images)
 
     def forward(self, images: Tensor) -> Tensor:

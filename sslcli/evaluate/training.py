@@ -121,8 +121,10 @@ class Recipe:
         return View(crop_scale=scale, flip=self.flip)  # type: ignore[arg-type]
 
     def views(self, task: Task) -> Views:
-        """The same, in the colours of pre-training."""
-        return Views([self.view()], normalize=task.views.normalize, color_space=task.views.color_space)
+        """The same, finished as in pre-training."""
+        views = copy.copy(task.views)
+        views.entries = views.views = [self.view()]
+        return views
 
     def solver(self, classifier: Classifier, *, lr: float) -> Optimizer:
         """The optimizer over all levels of a classifier."""
