@@ -20,6 +20,7 @@ WIDTHS = {
     "wide_resnet101_2": 2048,
     "small": 256,
     "small_layernorm": 256,
+    "dcgan": 512 * 7 * 7,
     "vit_tiny": 192,
     "vit_small": 384,
     "vit_base": 768,
