@@ -6,7 +6,7 @@ temperature, on all training images. Yaml: conf/protocol/distill.yaml. N images,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +123,7 @@ class Distill(Recipe):
             everything = task.source.splits["train"]
             fit(student, task, everything, self, lr=self.lr, seed=self.seed, progress=progress, loss=loss)
 
-    def labelled(self, teacher: Teacher, task: Task) -> Iterator[Batch]:
+    def labelled(self, teacher: Teacher, task: Task) -> Generator[Batch, None, None]:
         """Batches of the teacher's labelled images, as many as there are steps."""
         loader = batches(task, teacher.positions, self, seed=self.seed + 1)
         with closing(loader.steps(0, self.steps)) as steps:

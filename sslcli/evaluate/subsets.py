@@ -26,7 +26,7 @@ def subset(
     if fraction is not None and not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}, but it must be above 0 and at most 1: 0.01 and 0.1 are usual")
     chosen = []
-    for label in labels.unique().tolist():
+    for label in sorted(set(labels.tolist())):
         members = torch.nonzero(labels == label).flatten()
         count = per_class if per_class is not None else max(1, round((fraction or 1.0) * len(members)))
         if not 1 <= count <= len(members):
@@ -44,7 +44,7 @@ def held_out(rows: Tensor, labels: Tensor, *, fraction: float, seed: int) -> tup
     A class with one image keeps it; any other holds out at least one.
     """
     out = []
-    for label in labels[rows].unique().tolist():
+    for label in sorted(set(labels[rows].tolist())):
         members = rows[labels[rows] == label]
         count = min(len(members) - 1, max(1, round(fraction * len(members))))
         out.append(members[rng.mix(seed, 1, members).argsort()[:count]])

@@ -197,7 +197,7 @@ def fit(
             with precision.autocast(task.device, task.precision):
                 value = loss(classifier, batch)
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(value).backward()
+            scaler.scale(value).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             scaler.update()
             if step % LOOK == LOOK - 1 and not bool(value.isfinite()):
