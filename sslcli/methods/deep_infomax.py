@@ -208,7 +208,8 @@ class DeepInfoMax(Method):
             scalars["local"] = self.local_loss(maps, vectors)
         if self.alpha:
             scalars["global"] = self.global_loss(maps, vectors)
-        scalars["information"] = self.alpha * scalars.get("global", 0) + self.beta * scalars.get("local", 0)
+        none = vectors.new_zeros(())
+        scalars["information"] = self.alpha * scalars.get("global", none) + self.beta * scalars.get("local", none)
         loss = scalars["information"]
         if self.gamma:
             prior = self.noise.uniform(*vectors.shape, device=vectors.device)

@@ -109,12 +109,13 @@ def dot_loss(
 
         ids = first + torch.arange(len(vectors), device=places.device)
         step = max(1, CHUNK_VALUES // (vectors.shape[2] * candidates.shape[1]))
-        blocks = list(zip(vectors.split(step), ids.split(step), strict=True))
+        blocks = list(zip(torch.split(vectors, step), torch.split(ids, step), strict=True))
         if len(blocks) == 1:
             rows = block(vectors, ids, candidates)
         else:
-            again = {"use_reentrant": False, "preserve_rng_state": False}
-            rows = torch.cat([checkpoint(block, *part, candidates, **again) for part in blocks])
+            rows = torch.cat(
+                [checkpoint(block, *part, candidates, use_reentrant=False, preserve_rng_state=False) for part in blocks]
+            )
         positive = vectors.transpose(1, 2) @ places  # (N, k, n)
         count = (num_images - 1) * num_places
         return information_loss(positive, rows, count=count, measure=measure, gather=gather)
