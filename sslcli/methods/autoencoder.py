@@ -49,7 +49,7 @@ def patch_statistics(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
 
     The variance is the unbiased one, plus 1e-6 (MAE, arXiv:2111.06377, as in the official code).
     """
-    patches = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (N, C, h, p, w, p)
+    patches = torch.unflatten(torch.unflatten(images, 3, (-1, patch_size)), 2, (-1, patch_size))  # (N, C, h, p, w, p)
     variance, mean = torch.var_mean(patches, dim=(1, 3, 5))  # (N, h, w)
     return tuple(  # type: ignore[return-value]
         value.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]
