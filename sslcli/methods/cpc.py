@@ -44,7 +44,9 @@ def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Cont
         own = (context * targets).sum(3, keepdim=True)  # (N, R, g, 1)
         others = torch.einsum("nrge,nrgme->nrgm", context, pool[negative])
         loss = -F.log_softmax(torch.cat([own, others], 3), dim=3)[..., 0].mean()
-        accuracy = (own > others.amax(3, keepdim=True)).to(dtype).mean()
+        mine = own_places(*negative.shape[:3], offset=0, device=negative.device).view(negative.shape[:3])
+        rivals = others.detach().masked_fill(negative == mine[..., None], -torch.inf)
+        accuracy = (own > rivals.amax(3, keepdim=True)).to(dtype).mean()
     return Contrast(loss, accuracy)
 
 

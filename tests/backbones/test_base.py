@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sslcli.backbones import Backbone
-from sslcli.backbones.base import check_positive
+from sslcli.errors import check_positive
 
 
 class Bare(Backbone):
