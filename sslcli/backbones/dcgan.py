@@ -1,6 +1,7 @@
 """The discriminator of DCGAN without its last layer: convolutions of stride 2, and the smallest map flattened.
 
-Radford et al. 2016  https://arxiv.org/abs/1511.06434   conf/backbone/dcgan.yaml
+Radford et al. 2016  https://arxiv.org/abs/1511.06434  https://github.com/Newmu/dcgan_code  conf/backbone/dcgan.yaml
+Kernels are 4 x 4, where the official code has 5 x 5.
 """
 
 from __future__ import annotations

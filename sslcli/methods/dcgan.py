@@ -1,6 +1,6 @@
 """DCGAN: the discriminator of a generative game is the representation, its maps pooled at every scale.
 
-Radford et al. 2016  https://arxiv.org/abs/1511.06434   conf/method/dcgan.yaml
+Radford et al. 2016  https://arxiv.org/abs/1511.06434  https://github.com/Newmu/dcgan_code  conf/method/dcgan.yaml
 
 Shapes: N images a process, C channels, S their side in pixels.
 """
@@ -23,7 +23,7 @@ INIT_STD = 0.02  # of all weights (section 4)
 
 def pooled_maps(maps: dict[str, Tensor], side: int) -> Tensor:
     """Maps (N, channels, height, width) by stage -> (N, F): each max-pooled to `side` x `side` places, or left with
-    fewer where it has no more, all in one row of length 1 (section 5.1).
+    fewer where it has no more, all in one row (svhn/svhn_semisup_analysis.py of the official code), of length 1.
     """
     pooled = [F.adaptive_max_pool2d(m, (min(side, m.shape[2]), min(side, m.shape[3]))) for m in maps.values()]
     return F.normalize(torch.cat([part.flatten(1) for part in pooled], 1), dim=1)
@@ -77,7 +77,8 @@ class DCGAN(Game):
             discriminator_lr=discriminator_lr,
         )
         self.to_logit = nn.Linear(num_features(backbone), 1)
-        start(self.generator)  # not to_logit: behind few features 0.02 leaves the generator next to no gradient
+        start(self.generator)
+        start(self.to_logit)
         convert_batch_norm(self, SyncBatchNorm)
         self.pool = pool
 
