@@ -68,6 +68,8 @@ def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
     except (OSError, RuntimeError) as error:
         for leftover in path.parent.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
+        if "DataLoader worker" in str(error):  # the signal of a dying worker finds us wherever we are
+            raise
         kept = all_of(run_dir)
         raise TrainingFailed(
             f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}). "

@@ -294,3 +294,19 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(Killed):
         checkpoint.replace(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+def test_a_worker_that_dies_during_a_save_is_not_taken_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert newest_step(tmp_path) == 1
+    assert not list(tmp_path.rglob("*.tmp"))

@@ -52,6 +52,7 @@ EVAL = EvalSettings(
     run=None,
     weights=None,
     checkpoint="last",
+    feature_layer="backbone",
     device="auto",
     precision="auto",
     batch_size=512,

@@ -1,3 +1,4 @@
+import importlib
 import inspect
 from pathlib import Path
 
@@ -6,7 +7,6 @@ import pytest
 import torch
 import yaml
 
-from sslcli.data import files, sources
 from sslcli.data.files import ImageNet
 from sslcli.data.shapes import CLASSES, Nuisances, draw
 from sslcli.data.sources import Shapes, Source
@@ -133,7 +133,7 @@ def keywords_of(kind) -> set[str]:
 def test_yaml_writes_out_every_keyword_of_its_class(path):
     values = yaml.safe_load(path.read_text())
     module, _, name = values.pop("_target_").rpartition(".")
-    kind = getattr({"sslcli.data.sources": sources, "sslcli.data.files": files}[module], name)
+    kind = getattr(importlib.import_module(module), name)
     expected = keywords_of(kind) - ({"test"} if kind is ImageNet else set())
     assert set(values) == expected
     if kind is Shapes:
@@ -144,4 +144,4 @@ def test_yaml_writes_out_every_keyword_of_its_class(path):
 
 def test_yaml_words():
     words = {path.stem for path in CONF.glob("*.yaml")}
-    assert words == {"shapes", "cifar10", "cifar100", "stl10", "svhn", "imagenet", "folder", "flat", "list"}
+    assert words == {"shapes", "cifar10", "cifar100", "stl10", "svhn", "imagenet", "folder", "flat", "list", "parallel"}
