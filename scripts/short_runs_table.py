@@ -1,4 +1,4 @@
-"""Print the table of docs/results.md from what cifar10_short_runs.sh measured: `python scripts/short_runs_table.py OUT`."""
+"""Print what cifar10_short_runs.sh measured as the table of docs/results.md: `python scripts/short_runs_table.py OUT`."""
 
 from __future__ import annotations
 
@@ -36,4 +36,6 @@ if __name__ == "__main__":
     print("| method | images seen | minutes | " + " | ".join(heads) + " |")
     print("|---" * (3 + len(heads)) + "|")
     for done in sorted(Path(sys.argv[1]).glob("*/done")):
+        if done.parent.suffix == ".timing":
+            continue
         print(row(done.parent))
