@@ -1,4 +1,4 @@
-"""Print what cifar10_short_runs.sh measured as the table of docs/results.md: `python scripts/short_runs_table.py OUT`."""
+"""Print what cifar10_short_runs.sh measured as a markdown table: `python scripts/short_runs_table.py OUT`."""
 
 from __future__ import annotations
 
