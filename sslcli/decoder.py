@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 from sslcli.errors import ConfigError, check_positive
+from sslcli.nn import full_precision
 
 NARROWEST = 64  # channels of the last block, as in the 512-256-128-64 of 32-pixel images
 
@@ -67,17 +67,24 @@ def up_block(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
-def full_precision(values: Tensor) -> Tensor:
-    """The same values in float32, or float64 where they are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def psnr(drawn: Tensor, images: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of images (N, C, H, W) in [0, 1]: -10 log10 of the mean squared error of each,
     the mean over images. 100 dB at most.
     """
     error = (full_precision(drawn) - full_precision(images)).square().flatten(1).mean(1)  # (N,)
     return -10 * error.clamp_min(1e-10).log10().mean()
+
+
+class FirstLook:
+    """`check_images` for the images of the first step alone, since looking at values waits for the device."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape, self.passed = shape, False
+
+    def __call__(self, images: Tensor) -> None:
+        if not self.passed:
+            check_images(images, self.shape)
+            self.passed = True
 
 
 def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslcli.nn import full_precision
+
 _REMEDY = {
     "point": (
         "The embeddings of all images shrink to one point. Likely causes: no predictor, or a target with EMA "
@@ -45,7 +47,7 @@ def _matrix(z: Tensor, name: str = "z") -> Tensor:
             f"{name} has shape {tuple(z.shape)} and dtype {z.dtype}, but features must be a floating matrix "
             "(N, d) of at least 2 rows: pass one row an image"
         )
-    return z.to(torch.promote_types(z.dtype, torch.float32))
+    return full_precision(z)
 
 
 def feature_std(z: Tensor, *, biased: bool = False) -> Tensor:

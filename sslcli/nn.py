@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,11 @@ from torch.nn.modules._functions import SyncBatchNorm as _FusedSyncNormalize
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslcli import distributed
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """The same values in float32, or float64 where they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def mlp(
@@ -58,6 +64,18 @@ def frozen_copy(module: nn.Module) -> Any:
         if isinstance(getattr(part, "drop_prob", None), float):
             part.drop_prob = 0.0  # type: ignore[assignment]
     return twin
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put `module` in eval mode; afterwards give every submodule back its own mode, frozen ones included."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
 
 
 @torch.no_grad()
@@ -126,7 +144,7 @@ class _SyncNormalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
         axes = [axis for axis in range(input.dim()) if axis != 1]
-        values = input.to(torch.promote_types(input.dtype, torch.float32))
+        values = full_precision(input)
         local_var, local_mean = torch.var_mean(values, dim=axes, correction=0)
         means = distributed.all_gather(local_mean[None])  # (W, C)
         variances = distributed.all_gather(local_var[None])

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from sslcli.data.sources import Source
 from sslcli.data.views import Views
-from sslcli.evaluate.features import evaluating
 from sslcli.evaluate.layers import BACKBONE, read
 from sslcli.evaluate.online import collect
 from sslcli.evaluate.training import Start, Task
+from sslcli.nn import evaluating
 from sslcli.report.console import Screen
 
 CPU = torch.device("cpu")

@@ -69,6 +69,12 @@ def test_the_checksum_is_one_that_sha256sum_checks(tmp_path: Path) -> None:
     assert path.with_suffix(".sha256").read_text() == f"{digest}  {path.name}\n"
 
 
+def test_sha256_is_the_digest_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    digest = checkpoint.sha256(tmp_path / "file")
+    assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
 def test_a_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
     assert checkpoint.load_newest(tmp_path, device=CPU, warn=pytest.fail) is None
 

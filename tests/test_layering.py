@@ -39,6 +39,7 @@ RANKS = {
 SIDEWAYS = {  # within one rank, in this direction alone
     ("report", "checkpoint"),  # to write a file whole or not at all
     ("mixture", "noise"),  # its random numbers
+    ("decoder", "nn"),
     ("train", "stopping"),
     ("train", "watch"),
 }

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sslcli.backbones.base import Backbone
 from sslcli.errors import check_positive
+from sslcli.nn import evaluating
 
 
 def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> Tensor:
@@ -22,21 +23,16 @@ def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> T
     name = type(module).__name__
     first = next(module.parameters(), torch.empty(0))
     images = torch.zeros(2, in_channels, image_size, image_size, device=first.device, dtype=first.dtype)
-    modes = {part: part.training for part in module.modules()}
     buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
     devices = [first.device] if first.is_cuda else []
-    module.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices):
             out = torch.func.functional_call(module, buffers, (images,))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ValueError(
             f"{name} does not take images of shape {tuple(images.shape)}: {error}; "
             "a backbone is called with one tensor (N, C, H, W), so change image_size, in_channels or the module"
         ) from error
-    finally:
-        for part, training in modes.items():
-            part.training = training
     if not isinstance(out, Tensor):
         raise ValueError(
             f"{name} gives a {type(out).__name__}, but a backbone gives one tensor (N, D) or (N, C, H, W): "

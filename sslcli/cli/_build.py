@@ -18,8 +18,8 @@ from sslcli.cli._schema import check_target, trusted_packages
 from sslcli.data.sources import Source
 from sslcli.data.views import Views
 from sslcli.errors import ConfigError, nearest
-from sslcli.evaluate.features import evaluating
 from sslcli.methods.base import Method
+from sslcli.nn import evaluating
 from sslcli.optim import parameter_groups
 
 

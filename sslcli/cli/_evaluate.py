@@ -24,11 +24,12 @@ from sslcli.data.sources import Source
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, TrainingFailed
 from sslcli.evaluate import layers
 from sslcli.evaluate.distill import Distill, Teacher
-from sslcli.evaluate.features import FeatureSet, cached, evaluating, pixels
+from sslcli.evaluate.features import FeatureSet, cached, pixels
 from sslcli.evaluate.finetune import Outcome
 from sslcli.evaluate.network import Classifier
 from sslcli.evaluate.online import bank_positions, collect
 from sslcli.evaluate.training import Recipe, Start, Task
+from sslcli.nn import evaluating
 from sslcli.report.console import Screen
 
 

@@ -20,8 +20,9 @@ from sslcli.cli._build import Parts, build_optimizer, build_parts
 from sslcli.cli._dry import dry_run, save_views
 from sslcli.data.loader import Loader, plain_batches, worker_died
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, Stopped, TrainingFailed
-from sslcli.evaluate.features import evaluating
 from sslcli.evaluate.online import knn_probe
+from sslcli.methods.base import Method
+from sslcli.nn import evaluating
 from sslcli.report import pictures
 from sslcli.report.console import Screen, percent, show
 from sslcli.report.metrics import newest
@@ -178,7 +179,7 @@ def assemble(
         run_dir=run_dir,
         screen=screen,
         probe=probe_of(parts, monitor, device, resolved, screen),
-        draw=partial(draw_pictures, parts, monitor.pictures, device) if monitor.pictures else None,
+        draw=partial(draw_pictures, parts, monitor.pictures, device) if draws(parts, monitor) else None,
     )
     if settings.compile:
         parts.method.backbone.compile()
@@ -219,6 +220,11 @@ def probe_of(
         screen.say("k-NN is skipped: the images have no labels, or none are held out (dataset.val_fraction)")
         return None
     return knn_probe(parts.method, parts.source, parts.views, monitor, device=device, precision=resolved)
+
+
+def draws(parts: Parts, monitor: MonitorSettings) -> bool:
+    """Whether the method has pictures of its own, and they are wanted."""
+    return monitor.pictures > 0 and type(parts.method).pictures is not Method.pictures
 
 
 def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, torch.Tensor]:

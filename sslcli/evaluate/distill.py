@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslcli.evaluate.features import evaluating
 from sslcli.evaluate.finetune import Outcome, reported_positions
 from sslcli.evaluate.layers import BACKBONE
 from sslcli.evaluate.network import Classifier
-from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank
+from sslcli.evaluate.result import label_rank
 from sslcli.evaluate.training import Progress, Recipe, Start, Task, batches, cross_entropy, fit, predict
 from sslcli.methods.base import Batch, num_features
+from sslcli.nn import evaluating
 
 TEACHERS = ("finetune", "semi")
 
@@ -129,7 +129,3 @@ class Distill(Recipe):
         with closing(loader.steps(0, self.steps)) as steps:
             for (batch,) in steps:
                 yield batch
-
-    def numbers(self, place: Tensor) -> dict[str, Any]:
-        interval = bootstrap_interval(place == 0, seed=self.seed, resamples=self.resamples)
-        return {"top1": accuracy(place, 1), "top5": accuracy(place, 5), "interval": list(interval)}

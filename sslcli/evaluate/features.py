@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sslcli.data.loader import plain_batches
 from sslcli.precision import autocast
@@ -90,18 +89,6 @@ def check_features(features: Tensor, labels: Tensor, *, num_classes: int, width:
             f"{name} features of {bad} of {len(features)} images are NaN or infinite: the checkpoint has diverged, "
             "or 16 bits are too few for this net; evaluate an earlier one, or with train.precision=fp32"
         )
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put `module` in eval mode; afterwards give every submodule back its own mode, frozen ones included."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
 
 
 def extract(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sslcli.evaluate.features import FeatureSet
 from sslcli.evaluate.network import Classifier
-from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank
+from sslcli.evaluate.result import accuracy, label_rank
 from sslcli.evaluate.subsets import held_out
 from sslcli.evaluate.training import Progress, Recipe, Start, Task, fit, predict, warm
 
@@ -149,7 +149,7 @@ class Finetune(Tuned):
         result = {
             "protocol": "finetune",
             "split": data.reported()[0],
-            **self.numbers(trained),
+            **self.numbers(trained.place[0]),
             "chosen": trained.chosen,
             "grid": trained.grid,
             "n_train": len(rows),
@@ -158,9 +158,7 @@ class Finetune(Tuned):
             **self.facts(),
         }
         if "random" in found:
-            result["baselines"] = {"random": self.numbers(found["random"]) | {"chosen": found["random"].chosen}}
+            result["baselines"] = {
+                "random": self.numbers(found["random"].place[0]) | {"chosen": found["random"].chosen}
+            }
         return Outcome(result=result, net=trained.net, positions=data.train_positions)
-
-    def numbers(self, trained: Trained) -> dict[str, Any]:
-        interval = bootstrap_interval(trained.place[0] == 0, seed=self.seed, resamples=self.resamples)
-        return {"top1": trained.top(1)[0], "top5": trained.top(5)[0], "interval": list(interval)}

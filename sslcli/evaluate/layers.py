@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sslcli.backbones.wrap import pooled
 from sslcli.errors import nearest
-from sslcli.evaluate.features import evaluating
 from sslcli.methods.base import Method
+from sslcli.nn import evaluating
 
 BACKBONE = "backbone"
 

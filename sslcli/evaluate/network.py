@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslcli.evaluate import layers
-from sslcli.evaluate.features import evaluating
 from sslcli.methods.base import Method
-from sslcli.nn import SplitBatchNorm, SyncBatchNorm
+from sslcli.nn import SplitBatchNorm, SyncBatchNorm, evaluating
 from sslcli.optim import NEVER_DECAYED
 
 Level = dict[str, nn.Parameter]  # by name

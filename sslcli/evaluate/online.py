@@ -11,9 +11,10 @@ from torch import Tensor
 from sslcli.data import rng
 from sslcli.data.sources import Source
 from sslcli.data.views import Views
-from sslcli.evaluate.features import FeatureSet, evaluating, extract
+from sslcli.evaluate.features import FeatureSet, extract
 from sslcli.evaluate.knn import Knn
 from sslcli.methods.base import Method
+from sslcli.nn import evaluating
 from sslcli.settings import MonitorSettings
 
 BATCH = 512  # images a forward pass; online and offline must agree in it, since kernels may depend on the batch

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -73,12 +70,3 @@ def bootstrap_runs(correct: Tensor, *, seed: int, resamples: int = 1000, level: 
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
-
-
-def sha256(path: Path | str) -> str:
-    """Hex SHA-256 digest of a file, read in pieces: what a result file names its checkpoint by."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

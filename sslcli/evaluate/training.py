@@ -23,10 +23,12 @@ from sslcli import precision, schedule
 from sslcli.data.loader import Loader
 from sslcli.data.sources import Source
 from sslcli.data.views import View, Views
-from sslcli.evaluate.features import FeatureSet, evaluating, extract
+from sslcli.evaluate.features import FeatureSet, extract
 from sslcli.evaluate.linear import Linear
 from sslcli.evaluate.network import Classifier, parameter_groups, set_mode
+from sslcli.evaluate.result import accuracy, bootstrap_interval
 from sslcli.methods.base import Batch
+from sslcli.nn import evaluating
 from sslcli.report.console import Screen
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -132,6 +134,11 @@ class Recipe:
         if self.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=lr, betas=(self.momentum, 0.999))
         return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, nesterov=self.momentum > 0)
+
+    def numbers(self, place: Tensor) -> dict[str, Any]:
+        """Accuracies and the interval of the first, from the places (m,) of the true classes of m images."""
+        interval = bootstrap_interval(place == 0, seed=self.seed, resamples=self.resamples)
+        return {"top1": accuracy(place, 1), "top5": accuracy(place, 5), "interval": list(interval)}
 
     def facts(self) -> dict[str, Any]:
         """For the result file."""

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.decoder import Decoder, check_images, full_precision, psnr
+from sslcli.decoder import Decoder, FirstLook, psnr
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, Method, num_features
-from sslcli.nn import SyncBatchNorm, convert_batch_norm
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, full_precision
 from sslcli.noise import Noise
 
 CORRUPTIONS = ("gaussian", "pixel_mask", "block_mask", "salt_pepper")
@@ -121,16 +121,13 @@ class Autoencoder(Method):
         self.decoder = Decoder(dim, image_size=image_size, channels=channels, width=width)
         convert_batch_norm(self, SyncBatchNorm)
         self.noise = Noise()
-        self.shape = (channels, image_size, image_size)
+        self.first_look = FirstLook((channels, image_size, image_size))
         self.loss, self.patch_size = loss, patch_size
         self.corruption, self.strength, self.block_size = corruption, strength, block_size
-        self.checked = False
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (images,) = batch.views
-        if not self.checked:  # once, since looking at values waits for the device
-            check_images(images, self.shape)
-            self.checked = True
+        self.first_look(images)
         code = self.projection(self.corrupted(images))  # (N, D)
         drawn = self.decoder(code)
         self.embeddings = (code.detach(),)

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from sslcli.decoder import full_precision
 from sslcli.errors import check_positive
 from sslcli.losses import check_momentum
 from sslcli.methods.base import Batch, num_features
 from sslcli.methods.gan import Game, aside, deceiver_loss, discriminator_loss, distance, pixels
-from sslcli.nn import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy, full_precision
 
 SLOPE = 0.2  # of LeakyReLU, as in DCGAN
 
@@ -121,7 +120,7 @@ class BiGAN(Game):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (images,) = batch.views
-        self.check(images)
+        self.first_look(images)
         prior = self.codes(images)
         codes, drawn = self.encoder(images), pixels(self.generator(prior))
         self.embeddings = (codes.detach(),)

@@ -21,7 +21,7 @@ from sslcli.distributed import all_gather, all_gather_with_grad, rank, world_siz
 from sslcli.losses import check_temperature
 from sslcli.methods.bank import Bank, log_normalizer, nce, own_row_wins, sampled_softmax, scores
 from sslcli.methods.base import Batch, Method, num_features
-from sslcli.nn import SyncBatchNorm, convert_batch_norm
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, full_precision
 from sslcli.noise import Noise
 
 LOSSES = ("nce", "softmax", "batch")
@@ -155,7 +155,7 @@ class CMC(Method):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         z = self.project(batch.views[0])  # M times (N, D)
         with torch.autocast(z[0].device.type, enabled=False):
-            v = [F.normalize(part if part.dtype == torch.float64 else part.float(), dim=1) for part in z]
+            v = [F.normalize(full_precision(part), dim=1) for part in z]
             if self.loss == "batch":
                 scalars = self.contrast(v, batch.present)
             else:

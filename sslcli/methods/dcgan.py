@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, num_features
 from sslcli.methods.gan import Game, aside, deceiver_loss, discriminator_loss, distance, pixels
-from sslcli.nn import SyncBatchNorm, convert_batch_norm
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, evaluating
 
 INIT_STD = 0.02  # of all weights (section 4)
 
@@ -84,7 +84,7 @@ class DCGAN(Game):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (images,) = batch.views
-        self.check(images)
+        self.first_look(images)
         drawn = pixels(self.generator(self.codes(images)))
 
         # The discriminator's own loss: it learns, the generator does not.
@@ -107,12 +107,8 @@ class DCGAN(Game):
 
     def judgement(self, images: Tensor) -> Tensor:
         """Logits (N, 1) by running statistics, so that no image's logit depends on another image."""
-        modes = {part: part.training for part in self.backbone.modules()}
-        self.backbone.eval()
-        logits: Tensor = self.to_logit(self.backbone(images))
-        for part, training in modes.items():
-            part.training = training
-        return logits
+        with evaluating(self.backbone):
+            return self.to_logit(self.backbone(images))  # type: ignore[no-any-return]
 
     def features(self, images: Tensor) -> Tensor:
         """(N, C, S, S) -> (N, F), rows of length 1: pool^2 values of every channel of every stage."""

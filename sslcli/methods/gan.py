@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.decoder import Decoder, check_images, full_precision
+from sslcli.decoder import Decoder, FirstLook
 from sslcli.distributed import all_gather
 from sslcli.methods.base import Method
+from sslcli.nn import full_precision
 from sslcli.noise import Noise
 
 LOSSES = ("logistic", "hinge")
@@ -128,16 +129,9 @@ class Game(Method):
         check_values(loss=loss, r1=r1, r1_every=r1_every, discriminator_lr=discriminator_lr)
         self.generator = nn.Sequential(Decoder(dim, image_size=image_size, channels=channels, width=width), nn.Tanh())
         self.noise = Noise()
-        self.shape, self.dim = (channels, image_size, image_size), dim
+        self.first_look, self.dim = FirstLook((channels, image_size, image_size)), dim
         self.loss, self.r1, self.r1_every, self.discriminator_lr = loss, r1, r1_every, discriminator_lr
         self.steps = 0
-        self.checked = False
-
-    def check(self, images: Tensor) -> None:
-        """Raise ConfigError for images of the first step that are not like those drawn."""
-        if not self.checked:  # once, since looking at values waits for the device
-            check_images(images, self.shape)
-            self.checked = True
 
     def codes(self, images: Tensor) -> Tensor:
         """One code from the prior for each of the images, (N, dim), as random as the step."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sslcli.losses import check_temperature, info_nce
 from sslcli.methods.bank import Bank, log_normalizer, nce, own_row_wins, sampled_softmax, scores
 from sslcli.methods.base import Batch, Method, num_features
-from sslcli.nn import SyncBatchNorm, convert_batch_norm
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, full_precision
 from sslcli.noise import Noise
 
 LOSSES = ("full", "nce", "softmax")
@@ -71,7 +71,7 @@ class MemoryBank(Method):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         z = self.projection(batch.views[0])
         with torch.autocast(z.device.type, enabled=False):
-            v = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)  # (N, D)
+            v = F.normalize(full_precision(z), dim=1)  # (N, D)
             scalars = self.contrast(v, batch.index)
             if self.proximal:
                 distance = (v - self.bank.rows[batch.index]).square().sum(1).mean()

@@ -17,7 +17,7 @@ from sslcli.distributed import all_gather, rank
 from sslcli.losses import Contrast, check_momentum, check_temperature, info_nce
 from sslcli.methods.base import Batch, Method, num_features
 from sslcli.mixture import UnMix, add_mixture
-from sslcli.nn import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy, mlp
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy, full_precision, mlp
 from sslcli.schedule import ema_momentum
 
 
@@ -26,7 +26,7 @@ def contrast(query: Tensor, key: Tensor, *, temperature: float) -> Contrast:
 
     `query` and `key` are (N, D) of any length; the negatives are the other images' keys of the same view.
     """
-    query = F.normalize(query.float() if query.dtype != torch.float64 else query, dim=1)
+    query = F.normalize(full_precision(query), dim=1)
     key = F.normalize(key.to(query.dtype), dim=1).detach()
     own = rank() * len(key) + torch.arange(len(key), device=key.device)
     result = info_nce(query, key, all_gather(key), temperature=temperature, exclude=own[:, None])

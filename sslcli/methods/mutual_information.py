@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sslcli.distributed import all_gather_with_grad, rank
 from sslcli.losses import CHUNK_VALUES
+from sslcli.nn import full_precision
 
 LOG2 = math.log(2)
 UNBOUNDED = ("X2", "W1")  # as losses: scores that grow for ever lower them for ever
@@ -92,7 +93,7 @@ def dot_loss(
     about `CHUNK_VALUES` scores, since blocks of rows are computed again in the backward pass.
     """
     with torch.autocast(places.device.type, enabled=False):
-        places, vectors = exact(places), exact(vectors)
+        places, vectors = full_precision(places), full_precision(vectors)
         everyone, first = (all_gather_with_grad(places), rank() * len(places)) if gather else (places, 0)
         num_images, _, num_places = everyone.shape
         if num_images < 2:
@@ -126,13 +127,13 @@ def concat_loss(score: nn.Module, maps: Tensor, vectors: Tensor, *, measure: str
 
     `maps` is (N, C, H, W), `vectors` (N, D); `score` takes (N, D + C, H, W) to (N, 1, H, W).
     """
-    maps, vectors = exact(maps), exact(vectors)
+    maps, vectors = full_precision(maps), full_precision(vectors)
     everyone, first = (all_gather_with_grad(maps), rank() * len(maps)) if gather else (maps, 0)
     others = everyone.roll(-1, 0)[first : first + len(maps)]
     beside = vectors[:, :, None, None].expand(-1, -1, *maps.shape[2:])
     pairs = torch.cat([torch.cat([beside, beside]), torch.cat([maps, others])], dim=1)
     with torch.autocast(maps.device.type, enabled=False):
-        positive, negative = exact(score(pairs)).flatten(2).chunk(2)  # (N, 1, n) each
+        positive, negative = full_precision(score(pairs)).flatten(2).chunk(2)  # (N, 1, n) each
         rows = reduce_negatives(negative, None, measure=measure)
         return information_loss(positive, rows, count=negative.shape[2], measure=measure, gather=gather)
 
@@ -144,14 +145,9 @@ def prior_losses(discriminator: nn.Module, vectors: Tensor, prior: Tensor) -> tu
     so that one backward of their sum gives each player its own.
     """
     with torch.autocast(vectors.device.type, enabled=False):
-        code = exact(vectors).sigmoid()
+        code = full_precision(vectors).sigmoid()
         frozen = {name: weight.detach() for name, weight in discriminator.named_parameters()}
         encoder_loss = F.softplus(-functional_call(discriminator, frozen, (code,))).mean()
         real, fake = discriminator(torch.cat([prior.to(code.dtype), code.detach()])).chunk(2)
         expected_real, expected_fake = expectations(real, fake, "GAN")
         return encoder_loss, expected_fake - expected_real
-
-
-def exact(values: Tensor) -> Tensor:
-    """In float32, or float64 if they are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -17,7 +17,7 @@ from sslcli.distributed import all_gather_with_grad, rank, world_size
 from sslcli.losses import Contrast, check_temperature, info_nce
 from sslcli.methods.base import Batch, Method, num_features
 from sslcli.mixture import UnMix, add_mixture
-from sslcli.nn import SyncBatchNorm, convert_batch_norm, mlp
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, full_precision, mlp
 
 
 def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None = None) -> Contrast:
@@ -27,7 +27,7 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None
     all other images on all processes; gradients flow through them on every process. The unit rows of `memory` (K, D),
     where given, are further negatives of every anchor.
     """
-    z1, z2 = (F.normalize(z.float() if z.dtype != torch.float64 else z, dim=1) for z in (z1, z2))
+    z1, z2 = (F.normalize(full_precision(z), dim=1) for z in (z1, z2))
     num_rows, total = len(z1), world_size() * len(z1)
     further = [] if memory is None else [memory.to(z1.dtype)]
     candidates = torch.cat([all_gather_with_grad(z1), all_gather_with_grad(z2), *further])  # (2WN + K, D)

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.decoder import Decoder, check_images, full_precision, psnr
+from sslcli.decoder import Decoder, FirstLook, psnr
 from sslcli.distributed import all_gather, all_reduce_mean
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, Method, num_features
-from sslcli.nn import SyncBatchNorm, convert_batch_norm
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, full_precision
 from sslcli.noise import Noise
 
 LOG_VARIANCE = (-10.0, 10.0)  # where exp is harmless
@@ -132,18 +132,15 @@ class VAE(Method):
         self.decoder = Decoder(dim, image_size=image_size, channels=channels, width=width)
         convert_batch_norm(self, SyncBatchNorm)
         self.noise = Noise()
-        self.shape = (channels, image_size, image_size)
+        self.first_look = FirstLook((channels, image_size, image_size))
         self.beta, self.free_bits, self.kl_warmup = beta, free_bits, kl_warmup
         self.reconstruction, self.sigma = reconstruction, sigma
         self.kl_share: Tensor  # of beta, () in [0, 1]
         self.register_buffer("kl_share", torch.tensor(0.0 if kl_warmup else 1.0))
-        self.checked = False
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (images,) = batch.views
-        if not self.checked:  # once, since looking at values waits for the device
-            check_images(images, self.shape)
-            self.checked = True
+        self.first_look(images)
         images = full_precision(images)
         posterior = self.posterior(images)
         code = posterior.mean

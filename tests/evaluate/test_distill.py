@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from learnable import Colours, start_of, task_of
 from sslcli.evaluate.distill import Distill, Teacher, distillation
 from sslcli.evaluate.finetune import Finetune
 from sslcli.evaluate.training import Start, Task
@@ -46,20 +45,6 @@ def test_a_cold_teacher_gives_hard_labels() -> None:
     cold = distillation(student, teacher, temperature=1e-3, scale=False)
     hard = F.cross_entropy(student / 1e-3, teacher.argmax(1))
     torch.testing.assert_close(cold, hard)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return task_of(Colours())
-
-
-@pytest.fixture(scope="module")
-def starts(task: Task) -> dict[str, Start]:
-    made = {}
-    for seed, name in enumerate(("trained", "random")):
-        torch.manual_seed(seed)
-        made[name] = start_of(TinyNet(), task)
-    return made
 
 
 @pytest.fixture(scope="module")

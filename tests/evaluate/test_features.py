@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sslcli.data.sources import BadImage
-from sslcli.evaluate.features import FeatureSet, cached, evaluating, extract, pixels
+from sslcli.evaluate.features import FeatureSet, cached, extract, pixels
+from sslcli.nn import evaluating
 
 
 class Net(nn.Module):

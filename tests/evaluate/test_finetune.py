@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learnable import Colours, start_of, task_of
 from sslcli.evaluate.features import FeatureSet
 from sslcli.evaluate.finetune import Finetune
 from sslcli.evaluate.linear import Linear
@@ -18,23 +17,8 @@ from sslcli.evaluate.result import bootstrap_interval, bootstrap_runs
 from sslcli.evaluate.semi import Semi
 from sslcli.evaluate.training import Progress, Recipe, Start, Task, fit, predict, warm
 from sslcli.report.console import Screen
-from tiny import TinyNet
 
 QUICK: dict[str, Any] = {"steps": 12, "batch_size": 16, "lrs": [0.1, 1.0]}
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return task_of(Colours())
-
-
-@pytest.fixture(scope="module")
-def starts(task: Task) -> dict[str, Start]:
-    made = {}
-    for seed, name in enumerate(("trained", "random")):
-        torch.manual_seed(seed)
-        made[name] = start_of(TinyNet(), task)
-    return made
 
 
 def bits(net: nn.Module) -> dict[str, Tensor]:

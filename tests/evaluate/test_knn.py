@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sslcli.evaluate.features import FeatureSet
 from sslcli.evaluate.knn import Knn, knn
-from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank, sha256
+from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {case["case"]: case for case in json.loads((GOLDEN / "index.json").read_text())}
@@ -177,8 +177,3 @@ def test_bootstrap_refuses_values_out_of_range(change, message):
         bootstrap_interval(torch.ones(3, dtype=torch.bool), seed=0, **change)
     with pytest.raises(ValueError, match="at least one image"):
         bootstrap_interval(torch.ones(0, dtype=torch.bool), seed=0)
-
-
-def test_sha256_is_the_digest_of_the_bytes(tmp_path):
-    (tmp_path / "file").write_bytes(b"abc")
-    assert sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -129,7 +129,7 @@ def test_a_linear_autoencoder_finds_the_principal_components() -> None:
     images = (0.5 + torch.randn(64, 12, generator=generator, dtype=torch.float64) * spread @ basis).clamp(0, 1)
     method = Autoencoder(Flat(12), image_size=8, dim=3, width=2)
     method.decoder = nn.Sequential(nn.Linear(3, 12), nn.Unflatten(1, (3, 2, 2)))
-    method.shape = (3, 2, 2)
+    method.first_look.shape = (3, 2, 2)
     method.double()
     batch = batch_of(images.view(64, 3, 2, 2))
     descent = torch.optim.LBFGS(
