@@ -21,7 +21,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[dev,timm]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,hf,timm]"
 	touch $@
 
 install: $(VENV)/installed

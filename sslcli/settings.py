@@ -30,6 +30,7 @@ NEUTRAL = (
     "launcher",
     "device",
     "dataset.workers",
+    "dataset.cache",
     "train.max_time",
     "train.keep",
     "train.save_every_epochs",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -55,13 +55,27 @@ def decode(
     """
     try:
         with open(path, "rb") as file:
-            if not file.read(1):
-                raise BadImage(path, "the file is empty")
-            file.seek(0)
-            with Image.open(file) as image:
-                if at_least is not None:
-                    image.draft(None, (at_least, at_least))
-                return convert(image)
+            return decode_file(file, path, at_least=at_least, convert=convert)
+    except (OSError, ValueError) as error:
+        raise BadImage(path, getattr(error, "strerror", None) or str(error)) from error
+
+
+def decode_file(
+    file: BinaryIO,
+    path: str,
+    *,
+    at_least: int | None = None,
+    convert: Callable[[Image.Image], Image.Image] = to_rgb,
+) -> Image.Image:
+    """As `decode`, of a file that is open at its beginning; `path` is for messages."""
+    try:
+        if not file.read(1):
+            raise BadImage(path, "the file is empty")
+        file.seek(0)
+        with Image.open(file) as image:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
+            return convert(image)
     except BadImage:
         raise
     except UnidentifiedImageError as error:

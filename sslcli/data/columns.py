@@ -1,0 +1,100 @@
+"""Which column of a table holds the images and which the labels, and labels as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sslcli.errors import ConfigError, nearest
+
+AUTO = "auto"
+LABEL_NAMES = ("label", "labels", "cls", "class", "target")
+
+Value = int | str | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a table says of one of its columns.
+
+    Attributes:
+        image: whether it holds encoded images.
+        classes: the names of the classes it numbers; empty where it does not tell.
+    """
+
+    image: bool = False
+    classes: tuple[str, ...] = ()
+
+
+def image_column(columns: Mapping[str, Column], wanted: str, *, where: str) -> str:
+    """The column of the images: the one that is `wanted`, or with "auto" the only one that holds images.
+
+    Raises ConfigError, naming `where` they were looked for and the columns there are.
+    """
+    if wanted != AUTO:
+        return _named(columns, wanted, key="dataset.image", where=where)
+    found = [name for name, column in columns.items() if column.image]
+    if len(found) == 1:
+        return found[0]
+    told = f"has the columns of images {', '.join(found)}" if found else "has no column that is known to hold images"
+    raise ConfigError(f"{where} {told}: choose one with dataset.image. Its columns: {', '.join(columns) or '(none)'}")
+
+
+def label_column(columns: Mapping[str, Column], wanted: str | None, *, where: str) -> str | None:
+    """The column of the labels: the one that is `wanted`, or with "auto" what looks like it; None where there is none.
+
+    Raises ConfigError, naming `where` they were looked for and the columns there are.
+    """
+    if wanted is None:
+        return None
+    if wanted != AUTO:
+        return _named(columns, wanted, key="dataset.label", where=where)
+    named = [name for name in LABEL_NAMES if name in columns]
+    found = named or [name for name, column in columns.items() if column.classes]
+    if len(found) > 1:
+        raise ConfigError(
+            f"{where} has several columns that may be the label: set dataset.label to {' or '.join(found)}, or to "
+            "null for none"
+        )
+    return found[0] if found else None
+
+
+def _named(columns: Mapping[str, Column], wanted: str, *, key: str, where: str) -> str:
+    if wanted in columns:
+        return wanted
+    raise ConfigError(
+        f"{key} is {wanted!r}, but {where} has no such column.{nearest(wanted, columns)} "
+        f"Its columns: {', '.join(columns) or '(none)'}"
+    )
+
+
+def as_labels(values: Sequence[Value], classes: Sequence[str], *, where: str) -> tuple[Tensor, list[str]]:
+    """Labels (n,) int64, -1 = unknown, and the names of their classes.
+
+    values: None, -1 and "" are unknown. Numbers are those of `classes` where there are any; else the classes are the
+        different values, in numerical order if all are numbers.
+    Raises ConfigError for a value that is neither text nor a whole number, or no number of a class.
+    """
+    for value in set(values):
+        if value is not None and not isinstance(value, (int, str)):
+            raise ConfigError(
+                f"{where} holds {value!r}, but a label must be text or a whole number: choose another column with "
+                "dataset.label, or set it to null"
+            )
+    texts = {str(value) for value in values if value is not None} - {"", "-1"}
+    numeric = all(text.isdecimal() for text in texts)
+    if classes and numeric:
+        numbers = {str(number): number for number in range(len(classes))}
+    else:
+        order = classes or sorted(texts, key=lambda text: (int(text) if numeric else 0, text))
+        numbers = {name: number for number, name in enumerate(order)}
+    if texts - numbers.keys():
+        raise ConfigError(
+            f"{where} holds {min(texts - numbers.keys())!r}, which is none of its {len(classes)} classes: choose "
+            "another column with dataset.label, or set it to null"
+        )
+    found = [numbers.get(str(value), -1) for value in values]
+    return torch.tensor(found, dtype=torch.int64), list(classes or numbers)

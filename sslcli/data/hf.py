@@ -1,0 +1,192 @@
+"""Tables of images that Hugging Face `datasets` reads: from the hub, or from local folders and files.
+
+conf/dataset/hf.yaml; `datasets` is an extra: pip install "sslcli[hf]". The tables are memory-mapped files, so that
+they need not fit in memory; `sslcli.data.hf_stream` reads sets that do not fit on the disk either.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sslcli.data.bad_images import BadImage
+from sslcli.data.columns import Column, Value, as_labels, image_column, label_column
+from sslcli.data.files import decode, decode_file
+from sslcli.data.sources import Picture, Source, digest
+from sslcli.errors import ConfigError, nearest
+
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+_FINGERPRINT_IMAGES = 512
+
+
+class Hf(Source):
+    """A set that `datasets.load_dataset` or `datasets.load_from_disk` reads.
+
+    Args:
+        path: a folder of parquet files, one that `save_to_disk` wrote, a .parquet, .arrow or .tar file, or a name on
+            the hub such as "uoft-cs/cifar10".
+        name: which configuration of the set, where it has several.
+        split: the split to train on. test: the one that is the official test split, or None.
+        image, label: the columns; "auto" finds them. label None: no labels.
+        data_files: paths or patterns below `path`, instead of all its files.
+        revision: a branch, tag or commit on the hub.
+        cache: the folder of prepared copies; None = that of `datasets`, which HF_HOME moves.
+        common: the keywords of `Source`.
+
+    Position i is row i of `split`; those of `test` follow.
+
+    Raises ConfigError where `datasets` is not installed, or cannot find or read what is asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        name: str | None = None,
+        split: str = "train",
+        test: str | None = None,
+        image: str = "auto",
+        label: str | None = "auto",
+        data_files: str | list[str] | None = None,
+        revision: str | None = None,
+        cache: str | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        path = os.path.expanduser(path)
+        options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache}
+        splits = read_splits(path, [split, *([] if test is None else [test])], **options)
+        self.name, where = Path(path).name, f"dataset.path={path}"
+        columns = [columns_of(table) for table in splits]
+        image_names = [image_column(found, image, where=where) for found in columns]
+        label_name = label_column(columns[0], label, where=where)
+        values: list[Value] = []
+        for table in splits:
+            values += [None] * len(table) if label_name is None else _whole_column(table, label_name)
+        classes = () if label_name is None else columns[0][label_name].classes
+        self.labels, self.classes = as_labels(values, classes, where=f"column {label_name!r} of {where}")
+        self._tables = [_images(*pair) for pair in zip(splits, image_names, strict=True)]
+        self._split_names = [split, test]
+        self._num_pool = len(splits[0])
+        pool = torch.arange(self._num_pool)
+        self.split(pool, labelled=self.labels[: len(pool)] >= 0, num_test=len(self.labels) - len(pool))
+
+    def read(self, position: int, *, at_least: int | None = None) -> Picture:
+        """The image at `position`. Raises BadImage for a cell that is empty or no image."""
+        value, path = self.cell(position), self.path(position)
+        if isinstance(value, dict):  # the columns of images of `datasets`
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str):
+            return decode(value, at_least=at_least)
+        if not isinstance(value, bytes):
+            raise BadImage(path, "the cell is empty" if value is None else f"the cell holds {type(value).__name__}")
+        return decode_file(io.BytesIO(value), path, at_least=at_least)
+
+    def cell(self, position: int) -> Any:
+        """What the column of images holds at `position`, not decoded."""
+        test = position >= self._num_pool
+        column = self._tables[test][position - test * self._num_pool].column(0)
+        return column[0].as_py()
+
+    def path(self, position: int) -> str:
+        """The set, the split and the row."""
+        test = position >= self._num_pool
+        return f"{self.name}/{self._split_names[test]}[{position - test * self._num_pool}]"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits: sha256 of the labels and of a strided sample of the cells."""
+        sample = range(0, len(self), max(1, len(self) // _FINGERPRINT_IMAGES))
+        cells = (repr(self.cell(position)).encode() for position in sample)
+        return digest((repr([len(self), self.classes]).encode(), self.labels.numpy().tobytes(), *cells))
+
+
+def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
+    """The wanted splits as `datasets.Dataset`. See `Hf`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f'dataset=hf needs the package datasets, which cannot be imported ({error}): pip install "sslcli[hf]"'
+        ) from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes as an exception as well
+    try:
+        found = _load(datasets, path, options)
+    # Whatever it is (network, builder, damaged file), what the user named cannot be read.
+    except Exception as error:
+        raise ConfigError(_failure(path, options, error)) from error
+    if isinstance(found, datasets.Dataset):  # a folder of `save_to_disk` may be a single split
+        found = {str(found.split or wanted[0]): found}
+    for split in wanted:
+        if split not in found:
+            raise ConfigError(
+                f"dataset.path={path} has no split {split!r}.{nearest(split, found)} Its splits: "
+                f"{', '.join(found)}. Set dataset.split, and dataset.test to one of them or null"
+            )
+        if len(found[split]) == 0:
+            raise ConfigError(f"the split {split!r} of dataset.path={path} is empty: choose another")
+    return [found[split] for split in wanted]
+
+
+def _load(datasets: Any, path: str, options: dict[str, Any]) -> Any:
+    if os.path.isdir(path):
+        written = [name for name in ("dataset_dict.json", "state.json") if os.path.exists(os.path.join(path, name))]
+        return datasets.load_from_disk(path) if written else datasets.load_dataset(path, **options)
+    if os.path.isfile(path):
+        builder = BUILDERS.get(Path(path).suffix)
+        if builder is None:
+            raise ConfigError(f"only files that end in {', '.join(BUILDERS)} are known")
+        return datasets.load_dataset(builder, **options | {"data_files": path})
+    if path.startswith(("/", ".")) or path.count("/") > 1:
+        raise FileNotFoundError("there is no such file or folder")
+    return datasets.load_dataset(path, **options)
+
+
+def _failure(path: str, options: dict[str, Any], error: Exception) -> str:
+    """One line that says what was looked for, why it was not found, and what to do."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    given = "".join(f", dataset.{key}={value}" for key, value in options.items() if value and key != "cache_dir")
+    if os.path.exists(path):
+        cause = error.__cause__ or error.__context__
+        inner = f": {str(cause).splitlines()[0]}" if cause is not None and str(cause) else ""
+        return f"dataset.path={path}{given} cannot be read ({reason}{inner}): repair it, or name what holds the images"
+    if isinstance(error, FileNotFoundError) and path.startswith(("/", ".")):
+        return (
+            f"dataset.path={path}: there is no file or folder {os.path.abspath(path)}: set it to what holds the images"
+        )
+    return (
+        f"dataset.path={path}{given} is no folder here ({os.path.abspath(path)}), and was not to be had from the "
+        f"Hugging Face hub ({reason}). Check the name, log in where the set is private, or without a network fetch it "
+        f"elsewhere (hf download --repo-type dataset {path} --local-dir DIR) and set dataset.path=DIR"
+    )
+
+
+def columns_of(table: Any) -> dict[str, Column]:
+    """What the columns of a `datasets.Dataset` hold."""
+    import datasets
+
+    return {
+        name: Column(
+            image=isinstance(feature, datasets.Image),
+            classes=tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else (),
+        )
+        for name, feature in table.features.items()
+    }
+
+
+def _whole_column(table: Any, name: str) -> list[Any]:
+    values: list[Any] = table.select_columns([name]).with_format("arrow")[:].column(0).to_pylist()
+    return values
+
+
+def _images(table: Any, name: str) -> Any:
+    """The column of images alone; its rows as tables of Arrow, so that nothing is decoded."""
+    return table.select_columns([name]).with_format("arrow")
