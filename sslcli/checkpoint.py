@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from sslcli.atomic import replace, synchronise
 from sslcli.errors import ConfigError, TrainingFailed
 
 SCHEMA = 1
@@ -176,20 +177,3 @@ def sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old or the new one, whole, whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    synchronise(temporary)
-    os.replace(temporary, path)
-
-
-def synchronise(path: Path) -> None:
-    """Make sure a file's content, or a folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

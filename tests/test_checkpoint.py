@@ -289,19 +289,6 @@ def test_a_file_size_limit_of_the_system_leaves_the_old_checkpoint(tmp_path: Pat
     assert newest_step(tmp_path) == 1
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "config.yaml"
-    checkpoint.replace(path, b"old")
-
-    def fail(*_: Any) -> None:
-        raise Killed
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(Killed):
-        checkpoint.replace(path, b"new")
-    assert path.read_bytes() == b"old"
-
-
 def test_a_worker_that_dies_during_a_save_is_not_taken_for_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslcli import __version__, checkpoint, launch
+from sslcli import __version__, atomic, checkpoint, launch
 from sslcli.cli._build import build
 from sslcli.cli._evaluate_table import SUBJECTS, comparison, summary
 from sslcli.cli._subject import Subject, load_strictly, load_subject
@@ -132,7 +132,7 @@ def evaluate(config: dict[str, Any], device: torch.device, screen: Screen) -> di
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace(path, content)
+    atomic.replace(path, content)
 
 
 def _frozen(this: Evaluation, protocol: Callable[[FeatureSet], dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from sslcli import checkpoint, distributed, launch, precision
+from sslcli import atomic, checkpoint, distributed, launch, precision
 from sslcli.cli import _run_dir
 from sslcli.cli._build import Parts, build_optimizer, build_parts
 from sslcli.cli._dry import dry_run, save_views
@@ -114,7 +114,7 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
             if not dry:
                 list_bad_images(job)
         if main:
-            checkpoint.replace(run_dir / "done", b"")
+            atomic.replace(run_dir / "done", b"")
         screen.say(f"done: {run_dir}{outcome(run_dir)}")
     if held is not None:
         held.close()

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from sslcli import checkpoint
+from sslcli import atomic
 from sslcli.errors import ConfigError
 from sslcli.settings import NEUTRAL
 
@@ -35,7 +35,7 @@ def check_resumable(run_dir: Path, config: dict[str, Any]) -> None:
         raise ConfigError(
             f"resume is 'never', but {run_dir} holds a run: choose another run_dir or name, or resume=auto to go on"
         )
-    if config["resume"] == "must" and not checkpoint.all_of(run_dir):
+    if config["resume"] == "must" and not any(run_dir.glob("checkpoints/step-*.pt")):
         raise ConfigError(
             f"resume is 'must', but {run_dir} holds no checkpoint: check run_dir, or start with resume=auto"
         )
@@ -115,13 +115,13 @@ def describe(run_dir: Path, config: dict[str, Any], *, effective: dict[str, Any]
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     overrides = run_dir / "overrides.txt"
     if not overrides.exists():
-        checkpoint.replace(overrides, "".join(f"{line}\n" for line in config["_lines_"]).encode())
+        atomic.replace(overrides, "".join(f"{line}\n" for line in config["_lines_"]).encode())
     path = run_dir / "environment.json"
     now = environment(device=device, threads=threads)
     first = json.loads(path.read_text(encoding="utf-8"))["first"] if path.exists() else now
-    checkpoint.replace(path, json.dumps({"first": first, "latest": now}, indent=2).encode())
+    atomic.replace(path, json.dumps({"first": first, "latest": now}, indent=2).encode())
     text = OmegaConf.to_yaml(OmegaConf.create(plain | {"effective": effective}))
-    checkpoint.replace(run_dir / "config.yaml", text.encode())
+    atomic.replace(run_dir / "config.yaml", text.encode())
 
 
 def environment(*, device: str, threads: int) -> dict[str, Any]:

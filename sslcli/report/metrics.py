@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sslcli.atomic import replace
+
 
 class Metrics:
     """The metrics of a run, a line at a time.
@@ -19,8 +21,6 @@ class Metrics:
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
-        from sslcli.checkpoint import replace  # with torch, which those who only read metrics do without
-
         kept = [line for line in read(path) if line["step"] <= step]
         replace(path, "".join(encode(line) for line in kept).encode())
         self.file = path.open("a", encoding="utf-8")
