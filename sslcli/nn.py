@@ -78,6 +78,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
+@contextmanager
+def unchanged_statistics(module: nn.Module) -> Iterator[None]:
+    """Afterwards, the running statistics of every BatchNorm are what they were."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """target <- momentum * target + (1 - momentum) * online, for parameters only (BYOL eq. 1, MoCo eq. 2)."""

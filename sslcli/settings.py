@@ -91,6 +91,7 @@ class TrainSettings:
     max_time: str | float | None  # stop with exit code 75 after this long; run again to go on
     batch_size: int  # images an optimizer step sees, over all processes and micro-batches
     accumulate: int  # micro-batches an optimizer step is split into
+    cached_gradients: bool  # one loss over all micro-batches, for methods with in-batch negatives
     precision: str
     compile: bool
     deterministic: bool

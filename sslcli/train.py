@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from sslcli import checkpoint, distributed, precision, schedule
+from sslcli import cached_gradients, checkpoint, distributed, precision, schedule
 from sslcli.data.loader import Loader
 from sslcli.errors import ConfigError, Stopped, TrainingFailed
 from sslcli.methods.base import Batch, Method
@@ -72,7 +72,7 @@ def train(run: Run) -> None:
     not finite, the representation has collapsed, or the disk or a data worker fails.
     """
     step, total, watch = resume(run), run.total_steps, run.watch
-    model = parallel(run.method, run.device)
+    model = run.method if run.settings.cached_gradients else parallel(run.method, run.device)
     watch.start(step, total)
     with closing(run.loader.steps(step, total)) as batches:
         while step < total:
@@ -97,7 +97,24 @@ def train(run: Run) -> None:
 
 
 def optimise(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
-    """One optimizer step on the mean loss of the micro-batches; returns the mean of each scalar."""
+    """One optimizer step on the loss of the micro-batches; returns the scalars of the step, detached."""
+    if run.settings.cached_gradients:
+        means = cached_gradients.backward(
+            run.method, micro_batches, device=run.device, number_format=run.precision, scaler=run.scaler
+        )
+    else:
+        means = accumulate(run, model, micro_batches)
+    if run.settings.clip_grad is not None:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.method.parameters(), run.settings.clip_grad)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return means
+
+
+def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """Add the gradient of the micro-batches' mean loss to the parameters; returns the mean of each scalar."""
     means: dict[str, Tensor] = {}
     share = 1 / len(micro_batches)
     for number, batch in enumerate(micro_batches, start=1):
@@ -109,12 +126,6 @@ def optimise(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str
             run.scaler.scale(scalars["loss"] * share).backward()
         for name, value in scalars.items():
             means[name] = means.get(name, 0) + value.detach() * share
-    if run.settings.clip_grad is not None:
-        run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.method.parameters(), run.settings.clip_grad)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
     return means
 
 

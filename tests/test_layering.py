@@ -30,6 +30,7 @@ RANKS = {
     "health": 5,
     "report": 5,
     "precision": 5,
+    "cached_gradients": 6,
     "launch": 6,
     "train": 6,
     "evaluate": 6,
@@ -40,6 +41,7 @@ RANKS = {
 SIDEWAYS = {  # within one rank, in this direction alone
     ("mixture", "noise"),  # its random numbers
     ("decoder", "nn"),
+    ("train", "cached_gradients"),
     ("train", "stopping"),
     ("train", "watch"),
 }

@@ -23,6 +23,7 @@ TRAIN = TrainSettings(
     max_time=None,
     batch_size=256,
     accumulate=1,
+    cached_gradients=False,
     precision="auto",
     compile=False,
     deterministic=True,

@@ -87,6 +87,7 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
     parts = build_parts(config, trust=config["trust"])
     loader = build_loader(config, parts, device)
     check_batch(loader, parts)
+    check_cached_gradients(parts.method, config["train"]["cached_gradients"])
     optimizer, peak_lr = build_optimizer(config, parts.method.to(device))
     held = _run_dir.lock(run_dir) if main and not dry else None
     if held is not None:
@@ -155,6 +156,21 @@ def check_batch(loader: Loader, parts: Parts) -> None:
         raise ConfigError(
             f"train.batch_size is {loader.batch_size}, which leaves 1 image to a micro-batch of a process, but "
             f"BatchNorm needs 2: choose at least {2 * loader.batch_size}"
+        )
+
+
+def check_cached_gradients(method: Method, wanted: bool) -> None:
+    """Raise ConfigError where the gradient of the method's loss cannot be taken in two halves."""
+    name = type(method).__name__
+    if wanted and not method.in_batch:
+        raise ConfigError(
+            f"train.cached_gradients is true, but the loss of {name} does not compare the images of a batch, so "
+            "train.accumulate alone gives its gradient: set train.cached_gradients=false"
+        )
+    if wanted and getattr(method, "mixture", None) is not None:
+        raise ConfigError(
+            "train.cached_gradients is true, but mixture mixes the images of a whole batch, which is never in memory "
+            "then: choose one of them (mixture=null, or train.cached_gradients=false)"
         )
 
 
@@ -262,7 +278,7 @@ def effective(job: Run, parts: Parts, config: dict[str, Any]) -> dict[str, Any]:
         "learning rate from": f"{node['lr']:g} for 256 images, scaling {settings.lr_scaling}",
         "trainable parameters": trainable,
         "backbone features": parts.method.backbone.num_features,
-        **parts.method.effective(settings.batch_size // settings.accumulate),
+        **parts.method.effective(settings.batch_size // (1 if settings.cached_gradients else settings.accumulate)),
         "precision": job.precision,
         "device": str(job.device),
         "CPU threads a process": torch.get_num_threads(),
@@ -279,8 +295,14 @@ def doubts(job: Run, parts: Parts) -> list[str]:
             f"the queue holds {len(queue):,} keys but there are {num_images:,} images, so views of one image are "
             "negatives of each other: method.queue_size=4096 is usual for small sets, with method.momentum=0.99"
         )
-    if job.settings.accumulate > 1 and job.method.effective(2).get("negatives a query sees") not in (None, 0):
-        found.append("with train.accumulate the negatives within a batch are those of the micro-batch alone")
+    settings = job.settings
+    if (
+        settings.accumulate > 1
+        and not settings.cached_gradients
+        and job.method.effective(2).get("negatives a query sees") not in (None, 0)
+    ):
+        remedy = ": train.cached_gradients=true contrasts them all" if job.method.in_batch else ""
+        found.append(f"with train.accumulate the negatives within a batch are those of the micro-batch alone{remedy}")
     return found
 
 

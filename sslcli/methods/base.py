@@ -34,6 +34,7 @@ class Method(nn.Module):
     """
 
     num_views: int
+    in_batch: bool = False  # whether the loss compares the images of a batch; `embed` and `compare` divide it then
     falling: str = "loss"  # the scalar a good run brings down; the loss of a game between two players is none
     embeddings: tuple[Tensor, ...] = ()  # of the last forward, detached, one (N, D) a view: what health looks at
 
@@ -44,6 +45,17 @@ class Method(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scalars by name: the loop differentiates `loss` and logs them all."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+    def embed(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The part of `forward` that takes images one by one: tensors with one row an image, for `compare`.
+
+        Only methods with `in_batch` have it. It changes no state but that of BatchNorm.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not divide its loss")
+
+    def compare(self, rows: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The rest of `forward`: the scalars of what `embed` gives for a batch."""
+        raise NotImplementedError(f"{type(self).__name__} does not divide its loss")
 
     def after_step(self, progress: float) -> None:
         """Called after every optimizer step; `progress` = t / T for the 0-based step t of T."""

@@ -150,20 +150,29 @@ class CMC(Method):
         self.pairs = [pair for pair in pairs if graph == "full" or pair[0] == 0]
         self.num_images, self.dim, self.negatives = num_images, dim, negatives
         self.loss, self.temperature = loss, temperature
+        self.in_batch = loss == "batch"
         self.log_z: dict[tuple[int, int], float] = {}  # of "nce" by direction, set by its first batch and kept
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        z = self.project(batch.views[0])  # M times (N, D)
-        with torch.autocast(z[0].device.type, enabled=False):
+        return self.compare(self.embed(batch))
+
+    def embed(self, batch: Batch) -> tuple[Tensor, ...]:
+        present = [] if batch.present is None else [batch.present]
+        return (*self.project(batch.views[0]), batch.index, *present)  # M times (N, D), (N,), (N, M)
+
+    def compare(self, rows: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        z, (index, *given) = rows[: len(self.names)], rows[len(self.names) :]
+        present = given[0] if given else None
+        with torch.autocast(index.device.type, enabled=False):
             v = [F.normalize(full_precision(part), dim=1) for part in z]
             if self.loss == "batch":
-                scalars = self.contrast(v, batch.present)
+                scalars = self.contrast(v, present)
             else:
                 others = self.noise.integers(self.num_images, len(v[0]), self.negatives, device=v[0].device)
-                chosen = torch.cat([batch.index[:, None], others], dim=1)  # (N, K + 1)
-                scalars = self.contrast(v, batch.present, chosen)
+                chosen = torch.cat([index[:, None], others], dim=1)  # (N, K + 1)
+                scalars = self.contrast(v, present, chosen)
         for place, bank in enumerate(self.banks.values()):
-            bank.remember(batch.index, v[place], None if batch.present is None else batch.present[:, place])  # type: ignore[operator]
+            bank.remember(index, v[place], None if present is None else present[:, place])  # type: ignore[operator]
         self.embeddings = tuple(part.detach() for part in v)
         return scalars
 

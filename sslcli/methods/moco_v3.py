@@ -47,6 +47,7 @@ class MoCoV3(Method):
     """
 
     num_views = 2
+    in_batch = True
 
     def __init__(
         self,
@@ -76,19 +77,25 @@ class MoCoV3(Method):
         self.mixture = mixture
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
+        rows, tau = self.embed(batch), self.temperature
+        return add_mixture(
+            self.mixture,
+            self.compare(rows),
+            batch.views[0],
+            query=self.predict,
+            compare=lambda q: contrast(q, rows[2], temperature=tau).loss + contrast(q, rows[3], temperature=tau).loss,
+        )
+
+    def embed(self, batch: Batch) -> tuple[Tensor, ...]:
         x1, x2 = batch.views
-        q1, q2 = self.predict(x1), self.predict(x2)  # (N, D)
-        k1, k2 = self.target(x1), self.target(x2)  # (N, D), no gradient
+        return self.predict(x1), self.predict(x2), self.target(x1), self.target(x2)  # (N, D)
+
+    def compare(self, rows: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        q1, q2, k1, k2 = rows
         tau = self.temperature
         first, second = contrast(q1, k2, temperature=tau), contrast(q2, k1, temperature=tau)
         self.embeddings = (q1.detach(), q2.detach())
-        return add_mixture(
-            self.mixture,
-            {"loss": first.loss + second.loss, "accuracy": (first.accuracy + second.accuracy) / 2},
-            x1,
-            query=self.predict,
-            compare=lambda q: contrast(q, k1, temperature=tau).loss + contrast(q, k2, temperature=tau).loss,
-        )
+        return {"loss": first.loss + second.loss, "accuracy": (first.accuracy + second.accuracy) / 2}
 
     def predict(self, images: Tensor) -> Tensor:
         return self.predictor(self.projection(images))  # type: ignore[no-any-return]

@@ -51,6 +51,7 @@ class SimCLR(Method):
     """
 
     num_views = 2
+    in_batch = True
 
     def __init__(
         self,
@@ -81,17 +82,24 @@ class SimCLR(Method):
         self.mixture = mixture
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        x1, x2 = batch.views
-        z1, z2 = self.projection(x1), self.projection(x2)  # (N, D)
-        contrast = self.contrast(z1, z2)
-        self.embeddings = (z1.detach(), z2.detach())
+        z = self.embed(batch)
         return add_mixture(
             self.mixture,
-            {"loss": contrast.loss, "accuracy": contrast.accuracy},
-            x1,
+            self.compare(z),
+            batch.views[0],
             query=self.projection,
-            compare=lambda z: self.contrast(z, z2).loss,
+            compare=lambda mixed: self.contrast(mixed, z[1]).loss,
         )
+
+    def embed(self, batch: Batch) -> tuple[Tensor, ...]:
+        x1, x2 = batch.views
+        return self.projection(x1), self.projection(x2)  # (N, D)
+
+    def compare(self, rows: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        z1, z2 = rows
+        contrast = self.contrast(z1, z2)
+        self.embeddings = (z1.detach(), z2.detach())
+        return {"loss": contrast.loss, "accuracy": contrast.accuracy}
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Contrast:
         """The loss of two views' embeddings (N, D)."""

@@ -79,10 +79,14 @@ class SimCLRv2(SimCLR):
             self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
             self.register_buffer("queue_head", torch.zeros((), dtype=torch.long))
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        if self.queue_size:
-            self.new_keys.append(all_gather(self.encode_keys(batch.views[1])))  # (WN, D)
-        return super().forward(batch)
+    def embed(self, batch: Batch) -> tuple[Tensor, ...]:
+        keys = [self.encode_keys(batch.views[1])] if self.queue_size else []  # (N, D)
+        return (*super().embed(batch), *keys)
+
+    def compare(self, rows: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        z1, z2, *keys = rows
+        self.new_keys += [all_gather(part) for part in keys]  # (WN, D)
+        return super().compare((z1, z2))
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Contrast:
         """NT-Xent; the rows of the memory are further negatives of every anchor."""
