@@ -48,6 +48,15 @@ class Timm(Backbone):
         """(N, in_channels, H, W) -> (N, num_features)."""
         return pooled(self.model(images))
 
+    def stages(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps of `stage1`, `stage2` and so on, as timm's forward_intermediates gives them: for a ViT every block."""
+        if not hasattr(self.model, "forward_intermediates"):
+            raise ValueError(
+                f"timm gives no maps by stage of {type(self.model).__name__}: take another model, a resnet or small"
+            )
+        maps = self.model.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)
+        return {f"stage{number}": each for number, each in enumerate(maps, start=1)}
+
 
 def create(name: str, *, image_size: int, in_channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """timm.create_model without classifier, for images of `image_size`; errors as `Timm` documents them."""

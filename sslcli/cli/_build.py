@@ -117,11 +117,30 @@ def build_parts(config: dict[str, Any], *, trust: list[str]) -> Parts:
     method = build_method(config, image_size=source.image_size, num_images=num_images, trust=trust)
     if method.num_views != views.num_views:
         raise ConfigError(
-            f"method needs {method.num_views} views, but the chosen views are {views.num_views}: "
-            "choose others with views=..."
+            f"method needs {method.num_views} view{'s' * (method.num_views != 1)}, but the chosen views are "
+            f"{views.num_views}: choose others with views=..."
         )
+    if method.color_spaces and views.color_space not in method.color_spaces:
+        raise ConfigError(
+            f"method splits the channels of {' or '.join(method.color_spaces)} images, but views.color_space is "
+            f"{views.color_space}: choose views=lab, or name other parts with method.modalities={{name: channels, ...}}"
+        )
+    check_views(method, views, source)
     check_channels(method, source)
     return Parts(source, views, method)
+
+
+def check_views(method: Method, views: Views, source: Source) -> None:
+    """Raise ConfigError unless the method can train on what the views make of the images of the source."""
+    examples = []
+    for size in views.sizes(source.image_size):
+        images = torch.rand(2, source.channels, size, size, generator=torch.Generator().manual_seed(0)).round()
+        examples.append(views.finish(images, mean=source.mean, std=source.std))
+    try:
+        with evaluating(method), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            method.check_views(examples)
+    except ValueError as error:
+        raise ConfigError(f"method: {error}") from error
 
 
 def check_channels(method: Method, source: Source) -> None:

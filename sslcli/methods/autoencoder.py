@@ -164,6 +164,9 @@ class Autoencoder(Method):
             return drawn * deviation + mean
         return drawn
 
+    def check_views(self, views: list[Tensor]) -> None:
+        self.first_look(views[0])
+
     def projection(self, images: Tensor) -> Tensor:
         """(N, C, S, S) -> (N, D), the code."""
         return self.to_code(self.backbone(images))  # type: ignore[no-any-return]

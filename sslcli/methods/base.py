@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslcli.nn import evaluating
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -35,6 +37,7 @@ class Method(nn.Module):
 
     num_views: int
     in_batch: bool = False  # whether the loss compares the images of a batch; `embed` and `compare` divide it then
+    color_spaces: tuple[str, ...] = ()  # one of which the views must have; empty: any
     falling: str = "loss"  # the scalar a good run brings down; the loss of a game between two players is none
     embeddings: tuple[Tensor, ...] = ()  # of the last forward, detached, one (N, D) a view: what health looks at
 
@@ -60,6 +63,12 @@ class Method(nn.Module):
     def after_step(self, progress: float) -> None:
         """Called after every optimizer step; `progress` = t / T for the 0-based step t of T."""
 
+    def check_views(self, views: list[Tensor]) -> None:
+        """Raise ValueError unless views like these, one (2, C, H, W) a view, can be trained on.
+
+        Called once before training, in evaluation mode, with noise of black, white and the purest colours.
+        """
+
     def features(self, images: Tensor) -> Tensor:
         """What probes and exports see: (N, C, H, W) -> (N, num_features)."""
         return self.backbone(images)  # type: ignore[no-any-return]
@@ -78,6 +87,27 @@ class Method(nn.Module):
     def effective(self, batch_size: int) -> dict[str, Any]:
         """Facts about a step worth printing before training, for a micro-batch of `batch_size` images in all."""
         return {}
+
+
+def maps_of(backbone: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """The backbone's maps by stage of `images` (N, C, H, W) in evaluation mode, without gradient.
+
+    Raises ValueError for a backbone without stages, and for images that it does not take.
+    """
+    name = type(backbone).__name__
+    if not hasattr(backbone, "stages"):
+        raise ValueError(
+            f"this method needs feature maps, but the backbone {name} has no stages(images): take a resnet, small, vit "
+            "or timm backbone, or define stages(images) -> dict of maps in your own"
+        )
+    try:
+        with evaluating(backbone), torch.no_grad():
+            return backbone.stages(images)  # type: ignore[operator, no-any-return]
+    except RuntimeError as error:
+        raise ValueError(
+            f"the backbone {name} gives no maps of images of {images.shape[-1]} pixels ({error}): "
+            "take larger images or another backbone"
+        ) from error
 
 
 def num_features(backbone: nn.Module) -> int:

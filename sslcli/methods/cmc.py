@@ -27,6 +27,7 @@ from sslcli.noise import Noise
 LOSSES = ("nce", "softmax", "batch")
 GRAPHS = ("core", "full")
 LAB = {"L": 1, "ab": 2}
+LUMA_FIRST = ("lab", "ydbdr")  # colour spaces that are split so
 
 
 class Encoders(nn.Module):
@@ -131,6 +132,7 @@ class CMC(Method):
         momentum: float = 0.5,
         temperature: float = 0.07,
     ) -> None:
+        color_spaces = LUMA_FIRST if modalities is None else ()
         modalities = checked(LAB if modalities is None else modalities, channels)
         check_temperature(temperature)
         if graph not in GRAPHS:
@@ -140,6 +142,7 @@ class CMC(Method):
         if negatives < 1:
             raise ValueError(f"negatives is {negatives}, but an image needs at least one; loss=batch has the batch's")
         super().__init__(Encoders(backbone, modalities))
+        self.color_spaces = color_spaces
         banks = {} if loss == "batch" else {name: Bank(num_images, dim, momentum=momentum) for name in modalities}
         self.banks = nn.ModuleDict(banks)
         self.heads = nn.ModuleDict({name: nn.Linear(num_features(backbone), dim) for name in modalities})

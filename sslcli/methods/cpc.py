@@ -146,6 +146,21 @@ class PatchPrediction(Method):
         losses, accuracies = (torch.stack(values) for values in zip(*found, strict=True))
         return {"loss": self.total(losses), "accuracy": accuracies.mean()}
 
+    def check_views(self, views: list[Tensor]) -> None:
+        patches = patchify(views[0], self.patch)
+        if patches.shape[1] != self.grid:
+            raise ValueError(
+                f"the view has {views[0].shape[-1]} pixels, but the grid is made for images of "
+                f"{self.patch * (self.grid + 1) // 2}: leave views.views.0.size at null"
+            )
+        try:
+            self.encode(patches)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the backbone {type(self.backbone).__name__} does not take patches of {self.patch} pixels ({error}): "
+                "take a larger dataset.image_size, a smaller method.grid, or backbone=small_layernorm"
+            ) from error
+
     def encode(self, patches: Tensor) -> Tensor:
         """(N, g, g, C, p, p) -> (N, g, g, D), each patch by itself."""
         flat = patches.flatten(0, 2).contiguous(memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslcli.errors import check_positive
-from sslcli.methods.base import Batch, num_features
+from sslcli.methods.base import Batch, maps_of, num_features
 from sslcli.methods.gan import Game, aside, deceiver_loss, discriminator_loss, distance, pixels
 from sslcli.nn import SyncBatchNorm, convert_batch_norm, evaluating
 
@@ -60,11 +60,7 @@ class DCGAN(Game):
         pool: int = 4,
     ) -> None:
         check_positive(pool=pool)
-        if not hasattr(backbone, "stages"):
-            raise ValueError(
-                f"dcgan takes its features from maps, but the backbone {type(backbone).__name__} has no "
-                "stages(images): take backbone=dcgan, small or a resnet, or define stages(images) in your own"
-            )
+        maps_of(backbone, torch.zeros(2, channels, image_size, image_size))  # what features are taken from
         super().__init__(
             backbone,
             image_size=image_size,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from sslcli.distributed import world_size
 from sslcli.errors import check_positive, nearest
-from sslcli.methods.base import Batch, Method, num_features
+from sslcli.methods.base import Batch, Method, maps_of, num_features
 from sslcli.methods.mutual_information import MEASURES, UNBOUNDED, concat_loss, dot_loss, prior_losses
-from sslcli.nn import SyncBatchNorm, convert_batch_norm, mlp
+from sslcli.nn import SyncBatchNorm, convert_batch_norm, evaluating, mlp
 from sslcli.noise import Noise
 
 SCORES = ("dot", "concat")
@@ -77,27 +77,6 @@ def map_encoder(channels: int, units: int, *, hidden: int) -> nn.Sequential:
         nn.Flatten(),
         mlp([16 * 2 * channels, hidden, units], last_bias=True),
     )
-
-
-def dry_stages(backbone: nn.Module, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Maps by stage and features of `images` in evaluation mode, leaving the backbone as it was.
-
-    Raises ValueError for a backbone without stages.
-    """
-    name = type(backbone).__name__
-    if not hasattr(backbone, "stages"):
-        raise ValueError(
-            f"Deep InfoMax needs feature maps, but the backbone {name} has no stages(images): "
-            "take a resnet, small or vit backbone, or define stages(images) -> dict of maps in your own"
-        )
-    modes = {part: part.training for part in backbone.modules()}
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            return backbone.stages(images), backbone(images)  # type: ignore[operator]
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def choose_stage(maps: dict[str, Tensor], wanted: str | None) -> str:
@@ -175,7 +154,9 @@ class DeepInfoMax(Method):
         check_choices(measure, score, official_mask)
         check_positive(dim=dim, units=units, map_hidden=map_hidden)
         images = torch.linspace(-1, 1, 2 * channels * image_size**2).view(2, channels, image_size, image_size)
-        maps, features = dry_stages(backbone, images)
+        maps = maps_of(backbone, images)
+        with evaluating(backbone), torch.no_grad():
+            features = backbone(images)
         self.local_stage = choose_stage(maps, local_stage)
         *_, self.last_stage = maps
         last = maps[self.last_stage].mean((2, 3))

@@ -133,6 +133,9 @@ class Game(Method):
         self.loss, self.r1, self.r1_every, self.discriminator_lr = loss, r1, r1_every, discriminator_lr
         self.steps = 0
 
+    def check_views(self, views: list[Tensor]) -> None:
+        self.first_look(views[0])
+
     def codes(self, images: Tensor) -> Tensor:
         """One code from the prior for each of the images, (N, dim), as random as the step."""
         return self.noise.normal(len(images), self.dim, device=images.device).to(images.dtype)

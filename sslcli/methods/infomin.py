@@ -94,6 +94,19 @@ class InfoMin(MoCo):
         loss = (1 - self.jigsaw_weight) * scalars["loss"] + self.jigsaw_weight * jigsaw.loss
         return scalars | {"loss": loss, "jigsaw_loss": jigsaw.loss.detach(), "jigsaw_accuracy": jigsaw.accuracy}
 
+    def check_views(self, views: list[Tensor]) -> None:
+        if self.jigsaw_weight == 0:
+            return
+        patches = self.patches(views[2])
+        try:
+            self.backbone(patches.flatten(0, 1))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the backbone {type(self.backbone).__name__} does not take the jigsaw's patches of "
+                f"{patches.shape[-1]} pixels ({error}): enlarge the third view with views.views.1.size, take another "
+                "backbone, or leave the jigsaw out with views=infomin method.jigsaw_weight=0"
+            ) from error
+
     def jigsaw(self, images: Tensor) -> Tensor:
         """(N, C, S, S) -> (N, D) unit queries, each of the nine patches of one image in a random order."""
         patches = self.patches(images)

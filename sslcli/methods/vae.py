@@ -170,6 +170,9 @@ class VAE(Method):
         mean, logvar = full_precision(self.to_mean(features)), full_precision(self.to_logvar(features))
         return Posterior(mean, logvar.clamp(*LOG_VARIANCE))
 
+    def check_views(self, views: list[Tensor]) -> None:
+        self.first_look(views[0])
+
     def projection(self, images: Tensor) -> Tensor:
         """(N, C, S, S) -> (N, D), the mean of the posterior."""
         return self.to_mean(self.backbone(images))  # type: ignore[no-any-return]

@@ -92,7 +92,7 @@ def test_the_prior_is_drawn_anew_each_step_and_again_from_a_saved_state() -> Non
 
 
 def test_training_tells_images_apart_and_the_vectors_approach_the_prior() -> None:
-    method = small_deep_infomax(Small(image_size=SIZE, width=4), gamma=1.0, dim=8, prior_widths=(32,))
+    method = small_deep_infomax(Small(image_size=SIZE, width=4), gamma=5.0, dim=8, prior_widths=(32,))
     images = torch.randn(16, 3, 1, 1) + torch.randn(16, 3, SIZE, SIZE) / 10  # of one colour each
     batch = Batch([images], torch.arange(16), torch.zeros(16))
     optimizer = torch.optim.Adam(method.parameters(), 3e-3)
@@ -104,7 +104,7 @@ def test_training_tells_images_apart_and_the_vectors_approach_the_prior() -> Non
     assert scalars["information"].item() < math.log(1 + 15 * 64) / 2  # half of what guessing costs
     code = method.embeddings[0].sigmoid()
     assert 0.3 < code.mean().item() < 0.7
-    assert code.std().item() > 0.15  # 0.29 for the uniform distribution, 0 for a constant
+    assert code.std().item() > 0.15  # 0.29 for the uniform distribution, 0 for a constant, 0.08 here without the prior
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ class OnePlace(Backbone):
 @pytest.mark.parametrize(
     ("backbone", "changes", "message"),
     [
-        (TinyNet(), {}, r"TinyNet has no stages\(images\): take a resnet, small or vit backbone"),
+        (TinyNet(), {}, r"TinyNet has no stages\(images\): take a resnet, small, vit or timm"),
         (Backbone(), {}, "gives features but no maps by stage: take a resnet, small or vit"),
         (None, {"local_stage": "blok2"}, r"stages block1, block2, block3, block4, block5\. Did you mean 'block"),
         (OnePlace(), {"local_stage": "deep"}, "whose map has a single place: take an earlier one of shallow"),
