@@ -20,6 +20,10 @@ class TrainingFailed(RuntimeError):
     """Training cannot go on (not-a-number loss, collapse, a dead worker, a full disk): exit code 3."""
 
 
+class ProcessLost(TrainingFailed):
+    """A data worker or another process of the run vanished: exit code 3, and worth another start."""
+
+
 class Stopped(Exception):
     """Stopped by a signal or the time limit with a checkpoint saved: exit code 75, run again to go on."""
 

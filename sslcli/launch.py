@@ -9,7 +9,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -20,7 +21,12 @@ import torch.distributed as dist
 from sslcli import distributed
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError
 
-AGENT = "SSLCLI_AGENT"  # where the process of our agent leaves its id for those it starts
+# What our agent leaves in the environment of the processes it starts.
+AGENT = "SSLCLI_AGENT"  # its process id
+BEGUN = "SSLCLI_BEGUN"  # when it began, on the clock of time.monotonic
+RESTARTS = "SSLCLI_RESTARTS"  # how many starts came before
+EXIT_LOST = 4  # from a process to our agent: a process it needs vanished. The user sees EXIT_FAILED
+REMEDY = "The usual cause of SIGKILL is too little memory"
 
 
 def joined() -> bool:
@@ -91,11 +97,31 @@ def die_with_parent() -> None:
     distributed.end_with(int(os.environ[AGENT]))
 
 
-def run_processes(arguments: list[str], *, processes: int | None) -> int:
-    """Run `python ARGUMENTS` on `processes` processes of this node (None: one a device) and return their exit code."""
+def restarted() -> bool:
+    """Whether these processes were started again, after a crash, by our own agent or by torchrun."""
+    return int(os.environ.get(RESTARTS, 0)) + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def begun() -> float:
+    """When the command of this process began, on the clock of `time.monotonic`; restarts count from the first start."""
+    return float(os.environ.get(BEGUN, time.monotonic()))
+
+
+def exit_lost() -> int:
+    """The exit code of a process that lost another: our agent is told apart from what would only fail again."""
+    return EXIT_LOST if AGENT in os.environ else EXIT_FAILED
+
+
+def run_processes(
+    arguments: list[str], *, processes: int | None, max_restarts: int, tell: Callable[[str], None]
+) -> int:
+    """Run `python ARGUMENTS` on `processes` processes of this node (None: one a device) and return their exit code.
+
+    When one crashes or is killed, all are started again, up to `max_restarts` times. What would only happen again, a
+    wrong configuration, a training that failed, is not repeated, so each start has an agent of its own: the restarts
+    of torch's agent make no difference between exit codes. `tell` gets why they start again or end.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     count = processes or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
     if torch.cuda.is_available() and count > torch.cuda.device_count():
@@ -106,13 +132,37 @@ def run_processes(arguments: list[str], *, processes: int | None) -> int:
 
     before = dict(os.environ), signal.signal(signal.SIGUSR1, forward)
     # The agent kills processes that take longer than this to save and end.
-    os.environ |= {AGENT: str(os.getpid()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
+    os.environ |= {AGENT: str(os.getpid()), BEGUN: str(time.monotonic()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes tell why they end
+    try:
+        for restart in range(max_restarts + 1):
+            os.environ[RESTARTS] = str(restart)
+            codes = run_once(arguments, count, run_id=f"sslcli-{os.getpid()}-{restart}")
+            if not crashed(codes) or restart == max_restarts:
+                break
+            tell(f"{losses(codes)}; all start again from the last checkpoint (restart {restart + 1} of {max_restarts})")
+    except SignalException:
+        return EXIT_STOPPED
+    finally:
+        os.environ.clear()
+        os.environ |= before[0]
+        signal.signal(signal.SIGUSR1, before[1])
+    if crashed(codes):
+        after = f" after {max_restarts} restarts" if max_restarts else ""
+        tell(f"{losses(codes)}{after}. {REMEDY}; start the same command again to go on")
+    return exit_code(codes)
+
+
+def run_once(arguments: list[str], count: int, *, run_id: str) -> dict[int, int]:
+    """Run `python ARGUMENTS` on `count` processes; exit codes by rank of those that ended badly first, {} for none."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
-        run_id=f"sslcli-{os.getpid()}",
+        run_id=run_id,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
@@ -121,24 +171,31 @@ def run_processes(arguments: list[str], *, processes: int | None) -> int:
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        return exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
-    except SignalException:
-        return EXIT_STOPPED
-    finally:
-        os.environ.clear()
-        os.environ |= before[0]
-        signal.signal(signal.SIGUSR1, before[1])
-    return 0
+        return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    return {}
+
+
+def crashed(codes: dict[int, int]) -> bool:
+    """Whether processes ended by something that need not happen again; `codes` by rank, negative for a signal."""
+    return bool(codes) and not {EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED} & set(codes.values())
+
+
+def losses(codes: dict[int, int]) -> str:
+    """What happened to the processes, by rank."""
+    return ", ".join(f"process {rank} {how_it_ended(code)}" for rank, code in sorted(codes.items()))
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code in words."""
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return "lost another process" if code == EXIT_LOST else f"ended with exit code {code}"
 
 
 def exit_code(codes: dict[int, int]) -> int:
-    """One exit code from those of the processes by rank; tells of those that could not tell themselves."""
-    killed = {rank: signal.Signals(-code).name for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
-    for rank, name in killed.items():
-        print(
-            f"ssl-train: process {rank} was ended by {name}. The usual cause of SIGKILL is too little memory; start "
-            "the same command again to go on",
-            file=sys.stderr,
-        )
+    """One exit code from those of the processes by rank."""
+    if not codes:
+        return 0
     told = (code for code in (EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED) if code in codes.values())
-    return next(told, EXIT_FAILED if killed else 1)
+    lost = any(code < 0 or code == EXIT_LOST for code in codes.values())
+    return next(told, EXIT_FAILED if lost else 1)

@@ -18,13 +18,15 @@ class StopRequest:
     """Whether the run should save and end after the current step.
 
     Args:
-        max_seconds: time limit of this process from now on, or None.
+        max_seconds: time limit from `begun` on, or None.
+        begun: when the command began, on the clock of `time.monotonic`; None: now.
     """
 
-    def __init__(self, max_seconds: float | None = None) -> None:
+    def __init__(self, max_seconds: float | None = None, *, begun: float | None = None) -> None:
         self.reason = ""
         self.received = 0.0
-        self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        begun = time.monotonic() if begun is None else begun
+        self.deadline = None if max_seconds is None else begun + max_seconds
         self.flag = torch.zeros(1, dtype=torch.int32)
         self.pending: dist.Work | None = None
         self.previous = {number: signal.signal(number, self.receive) for number in SIGNALS}

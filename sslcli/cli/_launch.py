@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,23 @@ def launch(config: dict[str, Any]) -> int:
         with tempfile.TemporaryDirectory(prefix="sslcli-") as folder:
             path = Path(folder) / "config.json"
             path.write_text(json.dumps(config), encoding="utf-8")
-            return run_processes(["-m", "sslcli.cli._launch", str(path)], processes=config["launcher"]["processes"])
+            return run_processes(
+                ["-m", "sslcli.cli._launch", str(path)],
+                processes=config["launcher"]["processes"],
+                max_restarts=config["launcher"]["max_restarts"],
+                tell=partial(tell, Path(config["run_dir"])),
+            )
     from sslcli.cli._run import run
 
     return run(config)
+
+
+def tell(run_dir: Path, message: str) -> None:
+    """A message of the agent or of the end of all processes, to the terminal and to the log of the run."""
+    print(f"ssl-train: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError), (run_dir / "console.log").open("r+", encoding="utf-8") as log:  # only where there is one
+        log.seek(0, os.SEEK_END)
+        log.write(f"{message}\n")
 
 
 def run_dir_of(config: dict[str, Any]) -> str:

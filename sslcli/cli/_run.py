@@ -19,7 +19,7 @@ from sslcli.cli import _run_dir
 from sslcli.cli._build import Parts, build_optimizer, build_parts
 from sslcli.cli._dry import dry_run, save_views
 from sslcli.data.loader import Loader, plain_batches, worker_died
-from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, Stopped, TrainingFailed
+from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, ProcessLost, Stopped, TrainingFailed
 from sslcli.evaluate.online import knn_probe
 from sslcli.methods.base import Method
 from sslcli.nn import evaluating
@@ -40,6 +40,8 @@ DISK_ERRORS = (*REFUSALS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def run(config: dict[str, Any]) -> int:
     """Carry out a checked configuration in this process; the exit code."""
     run_dir = Path(config["run_dir"])
+    if launch.restarted():  # what is there is of this very command
+        config = config | {"resume": "auto"}
     try:
         if _run_dir.is_finished(run_dir) and config["resume"] != "never" and not config["dry_run"]:
             _run_dir.check_resumable(run_dir, config)
@@ -53,15 +55,17 @@ def run(config: dict[str, Any]) -> int:
             return _carry_out(config, run_dir, device)
     except ConfigError as error:
         return _end(str(error), EXIT_CONFIG)
+    except ProcessLost as error:
+        return _end(str(error), launch.exit_lost())
     except TrainingFailed as error:
         return _end(str(error), EXIT_FAILED)
     except Stopped as error:
         return EXIT_STOPPED if launch.number() > 0 else _end(str(error), EXIT_STOPPED)
     except RuntimeError as error:
         if "DataLoader worker" in str(error):  # raised wherever the signal of the dying worker finds us
-            return _end(str(worker_died(error)), EXIT_FAILED)
+            return _end(str(worker_died(error)), launch.exit_lost())
         if launch.lost_contact(error):
-            return _end(LOST_CONTACT, EXIT_FAILED, wait=2 * WAIT)  # the other process has the reason to tell
+            return _end(LOST_CONTACT, launch.exit_lost(), wait=2 * WAIT)  # the other process has the reason to tell
         raise
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -213,7 +217,7 @@ def assemble(
         config={key: value for key, value in config.items() if not key.startswith("_")},
         screen=screen,
         watch=watch,
-        stop=StopRequest(seconds("train.max_time", settings.max_time)),
+        stop=StopRequest(seconds("train.max_time", settings.max_time), begun=launch.begun()),
     )
 
 

@@ -24,7 +24,7 @@ BUILT = ("method", "dataset", "backbone", "views", "optimizer", "protocol")  # h
 PLAIN: dict[str, type] = {"train": RunSettings, "eval": EvalSettings}  # the keys that stand alone
 LAUNCHER_KEYS = {
     "local": {"kind": "str", "threads": "int | None"},
-    "multi": {"kind": "str", "threads": "int | None", "processes": "int | None"},
+    "multi": {"kind": "str", "threads": "int | None", "processes": "int | None", "max_restarts": "int"},
 }
 HEADER = "a yaml that sets keys outside its own group begins with the line: # @package _global_"
 
@@ -201,5 +201,5 @@ def launcher(node: dict[str, Any]) -> None:
         raise ConfigError(f"launcher.kind is {kind!r}, but it must be one of: {names}")
     check_keys("launcher", node, LAUNCHER_KEYS[kind])
     check_types("launcher", node, LAUNCHER_KEYS[kind])
-    for name in ("threads", "processes"):
-        check_range(f"launcher.{name}", node.get(name), least=1)
+    for name, least in {"threads": 1, "processes": 1, "max_restarts": 0}.items():
+        check_range(f"launcher.{name}", node.get(name), least=least)

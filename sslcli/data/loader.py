@@ -26,7 +26,7 @@ from sslcli.data.bad_images import BadImage, BadImages
 from sslcli.data.sources import Picture, Source, replacement
 from sslcli.data.views import Views
 from sslcli.distributed import end_with, rank, world_size
-from sslcli.errors import ConfigError, TrainingFailed
+from sslcli.errors import ConfigError, ProcessLost
 from sslcli.methods.base import Batch
 
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -259,9 +259,9 @@ def start_worker(parent: int, number: int) -> None:
     end_with(parent)
 
 
-def worker_died(error: BaseException) -> TrainingFailed:
+def worker_died(error: BaseException) -> ProcessLost:
     """The message for a data worker that vanished."""
-    return TrainingFailed(
+    return ProcessLost(
         f"a data worker died ({str(error).splitlines()[0]}). The usual cause is too little memory: "
         "lower dataset.workers (0 reads in the main process) and start the same command again to go on"
     )
