@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sslcli import heartbeat
+
 T = TypeVar("T")
 
 
@@ -37,6 +39,7 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait until all processes are here."""
     if world_size() > 1:
+        heartbeat.meet()
         dist.barrier()
 
 
@@ -46,6 +49,7 @@ def all_gather(rows: Tensor) -> Tensor:
     if world_size() == 1:
         return rows.detach()
     gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    heartbeat.meet()
     dist.all_gather_into_tensor(gathered, rows.detach().contiguous())
     return gathered
 
@@ -59,6 +63,7 @@ class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
+        heartbeat.meet()
         dist.all_reduce(grad)
         return grad[rank() * ctx.num_rows :][: ctx.num_rows]
 
@@ -77,6 +82,7 @@ def all_reduce_mean(value: Tensor) -> Tensor:
     """The mean of `value` over all processes, a new tensor."""
     value = value.detach().clone()
     if world_size() > 1:
+        heartbeat.meet()
         dist.all_reduce(value)
         value /= world_size()
     return value
@@ -87,6 +93,7 @@ def gather_objects(mine: T) -> list[T]:
     if world_size() == 1:
         return [mine]
     everyone: list[Any] = [None] * world_size()
+    heartbeat.meet()
     dist.all_gather_object(everyone, mine)
     return everyone
 
@@ -94,6 +101,7 @@ def gather_objects(mine: T) -> list[T]:
 def broadcast_objects(values: list[Any]) -> None:
     """Replace the elements of `values` by those of the main process."""
     if world_size() > 1:
+        heartbeat.meet()
         dist.broadcast_object_list(values, src=0)
 
 

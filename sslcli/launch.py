@@ -18,7 +18,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from sslcli import distributed
+from sslcli import distributed, heartbeat
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError
 
 # What our agent leaves in the environment of the processes it starts.
@@ -69,8 +69,11 @@ def available() -> list[str]:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """The processes of this run, joined for the time of the block; nothing where there is one."""
+def process_group(device: torch.device, *, limit: float, end: Callable[[str], None]) -> Iterator[None]:
+    """The processes of this run, joined for the time of the block; nothing where there is one.
+
+    `end(message)` is called on each, from a thread, once none went on for `limit` seconds; see `heartbeat.watched`.
+    """
     if not joined():
         yield
         return
@@ -79,9 +82,12 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    store = heartbeat.join(limit)
+    # The heartbeat knows a hang from a long wait; this limit is for the case that it fails.
+    dist.init_process_group(backend, timeout=timedelta(seconds=max(10 * limit, 3600)))
     try:
-        yield
+        with heartbeat.watched(store, rank=dist.get_rank(), size=dist.get_world_size(), limit=limit, end=end):
+            yield
     finally:
         dist.destroy_process_group()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as _FusedSyncNormalize
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslcli import distributed
+from sslcli import distributed, heartbeat
 
 
 def full_precision(values: Tensor) -> Tensor:
@@ -177,6 +177,7 @@ class _SyncNormalize(torch.autograd.Function):
         normed = (input.to(mean.dtype) - mean.view(shape)) * inv_std.view(shape)
         sums = torch.stack([grad.sum(axes), (grad * normed).sum(axes)])  # (2, C), local
         total = sums.clone()
+        heartbeat.meet()
         dist.all_reduce(total)
         total /= input.numel() / input.size(1) * distributed.world_size()
         scale = inv_std if weight is None else inv_std * weight

@@ -9,6 +9,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from sslcli import heartbeat
 from sslcli.distributed import world_size
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -56,6 +57,7 @@ class StopRequest:
             self.pending.wait()
             stop = bool(self.flag.item())
         self.flag.fill_(bool(self.reason))
+        heartbeat.meet()
         self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
         return stop
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from sslcli import cached_gradients, checkpoint, distributed, precision, schedule
+from sslcli import cached_gradients, checkpoint, distributed, heartbeat, precision, schedule
 from sslcli.data.loader import Loader
 from sslcli.errors import ConfigError, Stopped, TrainingFailed
 from sslcli.methods.base import Batch, Method
@@ -76,7 +76,9 @@ def train(run: Run) -> None:
     watch.start(step, total)
     with closing(run.loader.steps(step, total)) as batches:
         while step < total:
+            heartbeat.sign(f"the images of step {step + 1}")
             micro_batches = watch.timed_next(batches)
+            heartbeat.sign(f"step {step + 1}")
             lr = run.lr_at(step)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -151,6 +153,7 @@ def average_each(bucket: Any) -> torch.futures.Future[Tensor]:
     The last bit of a sum over three or more processes depends on the place within what is reduced, and
     DistributedDataParallel fills its buckets anew after the first step, that of a resumed run as well.
     """
+    heartbeat.meet()
     whole = bucket.buffer().div_(distributed.world_size())
     parts = whole.split([gradient.numel() for gradient in bucket.gradients()])
     for work in [dist.all_reduce(part, async_op=True) for part in parts]:
@@ -169,6 +172,7 @@ def save_is_due(settings: TrainSettings, step: int, steps_per_epoch: int) -> boo
 
 def save(run: Run, step: int) -> None:
     """Write a checkpoint; all processes take part, the main one writes."""
+    heartbeat.sign(f"the checkpoint after step {step}")
     mine = {"rng": checkpoint.rng_state(run.device), "window": run.watch.window.state_dict()}
     processes = distributed.gather_objects(mine)
     run.watch.synchronise()

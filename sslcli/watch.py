@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslcli import checkpoint, distributed, health
+from sslcli import checkpoint, distributed, health, heartbeat
 from sslcli.errors import TrainingFailed
 from sslcli.methods.base import Batch, Method
 from sslcli.report import pictures
@@ -209,6 +209,7 @@ class Watch:
     def measure_probe(self) -> dict[str, float]:
         """What the probe finds; the main process looks, the others wait."""
         assert self.probe is not None
+        heartbeat.sign("the k-NN")
         found = self.probe() if distributed.is_main() else {}
         distributed.barrier()
         if "knn_top1" in found:

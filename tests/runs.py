@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -93,6 +94,31 @@ def start_warm(*arguments: str, log: Path, prepare: Callable[..., None] | None =
         return process.exitcode
 
     return Started(process.pid, wait)
+
+
+def start_ranks(
+    *arguments: str, log: Path, prepare: Callable[[int], None] | None = None, other: tuple[str, ...] = ()
+) -> list[Started]:
+    """Two processes of one run, as an outer launcher starts them, each forked from the server of `start_warm`.
+
+    Each calls `prepare(rank)` first; the second has the arguments `other` as well. Both print to `log`.
+    """
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    return [
+        start_warm(*arguments, *(other if rank else ()), log=log, prepare=become_rank, given=(rank, port, prepare))
+        for rank in range(2)
+    ]
+
+
+def become_rank(given: tuple[int, int, Callable[[int], None] | None]) -> None:
+    """What an outer launcher leaves in the environment of a process."""
+    rank, port, prepare = given
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if prepare is not None:
+        prepare(rank)
 
 
 def ssl_train(arguments: list[str], log: Path, prepare: Callable[..., None] | None, given: Any) -> None:

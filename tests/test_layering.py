@@ -16,6 +16,7 @@ RANKS = {
     "atomic": 0,
     "settings": 1,
     "schedule": 1,  # pure functions of progress
+    "heartbeat": 1,
     "distributed": 2,
     "nn": 3,
     "decoder": 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from torch.optim import Optimizer
 
 from sslcli import atomic, checkpoint, distributed, launch, precision
 from sslcli.cli import _run_dir
+from sslcli.cli._agree import check_agreement
 from sslcli.cli._build import Parts, build_optimizer, build_parts
 from sslcli.cli._dry import dry_run, save_views
+from sslcli.cli._launch import tell
 from sslcli.data.loader import Loader, plain_batches, worker_died
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, ProcessLost, Stopped, TrainingFailed
 from sslcli.evaluate.online import knn_probe
@@ -51,7 +54,10 @@ def run(config: dict[str, Any]) -> int:
         device = launch.pick_device(config["device"])
         launch.share_threads(config["launcher"]["threads"])
         set_determinism(config["train"]["deterministic"], compiled=config["train"]["compile"])
-        with launch.process_group(device):
+        limit = seconds("launcher.timeout", config["launcher"]["timeout"])
+        assert limit is not None
+        with launch.process_group(device, limit=limit, end=partial(_end_a_hang, run_dir)):
+            check_agreement(config)
             return _carry_out(config, run_dir, device)
     except ConfigError as error:
         return _end(str(error), EXIT_CONFIG)
@@ -84,6 +90,15 @@ def _end(message: str, code: int, *, wait: float | None = None) -> int:
     time.sleep((WAIT if launch.number() > 0 else 0.0) if wait is None else wait)
     print(f"ssl-train: {message}", file=sys.stderr, flush=True)
     return code
+
+
+def _end_a_hang(run_dir: Path, message: str) -> None:
+    """End this process from the thread that watches it; one process has the message, which goes first."""
+    if message:
+        tell(run_dir, message)
+    else:
+        time.sleep(WAIT)
+    os._exit(EXIT_FAILED)
 
 
 def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> int:

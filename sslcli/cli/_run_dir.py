@@ -54,15 +54,15 @@ def check_resumable(run_dir: Path, config: dict[str, Any]) -> None:
         )
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of what makes a run what it is."""
+def flat(config: dict[str, Any], prefix: str = "", *, leave_out: tuple[str, ...] = NEUTRAL) -> dict[str, Any]:
+    """Values by dotted key of what makes a run what it is: all but those in `leave_out` and below."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         path = f"{prefix}{key}"
-        if (key.startswith("_") and not prefix) or path in NEUTRAL or path == "effective":
+        if (key.startswith("_") and not prefix) or path in leave_out or path == "effective":
             continue
         if isinstance(value, dict):
-            found |= flat(value, f"{path}.")
+            found |= flat(value, f"{path}.", leave_out=leave_out)
         else:
             found[path] = value
     return found

@@ -13,7 +13,15 @@ from sslcli.cli._plugins import plugins
 from sslcli.cli._signature import GIVEN, INJECTED, parameters_of
 from sslcli.cli._types import fits, words
 from sslcli.errors import ConfigError, nearest
-from sslcli.settings import LARGEST_SEED, EvalSettings, MonitorSettings, RunSettings, TrainSettings, check_range
+from sslcli.settings import (
+    LARGEST_SEED,
+    EvalSettings,
+    MonitorSettings,
+    RunSettings,
+    TrainSettings,
+    check_range,
+    seconds,
+)
 
 GROUPS = {  # of each command; those that may be left out are in OPTIONAL
     "train": ("method", "dataset", "backbone", "views", "optimizer", "launcher", "monitor", "mixture", "experiment"),
@@ -23,8 +31,14 @@ OPTIONAL = {"train": ("mixture", "experiment"), "eval": ("dataset", "backbone")}
 BUILT = ("method", "dataset", "backbone", "views", "optimizer", "protocol")  # have a `_target_`
 PLAIN: dict[str, type] = {"train": RunSettings, "eval": EvalSettings}  # the keys that stand alone
 LAUNCHER_KEYS = {
-    "local": {"kind": "str", "threads": "int | None"},
-    "multi": {"kind": "str", "threads": "int | None", "processes": "int | None", "max_restarts": "int"},
+    "local": {"kind": "str", "timeout": "str | float", "threads": "int | None"},
+    "multi": {
+        "kind": "str",
+        "threads": "int | None",
+        "processes": "int | None",
+        "max_restarts": "int",
+        "timeout": "str | float",
+    },
 }
 HEADER = "a yaml that sets keys outside its own group begins with the line: # @package _global_"
 
@@ -203,3 +217,4 @@ def launcher(node: dict[str, Any]) -> None:
     check_types("launcher", node, LAUNCHER_KEYS[kind])
     for name, least in {"threads": 1, "processes": 1, "max_restarts": 0}.items():
         check_range(f"launcher.{name}", node.get(name), least=least)
+    check_range("launcher.timeout", seconds("launcher.timeout", node["timeout"]), above=0)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslcli import heartbeat
 from sslcli.data.loader import plain_batches
 from sslcli.precision import autocast
 
@@ -128,6 +129,7 @@ def extract(
             features[done : done + len(batch)] = batch
             readable[done : done + len(batch)] = whole
             done += len(batch)
+            heartbeat.sign()
             if progress is not None:
                 progress(done, total)
     assert features is not None

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sslcli import heartbeat
 from sslcli.distributed import all_gather, all_gather_with_grad, rank, world_size
 from sslcli.losses import check_temperature
 from sslcli.methods.bank import Bank, log_normalizer, nce, own_row_wins, sampled_softmax, scores
@@ -294,5 +295,6 @@ def mean_where(values: Tensor, rows: Tensor | None) -> Tensor:
         return values.mean()
     count = rows.sum()
     if world_size() > 1:
+        heartbeat.meet()
         dist.all_reduce(count)
     return torch.where(rows, values, 0.0).sum() * world_size() / count.clamp(min=1)

@@ -1,0 +1,168 @@
+"""What goes wrong in one of several processes: all end soon, by themselves, with one message that says where."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runs import Started, complete, last_step, make_folder, metrics, start_ranks, wait_for_step
+from sslcli import train
+from sslcli.cli import _agree
+from sslcli.methods.base import Batch
+
+SMALL = [
+    "backbone.width=4",
+    "dataset.limit=256",
+    "train.batch_size=16",
+    "train.max_steps=20",
+    "train.save_every_steps=2",
+    "train.log_every=1",
+    "monitor.knn_every=0",
+    "monitor.health_every=0",
+    "monitor.pictures=0",
+]
+
+
+def finish(ranks: list[Started]) -> list[int]:
+    return [process.finish() for process in ranks]
+
+
+class AtStep:
+    """`train.optimise`, but in its nth call something else happens before what it returns."""
+
+    def __init__(self, nth: int) -> None:
+        self.real, self.left = train.optimise, nth
+
+    def __call__(self, run: train.Run, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
+        self.left -= 1
+        scalars = self.real(run, model, batches) if self.left else self.fail(run, model, batches)
+        return scalars
+
+    def fail(self, *args: Any) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class Stuck(AtStep):
+    def fail(self, *args: Any) -> dict[str, Tensor]:
+        time.sleep(1000)
+        return {}
+
+
+class NaN(AtStep):
+    def fail(self, *args: Any) -> dict[str, Tensor]:
+        return {name: torch.full_like(value, torch.nan) for name, value in self.real(*args).items()}
+
+
+def stuck_in_the_fifth_step(rank: int) -> None:
+    if rank == 1:
+        train.optimise = Stuck(5)
+
+
+def test_a_process_that_hangs_is_named_at_the_time_limit(tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    ranks = start_ranks(*SMALL, "launcher.timeout=12s", f"run_dir={run_dir}", log=log, prepare=stuck_in_the_fifth_step)
+    stuck = ranks[1].pid
+    wait_for_step(ranks[0], run_dir, 4)
+    seen = time.monotonic()
+    assert finish(ranks) == [3, 3]
+    assert time.monotonic() - seen < 90
+    for told in (log.read_text(), (run_dir / "console.log").read_text()):
+        assert told.count("the others waited 12 s (launcher.timeout) in vain for") == 1
+        assert f"in vain for process 1 (id {stuck} on {os.uname().nodename}, at step 5)" in told
+    assert "Traceback" not in log.read_text()
+    complete_both(start_ranks(*SMALL, f"run_dir={run_dir}", log=log), log)
+    assert "continuing from step 4" in log.read_text()
+    assert [line["step"] for line in metrics(run_dir)] == list(range(1, 21))
+
+
+def complete_both(ranks: list[Started], log: Path) -> None:
+    for process in ranks:
+        complete(process, log)
+
+
+def test_a_stopped_process_is_named_and_one_that_goes_on_in_time_does_no_harm(tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    ranks = start_ranks(*SMALL, "train.max_steps=4000", "launcher.timeout=12s", f"run_dir={run_dir}", log=log)
+    wait_for_step(ranks[0], run_dir, 4)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    time.sleep(3)
+    before = last_step(run_dir)
+    os.kill(ranks[1].pid, signal.SIGCONT)
+    wait_for_step(ranks[0], run_dir, before + 2)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    try:
+        assert ranks[0].finish() == 3
+    finally:
+        os.kill(ranks[1].pid, signal.SIGKILL)
+    told = log.read_text()
+    assert f"process 1 (id {ranks[1].pid} on " in told
+    assert "it does not answer: stopped, or its machine is gone" in told
+
+
+def test_a_process_with_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    ranks = start_ranks(
+        *SMALL, f"run_dir={tmp_path / 'run'}", log=log, other=("optimizer.lr=0.5", "train.save_every_steps=3")
+    )
+    assert finish(ranks) == [2, 2]
+    told = log.read_text()
+    assert (
+        f"process 1 (on {os.uname().nodename}) is not of the same run as process 0 (on {os.uname().nodename}); "
+        "what differs: optimizer.lr: 0.03 -> 0.5; train.save_every_steps: 2 -> 3. Start all with the same command"
+    ) in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "run").exists()
+
+
+def install_other_code(rank: int) -> None:
+    """One file of the package is another one on the second process, as is the version of torch."""
+    real, versions = _agree.sources, _agree.version
+    if rank == 1:
+        _agree.sources = lambda packages: [
+            (Path(__file__) if name == "sslcli/train.py" else path, name) for path, name in real(packages)
+        ]
+        _agree.version = lambda name: "1.0" if name == "torch" else versions(name)
+
+
+def test_a_process_with_other_code_is_refused_with_the_files_that_differ(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert finish(start_ranks(*SMALL, f"run_dir={tmp_path / 'run'}", log=log, prepare=install_other_code)) == [2, 2]
+    differing = log.read_text().partition("what differs: ")[2].partition(". Start all")[0].split("; ")
+    assert [line.partition(": ")[0] for line in differing] == ["file sslcli/train.py", "version of torch"]
+    assert differing[1].endswith(" -> 1.0")
+
+
+def nan_in_the_third_step(rank: int) -> None:
+    if rank == 1:
+        train.optimise = NaN(3)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    ranks = start_ranks(*SMALL, "train.log_every=5", f"run_dir={run_dir}", log=log, prepare=nan_in_the_third_step)
+    assert finish(ranks) == [3, 3]
+    told = (run_dir / "console.log").read_text()
+    assert "the loss is not finite since step 3 (" in told
+    assert "step-00000002.pt" in told
+    assert sorted(path.name for path in (run_dir / "checkpoints").glob("*.pt")) == ["step-00000002.pt"]
+
+
+def test_an_image_that_one_process_cannot_read_stops_all_with_its_path(tmp_path: Path) -> None:
+    images = make_folder(tmp_path / "images", broken=1)
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    command = [*SMALL, "dataset=folder", f"dataset.root={images}", "dataset.image_size=16", "dataset.workers=0"]
+    begun = time.monotonic()
+    codes = finish(start_ranks(*command, "dataset.val_fraction=0", f"run_dir={run_dir}", log=log))
+    assert 2 in codes
+    assert 0 not in codes
+    assert time.monotonic() - begun < 60
+    told = log.read_text()
+    assert "1 of 60 images cannot be read, but dataset.max_bad=0.01 allows 0" in told
+    assert str(images / "a" / "000.png") in told
+    assert "Traceback" not in told
