@@ -21,7 +21,8 @@ from sslcli.cli._agree import check_agreement
 from sslcli.cli._build import Parts, build_optimizer, build_parts
 from sslcli.cli._dry import dry_run, save_views
 from sslcli.cli._launch import tell
-from sslcli.data.loader import Loader, plain_batches, worker_died
+from sslcli.data.loader import Loader, plain_batches
+from sslcli.data.workers import worker_died
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, ProcessLost, Stopped, TrainingFailed
 from sslcli.evaluate.online import knn_probe
 from sslcli.methods.base import Method

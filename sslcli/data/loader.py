@@ -8,59 +8,43 @@ a checkpoint would need, and neither the number of workers nor that of processes
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
+import math
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from itertools import chain, islice
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from sslcli.data import augment, rng
 from sslcli.data.bad_images import BadImage, BadImages
+from sslcli.data.order import epoch_length, epoch_order, last_reads, shard_order
 from sslcli.data.sources import Picture, Source, replacement
 from sslcli.data.views import Views
-from sslcli.distributed import end_with, rank, world_size
-from sslcli.errors import ConfigError, ProcessLost
+from sslcli.data.workers import batches_of, list_of
+from sslcli.distributed import rank, world_size
+from sslcli.errors import ConfigError
 from sslcli.methods.base import Batch
 
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 BadList = list[tuple[str, str]]
 
 
-def epoch_order(source: Source, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-    """The training images of an epoch in their order: (M,) index and (M,) visit.
-
-    `index` counts within the training split. An image of weight w comes w times an epoch on average over the images
-    of that weight, exactly; `visit` tells the epoch and the repetition, so that repetitions get views of their own.
-    """
-    num_images = len(source.splits["train"])
-    index, repeat = torch.arange(num_images), torch.zeros(num_images, dtype=torch.long)
-    if source.weights is not None:
-        lucky = rng.uniform(rng.mix(seed, epoch, index), 0)
-        parts = []
-        for weight in sorted(set(source.weights.tolist())):
-            members = index[source.weights == weight]
-            whole, left = int(weight), round(len(members) * weight) - int(weight) * len(members)
-            parts += [(members, turn) for turn in range(whole)]
-            parts.append((members[lucky[members].argsort()[:left]], whole))
-        index = torch.cat([members for members, _ in parts])
-        repeat = torch.cat([torch.full_like(members, turn) for members, turn in parts])
-    order = rng.permutation(len(index), seed, epoch)
-    return index[order], epoch + (repeat[order] << 32)
-
-
 @dataclass(frozen=True)
 class Request:
-    """The images one process needs for one micro-batch."""
+    """The images one process needs for one micro-batch, or one of several pieces of it."""
 
     index: Tensor  # (n,) in the training split
-    visit: Tensor  # (n,)
+    visit: Tensor  # (n,) see epoch_order
+    last: Tensor  # (n,) bool, see last_reads; all False where nothing is read in chunks
+
+
+def joined(pieces: Sequence[Request]) -> Request:
+    """The request that the pieces are parts of."""
+    return Request(*(torch.cat([getattr(piece, column.name) for piece in pieces]) for column in fields(Request)))
 
 
 class Loader:
@@ -84,7 +68,7 @@ class Loader:
                 f"train.batch_size is {batch_size}, but it must split evenly into {accumulate} micro-batches on "
                 f"{world_size()} processes: choose a multiple of {share}"
             )
-        num_images = len(epoch_order(source, seed=seed, epoch=0)[0])
+        num_images = epoch_length(source)
         if batch_size > num_images:
             raise ConfigError(
                 f"train.batch_size is {batch_size}, but the training split of {source.name} has {num_images} images: "
@@ -94,18 +78,35 @@ class Loader:
         self.batch_size, self.accumulate, self.part = batch_size, accumulate, batch_size // share
         self.steps_per_epoch = num_images // batch_size
         self.bad = BadImages(max_bad=source.max_bad, total=len(source.splits["train"]))
+        # Every worker reads its own lanes of a set of shards, so each takes a piece of every micro-batch.
+        self.layout = source.layout
+        self.workers = source.workers if self.layout is None else min(source.workers, self.part)
+        self.pieces = 1 if self.layout is None else max(1, self.workers)
 
     def requests(self, start: int, stop: int) -> Iterator[Request]:
-        """What this process needs for steps start to stop - 1, `accumulate` requests a step."""
+        """What this process needs for steps start to stop - 1: `pieces` requests a micro-batch, `accumulate` a step."""
         epoch = -1
         for step in range(start, stop):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                index, visit = epoch_order(self.source, seed=self.seed, epoch=epoch)
-            first = step % self.steps_per_epoch * self.batch_size
+                columns = self.reads(epoch)
             for micro in range(self.accumulate):
-                at = first + (micro * world_size() + rank()) * self.part
-                yield Request(index[at : at + self.part], visit[at : at + self.part])
+                rows = [column[step % self.steps_per_epoch, micro].tensor_split(self.pieces) for column in columns]
+                yield from (Request(*piece) for piece in zip(*rows, strict=True))
+
+    def reads(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What this process reads in an epoch: the columns of `Request`, each (steps, accumulate, part)."""
+        shape = (self.steps_per_epoch, self.accumulate, world_size(), self.part)
+        if self.layout is None:
+            order = epoch_order(self.source, seed=self.seed, epoch=epoch)
+            index, visit = (column[: math.prod(shape)].view(shape)[:, :, rank()] for column in order)
+            return index, visit, torch.zeros_like(index, dtype=torch.bool)
+        whole = shard_order(self.layout, seed=self.seed, epoch=epoch, batch_size=self.batch_size)
+        index = whole.view(shape)[:, :, rank()]
+        pieces = torch.arange(self.part).tensor_split(self.pieces)
+        reader = torch.cat([torch.full_like(piece, number) for number, piece in enumerate(pieces)]).expand_as(index)
+        last = last_reads(self.layout.chunk[index].flatten(), reader.flatten())
+        return index, torch.full_like(index, epoch), last.view_as(index)
 
     def steps(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
         """The micro-batches of steps start to stop - 1. Closing the generator ends the workers."""
@@ -133,11 +134,15 @@ class Loader:
 
     def from_files(self, start: int, stop: int) -> Iterator[Batch]:
         crops = ViewCrops(self.source, self.views, self.seed)
-        for request, views, read, bad in batches_of(crops, list_of(self.requests(start, stop)), self.source.workers):
-            for path, reason in bad:
+        served = batches_of(crops, list_of(self.requests(start, stop)), self.workers)
+        while pieces := list(islice(served, self.pieces)):
+            requests, views, read, bad = zip(*pieces, strict=True)
+            for path, reason in chain(*bad):
                 self.bad.add(path, reason)
             self.bad.check()
-            yield self.batch(request, [view.to(self.device, non_blocking=True).float() / 255 for view in views], read)
+            parts = [[part.to(self.device, non_blocking=True) for part in view] for view in zip(*views, strict=True)]
+            images = [(torch.cat(view) if len(view) > 1 else view[0]).float() / 255 for view in parts]
+            yield self.batch(joined(requests), images, torch.cat(read))
 
     def batch(self, request: Request, crops: list[Tensor], read: Tensor) -> Batch:
         """Colour operations on float crops in [0, 1] of this process's images, which are those at positions `read`."""
@@ -155,16 +160,6 @@ class Loader:
         return rng.mix(self.seed, request.visit, request.index)
 
 
-class list_of:
-    """A generator as a sampler that can be started anew."""
-
-    def __init__(self, requests: Iterator[Request]) -> None:
-        self.requests = requests
-
-    def __iter__(self) -> Iterator[Request]:
-        return self.requests
-
-
 class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
     """Runs in a worker: decode each image of a request once, cut and resize each view; also which images these are."""
 
@@ -173,7 +168,9 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
 
     def __getitem__(self, request: Request) -> tuple[Request, list[Tensor], Tensor, BadList]:
         positions = self.source.splits["train"][request.index]
+        self.source.hold(positions)
         images, read, bad = read_all(self.source, positions)
+        self.source.release(positions[request.last])
         key = rng.mix(self.seed, request.visit, request.index)
         height = torch.tensor([image.height for image in images])
         width = torch.tensor([image.width for image in images])
@@ -224,47 +221,6 @@ def plain_batches(
         if images.shape[2:] != (size, size):
             images = to_uint8([centre_crop(Image.fromarray(i.permute(1, 2, 0).numpy()), size) for i in images])
         yield images, torch.ones(len(chunk), dtype=torch.bool)
-
-
-def batches_of(dataset, sampler, workers: int):  # type: ignore[no-untyped-def]
-    """`dataset[request]` for each request, in order, by `workers` processes (0: in this one)."""
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=partial(start_worker, os.getpid()),
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # see start_worker
-        generator=torch.Generator(),  # else a number is drawn from the global one, which a resumed run would draw twice
-    )
-    try:
-        yield from loader
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
-            raise worker_died(error) from error
-        raise
-
-
-def start_worker(parent: int, number: int) -> None:
-    """Make a data worker leave signals to the process it works for, and end with it.
-
-    Schedulers and terminals signal the whole process group: a worker that dies of it would turn a stop in good order
-    into a failure. One that outlived its run would hold the lock of the run directory, which it inherits by fork.
-    Python's newer start methods put a server between the run and its workers, which nothing would end with the run.
-    """
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
-    end_with(parent)
-
-
-def worker_died(error: BaseException) -> ProcessLost:
-    """The message for a data worker that vanished."""
-    return ProcessLost(
-        f"a data worker died ({str(error).splitlines()[0]}). The usual cause is too little memory: "
-        "lower dataset.workers (0 reads in the main process) and start the same command again to go on"
-    )
 
 
 def read_all(source: Source, positions: Tensor) -> tuple[list[Picture], Tensor, BadList]:

@@ -23,6 +23,7 @@ from sslcli.data.bad_images import BadImage as BadImage
 from sslcli.data.bad_images import BadImages as BadImages
 from sslcli.data.bad_images import TooManyBadImages as TooManyBadImages
 from sslcli.data.bad_images import check_share
+from sslcli.data.order import Layout
 from sslcli.errors import ConfigError
 
 _FINGERPRINT_IMAGES = 512
@@ -120,6 +121,17 @@ class Source:
     def labelled(self) -> bool:
         """Whether any image has a label."""
         return bool((self.labels >= 0).any())
+
+    @property
+    def layout(self) -> Layout | None:
+        """How the training images lie in shards; None where they can be read in any order."""
+        return None
+
+    def hold(self, positions: Tensor) -> None:
+        """Get ready to read these (n,) positions, keeping what comes with them, until it is released."""
+
+    def release(self, positions: Tensor) -> None:
+        """Let go of what was held for these (n,) positions."""
 
     def read(self, position: int, *, at_least: int | None = None) -> Picture:
         """The image at `position`, RGB, of any size.

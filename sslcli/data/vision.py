@@ -96,7 +96,7 @@ def _fetch(kind: Any, root: Path, files: list[Path], *, download: bool) -> None:
     reason = "dataset.download is false"
     if download:
         try:
-            with _alone(root), _timeout(_TIMEOUT):
+            with alone(root), _timeout(_TIMEOUT):
                 # Another process may have been first.
                 if not all(path.is_file() for path in files):
                     for part in ("train", "test"):
@@ -114,7 +114,7 @@ def _fetch(kind: Any, root: Path, files: list[Path], *, download: bool) -> None:
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
+def alone(root: Path) -> Iterator[None]:
     """Hold a lock, so that the processes of a run or a sweep do not write the same files at once."""
     import fcntl
 

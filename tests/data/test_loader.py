@@ -8,7 +8,8 @@ from PIL import Image
 
 from sslcli.data.bad_images import TooManyBadImages
 from sslcli.data.files import Folder
-from sslcli.data.loader import Loader, epoch_order, plain_batches
+from sslcli.data.loader import Loader, plain_batches
+from sslcli.data.order import epoch_order
 from sslcli.data.sources import Shapes, Source
 from sslcli.data.views import Views
 from sslcli.errors import ConfigError

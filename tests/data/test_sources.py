@@ -144,4 +144,17 @@ def test_yaml_writes_out_every_keyword_of_its_class(path):
 
 def test_yaml_words():
     words = {path.stem for path in CONF.glob("*.yaml")}
-    assert words == {"shapes", "cifar10", "cifar100", "stl10", "svhn", "imagenet", "folder", "flat", "list", "parallel"}
+    assert words == {
+        "shapes",
+        "cifar10",
+        "cifar100",
+        "stl10",
+        "svhn",
+        "imagenet",
+        "folder",
+        "flat",
+        "list",
+        "parallel",
+        "hf",
+        "hf_stream",
+    }

@@ -1,0 +1,127 @@
+"""Sets of shards that need not fit on the disk: parquet files and WebDataset tar archives, here or at an address.
+
+conf/dataset/hf_stream.yaml. An index (`sslcli.data.shard_index`) makes the images of all shards one position space, so
+that labels, splits and resumption are those of every other set. A layout (`sslcli.data.order`) lets each process and
+worker go through shards of its own from their beginning to their end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslcli.data import rng
+from sslcli.data.columns import as_labels
+from sslcli.data.files import decode_file
+from sslcli.data.order import Layout, layout_of
+from sslcli.data.shard_index import default_cache, find_shards, indices_of
+from sslcli.data.shard_reader import ShardReader
+from sslcli.data.shards import Shard
+from sslcli.data.sources import Picture, Source, digest
+from sslcli.errors import ConfigError, check_positive
+
+
+class HfStream(Source):
+    """A set of shards.
+
+    Args:
+        path: shards, folders of shards, patterns such as "data/train-*.tar", ranges such as "train-{000..127}.tar", or
+            addresses such as "s3://bucket/train-*.parquet"; one or a list.
+        test: the same for the official test split, or None.
+        image, label: the columns of parquet, or what follows the first dot of the names in a tar archive; label may be
+            a field of the JSON there. "auto" finds them. label None: no labels.
+        lanes: shards that are read side by side by all processes and workers, at least 1.
+        buffer: images in all shuffle buffers together, at least 1.
+        cache: the folder for what is known of the shards; None = that of the user.
+        common: the keywords of `Source`.
+
+    Positions go through the shards by address, those of `test` last.
+
+    Raises ConfigError for shards that are absent, cannot be read, are damaged, or lack a column.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | list[str],
+        test: str | list[str] | None = None,
+        image: str = "auto",
+        label: str | None = "auto",
+        lanes: int = 16,
+        buffer: int = 4096,
+        cache: str | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        check_positive(**{"dataset.lanes": lanes, "dataset.buffer": buffer})
+        self.lanes, self.buffer = lanes, buffer
+        pool = find_shards(path, key="dataset.path")
+        official = [] if test is None else find_shards(test, key="dataset.test")
+        for shard in official:
+            if shard in pool:
+                raise ConfigError(f"{shard.url} is in dataset.path and in dataset.test: leave it out of one of them")
+        folder = default_cache() if cache is None else Path(cache).expanduser()
+        indices = indices_of([*pool, *official], folder, image=image, label=label)
+        self.name = pool[0].name.partition(".")[0] if len(pool) == 1 else Path(pool[0].url).parent.name
+        self.reader = ShardReader([*pool, *official], indices)
+        classes = next((index.classes for index in indices if index.classes), [])
+        values = [value for index in indices for value in index.labels]
+        self.labels, self.classes = as_labels(values, classes, where=f"the label of {self.name}")
+        num_pool = sum(map(len, indices[: len(pool)]))
+        hashes = hashes_of(pool, list(map(len, indices)))
+        self.split(hashes, labelled=self.labels[:num_pool] >= 0, num_test=len(self.labels) - num_pool)
+
+    @property
+    def layout(self) -> Layout:
+        """Where the training images lie, whose positions must ascend."""
+        train = self.splits["train"].numpy()
+        shard, chunk = (torch.from_numpy(of(train)) for of in (self.reader.shard_of, self.reader.chunk_of))
+        return layout_of(shard, chunk, lanes=self.lanes, buffer=self.buffer)
+
+    def hold(self, positions: Tensor) -> None:
+        """Fetch what these (n,) positions are read with; it stays until it is released."""
+        self.reader.hold(positions)
+
+    def release(self, positions: Tensor) -> None:
+        """Let go of what these (n,) positions were read with."""
+        self.reader.release(positions)
+
+    def read(self, position: int, *, at_least: int | None = None) -> Picture:
+        """The image at `position`. Raises BadImage for one that cannot be decoded, ConfigError for a lost shard."""
+        return decode_file(io.BytesIO(self.reader.content(position)), self.path(position), at_least=at_least)
+
+    def path(self, position: int) -> str:
+        """The shard and the number of the image in it."""
+        shard, number = self.reader.place(position)
+        return f"{self.reader.shards[shard].url}[{number}]"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits: sha256 of the name, size and number of images of each shard, and of the labels."""
+        counts = np.diff(self.reader.ends, prepend=0).tolist()
+        rows = [repr((s.name, s.size, count)).encode() for s, count in zip(self.reader.shards, counts, strict=True)]
+        return digest((*rows, repr(self.classes).encode(), self.labels.numpy().tobytes()))
+
+
+def hashes_of(shards: Sequence[Shard], lengths: Sequence[int]) -> Tensor:
+    """A hash of each image of the shards, of the shard's name and the image's number: the folder does not matter.
+
+    Further shards of the same name count as other names.
+    """
+    seen: Counter[str] = Counter()
+    parts = []
+    for shard, length in zip(shards, lengths, strict=False):
+        name = f"{shard.name} {seen[shard.name]}"
+        seen[shard.name] += 1
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+        parts.append(rng.mix(key, torch.arange(length)))
+    return torch.cat(parts)
