@@ -19,9 +19,20 @@ SCALINGS = ("linear", "sqrt", "none")
 SCHEDULES = ("cosine", "step", "constant")
 COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
 RESUME = ("auto", "never", "must")
+DIRECTIONS = ("auto", "max", "min")
+# Scalars of a run, and whether the lowest or the highest value is best.
+KNOWN_METRICS = {
+    "monitor/knn_top1": "max",
+    "monitor/knn_top5": "max",
+    "health/rankme": "max",
+    "train/loss": "min",
+    "train/images_per_s": "max",
+    "train/data_wait": "min",
+}
 # Keys that change how a run is carried out and not what it computes, those below them included.
 NEUTRAL = (
     "about",
+    "sweep",
     "resume",
     "run_dir",
     "name",
@@ -150,6 +161,36 @@ class MonitorSettings:
         check_range("monitor.knn_images", self.knn_images, least=1)
         check_range("monitor.knn_temperature", self.knn_temperature, above=0)
         check_choice("monitor.on_collapse", self.on_collapse, COLLAPSE_ACTIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """Keys `sweep.*`, of `--multirun` alone."""
+
+    metric: str  # scalar of metrics.jsonl that ranks the jobs
+    direction: str
+    jobs: int | None  # at once on this machine; None: one a device
+    retry_failed: bool
+
+    def __post_init__(self) -> None:
+        check_choice("sweep.direction", self.direction, DIRECTIONS)
+        check_range("sweep.jobs", self.jobs, least=1)
+        if not re.fullmatch(r"(train|monitor|health)/[\w.-]+", self.metric):
+            hint = nearest(self.metric, KNOWN_METRICS)
+            raise ConfigError(
+                f"sweep.metric is {self.metric!r}, but it must be a scalar of metrics.jsonl, train/..., monitor/... or "
+                f"health/...{hint and '.' + hint}"
+            )
+        if self.direction == "auto" and self.metric not in KNOWN_METRICS:
+            raise ConfigError(
+                f"sweep.metric is {self.metric!r}, of which it is not known whether high or low is good: give "
+                f"sweep.direction=max or min.{nearest(self.metric, KNOWN_METRICS)}"
+            )
+
+    @property
+    def lowest(self) -> bool:
+        """Whether the lowest value is best."""
+        return (KNOWN_METRICS[self.metric] if self.direction == "auto" else self.direction) == "min"
 
 
 @dataclass(frozen=True, kw_only=True)

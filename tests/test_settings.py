@@ -10,6 +10,7 @@ from sslcli.settings import (
     EvalSettings,
     MonitorSettings,
     RunSettings,
+    SweepSettings,
     TrainSettings,
     check_choice,
     check_device,
@@ -49,6 +50,7 @@ MONITOR = MonitorSettings(
     pictures=8,
 )
 RUN = RunSettings(seed=0, name=None, run_dir=None, resume="auto", device="auto", dry_run=False, trust=[])
+SWEEP = SweepSettings(metric="monitor/knn_top1", direction="auto", jobs=None, retry_failed=False)
 EVAL = EvalSettings(
     run=None,
     weights=None,
@@ -93,6 +95,9 @@ EVAL = EvalSettings(
         (RUN, "seed", [0, 2**32 - 1], [-1, 2**32]),
         (RUN, "resume", ["auto", "never", "must"], ["yes"]),
         (RUN, "device", ["auto", "cpu", "cuda", "cuda:3", "mps"], ["gpu", "cuda:", "cpu:0", "", "CPU"]),
+        (SWEEP, "metric", ["train/loss", "health/rankme"], ["train/agreement", "knn", "monitor/", "loss", "a/b"]),
+        (SWEEP, "direction", ["auto", "max", "min"], ["up"]),
+        (SWEEP, "jobs", [None, 1], [0]),
         (EVAL, "checkpoint", ["last", 0, 500], ["best", -1]),
         (EVAL, "device", ["auto", "cuda:1"], ["gpu"]),
         (EVAL, "precision", ["auto", "bf16"], ["half"]),
@@ -165,3 +170,16 @@ def test_the_nearest_name_does_not_mind_the_case() -> None:
     assert nearest("sgd", ["AdamW", "SGD"]) == " Did you mean 'SGD'?"
     assert nearest("zzz", ["byol", "moco"]) == ""
     assert nearest(5, []) == ""
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction", "lowest"),
+    [
+        ("monitor/knn_top1", "auto", False),
+        ("train/loss", "auto", True),
+        ("train/loss", "max", False),
+        ("train/agreement", "min", True),
+    ],
+)
+def test_which_way_a_metric_is_good_is_known_or_told(metric: str, direction: str, lowest: bool) -> None:
+    assert replace(SWEEP, metric=metric, direction=direction).lowest is lowest

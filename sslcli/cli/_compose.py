@@ -21,7 +21,7 @@ from hydra._internal.utils import create_automatic_config_search_path, get_args_
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -32,6 +32,7 @@ from yaml import YAMLError
 
 from sslcli.cli import _explain, _schema
 from sslcli.cli._help import folder_of_conf
+from sslcli.cli._job import stop_with_sweep
 from sslcli.cli._plugins import conf_of_plugins
 from sslcli.errors import EXIT_CONFIG, ConfigError
 from sslcli.settings import NEUTRAL
@@ -55,6 +56,7 @@ Plugins.instance().register(ConfOfPlugins)
 
 def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
     """Compose, check and run what the command line asks for; the exit code."""
+    stop_with_sweep()
     try:
         arguments = read_arguments()
         if any(getattr(arguments, flag) for flag in ANSWERED_BY_HYDRA):
@@ -109,7 +111,7 @@ def flags_of(arguments: Namespace, *, only: tuple[str, ...] = ()) -> list[str]:
 
 def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
     """The resolved, checked configuration of every job, as plain values. Raises ConfigError."""
-    engine = _engine(arguments)
+    engine = engine_of(arguments)
     try:
         overrides = _parsed(engine, arguments.overrides)
         swept = [override for override in overrides if override.is_sweep_override()]
@@ -118,29 +120,55 @@ def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
                 f"{swept[0].input_line} names several values: add --multirun to run them all, write a list as "
                 "key=[a,b], or quote a text that holds a comma, as in key='\"a,b\"'"
             )
-        return [
-            _job(engine, name, arguments.config_name or name, line)
-            for line in _lines(overrides, multirun=arguments.multirun)
-        ]
+        file = arguments.config_name or name
+        if arguments.multirun:
+            first = _job(engine, name, file, _first(overrides))
+            overrides = [*_parsed(engine, [f"{key}={value}" for key, value in first["_params_"].items()]), *overrides]
+            lines = _samples(overrides) if first["_choices_"]["hydra/sweeper"] != "basic" else _points(overrides)
+        else:
+            lines = [_first(overrides)]
+        return [_job(engine, name, file, line) for line in lines]
     finally:
         GlobalHydra.instance().clear()
 
 
-def _lines(overrides: list[Override], *, multirun: bool) -> list[list[str]]:
-    """The overrides of each job."""
-    given = [override.input_line or "" for override in overrides]
-    if not multirun:
-        return [given]
-    if any(override.get_key_element() == "hydra/sweeper" for override in overrides):
-        # Another sweeper draws its jobs while it runs: each is checked when it starts.
-        return [[o.input_line or "" for o in overrides if not o.is_sweep_override()]]
+def _first(overrides: list[Override]) -> list[str]:
+    """The overrides of one job: the first value of each that is swept."""
+    return [_values(each)[0] if each.is_sweep_override() else each.input_line or "" for each in overrides]
+
+
+def _values(override: Override) -> list[str]:
+    """An override with each value it takes in turn; with the ends of an interval, which has no end of values."""
+    key = override.get_key_element()
+    if override.is_interval_sweep():
+        interval = override.value()
+        assert isinstance(interval, IntervalSweep)
+        return [f"{key}={interval.start}", f"{key}={interval.end}"]
+    try:
+        return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    except (HydraException, ValueError) as error:
+        raise ConfigError(f"cannot tell the jobs of --multirun: {_explain.one_line(error)}") from error
+
+
+def _points(overrides: list[Override]) -> list[list[str]]:
+    """The overrides of each job: every combination of values."""
     try:
         return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
     except (HydraException, ValueError) as error:
         raise ConfigError(f"cannot tell the jobs of --multirun: {_explain.one_line(error)}") from error
 
 
-def _engine(arguments: Namespace) -> Hydra:
+def _samples(overrides: list[Override]) -> list[list[str]]:
+    """Overrides of jobs as a sweeper may draw them while it runs: each value once, beside the first of the others."""
+    lines = [_first(overrides)]
+    for place, override in enumerate(overrides):
+        if override.is_sweep_override():
+            lines += [[*lines[0][:place], value, *lines[0][place + 1 :]] for value in _values(override)[1:]]
+    return lines
+
+
+def engine_of(arguments: Namespace) -> Hydra:
+    """What composes configurations. Raises ConfigError."""
     for flag, folder in (("--config-dir", arguments.config_dir), ("--config-path", arguments.config_path)):
         if folder is not None and not os.path.isdir(folder):
             raise ConfigError(f"{flag} is {folder}, but there is no such folder: give an existing one")
@@ -181,8 +209,14 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
     job = _plain(config)
     _find_own_modules(job)
     _schema.check(command, job)
-    chosen = OmegaConf.to_container(config.hydra.runtime.choices)
-    return job | {"_choices_": chosen, "_overrides_": digested(lines), "_lines_": lines}
+    own = config.hydra
+    return job | {
+        "_choices_": OmegaConf.to_container(own.runtime.choices),
+        "_overrides_": digested(lines),
+        "_lines_": lines,
+        "_params_": dict(OmegaConf.select(own, "sweeper.params") or {}),
+        "_sweep_dir_": own.sweep.dir,
+    }
 
 
 def _composed(engine: Hydra, command: str, name: str, lines: list[str]) -> DictConfig:

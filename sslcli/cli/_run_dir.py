@@ -26,6 +26,18 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / "done").exists()
 
 
+def is_held(run_dir: Path) -> bool:
+    """Whether a run is at work in this directory."""
+    try:
+        with (run_dir / ".lock").open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def check_resumable(run_dir: Path, config: dict[str, Any]) -> None:
     """Raise ConfigError unless `config` may start or continue the run in `run_dir`."""
     started = (run_dir / "config.yaml").exists()

@@ -18,6 +18,7 @@ from sslcli.settings import (
     EvalSettings,
     MonitorSettings,
     RunSettings,
+    SweepSettings,
     TrainSettings,
     check_range,
     seconds,
@@ -46,7 +47,7 @@ HEADER = "a yaml that sets keys outside its own group begins with the line: # @p
 def check(command: str, config: dict[str, Any]) -> None:
     """Raise ConfigError, naming the key, what is allowed and the nearest name, unless the configuration is sound."""
     plain = [f.name for f in fields(PLAIN[command])]
-    sections = ["train"] if command == "train" else []
+    sections = ["train", "sweep"] if command == "train" else []
     if "experiment" in config:
         raise ConfigError(
             f"the chosen experiment sets nothing but keys below `experiment`, which mean nothing: {HEADER}"
@@ -67,6 +68,7 @@ def check(command: str, config: dict[str, Any]) -> None:
     if command == "train":
         settings(TrainSettings, config.get("train"), "train")
         settings(MonitorSettings, config["monitor"], "monitor")
+        settings(SweepSettings, config.get("sweep"), "sweep")
         launcher(config["launcher"])
 
 

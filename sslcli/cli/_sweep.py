@@ -1,128 +1,131 @@
-"""`--multirun`: every job is a process of its own, so that no job leaves a trace in the next.
+"""`--multirun`: the jobs of a sweep, each a process of its own, and a folder that outlives the sweep.
 
-Hydra's sweeper decides the jobs and its launcher where they start; the job itself is the same command with the job's
-own overrides and a run directory inside the sweep's.
+The jobs are known before the first one starts, unless another sweeper of Hydra draws them while it runs. They run in a
+queue on this machine, unless another launcher of Hydra carries them somewhere else.
 """
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from sslcli.cli import _sweep_hydra, _sweep_table
+from sslcli.cli._compose import digested, flags_of
+from sslcli.cli._job import FAILED, INTERRUPTED, STOPPED, WAITING, Job, Sweep, enrol, is_due, job_of, status_of
+from sslcli.cli._queue import Slot, run_queue, slots_of
+from sslcli.cli._sweep_table import Row
+from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError
+from sslcli.settings import SweepSettings
 
-from sslcli.cli._compose import digested, flags_of, hand_over
-from sslcli.cli._launch import default_name
-from sslcli.errors import EXIT_STOPPED, ConfigError
-
-MODULES = {"train": "sslcli.cli.train", "eval": "sslcli.cli.eval"}
-HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a job that gets one saves and stops
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended."""
-
-    title: str
-    code: int | None  # None: not started, because the sweep was stopped before
-    knn: float | None
+OF_EVAL = SweepSettings(metric="monitor/knn_top1", direction="auto", jobs=None, retry_failed=True)
+DEFAULT_FOLDER = "runs/sweep"  # in the yaml files
+ON_THIS_MACHINE = ("basic", "joblib", "submitit_local")  # launchers that do not share out devices themselves
 
 
-def sweep(name: str, jobs: list[dict[str, Any]], arguments: Namespace) -> int:
-    """Run the checked jobs of a command through Hydra; the worst exit code of those that ran in this process."""
-    check_directories(jobs)
-    folder = next((o.partition("=")[2] for o in arguments.overrides if o.startswith("hydra.sweep.dir=")), None)
-    if folder is None:
-        folder = f"runs/sweep_{digested(arguments.overrides) or 'default'}"
-        arguments.overrides = [*arguments.overrides, f"hydra.sweep.dir={folder}"]
-    print(f"{len(jobs)} jobs", flush=True)
-    stopped_by: list[int] = []
-    outcomes: list[Outcome] = []
-    hand_over(name, job_of(name, arguments, outcomes, stopped_by), arguments)
-    print_table(outcomes)
-    if name == "train":
-        print(f"to compare them: ssl-eval run={folder}")
-    if stopped_by:
-        return EXIT_STOPPED
-    return max((abs(outcome.code or 0) for outcome in outcomes), default=0)
+def sweep(command: str, configs: list[dict[str, Any]], arguments: Namespace) -> int:
+    """Run the checked jobs of a command; the exit code.
+
+    75: stopped, and the same command goes on. 2 or 3: all was tried and something failed.
+    """
+    this = sweep_of(command, configs, arguments)
+    choices = configs[0]["_choices_"]
+    drawn, launcher = choices["hydra/sweeper"] != "basic", choices["hydra/launcher"]
+    jobs = [] if drawn else [job_of(this, config) for config in configs]
+    check_distinct(jobs)
+    prepare(this)
+    due = [job for job in jobs if is_due(this, job)]
+    if not drawn:
+        print(summary(this, jobs, due), flush=True)
+    slots: list[Slot] | None = None
+    if launcher in ON_THIS_MACHINE and (drawn or due):
+        slots = slots_of(configs[0], jobs=None if drawn else len(due), wanted=this.settings.jobs)
+        if len(slots) > 1:
+            print(f"{len(slots)} at once: {', '.join(map(str, slots))}", flush=True)
+    ended_early = False
+    if drawn:
+        stopped, ended_early = _sweep_hydra.draw(this, arguments, launcher, slots)
+    elif launcher == "basic" or not due:
+        stopped = run_queue(this, due, slots, quiet=slots is not None and len(slots) > 1)
+    else:
+        stopped, ended_early = _sweep_hydra.carry(this, due, arguments, slots)
+    rows = _sweep_table.update(this)
+    print(f"\n{_sweep_table.as_text(rows, this.settings.metric)}")
+    print(f"\nthe table: {this.folder / 'sweep.csv'}")
+    names = {job.name for job in jobs}
+    code = exit_code([row for row in rows if drawn or row.name in names], stopped=stopped)
+    return code or (EXIT_FAILED if ended_early else 0)
 
 
-def check_directories(jobs: list[dict[str, Any]]) -> None:
+def sweep_of(command: str, configs: list[dict[str, Any]], arguments: Namespace) -> Sweep:
+    """What the jobs of a command line have in common; its folder is named by the overrides unless one is given."""
+    folder = configs[0]["_sweep_dir_"]
+    if folder == DEFAULT_FOLDER and not any(line.startswith("hydra.sweep.dir=") for line in arguments.overrides):
+        folder = f"{folder}_{digested(arguments.overrides) or 'default'}"
+    lines = [config["_lines_"] for config in configs]
+    return Sweep(
+        command=command,
+        program=program_of(command),
+        folder=Path(folder).absolute(),
+        settings=SweepSettings(**configs[0]["sweep"]) if command == "train" else OF_EVAL,
+        flags=tuple(flags_of(arguments, only=("config_dir", "config_path", "config_name"))),
+        shared=tuple(line for line in lines[0] if all(line in others for others in lines)),
+    )
+
+
+def program_of(command: str) -> tuple[str, ...]:
+    """What starts a command, whatever is on the path."""
+    return sys.executable, "-m", f"sslcli.cli.{command}"
+
+
+def check_distinct(jobs: list[Job]) -> None:
     """Raise ConfigError where several jobs would share a run directory."""
-    given = [job["run_dir"] for job in jobs if job.get("run_dir") is not None]
-    if len(set(given)) < len(given):
+    seen: dict[Path | str, Job] = {}
+    for job in jobs:
+        place = job.run_dir or job.name
+        if place not in seen:
+            seen[place] = job
+            continue
+        if any(line.startswith("run_dir=") for line in job.overrides):
+            raise ConfigError(
+                f"run_dir is {str(place)!r} for several jobs: give hydra.sweep.dir={place} in its place, and each job "
+                "gets a directory in it"
+            )
+        one, other = (" ".join(lines.overrides) for lines in (seen[place], job))
         raise ConfigError(
-            f"run_dir is {given[0]!r} for several jobs: give hydra.sweep.dir={given[0]} in its place, and each job "
-            "gets a directory in it"
+            f"the jobs {one!r} and {other!r} would share a run directory: they differ in nothing that changes the "
+            "result. Leave one out, or sweep run_dir as well"
         )
 
 
-def job_of(
-    name: str, arguments: Namespace, outcomes: list[Outcome], stopped_by: list[int]
-) -> Callable[[DictConfig], float | None]:
-    """What Hydra calls for each job: runs it, notes its outcome, gives its k-NN accuracy to sweepers that optimise."""
-    flags = flags_of(arguments, only=("config_dir", "config_path", "config_name"))
-
-    def job(config: DictConfig) -> float | None:
-        overrides = list(HydraConfig.get().overrides.task)
-        title = " ".join(overrides) or "defaults"
-        if stopped_by:
-            outcomes.append(Outcome(title, None, None))
-            return None
-        line, run_dir = [sys.executable, "-m", MODULES[name], *flags, *overrides], None
-        if name == "train":
-            run_dir = Path(HydraConfig.get().sweep.dir).absolute() / job_name(overrides)
-            if not any(override.startswith("run_dir=") for override in overrides):
-                line.append(f'run_dir="{run_dir}"')
-        print(f"\n=== {title}", flush=True)
-        code = run_process(line, stopped_by)
-        outcomes.append(Outcome(title, code, None if run_dir is None else knn_of(run_dir)))
-        return outcomes[-1].knn
-
-    return job
-
-
-def run_process(line: list[str], stopped_by: list[int]) -> int:
-    """Run a process to its end and return its exit code; signals are handed on to it, and noted."""
-    process = subprocess.Popen(line)
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        stopped_by.append(number)
-        process.send_signal(number)
-
-    previous = {number: signal.signal(number, receive) for number in HANDED_ON}
+def prepare(this: Sweep) -> None:
+    """Make the folder of a sweep. Raises ConfigError where that cannot be."""
     try:
-        return process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        this.records.mkdir(parents=True, exist_ok=True)
+        (this.records / "stop").unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"hydra.sweep.dir is {this.folder}, but it cannot be written ({error.strerror}): choose another"
+        ) from error
 
 
-def print_table(outcomes: list[Outcome]) -> None:
-    """Exit code and k-NN accuracy of every job."""
-    print("\nexit  k-NN    job")
-    for outcome in outcomes:
-        code = "-" if outcome.code is None else str(outcome.code)
-        knn = "-" if outcome.knn is None else f"{100 * outcome.knn:.1f} %"
-        print(f"{code:>4s}  {knn:6s}  {outcome.title}{'  (not started)' if outcome.code is None else ''}")
+def summary(this: Sweep, jobs: list[Job], due: list[Job]) -> str:
+    """How many jobs there are, how they stand, and what will be run."""
+    counts = Counter(status_of(this.folder, enrol(this, job)) for job in jobs)
+    counts.pop(WAITING, None)
+    before = "".join(f", {count} {status}" for status, count in counts.items())
+    retried = not this.settings.retry_failed and counts[FAILED]
+    hint = " (sweep.retry_failed=true runs failed jobs again)" if retried else ""
+    return f"{len(jobs)} jobs in {this.folder}{before}; {len(due)} to run{hint}"
 
 
-def job_name(overrides: list[str]) -> str:
-    """The name of a job's run directory, the one the same overrides would have alone."""
-    choices = HydraConfig.get().runtime.choices
-    return default_name({"_choices_": choices, "_overrides_": digested(overrides)})
-
-
-def knn_of(run_dir: Path) -> float | None:
-    """The newest k-NN accuracy of a run."""
-    from sslcli.report.metrics import newest
-
-    return newest(run_dir / "metrics.jsonl", "monitor/knn_top1")
+def exit_code(rows: list[Row], *, stopped: bool) -> int:
+    """The exit code of a sweep from how its jobs stand."""
+    statuses = {row.status for row in rows}
+    if stopped or STOPPED in statuses:
+        return EXIT_STOPPED
+    if not statuses & {FAILED, INTERRUPTED, WAITING}:
+        return 0
+    return EXIT_CONFIG if {row.code for row in rows} <= {0, EXIT_CONFIG} else EXIT_FAILED

@@ -10,6 +10,7 @@ import torch
 from command_line import SMALL, Cli, Ended, installed
 from sslcli.cli import eval as ssl_eval
 from sslcli.cli import train as ssl_train
+from sweeps import JOB
 
 MAINS = {"ssl-train": ssl_train.main, "ssl-eval": ssl_eval.main}
 
@@ -30,6 +31,14 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     yield call
     torch.set_deterministic_debug_mode("default")
+
+
+@pytest.fixture
+def quick_jobs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of sweeps are quick ones that train nothing."""
+    path = tmp_path_factory.mktemp("job") / "job.py"
+    path.write_text(JOB)
+    monkeypatch.setattr("sslcli.cli._sweep.program_of", lambda command: (sys.executable, "-S", str(path)))
 
 
 @pytest.fixture(scope="session")

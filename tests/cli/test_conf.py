@@ -14,7 +14,7 @@ import yaml
 from sslcli.cli import _compose
 from sslcli.cli._schema import GROUPS
 from sslcli.cli._signature import GIVEN, INJECTED, parameters_of
-from sslcli.settings import EvalSettings, MonitorSettings, RunSettings, TrainSettings
+from sslcli.settings import EvalSettings, MonitorSettings, RunSettings, SweepSettings, TrainSettings
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = {
@@ -83,8 +83,9 @@ def test_a_yaml_begins_with_a_comment_on_what_it_is(name: str) -> None:
 def test_train_yaml_holds_the_settings_and_nothing_else() -> None:
     found = read("train")
     assert list(found["train"]) == [field.name for field in fields(TrainSettings)]
+    assert list(found["sweep"]) == [field.name for field in fields(SweepSettings)]
     assert list(read("monitor/default")) == [field.name for field in fields(MonitorSettings)]
-    assert set(found) - {"defaults", "hydra", "train"} == {field.name for field in fields(RunSettings)}
+    assert set(found) - {"defaults", "hydra", "train", "sweep"} == {field.name for field in fields(RunSettings)}
 
 
 def test_eval_yaml_holds_the_settings_and_nothing_else() -> None:

@@ -1,21 +1,25 @@
-"""`--multirun`: every job a process of its own, checked before the first one starts."""
+"""`--multirun`: every job a process of its own, in a folder that outlives the sweep."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from command_line import SMALL, Cli, installed
 from runs import metrics
-from sslcli.cli._sweep import Outcome, print_table, run_process
+from sslcli.cli._job import stop_with_sweep
+from sweeps import column, table
 
-LINE = [*SMALL, "monitor.knn_k=10", "--multirun", "seed=0,1"]
+LINE = [*SMALL, "monitor.knn_k=10", "--multirun", "seed=0,1", "sweep.jobs=1"]
+HERE = ["device=cpu", "hydra.sweep.dir=here", "-m"]
 
 
 @pytest.fixture(scope="module")
@@ -28,28 +32,36 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def jobs_of(folder: Path) -> list[Path]:
     """The run directories of the sweep started in a folder, by seed."""
     (sweep,) = (folder / "runs").iterdir()
-    return sorted(
-        (path for path in sweep.iterdir() if path.is_dir()),
-        key=lambda path: (path / "overrides.txt").read_text().partition("seed=")[2],
-    )
+    found = (path.parent for path in sweep.glob("*/overrides.txt"))
+    return sorted(found, key=lambda path: (path / "overrides.txt").read_text().partition("seed=")[2])
 
 
-def test_each_job_has_a_directory_of_its_own_and_a_line_in_the_table(swept: tuple[Path, str]) -> None:
+def starts(folder: Path, seed: int) -> int:
+    """How often the job with a seed was started."""
+    path = folder / column(folder, "run_dir")[str(seed)] / "starts"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_each_job_has_a_directory_of_its_own_and_a_line_in_the_tables(swept: tuple[Path, str]) -> None:
     folder, told = swept
     jobs = jobs_of(folder)
-    assert len(jobs) == 2
     assert all((job / "done").exists() for job in jobs)
-    rows = [line.split() for line in told.splitlines() if line.startswith("   0 ")]
-    assert [row[-1] for row in rows] == ["seed=0", "seed=1"]
-    shown = [float(row[1]) for row in rows]
-    assert shown == [round(100 * metrics(job)[-1]["monitor/knn_top1"], 1) for job in jobs]
-    assert f"ssl-eval run={jobs[0].parent.relative_to(folder)}" in told
+    measured = {str(seed): metrics(job)[-1]["monitor/knn_top1"] for seed, job in enumerate(jobs)}
+    rows = table(jobs[0].parent)
+    assert {row["seed"]: float(row["monitor/knn_top1"]) for row in rows} == measured
+    assert {row["seed"]: row["run_dir"] for row in rows} == {str(seed): job.name for seed, job in enumerate(jobs)}
+    assert [(row["status"], row["exit_code"], row["steps"]) for row in rows] == [("finished", "0", "3")] * 2
+    assert rows[0]["train.batch_size"] == "32"
+    for row, line in zip(rows, told.splitlines()[-4:-2], strict=True):
+        shown = f"{100 * float(row['monitor/knn_top1']):.1f}"
+        assert line.split()[1:] == [row["seed"], "finished", "0", "3", shown, "%", row["run_dir"]]
 
 
 def test_a_job_of_a_sweep_is_the_run_it_would_be_alone(swept: tuple[Path, str], run_dir: Path) -> None:
     first, second = jobs_of(swept[0])
     assert metrics(first) == metrics(run_dir)
     assert metrics(second) != metrics(run_dir)
+    assert "sweep" not in (first / "overrides.txt").read_text()
 
 
 def test_jobs_are_processes(swept: tuple[Path, str]) -> None:
@@ -57,13 +69,17 @@ def test_jobs_are_processes(swept: tuple[Path, str]) -> None:
     assert len(owners) == 2
 
 
-def test_the_same_sweep_again_trains_nothing(swept: tuple[Path, str]) -> None:
+def test_the_same_sweep_again_starts_nothing(
+    swept: tuple[Path, str], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = swept
-    before = {path: path.stat().st_mtime_ns for job in jobs_of(folder) for path in job.rglob("*") if path.is_file()}
-    told = installed(folder, "ssl-train", "--multirun", *[part for part in LINE if part != "--multirun"])
-    assert told.count("this run is finished already") == 2
-    after = {path: path.stat().st_mtime_ns for job in jobs_of(folder) for path in job.rglob("*") if path.is_file()}
-    assert after == before
+    monkeypatch.chdir(folder)
+    files = [path for job in jobs_of(folder) for path in job.rglob("*") if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    ended = cli("ssl-train", *LINE)
+    assert ended.code == 0
+    assert "2 finished; 0 to run" in ended.out
+    assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
 @pytest.mark.parametrize("wrong", ["method=byol,mocooo", "train.epochs=1,abc", "optimizer.lr=0.1,x"])
@@ -75,86 +91,168 @@ def test_a_mistake_in_the_last_job_is_found_before_the_first_starts(wrong: str, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("sweep.metric=monitor/knn_top", "Did you mean 'monitor/knn_top"),
+        ("sweep.metric=knn", "scalar of metrics.jsonl"),
+        ("sweep.metric=train/agreement", "sweep.direction=max or min"),
+        ("sweep.metric=null", "must be text"),
+        ("sweep.direction=up", "one of: auto, max, min"),
+        ("sweep.jobs=0", "at least 1"),
+        ("sweep.jobs=many", "whole number"),
+        ("sweep.retry_failed=perhaps", "true or false"),
+        ("sweep.retry=true", "'retry_failed'"),
+        ("sweep=2", "must hold the keys"),
+        ("hydra.sweep.dir=file/runs", "choose another"),
+    ],
+)
+def test_a_wrong_setting_of_the_sweep_is_refused_in_one_line(wrong: str, told: str, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = cli("ssl-train", "-m", "seed=0,1", wrong)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.count("\n") == 1
+    assert told in ended.err
+
+
 def test_jobs_that_would_share_a_run_directory_are_refused(cli: Cli) -> None:
     ended = cli("ssl-train", "-m", "seed=0,1", "run_dir=same")
     assert ended.code == 2
-    assert "hydra.sweep.dir=same" in ended.err
+    assert "hydra.sweep.dir=" in ended.err
+    ended = cli("ssl-train", "-m", "train.max_time=1h,2h")
+    assert ended.code == 2
+    assert "'train.max_time=1h' and 'train.max_time=2h'" in ended.err
 
 
-STUBBORN = """
-import signal, sys, time
-caught = []
-signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
-open(sys.argv[1], "w").close()
-until = time.monotonic() + 20
-while not caught and time.monotonic() < until:
-    time.sleep(0.01)
-sys.exit(75 if caught else 1)
-"""
+def test_jobs_in_directories_that_were_given_are_kept_apart(quick_jobs: None, cli: Cli, tmp_path: Path) -> None:
+    assert cli("ssl-train", *HERE, "run_dir=one,two").code == 0
+    assert (tmp_path / "one/done").exists()
+    assert sorted(row["run_dir"] for row in table(tmp_path / "here")) == [str(tmp_path / "one"), str(tmp_path / "two")]
 
 
-def test_a_signal_reaches_the_job_and_the_sweep_waits_for_it(tmp_path: Path) -> None:
-    ready = tmp_path / "ready"
-
-    def stop_when_ready() -> None:
-        while not ready.exists():
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    threading.Thread(target=stop_when_ready, daemon=True).start()
-    stopped_by: list[int] = []
-    assert run_process([sys.executable, "-c", STUBBORN, str(ready)], stopped_by) == 75
-    assert stopped_by == [signal.SIGTERM]
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_stopped_sweep_starts_no_more_jobs(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[str]] = []
-
-    def stopped(line: list[str], stopped_by: list[int]) -> int:
-        started.append(line)
-        stopped_by.append(signal.SIGTERM)
-        return 75
-
-    monkeypatch.setattr("sslcli.cli._sweep.run_process", stopped)
-    ended = cli("ssl-train", "-m", "seed=0,1")
-    assert ended.code == 75
-    assert len(started) == 1
-    assert ended.out.count("(not started)") == 1
-
-
-def test_a_failed_job_does_not_keep_the_others_from_running(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = iter([3, 0])
-    monkeypatch.setattr("sslcli.cli._sweep.run_process", lambda line, stopped_by: next(codes))
-    ended = cli("ssl-train", "-m", "seed=0,1")
+def test_jobs_that_fail_or_are_killed_do_not_keep_the_others_from_running(
+    quick_jobs: None, cli: Cli, tmp_path: Path
+) -> None:
+    ended = cli("ssl-train", *HERE, "seed=3,4,6,0,1", "sweep.jobs=2")
     assert ended.code == 3
-    assert [line.split()[0] for line in ended.out.splitlines() if "seed=" in line and "===" not in line] == ["3", "0"]
+    here = tmp_path / "here"
+    assert column(here, "status") == {
+        "3": "failed",
+        "4": "interrupted",
+        "6": "failed",
+        "0": "finished",
+        "1": "finished",
+    }
+    assert column(here, "exit_code") == {"3": "3", "4": "-9", "6": "2", "0": "0", "1": "0"}
+    assert column(here, "steps") == {"3": "1", "4": "1", "6": "", "0": "3", "1": "3"}
+    assert [row["seed"] for row in table(here)] == ["1", "0", "4", "3", "6"]
+    assert "a loss that is not a number" in "".join(path.read_text() for path in here.glob("jobs/*.log"))
+
+
+def test_the_same_command_goes_on_with_what_was_killed_and_retries_what_failed_when_told_to(
+    quick_jobs: None, cli: Cli, tmp_path: Path
+) -> None:
+    line = ["ssl-train", *HERE, "seed=0,3,4"]
+    here = tmp_path / "here"
+    assert cli(*line).code == 3
+    ended = cli(*line)
+    assert ended.code == 3
+    assert "1 finished, 1 failed, 1 interrupted; 1 to run" in ended.out
+    assert "sweep.retry_failed=true" in ended.out
+    assert column(here, "status") == {"0": "finished", "3": "failed", "4": "finished"}
+    assert [starts(here, seed) for seed in (0, 3, 4)] == [1, 1, 2]
+    assert cli(*line, "sweep.retry_failed=true").code == 0
+    assert [starts(here, seed) for seed in (0, 3, 4)] == [1, 2, 2]
+
+
+def test_a_sweep_that_grows_keeps_what_there_is(quick_jobs: None, cli: Cli, tmp_path: Path) -> None:
+    assert cli("ssl-train", *HERE, "seed=0,1").code == 0
+    ended = cli("ssl-train", *HERE, "seed=1,2", "sweep.metric=train/loss")
+    assert ended.code == 0
+    assert "2 jobs in" in ended.out
+    assert "1 finished; 1 to run" in ended.out
+    here = tmp_path / "here"
+    assert [row["seed"] for row in table(here)] == ["0", "1", "2"]
+    assert column(here, "train/loss") == {"0": "1.0", "1": "2.0", "2": "3.0"}
+    assert [starts(here, seed) for seed in (0, 1, 2)] == [1, 1, 1]
+    assert cli("ssl-train", *HERE, "seed=0,1,2", "sweep.direction=min").code == 0
+    assert [row["seed"] for row in table(here)] == ["0", "1", "2"]
+    assert cli("ssl-train", *HERE, "seed=0,1,2").code == 0
+    assert [row["seed"] for row in table(here)] == ["2", "1", "0"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_makes_jobs_at_work_save_and_the_same_command_goes_on(
+    number: signal.Signals, quick_jobs: None, cli: Cli, tmp_path: Path
+) -> None:
+    line = ["ssl-train", *HERE, "seed=5,0", "sweep.jobs=1"]
+
+    def stop_when_at_work() -> None:
+        while not list(tmp_path.glob("here/*/starts")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=stop_when_at_work, daemon=True).start()
+    ended = cli(*line)
+    assert ended.code == 75
+    assert signal.getsignal(number) is before
+    here = tmp_path / "here"
+    assert column(here, "status") == {"5": "stopped", "0": "waiting"}
+    assert "stopped" in ended.out.splitlines()[-4]
+    assert starts(here, 0) == 0
+    assert cli(*line).code == 0
+    assert column(here, "steps") == {"5": "3", "0": "3"}
 
 
 def test_a_job_gets_the_flags_that_it_needs(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    lines: list[list[str]] = []
-
-    def note(line: list[str], stopped_by: list[int]) -> int:
-        lines.append(line[1:])
-        return 0
-
-    monkeypatch.setattr("sslcli.cli._sweep.run_process", note)
+    script = tmp_path / "note.py"
+    script.write_text("import json, sys\njson.dump(sys.argv[1:], open('line.json', 'w'))\n")
+    monkeypatch.setattr("sslcli.cli._sweep.program_of", lambda command: (sys.executable, str(script)))
     (tmp_path / "my/method").mkdir(parents=True)
     (tmp_path / "my/method/mine.yaml").write_text("_target_: sslcli.methods.byol.BYOL\n")
     # Flags may stand between overrides, and a folder may have a name that needs quoting.
-    ended = cli("ssl-train", "method=mine", "-m", "seed=3", "--config-dir", "my", 'hydra.sweep.dir="a=b"')
+    line = ["method=mine", "-m", "seed=3", "--config-dir", "my", 'hydra.sweep.dir="a=b"', "device=cpu", "sweep.jobs=2"]
+    ended = cli("ssl-train", *line, "hydra.searchpath=[]")
     assert (ended.code, ended.err) == (0, "")
-    ((first, *rest),) = lines
-    assert [first, *rest[:2]] == ["-m", "sslcli.cli.train", f"--config-dir={tmp_path / 'my'}"]
-    assert rest[2:4] == ["method=mine", "seed=3"]
-    assert rest[4].startswith(f'run_dir="{tmp_path}/a=b/mine_shapes_small_')
+    first, *rest = json.loads((tmp_path / "line.json").read_text())
+    assert first == f"--config-dir={tmp_path / 'my'}"
+    assert rest[:-1] == ["method=mine", "seed=3", "device=cpu", "hydra.searchpath=[]"]
+    assert rest[-1].startswith(f'run_dir="{tmp_path}/a=b/mine_shapes_small_')
 
 
-def test_the_table_tells_how_each_job_ended(capsys: Any) -> None:
-    print_table([Outcome("seed=0", 0, 0.123), Outcome("seed=1", 3, None), Outcome("seed=2", None, None)])
-    assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == [
-        ["0", "12.3", "%", "seed=0"],
-        ["3", "-", "seed=1"],
-        ["-", "-", "seed=2", "(not", "started)"],
-    ]
+ORPHAN = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+CHILD = """
+import os, signal, sys, time
+os.environ["SSLCLI_SWEEP"] = str(os.getppid())
+from sslcli.cli._job import stop_with_sweep
+signal.signal(signal.SIGTERM, lambda number, frame: (open("saved", "w").close(), os._exit(75)))
+stop_with_sweep()
+open("ready", "w").close()
+time.sleep(60)
+"""
+
+
+def test_a_job_saves_when_its_sweep_is_killed(tmp_path: Path) -> None:
+    sweep = subprocess.Popen([sys.executable, "-c", ORPHAN, CHILD], cwd=tmp_path, stdin=subprocess.PIPE)
+    _wait_for(tmp_path / "ready")
+    sweep.kill()
+    sweep.wait()
+    _wait_for(tmp_path / "saved")
+
+
+def _wait_for(path: Path) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until, f"no {path.name}"
+        time.sleep(0.01)
+
+
+def test_a_process_that_no_sweep_started_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSLCLI_SWEEP", raising=False)
+    stop_with_sweep()

@@ -1,0 +1,186 @@
+"""One job of a sweep: its command, how it stands, and the record of it that outlives the sweep."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sslcli import atomic
+from sslcli.cli import _run_dir
+from sslcli.errors import EXIT_STOPPED
+from sslcli.settings import SweepSettings
+
+PARENT = "SSLCLI_SWEEP"  # where a sweep leaves the id of its process for the jobs it starts
+EXIT_INTERRUPTED = 130
+WAITING, SUBMITTED, RUNNING = "waiting", "submitted", "running"
+FINISHED, STOPPED, INTERRUPTED, FAILED = "finished", "stopped", "interrupted", "failed"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the jobs of a sweep have in common. Plain values, so that it travels to other processes and nodes."""
+
+    command: str  # train or eval
+    program: tuple[str, ...]  # that a job's line begins with
+    folder: Path  # absolute
+    settings: SweepSettings
+    flags: tuple[str, ...]  # that every job needs, as --config-dir=...
+    shared: tuple[str, ...]  # overrides of all jobs
+
+    @property
+    def records(self) -> Path:
+        """The folder of records and of what jobs printed."""
+        return self.folder / "jobs"
+
+    def title(self, job: Job) -> str:
+        """What a job is called on the screen: the overrides that not all share."""
+        return " ".join(line for line in job.overrides if line not in self.shared) or "defaults"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One point of a sweep."""
+
+    name: str  # of its record, and of its run directory unless run_dir is given
+    overrides: tuple[str, ...]  # as a command line writes them
+    run_dir: Path | None  # None: a job of ssl-eval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is known of a job after the sweep that started it is gone."""
+
+    overrides: list[str]
+    run_dir: str | None  # relative to the sweep's folder where it lies in there
+    started: str | None = None
+    host: str | None = None
+    process: int | None = None
+    code: int | None = None  # exit code, minus the number of the signal that ended it
+
+
+def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
+    """The job that a checked configuration, composed from the overrides of one point, stands for."""
+    from sslcli.cli._launch import default_name
+
+    overrides = tuple(line for line in config["_lines_"] if not of_the_sweep(line))
+    if sweep.command == "eval":
+        return Job(hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8], overrides, None)
+    name, given = default_name(config), config["run_dir"]
+    if given is None:
+        return Job(name, overrides, sweep.folder / name)
+    digest = hashlib.sha256(given.encode()).hexdigest()[:6]
+    return Job(f"{name}_{digest}", overrides, Path(os.path.abspath(given)))
+
+
+def of_the_sweep(line: str) -> bool:
+    """Whether an override is none of the job: one of `sweep`, or Hydra's except for where yaml files are."""
+    key = line.partition("=")[0].lstrip("+~")
+    return key.startswith(("sweep.", "hydra.", "hydra/")) and key != "hydra.searchpath"
+
+
+def command_line(sweep: Sweep, job: Job) -> list[str]:
+    """The process of a job."""
+    line = [*sweep.program, *sweep.flags, *job.overrides]
+    if job.run_dir is not None and not any(override.startswith("run_dir=") for override in job.overrides):
+        quoted = str(job.run_dir).replace("\\", "\\\\").replace('"', '\\"')
+        line.append(f'run_dir="{quoted}"')
+    return line
+
+
+def log_of(sweep: Sweep, job: Job) -> Path:
+    """What a job prints where several run at once."""
+    return sweep.records / f"{job.name}.log"
+
+
+def enrol(sweep: Sweep, job: Job) -> Record:
+    """The record of a job, made where there is none."""
+    path = sweep.records / f"{job.name}.json"
+    if path.exists():
+        return read(path)
+    run_dir = job.run_dir
+    if run_dir is not None and run_dir.is_relative_to(sweep.folder):
+        run_dir = run_dir.relative_to(sweep.folder)
+    record = Record(overrides=list(job.overrides), run_dir=None if run_dir is None else str(run_dir))
+    write(path, record)
+    return record
+
+
+def note_start(sweep: Sweep, job: Job, process: int) -> None:
+    """Write down that a job is at work, in this process of this machine."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    changes: dict[str, Any] = {"started": now, "host": platform.node(), "process": process, "code": None}
+    write(sweep.records / f"{job.name}.json", replace(enrol(sweep, job), **changes))
+
+
+def note_end(sweep: Sweep, job: Job, code: int) -> None:
+    """Write down how a job ended."""
+    write(sweep.records / f"{job.name}.json", replace(enrol(sweep, job), process=None, code=code))
+
+
+def read(path: Path) -> Record:
+    """A record from its file."""
+    return Record(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def write(path: Path, record: Record) -> None:
+    """A record to its file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.replace(path, json.dumps(asdict(record), indent=2).encode())
+
+
+def status_of(folder: Path, record: Record) -> str:
+    """How a job of the sweep in `folder` stands: first what its run directory shows, then how its process ended."""
+    run_dir = None if record.run_dir is None else folder / record.run_dir
+    if run_dir is not None and _run_dir.is_finished(run_dir):
+        return FINISHED
+    if _is_alive(record) or (run_dir is not None and _run_dir.is_held(run_dir)):
+        return RUNNING
+    if record.code is None:
+        return INTERRUPTED if record.started else WAITING
+    if record.code == 0:
+        return FINISHED if run_dir is None else SUBMITTED
+    if record.code == EXIT_STOPPED:
+        return STOPPED
+    return INTERRUPTED if record.code < 0 or record.code == EXIT_INTERRUPTED else FAILED
+
+
+def _is_alive(record: Record) -> bool:
+    """Whether the process of a job is at work on this machine."""
+    if record.process is None or record.host != platform.node():
+        return False
+    try:
+        os.kill(record.process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def is_due(sweep: Sweep, job: Job) -> bool:
+    """Whether a job has to be run, now or again."""
+    status = status_of(sweep.folder, enrol(sweep, job))
+    if status == FINISHED:
+        return sweep.command == "eval"
+    if status == FAILED:
+        return sweep.settings.retry_failed
+    return status not in (RUNNING, SUBMITTED)
+
+
+def stop_with_sweep() -> None:
+    """Where a sweep started this process, save and stop when that is gone, even by SIGKILL (Linux only)."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,218 @@
+"""Jobs on this machine, as many at once as it has devices for, each in a process of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any
+
+from sslcli.cli import _sweep_table
+from sslcli.cli._job import PARENT, Job, Sweep, command_line, is_due, log_of, note_end, note_start
+from sslcli.errors import EXIT_STOPPED
+
+HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a job that gets one saves and stops
+PAUSE = 0.05  # seconds between looks at the jobs
+CORES_PER_JOB = 4  # more threads than this make a run of one process little faster
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The part of this machine that one job at a time gets."""
+
+    devices: tuple[str, ...] | None = None  # CUDA devices it sees; None: those that this process sees
+    cores: tuple[int, ...] | None = None  # processor cores it runs on; None: any
+
+    def __str__(self) -> str:
+        parts = [] if self.devices is None else [f"GPU {','.join(self.devices)}"]
+        if self.cores is not None:
+            first, last = self.cores[0], self.cores[-1]
+            parts.append(f"core {first}" if first == last else f"cores {first}-{last}")
+        return ", ".join(parts) or "this machine"
+
+
+def slots_of(config: dict[str, Any], *, jobs: int | None, wanted: int | None) -> list[Slot]:
+    """How this machine is shared out: `wanted` parts, or one a device, on the CPU one for every few cores.
+
+    Args:
+        config: of a job, which tells its device, threads and processes.
+        jobs: there are no more parts than jobs; None: as many jobs as there are parts.
+    """
+    launcher = config.get("launcher", {"kind": "local"})
+    if launcher["kind"] == "slurm":  # which needs no more of this machine than a submission does
+        return [Slot()] * min(jobs or 1, wanted or jobs or 1)
+    devices = cuda_devices(config["device"])
+    cores = sorted(os.sched_getaffinity(0))
+    processes = 1 if launcher["kind"] == "local" else launcher["processes"] or len(devices) or 2
+    groups = [tuple(devices[i : i + processes]) for i in range(0, len(devices) - processes + 1, processes)]
+    if devices or ":" in config["device"] or config["device"] == "mps":
+        count = wanted or len(groups) or 1
+    else:
+        count = wanted or len(cores) // (processes * (launcher.get("threads") or CORES_PER_JOB)) or 1
+    count = min(count, jobs or count)
+    if count == 1:
+        return [Slot(groups[0] if groups else None)]
+    return [Slot(groups[i % len(groups)] if groups else None, share(cores, i, count)) for i in range(count)]
+
+
+def share(cores: list[int], index: int, count: int) -> tuple[int, ...]:
+    """The cores of one of `count` jobs: equal parts that do not overlap where there are enough."""
+    if count >= len(cores):
+        return (cores[index % len(cores)],)
+    return tuple(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
+
+
+def cuda_devices(device: str) -> list[str]:
+    """The CUDA devices that jobs with this `device` can be shared out to, as CUDA_VISIBLE_DEVICES names them."""
+    if device not in ("auto", "cuda"):
+        return []
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+
+
+@dataclass
+class Running:
+    """A job at work."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    held: IO[str] | None  # its slot, until it is closed
+
+
+class Relay:
+    """For the time of a block, hands signals on to the jobs at work, which save and stop.
+
+    A scheduler inside whose job this process runs has a handler of its own for SIGUSR2, which queues the job again. It
+    is called after the block, when the jobs have saved, if there is something left to do.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[Running] = []
+        self.received: list[int] = []
+        self.unfinished = False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Relay:
+        numbers = [*HANDED_ON, *([signal.SIGUSR2] if callable(signal.getsignal(signal.SIGUSR2)) else [])]
+        self.previous = {number: signal.signal(number, self.receive) for number in numbers}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if kind is None and signal.SIGUSR2 in self.received and self.unfinished:
+            self.previous[signal.SIGUSR2](signal.SIGUSR2, None)
+
+    def receive(self, number: int, frame: FrameType | None = None) -> None:
+        """The signal handler."""
+        self.received.append(number)
+        for one in self.running:
+            one.process.send_signal(signal.SIGTERM if number == signal.SIGUSR2 else number)
+
+    def add(self, one: Running) -> None:
+        """Hand signals on to this job too, also those that arrived while it was started."""
+        self.running.append(one)
+        if self.received:
+            one.process.send_signal(signal.SIGTERM)
+
+
+def run_queue(sweep: Sweep, jobs: list[Job], slots: list[Slot] | None, *, quiet: bool) -> bool:
+    """Run the jobs that are due, each when a slot is free (None: at once); whether the sweep was stopped.
+
+    Slots are held by locks in the sweep's folder, so that several processes on this machine can share them. With
+    `quiet` jobs print into their logs. The table is written whenever a job ends.
+    """
+    waiting = deque(jobs)
+    with Relay() as relay:
+        while relay.running or (waiting and not relay.received):
+            if waiting and not relay.received:
+                claimed = claim(sweep, slots)
+                if claimed is not None:
+                    _begin(sweep, waiting.popleft(), *claimed, relay, quiet=quiet)
+                    continue
+            if not relay.received and (sweep.records / "stop").exists():
+                relay.receive(signal.SIGTERM)
+            for one in [one for one in relay.running if one.process.poll() is not None]:
+                relay.running.remove(one)
+                relay.unfinished |= _end(sweep, one, quiet=quiet) != 0
+            time.sleep(PAUSE)
+        return bool(relay.received)
+
+
+def claim(sweep: Sweep, slots: list[Slot] | None) -> tuple[Slot, IO[str] | None] | None:
+    """A free slot, and the file whose lock holds it; None where all are taken."""
+    if slots is None:
+        return Slot(), None
+    for number, slot in enumerate(slots):
+        file = (sweep.records / f"slot-{number}.lock").open("a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            continue
+        return slot, file
+    return None
+
+
+def _begin(sweep: Sweep, job: Job, slot: Slot, held: IO[str] | None, relay: Relay, *, quiet: bool) -> None:
+    """Start the process of a job, unless another sweep did so meanwhile."""
+    if not is_due(sweep, job):
+        if held is not None:
+            held.close()
+        return
+    print(f"started     {sweep.title(job)} on {slot}" if quiet else f"\n=== {sweep.title(job)}", flush=True)
+    environment = os.environ | {PARENT: str(os.getpid())}
+    if slot.devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.devices)
+    with pinned(slot.cores), output(log_of(sweep, job) if quiet else None) as file:
+        process = subprocess.Popen(command_line(sweep, job), env=environment, stdout=file, stderr=file)
+    note_start(sweep, job, process.pid)
+    relay.add(Running(job, process, held))
+
+
+def _end(sweep: Sweep, one: Running, *, quiet: bool) -> int:
+    """Note how a job ended; its exit code."""
+    code = one.process.wait()
+    if one.held is not None:
+        one.held.close()
+    note_end(sweep, one.job, code)
+    row = next(row for row in _sweep_table.update(sweep) if row.name == one.job.name)
+    if quiet:
+        why = f"; what it printed: {log_of(sweep, one.job)}" if code not in (0, EXIT_STOPPED) else ""
+        print(f"{row.status:11s} {sweep.title(one.job)}{row.told(sweep.settings.metric)}{why}", flush=True)
+    return code
+
+
+@contextmanager
+def pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
+    """Processes started in this block run on these cores, and size their thread pools by them."""
+    if cores is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def output(path: Path | None) -> Iterator[IO[bytes] | None]:
+    """The file a process prints to, opened to go on at its end; None: where this process prints."""
+    if path is None:
+        yield None
+        return
+    with path.open("ab") as file:
+        yield file

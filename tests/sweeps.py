@@ -1,0 +1,60 @@
+"""Sweeps whose jobs are processes without torch: a job does what its seed says, and leaves what a run leaves."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+# Seeds: 3 fails, 4 is killed, 5 waits for a signal and saves, 6 is refused; a second start of any of them finishes.
+JOB = """
+import json, os, pathlib, signal, sys, time
+
+given = dict(part.partition("=")[::2] for part in sys.argv[1:])
+run_dir = pathlib.Path(given["run_dir"].strip('"'))
+checkpoints = run_dir / "checkpoints"
+first = not run_dir.exists()
+checkpoints.mkdir(parents=True, exist_ok=True)
+seed = int(given.get("seed", 0))
+
+def note(file, text):
+    with (run_dir / file).open("a") as opened:
+        opened.write(text)
+
+def save(step):
+    note("metrics.jsonl", json.dumps({"step": step, "monitor/knn_top1": seed / 10, "train/loss": 1.0 + seed}) + "\\n")
+    (checkpoints / f"step-{step:08d}.pt").touch()
+
+stopped = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: stopped.append(number))
+cores = sorted(os.sched_getaffinity(0))
+note("starts", json.dumps({"cores": cores, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "at": time.time()}) + "\\n")
+if first and seed in (3, 4, 5):
+    save(1)
+if first and seed == 3:
+    print("a loss that is not a number")
+    sys.exit(3)
+if first and seed == 4:
+    os.kill(os.getpid(), signal.SIGKILL)
+if first and seed == 5:
+    until = time.monotonic() + 60
+    while not stopped and time.monotonic() < until:
+        time.sleep(0.01)
+    sys.exit(75 if stopped else 1)
+if first and seed == 6:
+    sys.exit(2)
+save(3)
+note("ends", f"{time.time()}\\n")
+(run_dir / "done").touch()
+"""
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    """The rows of sweep.csv."""
+    with (folder / "sweep.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def column(folder: Path, key: str) -> dict[str, str]:
+    """A column of sweep.csv by seed."""
+    return {row["seed"]: row[key] for row in table(folder)}
