@@ -61,7 +61,7 @@ def test_a_job_of_a_sweep_is_the_run_it_would_be_alone(swept: tuple[Path, str], 
     first, second = jobs_of(swept[0])
     assert metrics(first) == metrics(run_dir)
     assert metrics(second) != metrics(run_dir)
-    assert "sweep" not in (first / "overrides.txt").read_text()
+    assert "sweep.jobs" not in (first / "overrides.txt").read_text()
 
 
 def test_jobs_are_processes(swept: tuple[Path, str]) -> None:
