@@ -29,21 +29,26 @@ class Bank(nn.Module):
         num_images: n, rows.
         dim: D, width of a row.
         momentum: share of the old row in an update, in [0, 1].
+        empty: rows start as zeros, which belong to no image yet; the first embedding of an image is then its row.
 
-    Rows start uniform in +-sqrt(3 / D), so that their mean squared length is 1, and have unit length once updated.
-    Raises ValueError for values outside these.
+    Rows that are not empty start uniform in +-sqrt(3 / D), so that their mean squared length is 1. Updated rows have
+    unit length. Raises ValueError for values outside these.
     """
 
     rows: Tensor  # (n, D), row i belongs to position i of the training split
 
-    def __init__(self, num_images: int, dim: int, *, momentum: float) -> None:
+    def __init__(self, num_images: int, dim: int, *, momentum: float, empty: bool = False) -> None:
         super().__init__()
         check_positive(num_images=num_images, dim=dim)
         check_momentum(momentum)
-        bound = math.sqrt(3 / dim)
+        bound = 0.0 if empty else math.sqrt(3 / dim)
         self.register_buffer("rows", torch.empty(num_images, dim).uniform_(-bound, bound))
         self.momentum = momentum
         self.new: list[tuple[Tensor, Tensor]] = []  # index and embeddings of the micro-batches of this step
+
+    def known(self, index: Tensor) -> Tensor:
+        """Which of the images `index` (N,) have a row: (N,) bool, false for those never seen by an empty bank."""
+        return self.rows[index].any(1)
 
     def remember(self, index: Tensor, embeddings: Tensor, present: Tensor | None = None) -> None:
         """Keep what every process found for its images until `update`: index (N,) and unit rows (N, D).

@@ -35,6 +35,9 @@ class MemoryBank(Method):
         temperature: divides the similarities.
         proximal: weight of the squared distance between an embedding and its row (eq. 10), 30 in the paper. The
             official code has momentum in its place.
+        head_norm: BatchNorm without gamma and beta after the head, which takes away what all embeddings share; ours.
+        fill: the bank starts empty, and an image that has no row yet fills it and adds nothing to the loss, so that
+            the first epoch is one over the initial network; else rows start at random, as in the official code.
 
     Raises ValueError for values outside these.
     """
@@ -52,6 +55,8 @@ class MemoryBank(Method):
         momentum: float = 0.5,
         temperature: float = 0.07,
         proximal: float = 0.0,
+        head_norm: bool = False,
+        fill: bool = False,
     ) -> None:
         super().__init__(backbone)
         check_temperature(temperature)
@@ -61,11 +66,13 @@ class MemoryBank(Method):
             raise ValueError(f"negatives is {negatives}, but an image needs at least one noise row; loss=full has all")
         if proximal < 0:
             raise ValueError(f"proximal is {proximal}, but it weighs a distance, so it must be at least 0")
-        self.bank = Bank(num_images, dim, momentum=momentum)
-        self.head = nn.Linear(num_features(backbone), dim)
+        self.bank = Bank(num_images, dim, momentum=momentum, empty=fill)
+        self.head = nn.Linear(num_features(backbone), dim, bias=not head_norm)
+        self.norm = nn.BatchNorm1d(dim, affine=False) if head_norm else nn.Identity()
         convert_batch_norm(self, SyncBatchNorm)
         self.noise = Noise()
         self.loss, self.negatives, self.temperature, self.proximal = loss, negatives, temperature, proximal
+        self.fill = fill
         self.log_z: float | None = None  # of "nce", set by the first batch and kept
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -74,35 +81,45 @@ class MemoryBank(Method):
             v = F.normalize(full_precision(z), dim=1)  # (N, D)
             scalars = self.contrast(v, batch.index)
             if self.proximal:
-                distance = (v - self.bank.rows[batch.index]).square().sum(1).mean()
-                scalars["loss"] = scalars["loss"] + self.proximal * distance
+                distance = (v - self.bank.rows[batch.index]).square().sum(1) * self.bank.known(batch.index)
+                scalars["loss"] = scalars["loss"] + self.proximal * distance.mean()
         self.bank.remember(batch.index, v)
         self.embeddings = (v.detach(),)
         return scalars
 
     def contrast(self, v: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """The loss of unit embeddings `v` (N, D) of the images `index` (N,), and the share that finds its own row."""
-        num_images = len(self.bank.rows)
+        """The loss of unit embeddings `v` (N, D) of the images `index` (N,), and the share that finds its own row.
+
+        Both are means over all N, to which an image without a row adds 0.
+        """
+        num_images, known = len(self.bank.rows), self.bank.known(index)
         if self.loss == "full":
-            rows = self.bank.rows
+            rows, share = self.bank.rows, 1.0
+            if self.fill:
+                share = float(known.double().mean())
+                v, index = v[known], index[known]
+            if not share:
+                return {"loss": 0 * v.sum(), "accuracy": v.new_zeros(())}
             own = info_nce(v, rows[index], rows, exclude=index[:, None], temperature=self.temperature)
-            return {"loss": own.loss, "accuracy": own.accuracy}
+            return {"loss": share * own.loss, "accuracy": share * own.accuracy}
         others = self.noise.integers(num_images, len(v), self.negatives, device=v.device)
         chosen = torch.cat([index[:, None], others], dim=1)  # (N, K + 1)
         logits = scores(v, self.bank.rows, chosen, temperature=self.temperature)
-        accuracy = own_row_wins(logits, chosen).mean()
+        accuracy = (own_row_wins(logits, chosen) * known).mean()
         if self.loss == "softmax":
-            return {"loss": sampled_softmax(logits).mean(), "accuracy": accuracy}
+            return {"loss": (sampled_softmax(logits) * known).mean(), "accuracy": accuracy}
         if self.log_z is None:
-            self.log_z = log_normalizer(logits, num_images)
-            assert self.log_z is not None
-        return {"loss": nce(logits, log_z=self.log_z, num_images=num_images).mean(), "accuracy": accuracy}
+            self.log_z = log_normalizer(logits, num_images, known)
+        if self.log_z is None:  # no image of any process has a row
+            return {"loss": 0 * v.sum(), "accuracy": accuracy}
+        losses = nce(logits, log_z=self.log_z, num_images=num_images)
+        return {"loss": (losses * known).mean(), "accuracy": accuracy}
 
     def after_step(self, progress: float) -> None:
         self.bank.update()
 
     def projection(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images))  # type: ignore[no-any-return]
+        return self.norm(self.head(self.backbone(images)))  # type: ignore[no-any-return]
 
     def stored(self) -> Tensor:
         """What the bank knows of every training image, (n, D) in the order of the training split.

@@ -281,6 +281,41 @@ def test_head_is_one_linear_layer() -> None:
     assert (head.in_features, head.out_features, head.bias is not None) == (8, 4, True)
 
 
+def test_head_norm_takes_away_what_all_embeddings_share_and_has_no_weights() -> None:
+    method, plain = tiny_bank(head_norm=True), tiny_bank()
+    images = make_batch(8, views=1).views[0]
+    images = images + 3.0 * images.abs().mean()  # all embeddings have a large common part
+    assert plain.projection(images).mean(0).norm() > 0.1
+    torch.testing.assert_close(method.projection(images).mean(0), torch.zeros(4), rtol=0, atol=1e-5)
+    assert list(method.norm.parameters()) == []
+    assert method.head.bias is None  # the norm would take it away again
+
+
+@pytest.mark.parametrize("loss", ["full", "nce", "softmax"])
+def test_images_without_a_row_fill_the_bank_and_add_nothing_to_the_loss(loss: str) -> None:
+    method = tiny_bank(norm=False, loss=loss, fill=True, proximal=2.0).double()
+    assert not method.bank.rows.any()
+    first = method(batch_of([3, 1, 0], dtype=torch.float64))["loss"]
+    first.backward()
+    assert first == 0
+    assert not any(p.grad.any() for p in method.parameters())
+    assert method.log_z is None
+    method.after_step(0.0)
+    torch.testing.assert_close(method.bank.rows[[3, 1, 0]], method.embeddings[0])  # not mixed with anything
+    assert method.bank.known(torch.arange(5)).tolist() == [True, True, False, True, False]
+
+    batch = batch_of([1, 7, 3, 8], seed=1, dtype=torch.float64)
+    method.noise.draws, mixed = 0, method(batch)["loss"]
+    method.noise.draws = 0
+    known = Batch([batch.views[0][[0, 2]]], batch.index[[0, 2]], batch.label[[0, 2]])
+    if loss == "full":  # the mean is over all four, of which two count
+        torch.testing.assert_close(mixed, method(known)["loss"] / 2)
+    z = method.projection(batch.views[0]).detach().requires_grad_()
+    method.head, method.backbone = nn.Identity(), nn.Identity()
+    (gradient,) = torch.autograd.grad(method(Batch([z], batch.index, batch.label))["loss"], z)
+    assert gradient.any(1).tolist() == [True, False, True, False]
+
+
 def test_stored_rows_classify_by_their_neighbours() -> None:
     method = tiny_bank(norm=False, num_images=8, dim=8)
     images = make_batch(8, views=1).views[0]
@@ -293,8 +328,10 @@ def test_stored_rows_classify_by_their_neighbours() -> None:
     assert knn(shuffled, labels, method.projection(images).detach(), labels, k=1, num_classes=8).top1 == 0.0
 
 
-def bank_of_a_part(state: dict[str, Tensor], batches: list[Batch], loss: str) -> tuple[Tensor, float | None, Tensor]:
-    method = tiny_bank(norm=False, loss=loss).double()
+def bank_of_a_part(
+    state: dict[str, Tensor], batches: list[Batch], loss: str, fill: bool
+) -> tuple[Tensor, float | None, Tensor]:
+    method = tiny_bank(norm=False, loss=loss, fill=fill).double()
     method.load_state_dict(state)
     losses = []
     for batch in batches:
@@ -306,12 +343,14 @@ def bank_of_a_part(state: dict[str, Tensor], batches: list[Batch], loss: str) ->
     return method.bank.rows, method.log_z, torch.stack(losses)
 
 
+@pytest.mark.parametrize("fill", [False, True])
 @pytest.mark.parametrize("loss", ["full", "nce", "softmax"])
-def test_two_processes_keep_the_bank_and_the_normalizer_of_one(loss: str, pair: Pair) -> None:
-    state = tiny_bank(norm=False, loss=loss).double().state_dict()
-    batches = [batch_of(index, seed=i, dtype=torch.float64) for i, index in enumerate([[3, 1, 0, 3], [1, 7, 2, 1]])]
-    rows, log_z, losses = bank_of_a_part(state, batches, loss)
-    (rows1, log_z1, losses1), (rows2, log_z2, _) = pair.run(bank_of_a_part, state, batches, loss)
+def test_two_processes_keep_the_bank_and_the_normalizer_of_one(loss: str, fill: bool, pair: Pair) -> None:
+    state = tiny_bank(norm=False, loss=loss, fill=fill).double().state_dict()
+    steps = [[3, 1, 0, 3], [1, 3, 8, 7], [1, 7, 2, 1]]  # with `fill` the second process has no row in the second
+    batches = [batch_of(index, seed=i, dtype=torch.float64) for i, index in enumerate(steps)]
+    rows, log_z, losses = bank_of_a_part(state, batches, loss, fill)
+    (rows1, log_z1, losses1), (rows2, log_z2, _) = pair.run(bank_of_a_part, state, batches, loss, fill)
     assert torch.equal(rows1, rows2)
     assert log_z1 == log_z2
     torch.testing.assert_close(rows1, rows)
