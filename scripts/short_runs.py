@@ -41,7 +41,27 @@ OVERRIDES: dict[str, list[str]] = {
     ],
     "cpc": ["method=cpc", "backbone=small_layernorm", "train.batch_size=64"],
     "cpc_v2": ["method=cpc_v2", "backbone=small_layernorm", "train.batch_size=64"],
-    "deep_infomax": ["method=deep_infomax", "train.batch_size=64"],
+    "deep_infomax": [
+        "method=deep_infomax",
+        "train.batch_size=64",
+        "optimizer.lr=1.0e-3",  # the code's 1e-4 is for 1000 epochs
+        "train.schedule=cosine",
+    ],
+    "bigan": [
+        "method=bigan",
+        "train.batch_size=64",  # a game needs steps more than images
+        "train.lr_scaling=none",
+        "train.warmup_epochs=0",
+        "views.views.0.crop_scale=[0.8,1.0]",  # of the recipe: crops are drawn as well
+    ],
+    "dcgan": [
+        "method=dcgan",
+        "optimizer.lr=2.0e-4",
+        "train.batch_size=64",
+        "train.lr_scaling=none",
+        "train.warmup_epochs=0",
+        "views.views.0.crop_scale=null",  # of the recipe: whole images
+    ],
 }
 
 
