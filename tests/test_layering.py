@@ -31,6 +31,7 @@ RANKS = {
     "health": 5,
     "report": 5,
     "precision": 5,
+    "allocator": 0,
     "cached_gradients": 6,
     "launch": 6,
     "train": 6,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sslcli import __version__, atomic, checkpoint, launch
+from sslcli.allocator import keep_freed_memory
 from sslcli.cli._build import build
 from sslcli.cli._evaluate_table import SUBJECTS, comparison, summary
 from sslcli.cli._subject import Subject, load_strictly, load_subject
@@ -37,6 +38,7 @@ def run(config: dict[str, Any]) -> int:
     """Carry out a checked configuration of ssl-eval; the exit code."""
     try:
         device = launch.pick_device(config["device"])
+        keep_freed_memory()
         with Screen() as screen:
             path = None if config["run"] is None else Path(config["run"])
             if path is not None and not (path / "config.yaml").exists():

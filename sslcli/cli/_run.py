@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from sslcli import atomic, checkpoint, distributed, launch, precision
+from sslcli.allocator import keep_freed_memory
 from sslcli.cli import _run_dir
 from sslcli.cli._agree import check_agreement
 from sslcli.cli._build import Parts, build_optimizer, build_parts
@@ -53,6 +54,7 @@ def run(config: dict[str, Any]) -> int:
             return 0
         _run_dir.check_resumable(run_dir, config)
         device = launch.pick_device(config["device"])
+        keep_freed_memory()
         launch.share_threads(config["launcher"]["threads"])
         set_determinism(config["train"]["deterministic"], compiled=config["train"]["compile"])
         limit = seconds("launcher.timeout", config["launcher"]["timeout"])
