@@ -54,7 +54,7 @@ class Timm(Backbone):
             raise ValueError(
                 f"timm gives no maps by stage of {type(self.model).__name__}: take another model, a resnet or small"
             )
-        maps = self.model.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)
+        maps = self.model.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)  # type: ignore[operator]
         return {f"stage{number}": each for number, each in enumerate(maps, start=1)}
 
 

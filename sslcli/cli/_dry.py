@@ -61,17 +61,19 @@ def peak_memory(device: torch.device) -> float:
 
 
 def save_views(loader: Loader, parts: Parts, count: int, run_dir: Path) -> Path:
-    """The picture of what a method trains on: originals in the top row, their views below."""
+    """The picture of what a method trains on: originals in the top row, their views below.
+
+    Each modality of a set with several has a row of its own.
+    """
     batches = loader.steps(0, 1)
     batch = next(batches)[0]
     del batches
     source = parts.source
     chosen = source.splits["train"][batch.index[:count].cpu()]
     originals, _ = next(plain_batches(source, chosen, batch_size=count, workers=0))
-    views = [
-        pictures.unnormalized(view[:count].float().cpu(), source.mean, source.std, normalized=parts.views.normalize)
-        for view in batch.views
-    ]
+    views = [parts.views.restore(view[:count].float().cpu(), mean=source.mean, std=source.std) for view in batch.views]
+    places = getattr(source, "place", [slice(None)])
     path = run_dir / "views.png"
-    pictures.save(pictures.grid([originals.float() / 255, *views]), path)
+    rows = [row[:, place] for row in (originals.float() / 255, *views) for place in places]
+    pictures.save(pictures.grid(rows), path)
     return path

@@ -277,7 +277,7 @@ def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, t
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         found = parts.method.pictures(prepared)
-    restore = partial(pictures.unnormalized, mean=source.mean, std=source.std, normalized=views.normalize)
+    restore = partial(views.restore, mean=source.mean, std=source.std)
     return {name: pictures.grid([restore(row.float().cpu()) for row in rows]) for name, rows in found.items()}
 
 

@@ -217,6 +217,28 @@ def rgb_to_ydbdr(images: Tensor) -> Tensor:
     return torch.stack([red * r + green * g + blue * b for r, g, b in _YDBDR_FROM_RGB], 1).to(images.dtype)
 
 
+def lab_to_rgb(images: Tensor) -> Tensor:
+    """The inverse of `rgb_to_lab`, for pictures; colours outside of sRGB come out of [0, 1]."""
+    lightness, a, b = in_working_precision(images).unbind(1)
+    y = (lightness + 16) / 116
+    tones = []
+    for root, white in zip((y + a / 500, y, y - b / 200), _WHITE, strict=True):
+        tones.append(white * torch.where(root > 0.008856 ** (1 / 3), root**3, (root - 16.0 / 116.0) / 7.787))
+    linear = _inverse(_XYZ_FROM_RGB, torch.stack(tones, 1))
+    return torch.where(linear > 0.0031308, 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055, 12.92 * linear)
+
+
+def ydbdr_to_rgb(images: Tensor) -> Tensor:
+    """The inverse of `rgb_to_ydbdr`, for pictures."""
+    return _inverse(_YDBDR_FROM_RGB, in_working_precision(images))
+
+
+def _inverse(matrix: Sequence[Sequence[float]], images: Tensor) -> Tensor:
+    """The channels (N, 3, H, W) from which `matrix` made those of `images`."""
+    inverse = torch.linalg.inv(torch.tensor(matrix, dtype=torch.float64)).to(images)
+    return torch.einsum("ij,njhw->nihw", inverse, images)
+
+
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std, one pair a channel.
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sslcli.data import augment, rand_augment
-from sslcli.data.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD
+from sslcli.data.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD, lab_to_rgb, ydbdr_to_rgb
 from sslcli.data.rng import mix, uniform
 
 COLOR_SPACES = ("rgb", "lab", "ydbdr")
@@ -312,6 +312,18 @@ class Views:
         elif self.color_space == "ydbdr":
             images, mean, std = augment.rgb_to_ydbdr(images), YDBDR_MEAN, YDBDR_STD
         return augment.normalize(images, mean, std) if self.normalize else images
+
+    def restore(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """What `finish` was given, clamped to [0, 1], to be looked at; arguments and shapes are those of `finish`."""
+        if self.color_space == "lab":
+            mean, std = LAB_MEAN, LAB_STD
+        elif self.color_space == "ydbdr":
+            mean, std = YDBDR_MEAN, YDBDR_STD
+        if self.normalize:
+            images = images * images.new_tensor(std).view(-1, 1, 1) + images.new_tensor(mean).view(-1, 1, 1)
+        if self.color_space != "rgb":
+            images = (lab_to_rgb if self.color_space == "lab" else ydbdr_to_rgb)(images)
+        return images.clamp(0, 1)
 
 
 class ScaledViews(Views):

@@ -27,14 +27,6 @@ def grid(rows: list[Tensor], *, gap: int = 2, smallest: int = 64) -> Tensor:
     return torch.cat(lines, dim=1)
 
 
-def unnormalized(view: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, normalized: bool) -> Tensor:
-    """A view as it was before normalisation, clamped to [0, 1]: (N, C, H, W) -> the same shape."""
-    if normalized:
-        shape = (1, -1, 1, 1)
-        view = view * view.new_tensor(std).view(shape) + view.new_tensor(mean).view(shape)
-    return view.clamp(0, 1)
-
-
 def save(picture: Tensor, path: Path) -> None:
     """Write a (3, H, W) picture in [0, 1] as a file of the kind its name says."""
     Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)

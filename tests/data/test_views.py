@@ -299,3 +299,20 @@ def test_gray_sets_of_one_channel_work() -> None:
     assert got.shape == (16, 1, 32, 32)
     assert got.min() >= 0
     assert got.max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("color_space", ["rgb", "lab", "ydbdr"])
+def test_finished_images_can_be_restored_to_be_looked_at(color_space: str, normalize: bool) -> None:
+    images = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    images[0], images[1], images[2] = 0.0, 1.0, images[2].round()
+    views = Views([{"count": 1}], normalize=normalize, color_space=color_space)
+    statistics = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
+    restored = views.restore(views.finish(images, **statistics), **statistics)
+    torch.testing.assert_close(restored, images, rtol=0, atol=2e-3)
+
+
+def test_what_lies_outside_of_the_colours_of_an_image_is_clamped_in_pictures() -> None:
+    views = Views([{"count": 1}])
+    restored = views.restore(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2), mean=(0.5,), std=(0.25,))
+    assert restored.flatten().tolist() == [0, 1]

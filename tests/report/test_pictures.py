@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sslcli.report.pictures import grid, load, save, unnormalized
+from sslcli.report.pictures import grid, load, save
 
 
 def test_a_grid_has_a_tile_an_image_and_a_white_gap_behind_and_below_each() -> None:
@@ -49,20 +49,6 @@ def test_of_more_than_three_channels_the_first_three_are_colour() -> None:
 
 def test_half_precision_images_are_drawn_in_float32() -> None:
     assert grid([torch.rand(1, 3, 8, 8).bfloat16()]).dtype == torch.float32
-
-
-def test_a_normalised_view_comes_back_as_it_was() -> None:
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-    image = torch.rand(2, 3, 4, 4)
-    normalised = (image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    torch.testing.assert_close(unnormalized(normalised, mean, std, normalized=True), image)
-    torch.testing.assert_close(unnormalized(image, mean, std, normalized=False), image)
-
-
-@pytest.mark.parametrize("normalized", [True, False])
-def test_values_outside_are_clamped(normalized: bool) -> None:
-    view = torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2)
-    assert unnormalized(view, (0.5,), (0.25,), normalized=normalized).flatten().tolist() == [0, 1]
 
 
 def test_a_saved_picture_loads_as_it_was(tmp_path: Path) -> None:
