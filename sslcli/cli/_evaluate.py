@@ -155,11 +155,13 @@ def _frozen(this: Evaluation, protocol: Callable[[FeatureSet], dict[str, Any]]) 
 def _trained(this: Evaluation, protocol: Any) -> dict[str, Any]:
     """A protocol that trains; what it made is kept in a folder beside its result."""
     nets = {"trained": this.subject.net("trained")}
-    this.layer = _layer(this.config["feature_layer"], getattr(protocol, "from_layer", 0), nets["trained"])
+    this.layer = _layer(
+        this.config["feature_layer"], getattr(protocol, "from_layer", 0), nets["trained"], this.task().example()
+    )
+    given = {"teacher": _teacher(this, protocol.teacher)} if isinstance(protocol, Distill) else {}
     if this.config["baselines"]:
         nets["random"] = this.subject.net("random")
     starts = {arm: Start(net=net, layer=this.layer, features=_features(arm, this, net)) for arm, net in nets.items()}
-    given = {"teacher": _teacher(this, protocol.teacher)} if isinstance(protocol, Distill) else {}
     found: Outcome = protocol(starts, this.task(), **given)
     folder = this.place(found.result)
     for name, text in found.files.items():
@@ -167,7 +169,7 @@ def _trained(this: Evaluation, protocol: Any) -> dict[str, Any]:
     return found.result | (_keep(found, folder / "net.pt", this) if found.net is not None else {})
 
 
-def _layer(feature_layer: str, from_layer: int | None, net: nn.Module) -> str:
+def _layer(feature_layer: str, from_layer: int | None, net: nn.Module, images: Tensor) -> str:
     """Where training starts from: a layer of the head goes before the backbone, and with nothing else."""
     if feature_layer != layers.BACKBONE:
         if from_layer:
@@ -176,6 +178,10 @@ def _layer(feature_layer: str, from_layer: int | None, net: nn.Module) -> str:
                 "give one of them"
             )
         return feature_layer
+    if from_layer and f"head{from_layer}" not in layers.names(net, images):
+        last = getattr(net, "head_layers", 0)
+        has = f"has the layers 1 to {last}" if last else "lets nothing in (simclr_v2 does)"
+        raise ConfigError(f"protocol.from_layer is {from_layer}, but the head of this net {has}; 0 is the backbone")
     number = getattr(net, "finetune_layer", 0) if from_layer is None else from_layer
     return f"head{number}" if number else layers.BACKBONE
 

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from sslcli.cli._help import show_and_exit
-from sslcli.errors import ConfigError
+from sslcli.errors import ConfigError, nearest
 
 
 def main() -> None:
@@ -24,10 +24,20 @@ def evaluate(config: dict[str, Any]) -> int:
         raise ConfigError("give run=DIR, or weights=FILE with backbone=... and dataset=..., and not both")
     given = config["run"] or config["weights"]
     if not os.path.exists(given):
-        raise ConfigError(f"{'run' if config['run'] else 'weights'} is {given!r}, but there is no such path")
+        raise ConfigError(
+            f"{'run' if config['run'] else 'weights'} is {given!r}, but there is no such path.{_near(given)}"
+        )
     from sslcli.cli._evaluate import run
 
     return run(config)
+
+
+def _near(given: str) -> str:
+    """What lies in the folder where a missing path should be."""
+    folder = os.path.dirname(given.rstrip("/")) or "."
+    there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    listed = ", ".join(there[:10]) + (", ..." if len(there) > 10 else "")
+    return f"{nearest(os.path.basename(given), there)} {folder} holds: {listed or 'nothing'}"
 
 
 if __name__ == "__main__":
