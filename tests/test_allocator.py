@@ -7,7 +7,6 @@ import sys
 
 PROGRAM = """
 import resource, sys
-import numpy as np
 from sslcli.allocator import keep_freed_memory
 
 if sys.argv[1] == "keep":
@@ -16,7 +15,7 @@ if sys.argv[1] == "keep":
 
 def step():  # blocks above and below the size that glibc maps
     for megabytes in (64, 1, 200):
-        np.ones(megabytes << 17)
+        b"x" * (megabytes << 20)
 
 
 step()
