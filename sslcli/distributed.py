@@ -19,6 +19,9 @@ from torch import Tensor
 from sslcli import heartbeat
 
 T = TypeVar("T")
+# Newer names of the same; torch 2.14 warns of the old ones.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def world_size() -> int:
@@ -50,22 +53,21 @@ def all_gather(rows: Tensor) -> Tensor:
         return rows.detach()
     gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
     heartbeat.meet()
-    dist.all_gather_into_tensor(gathered, rows.detach().contiguous())
+    _gather(gathered, rows.detach().contiguous())
     return gathered
 
 
 class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.num_rows = len(rows)
         return all_gather(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
+        mine = grad.new_empty(len(grad) // world_size(), *grad.shape[1:])
         heartbeat.meet()
-        dist.all_reduce(grad)
-        return grad[rank() * ctx.num_rows :][: ctx.num_rows]
+        _reduce_scatter(mine, grad.contiguous())  # half the traffic of summing everywhere what each needs a part of
+        return mine
 
 
 def all_gather_with_grad(rows: Tensor) -> Tensor:
@@ -117,19 +119,37 @@ class BatchShuffle:
     """A random order of the W * N images of a step, the same on all processes (shuffling BN, MoCo sec. 3.3).
 
     The order is a function of `draw` alone, so a resumed run, or one with another number of processes, repeats it.
+    Every process sends each of its rows to the one process that takes it, so the traffic does not grow with W.
     """
 
     def __init__(self, num_rows: int, draw: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0x5EED + draw)
-        order = torch.randperm(world_size() * num_rows, generator=generator)
-        mine = slice(rank() * num_rows, (rank() + 1) * num_rows)
-        self.take = order[mine].to(device)
-        self.give_back = order.argsort()[mine].to(device)
+        order = torch.randperm(world_size() * num_rows, generator=generator).view(world_size(), num_rows)
+        owner = order // num_rows  # of each row, by the process and place that take it
+        taken = owner == rank()
+        leaving = order[taken] - rank() * num_rows  # my rows, by who takes them and where
+        arriving = owner[rank()].argsort(stable=True)  # places of the shuffled part, by who sends them
+        self.sent = taken.sum(1).tolist()  # rows to each process
+        self.received = owner[rank()].bincount(minlength=world_size()).tolist()
+        self.leaving, self.arriving = leaving.to(device), arriving.to(device)
 
     def shuffle(self, rows: Tensor) -> Tensor:
-        """(N, ...) in batch order -> this process's (N, ...) of the shuffled batch."""
-        return all_gather(rows)[self.take]
+        """(N, ...) in batch order -> this process's (N, ...) of the shuffled batch, without gradient."""
+        there = exchange(rows.detach()[self.leaving], self.sent, self.received)
+        return there[self.arriving.argsort()]
 
     def restore(self, rows: Tensor) -> Tensor:
         """The inverse of `shuffle`."""
-        return all_gather(rows)[self.give_back]
+        back = exchange(rows.detach()[self.arriving], self.received, self.sent)
+        return back[self.leaving.argsort()]
+
+
+@torch.no_grad()
+def exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """Send `sent[r]` of the rows (N, ...), in their order, to process r; what came, `received[r]` of r, by process."""
+    if world_size() == 1:
+        return rows
+    arrived = rows.new_empty(sum(received), *rows.shape[1:])
+    heartbeat.meet()
+    dist.all_to_all_single(arrived, rows.contiguous(), received, sent)
+    return arrived

@@ -158,9 +158,8 @@ class _SyncNormalize(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
         axes = [axis for axis in range(input.dim()) if axis != 1]
         values = full_precision(input)
-        local_var, local_mean = torch.var_mean(values, dim=axes, correction=0)
-        means = distributed.all_gather(local_mean[None])  # (W, C)
-        variances = distributed.all_gather(local_var[None])
+        local = torch.stack(torch.var_mean(values, dim=axes, correction=0))  # (2, C)
+        variances, means = distributed.all_gather(local[None]).unbind(1)  # (W, C) each
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
         ctx.save_for_backward(input, weight, mean, torch.rsqrt(variance + eps))

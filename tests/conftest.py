@@ -26,3 +26,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     pair = Pair(tmp_path_factory.mktemp("pair"))
     yield pair
     pair.stop()
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """As `pair`, with four processes."""
+    four = Pair(tmp_path_factory.mktemp("four"), size=4)
+    yield four
+    four.stop()

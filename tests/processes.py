@@ -1,4 +1,4 @@
-"""Two processes that stay up for the whole test session, since starting one costs seconds."""
+"""Processes that stay up for the whole test session, since starting one costs seconds."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-SIZE = 2
+PRELOAD = ["sslcli.cli._compose", "sslcli.cli._run", "torch._dynamo", "torch.utils.tensorboard"]  # takes seconds
 PATIENCE = 120.0  # seconds a task may take
 
 
 class Pair:
-    """Runs functions of importable modules on two processes joined by gloo.
+    """Runs functions of importable modules on two processes joined by gloo, or `size` of them.
 
-    A task that raises on one process leaves the other waiting inside a collective, so both are ended then, and the
+    A task that raises on one process leaves the others waiting inside a collective, so all are ended then, and the
     next task starts new ones.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, size: int = 2) -> None:
+        self.folder, self.size = folder, size
         self.starts = 0
         self.workers: list[Any] = []
         self.pipes: list[Connection] = []
 
     def run(self, function: Callable[..., T], *args: Any) -> list[T]:
-        """`function(*args)` on both at the same time; what each returned, by rank."""
+        """`function(*args)` on all at the same time; what each returned, by rank."""
         if not self.workers:
             self.start()
         for pipe in self.pipes:
             pipe.send_bytes(pickle.dumps((function, args)))
         answers: dict[int, T] = {}
-        while len(answers) < SIZE:
+        while len(answers) < self.size:
             waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
             ready = wait(waiting, timeout=PATIENCE)
             if not ready:
                 self.stop()
-                raise TimeoutError(f"{function.__name__} took more than {PATIENCE:g} s on two processes")
+                raise TimeoutError(f"{function.__name__} took more than {PATIENCE:g} s on {self.size} processes")
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 rank = self.pipes.index(pipe)
@@ -54,16 +54,17 @@ class Pair:
                     error = "it died"
                 if error:
                     self.stop()
-                    raise AssertionError(f"process {rank} of {SIZE}: {error}")
-        return [answers[rank] for rank in range(SIZE)]
+                    raise AssertionError(f"process {rank} of {self.size}: {error}")
+        return [answers[rank] for rank in range(self.size)]
 
     def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        multiprocessing.set_forkserver_preload(PRELOAD)
+        context = multiprocessing.get_context("forkserver")
         meeting = self.folder / f"meeting{self.starts}"
         self.starts += 1
-        for rank in range(SIZE):
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=serve, args=(rank, meeting, theirs), daemon=True)
+            worker = context.Process(target=serve, args=(rank, self.size, meeting, theirs), daemon=True)
             worker.start()
             theirs.close()  # so that its death is an end of file here
             self.workers.append(worker)
@@ -79,11 +80,11 @@ class Pair:
         self.pipes.clear()
 
 
-def serve(rank: int, meeting: Path, pipe: Connection) -> None:
+def serve(rank: int, size: int, meeting: Path, pipe: Connection) -> None:
     """What a process does: carry out tasks until the pipe closes."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=PATIENCE)
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
     )
     while True:
         try:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from processes import PRELOAD
+
 SSL_TRAIN = str(Path(sys.executable).with_name("ssl-train"))
 CLOCKS = ("wall", "train/images_per_s", "train/data_wait")
 PATIENCE = 240.0  # seconds until a run counts as hanging
@@ -80,9 +82,7 @@ def start_warm(*arguments: str, log: Path, prepare: Callable[..., None] | None =
 
     The process calls `prepare(given)` first.
     """
-    multiprocessing.set_forkserver_preload(
-        ["sslcli.cli._compose", "sslcli.cli._run", "torch._dynamo", "torch.utils.tensorboard"]
-    )
+    multiprocessing.set_forkserver_preload(PRELOAD)
     process = multiprocessing.get_context("forkserver").Process(
         target=ssl_train, args=([*arguments, "launcher.threads=1"], log, prepare, given)
     )

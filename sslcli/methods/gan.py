@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslcli.decoder import Decoder, FirstLook
-from sslcli.distributed import all_gather
+from sslcli.distributed import all_gather, all_reduce_mean
 from sslcli.methods.base import Method
 from sslcli.nn import full_precision
 from sslcli.noise import Noise
@@ -78,16 +78,17 @@ def distance(drawn: Tensor, images: Tensor) -> Tensor:
 
     2 E|x - y| - E|x - x'| - E|y - y'| over different pairs (Szekely and Rizzo 2013, doi:10.1016/j.jspi.2013.03.018),
     of the means over 4 x 4 squares of an image and per root of their number, so on the scale of the values of an image.
-    Without bias, hence now and then below 0.
+    Without bias, hence now and then below 0. Each process compares its own images with all.
     """
-    x, y = (all_gather(F.adaptive_avg_pool2d(full_precision(part), SQUARES).flatten(1)) for part in (images, drawn))
+    x, y = (F.adaptive_avg_pool2d(full_precision(part), SQUARES).flatten(1) for part in (images, drawn))
+    all_x, all_y = all_gather(x), all_gather(y)
 
     def lengths(a: Tensor, b: Tensor) -> Tensor:
         return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # exact: a row is 0 from itself
 
-    pairs = max(len(x) * (len(x) - 1), 1)
-    within = (lengths(x, x).sum() + lengths(y, y).sum()) / pairs
-    return (2 * lengths(x, y).mean() - within) / math.sqrt(x.shape[1])
+    pairs = max(len(x) * (len(all_x) - 1), 1)
+    within = (lengths(x, all_x).sum() + lengths(y, all_y).sum()) / pairs
+    return all_reduce_mean((2 * lengths(x, all_y).mean() - within) / math.sqrt(x.shape[1]))
 
 
 class Game(Method):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sslcli.methods.base import Batch, num_features
 from sslcli.methods.moco import MoCo
-from sslcli.nn import SplitBatchNorm, mlp
+from sslcli.nn import SplitBatchNorm, full_precision, mlp
 from sslcli.noise import Noise
 
 GRID = 3
@@ -115,7 +115,7 @@ class InfoMin(MoCo):
         codes = self.patch_head(features).unflatten(0, (len(images), CELLS))  # (N, 9, D)
         order = self.noise.uniform(len(images), CELLS, device=images.device).argsort(1)
         shuffled = codes.gather(1, order.unsqueeze(2).expand_as(codes))
-        return F.normalize(self.jigsaw_head(shuffled.flatten(1)).float(), dim=1)
+        return F.normalize(full_precision(self.jigsaw_head(shuffled.flatten(1))), dim=1)
 
     def patches(self, images: Tensor) -> Tensor:
         """(N, C, S, S) -> (N, 9, C, p, p), one patch anywhere in each cell."""

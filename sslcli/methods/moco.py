@@ -18,7 +18,15 @@ from sslcli.distributed import BatchShuffle, all_gather
 from sslcli.losses import Contrast, check_momentum, check_temperature, info_nce
 from sslcli.methods.base import Batch, Method, num_features
 from sslcli.mixture import UnMix, add_mixture
-from sslcli.nn import SplitBatchNorm, average_statistics, convert_batch_norm, ema_update, frozen_copy, mlp
+from sslcli.nn import (
+    SplitBatchNorm,
+    average_statistics,
+    convert_batch_norm,
+    ema_update,
+    frozen_copy,
+    full_precision,
+    mlp,
+)
 
 
 @torch.no_grad()
@@ -110,7 +118,7 @@ class MoCo(Method):
 
     def query(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, D) unit queries."""
-        return F.normalize(self.projection(images).float(), dim=1)
+        return F.normalize(full_precision(self.projection(images)), dim=1)
 
     def contrast(self, query: Tensor, key: Tensor) -> Contrast:
         return info_nce(query, key, self.queue, temperature=self.temperature)
@@ -121,7 +129,7 @@ class MoCo(Method):
         order = BatchShuffle(len(images), self.draws, images.device)
         self.draws += 1
         keys = self.key_head(self.key_backbone(order.shuffle(images)))
-        return order.restore(F.normalize(keys.float(), dim=1))
+        return order.restore(F.normalize(full_precision(keys), dim=1))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

@@ -20,7 +20,7 @@ from sslcli.methods.base import Batch
 from sslcli.methods.moco import enqueue
 from sslcli.methods.simclr import SimCLR, nt_xent
 from sslcli.mixture import UnMix
-from sslcli.nn import ema_update, frozen_copy
+from sslcli.nn import ema_update, frozen_copy, full_precision
 
 
 class SimCLRv2(SimCLR):
@@ -95,7 +95,7 @@ class SimCLRv2(SimCLR):
     @torch.no_grad()
     def encode_keys(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, D) unit embeddings by the moving average of the network."""
-        return F.normalize(self.key_head(self.key_backbone(images)).float(), dim=1)
+        return F.normalize(full_precision(self.key_head(self.key_backbone(images))), dim=1)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
