@@ -180,6 +180,7 @@ def save(run: Run, step: int) -> None:
     if distributed.is_main():
         state = {
             "step": step,
+            "loader": run.loader.position(step),
             "method": run.method.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "scaler": run.scaler.state_dict(),
@@ -208,6 +209,7 @@ def resume(run: Run) -> int:
         )
     if state is None:
         return 0
+    run.loader.check_position(state["step"], state.get("loader"))
     try:
         run.method.load_state_dict(state["method"])
         run.optimizer.load_state_dict(state["optimizer"])

@@ -12,6 +12,7 @@ import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,6 +83,28 @@ class Loader:
         self.layout = source.layout
         self.workers = source.workers if self.layout is None else min(source.workers, self.part)
         self.pieces = 1 if self.layout is None else max(1, self.workers)
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where a run is after `step` steps, as plain values: all that a checkpoint needs of the loader.
+
+        images: of the training split. shards: the fingerprint of a set of shards, "" of others, where it takes long.
+        """
+        epoch, done = divmod(step, self.steps_per_epoch)
+        shards = "" if self.layout is None else self.source.fingerprint
+        images = len(self.source.splits["train"])
+        return {"epoch": epoch, "image": done * self.batch_size, "images": images, "shards": shards}
+
+    def check_position(self, step: int, saved: dict[str, Any] | None) -> None:
+        """Raise ConfigError unless `saved`, if anything, is the position after `step` steps of the images there are."""
+        here = self.position(step)
+        if saved is None or saved == here:
+            return
+        changed = f"{saved['images']} then, {here['images']} now"
+        raise ConfigError(
+            f"the images of {self.source.name} are not those that the run began with "
+            f"({changed if saved['images'] != here['images'] else 'other shards or labels'}), so it cannot go on where "
+            f"it was, at image {saved['image']} of epoch {saved['epoch']}: put them back, or start another run"
+        )
 
     def requests(self, start: int, stop: int) -> Iterator[Request]:
         """What this process needs for steps start to stop - 1: `pieces` requests a micro-batch, `accumulate` a step."""
