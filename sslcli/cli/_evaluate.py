@@ -25,7 +25,7 @@ from sslcli.data.sources import Source
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, TrainingFailed
 from sslcli.evaluate import layers
 from sslcli.evaluate.distill import Distill, Teacher
-from sslcli.evaluate.features import FeatureSet, cached, pixels
+from sslcli.evaluate.features import FeatureSet, cached, from_bank, pixels
 from sslcli.evaluate.finetune import Outcome
 from sslcli.evaluate.network import Classifier
 from sslcli.evaluate.online import bank_positions, collect
@@ -140,7 +140,13 @@ def _write(path: Path, content: bytes) -> None:
 def _frozen(this: Evaluation, protocol: Callable[[FeatureSet], dict[str, Any]]) -> dict[str, Any]:
     """A protocol that looks at features, which it does not change."""
     this.layer = this.config["feature_layer"]
-    result = protocol(_features("trained", this, this.subject.net("trained")))
+    if this.layer == layers.BANK and this.subject.foreign:
+        raise ConfigError("feature_layer is 'bank', but its rows are of the images of pre-training: leave out dataset=")
+    net = this.subject.net("trained")
+    features = _features("trained", this, net)
+    if this.layer == layers.BANK:
+        features = from_bank(features, net.stored(), this.source.splits["train"])  # type: ignore[operator]
+    result = protocol(features)
     if this.config["baselines"]:
         result["baselines"] = {
             name: {key: value for key, value in protocol(found).items() if "top" in key or "interval" in key}
@@ -154,6 +160,8 @@ def _frozen(this: Evaluation, protocol: Callable[[FeatureSet], dict[str, Any]]) 
 
 def _trained(this: Evaluation, protocol: Any) -> dict[str, Any]:
     """A protocol that trains; what it made is kept in a folder beside its result."""
+    if this.config["feature_layer"] == layers.BANK:
+        raise ConfigError("feature_layer is 'bank', which cannot be trained: take protocol=knn or linear")
     nets = {"trained": this.subject.net("trained")}
     this.layer = _layer(
         this.config["feature_layer"], getattr(protocol, "from_layer", 0), nets["trained"], this.task().example()

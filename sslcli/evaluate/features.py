@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,30 @@ class FeatureSet:
         """The same set with all tensors on `device`: protocols compute where the features are."""
         moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return FeatureSet(**moved)
+
+
+def from_bank(features: FeatureSet, rows: Tensor, split: Tensor) -> FeatureSet:
+    """The same set with the rows of a memory bank in place of the features of train.
+
+    Args:
+        features: of a layer of the width of the rows.
+        rows: (n, d), one for each image of the training split; rows of zeros belong to no image yet and are left out.
+        split: (n,) positions of those images in their source.
+
+    Raises ValueError where the bank is of another number of images.
+    """
+    if len(rows) != len(split):
+        raise ValueError(f"the memory bank has {len(rows):,} rows, but the training split {len(split):,} images")
+    assert features.train_positions is not None
+    ordered, places = split.sort()
+    mine = rows.float().cpu()[places[torch.searchsorted(ordered, features.train_positions)]]
+    known = mine.any(1)
+    return replace(
+        features,
+        train=mine[known],
+        train_labels=features.train_labels[known],
+        train_positions=features.train_positions[known],
+    )
 
 
 def check_features(features: Tensor, labels: Tensor, *, num_classes: int, width: int, name: str) -> None:

@@ -2,6 +2,7 @@
 
 backbone     what the method calls its features; of a bare backbone its output
 projection   what the loss of the method sees
+bank         the same, but of a training image what the method's memory bank holds of it (`stored`)
 head1, ...   inside the projection head, where a method lets one in (`head_features`)
 layer3, ...  a stage of the backbone, the mean over positions
 """
@@ -19,6 +20,7 @@ from sslcli.methods.base import Method
 from sslcli.nn import evaluating
 
 BACKBONE = "backbone"
+BANK = "bank"
 
 
 def names(net: nn.Module, images: Tensor) -> list[str]:
@@ -26,6 +28,7 @@ def names(net: nn.Module, images: Tensor) -> list[str]:
     found = [BACKBONE]
     if isinstance(net, Method):
         found += ["projection"] if type(net).projection is not Method.projection else []
+        found += [BANK] if hasattr(net, "stored") else []
         found += [f"head{number + 1}" for number in range(getattr(net, "head_layers", 0))]
     try:
         with evaluating(net), torch.no_grad():
@@ -46,10 +49,10 @@ def check(net: nn.Module, layer: str, images: Tensor) -> None:
 
 
 def read(net: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """The features (N, d) of images (N, C, H, W) at a layer the net has."""
+    """The features (N, d) of images (N, C, H, W) at a layer the net has; `bank` looks for none of them in the bank."""
     if layer == BACKBONE:
         found: Tensor = net.features(images) if isinstance(net, Method) else net(images)
-    elif layer == "projection" and isinstance(net, Method):
+    elif layer in ("projection", BANK) and isinstance(net, Method):
         found = net.projection(images)
     elif (inside := re.fullmatch(r"head(\d+)", layer)) and hasattr(net, "head_features"):
         found = net.head_features(images, int(inside[1]))  # type: ignore[operator]

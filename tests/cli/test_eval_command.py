@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from command_line import Cli, installed
+from command_line import SMALL, Cli, installed
 from runs import make_folder
 
 FAST = ["protocol.epochs=2", "protocol.lrs=[0.1,1.0]", "protocol.weight_decays=[0.0,1e-4]"]
@@ -217,6 +217,21 @@ def test_features_of_another_layer_are_another_number(trained: Path, cli: Cli) -
         assert part in ended.err
 
 
+def test_the_rows_of_a_memory_bank_classify_in_place_of_fresh_features(cli: Cli, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert cli("ssl-train", *SMALL, "method=memory_bank", "train.max_steps=6", f"run_dir={run}").code == 0
+    ended = cli("ssl-eval", f"run={run}", "protocol=knn", "feature_layer=bank")
+    assert (ended.code, ended.err) == (0, "")
+    found = result(run / "eval", "knn")
+    assert found["feature_layer"] == "bank"
+    assert found["n_train"] == 192  # the first epoch left out 8 of 200 images, which have no row
+    assert "random" in found["baselines"]
+    ended = cli("ssl-eval", f"run={run}", "protocol=finetune", "feature_layer=bank")
+    assert (ended.code, "take protocol=knn or linear" in ended.err) == (2, True)
+    ended = cli("ssl-eval", f"run={run}", "protocol=knn", "feature_layer=bank", *OTHER)
+    assert (ended.code, "of the images of pre-training" in ended.err) == (2, True)
+
+
 def test_a_long_name_is_whole_in_the_table_of_a_narrow_screen(
     trained: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +268,7 @@ def test_a_folder_of_runs_becomes_a_table(trained: Path, cli: Cli, tmp_path: Pat
         ("run={run} dataset=folder dataset.root=nowhere", ["dataset.root is nowhere"]),
         ("run={run} protocol=knn protocol.k=0", ["k=0", "at least 1"]),
         ("run={run} protocol=finetune protocol.from_layer=1", ["protocol.from_layer is 1", "0 is the backbone"]),
+        ("run={run} protocol=knn feature_layer=bank", ["'bank', which this net does not have", "It has: backbone"]),
         ("run={run} protocol=finetune protocol.from_layer=1 feature_layer=block1", ["block1", "from_layer 1"]),
         ("run={run} protocol=distill", ["there is no teacher", "protocol=finetune"]),
         ("run={run}s", ["no such path. Did you mean", "holds:"]),

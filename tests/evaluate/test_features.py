@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sslcli.data.sources import BadImage
-from sslcli.evaluate.features import FeatureSet, cached, extract, pixels
+from sslcli.evaluate.features import FeatureSet, cached, extract, from_bank, pixels
 from sslcli.nn import evaluating
 
 
@@ -268,3 +268,24 @@ def test_a_feature_set_moves_with_all_it_holds():
     assert moved.classes == ("a", "b")
     assert vars(moved).keys() == vars(features).keys()
     assert torch.equal(moved.val, features.val)
+
+
+def test_rows_of_a_bank_take_the_place_of_the_features_of_their_images():
+    split = torch.tensor([7, 2, 9, 4])  # positions in the source of rows 0 to 3
+    rows = torch.arange(1.0, 9.0).view(4, 2)
+    rows[3] = 0  # never seen
+    labels = torch.tensor([0, 1, 0])
+    features = FeatureSet(
+        train=torch.zeros(3, 2),
+        train_labels=labels,
+        train_positions=torch.tensor([2, 4, 7]),
+        val=torch.ones(1, 2),
+        val_labels=labels[:1],
+        num_classes=2,
+    )
+    found = from_bank(features, rows, split)
+    assert found.train.tolist() == [[3.0, 4.0], [1.0, 2.0]]
+    assert (found.train_labels.tolist(), found.train_positions.tolist()) == ([0, 0], [2, 7])
+    assert found.val is features.val
+    with pytest.raises(ValueError, match="bank has 3 rows, but the training split 4 images"):
+        from_bank(features, rows[:3], split)
