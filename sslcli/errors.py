@@ -25,7 +25,15 @@ class ProcessLost(TrainingFailed):
 
 
 class Stopped(Exception):
-    """Stopped by a signal or the time limit with a checkpoint saved: exit code 75, run again to go on."""
+    """Stopped with a checkpoint saved: exit code 75, run again to go on.
+
+    Args:
+        by_signal: whether a signal was the reason, and not the time limit the user set.
+    """
+
+    def __init__(self, message: str, *, by_signal: bool) -> None:
+        super().__init__(message)
+        self.by_signal = by_signal
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

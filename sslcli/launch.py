@@ -1,4 +1,4 @@
-"""Run a function in this process, as one of the processes an outer launcher started, or on N processes of this node.
+"""Run in this process, as one of the processes an outer launcher started, or on N processes of each node.
 
 Only RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are read; who sets them does not matter. Engine: torch's elastic agent.
 """
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 
@@ -118,14 +119,32 @@ def exit_lost() -> int:
     return EXIT_LOST if AGENT in os.environ else EXIT_FAILED
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """Where the agents of a run find each other."""
+
+    name: str  # the same on all nodes, another one for every start
+    nodes: int = 1
+    node: int = 0  # the number of this one
+    endpoint: str = "localhost:0"  # host:port, on node 0
+
+
 def run_processes(
-    arguments: list[str], *, processes: int | None, max_restarts: int, tell: Callable[[str], None]
+    arguments: list[str],
+    *,
+    processes: int | None,
+    max_restarts: int,
+    tell: Callable[[str], None],
+    meeting: Meeting | None = None,
 ) -> int:
     """Run `python ARGUMENTS` on `processes` processes of this node (None: one a device) and return their exit code.
 
     When one crashes or is killed, all are started again, up to `max_restarts` times. What would only happen again, a
     wrong configuration, a training that failed, is not repeated, so each start has an agent of its own: the restarts
     of torch's agent make no difference between exit codes. `tell` gets why they start again or end.
+
+    With a `meeting` the same call on its other nodes starts the other processes, and SIGUSR1, which a scheduler sends
+    to every process of a job, is left to the processes: they agree on the step to stop after.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -136,14 +155,14 @@ def run_processes(
     def forward(signum: int, frame: FrameType | None) -> None:
         raise SignalException(f"got signal {signum}", signal.SIGTERM)  # what the agent itself does at a SIGTERM
 
-    before = dict(os.environ), signal.signal(signal.SIGUSR1, forward)
+    before = dict(os.environ), signal.signal(signal.SIGUSR1, forward if meeting is None else signal.SIG_IGN)
     # The agent kills processes that take longer than this to save and end.
     os.environ |= {AGENT: str(os.getpid()), BEGUN: str(time.monotonic()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes tell why they end
     try:
         for restart in range(max_restarts + 1):
             os.environ[RESTARTS] = str(restart)
-            codes = run_once(arguments, count, run_id=f"sslcli-{os.getpid()}-{restart}")
+            codes = run_once(arguments, count, meeting or Meeting(name=f"{os.getpid()}-{restart}"))
             if not crashed(codes) or restart == max_restarts:
                 break
             tell(f"{losses(codes)}; all start again from the last checkpoint (restart {restart + 1} of {max_restarts})")
@@ -159,18 +178,21 @@ def run_processes(
     return exit_code(codes)
 
 
-def run_once(arguments: list[str], count: int, *, run_id: str) -> dict[int, int]:
+def run_once(arguments: list[str], count: int, meeting: Meeting) -> dict[int, int]:
     """Run `python ARGUMENTS` on `count` processes; exit codes by rank of those that ended badly first, {} for none."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=meeting.nodes,
+        max_nodes=meeting.nodes,
         nproc_per_node=count,
-        run_id=run_id,
+        run_id=f"sslcli-{meeting.name}",
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=meeting.endpoint,
+        # The first node may take minutes to import torch from a shared file system.
+        rdzv_configs={"is_host": meeting.node == 0, "read_timeout": 300},
         max_restarts=0,
         monitor_interval=0.1,
     )
@@ -178,6 +200,10 @@ def run_once(arguments: list[str], count: int, *, run_id: str) -> dict[int, int]
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    except (RendezvousError, dist.DistError):
+        if meeting.nodes == 1:
+            raise
+        return {meeting.node * count: EXIT_LOST}
     return {}
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from sslcli import heartbeat
 from sslcli.distributed import world_size
 
+TIME_LIMIT = "the time limit"
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
 
@@ -21,10 +22,13 @@ class StopRequest:
     Args:
         max_seconds: time limit from `begun` on, or None.
         begun: when the command began, on the clock of `time.monotonic`; None: now.
+
+    After `agreed` said yes, `by_signal` tells whether any process got a signal.
     """
 
     def __init__(self, max_seconds: float | None = None, *, begun: float | None = None) -> None:
         self.reason = ""
+        self.by_signal = False
         self.received = 0.0
         begun = time.monotonic() if begun is None else begun
         self.deadline = None if max_seconds is None else begun + max_seconds
@@ -49,14 +53,16 @@ class StopRequest:
         With several processes the answer is that of the step before, so that asking never waits.
         """
         if self.deadline is not None and time.monotonic() > self.deadline and not self.reason:
-            self.reason = "the time limit"
+            self.reason = TIME_LIMIT
+        mine = 0 if not self.reason else 1 if self.reason == TIME_LIMIT else 2
         if world_size() == 1:
-            return bool(self.reason)
+            self.by_signal = mine == 2
+            return mine > 0
         stop = False
         if self.pending is not None:
             self.pending.wait()
-            stop = bool(self.flag.item())
-        self.flag.fill_(bool(self.reason))
+            stop, self.by_signal = bool(self.flag.item()), self.flag.item() == 2
+        self.flag.fill_(mine)
         heartbeat.meet()
         self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
         return stop

@@ -94,8 +94,11 @@ def train(run: Run) -> None:
                 watch.check_weights(step, run.method)
                 save(run, step)
             if stop and step < total:
-                reason = run.stop.reason or "another process's signal"
-                raise Stopped(f"stopped by {reason} after step {step} of {total}; checkpoint saved, run again to go on")
+                reason = run.stop.reason or "another process's " + ("signal" if run.stop.by_signal else "time limit")
+                raise Stopped(
+                    f"stopped by {reason} after step {step} of {total}; checkpoint saved, run again to go on",
+                    by_signal=run.stop.by_signal,
+                )
 
 
 def optimise(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ RANKS = {
     "schedule": 1,  # pure functions of progress
     "heartbeat": 1,
     "distributed": 2,
+    "slurm": 2,
     "nn": 3,
     "decoder": 3,
     "noise": 3,

@@ -89,7 +89,7 @@ def test_the_wheel_holds_every_module_and_every_yaml_and_nothing_else(wheel: Pat
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     code = {f"sslcli/{path.relative_to(ROOT / 'sslcli')}" for path in (ROOT / "sslcli").rglob("*.py")}
     conf = {f"sslcli/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
-    assert names == code | conf | {"sslcli/conf/__init__.py", "sslcli/py.typed"}
+    assert names == code | conf | {"sslcli/conf/__init__.py", "sslcli/py.typed", "sslcli/slurm/job.sh"}
 
 
 def test_the_installed_command_explains_itself(installed: Path, tmp_path: Path) -> None:

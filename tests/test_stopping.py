@@ -44,6 +44,7 @@ def test_a_signal_stops_after_the_step_and_is_named(number: signal.Signals) -> N
         assert stop.agreed()
         assert stop.agreed()
         assert stop.reason == f"signal {number.name}"
+        assert stop.by_signal
     finally:
         stop.close()
 
@@ -64,6 +65,7 @@ def test_the_time_limit_stops_once_it_is_over(clock: Clock) -> None:
         clock.now += 0.1
         assert stop.agreed()
         assert stop.reason == "the time limit"
+        assert not stop.by_signal
     finally:
         stop.close()
 
@@ -100,24 +102,35 @@ def test_a_repeated_termination_still_waits_for_the_checkpoint(
     assert request_of_this_process.agreed()
 
 
-def steps_until_both_stop(signalled: int) -> tuple[list[bool], str]:
-    """What each process hears at each of four steps, of which one gets a signal before the second."""
+def steps_until_both_stop(signalled: int | None) -> tuple[list[bool], str, bool]:
+    """What each process hears at each of four steps: one gets a signal before the second, or its time is over then."""
     stop = StopRequest()
     heard = []
     try:
         for step in range(4):
             if step == 1 and dist.get_rank() == signalled:
                 os.kill(os.getpid(), signal.SIGUSR1)
+            if step == 1 and signalled is None and dist.get_rank() == 1:
+                stop.deadline = 0.0
             heard.append(stop.agreed())
     finally:
         stop.close()
-    return heard, stop.reason
+    return heard, stop.reason, stop.by_signal
 
 
 @pytest.mark.parametrize("signalled", [0, 1])
 def test_processes_stop_at_the_same_step_whichever_got_the_signal(signalled: int, pair: Pair) -> None:
     answers = pair.run(steps_until_both_stop, signalled)
-    assert [heard for heard, _ in answers] == [[False, False, True, True]] * 2
-    reasons = [reason for _, reason in answers]
+    assert [heard for heard, _, _ in answers] == [[False, False, True, True]] * 2
+    reasons = [reason for _, reason, _ in answers]
     assert reasons[signalled] == "signal SIGUSR1"
     assert reasons[1 - signalled] == ""
+    assert [by_signal for _, _, by_signal in answers] == [True, True]
+
+
+def test_processes_agree_that_it_was_no_signal_but_the_time_limit_of_one(pair: Pair) -> None:
+    answers = pair.run(steps_until_both_stop, None)
+    assert answers == [
+        ([False, False, True, True], "", False),
+        ([False, False, True, True], "the time limit", False),
+    ]

@@ -18,6 +18,7 @@ from sslcli import atomic
 from sslcli.cli import _run_dir
 from sslcli.errors import EXIT_STOPPED
 from sslcli.settings import SweepSettings
+from sslcli.slurm.queue import told_code, told_job
 
 PARENT = "SSLCLI_SWEEP"  # where a sweep leaves the id of its process for the jobs it starts
 EXIT_INTERRUPTED = 130
@@ -144,13 +145,21 @@ def status_of(folder: Path, record: Record) -> str:
         return FINISHED
     if _is_alive(record) or (run_dir is not None and _run_dir.is_held(run_dir)):
         return RUNNING
-    if record.code is None:
+    code = code_of(folder, record)
+    if code is None:
         return INTERRUPTED if record.started else WAITING
-    if record.code == 0:
+    if code == 0:
         return FINISHED if run_dir is None else SUBMITTED
-    if record.code == EXIT_STOPPED:
+    if code == EXIT_STOPPED:
         return STOPPED
-    return INTERRUPTED if record.code < 0 or record.code == EXIT_INTERRUPTED else FAILED
+    return INTERRUPTED if code < 0 or code == EXIT_INTERRUPTED else FAILED
+
+
+def code_of(folder: Path, record: Record) -> int | None:
+    """How a job of the sweep in `folder` ended: its process or, where that submitted a job of Slurm, that job."""
+    if record.code == 0 and record.run_dir is not None:
+        return told_code(folder / record.run_dir) or 0
+    return record.code
 
 
 def _is_alive(record: Record) -> bool:
@@ -168,12 +177,15 @@ def _is_alive(record: Record) -> bool:
 
 def is_due(sweep: Sweep, job: Job) -> bool:
     """Whether a job has to be run, now or again."""
-    status = status_of(sweep.folder, enrol(sweep, job))
+    record = enrol(sweep, job)
+    status = status_of(sweep.folder, record)
     if status == FINISHED:
         return sweep.command == "eval"
     if status == FAILED:
         return sweep.settings.retry_failed
-    return status not in (RUNNING, SUBMITTED)
+    if status in (RUNNING, SUBMITTED):  # a job of Slurm is asked for again: it may be gone, or be waited for
+        return job.run_dir is not None and told_job(job.run_dir) is not None and not _is_alive(record)
+    return True
 
 
 def stop_with_sweep() -> None:

@@ -1,4 +1,4 @@
-"""Where a run happens: in this process, in one of several that torchrun started, or on several of this node."""
+"""Where a run happens: in this process, one of several that torchrun started, several of this node, or a job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from sslcli.errors import EXIT_CONFIG, ConfigError
 def launch(config: dict[str, Any]) -> int:
     """Run a checked configuration of ssl-train; the exit code."""
     config = config | {"run_dir": run_dir_of(config)}
-    if config["launcher"]["kind"] == "multi" and "RANK" not in os.environ and not config["dry_run"]:
+    kind = config["launcher"]["kind"] if "RANK" not in os.environ else "local"  # an outer launcher was here before
+    if kind == "slurm":
+        from sslcli.cli import _slurm
+
+        return _slurm.launch(config)
+    if kind == "multi" and not config["dry_run"]:
         from sslcli.launch import run_processes
 
         with tempfile.TemporaryDirectory(prefix="sslcli-") as folder:

@@ -111,7 +111,7 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
     check_batch(loader, parts)
     check_cached_gradients(parts.method, config["train"]["cached_gradients"])
     optimizer, peak_lr = build_optimizer(config, parts.method.to(device))
-    held = _run_dir.lock(run_dir) if main and not dry else None
+    held = _run_dir.lock(run_dir, patience=patience()) if main and not dry else None
     if held is not None:
         _run_dir.check_resumable(run_dir, config)  # once more, now that nobody else can change it
     with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
@@ -128,7 +128,12 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
                 _run_dir.describe(run_dir, config, effective=facts, device=str(device), threads=torch.get_num_threads())
                 prepare_watch(job, parts, config)
             train(job)
-        except (ConfigError, TrainingFailed, Stopped) as error:
+        except Stopped as error:
+            screen.write(str(error))
+            if error.by_signal and config["launcher"]["kind"] == "slurm":
+                want_requeue(run_dir, error)
+            raise
+        except (ConfigError, TrainingFailed) as error:
             screen.write(str(error))
             raise
         finally:
@@ -142,6 +147,18 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
     if held is not None:
         held.close()
     return 0
+
+
+def patience() -> float:
+    """Seconds to wait for the run directory: what is left of a job that Slurm queued again may hold it for a while."""
+    return 60.0 if int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 else 3.0
+
+
+def want_requeue(run_dir: Path, why: Stopped) -> None:
+    """Leave word for the job's script that the run is saved and wants to go on; no process ends before."""
+    if distributed.is_main():
+        atomic.replace(run_dir / "slurm" / "want_requeue", str(why).partition(";")[0].encode())
+    distributed.barrier()
 
 
 def prepare_watch(job: Run, parts: Parts, config: dict[str, Any]) -> None:

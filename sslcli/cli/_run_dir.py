@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,6 +21,9 @@ from sslcli import atomic
 from sslcli.errors import ConfigError
 from sslcli.settings import NEUTRAL
 
+# What flock says on file systems without locks, such as Lustre mounted without them.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
 
 def is_finished(run_dir: Path) -> bool:
     """Whether the run in this directory came to its end."""
@@ -33,8 +37,8 @@ def is_held(run_dir: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno not in NO_LOCKS
     return False
 
 
@@ -94,7 +98,8 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
     """Take the run directory for this process until it ends, making it where needed.
 
-    Waits a moment for the processes of a run that was just killed. Raises ConfigError when another run holds it.
+    Waits a moment for the processes of a run that was just killed. Raises ConfigError when another run holds it. Says
+    so and goes on where the file system has no locks.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -109,6 +114,12 @@ def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
+            if error.errno in NO_LOCKS:
+                print(
+                    f"ssl-train: {run_dir} cannot be locked ({error.strerror}): start no second run in it",
+                    file=sys.stderr,
+                )
+                return file
             if time.monotonic() > until:
                 file.seek(0)
                 raise ConfigError(
@@ -124,6 +135,7 @@ def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
 
 def describe(run_dir: Path, config: dict[str, Any], *, effective: dict[str, Any], device: str, threads: int) -> None:
     """Write what explains the run: configuration, command line, environment."""
+
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     overrides = run_dir / "overrides.txt"
     if not overrides.exists():

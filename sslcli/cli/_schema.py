@@ -23,6 +23,7 @@ from sslcli.settings import (
     check_range,
     seconds,
 )
+from sslcli.slurm.script import SlurmSettings
 
 GROUPS = {  # of each command; those that may be left out are in OPTIONAL
     "train": ("method", "dataset", "backbone", "views", "optimizer", "launcher", "monitor", "mixture", "experiment"),
@@ -40,6 +41,7 @@ LAUNCHER_KEYS = {
         "max_restarts": "int",
         "timeout": "str | float",
     },
+    "slurm": {f.name: str(f.type) for f in fields(SlurmSettings)},
 }
 HEADER = "a yaml that sets keys outside its own group begins with the line: # @package _global_"
 
@@ -70,6 +72,7 @@ def check(command: str, config: dict[str, Any]) -> None:
         settings(MonitorSettings, config["monitor"], "monitor")
         settings(SweepSettings, config.get("sweep"), "sweep")
         launcher(config["launcher"])
+        check_split(config["train"], config["launcher"])
 
 
 def trusted_by(value: Any) -> list[str]:
@@ -219,4 +222,19 @@ def launcher(node: dict[str, Any]) -> None:
     check_types("launcher", node, LAUNCHER_KEYS[kind])
     for name, least in {"threads": 1, "processes": 1, "max_restarts": 0}.items():
         check_range(f"launcher.{name}", node.get(name), least=least)
+    if kind == "slurm":
+        settings(SlurmSettings, node, "launcher")
     check_range("launcher.timeout", seconds("launcher.timeout", node["timeout"]), above=0)
+
+
+def check_split(train: dict[str, Any], node: dict[str, Any]) -> None:
+    """Raise ConfigError where the batch does not split over the processes of a job, before it waits in a queue."""
+    if node["kind"] == "slurm":
+        job = SlurmSettings(**node)
+        processes = job.nodes * job.processes
+        if train["batch_size"] % (processes * train["accumulate"]):
+            raise ConfigError(
+                f"train.batch_size is {train['batch_size']}, but it must split evenly into {train['accumulate']} "
+                f"micro-batches on {processes} processes ({job.nodes} nodes with {job.processes} each): choose a "
+                f"multiple of {processes * train['accumulate']}"
+            )

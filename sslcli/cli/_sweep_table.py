@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from sslcli import atomic
-from sslcli.cli._job import FINISHED, Record, Sweep, read, status_of
+from sslcli.cli._job import FINISHED, Record, Sweep, code_of, read, status_of
 from sslcli.report.metrics import newest
 
 FIXED = ("status", "exit_code", "steps")
@@ -60,7 +60,7 @@ def _row(sweep: Sweep, name: str, record: Record) -> Row:
         name=name,
         overrides={key.lstrip("+"): value for key, value in pairs},
         status=status_of(sweep.folder, record),
-        code=record.code,
+        code=code_of(sweep.folder, record),
         steps=steps,
         value=value,
         run_dir=record.run_dir or "",

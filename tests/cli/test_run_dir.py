@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -73,6 +75,19 @@ def test_a_lock_waits_for_a_run_that_is_about_to_end(tmp_path: Path) -> None:
     lock(tmp_path, patience=60).close()
     assert 0.2 < time.monotonic() - before < 30
     ending.join()
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock(tmp_path, patience=60).close()
+    assert capsys.readouterr().err == (
+        f"ssl-train: {tmp_path} cannot be locked (Function not implemented): start no second run in it\n"
+    )
 
 
 def test_a_directory_that_cannot_be_written_is_refused_naming_it_and_the_reason() -> None:

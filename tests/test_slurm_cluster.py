@@ -1,0 +1,135 @@
+"""Runs on a throw-away Slurm of two nodes. Skipped only where it cannot be: no root, or no packages."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runs import complete, differences, metrics, newest, start_warm, wait_for_step
+
+CLUSTER = str(Path(__file__).parents[1] / "scripts" / "slurm" / "cluster.sh")
+CANNOT_BE = 77
+TINY = [
+    "dataset=shapes",
+    "dataset.limit=200",
+    "dataset.test_images=10",
+    "dataset.workers=0",
+    "train.batch_size=16",
+    "train.log_every=1",
+    "monitor.knn_every=0",
+]
+# MoCo that takes its time until it is told to hurry, and tells where it was.
+SLOW = """
+import os
+import time
+from pathlib import Path
+
+from sslcli.methods.moco import MoCo
+
+
+class SlowMoCo(MoCo):
+    def after_step(self, progress: float) -> None:
+        super().after_step(progress)
+        if "SLURM_JOB_ID" in os.environ:
+            Path(f"rank{os.environ['RANK']}").write_text(os.uname().nodename)
+            if not Path("hurry").exists():
+                time.sleep(0.3)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What must be in the environment to use the cluster."""
+    folder = tmp_path_factory.mktemp("cluster")
+    started = subprocess.run([CLUSTER, "start", str(folder)], capture_output=True, text=True)
+    if started.returncode == CANNOT_BE:
+        pytest.skip(started.stderr.strip())
+    assert started.returncode == 0, started.stderr
+    yield {"SLURM_CONF": str(folder / "slurm.conf")}
+    subprocess.run([CLUSTER, "stop", str(folder)], check=True)
+
+
+def go_there(given: tuple[Path, dict[str, str]]) -> None:
+    os.chdir(given[0])
+    os.environ |= given[1]
+
+
+def ask(cluster: dict[str, str], *line: str) -> str:
+    """What a command of Slurm answers."""
+    return subprocess.run(line, env=os.environ | cluster, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_a_preempted_run_on_two_nodes_comes_back_and_ends_as_one_that_never_was(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = ["method=moco_v2", "method._target_=slow.SlowMoCo", "method.queue_size=64", "trust=[slow]", *TINY]
+    command += ["train.max_steps=24", "train.save_every_epochs=0"]
+    log, run_dir, other = tmp_path / "log", tmp_path / "run", tmp_path / "other"
+    here: Any = {"prepare": go_there, "given": (tmp_path, cluster)}
+    job = start_warm(
+        *command,
+        f"run_dir={run_dir}",
+        "launcher=slurm",
+        "launcher.nodes=2",
+        "launcher.partition=low",
+        "launcher.wait=true",
+        log=log,
+        **here,
+    )
+    two = ["launcher=multi", "launcher.processes=2"]
+    complete(start_warm(*command, *two, f"run_dir={other}", log=tmp_path / "other.log", **here), tmp_path / "other.log")
+    wait_for_step(job, run_dir, 4)
+    ask(cluster, "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    history = run_dir / "slurm" / "history.log"
+    while "queued again" not in history.read_text():
+        assert job.code is None, log.read_text()
+        time.sleep(0.1)
+    (tmp_path / "hurry").touch()
+    complete(job, log)
+
+    told = [
+        re.sub(r"after step \d+", "after step N", line.partition(": ")[2]) for line in history.read_text().splitlines()
+    ]
+    assert told[1:] == [
+        "starts on node[1-2]",
+        "asked to stop by preemption",
+        "stopped by signal SIGUSR1 after step N of 24 (preemption); queued again (1 times by now)",
+        "starts on node[1-2]",
+        "ended with exit code 0",
+    ]
+    assert "continuing from step" in log.read_text()
+    assert {(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)} == {"node1", "node2"}
+    assert differences(newest(run_dir), newest(other)) == []
+    assert metrics(run_dir) == metrics(other)
+
+
+def test_one_job_of_a_sweep_of_six_may_fail(cluster: dict[str, str], tmp_path: Path) -> None:
+    log, folder = tmp_path / "log", tmp_path / "sweep"
+    sweep = start_warm(
+        "--multirun",
+        *TINY,
+        "train.max_steps=3",
+        "launcher=slurm",
+        "launcher.wait=true",
+        "optimizer.lr=1,2,3,4,5,1e38",
+        f"hydra.sweep.dir={folder}",
+        log=log,
+        prepare=go_there,
+        given=(tmp_path, cluster),
+    )
+    assert sweep.finish() == 3, log.read_text()
+    with (folder / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["status"], row["exit_code"]) for row in rows] == [("finished", "0")] * 5 + [("failed", "3")]
+    assert float(rows[5]["optimizer.lr"]) == 1e38
+    assert len(list(folder.glob("*/done"))) == 5
+    assert len({path.read_text() for path in folder.glob("*/slurm/job")}) == 6
