@@ -41,6 +41,7 @@ class Timm(Backbone):
         self.model = create(
             name, image_size=image_size, in_channels=in_channels, pretrained=pretrained, options=dict(options or {})
         )
+        self.pretrained = pretrained
         # timm's own num_features is not the width of the output in models with a layer before the classifier.
         self.num_features = dry_output(self.model, image_size=image_size, in_channels=in_channels).shape[1]
 

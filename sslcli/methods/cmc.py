@@ -34,6 +34,10 @@ LUMA_FIRST = ("lab", "ydbdr")  # colour spaces that are split so
 class Encoders(nn.Module):
     """One copy of a backbone a modality, each seeing its own channels of the images.
 
+    The first copy has the weights of the backbone. In the others the values of each trainable tensor are shuffled, so
+    that the copies start as if each had been drawn by itself. Weights that were learned, which a backbone tells by
+    `pretrained`, stay in their places in all of them.
+
     Args:
         backbone: of images with all channels. The first convolution of each copy is cut down to its modality's
             channels, with the weights these have in `backbone`.
@@ -49,6 +53,8 @@ class Encoders(nn.Module):
         start = 0
         for name, channels in modalities.items():
             self.encoders[name] = narrowed(backbone, start, channels, sum(self.channels))
+            if start and not getattr(backbone, "pretrained", False):
+                shuffle(self.encoders[name])
             start += channels
         self.num_features = len(modalities) * num_features(backbone)
 
@@ -68,6 +74,14 @@ class Encoders(nn.Module):
                 )
             maps.append(encoder.stages(part))  # type: ignore[operator]
         return {name: torch.cat([of_one[name] for of_one in maps], dim=1) for name in maps[0]}
+
+
+@torch.no_grad()
+def shuffle(net: nn.Module) -> None:
+    """Put the values of each trainable tensor of `net` into a random order: others of the same distribution."""
+    for weight in net.parameters():
+        if weight.requires_grad:
+            weight.copy_(weight.flatten()[torch.randperm(weight.numel())].view_as(weight))
 
 
 def narrowed(backbone: nn.Module, start: int, channels: int, total: int) -> nn.Module:

@@ -259,16 +259,31 @@ def test_any_backbone_with_a_convolution_is_cut_to_its_channels(backbone: nn.Mod
     ]
     (whole, *rest), (one, *rest1), (two, *rest2) = convolutions
     assert torch.equal(one.weight, whole.weight[:, :1])
-    assert torch.equal(two.weight, whole.weight[:, 1:])
+    assert two.weight.shape == whole.weight[:, 1:].shape
     assert whole.in_channels == 3  # the backbone itself is left as it was
     for a, b, c in zip(rest, rest1, rest2, strict=True):
         assert torch.equal(a.weight, b.weight)
-        assert torch.equal(a.weight, c.weight)
+        assert not torch.equal(a.weight, c.weight)
+        assert torch.equal(a.weight.flatten().sort().values, c.weight.flatten().sort().values)
     maps = encoders.stages(images)
     single = backbone.eval().stages(images)
     assert list(maps) == list(single)
     for name in maps:
         assert maps[name].shape[1] == 2 * single[name].shape[1]
+
+
+def test_encoders_start_apart_unless_their_weights_were_learned() -> None:
+    backbone = Small(image_size=16, width=4)
+    nn.init.ones_(backbone.block1[1].weight)
+    torch.manual_seed(0)
+    one, two = Encoders(backbone, {"L": 1, "ab": 2}).encoders.values()
+    weights = [net.block4[0].weight.detach().flatten() for net in (one, two)]
+    assert abs(float(torch.corrcoef(torch.stack(weights))[0, 1])) < 0.2
+    assert torch.equal(two.block1[1].weight, torch.ones(4))  # what is constant stays so
+    backbone.pretrained = True
+    learned = list(Encoders(backbone, {"L": 1, "ab": 2}).encoders.values())
+    assert torch.equal(learned[0].block4[0].weight, learned[1].block4[0].weight)
+    assert torch.equal(learned[1].block1[0].weight, backbone.block1[0].weight[:, 1:])
 
 
 def test_a_backbone_without_stages_says_so() -> None:
