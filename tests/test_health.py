@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
+from golden_cases import Case, golden_cases
 from sslcli.health import (
     CollapseJudge,
     alignment,
@@ -23,44 +22,30 @@ from sslcli.health import (
     uniformity,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
-CASES = {case["case"]: case for case in json.loads((GOLDEN / "index.json").read_text())}
-DTYPES = [torch.float32, torch.float64]
 
-
-def golden(name: str, dtype: torch.dtype) -> tuple[dict, dict[str, Tensor], dict[str, float]]:
-    case = CASES[name]
-    tensors = {k: v.to(dtype) for k, v in load_file(str(GOLDEN / f"{name}.safetensors")).items()}
-    return case["params"], tensors, {"rtol": case["rtol"], "atol": case["atol"]}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [c for c in CASES if c.startswith("align_uniform_")])
-def test_alignment_and_uniformity_equal_the_published_values_and_gradients(name, dtype):
-    params, x, tol = golden(name, dtype)
-    z1, z2 = x["z1"].requires_grad_(), x["z2"].requires_grad_()
-    align = alignment(z1, z2, alpha=params["alpha"])
-    uniform = [uniformity(z, t=params["t"], chunk=3) for z in (z1, z2)]
+@golden_cases("align_uniform")
+def test_alignment_and_uniformity_equal_the_published_values_and_gradients(case: Case) -> None:
+    z1, z2 = (case.inputs[name].requires_grad_() for name in ("z1", "z2"))
+    align = alignment(z1, z2, alpha=case.params["alpha"])
+    uniform = [uniformity(z, t=case.params["t"], chunk=3) for z in (z1, z2)]
     loss = align + sum(uniform) / 2
     loss.backward()
-    torch.testing.assert_close(align, x["alignment"], **tol)
-    torch.testing.assert_close(uniform[0], x["uniformity_z1"], **tol)
-    torch.testing.assert_close(uniform[1], x["uniformity_z2"], **tol)
-    torch.testing.assert_close(loss, x["loss"], **tol)
-    torch.testing.assert_close(z1.grad, x["grad_z1"], **tol)
-    torch.testing.assert_close(z2.grad, x["grad_z2"], **tol)
+    case.check(align, "alignment")
+    case.check(uniform[0], "uniformity_z1")
+    case.check(uniform[1], "uniformity_z2")
+    case.check(loss, "loss")
+    case.check(z1.grad, "grad_z1")
+    case.check(z2.grad, "grad_z2")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [c for c in CASES if c.startswith("rankme_std_")])
-def test_rank_and_std_equal_the_published_values(name, dtype):
-    _, x, tol = golden(name, dtype)
-    z = x["features"]
-    torch.testing.assert_close(rankme(z), x["rankme"], **tol)
-    torch.testing.assert_close(rankme(z, eps=1e-5), x["rankme_eps_1e-5"], **tol)
-    torch.testing.assert_close(effective_rank(z), x["effective_rank_centered"], **tol)
-    torch.testing.assert_close(feature_std(z), x["std_l2_normalized"], **tol)
-    torch.testing.assert_close(feature_std(z, biased=True), x["std_l2_normalized_biased"], **tol)
+@golden_cases("rankme_std")
+def test_rank_and_std_equal_the_published_values(case: Case) -> None:
+    z = case.inputs["features"]
+    case.check(rankme(z), "rankme")
+    case.check(rankme(z, eps=1e-5), "rankme_eps_1e-5")
+    case.check(effective_rank(z), "effective_rank_centered")
+    case.check(feature_std(z), "std_l2_normalized")
+    case.check(feature_std(z, biased=True), "std_l2_normalized_biased")
 
 
 def test_uniformity_does_not_depend_on_the_chunk_and_equals_a_loop():

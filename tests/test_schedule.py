@@ -19,7 +19,8 @@ def test_learning_rate_equals_the_official_one_at_every_step(case: Case) -> None
     ]
     rates = torch.tensor(shares, dtype=case.dtype) * base
     case.check(rates, "lr")
-    case.check(rates, "lr_byol")
+    if "lr_byol" in case.outputs:  # BYOL's ends at 0
+        case.check(rates, "lr_byol")
 
 
 @golden_cases("byol_tau")

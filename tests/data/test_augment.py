@@ -1,21 +1,14 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import torchvision.transforms.v2.functional as reference
-from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
+from golden_cases import Case, golden_cases
 from sslcli.data import augment
 from sslcli.data.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-LAB_CASES = [case for case in json.loads((GOLDEN / "index.json").read_text()) if case["case"].startswith("cmc_lab")]
 
 
 def _images(count: int = 16, size: int = 24, *, width: int | None = None, seed: int = 0) -> Tensor:
@@ -208,20 +201,13 @@ def test_gaussian_blur_equals_torchvision(height: int, width: int, taps: int, dt
         torch.testing.assert_close(result, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", LAB_CASES, ids=[case["case"] for case in LAB_CASES])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_lab_equals_skimage(case: dict[str, Any], dtype: torch.dtype) -> None:
-    data = load_file(GOLDEN / f"{case['case']}.safetensors")
-    images = (data["rgb"].to(dtype) / 255).permute(0, 3, 1, 2)
+@golden_cases("cmc_lab")
+def test_lab_equals_skimage(case: Case) -> None:
+    images = (case.inputs["rgb"].to(case.dtype) / 255).permute(0, 3, 1, 2)
     lab = augment.rgb_to_lab(images)
-    assert lab.dtype == dtype
-    tolerance = {"rtol": case["rtol"], "atol": case["atol"]}
-    torch.testing.assert_close(lab, data["lab"].to(dtype), **tolerance)
-    torch.testing.assert_close(augment.normalize(lab, LAB_MEAN, LAB_STD), data["lab_norm"].to(dtype), **tolerance)
-
-
-def test_lab_cases_exist() -> None:
-    assert LAB_CASES
+    assert lab.dtype == case.dtype
+    case.check(lab, "lab")
+    case.check(augment.normalize(lab, LAB_MEAN, LAB_STD), "lab_norm")
 
 
 def test_lab_of_known_colours() -> None:

@@ -2,20 +2,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
+from golden_cases import Case, golden_cases
 from sslcli.evaluate.features import FeatureSet
 from sslcli.evaluate.knn import Knn, knn
 from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = {case["case"]: case for case in json.loads((GOLDEN / "index.json").read_text())}
 
 
 def problem(n: int = 60, m: int = 25, d: int = 6, c: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -28,25 +24,21 @@ def problem(n: int = 60, m: int = 25, d: int = 6, c: int = 4) -> tuple[Tensor, T
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", [c for c in CASES if c.startswith("knn_")])
-def test_votes_predictions_and_accuracies_equal_the_published_values(name, dtype):
-    case, x = CASES[name], load_file(str(GOLDEN / f"{name}.safetensors"))
-    for k in case["params"]["k"]:
+@golden_cases("knn")
+def test_votes_predictions_and_accuracies_equal_the_published_values(case: Case) -> None:
+    names = ("train_features", "train_labels", "test_features", "test_labels")
+    for k in case.params["k"]:
         found = knn(
-            x["train_features"].to(dtype),
-            x["train_labels"],
-            x["test_features"].to(dtype),
-            x["test_labels"],
+            *(case.inputs[name] for name in names),
             k=k,
-            temperature=case["params"]["temperature"],
-            num_classes=case["params"]["classes"],
+            temperature=case.params["temperature"],
+            num_classes=case.params["classes"],
             chunk=7,
         )
-        assert torch.equal(found.predictions, x[f"pred_k{k}"])
-        torch.testing.assert_close(found.votes, x[f"scores_k{k}"].to(dtype), rtol=case["rtol"], atol=case["atol"])
-        assert 100 * found.top1 == pytest.approx(float(x[f"top1_k{k}"]), abs=1e-4)
-        assert 100 * found.top5 == pytest.approx(float(x[f"top5_k{k}"]), abs=1e-4)
+        assert torch.equal(found.predictions, case.outputs[f"pred_k{k}"])
+        case.check(found.votes, f"scores_k{k}")
+        assert 100 * found.top1 == pytest.approx(float(case.outputs[f"top1_k{k}"]), abs=1e-4)
+        assert 100 * found.top5 == pytest.approx(float(case.outputs[f"top5_k{k}"]), abs=1e-4)
 
 
 def test_equals_a_loop_over_queries_and_neighbours():

@@ -25,6 +25,9 @@ def test_loss_and_gradient_equal_the_official_code(case: Case) -> None:
     info_nce(F.normalize(q, dim=1), k, queue, temperature=case.params["temperature"]).loss.backward()
     case.check(info_nce(F.normalize(q, dim=1), k, queue, temperature=case.params["temperature"]).loss, "loss")
     case.check(q.grad, "grad_q")
+    query = F.normalize(q, dim=1)
+    logits = torch.cat([(query * k).sum(1, keepdim=True), query @ queue.T], 1) / case.params["temperature"]
+    case.check(logits, "logits")
     head = torch.tensor(0)
     enqueue(queue, head, k)
     case.check(queue.T, "queue_after")
