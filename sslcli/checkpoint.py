@@ -23,8 +23,7 @@ import torch
 
 from sslcli.atomic import replace, synchronise
 from sslcli.errors import ConfigError, TrainingFailed
-
-SCHEMA = 1
+from sslcli.migrations import SCHEMA, upgrade
 
 
 class NewerCheckpoint(ConfigError):
@@ -138,7 +137,7 @@ def load(path: Path, *, device: torch.device) -> dict[str, Any]:
         )
     if not isinstance(state.get("step"), int):
         raise ConfigError(f"{path} is not a checkpoint of sslcli: it tells no step")
-    return state
+    return upgrade(state)
 
 
 def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:

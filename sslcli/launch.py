@@ -221,7 +221,7 @@ def how_it_ended(code: int) -> str:
     """An exit code in words."""
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
-    return "lost another process" if code == EXIT_LOST else f"ended with exit code {code}"
+    return "lost a process it needs" if code == EXIT_LOST else f"ended with exit code {code}"
 
 
 def exit_code(codes: dict[int, int]) -> int:

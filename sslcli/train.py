@@ -190,6 +190,7 @@ def save(run: Run, step: int) -> None:
             "processes": processes,
             "watch": run.watch.state_dict(),
             "config": run.config,
+            "circumstances": circumstances(run),
         }
         try:
             checkpoint.save(run.run_dir, state, keep=run.settings.keep)
@@ -227,5 +228,23 @@ def resume(run: Run) -> int:
     else:  # another number of processes: the same images and views, new noise
         run.watch.window.load_mean([process["window"] for process in processes])
         torch.manual_seed(run.seed + 1_000_003 * (distributed.rank() + 1) + state["step"])
+    changed = [
+        f"{name} {before} -> {now}"
+        for name, now in circumstances(run).items()
+        if (before := state["circumstances"].get(name, now)) != now
+    ]
+    if changed:
+        run.screen.warn(f"the same images and views, but not the same bits as before: {', '.join(changed)}")
     run.screen.say(f"continuing from step {state['step']:,} in {run.run_dir}")
     return int(state["step"])
+
+
+def circumstances(run: Run) -> dict[str, str | int]:
+    """What the last bits of a run depend on, besides its configuration."""
+    return {
+        "torch": str(torch.__version__),
+        "device": run.device.type,
+        "precision": run.precision,
+        "processes": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+    }

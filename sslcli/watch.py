@@ -113,6 +113,9 @@ class Watch:
             from torch.utils.tensorboard import SummaryWriter
 
             self.metrics = Metrics(self.run_dir / "metrics.jsonl", step=step)
+            if step == 0 and self.metrics.dropped is not None:
+                found = f"{self.run_dir} has no checkpoint, but metrics up to step {self.metrics.dropped}"
+                self.screen.warn(f"{found}: the run starts anew")
             # What a killed run wrote beyond its last checkpoint is hidden.
             purge = step + 1 if step else 0
             self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)

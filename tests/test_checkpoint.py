@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sslcli import checkpoint
+from sslcli import checkpoint, migrations
 from sslcli.errors import ConfigError, TrainingFailed
 
 CPU = torch.device("cpu")
@@ -178,6 +178,21 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(tmp_path
     with pytest.raises(ConfigError, match=r"step-00000002\.pt is of a newer version of sslcli .*: update sslcli"):
         newest_step(tmp_path)
     assert checkpoint.path_of(tmp_path, 2).exists()
+
+
+def test_a_checkpoint_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = checkpoint.path_of(tmp_path, 2)
+    torch.save({**state(2), "schema": 1}, path)
+    before = path.read_bytes()
+    found = checkpoint.load(path, device=CPU)
+    assert (found["schema"], found["circumstances"]) == (checkpoint.SCHEMA, {})
+    assert found["step"] == 2
+    assert path.read_bytes() == before
+
+
+def test_every_older_version_has_a_way_to_the_next() -> None:
+    assert sorted(migrations.STEPS) == list(range(1, migrations.SCHEMA))
 
 
 def test_another_dictionary_is_no_checkpoint(tmp_path: Path) -> None:

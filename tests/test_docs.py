@@ -198,3 +198,10 @@ def test_the_method_and_the_backbone_of_the_readme_train(tmp_path: Path, monkeyp
     assert set(scalars) == {"loss", "agreement"}
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in method.parameters())
     assert [len(view) for view in method.embeddings] == [6, 6]
+
+
+def test_every_test_that_the_table_of_faults_names_exists() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text()))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if f"def {name}(" not in code] == []

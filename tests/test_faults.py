@@ -1,12 +1,187 @@
-"""What goes wrong around a run: it ends with one message and the right exit code, and the same command goes on."""
+"""What goes wrong around a run: it ends with one message and the right exit code, and the same command goes on.
+
+After every fault that leaves something to go on from, the run ends bit for bit as the one of `reference`, which had
+none, metrics included. `tests/test_faults_of_processes.py` has the faults of runs of several processes.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
+import shutil
 import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from runs import complete, family, last_step, make_folder, start_warm, survivors, wait_for_step
+import pytest
+import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from runs import (
+    complete,
+    differences,
+    family,
+    last_step,
+    make_folder,
+    metrics,
+    newest,
+    start_warm,
+    survivors,
+    wait_for_step,
+)
+from sslcli import checkpoint
+from sslcli.cli import _run_dir
+from sslcli.watch import Watch
+
+STEPS = 22
+COMMAND = [
+    "method=moco_v2",
+    "method.queue_size=64",
+    "backbone.width=4",
+    "dataset.limit=128",
+    "train.batch_size=16",
+    f"train.max_steps={STEPS}",
+    "train.save_every_steps=3",
+    "train.save_every_epochs=0",
+    "train.log_every=2",
+    "monitor.health_every=5",
+    "monitor.pictures=2",
+]
+FULL = "/dev/full"  # every write to it fails as on a full disk
+Action = Callable[[Watch], None]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run to which nothing happened."""
+    folder = tmp_path_factory.mktemp("reference")
+    complete(start_warm(*COMMAND, f"run_dir={folder / 'run'}", log=folder / "log"), folder / "log")
+    return folder / "run"
+
+
+class Faulty:
+    """A run in `folder` that meets faults."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run_dir, self.log = folder / "run", folder / "log"
+
+    def start(self, *more: str, step: int = 0, action: Action | None = None) -> int:
+        """The exit code of the command, with `action` right after the step, and what it printed in `told`."""
+        before = len(self.log.read_text()) if self.log.exists() else 0
+        prepare, given = (None, None) if action is None else (at_step, (step, action))
+        process = start_warm(*COMMAND, f"run_dir={self.run_dir}", *more, log=self.log, prepare=prepare, given=given)
+        code = process.finish()
+        self.told = self.log.read_text()[before:]
+        assert "Traceback" not in self.told
+        return code
+
+    def ends_as(self, reference: Path) -> bool:
+        """The same command goes on to the very end that the reference came to."""
+        assert self.start() == 0, self.told
+        assert differences(newest(self.run_dir), newest(reference)) == []
+        assert metrics(self.run_dir) == metrics(reference)
+        assert not list(self.run_dir.rglob("*.tmp"))
+        return True
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Faulty:
+    return Faulty(tmp_path)
+
+
+def at_step(given: tuple[int, Action]) -> None:
+    """Make `action(watch)` happen when `step` is done, before anything is measured, written or saved of it."""
+    step, action = given
+    real = Watch.after_step
+
+    def after_step(watch: Watch, now: int, *args: Any, **kwargs: Any) -> None:
+        if now == step:
+            action(watch)
+        real(watch, now, *args, **kwargs)
+
+    Watch.after_step = after_step  # type: ignore[method-assign]
+
+
+def die(watch: Watch) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_the_knn(watch: Watch) -> None:
+    def probe() -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    watch.probe = probe
+
+
+def get_a_signal_in_the_save(watch: Watch) -> None:
+    real = torch.save
+
+    def save(state: Any, path: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(state, path)
+
+    torch.save = save
+
+
+def fill_the_disk_for_metrics(watch: Watch) -> None:
+    watch.metrics.file = open(FULL, "a")  # noqa: SIM115
+
+
+def fill_the_disk_for_checkpoints(watch: Watch) -> None:
+    real = torch.save
+    torch.save = lambda state, path: real(state, FULL)
+
+
+def fill_the_disk_for_tensorboard(watch: Watch) -> None:
+    def write(writer: RecordWriter, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    RecordWriter.write = write
+
+
+# Signals and kills
+
+
+@pytest.mark.parametrize(("step", "action"), [(8, die), (8, die_in_the_knn)])
+def test_a_kill_costs_the_steps_since_the_last_checkpoint(
+    faulty: Faulty, reference: Path, step: int, action: Action
+) -> None:
+    assert faulty.start(step=step - 1, action=action) == -signal.SIGKILL
+    assert newest(faulty.run_dir)["step"] == 6
+    assert faulty.ends_as(reference)
+    assert "continuing from step 6" in faulty.told
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_costs_nothing(faulty: Faulty, reference: Path, number: signal.Signals) -> None:
+    process = start_warm(*COMMAND, f"run_dir={faulty.run_dir}", log=faulty.log)
+    wait_for_step(process, faulty.run_dir, 4)
+    os.kill(process.pid, number)
+    assert process.finish() == 75
+    stopped = newest(faulty.run_dir)["step"]
+    assert (
+        f"stopped by signal {number.name} after step {stopped} of {STEPS}; checkpoint saved" in faulty.log.read_text()
+    )
+    assert faulty.ends_as(reference)
+    assert f"continuing from step {stopped}" in faulty.told
+
+
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it(faulty: Faulty, reference: Path) -> None:
+    assert faulty.start(step=6, action=get_a_signal_in_the_save) == 75
+    assert "stopped by signal SIGTERM after step 7" in faulty.told
+    assert [int(path.stem[5:]) for path in checkpoint.all_of(faulty.run_dir)] == [3, 6, 7]
+    assert faulty.ends_as(reference)
+
+
+def test_the_time_limit_costs_nothing(faulty: Faulty, reference: Path) -> None:
+    assert faulty.start("train.max_time=0.01") == 75
+    assert "stopped by the time limit after step 1" in faulty.told
+    assert faulty.ends_as(reference)
 
 
 def test_a_killed_data_worker_ends_the_run_with_a_message_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -42,6 +217,82 @@ def test_a_killed_data_worker_ends_the_run_with_a_message_and_the_same_command_g
     assert 5 <= before < last_step(run_dir) == 400
 
 
+# The disk
+
+
+@pytest.mark.parametrize(
+    "action", [fill_the_disk_for_metrics, fill_the_disk_for_checkpoints, fill_the_disk_for_tensorboard]
+)
+def test_a_disk_that_fills_up_costs_the_steps_since_the_last_checkpoint(
+    faulty: Faulty, reference: Path, action: Action
+) -> None:
+    assert faulty.start(step=8, action=action) == 3
+    assert "No space left on device" in faulty.told or "could not be written" in faulty.told
+    assert "make room or mend the disk, then start the same command again to go on" in faulty.told
+    assert newest(faulty.run_dir)["step"] == 6
+    assert faulty.ends_as(reference)
+
+
+@pytest.mark.parametrize("name", ["overrides.txt.tmp", "environment.json.tmp", "config.yaml.tmp", "views.png"])
+def test_a_disk_that_is_full_at_the_start_is_told(faulty: Faulty, name: str) -> None:
+    faulty.run_dir.mkdir()
+    (faulty.run_dir / name).symlink_to(FULL)
+    assert faulty.start() == 3
+    assert "cannot be written (No space left on device): make room or mend the disk" in faulty.told
+    assert not checkpoint.all_of(faulty.run_dir)
+    (faulty.run_dir / name).unlink()
+    assert faulty.start("train.max_time=0.01") == 75
+
+
+def test_a_disk_that_is_full_for_the_log_ends_the_log_alone(faulty: Faulty, reference: Path) -> None:
+    faulty.run_dir.mkdir()
+    (faulty.run_dir / "console.log").symlink_to(FULL)
+    assert faulty.ends_as(reference)
+    assert "console.log cannot be written (No space left on device) and ends here" in faulty.told
+
+
+def become_nobody(_: Any) -> None:
+    """Root may write everywhere, so that it tells nothing of permissions; the code may be where only it can read."""
+    real = _run_dir.lock
+
+    def lock(run_dir: Path) -> Any:
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        return real(run_dir)
+
+    _run_dir.lock = lock
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+        for path in folder.rglob("*"):
+            path.chmod(0o755)
+
+
+@pytest.mark.parametrize("locked", ["run", "run/checkpoints", "run/metrics.jsonl"])
+def test_a_run_that_may_not_be_written_is_refused_before_it_trains(open_folder: Path, locked: str) -> None:
+    run_dir, log = open_folder / "run", open_folder / "log"
+    command = [*COMMAND, f"run_dir={run_dir}"]
+    assert start_warm(*command, "train.max_time=0.01", log=log).finish() == 75
+    for path in (run_dir, *run_dir.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(0o777)
+    (open_folder / locked).chmod(0o555)
+    log.write_text("")
+    log.chmod(0o666)
+    assert start_warm(*command, log=log, prepare=become_nobody).finish() == 2
+    told = log.read_text()
+    assert f"{open_folder / locked}" in told
+    assert "cannot be written (Permission denied)" in told
+    assert "Traceback" not in told
+    assert newest(run_dir)["step"] == 1
+
+
 def test_a_run_directory_that_cannot_be_made_is_told_before_anything_is_trained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     log = tmp_path / "log"
@@ -50,3 +301,131 @@ def test_a_run_directory_that_cannot_be_made_is_told_before_anything_is_trained(
     told = log.read_text()
     assert str(tmp_path / "file") in told
     assert "Traceback" not in told
+
+
+# Checkpoints and other files that are not as the run left them
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+class Malice:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("ran",)
+
+
+def poison(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Malice(), protocol=2))
+    path.with_suffix(".sha256").unlink()
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(faulty: Faulty, reference: Path) -> None:
+    for step, damage in [(7, truncate), (10, flip_a_bit), (13, empty), (16, poison)]:
+        assert faulty.start(step=step, action=die) == -signal.SIGKILL
+        path = checkpoint.all_of(faulty.run_dir)[-1]
+        assert path == checkpoint.path_of(faulty.run_dir, step - 1)
+        damage(path)
+        assert faulty.start(step=step - 1, action=die) == -signal.SIGKILL
+        assert f"{path.name}" in faulty.told
+        assert "Falling back to the one before" in faulty.told
+        assert f"continuing from step {step - 4}" in faulty.told
+        assert not Path("ran").exists()
+    assert faulty.ends_as(reference)
+
+
+def test_leftovers_and_a_torn_line_do_no_harm(faulty: Faulty, reference: Path) -> None:
+    assert faulty.start(step=12, action=die) == -signal.SIGKILL
+    for name in ("step-00000012.pt.tmp", "step-00000012.sha256.tmp", "last.tmp"):
+        (checkpoint.folder(faulty.run_dir) / name).write_bytes(b"half")
+    for name in ("config.yaml.tmp", "metrics.jsonl.tmp", "environment.json.tmp"):
+        (faulty.run_dir / name).write_bytes(b"half")
+    lines = faulty.run_dir / "metrics.jsonl"
+    os.truncate(lines, lines.stat().st_size - 30)
+    assert faulty.ends_as(reference)
+
+
+def test_without_its_checkpoints_a_run_starts_anew_and_says_so(faulty: Faulty, reference: Path) -> None:
+    assert faulty.start(step=9, action=die) == -signal.SIGKILL
+    shutil.rmtree(checkpoint.folder(faulty.run_dir))
+    assert faulty.ends_as(reference)
+    assert "no checkpoint, but metrics up to step 8: the run starts anew" in faulty.told
+
+
+def test_a_finished_run_without_its_checkpoints_stays_finished(faulty: Faulty, reference: Path) -> None:
+    shutil.copytree(reference, faulty.run_dir, symlinks=True)
+    shutil.rmtree(checkpoint.folder(faulty.run_dir))
+    assert faulty.start() == 0
+    assert "this run is finished already" in faulty.told
+    assert metrics(faulty.run_dir) == metrics(reference)
+
+
+def test_a_moved_and_a_copied_run_go_on_where_they_are(faulty: Faulty, reference: Path, tmp_path: Path) -> None:
+    assert faulty.start(step=8, action=die) == -signal.SIGKILL
+    for place in ("copied", "moved"):
+        other = Faulty(tmp_path / place)
+        (tmp_path / place).mkdir()
+        if place == "copied":
+            shutil.copytree(faulty.run_dir, other.run_dir, symlinks=True)
+        else:
+            faulty.run_dir.rename(other.run_dir)
+        assert other.ends_as(reference)
+        assert "continuing from step 6" in other.told
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(faulty: Faulty, reference: Path) -> None:
+    assert faulty.start(step=8, action=die) == -signal.SIGKILL
+    path = checkpoint.all_of(faulty.run_dir)[-1]
+    state = torch.load(path, weights_only=True)
+    del state["circumstances"]  # as version 1 was
+    torch.save(state | {"schema": 1}, path)
+    path.with_suffix(".sha256").write_text(f"{checkpoint.sha256(path)}  {path.name}\n")
+    assert faulty.ends_as(reference)
+    assert "continuing from step 6" in faulty.told
+    assert newest(faulty.run_dir)["schema"] == checkpoint.SCHEMA
+
+
+# Two at once, and the clock
+
+
+def test_a_second_run_in_one_directory_is_refused_and_the_first_goes_on(faulty: Faulty, reference: Path) -> None:
+    first = start_warm(*COMMAND, f"run_dir={faulty.run_dir}", log=faulty.log, prepare=at_step, given=(9, wait_for_it))
+    wait_for_step(first, faulty.run_dir, 8)
+    log = faulty.log.with_name("second")
+    try:
+        assert start_warm(*COMMAND, f"run_dir={faulty.run_dir}", log=log).finish() == 2
+    finally:
+        (faulty.run_dir / "go on").touch()
+    assert (
+        f"another run (process {first.pid} on {os.uname().nodename}) is at work in {faulty.run_dir}" in log.read_text()
+    )
+    complete(first, faulty.log)
+    assert differences(newest(faulty.run_dir), newest(reference)) == []
+    assert metrics(faulty.run_dir) == metrics(reference)
+
+
+def wait_for_it(watch: Watch) -> None:
+    until = time.monotonic() + 240
+    while not (watch.run_dir / "go on").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def turn_the_clock_back(watch: Watch) -> None:
+    real = time.time
+    time.time = lambda: real() - 86_400
+
+
+def test_a_clock_that_goes_backwards_does_no_harm(faulty: Faulty, reference: Path) -> None:
+    assert faulty.start(step=3, action=turn_the_clock_back) == 0
+    assert differences(newest(faulty.run_dir), newest(reference)) == []
+    assert metrics(faulty.run_dir) == metrics(reference)

@@ -26,6 +26,7 @@ RANKS = {
     "losses": 3,
     "methods": 4,
     "backbones": 4,
+    "migrations": 4,
     "checkpoint": 5,
     "data": 5,
     "optim": 5,

@@ -80,7 +80,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch_and_all_keys_are_queue
     for number, quarter in enumerate(quarters):
         rows = slice(4 * number, 4 * number + 4)
         quarter.views[:] = [view[rows] for view in batch.views]
-    run = make_run(tmp_path, "train.max_steps=1")
+    run = make_run(tmp_path, "train.max_steps=1", "train.precision=fp32")
     for method, batches in ((whole, [batch]), (parted, quarters)):
         run.method, run.optimizer = method, torch.optim.SGD(method.parameters(), lr=0.5)
         optimise(run, method, batches)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ def run(config: dict[str, Any]) -> int:
     run_dir = Path(config["run_dir"])
     if launch.restarted():  # what is there is of this very command
         config = config | {"resume": "auto"}
+    threading.excepthook = _leave_to_the_main_thread
     try:
         if _run_dir.is_finished(run_dir) and config["resume"] != "never" and not config["dry_run"]:
             _run_dir.check_resumable(run_dir, config)
@@ -83,6 +86,12 @@ def run(config: dict[str, Any]) -> int:
         if error.errno in REFUSALS:
             return _end(f"{what}: choose another run_dir, or change its permissions", EXIT_CONFIG)
         return _end(f"{what}: make room or mend the disk, then start the same command again to go on", EXIT_FAILED)
+
+
+def _leave_to_the_main_thread(failure: threading.ExceptHookArgs) -> None:
+    """Say nothing of a full disk that TensorBoard's thread found: the next thing to be written raises it again."""
+    if not isinstance(failure.exc_value, OSError) or failure.exc_value.errno not in DISK_ERRORS:
+        threading.__excepthook__(failure)
 
 
 def _end(message: str, code: int, *, wait: float | None = None) -> int:
@@ -173,7 +182,8 @@ def list_bad_images(job: Run) -> None:
     if not job.loader.bad.count:
         return
     path = job.run_dir / ("bad_images.txt" if distributed.is_main() else f"bad_images.{distributed.rank()}.txt")
-    job.loader.bad.write(path)
+    with suppress(OSError):  # on a full disk; what ended the run is what counts
+        job.loader.bad.write(path)
     job.screen.warn(f"{job.loader.bad.count} images could not be read: see {path}")
 
 

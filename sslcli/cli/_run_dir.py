@@ -23,6 +23,7 @@ from sslcli.settings import NEUTRAL
 
 # What flock says on file systems without locks, such as Lustre mounted without them.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+WRITTEN = ("checkpoints", "tensorboard", "metrics.jsonl", "console.log")  # while a run goes on
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -108,6 +109,12 @@ def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
         raise ConfigError(
             f"run_dir is {run_dir}, but it cannot be written ({error.strerror}): choose another"
         ) from error
+    for path in (run_dir, *(run_dir / name for name in WRITTEN)):
+        if path.exists() and not os.access(path, os.W_OK, effective_ids=True):
+            raise ConfigError(
+                f"{path} cannot be written ({os.strerror(errno.EACCES)}), where the run would go on: change its "
+                "permissions, or copy the run to a place of your own"
+            )
     until = time.monotonic() + patience
     while True:
         try:

@@ -21,7 +21,9 @@ class Metrics:
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
-        kept = [line for line in read(path) if line["step"] <= step]
+        lines = read(path)
+        kept = [line for line in lines if line["step"] <= step]
+        self.dropped = lines[-1]["step"] if len(kept) < len(lines) else None  # the newest step of the lines left out
         replace(path, "".join(encode(line) for line in kept).encode())
         self.file = path.open("a", encoding="utf-8")
 
