@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra import version
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -68,10 +69,6 @@ class QueueLauncher(Launcher):
         return returned
 
 
-QueueLauncher.__module__ = "hydra_plugins.sslcli"  # Hydra builds launchers from that package alone
-Plugins.instance().register(QueueLauncher)
-
-
 def composed_job(sweep: Sweep, config: Any) -> Job:
     """The job that a configuration of Hydra's stands for."""
     lines = list(config.hydra.overrides.task)
@@ -103,10 +100,11 @@ def carry(sweep: Sweep, jobs: list[Job], arguments: Namespace, slots: list[Slot]
 
 def draw(sweep: Sweep, arguments: Namespace, launcher: str, slots: list[Slot] | None) -> tuple[bool, bool]:
     """Let the chosen sweeper draw jobs; whether the sweep was stopped, and whether the sweeper gave up."""
-    own = [f"hydra.launcher._target_={QueueLauncher.__module__}.QueueLauncher"] if launcher == "basic" else []
+    if launcher == "basic":  # Hydra builds launchers from its own package alone, so ours goes by the name of its own
+        Plugins.instance().class_name_to_class[f"{BasicLauncher.__module__}.BasicLauncher"] = QueueLauncher
 
     def start(engine: Hydra) -> None:
-        lines = [*own, *of_optuna(composed(engine, sweep, arguments, own).hydra.sweeper, sweep, slots, arguments)]
+        lines = of_optuna(composed(engine, sweep, arguments, []).hydra.sweeper, sweep, slots, arguments)
         engine.multirun(
             config_name=arguments.config_name or sweep.command,
             task_function=Task(sweep, slots),
