@@ -13,7 +13,7 @@ from sslcli import heartbeat
 from sslcli.distributed import world_size
 
 TIME_LIMIT = "the time limit"
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
 
 
 class StopRequest:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
+import threading
+import time
 from pathlib import Path
 
 # Seeds: 3 fails, 4 is killed, 5 waits for a signal and saves, 6 is refused; a second start of any of them finishes.
@@ -47,6 +50,20 @@ save(3)
 note("ends", f"{time.time()}\\n")
 (run_dir / "done").touch()
 """
+
+
+def signal_when_started(number: int, folder: Path, *, starts: int) -> None:
+    """From another thread, send this process a signal once so many jobs below a folder were started."""
+    test = threading.current_thread()
+
+    def send() -> None:
+        while sum(len(path.read_text().splitlines()) for path in folder.glob("*/starts")) < starts:
+            if not test.is_alive():
+                return
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
 
 
 def table(folder: Path) -> list[dict[str, str]]:

@@ -14,6 +14,14 @@ from sslcli.cli import _schema
 from sslcli.cli._signature import GIVEN, INJECTED, parameters_of
 from sslcli.errors import ConfigError, nearest
 
+EXTRAS = {  # choices that a plugin of Hydra brings, and the extra that installs it
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/ray": "ray",
+    "hydra/sweeper/optuna": "optuna",
+}
+
 
 def one_line(error: object) -> str:
     """A message without line breaks and advertisements."""
@@ -38,6 +46,8 @@ def missing(error: MissingConfigException) -> str:
     """The message for a choice, or a whole configuration, that does not exist."""
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
     options = list(error.options or ())
+    if error.missing_cfg_file in EXTRAS:
+        return f"{group}={choice} needs a plugin of Hydra: pip install 'sslcli[{EXTRAS[error.missing_cfg_file]}]'"
     if group and options:
         return f"{group}={choice}: there is no such choice.{nearest(choice, options)} Choices: {', '.join(options)}"
     if group:
@@ -76,7 +86,8 @@ def check_choices(command: str, overrides: list[Override], engine: Hydra) -> Non
         group = group_of(override)
         if group in others and group not in own:
             raise ConfigError(f"{group}: ssl-{command} has no such group. Groups: {', '.join(own)}")
-        if group in own and not override.is_delete() and override.value() is None:
+        chosen = group in own or group.startswith("hydra/")
+        if chosen and not override.is_delete() and override.value() is None:
             options = engine.config_loader.get_group_options(group)
             raise ConfigError(f"{group} needs a choice, or is left out. Choices: {', '.join(options)}")
 

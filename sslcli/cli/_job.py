@@ -42,6 +42,11 @@ class Sweep:
         """The folder of records and of what jobs printed."""
         return self.folder / "jobs"
 
+    @property
+    def metric(self) -> str | None:
+        """What ranks the jobs; those of ssl-eval have no metrics."""
+        return None if self.command == "eval" else self.settings.metric
+
     def title(self, job: Job) -> str:
         """What a job is called on the screen: the overrides that not all share."""
         return " ".join(line for line in job.overrides if line not in self.shared) or "defaults"

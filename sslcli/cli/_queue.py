@@ -93,13 +93,14 @@ class Running:
 class Relay:
     """For the time of a block, hands signals on to the jobs at work, which save and stop.
 
-    A scheduler inside whose job this process runs has a handler of its own for SIGUSR2, which queues the job again. It
-    is called after the block, when the jobs have saved, if there is something left to do.
+    Handlers that were there before are called after the block, when the jobs have saved: of a sweep that goes on to
+    other jobs, and of a scheduler inside whose job this process runs, which queues that job again at a SIGUSR2.
     """
 
     def __init__(self) -> None:
         self.running: list[Running] = []
         self.received: list[int] = []
+        self.told = False
         self.unfinished = False
         self.previous: dict[int, Any] = {}
 
@@ -111,19 +112,26 @@ class Relay:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if kind is None and signal.SIGUSR2 in self.received and self.unfinished:
-            self.previous[signal.SIGUSR2](signal.SIGUSR2, None)
+        for number in dict.fromkeys(self.received) if kind is None else ():
+            handler, again = self.previous[number], number != signal.SIGUSR2 or self.unfinished
+            if callable(handler) and handler is not signal.default_int_handler and again:
+                handler(number, None)
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """The signal handler."""
         self.received.append(number)
+        self.tell(signal.SIGTERM if number == signal.SIGUSR2 else number)
+
+    def tell(self, number: int) -> None:
+        """Send a signal to the jobs at work, and keep others from being started."""
+        self.told = True
         for one in self.running:
-            one.process.send_signal(signal.SIGTERM if number == signal.SIGUSR2 else number)
+            one.process.send_signal(number)
 
     def add(self, one: Running) -> None:
         """Hand signals on to this job too, also those that arrived while it was started."""
         self.running.append(one)
-        if self.received:
+        if self.told:
             one.process.send_signal(signal.SIGTERM)
 
 
@@ -135,19 +143,19 @@ def run_queue(sweep: Sweep, jobs: list[Job], slots: list[Slot] | None, *, quiet:
     """
     waiting = deque(jobs)
     with Relay() as relay:
-        while relay.running or (waiting and not relay.received):
-            if waiting and not relay.received:
+        while relay.running or (waiting and not relay.told):
+            if not relay.told and (sweep.records / "stop").exists():
+                relay.tell(signal.SIGTERM)
+            if waiting and not relay.told:
                 claimed = claim(sweep, slots)
                 if claimed is not None:
                     _begin(sweep, waiting.popleft(), *claimed, relay, quiet=quiet)
                     continue
-            if not relay.received and (sweep.records / "stop").exists():
-                relay.receive(signal.SIGTERM)
             for one in [one for one in relay.running if one.process.poll() is not None]:
                 relay.running.remove(one)
                 relay.unfinished |= _end(sweep, one, quiet=quiet) != 0
             time.sleep(PAUSE)
-        return bool(relay.received)
+        return relay.told
 
 
 def claim(sweep: Sweep, slots: list[Slot] | None) -> tuple[Slot, IO[str] | None] | None:
@@ -190,7 +198,7 @@ def _end(sweep: Sweep, one: Running, *, quiet: bool) -> int:
     row = next(row for row in _sweep_table.update(sweep) if row.name == one.job.name)
     if quiet:
         why = f"; what it printed: {log_of(sweep, one.job)}" if code not in (0, EXIT_STOPPED) else ""
-        print(f"{row.status:11s} {sweep.title(one.job)}{row.told(sweep.settings.metric)}{why}", flush=True)
+        print(f"{row.status:11s} {sweep.title(one.job)}{row.told(sweep.metric)}{why}", flush=True)
     return code
 
 

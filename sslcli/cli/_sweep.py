@@ -6,6 +6,7 @@ queue on this machine, unless another launcher of Hydra carries them somewhere e
 
 from __future__ import annotations
 
+import shutil
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -33,6 +34,7 @@ def sweep(command: str, configs: list[dict[str, Any]], arguments: Namespace) -> 
     this = sweep_of(command, configs, arguments)
     choices = configs[0]["_choices_"]
     drawn, launcher = choices["hydra/sweeper"] != "basic", choices["hydra/launcher"]
+    check_engine(this, configs, drawn=drawn, launcher=launcher)
     jobs = [] if drawn else [job_of(this, config) for config in configs]
     check_distinct(jobs)
     prepare(this)
@@ -52,8 +54,10 @@ def sweep(command: str, configs: list[dict[str, Any]], arguments: Namespace) -> 
     else:
         stopped, ended_early = _sweep_hydra.carry(this, due, arguments, slots)
     rows = _sweep_table.update(this)
-    print(f"\n{_sweep_table.as_text(rows, this.settings.metric)}")
+    print(f"\n{_sweep_table.as_text(rows, this.metric)}")
     print(f"\nthe table: {this.folder / 'sweep.csv'}")
+    if this.metric is not None and rows and all(row.value is None for row in rows):
+        print(f"no job has {this.metric}: see sweep.metric, and whether the jobs measure it (monitor.knn_every)")
     names = {job.name for job in jobs}
     code = exit_code([row for row in rows if drawn or row.name in names], stopped=stopped)
     return code or (EXIT_FAILED if ended_early else 0)
@@ -78,6 +82,18 @@ def sweep_of(command: str, configs: list[dict[str, Any]], arguments: Namespace) 
 def program_of(command: str) -> tuple[str, ...]:
     """What starts a command, whatever is on the path."""
     return sys.executable, "-m", f"sslcli.cli.{command}"
+
+
+def check_engine(this: Sweep, configs: list[dict[str, Any]], *, drawn: bool, launcher: str) -> None:
+    """Raise ConfigError where sweeper or launcher cannot work."""
+    if launcher == "submitit_slurm" and shutil.which("sbatch") is None:
+        raise ConfigError("hydra/launcher=submitit_slurm needs Slurm, but there is no sbatch here: try submitit_local")
+    measured = this.metric or ""
+    if drawn and measured.startswith("monitor/") and any(c["monitor"]["knn_every"] == 0 for c in configs):
+        raise ConfigError(
+            f"monitor.knn_every is 0, but the sweeper needs {measured}, which is then never measured: set it to 1, or "
+            "choose another sweep.metric"
+        )
 
 
 def check_distinct(jobs: list[Job]) -> None:

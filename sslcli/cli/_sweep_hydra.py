@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from argparse import Namespace
@@ -25,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sslcli.cli._compose import digested, engine_of
 from sslcli.cli._explain import one_line
-from sslcli.cli._job import FINISHED, Job, Sweep, enrol, job_of, status_of
+from sslcli.cli._job import FINISHED, Job, Sweep, enrol, job_of, read, status_of
 from sslcli.cli._queue import HANDED_ON, Slot, run_queue
 from sslcli.cli._sweep_table import value_of
 from sslcli.errors import ConfigError
@@ -79,9 +80,9 @@ def composed_job(sweep: Sweep, config: Any) -> Job:
 
 def objective(sweep: Sweep, job: Job) -> float | None:
     """The metric of a finished job, which a sweeper optimises."""
-    if job.run_dir is None or status_of(sweep.folder, enrol(sweep, job)) != FINISHED:
+    if job.run_dir is None or sweep.metric is None or status_of(sweep.folder, enrol(sweep, job)) != FINISHED:
         return None
-    return value_of(job.run_dir, sweep.settings.metric)
+    return value_of(job.run_dir, sweep.metric)
 
 
 def carry(sweep: Sweep, jobs: list[Job], arguments: Namespace, slots: list[Slot] | None) -> tuple[bool, bool]:
@@ -139,6 +140,9 @@ def of_optuna(sweeper: Any, sweep: Sweep, slots: list[Slot] | None, arguments: N
     """
     if "optuna" not in sweeper._target_:
         return []
+    import optuna
+
+    optuna.logging.set_verbosity(logging.ERROR)  # the table tells what came of each job
     direction = sweeper.direction
     if OmegaConf.is_list(direction):
         raise ConfigError(
@@ -159,6 +163,7 @@ def watched(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]) 
 
     Whatever it raises, the jobs have records, and the table is made from these.
     """
+    before = started(sweep)
     with leaving_word(sweep) as received:
         try:
             version.setbase("1.3")  # which hydra.main does; without it jobs change their working directory
@@ -168,11 +173,18 @@ def watched(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]) 
         except ConfigError:
             raise
         except Exception as error:  # of code we do not know
+            if started(sweep) == before:
+                raise ConfigError(f"Hydra could not start the sweep: {one_line(error)}") from error
             print(f"ssl-{sweep.command}: the sweep ended early: {one_line(error)}", file=sys.stderr)
             return bool(received), True
         finally:
             GlobalHydra.instance().clear()
         return bool(received), False
+
+
+def started(sweep: Sweep) -> dict[str, str | None]:
+    """When each job was started last."""
+    return {path.stem: read(path).started for path in sweep.records.glob("*.json")}
 
 
 @contextmanager

@@ -14,8 +14,6 @@ from sslcli import atomic
 from sslcli.cli._job import FINISHED, Record, Sweep, code_of, read, status_of
 from sslcli.report.metrics import newest
 
-FIXED = ("status", "exit_code", "steps")
-
 
 @dataclass(frozen=True)
 class Row:
@@ -29,9 +27,9 @@ class Row:
     value: float | None  # of the metric that ranks
     run_dir: str  # "" for a job of ssl-eval
 
-    def told(self, metric: str) -> str:
+    def told(self, metric: str | None) -> str:
         """The metric of the job in words."""
-        return "" if self.value is None else f" ({metric} {shown(metric, self.value)})"
+        return "" if metric is None or self.value is None else f" ({metric} {shown(metric, self.value)})"
 
 
 def update(sweep: Sweep) -> list[Row]:
@@ -39,7 +37,7 @@ def update(sweep: Sweep) -> list[Row]:
     with (sweep.records / "table.lock").open("a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a table that was read earlier must not be written later
         rows = ranked(rows_of(sweep), lowest=sweep.settings.lowest)
-        atomic.replace(sweep.folder / "sweep.csv", as_csv(rows, sweep.settings.metric).encode())
+        atomic.replace(sweep.folder / "sweep.csv", as_csv(rows, sweep.metric).encode())
     return rows
 
 
@@ -54,7 +52,7 @@ def _row(sweep: Sweep, name: str, record: Record) -> Row:
         run_dir = sweep.folder / record.run_dir
         saved = sorted(run_dir.glob("checkpoints/step-*.pt"))
         steps = int(saved[-1].stem.partition("-")[2]) if saved else None
-        value = value_of(run_dir, sweep.settings.metric)
+        value = None if sweep.metric is None else value_of(run_dir, sweep.metric)
     pairs = (line.partition("=")[::2] for line in record.overrides if not line.startswith("run_dir="))
     return Row(
         name=name,
@@ -89,28 +87,30 @@ def ranked(rows: Iterable[Row], *, lowest: bool) -> list[Row]:
     return sorted(rows, key=place)
 
 
-def as_csv(rows: list[Row], metric: str) -> str:
+def as_csv(rows: list[Row], metric: str | None) -> str:
     """The table as a file: a column for each override."""
     keys = list(dict.fromkeys(key for row in rows for key in row.overrides))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*keys, *FIXED, metric, "run_dir"])
+    lines: list[list[object]] = [
+        [*keys, "status", "exit_code", *([] if metric is None else ["steps", metric, "run_dir"])]
+    ]
     for row in rows:
-        overrides = [row.overrides.get(key) for key in keys]
-        writer.writerow([*overrides, row.status, row.code, row.steps, row.value, row.run_dir])
+        of_run = [] if metric is None else [row.steps, row.value, row.run_dir]
+        lines.append([*(row.overrides.get(key) for key in keys), row.status, row.code, *of_run])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()
 
 
-def as_text(rows: list[Row], metric: str) -> str:
+def as_text(rows: list[Row], metric: str | None) -> str:
     """The table for people: overrides that are the same for all jobs are left out."""
     keys = dict.fromkeys(key for row in rows for key in row.overrides)
     telling = [key for key in keys if len({row.overrides.get(key) for row in rows}) > 1]
-    lines = [["", *telling, "status", "exit", "steps", metric, "run_dir"]]
+    lines = [["", *telling, "status", "exit", *([] if metric is None else ["steps", metric, "run_dir"])]]
     for place, row in enumerate(rows, start=1):
-        overrides = [row.overrides.get(key, "-") for key in telling]
-        numbers = ["-" if number is None else str(number) for number in (row.code, row.steps)]
         rank = f"{place}." if row.value is not None else ""
-        lines.append([rank, *overrides, row.status, *numbers, shown(metric, row.value), row.run_dir])
+        of_run = [] if metric is None else [row.steps, shown(metric, row.value), row.run_dir]
+        cells = [rank, *(row.overrides.get(key) for key in telling), row.status, row.code, *of_run]
+        lines.append(["-" if cell is None else str(cell) for cell in cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     return "\n".join(line.rstrip() for line in padded)

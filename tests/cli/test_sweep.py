@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 from command_line import SMALL, Cli, installed
 from runs import metrics
 from sslcli.cli._job import stop_with_sweep
-from sweeps import column, table
+from sweeps import column, signal_when_started, table
 
 LINE = [*SMALL, "monitor.knn_k=10", "--multirun", "seed=0,1", "sweep.jobs=1"]
 HERE = ["device=cpu", "hydra.sweep.dir=here", "-m"]
@@ -186,14 +184,8 @@ def test_a_signal_makes_jobs_at_work_save_and_the_same_command_goes_on(
     number: signal.Signals, quick_jobs: None, cli: Cli, tmp_path: Path
 ) -> None:
     line = ["ssl-train", *HERE, "seed=5,0", "sweep.jobs=1"]
-
-    def stop_when_at_work() -> None:
-        while not list(tmp_path.glob("here/*/starts")):
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
     before = signal.getsignal(number)
-    threading.Thread(target=stop_when_at_work, daemon=True).start()
+    signal_when_started(number, tmp_path / "here", starts=1)
     ended = cli(*line)
     assert ended.code == 75
     assert signal.getsignal(number) is before
