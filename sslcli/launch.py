@@ -143,8 +143,8 @@ def run_processes(
     wrong configuration, a training that failed, is not repeated, so each start has an agent of its own: the restarts
     of torch's agent make no difference between exit codes. `tell` gets why they start again or end.
 
-    With a `meeting` the same call on its other nodes starts the other processes, and SIGUSR1, which a scheduler sends
-    to every process of a job, is left to the processes: they agree on the step to stop after.
+    With a `meeting` the same call on its other nodes starts the other processes, and SIGUSR1 and SIGUSR2, which a
+    scheduler sends to every process of a job, are left to the processes: they agree on the step to stop after.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -155,7 +155,9 @@ def run_processes(
     def forward(signum: int, frame: FrameType | None) -> None:
         raise SignalException(f"got signal {signum}", signal.SIGTERM)  # what the agent itself does at a SIGTERM
 
-    before = dict(os.environ), signal.signal(signal.SIGUSR1, forward if meeting is None else signal.SIG_IGN)
+    schedulers = (signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, forward if meeting is None else signal.SIG_IGN) for number in schedulers}
+    environment = dict(os.environ)
     # The agent kills processes that take longer than this to save and end.
     os.environ |= {AGENT: str(os.getpid()), BEGUN: str(time.monotonic()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes tell why they end
@@ -170,8 +172,9 @@ def run_processes(
         return EXIT_STOPPED
     finally:
         os.environ.clear()
-        os.environ |= before[0]
-        signal.signal(signal.SIGUSR1, before[1])
+        os.environ |= environment
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if crashed(codes):
         after = f" after {max_restarts} restarts" if max_restarts else ""
         tell(f"{losses(codes)}{after}. {REMEDY}; start the same command again to go on")

@@ -168,16 +168,14 @@ def code_of(folder: Path, record: Record) -> int | None:
 
 
 def _is_alive(record: Record) -> bool:
-    """Whether the process of a job is at work on this machine."""
+    """Whether the process of a job is at work on this machine, and is not another that got its number."""
     if record.process is None or record.host != platform.node():
         return False
     try:
-        os.kill(record.process, 0)
-    except ProcessLookupError:
+        line = Path(f"/proc/{record.process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
         return False
-    except PermissionError:
-        pass
-    return True
+    return all(override.encode() in line for override in record.overrides)
 
 
 def is_due(sweep: Sweep, job: Job) -> bool:

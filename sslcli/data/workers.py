@@ -70,7 +70,7 @@ def start_worker(parent: int, number: int) -> None:
     into a failure. One that outlived its run would hold the lock of the run directory, which it inherits by fork.
     Python's newer start methods put a server between the run and its workers, which nothing would end with the run.
     """
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     end_with(parent)
 
