@@ -42,7 +42,10 @@ def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Cont
         context, targets = context.to(dtype), targets.to(dtype)
         pool = all_gather_with_grad(targets.contiguous()).flatten(0, 2)
         own = (context * targets).sum(3, keepdim=True)  # (N, R, g, 1)
-        others = torch.einsum("nrge,nrgme->nrgm", context, pool[negative])
+        drawn = pool.index_select(0, negative.flatten()).view(
+            *negative.shape, -1
+        )  # half the backward of pool[negative]
+        others = torch.einsum("nrge,nrgme->nrgm", context, drawn)
         loss = -F.log_softmax(torch.cat([own, others], 3), dim=3)[..., 0].mean()
         mine = own_places(*negative.shape[:3], offset=0, device=negative.device).view(negative.shape[:3])
         rivals = others.detach().masked_fill(negative == mine[..., None], -torch.inf)
