@@ -11,7 +11,7 @@ help:
 	@echo "make demo      train with the defaults, then probe (at most 4 minutes on 2 cores)"
 	@echo "make test      install what the tests need, lint, type-check, run all tests"
 	@echo "make lint      formatting, ruff, mypy"
-	@echo "make bench     time a training step, the views and the losses"
+	@echo "make bench     time sslcli and its peers on the same work"
 	@echo "make clean     remove .venv, caches and runs"
 
 # A stamp, so that nothing is installed twice; a change of the metadata installs again.
@@ -41,8 +41,9 @@ lint: dev
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-bench: dev
-	$(BIN)/python scripts/bench/step.py
+bench: install
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python scripts/bench/run.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache runs

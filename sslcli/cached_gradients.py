@@ -44,7 +44,7 @@ def backward(
     rows = [row.requires_grad_(learns) for row, learns in zip(rows, learned, strict=True)]
     with precision.autocast(device, number_format):
         scalars = method.compare(tuple(rows))
-    scaler.scale(scalars["loss"]).backward()
+    scaler.scale(scalars["loss"]).backward()  # type: ignore[no-untyped-call]
     slopes = zip(*(torch.split(row.grad, len(parts[0][0])) for row in rows if row.grad is not None), strict=True)
     wanted = [place for place, row in enumerate(rows) if row.grad is not None]
     for batch, state, slope in zip(micro_batches, states, slopes, strict=True):
@@ -52,7 +52,7 @@ def backward(
         with precision.autocast(device, number_format):
             again = method.embed(batch)
         pairs = [(again[place], grad) for place, grad in zip(wanted, slope, strict=True) if again[place].requires_grad]
-        torch.autograd.backward([row for row, _ in pairs], [grad for _, grad in pairs])  # type: ignore[no-untyped-call]
+        torch.autograd.backward([row for row, _ in pairs], [grad for _, grad in pairs])
     checkpoint.set_rng_state(after, device)
     average_gradients(method)
     return {name: value.detach() for name, value in scalars.items()}

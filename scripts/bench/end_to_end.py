@@ -1,0 +1,106 @@
+"""Training from JPEG files as a user runs it: `ssl-train`, and lightly's example loop with its own loader."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Result, answer, timed
+from pictures import file_paths, folder
+from torch import nn
+from torch.utils.data import DataLoader
+from training import BATCH, LIGHTLY, cifar_resnet18
+from views import InMemory, lightly
+
+FILES = ((32, 32), 8192)
+STEPS = {"resnet18": 30, "small": 300}
+HEADS = {"simclr": [], "moco_v2": [f"method.bn_group={BATCH}"], "byol": []}
+
+
+def ours(method: str, backbone: str, precision: str) -> Result:
+    """The images a second that the run itself writes down, after its first lines."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        subprocess.run(
+            [
+                str(Path(sys.executable).with_name("ssl-train")),
+                f"experiment=cifar10_{method}",
+                f"backbone={backbone}",
+                "dataset=folder",
+                f"dataset.root={folder(*FILES)}",
+                "dataset.image_size=32",
+                "dataset.workers=1",
+                f"train.batch_size={BATCH}",
+                f"train.precision={precision}",
+                f"train.max_steps={STEPS[backbone]}",
+                f"train.log_every={STEPS[backbone] // 6}",
+                "monitor.knn_every=0",
+                "monitor.health_every=0",
+                f"run_dir={run_dir}",
+                *HEADS[method],
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    rates = sorted(line["train/images_per_s"] for line in lines if "train/images_per_s" in line)[1:]
+    return {"images_per_s": rates[len(rates) // 2]}
+
+
+def example(method: str, backbone: str, *, best: bool) -> Result:
+    """lightly's example: SimCLRTransform without blur in two workers, a bare loop."""
+    from lightly.models.utils import update_momentum
+
+    net, width = small() if backbone == "small" else (cifar_resnet18(), 512)
+    online, loss_of = LIGHTLY[method](net, width)
+    trained = nn.ModuleList(online)
+    target: Any = nn.ModuleList()
+    if method != "simclr":
+        target = nn.ModuleList(LIGHTLY[method](*(small() if backbone == "small" else (cifar_resnet18(), 512)))[0][:2])
+        target.load_state_dict(trained[:2].state_dict())
+        target.requires_grad_(False)
+    if best:
+        trained.to(memory_format=torch.channels_last)
+        target.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
+    data = InMemory(file_paths(folder(*FILES)), lightly(32, blur=0.0))
+    batches = iter(DataLoader(data, batch_size=BATCH, num_workers=2, drop_last=True, shuffle=False))
+
+    def step() -> None:
+        views = [view.to(memory_format=torch.channels_last) if best else view for view in next(batches)]
+        for average, current in zip(target, trained, strict=False):
+            update_momentum(current, average, m=0.99)
+        with torch.autocast("cpu", torch.bfloat16, enabled=best):
+            loss = loss_of(trained, target, *views)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(step, images=BATCH, seconds=20.0, warmup=5)
+
+
+def small() -> tuple[nn.Module, int]:
+    """The demo's backbone, for both sides."""
+    from sslcli.backbones.small import Small
+
+    net = Small(image_size=32)
+    return net, net.num_features
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("BENCH_FOLDER", tempfile.gettempdir())
+    work: dict[str, Any] = {}
+    for method in LIGHTLY:
+        for backbone in ("resnet18", "small"):
+            name = f"{method}_{backbone}"
+            work[f"{name}/sslcli"] = partial(ours, method, backbone, "auto")
+            work[f"{name}/sslcli fp32"] = partial(ours, method, backbone, "fp32")
+            work[f"{name}/lightly"] = partial(example, method, backbone, best=False)
+            work[f"{name}/lightly best"] = partial(example, method, backbone, best=True)
+    answer(work)

@@ -1,0 +1,51 @@
+"""What the benchmarks time with: one piece of work in one process, of which one JSON object is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+Result = dict[str, float]
+Work = Callable[[], Result]
+
+# The allocator settings a careful user of a peer exports; sslcli sets its own.
+TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "67108864"}
+
+
+def timed(step: Callable[[], object], *, images: int, seconds: float = 12.0, warmup: int = 2) -> Result:
+    """Repeat `step`, which handles so many source images, for about `seconds`; the median counts."""
+    for _ in range(warmup):
+        step()
+    times: list[float] = []
+    while not times or (sum(times) < seconds and len(times) < 200):
+        before = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - before)
+    median = statistics.median(times)
+    return {"images_per_s": images / median, "ms": 1e3 * median, "steps": len(times)}
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def answer(work: Mapping[str, Work]) -> None:
+    """Do the work named on the command line and print its figures; with PROFILE set, a trace and a table as well."""
+    name = sys.argv[1]
+    trace = os.environ.get("PROFILE")
+    if trace:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            result = work[name]()
+        profiler.export_chrome_trace(trace)
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), file=sys.stderr)
+    else:
+        result = work[name]()
+    print(json.dumps(result | {"peak_mb": peak_mb()}))

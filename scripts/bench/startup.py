@@ -1,0 +1,57 @@
+"""How long a user waits: `--help`, and the imports with the first training step, each in a fresh process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from measure import Result, answer
+
+LIGHTLY = """
+from training import lightly, timed
+import training
+training.timed = lambda step, images: step()
+lightly("simclr", best=False)
+"""
+
+
+def seconds(line: list[str]) -> Result:
+    before = time.perf_counter()
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
+    return {"s": time.perf_counter() - before}
+
+
+def first_step() -> Result:
+    """`ssl-train` to the end of one step: imports, data, network, checkpoint."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        return seconds(
+            [
+                command("ssl-train"),
+                "backbone=resnet18",
+                "train.batch_size=128",
+                "train.max_steps=1",
+                "monitor.knn_every=0",
+                "monitor.health_every=0",
+                "monitor.pictures=0",
+                f"run_dir={run_dir}",
+            ]
+        )
+
+
+def command(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+if __name__ == "__main__":
+    answer(
+        {
+            "help/sslcli": partial(seconds, [command("ssl-train"), "--help"]),
+            "help/lightly": partial(seconds, [command("lightly-ssl-train"), "--help"]),
+            "first_step/sslcli": first_step,
+            "first_step/lightly": partial(seconds, [sys.executable, "-c", LIGHTLY]),
+        }
+    )

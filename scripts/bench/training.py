@@ -1,0 +1,149 @@
+"""One training step on synthetic images: ResNet-18 with the CIFAR stem, 32 px, 128 images, two views.
+
+lightly's steps are those of its documented examples: bare loops around its heads and losses. `best` adds what a user
+of it can switch on: bfloat16, channels-last memory, an allocator that keeps memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torchvision
+from measure import Result, answer, timed
+from torch import Tensor, nn
+
+BATCH, SIZE = 128, 32
+CPU = torch.device("cpu")
+
+
+def ours(method: str, precision: str) -> Result:
+    """The step of the training loop itself: forward, backward, optimizer, momentum network and queue."""
+    from sslcli import precision as formats
+    from sslcli.allocator import keep_freed_memory
+    from sslcli.backbones.resnet import ResNet
+    from sslcli.methods.base import Batch
+    from sslcli.methods.byol import BYOL
+    from sslcli.methods.moco import MoCo
+    from sslcli.methods.simclr import SimCLR
+
+    keep_freed_memory()
+    built = {
+        "simclr": lambda net: SimCLR(net, hidden=512),
+        "moco_v2": lambda net: MoCo(net, queue_size=4096, mlp_head=True, bn_group=BATCH),
+        "byol": lambda net: BYOL(net, hidden=1024),
+    }[method](ResNet("resnet18", image_size=SIZE))
+    built = built.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(built.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
+    views = [view.to(memory_format=torch.channels_last) for view in images()]
+    batch = Batch(views, torch.arange(BATCH), torch.zeros(BATCH, dtype=torch.long))
+    resolved = formats.resolve(precision, CPU)
+
+    def step() -> None:
+        with formats.autocast(CPU, resolved):
+            loss = built(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        built.after_step(0.5)
+
+    return timed(step, images=BATCH)
+
+
+def images() -> list[Tensor]:
+    """Two views of random images."""
+    return [torch.rand(BATCH, 3, SIZE, SIZE) for _ in range(2)]
+
+
+def cifar_resnet18() -> nn.Module:
+    """torchvision's ResNet-18 with the CIFAR stem, without its classifier."""
+    net = torchvision.models.resnet18()
+    net.conv1, net.maxpool, net.fc = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity()
+    return net
+
+
+def lightly(method: str, *, best: bool) -> Result:
+    """A step of lightly's example of the method."""
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+
+    backbone = cifar_resnet18()
+    online, loss_of = LIGHTLY[method](backbone, 512)
+    trained = nn.ModuleList(online)
+    target = copy.deepcopy(trained[:2]) if method != "simclr" else nn.ModuleList()
+    deactivate_requires_grad(target)
+    if best:
+        trained.to(memory_format=torch.channels_last)
+        target.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
+    views = images()
+    if best:
+        views = [view.to(memory_format=torch.channels_last) for view in views]
+
+    def step() -> None:
+        for average, current in zip(target, trained, strict=False):
+            update_momentum(current, average, m=0.99)
+        with torch.autocast("cpu", torch.bfloat16, enabled=best):
+            loss = loss_of(trained, target, *views)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(step, images=BATCH)
+
+
+def lightly_simclr(backbone: nn.Module, width: int) -> tuple[list[nn.Module], Callable[..., Tensor]]:
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+
+    criterion = NTXentLoss(temperature=0.1)
+
+    def loss(net: nn.ModuleList, target: nn.ModuleList, x1: Tensor, x2: Tensor) -> Tensor:
+        z1, z2 = (net[1](net[0](x).flatten(1)) for x in (x1, x2))
+        return criterion(z1.float(), z2.float())  # type: ignore[no-any-return]
+
+    return [backbone, SimCLRProjectionHead(width, width, 128)], loss
+
+
+def lightly_moco(backbone: nn.Module, width: int) -> tuple[list[nn.Module], Callable[..., Tensor]]:
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import MoCoProjectionHead
+
+    criterion = NTXentLoss(temperature=0.2, memory_bank_size=(4096, 128))
+
+    def loss(net: nn.ModuleList, target: nn.ModuleList, x1: Tensor, x2: Tensor) -> Tensor:
+        query = net[1](net[0](x1).flatten(1))
+        with torch.no_grad():
+            key = target[1](target[0](x2).flatten(1))
+        return criterion(query.float(), key.float())  # type: ignore[no-any-return]
+
+    return [backbone, MoCoProjectionHead(width, width, 128)], loss
+
+
+def lightly_byol(backbone: nn.Module, width: int) -> tuple[list[nn.Module], Callable[..., Tensor]]:
+    from lightly.loss import NegativeCosineSimilarity
+    from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+
+    criterion = NegativeCosineSimilarity()
+
+    def loss(net: nn.ModuleList, target: nn.ModuleList, x1: Tensor, x2: Tensor) -> Tensor:
+        p1, p2 = (net[2](net[1](net[0](x).flatten(1))) for x in (x1, x2))
+        with torch.no_grad():
+            z1, z2 = (target[1](target[0](x).flatten(1)) for x in (x1, x2))
+        return 0.5 * (criterion(p1.float(), z2.float()) + criterion(p2.float(), z1.float()))  # type: ignore[no-any-return]
+
+    return [backbone, BYOLProjectionHead(width, 1024, 256), BYOLPredictionHead(256, 1024, 256)], loss
+
+
+LIGHTLY = {"simclr": lightly_simclr, "moco_v2": lightly_moco, "byol": lightly_byol}
+METHODS = tuple(LIGHTLY)
+
+if __name__ == "__main__":
+    sides: dict[str, Callable[[str], Result]] = {
+        "sslcli": partial(ours, precision="auto"),
+        "sslcli fp32": partial(ours, precision="fp32"),
+        "lightly": partial(lightly, best=False),
+        "lightly best": partial(lightly, best=True),
+    }
+    answer({f"{method}/{name}": partial(side, method) for name, side in sides.items() for method in METHODS})
