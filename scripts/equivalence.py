@@ -22,6 +22,7 @@ from sslcli.cli._build import build_optimizer, build_parts
 from sslcli.cli._compose import checked_jobs
 from sslcli.methods.base import Batch
 from sslcli.report.console import Screen
+from sslcli.settings import TrainSettings
 from sslcli.train import Run, optimise, parallel
 
 METHODS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
@@ -123,7 +124,7 @@ class Trace:
 def job_of(config: dict[str, Any], *, dtype: torch.dtype = torch.float32) -> Run:
     """The run of a configuration in this process, as the command would make it, without a directory."""
     parts = build_parts(config, trust=[])
-    parts.method.train().to(dtype)
+    _run.place(parts.method.train().to(dtype), TrainSettings(**config["train"]), torch.device("cpu"))
     loader = _run.build_loader(config, parts, torch.device("cpu"))
     optimizer, peak_lr = build_optimizer(config, parts.method)
     screen = Screen(None, silent=True)
@@ -137,7 +138,8 @@ def train(config: dict[str, Any], dtype: torch.dtype) -> Trace:
     trace = Trace([], [], {})
 
     def look(*_: Any) -> None:
-        gradients = {n: p.grad.clone() for n, p in job.method.named_parameters() if p.grad is not None}
+        named = job.method.named_parameters()
+        gradients = {n: distributed.whole(p.grad).clone() for n, p in named if p.grad is not None}
         trace.gradients.append(gradients)
 
     job.optimizer.register_step_pre_hook(look)
@@ -146,7 +148,7 @@ def train(config: dict[str, Any], dtype: torch.dtype) -> Trace:
         found = optimise(job, model, [in_dtype(batch, dtype) for batch in micro_batches])
         trace.scalars.append({name: distributed.all_reduce_mean(value) for name, value in found.items()})
         job.method.after_step(step / STEPS)
-    trace.state = job.method.state_dict()
+    trace.state = {name: distributed.whole(value.detach()) for name, value in job.method.state_dict().items()}
     return trace
 
 

@@ -3,27 +3,36 @@
     <run_dir>/checkpoints/
         step-00001234.pt       tensors and plain values, readable with torch.load(weights_only=True)
         step-00001234.sha256   its checksum, in the format of sha256sum
-        last                   link to the newest .pt
+        step-00001234/         in place of these where parameters are sharded, see pieces.py
+        last                   link to the newest
 
-A file appears under its name only when it is complete and on disk: it is written under another name, synchronised
+Each appears under its name only when it is complete and on disk: it is written under another name, synchronised
 and renamed, checksum first. So a process killed at any moment leaves the earlier checkpoints as they were.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
-from sslcli.atomic import replace, synchronise
+from sslcli import distributed
+from sslcli.atomic import discard, replace, synchronise
+from sslcli.atomic import sha256 as sha256
 from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.migrations import SCHEMA, upgrade
+from sslcli.settings import CHECKPOINT
+
+if TYPE_CHECKING:  # importing it takes seconds, which a run without them need not wait for
+    from sslcli.pieces import Placement, Snapshot
 
 
 class NewerCheckpoint(ConfigError):
@@ -36,13 +45,23 @@ def folder(run_dir: Path) -> Path:
 
 
 def path_of(run_dir: Path, step: int) -> Path:
-    """The file of the checkpoint after `step` optimizer steps."""
+    """The file of the checkpoint after `step` optimizer steps; the folder of pieces has no ending."""
     return folder(run_dir) / f"step-{step:08d}.pt"
+
+
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was written, by its name."""
+    return int(path.stem[5:])
 
 
 def all_of(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(folder(run_dir).glob("step-*.pt"))
+    return sorted(path for path in folder(run_dir).glob("step-*") if re.fullmatch(CHECKPOINT, path.name))
+
+
+def digest(path: Path) -> str:
+    """Hex digest that tells a checkpoint from every other one; of a folder that of the list of its checksums."""
+    return sha256(path / "SHA256SUMS" if path.is_dir() else path)
 
 
 def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
@@ -51,33 +70,115 @@ def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
     Raises TrainingFailed when the disk refuses; earlier checkpoints are untouched then.
     """
     path = path_of(run_dir, state["step"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob("*.tmp"):
-        os.unlink(leftover)
+    make_room(path.parent)
     temporary = path.with_suffix(".pt.tmp")
     try:
         torch.save({"schema": SCHEMA, **state}, temporary)
-        digest = sha256(temporary)
-        replace(path.with_suffix(".sha256"), f"{digest}  {path.name}\n".encode())
+        replace(path.with_suffix(".sha256"), f"{sha256(temporary)}  {path.name}\n".encode())
         synchronise(temporary)
-        os.replace(temporary, path)
-        link = path.parent / "last.tmp"
-        os.symlink(path.name, link)
-        os.replace(link, path.parent / "last")
-        synchronise(path.parent)
+        publish(temporary, path)
     except (OSError, RuntimeError) as error:
-        for leftover in path.parent.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
+        with suppress(OSError):
+            make_room(path.parent)
         if "DataLoader worker" in str(error):  # the signal of a dying worker finds us wherever we are
             raise
-        kept = all_of(run_dir)
-        raise TrainingFailed(
-            f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}). "
-            + (f"{kept[-1].name} is intact" if kept else "There is no earlier one")
-            + ": make room or mend the disk, then start the same command again to go on"
-        ) from error
+        raise refused(path, error) from error
     prune(path, keep=keep)
     return path
+
+
+class Writer:
+    """Writes the checkpoints of a run; all processes make one and call it alike.
+
+    Args:
+        sharded: parameters are sharded over the processes. Each then writes its own part, while training goes on.
+    """
+
+    def __init__(self, *, sharded: bool) -> None:
+        self.group = dist.new_group(backend="gloo") if sharded else None  # the loop's own may be in use at that time
+        self.thread: Thread | None = None
+        self.failure: BaseException | None = None
+
+    def save(self, run_dir: Path, state: dict[str, Any], *, keep: int) -> None:
+        """Write `state` as `save` does, or begin to, once the one before is on disk.
+
+        Raises TrainingFailed on all processes when the disk refuses this one, or has refused the one before.
+        """
+        if self.group is not None:
+            from sslcli.pieces import Snapshot
+
+            self.close()
+            path = path_of(run_dir, state["step"]).with_suffix("")
+            arguments = (path, Snapshot({"schema": SCHEMA, **state}), keep, self.group)
+            self.thread = Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+            self.thread.start()
+            return
+        failure: list[str | None] = [None]
+        if distributed.is_main():
+            try:
+                save(run_dir, state, keep=keep)
+            except TrainingFailed as error:
+                failure = [str(error)]
+        distributed.broadcast_objects(failure)
+        if failure[0]:
+            raise TrainingFailed(failure[0])
+
+    def close(self) -> None:
+        """Wait until what was begun is on disk. Raises what ended it, TrainingFailed when the disk refused."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def _write(self, path: Path, snapshot: Snapshot, keep: int, group: dist.ProcessGroup) -> None:
+        from sslcli import pieces
+
+        temporary = path.with_name(path.name + ".tmp")
+
+        def finish() -> None:
+            publish(temporary, path)
+            prune(path, keep=keep)
+
+        try:
+            pieces.on_main(lambda: make_room(path.parent), group)
+            pieces.write(temporary, snapshot, group=group)
+            pieces.on_main(finish, group)
+        except OSError as error:
+            with suppress(OSError):
+                pieces.on_main(lambda: make_room(path.parent), group)
+            self.failure = refused(path, error)
+        except BaseException as error:  # whatever it is, the loop is told when it asks
+            self.failure = error
+
+
+def make_room(parent: Path) -> None:
+    """Make the folder of the checkpoints, without what a killed run began to write."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for leftover in parent.glob("*.tmp"):
+        discard(leftover)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a complete checkpoint its name, and make it the last one."""
+    if path.is_dir():  # it could not be read, or this step would not have come again
+        discard(path)
+    os.replace(temporary, path)
+    link = path.parent / "last.tmp"
+    os.symlink(path.name, link)
+    os.replace(link, path.parent / "last")
+    synchronise(path.parent)
+
+
+def refused(path: Path, error: Exception) -> TrainingFailed:
+    """The error for a checkpoint that the disk did not take."""
+    kept = all_of(path.parent.parent)
+    return TrainingFailed(
+        f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}). "
+        + (f"{kept[-1].name} is intact" if kept else "There is no earlier one")
+        + ": make room or mend the disk, then start the same command again to go on"
+    )
 
 
 def prune(newest: Path, *, keep: int) -> None:
@@ -87,25 +188,30 @@ def prune(newest: Path, *, keep: int) -> None:
     as newest for ever.
     """
     paths = all_of(newest.parent.parent)
-    end = paths.index(newest) + 1
+    before = [path for path in paths if step_of(path) < step_of(newest)]
+    kept = {newest, *before[len(before) - min(len(before), keep - 1) :]}
     with suppress(OSError):  # what cannot be deleted must not end a run
-        for old in paths[: max(0, end - keep)] + paths[end:]:
-            os.unlink(old)
+        for old in paths:
+            if old not in kept:
+                discard(old)
         for recorded in newest.parent.glob("step-*.sha256"):
             if not recorded.with_suffix(".pt").exists():
                 os.unlink(recorded)
 
 
-def load_newest(run_dir: Path, *, device: torch.device, warn: Callable[[str], None]) -> dict[str, Any] | None:
+def load_newest(
+    run_dir: Path, *, device: torch.device, warn: Callable[[str], None], like: Placement | None = None
+) -> dict[str, Any] | None:
     """The newest checkpoint that can be read, or None where there is none.
 
-    One that is truncated, altered or unreadable is passed over with a warning. Raises ConfigError when there are
-    checkpoints and none can be read, or one is of a newer version.
+    One that is truncated, altered or unreadable is passed over with a warning. `like` tells which tensors are sharded
+    here, see `pieces.Placement`. Raises ConfigError when there are checkpoints and none can be read, or one is of a
+    newer version.
     """
     paths = all_of(run_dir)
     for path in reversed(paths):
         try:
-            return load(path, device=device)
+            return load(path, device=device, like=like)
         except NewerCheckpoint:
             raise
         except ConfigError as error:
@@ -118,18 +224,20 @@ def load_newest(run_dir: Path, *, device: torch.device, warn: Callable[[str], No
     return None
 
 
-def load(path: Path, *, device: torch.device) -> dict[str, Any]:
-    """Read one checkpoint without running any code it may hold. Raises ConfigError saying what is wrong with it."""
-    recorded = path.with_suffix(".sha256")
+def load(path: Path, *, device: torch.device, like: Placement | None = None, weights: bool = False) -> dict[str, Any]:
+    """Read one checkpoint without running any code it may hold. Raises ConfigError saying what is wrong with it.
+
+    With `weights`, tensors of the optimizer need not be read.
+    """
     if not path.exists():
         raise ConfigError(f"there is no checkpoint {path}")
-    try:
-        intact = not recorded.exists() or recorded.read_bytes().split()[:1] == [sha256(path).encode()]
-    except OSError as error:
-        raise ConfigError(f"the checkpoint {path} cannot be read ({error.strerror})") from error
-    if not intact:
-        raise ConfigError(f"the checkpoint {path} does not match its checksum: it was cut short or altered")
-    state = load_weights(path, device=device)
+    if path.suffix == ".pt":
+        state = load_file(path, device=device)
+    else:
+        from sslcli import pieces
+
+        parts = ("method",) if weights else pieces.PARTS
+        state = pieces.read(path, device=device, like=like, only=parts)
     if state.get("schema", 0) > SCHEMA:
         raise NewerCheckpoint(
             f"the checkpoint {path} is of a newer version of sslcli (schema {state['schema']} > {SCHEMA}): update "
@@ -137,7 +245,23 @@ def load(path: Path, *, device: torch.device) -> dict[str, Any]:
         )
     if not isinstance(state.get("step"), int):
         raise ConfigError(f"{path} is not a checkpoint of sslcli: it tells no step")
+    if like is not None and path.suffix == ".pt":
+        from sslcli import pieces
+
+        state = pieces.spread(state, like)
     return upgrade(state)
+
+
+def load_file(path: Path, *, device: torch.device) -> dict[str, Any]:
+    """What a plain checkpoint holds, its checksum compared. Raises ConfigError."""
+    recorded = path.with_suffix(".sha256")
+    try:
+        intact = not recorded.exists() or recorded.read_bytes().split()[:1] == [sha256(path).encode()]
+    except OSError as error:
+        raise ConfigError(f"the checkpoint {path} cannot be read ({error.strerror})") from error
+    if not intact:
+        raise ConfigError(f"the checkpoint {path} does not match its checksum: it was cut short or altered")
+    return load_weights(path, device=device)
 
 
 def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
@@ -167,12 +291,3 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

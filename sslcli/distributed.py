@@ -90,6 +90,17 @@ def all_reduce_mean(value: Tensor) -> Tensor:
     return value
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is sharded over the processes; any other tensor as it is."""
+    # Asked by its method, since to import DTensor takes seconds.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all processes; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def gather_objects(mine: T) -> list[T]:
     """Plain objects of all processes, in rank order."""
     if world_size() == 1:

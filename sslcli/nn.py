@@ -93,10 +93,14 @@ def unchanged_statistics(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * online, for parameters only (BYOL eq. 1, MoCo eq. 2)."""
-    averaged: list[Tensor] = list(target.parameters())
+    """target <- momentum * target + (1 - momentum) * online, for parameters only (BYOL eq. 1, MoCo eq. 2).
+
+    Where both are sharded over processes they are sharded alike, and every process averages its own part.
+    """
+    averaged = [distributed.local(parameter) for parameter in target.parameters()]
     if averaged:  # a module may have none
-        torch._foreach_lerp_(averaged, list(online.parameters()), 1.0 - momentum)
+        learned = [distributed.local(parameter) for parameter in online.parameters()]
+        torch._foreach_lerp_(averaged, learned, 1.0 - momentum)
 
 
 class SplitBatchNorm(_BatchNorm):

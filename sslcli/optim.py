@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sslcli.distributed import whole
+
 NEVER_DECAYED = ("bias", "pos_embed", "cls_token", "mask_token")
 
 
@@ -74,17 +76,18 @@ class LARS(Optimizer):
     def adapted(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
         """The gradient with decay, times the scalar q that makes a step proportional to the length of `weight`.
 
-        Nothing here waits for the device.
+        Lengths are those of whole tensors, also where these are sharded over processes. Nothing here waits for the
+        device.
         """
-        length = torch.linalg.vector_norm(weight)
+        length = whole(torch.linalg.vector_norm(weight))
         decayed = grad.add(weight, alpha=group["weight_decay"])
         if self.separate_norms:
-            of_gradient = torch.linalg.vector_norm(grad)
+            of_gradient = whole(torch.linalg.vector_norm(grad))
             divisor = of_gradient + group["weight_decay"] * length + 1e-8
             usable = (length > 0) & (of_gradient > 0)
             decayed = torch.where(usable, decayed, grad)  # there, a weight without gradient does not decay either
         else:
-            divisor = torch.linalg.vector_norm(decayed)
+            divisor = whole(torch.linalg.vector_norm(decayed))
             usable = (length > 0) & (divisor > 0)
         trust = group["eta"] * length / divisor
         if self.clip_lr and group["lr"] > 0:

@@ -16,8 +16,10 @@ from sslcli.errors import ConfigError, nearest
 LARGEST_SEED = 2**32 - 1
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCALINGS = ("linear", "sqrt", "none")
+SHARDINGS = ("none", "fsdp")
 SCHEDULES = ("cosine", "step", "constant")
 COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
+CHECKPOINT = r"step-\d+(\.pt)?"  # the names of checkpoints: files, or folders of pieces
 RESUME = ("auto", "never", "must")
 DIRECTIONS = ("auto", "max", "min")
 # Scalars of a run, and whether the lowest or the highest value is best.
@@ -46,6 +48,8 @@ NEUTRAL = (
     "train.keep",
     "train.save_every_epochs",
     "train.save_every_steps",
+    "train.sharding",
+    "train.activation_checkpointing",
 )
 
 
@@ -105,6 +109,8 @@ class TrainSettings:
     cached_gradients: bool  # one loss over all micro-batches, for methods with in-batch negatives
     precision: str
     compile: bool
+    sharding: str  # fsdp: each process holds a part of every parameter, its gradient and its optimizer state
+    activation_checkpointing: bool  # compute the blocks of the backbone again in the backward pass
     deterministic: bool
     clip_grad: float | None  # largest norm of the whole gradient
     log_every: int
@@ -128,6 +134,7 @@ class TrainSettings:
         check_range("train.clip_grad", self.clip_grad, above=0)
         check_range("train.final_lr", self.final_lr, least=0)
         check_choice("train.precision", self.precision, PRECISIONS)
+        check_choice("train.sharding", self.sharding, SHARDINGS)
         check_choice("train.lr_scaling", self.lr_scaling, SCALINGS)
         check_choice("train.schedule", self.schedule, SCHEDULES)
         seconds("train.max_time", self.max_time)
@@ -135,6 +142,11 @@ class TrainSettings:
             raise ConfigError(f"train.final_lr is {self.final_lr}, but it is a share of the peak rate, so at most 1")
         if any(not 0 < at < 1 for at in self.milestones):
             raise ConfigError(f"train.milestones is {self.milestones}, but each must lie between 0 and 1")
+        if self.sharding == "fsdp" and self.cached_gradients:
+            raise ConfigError(
+                "train.sharding is 'fsdp' and train.cached_gradients is true, but cached gradients call parts of a "
+                "method, and a sharded one is whole in its forward alone: leave one of them out"
+            )
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"train.batch_size is {self.batch_size} and train.accumulate is {self.accumulate}, but the batch "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from sslcli import cached_gradients, checkpoint, distributed, heartbeat, precision, schedule
+from sslcli import cached_gradients, checkpoint, distributed, heartbeat, precision, schedule, sharding
 from sslcli.data.loader import Loader
 from sslcli.errors import ConfigError, Stopped, TrainingFailed
 from sslcli.methods.base import Batch, Method
@@ -74,7 +74,8 @@ def train(run: Run) -> None:
     step, total, watch = resume(run), run.total_steps, run.watch
     model = run.method if run.settings.cached_gradients else parallel(run.method, run.device)
     watch.start(step, total)
-    with closing(run.loader.steps(step, total)) as batches:
+    writer = checkpoint.Writer(sharded=sharding.is_sharded(run.method))
+    with closing(run.loader.steps(step, total)) as batches, closing(writer):
         while step < total:
             heartbeat.sign(f"the images of step {step + 1}")
             micro_batches = watch.timed_next(batches)
@@ -92,7 +93,7 @@ def train(run: Run) -> None:
             if stop or step == total or save_is_due(run.settings, step, run.loader.steps_per_epoch):
                 watch.check_finite()
                 watch.check_weights(step, run.method)
-                save(run, step)
+                save(run, step, writer)
             if stop and step < total:
                 reason = run.stop.reason or "another process's " + ("signal" if run.stop.by_signal else "time limit")
                 raise Stopped(
@@ -123,9 +124,7 @@ def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[s
     means: dict[str, Tensor] = {}
     share = 1 / len(micro_batches)
     for number, batch in enumerate(micro_batches, start=1):
-        last = number == len(micro_batches)
-        hold = nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
-        with hold:
+        with exchange(model, wanted=number == len(micro_batches)):
             with precision.autocast(run.device, run.precision):
                 scalars = model(batch)
             run.scaler.scale(scalars["loss"] * share).backward()
@@ -134,12 +133,21 @@ def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[s
     return means
 
 
+def exchange(model: nn.Module, *, wanted: bool) -> AbstractContextManager[object]:
+    """Whether the backward inside averages gradients over the processes, or adds them up on each."""
+    if sharding.is_sharded(model):
+        model.set_requires_gradient_sync(wanted)  # type: ignore[operator]
+    elif isinstance(model, DistributedDataParallel) and not wanted:
+        return model.no_sync()
+    return nullcontext()
+
+
 def parallel(method: Method, device: torch.device) -> nn.Module:
-    """The method itself, or wrapped so that gradients are the mean over the processes.
+    """The method itself, or wrapped so that gradients are the mean over the processes, which a sharded one does itself.
 
     Buffers are not broadcast: every process computes the same queue and the same synchronised statistics.
     """
-    if distributed.world_size() == 1:
+    if distributed.world_size() == 1 or sharding.is_sharded(method):
         return method
     ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():
@@ -173,37 +181,30 @@ def save_is_due(settings: TrainSettings, step: int, steps_per_epoch: int) -> boo
     return by_steps or (every > 0 and step % every == 0)
 
 
-def save(run: Run, step: int) -> None:
-    """Write a checkpoint; all processes take part, the main one writes."""
+def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
+    """Write a checkpoint; all processes take part. The main one writes, or each its part in the background."""
     heartbeat.sign(f"the checkpoint after step {step}")
     mine = {"rng": checkpoint.rng_state(run.device), "window": run.watch.window.state_dict()}
     processes = distributed.gather_objects(mine)
     run.watch.synchronise()
-    failure: list[str | None] = [None]
-    if distributed.is_main():
-        state = {
-            "step": step,
-            "loader": run.loader.position(step),
-            "method": run.method.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-            "scaler": run.scaler.state_dict(),
-            "processes": processes,
-            "watch": run.watch.state_dict(),
-            "config": run.config,
-            "circumstances": circumstances(run),
-        }
-        try:
-            checkpoint.save(run.run_dir, state, keep=run.settings.keep)
-        except TrainingFailed as error:
-            failure = [str(error)]
-    distributed.broadcast_objects(failure)
-    if failure[0]:
-        raise TrainingFailed(failure[0])
+    state = {
+        "step": step,
+        "loader": run.loader.position(step),
+        "method": run.method.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "processes": processes,
+        "watch": run.watch.state_dict(),
+        "config": run.config,
+        "circumstances": circumstances(run),
+    }
+    writer.save(run.run_dir, state, keep=run.settings.keep)
 
 
 def resume(run: Run) -> int:
     """Load the newest checkpoint into the run and return its step; 0 where there is none."""
-    state = checkpoint.load_newest(run.run_dir, device=run.device, warn=run.screen.warn)
+    like = sharding.placement(run.method, run.optimizer) if sharding.is_sharded(run.method) else None
+    state = checkpoint.load_newest(run.run_dir, device=run.device, warn=run.screen.warn, like=like)
     run.method.train()
     found = distributed.gather_objects(0 if state is None else state["step"])
     if len(set(found)) > 1:

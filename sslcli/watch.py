@@ -78,6 +78,7 @@ class Watch:
         screen: where to print.
         probe: measures the representation, giving scalars by name, or None where labels are missing.
         draw: makes the method's pictures, (3, H, W) in [0, 1] by name.
+        together: all processes take part in `probe` and `draw`, since none has all parameters.
     """
 
     def __init__(
@@ -91,11 +92,13 @@ class Watch:
         screen: Screen,
         probe: Callable[[], dict[str, float]] | None,
         draw: Callable[[], dict[str, Tensor]] | None = None,
+        together: bool = False,
     ) -> None:
         self.settings, self.log_every, self.batch_size = settings, log_every, batch_size
         self.steps_per_epoch, self.run_dir, self.screen, self.probe = steps_per_epoch, run_dir, screen, probe
         self.draw = draw
         self.writes = distributed.is_main()
+        self.looks = self.writes or together
         self.window = Window()
         self.judge = health.CollapseJudge()
         self.wall = 0.0  # seconds of training before this process
@@ -162,7 +165,7 @@ class Watch:
         if self.probe is not None and (last or self.epoch_ends(step)):
             found = self.measure_probe()
             line |= {f"monitor/{name}": value for name, value in found.items()}
-        if self.draw is not None and self.writes and (last or self.epoch_ends(step)):
+        if self.draw is not None and self.looks and (last or self.epoch_ends(step)):
             self.show_pictures(step, self.draw())
         self.aside += time.perf_counter() - before
         if line and self.writes:
@@ -210,10 +213,10 @@ class Watch:
             self.screen.warn(message)
 
     def measure_probe(self) -> dict[str, float]:
-        """What the probe finds; the main process looks, the others wait."""
+        """What the probe finds; the main process looks, the others wait, or look as well where they must."""
         assert self.probe is not None
         heartbeat.sign("the k-NN")
-        found = self.probe() if distributed.is_main() else {}
+        found = self.probe() if self.looks else {}
         distributed.barrier()
         if "knn_top1" in found:
             self.facts["k-NN"] = percent(found["knn_top1"])
@@ -221,7 +224,7 @@ class Watch:
 
     def show_pictures(self, step: int, found: dict[str, Tensor]) -> None:
         """The newest pictures in the run directory, all of them in TensorBoard."""
-        for name, picture in found.items():
+        for name, picture in found.items() if self.writes else ():
             path = self.run_dir / "pictures" / f"{name}.png"
             path.parent.mkdir(exist_ok=True)
             pictures.save(picture, path)
@@ -234,13 +237,19 @@ class Watch:
             raise TrainingFailed(f"the loss is not finite since step {step} ({means}); {self.remedy()}")
 
     def check_weights(self, step: int, method: Method) -> None:
-        """Raise TrainingFailed if a weight is not finite: such a checkpoint would be no good one to go back to."""
-        finite = {name: weight.isfinite().all() for name, weight in method.named_parameters()}
+        """Raise TrainingFailed if a weight is not finite: such a checkpoint would be no good one to go back to.
+
+        Each process looks at what it has of the weights, and all raise where one must.
+        """
+        finite = {name: distributed.local(weight).isfinite().all() for name, weight in method.named_parameters()}
+        broken: list[str] = []
         if finite and not torch.stack(list(finite.values())).all():
             broken = [name for name, whole in finite.items() if not whole]
+        found = [name for names in distributed.gather_objects(broken) for name in names]
+        if found:
             raise TrainingFailed(
-                f"after step {step}, {len(broken)} of {len(finite)} weight tensors are not finite, {broken[0]} among "
-                f"them; {self.remedy()}"
+                f"after step {step}, {len(set(found))} of {len(finite)} weight tensors are not finite, {found[0]} "
+                f"among them; {self.remedy()}"
             )
 
     def remedy(self) -> str:

@@ -15,7 +15,13 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-PRELOAD = ["sslcli.cli._compose", "sslcli.cli._run", "torch._dynamo", "torch.utils.tensorboard"]  # takes seconds
+PRELOAD = [
+    "sslcli.cli._compose",
+    "sslcli.cli._run",
+    "sslcli.pieces",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+]  # takes seconds
 PATIENCE = 120.0  # seconds a task may take
 
 

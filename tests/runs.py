@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from processes import PRELOAD
+from sslcli import checkpoint
 
 SSL_TRAIN = str(Path(sys.executable).with_name("ssl-train"))
 CLOCKS = ("wall", "train/images_per_s", "train/data_wait")
@@ -167,8 +168,8 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def newest(run_dir: Path) -> dict[str, Any]:
     """The newest checkpoint, without what a clock or the place of the run decides."""
-    path = sorted((run_dir / "checkpoints").glob("step-*.pt"))[-1]
-    state: dict[str, Any] = torch.load(path, weights_only=True)
+    path = checkpoint.all_of(run_dir)[-1]
+    state = checkpoint.load(path, device=torch.device("cpu"))
     del state["watch"]["wall"], state["config"]
     return state
 

@@ -49,6 +49,15 @@ def test_two_processes_train_like_one_on_the_whole_batch(case: Case, pair: Pair)
 
 
 @of(YAMLS)
+def test_two_processes_that_share_the_parameters_train_like_one(case: Case, pair: Pair) -> None:
+    config = composed(case)
+    config["train"]["sharding"] = "fsdp"
+    first, second = pair.run(equivalence.train, config, torch.float64)
+    assert differing(first.state, second.state) == []
+    check_double(compare(first, alone(case, torch.float64)))
+
+
+@of(YAMLS)
 def test_four_processes_train_like_one_on_the_whole_batch(case: Case, four: Pair) -> None:
     check_double(compare(together(four, case, torch.float64), alone(case, torch.float64)))
 

@@ -27,6 +27,8 @@ RANKS = {
     "methods": 4,
     "backbones": 4,
     "migrations": 4,
+    "pieces": 4,
+    "sharding": 5,
     "checkpoint": 5,
     "data": 5,
     "optim": 5,

@@ -17,7 +17,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from sslcli import atomic, checkpoint, distributed, launch, precision
+from sslcli import atomic, checkpoint, distributed, launch, precision, sharding
 from sslcli.allocator import keep_freed_memory
 from sslcli.cli import _run_dir
 from sslcli.cli._agree import check_agreement
@@ -119,7 +119,8 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
     loader = build_loader(config, parts, device)
     check_batch(loader, parts)
     check_cached_gradients(parts.method, config["train"]["cached_gradients"])
-    optimizer, peak_lr = build_optimizer(config, parts.method.to(device))
+    place(parts.method, TrainSettings(**config["train"]), device)
+    optimizer, peak_lr = build_optimizer(config, parts.method)
     held = _run_dir.lock(run_dir, patience=patience()) if main and not dry else None
     if held is not None:
         _run_dir.check_resumable(run_dir, config)  # once more, now that nobody else can change it
@@ -127,7 +128,7 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
         job = assemble(config, parts, loader, optimizer, peak_lr, run_dir, device, screen)
         try:
             facts = effective(job, parts, config)
-            screen.table(f"{type(parts.method).__name__}: {run_dir}", facts)
+            screen.table(f"{config['method']['_target_'].rpartition('.')[2]}: {run_dir}", facts)
             for warning in doubts(job, parts):
                 screen.warn(warning)
             if dry:
@@ -168,6 +169,15 @@ def want_requeue(run_dir: Path, why: Stopped) -> None:
     if distributed.is_main():
         atomic.replace(run_dir / "slurm" / "want_requeue", str(why).partition(";")[0].encode())
     distributed.barrier()
+
+
+def place(method: Method, settings: TrainSettings, device: torch.device) -> None:
+    """Bring the method to the device, whole or this process's part of it."""
+    if settings.activation_checkpointing:
+        sharding.recompute(method)
+    if settings.sharding == "fsdp" and distributed.world_size() > 1:
+        sharding.shard(method, device, precision.resolve(settings.precision, device))
+    method.to(device)  # buffers, where it is sharded
 
 
 def prepare_watch(job: Run, parts: Parts, config: dict[str, Any]) -> None:
@@ -245,6 +255,7 @@ def assemble(
         screen=screen,
         probe=probe_of(parts, monitor, device, resolved, screen),
         draw=partial(draw_pictures, parts, monitor.pictures, device) if draws(parts, monitor) else None,
+        together=sharding.is_sharded(parts.method),
     )
     if settings.compile:
         parts.method.backbone.compile()
@@ -284,7 +295,13 @@ def probe_of(
     if not parts.source.labelled or len(parts.source.splits["val"]) == 0:
         screen.say("k-NN is skipped: the images have no labels, or none are held out (dataset.val_fraction)")
         return None
-    return knn_probe(parts.method, parts.source, parts.views, monitor, device=device, precision=resolved)
+    measure = knn_probe(parts.method, parts.source, parts.views, monitor, device=device, precision=resolved)
+
+    def probe() -> dict[str, float]:
+        with sharding.gathered(parts.method):
+            return measure()
+
+    return probe
 
 
 def draws(parts: Parts, monitor: MonitorSettings) -> bool:
@@ -300,6 +317,7 @@ def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, t
     prepared = views.finish(images.to(device).float() / 255, mean=source.mean, std=source.std)
     with (
         evaluating(parts.method),
+        sharding.gathered(parts.method),
         torch.no_grad(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
@@ -313,6 +331,7 @@ def effective(job: Run, parts: Parts, config: dict[str, Any]) -> dict[str, Any]:
     settings, node = job.settings, config["optimizer"]
     processes = distributed.world_size()
     trainable = sum(p.numel() for p in parts.method.parameters() if p.requires_grad)
+    held = sum(distributed.local(p).numel() for p in parts.method.parameters())
     split = {name: len(positions) for name, positions in parts.source.splits.items()}
     return {
         "training images": split["train"],
@@ -326,6 +345,7 @@ def effective(job: Run, parts: Parts, config: dict[str, Any]) -> dict[str, Any]:
         "learning rate": job.peak_lr,
         "learning rate from": f"{node['lr']:g} for 256 images, scaling {settings.lr_scaling}",
         "trainable parameters": trainable,
+        **({"parameters a process holds": held} if processes > 1 else {}),
         "backbone features": parts.method.backbone.num_features,
         **parts.method.effective(settings.batch_size // (1 if settings.cached_gradients else settings.accumulate)),
         "precision": job.precision,

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from omegaconf import OmegaConf
 
 from sslcli import atomic
 from sslcli.errors import ConfigError
-from sslcli.settings import NEUTRAL
+from sslcli.settings import CHECKPOINT, NEUTRAL
 
 # What flock says on file systems without locks, such as Lustre mounted without them.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -43,6 +44,11 @@ def is_held(run_dir: Path) -> bool:
     return False
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether there is something to go on from, told without importing torch."""
+    return any(re.fullmatch(CHECKPOINT, path.name) for path in run_dir.glob("checkpoints/step-*"))
+
+
 def check_resumable(run_dir: Path, config: dict[str, Any]) -> None:
     """Raise ConfigError unless `config` may start or continue the run in `run_dir`."""
     started = (run_dir / "config.yaml").exists()
@@ -52,7 +58,7 @@ def check_resumable(run_dir: Path, config: dict[str, Any]) -> None:
         raise ConfigError(
             f"resume is 'never', but {run_dir} holds a run: choose another run_dir or name, or resume=auto to go on"
         )
-    if config["resume"] == "must" and not any(run_dir.glob("checkpoints/step-*.pt")):
+    if config["resume"] == "must" and not has_checkpoint(run_dir):
         raise ConfigError(
             f"resume is 'must', but {run_dir} holds no checkpoint: check run_dir, or start with resume=auto"
         )

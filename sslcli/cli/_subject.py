@@ -51,13 +51,7 @@ def load_subject(config: dict[str, Any], device: torch.device) -> tuple[Subject,
     saved = _run_dir.read_config(run_dir)
     source = build_source(config if config.get("dataset") else saved, trust=trust)
     views: Views = build(saved["views"], trust=trust, where="views")
-    paths = checkpoint.all_of(run_dir)
-    if config["checkpoint"] != "last":
-        paths = [path for path in paths if path == checkpoint.path_of(run_dir, int(config["checkpoint"]))]
-    if not paths:
-        kept = ", ".join(str(int(path.stem[5:])) for path in checkpoint.all_of(run_dir)) or "none"
-        raise ConfigError(f"checkpoint is {config['checkpoint']!r}, but {run_dir} holds the steps: {kept}")
-    path = paths[-1]
+    path = find_checkpoint(run_dir, config["checkpoint"])
     mean, std = saved["dataset"]["mean"], saved["dataset"]["std"]
 
     def method() -> nn.Module:
@@ -70,15 +64,15 @@ def load_subject(config: dict[str, Any], device: torch.device) -> tuple[Subject,
 
     def trained() -> nn.Module:
         net = method()
-        load_strictly(net, checkpoint.load(path, device=device)["method"], str(path))
+        load_strictly(net, checkpoint.load(path, device=device, weights=True)["method"], str(path))
         return net
 
     wanted = config["precision"] if config["precision"] != "auto" else saved["effective"]["precision"]
     provenance = {
         "run": str(run_dir.absolute()),
         "checkpoint": path.name,
-        "checkpoint_sha256": checkpoint.sha256(path),
-        "step": int(path.stem[5:]),
+        "checkpoint_sha256": checkpoint.digest(path),
+        "step": checkpoint.step_of(path),
         "method": saved["method"]["_target_"],
         "backbone": saved["backbone"]["_target_"],
         "pretrained_on": type_name(saved["dataset"]),
@@ -90,6 +84,16 @@ def load_subject(config: dict[str, Any], device: torch.device) -> tuple[Subject,
         provenance["pretrained_on"] = source.name
     home = run_dir / "eval"
     return Subject(trained, method, views, mean, std, resolved, provenance, home, saved["monitor"], foreign), source
+
+
+def find_checkpoint(run_dir: Path, which: str | int) -> Path:
+    """The checkpoint of a run after step `which`, or the "last". Raises ConfigError, naming what there is."""
+    paths = checkpoint.all_of(run_dir)
+    found = [path for path in paths if which in ("last", checkpoint.step_of(path))]
+    if not found:
+        kept = ", ".join(str(checkpoint.step_of(path)) for path in paths) or "none"
+        raise ConfigError(f"checkpoint is {which!r}, but {run_dir} holds the steps: {kept}")
+    return found[-1]
 
 
 def images_of(node: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,9 @@ class Method(nn.Module):
     in_batch: bool = False  # whether the loss compares the images of a batch; `embed` and `compare` divide it then
     color_spaces: tuple[str, ...] = ()  # one of which the views must have; empty: any
     falling: str = "loss"  # the scalar a good run brings down; the loss of a game between two players is none
+    by_block: bool = (
+        True  # the backbone may be sharded and computed again by block; not where others' weights replace its
+    )
     embeddings: tuple[Tensor, ...] = ()  # of the last forward, detached, one (N, D) a view: what health looks at
 
     def __init__(self, backbone: nn.Module) -> None:

@@ -111,6 +111,7 @@ class Game(Method):
     """
 
     num_views = 1
+    by_block = False
     discriminator_parts: tuple[str, ...]  # names of the attributes that the discriminator is made of
 
     def __init__(
