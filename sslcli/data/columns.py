@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +30,21 @@ class Column:
 
     image: bool = False
     classes: tuple[str, ...] = ()
+
+
+def columns_of(schema: Any) -> dict[str, Column]:
+    """The columns of a schema of Arrow by name.
+
+    `datasets` writes into it which are images and what the classes are called. Where it tells of no images, columns of
+    bytes, and of a struct that begins with `bytes`, are taken for them.
+    """
+    told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    meanings = {name: meaning for name, meaning in told.items() if isinstance(meaning, dict)}
+    images = {name for name, meaning in meanings.items() if meaning.get("_type") == "Image"}
+    if not images:
+        images = {part.name for part in schema if re.match(r"(large_)?binary$|struct<bytes: ", str(part.type))}
+    labels = {name: meaning["names"] for name, meaning in meanings.items() if meaning.get("_type") == "ClassLabel"}
+    return {part.name: Column(part.name in images, tuple(labels.get(part.name, ()))) for part in schema}
 
 
 def image_column(columns: Mapping[str, Column], wanted: str, *, where: str) -> str:

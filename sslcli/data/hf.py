@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sslcli.data.bad_images import BadImage
-from sslcli.data.columns import Column, Value, as_labels, image_column, label_column
+from sslcli.data.columns import Value, as_labels, columns_of, image_column, label_column
 from sslcli.data.files import decode, decode_file
 from sslcli.data.sources import Picture, Source, digest
 from sslcli.errors import ConfigError, nearest
@@ -63,7 +63,7 @@ class Hf(Source):
         options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache}
         splits = read_splits(path, [split, *([] if test is None else [test])], **options)
         self.name, where = Path(path).name, f"dataset.path={path}"
-        columns = [columns_of(table) for table in splits]
+        columns = [columns_of(table.features.arrow_schema) for table in splits]
         image_names = [image_column(found, image, where=where) for found in columns]
         label_name = label_column(columns[0], label, where=where)
         values: list[Value] = []
@@ -167,19 +167,6 @@ def _failure(path: str, options: dict[str, Any], error: Exception) -> str:
         f"Hugging Face hub ({reason}). Check the name, log in where the set is private, or without a network fetch it "
         f"elsewhere (hf download --repo-type dataset {path} --local-dir DIR) and set dataset.path=DIR"
     )
-
-
-def columns_of(table: Any) -> dict[str, Column]:
-    """What the columns of a `datasets.Dataset` hold."""
-    import datasets
-
-    return {
-        name: Column(
-            image=isinstance(feature, datasets.Image),
-            classes=tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else (),
-        )
-        for name, feature in table.features.items()
-    }
 
 
 def _whole_column(table: Any, name: str) -> list[Any]:

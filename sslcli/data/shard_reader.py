@@ -103,9 +103,10 @@ class ShardReader:
         """What a tar archive holds from the image at position `first` to the end of that at `last`."""
         shard = self.shards[number]
         start, end = int(self.starts[first]), int(self.starts[last] + self.sizes[last])
+        opened = self.open
 
         def read() -> bytes:
-            system, path = fsspec.core.url_to_fs(shard.url)
+            system, path = opened.system(shard)
             found: bytes = system.cat_file(path, start=start, end=end)
             if len(found) < end - start:
                 raise OSError("it has become shorter than it was")
@@ -131,6 +132,13 @@ class Open:
         self.held: dict[int, Any] = {}
         self.last: tuple[int, Any] = (-1, None)
         self.files: OrderedDict[str, Any] = OrderedDict()
+        self.systems: dict[str, tuple[Any, str]] = {}
+
+    def system(self, shard: Shard) -> tuple[Any, str]:
+        """The file system of a shard, and its path there."""
+        if shard.url not in self.systems:
+            self.systems[shard.url] = fsspec.core.url_to_fs(shard.url)
+        return self.systems[shard.url]
 
     def latest(self, chunk: int, fetch: Callable[[int], Any]) -> Any:
         """A chunk that is not held, kept until another one is asked for: evaluation goes through them in order."""

@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sslcli.data.columns import AUTO, LABEL_NAMES, Column, Value, image_column, label_column
+from sslcli.data.columns import AUTO, LABEL_NAMES, Column, Value, columns_of, image_column, label_column
 from sslcli.data.scan import EXTENSIONS
 from sslcli.errors import ConfigError
 
@@ -156,7 +156,7 @@ def _read_json(sample: Sample, file: IO[bytes]) -> dict[str, Any]:
 
 def _index_parquet(file: IO[bytes], shard: Shard, *, image: str, label: str | None) -> Index:
     with open_parquet(file, shard) as parquet:
-        columns = _parquet_columns(parquet.schema_arrow)
+        columns = columns_of(parquet.schema_arrow)
         image = image_column(columns, image, where=shard.url)
         label = label_column(columns, label, where=shard.url)
         groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
@@ -179,19 +179,6 @@ def open_parquet(file: IO[bytes], shard: Shard) -> Any:
         return pyarrow.parquet.ParquetFile(file, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(shard, str(error)) from error
-
-
-def _parquet_columns(schema: Any) -> dict[str, Column]:
-    """Columns by name. `datasets` writes into a file what they mean; elsewhere bytes are taken for images."""
-    told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    columns = {}
-    for part in schema:
-        meaning = told.get(part.name) or {}
-        kind = str(part.type)
-        guess = not told and (kind in ("binary", "large_binary") or kind.startswith("struct<bytes: "))
-        names = meaning.get("names", ()) if meaning.get("_type") == "ClassLabel" else ()
-        columns[part.name] = Column(image=guess or meaning.get("_type") == "Image", classes=tuple(names))
-    return columns
 
 
 def _damaged(shard: Shard, reason: str) -> ConfigError:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from shards import KINDS, number_at, png
 from sslcli.data.bad_images import BadImage
 from sslcli.data.columns import Column, as_labels, image_column, label_column
 from sslcli.data.hf import Hf
 from sslcli.data.loader import Loader, plain_batches
 from sslcli.data.views import Views
 from sslcli.errors import ConfigError
-
-NAMES = ["cat", "dog", "emu"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,20 +27,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def png(number: int) -> bytes:
-    """An image that tells its number."""
-    file = io.BytesIO()
-    Image.fromarray(np.full((20, 24, 3), (number, 2 * number, 0), np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
 def table(count: int, *, first: int = 0, **more: list[Any]) -> datasets.Dataset:
     columns = {
         "image": [{"bytes": png(first + i), "path": None} for i in range(count)],
         "label": [i % 3 for i in range(count)],
         **more,
     }
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)}
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=KINDS)}
     features |= {name: datasets.Value("string") for name in more}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
@@ -58,19 +47,11 @@ def parquet(folder: Path) -> Path:
     return folder
 
 
-def number_at(source: Hf, position: int) -> int:
-    image = source.read(position)
-    assert isinstance(image, Image.Image)
-    pixel = image.getpixel((0, 0))
-    assert isinstance(pixel, tuple)
-    return int(pixel[0])
-
-
 def test_a_folder_of_parquet_files_has_its_rows_labels_classes_and_splits(tmp_path: Path) -> None:
     source = Hf(path=str(parquet(tmp_path / "animals")), test="test", image_size=8)
     assert [number_at(source, i) for i in range(36)] == list(range(36))
     assert source.labels.tolist() == [*(i % 3 for i in range(20)), *(i % 3 for i in range(10)), 0, 1, 2, 0, 1, 2]
-    assert source.classes == NAMES
+    assert source.classes == KINDS
     assert source.splits["test"].tolist() == list(range(30, 36))
     assert len(source.splits["val"]) == 3
     assert sorted([*source.splits["train"].tolist(), *source.splits["val"].tolist()]) == list(range(30))
@@ -108,6 +89,12 @@ def test_other_columns_are_chosen_by_name(tmp_path: Path) -> None:
         Hf(path=str(tmp_path / "x.parquet"), image="imge", image_size=8)
     with pytest.raises(ConfigError, match=r"dataset\.label is 'class', but .*no such column"):
         Hf(path=str(tmp_path / "x.parquet"), label="class", image_size=8)
+
+
+def test_bytes_are_taken_for_images_where_nothing_is_told(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"id": ["a", "b"], "photo": [png(1), png(2)]}).save_to_disk(tmp_path / "set")
+    source = Hf(path=str(tmp_path / "set"), image_size=8)
+    assert [number_at(source, position) for position in range(2)] == [1, 2]
 
 
 def test_cells_without_an_image_are_bad_and_replaced(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from shards import KINDS, number_at, numbers_in, write_parquet, write_set, write_tar
 from sslcli.data import shard_reader
 from sslcli.data.hf_stream import HfStream
-from sslcli.data.loader import Loader, plain_batches
+from sslcli.data.loader import Loader, ViewCrops, plain_batches
 from sslcli.data.views import Views
 from sslcli.errors import ConfigError
 
@@ -201,6 +201,27 @@ def test_no_more_is_kept_than_the_buffer_needs(elsewhere: str, cache: str, monke
     assert max(kept) <= 4
 
 
+@pytest.mark.parametrize("workers", [2, 4])
+def test_every_worker_lets_go_of_what_it_has_read(
+    elsewhere: str, cache: str, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """The workers in one process, one after another, so that one can look into them."""
+    monkeypatch.setattr("sslcli.data.loader.world_size", lambda: 2)
+    made = loader(stream(elsewhere, cache, workers=workers, lanes=8, buffer=16))
+    requests = list(made.requests(0, 8))
+    assert len(requests) == 8 * workers
+    whole = sum(shard.size for shard in made.source.reader.shards)  # type: ignore[attr-defined]
+    fetched = 0
+    for number in range(workers):
+        source = pickle.loads(pickle.dumps(made.source))
+        Counted.ranges.clear()
+        for request in requests[number::workers]:
+            ViewCrops(source, made.views, seed=0)[request]
+        assert source.reader.open.held == {}
+        fetched += sum(end - start for _, start, end in Counted.ranges)
+    assert fetched < 2 * 0.8 * whole  # two epochs of one of two processes
+
+
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_bad_images_are_counted_and_replaced(kind: str, cache: str, tmp_path: Path) -> None:
     path = Path(write_set(tmp_path, SIZES, kind=kind).replace("*", "001"))
@@ -284,6 +305,18 @@ def test_a_source_survives_pickling_and_keeps_no_open_file(sets: dict[str, str],
     copy = pickle.loads(pickle.dumps(source))
     assert copy.reader._open == {}
     assert number_at(copy, 60) == 60
+
+
+def test_a_forked_process_opens_files_of_its_own(
+    sets: dict[str, str], shared: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = stream(sets["parquet"], shared)
+    number_at(source, 3)
+    before = source.reader.open
+    monkeypatch.setattr("os.getpid", lambda: -1)  # what a fork changes for the code that runs on
+    assert source.reader.open is not before
+    assert source.reader.open.files == {}
+    assert number_at(source, 3) == 3
 
 
 def test_test_shards_must_not_be_training_shards(sets: dict[str, str], shared: str) -> None:

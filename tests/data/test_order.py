@@ -78,6 +78,14 @@ def test_the_buffer_holds_what_it_may_and_shuffles_well() -> None:
     assert 0.25 * buffer < shift.std() < 0.33 * buffer  # of a uniform delay: 0.29
 
 
+def test_the_buffer_shuffles_in_another_way_each_epoch() -> None:
+    zeros = torch.zeros(64, dtype=torch.long)
+    made = Layout(zeros, zeros, lanes=1, buffer=64)
+    first, second = (shard_order(made, seed=0, epoch=epoch, batch_size=8) for epoch in (0, 1))
+    assert (first == second).sum() < 16
+    assert (first == torch.arange(64)).sum() < 16
+
+
 def test_a_few_large_shards_are_cut_where_chunks_meet() -> None:
     shard, chunk = shards_of(1000, 20), torch.arange(1020) // 10
     made = layout_of(shard, chunk, lanes=2, buffer=1)
