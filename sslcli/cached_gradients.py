@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sslcli import checkpoint, distributed, precision
+from sslcli import checkpoint, distributed, heartbeat, precision
 from sslcli.methods.base import Batch, Method
 from sslcli.nn import unchanged_statistics
 
@@ -63,6 +63,7 @@ def average_gradients(module: nn.Module) -> None:
     if distributed.world_size() == 1:
         return
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    heartbeat.meet()
     for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
         work.wait()
     torch._foreach_div_(gradients, distributed.world_size())

@@ -97,6 +97,9 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
 
     `message` is empty on processes that need not tell, since another does.
     """
+    if size == 1:  # keeps nobody waiting
+        yield
+        return
     closing = threading.Event()
     thread = threading.Thread(target=look, args=(store, rank, size, limit, end, closing), daemon=True)
     thread.start()
@@ -168,8 +171,8 @@ def verdict(rank: int, found: dict[int, Progress], silent: set[int], limit: floa
     if not to_blame:
         places = ", ".join(sorted({progress.place for progress in found.values()}))
         return (
-            f"no process went on for {limit:g} s (launcher.timeout), none is behind the others (at {places}): the "
-            f"network between them, or the device; {remedy}"
+            f"no process went on for {limit:g} s (launcher.timeout), and none is behind the others (at {places}): they "
+            f"do not reach each other over the network, or a device hangs; {remedy}"
         )
     told = ", ".join(
         f"process {r} (id {found[r].pid} on {found[r].host}, at {found[r].place}"

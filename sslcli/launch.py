@@ -84,13 +84,14 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = heartbeat.join(limit)
-    # The heartbeat knows a hang from a long wait; this limit is for the case that it fails.
-    dist.init_process_group(backend, timeout=timedelta(seconds=max(10 * limit, 3600)))
-    try:
-        with heartbeat.watched(store, rank=dist.get_rank(), size=dist.get_world_size(), limit=limit, end=end):
+    with heartbeat.watched(store, rank=number(), size=int(os.environ["WORLD_SIZE"]), limit=limit, end=end):
+        heartbeat.meet()
+        # The heartbeat knows a hang from a long wait; this limit is for the case that it fails.
+        dist.init_process_group(backend, timeout=timedelta(seconds=max(10 * limit, 3600)))
+        try:
             yield
-    finally:
-        dist.destroy_process_group()
+        finally:
+            dist.destroy_process_group()
 
 
 def share_threads(threads: int | None) -> None:

@@ -229,11 +229,8 @@ def resume(run: Run) -> int:
     else:  # another number of processes: the same images and views, new noise
         run.watch.window.load_mean([process["window"] for process in processes])
         torch.manual_seed(run.seed + 1_000_003 * (distributed.rank() + 1) + state["step"])
-    changed = [
-        f"{name} {before} -> {now}"
-        for name, now in circumstances(run).items()
-        if (before := state["circumstances"].get(name, now)) != now
-    ]
+    before, now = state["circumstances"], circumstances(run)
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         run.screen.warn(f"the same images and views, but not the same bits as before: {', '.join(changed)}")
     run.screen.say(f"continuing from step {state['step']:,} in {run.run_dir}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from runs import Started, complete, last_step, make_folder, metrics, start_ranks, wait_for_step
-from sslcli import train
+from sslcli import launch, train
 from sslcli.cli import _agree
 from sslcli.methods.base import Batch
 
@@ -79,6 +79,17 @@ def test_a_process_that_hangs_is_named_at_the_time_limit(tmp_path: Path) -> None
     complete_both(start_ranks(*SMALL, f"run_dir={run_dir}", log=log), log)
     assert "continuing from step 4" in log.read_text()
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, 21))
+
+
+def never_join(rank: int) -> None:
+    launch.dist.init_process_group = lambda *args, **kwargs: time.sleep(1000)
+
+
+def test_processes_that_do_not_reach_each_other_end_at_the_time_limit(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [*SMALL, "launcher.timeout=8s", f"run_dir={tmp_path / 'run'}"]
+    assert finish(start_ranks(*command, log=log, prepare=never_join)) == [3, 3]
+    assert log.read_text().count("they do not reach each other over the network, or a device hangs") == 1
 
 
 def complete_both(ranks: list[Started], log: Path) -> None:

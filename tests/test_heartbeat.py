@@ -50,6 +50,12 @@ def test_where_none_is_behind_no_process_is_named() -> None:
     assert "none is behind the others (at step 7, step 8)" in told
 
 
+def test_a_process_alone_may_take_its_time(tmp_path: Path) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    with heartbeat.watched(store, rank=0, size=1, limit=0.1, end=pytest.fail):
+        time.sleep(0.5)
+
+
 def test_a_store_that_does_not_answer_is_told_by_each() -> None:
     assert "the meeting place of the processes does not answer" in verdict(3, {}, {0, 1, 2, 3}, 600)
 

@@ -240,4 +240,5 @@ def test_two_processes_go_on_where_one_stopped_with_the_same_images(runs: Runs) 
     assert [line["step"] for line in continued] == [line["step"] for line in whole]
     for one, other in zip(whole, continued, strict=True):
         assert ("train/loss" in other) == ("train/loss" in one)
+        assert other.get("train/lr") == one.get("train/lr")
         assert other.get("train/loss", 0) == pytest.approx(one.get("train/loss", 0), rel=1e-4)
