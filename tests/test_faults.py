@@ -252,13 +252,19 @@ def test_a_disk_that_is_full_for_the_log_ends_the_log_alone(faulty: Faulty, refe
 
 
 def become_nobody(_: Any) -> None:
-    """Root may write everywhere, so that it tells nothing of permissions; the code may be where only it can read."""
-    real = _run_dir.lock
+    """Take the run directory as another user where this one is root, who may write everywhere.
 
-    def lock(run_dir: Path) -> Any:
-        if os.geteuid() == 0:
+    For no longer than that: the code may be where only root can read it.
+    """
+    real, user = _run_dir.lock, os.geteuid()
+
+    def lock(*args: Any, **kwargs: Any) -> Any:
+        if user == 0:
             os.seteuid(65534)
-        return real(run_dir)
+        try:
+            return real(*args, **kwargs)
+        finally:
+            os.seteuid(user)
 
     _run_dir.lock = lock
 
@@ -285,7 +291,8 @@ def test_a_run_that_may_not_be_written_is_refused_before_it_trains(open_folder: 
     (open_folder / locked).chmod(0o555)
     log.write_text("")
     log.chmod(0o666)
-    assert start_warm(*command, log=log, prepare=become_nobody).finish() == 2
+    code = start_warm(*command, log=log, prepare=become_nobody).finish()
+    assert code == 2, log.read_text()
     told = log.read_text()
     assert f"{open_folder / locked}" in told
     assert "cannot be written (Permission denied)" in told

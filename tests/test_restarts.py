@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,11 +56,13 @@ def test_what_may_not_happen_again_is_tried_again(
     tmp_path: Path, codes: list[int], wanted: int, told: list[str]
 ) -> None:
     messages: list[str] = []
+    began = time.monotonic()
     starts, before = tmp_path / "starts", dict(os.environ)
     arguments = ["-S", "-c", ENDS, str(starts), repr(codes)]
     assert run_processes(arguments, processes=2, max_restarts=2, tell=messages.append) == wanted
     assert len(messages) == len(told)
     assert all(part in message for part, message in zip(told, messages, strict=True))
+    assert began <= float(starts.read_text().split()[2]) <= time.monotonic()
     lines = [line.split() for line in starts.read_text().splitlines()]
     assert sorted(line[:2] for line in lines) == sorted([str(r), str(n)] for r in range(2) for n in range(len(codes)))
     assert len({line[2] for line in lines}) == 1  # the time limit counts from the first start
