@@ -18,7 +18,7 @@ from sslcli.data.shard_index import is_local, unreadable
 from sslcli.data.shards import Index, Shard, open_parquet
 from sslcli.errors import ConfigError
 
-CHUNK = 8_000_000  # bytes, about, that are fetched at once of a tar archive that is not on a local disk
+CHUNK = 8_000_000, 256  # bytes, about, and images of a tar archive that are fetched at once
 OPEN = 32  # parquet files that a process keeps open
 PAUSES = (1.0, 4.0)  # seconds before a read over the network is tried again
 
@@ -29,15 +29,15 @@ T = TypeVar("T")
 class ShardReader:
     """Reads images of shards of which the indices are known.
 
-    A chunk is a row group of a parquet file, one image of a tar archive on a local disk, or the images within about
-    8 MB of a tar archive elsewhere.
+    A chunk is a row group of a parquet file, or up to 256 images within about 8 MB of a tar archive. It is fetched at
+    once, except that the images of a tar archive on a local disk are read one by one.
     """
 
     def __init__(self, shards: Sequence[Shard], indices: Sequence[Index]) -> None:
         self.shards = list(shards)
         self.columns = [index.image for index in indices]
         self.ends = np.cumsum([len(index) for index in indices])  # of the shards, in positions
-        chunks = [chunk_lengths(*pair) for pair in zip(shards, indices, strict=True)]
+        chunks = [chunk_lengths(index) for index in indices]
         self.chunk_ends = np.cumsum(np.concatenate(chunks))  # in positions
         self.first_chunks = np.cumsum([0, *map(len, chunks[:-1])])  # of the shards
         # Parquet does not tell where an image begins; the zeros keep one position space.
@@ -46,6 +46,7 @@ class ShardReader:
             np.concatenate([part for pair in zip(known, unknown, strict=True) for part in pair])
             for known in ([index.starts for index in indices], [index.sizes for index in indices])
         )
+        self.reads_singly = [is_local(shard) and shard.url.endswith(".tar") for shard in shards]
         self._open: dict[int, Open] = {}
 
     def shard_of(self, positions: Integers) -> Integers:
@@ -63,8 +64,9 @@ class ShardReader:
 
     def hold(self, positions: Tensor) -> None:
         """Fetch the chunks of these (n,) positions; they stay until they are released."""
-        for chunk in self.chunk_of(positions.numpy()).tolist():
-            if chunk not in self.open.held:
+        chunks, shards = self.chunk_of(positions.numpy()), self.shard_of(positions.numpy())
+        for chunk, shard in zip(chunks.tolist(), shards.tolist(), strict=True):
+            if chunk not in self.open.held and not self.reads_singly[shard]:
                 self.open.held[chunk] = self.fetch(chunk)
 
     def release(self, positions: Tensor) -> None:
@@ -164,13 +166,13 @@ class Open:
         return found
 
 
-def chunk_lengths(shard: Shard, index: Index) -> Integers:
-    """How many images each chunk of a shard has."""
+def chunk_lengths(index: Index) -> Integers:
+    """How many images each chunk of a shard has: the same wherever it lies, since the order of an epoch hangs on it."""
     if len(index.groups):
         return index.groups
-    if is_local(shard):
-        return np.ones(len(index), np.int64)
-    return np.unique(index.starts // CHUNK, return_counts=True)[1].astype(np.int64)
+    size, images = CHUNK
+    cells = np.stack([index.starts // size, np.arange(len(index)) // images])
+    return np.unique(cells, axis=1, return_counts=True)[1].astype(np.int64)
 
 
 def in_cell(value: Any, path: str) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
@@ -17,6 +18,7 @@ from shards import KINDS, number_at, numbers_in, write_parquet, write_set, write
 from sslcli.data import shard_reader
 from sslcli.data.hf_stream import HfStream
 from sslcli.data.loader import Loader, ViewCrops, plain_batches
+from sslcli.data.shards import Index
 from sslcli.data.views import Views
 from sslcli.errors import ConfigError
 
@@ -150,7 +152,7 @@ class Counted(MemoryFileSystem):  # type: ignore[misc]
 def elsewhere(sets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
     """The tar archives at an address, fetched by 16 kB, which is about 8 images."""
     fsspec.register_implementation("counted", Counted, clobber=True)
-    monkeypatch.setattr(shard_reader, "CHUNK", 16_000)
+    monkeypatch.setattr(shard_reader, "CHUNK", (16_000, 256))
     for path in sorted(Path(sets["tar"]).parent.glob("*.tar")):
         Counted().pipe(f"/bucket/{path.name}", path.read_bytes())
     Counted.ranges.clear()
@@ -174,6 +176,19 @@ def test_a_process_fetches_its_share_of_the_bytes_once(
         monkeypatch.setattr("sslcli.data.loader.rank", lambda rank=rank: rank)
         list(loader(source).steps(0, 4))
         assert sum(end - start for _, start, end in Counted.ranges) < 0.75 * once
+
+
+def test_the_order_does_not_depend_on_where_the_shards_lie(elsewhere: str, sets: dict[str, str], cache: str) -> None:
+    near, far = (list(loader(stream(path, cache, lanes=1)).steps(0, 8)) for path in (sets["tar"], elsewhere))
+    for (one,), (other,) in zip(near, far, strict=True):
+        assert torch.equal(one.index, other.index)
+        assert torch.equal(one.views[0], other.views[0])
+
+
+def test_the_chunks_of_a_tar_archive_are_bounded_in_bytes_and_images() -> None:
+    starts = np.array([0, 100, 7_999_999, 8_000_000, 8_000_512, *range(9_000_000, 9_000_000 + 600)])
+    index = Index([None] * 605, "png", starts=starts, sizes=np.ones(605, np.int64))
+    assert shard_reader.chunk_lengths(index).tolist() == [3, 253, 256, 93]
 
 
 def test_going_on_late_in_an_epoch_fetches_little(elsewhere: str, cache: str) -> None:
