@@ -1,8 +1,8 @@
 """Fine-tuning: the whole net trained on labels, from pre-training and, by the same protocol, from scratch.
 
 SimCLR (arXiv:2002.05709, appendix B.8) and SimCLR v2 (arXiv:2006.10029, section 3: from a middle layer of the head);
-layer-wise decay as in MAE (arXiv:2111.06377). The linear head starts from a probe of the frozen features, as LP-FT
-(arXiv:2202.10054) does. Yaml: conf/protocol/finetune.yaml. S subsets of labels, m images reported.
+layer-wise decay as in MAE (arXiv:2111.06377). The linear head starts at zero, as in SimCLR v2, or with `warm_start` from a
+probe of the frozen features, as LP-FT (arXiv:2202.10054) does. Yaml: conf/protocol/finetune.yaml. S subsets of labels, m images reported.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Tuned(Recipe):
 
     lrs: Sequence[float] = (0.02, 0.1)
     val_fraction: float = 0.1
-    warm_start: bool = True
+    warm_start: bool = False
     from_layer: int | None = None
 
     def __post_init__(self) -> None:

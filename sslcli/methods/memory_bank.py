@@ -33,8 +33,8 @@ class MemoryBank(Method):
         negatives: K, drawn uniformly with replacement, the own row not excluded; "full" draws none.
         momentum: share of the old row in an update; 0.5 in the official code.
         temperature: divides the similarities.
-        proximal: weight of the squared distance between an embedding and its row (eq. 10), 30 in the paper. The
-            official code has momentum in its place.
+        proximal: weight of the squared distance between an embedding and its row (eq. 10). The official
+            code has momentum in its place.
         head_norm: BatchNorm without gamma and beta after the head, which takes away what all embeddings share; ours.
         fill: the bank starts empty, and an image that has no row yet fills it and adds nothing to the loss, so that
             the first epoch is one over the initial network; else rows start at random, as in the official code.
