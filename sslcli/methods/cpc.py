@@ -158,7 +158,7 @@ class PatchPrediction(Method):
             )
         try:
             self.encode(patches)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"the backbone {type(self.backbone).__name__} does not take patches of {self.patch} pixels ({error}): "
                 "take a larger dataset.image_size, a smaller method.grid, or backbone=small_layernorm"

@@ -100,7 +100,7 @@ class InfoMin(MoCo):
         patches = self.patches(views[2])
         try:
             self.backbone(patches.flatten(0, 1))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"the backbone {type(self.backbone).__name__} does not take the jigsaw's patches of "
                 f"{patches.shape[-1]} pixels ({error}): enlarge the third view with views.views.1.size, take another "

@@ -27,6 +27,10 @@ def parts(*lines: str) -> Parts:
             ["method=cpc", "backbone=dcgan", "backbone.norm=layer"],
             r"patches of 8 pixels .* a larger dataset.image_size",
         ),
+        (
+            ["method=cpc", "dataset.image_size=224", "backbone=vit_tiny", "backbone.depth=1"],
+            r"VisionTransformer does not take patches of 56 pixels .*change patch_size.* a larger dataset.image_size",
+        ),
         (["method=cpc", "backbone=small"], r"BatchNorm \(5 layers.*take backbone=small_layernorm"),
         (["method=cpc", "+views.views.0.size=40"], r"the view has 40 pixels.*leave views.views.0.size at null"),
         (["method=cpc", "dataset.image_size=37"], r"no grid of 3 x 3 .* take a dataset.image_size such as 32"),
