@@ -1,9 +1,9 @@
 """Fine-tuning: the whole net trained on labels, from pre-training and, by the same protocol, from scratch.
 
 SimCLR (arXiv:2002.05709, appendix B.8) and SimCLR v2 (arXiv:2006.10029, section 3: from a middle layer of the head);
-layer-wise decay as in MAE (arXiv:2111.06377). The linear head starts at zero, as in SimCLR v2, or with `warm_start` from
-a probe of the frozen features, as LP-FT (arXiv:2202.10054) does. Yaml: conf/protocol/finetune.yaml. S subsets of labels, m
-images reported.
+layer-wise decay as in MAE (arXiv:2111.06377). The linear head starts at zero, as in SimCLR v2, or with `warm_start`
+from a probe of the frozen features, as LP-FT (arXiv:2202.10054) does. Yaml: conf/protocol/finetune.yaml. S subsets of
+labels, m images reported.
 """
 
 from __future__ import annotations
