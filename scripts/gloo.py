@@ -1,4 +1,4 @@
-"""Several processes on this machine, joined by gloo: what equivalence.py measures with."""
+"""Several processes on this machine, joined by gloo: what the scripts beside it measure with."""
 
 from __future__ import annotations
 
