@@ -106,6 +106,11 @@ def evaluate(config: dict[str, Any], device: torch.device, screen: Screen) -> di
     subject, source = load_subject(config, device)
     if not source.labelled:
         raise ConfigError(f"{source.name} has no labels, which a probe needs: choose a labelled dataset=...")
+    if len(source.classes) < 2:
+        raise ConfigError(
+            f"{source.name} has a single class, {source.classes[0]!r}, so every answer would be right: "
+            "a probe needs two or more"
+        )
     splits = {name: part for name, part in source.splits.items() if len(part)}
     if node["_target_"].endswith(".Knn"):
         for name in ("k", "temperature"):

@@ -265,6 +265,7 @@ def test_a_folder_of_runs_becomes_a_table(trained: Path, cli: Cli, tmp_path: Pat
         ("run=images", ["images is neither a run directory"]),
         ("run={run} device=cuda:77", ["device is 'cuda:77'"]),
         ("run={run} dataset=flat dataset.root=images", ["images", "no labels"]),
+        ("run={run} dataset=folder dataset.root=single", ["single class, 'a'", "two or more"]),
         ("run={run} dataset=folder dataset.root=nowhere", ["dataset.root is nowhere"]),
         ("run={run} protocol=knn protocol.k=0", ["k=0", "at least 1"]),
         ("run={run} protocol=finetune protocol.from_layer=1", ["protocol.from_layer is 1", "0 is the backbone"]),
@@ -280,6 +281,7 @@ def test_what_cannot_be_measured_is_refused_in_one_message(
     line: str, wanted: list[str], trained: Path, cli: Cli, tmp_path: Path
 ) -> None:
     make_folder(tmp_path / "images", per_class=4, broken=0)
+    shutil.copytree(tmp_path / "images/a", tmp_path / "single/a")
     ended = cli("ssl-eval", *line.format(run=trained).split())
     assert ended.code == 2, ended
     assert [part for part in wanted if part not in ended.err] == [], ended.err
