@@ -20,6 +20,7 @@ SHARDINGS = ("none", "fsdp")
 SCHEDULES = ("cosine", "step", "constant")
 COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
 CHECKPOINT = r"step-\d+(\.pt)?"  # the names of checkpoints: files, or folders of pieces
+EXPORTS = ("backbone", "method")
 RESUME = ("auto", "never", "must")
 DIRECTIONS = ("auto", "max", "min")
 # Scalars of a run, and whether the lowest or the highest value is best.
@@ -85,6 +86,14 @@ def check_device(device: str) -> None:
     """Raise ConfigError unless the name can mean a device; whether there is one is found out later."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise ConfigError(f"device is {device!r}, but it must be one of: auto, cpu, cuda, cuda:N (N = 0, 1, ...), mps")
+
+
+def check_checkpoint(checkpoint: str | int) -> None:
+    """Raise ConfigError unless it can mean a checkpoint; whether there is such a one is found out later."""
+    if isinstance(checkpoint, int):
+        check_range("checkpoint", checkpoint, least=0)
+    elif checkpoint != "last":
+        raise ConfigError(f"checkpoint is {checkpoint!r}, but it must be last or the number of a step")
 
 
 def seconds(name: str, value: str | float | None) -> float | None:
@@ -241,11 +250,22 @@ class EvalSettings:
     trust: list[str]
 
     def __post_init__(self) -> None:
-        if isinstance(self.checkpoint, int):
-            check_range("checkpoint", self.checkpoint, least=0)
-        elif self.checkpoint != "last":
-            raise ConfigError(f"checkpoint is {self.checkpoint!r}, but it must be last or the number of a step")
+        check_checkpoint(self.checkpoint)
         check_device(self.device)
         check_choice("precision", self.precision, PRECISIONS)
         check_range("batch_size", self.batch_size, least=1)
         check_range("workers", self.workers, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """The keys of ssl-export."""
+
+    run: str | None
+    checkpoint: str | int  # last, or a step
+    what: str
+    out: str | None
+
+    def __post_init__(self) -> None:
+        check_checkpoint(self.checkpoint)
+        check_choice("what", self.what, EXPORTS)

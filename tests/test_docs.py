@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-GLOBAL = ("train", "eval", "method", "experiment")  # yaml whose keys are those of the whole configuration
+GLOBAL = ("train", "eval", "export", "method", "experiment")  # yaml whose keys are those of the whole configuration
 HANDED_OVER = ("--help", "--cfg", "-sc", "pkg://")  # answered by Hydra, or in need of an installed package
 
 
@@ -55,7 +55,7 @@ def _rows(text: str) -> list[list[str]]:
 def _commands(page: Path) -> list[str]:
     """The lines of the bash blocks that start one of our commands."""
     lines = "\n".join(text for language, text in _blocks(page) if language == "bash").replace("\\\n", " ").splitlines()
-    found = [re.search(r"(?:^|\buntil )(ssl-(?:train|eval)\b[^;]*|torchrun .*)", line) for line in lines]
+    found = [re.search(r"(?:^|\buntil )(ssl-(?:train|eval|export)\b[^;]*|torchrun .*)", line) for line in lines]
     commands = [match[1] for match in found if match]
     return [command for command in commands if not any(flag in command for flag in HANDED_OVER)]
 
@@ -128,7 +128,12 @@ def test_every_choice_of_a_group_is_named(group: str) -> None:
 
 def test_every_yaml_of_settings_has_a_table() -> None:
     groups = ("method", "mixture", "monitor", "launcher", "optimizer", "protocol")
-    files = [CONF / "train.yaml", CONF / "eval.yaml", *(path for name in groups for path in (CONF / name).iterdir())]
+    files = [
+        CONF / "train.yaml",
+        CONF / "eval.yaml",
+        CONF / "export.yaml",
+        *(path for name in groups for path in (CONF / name).iterdir()),
+    ]
     tables = {name for _, name, _ in _tables()}
     assert [path.name for path in files if str(path.relative_to(ROOT)) not in tables] == []
 

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from processes import Pair
 from runs import differences, last_step, metrics, newest
 from sslcli import checkpoint, distributed, pieces, sharding
-from sslcli.cli import _run
+from sslcli.cli import _export, _run
 from sslcli.cli._compose import checked_jobs
 from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.methods.base import Method
@@ -266,6 +266,25 @@ def test_a_full_disk_is_told_to_all_processes_and_leaves_the_earlier_ones(tmp_pa
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last", "step-00000001"]
 
 
+def exported(run_dir: Path) -> set[str]:
+    """The names in the file of a whole method, once its numbers and those of its backbone are found to be the same."""
+    state = newest(run_dir)["method"]
+    found = {}
+    for what in ("backbone", "method"):
+        path = run_dir / f"{what}.pt"
+        assert _export.run({"run": str(run_dir), "checkpoint": "last", "what": what, "out": str(path)}) == 0
+        found[what] = torch.load(path, weights_only=True)["state_dict"]
+    assert (
+        differences(
+            {f"backbone.{name}": value for name, value in found["backbone"].items()},
+            {name: value for name, value in state.items() if name.startswith("backbone.")},
+        )
+        == []
+    )
+    assert differences(found["method"], state) == []
+    return set(found["method"])
+
+
 STEPS = 10
 RUN = [
     "method=byol",
@@ -336,4 +355,5 @@ def test_a_run_killed_while_it_saves_ends_as_one_never_stopped(tmp_path: Path, p
     assert differences(newest(resumed), newest(whole)) == []
     assert metrics(resumed) == metrics(whole)
     assert {"monitor/knn_top1", "health/std", "train/loss"} <= set().union(*metrics(whole))
+    assert exported(whole) == newest(whole)["method"].keys()
     assert sorted(path.name for path in folder.iterdir()) == ["last", *(f"step-{n:08d}" for n in (6, 8, 10))]

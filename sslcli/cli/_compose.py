@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sslcli.cli import _explain, _schema
-from sslcli.cli._help import folder_of_conf
+from sslcli.cli._help import MULTIRUNS, folder_of_conf
 from sslcli.cli._job import stop_with_sweep
 from sslcli.cli._plugins import conf_of_plugins
 from sslcli.errors import EXIT_CONFIG, ConfigError
@@ -62,6 +62,8 @@ def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
         if any(getattr(arguments, flag) for flag in ANSWERED_BY_HYDRA):
             hand_over(name, lambda config: None, arguments)
             return 0
+        if arguments.multirun and name not in MULTIRUNS:
+            raise ConfigError(f"ssl-{name} has no --multirun: call it once for each value")
         jobs = checked_jobs(name, arguments)
         if arguments.cfg:
             hand_over(name, lambda config: None, arguments)

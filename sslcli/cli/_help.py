@@ -14,7 +14,9 @@ from sslcli.cli._plugins import conf_of_plugins
 TITLES = {
     "train": "ssl-train: pre-train a vision backbone without labels.",
     "eval": "ssl-eval: measure the features of a run, of a folder of runs, or of a bare backbone file.",
+    "export": "ssl-export: one plain file of what a run trained.",
 }
+MULTIRUNS = ("train", "eval")  # the commands that may be given several values of a key
 EXAMPLES = {
     "train": """\
   ssl-train                                             the embedded images, a small net, a few minutes
@@ -26,9 +28,14 @@ EXAMPLES = {
   ssl-eval run=runs/mine protocol=knn dataset=cifar10   another protocol, another data set
   ssl-eval run=runs/sweep                               a table of all runs in a folder
   ssl-eval weights=net.pt backbone=resnet18 dataset=cifar10""",
+    "export": """\
+  ssl-export run=runs/mine                              the backbone after the last step
+  ssl-export run=runs/mine checkpoint=1000 what=method out=method.pt""",
 }
-FLAGS = """\
+MULTIRUN = """\
   -m, --multirun          run every combination of values given as key=a,b
+"""
+FLAGS = """\
   --cfg job [--resolve]   print the configuration that the command line comes to
   --config-dir DIR        a folder with yaml files of your own, in folders named like the groups
   --info searchpath       where yaml files are looked for; also defaults-tree, plugins
@@ -40,6 +47,8 @@ EXITS = {
   0 done   2 the configuration or the data is wrong   3 training failed   75 stopped and saved: run again to go on""",
     "eval": """\
   0 done   2 the configuration or the data is wrong   3 a data worker died""",
+    "export": """\
+  0 done   2 the configuration is wrong, or a file cannot be read or written""",
 }
 
 
@@ -62,13 +71,14 @@ def overview(name: str, folders: list[Path]) -> str:
     text = ((folder_of_conf() or Path()) / f"{name}.yaml").read_text("utf-8")
     defaults = dict(re.findall(r"^  - (\w+): (\w+)", text, re.MULTILINE))
     keys = re.sub(r"^(#.*\n)*defaults:\n(  .*\n)+", "", text, count=1).partition("\nhydra:\n")[0]
+    groups = "\n".join(f"  {group:10s} {listed(folders, group, default)}" for group, default in defaults.items())
+    flags = (MULTIRUN if name in MULTIRUNS else "") + FLAGS.replace("{name}", name)
     parts = [
         TITLES[name],
-        f"usage: ssl-{name} [GROUP=CHOICE ...] [KEY=VALUE ...] [FLAG ...]\n{EXAMPLES[name]}",
-        "groups and their choices, the default in brackets:\n"
-        + "\n".join(f"  {group:10s} {listed(folders, group, default)}" for group, default in defaults.items()),
+        f"usage: ssl-{name} {'[GROUP=CHOICE ...] ' if groups else ''}[KEY=VALUE ...] [FLAG ...]\n{EXAMPLES[name]}",
+        *([f"groups and their choices, the default in brackets:\n{groups}"] if groups else []),
         f"keys and their defaults:\n{indented(keys)}",
-        f"flags:\n{FLAGS.replace('{name}', name)}",
+        f"flags:\n{flags}",
         f"exit codes:\n{EXITS[name]}",
     ]
     return "\n\n".join(parts)

@@ -16,6 +16,7 @@ from sslcli.errors import ConfigError, nearest
 from sslcli.settings import (
     LARGEST_SEED,
     EvalSettings,
+    ExportSettings,
     MonitorSettings,
     RunSettings,
     SweepSettings,
@@ -28,10 +29,15 @@ from sslcli.slurm.script import SlurmSettings
 GROUPS = {  # of each command; those that may be left out are in OPTIONAL
     "train": ("method", "dataset", "backbone", "views", "optimizer", "launcher", "monitor", "mixture", "experiment"),
     "eval": ("protocol", "dataset", "backbone"),
+    "export": (),
 }
-OPTIONAL = {"train": ("mixture", "experiment"), "eval": ("dataset", "backbone")}
+OPTIONAL = {"train": ("mixture", "experiment"), "eval": ("dataset", "backbone"), "export": ()}
 BUILT = ("method", "dataset", "backbone", "views", "optimizer", "protocol")  # have a `_target_`
-PLAIN: dict[str, type] = {"train": RunSettings, "eval": EvalSettings}  # the keys that stand alone
+PLAIN: dict[str, type] = {
+    "train": RunSettings,
+    "eval": EvalSettings,
+    "export": ExportSettings,
+}  # the keys that stand alone
 LAUNCHER_KEYS = {
     "local": {"kind": "str", "timeout": "str | float", "threads": "int | None"},
     "multi": {

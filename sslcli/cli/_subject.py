@@ -17,6 +17,9 @@ from sslcli.data.sources import Source
 from sslcli.data.views import Views
 from sslcli.errors import ConfigError
 
+# What a file of ssl-export tells beside the weights, see _export.py.
+EXPORTED = {"state_dict", "what", "backbone", "image_size", "mean", "std", "views", "precision", "provenance"}
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -68,7 +71,18 @@ def load_subject(config: dict[str, Any], device: torch.device) -> tuple[Subject,
         return net
 
     wanted = config["precision"] if config["precision"] != "auto" else saved["effective"]["precision"]
-    provenance = {
+    provenance = origin(saved, run_dir, path)
+    resolved = precision.resolve(wanted, device)
+    foreign = bool(config.get("dataset")) and images_of(config["dataset"]) != images_of(saved["dataset"])
+    if not foreign:
+        provenance["pretrained_on"] = source.name
+    home = run_dir / "eval"
+    return Subject(trained, method, views, mean, std, resolved, provenance, home, saved["monitor"], foreign), source
+
+
+def origin(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any]:
+    """Where the weights in a checkpoint come from."""
+    return {
         "run": str(run_dir.absolute()),
         "checkpoint": path.name,
         "checkpoint_sha256": checkpoint.digest(path),
@@ -78,12 +92,6 @@ def load_subject(config: dict[str, Any], device: torch.device) -> tuple[Subject,
         "pretrained_on": type_name(saved["dataset"]),
         "pretraining_seed": saved["seed"],
     }
-    resolved = precision.resolve(wanted, device)
-    foreign = bool(config.get("dataset")) and images_of(config["dataset"]) != images_of(saved["dataset"])
-    if not foreign:
-        provenance["pretrained_on"] = source.name
-    home = run_dir / "eval"
-    return Subject(trained, method, views, mean, std, resolved, provenance, home, saved["monitor"], foreign), source
 
 
 def find_checkpoint(run_dir: Path, which: str | int) -> Path:
@@ -107,33 +115,54 @@ def type_name(node: dict[str, Any]) -> str:
 
 
 def _bare(config: dict[str, Any], device: torch.device) -> tuple[Subject, Source]:
-    """A backbone from a file of its own."""
-    for group in ("backbone", "dataset"):
-        if not config.get(group):
-            raise ConfigError(f"weights=FILE needs {group}=... as well")
-    source = build_source(config, trust=config["trust"])
-    path = Path(config["weights"])
+    """A backbone from a file of its own; one that ssl-export wrote tells how it was made and sees images."""
+    path, trust = Path(config["weights"]), config["trust"]
+    found = checkpoint.load_weights(path, device=device)
+    exported = found.keys() >= EXPORTED
+    made = found if exported else {}
+    if made.get("what", "backbone") != "backbone":
+        raise ConfigError(f"weights is {path}, but that holds a whole method: export the backbone, with what=backbone")
+    node = config.get("backbone") or made.get("backbone")
+    if not node:
+        raise ConfigError("weights=FILE needs backbone=... as well, unless ssl-export wrote the file")
+    if not config.get("dataset"):
+        raise ConfigError("weights=FILE needs dataset=... as well")
+    source = build_source(config, trust=trust)
 
     def fresh() -> nn.Module:
         torch.manual_seed(0)
-        net = build_backbone(config, image_size=source.image_size, trust=config["trust"]).to(device)
+        image_size = made.get("image_size", source.image_size)
+        net = build_backbone({"backbone": node}, image_size=image_size, trust=trust).to(device)
         return net.to(memory_format=torch.channels_last)
 
     def trained() -> nn.Module:
         net = fresh()
-        load_strictly(net, checkpoint.load_weights(path, device=device), str(path))
+        load_strictly(net, found["state_dict"] if exported else found, str(path))
         return net
 
     provenance = {
         "weights": str(path.absolute()),
         "checkpoint_sha256": checkpoint.sha256(path),
-        "backbone": config["backbone"]["_target_"],
+        "backbone": node["_target_"],
     }
-    views = Views([{"crop_scale": None}])
-    resolved = precision.resolve(config["precision"], device)
-    home = path.with_name(path.name + ".eval")
-    mean, std = source.mean, source.std
-    return Subject(trained, fresh, views, mean, std, resolved, provenance, home, {}, foreign=False), source
+    if exported:
+        provenance["exported_from"] = made["provenance"]
+    views = build(made["views"], trust=trust, where="views") if exported else Views([{"crop_scale": None}])
+    wanted = made["precision"] if exported and config["precision"] == "auto" else config["precision"]
+    mean, std = made.get("mean", source.mean), made.get("std", source.std)
+    subject = Subject(
+        trained=trained,
+        fresh=fresh,
+        views=views,
+        mean=mean,
+        std=std,
+        precision=precision.resolve(wanted, device),
+        provenance=provenance,
+        home=path.with_name(path.name + ".eval"),
+        monitor=made.get("monitor", {}),
+        foreign=False,
+    )
+    return subject, source
 
 
 def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:

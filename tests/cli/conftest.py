@@ -9,10 +9,11 @@ import torch
 
 from command_line import SMALL, Cli, Ended, installed
 from sslcli.cli import eval as ssl_eval
+from sslcli.cli import export as ssl_export
 from sslcli.cli import train as ssl_train
 from sweeps import JOB
 
-MAINS = {"ssl-train": ssl_train.main, "ssl-eval": ssl_eval.main}
+MAINS = {"ssl-train": ssl_train.main, "ssl-eval": ssl_eval.main, "ssl-export": ssl_export.main}
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import yaml
 from sslcli.cli import _compose
 from sslcli.cli._schema import GROUPS
 from sslcli.cli._signature import GIVEN, INJECTED, parameters_of
-from sslcli.settings import EvalSettings, MonitorSettings, RunSettings, SweepSettings, TrainSettings
+from sslcli.settings import EvalSettings, ExportSettings, MonitorSettings, RunSettings, SweepSettings, TrainSettings
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = {
@@ -90,6 +90,10 @@ def test_train_yaml_holds_the_settings_and_nothing_else() -> None:
 
 def test_eval_yaml_holds_the_settings_and_nothing_else() -> None:
     assert set(read("eval")) - {"defaults", "hydra"} == {field.name for field in fields(EvalSettings)}
+
+
+def test_export_yaml_holds_the_settings_and_nothing_else() -> None:
+    assert set(read("export")) - {"defaults", "hydra"} == {field.name for field in fields(ExportSettings)}
 
 
 def test_every_method_goes_with_every_data_set_and_every_backbone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,14 @@ from command_line import Cli
 from sslcli import __version__
 from sslcli.cli import _help
 from sslcli.cli._schema import GROUPS
-from sslcli.settings import EvalSettings, RunSettings, TrainSettings
+from sslcli.settings import EvalSettings, ExportSettings, RunSettings, TrainSettings
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
 def test_help_names_every_group_choice_and_key(cli: Cli) -> None:
-    for command, settings in (("train", [RunSettings, TrainSettings]), ("eval", [EvalSettings])):
+    commands = {"train": [RunSettings, TrainSettings], "eval": [EvalSettings], "export": [ExportSettings]}
+    for command, settings in commands.items():
         ended = cli(f"ssl-{command}", "--help")
         assert (ended.code, ended.err) == (0, "")
         told = {line.split()[0]: re.findall(r"[\w-]+", line) for line in ended.out.splitlines() if line.strip()}
@@ -80,7 +81,7 @@ def test_a_checkout_that_is_not_installed_finds_its_yaml(monkeypatch: pytest.Mon
 
 PROBE = """
 import contextlib, io, json, os, sys
-from sslcli.cli import eval, train
+from sslcli.cli import eval, export, train
 os.environ |= {"COMP_LINE": "ssl-train method=", "COMP_POINT": "17"}
 told = {}
 for line in sys.argv[1:]:
@@ -89,7 +90,7 @@ for line in sys.argv[1:]:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            {"ssl-train": train, "ssl-eval": eval}[program].main()
+            {"ssl-train": train, "ssl-eval": eval, "ssl-export": export}[program].main()
         except SystemExit as ended:
             code = ended.code
     told[line] = [code, out.getvalue(), err.getvalue(), "torch" in sys.modules, "hydra" in sys.modules]
@@ -109,12 +110,15 @@ def test_torch_is_imported_by_neither_help_nor_printing_nor_completion_nor_wrong
         "ssl-train --multirun seed=0,x",
         "ssl-eval --cfg job",
         "ssl-eval run=/nonesuch",
+        "ssl-export -sc query=bash",
+        "ssl-export run=/nonesuch",
+        "ssl-export run=. what=backbon",
     ]
     ended = subprocess.run([sys.executable, "-c", PROBE, *lines], capture_output=True, text=True, check=True)
     told = json.loads(ended.stdout)
     assert [line for line in lines if told[line][3]] == []
     assert not told[lines[0]][4], "--help imported Hydra"
-    assert [told[line][0] or 0 for line in lines] == [0, 0, 0, 0, 0, 2, 2, 2, 0, 2]
+    assert [told[line][0] or 0 for line in lines] == [0, 0, 0, 0, 0, 2, 2, 2, 0, 2, 0, 2, 2]
     assert "queue_size: 65536" in told[lines[1]][1]
     assert "image_size: 32" in told[lines[2]][1]
     assert "method=moco_v3" in told[lines[3]][1]

@@ -1,0 +1,81 @@
+"""Carry out ssl-export: the weights of a checkpoint and what made them, in one file for torch.load(weights_only=True).
+
+state_dict    the weights, by their plain names
+what          backbone or method
+backbone      how ssl-eval builds the backbone: its `_target_` and values; `method` likewise
+image_size, mean, std, views, precision, monitor
+              how images were prepared, in which format was computed, and how k-NN was measured
+provenance    run, checkpoint, its digest, step, image set, seed
+sslcli        the version that wrote the file
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslcli import __version__, atomic, checkpoint
+from sslcli.cli import _run_dir
+from sslcli.cli._subject import find_checkpoint, origin
+from sslcli.errors import ConfigError
+from sslcli.report.console import Screen
+
+BACKBONE = "backbone."  # what names in a method's state begin with
+
+
+def run(config: dict[str, Any]) -> int:
+    """Carry out a checked configuration of ssl-export; the exit code."""
+    run_dir, what = Path(config["run"]), config["what"]
+    saved = _run_dir.read_config(run_dir)
+    path = find_checkpoint(run_dir, config["checkpoint"])
+    step = checkpoint.step_of(path)
+    out = Path(config["out"] or run_dir / "export" / f"{what}-step-{step:08d}.pt")
+    weights = checkpoint.load(path, device=torch.device("cpu"), weights=True)["method"]
+    if what == "backbone":
+        weights = {name[len(BACKBONE) :]: value for name, value in weights.items() if name.startswith(BACKBONE)}
+    write(out, {"state_dict": weights, "what": what, **described(saved, run_dir, path)})
+    numbers = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
+    with Screen() as screen:
+        screen.table(
+            f"exported: {out}",
+            {"what": what, "of step": step, "numbers": numbers, "size (MB)": round(out.stat().st_size / 1e6, 1)},
+        )
+        if what == "backbone":
+            screen.say(f"to measure it: ssl-eval weights={out} dataset=...")
+    return 0
+
+
+def described(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any]:
+    """What made the weights in a checkpoint, as plain values."""
+    dataset = saved["dataset"]
+    return {
+        "backbone": saved["backbone"],
+        "method": saved["method"],
+        "image_size": dataset["image_size"],
+        "mean": list(dataset["mean"]),
+        "std": list(dataset["std"]),
+        "views": saved["views"],
+        "precision": saved["effective"]["precision"],
+        "monitor": saved["monitor"],
+        "provenance": origin(saved, run_dir, path),
+        "sslcli": __version__,
+    }
+
+
+def write(out: Path, content: dict[str, Any]) -> None:
+    """Save the file, whole or not at all. Raises ConfigError where it cannot be written."""
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, temporary)
+        atomic.synchronise(temporary)
+        os.replace(temporary, out)
+    except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+        with suppress(OSError):
+            temporary.unlink()
+        raise ConfigError(f"out is {out}, but it cannot be written ({str(error).splitlines()[0]})") from error

@@ -1,0 +1,35 @@
+"""ssl-export: one plain file of what a run trained. See conf/export.yaml."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from sslcli.cli._help import show_and_exit
+from sslcli.errors import ConfigError
+
+
+def main() -> None:
+    """The console script."""
+    show_and_exit("export")
+    from sslcli.cli._compose import command
+
+    sys.exit(command("export", export))
+
+
+def export(config: dict[str, Any]) -> int:
+    """Carry out a checked configuration of ssl-export; the exit code."""
+    if config["run"] is None:
+        raise ConfigError("give run=DIR, the directory of the run to export")
+    if not os.path.isdir(config["run"]):
+        raise ConfigError(f"run is {config['run']!r}, but there is no such directory")
+    if config["out"] is not None and os.path.isdir(config["out"]):
+        raise ConfigError(f"out is {config['out']!r}, but that is a directory: give the name of a file")
+    from sslcli.cli._export import run
+
+    return run(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""ssl-export from the command line to a file that ssl-eval measures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from command_line import Cli, installed
+
+SAME = ["dataset=shapes", "dataset.limit=200", "dataset.test_images=100"]  # as the run was trained on
+KNN = ["protocol=knn", "baselines=false"]
+
+
+@pytest.fixture
+def trained(run_dir: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run."""
+    return Path(shutil.copytree(run_dir, tmp_path / "trained", symlinks=True))
+
+
+def test_the_backbone_of_a_run_becomes_a_file_that_measures_the_same(trained: Path, cli: Cli) -> None:
+    ended = cli("ssl-export", f"run={trained}")
+    assert (ended.code, ended.err) == (0, "")
+    path = trained / "export/backbone-step-00000003.pt"
+    assert str(path) in ended.out.replace("\n", "")
+    found = torch.load(path, weights_only=True)
+    state = torch.load(trained / "checkpoints/last", weights_only=True)["method"]
+    expected = {name.removeprefix("backbone."): v for name, v in state.items() if name.startswith("backbone.")}
+    assert found["state_dict"].keys() == expected.keys()
+    assert all(torch.equal(found["state_dict"][name], expected[name]) for name in expected)
+    assert (found["what"], found["provenance"]["step"]) == ("backbone", 3)
+    assert found["backbone"]["_target_"] == "sslcli.backbones.small.Small"
+
+    assert cli("ssl-eval", f"run={trained}", *KNN).code == 0
+    for backbone in ([], ["backbone=small"]):
+        ended = cli("ssl-eval", f"weights={path}", *SAME, *KNN, *backbone)
+        assert (ended.code, ended.err) == (0, "")
+        one, other = (json.loads((home / "knn.json").read_text()) for home in (trained / "eval", Path(f"{path}.eval")))
+        for key in ("top1", "top5", "test_top1", "k", "precision", "n_test"):
+            assert other[key] == one[key]
+        assert other["exported_from"]["checkpoint_sha256"] == one["checkpoint_sha256"]
+
+
+def test_a_whole_method_is_exported_where_it_is_wanted(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "all.pt"
+    ended = cli("ssl-export", f"run={trained}", "what=method", f"out={out}", "checkpoint=3")
+    assert (ended.code, ended.err) == (0, "")
+    found = torch.load(out, weights_only=True)
+    state = torch.load(trained / "checkpoints/last", weights_only=True)["method"]
+    assert found["state_dict"].keys() == state.keys()
+    assert found["method"]["_target_"] == "sslcli.methods.simclr.SimCLR"
+    ended = cli("ssl-eval", f"weights={out}", *SAME, *KNN)
+    assert ended.code == 2
+    assert "what=backbone" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("", ["give run=DIR"]),
+        ("run=nowhere", ["nowhere", "no such directory"]),
+        ("run=.", ["not a run directory"]),
+        ("run={run} checkpoint=2", ["checkpoint is 2", "steps: 3"]),
+        ("run={run} checkpoint=first", ["'first'", "last or the number of a step"]),
+        ("run={run} what=head", ["'head'", "backbone, method"]),
+        ("run={run} out=.", ["out is '.'", "directory"]),
+        ("run={run} out=file/in/a/file", ["out is file/in/a/file", "cannot be written"]),
+        ("run={run} whatt=method", ["whatt", "Did you mean 'what'"]),
+        ("--multirun run={run} checkpoint=2,3", ["no --multirun"]),
+        ("method=byol run={run}", ["method"]),
+    ],
+)
+def test_wrong_input_is_refused_in_one_message(
+    line: str, wanted: list[str], trained: Path, cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    ended = cli("ssl-export", *line.format(run=trained).split())
+    assert ended.code == 2, ended
+    assert [part for part in wanted if part not in ended.err] == [], ended.err
+    assert ended.err.count("\n") == 1
+    assert not (trained / "export").exists()
+
+
+def test_the_installed_command_tells_how_to_go_on(trained: Path, tmp_path: Path) -> None:
+    assert "ssl-eval weights=" in installed(tmp_path, "ssl-export", f"run={trained}")
