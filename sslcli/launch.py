@@ -26,7 +26,7 @@ from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError
 AGENT = "SSLCLI_AGENT"  # its process id
 BEGUN = "SSLCLI_BEGUN"  # when it began, on the clock of time.monotonic
 RESTARTS = "SSLCLI_RESTARTS"  # how many starts came before
-EXIT_LOST = 4  # from a process to our agent: a process it needs vanished. The user sees EXIT_FAILED
+EXIT_LOST = 4  # from a process to our agent: what ended it need not happen again. The user sees EXIT_FAILED
 REMEDY = "The usual cause of SIGKILL is too little memory"
 
 
@@ -213,7 +213,8 @@ def run_once(arguments: list[str], count: int, meeting: Meeting) -> dict[int, in
 
 def crashed(codes: dict[int, int]) -> bool:
     """Whether processes ended by something that need not happen again; `codes` by rank, negative for a signal."""
-    return bool(codes) and not {EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED} & set(codes.values())
+    told = {EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED} & set(codes.values())
+    return not told and any(code < 0 or code == EXIT_LOST for code in codes.values())
 
 
 def losses(codes: dict[int, int]) -> str:
@@ -225,7 +226,7 @@ def how_it_ended(code: int) -> str:
     """An exit code in words."""
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
-    return "lost a process it needs" if code == EXIT_LOST else f"ended with exit code {code}"
+    return "could not go on" if code == EXIT_LOST else f"ended with exit code {code}"
 
 
 def exit_code(codes: dict[int, int]) -> int:

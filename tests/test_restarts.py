@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sslcli import launch
+from sslcli.cli import _launch
 from sslcli.launch import begun, crashed, restarted, run_processes
 
 ENDS = """
@@ -47,8 +50,8 @@ def _signals() -> Iterator[None]:
         ([75], 75, []),
         ([-9, 0], 0, ["process 0 was ended by SIGKILL; all start again from the last checkpoint (restart 1 of 2)"]),
         ([-9, 75], 75, ["(restart 1 of 2)"]),
-        ([1, 3], 3, ["process 0 ended with exit code 1; all start again"]),
-        ([launch.EXIT_LOST, 0], 0, ["process 0 lost a process it needs; all start again"]),
+        ([1], 1, []),
+        ([launch.EXIT_LOST, 0], 0, ["process 0 could not go on; all start again"]),
         ([-9, -11, -9], 3, ["restart 1 of 2", "by SIGSEGV; all", "by SIGKILL after 2 restarts. The usual cause"]),
     ],
 )
@@ -83,6 +86,26 @@ def test_one_process_that_tells_a_reason_decides_over_those_it_took_along() -> N
     assert not crashed({0: 3, 1: -9})
     assert not crashed({})
     assert crashed({0: 1, 1: -6})
+
+
+@pytest.mark.parametrize(("saved", "code"), [(False, 1), (True, launch.EXIT_LOST)])
+def test_an_error_of_the_program_is_tried_again_only_from_a_newer_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: bool, code: int
+) -> None:
+    def fail(config: dict[str, str]) -> int:
+        if saved:
+            (tmp_path / "checkpoints").mkdir()
+            (tmp_path / "checkpoints" / "step-00000001.pt").touch()
+        raise ZeroDivisionError
+
+    (tmp_path / "config.json").write_text(json.dumps({"run_dir": str(tmp_path)}))
+    monkeypatch.setattr("sslcli.launch.die_with_parent", lambda: None)
+    monkeypatch.setattr(_launch, "launch", fail)
+    monkeypatch.setattr(sys, "argv", ["-m", str(tmp_path / "config.json")])
+    with pytest.raises(SystemExit) as ended:
+        _launch.main()
+    assert ended.value.code == code
+    assert capsys.readouterr().err.count("Traceback") == 1
 
 
 def test_a_process_knows_whether_it_was_started_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -61,16 +62,28 @@ def default_name(config: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """One process of several: `python -m sslcli.cli._launch CONFIG.json`."""
-    from sslcli.launch import die_with_parent
+    """One process of several: `python -m sslcli.cli._launch CONFIG.json`.
+
+    An error of the program is worth another start only if there is a newer checkpoint than before this one.
+    """
+    from sslcli.launch import EXIT_LOST, die_with_parent
 
     die_with_parent()
     config = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    before = checkpoints(config)
     try:
         sys.exit(launch(config))
     except ConfigError as error:
         print(f"ssl-train: {error}", file=sys.stderr)
         sys.exit(EXIT_CONFIG)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1 if checkpoints(config) == before else EXIT_LOST)
+
+
+def checkpoints(config: dict[str, Any]) -> set[str]:
+    """The names of what a run has saved so far."""
+    return {path.name for path in Path(config["run_dir"], "checkpoints").glob("step-*")}
 
 
 if __name__ == "__main__":
