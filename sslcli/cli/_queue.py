@@ -192,13 +192,13 @@ def _begin(sweep: Sweep, job: Job, slot: Slot, held: IO[str] | None, relay: Rela
 def _end(sweep: Sweep, one: Running, *, quiet: bool) -> int:
     """Note how a job ended; its exit code."""
     code = one.process.wait()
-    if one.held is not None:
-        one.held.close()
     note_end(sweep, one.job, code)
     row = next(row for row in _sweep_table.update(sweep) if row.name == one.job.name)
     if quiet:
         why = f"; what it printed: {log_of(sweep, one.job)}" if code not in (0, EXIT_STOPPED) else ""
         print(f"{row.status:11s} {sweep.title(one.job)}{row.told(sweep.metric)}{why}", flush=True)
+    if one.held is not None:
+        one.held.close()
     return code
 
 

@@ -175,7 +175,11 @@ def watched(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]) 
         except Exception as error:  # of code we do not know
             if started(sweep) == before:
                 raise ConfigError(f"Hydra could not start the sweep: {one_line(error)}") from error
-            print(f"ssl-{sweep.command}: the sweep ended early: {one_line(error)}", file=sys.stderr)
+            print(
+                f"ssl-{sweep.command}: the sweep ended early: {one_line(error)}. Jobs at work elsewhere go on; the "
+                "same command again tells how they stand, and starts what is left",
+                file=sys.stderr,
+            )
             return bool(received), True
         finally:
             GlobalHydra.instance().clear()

@@ -213,6 +213,44 @@ def test_a_job_gets_the_flags_that_it_needs(cli: Cli, monkeypatch: pytest.Monkey
     assert rest[-1].startswith(f'run_dir="{tmp_path}/a=b/mine_shapes_small_')
 
 
+def test_a_yaml_may_hold_the_values_that_are_swept(quick_jobs: None, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "my/experiment").mkdir(parents=True)
+    (tmp_path / "my/experiment/seeds.yaml").write_text(
+        "# @package _global_\nhydra:\n  sweeper:\n    params:\n      seed: 0,1\n      train.epochs: 1,2\n"
+    )
+    ended = cli("ssl-train", *HERE, "experiment=seeds", "--config-dir=my", "train.epochs=5")
+    assert ended.code == 0
+    rows = table(tmp_path / "here")
+    assert sorted((row["seed"], row["train.epochs"]) for row in rows) == [("0", "5"), ("1", "5")]
+
+
+def test_a_metric_that_no_job_has_is_told(quick_jobs: None, cli: Cli) -> None:
+    ended = cli("ssl-train", *HERE, "seed=0,1", "sweep.metric=health/rankme")
+    assert ended.code == 0
+    assert "no job has health/rankme" in ended.out
+
+
+def test_evaluations_are_swept_too_and_made_again(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "note.py"
+    script.write_text(
+        "import sys\n"
+        "open('lines', 'a').write(' '.join(sys.argv[1:]) + chr(10))\n"
+        "sys.exit(3 * ('protocol=linear' in sys.argv))\n"
+    )
+    monkeypatch.setattr("sslcli.cli._sweep.program_of", lambda command: (sys.executable, str(script)))
+    for _ in range(2):
+        ended = cli("ssl-eval", "-m", "run=runs/one", "protocol=knn,linear", "hydra.sweep.dir=here")
+        assert ended.code == 3
+    assert sorted((tmp_path / "lines").read_text().splitlines()) == [
+        *["run=runs/one protocol=knn"] * 2,
+        *["run=runs/one protocol=linear"] * 2,
+    ]
+    assert {row["protocol"]: row["status"] for row in table(tmp_path / "here")} == {
+        "knn": "finished",
+        "linear": "failed",
+    }
+
+
 ORPHAN = """
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
