@@ -15,9 +15,11 @@ from processes import Pair
 from sslcli import distributed
 from sslcli.methods.base import Batch, Method
 from sslcli.methods.byol import BYOL, byol_loss
+from sslcli.methods.infomin import InfoMin
 from sslcli.methods.moco import MoCo
 from sslcli.methods.moco_v3 import MoCoV3, contrast
 from sslcli.methods.simclr import SimCLR, nt_xent
+from sslcli.methods.simclr_v2 import SimCLRv2
 from sslcli.mixture import UnMix, add_mixture, mix_global, mix_region
 from tiny import TinyNet, make_batch
 
@@ -26,6 +28,8 @@ METHODS: dict[str, tuple[type[Method], dict[str, Any]]] = {
     "moco symmetric": (MoCo, {"dim": 4, "queue_size": 12, "bn_group": 4, "symmetric": True}),
     "moco_v3": (MoCoV3, {"dim": 4, "hidden": 16}),
     "simclr": (SimCLR, {"dim": 4}),
+    "simclr_v2": (SimCLRv2, {"dim": 4, "queue_size": 12}),
+    "infomin": (InfoMin, {"dim": 4, "queue_size": 12, "bn_group": 4, "jigsaw_weight": 0.0}),
     "byol": (BYOL, {"dim": 4, "hidden": 16}),
 }
 
@@ -169,7 +173,8 @@ def test_the_term_weighs_both_orders_of_the_mixtures_against_the_clean_targets(w
 def loss_of(method: Method, images: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
     """What the papers' losses make of `images` as queries, for the targets of the views."""
     if isinstance(method, SimCLR):
-        return nt_xent(method.projection(images), method.projection(x2), temperature=method.temperature).loss
+        settings = {"temperature": method.temperature, "memory": getattr(method, "queue", None)}
+        return nt_xent(method.projection(images), method.projection(x2), **settings).loss
     if isinstance(method, MoCoV3):
         query = method.predict(images)
         return sum(contrast(query, method.target(x), temperature=method.temperature).loss for x in (x1, x2))
