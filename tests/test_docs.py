@@ -23,7 +23,8 @@ CONF = ROOT / "conf"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 GLOBAL = ("train", "eval", "export", "method", "experiment")  # yaml whose keys are those of the whole configuration
-HANDED_OVER = ("--help", "--cfg", "-sc", "pkg://")  # answered by Hydra, or in need of an installed package
+# Answered by Hydra, or in need of an installed package.
+HANDED_OVER = ("--help", "--cfg", "-sc", "pkg://", "hydra/launcher", "hydra/sweeper")
 
 
 def _name(page: Path) -> str:

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import hydra
@@ -263,8 +263,13 @@ def _find_own_modules(job: dict[str, Any]) -> None:
 
 def digested(lines: list[str]) -> str:
     """Six hex digits of the overrides that make a run what it is, so that the same command finds its directory."""
-    telling = sorted(line for line in lines if not _is_neutral(line.partition("=")[0].lstrip("+~")))
-    return hashlib.sha256("\n".join(telling).encode()).hexdigest()[:6] if telling else ""
+    found = telling(lines)
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:6] if found else ""
+
+
+def telling(lines: Iterable[str]) -> list[str]:
+    """The overrides that make a run what it is, in an order of their own."""
+    return sorted(line for line in lines if not _is_neutral(line.partition("=")[0].lstrip("+~")))
 
 
 def _is_neutral(key: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from sslcli import atomic
 from sslcli.cli import _run_dir
-from sslcli.errors import EXIT_STOPPED
+from sslcli.errors import EXIT_STOPPED, ConfigError
 from sslcli.settings import SweepSettings
 from sslcli.slurm.queue import told_code, told_job
 
@@ -133,8 +133,13 @@ def note_end(sweep: Sweep, job: Job, code: int) -> None:
 
 
 def read(path: Path) -> Record:
-    """A record from its file."""
-    return Record(**json.loads(path.read_text(encoding="utf-8")))
+    """A record from its file. Raises ConfigError where that is none."""
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not the record of a job of a sweep: remove it, or choose another folder"
+        ) from error
 
 
 def write(path: Path, record: Record) -> None:

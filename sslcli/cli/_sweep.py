@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sslcli.cli import _sweep_hydra, _sweep_table
-from sslcli.cli._compose import digested, flags_of
+from sslcli.cli._compose import digested, flags_of, telling
 from sslcli.cli._job import FAILED, INTERRUPTED, STOPPED, WAITING, Job, Sweep, enrol, is_due, job_of, status_of
 from sslcli.cli._queue import Slot, run_queue, slots_of
 from sslcli.cli._sweep_table import Row
@@ -37,7 +37,7 @@ def sweep(command: str, configs: list[dict[str, Any]], arguments: Namespace) -> 
     check_engine(this, configs, drawn=drawn, launcher=launcher)
     jobs = [] if drawn else [job_of(this, config) for config in configs]
     check_distinct(jobs)
-    prepare(this)
+    prepare(this, jobs)
     due = [job for job in jobs if is_due(this, job)]
     if not drawn:
         print(summary(this, jobs, due), flush=True)
@@ -116,8 +116,8 @@ def check_distinct(jobs: list[Job]) -> None:
         )
 
 
-def prepare(this: Sweep) -> None:
-    """Make the folder of a sweep. Raises ConfigError where that cannot be."""
+def prepare(this: Sweep, jobs: list[Job]) -> None:
+    """Make the folder of a sweep and the records of its jobs. Raises ConfigError where that cannot be."""
     try:
         this.records.mkdir(parents=True, exist_ok=True)
         (this.records / "stop").unlink(missing_ok=True)
@@ -125,6 +125,13 @@ def prepare(this: Sweep) -> None:
         raise ConfigError(
             f"hydra.sweep.dir is {this.folder}, but it cannot be written ({error.strerror}): choose another"
         ) from error
+    for job in jobs:
+        known = enrol(this, job).overrides
+        if telling(known) != telling(job.overrides):  # the digests of both are the same by chance
+            raise ConfigError(
+                f"{this.folder} holds a job named {job.name} with other overrides ({' '.join(known)}): choose another "
+                "hydra.sweep.dir"
+            )
 
 
 def summary(this: Sweep, jobs: list[Job], due: list[Job]) -> str:

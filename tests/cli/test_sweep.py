@@ -224,6 +224,20 @@ def test_a_yaml_may_hold_the_values_that_are_swept(quick_jobs: None, cli: Cli, t
     assert sorted((row["seed"], row["train.epochs"]) for row in rows) == [("0", "5"), ("1", "5")]
 
 
+def test_a_record_of_another_job_is_not_taken_for_ones_own(quick_jobs: None, cli: Cli, tmp_path: Path) -> None:
+    line = ["ssl-train", *HERE, "seed=0,1"]
+    assert cli(*line).code == 0
+    path = next((tmp_path / "here/jobs").glob("*.json"))
+    path.write_text(path.read_text().replace("seed=", "seed=7"))
+    ended = cli(*line)
+    assert ended.code == 2
+    assert f"holds a job named {path.stem} with other overrides" in ended.err
+    path.write_text("{}")
+    ended = cli(*line)
+    assert ended.code == 2
+    assert f"{path} is not the record of a job" in ended.err
+
+
 def test_a_metric_that_no_job_has_is_told(quick_jobs: None, cli: Cli) -> None:
     ended = cli("ssl-train", *HERE, "seed=0,1", "sweep.metric=health/rankme")
     assert ended.code == 0
