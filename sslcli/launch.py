@@ -106,7 +106,7 @@ def die_with_parent() -> None:
 
 
 def restarted() -> bool:
-    """Whether these processes were started again, after a crash, by our own agent or by torchrun."""
+    """Whether these processes were started again, by our own agent, by torchrun, or by the script of their job."""
     return int(os.environ.get(RESTARTS, 0)) + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
@@ -145,7 +145,8 @@ def run_processes(
     of torch's agent make no difference between exit codes. `tell` gets why they start again or end.
 
     With a `meeting` the same call on its other nodes starts the other processes, and SIGUSR1 and SIGUSR2, which a
-    scheduler sends to every process of a job, are left to the processes: they agree on the step to stop after.
+    scheduler sends to every process of a job, are left to the processes: they agree on the step to stop after. After a
+    crash the code is EXIT_LOST.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -164,7 +165,7 @@ def run_processes(
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes tell why they end
     try:
         for restart in range(max_restarts + 1):
-            os.environ[RESTARTS] = str(restart)
+            os.environ[RESTARTS] = str(int(environment.get(RESTARTS, 0)) + restart)
             codes = run_once(arguments, count, meeting or Meeting(name=f"{os.getpid()}-{restart}"))
             if not crashed(codes) or restart == max_restarts:
                 break
@@ -176,6 +177,9 @@ def run_processes(
         os.environ |= environment
         for number, handler in before.items():
             signal.signal(number, handler)
+    if crashed(codes) and meeting is not None:  # who started the nodes may start all of them again
+        tell(f"{losses(codes)}. {REMEDY}")
+        return EXIT_LOST
     if crashed(codes):
         after = f" after {max_restarts} restarts" if max_restarts else ""
         tell(f"{losses(codes)}{after}. {REMEDY}; start the same command again to go on")

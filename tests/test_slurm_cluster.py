@@ -6,6 +6,7 @@ import csv
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,9 @@ def test_a_preempted_run_on_two_nodes_comes_back_and_ends_as_one_that_never_was(
     two = ["launcher=multi", "launcher.processes=2"]
     complete(start_warm(*command, *two, f"run_dir={other}", log=tmp_path / "other.log", **here), tmp_path / "other.log")
     wait_for_step(job, run_dir, 4)
+    assert f"another run (process {(run_dir / '.lock').read_text().split()[1]} on node1)" in refused_on_node2(
+        cluster, run_dir
+    )
     ask(cluster, "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     history = run_dir / "slurm" / "history.log"
     while "queued again" not in history.read_text():
@@ -110,6 +114,15 @@ def test_a_preempted_run_on_two_nodes_comes_back_and_ends_as_one_that_never_was(
     assert {(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)} == {"node1", "node2"}
     assert differences(newest(run_dir), newest(other)) == []
     assert metrics(run_dir) == metrics(other)
+
+
+def refused_on_node2(cluster: dict[str, str], run_dir: Path) -> str:
+    """What a second run in the directory hears on the other node."""
+    code = f"from pathlib import Path; from sslcli.cli._run_dir import lock; lock(Path({str(run_dir)!r}), patience=0)"
+    line = ["srun", "--nodelist=node2", sys.executable, "-c", code]
+    ended = subprocess.run(line, env=os.environ | cluster, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    return ended.stderr
 
 
 def test_one_job_of_a_sweep_of_six_may_fail(cluster: dict[str, str], tmp_path: Path) -> None:

@@ -248,3 +248,23 @@ def test_a_time_limit_that_comes_before_the_run_is_saved_queues_again(tmp_path: 
     assert (code, calls[1:]) == (0, ["requeue 7"])
     assert history[1] == "told to end: the job is TIMEOUT, for the reason TimeLimit"
     assert history[-1].startswith("the time limit came before the run was saved; queued again")
+
+
+def test_a_crash_starts_all_again_so_many_times(tmp_path: Path) -> None:
+    run = 'echo 4 >codes/0; echo "$SSLCLI_RESTARTS" >>starts; exit 4'
+    code, calls, history = carry_out(tmp_path, run, SLURM_RESTART_COUNT="1")
+    assert (code, (tmp_path / "7.exit").read_text()) == (3, "3\n")
+    assert (tmp_path / "starts").read_text().split() == ["1", "2", "3", "4"]
+    assert len({call.rpartition(":")[2] for call in calls}) == 4  # ports
+    assert history[-2].endswith("all start again from the last checkpoint (restart 3 of 3)")
+
+
+def test_a_crash_that_does_not_come_again_is_forgotten(tmp_path: Path) -> None:
+    code, calls, _ = carry_out(tmp_path, "if [ -e once ]; then exit 0; fi; touch once; exit 137")
+    assert (code, len(calls)) == (0, 2)
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_what_would_only_happen_again_is_not_repeated(code: int, tmp_path: Path) -> None:
+    ended, calls, _ = carry_out(tmp_path, f"exit {code}")
+    assert (ended, len(calls)) == (code, 1)

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from sslcli import atomic, checkpoint, distributed, launch, precision, sharding
+from sslcli import atomic, checkpoint, distributed, heartbeat, launch, precision, sharding
 from sslcli.allocator import keep_freed_memory
 from sslcli.cli import _run_dir
 from sslcli.cli._agree import check_agreement
@@ -121,7 +121,7 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
     check_cached_gradients(parts.method, config["train"]["cached_gradients"])
     place(parts.method, TrainSettings(**config["train"]), device)
     optimizer, peak_lr = build_optimizer(config, parts.method)
-    held = _run_dir.lock(run_dir, patience=patience()) if main and not dry else None
+    held = hold(run_dir, patience=patience_of(config)) if main and not dry else None
     if held is not None:
         _run_dir.check_resumable(run_dir, config)  # once more, now that nobody else can change it
     with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
@@ -159,9 +159,26 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
     return 0
 
 
-def patience() -> float:
-    """Seconds to wait for the run directory: what is left of a job that Slurm queued again may hold it for a while."""
-    return 60.0 if int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 else 3.0
+def patience_of(config: dict[str, Any]) -> float:
+    """Seconds to wait for the run directory.
+
+    When Slurm starts a job again because a node is lost, the processes on that node hold the directory until they
+    notice, which takes `launcher.timeout` at most.
+    """
+    limit = seconds("launcher.timeout", config["launcher"]["timeout"])
+    return 0.0 if limit is None or int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0 else limit + 60
+
+
+def hold(run_dir: Path, *, patience: float) -> IO[str]:
+    """Lock the run directory. Raises ConfigError where another run holds it for longer than `patience`, in seconds."""
+    begun = time.monotonic()
+    while True:
+        try:
+            return _run_dir.lock(run_dir)
+        except ConfigError:
+            if time.monotonic() - begun > patience:
+                raise
+            heartbeat.sign("waiting for the run directory")
 
 
 def want_requeue(run_dir: Path, why: Stopped) -> None:

@@ -101,7 +101,7 @@ def carry_out(config: dict[str, Any], endpoint: str) -> int:
 
         return run(config)
     meeting = Meeting(
-        name=f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}",
+        name=f"{os.environ['SLURM_JOB_ID']}-{endpoint}",
         nodes=settings.nodes,
         node=int(os.environ["SLURM_NODEID"]),
         endpoint=endpoint,
@@ -110,7 +110,7 @@ def carry_out(config: dict[str, Any], endpoint: str) -> int:
     return run_processes(
         ["-m", "sslcli.cli._launch", str(folder_of(run_dir) / "config.json")],
         processes=settings.processes,
-        max_restarts=0,  # of one node alone; Slurm restarts jobs
+        max_restarts=0,  # of one node alone; the script starts all nodes again
         tell=partial(tell, run_dir),
         meeting=meeting,
     )

@@ -1,7 +1,6 @@
 # From here on every job is the same: start one agent a node; when Slurm warns, let the run save, then queue it again.
 attempt=${SLURM_RESTART_COUNT:-0}
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((10000 + (SLURM_JOB_ID + 7919 * attempt) % 20000))
 warned="" over=""
 trap 'warned=${warned:-now}' USR1
 trap 'over=${over:-now}' TERM # the job is cancelled, or its time is over; the run gets this signal as well, and saves
@@ -59,8 +58,6 @@ if [ "$attempt" -gt 0 ] && ! tail -n 1 "$folder/history.log" | grep -q "queued a
 fi
 note "starts on $SLURM_JOB_NODELIST"
 [ "$attempt" -gt 0 ] || rm -f "$folder/idle"
-rm -rf "$folder/want_requeue" "$folder/codes"
-mkdir "$folder/codes"
 before=$(newest)
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # names that cannot be looked up, stores that end first
 prepare || { note "launcher.setup ended with exit code $?" && finish 2; }
@@ -68,28 +65,45 @@ prepare || { note "launcher.setup ended with exit code $?" && finish 2; }
 
 # The signal for the run reaches every process of the step. The agents must not die of it, and neither must a run that
 # is still importing; what is ignored stays ignored until the run takes it over.
-"${step[@]}" bash -c 'trap "" USR1; exec "$@"' agent "${agent[@]}" "$host:$port" &
-srun=$!
-while kill -0 "$srun" 2>/dev/null; do
-  sleep 1
-  if [ "$warned" = now ]; then
-    warned=$(cause)
-    note "asked to stop by $warned"
-  fi
-  if [ "$over" = now ]; then
-    over=yes
-    note "told to end: the job is $(field JobState), for the reason $(field Reason)"
-  fi
-  if [ -e "$folder/want_requeue" ]; then continue; fi
-  if [ -n "$over" ] && [ "$(field Reason)" = TimeLimit ]; then queue_again "the time limit came before the run was saved"; fi
-  # A signal before the run listens is lost, so it is repeated until the run has answered.
-  if [ -n "$warned" ] && [ -z "$over" ]; then scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null; fi
+begin() {
+  export SSLCLI_RESTARTS=$((attempt + restarts))
+  port=$((10000 + (SLURM_JOB_ID + 7919 * attempt + 104729 * restarts) % 20000))
+  rm -rf "$folder/want_requeue" "$folder/codes"
+  mkdir "$folder/codes"
+  "${step[@]}" bash -c 'trap "" USR1; exec "$@"' agent "${agent[@]}" "$host:$port" &
+  srun=$!
+}
+
+watch() {
+  while kill -0 "$srun" 2>/dev/null; do
+    sleep 1
+    if [ "$warned" = now ]; then
+      warned=$(cause)
+      note "asked to stop by $warned"
+    fi
+    if [ "$over" = now ]; then
+      over=yes
+      note "told to end: the job is $(field JobState), for the reason $(field Reason)"
+    fi
+    if [ -e "$folder/want_requeue" ]; then continue; fi
+    if [ -n "$over" ] && [ "$(field Reason)" = TimeLimit ]; then queue_again "the time limit came before the run was saved"; fi
+    # A signal before the run listens is lost, so it is repeated until the run has answered.
+    if [ -n "$warned" ] && [ -z "$over" ]; then scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null; fi
+  done
+  wait "$srun"
+  code=$?
+  ls "$folder" >/dev/null # makes NFS look for what another node wrote
+  [ "$code" -eq 0 ] || code=$(exit_code "$code")
+}
+
+for ((restarts = 0; ; restarts++)); do
+  begin
+  watch
+  if [ -e "$folder/want_requeue" ]; then queue_again "$(cat "$folder/want_requeue")${warned:+ ($warned)}"; fi
+  case $code in 0 | 2 | 3 | 75) finish "$code" ;; esac
+  # The signal can find a step that does not ignore it yet; the newest checkpoint is as good then.
+  if [ -n "$warned" ]; then queue_again "ended with exit code $code ($warned)"; fi
+  if [ -n "$over" ] || [ "$restarts" -ge "$max_restarts" ]; then finish 3; fi
+  note "a process crashed or was killed (exit code $code); all start again from the last checkpoint" \
+    "(restart $((restarts + 1)) of $max_restarts)"
 done
-wait "$srun"
-code=$?
-ls "$folder" >/dev/null # makes NFS look for what another node wrote
-if [ -e "$folder/want_requeue" ]; then queue_again "$(cat "$folder/want_requeue")${warned:+ ($warned)}"; fi
-# The signal can find a step that does not ignore it yet; the newest checkpoint is as good then.
-if [ -n "$warned" ] && [ "$code" -gt 128 ]; then queue_again "ended by signal $((code - 128)) ($warned)"; fi
-[ "$code" -eq 0 ] || code=$(exit_code "$code")
-finish "$code"

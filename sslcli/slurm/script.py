@@ -51,6 +51,7 @@ class SlurmSettings:
     extra: list[str]
     setup: str | None
     python: str | None
+    max_restarts: int
     timeout: str | float
     threads: int | None
     wait: bool
@@ -58,7 +59,8 @@ class SlurmSettings:
     def __post_init__(self) -> None:
         for name in ("nodes", "processes_per_node", "cpus_per_node", "threads"):
             check_range(f"launcher.{name}", getattr(self, name), least=1)
-        check_range("launcher.gpus_per_node", self.gpus_per_node, least=0)
+        for name in ("gpus_per_node", "max_restarts"):
+            check_range(f"launcher.{name}", getattr(self, name), least=0)
         for name in ("gpu_type", "partition", "account", "qos", "constraint", "python"):
             value = getattr(self, name)
             if value is not None and (not value.strip() or not value.isprintable()):
@@ -150,6 +152,7 @@ def render(settings: SlurmSettings, *, folder: Path, cwd: Path, python: str) -> 
         "# Written by ssl-train launcher=slurm. It needs nothing but this folder and the installed sslcli.",
         f"folder={shlex.quote(str(folder))}",
         f"warning={settings.warning}  # seconds between the signal and the time limit",
+        f"max_restarts={settings.max_restarts}",
         f"agent=({agent})",
         f"step=({shlex.join(step)})",
         "prepare() {",
