@@ -207,12 +207,17 @@ def run_once(arguments: list[str], count: int, meeting: Meeting) -> dict[int, in
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        return {rank: failure.exitcode for rank, failure in error.failures.items()}
+        return causes({rank: failure.exitcode for rank, failure in error.failures.items()})
     except (RendezvousError, dist.DistError):
         if meeting.nodes == 1:
             raise
         return {meeting.node * count: EXIT_LOST}
     return {}
+
+
+def causes(codes: dict[int, int]) -> dict[int, int]:
+    """`codes` without the processes that the agent ended by SIGTERM because of another."""
+    return {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes
 
 
 def crashed(codes: dict[int, int]) -> bool:
