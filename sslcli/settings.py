@@ -156,6 +156,12 @@ class TrainSettings:
                 "train.sharding is 'fsdp' and train.cached_gradients is true, but cached gradients call parts of a "
                 "method, and a sharded one is whole in its forward alone: leave one of them out"
             )
+        if self.compile and (self.sharding == "fsdp" or self.activation_checkpointing):
+            raise ConfigError(
+                f"train.compile is true, train.sharding {self.sharding!r} and train.activation_checkpointing "
+                f"{str(self.activation_checkpointing).lower()}, but a compiled backbone is not taken block by block: "
+                "leave compile out, or the others"
+            )
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"train.batch_size is {self.batch_size} and train.accumulate is {self.accumulate}, but the batch "

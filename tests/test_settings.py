@@ -185,3 +185,17 @@ def test_the_nearest_name_does_not_mind_the_case() -> None:
 )
 def test_which_way_a_metric_is_good_is_known_or_told(metric: str, direction: str, lowest: bool) -> None:
     assert replace(SWEEP, metric=metric, direction=direction).lowest is lowest
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({"sharding": "fsdp", "compile": True}, "leave compile out"),
+        ({"activation_checkpointing": True, "compile": True}, "leave compile out"),
+        ({"sharding": "fsdp", "cached_gradients": True}, "leave one of them out"),
+        ({"sharding": "fsdb"}, "one of: none, fsdp"),
+    ],
+)
+def test_what_does_not_go_with_sharding_is_refused(values: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        replace(TRAIN, **values)
