@@ -88,6 +88,7 @@ class Running:
     job: Job
     process: subprocess.Popen[bytes]
     held: IO[str] | None  # its slot, until it is closed
+    told: bool = False  # a process that ends may not have a handler any more for a second signal
 
 
 class Relay:
@@ -126,12 +127,13 @@ class Relay:
         """Send a signal to the jobs at work, and keep others from being started."""
         self.told = True
         for one in self.running:
+            one.told = True
             one.process.send_signal(number)
 
     def add(self, one: Running) -> None:
         """Hand signals on to this job too, also those that arrived while it was started."""
         self.running.append(one)
-        if self.told:
+        if self.told and not one.told:
             one.process.send_signal(signal.SIGTERM)
 
 
