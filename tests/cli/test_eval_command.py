@@ -13,6 +13,7 @@ import torch
 
 from command_line import SMALL, Cli, installed
 from runs import make_folder
+from sslcli import precision
 
 FAST = ["protocol.epochs=2", "protocol.lrs=[0.1,1.0]", "protocol.weight_decays=[0.0,1e-4]"]
 OTHER = ["dataset=shapes", "dataset.seed=1", "dataset.limit=150", "dataset.test_images=80"]
@@ -56,7 +57,7 @@ def test_the_linear_probe_writes_where_its_number_comes_from(trained: Path, cli:
         "dataset": "shapes",
         "pretrained_on": "shapes",
         "pretraining_seed": 0,
-        "precision": "fp32",
+        "precision": precision.resolve("auto", torch.device("cpu")),
         "feature_layer": "backbone",
         "seed": 0,
     }
