@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gloo import together
 from sslcli import distributed
-from sslcli.cli import _run
+from sslcli.cli import _assemble
 from sslcli.cli._build import build_optimizer, build_parts
 from sslcli.cli._compose import checked_jobs
 from sslcli.methods.base import Batch
@@ -124,11 +124,11 @@ class Trace:
 def job_of(config: dict[str, Any], *, dtype: torch.dtype = torch.float32) -> Run:
     """The run of a configuration in this process, as the command would make it, without a directory."""
     parts = build_parts(config, trust=[])
-    _run.place(parts.method.train().to(dtype), TrainSettings(**config["train"]), torch.device("cpu"))
-    loader = _run.build_loader(config, parts, torch.device("cpu"))
+    _assemble.place(parts.method.train().to(dtype), TrainSettings(**config["train"]), torch.device("cpu"))
+    loader = _assemble.build_loader(config, parts, torch.device("cpu"))
     optimizer, peak_lr = build_optimizer(config, parts.method)
     screen = Screen(None, silent=True)
-    return _run.assemble(config, parts, loader, optimizer, peak_lr, Path(), torch.device("cpu"), screen)
+    return _assemble.assemble(config, parts, loader, optimizer, peak_lr, Path(), torch.device("cpu"), screen)
 
 
 def train(config: dict[str, Any], dtype: torch.dtype) -> Trace:

@@ -14,7 +14,7 @@ from command_line import SMALL, installed
 from processes import Pair
 from sslcli import precision
 from sslcli.cached_gradients import average_gradients, backward
-from sslcli.cli._run import check_cached_gradients
+from sslcli.cli._assemble import check_cached_gradients
 from sslcli.distributed import rank, world_size
 from sslcli.errors import EXIT_CONFIG, ConfigError
 from sslcli.methods.base import Batch, Method

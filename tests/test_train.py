@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from command_line import SMALL, installed
+from sslcli.cli._assemble import assemble, build_loader
 from sslcli.cli._build import build_optimizer, build_parts
-from sslcli.cli._run import assemble, build_loader
 from sslcli.data.loader import Loader
 from sslcli.errors import EXIT_FAILED, TrainingFailed
 from sslcli.methods.moco import MoCo

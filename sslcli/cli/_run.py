@@ -7,36 +7,28 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
 
-from sslcli import atomic, checkpoint, distributed, heartbeat, launch, precision, sharding
+from sslcli import atomic, checkpoint, distributed, heartbeat, launch
 from sslcli.allocator import keep_freed_memory
 from sslcli.cli import _run_dir
 from sslcli.cli._agree import check_agreement
+from sslcli.cli._assemble import assemble, build_loader, check_batch, check_cached_gradients, doubts, effective, place
 from sslcli.cli._build import Parts, build_optimizer, build_parts
 from sslcli.cli._dry import dry_run, save_views
 from sslcli.cli._launch import tell
-from sslcli.data.loader import Loader, plain_batches
 from sslcli.data.workers import worker_died
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, ProcessLost, Stopped, TrainingFailed
-from sslcli.evaluate.online import knn_probe
-from sslcli.methods.base import Method
-from sslcli.nn import evaluating
 from sslcli.report import pictures
 from sslcli.report.console import Screen, percent, show
 from sslcli.report.metrics import newest
-from sslcli.settings import MonitorSettings, TrainSettings, seconds
-from sslcli.stopping import StopRequest
+from sslcli.settings import TrainSettings, seconds
 from sslcli.train import Run, train
-from sslcli.watch import Watch
 
 WAIT = 2.0  # seconds, see _end
 LOST_CONTACT = "another process of this run ended; start the same command again to go on"
@@ -188,15 +180,6 @@ def want_requeue(run_dir: Path, why: Stopped) -> None:
     distributed.barrier()
 
 
-def place(method: Method, settings: TrainSettings, device: torch.device) -> None:
-    """Bring the method to the device, whole or this process's part of it."""
-    if settings.activation_checkpointing:
-        sharding.recompute(method)
-    if settings.sharding == "fsdp" and distributed.world_size() > 1:
-        sharding.shard(method, device, precision.resolve(settings.precision, device))
-    method.to(device)  # buffers, where it is sharded
-
-
 def prepare_watch(job: Run, parts: Parts, config: dict[str, Any]) -> None:
     """At the start of a run, draw its views; give TensorBoard the picture and the configuration."""
     job.watch.hyperparameters = _run_dir.flat(config)
@@ -214,86 +197,6 @@ def list_bad_images(job: Run) -> None:
     job.screen.warn(f"{job.loader.bad.count} images could not be read: see {path}")
 
 
-def build_loader(config: dict[str, Any], parts: Parts, device: torch.device) -> Loader:
-    """The loader of a run."""
-    return Loader(
-        parts.source,
-        parts.views,
-        batch_size=config["train"]["batch_size"],
-        accumulate=config["train"]["accumulate"],
-        seed=config["seed"],
-        device=device,
-    )
-
-
-def check_batch(loader: Loader, parts: Parts) -> None:
-    """Raise ConfigError where a BatchNorm would see a single image."""
-    if loader.part < 2 and any(isinstance(module, _BatchNorm) for module in parts.method.modules()):
-        raise ConfigError(
-            f"train.batch_size is {loader.batch_size}, which leaves 1 image to a micro-batch of a process, but "
-            f"BatchNorm needs 2: choose at least {2 * loader.batch_size}"
-        )
-
-
-def check_cached_gradients(method: Method, wanted: bool) -> None:
-    """Raise ConfigError where the gradient of the method's loss cannot be taken in two halves."""
-    name = type(method).__name__
-    if wanted and not method.in_batch:
-        raise ConfigError(
-            f"train.cached_gradients is true, but the loss of {name} does not compare the images of a batch, so "
-            "train.accumulate alone gives its gradient: set train.cached_gradients=false"
-        )
-    if wanted and getattr(method, "mixture", None) is not None:
-        raise ConfigError(
-            "train.cached_gradients is true, but mixture mixes the images of a whole batch, which is never in memory "
-            "then: choose one of them (mixture=null, or train.cached_gradients=false)"
-        )
-
-
-def assemble(
-    config: dict[str, Any],
-    parts: Parts,
-    loader: Loader,
-    optimizer: Optimizer,
-    peak_lr: float,
-    run_dir: Path,
-    device: torch.device,
-    screen: Screen,
-) -> Run:
-    """Everything a run is made of, the method in training mode and the generators at the run's seed."""
-    settings, monitor = TrainSettings(**config["train"]), MonitorSettings(**config["monitor"])
-    resolved = precision.resolve(settings.precision, device)
-    watch = Watch(
-        monitor,
-        log_every=settings.log_every,
-        batch_size=settings.batch_size,
-        steps_per_epoch=loader.steps_per_epoch,
-        run_dir=run_dir,
-        screen=screen,
-        probe=probe_of(parts, monitor, device, resolved, screen),
-        draw=partial(draw_pictures, parts, monitor.pictures, device) if draws(parts, monitor) else None,
-        together=sharding.is_sharded(parts.method),
-    )
-    if settings.compile:
-        parts.method.backbone.compile()
-    torch.manual_seed(config["seed"] + 1_000_003 * (distributed.rank() + 1))
-    return Run(
-        method=parts.method,
-        optimizer=optimizer,
-        loader=loader,
-        settings=settings,
-        peak_lr=peak_lr,
-        seed=config["seed"],
-        device=device,
-        precision=resolved,
-        run_dir=run_dir,
-        config={key: value for key, value in config.items() if not key.startswith("_")},
-        screen=screen,
-        watch=watch,
-        stop=StopRequest(seconds("train.max_time", settings.max_time), begun=launch.begun()),
-    )
-
-
 def set_determinism(wanted: bool, *, compiled: bool) -> None:
     """Prefer kernels that give the same result every time; a warning names those that cannot."""
     if compiled:  # tells the compiler as well, whose import takes seconds
@@ -301,95 +204,6 @@ def set_determinism(wanted: bool, *, compiled: bool) -> None:
     torch.set_deterministic_debug_mode("warn" if wanted else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not wanted
-
-
-def probe_of(
-    parts: Parts, monitor: MonitorSettings, device: torch.device, resolved: str, screen: Screen
-) -> Callable[[], dict[str, float]] | None:
-    """The online k-NN, or None, saying why, where it cannot be measured."""
-    if monitor.knn_every == 0:
-        return None
-    if not parts.source.labelled or len(parts.source.splits["val"]) == 0:
-        screen.say("k-NN is skipped: the images have no labels, or none are held out (dataset.val_fraction)")
-        return None
-    measure = knn_probe(parts.method, parts.source, parts.views, monitor, device=device, precision=resolved)
-
-    def probe() -> dict[str, float]:
-        with sharding.gathered(parts.method):
-            return measure()
-
-    return probe
-
-
-def draws(parts: Parts, monitor: MonitorSettings) -> bool:
-    """Whether the method has pictures of its own, and they are wanted."""
-    return monitor.pictures > 0 and type(parts.method).pictures is not Method.pictures
-
-
-def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """The method's own pictures of a few held-out images (training images where none are held out)."""
-    source, views = parts.source, parts.views
-    positions = next(split for name in ("val", "train") if len(split := source.splits.get(name, torch.empty(0))))
-    images, _ = next(plain_batches(source, positions[:count], batch_size=count, workers=0))
-    prepared = views.finish(images.to(device).float() / 255, mean=source.mean, std=source.std)
-    with (
-        evaluating(parts.method),
-        sharding.gathered(parts.method),
-        torch.no_grad(),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-    ):
-        found = parts.method.pictures(prepared)
-    restore = partial(views.restore, mean=source.mean, std=source.std)
-    return {name: pictures.grid([restore(row.float().cpu()) for row in rows]) for name, rows in found.items()}
-
-
-def effective(job: Run, parts: Parts, config: dict[str, Any]) -> dict[str, Any]:
-    """What the settings come to: learning rate after scaling, steps, negatives, images a step."""
-    settings, node = job.settings, config["optimizer"]
-    processes = distributed.world_size()
-    trainable = sum(p.numel() for p in parts.method.parameters() if p.requires_grad)
-    held = sum(distributed.local(p).numel() for p in parts.method.parameters())
-    split = {name: len(positions) for name, positions in parts.source.splits.items()}
-    return {
-        "training images": split["train"],
-        "held-out images": split.get("val", 0),
-        "images a step": settings.batch_size,
-        "processes": processes,
-        "micro-batches a step": settings.accumulate,
-        "steps an epoch": job.loader.steps_per_epoch,
-        "steps": job.total_steps,
-        "warm-up steps": job.warmup_steps,
-        "learning rate": job.peak_lr,
-        "learning rate from": f"{node['lr']:g} for 256 images, scaling {settings.lr_scaling}",
-        "trainable parameters": trainable,
-        **({"parameters a process holds": held} if processes > 1 else {}),
-        "backbone features": parts.method.backbone.num_features,
-        **parts.method.effective(settings.batch_size // (1 if settings.cached_gradients else settings.accumulate)),
-        "precision": job.precision,
-        "device": str(job.device),
-        "CPU threads a process": torch.get_num_threads(),
-    }
-
-
-def doubts(job: Run, parts: Parts) -> list[str]:
-    """Settings that work and are seldom meant."""
-    found = []
-    queue = getattr(parts.method, "queue", None)
-    num_images = len(parts.source.splits["train"])
-    if isinstance(queue, torch.Tensor) and len(queue) > num_images:
-        found.append(
-            f"the queue holds {len(queue):,} keys but there are {num_images:,} images, so views of one image are "
-            "negatives of each other: method.queue_size=4096 is usual for small sets, with method.momentum=0.99"
-        )
-    settings = job.settings
-    if (
-        settings.accumulate > 1
-        and not settings.cached_gradients
-        and job.method.effective(2).get("negatives a query sees") not in (None, 0)
-    ):
-        remedy = ": train.cached_gradients=true contrasts them all" if job.method.in_batch else ""
-        found.append(f"with train.accumulate the negatives within a batch are those of the micro-batch alone{remedy}")
-    return found
 
 
 def outcome(run_dir: Path) -> str:
