@@ -26,11 +26,11 @@ from sslcli.settings import TrainSettings
 from sslcli.train import Run, optimise, parallel
 
 METHODS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
-STEPS = 4  # two epochs: a memory bank that starts empty learns from the second on
+STEPS = 4
 BATCH = 16  # images a step
 OVERRIDES = [
     "dataset=shapes",
-    "dataset.train_images=32",
+    "dataset.train_images=64",
     "dataset.test_images=0",
     "dataset.val_fraction=0",
     "device=cpu",
@@ -56,6 +56,7 @@ class Case:
     rounding: str = ""  # why float32 differs by more than its last digits, where it does
 
 
+TWO_EPOCHS = "dataset.train_images=32"  # of a memory bank, whose first epoch fills it and trains nothing
 NORM = "BatchNorm of one process in float32 (1)"
 ADAM = "Adam in float32 (2)"
 LOCAL_NORM = "BatchNorm sees the images of one process, here 4 to 16"
@@ -76,9 +77,9 @@ VARIANTS = [
     Case("simclr_v2, memory", ("method=simclr_v2", "method.queue_size=40"), rounding=NORM),
     Case("simclr_v2, memory, two micro-batches", ("method=simclr_v2", "method.queue_size=40", "train.accumulate=2")),
     Case("byol, two micro-batches", ("method=byol", "train.accumulate=2")),
-    Case("memory_bank, nce", ("method=memory_bank", "method.loss=nce", "method.negatives=20")),
-    Case("memory_bank, softmax", ("method=memory_bank", "method.loss=softmax", "method.negatives=20")),
-    Case("memory_bank, proximal", ("method=memory_bank", "method.proximal=30")),
+    Case("memory_bank, nce", ("method=memory_bank", "method.loss=nce", "method.negatives=20", TWO_EPOCHS)),
+    Case("memory_bank, softmax", ("method=memory_bank", "method.loss=softmax", "method.negatives=20", TWO_EPOCHS)),
+    Case("memory_bank, proximal", ("method=memory_bank", "method.proximal=30", TWO_EPOCHS)),
     Case("cmc, nce", ("method=cmc", "method.loss=nce", "method.negatives=20")),
     Case("cmc, softmax", ("method=cmc", "method.loss=softmax", "method.negatives=20")),
     Case("cpc, gru, 4 directions", ("method=cpc", "method.context=gru", "method.directions=4")),
@@ -98,13 +99,18 @@ VARIANTS = [
     Case("dcgan, R1", ("method=dcgan", "method.r1=1"), rounding=NORM),
 ]
 ROUNDING = {"dcgan": NORM, "deep_infomax": ADAM}  # of what the yaml files say
-CASES = [*(Case(word, (f"method={word}",), rounding=ROUNDING.get(word, "")) for word in METHODS), *VARIANTS]
+MORE = {"memory_bank": (TWO_EPOCHS,)}
+CASES = [
+    *(Case(word, (f"method={word}", *MORE.get(word, ())), rounding=ROUNDING.get(word, "")) for word in METHODS),
+    *VARIANTS,
+]
 
 
 def composed(case: Case) -> dict[str, Any]:
     """The configuration of the case, small enough for moments; what the case itself sets stays."""
-    config = checked_jobs("train", get_args_parser().parse_args([*OVERRIDES, *case.words]))[0]
     told = {word.partition("=")[0] for word in case.words}
+    words = [word for word in OVERRIDES if word.partition("=")[0] not in told]
+    config = checked_jobs("train", get_args_parser().parse_args([*words, *case.words]))[0]
     for group in ("method", "backbone"):
         for key, value in SMALLER.items():
             if config[group].get(key) and f"{group}.{key}" not in told:
