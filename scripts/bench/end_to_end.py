@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from measure import Result, answer, timed
 from pictures import file_paths, folder
 from torch import nn
 from torch.utils.data import DataLoader
-from training import BATCH, LIGHTLY, cifar_resnet18
+from training import BATCH, LIGHTLY, cifar_resnet18, lightly_step
 from views import InMemory, lightly
 
 FILES = ((32, 32), 8192)
@@ -55,34 +54,12 @@ def ours(method: str, backbone: str, precision: str) -> Result:
 
 def example(method: str, backbone: str, *, best: bool) -> Result:
     """lightly's example: SimCLRTransform without blur in two workers, a bare loop."""
-    from lightly.models.utils import update_momentum
-
     net, width = small() if backbone == "small" else (cifar_resnet18(), 512)
-    online, loss_of = LIGHTLY[method](net, width)
-    trained = nn.ModuleList(online)
-    target: Any = nn.ModuleList()
-    if method != "simclr":
-        target = nn.ModuleList(LIGHTLY[method](*(small() if backbone == "small" else (cifar_resnet18(), 512)))[0][:2])
-        target.load_state_dict(trained[:2].state_dict())
-        target.requires_grad_(False)
-    if best:
-        trained.to(memory_format=torch.channels_last)
-        target.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(trained.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
+    step = lightly_step(method, net, width, best=best)
     data = InMemory(file_paths(folder(*FILES)), lightly(32, blur=0.0))
     batches = iter(DataLoader(data, batch_size=BATCH, num_workers=2, drop_last=True, shuffle=False))
 
-    def step() -> None:
-        views = [view.to(memory_format=torch.channels_last) if best else view for view in next(batches)]
-        for average, current in zip(target, trained, strict=False):
-            update_momentum(current, average, m=0.99)
-        with torch.autocast("cpu", torch.bfloat16, enabled=best):
-            loss = loss_of(trained, target, *views)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return timed(step, images=BATCH, seconds=20.0, warmup=5)
+    return timed(lambda: step(next(batches)), images=BATCH, seconds=20.0, warmup=5)
 
 
 def small() -> tuple[nn.Module, int]:

@@ -66,10 +66,15 @@ def cifar_resnet18() -> nn.Module:
 
 def lightly(method: str, *, best: bool) -> Result:
     """A step of lightly's example of the method."""
+    step, views = lightly_step(method, cifar_resnet18(), 512, best=best), images()
+    return timed(lambda: step(views), images=BATCH)
+
+
+def lightly_step(method: str, backbone: nn.Module, width: int, *, best: bool) -> Callable[[list[Tensor]], None]:
+    """What lightly's example of the method does with two views."""
     from lightly.models.utils import deactivate_requires_grad, update_momentum
 
-    backbone = cifar_resnet18()
-    online, loss_of = LIGHTLY[method](backbone, 512)
+    online, loss_of = LIGHTLY[method](backbone, width)
     trained = nn.ModuleList(online)
     target = copy.deepcopy(trained[:2]) if method != "simclr" else nn.ModuleList()
     deactivate_requires_grad(target)
@@ -77,11 +82,10 @@ def lightly(method: str, *, best: bool) -> Result:
         trained.to(memory_format=torch.channels_last)
         target.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
-    views = images()
-    if best:
-        views = [view.to(memory_format=torch.channels_last) for view in views]
 
-    def step() -> None:
+    def step(views: list[Tensor]) -> None:
+        if best:
+            views = [view.to(memory_format=torch.channels_last) for view in views]
         for average, current in zip(target, trained, strict=False):
             update_momentum(current, average, m=0.99)
         with torch.autocast("cpu", torch.bfloat16, enabled=best):
@@ -90,7 +94,7 @@ def lightly(method: str, *, best: bool) -> Result:
         optimizer.step()
         optimizer.zero_grad()
 
-    return timed(step, images=BATCH)
+    return step
 
 
 def lightly_simclr(backbone: nn.Module, width: int) -> tuple[list[nn.Module], Callable[..., Tensor]]:
