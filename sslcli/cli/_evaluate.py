@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sslcli import __version__, atomic, checkpoint, launch
+from sslcli import __version__, checkpoint, launch
 from sslcli.allocator import keep_freed_memory
 from sslcli.cli._build import build
-from sslcli.cli._evaluate_table import SUBJECTS, comparison, summary
-from sslcli.cli._subject import Subject, load_strictly, load_subject
-from sslcli.data.sources import Source
+from sslcli.cli._evaluate_table import comparison, summary
+from sslcli.cli._evaluation import Evaluation, check_home
+from sslcli.cli._subject import load_strictly, load_subject
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, TrainingFailed
 from sslcli.evaluate import layers
 from sslcli.evaluate.distill import Distill, Teacher
-from sslcli.evaluate.features import FeatureSet, cached, from_bank, pixels
+from sslcli.evaluate.features import FeatureSet, from_bank
 from sslcli.evaluate.finetune import Outcome
 from sslcli.evaluate.network import Classifier
-from sslcli.evaluate.online import bank_positions, collect
-from sslcli.evaluate.training import Recipe, Start, Task
-from sslcli.nn import evaluating
+from sslcli.evaluate.online import bank_positions
+from sslcli.evaluate.training import Recipe, Start
 from sslcli.report.console import Screen
 
 
@@ -67,43 +64,12 @@ def _sweep(folder: Path, config: dict[str, Any], device: torch.device, screen: S
     return 0
 
 
-@dataclass
-class Evaluation:
-    """One evaluation: what is measured, on which images, how."""
-
-    config: dict[str, Any]
-    device: torch.device
-    screen: Screen
-    subject: Subject
-    source: Source
-    splits: dict[str, Tensor]
-    layer: str = layers.BACKBONE
-
-    def place(self, result: dict[str, Any]) -> Path:
-        """Where the files of a result go, the name without its ending."""
-        foreign = f"_{self.source.name}" if self.subject.foreign else ""
-        return self.subject.home / f"{result['protocol']}{foreign}"
-
-    def task(self) -> Task:
-        """What a protocol that trains needs to know of the images."""
-        return Task(
-            source=self.source,
-            views=self.subject.views,
-            mean=self.subject.mean,
-            std=self.subject.std,
-            device=self.device,
-            precision=self.subject.precision,
-            batch_size=self.config["batch_size"],
-            workers=self.config["workers"],
-            screen=self.screen,
-        )
-
-
 def evaluate(config: dict[str, Any], device: torch.device, screen: Screen) -> dict[str, Any]:
     """One evaluation, from the configuration to the result, which is also written to its home."""
     started = time.perf_counter()
     node = dict(config["protocol"])
     subject, source = load_subject(config, device)
+    check_home(subject.home)
     if not source.labelled:
         raise ConfigError(f"{source.name} has no labels, which a probe needs: choose a labelled dataset=...")
     if len(source.classes) < 2:
@@ -120,7 +86,7 @@ def evaluate(config: dict[str, Any], device: torch.device, screen: Screen) -> di
     torch.manual_seed(node.get("seed", 0))  # of a net that is part of the protocol
     protocol = build(node, trust=config["trust"], where="protocol")
     this = Evaluation(config, device, screen, subject, source, splits)
-    result = _trained(this, protocol) if isinstance(protocol, Recipe) else _frozen(this, protocol)
+    result = _trained(this, protocol) if isinstance(protocol, Recipe) else _frozen(this, protocol, node)
     result |= {
         **subject.provenance,
         "protocol_settings": {key: value for key, value in node.items() if key != "_target_"},
@@ -133,34 +99,31 @@ def evaluate(config: dict[str, Any], device: torch.device, screen: Screen) -> di
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    _write(this.place(result).with_suffix(".json"), json.dumps(result, indent=2).encode())
+    this.write(this.place(result).with_suffix(".json"), json.dumps(result, indent=2).encode())
     return result | {"home": str(subject.home)}
 
 
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.replace(path, content)
-
-
-def _frozen(this: Evaluation, protocol: Callable[[FeatureSet], dict[str, Any]]) -> dict[str, Any]:
+def _frozen(this: Evaluation, protocol: Callable[[FeatureSet], dict[str, Any]], node: dict[str, Any]) -> dict[str, Any]:
     """A protocol that looks at features, which it does not change."""
     this.layer = this.config["feature_layer"]
     if this.layer == layers.BANK and this.subject.foreign:
         raise ConfigError("feature_layer is 'bank', but its rows are of the images of pre-training: leave out dataset=")
     net = this.subject.net("trained")
-    features = _features("trained", this, net)
+    features = this.features("trained", net)
     if this.layer == layers.BANK:
         features = from_bank(features, net.stored(), this.source.splits["train"])  # type: ignore[operator]
     result = protocol(features)
     if this.config["baselines"]:
         result["baselines"] = {
-            name: {key: value for key, value in protocol(found).items() if "top" in key or "interval" in key}
-            for name, found in (
-                ("pixels", _features("pixels", this, None)),
-                ("random", _features("random", this, this.subject.net("random"))),
-            )
+            name: this.baseline(name, node, partial(_beside, this, protocol, name)) for name in ("pixels", "random")
         }
     return result
+
+
+def _beside(this: Evaluation, protocol: Callable[[FeatureSet], dict[str, Any]], name: str) -> dict[str, Any]:
+    """The numbers of a baseline."""
+    found = protocol(this.features(name, None if name == "pixels" else this.subject.net(name)))
+    return {key: value for key, value in found.items() if "top" in key or "interval" in key}
 
 
 def _trained(this: Evaluation, protocol: Any) -> dict[str, Any]:
@@ -174,11 +137,11 @@ def _trained(this: Evaluation, protocol: Any) -> dict[str, Any]:
     given = {"teacher": _teacher(this, protocol.teacher)} if isinstance(protocol, Distill) else {}
     if this.config["baselines"]:
         nets["random"] = this.subject.net("random")
-    starts = {arm: Start(net=net, layer=this.layer, features=_features(arm, this, net)) for arm, net in nets.items()}
+    starts = {arm: Start(net=net, layer=this.layer, features=this.features(arm, net)) for arm, net in nets.items()}
     found: Outcome = protocol(starts, this.task(), **given)
     folder = this.place(found.result)
     for name, text in found.files.items():
-        _write(folder / name, text.encode())
+        this.write(folder / name, text.encode())
     return found.result | (_keep(found, folder / "net.pt", this) if found.net is not None else {})
 
 
@@ -235,54 +198,5 @@ def _keep(found: Outcome, path: Path, this: Evaluation) -> dict[str, Any]:
         },
         buffer,
     )
-    _write(path, buffer.getvalue())
+    this.write(path, buffer.getvalue())
     return {"net": str(path.relative_to(this.subject.home)), "net_sha256": checkpoint.sha256(path)}
-
-
-def _features(name: str, this: Evaluation, net: nn.Module | None) -> FeatureSet:
-    """Features of all splits by the trained net, the fresh one, or none; from the cache where they are known."""
-    subject, source, config, screen = this.subject, this.source, this.config, this.screen
-    layer = this.layer if net is not None else "pixels"
-    if net is not None:
-        layers.check(net, layer, this.task().example())
-
-    def encode(images: Tensor) -> Tensor:
-        return pixels(images) if net is None else layers.read(net, layer, images)
-
-    def compute() -> dict[str, Tensor]:
-        seen: dict[str, int] = {}
-
-        def progress(split: str, done: int, total: int) -> None:
-            seen[split] = done
-            screen.advance(sum(seen.values()), split)
-
-        screen.start(f"features, {SUBJECTS[name]}", total=sum(len(part) for part in this.splits.values()))
-        found = collect(
-            encode,
-            source,
-            this.splits,
-            prepare=(lambda images: images) if net is None else subject.prepare,
-            batch_size=config["batch_size"],
-            device=this.device,
-            precision="fp32" if net is None else subject.precision,
-            workers=config["workers"],
-            progress=progress,
-        )
-        screen.stop()
-        return {key: value for key, value in vars(found).items() if isinstance(value, Tensor)}
-
-    positions = hashlib.sha256(b"".join(part.numpy().tobytes() for part in this.splits.values())).hexdigest()[:16]
-    of_checkpoint = ("checkpoint", "checkpoint_sha256", "step", "weights")
-    facts = subject.provenance if name == "trained" else {}
-    if name == "random":
-        facts = {key: value for key, value in subject.provenance.items() if key not in of_checkpoint}
-    key = json.dumps(
-        [__version__, name, layer, facts, source.fingerprint, positions, subject.precision, config["batch_size"]]
-    )
-    with evaluating(net) if net is not None else nullcontext():
-        if not config["cache"]:
-            tensors = compute()
-        else:
-            digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-            tensors = cached(subject.home / "features" / f"{name}_{digest}.pt", key, compute)
-    return FeatureSet(**tensors, num_classes=len(source.classes), classes=tuple(source.classes))

@@ -1,6 +1,10 @@
 """Extract the features of an image set once, for every protocol that needs them.
 
-    source -> plain_batches (uint8) -> device, [0, 1] -> prepare (colour, normalise) -> encode -> float32 on the CPU
+    source -> plain_batches (uint8) -> device, [0, 1] -> prepare (colour, normalise) -> encode -> CPU
+
+Features stay in the format that the net computed in: convolutions and products in bfloat16 give numbers of 16 bits,
+and to keep them so loses nothing; what a last norm gives in 32 bits is rounded as all before it was. float16 has more
+digits, but ends at 65,504 and at 6e-8, and the scale of features is nobody's choice.
 
 The monitor during training and `ssl-eval` afterwards both call `extract`, so that the two report the same number.
 """
@@ -10,9 +14,11 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +26,7 @@ from torch import Tensor
 
 from sslcli import heartbeat
 from sslcli.data.loader import plain_batches
-from sslcli.precision import autocast
+from sslcli.precision import DTYPES, autocast
 
 if TYPE_CHECKING:
     from sslcli.data.sources import Source
@@ -30,8 +36,8 @@ if TYPE_CHECKING:
 class FeatureSet:
     """Features and labels of the splits of one image set; `val` is held out of training, `test` is official.
 
-    Features are finite (n, d) floats, labels (n,) int64 in [0, num_classes). Either of val and test may be None.
-    Positions (n,) int64 tell where in their source the images are, for protocols that look at them again.
+    Features are finite (n, d) floats of 16 or 32 bits, labels (n,) int64 in [0, num_classes). Either of val and test
+    may be None. Positions (n,) int64 tell where in their source the images are, for protocols that look at them again.
     Raises ValueError, naming the split, for anything else.
     """
 
@@ -128,8 +134,9 @@ def extract(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Features (n, d) float32 of the images of `source` at `positions` (n,) int64, in that order, and (n,) bool whether
+    """Features (n, d) of the images of `source` at `positions` (n,) int64, in that order, and (n,) bool whether
     each image could be read (where not, its features are those of a blank one: leave them out). Both on the CPU.
+    Features are float32, bfloat16 or float16, as `precision` is fp32, bf16 or fp16.
 
     `prepare` maps float images (N, C, S, S) in [0, 1] to what the net was trained on (`Views.finish`), `encode` maps
     those to (N, d); put the net in eval mode around the call with `evaluating`. `progress(done, total)` is called
@@ -149,7 +156,7 @@ def extract(
         for images, whole in plain_batches(source, positions, batch_size=batch_size, workers=workers):
             batch = _encode_batch(encode, images, prepare=prepare, device=device, precision=precision)
             if features is None:
-                features = torch.empty(total, batch.shape[1])
+                features = torch.empty(total, batch.shape[1], dtype=batch.dtype)
             features[done : done + len(batch)] = batch
             readable[done : done + len(batch)] = whole
             done += len(batch)
@@ -170,7 +177,7 @@ def _encode_batch(
     device: torch.device,
     precision: str,
 ) -> Tensor:
-    """uint8 images (N, C, S, S) -> float32 features (N, d) on the CPU."""
+    """uint8 images (N, C, S, S) -> features (N, d) of the format of `precision`, on the CPU."""
     prepared = prepare(images.to(device, non_blocking=True).float() / 255)
     with autocast(device, precision):
         features = encode(prepared.contiguous(memory_format=torch.channels_last))
@@ -178,7 +185,7 @@ def _encode_batch(
         raise ValueError(
             f"encode gave shape {tuple(features.shape)} for {len(images)} images, but must give (N, d): pool maps first"
         )
-    return features.float().cpu()
+    return features.to(DTYPES[precision]).cpu()
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -193,35 +200,45 @@ def pixels(images: Tensor) -> Tensor:
     return images.flatten(1)
 
 
-def cached(path: Path, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors stored at `path` under `key`, or those of `compute()`, then stored there.
+def cached(
+    path: Path, key: str, compute: Callable[[], dict[str, Tensor]], *, warn: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """The tensors stored at `path` under `key`, mapped into memory, or those of `compute()`, then stored there.
 
-    `key` must name everything that the tensors depend on (checkpoint hash, data fingerprint, transform, layer,
-    precision). A file with another key, or one that cannot be read, is replaced. Tensors keep their dtype: features
-    stay float32, so that a number from the cache equals one computed afresh bit for bit. The file is read with
-    `weights_only=True`, and written beside `path` and renamed, so that it is whole or absent.
+    `key` must name everything that the tensors depend on (weights, data fingerprint, transform, layer, precision).
+    Tensors keep their dtype, so that a number from the cache equals one computed afresh bit for bit. The file is read
+    with `weights_only=True`, and written beside `path` and renamed, so that it is whole or absent. A file of
+    another key is replaced; so is one that is damaged, which `warn` is told, as it is where nothing can be stored.
     """
-    stored = _load(path, key)
+    stored = _load(path, key, warn)
     if stored is not None:
         return stored
     # clone: saving a slice would write the whole storage that it is a view of
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in compute().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"key": key, "tensors": tensors}, partial)
         os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        warn(f"features cannot be kept in {path}: {error}. The next evaluation computes them again")
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return tensors
 
 
-def _load(path: Path, key: str) -> dict[str, Tensor] | None:
-    """The tensors of a cache file, or None when it is absent, unreadable or of another key."""
+def _load(path: Path, key: str, warn: Callable[[str], None]) -> dict[str, Tensor] | None:
+    """The tensors of a cache file, or None when it is absent, damaged or of another key."""
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError):
+        with ZipFile(path) as archive:  # which torch.load maps without a look at its checksums
+            broken = archive.testzip()
+        stored = None if broken else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    if not isinstance(stored, dict) or stored.get("key") != key or not isinstance(stored.get("tensors"), dict):
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError, BadZipFile):
+        stored = None
+    if not isinstance(stored, dict) or not isinstance(stored.get("tensors"), dict):
+        warn(f"{path} is damaged: its features are computed again")
         return None
-    return dict(stored["tensors"])
+    return dict(stored["tensors"]) if stored.get("key") == key else None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sslcli.evaluate.features import FeatureSet
 from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank
+from sslcli.precision import DTYPES, resolve
 
 Heads = tuple[Tensor, Tensor]  # weights (d, G*C) and biases (G*C,): one matrix, so that one product serves all heads
 
@@ -77,36 +78,42 @@ def fit_sgd(
     """Train one head for each pair (lrs[g], weight_decays[g]) on x (n, d) and y (n,), from zero, on the same batches.
 
     Softmax cross-entropy, SGD with momentum, cosine to 0 by step, no decay on the bias. Heads do not see each
-    other: one that diverges to NaN leaves the others as they are. The same seed gives the same bits.
+    other: one that diverges to NaN leaves the others as they are. The same seed gives the same bits. Products are of
+    the type of x, which may have 16 bits; weights, and what is added to them, have 32.
     """
     n, d = x.shape
-    heads = len(lrs)
-    weight, bias = x.new_zeros(d, heads * num_classes), x.new_zeros(heads * num_classes)
+    # All is transposed, rows by class and then by head: products with a narrow matrix on the right take several times
+    # as long, and a softmax over ten neighbours in memory takes longer than the products.
+    rows = num_classes * len(lrs)
+    full = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = x.new_zeros(rows, d, dtype=full), x.new_zeros(rows, 1, dtype=full)
     weight_step, bias_step = torch.zeros_like(weight), torch.zeros_like(bias)
-    lr = x.new_tensor(lrs).repeat_interleave(num_classes)
-    decay = x.new_tensor(weight_decays).repeat_interleave(num_classes)
+    lr = weight.new_tensor(lrs).repeat(num_classes)[:, None]
+    decay = weight.new_tensor(weight_decays).repeat(num_classes)[:, None]
     generator = torch.Generator().manual_seed(seed)
     total = epochs * math.ceil(n / batch_size)
     step = 0
     for _ in range(epochs):
         for index in torch.split(torch.randperm(n, generator=generator).to(x.device), batch_size):
-            rows = x[index]
-            error = _error((rows @ weight).add_(bias), y[index], num_classes)
+            images = x.index_select(0, index)
+            logits = (weight.to(x.dtype) @ images.T).to(weight.dtype).add_(bias)
+            error = _error(logits, y[index], num_classes)
             scale = 0.5 * (1 + math.cos(math.pi * step / total))
-            weight_step.mul_(momentum).addmm_(rows.T, error).addcmul_(weight, decay)
-            bias_step.mul_(momentum).add_(error.sum(dim=0))
+            weight_step.mul_(momentum).add_(error.to(x.dtype) @ images).addcmul_(weight, decay)
+            bias_step.mul_(momentum).add_(error.sum(dim=1, keepdim=True))
             weight.addcmul_(weight_step, lr, value=-scale)
             bias.addcmul_(bias_step, lr, value=-scale)
             step += 1
-    return weight, bias
+    by_head = weight.view(num_classes, -1, d).permute(2, 1, 0)
+    return by_head.reshape(d, -1), bias.view(num_classes, -1).T.flatten()
 
 
 def _error(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Gradient (b, G*C) of the mean cross-entropy with respect to logits (b, G*C): (softmax - one-hot) / b."""
-    b = len(logits)
-    error = logits.view(b, -1, num_classes).softmax(dim=2)
-    error[torch.arange(b, device=labels.device), :, labels] -= 1
-    return error.div_(b).view(b, -1)
+    """Gradient (C*G, b) of the mean cross-entropy with respect to logits (C*G, b): (softmax - one-hot) / b."""
+    b = len(labels)
+    error = logits.view(num_classes, -1, b).softmax(dim=0)
+    error[labels, :, torch.arange(b, device=labels.device)] -= 1
+    return error.div_(b).view(-1, b)
 
 
 def fit_lbfgs(x: Tensor, y: Tensor, *, num_classes: int, cs: Sequence[float], max_iterations: int) -> Heads:
@@ -116,7 +123,7 @@ def fit_lbfgs(x: Tensor, y: Tensor, *, num_classes: int, cs: Sequence[float], ma
     weak regularisation. Stops at a gradient below 1e-5 or after `max_iterations`.
     """
     n, d = x.shape
-    theta = x.new_zeros(d + 1, num_classes, requires_grad=True)  # the last row is the bias
+    theta = x.new_zeros(num_classes, d + 1, requires_grad=True)  # the last column is the bias
     theta.grad = torch.zeros_like(theta)
     found: dict[float, Tensor] = {}
     for c in sorted(cs):
@@ -126,19 +133,19 @@ def fit_lbfgs(x: Tensor, y: Tensor, *, num_classes: int, cs: Sequence[float], ma
 
         def closure(c: float = c) -> Tensor:
             with torch.no_grad():
-                weight = theta[:-1]
-                logits = torch.addmm(theta[-1], x, weight)
+                weight = theta[:, :-1]
+                logits = torch.addmm(theta[:, -1:], weight, x.T)
                 penalty = weight.square().sum() / (2 * c * n)
-                loss = F.cross_entropy(logits, y) + penalty
+                loss = F.cross_entropy(logits[None], y[None]) + penalty
                 error = _error(logits, y, num_classes)
                 assert theta.grad is not None
-                torch.mm(x.T, error, out=theta.grad[:-1]).add_(weight, alpha=1 / (c * n))
-                torch.sum(error, dim=0, out=theta.grad[-1])
+                theta.grad[:, :-1] = (error @ x).add_(weight, alpha=1 / (c * n))
+                theta.grad[:, -1] = error.sum(dim=1)
             return loss
 
         solver.step(closure)  # type: ignore[no-untyped-call]
         found[c] = theta.detach().clone()
-    heads = torch.cat([found[c] for c in cs], dim=1)
+    heads = torch.cat([found[c] for c in cs]).T
     return heads[:-1].contiguous(), heads[-1].contiguous()
 
 
@@ -239,8 +246,12 @@ class Linear:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed)).to(x.device)
         num_held_out = min(n - 1, max(1, round(self.val_fraction * n)))
         held_out, kept = order[:num_held_out], order[num_held_out:]
-        scale = Standardise.of(x[kept])
-        heads = self._heads(scale(x[kept]), y[kept], self._choices(), num_classes=num_classes)
+        rows = x[kept]
+        scale = Standardise.of(rows)
+        rows = scale(rows)
+        if self.solver == "sgd":  # the choice alone: what is reported is fitted in 32 bits
+            rows = rows.to(DTYPES[resolve("auto", rows.device)])
+        heads = self._heads(rows, y[kept], self._choices(), num_classes=num_classes)
         place, loss = score(scale(x[held_out]), y[held_out], heads, num_classes=num_classes)
         grid = [
             {**choice, "val_top1": accuracy(p, 1), "val_loss": float(v)}

@@ -115,5 +115,5 @@ def probed(start: Start, subsets: list[Tensor], *, seed: int) -> Tensor:
     places = []
     for number, rows in enumerate(subsets):
         head = Linear(seed=seed + number).head(data.train[rows], data.train_labels[rows], num_classes=data.num_classes)
-        places.append(label_rank(torch.addmm(head.bias, x, head.weight.T), y))
+        places.append(label_rank(torch.addmm(head.bias, x.float(), head.weight.T), y))
     return torch.stack(places)

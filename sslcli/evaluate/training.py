@@ -225,7 +225,7 @@ def predict(classifier: Classifier, task: Task, positions: Tensor) -> Tensor:
             device=task.device,
             precision=task.precision,
             workers=task.workers,
-        )[0]
+        )[0].float()
 
 
 def warm(classifier: Classifier, features: Tensor, labels: Tensor, *, seed: int) -> dict[str, float]:

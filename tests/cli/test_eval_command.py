@@ -79,7 +79,8 @@ def test_features_are_extracted_once(trained: Path, cli: Cli) -> None:
     cli("ssl-eval", f"run={trained}", *FAST)
     first = result(trained / "eval", "linear")
     times = {path: path.stat().st_mtime_ns for path in (trained / "eval/features").iterdir()}
-    assert len(times) == 3  # trained, random, pixels
+    kinds = sorted(path.name.rpartition("_")[0] + path.suffix for path in times)
+    assert kinds == ["pixels_linear.json", "random.pt", "random_linear.json", "trained.pt"]
     ended = cli("ssl-eval", f"run={trained}", *FAST)
     assert "features," not in ended.out
     assert {path: path.stat().st_mtime_ns for path in (trained / "eval/features").iterdir()} == times
@@ -88,6 +89,26 @@ def test_features_are_extracted_once(trained: Path, cli: Cli) -> None:
     assert second | clock == first | clock
     cli("ssl-eval", f"run={trained}", *FAST, "cache=false")
     assert result(trained / "eval", "linear")["top1"] == first["top1"]
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused_before_anything_is_computed(
+    trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trained / "eval").write_text("in the way")
+    ended = cli("ssl-eval", f"run={trained}", "protocol=knn")
+    assert ended.code == 2
+    assert f"results go to {trained / 'eval'}, which cannot be written" in ended.err
+    assert ended.err.count("\n") == 1
+    assert "features," not in ended.out
+    (trained / "eval").unlink()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sslcli.atomic.replace", fail)
+    ended = cli("ssl-eval", f"run={trained}", "protocol=knn", "baselines=false")
+    assert ended.code == 3
+    assert ended.err.strip().endswith("knn.json cannot be written: No space left on device")
 
 
 def test_another_data_set_has_a_result_of_its_own(trained: Path, cli: Cli, tmp_path: Path) -> None:
