@@ -126,7 +126,7 @@ class SplitBatchNorm(_BatchNorm):
         if not self.training or len(input) < 4:
             return super().forward(input)
         sizes = [len(rows) for rows in torch.arange(len(input)).tensor_split(self.num_groups(len(input)))]
-        chunks = torch.split(input, sizes)  # whose gradient is one concatenation; that of tensor_split, a sum of padded parts
+        chunks = torch.split(input, sizes)  # its gradient is one concatenation, not a sum of padded parts
         means = self.running_mean.repeat(len(chunks), 1)  # type: ignore[union-attr]
         variances = self.running_var.repeat(len(chunks), 1)  # type: ignore[union-attr]
         out = torch.cat(
