@@ -106,7 +106,8 @@ def find_checkpoint(run_dir: Path, which: str | int) -> Path:
 
 def images_of(node: dict[str, Any]) -> dict[str, Any]:
     """What decides which images a set has, and not how they are read."""
-    return {key: value for key, value in node.items() if key not in ("workers", "max_bad", "download", "memory_gb")}
+    how = ("workers", "max_bad", "scaled_decode", "download", "memory_gb")
+    return {key: value for key, value in node.items() if key not in how}
 
 
 def type_name(node: dict[str, Any]) -> str:

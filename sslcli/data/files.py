@@ -1,4 +1,4 @@
-"""Sets of image files: finding them, decoding them.
+"""Sets of image files: which files they are.
 
 A file is known by its path below its root, so mounting a root elsewhere changes neither split nor fingerprint.
 """
@@ -7,83 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
-from sslcli.data.bad_images import BadImage
+from sslcli.data.decode import open_file
 from sslcli.data.scan import Root, check_folder, no_images, parse_roots, read_csv, scan, scan_classes
-from sslcli.data.sources import Picture, Source, digest
+from sslcli.data.sources import Opened, Source, check_flag, digest
 
 _SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode as RGB; see `decode`. Raises ValueError for a mode that has no conversion."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        values = np.nan_to_num(np.asarray(image, np.float64))
-        low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
-        if values.min() < low or values.max() > high:
-            low, high = values.min(), values.max()
-        gray = (values - low) / max(high - low, np.finfo(float).tiny) * 255
-        return Image.fromarray(np.rint(gray).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        over = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
-    return image.convert("RGB")
-
-
-def decode(
-    path: str, *, at_least: int | None = None, convert: Callable[[Image.Image], Image.Image] = to_rgb
-) -> Image.Image:
-    """Read an image file as RGB, or as what `convert` makes of it.
-
-    Transparency is laid over white. 16-bit gray is scaled to 8 bits, not clipped; floats in [0, 1] likewise, and wider
-    integers and floats are stretched from their least to their greatest value. Of several frames the first counts. A
-    JPEG's EXIF orientation is ignored, as in the usual readers of ImageNet.
-
-    at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side keeps this many pixels.
-
-    Raises BadImage for anything that keeps the file from being read whole.
-    """
-    try:
-        with open(path, "rb") as file:
-            return decode_file(file, path, at_least=at_least, convert=convert)
-    except (OSError, ValueError) as error:
-        raise BadImage(path, getattr(error, "strerror", None) or str(error)) from error
-
-
-def decode_file(
-    file: BinaryIO,
-    path: str,
-    *,
-    at_least: int | None = None,
-    convert: Callable[[Image.Image], Image.Image] = to_rgb,
-) -> Image.Image:
-    """As `decode`, of a file that is open at its beginning; `path` is for messages."""
-    try:
-        if not file.read(1):
-            raise BadImage(path, "the file is empty")
-        file.seek(0)
-        with Image.open(file) as image:
-            if at_least is not None:
-                image.draft(None, (at_least, at_least))
-            return convert(image)
-    except BadImage:
-        raise
-    except UnidentifiedImageError as error:
-        raise BadImage(path, "no image format that is known") from error
-    # On damaged bytes PIL's decoders raise nearly any type.
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise BadImage(path, reason) from error
 
 
 @dataclass
@@ -109,7 +47,15 @@ class Listing:
 
 
 class Files(Source):
-    """Base of the file sets: names packed in arrays, which worker processes share instead of copying."""
+    """Base of the file sets: names packed in arrays, which worker processes share instead of copying.
+
+    Args:
+        scaled_decode: see `Source`. common: the keywords of `Source`.
+    """
+
+    def __init__(self, *, scaled_decode: bool = True, **common: Any) -> None:
+        super().__init__(**common)
+        self.scaled_decode = check_flag("scaled_decode", scaled_decode)
 
     def fill(
         self,
@@ -146,9 +92,9 @@ class Files(Source):
         """The path of the file at `position`."""
         return os.path.join(self.roots[self._root_of[position]], self.relative(position))
 
-    def read(self, position: int, *, at_least: int | None = None) -> Picture:
-        """The image at `position`; see `decode`."""
-        return decode(self.path(position), at_least=at_least)
+    def open(self, position: int) -> Opened:
+        """The image at `position`."""
+        return open_file(self.path(position))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -174,7 +120,7 @@ class Folder(Files):
         root: a folder, a list of folders, or a mapping from folder to weight: 2.0 shows each of its training images
             twice an epoch, 0.5 half of them. The classes of several roots are merged by name.
         test: a folder of class folders that is the official test split, or None.
-        common: the keywords of `Source`.
+        common: the keywords of `Files`.
 
     Raises ValueError for a root that is absent, no folder, unreadable or without images. Class folders without images
     are left out, and loose images beside them ignored, each with a warning.
@@ -215,7 +161,7 @@ class ImageNet(Folder):
     """ImageNet-1k as class folders: `root/train/<wnid>/`, and the official validation set, `root/val/<wnid>/`, as test.
 
     Args:
-        root: the folder that holds both. common: the keywords of `Source`.
+        root: the folder that holds both. common: the keywords of `Files`.
 
     Raises ValueError if either is absent; torchvision cannot download this set.
     """
@@ -238,7 +184,7 @@ class Flat(Files):
     """Unlabelled images at any depth below one or several roots; nothing is held out.
 
     Args:
-        root: as for `Folder`. common: the keywords of `Source`.
+        root: as for `Folder`. common: the keywords of `Files`.
 
     Raises ValueError as `Folder`.
     """
@@ -263,7 +209,7 @@ class ListFile(Files):
     Args:
         file: the CSV file, UTF-8. Positions are its rows; other columns are ignored.
         root: the folder that relative paths start from; None = that of the CSV file.
-        common: the keywords of `Source`.
+        common: the keywords of `Files`.
 
     Raises ValueError for a file that is absent, no CSV, lacks the column or rows, or whose paths lead nowhere.
     """

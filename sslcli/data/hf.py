@@ -6,7 +6,6 @@ they need not fit in memory; `sslcli.data.hf_stream` reads sets that do not fit 
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from functools import cached_property
@@ -17,8 +16,8 @@ import torch
 
 from sslcli.data.bad_images import BadImage
 from sslcli.data.columns import Value, as_labels, columns_of, image_column, label_column
-from sslcli.data.files import decode, decode_file
-from sslcli.data.sources import Picture, Source, digest
+from sslcli.data.decode import Encoded, open_file
+from sslcli.data.sources import Source, check_flag, digest
 from sslcli.errors import ConfigError, nearest
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
@@ -37,7 +36,7 @@ class Hf(Source):
         data_files: paths or patterns below `path`, instead of all its files.
         revision: a branch, tag or commit on the hub.
         cache: the folder of prepared copies; None = that of `datasets`, which HF_HOME moves.
-        common: the keywords of `Source`.
+        scaled_decode: see `Source`. common: the keywords of `Source`.
 
     Position i is row i of `split`; those of `test` follow.
 
@@ -56,9 +55,11 @@ class Hf(Source):
         data_files: str | list[str] | None = None,
         revision: str | None = None,
         cache: str | None = None,
+        scaled_decode: bool = True,
         **common: Any,
     ) -> None:
         super().__init__(**common)
+        self.scaled_decode = check_flag("scaled_decode", scaled_decode)
         path = os.path.expanduser(path)
         options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache}
         splits = read_splits(path, [split, *([] if test is None else [test])], **options)
@@ -77,16 +78,16 @@ class Hf(Source):
         pool = torch.arange(self._num_pool)
         self.split(pool, labelled=self.labels[: len(pool)] >= 0, num_test=len(self.labels) - len(pool))
 
-    def read(self, position: int, *, at_least: int | None = None) -> Picture:
+    def open(self, position: int) -> Encoded:
         """The image at `position`. Raises BadImage for a cell that is empty or no image."""
         value, path = self.cell(position), self.path(position)
         if isinstance(value, dict):  # the columns of images of `datasets`
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
-            return decode(value, at_least=at_least)
+            return open_file(value)
         if not isinstance(value, bytes):
             raise BadImage(path, "the cell is empty" if value is None else f"the cell holds {type(value).__name__}")
-        return decode_file(io.BytesIO(value), path, at_least=at_least)
+        return Encoded(value, path)
 
     def cell(self, position: int) -> Any:
         """What the column of images holds at `position`, not decoded."""

@@ -8,7 +8,6 @@ worker go through shards of its own from their beginning to their end.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,12 +20,12 @@ from torch import Tensor
 
 from sslcli.data import rng
 from sslcli.data.columns import as_labels
-from sslcli.data.files import decode_file
+from sslcli.data.decode import Encoded
 from sslcli.data.order import Layout, layout_of
 from sslcli.data.shard_index import default_cache, find_shards, indices_of
 from sslcli.data.shard_reader import ShardReader
 from sslcli.data.shards import Shard
-from sslcli.data.sources import Picture, Source, digest
+from sslcli.data.sources import Source, check_flag, digest
 from sslcli.errors import ConfigError, check_positive
 
 
@@ -42,7 +41,7 @@ class HfStream(Source):
         lanes: shards that are read side by side by all processes and workers, at least 1.
         buffer: images in all shuffle buffers together, at least 1.
         cache: the folder for what is known of the shards; None = that of the user.
-        common: the keywords of `Source`.
+        scaled_decode: see `Source`. common: the keywords of `Source`.
 
     Positions go through the shards by address, those of `test` last.
 
@@ -59,9 +58,11 @@ class HfStream(Source):
         lanes: int = 16,
         buffer: int = 4096,
         cache: str | None = None,
+        scaled_decode: bool = True,
         **common: Any,
     ) -> None:
         super().__init__(**common)
+        self.scaled_decode = check_flag("scaled_decode", scaled_decode)
         check_positive(**{"dataset.lanes": lanes, "dataset.buffer": buffer})
         self.lanes, self.buffer = lanes, buffer
         pool = find_shards(path, key="dataset.path")
@@ -95,9 +96,9 @@ class HfStream(Source):
         """Let go of what these (n,) positions were read with."""
         self.reader.release(positions)
 
-    def read(self, position: int, *, at_least: int | None = None) -> Picture:
-        """The image at `position`. Raises BadImage for one that cannot be decoded, ConfigError for a lost shard."""
-        return decode_file(io.BytesIO(self.reader.content(position)), self.path(position), at_least=at_least)
+    def open(self, position: int) -> Encoded:
+        """The image at `position`. Raises BadImage for what is none, ConfigError for a lost shard."""
+        return Encoded(self.reader.content(position), self.path(position))
 
     def path(self, position: int) -> str:
         """The shard and the number of the image in it."""

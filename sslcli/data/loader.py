@@ -9,43 +9,24 @@ a checkpoint would need, and neither the number of workers nor that of processes
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Generator, Iterator
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sslcli.data import augment, rng
-from sslcli.data.bad_images import BadImage, BadImages
+from sslcli.data.bad_images import BadImages
+from sslcli.data.crops import PlainCrops, Request, ViewCrops, centre_crop, joined, to_uint8
 from sslcli.data.order import epoch_length, epoch_order, last_reads, shard_order
-from sslcli.data.sources import Picture, Source, replacement
+from sslcli.data.sources import Source
 from sslcli.data.views import Views
 from sslcli.data.workers import batches_of, list_of
 from sslcli.distributed import rank, world_size
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Batch
-
-RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-BadList = list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Request:
-    """The images one process needs for one micro-batch, or one of several pieces of it."""
-
-    index: Tensor  # (n,) in the training split
-    visit: Tensor  # (n,) see epoch_order
-    last: Tensor  # (n,) bool, see last_reads; all False where nothing is read in chunks
-
-
-def joined(pieces: Sequence[Request]) -> Request:
-    """The request that the pieces are parts of."""
-    return Request(*(torch.cat([getattr(piece, column.name) for piece in pieces]) for column in fields(Request)))
 
 
 class Loader:
@@ -183,50 +164,6 @@ class Loader:
         return rng.mix(self.seed, request.visit, request.index)
 
 
-class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
-    """Runs in a worker: decode each image of a request once, cut and resize each view; also which images these are."""
-
-    def __init__(self, source: Source, views: Views, seed: int) -> None:
-        self.source, self.views, self.seed = source, views, seed
-
-    def __getitem__(self, request: Request) -> tuple[Request, list[Tensor], Tensor, BadList]:
-        positions = self.source.splits["train"][request.index]
-        self.source.hold(positions)
-        images, read, bad = read_all(self.source, positions)
-        self.source.release(positions[request.last])
-        key = rng.mix(self.seed, request.visit, request.index)
-        height = torch.tensor([image.height for image in images])
-        width = torch.tensor([image.width for image in images])
-        views = []
-        for view, size in enumerate(self.views.sizes(self.source.image_size)):
-            boxes = self.views.boxes(view, key, height, width).tolist()
-            resample = RESAMPLE[self.views.views[view].interpolation]
-            crops = [
-                image.crop((left, top, left + w, top + h)).resize((size, size), resample)
-                for image, (top, left, h, w) in zip(images, boxes, strict=True)
-            ]
-            views.append(to_uint8(crops))
-        return request, views, read, bad
-
-
-class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
-    """Runs in a worker: images for evaluation, and which of them could be read."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __getitem__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        size, images, readable = self.source.image_size, [], []
-        for position in positions.tolist():
-            try:
-                images.append(centre_crop(self.source.read(position), size))
-                readable.append(True)
-            except BadImage:
-                images.append(self.source.blank(size))
-                readable.append(False)
-        return to_uint8(images), torch.tensor(readable)
-
-
 def plain_batches(
     source: Source, positions: Tensor, *, batch_size: int, workers: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -244,39 +181,3 @@ def plain_batches(
         if images.shape[2:] != (size, size):
             images = to_uint8([centre_crop(Image.fromarray(i.permute(1, 2, 0).numpy()), size) for i in images])
         yield images, torch.ones(len(chunk), dtype=torch.bool)
-
-
-def read_all(source: Source, positions: Tensor) -> tuple[list[Picture], Tensor, BadList]:
-    """The images at `positions`, one that cannot be read replaced by a deterministic other, and where they are from."""
-    images, read, bad = [], [], []
-    for position in positions.tolist():
-        attempt, at = 0, position
-        while True:
-            try:
-                images.append(source.read(at))
-                read.append(at)
-                break
-            except BadImage as error:
-                bad.append((error.path, error.reason))
-                attempt += 1
-                if attempt > 20:
-                    raise ConfigError(f"{error.path} and 20 images tried in its place cannot be read") from error
-                at = replacement(source, position, attempt)
-    return images, torch.tensor(read), bad
-
-
-def centre_crop(image: Picture, size: int) -> Picture:
-    """Shorter side to size * 8 / 7, then the middle size x size; an image of that size stays as it is."""
-    if image.size == (size, size):
-        return image
-    scale = round(size * 8 / 7) / min(image.size)
-    wide = image.resize(
-        (max(size, round(image.width * scale)), max(size, round(image.height * scale))), RESAMPLE["bilinear"]
-    )
-    left, top = (wide.width - size) // 2, (wide.height - size) // 2
-    return wide.crop((left, top, left + size, top + size))
-
-
-def to_uint8(images: Sequence[Picture]) -> Tensor:
-    """Images of one size -> (n, C, H, W)."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)

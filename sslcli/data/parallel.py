@@ -19,8 +19,10 @@ import torch
 from PIL import Image
 
 from sslcli.data.bad_images import BadImage
-from sslcli.data.files import Files, Listing, base_name, decode, to_rgb
+from sslcli.data.decode import decode, to_rgb
+from sslcli.data.files import Files, Listing, base_name
 from sslcli.data.scan import check_folder, scan_classes
+from sslcli.data.sources import Whole
 
 INTERPOLATIONS = ("smooth", "nearest")
 _MODES = {1: "L", 3: "RGB"}
@@ -120,7 +122,7 @@ class Parallel(Files):
         root: the folder that holds one folder a modality.
         modalities: the fields of `Modality` of each, by the name of its folder; channels are stacked in this order.
         test: a folder laid out like `root` that is the official test split, or None.
-        common: the keywords of `Source`; mean and std have a number for each channel of all modalities, in order.
+        common: the keywords of `Files`; mean and std have a number for each channel of all modalities, in order.
 
     The modalities of an image must have one shape; those of another size are resized to that of the first.
 
@@ -199,13 +201,17 @@ class Parallel(Files):
         name, ending = list(self.modalities)[modality], self.endings[self._ending[position, modality]]
         return os.path.join(self.roots[self._root_of[position]], name, self.relative(position) + ending)
 
-    def read(self, position: int, *, at_least: int | None = None) -> Layers:
+    def open(self, position: int) -> Whole:
+        """All modalities at `position`, decoded whole: not every format of them can be decoded smaller."""
+        return Whole(self.read(position))
+
+    def read(self, position: int) -> Layers:
         """All modalities at `position`. Raises BadImage for a file that cannot be read or has another shape."""
         layers: list[Image.Image | None] = []
         for number, modality in enumerate(self.modalities.values()):
             layer = None
             if self.present[position, number]:
-                layer = decode(self.path_of(position, number), at_least=at_least, convert=modality.convert)
+                layer = decode(self.path_of(position, number), convert=modality.convert)
             layers.append(layer)
         size = next(layer.size for layer in layers if layer is not None)
         whole = [self.fitted(position, number, layer, size) for number, layer in enumerate(layers)]

@@ -49,6 +49,28 @@ class Picture(Protocol):
         """All of it at another size."""
 
 
+class Opened(Protocol):
+    """An image of which the size is known; `sslcli.data.decode.Encoded` decodes the rest when it is asked to."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the whole image."""
+
+    def decode(self, divisor: int = 1, /) -> Picture:
+        """The image, at 1/divisor of its size where that saves work. Raises BadImage if it cannot be read."""
+
+
+class Whole:
+    """A picture that is there already."""
+
+    def __init__(self, picture: Picture) -> None:
+        self.picture, self.size = picture, picture.size
+
+    def decode(self, divisor: int = 1) -> Picture:
+        """The picture, whatever the divisor."""
+        return self.picture
+
+
 class Source:
     """A set of images with one position space; the base of all sets, and all of a set that fits in memory.
 
@@ -69,6 +91,8 @@ class Source:
         weights: (len(train),) how often an epoch shows each training image; None = once each.
         present: (M, modalities) bool, which modalities an image has; None = all.
         photometric: the channels that the colour operations of views change.
+        scaled_decode: whether JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where every crop that training
+            cuts from one is shrunk at least so much anyway.
 
     Raises ValueError for a value outside its range.
     """
@@ -80,6 +104,7 @@ class Source:
     weights: Tensor | None = None
     present: Tensor | None = None
     photometric: slice = slice(None)
+    scaled_decode: bool = False
     channels: int = 3
     name: str
 
@@ -133,14 +158,14 @@ class Source:
     def release(self, positions: Tensor) -> None:
         """Let go of what was held for these (n,) positions."""
 
-    def read(self, position: int, *, at_least: int | None = None) -> Picture:
-        """The image at `position`, RGB, of any size.
-
-        at_least: file sets may decode a JPEG at 1/2, 1/4 or 1/8 of its size as long as the shorter side keeps this many
-        pixels; it has no effect elsewhere. Raises BadImage if the file cannot be read.
-        """
+    def open(self, position: int) -> Opened:
+        """The image at `position` before it is decoded. Raises BadImage if it cannot be read."""
         assert self.images is not None
-        return Image.fromarray(self.images[position].permute(1, 2, 0).numpy())
+        return Whole(Image.fromarray(self.images[position].permute(1, 2, 0).numpy()))
+
+    def read(self, position: int) -> Picture:
+        """The image at `position`, RGB, of any size. Raises BadImage if it cannot be read."""
+        return self.open(position).decode()
 
     def blank(self, size: int) -> Picture:
         """What stands where an image of an evaluation cannot be read."""
@@ -289,6 +314,13 @@ def digest(parts: Iterable[bytes]) -> str:
     for part in parts:
         state.update(len(part).to_bytes(8, "little") + part)
     return state.hexdigest()[:16]
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """`value`. Raises ValueError unless it is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"dataset.{name} is {value!r}, but it must be true or false")
+    return value
 
 
 def _nuisances(strengths: Mapping[str, float]) -> shapes.Nuisances:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sslcli.data.files import Flat, decode
+from sslcli.data.decode import decode
+from sslcli.data.files import Flat
 
 
 def pixel(path: Path, at=(0, 0)):
@@ -76,14 +77,20 @@ def test_exif_orientation_is_ignored(tmp_path):
     assert decode(str(tmp_path / "a.jpg")).size == (6, 4)
 
 
-def test_scaled_decoding_keeps_the_shorter_side(tmp_path):
-    gradient = np.linspace(0, 255, 400 * 300 * 3).reshape(300, 400, 3).astype(np.uint8)
+@pytest.mark.parametrize(("width", "height"), [(400, 300), (401, 303), (17, 9)])
+@pytest.mark.parametrize("divisor", [1, 2, 4, 8])
+def test_a_jpeg_is_decoded_at_the_share_of_its_size_that_is_asked_for(tmp_path, width, height, divisor):
+    gradient = np.linspace(0, 255, width * height * 3).reshape(height, width, 3).astype(np.uint8)
     Image.fromarray(gradient).save(tmp_path / "a.jpg", quality=95)
-    source = Flat(root=str(tmp_path), image_size=8)
-    assert source.read(0).size == (400, 300)
-    assert source.read(0, at_least=150).size == (200, 150)
-    assert source.read(0, at_least=151).size == (400, 300)
-    assert source.read(0, at_least=10).size == (50, 38)
-    assert source.read(0, at_least=1000).size == (400, 300)
-    small = np.asarray(source.read(0, at_least=150).resize((40, 30)), float)
-    assert np.abs(small - np.asarray(source.read(0).resize((40, 30)), float)).mean() < 3
+    opened = Flat(root=str(tmp_path), image_size=8).open(0)
+    assert opened.size == (width, height)
+    small = opened.decode(divisor)
+    assert small.size == (-(-width // divisor), -(-height // divisor))
+    if min(width, height) > 80:
+        again = np.asarray(small.resize((width, height)), float)
+        assert np.abs(again - np.asarray(decode(str(tmp_path / "a.jpg")), float)).mean() < 3
+
+
+def test_other_formats_are_decoded_whole(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    assert Flat(root=str(tmp_path), image_size=8).open(0).decode(4).size == (40, 30)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from shards import KINDS, number_at, numbers_in, write_parquet, write_set, write_tar
 from sslcli.data import shard_reader
+from sslcli.data.crops import ViewCrops
 from sslcli.data.hf_stream import HfStream
-from sslcli.data.loader import Loader, ViewCrops, plain_batches
+from sslcli.data.loader import Loader, plain_batches
 from sslcli.data.shards import Index
 from sslcli.data.views import Views
 from sslcli.errors import ConfigError

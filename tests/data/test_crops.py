@@ -1,0 +1,117 @@
+"""The crops that data workers make, against one image after the other decoded whole and cut by Pillow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sslcli.data import rng
+from sslcli.data.crops import RESAMPLE, Request, ViewCrops
+from sslcli.data.files import Flat
+from sslcli.data.shapes import Nuisances, draw
+from sslcli.data.views import Views
+
+SEED, COUNT = 3, 12
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEGs of 12 drawn scenes with grain, of sizes that are no multiple of 8."""
+    root = tmp_path_factory.mktemp("photos")
+    images, _ = draw(torch.arange(COUNT), seed=0, size=48, nuisances=Nuisances())
+    generator = np.random.default_rng(0)
+    for number, image in enumerate(images):
+        size = (301 + 7 * number, 411 - 9 * number)
+        large = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
+        grainy = np.asarray(large, float) + generator.normal(0, 6, (size[1], size[0], 3))
+        Image.fromarray(grainy.clip(0, 255).astype(np.uint8)).save(root / f"{number:02d}.jpg", quality=90)
+    return root
+
+
+def source(root: Path, **options: Any) -> Flat:
+    return Flat(root=str(root), **({"image_size": 224, "val_fraction": 0.0} | options))
+
+
+def request(index: Tensor) -> Request:
+    return Request(index, torch.zeros_like(index), torch.zeros(len(index), dtype=torch.bool))
+
+
+def crops(made: Flat, views: list[Mapping[str, Any]], index: Tensor | None = None) -> list[Tensor]:
+    _, found, read, bad = ViewCrops(made, Views(views), SEED)[request(torch.arange(COUNT) if index is None else index)]
+    assert not bad
+    assert len(read) == len(found[0])
+    return found
+
+
+def slow(made: Flat, views: list[Mapping[str, Any]]) -> list[Tensor]:
+    """The same, the obvious way."""
+    kinds = Views(views)
+    found: list[list[Tensor]] = [[] for _ in range(kinds.num_views)]
+    for index in range(COUNT):
+        image = made.read(int(made.splits["train"][index]))
+        key = rng.mix(SEED, 0, torch.tensor([index]))
+        for view, size in enumerate(kinds.sizes(made.image_size)):
+            box = kinds.boxes(view, key, torch.tensor([image.height]), torch.tensor([image.width]))
+            top, left, height, width = box[0].tolist()
+            part = image.crop((left, top, left + width, top + height))
+            part = part.resize((size, size), RESAMPLE[kinds.views[view].interpolation])
+            found[view].append(torch.from_numpy(np.array(part)).permute(2, 0, 1))
+    return [torch.stack(view) for view in found]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [48, 224])
+def test_crops_of_whole_images_are_those_of_pillow(photos: Path, interpolation: str, size: int) -> None:
+    made = source(photos, image_size=size, scaled_decode=False)
+    views = [{"count": 2, "crop_scale": [0.08, 1.0], "interpolation": interpolation}]
+    for one, other in zip(crops(made, views), slow(made, views), strict=True):
+        difference = (one.int() - other.int()).abs()
+        # Rounded between the passes, which torch may take in the other order: then bicubic overshoots at other pixels.
+        assert difference.max() <= (1 if interpolation == "bilinear" else 12)
+        assert difference.float().mean() < 0.3
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("views", [[{"count": 2}], [{"crop_scale": None}, {"size": 24, "crop_scale": [0.3, 0.5]}]])
+def test_scaled_decoding_changes_little(photos: Path, views: list[dict[str, Any]], interpolation: str) -> None:
+    views = [view | {"interpolation": interpolation} for view in views]
+    made = source(photos, image_size=40)
+    found, wanted = crops(made, views), slow(made, views)
+    for one, other in zip(found, wanted, strict=True):
+        assert not torch.equal(one, other)
+        # Of 255. A box that is off by half a pixel of the smaller image gives 1.5 and more.
+        assert (one.int() - other.int()).abs().float().mean() < 0.8
+
+
+@pytest.mark.parametrize("size", [16, 40, 90, 300])
+def test_no_crop_has_fewer_pixels_than_its_result_because_of_scaled_decoding(photos: Path, size: int) -> None:
+    made = source(photos)
+    views = Views([{"count": 2, "size": size}, {"size": 8, "crop_scale": [0.05, 0.2]}])
+    worker = ViewCrops(made, views, SEED)
+    index = torch.arange(COUNT)
+    opened = [made.open(int(position)) for position in made.splits["train"]]
+    boxes, divisors = worker.boxes(opened, rng.mix(SEED, 0, index))
+    for image_boxes, divisor in zip(boxes, divisors, strict=True):
+        shares = [side / out for (*_, h, w), out in zip(image_boxes, (size, size, 8), strict=True) for side in (h, w)]
+        assert divisor == 1 or min(shares) >= divisor
+        assert divisor == 8 or min(shares) < 2 * divisor
+    assert (max(divisors) > 1) == (size < 300)
+
+
+def test_crops_do_not_depend_on_what_else_is_asked_for(photos: Path) -> None:
+    made, views = source(photos, image_size=40), [{"count": 2}, {"size": 20, "crop_scale": [0.05, 0.3]}]
+    index = torch.tensor([7, 2, 11])
+    for whole, few in zip(crops(made, views), crops(made, views, index), strict=True):
+        assert torch.equal(whole[index], few)
+
+
+def test_a_wrong_option_is_named(photos: Path) -> None:
+    with pytest.raises(ValueError, match=r"dataset\.scaled_decode is 'no'"):
+        source(photos, scaled_decode="no")
