@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from sslcli.cli import _compose
-from sslcli.data.views import View
+from sslcli.data.view import View
 from sslcli.methods.base import Batch
 
 ROOT = Path(__file__).parents[1]

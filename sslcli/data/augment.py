@@ -170,13 +170,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int, mask: Tensor)
         ValueError: kernel_size even, below 1, or too large for the images.
     """
     channels, height, width = images.shape[1:]
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size={kernel_size} must be an odd number of at least 1")
-    if kernel_size // 2 >= min(height, width):
-        raise ValueError(
-            f"kernel_size={kernel_size} is too large for images of {height} x {width} pixels; "
-            f"it may be {2 * min(height, width) - 1} at most"
-        )
+    check_taps(kernel_size, height, width)
 
     def operation(part: Tensor, rows: Tensor) -> Tensor:
         work = in_working_precision(part)
@@ -190,6 +184,17 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int, mask: Tensor)
         return out.view(n, height, channels, width).transpose(1, 2).contiguous().to(part.dtype)
 
     return where_rows(images, mask, operation)
+
+
+def check_taps(kernel_size: int, height: int, width: int) -> None:
+    """Raise ValueError unless a blur of so many taps fits images of this size."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size} must be an odd number of at least 1")
+    if kernel_size // 2 >= min(height, width):
+        raise ValueError(
+            f"kernel_size={kernel_size} is too large for images of {height} x {width} pixels; "
+            f"it may be {2 * min(height, width) - 1} at most"
+        )
 
 
 def _gaussian_kernels(sigma: Tensor, kernel_size: int) -> Tensor:

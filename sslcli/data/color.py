@@ -52,7 +52,7 @@ def column(values: Tensor, images: Tensor) -> Tensor:
     return values.to(images.device, images.dtype, non_blocking=True).view(-1, 1, 1, 1)
 
 
-def _gray(images: Tensor) -> Tensor:
+def to_luma(images: Tensor) -> Tensor:
     """ITU-R 601-2 luma (N, 1, H, W), with torchvision's rounded weights; always a new tensor."""
     if images.shape[1] == 1:
         return images.clone()
@@ -79,14 +79,14 @@ def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean of the gray image: factor (N,) 0 gives that mean, 1 the image, more than 1 exaggerates."""
     work = in_working_precision(images)
     weight = column(factor, work)
-    return (work * weight).add_(_mean(_gray(work)) * (1 - weight)).clamp_(0, 1).to(images.dtype)
+    return (work * weight).add_(_mean(to_luma(work)) * (1 - weight)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the gray image: factor (N,) 0 gives the gray image, 1 the image, more than 1 exaggerates."""
     work = in_working_precision(images)
     weight = column(factor, work)
-    return (work * weight).add_(_gray(work) * (1 - weight)).clamp_(0, 1).to(images.dtype)
+    return (work * weight).add_(to_luma(work) * (1 - weight)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
@@ -94,10 +94,11 @@ def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
     if images.shape[1] == 1:
         return images
     work = in_working_precision(images)
-    return where_rows(work, factor != 0, lambda part, rows: _rotate_hue(part, factor[rows])).to(images.dtype)
+    return where_rows(work, factor != 0, lambda part, rows: rotate_hue(part, factor[rows])).to(images.dtype)
 
 
-def _rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
+def rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Rotate the hue of (N, 3, H, W) images in HSV by (N,) turns."""
     # Arithmetic only: on the CPU comparisons and `where` cost several times as much as these operations.
     red, green, blue = images.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -150,13 +151,13 @@ def _jitter_group(images: Tensor, factors: Tensor, order: Tensor, hue_slot: int)
     """Jitter images that turn their hue in the same slot; changes `images`."""
     for slot in range(4):
         if slot == hue_slot:
-            images = _rotate_hue(images, factors[:, HUE])
+            images = rotate_hue(images, factors[:, HUE])
             continue
         # Brightness, contrast and saturation are one blend f * image + (1 - f) * reference.
         operation = order[:, slot]
         factor = factors.gather(1, operation.unsqueeze(1)).squeeze(1)
         factor = torch.where(operation == HUE, 1.0, factor)
-        gray = _gray(images)
+        gray = to_luma(images)
         from_mean = _mean(gray) * column((1 - factor) * (operation == CONTRAST), images)
         reference = gray.mul_(column((1 - factor) * (operation == SATURATION), images)).add_(from_mean)
         images = images.mul_(column(factor, images)).add_(reference).clamp_(0, 1)
@@ -167,7 +168,7 @@ def to_grayscale(images: Tensor, mask: Tensor) -> Tensor:
     """The images of mask (N,) bool in gray, with as many channels as before."""
 
     def operation(part: Tensor, rows: Tensor) -> Tensor:
-        return _gray(in_working_precision(part)).to(part.dtype).expand_as(part)
+        return to_luma(in_working_precision(part)).to(part.dtype).expand_as(part)
 
     return where_rows(images, mask, operation)
 

@@ -145,7 +145,7 @@ class Loader:
                 self.bad.add(path, reason)
             self.bad.check()
             parts = [[part.to(self.device, non_blocking=True) for part in view] for view in zip(*views, strict=True)]
-            images = [(torch.cat(view) if len(view) > 1 else view[0]).float() / 255 for view in parts]
+            images = [(torch.cat(view) if len(view) > 1 else view[0]).float().div_(255) for view in parts]
             yield self.batch(joined(requests), images, torch.cat(read))
 
     def batch(self, request: Request, crops: list[Tensor], read: Tensor) -> Batch:

@@ -1,6 +1,6 @@
 """Views: which random crops and colour changes are made of each image.
 
-A `View` is one distribution, written in yaml; `Views` draws from a list of them. Every parameter is a pure function of
+`Views` draws from a list of distributions, see `view`. Every parameter is a pure function of
 (image key, view number, operation), see `rng`: a view of an image is the same in whatever batch it comes.
 The operations come in this order, each optional (grayscale before the jitter where `grayscale_first` is set):
 
@@ -11,19 +11,20 @@ With RandAugment the blur comes earlier, which makes no difference to gray: jitt
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sslcli.data import augment, rand_augment
+from sslcli.data import augment, large_images, rand_augment
 from sslcli.data.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD, lab_to_rgb, ydbdr_to_rgb
 from sslcli.data.rng import mix, uniform
+from sslcli.data.view import View, is_number
+from sslcli.data.view import parse as parse_view
 
 COLOR_SPACES = ("rgb", "lab", "ydbdr")
 
@@ -35,163 +36,6 @@ _FIRST_CROP_STREAM, _FIRST_RAND_AUGMENT_STREAM = 64, 128
 
 _ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 _IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """One distribution of views. Probabilities are per image, pairs are inclusive ranges (low, high).
-
-    Attributes:
-        count: how many views are drawn from it.
-        size: side in pixels; None for the run's image size.
-        crop_scale: area of the crop as a share of the image, uniform; None takes the whole image.
-        crop_ratio: width / height of the crop, log-uniform.
-        interpolation: "bilinear" or "bicubic", both antialiased.
-        flip: probability of a left-right flip.
-        jitter: strength of (brightness, contrast, saturation, hue). The first three draw a factor from
-            [max(0, 1 - strength), 1 + strength], hue draws turns from [-strength, strength]; the order is random.
-        jitter_p: probability of jitter.
-        grayscale: probability of gray.
-        grayscale_first: gray before jitter (InstDisc) instead of after it.
-        blur: probability of a Gaussian blur.
-        blur_sigma: its standard deviation in pixels, uniform.
-        blur_kernel: number of its taps, odd; None for about a tenth of the side, at least 3 (SimCLR).
-        solarize: probability of inverting the values from `solarize_threshold` in [0, 1] on.
-        rand_augment: number of operations of RandAugment, see `sslcli.data.rand_augment`; 0 for none.
-        rand_augment_magnitude: mean of their magnitude, in [0, 10]; what is drawn is clipped to that.
-        rand_augment_std: deviation of the magnitude.
-        rand_augment_p: probability of each of the operations to happen at all.
-
-    Raises:
-        ValueError: a value out of its range; the message names the field.
-    """
-
-    count: int = 1
-    size: int | None = None
-    crop_scale: tuple[float, float] | None = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bilinear"
-    flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    jitter_p: float = 1.0
-    grayscale: float = 0.0
-    grayscale_first: bool = False
-    blur: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    blur_kernel: int | None = None
-    solarize: float = 0.0
-    solarize_threshold: float = 0.5
-    rand_augment: int = 0
-    rand_augment_magnitude: float = 10.0
-    rand_augment_std: float = 0.5
-    rand_augment_p: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Check every field, and turn the lists that yaml gives into tuples."""
-        self._check_integer("count", minimum=1)
-        if self.size is not None:
-            self._check_integer("size", minimum=1)
-        if self.crop_scale is not None:
-            self._check_range("crop_scale", above=0.0, maximum=1.0)
-        self._check_range("crop_ratio", above=0.0)
-        if self.interpolation not in augment.INTERPOLATIONS:
-            raise _wrong("interpolation", self.interpolation, f"one of {', '.join(augment.INTERPOLATIONS)}")
-        strengths = self._check_numbers("jitter", 4, "four numbers (brightness, contrast, saturation, hue)")
-        if min(strengths) < 0 or strengths[3] > 0.5:
-            raise _wrong("jitter", self.jitter, "at least 0 each, and hue, the fourth, at most 0.5")
-        for name in ("flip", "jitter_p", "grayscale", "blur", "solarize", "solarize_threshold", "rand_augment_p"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value <= 1:
-                raise _wrong(name, value, "a number in [0, 1]")
-        if not isinstance(self.grayscale_first, bool):
-            raise _wrong("grayscale_first", self.grayscale_first, "true or false")
-        self._check_range("blur_sigma", above=0.0)
-        if self.blur_kernel is not None:
-            self._check_integer("blur_kernel", minimum=1)
-            if self.blur_kernel % 2 == 0:
-                raise _wrong("blur_kernel", self.blur_kernel, "odd, so that it has a centre")
-        self._check_integer("rand_augment", minimum=0)
-        for name, most in (("rand_augment_magnitude", rand_augment.MOST), ("rand_augment_std", math.inf)):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value <= most:
-                limit = "" if most == math.inf else f" and at most {most:g}"
-                raise _wrong(name, value, f"a number of at least 0{limit}")
-
-    def _check_integer(self, name: str, *, minimum: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise _wrong(name, value, f"an integer of at least {minimum}")
-
-    def _check_numbers(self, name: str, length: int, what: str) -> tuple[float, ...]:
-        value = getattr(self, name)
-        if not isinstance(value, Sequence) or len(value) != length or not all(map(_is_number, value)):
-            raise _wrong(name, value, what)
-        numbers = tuple(float(number) for number in value)
-        object.__setattr__(self, name, numbers)
-        return numbers
-
-    def _check_range(self, name: str, *, above: float, maximum: float = math.inf) -> None:
-        limit = "" if maximum == math.inf else f" <= {maximum:g}"
-        constraint = f"a pair (low, high) with {above:g} < low <= high{limit}"
-        low, high = self._check_numbers(name, 2, constraint)
-        if not above < low <= high <= maximum:
-            raise _wrong(name, getattr(self, name), constraint)
-
-    @property
-    def jitters(self) -> bool:
-        """Whether this view ever changes colours by jitter."""
-        return self.jitter_p > 0 and any(strength > 0 for strength in self.jitter)
-
-    def kernel_size(self, size: int) -> int:
-        """Number of taps of the blur for images of `size` pixels; `blur_kernel` where that is set."""
-        return self.blur_kernel if self.blur_kernel is not None else max(3, size // 10 // 2 * 2 + 1)
-
-    def describe(self) -> str:
-        """One line for people, without the operations that never happen."""
-        parts = [f"{self.count} x {self.size or 'image size'}"]
-        parts.append("no crop" if self.crop_scale is None else "crop {:g}-{:g}".format(*self.crop_scale))
-        if self.interpolation != "bilinear":
-            parts.append(self.interpolation)
-        if self.flip > 0:
-            parts.append(f"flip p={self.flip:g}")
-        gray = [f"gray p={self.grayscale:g}"] if self.grayscale > 0 else []
-        jitter = "jitter ({:g}, {:g}, {:g}, {:g})".format(*self.jitter)
-        jitters = [f"{jitter} p={self.jitter_p:g}"] if self.jitters else []
-        parts += gray + jitters if self.grayscale_first else jitters + gray
-        if self.blur > 0:
-            parts.append("blur {:g}-{:g}".format(*self.blur_sigma) + f" p={self.blur:g}")
-        if self.solarize > 0:
-            parts.append(f"solarize p={self.solarize:g}")
-        if self.rand_augment > 0:
-            magnitude = f"{self.rand_augment_magnitude:g}+-{self.rand_augment_std:g}"
-            parts.append(f"RandAugment {self.rand_augment} x {magnitude} p={self.rand_augment_p:g}")
-        return ", ".join(parts)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _wrong(name: str, value: object, constraint: str) -> ValueError:
-    return ValueError(f"{name}={value!r} of a view must be {constraint}")
-
-
-def _parse(number: int, entry: Mapping[str, Any] | View) -> View:
-    """A View from its yaml; errors say which entry it is."""
-    if isinstance(entry, View):
-        return entry
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"views[{number}]={entry!r} must be a mapping of view fields")
-    known = [field.name for field in fields(View)]
-    for key in entry:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"views[{number}] has the unknown key {key!r}{hint} Known keys: {', '.join(known)}")
-    try:
-        return View(**{str(key): value for key, value in entry.items()})
-    except ValueError as error:
-        raise ValueError(f"views[{number}]: {error}") from None
 
 
 class Views:
@@ -214,7 +58,7 @@ class Views:
             raise ValueError(f"views={views!r} must be a list of at least one view")
         if color_space not in COLOR_SPACES:
             raise ValueError(f"color_space={color_space!r} must be one of {', '.join(COLOR_SPACES)}")
-        self.entries = [_parse(number, entry) for number, entry in enumerate(views)]
+        self.entries = [parse_view(number, entry) for number, entry in enumerate(views)]
         self.views = [entry for entry in self.entries for _ in range(entry.count)]
         self.normalize = normalize
         self.color_space = color_space
@@ -347,7 +191,7 @@ class ScaledViews(Views):
     ) -> None:
         super().__init__(views, normalize=normalize, color_space=color_space)
         hue = max(entry.jitter[3] for entry in self.entries)
-        if not _is_number(strength) or not 0 <= strength * hue <= 0.5 or strength < 0:
+        if not is_number(strength) or not 0 <= strength * hue <= 0.5 or strength < 0:
             most = f" and at most {0.5 / hue:g}, where the hue turns by 0.5" if hue > 0 else ""
             raise ValueError(f"strength={strength!r} of the views must be a number of at least 0{most}")
         self.entries = [_with_jitter(entry, strength) for entry in self.entries]
@@ -365,29 +209,52 @@ def _between(fraction: Tensor, low: float, high: float) -> Tensor:
 
 def _photometric(spec: View, draws: Tensor, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
     """Jitter, RandAugment, grayscale, blur and solarize, in the order of the module's text."""
-    gray = draws[_GRAYSCALE] < spec.grayscale
+    chosen = _chosen(spec, draws, images)
+    if spec.rand_augment == 0 and large_images.are_large(images):
+        if spec.blur > 0:
+            augment.check_taps(chosen.taps, *images.shape[2:])
+        return large_images.photometric(images, chosen)
     if spec.grayscale_first:
-        images = augment.to_grayscale(images, gray)
+        images = augment.to_grayscale(images, chosen.gray)
     if spec.jitters:
-        images = _jitter(spec, draws, images)
+        # The identity, which color_jitter passes over, for those that are not jittered.
+        factors = torch.where(chosen.jittered.unsqueeze(1), chosen.factors, _IDENTITY)
+        images = augment.color_jitter(images, factors, chosen.order)
     if spec.rand_augment > 0:
-        images = _rand_augment(spec, key, _blur(spec, draws, images), mean)
+        images = _blur(spec, chosen, images)
+        images = _rand_augment(spec, key, images, mean)
     if not spec.grayscale_first:
-        images = augment.to_grayscale(images, gray)
+        images = augment.to_grayscale(images, chosen.gray)
     if spec.rand_augment == 0:
-        images = _blur(spec, draws, images)
+        images = _blur(spec, chosen, images)
     if spec.solarize > 0:
-        images = augment.solarize(images, spec.solarize_threshold, draws[_SOLARIZE] < spec.solarize)
+        images = augment.solarize(images, spec.solarize_threshold, chosen.solarized)
     return images
 
 
-def _blur(spec: View, draws: Tensor, images: Tensor) -> Tensor:
-    """Gaussian blur of the images whose draw says so."""
-    if spec.blur == 0:
-        return images
-    sigma = _between(draws[_SIGMA], *spec.blur_sigma)
-    taps = spec.kernel_size(min(images.shape[2:]))
-    return augment.gaussian_blur(images, sigma, taps, draws[_BLUR] < spec.blur)
+def _chosen(spec: View, draws: Tensor, images: Tensor) -> large_images.Parameters:
+    """What the draws (streams, N) say is done to each image."""
+    factors = []
+    for number, strength in enumerate(spec.jitter):
+        low, high = (max(0.0, 1 - strength), 1 + strength) if number < 3 else (-strength, strength)
+        factors.append(_between(draws[_FACTORS + number], low, high))
+    return large_images.Parameters(
+        jittered=draws[_JITTER] < (spec.jitter_p if spec.jitters else 0.0),
+        factors=torch.stack(factors, 1),
+        order=_ORDERS[(draws[_ORDER] * len(_ORDERS)).long()],
+        gray=draws[_GRAYSCALE] < spec.grayscale,
+        gray_first=spec.grayscale_first,
+        blurred=draws[_BLUR] < spec.blur,
+        sigma=_between(draws[_SIGMA], *spec.blur_sigma),
+        taps=spec.kernel_size(min(images.shape[2:])),
+        solarized=draws[_SOLARIZE] < spec.solarize,
+        threshold=spec.solarize_threshold,
+    )
+
+
+def _blur(spec: View, chosen: large_images.Parameters, images: Tensor) -> Tensor:
+    """Gaussian blur of the images chosen for it."""
+    return images if spec.blur == 0 else augment.gaussian_blur(images, chosen.sigma, chosen.taps, chosen.blurred)
 
 
 def _rand_augment(spec: View, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
@@ -403,15 +270,3 @@ def _rand_augment(spec: View, key: Tensor, images: Tensor, mean: Sequence[float]
         probability=spec.rand_augment_p,
         fill=torch.tensor(mean),
     )
-
-
-def _jitter(spec: View, draws: Tensor, images: Tensor) -> Tensor:
-    """Colour jitter of the images whose draw says so."""
-    factors = []
-    for number, strength in enumerate(spec.jitter):
-        low, high = (max(0.0, 1 - strength), 1 + strength) if number < 3 else (-strength, strength)
-        factors.append(_between(draws[_FACTORS + number], low, high))
-    # The identity, which color_jitter passes over, for those that are not jittered.
-    chosen = (draws[_JITTER] < spec.jitter_p).unsqueeze(1)
-    order = _ORDERS[(draws[_ORDER] * len(_ORDERS)).long()]
-    return augment.color_jitter(images, torch.where(chosen, torch.stack(factors, 1), _IDENTITY), order)

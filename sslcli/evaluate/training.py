@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 from sslcli import precision, schedule
 from sslcli.data.loader import Loader
 from sslcli.data.sources import Source
-from sslcli.data.views import View, Views
+from sslcli.data.view import View
+from sslcli.data.views import Views
 from sslcli.evaluate.features import FeatureSet, extract
 from sslcli.evaluate.linear import Linear
 from sslcli.evaluate.network import Classifier, parameter_groups, set_mode

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sslcli.data import rand_augment as ra
 from sslcli.data.rng import mix, uniform
-from sslcli.data.views import View, Views
+from sslcli.data.view import View
+from sslcli.data.views import Views
 
 FILL = (0.25, 0.5, 0.75)
 BYTES = tuple(round(255 * value) for value in FILL)

@@ -10,7 +10,8 @@ import yaml
 
 from sslcli.data import augment
 from sslcli.data.rng import mix
-from sslcli.data.views import ScaledViews, View, Views
+from sslcli.data.view import View
+from sslcli.data.views import ScaledViews, Views
 
 PRESETS = sorted((Path(__file__).parents[2] / "conf" / "views").glob("*.yaml"))
 

@@ -14,7 +14,8 @@ from torchvision.transforms import RandomResizedCrop
 from sslcli.data import augment
 from sslcli.data.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD
 from sslcli.data.rng import mix
-from sslcli.data.views import View, Views
+from sslcli.data.view import View
+from sslcli.data.views import Views
 
 RICH = View(
     count=2,

@@ -1,0 +1,155 @@
+"""The colour operations of `color` and `augment` for large images on the CPU: one image after the other.
+
+A batch of large images is many times larger than the caches, so that each operation on all of it waits for memory, and
+threads that share each operation wait for each other after every one. Here an image goes through all operations while
+it is in the cache, in place, with its parameters as plain numbers, and threads take whole images. Small images are
+better off in a batch, where an operation is one call for hundreds of them; so are all on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Barrier
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sslcli.data import color
+
+LARGE = 128 * 128  # pixels from which on one at a time is faster
+_BAND = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """What is done to each of N images, in the order of the fields, but gray before the jitter if `gray_first`."""
+
+    jittered: Tensor  # (N,) bool
+    factors: Tensor  # (N, 4), see color_jitter
+    order: Tensor  # (N, 4) int64, see color_jitter
+    gray: Tensor  # (N,) bool
+    gray_first: bool
+    blurred: Tensor  # (N,) bool
+    sigma: Tensor  # (N,) pixels
+    taps: int
+    solarized: Tensor  # (N,) bool
+    threshold: float
+
+
+def are_large(images: Tensor) -> bool:
+    """Whether (N, C, H, W) images are better changed one at a time."""
+    return images.device.type == "cpu" and images.shape[2] * images.shape[3] >= LARGE
+
+
+def photometric(images: Tensor, parameters: Parameters) -> Tensor:
+    """Jitter, gray, blur and solarize (N, C, H, W) images in [0, 1]; each equals the batched operation to rounding."""
+    out = torch.empty_like(images)
+    jittered, factors, order = parameters.jittered.tolist(), parameters.factors.tolist(), parameters.order.tolist()
+    gray, blurred, sigma = parameters.gray.tolist(), parameters.blurred.tolist(), parameters.sigma.tolist()
+    solarized = parameters.solarized.tolist()
+
+    def change(row: int) -> None:
+        image = color.in_working_precision(images[row]).clone()
+        if gray[row] and parameters.gray_first:
+            image = to_gray(image)
+        if jittered[row]:
+            image = jitter(image, factors[row], order[row])
+        if gray[row] and not parameters.gray_first:
+            image = to_gray(image)
+        if blurred[row]:
+            image = blur(image, sigma[row], parameters.taps)
+        if solarized[row]:
+            image = torch.where(image >= parameters.threshold, 1 - image, image)
+        out[row].copy_(image)
+
+    each(change, len(images))
+    return out
+
+
+def each(work: Callable[[int], None], count: int) -> None:
+    """Call `work` for 0 to count - 1, on as many threads as torch uses, each call on one."""
+    threads = min(torch.get_num_threads(), count)
+    if threads <= 1:
+        for number in range(count):
+            work(number)
+        return
+    # The error of a call is raised here, after all have ended.
+    for _ in list(_pool(os.getpid(), threads).map(work, range(count))):
+        pass
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads in which an operation of torch takes no further ones. A forked process needs its own."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="views", initializer=_work_alone)
+    # Each waits for the others, so that every thread starts, and sets its number, before the number of this one is put
+    # back.
+    ready = Barrier(threads)
+    list(pool.map(lambda number: ready.wait(), range(threads)))
+    torch.set_num_threads(before)
+    return pool
+
+
+def _work_alone() -> None:
+    """Let operations of torch in this thread take no further ones."""
+    # A thread takes over the number of the process when it first needs it, and would overwrite what is set before that.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+def jitter(image: Tensor, factors: list[float], order: list[int]) -> Tensor:
+    """As `color_jitter` of one image (C, H, W), which is changed; factors and order are four numbers each."""
+    for operation in order:
+        factor = factors[operation]
+        if operation == color.HUE:
+            if factor != 0 and len(image) == 3:
+                image = color.rotate_hue(image.unsqueeze(0), torch.tensor([factor])).squeeze(0)
+        elif factor == 1:
+            continue
+        elif operation == color.BRIGHTNESS:
+            image.mul_(factor).clamp_(0, 1)
+        elif operation == color.CONTRAST:
+            # The mean of the gray image is the gray of the means.
+            mean = color.to_luma(image.mean(2).mean(1).view(1, -1, 1, 1)).item()
+            image.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
+        else:
+            gray = color.to_luma(image.unsqueeze(0))[0].mul_(1 - factor)
+            image.mul_(factor).add_(gray).clamp_(0, 1)
+    return image
+
+
+def to_gray(image: Tensor) -> Tensor:
+    """(C, H, W) in gray, with as many channels as before."""
+    return color.to_luma(image.unsqueeze(0))[0].expand_as(image).contiguous()
+
+
+def blur(image: Tensor, sigma: float, taps: int) -> Tensor:
+    """As `gaussian_blur` of one image (C, H, W).
+
+    A blur is a product with a banded matrix from both sides. Bands of 32 rows, or columns, are cut out of the reflected
+    image and multiplied by one small matrix, which is the same for all: a fifth of the work of the whole matrix.
+    """
+    channels, height, width = image.shape
+    radius = taps // 2
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=image.dtype) / sigma) ** 2)
+    matrix = _banded(kernel / kernel.sum())
+    rows, columns = -(-height // _BAND), -(-width // _BAND)
+    image = pad(image, (radius, radius, radius, radius), mode="reflect")
+    image = pad(image, (0, columns * _BAND - width, 0, rows * _BAND - height))
+    # Each image row once more for every band it touches: (C, bands, 32 + taps - 1, W).
+    parts = image.unfold(1, _BAND + taps - 1, _BAND).transpose(2, 3)
+    image = torch.matmul(matrix, parts).reshape(channels * rows * _BAND, -1)
+    parts = image.as_strided((columns, len(image), _BAND + taps - 1), (_BAND, image.shape[1], 1))
+    image = torch.matmul(parts, matrix.t()).view(columns, channels, rows * _BAND, _BAND)
+    return image.permute(1, 2, 0, 3).reshape(channels, rows * _BAND, columns * _BAND)[:, :height, :width]
+
+
+def _banded(kernel: Tensor) -> Tensor:
+    """(32, 32 + taps - 1): row i holds the kernel from column i on."""
+    return pad(kernel, (_BAND - 1, _BAND - 1)).unfold(0, _BAND + len(kernel) - 1, 1).flip(0)
