@@ -70,20 +70,29 @@ def lightly(method: str, *, best: bool) -> Result:
     return timed(lambda: step(views), images=BATCH)
 
 
-def lightly_step(method: str, backbone: nn.Module, width: int, *, best: bool) -> Callable[[list[Tensor]], None]:
-    """What lightly's example of the method does with two views."""
+def lightly_step(
+    method: str,
+    backbone: nn.Module,
+    width: int,
+    *,
+    best: bool,
+    temperature: float = 0.2,
+    lr: Callable[[], float] = lambda: 0.06,
+) -> Callable[[list[Tensor]], None]:
+    """What lightly's example of the method does with two views, at the learning rate of the moment."""
     from lightly.models.utils import deactivate_requires_grad, update_momentum
 
-    online, loss_of = LIGHTLY[method](backbone, width)
+    online, loss_of = LIGHTLY[method](backbone, width, temperature)
     trained = nn.ModuleList(online)
     target = copy.deepcopy(trained[:2]) if method != "simclr" else nn.ModuleList()
     deactivate_requires_grad(target)
     if best:
         trained.to(memory_format=torch.channels_last)
         target.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(trained.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=lr(), momentum=0.9, weight_decay=5e-4)
 
     def step(views: list[Tensor]) -> None:
+        optimizer.param_groups[0]["lr"] = lr()
         if best:
             views = [view.to(memory_format=torch.channels_last) for view in views]
         for average, current in zip(target, trained, strict=False):
@@ -97,11 +106,13 @@ def lightly_step(method: str, backbone: nn.Module, width: int, *, best: bool) ->
     return step
 
 
-def lightly_simclr(backbone: nn.Module, width: int) -> tuple[list[nn.Module], Callable[..., Tensor]]:
+def lightly_simclr(
+    backbone: nn.Module, width: int, temperature: float
+) -> tuple[list[nn.Module], Callable[..., Tensor]]:
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
 
-    criterion = NTXentLoss(temperature=0.1)
+    criterion = NTXentLoss(temperature=temperature)
 
     def loss(net: nn.ModuleList, target: nn.ModuleList, x1: Tensor, x2: Tensor) -> Tensor:
         z1, z2 = (net[1](net[0](x).flatten(1)) for x in (x1, x2))
@@ -110,11 +121,11 @@ def lightly_simclr(backbone: nn.Module, width: int) -> tuple[list[nn.Module], Ca
     return [backbone, SimCLRProjectionHead(width, width, 128)], loss
 
 
-def lightly_moco(backbone: nn.Module, width: int) -> tuple[list[nn.Module], Callable[..., Tensor]]:
+def lightly_moco(backbone: nn.Module, width: int, temperature: float) -> tuple[list[nn.Module], Callable[..., Tensor]]:
     from lightly.loss import NTXentLoss
     from lightly.models.modules import MoCoProjectionHead
 
-    criterion = NTXentLoss(temperature=0.2, memory_bank_size=(4096, 128))
+    criterion = NTXentLoss(temperature=temperature, memory_bank_size=(4096, 128))
 
     def loss(net: nn.ModuleList, target: nn.ModuleList, x1: Tensor, x2: Tensor) -> Tensor:
         query = net[1](net[0](x1).flatten(1))
@@ -125,7 +136,7 @@ def lightly_moco(backbone: nn.Module, width: int) -> tuple[list[nn.Module], Call
     return [backbone, MoCoProjectionHead(width, width, 128)], loss
 
 
-def lightly_byol(backbone: nn.Module, width: int) -> tuple[list[nn.Module], Callable[..., Tensor]]:
+def lightly_byol(backbone: nn.Module, width: int, temperature: float) -> tuple[list[nn.Module], Callable[..., Tensor]]:
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
 

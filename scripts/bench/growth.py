@@ -1,0 +1,214 @@
+"""How time and memory of a step grow: with images a step, queue, side, size of the set, views, and cached gradients.
+
+    python scripts/bench/growth.py --plot growth.svg [--only WORD ...]
+
+Each point is a process of its own, and the smallest of a curve is run first. The last column is the exponent p of
+"grows as n^p" over the last two points of a curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from losses import measured
+from measure import Result, answer, peak_mb, timed
+from pictures import file_paths, folder
+from torch import Tensor
+
+from sslcli import cached_gradients, precision
+from sslcli.allocator import keep_freed_memory
+from sslcli.backbones.resnet import ResNet
+from sslcli.backbones.small import Small
+from sslcli.data.files import Folder
+from sslcli.data.loader import Loader
+from sslcli.data.sources import Source
+from sslcli.data.views import Views
+from sslcli.losses import info_nce
+from sslcli.methods.base import Batch
+from sslcli.methods.simclr import SimCLR, nt_xent
+
+CPU = torch.device("cpu")
+VIEW = {"crop_scale": [0.2, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1], "jitter_p": 0.8, "grayscale": 0.2, "flip": 0.5}
+MICRO = 32  # images a micro-batch of cached gradients
+
+
+class InMemory(Source):
+    """`count` black images of 32 pixels with labels."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(image_size=32)
+        self.name, self.classes = "black", ["a", "b"]
+        self.images = torch.zeros(count, 3, 32, 32, dtype=torch.uint8)
+        self.labels = torch.arange(count) % 2
+        self.split(torch.arange(count), labelled=torch.ones(count, dtype=torch.bool))
+
+
+def batches(count: int, size: int, part: int) -> list[Batch]:
+    """Random images of two views, `count` in all, in micro-batches of `part`."""
+
+    def views() -> list[Tensor]:
+        return [torch.rand(part, 3, size, size).to(memory_format=torch.channels_last) for _ in range(2)]
+
+    return [Batch(views(), torch.arange(part), torch.zeros(part, dtype=torch.long)) for _ in range(count // part)]
+
+
+def step(count: int, size: int, *, cached: bool = False, resnet: bool = False) -> Result:
+    """A training step of SimCLR with `count` images of `size` pixels in the format of `precision=auto`."""
+    net = ResNet("resnet18", image_size=size) if resnet else Small(image_size=size)
+    method = SimCLR(net).to(memory_format=torch.channels_last).train()
+    format = precision.resolve("auto", CPU)
+    given = batches(count, size, MICRO if cached else count)
+    scaler = precision.grad_scaler(CPU, format)
+
+    def once() -> None:
+        if cached:
+            cached_gradients.backward(method, given, device=CPU, number_format=format, scaler=scaler)
+        else:
+            with precision.autocast(CPU, format):
+                loss = method(given[0])["loss"]
+            loss.backward()
+        method.zero_grad(set_to_none=True)
+
+    before = peak_mb()
+    once()
+    return timed(once, images=count, seconds=3.0, warmup=0) | {"extra_mb": peak_mb() - before}
+
+
+def queue(length: int) -> Result:
+    """The queue loss of 256 queries, forward and backward."""
+    query, key = torch.randn(256, 128, requires_grad=True), torch.randn(256, 128)
+    negatives = torch.nn.functional.normalize(torch.randn(length, 128), dim=1)
+    return measured(lambda: info_nce(query, key, negatives, temperature=0.2).loss, 256)
+
+
+def pairs(count: int) -> Result:
+    """NT-Xent of `count` pairs, forward and backward."""
+    z1, z2 = torch.randn(count, 128, requires_grad=True), torch.randn(count, 128, requires_grad=True)
+    return measured(lambda: nt_xent(z1, z2, temperature=0.1).loss, count)
+
+
+def made(source: Source, views: int) -> Result:
+    """Making the views of 256 images a step, after the first step of a fresh epoch."""
+    loader = Loader(source, Views([VIEW | {"count": views}]), batch_size=256, accumulate=1, seed=0, device=CPU)
+    running = loader.steps(0, 10**9)
+    next(running)
+    return timed(lambda: next(running), images=256, seconds=3.0, warmup=1)
+
+
+def in_memory(count: int) -> Result:
+    source = InMemory(count)
+    return made(source, 2) | {"extra_mb": peak_mb()}
+
+
+def in_files(count: int) -> Result:
+    """`count` files, hard links to drawn ones: the time to list them, then that of a step."""
+    few = file_paths(folder((32, 32), 1024))
+    root = Path(os.environ["BENCH_FOLDER"]) / f"files{count}"
+    for number in range(0 if root.exists() else count):
+        path = root / str(number % 100) / f"{number // 100}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.link(few[number % len(few)], path)
+    before = time.perf_counter()
+    source = Folder(root=str(root), image_size=32, workers=1)
+    listing = time.perf_counter() - before
+    return made(source, 2) | {"listing_s": listing, "extra_mb": peak_mb()}
+
+
+def view_count(views: int) -> Result:
+    return made(InMemory(4096), views)
+
+
+CURVES: dict[str, tuple[str, Callable[[int], Result], Sequence[int]]] = {
+    "batch": ("images a step (small, 32 px)", lambda n: step(n, 32), (32, 64, 128, 256, 512, 1024)),
+    "side": ("pixels a side (small, 32 images)", lambda n: step(32, n), (32, 64, 128, 224)),
+    "plain": ("images a step (ResNet-18)", partial(step, size=32, resnet=True), (32, 64, 128, 256)),
+    "cached": (
+        f"images a step (ResNet-18, cached gradients, {MICRO} at a time)",
+        partial(step, size=32, resnet=True, cached=True),
+        (32, 64, 128, 256),
+    ),
+    "queue": ("keys in the queue", queue, (1024, 4096, 16384, 65536, 262144)),
+    "pairs": ("pairs of NT-Xent", pairs, (256, 1024, 4096, 8192)),
+    "views": ("views an image", view_count, (1, 2, 4, 8)),
+    "memory": ("images in memory", in_memory, (1_000, 10_000, 100_000, 1_000_000)),
+    "files": ("image files", in_files, (1_000, 10_000, 100_000, 1_000_000)),
+}
+
+
+def point(name: str, size: int) -> Result:
+    """One point of a curve, in a process of its own."""
+    line = [sys.executable, __file__, f"{name}/{size}"]
+    ended = subprocess.run(line, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    found: Result = json.loads(ended.stdout)
+    print(f"{name} {size}: {ended.stdout.strip()}", file=sys.stderr, flush=True)
+    return found
+
+
+def rows(name: str, sizes: Sequence[int], found: Sequence[Result]) -> list[str]:
+    """Markdown: a row for each figure of a curve."""
+    lines = []
+    for figure in ("ms", "extra_mb", "listing_s"):
+        if figure in found[0]:
+            values = [result[figure] for result in found]
+            power = math.log(max(values[-1], 1e-9) / max(values[-2], 1e-9)) / math.log(sizes[-1] / sizes[-2])
+            cells = ", ".join(f"{size:,}: {value:.4g}" for size, value in zip(sizes, values, strict=True))
+            lines.append(f"| {CURVES[name][0]} | {figure} | {cells} | {power:.2f} |")
+    return lines
+
+
+def plot(curves: dict[str, list[Result]], out: Path) -> None:
+    """Time and memory of every curve, logarithmic on both axes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, len(curves), figsize=(2.6 * len(curves), 5), squeeze=False)
+    for column, (name, found) in enumerate(curves.items()):
+        title, _, sizes = CURVES[name]
+        for panel, key, label in zip(panels[:, column], ("ms", "extra_mb"), ("ms a step", "MB"), strict=True):
+            if key not in found[0]:
+                panel.axis("off")
+                continue
+            panel.loglog(sizes, [max(result[key], 0.1) for result in found], marker="o", color="#1b6ca8")
+            panel.set_title(title.replace(" (", "\n("), fontsize=7)
+            panel.set_ylabel(label, fontsize=7)
+            panel.tick_params(labelsize=6)
+            panel.grid(visible=True, which="major", color="#e4e4e4")
+    figure.tight_layout()
+    figure.savefig(out)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", type=Path, required=True, help="where the picture goes (svg)")
+    parser.add_argument("--only", nargs="*", default=[], help=f"curves: {', '.join(CURVES)}")
+    options = parser.parse_args(arguments)
+    curves: dict[str, list[Result]] = {}
+    with tempfile.TemporaryDirectory(prefix="sslcli-bench-") as scratch:
+        os.environ.setdefault("BENCH_FOLDER", scratch)
+        for name in options.only or CURVES:
+            curves[name] = [point(name, size) for size in CURVES[name][2]]
+    print("| grows with | figure | at | n^p, p |\n|---|---|---|---|")
+    print("\n".join(row for name, found in curves.items() for row in rows(name, CURVES[name][2], found)))
+    plot(curves, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2 and "/" in sys.argv[1]:
+        keep_freed_memory()
+        answer({f"{name}/{n}": partial(make, n) for name, (_, make, sizes) in CURVES.items() for n in sizes})
+    else:
+        sys.exit(main(sys.argv[1:]))
