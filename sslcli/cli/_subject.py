@@ -106,7 +106,7 @@ def find_checkpoint(run_dir: Path, which: str | int) -> Path:
 
 def images_of(node: dict[str, Any]) -> dict[str, Any]:
     """What decides which images a set has, and not how they are read."""
-    how = ("workers", "max_bad", "scaled_decode", "download", "memory_gb")
+    how = ("workers", "max_bad", "scaled_decode", "keep_decoded", "keep_gb", "keep_dir", "download", "memory_gb")
     return {key: value for key, value in node.items() if key not in how}
 
 

@@ -18,6 +18,9 @@ import numpy as np
 import torch
 
 from sslcli.data.decode import open_file
+from sslcli.data.kept import KeptPixels
+from sslcli.data.kept import check as check_kept
+from sslcli.data.kept import folder as kept_folder
 from sslcli.data.scan import Root, check_folder, no_images, parse_roots, read_csv, scan, scan_classes
 from sslcli.data.sources import Opened, Source, check_flag, digest
 
@@ -47,15 +50,7 @@ class Listing:
 
 
 class Files(Source):
-    """Base of the file sets: names packed in arrays, which worker processes share instead of copying.
-
-    Args:
-        scaled_decode: see `Source`. common: the keywords of `Source`.
-    """
-
-    def __init__(self, *, scaled_decode: bool = True, **common: Any) -> None:
-        super().__init__(**common)
-        self.scaled_decode = check_flag("scaled_decode", scaled_decode)
+    """Base of the file sets: names packed in arrays, which worker processes share instead of copying."""
 
     def fill(
         self,
@@ -92,10 +87,6 @@ class Files(Source):
         """The path of the file at `position`."""
         return os.path.join(self.roots[self._root_of[position]], self.relative(position))
 
-    def open(self, position: int) -> Opened:
-        """The image at `position`."""
-        return open_file(self.path(position))
-
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits: sha256 of the relative path, size in bytes (-1 = cannot be told) and label of every file.
@@ -113,14 +104,55 @@ class Files(Source):
             yield os.fsencode(self.relative(position)) + f"\0{size}\0{label}".encode()
 
 
-class Folder(Files):
+class ImageFiles(Files):
+    """Base of the sets in which a file is an image.
+
+    Args:
+        scaled_decode: see `Source`.
+        keep_decoded: "ram" keeps what is decoded whole in memory, "disk" in a file, "none" nothing; see `kept`.
+        keep_gb: refuse to keep more than this many GB (10**9 bytes).
+        keep_dir: the folder of that file; None = that of the user.
+        common: the keywords of `Source`.
+    """
+
+    kept: KeptPixels | None = None
+
+    def __init__(
+        self,
+        *,
+        scaled_decode: bool = True,
+        keep_decoded: str = "none",
+        keep_gb: float = 8.0,
+        keep_dir: str | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.scaled_decode = check_flag("scaled_decode", scaled_decode)
+        check_kept(keep_decoded, keep_gb)
+        self.keep_decoded, self.keep_gb = keep_decoded, keep_gb
+        self.keep_dir = keep_dir
+
+    def fill(self, pool: Listing, test: Listing, **told: Any) -> None:
+        """As `Files.fill`; also makes room for what is to be kept."""
+        super().fill(pool, test, **told)
+        if self.keep_decoded != "none":
+            used = torch.cat(list(self.splits.values())).sort().values
+            folder = kept_folder(self.keep_dir) if self.keep_decoded == "disk" else None
+            self.kept = KeptPixels(self.path, used, folder=folder, name=self.name, gigabytes=self.keep_gb)
+
+    def open(self, position: int) -> Opened:
+        """The image at `position`."""
+        return open_file(self.path(position)) if self.kept is None else self.kept.open(position)
+
+
+class Folder(ImageFiles):
     """Class folders: `root/<class>/**/<image>`; the label is the name of the folder.
 
     Args:
         root: a folder, a list of folders, or a mapping from folder to weight: 2.0 shows each of its training images
             twice an epoch, 0.5 half of them. The classes of several roots are merged by name.
         test: a folder of class folders that is the official test split, or None.
-        common: the keywords of `Files`.
+        common: the keywords of `ImageFiles`.
 
     Raises ValueError for a root that is absent, no folder, unreadable or without images. Class folders without images
     are left out, and loose images beside them ignored, each with a warning.
@@ -161,7 +193,7 @@ class ImageNet(Folder):
     """ImageNet-1k as class folders: `root/train/<wnid>/`, and the official validation set, `root/val/<wnid>/`, as test.
 
     Args:
-        root: the folder that holds both. common: the keywords of `Files`.
+        root: the folder that holds both. common: the keywords of `ImageFiles`.
 
     Raises ValueError if either is absent; torchvision cannot download this set.
     """
@@ -180,11 +212,11 @@ class ImageNet(Folder):
         self.name = "imagenet"
 
 
-class Flat(Files):
+class Flat(ImageFiles):
     """Unlabelled images at any depth below one or several roots; nothing is held out.
 
     Args:
-        root: as for `Folder`. common: the keywords of `Files`.
+        root: as for `Folder`. common: the keywords of `ImageFiles`.
 
     Raises ValueError as `Folder`.
     """
@@ -203,13 +235,13 @@ class Flat(Files):
         self.fill(pool, Listing(), name=base_name(roots), roots=list(roots), classes=[], weights=weights)
 
 
-class ListFile(Files):
+class ListFile(ImageFiles):
     """A CSV file with a header and a column `path`, and optionally `label` (any text; nothing or -1 = unknown).
 
     Args:
         file: the CSV file, UTF-8. Positions are its rows; other columns are ignored.
         root: the folder that relative paths start from; None = that of the CSV file.
-        common: the keywords of `Files`.
+        common: the keywords of `ImageFiles`.
 
     Raises ValueError for a file that is absent, no CSV, lacks the column or rows, or whose paths lead nowhere.
     """

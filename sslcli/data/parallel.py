@@ -122,7 +122,7 @@ class Parallel(Files):
         root: the folder that holds one folder a modality.
         modalities: the fields of `Modality` of each, by the name of its folder; channels are stacked in this order.
         test: a folder laid out like `root` that is the official test split, or None.
-        common: the keywords of `Files`; mean and std have a number for each channel of all modalities, in order.
+        common: the keywords of `Source`; mean and std have a number for each channel of all modalities, in order.
 
     The modalities of an image must have one shape; those of another size are resized to that of the first.
 
