@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_VALUES = 1 << 22  # similarities held at a time: 16 MB in float32
+CPU_BLOCK = (256, 4096)  # queries and negatives of a product that stays in the caches
 
 
 class Contrast(NamedTuple):
@@ -22,7 +23,7 @@ class Contrast(NamedTuple):
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Loss and gradients in one pass over blocks of rows, so that no (N, M) matrix exists."""
+    """Loss and gradients in one pass over blocks of similarities, so that no (N, M) matrix exists."""
 
     @staticmethod
     def forward(
@@ -33,44 +34,78 @@ class _InfoNCE(torch.autograd.Function):
         exclude: Tensor | None,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        num_rows, scale = len(query), 1.0 / (len(query) * temperature)
         need_query, need_positive, need_negatives = ctx.needs_input_grad[:3]
-        grad_query = torch.empty_like(query) if need_query else None
-        grad_positive = torch.empty_like(positive) if need_positive else None
-        grad_negatives = torch.zeros_like(negatives) if need_negatives else None
-        loss, hits = query.new_zeros(()), query.new_zeros(())
-        step = max(1, CHUNK_VALUES // max(1, len(negatives)))
-        for start in range(0, num_rows, step):
-            rows = slice(start, start + step)
-            q, p = query[rows], positive[rows]
-            positive_logit = (q * p).sum(1) / temperature  # (n,)
-            logits = (q @ negatives.T).div_(temperature)  # (n, M)
-            if exclude is not None:
-                logits.scatter_(1, exclude[rows], -torch.inf)
-            hardest = logits.amax(1)
-            hits += (positive_logit > hardest).sum()
-            peak = torch.maximum(positive_logit, hardest)
-            share = logits.sub_(peak[:, None]).exp_()  # (n, M), becomes the softmax over the candidates
-            total = share.sum(1) + (positive_logit - peak).exp()
-            loss += (total.log() + peak - positive_logit).sum()
-            slope = ((positive_logit - peak).exp() / total - 1)[:, None] * scale  # d loss / d positive similarity
-            share /= total[:, None]
-            if grad_query is not None:
-                torch.addmm(slope * p, share, negatives, alpha=scale, out=grad_query[rows])
-            if grad_positive is not None:
-                torch.mul(slope, q, out=grad_positive[rows])
-            if grad_negatives is not None:
-                grad_negatives.addmm_(share.T, q, alpha=scale)
-        ctx.save_for_backward(grad_query, grad_positive, grad_negatives)
-        accuracy = hits / num_rows
+        scaled, share = query / temperature, 1.0 / len(query)
+        positive_logit = (scaled * positive).sum(1)  # (N,)
+        pulled = torch.zeros_like(negatives) if need_negatives else None
+        if pulled is None and exclude is None:
+            hardest, log_sum, mean = _by_columns(scaled, positive_logit, negatives)
+        else:
+            hardest, log_sum, mean = _by_rows(scaled, positive_logit, negatives, exclude, pulled)
+        slope = ((positive_logit - log_sum).exp() - 1)[:, None] * share  # d loss / d positive logit
+        ctx.save_for_backward(
+            mean.mul_(share).addcmul_(slope, positive).div_(temperature) if need_query else None,
+            slope * scaled if need_positive else None,
+            None if pulled is None else pulled.mul_(share),
+        )
+        accuracy = (positive_logit > hardest).to(query.dtype).mean()
         ctx.mark_non_differentiable(accuracy)
-        return loss / num_rows, accuracy
+        return (log_sum - positive_logit).mean(), accuracy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
         return (*grads, None, None)
+
+
+def _by_rows(
+    scaled: Tensor, positive_logit: Tensor, negatives: Tensor, exclude: Tensor | None, pulled: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hardest negative logit (N,), log-sum-exp over all candidates (N,) and the softmax-weighted negatives (N, D).
+
+    A block of queries at a time against all negatives. Adds to `pulled` (M, D) the sum of the queries that each
+    negative repels, weighted by its softmax there; `scaled` are the queries over the temperature.
+    """
+    found = []
+    step = max(1, CHUNK_VALUES // len(negatives))
+    blocks = zip(torch.split(scaled, step), torch.split(positive_logit, step), strict=True)
+    for number, (q, positive) in enumerate(blocks):
+        logits = q @ negatives.T  # (n, M)
+        if exclude is not None:
+            logits.scatter_(1, exclude[number * step : (number + 1) * step], -torch.inf)
+        hardest = logits.amax(1)
+        peak = torch.maximum(positive, hardest)
+        weights = logits.sub_(peak[:, None]).exp_()
+        total = weights.sum(1) + (positive - peak).exp()
+        found.append((hardest, total.log() + peak, (weights @ negatives).div_(total[:, None])))
+        if pulled is not None:
+            pulled.addmm_(weights.T, q / total[:, None])
+    hardest, log_sum, mean = map(torch.cat, zip(*found, strict=True))
+    return hardest, log_sum, mean
+
+
+def _by_columns(scaled: Tensor, positive_logit: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as `_by_rows` where negatives take no gradient, a block of them at a time.
+
+    What is summed so far fades with each new peak (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867), so
+    blocks can be as small as the caches of a processor, where products are fastest.
+    """
+    found = []
+    rows, columns = CPU_BLOCK if scaled.is_cpu else (len(scaled), max(1, CHUNK_VALUES // len(scaled)))
+    for q, positive in zip(torch.split(scaled, rows), torch.split(positive_logit, rows), strict=True):
+        peak, total, mean = positive, torch.ones_like(positive), torch.zeros_like(q)
+        hardest = torch.full_like(positive, -torch.inf)
+        for block in torch.split(negatives, columns):
+            logits = q @ block.T
+            hardest = torch.maximum(hardest, logits.amax(1))
+            before, peak = peak, torch.maximum(peak, hardest)
+            weights, fade = logits.sub_(peak[:, None]).exp_(), (before - peak).exp()
+            total = total * fade + weights.sum(1)
+            mean = mean.mul_(fade[:, None]).addmm_(weights, block)
+        found.append((hardest, total.log() + peak, mean.div_(total[:, None])))
+    hardest, log_sum, mean = map(torch.cat, zip(*found, strict=True))
+    return hardest, log_sum, mean
 
 
 def info_nce(

@@ -47,6 +47,20 @@ def test_chunks_give_the_values_and_gradients_of_the_whole_matrix(
     torch.testing.assert_close(grads, expected_grads)
 
 
+@pytest.mark.parametrize("block", [(1, 1), (2, 3), (7, 4), (256, 4096)])
+@pytest.mark.parametrize("temperature", [0.2, 0.001])  # the second makes weights vanish beside a later peak
+def test_blocks_of_a_queue_give_the_values_and_gradients_of_the_whole_matrix(
+    block: tuple[int, int], temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CPU_BLOCK", block)
+    inputs = [unit_rows(7, 4).requires_grad_(), unit_rows(7, 4).requires_grad_()]
+    queue = torch.cat([unit_rows(11, 4), inputs[0].detach()[:3]])  # the hardest negatives come last
+    found, expected = (f(*inputs, queue, temperature=temperature) for f in (info_nce, explicit_info_nce))
+    torch.testing.assert_close(tuple(found), tuple(expected))
+    grads, expected_grads = (torch.autograd.grad(result.loss, inputs) for result in (found, expected))
+    torch.testing.assert_close(grads, expected_grads)
+
+
 def test_gradient_passes_a_check_by_finite_differences() -> None:
     inputs = [torch.randn(shape, 3, dtype=torch.float64, requires_grad=True) for shape in (4, 4, 5)]
     assert torch.autograd.gradcheck(lambda *args: info_nce(*args, temperature=0.5).loss, inputs)
