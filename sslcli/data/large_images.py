@@ -48,7 +48,10 @@ def are_large(images: Tensor) -> bool:
 
 def photometric(images: Tensor, parameters: Parameters) -> Tensor:
     """Jitter, gray, blur and solarize (N, C, H, W) images in [0, 1]; each equals the batched operation to rounding."""
-    out = torch.empty_like(images)
+    if not (parameters.jittered | parameters.gray | parameters.blurred | parameters.solarized).any():
+        return images
+    # Networks want the channels last, and here the image is in the cache.
+    out = torch.empty_like(images, memory_format=torch.channels_last)
     jittered, factors, order = parameters.jittered.tolist(), parameters.factors.tolist(), parameters.order.tolist()
     gray, blurred, sigma = parameters.gray.tolist(), parameters.blurred.tolist(), parameters.sigma.tolist()
     solarized = parameters.solarized.tolist()
