@@ -5,6 +5,8 @@ Shapes: N anchors, M negatives, D embedding size.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_VALUES = 1 << 22  # similarities held at a time: 16 MB in float32
+COLDEST = 0.05  # temperature at which exp(-2 / temperature) is far from the smallest float32
 CPU_BLOCK = (256, 4096)  # queries and negatives of a product that stays in the caches
 
 
@@ -127,6 +130,72 @@ def info_nce(
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(query.dtype, torch.float32)
         loss, accuracy = _InfoNCE.apply(query.to(dtype), positive.to(dtype), negatives.to(dtype), exclude, temperature)
+    return Contrast(loss, accuracy)
+
+
+class _Mutual(torch.autograd.Function):
+    """Both directions of every similarity from one product: only blocks on and above the diagonal are computed."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        num_rows, peak = len(rows), 1.0 / temperature  # unit rows have no larger logit
+        partner = rows.roll(num_rows // 2, 0)
+        positive_logit = (rows * partner).sum(1) / temperature
+        total = (positive_logit - peak).exp()
+        hardest = torch.full_like(total, -torch.inf)
+        for i, j, weights in _upper_blocks(rows, temperature):
+            hardest[i] = torch.maximum(hardest[i], weights.amax(1))
+            hardest[j] = torch.maximum(hardest[j], weights.amax(0))
+            weights.sub_(peak).exp_()
+            total[i] += weights.sum(1)
+            if i != j:
+                total[j] += weights.sum(0)
+        inverse = 1 / total
+        pull = (positive_logit - peak).exp() * (inverse + inverse.roll(num_rows // 2)) - 2
+        grad = pull[:, None] * partner
+        for i, j, weights in _upper_blocks(rows, temperature):
+            weights.sub_(peak).exp_().mul_(inverse[i, None] + inverse[j])
+            grad[i].addmm_(weights, rows[j])
+            if i != j:
+                grad[j].addmm_(weights.T, rows[i])
+        ctx.save_for_backward(grad.div_(num_rows * temperature))
+        accuracy = (positive_logit > hardest).to(rows.dtype).mean()
+        ctx.mark_non_differentiable(accuracy)
+        return (total.log() + peak - positive_logit).mean(), accuracy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss, None
+
+
+def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Blocks of logits on and above the diagonal; -inf where a row meets itself or its partner."""
+    num_rows, side = len(rows), math.isqrt(math.prod(CPU_BLOCK) if rows.is_cpu else CHUNK_VALUES)
+    scaled = rows / temperature
+    for start in range(0, num_rows, side):
+        for other in range(start, num_rows, side):
+            i, j = slice(start, start + side), slice(other, other + side)
+            logits = scaled[i] @ rows[j].T
+            for offset in (0, num_rows // 2, -num_rows // 2):
+                if -len(logits) < start + offset - other < logits.shape[1]:
+                    logits.diagonal(start + offset - other).fill_(-torch.inf)
+            yield i, j, logits
+
+
+def mutual_info_nce(z1: Tensor, z2: Tensor, *, temperature: float) -> Contrast:
+    """`info_nce` of the rows of (z1, z2) and (z2, z1), (N, D) of unit length, against all other rows of both.
+
+    Every similarity is computed once for both of its rows, which saves a third of the products. The temperature is at
+    least `COLDEST`, for all logits are taken below 1 / temperature. The gradient can be taken once, not twice.
+    """
+    if temperature < COLDEST:
+        raise ValueError(f"temperature is {temperature}, but weights of exp(-2 / temperature) must not vanish")
+    with torch.autocast(z1.device.type, enabled=False):
+        rows = torch.cat([z1, z2])
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        loss, accuracy = _Mutual.apply(rows, temperature)
     return Contrast(loss, accuracy)
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sslcli import losses
-from sslcli.losses import Contrast, check_momentum, cosine_distance, info_nce
+from sslcli.losses import Contrast, check_momentum, cosine_distance, info_nce, mutual_info_nce
 
 
 def unit_rows(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -59,6 +59,27 @@ def test_blocks_of_a_queue_give_the_values_and_gradients_of_the_whole_matrix(
     torch.testing.assert_close(tuple(found), tuple(expected))
     grads, expected_grads = (torch.autograd.grad(result.loss, inputs) for result in (found, expected))
     torch.testing.assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("block", [(1, 1), (2, 2), (3, 3), (256, 4096)])
+def test_mutual_similarities_give_what_both_directions_give(
+    pairs: int, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CPU_BLOCK", block)
+    inputs = [unit_rows(pairs, 4).requires_grad_() for _ in range(2)]
+    rows, partners = torch.cat(inputs), torch.cat(inputs[::-1])
+    exclude = torch.stack([torch.arange(2 * pairs), torch.arange(2 * pairs).roll(pairs)], 1)
+    found = mutual_info_nce(*inputs, temperature=0.05)
+    expected = explicit_info_nce(rows, partners, rows, 0.05, exclude)
+    torch.testing.assert_close(tuple(found), tuple(expected))
+    grads, expected_grads = (torch.autograd.grad(3 * result.loss, inputs) for result in (found, expected))
+    torch.testing.assert_close(grads, expected_grads)
+
+
+def test_mutual_similarities_refuse_a_temperature_at_which_weights_vanish() -> None:
+    with pytest.raises(ValueError, match=r"temperature is 0\.01"):
+        mutual_info_nce(unit_rows(2, 4), unit_rows(2, 4), temperature=0.01)
 
 
 def test_gradient_passes_a_check_by_finite_differences() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslcli.distributed import all_gather_with_grad, rank, world_size
-from sslcli.losses import Contrast, check_temperature, info_nce
+from sslcli.losses import COLDEST, Contrast, check_temperature, info_nce, mutual_info_nce
 from sslcli.methods.base import Batch, Method, num_features
 from sslcli.mixture import UnMix, add_mixture
 from sslcli.nn import SyncBatchNorm, convert_batch_norm, full_precision, mlp
@@ -28,6 +28,8 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None
     where given, are further negatives of every anchor.
     """
     z1, z2 = (F.normalize(full_precision(z), dim=1) for z in (z1, z2))
+    if world_size() == 1 and memory is None and temperature >= COLDEST:
+        return mutual_info_nce(z1, z2, temperature=temperature)
     num_rows, total = len(z1), world_size() * len(z1)
     further = [] if memory is None else [memory.to(z1.dtype)]
     candidates = torch.cat([all_gather_with_grad(z1), all_gather_with_grad(z2), *further])  # (2WN + K, D)
