@@ -30,7 +30,7 @@ def rate(batches: Iterator[Any], size: int) -> Result:
     return timed(lambda: [next(batches) for _ in range(8)], images=8 * size, seconds=15.0, warmup=1, clock=clock)
 
 
-def ours(views: dict[str, Any], *, files: bool, batch: int) -> Result:
+def ours(views: dict[str, Any], *, files: bool, batch: int, normalize: bool = True) -> Result:
     from sslcli.allocator import keep_freed_memory
     from sslcli.data.files import Folder
     from sslcli.data.loader import Loader
@@ -41,7 +41,7 @@ def ours(views: dict[str, Any], *, files: bool, batch: int) -> Result:
     source: Source = Shapes(image_size=SMALL, train_images=4096, test_images=0)
     if files:
         source = Folder(root=str(folder(*PHOTO)), image_size=LARGE, workers=WORKERS)
-    made = Views([views])
+    made = Views([views], normalize=normalize)
     loader = Loader(source, made, batch_size=batch, accumulate=1, seed=0, device=torch.device("cpu"))
     return rate(loader.steps(0, 10**9), batch)
 
@@ -99,7 +99,7 @@ if __name__ == "__main__":
             "memory_32/torchvision": lambda: peer(
                 twice(v1.RandomResizedCrop(SMALL), v1.RandomHorizontalFlip(), jitter, v1.RandomGrayscale(0.2)), **small
             ),
-            "crops_224/sslcli": partial(ours, CROP | {"flip": 0.0}, **large),
+            "crops_224/sslcli": partial(ours, CROP | {"flip": 0.0}, normalize=False, **large),
             "crops_224/torchvision": lambda: peer(twice(v1.RandomResizedCrop(LARGE)), **large),
             "simclr_224/sslcli": partial(ours, CROP | COLOUR | blur, **large),
             "simclr_224/lightly": lambda: peer(lightly(LARGE, blur=0.5), **large),
