@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
 
 import torch
 from measure import Result, answer, timed
+from pictures import file_paths, folder
 from torch import Tensor
 
 BANK, QUERIES, DIM, CLASSES = 50_000, 10_000, 512, 10
-IMAGES, TEST = 5_000, 1_000  # of the linear evaluation, a tenth of CIFAR-10
+BATCH = 512  # images in a forward pass, as in ssl-eval
 
 
 def clusters(count: int) -> tuple[Tensor, Tensor]:
@@ -44,61 +52,72 @@ def lightly_knn() -> Result:
     )
 
 
-def linear() -> Result:
-    """Seconds of feature extraction and probe together, over those of a bare bfloat16 forward pass."""
+def linear(*, baselines: bool) -> Result:
+    """`ssl-eval` from JPEG files to the report, imports aside, over a bare bfloat16 forward pass of the same images.
+
+    `multiple` is of seconds, `cpu_multiple` of processor time, which other work on the machine hardly changes.
+    """
     from sslcli.allocator import keep_freed_memory
     from sslcli.backbones.resnet import ResNet
-    from sslcli.data.sources import Shapes
-    from sslcli.data.views import Views
-    from sslcli.evaluate.features import FeatureSet, extract
-    from sslcli.evaluate.linear import Linear
 
     keep_freed_memory()
-    source = Shapes(image_size=32, train_images=IMAGES, test_images=TEST, val_fraction=0.0)
-    views = Views([{"count": 1}])
+    root = folder((32, 32), int(os.environ.get("EVAL_IMAGES", "6000")))
+    count = len(file_paths(root))
+    torch.manual_seed(0)
     net = ResNet("resnet18", image_size=32).to(memory_format=torch.channels_last).eval()
-    assert source.images is not None
-    whole = source.images
+    images = torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8)
 
-    def forward() -> None:
+    def forward(number: int) -> None:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            for images in torch.split(whole, 512):
-                net((images.float() / 255).contiguous(memory_format=torch.channels_last))
+            for done in range(0, number, BATCH):
+                part = images[: number - done].float() / 255
+                net(part.contiguous(memory_format=torch.channels_last))
 
-    def features(split: str) -> tuple[Tensor, Tensor]:
-        positions = source.splits[split]
-        found, _ = extract(
-            net,
-            source,
-            positions,
-            prepare=lambda images: views.finish(images, mean=source.mean, std=source.std),
-            batch_size=512,
-            device="cpu",
-            precision="bf16",
-        )
-        return found, source.labels[positions]
-
-    def evaluate() -> None:
-        (train, train_labels), (test, test_labels) = features("train"), features("test")
-        Linear()(
-            FeatureSet(
-                train=train,
-                train_labels=train_labels,
-                test=test,
-                test_labels=test_labels,
-                num_classes=len(source.classes),
-            )
-        )
-
-    seconds = {name: elapsed(work) for name, work in {"warm": forward, "forward": forward, "all": evaluate}.items()}
-    return {"images_per_s": len(whole) / seconds["all"], "multiple": seconds["all"] / seconds["forward"]}
+    with tempfile.TemporaryDirectory() as place:
+        weights = Path(place) / "net.pt"
+        torch.save(net.state_dict(), weights)
+        line = [f"weights={weights}", "backbone=resnet18", "backbone.image_size=32", "precision=bf16"]
+        line += ["dataset=folder", f"dataset.root={root}", "dataset.image_size=32", f"dataset.val_fraction={1 / 6}"]
+        forward(BATCH)
+        before = spent(lambda: forward(count // 2))
+        whole = spent(lambda: ssl_eval(*line, f"baselines={str(baselines).lower()}"))
+        after = spent(lambda: forward(count - count // 2))
+    wall, cpu = (one / (first + second) for one, first, second in zip(whole, before, after, strict=True))
+    return {"images_per_s": count / whole[0], "multiple": wall, "cpu_multiple": cpu}
 
 
-def elapsed(work: Callable[[], object]) -> float:
-    before = time.perf_counter()
+def ssl_eval(*arguments: str) -> None:
+    """The console script, in this process."""
+    from sslcli.cli.eval import main
+
+    sys.argv = ["ssl-eval", *arguments]
+    try:
+        with redirect_stdout(sys.stderr):
+            main()
+    except SystemExit as ended:
+        if ended.code:
+            raise RuntimeError(f"ssl-eval ended with code {ended.code}") from ended
+
+
+def spent(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds on the clock, and of processor time with all processes that ended."""
+    before = time.perf_counter(), processor()
     work()
-    return time.perf_counter() - before
+    return time.perf_counter() - before[0], processor() - before[1]
+
+
+def processor() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 if __name__ == "__main__":
-    answer({"knn/sslcli": ours_knn, "knn/lightly": lightly_knn, "linear/sslcli": linear})
+    os.environ.setdefault("BENCH_FOLDER", tempfile.gettempdir())
+    answer(
+        {
+            "knn/sslcli": ours_knn,
+            "knn/lightly": lightly_knn,
+            "linear/sslcli": partial(linear, baselines=False),
+            "linear_baselines/sslcli": partial(linear, baselines=True),
+        }
+    )

@@ -15,7 +15,7 @@ def folder(size: tuple[int, int], count: int) -> Path:
     given = os.environ.get(f"IMAGES_{min(size)}")
     if given:
         return Path(given)
-    root = Path(os.environ["BENCH_FOLDER"]) / f"{size[0]}x{size[1]}"
+    root = Path(os.environ["BENCH_FOLDER"]) / f"{size[0]}x{size[1]}_{count}"
     if not root.exists():
         from sslcli.data.sources import Shapes
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from measure import TUNED
 
 HERE = Path(__file__).parent
-LOWER_IS_BETTER = ("ms", "s", "extra_mb", "peak_mb", "multiple")
+LOWER_IS_BETTER = ("ms", "s", "extra_mb", "peak_mb", "multiple", "cpu_multiple")
 
 
 class Task(NamedTuple):
@@ -54,7 +54,10 @@ TASKS = [
     ),
     Task("losses.py", "queue", ("sslcli", "lightly"), ("ms", "extra_mb")),
     Task("evaluation.py", "knn", ("sslcli", "lightly"), ("ms",)),
-    Task("evaluation.py", "linear", ("sslcli",), ("multiple",)),
+    *(
+        Task("evaluation.py", work, ("sslcli",), ("multiple", "cpu_multiple"))
+        for work in ("linear", "linear_baselines")
+    ),
     Task("startup.py", "help", ("sslcli", "lightly"), ("s",)),
     Task("startup.py", "first_step", ("sslcli", "lightly"), ("s",)),
 ]
