@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from sslcli.cli._build import build
 from sslcli.cli._evaluate_table import comparison, summary
 from sslcli.cli._evaluation import Evaluation, check_home
 from sslcli.cli._subject import load_strictly, load_subject
-from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, TrainingFailed
+from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, TrainingFailed
 from sslcli.evaluate import layers
 from sslcli.evaluate.distill import Distill, Teacher
 from sslcli.evaluate.features import FeatureSet, from_bank
@@ -31,8 +33,38 @@ from sslcli.evaluate.training import Recipe, Start
 from sslcli.report.console import Screen
 
 
+class BySignal(BaseException):
+    """A signal to stop, wherever the evaluation is; no handler of errors may take it for one."""
+
+
 def run(config: dict[str, Any]) -> int:
     """Carry out a checked configuration of ssl-eval; the exit code."""
+    try:
+        return _listening(config)
+    except BySignal as signalled:
+        print(
+            f"ssl-eval: stopped by {signalled}; features that were complete are kept: start the same command again",
+            file=sys.stderr,
+        )
+        return EXIT_STOPPED
+
+
+def _listening(config: dict[str, Any]) -> int:
+    """The same, with BySignal raised where one of a scheduler's signals arrives."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise BySignal(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        return _answered(config)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _answered(config: dict[str, Any]) -> int:
+    """The same, with a message where the user's configuration is wrong or the machine fails."""
     try:
         device = launch.pick_device(config["device"])
         keep_freed_memory()

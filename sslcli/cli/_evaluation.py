@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sslcli import __version__, atomic
 from sslcli.cli._evaluate_table import SUBJECTS
 from sslcli.cli._subject import Subject
+from sslcli.data.bad_images import BadImage, BadImages
 from sslcli.data.sources import Source
 from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.evaluate import layers
@@ -78,7 +79,27 @@ class Evaluation:
                 key = json.dumps(self.key(name))
                 path = self.subject.home / "features" / f"{name}_{short(key)}.pt"
                 tensors = cached(path, key, compute, warn=self.screen.warn)
+        if name == "trained":
+            self.tell_unreadable(tensors)
         return FeatureSet(**tensors, num_classes=len(self.source.classes), classes=tuple(self.source.classes))
+
+    def tell_unreadable(self, tensors: dict[str, Tensor]) -> None:
+        """Warn of labelled images without features. Raises TooManyBadImages above `dataset.max_bad` of a split."""
+        for name, positions in self.splits.items():
+            labelled = positions[self.source.labels[positions] >= 0]
+            bad = BadImages(max_bad=self.source.max_bad, total=len(labelled))
+            for position in labelled[~torch.isin(labelled, tensors[f"{name}_positions"])].tolist():
+                try:
+                    self.source.read(position)
+                except BadImage as error:
+                    bad.add(error.path, error.reason)
+            bad.check()
+            if bad.count:
+                first, reason = next(iter(bad.reasons.items()))
+                self.screen.warn(
+                    f"{bad.count} of {bad.total} images of {name} cannot be read and are left out: {first} ({reason})"
+                    + (", ..." if bad.count > 1 else "")
+                )
 
     def extracted(self, name: str, net: nn.Module | None) -> dict[str, Tensor]:
         """The features, computed."""

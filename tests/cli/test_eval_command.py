@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +125,51 @@ def test_another_data_set_has_a_result_of_its_own(trained: Path, cli: Cli, tmp_p
     assert (other["dataset"], other["pretrained_on"], other["num_classes"]) == ("images", "shapes", 2)
     assert other["dataset_fingerprint"] != own["dataset_fingerprint"]
     assert result(trained / "eval", "knn") == own
+
+
+def test_images_cut_short_are_named_and_left_out_up_to_a_share(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    make_folder(tmp_path / "images", broken=3)
+    line = [f"run={trained}", "dataset=folder", f"dataset.root={tmp_path / 'images'}", "dataset.image_size=32"]
+    line += ["dataset.workers=0", "dataset.val_fraction=0.5", "baselines=false"]
+    ended = cli("ssl-eval", *line, "protocol=knn")
+    assert ended.code == 2
+    assert "dataset.max_bad=0.01 allows" in ended.err
+    assert "images/a/00" in ended.err
+    for protocol in (["protocol=knn"], ["protocol=semi", *QUICK, "protocol.labels_per_class=5"]):
+        ended = cli("ssl-eval", *line, *protocol, "dataset.max_bad=0.2")
+        assert (ended.code, ended.err) == (0, "")
+        assert "cannot be read and are left out: " in ended.out
+    found = result(trained / "eval", "knn_images")
+    assert found["n_train"] + found["n_test"] == 57
+
+
+@pytest.mark.parametrize("protocol", ["linear", "finetune", "utility"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_an_evaluation_that_a_signal_stops_says_so_and_can_be_started_again(
+    protocol: str, number: int, code: int, trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    line = [f"run={trained}", f"protocol={protocol}", *(FAST if protocol == "linear" else QUICK)]
+    line += ["protocol.seeds=1", "protocol.points=2"] if protocol == "utility" else []
+    at = ("sslcli.evaluate.linear.fit_sgd", "sslcli.evaluate.training.Progress.__call__")[protocol != "linear"]
+
+    def killed(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(at, killed)
+        ended = cli("ssl-eval", *line)
+    assert ended.code == code
+    assert ended.err.count("\n") == 1
+    assert ("stopped by SIGTERM" if code == 75 else "interrupted") in ended.err
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert not list((trained / "eval").glob("*.json"))
+    left = list((trained / "eval").rglob(".*"))
+    ended = cli("ssl-eval", *line)
+    assert (ended.code, ended.err, left) == (0, "", [])
+    assert "features, trained" not in ended.out
+    assert result(trained / "eval", protocol)["protocol"] == protocol
 
 
 def test_other_images_of_the_same_name_do_not_replace_a_result(trained: Path, cli: Cli) -> None:
