@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sslcli import __version__, checkpoint, launch
 from sslcli.allocator import keep_freed_memory
 from sslcli.cli._build import build
-from sslcli.cli._evaluate_table import comparison, summary
+from sslcli.cli._evaluate_table import comparison, details, summary
 from sslcli.cli._evaluation import Evaluation, check_home
 from sslcli.cli._subject import load_strictly, load_subject
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, TrainingFailed
@@ -73,6 +73,7 @@ def _answered(config: dict[str, Any]) -> int:
             if path is not None and not (path / "config.yaml").exists():
                 return _sweep(path, config, device, screen)
             result = evaluate(config, device, screen)
+            details(result, screen)
             summary(Path(result["home"]), screen)
         return 0
     except ValueError as error:
@@ -174,6 +175,7 @@ def _trained(this: Evaluation, protocol: Any) -> dict[str, Any]:
     folder = this.place(found.result)
     for name, text in found.files.items():
         this.write(folder / name, text.encode())
+        this.screen.say(f"picture: {folder / name}")
     return found.result | (_keep(found, folder / "net.pt", this) if found.net is not None else {})
 
 

@@ -13,6 +13,28 @@ from sslcli.report.console import Screen, percent
 SUBJECTS = {"pixels": "raw pixels", "random": "random initialisation", "trained": "trained"}
 
 
+def details(result: dict[str, Any], screen: Screen) -> None:
+    """What the table of top-1 does not show and the protocol was run for."""
+    if "linear" in result:
+        others = [("trained", result), *result.get("baselines", {}).items()]
+        found = ", ".join(f"{SUBJECTS[name]} {percent(one['linear']['top1'])}" for name, one in others)
+        screen.say(f"linear probe of the same {result['n_train']:,} labels: {found}")
+    if "teacher" in result:
+        screen.say(f"teacher ({result['n_labels']:,} labels): {percent(result['teacher']['top1'])}")
+    if "curve" in result:
+        screen.console.print(saved(result["curve"]), soft_wrap=False)
+
+
+def saved(curve: list[dict[str, Any]]) -> Table:
+    """The utility of pre-training at each number of labels; bounds as such."""
+    table = Table("labels", SUBJECTS["random"], SUBJECTS["trained"], "utility: labels saved / labels")
+    signs = {None: "", "lower": "at least ", "upper": "at most "}
+    for point in curve:
+        numbers = (percent(point[arm]["top1"]) for arm in ("random", "trained"))
+        table.add_row(f"{point['labels']:,}", *numbers, f"{signs[point['bound']]}{point['utility']:.2f}")
+    return table
+
+
 def summary(home: Path, screen: Screen) -> None:
     """All protocols measured so far on this subject, a row each: raw pixels, random initialisation, trained."""
     table = Table("top-1", *SUBJECTS.values())

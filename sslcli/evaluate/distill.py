@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslcli.backbones.wrap import dry_output
 from sslcli.evaluate.finetune import Outcome, reported_positions
 from sslcli.evaluate.layers import BACKBONE
 from sslcli.evaluate.network import Classifier
@@ -103,8 +104,9 @@ class Distill(Recipe):
         return Outcome(result=result, net=student, positions=teacher.positions)
 
     def fresh(self, start: Start, task: Task) -> Classifier:
-        """The student of the configuration as it was initialised."""
+        """The student of the configuration as it was initialised. Raises ValueError unless it takes the images."""
         assert self.student is not None
+        dry_output(self.student, image_size=task.source.image_size, in_channels=task.source.channels)
         given = Start(net=self.student.to(task.device), layer=BACKBONE, features=start.features)
         return given.classifier(task, width=num_features(self.student))
 

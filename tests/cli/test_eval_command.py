@@ -249,7 +249,11 @@ def test_a_fine_tuned_net_is_kept_and_teaches_a_student(trained: Path, cli: Cli)
         taught = result(trained / "eval", "distill")
         assert taught["teacher"]["sha256"] == tuned["net_sha256"]
         assert taught["teacher"]["top1"] == tuned["top1"]
+        assert f"teacher (200 labels): {100 * tuned['top1']:.1f} %" in ended.out
     assert taught["student"] == "Small"
+    ended = cli("ssl-eval", *line, student.replace("width: 4", "in_channels: 1"))
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "Small does not take images of shape (2, 3, 32, 32)" in ended.err
     ended = cli("ssl-eval", f"run={trained}", "protocol=finetune", *QUICK)
     clock = {"seconds": 0}
     assert result(trained / "eval", "finetune") | clock == tuned | clock
@@ -261,12 +265,16 @@ def test_few_labels_and_the_labels_saved_are_measured(trained: Path, cli: Cli) -
     assert (ended.code, ended.err) == (0, "")
     semi = result(trained / "eval", "semi")
     assert (semi["n_train"], len(semi["runs"]), semi["protocol_settings"]["labels_per_class"]) == (20, 3, 2)
+    probed = f"linear probe of the same 20 labels: trained {100 * semi['linear']['top1']:.1f} %"
+    assert probed in ended.out
     line = ["protocol.smallest=20", "protocol.points=2", "protocol.seeds=1", "feature_layer=block3"]
     ended = cli("ssl-eval", f"run={trained}", "protocol=utility", *QUICK, *line)
     assert (ended.code, ended.err) == (0, "")
     utility = result(trained / "eval", "utility")
     assert utility["feature_layer"] == "block3"
-    assert utility["curve"][-1]["labels"] == 200
+    assert [point["labels"] for point in utility["curve"]] == [19, 200]
+    for point in utility["curve"]:
+        assert f"{point['utility']:.2f} " in ended.out
     assert (trained / "eval/utility/utility.svg").read_text().startswith("<svg")
     ended = cli("ssl-eval", f"run={trained}", "protocol=utility", "baselines=false")
     assert ended.code == 2
