@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sslcli import schedule
+from sslcli import schedule, sharding
 from sslcli.backbones.base import Backbone
 from sslcli.backbones.wrap import as_backbone
 from sslcli.cli._schema import check_target, trusted_packages
@@ -167,7 +167,10 @@ def build_optimizer(config: dict[str, Any], method: Method) -> tuple[Optimizer, 
     groups = parameter_groups(
         method, weight_decay=node.get("weight_decay", 0.0), decay_norm_and_bias=train["decay_norm_and_bias"]
     )
-    optimizer = build(node | {"lr": peak}, trust=config["trust"], where="optimizer", params=groups)
+    arguments = node | {"lr": peak}
+    if node.get("fused") and sharding.is_sharded(method):
+        arguments["fused"] = None  # torch has no fused SGD of sharded parameters; None leaves the choice to it
+    optimizer = build(arguments, trust=config["trust"], where="optimizer", params=groups)
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"optimizer._target_ is {node['_target_']!r}, but that is not an optimizer")
     return optimizer, peak

@@ -148,6 +148,7 @@ def test_images_cut_short_are_named_and_left_out_up_to_a_share(trained: Path, cl
 def test_an_evaluation_that_a_signal_stops_says_so_and_can_be_started_again(
     protocol: str, number: int, code: int, trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started to ignore it
     handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
     line = [f"run={trained}", f"protocol={protocol}", *(FAST if protocol == "linear" else QUICK)]
     line += ["protocol.seeds=1", "protocol.points=2"] if protocol == "utility" else []
