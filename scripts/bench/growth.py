@@ -168,26 +168,38 @@ def rows(name: str, sizes: Sequence[int], found: Sequence[Result]) -> list[str]:
 
 
 def plot(curves: dict[str, list[Result]], out: Path) -> None:
-    """Time and memory of every curve, logarithmic on both axes."""
+    """Time and memory of every curve, logarithmic on both axes; cached gradients beside the plain step."""
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, which is smaller
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
-    figure, panels = pyplot.subplots(2, len(curves), figsize=(2.6 * len(curves), 5), squeeze=False)
-    for column, (name, found) in enumerate(curves.items()):
-        title, _, sizes = CURVES[name]
-        for panel, key, label in zip(panels[:, column], ("ms", "extra_mb"), ("ms a step", "MB"), strict=True):
-            if key not in found[0]:
+    names = [name for name in curves if name != "cached" or "plain" not in curves]
+    figure, panels = pyplot.subplots(len(names), 2, figsize=(7.5, 2.3 * len(names)), squeeze=False)
+    for row, name in zip(panels, names, strict=True):
+        drawn = [name, *(["cached"] if name == "plain" and "cached" in curves else [])]
+        for panel, key, label in zip(row, ("ms", "extra_mb"), ("ms a step", "MB"), strict=True):
+            if key not in curves[name][0]:
                 panel.axis("off")
                 continue
-            panel.loglog(sizes, [max(result[key], 0.1) for result in found], marker="o", color="#1b6ca8")
-            panel.set_title(title.replace(" (", "\n("), fontsize=7)
-            panel.set_ylabel(label, fontsize=7)
-            panel.tick_params(labelsize=6)
+            sizes = CURVES[name][2]
+            for one, color in zip(drawn, ("#1b6ca8", "#b3541e"), strict=False):
+                values = [max(result[key], 0.1) for result in curves[one]]
+                panel.loglog(sizes, values, marker="o", markersize=4, color=color)
+            low, high = min(values), max(result[key] for one in drawn for result in curves[one])
+            panel.set_ylim(low / 2, max(2 * high, 30 * low))  # a flat curve looks flat
+            panel.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7)
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.yaxis.set_minor_formatter(NullFormatter())
+            panel.set_title(CURVES[name][0].split(" (")[0] if len(drawn) > 1 else CURVES[name][0], fontsize=8)
+            panel.set_ylabel(label, fontsize=8)
             panel.grid(visible=True, which="major", color="#e4e4e4")
+        if len(drawn) > 1:
+            row[1].legend(["ResNet-18, plain step", f"cached gradients, {MICRO} at a time"], fontsize=7)
     figure.tight_layout()
-    figure.savefig(out)
+    figure.savefig(out, metadata={"Date": None})
 
 
 def main(arguments: Sequence[str]) -> int:
