@@ -5,7 +5,7 @@ Plain `ValueError` from a constructor also means "the user's configuration is wr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 EXIT_CONFIG = 2
 EXIT_FAILED = 3
@@ -43,6 +43,17 @@ def nearest(name: object, known: Iterable[str]) -> str:
     names = {option.lower(): option for option in known}
     found = get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     return f" Did you mean {names[found[0]]!r}?" if found else ""
+
+
+def check_keys(where: str, given: Iterable[object], known: Sequence[str]) -> None:
+    """Raise ValueError unless all keys are known; the message names `where`, the key, the nearest and all others."""
+    from difflib import get_close_matches
+
+    for key in given:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"{where} has the unknown key {key!r}{hint} Known keys: {', '.join(known)}")
 
 
 def check_positive(**values: int) -> None:

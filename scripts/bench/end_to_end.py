@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -71,7 +70,6 @@ def small() -> tuple[nn.Module, int]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("BENCH_FOLDER", tempfile.gettempdir())
     work: dict[str, Any] = {}
     for method in LIGHTLY:
         for backbone in ("resnet18", "small"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ def folder(size: tuple[int, int], count: int) -> Path:
     given = os.environ.get(f"IMAGES_{min(size)}")
     if given:
         return Path(given)
-    root = Path(os.environ["BENCH_FOLDER"]) / f"{size[0]}x{size[1]}_{count}"
+    root = Path(os.environ.get("BENCH_FOLDER", tempfile.gettempdir())) / f"{size[0]}x{size[1]}_{count}"
     if not root.exists():
         from sslcli.data.sources import Shapes
 

@@ -31,7 +31,7 @@ def main() -> None:
         seconds = {False: 0.0, True: 0.0}
         total = count = smaller = 0.0
         images = min(options.images, len(made[True].source))
-        for piece in torch.arange(images).split(20):  # type: ignore[no-untyped-call]
+        for piece in torch.split(torch.arange(images), 20):
             request = Request(piece, torch.zeros_like(piece), torch.zeros(len(piece), dtype=torch.bool))
             found = {}
             for scaled, worker in made.items():

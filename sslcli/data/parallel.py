@@ -6,7 +6,6 @@ so an image is one tensor to everything that follows. Only the modality that say
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from sslcli.data.decode import decode, to_rgb
 from sslcli.data.files import Files, Listing, base_name
 from sslcli.data.scan import check_folder, scan_classes
 from sslcli.data.sources import Whole
+from sslcli.errors import check_keys
 
 INTERPOLATIONS = ("smooth", "nearest")
 _MODES = {1: "L", 3: "RGB"}
@@ -266,11 +266,7 @@ def parse(modalities: Mapping[str, Mapping[str, Any]]) -> dict[str, Modality]:
         where = f"dataset.modalities.{name}"
         if not isinstance(node, Mapping):
             raise ValueError(f"{where} is {node!r}, but it must be a mapping of {', '.join(known)}")
-        for key in node:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f", did you mean {near[0]!r}?" if near else "."
-                raise ValueError(f"{where} has the unknown key {key!r}{hint} Known keys: {', '.join(known)}")
+        check_keys(where, node, known)
         try:
             parsed[str(name)] = Modality(**{str(key): value for key, value in node.items()})
         except ValueError as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from sslcli.data import augment, rand_augment
+from sslcli.errors import check_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +156,7 @@ def parse(number: int, entry: Mapping[str, Any] | View) -> View:
         return entry
     if not isinstance(entry, Mapping):
         raise ValueError(f"views[{number}]={entry!r} must be a mapping of view fields")
-    known = [field.name for field in fields(View)]
-    for key in entry:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"views[{number}] has the unknown key {key!r}{hint} Known keys: {', '.join(known)}")
+    check_keys(f"views[{number}]", entry, [field.name for field in fields(View)])
     try:
         return View(**{str(key): value for key, value in entry.items()})
     except ValueError as error:
