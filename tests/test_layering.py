@@ -36,6 +36,7 @@ RANKS = {
     "report": 5,
     "precision": 5,
     "allocator": 0,
+    "idle_threads": 0,
     "cached_gradients": 6,
     "launch": 6,
     "train": 6,

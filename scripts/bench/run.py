@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 from measure import TUNED
 
+from sslcli.idle_threads import SPINS
+
 HERE = Path(__file__).parent
 LOWER_IS_BETTER = ("ms", "s", "extra_mb", "peak_mb", "multiple", "cpu_multiple")
 
@@ -86,8 +88,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def environment(side: str, *, trace: bool = False) -> dict[str, str]:
-    """Of a process; a peer at its best gets the allocator that its user would set."""
-    added = TUNED if side.endswith("best") else {}
+    """Of a process; a peer at its best gets the allocator that its user would set, sslcli what its commands set."""
+    added = TUNED if side.endswith("best") else SPINS if side.startswith("sslcli") else {}
     return dict(os.environ) | added | ({"PROFILE": str(Path("trace.json").absolute())} if trace else {})
 
 

@@ -35,6 +35,7 @@ from sslcli.cli._help import MULTIRUNS, folder_of_conf
 from sslcli.cli._job import stop_with_sweep
 from sslcli.cli._plugins import conf_of_plugins
 from sslcli.errors import EXIT_CONFIG, ConfigError
+from sslcli.idle_threads import sleep_soon
 from sslcli.settings import NEUTRAL
 
 # A checkout that is not installed has no sslcli.conf.
@@ -57,6 +58,7 @@ Plugins.instance().register(ConfOfPlugins)
 def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
     """Compose, check and run what the command line asks for; the exit code."""
     stop_with_sweep()
+    sleep_soon()
     try:
         arguments = read_arguments()
         if any(getattr(arguments, flag) for flag in ANSWERED_BY_HYDRA):

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from sslcli.data import rng
 from sslcli.data.bad_images import BadImage
-from sslcli.data.decode import DIVISORS
+from sslcli.data.decode import DIVISORS, Pixels
 from sslcli.data.sources import Opened, Picture, Source, replacement
 from sslcli.data.views import Views
 from sslcli.errors import ConfigError
@@ -117,8 +117,8 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
             scale = max(round(full / part) for full, part in zip(whole, picture.size, strict=True))
             shrunk = [[number / scale for number in box] for box in boxes]
             return [cut_shrunk(picture, *one) for one in zip(shrunk, self.sizes, kinds, strict=True)]
-        if isinstance(picture, Image.Image):
-            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        if isinstance(picture, (Image.Image, Pixels)):
+            pixels = torch.from_numpy(np.require(picture, np.uint8, "W")).permute(2, 0, 1)
             return [cut_whole(pixels, *one) for one in zip(boxes, self.sizes, kinds, strict=True)]
         crops = [
             picture.crop((left, top, left + width, top + height)).resize((size, size), RESAMPLE[kind])

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from sslcli.data.bad_images import BadImage
-from sslcli.data.decode import Encoded, open_file
+from sslcli.data.decode import Encoded, Pixels, open_file
 from sslcli.errors import ConfigError, nearest
 
 KINDS = ("none", "ram", "disk")
@@ -186,7 +186,7 @@ class Kept:
         width, height = kept.sizes[at].tolist()
         self.size: tuple[int, int] = (width, height)
 
-    def decode(self, divisor: int = 1) -> Image.Image:
+    def decode(self, divisor: int = 1) -> Image.Image | Pixels:
         """As `Encoded.decode`. An image that is decoded smaller is not kept: its pixels are others."""
         path = self.kept.path(int(self.kept.positions[self.at]))
         if divisor > 1:
@@ -194,10 +194,11 @@ class Kept:
         place, marks = self.kept.place(self.at), self.kept.marks
         # The lowest bit says that there is something.
         if marks[self.at] and int(marks[self.at]) == zlib.crc32(place) << 1 | 1:
-            return Image.frombytes("RGB", self.size, place)
+            width, height = self.size
+            return Pixels(np.frombuffer(place, np.uint8).reshape(height, width, 3))
         image = open_file(path).decode()
         if image.size == self.size:
-            pixels = image.tobytes()
+            pixels = np.asarray(image).tobytes()
             place[:] = pixels
             marks[self.at] = zlib.crc32(pixels) << 1 | 1
         return image

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sslcli.data.decode import decode
+from sslcli.data.bad_images import BadImage
+from sslcli.data.decode import Encoded, Pixels, decode, decode_jpeg, open_file
 from sslcli.data.files import Flat
 
 
@@ -87,10 +88,55 @@ def test_a_jpeg_is_decoded_at_the_share_of_its_size_that_is_asked_for(tmp_path, 
     small = opened.decode(divisor)
     assert small.size == (-(-width // divisor), -(-height // divisor))
     if min(width, height) > 80:
-        again = np.asarray(small.resize((width, height)), float)
+        again = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), float)
         assert np.abs(again - np.asarray(decode(str(tmp_path / "a.jpg")), float)).mean() < 3
 
 
 def test_other_formats_are_decoded_whole(tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     assert Flat(root=str(tmp_path), image_size=8).open(0).decode(4).size == (40, 30)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(1, 1), (3, 4), (4, 7), (8, 8), (33, 17), (250, 187)])
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}]
+)
+def test_a_jpeg_has_the_pixels_that_pil_makes_of_it(tmp_path, size, divisor, options):
+    noise = np.random.default_rng(0).integers(0, 255, (size[1] // 4 + 1, size[0] // 4 + 1, 3), np.uint8)
+    image = Image.fromarray(noise).resize(size).convert(options.pop("mode", "RGB"))
+    image.save(tmp_path / "a.jpg", quality=90, **options)
+    with Image.open(tmp_path / "a.jpg") as expected:
+        expected.draft(None, (max(1, size[0] // divisor), max(1, size[1] // divisor)))
+        opened = open_file(str(tmp_path / "a.jpg"))
+        assert opened.size == size
+        assert np.array_equal(np.asarray(opened.decode(divisor)), np.asarray(expected.convert("RGB")))
+
+
+def test_a_jpeg_with_bytes_that_only_libjpeg_minds_is_read_and_a_cut_one_is_not(tmp_path):
+    Image.new("RGB", (40, 30), (10, 200, 30)).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    end = content.rindex(b"\xff\xd9")
+    minded = Encoded(content[:end] + bytes(40) + content[end:], "a.jpg")
+    with pytest.raises(ValueError, match="xtraneous"):
+        decode_jpeg(minded.content, minded.size, 1)
+    assert np.array_equal(np.asarray(minded.decode()), np.asarray(decode(str(tmp_path / "a.jpg"))))
+    with pytest.raises(BadImage, match=r"(?i)truncated"):
+        Encoded(content[: end // 2], "a.jpg").decode()
+
+
+def test_a_jpeg_larger_than_pil_allows_is_left_to_pil(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(BadImage, match="bomb"):
+        open_file(str(tmp_path / "a.jpg"))
+
+
+def test_crops_of_pixels_are_those_of_pil():
+    values = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+    image, pixels = Image.fromarray(values), Pixels(values)
+    assert (pixels.size, pixels.width, pixels.height) == ((30, 20), 30, 20)
+    box = (3, 5, 23, 17)
+    assert np.array_equal(np.asarray(pixels.crop(box)), np.asarray(image.crop(box)))
+    resized = [picture.crop(box).resize((9, 7), Image.Resampling.BILINEAR) for picture in (pixels, image)]
+    assert np.array_equal(*map(np.asarray, resized))

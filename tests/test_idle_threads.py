@@ -1,0 +1,35 @@
+"""What the library itself says it was told, since the commands must set it before torch is loaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command_line import SMALL
+
+
+def told(tmp_path: Path, **environment: str) -> str:
+    """What GNU's OpenMP prints of its settings when `ssl-train` loads it."""
+    ended = subprocess.run(
+        [str(Path(sys.executable).with_name("ssl-train")), *SMALL, "dry_run=true"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_DISPLAY_ENV": "verbose"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return next(line for line in ended.stderr.splitlines() if "GOMP_SPINCOUNT" in line)
+
+
+@pytest.mark.parametrize(("environment", "spins"), [({}, "'1000'"), ({"GOMP_SPINCOUNT": "77"}, "'77'")])
+def test_threads_that_wait_sleep_soon_unless_the_user_has_chosen(tmp_path, environment, spins):
+    assert told(tmp_path, **environment).endswith(spins)
+
+
+def test_the_policy_of_the_user_is_left_alone(tmp_path):
+    assert not told(tmp_path, OMP_WAIT_POLICY="active").endswith("'1000'")
