@@ -160,7 +160,7 @@ def _jitter_group(images: Tensor, factors: Tensor, order: Tensor, hue_slot: int)
         gray = to_luma(images)
         from_mean = _mean(gray) * column((1 - factor) * (operation == CONTRAST), images)
         reference = gray.mul_(column((1 - factor) * (operation == SATURATION), images)).add_(from_mean)
-        images = images.mul_(column(factor, images)).add_(reference).clamp_(0, 1)
+        images = torch.addcmul(reference, images, column(factor, images), out=images).clamp_(0, 1)
     return images
 
 

@@ -124,17 +124,18 @@ class Loader:
             position = self.source.splits["train"][request.index]
             images = self.source.images[position].to(self.device, non_blocking=True)  # (n, C, H, W)
             key = self.key(request)
-            height, width = (torch.full((len(images),), side) for side in images.shape[2:])
-            crops = [
-                augment.resized_crop(
-                    images,
-                    self.views.boxes(view, key, height, width).to(self.device, non_blocking=True),
-                    size,
-                    interpolation=self.views.views[view].interpolation,
-                )
-                for view, size in enumerate(self.views.sizes(self.source.image_size))
-            ]
+            crops = [self.crop(images, key, numbers) for numbers in self.views.pairs]
             yield self.batch(request, crops, position)
+
+    def crop(self, images: Tensor, key: Tensor, numbers: range) -> Tensor:
+        """Crops of (n, C, H, W) images for some views, one view after the other: (len(numbers) * n, C, S, S)."""
+        view, key = together(numbers, key)
+        height, width = (torch.full((len(key),), side) for side in images.shape[2:])
+        boxes = self.views.boxes(view, key, height, width).to(self.device, non_blocking=True)
+        first = self.views.views[numbers[0]]
+        size = first.size or self.source.image_size
+        repeated = images.repeat(len(numbers), 1, 1, 1)
+        return augment.resized_crop(repeated, boxes, size, interpolation=first.interpolation)
 
     def from_files(self, start: int, stop: int) -> Iterator[Batch]:
         crops = ViewCrops(self.source, self.views, self.seed)
@@ -145,23 +146,33 @@ class Loader:
                 self.bad.add(path, reason)
             self.bad.check()
             parts = [[part.to(self.device, non_blocking=True) for part in view] for view in zip(*views, strict=True)]
-            images = [(torch.cat(view) if len(view) > 1 else view[0]).float().div_(255) for view in parts]
+            pairs = [list(chain(*parts[numbers.start : numbers.stop])) for numbers in self.views.pairs]
+            images = [(torch.cat(pair) if len(pair) > 1 else pair[0]).float().div_(255) for pair in pairs]
             yield self.batch(joined(requests), images, torch.cat(read))
 
     def batch(self, request: Request, crops: list[Tensor], read: Tensor) -> Batch:
-        """Colour operations on float crops in [0, 1] of this process's images, which are those at positions `read`."""
-        key, source = self.key(request), self.source
-        views = [
-            self.views.colour(view, key, crop, mean=source.mean, std=source.std, photometric=source.photometric)
-            for view, crop in enumerate(crops)
-        ]
+        """Colour operations on float crops in [0, 1], those of each of `pairs` together.
+
+        They are of this process's images, which are those at positions `read`.
+        """
+        source, views = self.source, list[Tensor]()
+        for numbers, images in zip(self.views.pairs, crops, strict=True):
+            view, key = together(numbers, self.key(request))
+            made = self.views.colour(
+                view, key, images, mean=source.mean, std=source.std, photometric=source.photometric
+            ).contiguous(memory_format=torch.channels_last)
+            views += made.tensor_split(len(numbers))
         label = source.labels[source.splits["train"][request.index]]
         present = None if source.present is None else source.present[read]
-        views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         return Batch(views, request.index, label, present).to(self.device)
 
     def key(self, request: Request) -> Tensor:
         return rng.mix(self.seed, request.visit, request.index)
+
+
+def together(numbers: range, key: Tensor) -> tuple[Tensor, Tensor]:
+    """View and key of each image of a batch that is repeated for each of some views."""
+    return torch.tensor(numbers).repeat_interleave(len(key)), key.repeat(len(numbers))
 
 
 def plain_batches(

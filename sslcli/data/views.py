@@ -68,6 +68,13 @@ class Views:
         """Number of views made of an image."""
         return len(self.views)
 
+    @property
+    def pairs(self) -> list[range]:
+        """The numbers of the views that are made together: by twos of an entry, as more would need more memory."""
+        ends = itertools.accumulate(entry.count for entry in self.entries)
+        entries = [range(end - entry.count, end) for entry, end in zip(self.entries, ends, strict=True)]
+        return [numbers[start : start + 2] for numbers in entries for start in range(0, len(numbers), 2)]
+
     def sizes(self, image_size: int) -> list[int]:
         """Side of each view in pixels, for a run of `image_size`."""
         return [view.size or image_size for view in self.views]
@@ -76,20 +83,20 @@ class Views:
         """One line for each entry, for printing."""
         return [entry.describe() for entry in self.entries]
 
-    def boxes(self, view: int, key: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    def boxes(self, view: int | Tensor, key: Tensor, height: Tensor, width: Tensor) -> Tensor:
         """Crop boxes, drawn as torchvision's RandomResizedCrop.get_params draws them.
 
         The first of ten that fits into the image; where none does, the largest centred box whose ratio is allowed.
 
         Args:
-            view: number of the view, in range(num_views).
+            view: number of the view, in range(num_views), or (N,) one for each image, all of the same entry.
             key: (N,) int64, the key of each image, the same for all of its views.
             height, width: (N,) int64 size of each image in pixels.
 
         Returns:
             (N, 4) int64 top, left, height, width, on the device of `key`.
         """
-        spec = self.views[view]
+        spec = self._spec(view)
         if spec.crop_scale is None:
             return torch.stack((torch.zeros_like(height), torch.zeros_like(height), height, width), 1)
         streams = torch.arange(_FIRST_CROP_STREAM, _FIRST_CROP_STREAM + _CROP_STREAMS, device=key.device)
@@ -103,7 +110,7 @@ class Views:
 
     def colour(
         self,
-        view: int,
+        view: int | Tensor,
         key: Tensor,
         images: Tensor,
         *,
@@ -114,7 +121,7 @@ class Views:
         """Everything after the crop: flip, the operations of `_photometric`, then `finish`.
 
         Args:
-            view: number of the view, in range(num_views).
+            view: number of the view, in range(num_views), or (N,) one for each image, all of the same entry.
             key: (N,) int64, the key of each image; best on the CPU, where the parameters are drawn.
             images: (N, C, S, S) float in [0, 1], the crops.
             mean, std: of the set, one value a channel, on the scale [0, 1].
@@ -128,7 +135,7 @@ class Views:
         """
         if not images.is_floating_point():
             raise ValueError(f"colour() got images of dtype {images.dtype}; divide by 255 to get floats in [0, 1]")
-        spec = self.views[view]
+        spec = self._spec(view)
         draws = uniform(mix(key.cpu(), view).unsqueeze(0), torch.arange(_COLOUR_STREAMS).unsqueeze(1))
         if spec.flip > 0:
             images = augment.flip(images, draws[_FLIP] < spec.flip)
@@ -143,6 +150,9 @@ class Views:
             part = _photometric(spec, draws, mix(key.cpu(), view), part, mean[first:last])
             images = part if part.shape == images.shape else torch.cat((before, part, after), 1)
         return self.finish(images, mean=mean, std=std)
+
+    def _spec(self, view: int | Tensor) -> View:
+        return self.views[view if isinstance(view, int) else int(view[0])]
 
     def finish(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """Colour space and normalisation only: what evaluation applies, so that both see the same numbers.

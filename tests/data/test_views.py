@@ -317,3 +317,22 @@ def test_what_lies_outside_of_the_colours_of_an_image_is_clamped_in_pictures() -
     views = Views([{"count": 1}])
     restored = views.restore(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2), mean=(0.5,), std=(0.25,))
     assert restored.flatten().tolist() == [0, 1]
+
+
+def test_views_of_an_entry_are_made_together_two_and_two():
+    views = Views([View(count=3), View(size=16), View(count=2)])
+    assert views.pairs == [range(2), range(2, 3), range(3, 4), range(4, 6)]
+
+
+def test_views_made_together_are_those_made_alone():
+    views, images = Views([RICH]), _images(12)
+    view, key = torch.arange(2).repeat_interleave(12), _keys(12).repeat(2)
+    side = torch.full((24,), 32)
+    assert torch.equal(
+        views.boxes(view, key, side, side),
+        torch.cat([views.boxes(number, key[:12], side[:12], side[:12]) for number in range(2)]),
+    )
+    together = views.colour(view, key, images.repeat(2, 1, 1, 1), **CONSTANTS)
+    alone = torch.cat([views.colour(number, key[:12], images, **CONSTANTS) for number in range(2)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+    assert not torch.equal(together[:12], together[12:])
