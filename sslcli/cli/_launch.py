@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -35,9 +36,13 @@ def launch(config: dict[str, Any]) -> int:
                 max_restarts=config["launcher"]["max_restarts"],
                 tell=partial(tell, Path(config["run_dir"])),
             )
-    from sslcli.cli._run import run
+    gc.disable()  # nearly all that is imported and built until the first step stays: searching it is time lost
+    try:
+        from sslcli.cli._run import run
 
-    return run(config)
+        return run(config)
+    finally:
+        gc.enable()
 
 
 def tell(run_dir: Path, message: str) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from sslcli.data.rng import mix, uniform
 
 _SLOTS = ((-0.5, -0.5), (0.5, 0.5), (0.5, -0.5), (-0.5, 0.5))  # the first two are always filled
-_CHUNK_PIXELS = 1 << 18  # planes of 1 MiB stay in cache
+_CHUNK_PIXELS = 1 << 17  # planes of half a MiB stay in cache
 _TURNS = 4096  # libm's sin and cos differ between processors and between SIMD bodies and tails: one table for all
 _COSINE = torch.tensor([math.cos(2 * math.pi * i / _TURNS) for i in range(_TURNS)], dtype=torch.float32)
 

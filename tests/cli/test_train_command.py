@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from command_line import SMALL, Cli, installed
-from runs import make_folder, metrics
+from runs import complete, make_folder, metrics, start_warm
+from sslcli.train import Run
 
 QUICK = [*SMALL, "monitor.knn_every=0", "monitor.health_every=0", "monitor.pictures=0"]
 FILES = ["checkpoints", "config.yaml", "console.log", "done", "environment.json", "metrics.jsonl", "overrides.txt"]
@@ -198,3 +200,25 @@ def test_a_folder_of_images_that_is_not_there_is_refused(cli: Cli) -> None:
     assert ended.code == 2
     assert f"dataset.root is nowhere, but {Path('nowhere').absolute()} cannot be opened" in ended.err
     assert ended.err.count("\n") == 1
+
+
+def note_garbage_collection(told: Path) -> None:
+    """Leave in a file whether garbage is looked for when training begins, and among how much of what was there."""
+    from sslcli.cli import _run
+
+    train = _run.train
+
+    def noted(job: Run) -> None:
+        told.write_text(json.dumps([gc.isenabled(), len(gc.get_objects()), gc.get_freeze_count()]))
+        train(job)
+
+    _run.train = noted
+
+
+def test_training_looks_for_garbage_but_not_among_what_was_imported(tmp_path: Path) -> None:
+    told, log = tmp_path / "told", tmp_path / "log"
+    arguments = [*QUICK, "train.max_steps=1", f"run_dir={tmp_path / 'run'}"]
+    complete(start_warm(*arguments, log=log, prepare=note_garbage_collection, given=told), log)
+    collects, watched, frozen = json.loads(told.read_text())
+    assert collects
+    assert frozen > 100_000 > 10_000 > watched
