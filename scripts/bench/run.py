@@ -60,6 +60,8 @@ TASKS = [
         Task("evaluation.py", work, ("sslcli",), ("multiple", "cpu_multiple"))
         for work in ("linear", "linear_baselines")
     ),
+    Task("engine.py", "small", ("sslcli", "bare loop"), ("images_per_s",)),
+    Task("engine.py", "resnet18", ("sslcli", "bare loop"), ("images_per_s",)),
     Task("startup.py", "help", ("sslcli", "lightly"), ("s",)),
     Task("startup.py", "first_step", ("sslcli", "lightly"), ("s",)),
 ]
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def environment(side: str, *, trace: bool = False) -> dict[str, str]:
     """Of a process; a peer at its best gets the allocator that its user would set, sslcli what its commands set."""
-    added = TUNED if side.endswith("best") else SPINS if side.startswith("sslcli") else {}
+    added = TUNED if side.endswith("best") else SPINS if side.startswith(("sslcli", "bare")) else {}
     return dict(os.environ) | added | ({"PROFILE": str(Path("trace.json").absolute())} if trace else {})
 
 

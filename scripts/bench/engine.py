@@ -1,0 +1,84 @@
+"""What the training command costs beyond the training: `ssl-train` beside the same step and views in a bare loop."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from measure import Result, answer, timed
+
+BATCH, IMAGES = 128, 4096
+STEPS = {"resnet18": 30, "small": 400}
+JITTER = [0.4, 0.4, 0.4, 0.1]
+VIEW = {"count": 2, "crop_scale": [0.2, 1.0], "flip": 0.5, "jitter": JITTER, "jitter_p": 0.8, "grayscale": 0.2}
+
+
+def command(backbone: str) -> Result:
+    """The median over intervals of a sixth of the run, as the run itself writes them down, without the first."""
+    views = ",".join(f"{name}:{value}" for name, value in VIEW.items())
+    with tempfile.TemporaryDirectory() as run_dir:
+        subprocess.run(
+            [
+                str(Path(sys.executable).with_name("ssl-train")),
+                "method=simclr",
+                f"backbone={backbone}",
+                f"dataset.limit={IMAGES}",
+                "dataset.val_fraction=0",
+                f"views.views=[{{{views}}}]",
+                f"train.batch_size={BATCH}",
+                f"train.max_steps={STEPS[backbone]}",
+                f"train.log_every={STEPS[backbone] // 6}",
+                "monitor.knn_every=0",
+                f"run_dir={run_dir}",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["train/images_per_s"] for line in lines if "train/images_per_s" in line][1:]
+    return {"images_per_s": sorted(rates)[len(rates) // 2]}
+
+
+def bare(backbone: str) -> Result:
+    """Views, forward, backward, optimizer, and nothing that tells, checks or keeps anything."""
+    from sslcli import precision
+    from sslcli.allocator import keep_freed_memory
+    from sslcli.backbones.resnet import ResNet
+    from sslcli.backbones.small import Small
+    from sslcli.data.loader import Loader
+    from sslcli.data.sources import Shapes
+    from sslcli.data.views import Views
+    from sslcli.methods.simclr import SimCLR
+
+    keep_freed_memory()
+    device = torch.device("cpu")
+    net = Small(image_size=32) if backbone == "small" else ResNet("resnet18", image_size=32)
+    method = SimCLR(net).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4, fused=True)
+    source = Shapes(image_size=32, train_images=IMAGES, test_images=0)
+    loader = Loader(source, Views([VIEW]), batch_size=BATCH, accumulate=1, seed=0, device=device)
+    steps = loader.steps(0, 10**9)
+    resolved = precision.resolve("auto", device)
+
+    def step() -> None:
+        (batch,) = next(steps)
+        with precision.autocast(device, resolved):
+            loss = method(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return timed(step, images=BATCH, seconds=30.0, warmup=5)
+
+
+if __name__ == "__main__":
+    work = {}
+    for backbone in STEPS:
+        work[f"{backbone}/sslcli"] = partial(command, backbone)
+        work[f"{backbone}/bare loop"] = partial(bare, backbone)
+    answer(work)
