@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sslcli import __version__, checkpoint, launch
 from sslcli.allocator import keep_freed_memory
 from sslcli.cli._build import build
-from sslcli.cli._evaluate_table import comparison, details, summary
+from sslcli.cli._evaluate_table import SUBJECTS, comparison, details, summary
 from sslcli.cli._evaluation import Evaluation, check_home
 from sslcli.cli._subject import load_strictly, load_subject
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, TrainingFailed
@@ -27,9 +27,10 @@ from sslcli.evaluate import layers
 from sslcli.evaluate.distill import Distill, Teacher
 from sslcli.evaluate.features import FeatureSet, from_bank
 from sslcli.evaluate.finetune import Outcome
+from sslcli.evaluate.linear import Linear
 from sslcli.evaluate.network import Classifier
 from sslcli.evaluate.online import bank_positions
-from sslcli.evaluate.training import Recipe, Start
+from sslcli.evaluate.training import Progress, Recipe, Start
 from sslcli.report.console import Screen
 
 
@@ -145,7 +146,7 @@ def _frozen(this: Evaluation, protocol: Callable[[FeatureSet], dict[str, Any]], 
     features = this.features("trained", net)
     if this.layer == layers.BANK:
         features = from_bank(features, net.stored(), this.source.splits["train"])  # type: ignore[operator]
-    result = protocol(features)
+    result = _measure(this, protocol, "trained", features)
     if this.config["baselines"]:
         result["baselines"] = {
             name: this.baseline(name, node, partial(_beside, this, protocol, name)) for name in ("pixels", "random")
@@ -153,9 +154,22 @@ def _frozen(this: Evaluation, protocol: Callable[[FeatureSet], dict[str, Any]], 
     return result
 
 
+def _measure(
+    this: Evaluation, protocol: Callable[[FeatureSet], dict[str, Any]], name: str, features: FeatureSet
+) -> dict[str, Any]:
+    """What a protocol finds in features. A probe shows how far it is: of wide features it takes minutes."""
+    if not isinstance(protocol, Linear):
+        return protocol(features)
+    try:
+        return protocol(features, tell=Progress(this.screen, f"linear probe, {SUBJECTS[name]}", total=protocol.passes))
+    finally:
+        this.screen.stop()
+
+
 def _beside(this: Evaluation, protocol: Callable[[FeatureSet], dict[str, Any]], name: str) -> dict[str, Any]:
     """The numbers of a baseline."""
-    found = protocol(this.features(name, None if name == "pixels" else this.subject.net(name)))
+    features = this.features(name, None if name == "pixels" else this.subject.net(name))
+    found = _measure(this, protocol, name, features)
     return {key: value for key, value in found.items() if "top" in key or "interval" in key}
 
 

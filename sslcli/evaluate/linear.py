@@ -8,7 +8,7 @@ Yaml: conf/protocol/linear.yaml. n images, d dimensions, C classes, G hyper-para
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,11 @@ from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank
 from sslcli.precision import DTYPES, resolve
 
 Heads = tuple[Tensor, Tensor]  # weights (d, G*C) and biases (G*C,): one matrix, so that one product serves all heads
+Tell = Callable[[int], None]  # of a long piece of work, how many more passes of it are done
+
+
+def silent(passes: int) -> None:
+    """Tell nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +79,13 @@ def fit_sgd(
     batch_size: int,
     momentum: float,
     seed: int,
+    tell: Tell = silent,
 ) -> Heads:
     """Train one head for each pair (lrs[g], weight_decays[g]) on x (n, d) and y (n,), from zero, on the same batches.
 
     Softmax cross-entropy, SGD with momentum, cosine to 0 by step, no decay on the bias. Heads do not see each
     other: one that diverges to NaN leaves the others as they are. The same seed gives the same bits. Products are of
-    the type of x, which may have 16 bits; weights, and what is added to them, have 32.
+    the type of x, which may have 16 bits; weights, and what is added to them, have 32. `tell(1)` is called each epoch.
     """
     n, d = x.shape
     # All is transposed, rows by class and then by head: products with a narrow matrix on the right take several times
@@ -104,6 +110,7 @@ def fit_sgd(
             weight.addcmul_(weight_step, lr, value=-scale)
             bias.addcmul_(bias_step, lr, value=-scale)
             step += 1
+        tell(1)
     by_head = weight.view(num_classes, -1, d).permute(2, 1, 0)
     return by_head.reshape(d, -1), bias.view(num_classes, -1).T.flatten()
 
@@ -116,11 +123,19 @@ def _error(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return error.div_(b).view(-1, b)
 
 
-def fit_lbfgs(x: Tensor, y: Tensor, *, num_classes: int, cs: Sequence[float], max_iterations: int) -> Heads:
+def fit_lbfgs(
+    x: Tensor,
+    y: Tensor,
+    *,
+    num_classes: int,
+    cs: Sequence[float],
+    max_iterations: int,
+    tell: Tell = silent,
+) -> Heads:
     """Minimise cross-entropy + |W|^2 / (2 c n) for each c of `cs` by L-BFGS, on x (n, d) and y (n,).
 
     c is the inverse regularisation of scikit-learn's LogisticRegression. Each solution starts the next, from strong to
-    weak regularisation. Stops at a gradient below 1e-5 or after `max_iterations`.
+    weak regularisation. Stops at a gradient below 1e-5 or after `max_iterations`. `tell(1)` is called after each c.
     """
     n, d = x.shape
     theta = x.new_zeros(num_classes, d + 1, requires_grad=True)  # the last column is the bias
@@ -145,6 +160,7 @@ def fit_lbfgs(x: Tensor, y: Tensor, *, num_classes: int, cs: Sequence[float], ma
 
         solver.step(closure)  # type: ignore[no-untyped-call]
         found[c] = theta.detach().clone()
+        tell(1)
     heads = torch.cat([found[c] for c in cs]).T
     return heads[:-1].contiguous(), heads[-1].contiguous()
 
@@ -202,10 +218,16 @@ class Linear:
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be between 0 and 1: 0.1 is usual")
 
-    def __call__(self, features: FeatureSet) -> dict[str, Any]:
+    @property
+    def passes(self) -> int:
+        """How often `tell(1)` is called by a fit: epochs with SGD, solutions with L-BFGS."""
+        return 2 * self.epochs if self.solver == "sgd" else len(self.cs) + 1
+
+    def __call__(self, features: FeatureSet, *, tell: Tell = silent) -> dict[str, Any]:
         """Fit, choose and report as a JSON-able dict; accuracies are fractions, the interval [low, high] at 95 %."""
         split, x_test, y_test = features.reported()
-        found = self.fit(features.train, features.train_labels, x_test, y_test, num_classes=features.num_classes)
+        num_classes = features.num_classes
+        found = self.fit(features.train, features.train_labels, x_test, y_test, num_classes=num_classes, tell=tell)
         mine = ["lrs", "weight_decays", "epochs", "batch_size", "momentum"]
         if self.solver == "lbfgs":
             mine = ["cs", "max_iterations"]
@@ -216,19 +238,28 @@ class Linear:
             "interval": list(found.interval),
             "n_train": len(features.train),
             "n_test": len(x_test),
-            "num_classes": features.num_classes,
+            "num_classes": num_classes,
             "solver": self.solver,
             **{k: list(v) if isinstance(v := getattr(self, k), Sequence) else v for k in mine},
             "val_fraction": self.val_fraction,
             "seed": self.seed,
         }
 
-    def fit(self, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, num_classes: int) -> LinearResult:
+    def fit(
+        self,
+        x: Tensor,
+        y: Tensor,
+        x_test: Tensor,
+        y_test: Tensor,
+        *,
+        num_classes: int,
+        tell: Tell = silent,
+    ) -> LinearResult:
         """Probe of train features x (n, d), labels y (n,), reported on x_test (m, d), y_test (m,)."""
         x, x_test = x.float(), x_test.float()
-        grid, chosen = self.choose(x, y, num_classes=num_classes)
+        grid, chosen = self.choose(x, y, num_classes=num_classes, tell=tell)
         scale = Standardise.of(x)
-        heads = self._heads(scale(x), y, [chosen], num_classes=num_classes)
+        heads = self._heads(scale(x), y, [chosen], num_classes=num_classes, tell=tell)
         place, _ = score(scale(x_test), y_test, heads, num_classes=num_classes)
         return LinearResult(
             top1=accuracy(place[0], 1),
@@ -238,7 +269,9 @@ class Linear:
             grid=grid,
         )
 
-    def choose(self, x: Tensor, y: Tensor, *, num_classes: int) -> tuple[list[dict[str, float]], dict[str, float]]:
+    def choose(
+        self, x: Tensor, y: Tensor, *, num_classes: int, tell: Tell = silent
+    ) -> tuple[list[dict[str, float]], dict[str, float]]:
         """What every entry of the grid reaches on the held-out part of x (n, d), y (n,), and the best of them."""
         n = len(x)
         if n < 2:
@@ -251,7 +284,7 @@ class Linear:
         rows = scale(rows)
         if self.solver == "sgd":  # the choice alone: what is reported is fitted in 32 bits
             rows = rows.to(DTYPES[resolve("auto", rows.device)])
-        heads = self._heads(rows, y[kept], self._choices(), num_classes=num_classes)
+        heads = self._heads(rows, y[kept], self._choices(), num_classes=num_classes, tell=tell)
         place, loss = score(scale(x[held_out]), y[held_out], heads, num_classes=num_classes)
         grid = [
             {**choice, "val_top1": accuracy(p, 1), "val_loss": float(v)}
@@ -265,7 +298,7 @@ class Linear:
         x = x.float()
         _, chosen = self.choose(x, y, num_classes=num_classes)
         scale = Standardise.of(x)
-        weight, bias = self._heads(scale(x), y, [chosen], num_classes=num_classes)
+        weight, bias = self._heads(scale(x), y, [chosen], num_classes=num_classes, tell=silent)
         weight = weight / scale.std[:, None]
         return Head(weight=weight.T, bias=bias - scale.mean @ weight, chosen=chosen)
 
@@ -275,10 +308,18 @@ class Linear:
             return [{"c": float(c)} for c in self.cs]
         return [{"lr": float(lr), "weight_decay": float(wd)} for lr in self.lrs for wd in self.weight_decays]
 
-    def _heads(self, x: Tensor, y: Tensor, choices: list[dict[str, float]], *, num_classes: int) -> Heads:
+    def _heads(
+        self,
+        x: Tensor,
+        y: Tensor,
+        choices: list[dict[str, float]],
+        *,
+        num_classes: int,
+        tell: Tell,
+    ) -> Heads:
         if self.solver == "lbfgs":
             cs = [choice["c"] for choice in choices]
-            return fit_lbfgs(x, y, num_classes=num_classes, cs=cs, max_iterations=self.max_iterations)
+            return fit_lbfgs(x, y, num_classes=num_classes, cs=cs, max_iterations=self.max_iterations, tell=tell)
         return fit_sgd(
             x,
             y,
@@ -289,4 +330,5 @@ class Linear:
             batch_size=self.batch_size,
             momentum=self.momentum,
             seed=self.seed,
+            tell=tell,
         )

@@ -188,3 +188,12 @@ def test_a_single_training_image_is_refused():
     x, y = clusters(1)
     with pytest.raises(ValueError, match="at least 2 training images"):
         Linear().fit(x, y, x, y, num_classes=3)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_fit_tells_of_as_many_passes_as_it_has(solver):
+    linear, data = probe(solver)
+    told: list[int] = []
+    silent = linear.fit(*data, num_classes=3)
+    assert linear.fit(*data, num_classes=3, tell=told.append) == silent
+    assert sum(told) == linear.passes
