@@ -26,12 +26,14 @@ def seconds(line: list[str]) -> Result:
 
 
 def first_step() -> Result:
-    """`ssl-train` to the end of one step: imports, data, network, checkpoint."""
+    """`ssl-train` to the end of one step: imports, network, run directory, checkpoint; of few images, as a peer has."""
     with tempfile.TemporaryDirectory() as run_dir:
         return seconds(
             [
                 command("ssl-train"),
                 "backbone=resnet18",
+                "dataset.train_images=512",
+                "dataset.test_images=64",
                 "train.batch_size=128",
                 "train.max_steps=1",
                 "monitor.knn_every=0",
