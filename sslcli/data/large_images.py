@@ -2,18 +2,15 @@
 
 A batch of large images is many times larger than the caches, so that each operation on all of it waits for memory, and
 threads that share each operation wait for each other after every one. Here an image goes through all operations while
-it is in the cache, in place, with its parameters as plain numbers, and threads take whole images. Small images are
-better off in a batch, where an operation is one call for hundreds of them; so are all on a GPU.
+it is in the cache, in place, with its parameters as plain numbers. Small images are better off in a batch, where an
+operation is one call for hundreds of them; so are all on a GPU.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from threading import Barrier
 
 import torch
 from torch import Tensor
@@ -29,6 +26,7 @@ _BAND = 32
 class Parameters:
     """What is done to each of N images, in the order of the fields, but gray before the jitter if `gray_first`."""
 
+    flipped: Tensor  # (N,) bool, left to right
     jittered: Tensor  # (N,) bool
     factors: Tensor  # (N, 4), see color_jitter
     order: Tensor  # (N, 4) int64, see color_jitter
@@ -46,18 +44,20 @@ def are_large(images: Tensor) -> bool:
     return images.device.type == "cpu" and images.shape[2] * images.shape[3] >= LARGE
 
 
-def photometric(images: Tensor, parameters: Parameters) -> Tensor:
-    """Jitter, gray, blur and solarize (N, C, H, W) images in [0, 1]; each equals the batched operation to rounding."""
-    if not (parameters.jittered | parameters.gray | parameters.blurred | parameters.solarized).any():
-        return images
+def change(images: Tensor, parameters: Parameters, finish: Callable[[Tensor], Tensor]) -> Tensor:
+    """Flip, jitter, gray, blur and solarize (N, C, H, W) images in [0, 1], as the batched operations do to rounding.
+
+    finish: what is made of each (1, C, H, W) at the end, of the same shape.
+    """
     # Networks want the channels last, and here the image is in the cache.
     out = torch.empty_like(images, memory_format=torch.channels_last)
+    flipped, solarized = parameters.flipped.tolist(), parameters.solarized.tolist()
     jittered, factors, order = parameters.jittered.tolist(), parameters.factors.tolist(), parameters.order.tolist()
     gray, blurred, sigma = parameters.gray.tolist(), parameters.blurred.tolist(), parameters.sigma.tolist()
-    solarized = parameters.solarized.tolist()
 
-    def change(row: int) -> None:
-        image = color.in_working_precision(images[row]).clone()
+    def change_one(row: int) -> None:
+        image = color.in_working_precision(images[row])
+        image = image.flip(2) if flipped[row] else image.clone()
         if gray[row] and parameters.gray_first:
             image = to_gray(image)
         if jittered[row]:
@@ -68,42 +68,23 @@ def photometric(images: Tensor, parameters: Parameters) -> Tensor:
             image = blur(image, sigma[row], parameters.taps)
         if solarized[row]:
             image = torch.where(image >= parameters.threshold, 1 - image, image)
-        out[row].copy_(image)
+        out[row].copy_(finish(image.unsqueeze(0))[0])
 
-    each(change, len(images))
+    with one_thread():
+        for row in range(len(images)):
+            change_one(row)
     return out
 
 
-def each(work: Callable[[int], None], count: int) -> None:
-    """Call `work` for 0 to count - 1, on as many threads as torch uses, each call on one."""
-    threads = min(torch.get_num_threads(), count)
-    if threads <= 1:
-        for number in range(count):
-            work(number)
-        return
-    # The error of a call is raised here, after all have ended.
-    for _ in list(_pool(os.getpid(), threads).map(work, range(count))):
-        pass
-
-
-@lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads in which an operation of torch takes no further ones. A forked process needs its own."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Operations take one thread: these are too short to be worth dividing, and data workers need the cores."""
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="views", initializer=_work_alone)
-    # Each waits for the others, so that every thread starts, and sets its number, before the number of this one is put
-    # back.
-    ready = Barrier(threads)
-    list(pool.map(lambda number: ready.wait(), range(threads)))
-    torch.set_num_threads(before)
-    return pool
-
-
-def _work_alone() -> None:
-    """Let operations of torch in this thread take no further ones."""
-    # A thread takes over the number of the process when it first needs it, and would overwrite what is set before that.
-    torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def jitter(image: Tensor, factors: list[float], order: list[int]) -> Tensor:

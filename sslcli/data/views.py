@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,9 +138,12 @@ class Views:
             raise ValueError(f"colour() got images of dtype {images.dtype}; divide by 255 to get floats in [0, 1]")
         spec = self._spec(view)
         draws = uniform(mix(key.cpu(), view).unsqueeze(0), torch.arange(_COLOUR_STREAMS).unsqueeze(1))
-        if spec.flip > 0:
-            images = augment.flip(images, draws[_FLIP] < spec.flip)
+        chosen = _chosen(spec, draws, images)
+        finish = partial(self.finish, mean=mean, std=std)
         first, last, _ = photometric.indices(images.shape[1])
+        if (first, last) == (0, images.shape[1]) and _one_by_one(spec, images):
+            return large_images.change(images, chosen, finish)
+        images = augment.flip(images, chosen.flipped)
         if first < last:
             before, part, after = images.tensor_split((first, last), 1)
             if spec.rand_augment > 0 and part.shape != images.shape:
@@ -147,9 +151,9 @@ class Views:
                     "rand_augment of a view moves pixels, so the modalities of an image would no longer lie over each "
                     "other: set it to 0, or choose other views"
                 )
-            part = _photometric(spec, draws, mix(key.cpu(), view), part, mean[first:last])
+            part = _photometric(spec, chosen, mix(key.cpu(), view), part, mean[first:last])
             images = part if part.shape == images.shape else torch.cat((before, part, after), 1)
-        return self.finish(images, mean=mean, std=std)
+        return finish(images)
 
     def _spec(self, view: int | Tensor) -> View:
         return self.views[view if isinstance(view, int) else int(view[0])]
@@ -217,13 +221,21 @@ def _between(fraction: Tensor, low: float, high: float) -> Tensor:
     return fraction * (high - low) + low
 
 
-def _photometric(spec: View, draws: Tensor, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
+def _one_by_one(spec: View, images: Tensor) -> bool:
+    """Whether the images are better changed one at a time, see `large_images`."""
+    large = spec.rand_augment == 0 and large_images.are_large(images)
+    if large and spec.blur > 0:
+        augment.check_taps(spec.kernel_size(min(images.shape[2:])), *images.shape[2:])
+    return large
+
+
+def _photometric(
+    spec: View, chosen: large_images.Parameters, key: Tensor, images: Tensor, mean: Sequence[float]
+) -> Tensor:
     """Jitter, RandAugment, grayscale, blur and solarize, in the order of the module's text."""
-    chosen = _chosen(spec, draws, images)
-    if spec.rand_augment == 0 and large_images.are_large(images):
-        if spec.blur > 0:
-            augment.check_taps(chosen.taps, *images.shape[2:])
-        return large_images.photometric(images, chosen)
+    if _one_by_one(spec, images):
+        unflipped = replace(chosen, flipped=torch.zeros_like(chosen.flipped))
+        return large_images.change(images, unflipped, lambda image: image)
     if spec.grayscale_first:
         images = augment.to_grayscale(images, chosen.gray)
     if spec.jitters:
@@ -249,6 +261,7 @@ def _chosen(spec: View, draws: Tensor, images: Tensor) -> large_images.Parameter
         low, high = (max(0.0, 1 - strength), 1 + strength) if number < 3 else (-strength, strength)
         factors.append(_between(draws[_FACTORS + number], low, high))
     return large_images.Parameters(
+        flipped=draws[_FLIP] < spec.flip,
         jittered=draws[_JITTER] < (spec.jitter_p if spec.jitters else 0.0),
         factors=torch.stack(factors, 1),
         order=_ORDERS[(draws[_ORDER] * len(_ORDERS)).long()],

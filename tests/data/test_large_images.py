@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -58,30 +57,16 @@ def test_types_and_channels_stay(channels: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(one.float(), other, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 2e-5)
 
 
-def test_nothing_depends_on_threads_or_on_the_batch() -> None:
+def test_nothing_depends_on_the_batch_and_the_number_of_threads_stays() -> None:
     given, before = images(7), torch.get_num_threads()
-    alone = colour(STRONG, given)
+    whole = colour(STRONG, given)
     try:
         torch.set_num_threads(3)
-        together = colour(STRONG, given)
+        assert torch.equal(whole[:2], colour(STRONG, given[:2]))
         assert torch.get_num_threads() == 3
-        assert [large_images._pool(os.getpid(), 3).submit(torch.get_num_threads).result()] == [1]
-        assert torch.equal(alone, together)
-        assert torch.equal(alone[:2], colour(STRONG, given[:2]))
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_what_goes_wrong_in_a_thread_is_raised() -> None:
-    def work(number: int) -> None:
-        if number == 2:
-            raise ValueError("the third")
-
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        with pytest.raises(ValueError, match="the third"):
-            large_images.each(work, 5)
+        with large_images.one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 
