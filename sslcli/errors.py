@@ -5,7 +5,11 @@ Plain `ValueError` from a constructor also means "the user's configuration is wr
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
+
+DISK_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
+DISK_ERRORS = (*DISK_REFUSALS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 EXIT_CONFIG = 2
 EXIT_FAILED = 3

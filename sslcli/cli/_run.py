@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import sys
@@ -24,7 +23,17 @@ from sslcli.cli._build import Parts, build_optimizer, build_parts
 from sslcli.cli._dry import dry_run, save_views
 from sslcli.cli._launch import tell
 from sslcli.data.workers import worker_died
-from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, ProcessLost, Stopped, TrainingFailed
+from sslcli.errors import (
+    DISK_ERRORS,
+    DISK_REFUSALS,
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    ConfigError,
+    ProcessLost,
+    Stopped,
+    TrainingFailed,
+)
 from sslcli.report import pictures
 from sslcli.report.console import Screen, percent, show
 from sslcli.report.metrics import newest
@@ -33,8 +42,6 @@ from sslcli.train import Run, train
 
 WAIT = 2.0  # seconds, see _end
 LOST_CONTACT = "another process of this run ended; start the same command again to go on"
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
-DISK_ERRORS = (*REFUSALS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def run(config: dict[str, Any]) -> int:
@@ -76,7 +83,7 @@ def run(config: dict[str, Any]) -> int:
         if error.errno not in DISK_ERRORS:
             raise
         what = f"{error.filename or run_dir} cannot be written ({error.strerror})"
-        if error.errno in REFUSALS:
+        if error.errno in DISK_REFUSALS:
             return _end(f"{what}: choose another run_dir, or change its permissions", EXIT_CONFIG)
         return _end(f"{what}: make room or mend the disk, then start the same command again to go on", EXIT_FAILED)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 
 from command_line import SMALL, Cli, installed
 from runs import metrics
+from sslcli.cli import _sweep_table
 from sslcli.cli._job import stop_with_sweep
 from sweeps import column, signal_when_started, table
 
@@ -238,6 +241,24 @@ def test_a_record_of_another_job_is_not_taken_for_ones_own(quick_jobs: None, cli
     assert f"{path} is not the record of a job" in ended.err
 
 
+def test_a_table_that_cannot_be_written_is_told_in_one_line(
+    quick_jobs: None, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = _sweep_table.atomic.replace
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "sweep.csv":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, content)
+
+    monkeypatch.setattr(_sweep_table.atomic, "replace", full)
+    ended = cli("ssl-train", *HERE, "seed=1")
+    assert ended.code == 3
+    (line,) = [line for line in ended.err.splitlines() if "sweep.csv" in line]
+    assert line.startswith("ssl-train: ")
+    assert "cannot be written (No space left on device)" in line
+
+
 def test_a_metric_that_no_job_has_is_told(quick_jobs: None, cli: Cli) -> None:
     ended = cli("ssl-train", *HERE, "seed=0,1", "sweep.metric=health/rankme")
     assert ended.code == 0
@@ -274,6 +295,7 @@ sys.stdin.read()
 CHILD = """
 import os, signal, sys, time
 os.environ["SSLCLI_SWEEP"] = str(os.getppid())
+from sslcli.cli import _sweep_table
 from sslcli.cli._job import stop_with_sweep
 signal.signal(signal.SIGTERM, lambda number, frame: (open("saved", "w").close(), os._exit(75)))
 stop_with_sweep()
