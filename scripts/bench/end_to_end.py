@@ -33,7 +33,7 @@ def ours(method: str, backbone: str, precision: str) -> Result:
                 "dataset=folder",
                 f"dataset.root={folder(*FILES)}",
                 "dataset.image_size=32",
-                "dataset.workers=1",
+                "dataset.workers=0",
                 f"train.batch_size={BATCH}",
                 f"train.precision={precision}",
                 f"train.max_steps={STEPS[backbone]}",
