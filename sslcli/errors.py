@@ -40,6 +40,21 @@ class Stopped(Exception):
         self.by_signal = by_signal
 
 
+def disk_failure(error: OSError, place: object, key: str) -> tuple[str, int] | None:
+    """What to tell of something that could not be written, and the exit code; None for an error that is no such thing.
+
+    Args:
+        place: what was written, where the error does not name it.
+        key: the setting that says where it goes.
+    """
+    if error.errno not in DISK_ERRORS:
+        return None
+    what = f"{error.filename or place} cannot be written ({error.strerror})"
+    if error.errno in DISK_REFUSALS:
+        return f"{what}: choose another {key}, or change its permissions", EXIT_CONFIG
+    return f"{what}: make room or mend the disk, then start the same command again to go on", EXIT_FAILED
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"`, whatever the case of the letters, or nothing."""
     from difflib import get_close_matches

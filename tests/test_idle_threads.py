@@ -14,9 +14,8 @@ from command_line import SMALL
 
 def told(tmp_path: Path, **environment: str) -> str:
     """What GNU's OpenMP prints of its settings when `ssl-train` loads it."""
-    ours = {
-        name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"
-    }  # of commands in this process
+    # Commands that other tests called in this process have set it.
+    ours = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     ended = subprocess.run(
         [str(Path(sys.executable).with_name("ssl-train")), *SMALL, "dry_run=true"],
         cwd=tmp_path,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import yaml
 from end_to_end import small
-from measure import TUNED
+from measure import TUNED, command
 from torch import Tensor
 from torch.utils.data import DataLoader
 from training import BATCH, lightly_step
@@ -41,7 +41,7 @@ Curve = list[tuple[float, float, int]]  # seconds of training, k-NN top-1, image
 def ours(method: str, images: Path, out: Path, seconds: float) -> Curve:
     """`ssl-train` for as many steps as fit, by the speed of a short run before."""
     line = [
-        str(Path(sys.executable).with_name("ssl-train")),
+        command("ssl-train"),
         f"experiment=cifar10_{method}",
         "backbone=small",
         "dataset=folder",

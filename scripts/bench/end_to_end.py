@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from measure import Result, answer, timed
+from measure import Result, answer, timed, trained
 from pictures import file_paths, folder
 from torch import nn
 from torch.utils.data import DataLoader
@@ -23,32 +18,20 @@ HEADS = {"simclr": [], "moco_v2": [f"method.bn_group={BATCH}"], "byol": []}
 
 
 def ours(method: str, backbone: str, precision: str) -> Result:
-    """The images a second that the run itself writes down, after its first lines."""
-    with tempfile.TemporaryDirectory() as run_dir:
-        subprocess.run(
-            [
-                str(Path(sys.executable).with_name("ssl-train")),
-                f"experiment=cifar10_{method}",
-                f"backbone={backbone}",
-                "dataset=folder",
-                f"dataset.root={folder(*FILES)}",
-                "dataset.image_size=32",
-                "dataset.workers=0",
-                f"train.batch_size={BATCH}",
-                f"train.precision={precision}",
-                f"train.max_steps={STEPS[backbone]}",
-                f"train.log_every={STEPS[backbone] // 6}",
-                "monitor.knn_every=0",
-                "monitor.health_every=0",
-                f"run_dir={run_dir}",
-                *HEADS[method],
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    rates = sorted(line["train/images_per_s"] for line in lines if "train/images_per_s" in line)[1:]
-    return {"images_per_s": rates[len(rates) // 2]}
+    """The images a second that the run itself writes down."""
+    return trained(
+        f"experiment=cifar10_{method}",
+        f"backbone={backbone}",
+        "dataset=folder",
+        f"dataset.root={folder(*FILES)}",
+        "dataset.image_size=32",
+        "dataset.workers=0",
+        f"train.batch_size={BATCH}",
+        f"train.precision={precision}",
+        "monitor.health_every=0",
+        *HEADS[method],
+        steps=STEPS[backbone],
+    )
 
 
 def example(method: str, backbone: str, *, best: bool) -> Result:

@@ -9,7 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from measure import Result, answer
+from measure import Result, answer, command
 
 LIGHTLY = """
 from training import lightly, timed
@@ -42,10 +42,6 @@ def first_step() -> Result:
                 f"run_dir={run_dir}",
             ]
         )
-
-
-def command(name: str) -> str:
-    return str(Path(sys.executable).with_name(name))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from sslcli.cli._launch import tell
 from sslcli.data.workers import worker_died
 from sslcli.errors import (
     DISK_ERRORS,
-    DISK_REFUSALS,
     EXIT_CONFIG,
     EXIT_FAILED,
     EXIT_STOPPED,
@@ -33,6 +32,7 @@ from sslcli.errors import (
     ProcessLost,
     Stopped,
     TrainingFailed,
+    disk_failure,
 )
 from sslcli.report import pictures
 from sslcli.report.console import Screen, percent, show
@@ -80,12 +80,10 @@ def run(config: dict[str, Any]) -> int:
             return _end(LOST_CONTACT, launch.exit_lost(), wait=2 * WAIT)  # the other process has the reason to tell
         raise
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        told = disk_failure(error, run_dir, "run_dir")
+        if told is None:
             raise
-        what = f"{error.filename or run_dir} cannot be written ({error.strerror})"
-        if error.errno in DISK_REFUSALS:
-            return _end(f"{what}: choose another run_dir, or change its permissions", EXIT_CONFIG)
-        return _end(f"{what}: make room or mend the disk, then start the same command again to go on", EXIT_FAILED)
+        return _end(*told)
 
 
 def _leave_to_the_main_thread(failure: threading.ExceptHookArgs) -> None:

@@ -18,7 +18,7 @@ from sslcli.cli._compose import digested, flags_of, telling
 from sslcli.cli._job import FAILED, INTERRUPTED, STOPPED, WAITING, Job, Sweep, enrol, is_due, job_of, status_of
 from sslcli.cli._queue import Slot, run_queue, slots_of
 from sslcli.cli._sweep_table import Row
-from sslcli.errors import DISK_ERRORS, EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError
+from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, disk_failure
 from sslcli.settings import SweepSettings
 
 OF_EVAL = SweepSettings(metric="monitor/knn_top1", direction="auto", jobs=None, retry_failed=True)
@@ -35,14 +35,12 @@ def sweep(command: str, configs: list[dict[str, Any]], arguments: Namespace) -> 
     try:
         return _carry_out(this, configs, arguments)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        told = disk_failure(error, this.folder, "hydra.sweep.dir")
+        if told is None:
             raise
-        print(
-            f"ssl-{command}: {error.filename or this.folder} cannot be written ({error.strerror}): make room or mend "
-            "the disk, then start the same command again to go on",
-            file=sys.stderr,
-        )
-        return EXIT_FAILED
+        message, code = told
+        print(f"ssl-{command}: {message}", file=sys.stderr)
+        return code
 
 
 def _carry_out(this: Sweep, configs: list[dict[str, Any]], arguments: Namespace) -> int:

@@ -83,9 +83,12 @@ class Encoded:
         self.content, self.path, self.convert = content, path, convert
         if not content:
             raise BadImage(path, "the file is empty")
-        jpeg = jpeg_size(content) if convert is to_rgb else None
-        self.is_jpeg = jpeg is not None
-        self.size: tuple[int, int] = jpeg or self.opened().size
+        self.image: Image.Image | None = None  # in the hands of PIL, unless `decode_jpeg` takes it
+        size = jpeg_size(content) if convert is to_rgb else None
+        if size is None:
+            self.image = self.opened()
+            size = self.image.size
+        self.size = size
 
     def opened(self) -> Image.Image:
         """The file in the hands of PIL."""
@@ -98,23 +101,22 @@ class Encoded:
             raise BadImage(self.path, str(error) or type(error).__name__) from error
 
     def decode(self, divisor: int = 1) -> Image.Image | Pixels:
-        """The pixels. A JPEG of at least `divisor` pixels a side comes at 1/divisor of its size, rounded up.
+        """The pixels, once. A JPEG of at least `divisor` pixels a side comes at 1/divisor of its size, rounded up.
 
         divisor: 1, 2, 4 or 8; other formats take no notice. Raises BadImage if the file cannot be read whole.
         """
-        if self.is_jpeg:
+        if self.image is None:
             try:
                 return decode_jpeg(self.content, self.size, divisor)
             except ValueError:
-                pass  # PIL reads some files that libjpeg warns of, and tells what is wrong with the others
+                # PIL reads some files that libjpeg warns of, and tells what is wrong with the others.
+                self.image = self.opened()
         try:
-            with self.opened() as image:
+            with self.image as image:
                 if divisor > 1:
                     # PIL takes the largest divisor that leaves at least this size; asked for thus, it is this one.
                     image.draft(None, (max(1, image.width // divisor), max(1, image.height // divisor)))
                 return self.convert(image)
-        except BadImage:
-            raise
         except Exception as error:
             raise BadImage(self.path, str(error) or type(error).__name__) from error
 

@@ -55,24 +55,21 @@ def change(images: Tensor, parameters: Parameters, finish: Callable[[Tensor], Te
     jittered, factors, order = parameters.jittered.tolist(), parameters.factors.tolist(), parameters.order.tolist()
     gray, blurred, sigma = parameters.gray.tolist(), parameters.blurred.tolist(), parameters.sigma.tolist()
 
-    def change_one(row: int) -> None:
-        image = color.in_working_precision(images[row])
-        image = image.flip(2) if flipped[row] else image.clone()
-        if gray[row] and parameters.gray_first:
-            image = to_gray(image)
-        if jittered[row]:
-            image = jitter(image, factors[row], order[row])
-        if gray[row] and not parameters.gray_first:
-            image = to_gray(image)
-        if blurred[row]:
-            image = blur(image, sigma[row], parameters.taps)
-        if solarized[row]:
-            image = torch.where(image >= parameters.threshold, 1 - image, image)
-        out[row].copy_(finish(image.unsqueeze(0))[0])
-
     with one_thread():
         for row in range(len(images)):
-            change_one(row)
+            image = color.in_working_precision(images[row])
+            image = image.flip(2) if flipped[row] else image.clone()
+            if gray[row] and parameters.gray_first:
+                image = to_gray(image)
+            if jittered[row]:
+                image = jitter(image, factors[row], order[row])
+            if gray[row] and not parameters.gray_first:
+                image = to_gray(image)
+            if blurred[row]:
+                image = blur(image, sigma[row], parameters.taps)
+            if solarized[row]:
+                image = torch.where(image >= parameters.threshold, 1 - image, image)
+            out[row].copy_(finish(image.unsqueeze(0))[0])
     return out
 
 

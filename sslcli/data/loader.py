@@ -132,10 +132,9 @@ class Loader:
         view, key = together(numbers, key)
         height, width = (torch.full((len(key),), side) for side in images.shape[2:])
         boxes = self.views.boxes(view, key, height, width).to(self.device, non_blocking=True)
-        first = self.views.views[numbers[0]]
-        size = first.size or self.source.image_size
-        repeated = images.repeat(len(numbers), 1, 1, 1)
-        return augment.resized_crop(repeated, boxes, size, interpolation=first.interpolation)
+        size = self.views.sizes(self.source.image_size)[numbers[0]]
+        interpolation = self.views.views[numbers[0]].interpolation
+        return augment.resized_crop(images.repeat(len(numbers), 1, 1, 1), boxes, size, interpolation=interpolation)
 
     def from_files(self, start: int, stop: int) -> Iterator[Batch]:
         crops = ViewCrops(self.source, self.views, self.seed)

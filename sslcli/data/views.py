@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -142,7 +142,7 @@ class Views:
         finish = partial(self.finish, mean=mean, std=std)
         first, last, _ = photometric.indices(images.shape[1])
         if (first, last) == (0, images.shape[1]) and _one_by_one(spec, images):
-            return large_images.change(images, chosen, finish)
+            return _changed_one_by_one(spec, chosen, images, finish)
         images = augment.flip(images, chosen.flipped)
         if first < last:
             before, part, after = images.tensor_split((first, last), 1)
@@ -223,10 +223,16 @@ def _between(fraction: Tensor, low: float, high: float) -> Tensor:
 
 def _one_by_one(spec: View, images: Tensor) -> bool:
     """Whether the images are better changed one at a time, see `large_images`."""
-    large = spec.rand_augment == 0 and large_images.are_large(images)
-    if large and spec.blur > 0:
-        augment.check_taps(spec.kernel_size(min(images.shape[2:])), *images.shape[2:])
-    return large
+    return spec.rand_augment == 0 and large_images.are_large(images)
+
+
+def _changed_one_by_one(
+    spec: View, chosen: large_images.Parameters, images: Tensor, finish: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The images through all operations and `finish`; refuses a blur too wide even where none is drawn."""
+    if spec.blur > 0:
+        augment.check_taps(chosen.taps, *images.shape[2:])
+    return large_images.change(images, chosen, finish)
 
 
 def _photometric(
@@ -235,7 +241,7 @@ def _photometric(
     """Jitter, RandAugment, grayscale, blur and solarize, in the order of the module's text."""
     if _one_by_one(spec, images):
         unflipped = replace(chosen, flipped=torch.zeros_like(chosen.flipped))
-        return large_images.change(images, unflipped, lambda image: image)
+        return _changed_one_by_one(spec, unflipped, images, lambda image: image)
     if spec.grayscale_first:
         images = augment.to_grayscale(images, chosen.gray)
     if spec.jitters:

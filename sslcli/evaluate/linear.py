@@ -298,7 +298,7 @@ class Linear:
         x = x.float()
         _, chosen = self.choose(x, y, num_classes=num_classes)
         scale = Standardise.of(x)
-        weight, bias = self._heads(scale(x), y, [chosen], num_classes=num_classes, tell=silent)
+        weight, bias = self._heads(scale(x), y, [chosen], num_classes=num_classes)
         weight = weight / scale.std[:, None]
         return Head(weight=weight.T, bias=bias - scale.mean @ weight, chosen=chosen)
 
@@ -315,7 +315,7 @@ class Linear:
         choices: list[dict[str, float]],
         *,
         num_classes: int,
-        tell: Tell,
+        tell: Tell = silent,
     ) -> Heads:
         if self.solver == "lbfgs":
             cs = [choice["c"] for choice in choices]

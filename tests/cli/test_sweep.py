@@ -295,7 +295,6 @@ sys.stdin.read()
 CHILD = """
 import os, signal, sys, time
 os.environ["SSLCLI_SWEEP"] = str(os.getppid())
-from sslcli.cli import _sweep_table
 from sslcli.cli._job import stop_with_sweep
 signal.signal(signal.SIGTERM, lambda number, frame: (open("saved", "w").close(), os._exit(75)))
 stop_with_sweep()
