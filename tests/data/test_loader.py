@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from sslcli.data import augment
 from sslcli.data.bad_images import TooManyBadImages
+from sslcli.data.crops import ViewCrops
 from sslcli.data.files import Folder
 from sslcli.data.loader import Loader, plain_batches
 from sslcli.data.order import epoch_order
@@ -73,6 +75,31 @@ def test_a_view_does_not_depend_on_the_batch_it_comes_in(batch_size: int, accumu
     assert len(common) >= 32
     for key in common:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_each_view_is_that_of_its_number_though_two_are_made_together(images: Path, files: bool) -> None:
+    source = folder(images) if files else shapes(val_fraction=0.0)
+    views = Views([VIEWS[0] | {"count": 3}, {"size": 12, "flip": 0.5}])
+    made = Loader(source, views, batch_size=6, accumulate=1, seed=0, device=torch.device("cpu"))
+    request = next(made.requests(0, 1))
+    ((batch,),) = made.steps(0, 1)
+    assert len(batch.views) == 4
+    key = made.key(request)
+    if files:
+        _, alone, _, _ = ViewCrops(source, views, 0)[request]
+        crops = [view.float().div(255) for view in alone]
+    else:
+        assert source.images is not None
+        whole = source.images[source.splits["train"][request.index]]
+        side = torch.full((6,), 16)
+        crops = [
+            augment.resized_crop(whole, views.boxes(number, key, side, side), size)
+            for number, size in enumerate(views.sizes(16))
+        ]
+    for number, crop in enumerate(crops):
+        wanted = views.colour(number, key, crop, mean=source.mean, std=source.std)
+        torch.testing.assert_close(batch.views[number], wanted, rtol=0, atol=1e-5)
 
 
 def test_two_processes_see_the_halves_of_what_one_sees(monkeypatch: pytest.MonkeyPatch) -> None:
