@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Looks for the next piece of work before a thread sleeps: some ten microseconds. GNU's OpenMP looks 300,000 times, or
-# milliseconds. Without any, threads sleep and wake around every operation on small tensors, a third of their speed.
-SPINS = {"GOMP_SPINCOUNT": "1000"}
+# Looks for the next piece of work before a thread sleeps: some fifty microseconds. GNU's OpenMP looks 300,000 times, or
+# milliseconds. With 1,000 or none, threads sleep and wake around operations on small tensors, such as Winograd's.
+SPINS = {"GOMP_SPINCOUNT": "5000"}
 _CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 

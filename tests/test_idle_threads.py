@@ -28,10 +28,10 @@ def told(tmp_path: Path, **environment: str) -> str:
     return next(line for line in ended.stderr.splitlines() if "GOMP_SPINCOUNT" in line)
 
 
-@pytest.mark.parametrize(("environment", "spins"), [({}, "'1000'"), ({"GOMP_SPINCOUNT": "77"}, "'77'")])
+@pytest.mark.parametrize(("environment", "spins"), [({}, "'5000'"), ({"GOMP_SPINCOUNT": "77"}, "'77'")])
 def test_threads_that_wait_sleep_soon_unless_the_user_has_chosen(tmp_path, environment, spins):
     assert told(tmp_path, **environment).endswith(spins)
 
 
 def test_the_policy_of_the_user_is_left_alone(tmp_path):
-    assert not told(tmp_path, OMP_WAIT_POLICY="active").endswith("'1000'")
+    assert not told(tmp_path, OMP_WAIT_POLICY="active").endswith("'5000'")

@@ -28,6 +28,7 @@ RANKS = {
     "backbones": 4,
     "migrations": 4,
     "pieces": 4,
+    "winograd": 4,
     "sharding": 5,
     "checkpoint": 5,
     "data": 5,

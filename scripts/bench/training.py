@@ -1,7 +1,7 @@
 """One training step on synthetic images: ResNet-18 with the CIFAR stem, 32 px, 128 images, two views.
 
 lightly's steps are those of its documented examples: bare loops around its heads and losses. `best` adds what a user
-of it can switch on: bfloat16, channels-last memory, an allocator that keeps memory.
+of it can switch on: bfloat16 where the processor multiplies it, channels-last memory, an allocator that keeps memory.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def ours(method: str, precision: str) -> Result:
     from sslcli.methods.byol import BYOL
     from sslcli.methods.moco import MoCo
     from sslcli.methods.simclr import SimCLR
+    from sslcli.winograd import use_winograd
 
     keep_freed_memory()
     built = {
@@ -36,6 +37,7 @@ def ours(method: str, precision: str) -> Result:
         "byol": lambda net: BYOL(net, hidden=1024),
     }[method](ResNet("resnet18", image_size=SIZE))
     built = built.to(memory_format=torch.channels_last).train()
+    use_winograd(built)
     optimizer = torch.optim.SGD(built.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
     views = [view.to(memory_format=torch.channels_last) for view in images()]
     batch = Batch(views, torch.arange(BATCH), torch.zeros(BATCH, dtype=torch.long))
@@ -82,10 +84,13 @@ def lightly_step(
     """What lightly's example of the method does with two views, at the learning rate of the moment."""
     from lightly.models.utils import deactivate_requires_grad, update_momentum
 
+    from sslcli import precision as formats
+
     online, loss_of = LIGHTLY[method](backbone, width, temperature)
     trained = nn.ModuleList(online)
     target = copy.deepcopy(trained[:2]) if method != "simclr" else nn.ModuleList()
     deactivate_requires_grad(target)
+    bf16 = formats.resolve("auto", CPU) == "bf16"  # emulated, it is hundreds of times slower
     if best:
         trained.to(memory_format=torch.channels_last)
         target.to(memory_format=torch.channels_last)
@@ -97,7 +102,7 @@ def lightly_step(
             views = [view.to(memory_format=torch.channels_last) for view in views]
         for average, current in zip(target, trained, strict=False):
             update_momentum(current, average, m=0.99)
-        with torch.autocast("cpu", torch.bfloat16, enabled=best):
+        with torch.autocast("cpu", torch.bfloat16, enabled=best and bf16):
             loss = loss_of(trained, target, *views)
         loss.backward()
         optimizer.step()

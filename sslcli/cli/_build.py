@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from sslcli.errors import ConfigError, nearest
 from sslcli.methods.base import Method
 from sslcli.nn import evaluating
 from sslcli.optim import parameter_groups
+from sslcli.winograd import use_winograd
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,13 @@ def build_method(config: dict[str, Any], *, image_size: int, num_images: int, tr
     taken = inspect.signature(target).parameters
     given = {name: value for name, value in known.items() if name == "backbone" or name in taken}
     method: Method = build(node, trust=trust, where="method", **given)
-    return method.to(memory_format=torch.channels_last)
+    return made_fast(method)
+
+
+def made_fast(net: Net) -> Net:
+    """The same network, in channels-last memory and with Winograd's convolutions where they fit."""
+    use_winograd(net)
+    return net.to(memory_format=torch.channels_last)
 
 
 def build_parts(config: dict[str, Any], *, trust: list[str]) -> Parts:

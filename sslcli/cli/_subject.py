@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sslcli import checkpoint, precision
 from sslcli.cli import _run_dir
-from sslcli.cli._build import build, build_backbone, build_method, build_source
+from sslcli.cli._build import build, build_backbone, build_method, build_source, made_fast
 from sslcli.data.sources import Source
 from sslcli.data.views import Views
 from sslcli.errors import ConfigError
@@ -134,7 +134,7 @@ def _bare(config: dict[str, Any], device: torch.device) -> tuple[Subject, Source
         torch.manual_seed(0)
         image_size = made.get("image_size", source.image_size)
         net = build_backbone({"backbone": node}, image_size=image_size, trust=trust).to(device)
-        return net.to(memory_format=torch.channels_last)
+        return made_fast(net)
 
     def trained() -> nn.Module:
         net = fresh()
