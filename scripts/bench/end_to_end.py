@@ -13,7 +13,7 @@ from training import BATCH, LIGHTLY, cifar_resnet18, lightly_step
 from views import InMemory, lightly
 
 FILES = ((32, 32), 8192)
-STEPS = {"resnet18": 30, "small": 300}
+STEPS = {"resnet18": 12, "small": 300}
 HEADS = {"simclr": [], "moco_v2": [f"method.bn_group={BATCH}"], "byol": []}
 
 
@@ -41,7 +41,7 @@ def example(method: str, backbone: str, *, best: bool) -> Result:
     data = InMemory(file_paths(folder(*FILES)), lightly(32, blur=0.0))
     batches = iter(DataLoader(data, batch_size=BATCH, num_workers=2, drop_last=True, shuffle=False))
 
-    return timed(lambda: step(next(batches)), images=BATCH, seconds=20.0, warmup=5)
+    return timed(lambda: step(next(batches)), images=BATCH, seconds=20.0, warmup=2 if backbone == "resnet18" else 5)
 
 
 def small() -> tuple[nn.Module, int]:

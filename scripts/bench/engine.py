@@ -8,7 +8,7 @@ import torch
 from measure import Result, answer, timed, trained
 
 BATCH, IMAGES = 128, 4096
-STEPS = {"resnet18": 30, "small": 400}
+STEPS = {"resnet18": 12, "small": 400}
 JITTER = [0.4, 0.4, 0.4, 0.1]
 VIEW = {"count": 2, "crop_scale": [0.2, 1.0], "flip": 0.5, "jitter": JITTER, "jitter_p": 0.8, "grayscale": 0.2}
 
@@ -37,11 +37,13 @@ def bare(backbone: str) -> Result:
     from sslcli.data.sources import Shapes
     from sslcli.data.views import Views
     from sslcli.methods.simclr import SimCLR
+    from sslcli.winograd import use_winograd
 
     keep_freed_memory()
     device = torch.device("cpu")
     net = Small(image_size=32) if backbone == "small" else ResNet("resnet18", image_size=32)
     method = SimCLR(net).to(memory_format=torch.channels_last).train()
+    use_winograd(method)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4, fused=True)
     source = Shapes(image_size=32, train_images=IMAGES, test_images=0)
     loader = Loader(source, Views([VIEW]), batch_size=BATCH, accumulate=1, seed=0, device=device)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 BANK, QUERIES, DIM, CLASSES = 50_000, 10_000, 512, 10
 BATCH = 512  # images in a forward pass, as in ssl-eval
+CPU = torch.device("cpu")
 
 
 def clusters(count: int) -> tuple[Tensor, Tensor]:
@@ -53,22 +54,26 @@ def lightly_knn() -> Result:
 
 
 def linear(*, baselines: bool) -> Result:
-    """`ssl-eval` from JPEG files to the report, imports aside, over a bare bfloat16 forward pass of the same images.
+    """`ssl-eval` from JPEG files to the report, imports aside, over a bare forward pass of the same images.
 
     `multiple` is of seconds, `cpu_multiple` of processor time, which other work on the machine hardly changes.
     """
+    from sslcli import precision
     from sslcli.allocator import keep_freed_memory
     from sslcli.backbones.resnet import ResNet
+    from sslcli.winograd import use_winograd
 
     keep_freed_memory()
+    format = precision.resolve("auto", CPU)
     root = folder((32, 32), int(os.environ.get("EVAL_IMAGES", "6000")))
     count = len(file_paths(root))
     torch.manual_seed(0)
     net = ResNet("resnet18", image_size=32).to(memory_format=torch.channels_last).eval()
+    use_winograd(net)
     images = torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8)
 
     def forward(number: int) -> None:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), precision.autocast(CPU, format):
             for done in range(0, number, BATCH):
                 part = images[: number - done].float() / 255
                 net(part.contiguous(memory_format=torch.channels_last))
@@ -76,7 +81,7 @@ def linear(*, baselines: bool) -> Result:
     with tempfile.TemporaryDirectory() as place:
         weights = Path(place) / "net.pt"
         torch.save(net.state_dict(), weights)
-        line = [f"weights={weights}", "backbone=resnet18", "backbone.image_size=32", "precision=bf16"]
+        line = [f"weights={weights}", "backbone=resnet18", "backbone.image_size=32", f"precision={format}"]
         line += ["dataset=folder", f"dataset.root={root}", "dataset.image_size=32", f"dataset.val_fraction={1 / 6}"]
         forward(BATCH)
         before = spent(lambda: forward(count // 2))

@@ -22,8 +22,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from measure import TUNED
 
+from sslcli import precision
 from sslcli.idle_threads import SPINS
 
 HERE = Path(__file__).parent
@@ -96,8 +98,13 @@ def environment(side: str, *, trace: bool = False) -> dict[str, str]:
 
 
 def measure(task: Task, repeats: int) -> Iterator[dict[str, object]]:
-    """The figures of every side of a task, the sides taking turns. A peer that is not installed is left out."""
-    sides = [side for side in task.sides if not side.startswith("lightly") or find_spec("lightly")]
+    """The figures of every side of a task, the sides taking turns.
+
+    A peer that is not installed is left out, and so is `sslcli fp32` where that is what `auto` means.
+    """
+    left_out = [] if find_spec("lightly") else ["lightly", "lightly best"]
+    left_out += ["sslcli fp32"] if precision.resolve("auto", torch.device("cpu")) == "fp32" else []
+    sides = [side for side in task.sides if side not in left_out]
     for repeat in range(repeats):
         for side in sides if repeat % 2 == 0 else sides[::-1]:
             line = [sys.executable, task.script, f"{task.work}/{side}"]

@@ -51,7 +51,7 @@ def ours(method: str, precision: str) -> Result:
         optimizer.zero_grad(set_to_none=True)
         built.after_step(0.5)
 
-    return timed(step, images=BATCH)
+    return timed(step, images=BATCH, warmup=1)
 
 
 def images() -> list[Tensor]:
@@ -69,7 +69,7 @@ def cifar_resnet18() -> nn.Module:
 def lightly(method: str, *, best: bool) -> Result:
     """A step of lightly's example of the method."""
     step, views = lightly_step(method, cifar_resnet18(), 512, best=best), images()
-    return timed(lambda: step(views), images=BATCH)
+    return timed(lambda: step(views), images=BATCH, warmup=1)
 
 
 def lightly_step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -59,6 +60,7 @@ def batches_of(dataset, sampler, workers: int):  # type: ignore[no-untyped-def]
             yield served
     except (RuntimeError, ConnectionError, EOFError) as error:
         if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
+            forget_workers()
             raise worker_died(error) from error
         raise
 
@@ -73,6 +75,12 @@ def start_worker(parent: int, number: int) -> None:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     end_with(parent)
+
+
+def forget_workers() -> None:
+    """Let the other workers end unwatched: torch would report the dead one again, in the midst of taking them down."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def worker_died(error: BaseException) -> ProcessLost:
