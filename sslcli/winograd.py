@@ -7,8 +7,8 @@ A tile's polynomial is evaluated at 6 x 6 points, where a convolution is a produ
 (T, C) with (C, O) in place of one of (16 T, 9 C) with (9 C, O). The gradient of the images is a convolution too; that
 of the weight comes from the same products, transposed.
 
-oneDNN, which torch uses for convolutions of the CPU, has no such path in float32, and its gradient of a weight in
-channels-last memory reaches half the speed of its other passes on processors without AVX-512.
+torch asks oneDNN for direct convolutions, whose gradient of a weight in channels-last memory reaches half the speed of
+the other passes on processors with AVX2.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MOST_PADDING = 1.4  # numbers in whole tiles over numbers in the maps
 CHUNK_BYTES = 4 * 2**20  # of the points of some images, for each thread: what stays in its share of the caches
 CAPABLE = ("AVX2", "AVX512")  # measured with the former; the latter multiplies matrices as fast as it convolves
 
-# Rows: the three numbers of a kernel evaluated at each point.
+# The three numbers of a kernel, evaluated at each point: the paper's G.
 KERNEL_AT_POINTS = (
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
@@ -37,7 +37,7 @@ KERNEL_AT_POINTS = (
     (1 / 24, -1 / 12, 1 / 6),
     (0, 0, 1),
 )
-Rows = Sequence[Tensor] | Tensor
+Rows = Sequence[Tensor] | Tensor  # a dimension of numbers or points is the first
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -193,9 +193,9 @@ def gradient_points(gradient: Tensor) -> Tensor:
     if (high, wide) != (height, width):
         gradient = F.pad(gradient, (0, 0, 0, wide - width, 0, high - height))
     tiles = (n, high // TILE, wide // TILE)
-    from_ = gradient.view(n, tiles[1], TILE, tiles[2], TILE, channels).permute(4, 2, 0, 1, 3, 5)
+    given = gradient.view(n, tiles[1], TILE, tiles[2], TILE, channels).permute(4, 2, 0, 1, 3, 5)
     rows = gradient.new_empty(POINTS, TILE, *tiles, channels)
-    spread(from_, rows)
+    spread(given, rows)
     points = gradient.new_empty(POINTS, POINTS, *tiles, channels)
     spread([rows[:, i] for i in range(TILE)], points)
     return points.view(POINTS**2, -1, channels)

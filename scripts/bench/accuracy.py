@@ -73,10 +73,8 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def theirs(method: str, images: Path, seconds: float) -> Curve:
     """lightly's example loop until the time is over."""
-    from sslcli import precision
     from sslcli.data.files import Folder
 
-    bf16 = precision.resolve("auto", torch.device("cpu")) == "bf16"
     source = Folder(root=str(images), image_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.243, 0.262))
     net, width = small()
     clock = 0.0
@@ -84,7 +82,7 @@ def theirs(method: str, images: Path, seconds: float) -> Curve:
         method,
         net,
         width,
-        best=bf16,
+        best=True,
         temperature=TEMPERATURE[method],
         lr=lambda: LR[method] * (1 + math.cos(math.pi * min(clock / seconds, 1.0))) / 2,
     )

@@ -56,6 +56,7 @@ TASKS = [
         Task("losses.py", f"nt_xent_{n}", ("sslcli", "lightly", "plain torch"), ("ms", "extra_mb"))
         for n in (256, 1024, 4096)
     ),
+    *(Task("convolution.py", f"channels_{n}", ("sslcli", "torch"), ("ms",)) for n in (64, 128, 256, 512)),
     Task("losses.py", "queue", ("sslcli", "lightly"), ("ms", "extra_mb")),
     Task("evaluation.py", "knn", ("sslcli", "lightly"), ("ms",)),
     *(
