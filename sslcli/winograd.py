@@ -76,8 +76,8 @@ def pays(images: Tensor, weight: Tensor) -> bool:
     if images.dim() != 4 or torch.is_autocast_enabled("cpu") or watched():
         return False
     height, width = images.shape[2:]
-    tiles = -(-height // TILE) * -(-width // TILE)
-    return len(images) * tiles >= LEAST_TILES and tiles * TILE**2 <= MOST_PADDING * height * width
+    covered = whole(height) * whole(width)
+    return len(images) * covered >= LEAST_TILES * TILE**2 and covered <= MOST_PADDING * height * width
 
 
 def watched() -> bool:
@@ -157,11 +157,9 @@ def evaluation(like: Tensor) -> Tensor:
 
 def kernel_points(weight: Tensor) -> Tensor:
     """(O, C, 3, 3) -> (36, C, O), a view of what is made in the weight's own order in memory."""
-    kernels = weight.permute(0, 2, 3, 1).flatten(1, 2)  # (O, 9, C)
-    if weight.stride(0) < weight.stride(1):  # of the gradient: the weight's channels have changed places
-        kernels = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (C, 9, O)
-        return torch.matmul(evaluation(weight), kernels).transpose(0, 1)
-    return torch.matmul(evaluation(weight), kernels).permute(1, 2, 0)
+    if weight.stride(0) < weight.stride(1):  # for the gradient of the images the channels have changed places
+        return torch.matmul(evaluation(weight), weight.permute(1, 2, 3, 0).flatten(1, 2)).transpose(0, 1)
+    return torch.matmul(evaluation(weight), weight.permute(0, 2, 3, 1).flatten(1, 2)).permute(1, 2, 0)
 
 
 def to_points(maps: Tensor) -> Tensor:

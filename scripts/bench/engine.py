@@ -33,17 +33,16 @@ def bare(backbone: str) -> Result:
     from sslcli.allocator import keep_freed_memory
     from sslcli.backbones.resnet import ResNet
     from sslcli.backbones.small import Small
+    from sslcli.cli._build import made_fast
     from sslcli.data.loader import Loader
     from sslcli.data.sources import Shapes
     from sslcli.data.views import Views
     from sslcli.methods.simclr import SimCLR
-    from sslcli.winograd import use_winograd
 
     keep_freed_memory()
     device = torch.device("cpu")
     net = Small(image_size=32) if backbone == "small" else ResNet("resnet18", image_size=32)
-    method = SimCLR(net).to(memory_format=torch.channels_last).train()
-    use_winograd(method)
+    method = made_fast(SimCLR(net)).train()
     optimizer = torch.optim.SGD(method.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4, fused=True)
     source = Shapes(image_size=32, train_images=IMAGES, test_images=0)
     loader = Loader(source, Views([VIEW]), batch_size=BATCH, accumulate=1, seed=0, device=device)

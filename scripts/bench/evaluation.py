@@ -61,15 +61,14 @@ def linear(*, baselines: bool) -> Result:
     from sslcli import precision
     from sslcli.allocator import keep_freed_memory
     from sslcli.backbones.resnet import ResNet
-    from sslcli.winograd import use_winograd
+    from sslcli.cli._build import made_fast
 
     keep_freed_memory()
     format = precision.resolve("auto", CPU)
     root = folder((32, 32), int(os.environ.get("EVAL_IMAGES", "6000")))
     count = len(file_paths(root))
     torch.manual_seed(0)
-    net = ResNet("resnet18", image_size=32).to(memory_format=torch.channels_last).eval()
-    use_winograd(net)
+    net = made_fast(ResNet("resnet18", image_size=32)).eval()
     images = torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8)
 
     def forward(number: int) -> None:

@@ -30,6 +30,7 @@ from sslcli import cached_gradients, precision
 from sslcli.allocator import keep_freed_memory
 from sslcli.backbones.resnet import ResNet
 from sslcli.backbones.small import Small
+from sslcli.cli._build import made_fast
 from sslcli.data.files import Folder
 from sslcli.data.loader import Loader
 from sslcli.data.sources import Source
@@ -37,7 +38,6 @@ from sslcli.data.views import Views
 from sslcli.losses import info_nce
 from sslcli.methods.base import Batch
 from sslcli.methods.simclr import SimCLR, nt_xent
-from sslcli.winograd import use_winograd
 
 CPU = torch.device("cpu")
 VIEW = {"crop_scale": [0.2, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1], "jitter_p": 0.8, "grayscale": 0.2, "flip": 0.5}
@@ -67,8 +67,7 @@ def batches(count: int, size: int, part: int) -> list[Batch]:
 def step(count: int, size: int, *, cached: bool = False, resnet: bool = False) -> Result:
     """A training step of SimCLR with `count` images of `size` pixels in the format of `precision=auto`."""
     net = ResNet("resnet18", image_size=size) if resnet else Small(image_size=size)
-    method = SimCLR(net).to(memory_format=torch.channels_last).train()
-    use_winograd(method)
+    method = made_fast(SimCLR(net)).train()
     format = precision.resolve("auto", CPU)
     given = batches(count, size, MICRO if cached else count)
     scaler = precision.grad_scaler(CPU, format)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from convolution import SIDES
 from measure import TUNED
 
 from sslcli import precision
@@ -44,6 +45,7 @@ class Task(NamedTuple):
 STEP_SIDES = ("sslcli", "sslcli fp32", "lightly", "lightly best")
 TASKS = [
     *(Task("training.py", m, STEP_SIDES, ("images_per_s", "peak_mb")) for m in ("simclr", "moco_v2", "byol")),
+    *(Task("convolution.py", f"channels_{n}", ("sslcli", "torch"), ("ms",)) for n in SIDES),
     *(
         Task("end_to_end.py", f"{method}_{net}", STEP_SIDES, ("images_per_s",))
         for net in ("resnet18", "small")
@@ -56,7 +58,6 @@ TASKS = [
         Task("losses.py", f"nt_xent_{n}", ("sslcli", "lightly", "plain torch"), ("ms", "extra_mb"))
         for n in (256, 1024, 4096)
     ),
-    *(Task("convolution.py", f"channels_{n}", ("sslcli", "torch"), ("ms",)) for n in (64, 128, 256, 512)),
     Task("losses.py", "queue", ("sslcli", "lightly"), ("ms", "extra_mb")),
     Task("evaluation.py", "knn", ("sslcli", "lightly"), ("ms",)),
     *(

@@ -24,11 +24,11 @@ def ours(method: str, precision: str) -> Result:
     from sslcli import precision as formats
     from sslcli.allocator import keep_freed_memory
     from sslcli.backbones.resnet import ResNet
+    from sslcli.cli._build import made_fast
     from sslcli.methods.base import Batch
     from sslcli.methods.byol import BYOL
     from sslcli.methods.moco import MoCo
     from sslcli.methods.simclr import SimCLR
-    from sslcli.winograd import use_winograd
 
     keep_freed_memory()
     built = {
@@ -36,8 +36,7 @@ def ours(method: str, precision: str) -> Result:
         "moco_v2": lambda net: MoCo(net, queue_size=4096, mlp_head=True, bn_group=BATCH),
         "byol": lambda net: BYOL(net, hidden=1024),
     }[method](ResNet("resnet18", image_size=SIZE))
-    built = built.to(memory_format=torch.channels_last).train()
-    use_winograd(built)
+    built = made_fast(built).train()
     optimizer = torch.optim.SGD(built.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
     views = [view.to(memory_format=torch.channels_last) for view in images()]
     batch = Batch(views, torch.arange(BATCH), torch.zeros(BATCH, dtype=torch.long))
@@ -90,7 +89,7 @@ def lightly_step(
     trained = nn.ModuleList(online)
     target = copy.deepcopy(trained[:2]) if method != "simclr" else nn.ModuleList()
     deactivate_requires_grad(target)
-    bf16 = formats.resolve("auto", CPU) == "bf16"  # emulated, it is hundreds of times slower
+    format = formats.resolve("auto", CPU) if best else "fp32"  # emulated, bfloat16 is hundreds of times slower
     if best:
         trained.to(memory_format=torch.channels_last)
         target.to(memory_format=torch.channels_last)
@@ -102,7 +101,7 @@ def lightly_step(
             views = [view.to(memory_format=torch.channels_last) for view in views]
         for average, current in zip(target, trained, strict=False):
             update_momentum(current, average, m=0.99)
-        with torch.autocast("cpu", torch.bfloat16, enabled=best and bf16):
+        with formats.autocast(CPU, format):
             loss = loss_of(trained, target, *views)
         loss.backward()
         optimizer.step()
