@@ -33,6 +33,6 @@ def watched() -> Iterator[None]:
 @pytest.mark.usefixtures("watched")
 def test_a_worker_that_died_is_told_once() -> None:
     """torch's handler would raise again while the other worker is taken down, inside of whatever runs then."""
-    with pytest.raises(ProcessLost, match="a data worker died .* lower dataset.workers"):
+    with pytest.raises(ProcessLost, match=r"a data worker died .* lower dataset.workers"):
         list(batches_of(Deadly(), list_of(iter(range(8))), 2))
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
