@@ -28,6 +28,8 @@ RANKS = {
     "backbones": 4,
     "migrations": 4,
     "pieces": 4,
+    "winograd_passes": 2,
+    "winograd_transforms": 3,
     "winograd": 4,
     "sharding": 5,
     "checkpoint": 5,

@@ -19,17 +19,19 @@ import pytest
 from setuptools import find_packages
 
 from runs import differences, newest
+from sslcli.winograd_passes import COMPILED
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ["setup.cfg", "pyproject.toml", "README.md", "LICENSE", "sslcli", "conf"]
+SHIPPED = ["setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE", "sslcli", "conf"]
 PLUGIN = ROOT / "tests" / "plugin"
 PAGE = ROOT / "docs" / "add-a-method.md"
 FEW = ["dataset.limit=64", "dataset.test_images=40", "train.batch_size=16", "monitor.knn_every=0", "launcher.threads=1"]
 
 
-def run(*line: str, cwd: Path, code: int = 0) -> str:
+def run(*line: str, cwd: Path, code: int = 0, **variables: str) -> str:
     """What a command prints; it must end with `code`, and sees no path of ours."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1"} | variables
     ended = subprocess.run(
         line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
     )
@@ -37,29 +39,33 @@ def run(*line: str, cwd: Path, code: int = 0) -> str:
     return ended.stdout
 
 
-def build(source: Path, out: Path) -> Path:
+def build(source: Path, out: Path, **variables: str) -> Path:
     """The wheel of the package in `source`."""
     try:
         here = int(version("setuptools").partition(".")[0]) >= 71  # the first that needs no `wheel`
     except PackageNotFoundError:
         here = False
     isolation = ["--no-build-isolation"] if here else []
-    run(sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", *isolation, "--wheel-dir", str(out), cwd=out)
+    line = ["-m", "pip", "wheel", str(source), "--no-deps", *isolation, "--wheel-dir", str(out)]
+    run(sys.executable, *line, cwd=out, **variables)
     (found,) = out.glob("*.whl")
     return found
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    for name in SHIPPED:
+        part = ROOT / name
+        if part.is_dir():
+            shutil.copytree(part, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(part, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy, so that nothing built earlier gets into it."""
-    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
-    for name in SHIPPED:
-        part = ROOT / name
-        if part.is_dir():
-            shutil.copytree(part, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(part, copy / name)
-    return build(copy, out)
+    return build(copy_of_the_project(tmp_path_factory.mktemp("copy")), tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +91,23 @@ def test_setup_cfg_names_every_package() -> None:
     assert set(named) == set(find_packages(str(ROOT), include=["sslcli*"])) | {"sslcli.conf"}
 
 
+def names_in(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+def test_without_a_compiler_the_wheel_lacks_what_is_compiled_alone(wheel: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "out").mkdir()
+    plain = build(copy_of_the_project(tmp_path / "copy"), tmp_path / "out", CC="no-compiler")
+    assert names_in(wheel) - names_in(plain) == {f"sslcli/{COMPILED.name}"}
+    assert names_in(plain) < names_in(wheel)
+
+
 def test_the_wheel_holds_every_module_and_every_yaml_and_nothing_else(wheel: Path) -> None:
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     code = {f"sslcli/{path.relative_to(ROOT / 'sslcli')}" for path in (ROOT / "sslcli").rglob("*.py")}
     conf = {f"sslcli/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
-    assert names == code | conf | {"sslcli/conf/__init__.py", "sslcli/py.typed", "sslcli/slurm/job.sh"}
+    others = {"sslcli/conf/__init__.py", "sslcli/py.typed", "sslcli/slurm/job.sh", f"sslcli/{COMPILED.name}"}
+    assert names_in(wheel) == code | conf | others
 
 
 def test_the_installed_command_explains_itself(installed: Path, tmp_path: Path) -> None:

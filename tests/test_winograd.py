@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli import winograd
+from sslcli import winograd, winograd_passes, winograd_transforms
 from sslcli.backbones.resnet import ResNet
 from sslcli.cli._build import made_fast
 from sslcli.winograd import Convolution, WinogradConv2d, use_winograd
@@ -45,6 +47,25 @@ def plain(images: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(images, weight, padding=1)
 
 
+LINES = [  # the same, with channels that fill cache lines, as the compiled passes need
+    (3, 64, 32, 8, 8),
+    (2, 16, 48, 7, 10),
+    (5, 32, 16, 33, 5),
+    (1, 48, 112, 4, 4),
+    (40, 16, 16, 9, 12),
+    (9, 144, 128, 5, 8),
+]
+
+
+@pytest.fixture(params=["compiled", "operations"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute. sslcli has to be installed with a C compiler for its tests."""
+    if request.param == "operations":
+        monkeypatch.setattr(winograd_passes, "library", lambda: None)
+    assert (winograd_passes.library() is not None) == (request.param == "compiled")
+    return str(request.param)
+
+
 @pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_torch_in_float64(shape: tuple[int, ...], last: bool) -> None:
@@ -55,9 +76,10 @@ def test_equals_torch_in_float64(shape: tuple[int, ...], last: bool) -> None:
         torch.testing.assert_close(value, wanted, rtol=1e-11, atol=1e-11)
 
 
-def test_a_float32_result_is_far_nearer_than_bfloat16() -> None:
+@pytest.mark.parametrize("shape", [*LINES, (64, 64, 64, 8, 8), (70, 512, 512, 4, 4)], ids=str)
+def test_a_float32_result_is_far_nearer_than_bfloat16(shape: tuple[int, ...], way: str) -> None:
     """The error is a few times that of a plain convolution; a format of 8 bits has 4e-3."""
-    images, weight = drawn((64, 64, 64, 8, 8), torch.float32)
+    images, weight = drawn(shape, torch.float32)
     exact = with_gradients(plain, images.detach().double().requires_grad_(), weight.detach().double().requires_grad_())
     for value, wanted in zip(with_gradients(Convolution.apply, images, weight), exact, strict=True):
         assert (value.double() - wanted).norm() < 1e-5 * wanted.norm()
@@ -78,7 +100,49 @@ def test_the_chunks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_twice_the_same_bits() -> None:
+@pytest.mark.parametrize("shape", [(3, 16, 5, 7), (2, 64, 32, 32), (30, 48, 4, 6), (1, 16, 1, 1)], ids=str)
+def test_the_compiled_transforms_have_the_bits_of_the_operations(
+    shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = torch.randn(shape[0], *shape[2:], shape[1], generator=torch.Generator().manual_seed(0))
+    results = torch.randn(36, math.prod(winograd_transforms.tiles(maps)), shape[1])
+
+    def found() -> list[Tensor]:
+        out = torch.full_like(maps, torch.nan)
+        winograd_transforms.from_points(results, out)
+        return [winograd_transforms.to_points(maps), winograd_transforms.gradient_points(maps), out]
+
+    assert winograd_passes.library() is not None
+    compiled = found()
+    monkeypatch.setattr(winograd_passes, "library", lambda: None)
+    for one, other in zip(compiled, found(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_any_number_of_threads() -> None:
+    """Maps are the same bits; the sum over tiles, of which each thread has its own, is the same within rounding."""
+    images, weight = drawn((9, 64, 32, 12, 8), torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 70):  # of which some have no tile
+            torch.set_num_threads(threads)
+            found.append(with_gradients(Convolution.apply, images, weight))
+    finally:
+        torch.set_num_threads(before)
+    for maps, of_images, of_weight in found[1:]:
+        assert torch.equal(maps, found[0][0])
+        assert torch.equal(of_images, found[0][1])
+        torch.testing.assert_close(of_weight, found[0][2], rtol=1e-4, atol=1e-4)
+
+
+def test_the_way_is_told(way: str) -> None:
+    net = ResNet("resnet18", image_size=32)
+    assert winograd.kind(net) == "torch"
+    assert winograd.kind(made_fast(net)) == way
+
+
+def test_twice_the_same_bits(way: str) -> None:
     images, weight = drawn((16, 64, 64, 8, 8), torch.float32)
     first, second = (with_gradients(Convolution.apply, images, weight) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
@@ -147,7 +211,7 @@ def test_what_the_commands_train_has_them() -> None:
     assert sum(isinstance(module, WinogradConv2d) for module in net.modules()) == 13
 
 
-def test_a_network_computes_what_it_did() -> None:
+def test_a_network_computes_what_it_did(way: str) -> None:
     """Features are four times as far from float64 as plain float32's, gradients a few times: a ReLU more turns over."""
     torch.manual_seed(0)
     net = ResNet("resnet18", image_size=32).train()

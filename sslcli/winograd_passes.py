@@ -1,0 +1,93 @@
+"""Winograd's convolutions, compiled: `winograd_passes.c`, where sslcli was installed with a C compiler that has OpenMP.
+
+`sslcli.winograd` asks here first, and computes with torch's operations what there is no compiled pass for: another
+format than float32, channels that do not fill cache lines, or an installation without a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CAPABLE = ("AVX2", "AVX512")  # what setup.py lets the compiler use
+COMPILED = Path(__file__).with_name(f"_winograd_passes{sysconfig.get_config_var('EXT_SUFFIX')}")
+POINTS, BLOCK, LINE = 36, 24, 16  # those of winograd_passes.c
+MOST_KERNELS = 2**18 // 4  # channels in x out; with more, each block of tiles waits for the kernels' points
+MOST_SUMS = 2**16 // 4  # the same for the gradient of the weight, of which each thread has its own
+POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+ARGUMENTS = {
+    "to_points": [POINTER] * 2 + [LONG] * 4 + [INT],
+    "from_points": [POINTER] * 2 + [LONG] * 4 + [INT],
+    "gradient_points": [POINTER] * 2 + [LONG] * 4 + [INT],
+    "convolve": [POINTER] * 4 + [LONG] * 5 + [INT],
+    "weight_sums": [POINTER] * 4 + [LONG] * 5 + [INT],
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled passes, or None."""
+    if torch.backends.cpu.get_cpu_capability() not in CAPABLE:
+        return None
+    try:
+        found = ctypes.CDLL(str(COMPILED))
+    except OSError:
+        return None
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, None
+    return found
+
+
+def passes_for(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The compiled passes, if they are made for all of these channels-last maps."""
+    if all(each.dtype == torch.float32 and each.shape[-1] % LINE == 0 for each in tensors):
+        return library()
+    return None
+
+
+def transform(name: str, given: Tensor, out: Tensor, maps: Tensor) -> bool:
+    """Fill `out` from `given`, one of which is `maps` (n, H, W, C), by a compiled transform, if there is one."""
+    passes = passes_for(maps)
+    if passes is None:
+        return False
+    given = given.contiguous()
+    assert out.is_contiguous()
+    getattr(passes, name)(given.data_ptr(), out.data_ptr(), *maps.shape, torch.get_num_threads())
+    return True
+
+
+def convolve(maps: Tensor, kernels: Tensor) -> Tensor | None:
+    """The convolution of (n, H, W, C) with the kernels' points (36, C, O), each core with some tiles at a time."""
+    channels, outs = kernels.shape[1:]
+    passes = passes_for(maps, kernels)
+    if passes is None or channels * outs > MOST_KERNELS:
+        return None
+    threads = torch.get_num_threads()
+    lines = kernels.view(POINTS, channels, outs // LINE, LINE).permute(2, 0, 1, 3).contiguous()
+    scratch = maps.new_empty(threads, POINTS, BLOCK, channels + LINE)
+    out = maps.new_empty(*maps.shape[:3], outs)
+    maps = maps.contiguous()
+    pointers = (each.data_ptr() for each in (maps, lines, out, scratch))
+    passes.convolve(*pointers, *maps.shape, outs, threads)
+    return out
+
+
+def weight_sums(maps: Tensor, gradients: Tensor) -> Tensor | None:
+    """The products (36, O, C) of the points of (n, H, W, O) and (n, H, W, C), summed over tiles."""
+    channels, outs = maps.shape[3], gradients.shape[3]
+    passes = passes_for(maps, gradients)
+    if passes is None or channels * outs > MOST_SUMS:
+        return None
+    maps, gradients = maps.contiguous(), gradients.contiguous()
+    threads = torch.get_num_threads()
+    scratch = maps.new_empty(threads, POINTS, BLOCK, channels + outs)
+    sums = maps.new_zeros(threads, POINTS, outs, channels)
+    pointers = (each.data_ptr() for each in (maps, gradients, sums, scratch))
+    passes.weight_sums(*pointers, *maps.shape, outs, threads)
+    return sums.sum(0)
