@@ -47,7 +47,6 @@ def ours(method: str, images: Path, out: Path, seconds: float) -> Curve:
         "dataset=folder",
         f"dataset.root={images}",
         "dataset.image_size=32",
-        "dataset.workers=0",
         f"train.batch_size={BATCH}",
         *([f"method.bn_group={BATCH}"] if method == "moco_v2" else []),
     ]

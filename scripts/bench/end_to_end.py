@@ -25,7 +25,6 @@ def ours(method: str, backbone: str, precision: str) -> Result:
         "dataset=folder",
         f"dataset.root={folder(*FILES)}",
         "dataset.image_size=32",
-        "dataset.workers=0",
         f"train.batch_size={BATCH}",
         f"train.precision={precision}",
         "monitor.health_every=0",

@@ -82,7 +82,6 @@ def linear(*, baselines: bool) -> Result:
         torch.save(net.state_dict(), weights)
         line = [f"weights={weights}", "backbone=resnet18", "backbone.image_size=32", f"precision={format}"]
         line += ["dataset=folder", f"dataset.root={root}", "dataset.image_size=32", f"dataset.val_fraction={1 / 6}"]
-        line += ["dataset.workers=0"]  # two cores are a forward pass's own
         forward(BATCH)
         before = spent(lambda: forward(count // 2))
         whole = spent(lambda: ssl_eval(*line, f"baselines={str(baselines).lower()}"))

@@ -24,6 +24,7 @@ from sslcli.data.bad_images import BadImages as BadImages
 from sslcli.data.bad_images import TooManyBadImages as TooManyBadImages
 from sslcli.data.bad_images import check_share
 from sslcli.data.order import Layout
+from sslcli.data.workers import workers_that_pay
 from sslcli.errors import ConfigError
 
 _FINGERPRINT_IMAGES = 512
@@ -79,7 +80,7 @@ class Source:
         limit: use only this many training images (the first in hash order, so that limits nest) and at most as many
             for validation; None or more than there are = all.
         val_fraction: the share in [0, 1) of the labelled training images that is held out as "val".
-        workers: processes that decode; 0 = this one. Memory sets use none.
+        workers: processes that decode; 0 = this one; None = `workers_that_pay`. Memory sets use none.
         max_bad: the largest share in [0, 1] of images that may fail to decode before the run stops.
         mean, std: of each channel of images in [0, 1]; std positive.
         seed: of the split, and of the images of drawn sets.
@@ -114,7 +115,7 @@ class Source:
         image_size: int,
         limit: int | None = None,
         val_fraction: float = 0.1,
-        workers: int = 0,
+        workers: int | None = 0,
         max_bad: float = 0.01,
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.25, 0.25, 0.25),
@@ -123,7 +124,8 @@ class Source:
         _check_count("image_size", image_size, least=1)
         if limit is not None:
             _check_count("limit", limit, least=1, remedy="; null means all images")
-        _check_count("workers", workers, least=0)
+        if workers is not None:
+            _check_count("workers", workers, least=0, remedy="; null means what pays on this machine")
         check_share("max_bad", max_bad)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"dataset.val_fraction is {val_fraction}, but it must be at least 0 and below 1")
@@ -135,7 +137,8 @@ class Source:
         if min(std) <= 0:
             raise ValueError(f"dataset.std is {list(std)}, but each must be above 0: it divides the pixels")
         self.image_size, self.limit, self.val_fraction = image_size, limit, val_fraction
-        self.workers, self.max_bad, self.seed = workers, max_bad, seed
+        self.workers = workers_that_pay(image_size) if workers is None else workers
+        self.max_bad, self.seed = max_bad, seed
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
 
     def __len__(self) -> int:

@@ -16,6 +16,21 @@ from torch.utils.data import DataLoader, Dataset
 from sslcli.distributed import end_with
 from sslcli.errors import ConfigError, ProcessLost
 
+MOST, ON_THE_CPU = 8, 2
+SMALL, FEW_CORES = 64, 2  # pixels a side, cores of a process
+
+
+def workers_that_pay(image_size: int) -> int:
+    """Processes that decode where `dataset.workers` is null; docs/performance.md has what was measured.
+
+    Beside a GPU, all cores of this process but one, at most 8. On the CPU they take cores from the network, so 2, and
+    none where small images, of at most 64 pixels a side, leave them little to do on 1 or 2 cores.
+    """
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        return min(MOST, max(1, cores - 1))
+    return 0 if image_size <= SMALL and cores <= FEW_CORES else ON_THE_CPU
+
 
 class Told(Dataset[Any]):
     """Hands over what is wrong with the user's data: raised in a worker, it would arrive as the text of a traceback."""

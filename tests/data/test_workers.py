@@ -1,4 +1,4 @@
-"""sslcli/data/workers.py: how data workers end."""
+"""sslcli/data/workers.py: how many data workers there are, and how they end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 from torch.utils.data import Dataset
 
-from sslcli.data.workers import batches_of, list_of
+from sslcli.data.sources import Source
+from sslcli.data.workers import batches_of, list_of, workers_that_pay
 from sslcli.errors import ProcessLost
 
 
@@ -36,3 +37,30 @@ def test_a_worker_that_died_is_told_once() -> None:
     with pytest.raises(ProcessLost, match=r"a data worker died .* lower dataset.workers"):
         list(batches_of(Deadly(), list_of(iter(range(8))), 2))
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "gpu", "image_size", "expected"),
+    [
+        (2, None, False, 32, 0),
+        (2, None, False, 64, 0),
+        (2, None, False, 65, 2),
+        (3, None, False, 32, 2),
+        (8, 4, False, 32, 0),
+        (1, None, True, 32, 1),
+        (4, None, True, 224, 3),
+        (64, 4, True, 224, 8),
+        (8, 4, True, 224, 1),
+    ],
+)
+def test_the_workers_that_pay(
+    cores: int, processes: int | None, gpu: bool, image_size: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    if processes is None:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert workers_that_pay(image_size) == expected
+    assert Source(image_size=image_size, workers=None).workers == expected
