@@ -15,7 +15,7 @@ help:
 	@echo "make clean     remove .venv, caches and runs"
 
 # A stamp, so that nothing is installed twice; a change of the metadata installs again.
-$(VENV)/installed: setup.cfg setup.py pyproject.toml sslcli/winograd_passes.c
+$(VENV)/installed: setup.cfg setup.py pyproject.toml sslcli/winograd_passes.c sslcli/data/resize.c sslcli/data/change.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
@@ -46,4 +46,4 @@ bench: install
 	$(BIN)/python scripts/bench/run.py $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info sslcli/*.so .mypy_cache .pytest_cache .ruff_cache runs
+	rm -rf $(VENV) build dist *.egg-info sslcli/*.so sslcli/data/*.so .mypy_cache .pytest_cache .ruff_cache runs

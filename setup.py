@@ -1,13 +1,22 @@
-"""What setup.cfg cannot say: the part that is compiled where that is possible (see sslcli/winograd_passes.py)."""
+"""What setup.cfg cannot say: the parts that are compiled where that is possible (see sslcli/compiled.py)."""
 
 from setuptools import Extension, setup
 
-PASSES = Extension(
-    "sslcli._winograd_passes",
-    ["sslcli/winograd_passes.c"],
-    extra_compile_args=["-O3", "-fopenmp", "-mavx2", "-mfma"],
-    extra_link_args=["-fopenmp"],
-    optional=True,  # without a compiler, or on another kind of processor, sslcli does without
-)
+PARTS = {
+    "sslcli._winograd_passes": "sslcli/winograd_passes.c",
+    "sslcli.data._resize": "sslcli/data/resize.c",
+    "sslcli.data._change": "sslcli/data/change.c",
+}
 
-setup(ext_modules=[PASSES])
+setup(
+    ext_modules=[
+        Extension(
+            name,
+            [source],
+            extra_compile_args=["-O3", "-fopenmp", "-mavx2", "-mfma", "-fno-math-errno", "-fno-trapping-math"],
+            extra_link_args=["-fopenmp"],
+            optional=True,  # without a compiler, or on another kind of processor, sslcli does without
+        )
+        for name, source in PARTS.items()
+    ]
+)

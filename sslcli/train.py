@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from sslcli import cached_gradients, checkpoint, distributed, heartbeat, precision, schedule, sharding, winograd
+from sslcli import cached_gradients, checkpoint, compiled, distributed, heartbeat, precision, schedule, sharding
 from sslcli.data.loader import Loader
 from sslcli.errors import ConfigError, Stopped, TrainingFailed
 from sslcli.methods.base import Batch, Method
@@ -245,5 +245,5 @@ def circumstances(run: Run) -> dict[str, str | int]:
         "precision": run.precision,
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
-        "convolutions": winograd.kind(run.method),
+        "compiled parts": ", ".join(compiled.present()) or "none",
     }

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from sslcli import winograd_passes
+from sslcli import compiled, winograd_passes
 from sslcli.winograd_transforms import POINTS, TILE, from_points, gradient_points, tiles, to_points, whole
 
 LEAST_CHANNELS = 64  # with fewer, the transforms cost more than the products save
@@ -53,18 +53,11 @@ class WinogradConv2d(nn.Conv2d):
 
 def use_winograd(net: nn.Module) -> None:
     """Let the convolutions of `net` that can be computed so be, in place; names and parameters stay."""
-    if torch.backends.cpu.get_cpu_capability() not in winograd_passes.CAPABLE:
+    if torch.backends.cpu.get_cpu_capability() not in compiled.CAPABLE:
         return
     for module in net.modules():
         if type(module) is nn.Conv2d and fits(module):
             module.__class__ = WinogradConv2d
-
-
-def kind(net: nn.Module) -> str:
-    """How float32 is convolved on the CPU: by `torch`, or as Winograd, `compiled` or in torch's `operations`."""
-    if not any(isinstance(module, WinogradConv2d) for module in net.modules()):
-        return "torch"
-    return "operations" if winograd_passes.library() is None else "compiled"
 
 
 def fits(conv: nn.Conv2d) -> bool:

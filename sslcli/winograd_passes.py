@@ -1,4 +1,4 @@
-"""Winograd's convolutions, compiled: `winograd_passes.c`, where sslcli was installed with a C compiler that has OpenMP.
+"""Winograd's convolutions, compiled: `winograd_passes.c`, where `sslcli.compiled` has it.
 
 `sslcli.winograd` asks here first, and computes with torch's operations what there is no compiled pass for: another
 format than float32, channels that do not fill cache lines, or an installation without a compiler.
@@ -7,19 +7,19 @@ format than float32, channels that do not fill cache lines, or an installation w
 from __future__ import annotations
 
 import ctypes
-import sysconfig
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-CAPABLE = ("AVX2", "AVX512")  # what setup.py lets the compiler use
-COMPILED = Path(__file__).with_name(f"_winograd_passes{sysconfig.get_config_var('EXT_SUFFIX')}")
+from sslcli import compiled
+from sslcli.compiled import INT, LONG, POINTER
+
+PART = Path(__file__).with_suffix(".c")
 POINTS, BLOCK, LINE = 36, 24, 16  # those of winograd_passes.c
 MOST_KERNELS = 2**18 // 4  # channels in x out; with more, each block of tiles waits for the kernels' points
 MOST_SUMS = 2**16 // 4  # the same for the gradient of the weight, of which each thread has its own
-POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 ARGUMENTS = {
     "to_points": [POINTER] * 2 + [LONG] * 4 + [INT],
     "from_points": [POINTER] * 2 + [LONG] * 4 + [INT],
@@ -32,16 +32,7 @@ ARGUMENTS = {
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled passes, or None."""
-    if torch.backends.cpu.get_cpu_capability() not in CAPABLE:
-        return None
-    try:
-        found = ctypes.CDLL(str(COMPILED))
-    except OSError:
-        return None
-    for name, arguments in ARGUMENTS.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = arguments, None
-    return found
+    return compiled.load(PART, ARGUMENTS)
 
 
 def passes_for(*tensors: Tensor) -> ctypes.CDLL | None:

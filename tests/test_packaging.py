@@ -19,7 +19,7 @@ import pytest
 from setuptools import find_packages
 
 from runs import differences, newest
-from sslcli.winograd_passes import COMPILED
+from sslcli import compiled
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ["setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE", "sslcli", "conf"]
@@ -95,19 +95,26 @@ def names_in(wheel: Path) -> set[str]:
     return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
 
+def libraries() -> set[str]:
+    """What is compiled, by its names in a wheel."""
+    found = {str(compiled.file_of(part).relative_to(ROOT)) for part in compiled.PARTS}
+    assert len(found) == len(list((ROOT / "sslcli").rglob("*.c"))) == 3
+    return found
+
+
 def test_without_a_compiler_the_wheel_lacks_what_is_compiled_alone(wheel: Path, tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     (tmp_path / "out").mkdir()
     plain = build(copy_of_the_project(tmp_path / "copy"), tmp_path / "out", CC="no-compiler")
-    assert names_in(wheel) - names_in(plain) == {f"sslcli/{COMPILED.name}"}
+    assert names_in(wheel) - names_in(plain) == libraries()
     assert names_in(plain) < names_in(wheel)
 
 
 def test_the_wheel_holds_every_module_and_every_yaml_and_nothing_else(wheel: Path) -> None:
     code = {f"sslcli/{path.relative_to(ROOT / 'sslcli')}" for path in (ROOT / "sslcli").rglob("*.py")}
     conf = {f"sslcli/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
-    others = {"sslcli/conf/__init__.py", "sslcli/py.typed", "sslcli/slurm/job.sh", f"sslcli/{COMPILED.name}"}
-    assert names_in(wheel) == code | conf | others
+    others = {"sslcli/conf/__init__.py", "sslcli/py.typed", "sslcli/slurm/job.sh"}
+    assert names_in(wheel) == code | conf | others | libraries()
 
 
 def test_the_installed_command_explains_itself(installed: Path, tmp_path: Path) -> None:

@@ -136,12 +136,6 @@ def test_any_number_of_threads() -> None:
         torch.testing.assert_close(of_weight, found[0][2], rtol=1e-4, atol=1e-4)
 
 
-def test_the_way_is_told(way: str) -> None:
-    net = ResNet("resnet18", image_size=32)
-    assert winograd.kind(net) == "torch"
-    assert winograd.kind(made_fast(net)) == way
-
-
 def test_twice_the_same_bits(way: str) -> None:
     images, weight = drawn((16, 64, 64, 8, 8), torch.float32)
     first, second = (with_gradients(Convolution.apply, images, weight) for _ in range(2))

@@ -10,11 +10,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sslcli.data import resize
 from sslcli.data.color import (
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
+    check_scale,
     color_jitter,
     in_working_precision,
     normalize,
@@ -30,6 +32,7 @@ __all__ = [
     "adjust_contrast",
     "adjust_hue",
     "adjust_saturation",
+    "check_scale",
     "color_jitter",
     "crop_boxes",
     "flip",
@@ -104,6 +107,9 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, *, interpolation: str
         raise ValueError(f"size={size} must be at least 1 pixel")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation={interpolation!r} must be one of {', '.join(INTERPOLATIONS)}")
+    in_one_pass = resize.resized_crops(images, boxes, size, cubic=interpolation == "bicubic", channels_last=False)
+    if in_one_pass is not None:
+        return in_one_pass
     count, channels, height, width = images.shape
     dtype = images.dtype if images.is_floating_point() else torch.float32
     work = torch.float64 if dtype == torch.float64 else torch.float32

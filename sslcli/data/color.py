@@ -240,19 +240,23 @@ def _inverse(matrix: Sequence[Sequence[float]], images: Tensor) -> Tensor:
     return torch.einsum("ij,njhw->nihw", inverse, images)
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(images - mean) / std, one pair a channel.
-
-    Raises:
-        ValueError: as many values as channels are needed, and each std above 0.
-    """
-    channels = images.shape[1]
+def check_scale(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    """Raise ValueError unless there is one value for each channel, each std above 0."""
     if len(mean) != channels or len(std) != channels:
         raise ValueError(
             f"mean={tuple(mean)} and std={tuple(std)} must have one value for each of the {channels} channels"
         )
     if min(std) <= 0:
         raise ValueError(f"std={tuple(std)} must be above 0 in every channel")
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images - mean) / std, one pair a channel.
+
+    Raises:
+        ValueError: as many values as channels are needed, and each std above 0.
+    """
+    check_scale(mean, std, images.shape[1])
     work = in_working_precision(images)
     centre = torch.tensor(mean, dtype=work.dtype).to(work.device, non_blocking=True).view(1, -1, 1, 1)
     scale = torch.tensor(std, dtype=work.dtype).to(work.device, non_blocking=True).view(1, -1, 1, 1)

@@ -8,6 +8,7 @@ result because of that. See docs/performance.md for what it saves and changes.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-from sslcli.data import rng
+from sslcli.data import resize, rng
 from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import DIVISORS, Pixels
 from sslcli.data.sources import Opened, Picture, Source, replacement
@@ -27,9 +28,11 @@ from sslcli.errors import ConfigError
 
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 BadList = list[tuple[str, str]]
+Drawn = tuple[Picture, list[list[int]]]  # of each view: top, left, height, width
 
 _TRIES = 20  # images tried in the place of one that cannot be read
-_TOGETHER = 32  # files held in memory at a time
+_TOGETHER = 128  # files held in memory at a time
+_SMALL = 64  # pixels a side of images that are cut together: one at a time, calls would take longer than pixels
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,20 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
                 except BadImage as error:
                     failed.append((row, error))
             boxes, divisors = self.boxes(list(opened.values()), key[list(opened)])
+            small: dict[tuple[int, int], dict[int, Drawn]] = defaultdict(dict)
             for number, (row, image) in enumerate(opened.items()):
                 try:
                     picture = image.decode(divisors[number])
                 except BadImage as error:
                     failed.append((row, error))
                     continue
+                if picture.size == image.size and is_small(picture) and resize.library() is not None:
+                    small[picture.size][row] = (picture, boxes[number])
+                    continue
                 for view, crop in enumerate(self.cut(picture, image.size, boxes[number])):
                     views[view][row] = crop
+            for drawn in small.values():
+                self.cut_together(drawn, views)
             bad += [(error.path, error.reason) for _, error in failed]
             rows = sorted(row for row, _ in failed)
             if not rows:
@@ -109,6 +118,16 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
         shrunk = (boxes[:, :, 2:] // torch.tensor(self.sizes).view(1, -1, 1)).flatten(1).amin(1)
         return boxes.tolist(), [max(d for d in DIVISORS if d <= max(1, least)) for least in shrunk.tolist()]
 
+    def cut_together(self, drawn: dict[int, Drawn], views: list[Tensor]) -> None:
+        """Put the crops of whole pictures of one size, with their boxes, into the rows of `views`."""
+        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in drawn.values()]))
+        boxes = torch.tensor([boxes for _, boxes in drawn.values()])
+        for number, (into, size, view) in enumerate(zip(views, self.sizes, self.views.views, strict=True)):
+            cubic = view.interpolation == "bicubic"
+            crops = resize.resized_crops(pixels, boxes[:, number], size, cubic=cubic, channels_last=True)
+            assert crops is not None
+            into[list(drawn)] = crops.mul_(255).round_().to(torch.uint8)
+
     def cut(self, picture: Picture, whole: tuple[int, int], boxes: list[list[int]]) -> list[Tensor]:
         """The crops (C, S, S) uint8 of a picture, the boxes being those of the `whole` (width, height)."""
         kinds = [view.interpolation for view in self.views.views]
@@ -125,6 +144,11 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
             for (top, left, height, width), size, kind in zip(boxes, self.sizes, kinds, strict=True)
         ]
         return [to_uint8([crop])[0] for crop in crops]
+
+
+def is_small(picture: Picture) -> bool:
+    """Whether a picture of plain pixels is better cut together with others."""
+    return isinstance(picture, (Image.Image, Pixels)) and max(picture.size) <= _SMALL
 
 
 def cut_whole(pixels: Tensor, box: Sequence[int], size: int, interpolation: str) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sslcli.data import augment, large_images, rand_augment
+from sslcli.data.change import change
 from sslcli.data.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD, lab_to_rgb, ydbdr_to_rgb
 from sslcli.data.rng import mix, uniform
 from sslcli.data.view import View, is_number
@@ -141,6 +142,10 @@ class Views:
         chosen = _chosen(spec, draws, images)
         finish = partial(self.finish, mean=mean, std=std)
         first, last, _ = photometric.indices(images.shape[1])
+        if (first, last) == (0, images.shape[1]) and spec.rand_augment == 0:
+            changed = self._in_one_pass(spec, chosen, images, mean=mean, std=std)
+            if changed is not None:
+                return changed
         if (first, last) == (0, images.shape[1]) and _one_by_one(spec, images):
             return _changed_one_by_one(spec, chosen, images, finish)
         images = augment.flip(images, chosen.flipped)
@@ -154,6 +159,25 @@ class Views:
             part = _photometric(spec, chosen, mix(key.cpu(), view), part, mean[first:last])
             images = part if part.shape == images.shape else torch.cat((before, part, after), 1)
         return finish(images)
+
+    def _in_one_pass(
+        self,
+        spec: View,
+        chosen: large_images.Parameters,
+        images: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> Tensor | None:
+        """All of `colour` by a compiled pass, where there is one."""
+        channels = images.shape[1]
+        if spec.blur > 0:
+            augment.check_taps(chosen.taps, *images.shape[2:])
+        if self.color_space == "rgb" and self.normalize:
+            augment.check_scale(mean, std, channels)
+            return change(images, chosen, mean=mean, std=std)
+        changed = change(images, chosen, mean=[0.0] * channels, std=[1.0] * channels)
+        return None if changed is None else self.finish(changed, mean=mean, std=std)
 
     def _spec(self, view: int | Tensor) -> View:
         return self.views[view if isinstance(view, int) else int(view[0])]

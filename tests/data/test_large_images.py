@@ -8,11 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslcli.data import large_images, rng
+from sslcli.data import change, large_images, rng
 from sslcli.data.views import Views
 
 CONSTANTS: dict[str, Any] = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
 STRONG = {"jitter": [0.8, 0.8, 0.8, 0.4], "jitter_p": 0.8, "grayscale": 0.3, "blur": 0.6, "solarize": 0.3, "flip": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(change, "library", lambda: None)
 
 
 def images(count: int, height: int = 130, width: int = 133, channels: int = 3) -> Tensor:

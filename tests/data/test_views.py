@@ -11,7 +11,7 @@ import torchvision.transforms.v2.functional as reference
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from sslcli.data import augment
+from sslcli.data import augment, change
 from sslcli.data.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD
 from sslcli.data.rng import mix
 from sslcli.data.view import View
@@ -69,6 +69,7 @@ def _captured_jitter(monkeypatch: pytest.MonkeyPatch, view: View, count: int) ->
         seen.append((factors, order))
         return images
 
+    monkeypatch.setattr(change, "library", lambda: None)  # torch's operations get what is drawn
     monkeypatch.setattr(augment, "color_jitter", capture)
     Views([view], normalize=False).colour(0, _keys(count), torch.rand(count, 3, 1, 1), **CONSTANTS)
     return seen[0]
@@ -181,9 +182,10 @@ def test_jitter_leaves_the_others_untouched(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_blur_width_is_uniform_and_comes_at_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
+    monkeypatch.setattr(change, "library", lambda: None)  # what is drawn is seen where torch's operations get it
     monkeypatch.setattr(augment, "gaussian_blur", lambda images, *rest: seen.append(rest) or images)
     view = View(blur=0.5, blur_sigma=(0.1, 2.0))
-    Views([view], normalize=False).colour(0, _keys(20_000), torch.rand(20_000, 3, 1, 1), **CONSTANTS)
+    Views([view], normalize=False).colour(0, _keys(20_000), torch.rand(20_000, 3, 2, 2), **CONSTANTS)
     sigma, _, mask = seen[0]
     assert abs(mask.double().mean() - 0.5) < 5 * (0.25 / 20_000) ** 0.5
     assert _ks_to_uniform(sigma, 0.1, 2.0) < 2.5 / 20_000**0.5
