@@ -107,7 +107,7 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, *, interpolation: str
         raise ValueError(f"size={size} must be at least 1 pixel")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation={interpolation!r} must be one of {', '.join(INTERPOLATIONS)}")
-    in_one_pass = resize.resized_crops(images, boxes, size, cubic=interpolation == "bicubic", channels_last=False)
+    in_one_pass = resize.resized_crops(images, boxes, size, cubic=interpolation == "bicubic")
     if in_one_pass is not None:
         return in_one_pass
     count, channels, height, width = images.shape

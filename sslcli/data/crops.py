@@ -124,9 +124,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
         boxes = torch.tensor([boxes for _, boxes in drawn.values()])
         for number, (into, size, view) in enumerate(zip(views, self.sizes, self.views.views, strict=True)):
             cubic = view.interpolation == "bicubic"
-            crops = resize.resized_crops(pixels, boxes[:, number], size, cubic=cubic, channels_last=True)
-            assert crops is not None
-            into[list(drawn)] = crops.mul_(255).round_().to(torch.uint8)
+            into[list(drawn)] = resize.resized_bytes(pixels, boxes[:, number], size, cubic=cubic)
 
     def cut(self, picture: Picture, whole: tuple[int, int], boxes: list[list[int]]) -> list[Tensor]:
         """The crops (C, S, S) uint8 of a picture, the boxes being those of the `whole` (width, height)."""

@@ -4,8 +4,18 @@
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
+#include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+
+INLINE four load(const float *from) { return *(const four *)from; }
+
+INLINE float limited(float value) {
+    value = value < 0 ? 0 : value;
+    return value > 1 ? 1 : value;
+}
 
 /* Keys' cubic with a = -0.5, or a triangle, at a distance of at least 0. */
 INLINE float filter(float distance, int cubic) {
@@ -32,57 +42,76 @@ INLINE long weigh(long length, long size, int cubic, long *first, float *weights
     return taps;
 }
 
-/* (size, used) rows of results, from bytes that are `stride` apart from row to row. */
-INLINE void down(const uint8_t *bytes, long stride, long used, long size, const long *first, const float *weights,
-                 long taps, float *rows) {
-    for (long i = 0; i < size; i++) {
-        float *to = rows + i * used, once = weights[i * taps] / 255;
-        for (long x = 0; x < used; x++) to[x] = once * bytes[first[i] * stride + x];
-        for (long k = 1; k < taps; k++) {
-            const uint8_t *from = bytes + (first[i] + k) * stride;
-            float weight = weights[i * taps + k] / 255;
-            for (long x = 0; x < used; x++) to[x] += weight * from[x];
-        }
+/* A row of results, from the bytes of rows that are `stride` apart. */
+INLINE void down(const uint8_t *bytes, long stride, long used, const float *weights, long taps, float *row) {
+    float once = weights[0] / 255;
+    for (long x = 0; x < used; x++) row[x] = once * bytes[x];
+    for (long k = 1; k < taps; k++) {
+        const uint8_t *from = bytes + k * stride;
+        float weight = weights[k] / 255;
+        for (long x = 0; x < used; x++) row[x] += weight * from[x];
     }
 }
 
-/* (size, size) results in [0, 1] from one of the channels of rows that have `together` numbers a pixel. */
-INLINE void across(const float *rows, long used, long together, long size, const long *first, const float *weights,
-                   long taps, float *out) {
-    for (long y = 0; y < size; y++)
-        for (long i = 0; i < size; i++) {
-            const float *from = rows + y * used + first[i] * together;
-            float sum = weights[i * taps] * from[0];
-            if (taps == 2) /* enlarged, as most crops are: no loop */
-                sum += weights[i * taps + 1] * from[together];
-            else
-                for (long k = 1; k < taps; k++) sum += weights[i * taps + k] * from[k * together];
-            out[y * size + i] = sum < 0 ? 0 : sum > 1 ? 1 : sum;
-        }
+/* Results in [0, 1] from a row of one channel. */
+INLINE void across(const float *row, long size, const long *first, const float *weights, long taps, float *out) {
+    for (long i = 0; i < size; i++) {
+        const float *from = row + first[i];
+        float sum = weights[i * taps] * from[0];
+        if (taps == 2) /* enlarged, as most crops of small images are: no loop */
+            sum += weights[i * taps + 1] * from[1];
+        else
+            for (long k = 1; k < taps; k++) sum += weights[i * taps + k] * from[k];
+        out[i] = limited(sum);
+    }
 }
 
-/* Images are (n, planes, height, width, together) bytes: `together` is 1 where each channel is a plane, the number of
-   channels where those of a pixel lie together. Boxes are (n, 4): top, left, height, width. Results are
-   (n, planes * together, size, size). `scratch` has size x (width x together + height + width) numbers a thread. */
-void resized_crops(const uint8_t *images, const int64_t *boxes, float *results, float *scratch, long n, long planes,
-                   long height, long width, long together, long size, int cubic, int threads) {
-    long stride = width * together;
+/* The same from a row with three channels side by side, which are summed at once; the fourth lane is another pixel's. */
+INLINE void three_across(const float *row, long size, const long *first, const float *weights, long taps, float *quads,
+                         float *out) {
+    for (long i = 0; i < size; i++) {
+        const float *from = row + 3 * first[i];
+        four sum = weights[i * taps] * load(from);
+        for (long k = 1; k < taps; k++) sum += weights[i * taps + k] * load(from + 3 * k);
+        *(four *)(quads + 4 * i) = sum;
+    }
+    for (int c = 0; c < 3; c++)
+        for (long i = 0; i < size; i++) out[c * size + i] = limited(quads[4 * i + c]);
+}
+
+/* Images are (n, planes, height, width, together) bytes: `together` is 1 where each channel is a plane; where those of a
+   pixel lie together it is 3, and there is one plane. Boxes are (n, 4): top, left, height, width. Results are
+   (n, channels, size, size): numbers in [0, 1], or bytes where `numbers` is null. `scratch` has width x together + 1 +
+   size x (together + 4 + height + width) numbers a thread. */
+void resized_crops(const uint8_t *images, const int64_t *boxes, float *numbers, uint8_t *bytes, float *scratch, long n,
+                   long planes, long height, long width, long together, long size, int cubic, int threads) {
+    long stride = width * together, place = stride + 1 + size * (together + 4 + height + width);
 #pragma omp parallel num_threads(threads)
     {
-        float *rows = scratch + omp_get_thread_num() * size * (stride + height + width);
-        float *vertical = rows + size * stride, *horizontal = vertical + size * height;
+        float *row = scratch + omp_get_thread_num() * place, *line = row + stride + 1;
+        float *quads = line + size * together, *vertical = quads + 4 * size, *horizontal = vertical + size * height;
         long top[size], left[size];
 #pragma omp for schedule(static)
         for (long image = 0; image < n; image++) {
             const int64_t *box = boxes + 4 * image;
-            long vertical_taps = weigh(box[2], size, cubic, top, vertical);
+            long taps = weigh(box[2], size, cubic, top, vertical);
             long horizontal_taps = weigh(box[3], size, cubic, left, horizontal);
             for (long plane = image * planes; plane < (image + 1) * planes; plane++) {
                 const uint8_t *corner = images + (plane * height + box[0]) * stride + box[1] * together;
-                down(corner, stride, box[3] * together, size, top, vertical, vertical_taps, rows);
-                for (long c = 0; c < together; c++)
-                    across(rows + c, box[3] * together, together, size, left, horizontal, horizontal_taps,
-                           results + (plane * together + c) * size * size);
+                for (long y = 0; y < size; y++) {
+                    down(corner + top[y] * stride, stride, box[3] * together, vertical + y * taps, taps, row);
+                    if (together == 3)
+                        three_across(row, size, left, horizontal, horizontal_taps, quads, line);
+                    else
+                        across(row, size, left, horizontal, horizontal_taps, line);
+                    for (long c = 0; c < together; c++) {
+                        long at = ((plane * together + c) * size + y) * size;
+                        if (numbers)
+                            memcpy(numbers + at, line + c * size, sizeof(float) * size);
+                        else
+                            for (long i = 0; i < size; i++) bytes[at + i] = (uint8_t)(int)(line[c * size + i] * 255 + 0.5f);
+                    }
+                }
             }
         }
     }
