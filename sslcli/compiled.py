@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import sysconfig
+import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -27,18 +29,24 @@ def file_of(part: Path) -> Path:
 @cache
 def present() -> list[str]:
     """The names of the parts that this installation has and this processor can run."""
-    if torch.backends.cpu.get_cpu_capability() not in CAPABLE:
-        return []
-    return [part.stem for part in PARTS if file_of(part).exists()]
+    return [part.stem for part in PARTS if load(part, {}) is not None]
 
 
 def load(part: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | None:
-    """The library of a C file, with the types of the arguments of its functions; None where it is not to be had."""
+    """The library of a C file, with the types of the arguments of its functions; None where it is not to be had.
+
+    Nor is that of a checkout whose C file was changed since, by `git pull` for one: calls may have changed too.
+    """
     if torch.backends.cpu.get_cpu_capability() not in CAPABLE:
         return None
     try:
         found = ctypes.CDLL(str(file_of(part)))
     except OSError:
+        return None
+    if part.exists() and ctypes.c_uint32.in_dll(found, "source_checksum").value != zlib.crc32(part.read_bytes()):
+        warnings.warn(
+            f"{part.name} was changed since it was compiled: install sslcli again for its speed", stacklevel=2
+        )
         return None
     for name, arguments in functions.items():
         function = getattr(found, name)

@@ -15,6 +15,8 @@
 #define WEIGHT_ROWS 4
 #define INLINE static inline __attribute__((always_inline))
 
+const unsigned source_checksum = SOURCE_CHECKSUM; /* see setup.py */
+
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef struct {
     long n, height, width, channels;

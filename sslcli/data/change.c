@@ -8,6 +8,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+const unsigned source_checksum = SOURCE_CHECKSUM; /* see setup.py */
+
 enum { BRIGHTNESS, CONTRAST, SATURATION, HUE };
 enum { FLIPPED, JITTERED, GRAY, BLURRED, SOLARIZED };
 

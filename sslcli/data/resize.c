@@ -8,6 +8,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+const unsigned source_checksum = SOURCE_CHECKSUM; /* see setup.py */
+
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 
 INLINE four load(const float *from) { return *(const four *)from; }
