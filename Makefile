@@ -15,7 +15,7 @@ help:
 	@echo "make clean     remove .venv, caches and runs"
 
 # A stamp, so that nothing is installed twice; a change of the metadata installs again.
-$(VENV)/installed: setup.cfg setup.py pyproject.toml sslcli/winograd_passes.c sslcli/data/resize.c sslcli/data/change.c
+$(VENV)/installed: setup.cfg setup.py pyproject.toml $(wildcard sslcli/*.c sslcli/*/*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@

@@ -95,43 +95,24 @@ INLINE void store_points(float *to, long stride, lanes values[2][POINTS]) {
     }
 }
 
-INLINE void tile_to_points(const float *maps, shape s, long tile, float *points, long stride) {
+/* A tile of 6 x 6 numbers evaluated at its points, or one of 4 x 4 spread to them; `side` is known to the compiler. */
+INLINE void tile_to_points(const float *maps, shape s, long tile, int side, float *points, long stride) {
     const float *at[36];
     long moves[36];
-    find(maps, s, tile, 1, 6, at, moves);
+    find(maps, s, tile, side == 6, side, at, moves);
     for (long c = 0; c < s.channels; c += LINE) {
         lanes values[2][POINTS];
         for (int half = 0; half < 2; half++) {
             lanes d[6], rows[36];
 #pragma GCC unroll 6
-            for (int y = 0; y < 6; y++) {
+            for (int y = 0; y < side; y++) {
 #pragma GCC unroll 6
-                for (int x = 0; x < 6; x++) d[x] = load(at[6 * y + x] + moves[6 * y + x] * (c + half * LANES));
-                evaluate(d, rows + y, 6);
+                for (int x = 0; x < side; x++) d[x] = load(at[side * y + x] + moves[side * y + x] * (c + half * LANES));
+                side == 6 ? evaluate(d, rows + y, side) : spread(d, rows + y, side);
             }
 #pragma GCC unroll 6
-            for (int x = 0; x < 6; x++) evaluate(rows + 6 * x, values[half] + x, 6);
-        }
-        store_points(points + c, stride, values);
-    }
-}
-
-INLINE void tile_gradient_points(const float *maps, shape s, long tile, float *points, long stride) {
-    const float *at[16];
-    long moves[16];
-    find(maps, s, tile, 0, 4, at, moves);
-    for (long c = 0; c < s.channels; c += LINE) {
-        lanes values[2][POINTS];
-        for (int half = 0; half < 2; half++) {
-            lanes d[4], rows[24];
-#pragma GCC unroll 4
-            for (int y = 0; y < 4; y++) {
-#pragma GCC unroll 4
-                for (int x = 0; x < 4; x++) d[x] = load(at[4 * y + x] + moves[4 * y + x] * (c + half * LANES));
-                spread(d, rows + y, 4);
-            }
-#pragma GCC unroll 6
-            for (int x = 0; x < 6; x++) spread(rows + 4 * x, values[half] + x, 6);
+            for (int x = 0; x < 6; x++)
+                side == 6 ? evaluate(rows + side * x, values[half] + x, 6) : spread(rows + side * x, values[half] + x, 6);
         }
         store_points(points + c, stride, values);
     }
@@ -166,14 +147,14 @@ void to_points(const float *maps, float *points, long n, long height, long width
     shape s = {n, height, width, channels};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long tile = 0; tile < tiles(s); tile++)
-        tile_to_points(maps, s, tile, points + tile * channels, tiles(s) * channels);
+        tile_to_points(maps, s, tile, 6, points + tile * channels, tiles(s) * channels);
 }
 
 void gradient_points(const float *maps, float *points, long n, long height, long width, long channels, int threads) {
     shape s = {n, height, width, channels};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long tile = 0; tile < tiles(s); tile++)
-        tile_gradient_points(maps, s, tile, points + tile * channels, tiles(s) * channels);
+        tile_to_points(maps, s, tile, 4, points + tile * channels, tiles(s) * channels);
 }
 
 void from_points(const float *points, float *maps, long n, long height, long width, long channels, int threads) {
@@ -235,7 +216,7 @@ void convolve(const float *maps, const float *kernels, float *out, float *scratc
         for (long first = 0; first < tiles(s); first += BLOCK) {
             long count = tiles(s) - first < BLOCK ? tiles(s) - first : BLOCK;
             for (long t = 0; t < count; t++)
-                tile_to_points(maps, s, first + t, points + t * channels, BLOCK * channels);
+                tile_to_points(maps, s, first + t, 6, points + t * channels, BLOCK * channels);
             for (long c = 0; c < outs; c += LINE) {
                 for (int p = 0; p < POINTS; p++)
                     for (long t = 0; t < count; t += ROWS)
@@ -262,8 +243,8 @@ void weight_sums(const float *maps, const float *gradient, float *sums, float *s
         for (long first = 0; first < tiles(s); first += BLOCK) {
             long count = tiles(s) - first < BLOCK ? tiles(s) - first : BLOCK;
             for (long t = 0; t < count; t++) {
-                tile_to_points(maps, s, first + t, points + t * channels, BLOCK * channels);
-                tile_gradient_points(gradient, o, first + t, gradients + t * outs, BLOCK * outs);
+                tile_to_points(maps, s, first + t, 6, points + t * channels, BLOCK * channels);
+                tile_to_points(gradient, o, first + t, 4, gradients + t * outs, BLOCK * outs);
             }
             for (int p = 0; p < POINTS; p++)
                 for (long c = 0; c < channels; c += LINE)
