@@ -117,7 +117,7 @@ def check_path(command: str, path: str, base: DictConfig, *, signed: bool) -> No
             inside, part = node, int(part)  # type: ignore[assignment]
         elif OmegaConf.is_dict(node):
             check_name(command, part, node, walked)
-            if part not in node:
+            if part not in set(node):  # `in` alone does not see a value that is asked for (???)
                 if signed:
                     return
                 raise ConfigError(f"{path}: the yaml leaves it out. To add it: +{path}=...")

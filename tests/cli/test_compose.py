@@ -69,6 +69,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("protocol=knn", ["protocol", "ssl-train has no such group", "method, dataset"]),
     ("method@other=moco", ["method@other"]),
     # keys
+    ("dataset=folder dataset.root=p train.epohcs=1", ["train.epohcs", "Did you mean 'epochs'?"]),
     ("method.tempreature=1", ["method.tempreature", "Did you mean 'temperature'?", "dim, hidden"]),
     ("+method.lrr=1", ["method.lrr", "Known in method: ", "temperature"]),
     ("++method.lrr=1", ["method.lrr", "Known in method: ", "temperature"]),
