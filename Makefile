@@ -43,6 +43,7 @@ test: lint
 
 bench: install
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python -m pip install --quiet --editable ".[bench-stable]" || echo "stable-pretraining is not installed: its sides are left out"
 	$(BIN)/python scripts/bench/run.py $(BENCH)
 
 clean:

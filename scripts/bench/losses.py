@@ -68,6 +68,14 @@ def lightly_nt_xent(count: int) -> Result:
     return measured(lambda: criterion(z1, z2), count)
 
 
+def stable_pretraining_nt_xent(count: int) -> Result:
+    from stable_pretraining.losses import NTXEntLoss
+
+    z1, z2 = pairs(count)
+    criterion = NTXEntLoss(temperature=0.1)
+    return measured(lambda: criterion(z1, z2), count)
+
+
 def naive_nt_xent(count: int) -> Result:
     z1, z2 = pairs(count)
 
@@ -101,7 +109,12 @@ def lightly_queue() -> Result:
 
 
 if __name__ == "__main__":
-    nt_xents = {"sslcli": ours_nt_xent, "lightly": lightly_nt_xent, "plain torch": naive_nt_xent}
+    nt_xents = {
+        "sslcli": ours_nt_xent,
+        "lightly": lightly_nt_xent,
+        "stable-pretraining": stable_pretraining_nt_xent,
+        "plain torch": naive_nt_xent,
+    }
     answer(
         {f"nt_xent_{n}/{name}": partial(side, n) for name, side in nt_xents.items() for n in (256, 1024, 4096)}
         | {"queue/sslcli": ours_queue, "queue/lightly": lightly_queue}

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 Result = dict[str, float]
@@ -32,10 +32,20 @@ def timed(
     for _ in range(warmup):
         step()
     times: list[float] = []
-    while not times or (sum(times) < seconds and len(times) < 200):
+    while not enough(times, seconds):
         before = clock()
         step()
         times.append(clock() - before)
+    return summary(times, images=images)
+
+
+def enough(times: Sequence[float], seconds: float) -> bool:
+    """Whether no further step is to be timed."""
+    return bool(times) and (sum(times) >= seconds or len(times) >= 200)
+
+
+def summary(times: Sequence[float], *, images: int) -> Result:
+    """The figures of steps that took so long."""
     median = statistics.median(times)
     return {"images_per_s": images / median, "ms": 1e3 * median, "steps": len(times)}
 

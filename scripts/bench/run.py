@@ -42,9 +42,11 @@ class Task(NamedTuple):
     figures: tuple[str, ...]
 
 
+PEERS = {"lightly": "lightly", "stable-pretraining": "stable_pretraining"}  # and what they are imported as
 STEP_SIDES = ("sslcli", "sslcli fp32", "lightly", "lightly best")
+ALL_STEP_SIDES = (*STEP_SIDES, "stable-pretraining", "stable-pretraining best")
 TASKS = [
-    *(Task("training.py", m, STEP_SIDES, ("images_per_s", "peak_mb")) for m in ("simclr", "moco_v2", "byol")),
+    *(Task("training.py", m, ALL_STEP_SIDES, ("images_per_s", "peak_mb")) for m in ("simclr", "moco_v2", "byol")),
     *(Task("convolution.py", f"channels_{n}", ("sslcli", "torch"), ("ms",)) for n in SIDES),
     *(
         Task("end_to_end.py", f"{method}_{net}", STEP_SIDES, ("images_per_s",))
@@ -55,7 +57,7 @@ TASKS = [
     Task("views.py", "crops_224", ("sslcli", "torchvision"), ("images_per_s",)),
     Task("views.py", "simclr_224", ("sslcli", "lightly"), ("images_per_s",)),
     *(
-        Task("losses.py", f"nt_xent_{n}", ("sslcli", "lightly", "plain torch"), ("ms", "extra_mb"))
+        Task("losses.py", f"nt_xent_{n}", ("sslcli", *PEERS, "plain torch"), ("ms", "extra_mb"))
         for n in (256, 1024, 4096)
     ),
     Task("losses.py", "queue", ("sslcli", "lightly"), ("ms", "extra_mb")),
@@ -66,8 +68,8 @@ TASKS = [
     ),
     Task("engine.py", "small", ("sslcli", "bare loop"), ("images_per_s",)),
     Task("engine.py", "resnet18", ("sslcli", "bare loop"), ("images_per_s",)),
-    Task("startup.py", "help", ("sslcli", "lightly"), ("s",)),
-    Task("startup.py", "first_step", ("sslcli", "lightly"), ("s",)),
+    Task("startup.py", "help", ("sslcli", *PEERS), ("s",)),
+    Task("startup.py", "first_step", ("sslcli", *PEERS), ("s",)),
 ]
 
 
@@ -104,7 +106,7 @@ def measure(task: Task, repeats: int) -> Iterator[dict[str, object]]:
 
     A peer that is not installed is left out, and so is `sslcli fp32` where that is what `auto` means.
     """
-    left_out = [] if find_spec("lightly") else ["lightly", "lightly best"]
+    left_out = [side for peer, package in PEERS.items() if not find_spec(package) for side in (peer, f"{peer} best")]
     left_out += ["sslcli fp32"] if precision.resolve("auto", torch.device("cpu")) == "fp32" else []
     sides = [side for side in task.sides if side not in left_out]
     for repeat in range(repeats):

@@ -18,6 +18,11 @@ training.timed = lambda step, images: step()
 lightly("simclr", best=False)
 """
 
+STABLE_PRETRAINING = """
+from stable_pretraining_sides import fitted
+fitted("simclr", best=False, seconds=0.0, warmup=0)
+"""
+
 
 def seconds(line: list[str]) -> Result:
     before = time.perf_counter()
@@ -49,7 +54,9 @@ if __name__ == "__main__":
         {
             "help/sslcli": partial(seconds, [command("ssl-train"), "--help"]),
             "help/lightly": partial(seconds, [command("lightly-ssl-train"), "--help"]),
+            "help/stable-pretraining": partial(seconds, [command("spt"), "--help"]),
             "first_step/sslcli": first_step,
             "first_step/lightly": partial(seconds, [sys.executable, "-c", LIGHTLY]),
+            "first_step/stable-pretraining": partial(seconds, [sys.executable, "-c", STABLE_PRETRAINING]),
         }
     )

@@ -2,6 +2,7 @@
 
 lightly's steps are those of its documented examples: bare loops around its heads and losses. `best` adds what a user
 of it can switch on: bfloat16 where the processor multiplies it, channels-last memory, an allocator that keeps memory.
+Those of stable-pretraining are in `stable_pretraining_sides.py`.
 """
 
 from __future__ import annotations
@@ -155,6 +156,13 @@ def lightly_byol(backbone: nn.Module, width: int, temperature: float) -> tuple[l
     return [backbone, BYOLProjectionHead(width, 1024, 256), BYOLPredictionHead(256, 1024, 256)], loss
 
 
+def stable_pretraining(method: str, *, best: bool) -> Result:
+    """A step of stable-pretraining's fit of the method."""
+    from stable_pretraining_sides import fitted
+
+    return fitted(method, best=best)
+
+
 LIGHTLY = {"simclr": lightly_simclr, "moco_v2": lightly_moco, "byol": lightly_byol}
 METHODS = tuple(LIGHTLY)
 
@@ -164,5 +172,7 @@ if __name__ == "__main__":
         "sslcli fp32": partial(ours, precision="fp32"),
         "lightly": partial(lightly, best=False),
         "lightly best": partial(lightly, best=True),
+        "stable-pretraining": partial(stable_pretraining, best=False),
+        "stable-pretraining best": partial(stable_pretraining, best=True),
     }
     answer({f"{method}/{name}": partial(side, method) for name, side in sides.items() for method in METHODS})
