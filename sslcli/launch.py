@@ -19,7 +19,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from sslcli import distributed, heartbeat
+from sslcli import cores, distributed, heartbeat
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError
 
 # What our agent leaves in the environment of the processes it starts.
@@ -96,8 +96,7 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
 
 def share_threads(threads: int | None) -> None:
     """Use `threads` CPU threads, or an equal share of the machine's for each process on it."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if joined() else 1
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local))
+    torch.set_num_threads(threads or cores.share())
 
 
 def die_with_parent() -> None:

@@ -40,6 +40,7 @@ RANKS = {
     "precision": 5,
     "allocator": 0,
     "idle_threads": 0,
+    "cores": 0,
     "compiled": 0,
     "cached_gradients": 6,
     "launch": 6,

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from sslcli.cli import _sweep_table
 from sslcli.cli._job import PARENT, Job, Sweep, command_line, is_due, log_of, note_end, note_start
+from sslcli.cores import usable
 from sslcli.errors import EXIT_STOPPED
 
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a job that gets one saves and stops
@@ -50,7 +51,7 @@ def slots_of(config: dict[str, Any], *, jobs: int | None, wanted: int | None) ->
     if launcher["kind"] == "slurm":  # which needs no more of this machine than a submission does
         return [Slot()] * min(jobs or 1, wanted or jobs or 1)
     devices = cuda_devices(config["device"])
-    cores = sorted(os.sched_getaffinity(0))
+    cores = usable()
     processes = 1 if launcher["kind"] == "local" else launcher["processes"] or len(devices) or 2
     groups = [tuple(devices[i : i + processes]) for i in range(0, len(devices) - processes + 1, processes)]
     if devices or ":" in config["device"] or config["device"] == "mps":
@@ -207,7 +208,7 @@ def _end(sweep: Sweep, one: Running, *, quiet: bool) -> int:
 @contextmanager
 def pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
     """Processes started in this block run on these cores, and size their thread pools by them."""
-    if cores is None:
+    if cores is None or not hasattr(os, "sched_setaffinity"):
         yield
         return
     before = os.sched_getaffinity(0)

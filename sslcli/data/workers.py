@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from sslcli import cores
 from sslcli.distributed import end_with
 from sslcli.errors import ConfigError, ProcessLost
 
@@ -26,10 +27,9 @@ def workers_that_pay(image_size: int) -> int:
     Beside a GPU, all cores of this process but one, at most 8. On the CPU they take cores from the network, so 2, and
     none where small images, of at most 64 pixels a side, leave them little to do on 1 or 2 cores.
     """
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
-        return min(MOST, max(1, cores - 1))
-    return 0 if image_size <= SMALL and cores <= FEW_CORES else ON_THE_CPU
+        return min(MOST, max(1, cores.share() - 1))
+    return 0 if image_size <= SMALL and cores.share() <= FEW_CORES else ON_THE_CPU
 
 
 class Told(Dataset[Any]):
