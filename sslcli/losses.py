@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_VALUES = 1 << 22  # similarities held at a time: 16 MB in float32
-COLDEST = 0.05  # temperature at which exp(-2 / temperature) is far from the smallest float32
+COLDEST = 0.05  # temperature at which sums of exp(1 / temperature) are far from the largest float32
 CPU_BLOCK = (256, 4096)  # queries and negatives of a product that stays in the caches
 
 
@@ -138,30 +138,32 @@ class _Mutual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        num_rows, peak = len(rows), 1.0 / temperature  # unit rows have no larger logit
+        num_rows = len(rows)
         partner = rows.roll(num_rows // 2, 0)
         positive_logit = (rows * partner).sum(1) / temperature
-        total = (positive_logit - peak).exp()
-        hardest = torch.full_like(total, -torch.inf)
+        positive = positive_logit.exp()
+        total, hardest = positive.clone(), torch.full_like(positive, -torch.inf)
         for i, j, weights in _upper_blocks(rows, temperature):
             hardest[i] = torch.maximum(hardest[i], weights.amax(1))
-            hardest[j] = torch.maximum(hardest[j], weights.amax(0))
-            weights.sub_(peak).exp_()
-            total[i] += weights.sum(1)
             if i != j:
-                total[j] += weights.sum(0)
+                hardest[j] = torch.maximum(hardest[j], weights.amax(0))
+                total[j] += weights.exp_().sum(0)
+            else:
+                weights.exp_()
+            total[i] += weights.sum(1)
         inverse = 1 / total
-        pull = (positive_logit - peak).exp() * (inverse + inverse.roll(num_rows // 2)) - 2
-        grad = pull[:, None] * partner
-        for i, j, weights in _upper_blocks(rows, temperature):
-            weights.sub_(peak).exp_().mul_(inverse[i, None] + inverse[j])
+        grad = (positive * (inverse + inverse.roll(num_rows // 2)) - 2)[:, None] * partner
+        whole, last = len(weights) == num_rows, [(i, j, weights)]
+        again = ((i, j, logits.exp_()) for i, j, logits in _upper_blocks(rows, temperature))
+        for i, j, weights in last if whole else again:
+            weights.mul_(inverse[i, None] + inverse[j])
             grad[i].addmm_(weights, rows[j])
             if i != j:
                 grad[j].addmm_(weights.T, rows[i])
         ctx.save_for_backward(grad.div_(num_rows * temperature))
         accuracy = (positive_logit > hardest).to(rows.dtype).mean()
         ctx.mark_non_differentiable(accuracy)
-        return (total.log() + peak - positive_logit).mean(), accuracy
+        return (total.log() - positive_logit).mean(), accuracy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -184,16 +186,15 @@ def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, sli
             yield i, j, logits
 
 
-def mutual_info_nce(z1: Tensor, z2: Tensor, *, temperature: float) -> Contrast:
-    """`info_nce` of the rows of (z1, z2) and (z2, z1), (N, D) of unit length, against all other rows of both.
+def mutual_info_nce(rows: Tensor, *, temperature: float) -> Contrast:
+    """`info_nce` of (2N, D) rows of unit length, of which row i and row N + i belong together, against all others.
 
     Every similarity is computed once for both of its rows, which saves a third of the products. The temperature is at
-    least `COLDEST`, for all logits are taken below 1 / temperature. The gradient can be taken once, not twice.
+    least `COLDEST`, for exponentials are summed as they are. The gradient can be taken once, not twice.
     """
     if temperature < COLDEST:
-        raise ValueError(f"temperature is {temperature}, but weights of exp(-2 / temperature) must not vanish")
-    with torch.autocast(z1.device.type, enabled=False):
-        rows = torch.cat([z1, z2])
+        raise ValueError(f"temperature is {temperature}, but sums of exp(1 / temperature) must stay finite")
+    with torch.autocast(rows.device.type, enabled=False):
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         loss, accuracy = _Mutual.apply(rows, temperature)
     return Contrast(loss, accuracy)

@@ -27,15 +27,16 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None
     all other images on all processes; gradients flow through them on every process. The unit rows of `memory` (K, D),
     where given, are further negatives of every anchor.
     """
-    z1, z2 = (F.normalize(full_precision(z), dim=1) for z in (z1, z2))
+    rows = F.normalize(full_precision(torch.cat([z1, z2])), dim=1)
     if world_size() == 1 and memory is None and temperature >= COLDEST:
-        return mutual_info_nce(z1, z2, temperature=temperature)
+        return mutual_info_nce(rows, temperature=temperature)
+    z1, z2 = rows.chunk(2)
     num_rows, total = len(z1), world_size() * len(z1)
     further = [] if memory is None else [memory.to(z1.dtype)]
     candidates = torch.cat([all_gather_with_grad(z1), all_gather_with_grad(z2), *further])  # (2WN + K, D)
     mine = rank() * num_rows + torch.arange(num_rows, device=z1.device)
     same_image = torch.stack([mine, mine + total], dim=1).repeat(2, 1)  # (2N, 2): the anchor itself and its positive
-    return info_nce(torch.cat([z1, z2]), torch.cat([z2, z1]), candidates, temperature=temperature, exclude=same_image)
+    return info_nce(rows, torch.cat([z2, z1]), candidates, temperature=temperature, exclude=same_image)
 
 
 class SimCLR(Method):
