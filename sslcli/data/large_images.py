@@ -8,7 +8,7 @@ operation is one call for hundreds of them; so are all on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,10 +44,10 @@ def are_large(images: Tensor) -> bool:
     return images.device.type == "cpu" and images.shape[2] * images.shape[3] >= LARGE
 
 
-def change(images: Tensor, parameters: Parameters, finish: Callable[[Tensor], Tensor]) -> Tensor:
+def change(images: Tensor, parameters: Parameters, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Flip, jitter, gray, blur and solarize (N, C, H, W) images in [0, 1], as the batched operations do to rounding.
 
-    finish: what is made of each (1, C, H, W) at the end, of the same shape.
+    At the end, (images - mean) / std, of one value a channel.
     """
     # Networks want the channels last, and here the image is in the cache.
     out = torch.empty_like(images, memory_format=torch.channels_last)
@@ -69,7 +69,7 @@ def change(images: Tensor, parameters: Parameters, finish: Callable[[Tensor], Te
                 image = blur(image, sigma[row], parameters.taps)
             if solarized[row]:
                 image = torch.where(image >= parameters.threshold, 1 - image, image)
-            out[row].copy_(finish(image.unsqueeze(0))[0])
+            out[row].copy_(color.normalize(image.unsqueeze(0), mean, std)[0])
     return out
 
 

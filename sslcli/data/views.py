@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -140,14 +139,12 @@ class Views:
         spec = self._spec(view)
         draws = uniform(mix(key.cpu(), view).unsqueeze(0), torch.arange(_COLOUR_STREAMS).unsqueeze(1))
         chosen = _chosen(spec, draws, images)
-        finish = partial(self.finish, mean=mean, std=std)
         first, last, _ = photometric.indices(images.shape[1])
-        if (first, last) == (0, images.shape[1]) and spec.rand_augment == 0:
-            changed = self._in_one_pass(spec, chosen, images, mean=mean, std=std)
+        if (first, last) == (0, images.shape[1]):
+            plain = self.normalize and self.color_space == "rgb"
+            changed = _one_by_one(spec, chosen, images, (mean, std) if plain else None)
             if changed is not None:
-                return changed
-        if (first, last) == (0, images.shape[1]) and _one_by_one(spec, images):
-            return _changed_one_by_one(spec, chosen, images, finish)
+                return changed if plain else self.finish(changed, mean=mean, std=std)
         images = augment.flip(images, chosen.flipped)
         if first < last:
             before, part, after = images.tensor_split((first, last), 1)
@@ -158,26 +155,7 @@ class Views:
                 )
             part = _photometric(spec, chosen, mix(key.cpu(), view), part, mean[first:last])
             images = part if part.shape == images.shape else torch.cat((before, part, after), 1)
-        return finish(images)
-
-    def _in_one_pass(
-        self,
-        spec: View,
-        chosen: large_images.Parameters,
-        images: Tensor,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> Tensor | None:
-        """All of `colour` by a compiled pass, where there is one."""
-        channels = images.shape[1]
-        if spec.blur > 0:
-            augment.check_taps(chosen.taps, *images.shape[2:])
-        if self.color_space == "rgb" and self.normalize:
-            augment.check_scale(mean, std, channels)
-            return change(images, chosen, mean=mean, std=std)
-        changed = change(images, chosen, mean=[0.0] * channels, std=[1.0] * channels)
-        return None if changed is None else self.finish(changed, mean=mean, std=std)
+        return self.finish(images, mean=mean, std=std)
 
     def _spec(self, view: int | Tensor) -> View:
         return self.views[view if isinstance(view, int) else int(view[0])]
@@ -245,27 +223,38 @@ def _between(fraction: Tensor, low: float, high: float) -> Tensor:
     return fraction * (high - low) + low
 
 
-def _one_by_one(spec: View, images: Tensor) -> bool:
-    """Whether the images are better changed one at a time, see `large_images`."""
-    return spec.rand_augment == 0 and large_images.are_large(images)
+def _one_by_one(
+    spec: View,
+    chosen: large_images.Parameters,
+    images: Tensor,
+    scale: tuple[Sequence[float], Sequence[float]] | None,
+) -> Tensor | None:
+    """Each image through all operations; None where a batch of them is the better way.
 
+    scale: the mean and standard deviation of each channel, by which images are normalised at the end, or None.
 
-def _changed_one_by_one(
-    spec: View, chosen: large_images.Parameters, images: Tensor, finish: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The images through all operations and `finish`; refuses a blur too wide even where none is drawn."""
+    Refuses a blur too wide for the images even where none is drawn.
+    """
+    if spec.rand_augment > 0:
+        return None
     if spec.blur > 0:
         augment.check_taps(chosen.taps, *images.shape[2:])
-    return large_images.change(images, chosen, finish)
+    mean, std = scale or ([0.0] * images.shape[1], [1.0] * images.shape[1])
+    augment.check_scale(mean, std, images.shape[1])
+    changed = change(images, chosen, mean=mean, std=std)
+    if changed is None and large_images.are_large(images):
+        changed = large_images.change(images, chosen, mean=mean, std=std)
+    return changed
 
 
 def _photometric(
     spec: View, chosen: large_images.Parameters, key: Tensor, images: Tensor, mean: Sequence[float]
 ) -> Tensor:
     """Jitter, RandAugment, grayscale, blur and solarize, in the order of the module's text."""
-    if _one_by_one(spec, images):
-        unflipped = replace(chosen, flipped=torch.zeros_like(chosen.flipped))
-        return _changed_one_by_one(spec, unflipped, images, lambda image: image)
+    unflipped = replace(chosen, flipped=torch.zeros_like(chosen.flipped))
+    changed = _one_by_one(spec, unflipped, images, None)
+    if changed is not None:
+        return changed
     if spec.grayscale_first:
         images = augment.to_grayscale(images, chosen.gray)
     if spec.jitters:
