@@ -66,13 +66,11 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 def check_keys(where: str, given: Iterable[object], known: Sequence[str]) -> None:
     """Raise ValueError unless all keys are known; the message names `where`, the key, the nearest and all others."""
-    from difflib import get_close_matches
-
     for key in given:
         if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"{where} has the unknown key {key!r}{hint} Known keys: {', '.join(known)}")
+            raise ValueError(
+                f"{where} has the unknown key {key!r}.{nearest(key, known)} Known keys: {', '.join(known)}"
+            )
 
 
 def check_positive(**values: int) -> None:

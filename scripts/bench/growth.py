@@ -44,7 +44,7 @@ VIEW = {"crop_scale": [0.2, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1], "jitter_p": 0.
 MICRO = 32  # images a micro-batch of cached gradients
 
 
-class InMemory(Source):
+class Black(Source):
     """`count` black images of 32 pixels with labels."""
 
     def __init__(self, count: int) -> None:
@@ -108,7 +108,7 @@ def made(source: Source, views: int) -> Result:
 
 
 def in_memory(count: int) -> Result:
-    source = InMemory(count)
+    source = Black(count)
     return made(source, 2) | {"extra_mb": peak_mb()}
 
 
@@ -127,7 +127,7 @@ def in_files(count: int) -> Result:
 
 
 def view_count(views: int) -> Result:
-    return made(InMemory(4096), views)
+    return made(Black(4096), views)
 
 
 CURVES: dict[str, tuple[str, Callable[[int], Result], Sequence[int]]] = {

@@ -6,14 +6,13 @@ conf/backbone/resnet18.yaml and its siblings
 
 from __future__ import annotations
 
-import difflib
 from functools import partial
 
 from torch import Tensor, nn
 
 from sslcli.backbones.base import Backbone
 from sslcli.backbones.norm import norm_layer
-from sslcli.errors import check_positive
+from sslcli.errors import check_positive, nearest
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "wide_resnet101_2")
 STEMS = ("auto", "imagenet", "cifar")
@@ -58,9 +57,7 @@ class ResNet(Backbone):
     ) -> None:
         super().__init__()
         if arch not in ARCHS:
-            near = difflib.get_close_matches(str(arch), ARCHS, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"arch is {arch!r}{hint}, but it must be one of: {', '.join(ARCHS)}")
+            raise ValueError(f"arch is {arch!r}, but it must be one of: {', '.join(ARCHS)}.{nearest(arch, ARCHS)}")
         if stem not in STEMS:
             raise ValueError(f"stem is {stem!r}, but it must be one of: {', '.join(STEMS)}")
         check_positive(image_size=image_size, in_channels=in_channels)

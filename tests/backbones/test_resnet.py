@@ -101,7 +101,7 @@ def test_channels_last_changes_nothing_but_the_layout() -> None:
 
 
 def test_wrong_values_are_refused_with_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"'resnet19' \(did you mean resnet1.*one of: resnet18, resnet34"):
+    with pytest.raises(ValueError, match=r"'resnet19'.*one of: resnet18, resnet34.*Did you mean 'resnet1"):
         ResNet("resnet19", image_size=32)
     with pytest.raises(ValueError, match=r"stem is 'small', .* auto, imagenet, cifar"):
         ResNet("resnet18", image_size=32, stem="small")

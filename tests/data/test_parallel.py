@@ -238,7 +238,7 @@ def test_a_test_split_of_its_own(root: Path, tmp_path: Path) -> None:
         ({}, "must name at least one folder"),
         ([], "must name at least one folder"),
         ({"rgb": 3}, r"modalities\.rgb is 3, but it must be a mapping of channels"),
-        ({"rgb": RGB | {"channel": 3}}, r"modalities\.rgb has the unknown key 'channel', did you mean 'channels'\?"),
+        ({"rgb": RGB | {"channel": 3}}, r"modalities\.rgb has the unknown key 'channel'\. Did you mean 'channels'\?"),
         ({"rgb": RGB | {"channels": 4}}, r"modalities\.rgb\.channels is 4, but it must be 1 or 3"),
         ({"rgb": RGB | {"interpolation": "cubic"}}, "must be smooth or nearest"),
         ({"rgb": RGB | {"optional": 1}}, r"rgb\.optional is 1, but it must be true or false"),

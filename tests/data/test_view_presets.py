@@ -139,7 +139,7 @@ def test_a_wrong_value_names_field_value_and_constraint(field: str, value: objec
 
 def test_wrong_lists_and_keys_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(
-        ValueError, match=r"views\[0\] has the unknown key 'greyscale', did you mean 'grayscale'\? Known"
+        ValueError, match=r"views\[0\] has the unknown key 'greyscale'\. Did you mean 'grayscale'\? Known"
     ):
         Views([{"greyscale": 0.2}])
     with pytest.raises(ValueError, match=r"unknown key 'zzz'\. Known keys: count, size, crop_scale"):
