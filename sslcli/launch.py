@@ -46,14 +46,24 @@ def lost_contact(error: RuntimeError) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this process. Raises ConfigError, naming what there is, where it is not available."""
+    """The device of this process; "auto" is CUDA or the CPU, for MPS has not been tried.
+
+    Raises ConfigError, naming what there is, where it is not available.
+    """
     if name == "auto":
-        name = next((kind for kind in ("cuda", "mps") if kind in available()), "cpu")
+        name = "cuda" if "cuda" in available() else "cpu"
+    if name == "mps" and joined():
+        raise ConfigError("device is 'mps', on which processes cannot meet: take device=cpu, or launcher=local")
     kind = name.partition(":")[0]
     if kind not in available():
         raise ConfigError(f"device is {name!r}, but this machine has only: {', '.join(available())}")
     if name == "cuda" and joined():
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    elif name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and joined():
+        raise ConfigError(
+            f"device is {name!r}, but each process of a run needs a GPU of its own: take device=cuda, and "
+            "CUDA_VISIBLE_DEVICES to choose among them"
+        )
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
         raise ConfigError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
@@ -80,8 +90,6 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         distributed.end_with(os.getppid())  # the agent, whoever started it
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = heartbeat.join(limit)
     with heartbeat.watched(store, rank=number(), size=int(os.environ["WORLD_SIZE"]), limit=limit, end=end):
@@ -90,8 +98,27 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
         dist.init_process_group(backend, timeout=timedelta(seconds=max(10 * limit, 3600)))
         try:
             yield
-        finally:
-            dist.destroy_process_group()
+        except BaseException:
+            if device.type != "cuda":  # NCCL would wait for the others, while what went wrong here is not told
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
+
+
+def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False) -> None:
+    """Make `device` the one of this process, and prefer kernels that give the same result every time.
+
+    A warning names the kernels that cannot. `compiled` tells the compiler as well, whose import takes seconds.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if compiled:
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.set_deterministic_debug_mode("warn" if deterministic else "default")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:  # older versions of torch warn of every product without it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def share_threads(threads: int | None) -> None:
@@ -198,6 +225,7 @@ def run_once(arguments: list[str], count: int, meeting: Meeting) -> dict[int, in
         run_id=f"sslcli-{meeting.name}",
         rdzv_backend="c10d",
         rdzv_endpoint=meeting.endpoint,
+        local_addr="127.0.0.1" if meeting.nodes == 1 else None,  # a laptop may not find itself by its name
         # The first node may take minutes to import torch from a shared file system.
         rdzv_configs={"is_host": meeting.node == 0, "read_timeout": 300},
         max_restarts=0,

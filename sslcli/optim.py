@@ -114,3 +114,25 @@ def parameter_groups(
             (plain if excluded and not decay_norm_and_bias else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay, "adapt": True}]
     return [*groups, {"params": plain, "weight_decay": 0.0, "adapt": False}] if plain else groups
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer, but not whether its steps were fused: that is decided where this one was built.
+
+    torch has no fused SGD of sharded parameters, while an optimizer that was built fused is left to undo the scale of
+    fp16. Fused steps need numbers in the order that their parameters have in memory.
+    """
+    fused = [group.get("fused") for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, before in zip(optimizer.param_groups, fused, strict=True):
+        if "fused" in group:
+            group["fused"] = before
+        for parameter in group["params"]:
+            kept = optimizer.state.get(parameter, {})
+            for name, value in kept.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.shape == parameter.shape
+                    and value.stride() != parameter.stride()
+                ):
+                    kept[name] = torch.empty_like(parameter).copy_(value)

@@ -19,7 +19,7 @@ def resolve(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
-        capable = torch.cpu.get_capabilities()
+        capable: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
         return "bf16" if capable.get("amx_bf16") or capable.get("avx512_bf16") else "fp32"
     return "fp32"
 

@@ -18,6 +18,7 @@ from sslcli import cached_gradients, checkpoint, compiled, distributed, heartbea
 from sslcli.data.loader import Loader
 from sslcli.errors import ConfigError, Stopped, TrainingFailed
 from sslcli.methods.base import Batch, Method
+from sslcli.optim import load_optimizer
 from sslcli.report.console import Screen
 from sslcli.settings import TrainSettings
 from sslcli.stopping import StopRequest
@@ -217,7 +218,7 @@ def resume(run: Run) -> int:
     run.loader.check_position(state["step"], state.get("loader"))
     try:
         run.method.load_state_dict(state["method"])
-        run.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(run.optimizer, state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(f"the checkpoint in {run.run_dir} does not fit this method or backbone: {error}") from error
@@ -241,7 +242,7 @@ def circumstances(run: Run) -> dict[str, str | int]:
     """What the last bits of a run depend on, besides its configuration."""
     return {
         "torch": str(torch.__version__),
-        "device": run.device.type,
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
         "precision": run.precision,
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),

@@ -40,8 +40,8 @@ class Window:
         self.first_bad = torch.where(finite | (before >= 0), before, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """This process's own sums."""
-        return {"sums": dict(self.sums), "count": self.count}
+        """This process's own sums, on the CPU: they are sent to processes of other devices."""
+        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums, self.count = dict(state["sums"]), state["count"]

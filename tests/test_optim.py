@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
-from sslcli.optim import LARS, parameter_groups
+from sslcli.optim import LARS, load_optimizer, parameter_groups
 
 REFERENCE = ("mocov3", "dino", "vissl", "byol")
 
@@ -225,3 +225,32 @@ def test_groups_suit_torch_optimizers_and_lars_alike() -> None:
     for kind in (torch.optim.SGD, torch.optim.AdamW, LARS):
         optimizer = kind(parameter_groups(Net(), weight_decay=0.1), lr=0.1)
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize(("before", "now"), [(True, None), (None, True)])
+def test_a_step_is_computed_as_this_run_does_it(
+    kind: type[torch.optim.Optimizer], before: bool | None, now: bool | None
+) -> None:
+    """Steps of other processes, sharded or not, go on: the state of each fits the other, in the order of its memory."""
+
+    def made(fused: bool | None, layout: torch.memory_format) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        weight = torch.linspace(-1, 1, 4 * 6 * 3 * 3).view(4, 6, 3, 3).contiguous(memory_format=layout)
+        parameter = nn.Parameter(weight)
+        options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        return parameter, kind([parameter], lr=0.1, weight_decay=0.1, fused=fused, **options)
+
+    def step(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+        parameter.grad = (parameter.detach() + torch.arange(3.0)).clone(memory_format=torch.preserve_format)
+        optimizer.step()
+
+    one, first = made(before, torch.contiguous_format)
+    other, second = made(now, torch.channels_last)
+    step(one, first)
+    with torch.no_grad():
+        other.copy_(one)
+    load_optimizer(second, copy.deepcopy(first.state_dict()))
+    assert second.param_groups[0]["fused"] == now
+    step(one, first)
+    step(other, second)
+    torch.testing.assert_close(other, one)

@@ -201,4 +201,9 @@ def doubts(job: Run, parts: Parts) -> list[str]:
     ):
         remedy = ": train.cached_gradients=true contrasts them all" if job.method.in_batch else ""
         found.append(f"with train.accumulate the negatives within a batch are those of the micro-batch alone{remedy}")
+    if job.device.type == "mps":
+        found.append(
+            "device=mps has not been tried with sslcli, and torch had BatchNorm in channels-last memory wrong there "
+            "(pytorch issue 175189): compare a short run with device=cpu"
+        )
     return found

@@ -31,9 +31,11 @@ def dry_run(job: Run, parts: Parts) -> int:
     picture = save_views(job.loader, parts, count, job.run_dir)
     job.method.train()
     for micro_batches in job.loader.steps(0, min(STEPS, job.total_steps)):
+        await_device(job.device)
         begun = time.perf_counter()
         scalars = optimise(job, job.method, micro_batches)
         job.method.after_step(0.0)
+        await_device(job.device)
         taken = time.perf_counter() - begun
     per_image = sum(p.numel() for p in parts.method.backbone.parameters())
     facts = {
@@ -50,6 +52,12 @@ def dry_run(job: Run, parts: Parts) -> int:
         job.screen.say(f"  view {number}: {line}")
     job.screen.say("nothing was trained: leave dry_run out to start")
     return 0
+
+
+def await_device(device: torch.device) -> None:
+    """Wait for what a GPU was told to do: it goes on while this process does."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> float:

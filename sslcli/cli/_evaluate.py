@@ -25,7 +25,7 @@ from sslcli.cli._subject import load_strictly, load_subject
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, TrainingFailed
 from sslcli.evaluate import layers
 from sslcli.evaluate.distill import Distill, Teacher
-from sslcli.evaluate.features import FeatureSet, from_bank
+from sslcli.evaluate.features import FeatureSet, computed, from_bank
 from sslcli.evaluate.finetune import Outcome
 from sslcli.evaluate.linear import Linear
 from sslcli.evaluate.network import Classifier
@@ -69,6 +69,7 @@ def _answered(config: dict[str, Any]) -> int:
     try:
         device = launch.pick_device(config["device"])
         keep_freed_memory()
+        launch.prepare(device, deterministic=True)
         with Screen() as screen:
             path = None if config["run"] is None else Path(config["run"])
             if path is not None and not (path / "config.yaml").exists():
@@ -159,9 +160,10 @@ def _measure(
 ) -> dict[str, Any]:
     """What a protocol finds in features. A probe shows how far it is: of wide features it takes minutes."""
     if not isinstance(protocol, Linear):
-        return protocol(features)
+        return computed(protocol, features, this.device)
+    told = Progress(this.screen, f"linear probe, {SUBJECTS[name]}", total=protocol.passes)
     try:
-        return protocol(features, tell=Progress(this.screen, f"linear probe, {SUBJECTS[name]}", total=protocol.passes))
+        return computed(protocol, features, this.device, tell=told)
     finally:
         this.screen.stop()
 

@@ -59,7 +59,7 @@ def run(config: dict[str, Any]) -> int:
         device = launch.pick_device(config["device"])
         keep_freed_memory()
         launch.share_threads(config["launcher"]["threads"])
-        set_determinism(config["train"]["deterministic"], compiled=config["train"]["compile"])
+        launch.prepare(device, deterministic=config["train"]["deterministic"], compiled=config["train"]["compile"])
         limit = seconds("launcher.timeout", config["launcher"]["timeout"])
         assert limit is not None
         with launch.process_group(device, limit=limit, end=partial(_end_a_hang, run_dir)):
@@ -77,7 +77,9 @@ def run(config: dict[str, Any]) -> int:
         if "DataLoader worker" in str(error):  # raised wherever the signal of the dying worker finds us
             return _end(str(worker_died(error)), launch.exit_lost())
         if launch.lost_contact(error):
-            return _end(LOST_CONTACT, launch.exit_lost(), wait=2 * WAIT)  # the other process has the reason to tell
+            # The other process has the reason to tell, unless the network itself has.
+            noticed = str(error).strip().splitlines()[0]
+            return _end(f"{LOST_CONTACT} (noticed here: {noticed})", launch.exit_lost(), wait=2 * WAIT)
         raise
     except OSError as error:
         told = disk_failure(error, run_dir, "run_dir")
@@ -212,15 +214,6 @@ def list_bad_images(job: Run) -> None:
     with suppress(OSError):  # on a full disk; what ended the run is what counts
         job.loader.bad.write(path)
     job.screen.warn(f"{job.loader.bad.count} images could not be read: see {path}")
-
-
-def set_determinism(wanted: bool, *, compiled: bool) -> None:
-    """Prefer kernels that give the same result every time; a warning names those that cannot."""
-    if compiled:  # tells the compiler as well, whose import takes seconds
-        torch.use_deterministic_algorithms(wanted, warn_only=True)
-    torch.set_deterministic_debug_mode("warn" if wanted else "default")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not wanted
 
 
 def outcome(run_dir: Path) -> str:

@@ -23,7 +23,7 @@ from sslcli.errors import ConfigError
 from sslcli.settings import CHECKPOINT, NEUTRAL
 
 # What flock says on file systems without locks, such as Lustre mounted without them.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 WRITTEN = ("checkpoints", "tensorboard", "metrics.jsonl", "console.log")  # while a run goes on
 
 

@@ -181,8 +181,9 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int, mask: Tensor)
     def operation(part: Tensor, rows: Tensor) -> Tensor:
         work = in_working_precision(part)
         kernels = _gaussian_kernels(sigma[rows].to(work.device, work.dtype, non_blocking=True), kernel_size)
-        vertical = kernels @ _reflected_shifts(kernel_size, height).to(kernels)
-        horizontal = vertical if height == width else kernels @ _reflected_shifts(kernel_size, width).to(kernels)
+        like = (work.dtype, work.device)
+        vertical = kernels @ _reflected_shifts(kernel_size, height, *like)
+        horizontal = vertical if height == width else kernels @ _reflected_shifts(kernel_size, width, *like)
         n = len(work)
         side = work.transpose(1, 2).reshape(n, height, channels * width)
         side = torch.bmm(vertical.view(n, height, height), side).view(n, height * channels, width)
@@ -211,10 +212,10 @@ def _gaussian_kernels(sigma: Tensor, kernel_size: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _reflected_shifts(kernel_size: int, pixels: int) -> Tensor:
+def _reflected_shifts(kernel_size: int, pixels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(kernel_size, pixels * pixels): for each tap, the matrix that shifts an image reflected at its edges."""
     index = torch.arange(pixels)
     source = index + (torch.arange(kernel_size) - kernel_size // 2).unsqueeze(1)
     source = source.abs()
     source = torch.where(source >= pixels, 2 * (pixels - 1) - source, source)
-    return (source.unsqueeze(2) == index).float().view(kernel_size, pixels * pixels)
+    return (source.unsqueeze(2) == index).view(kernel_size, pixels * pixels).to(device, dtype)

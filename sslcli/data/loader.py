@@ -122,7 +122,10 @@ class Loader:
         assert self.source.images is not None
         for request in self.requests(start, stop):
             position = self.source.splits["train"][request.index]
-            images = self.source.images[position].to(self.device, non_blocking=True)  # (n, C, H, W)
+            images = self.source.images[position]  # (n, C, H, W)
+            if self.device.type == "cuda":  # a copy from other memory would have this process wait
+                images = images.pin_memory()
+            images = images.to(self.device, non_blocking=True)
             key = self.key(request)
             crops = [self.crop(images, key, numbers) for numbers in self.views.pairs]
             yield self.batch(request, crops, position)

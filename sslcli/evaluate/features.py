@@ -74,6 +74,18 @@ class FeatureSet:
         return FeatureSet(**moved)
 
 
+def computed(
+    protocol: Callable[..., dict[str, Any]], features: FeatureSet, device: torch.device, **given: Any
+) -> dict[str, Any]:
+    """`protocol(features, ...)` on a GPU; on the CPU where there is none, or its memory is too small for them."""
+    if device.type == "cuda":
+        try:
+            return protocol(features.to(device), **given)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return protocol(features, **given)
+
+
 def from_bank(features: FeatureSet, rows: Tensor, split: Tensor) -> FeatureSet:
     """The same set with the rows of a memory bank in place of the features of train.
 

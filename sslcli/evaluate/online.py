@@ -11,7 +11,7 @@ from torch import Tensor
 from sslcli.data import rng
 from sslcli.data.sources import Source
 from sslcli.data.views import Views
-from sslcli.evaluate.features import FeatureSet, extract
+from sslcli.evaluate.features import FeatureSet, computed, extract
 from sslcli.evaluate.knn import Knn
 from sslcli.methods.base import Method
 from sslcli.nn import evaluating
@@ -81,7 +81,7 @@ def knn_probe(
                 device=device,
                 precision=precision,
             )
-        result = protocol(features)
+        result = computed(protocol, features, device)
         return {"knn_top1": result["top1"], "knn_top5": result["top5"]}
 
     return probe
