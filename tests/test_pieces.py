@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from processes import Pair
 from runs import differences, last_step, metrics, newest
-from sslcli import checkpoint, distributed, pieces, sharding
+from sslcli import atomic, checkpoint, distributed, pieces, sharding
 from sslcli.cli import _export, _run
 from sslcli.cli._compose import checked_jobs
 from sslcli.errors import ConfigError, TrainingFailed
@@ -316,8 +316,11 @@ RUN = [
 ]
 
 
-def config_of(run_dir: Path) -> dict[str, Any]:
-    config = checked_jobs("train", get_args_parser().parse_args([*RUN, f"run_dir={run_dir}"]))[0]
+def config_of(run_dir: Path, *others: str) -> dict[str, Any]:
+    """Of RUN, with other values of some of its keys."""
+    keys = tuple(line.partition("=")[0] + "=" for line in others)
+    lines = [*(line for line in RUN if not line.startswith(keys)), *others, f"run_dir={run_dir}"]
+    config = checked_jobs("train", get_args_parser().parse_args(lines))[0]
     return config | {"run_dir": str(run_dir)}
 
 
@@ -357,3 +360,26 @@ def test_a_run_killed_while_it_saves_ends_as_one_never_stopped(tmp_path: Path, p
     assert {"monitor/knn_top1", "health/std", "train/loss"} <= set().union(*metrics(whole))
     assert exported(whole) == newest(whole)["method"].keys()
     assert sorted(path.name for path in folder.iterdir()) == ["last", *(f"step-{n:08d}" for n in (6, 8, 10))]
+
+
+def test_a_run_of_one_process_goes_on_sharded_and_back(tmp_path: Path, pair: Pair) -> None:
+    """Also with SGD, whose steps are fused where parameters are whole, and have no fused form where they are not."""
+    run_dir = tmp_path / "run"
+
+    def cut_after(step: int) -> None:
+        (run_dir / "done").unlink()
+        for path in run_dir.glob("checkpoints/step-*"):
+            if int(path.stem[5:]) > step:
+                atomic.discard(path)
+
+    plain = config_of(run_dir, "optimizer=sgd", "train.sharding=none", "train.keep=10")
+    assert _run.run(plain) == 0
+    cut_after(4)
+    assert pair.run(_run.run, plain | {"train": plain["train"] | {"sharding": "fsdp"}, "resume": "must"}) == [0, 0]
+    assert newest(run_dir)["step"] == STEPS
+    cut_after(6)
+    assert _run.run(plain | {"resume": "must"}) == 0
+    state = newest(run_dir)
+    assert state["step"] == STEPS
+    assert all(group["fused"] for group in state["optimizer"]["param_groups"])
+    assert all(value.isfinite().all() for value in state["method"].values() if value.is_floating_point())
