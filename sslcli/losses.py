@@ -147,10 +147,9 @@ class _Mutual(torch.autograd.Function):
             hardest[i] = torch.maximum(hardest[i], weights.amax(1))
             if i != j:
                 hardest[j] = torch.maximum(hardest[j], weights.amax(0))
-                total[j] += weights.exp_().sum(0)
-            else:
-                weights.exp_()
-            total[i] += weights.sum(1)
+            total[i] += weights.exp_().sum(1)
+            if i != j:
+                total[j] += weights.sum(0)
         inverse = 1 / total
         grad = (positive * (inverse + inverse.roll(num_rows // 2)) - 2)[:, None] * partner
         whole, last = len(weights) == num_rows, [(i, j, weights)]
