@@ -46,7 +46,7 @@ def lost_contact(error: RuntimeError) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this process; "auto" is CUDA or the CPU, for MPS has not been tried.
+    """The device of this process, with an index for CUDA; "auto" is CUDA or the CPU, for MPS has not been tried.
 
     Raises ConfigError, naming what there is, where it is not available.
     """
@@ -57,8 +57,9 @@ def pick_device(name: str) -> torch.device:
     kind = name.partition(":")[0]
     if kind not in available():
         raise ConfigError(f"device is {name!r}, but this machine has only: {', '.join(available())}")
-    if name == "cuda" and joined():
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    if name == "cuda":  # torch sets no current device without an index
+        rank = int(os.environ.get("LOCAL_RANK", 0)) if joined() else 0
+        name = f"cuda:{rank % torch.cuda.device_count()}"
     elif name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and joined():
         raise ConfigError(
             f"device is {name!r}, but each process of a run needs a GPU of its own: take device=cuda, and "

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import pytest
+import torch
+from torch import nn
 
 from sslcli import launch
+from sslcli.backbones.small import Small
+from sslcli.cli._assemble import place
 from sslcli.errors import ConfigError
+from sslcli.methods.simclr import SimCLR
+from test_settings import TRAIN
 
 
 def has(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
@@ -15,7 +25,7 @@ def has(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize(("kinds", "expected"), [((), "cpu"), (("cuda",), "cuda"), (("mps",), "cpu")], ids=str)
+@pytest.mark.parametrize(("kinds", "expected"), [((), "cpu"), (("cuda",), "cuda:0"), (("mps",), "cpu")], ids=str)
 def test_auto_is_what_was_tried(kinds: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     has(monkeypatch, *kinds)
     assert str(launch.pick_device("auto")) == expected
@@ -49,3 +59,67 @@ def test_a_device_that_is_not_there_is_refused(
     has(monkeypatch, *kinds)
     with pytest.raises(ConfigError, match=message):
         launch.pick_device(name)
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """This machine as one with a GPU, as far as choosing and preparing a device goes; the devices that became current.
+
+    torch's own check of the device runs; only the call into the driver is replaced.
+    """
+    has(monkeypatch, "cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    current: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    yield current
+    torch.set_deterministic_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_one_process_on_one_gpu_starts(name: str, one_gpu: list[int]) -> None:
+    device = launch.pick_device(name)
+    launch.prepare(device, deterministic=True)
+    with launch.process_group(device, limit=60, end=lambda message: None):
+        assert not torch.distributed.is_initialized()
+    assert one_gpu == [0]
+    assert device.index == 0
+
+
+def test_processes_with_gpus_meet_over_nccl(one_gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for name, value in joined.items():
+        monkeypatch.setenv(name, value)
+    calls: list[tuple[str, ...]] = []
+
+    @contextmanager
+    def watched(*args: Any, **settings: Any) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr("sslcli.heartbeat.join", lambda limit: None)
+    monkeypatch.setattr("sslcli.heartbeat.watched", watched)
+    monkeypatch.setattr(
+        "torch.distributed.init_process_group", lambda backend, timeout: calls.append(("join", backend))
+    )
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: calls.append(("leave",)))
+    device = launch.pick_device("auto")
+    launch.prepare(device, deterministic=False)
+    with launch.process_group(device, limit=60, end=lambda message: None):
+        assert calls == [("join", "cpu:gloo,cuda:nccl")]
+    assert calls[1:] == [("leave",)]
+    assert one_gpu == [0]
+
+
+def test_a_method_is_placed_on_the_gpu_whole(one_gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors go to `meta` where they would go to the GPU."""
+    to, given = nn.Module.to, []
+
+    def to_meta(module: nn.Module, device: torch.device) -> nn.Module:
+        given.append(device)
+        return to(module, "meta")
+
+    monkeypatch.setattr(nn.Module, "to", to_meta)
+    method = SimCLR(Small(width=4, image_size=32))
+    place(method, TRAIN, launch.pick_device("auto"))
+    assert given == [torch.device("cuda", 0)]
+    assert {tensor.device.type for tensor in method.state_dict().values()} == {"meta"}
