@@ -6,7 +6,9 @@ conf/backbone/timm.yaml; timm is an extra: pip install "sslcli[timm]"
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,14 +75,36 @@ def create(name: str, *, image_size: int, in_channels: int, pretrained: bool, op
         raise ValueError(f"timm {getattr(timm, '__version__', '')} has no model {name!r}{hint}")
     arguments = {"pretrained": pretrained, "num_classes": 0, "in_chans": in_channels, **options}
     try:
-        try:
-            model: nn.Module = timm.create_model(name, img_size=image_size, **arguments)
-        except TypeError as error:
-            if "img_size" not in str(error):  # convolutional models take any size and no such argument
-                raise
-            model = timm.create_model(name, **arguments)
+        with without_pickles():
+            model = _built(timm, name, image_size, arguments)
     except Exception as error:  # whatever it is (network, option, size), the user's yaml asked for it
         raise ValueError(
             f"timm cannot build {name!r} with image_size={image_size}, {arguments}: {type(error).__name__}: {error}"
         ) from error
     return model
+
+
+def _built(timm: Any, name: str, image_size: int, arguments: dict[str, Any]) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, img_size=image_size, **arguments)
+    except TypeError as error:
+        if "img_size" not in str(error):  # convolutional models take any size and no such argument
+            raise
+        model = timm.create_model(name, **arguments)
+    return model
+
+
+@contextmanager
+def without_pickles() -> Iterator[None]:
+    """Have torch.load read tensors and plain values alone within the block, whatever timm asks it for.
+
+    Older versions of timm unpickle files of weights whole, which can run any code.
+    """
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[0]]
+        os.environ |= {name: value for name, value in before.items() if value is not None}

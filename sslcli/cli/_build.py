@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -14,16 +16,27 @@ from torch.optim import Optimizer
 from sslcli import schedule, sharding
 from sslcli.backbones.base import Backbone
 from sslcli.backbones.wrap import as_backbone
-from sslcli.cli._schema import check_target, trusted_packages
+from sslcli.cli._schema import check_has_target, check_target, trusted_packages
 from sslcli.data.sources import Source
 from sslcli.data.views import Views
 from sslcli.errors import ConfigError, nearest
+from sslcli.evaluate.base import Protocol
 from sslcli.methods.base import Method
 from sslcli.nn import evaluating
 from sslcli.optim import parameter_groups
 from sslcli.winograd import use_winograd
 
 Net = TypeVar("Net", bound=nn.Module)
+Built = TypeVar("Built")
+BASES: dict[str, type] = {  # what the class of each group derives from
+    "method": Method,
+    "dataset": Source,
+    "backbone": nn.Module,
+    "views": Views,
+    "optimizer": Optimizer,
+    "protocol": Protocol,
+}
+CONTRACTS = (Method, Source, nn.Module, Optimizer, Protocol, Backbone)
 
 
 @dataclass(frozen=True)
@@ -35,8 +48,17 @@ class Parts:
     method: Method
 
 
-def find(target: str, *, trust: list[str], where: str) -> Any:
-    """The class or function a `_target_` names, if it is defined in a trusted package."""
+def find(target: str, *, base: type[Built], trust: list[str], where: str) -> type[Built]:
+    """The class that a `_target_` names. Nothing of it has been called yet.
+
+    Args:
+        target: the dotted name of a class.
+        base: what the class must derive from, so that a configuration cannot have anything else called.
+        trust: packages the user trusts, besides ours.
+        where: the path of the `_target_`, for messages.
+
+    Raises ConfigError for a name outside trusted packages, one that leads nowhere, a function, and any other class.
+    """
     check_target(target, trust, where)
     module_name, _, name = target.rpartition(".")
     try:
@@ -51,20 +73,38 @@ def find(target: str, *, trust: list[str], where: str) -> Any:
     home = getattr(found, "__module__", "")
     # A trusted module may itself import os or subprocess; what it did not define stays out of reach.
     if not callable(found) or not any(f"{home}.".startswith(f"{package}.") for package in trusted_packages(trust)):
-        raise ConfigError(f"{where} is {target!r}, but that is not a class or function of a trusted package")
-    return found
+        raise ConfigError(f"{where} is {target!r}, but that is not a class of a trusted package")
+    check_class(found, target, base=base, where=where)
+    return found  # type: ignore[no-any-return]
 
 
-def build(node: dict[str, Any], *, trust: list[str], where: str, **given: Any) -> Any:
-    """Call the `_target_` of a node with its values; nodes inside are built first.
+def check_class(found: Any, target: str, *, base: type, where: str) -> None:
+    """Raise ConfigError unless what a `_target_` leads to is a class derived from `base`, and not a bare contract."""
+    wanted = f"{base.__module__}.{base.__qualname__}"
+    if not isinstance(found, type):
+        raise ConfigError(
+            f"{where} is {target!r}, which is a function, but only classes derived from {wanted} are built here: "
+            "write a class that calls the function"
+        )
+    if not issubclass(found, base):
+        raise ConfigError(f"{where} is {target!r}, but only classes derived from {wanted} are built here")
+    if found in CONTRACTS:
+        raise ConfigError(f"{where} is {target!r}, which only declares what its classes have: name one of them")
 
-    Raises ConfigError for keywords the target does not take and for values it refuses.
+
+def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: str, **given: Any) -> Built:
+    """Call the `_target_` of a node, a class derived from `base`, with its values; nodes inside are built first.
+
+    A node inside may only be of the class that its parameter is annotated with.
+
+    Raises ConfigError for keywords the class does not take and for values it refuses.
     """
-    target = find(node["_target_"], trust=trust, where=f"{where}._target_")
+    check_has_target(where, node)
+    target = find(node["_target_"], base=base, trust=trust, where=f"{where}._target_")
     values: dict[str, Any] = {}
     for name, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
-            values[name] = build(value, trust=trust, where=f"{where}.{name}")
+            values[name] = build_inner(target, name, value, trust=trust, where=f"{where}.{name}")
         elif name != "_target_":
             values[name] = value
     parameters = inspect.signature(target).parameters
@@ -83,15 +123,56 @@ def build(node: dict[str, Any], *, trust: list[str], where: str, **given: Any) -
         raise ConfigError(f"{where}: {error}") from error
 
 
+def build_inner(owner: type, name: str, node: dict[str, Any], *, trust: list[str], where: str) -> Any:
+    """Build the value of one keyword of `owner`, of a class that the keyword is annotated with."""
+    allowed = annotated_classes(owner, name)
+    if not allowed:
+        raise ConfigError(
+            f"{where} has a _target_, but {owner.__qualname__} does not say which class {name} takes: annotate it, as "
+            f"in {name}: MyClass"
+        )
+    base = allowed[-1]
+    for option in allowed[:-1]:
+        with suppress(ConfigError):
+            find(node["_target_"], base=option, trust=trust, where=where)
+            base = option
+            break
+    return build(node, base=base, trust=trust, where=where)
+
+
+def annotated_classes(owner: type, name: str) -> list[type]:
+    """The classes in the annotation of a keyword of a constructor, those of yaml values left out."""
+    for kind in owner.__mro__:
+        try:
+            annotation = get_type_hints(kind.__init__).get(name)  # type: ignore[misc]
+        except (NameError, TypeError, AttributeError):  # names that are imported for type checkers alone
+            continue
+        if annotation is not None:
+            options = get_args(annotation) or (annotation,)
+            return [o for o in options if isinstance(o, type) and o.__module__ not in ("builtins", "typing")]
+    return []
+
+
+def check_classes(config: dict[str, Any], groups: Iterable[str], *, trust: list[str]) -> None:
+    """Raise ConfigError for a group whose class is not one of its kind, before anything is built."""
+    for group in groups:
+        check_has_target(group, config.get(group))
+        find(config[group]["_target_"], base=BASES[group], trust=trust, where=f"{group}._target_")
+
+
 def build_source(config: dict[str, Any], *, trust: list[str]) -> Source:
     """The image set."""
-    source: Source = build(config["dataset"], trust=trust, where="dataset")
-    return source
+    return build(config["dataset"], base=Source, trust=trust, where="dataset")
+
+
+def build_views(node: dict[str, Any], *, trust: list[str]) -> Views:
+    """The views of an image."""
+    return build(node, base=Views, trust=trust, where="views")
 
 
 def build_backbone(config: dict[str, Any], *, image_size: int, trust: list[str]) -> Backbone:
     """The backbone, its feature width found by a dry forward where its class does not say it."""
-    module: nn.Module = build(config["backbone"], trust=trust, where="backbone")
+    module = build(config["backbone"], base=nn.Module, trust=trust, where="backbone")
     try:
         return as_backbone(module, image_size=image_size, in_channels=config["backbone"].get("in_channels", 3))
     except (ValueError, RuntimeError) as error:
@@ -103,13 +184,12 @@ def build_method(config: dict[str, Any], *, image_size: int, num_images: int, tr
     torch.manual_seed(config["seed"])
     node = config["method"]
     backbone = build_backbone(config, image_size=image_size, trust=trust)
-    target = find(node["_target_"], trust=trust, where="method._target_")
+    target = find(node["_target_"], base=Method, trust=trust, where="method._target_")
     channels = config["backbone"].get("in_channels", 3)
     known = {"backbone": backbone, "num_images": num_images, "image_size": image_size, "channels": channels}
     taken = inspect.signature(target).parameters
     given = {name: value for name, value in known.items() if name == "backbone" or name in taken}
-    method: Method = build(node, trust=trust, where="method", **given)
-    return made_fast(method)
+    return made_fast(build(node, base=Method, trust=trust, where="method", **given))
 
 
 def made_fast(net: Net) -> Net:
@@ -120,8 +200,9 @@ def made_fast(net: Net) -> Net:
 
 def build_parts(config: dict[str, Any], *, trust: list[str]) -> Parts:
     """Image set, views and method. Raises ConfigError where they do not fit together."""
+    check_classes(config, ("dataset", "views", "method", "backbone", "optimizer"), trust=trust)
     source = build_source(config, trust=trust)
-    views: Views = build(config["views"], trust=trust, where="views")
+    views = build_views(config["views"], trust=trust)
     num_images = len(source.splits["train"])
     method = build_method(config, image_size=source.image_size, num_images=num_images, trust=trust)
     if method.num_views != views.num_views:
@@ -179,7 +260,5 @@ def build_optimizer(config: dict[str, Any], method: Method) -> tuple[Optimizer, 
     arguments = node | {"lr": peak}
     if node.get("fused") and sharding.is_sharded(method):
         arguments["fused"] = None  # torch has no fused SGD of sharded parameters; None leaves the choice to it
-    optimizer = build(arguments, trust=config["trust"], where="optimizer", params=groups)
-    if not isinstance(optimizer, Optimizer):
-        raise ConfigError(f"optimizer._target_ is {node['_target_']!r}, but that is not an optimizer")
+    optimizer = build(arguments, base=Optimizer, trust=config["trust"], where="optimizer", params=groups)
     return optimizer, peak

@@ -32,6 +32,7 @@ from yaml import YAMLError
 
 from sslcli.cli import _explain, _schema
 from sslcli.cli._help import MULTIRUNS, folder_of_conf
+from sslcli.cli._hydra_node import check_hydra
 from sslcli.cli._job import stop_with_sweep
 from sslcli.cli._plugins import conf_of_plugins
 from sslcli.errors import EXIT_CONFIG, ConfigError
@@ -40,7 +41,7 @@ from sslcli.settings import NEUTRAL
 
 # A checkout that is not installed has no sslcli.conf.
 CONF = "pkg://sslcli.conf" if folder_of_conf(installed=True) else str(folder_of_conf())
-ANSWERED_BY_HYDRA = ("hydra_help", "info", "shell_completion", "experimental_rerun")
+ANSWERED_BY_HYDRA = ("hydra_help", "info", "shell_completion")
 EXIT_INTERRUPTED = 130
 
 
@@ -62,6 +63,8 @@ def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
     try:
         arguments = read_arguments()
         if any(getattr(arguments, flag) for flag in ANSWERED_BY_HYDRA):
+            if arguments.hydra_help:  # sets up logging as the configuration says
+                checked_jobs(name, arguments)
             hand_over(name, lambda config: None, arguments)
             return 0
         if arguments.multirun and name not in MULTIRUNS:
@@ -89,6 +92,11 @@ def read_arguments() -> Namespace:
     if strange:
         raise ConfigError(
             f"there is no flag {strange[0]}: settings are written key=value, as in train.epochs=5; see --help"
+        )
+    if arguments.experimental_rerun:
+        raise ConfigError(
+            "--experimental-rerun would unpickle a file, which can run any code: start the run's own command again "
+            "(overrides.txt in its directory)"
         )
     if arguments.multirun and arguments.cfg:
         raise ConfigError("--cfg shows one configuration and --multirun makes several: leave one of them out")
@@ -214,6 +222,7 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
     _find_own_modules(job)
     _schema.check(command, job)
     own = config.hydra
+    check_hydra(OmegaConf.to_container(own, resolve=False), job.get("trust", []))
     return job | {
         "_choices_": OmegaConf.to_container(own.runtime.choices),
         "_overrides_": digested(lines),

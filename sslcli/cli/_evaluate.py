@@ -24,6 +24,7 @@ from sslcli.cli._evaluation import Evaluation, check_home
 from sslcli.cli._subject import load_strictly, load_subject
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, TrainingFailed
 from sslcli.evaluate import layers
+from sslcli.evaluate.base import Protocol
 from sslcli.evaluate.distill import Distill, Teacher
 from sslcli.evaluate.features import FeatureSet, computed, from_bank
 from sslcli.evaluate.finetune import Outcome
@@ -119,7 +120,7 @@ def evaluate(config: dict[str, Any], device: torch.device, screen: Screen) -> di
                 node[name] = subject.monitor.get(f"knn_{name}")
         splits["train"] = bank_positions(source, subject.monitor.get("knn_images"))
     torch.manual_seed(node.get("seed", 0))  # of a net that is part of the protocol
-    protocol = build(node, trust=config["trust"], where="protocol")
+    protocol: Any = build(node, base=Protocol, trust=config["trust"], where="protocol")
     this = Evaluation(config, device, screen, subject, source, splits)
     result = _trained(this, protocol) if isinstance(protocol, Recipe) else _frozen(this, protocol, node)
     result |= {

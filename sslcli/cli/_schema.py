@@ -125,12 +125,19 @@ def check_group(group: str, node: Any) -> None:
     """Raise ConfigError unless a group came to a mapping, with a `_target_` where something is built from it."""
     if node is None:
         raise ConfigError(f"{group} is missing: choose one with {group}=...")
-    if not isinstance(node, dict):
-        raise ConfigError(f"{group} is {node!r}, but it must be a mapping of keys to values")
     if group in BUILT:
-        if "_target_" not in node:
-            raise ConfigError(f"{group} has no _target_, the name of its class; {HEADER}")
+        check_has_target(group, node)
         check_node(group, node)
+    elif not isinstance(node, dict):
+        raise ConfigError(f"{group} is {node!r}, but it must be a mapping of keys to values")
+
+
+def check_has_target(where: str, node: Any) -> None:
+    """Raise ConfigError unless a node is a mapping that names its class in `_target_`."""
+    if not isinstance(node, dict):
+        raise ConfigError(f"{where} is {node!r}, but it must be a mapping of keys to values")
+    if "_target_" not in node:
+        raise ConfigError(f"{where} has no _target_, the name of its class; {HEADER}")
 
 
 def check_node(where: str, node: dict[str, Any]) -> None:

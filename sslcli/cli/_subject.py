@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sslcli import checkpoint, precision
 from sslcli.cli import _run_dir
-from sslcli.cli._build import build, build_backbone, build_method, build_source, made_fast
+from sslcli.cli._build import build_backbone, build_method, build_source, build_views, check_classes, made_fast
 from sslcli.data.sources import Source
 from sslcli.data.views import Views
 from sslcli.errors import ConfigError
@@ -52,8 +52,9 @@ def load_subject(config: dict[str, Any], device: torch.device) -> tuple[Subject,
         return _bare(config, device)
     run_dir = Path(config["run"])
     saved = _run_dir.read_config(run_dir)
+    check_classes(saved, ("views", "method", "backbone"), trust=trust)
     source = build_source(config if config.get("dataset") else saved, trust=trust)
-    views: Views = build(saved["views"], trust=trust, where="views")
+    views = build_views(saved["views"], trust=trust)
     path = find_checkpoint(run_dir, config["checkpoint"])
     mean, std = saved["dataset"]["mean"], saved["dataset"]["std"]
 
@@ -148,7 +149,7 @@ def _bare(config: dict[str, Any], device: torch.device) -> tuple[Subject, Source
     }
     if exported:
         provenance["exported_from"] = made["provenance"]
-    views = build(made["views"], trust=trust, where="views") if exported else Views([{"crop_scale": None}])
+    views = build_views(made["views"], trust=trust) if exported else Views([{"crop_scale": None}])
     wanted = made["precision"] if exported and config["precision"] == "auto" else config["precision"]
     mean, std = made.get("mean", source.mean), made.get("std", source.std)
     subject = Subject(

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslcli.evaluate.base import Protocol
 from sslcli.evaluate.features import FeatureSet, check_features
-from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank
+from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank, top5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,10 @@ def knn(
 ) -> KnnResult:
     """Classify `query` (m, d) by the k most similar rows of `train` (n, d), each voting exp(cos / temperature).
 
-    Features are L2-normalised here, in float32 or float64. k above n means n; top-5 among fewer than five classes is
-    among all. Equal votes go to the lowest class index. At most chunk x n similarities exist at once. A query
-    must not itself be in the bank. Raises ValueError for values out of range.
+    Features are L2-normalised here, in float32 or float64. k above n means n. Equal votes go to the lowest class
+    index. A class without a neighbor among the k is never right, in top-5 neither, however few classes have one. At
+    most chunk x n similarities exist at once. A query must not itself be in the bank. Raises ValueError for values out
+    of range.
     """
     _check(k=k, temperature=temperature, chunk=chunk)
     check_features(train, train_labels, num_classes=num_classes, width=train.shape[-1], name="train")
@@ -52,29 +54,34 @@ def knn(
     dtype = torch.float64 if train.dtype == torch.float64 else torch.float32
     bank = F.normalize(train.to(dtype), dim=1)
     queries = F.normalize(query.to(dtype), dim=1)
-    votes = torch.cat(
-        [
-            _votes(rows, bank, train_labels, min(k, len(bank)), temperature, num_classes)
-            for rows in torch.split(queries, chunk)
-        ]
-    )
-    place = label_rank(votes, query_labels)
+    parts = [
+        _votes(rows, bank, train_labels, min(k, len(bank)), temperature, num_classes)
+        for rows in torch.split(queries, chunk)
+    ]
+    votes, near = (torch.cat(part) for part in zip(*parts, strict=True))
+    place = label_rank(votes.masked_fill(~near, -1.0), query_labels)
+    place[~near.gather(1, query_labels[:, None]).squeeze(1)] = num_classes
     return KnnResult(
         top1=accuracy(place, 1),
-        top5=accuracy(place, 5),
+        top5=top5(place, num_classes),
         predictions=votes.argmax(dim=1),
         votes=votes,
         correct=place == 0,
     )
 
 
-def _votes(rows: Tensor, bank: Tensor, labels: Tensor, k: int, temperature: float, num_classes: int) -> Tensor:
-    """Normalised class votes (rows, C) of unit rows against the unit bank."""
+def _votes(
+    rows: Tensor, bank: Tensor, labels: Tensor, k: int, temperature: float, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Normalised class votes (rows, C) of unit rows against the unit bank, and (rows, C) bool which classes voted."""
     similarity, neighbour = (rows @ bank.T).topk(k, dim=1)
     # softmax subtracts the largest exponent: exp(1 / temperature) alone overflows float32 below 0.0113
     weight = (similarity / temperature).softmax(dim=1)
+    # A vote may underflow to 0, so who voted is not told by the votes.
+    near = torch.zeros(len(rows), num_classes, dtype=torch.bool, device=rows.device)
+    near.scatter_(1, labels[neighbour], True)
     votes = weight.new_zeros(len(rows), num_classes)
-    return votes.scatter_add_(1, labels[neighbour], weight)
+    return votes.scatter_add_(1, labels[neighbour], weight), near
 
 
 def _check(*, k: int, temperature: float, chunk: int) -> None:
@@ -87,7 +94,7 @@ def _check(*, k: int, temperature: float, chunk: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knn:
+class Knn(Protocol):
     """The k-NN protocol: the bank is train, the queries are val (and test, where there is one besides).
 
     `top1` is of val, because the monitor watches it during training and nothing may be chosen on test;

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslcli.evaluate.base import Protocol
 from sslcli.evaluate.features import FeatureSet
-from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank
+from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank, top5
 from sslcli.precision import DTYPES, resolve
 
 Heads = tuple[Tensor, Tensor]  # weights (d, G*C) and biases (G*C,): one matrix, so that one product serves all heads
@@ -185,7 +186,7 @@ def score(x: Tensor, y: Tensor, heads: Heads, *, num_classes: int) -> tuple[Tens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear:
+class Linear(Protocol):
     """The linear protocol: fit on train, choose on a part of train, refit on all of train, report on test or else val.
 
     The split that is reported is looked at once, after everything is chosen. Raises ValueError for values out of range.
@@ -263,7 +264,7 @@ class Linear:
         place, _ = score(scale(x_test), y_test, heads, num_classes=num_classes)
         return LinearResult(
             top1=accuracy(place[0], 1),
-            top5=accuracy(place[0], 5),
+            top5=top5(place[0], num_classes),
             interval=bootstrap_interval(place[0] == 0, seed=self.seed, resamples=self.resamples),
             chosen=chosen,
             grid=grid,

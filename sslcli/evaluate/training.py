@@ -24,10 +24,11 @@ from sslcli.data.loader import Loader
 from sslcli.data.sources import Source
 from sslcli.data.view import View
 from sslcli.data.views import Views
+from sslcli.evaluate.base import Protocol
 from sslcli.evaluate.features import FeatureSet, extract
 from sslcli.evaluate.linear import Linear
 from sslcli.evaluate.network import Classifier, parameter_groups, set_mode
-from sslcli.evaluate.result import accuracy, bootstrap_interval
+from sslcli.evaluate.result import accuracy, bootstrap_interval, top5
 from sslcli.methods.base import Batch
 from sslcli.nn import evaluating
 from sslcli.report.console import Screen
@@ -82,7 +83,7 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Protocol):
     """How a net is trained. Raises ValueError for values out of range."""
 
     optimizer: str = "sgd"
@@ -136,10 +137,10 @@ class Recipe:
             return torch.optim.AdamW(groups, lr=lr, betas=(self.momentum, 0.999))
         return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, nesterov=self.momentum > 0)
 
-    def numbers(self, place: Tensor) -> dict[str, Any]:
+    def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
         """Accuracies and the interval of the first, from the places (m,) of the true classes of m images."""
         interval = bootstrap_interval(place == 0, seed=self.seed, resamples=self.resamples)
-        return {"top1": accuracy(place, 1), "top5": accuracy(place, 5), "interval": list(interval)}
+        return {"top1": accuracy(place, 1), "top5": top5(place, num_classes), "interval": list(interval)}
 
     def facts(self) -> dict[str, Any]:
         """For the result file."""

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import pickle
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -135,3 +138,31 @@ if REAL:
         images = torch.randn(2, 3, 32, 32)
         with torch.no_grad():
             torch.testing.assert_close(ours(images), theirs(images))
+
+
+@pytest.mark.skipif(not REAL, reason="sslcli[timm] is not installed")
+@pytest.mark.parametrize("option", ["checkpoint_path", "pretrained_cfg"])
+def test_a_file_of_weights_that_holds_code_runs_none(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where timm asks torch to unpickle it whole, as its older versions do."""
+    path, mark = tmp_path / "net.pth", tmp_path / "ran"
+    path.write_bytes(pickle.dumps(Act(str(mark))))
+    load = torch.load
+    monkeypatch.setattr("torch.load", lambda *args, **given: load(*args, **given | {"weights_only": None}))
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    options = {"checkpoint_path": str(path)} if option == "checkpoint_path" else {option: {"file": str(path)}}
+    with pytest.raises(ValueError, match="timm cannot build"):
+        Timm("resnet10t", image_size=32, pretrained=option != "checkpoint_path", options=options)
+    assert not mark.exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+
+
+class Act:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (self.path, "w")

@@ -11,7 +11,7 @@ from torch import Tensor
 from golden_cases import Case, golden_cases
 from sslcli.evaluate.features import FeatureSet
 from sslcli.evaluate.knn import Knn, knn
-from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank
+from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank, top5
 
 
 def problem(n: int = 60, m: int = 25, d: int = 6, c: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,6 +99,22 @@ def test_top5_of_few_classes_is_1():
     assert knn(*problem(), num_classes=4).top5 == 1.0
 
 
+def test_a_class_without_a_vote_is_not_among_the_best_five():
+    bank, labels = torch.eye(10), torch.arange(10)
+    found = knn(bank, labels, bank[9:].repeat(10, 1), labels, k=1, num_classes=10)
+    assert (found.top1, found.top5) == (0.1, 0.1)
+    found = knn(bank[:3], labels[:3], bank[:1].repeat(4, 1), torch.arange(4), k=3, num_classes=4)
+    assert (found.top1, found.top5) == (0.25, 0.75)  # the fourth class has no image in the bank
+
+
+def test_a_vote_that_underflows_is_still_a_vote():
+    bank = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    labels, query = torch.tensor([7, 8]), torch.tensor([[1.0, 0.0]])
+    found = knn(bank, labels, query, torch.tensor([8]), k=2, temperature=1e-3, num_classes=10)
+    assert float(found.votes[0, 8]) == 0.0
+    assert (found.top1, found.top5) == (0.0, 1.0)
+
+
 def test_a_very_small_temperature_does_not_overflow():
     votes = knn(*problem(), num_classes=4, temperature=1e-4).votes
     torch.testing.assert_close(votes.sum(dim=1), torch.ones(25))
@@ -151,6 +167,7 @@ def test_place_of_the_label_orders_ties_by_class_and_puts_nan_last():
     place = label_rank(scores, torch.tensor([1, 2, 2]))
     assert place.tolist() == [0, 1, 3]
     assert accuracy(place, 1) == pytest.approx(1 / 3)
+    assert top5(place, 3) == pytest.approx(2 / 3)
 
 
 def test_bootstrap_interval_agrees_with_resampled_indices():

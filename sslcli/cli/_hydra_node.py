@@ -1,0 +1,44 @@
+"""Check Hydra's own part of a configuration for names that Hydra would call.
+
+Hydra builds whatever `hydra.callbacks` names, Optuna's sweeper whatever its `sampler` names, and Python's logging
+whatever a handler names. None of that passes through our own checks of `_target_`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from sslcli.cli._plugins import plugins
+from sslcli.errors import ConfigError
+
+ALLOWED = (  # by the path of a name inside `hydra`: what it may be without trust
+    (r"(launcher|sweeper)\._target_", r"hydra_plugins\.[\w.]+|hydra\._internal\.core_plugins\.[\w.]+"),
+    (r"sweeper\.(sampler|pruner)\._target_", r"optuna\.(samplers|pruners)\.\w+"),
+    (r"(job|hydra)_logging\..*", r"logging\.(handlers\.)?\w*(Handler|Formatter|Filter)|colorlog\.ColoredFormatter"),
+)
+CALLED = ("_target_", "()", "class", "queue", "listener", "custom_search_space")  # keys whose values name code
+
+
+def check_hydra(own: Any, trust: Iterable[str]) -> None:
+    """Raise ConfigError where Hydra's node, as plain values, names code outside of Hydra that no `trust` covers."""
+    packages = [*plugins(), *trust]
+    for path, name in named_code("", own):
+        allowed = any(re.fullmatch(place, path) and re.fullmatch(names, name) for place, names in ALLOWED)
+        if not allowed and not any(name.startswith(f"{package}.") for package in packages):
+            raise ConfigError(
+                f"hydra.{path} is {name!r}, which Hydra would call, but it lies in no trusted package: leave it out. "
+                f"If you know that package, add trust=[{name.split('.')[0]}]"
+            )
+
+
+def named_code(where: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Path and value of every text that names something to be called."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        path = f"{where}.{key}" if where else str(key)
+        if isinstance(inner, str) and key in CALLED and ("." in inner or "${" in inner):
+            yield path, inner
+        else:
+            yield from named_code(path, inner)

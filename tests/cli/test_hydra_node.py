@@ -1,0 +1,70 @@
+"""sslcli/cli/_hydra_node.py: what a configuration may have Hydra itself call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import SMALL, Cli
+from sslcli.cli._hydra_node import check_hydra
+from sslcli.errors import ConfigError
+
+ACT = "sslcli.atomic.replace"
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"callbacks": {"mine": {"_target_": ACT}}},
+        {"callbacks": {"mine": {"_target_": "os.system"}}},
+        {"callbacks": {"mine": {"_target_": "${oc.env:X}"}}},
+        {"launcher": {"_target_": "subprocess.run"}},
+        {"sweeper": {"_target_": "hydra_plugins.mine.Sweeper", "sampler": {"_target_": "os.system"}}},
+        {"sweeper": {"sampler": {"_target_": "optuna.create_study"}}},
+        {"sweeper": {"custom_search_space": "mine.space"}},
+        {"job_logging": {"handlers": {"file": {"class": "logging.config.fileConfig", "fname": "x"}}}},
+        {"hydra_logging": {"formatters": {"simple": {"()": "subprocess.Popen"}}}},
+        {"job_logging": {"handlers": {"q": {"class": "logging.handlers.QueueHandler", "queue": {"()": "os.system"}}}}},
+    ],
+    ids=str,
+)
+def test_what_hydra_would_call_lies_in_hydra_or_in_a_trusted_package(node: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"which Hydra would call, but it lies in no trusted package"):
+        check_hydra(node, [])
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"launcher": {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}},
+        {"sweeper": {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": None}},
+        {"sweeper": {"sampler": {"_target_": "optuna.samplers.TPESampler", "seed": 1}}},
+        {"job_logging": {"handlers": {"a": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"}}}},
+        {"job_logging": {"formatters": {"a": {"()": "colorlog.ColoredFormatter"}}}},
+        {"callbacks": {"mine": {"_target_": "mine.Callback"}}},
+    ],
+    ids=str,
+)
+def test_hydras_own_plugins_and_trusted_packages_pass(node: dict[str, Any]) -> None:
+    check_hydra(node, ["mine"])
+
+
+@pytest.mark.parametrize("flag", [(), ("--multirun",), ("--cfg=job",), ("--hydra-help",)], ids=str)
+def test_a_yaml_cannot_have_hydra_call_anything(flag: tuple[str, ...], cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/evil.yaml").write_text(
+        "# @package _global_\nhydra:\n  callbacks:\n    x:\n"
+        f"      _target_: {ACT}\n      path: {tmp_path}/ran\n      content: x\n"
+        "  hydra_logging:\n    version: 1\n    handlers:\n      x:\n        class: subprocess.Popen\n"
+        f"        args: [touch, {tmp_path}/ran]\n    root:\n      handlers: [x]\n"
+    )
+    told = cli("ssl-train", *SMALL, "experiment=evil", "--config-dir", "mine", *flag)
+    assert (told.code, "which Hydra would call" in told.err) == (2, True), told.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_is_not_run_again(cli: Cli) -> None:
+    told = cli("ssl-train", "--experimental-rerun", "config.pickle")
+    assert (told.code, "would unpickle a file" in told.err) == (2, True), told.err
