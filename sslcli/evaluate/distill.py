@@ -6,7 +6,8 @@ temperature, on all training images. Yaml: conf/protocol/distill.yaml. N images,
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import hashlib
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -64,12 +65,22 @@ class Distill(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.teacher not in TEACHERS:
-            raise ValueError(f"teacher={self.teacher!r} is unknown: choose {' or '.join(TEACHERS)}")
+        if self.teacher.partition("_")[0] not in TEACHERS:
+            raise ValueError(
+                f"teacher={self.teacher!r} is unknown: choose {' or '.join(TEACHERS)}, or the whole name of a result of "
+                "one of them, as in semi_1pct"
+            )
         if not self.lr > 0 or not self.temperature > 0:
             raise ValueError(f"lr={self.lr} and temperature={self.temperature} must be above 0")
         if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} must be above 0 and at most 1, which is no labels at all")
+
+    def variant(self, usual: Mapping[str, Any]) -> str:
+        """The student, where it is not the run's own net: its class and a digest of its layers."""
+        if self.student is None:
+            return ""
+        digest = hashlib.sha256(repr(self.student).encode()).hexdigest()[:6]
+        return f"student-{type(self.student).__name__}-{digest}"
 
     def __call__(self, starts: dict[str, Start], task: Task, teacher: Teacher) -> Outcome:
         """Distil into a copy of the run's net, or into `student` from random initialisation."""
@@ -86,8 +97,9 @@ class Distill(Recipe):
         result = {
             "protocol": "distill",
             "split": split,
-            **self.numbers(label_rank(predict(student, task, at), labels)),
-            "teacher": teacher.provenance | self.numbers(label_rank(predict(teacher.net, task, at), labels)),
+            **self.numbers(label_rank(predict(student, task, at), labels), data.num_classes),
+            "teacher": teacher.provenance
+            | self.numbers(label_rank(predict(teacher.net, task, at), labels), data.num_classes),
             "student": "the run's own net" if self.student is None else type(self.student).__name__,
             "n_train": len(task.source.splits["train"]),
             "n_labels": len(teacher.positions),
@@ -99,7 +111,9 @@ class Distill(Recipe):
             alone = arms["random"]
             facts = "labels alone"
             fit(alone, task, teacher.positions, self, lr=self.lr, seed=self.seed, progress=progress, facts=facts)
-            result["baselines"] = {"random": self.numbers(label_rank(predict(alone, task, at), labels))}
+            result["baselines"] = {
+                "random": self.numbers(label_rank(predict(alone, task, at), labels), data.num_classes)
+            }
         task.screen.stop()
         return Outcome(result=result, net=student, positions=teacher.positions)
 

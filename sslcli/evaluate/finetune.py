@@ -45,8 +45,8 @@ class Trained:
     grid: list[Choice]
 
     def top(self, k: int) -> list[float]:
-        """Accuracy of each run, a share."""
-        return [accuracy(place, k) for place in self.place]
+        """Accuracy of each run, a share; among all classes where there are fewer than k."""
+        return [accuracy(place, min(k, self.net.classify.out_features)) for place in self.place]
 
 
 def reported_positions(features: FeatureSet) -> Tensor:
@@ -150,7 +150,7 @@ class Finetune(Tuned):
         result = {
             "protocol": "finetune",
             "split": data.reported()[0],
-            **self.numbers(trained.place[0]),
+            **self.numbers(trained.place[0], data.num_classes),
             "chosen": trained.chosen,
             "grid": trained.grid,
             "n_train": len(rows),
@@ -160,6 +160,6 @@ class Finetune(Tuned):
         }
         if "random" in found:
             result["baselines"] = {
-                "random": self.numbers(found["random"].place[0]) | {"chosen": found["random"].chosen}
+                "random": self.numbers(found["random"].place[0], data.num_classes) | {"chosen": found["random"].chosen}
             }
         return Outcome(result=result, net=trained.net, positions=data.train_positions)

@@ -6,6 +6,7 @@ the form of DINO, arXiv:2104.14294, appendix F.1. Yaml: conf/protocol/knn.yaml. 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +122,13 @@ class Knn(Protocol):
     def sharpness(self) -> float:
         """The temperature, 0.07 where none was given."""
         return 0.07 if self.temperature is None else self.temperature
+
+    def variant(self, usual: Mapping[str, Any]) -> str:
+        """The number of neighbors and the temperature, where they are not those of the monitor."""
+        usual_k, usual_temperature = usual.get("knn_k", 200), usual.get("knn_temperature", 0.07)
+        k = f"k-{self.neighbours}" if self.neighbours != usual_k else ""
+        temperature = f"temperature-{self.sharpness:.10g}" if self.sharpness != usual_temperature else ""
+        return "_".join(part for part in (k, temperature) if part)
 
     def __call__(self, features: FeatureSet) -> dict[str, Any]:
         """Classify and return a JSON-able result; accuracies are fractions, intervals [low, high] at 95 %."""

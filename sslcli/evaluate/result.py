@@ -24,6 +24,11 @@ def accuracy(place: Tensor, k: int) -> float:
     return int((place < k).sum()) / len(place)
 
 
+def top5(place: Tensor, num_classes: int) -> float:
+    """Top-5 accuracy in [0, 1], top-C where there are only C < 5 classes, so that a place of C stays wrong."""
+    return accuracy(place, min(5, num_classes))
+
+
 def bootstrap_interval(
     correct: Tensor, *, seed: int, resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:

@@ -6,6 +6,7 @@ layer of the head). Yaml: conf/protocol/semi.yaml. S seeds, m images reported.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sslcli.evaluate.finetune import Outcome, Trained, Tuned
 from sslcli.evaluate.linear import Linear
-from sslcli.evaluate.result import accuracy, bootstrap_runs, label_rank
+from sslcli.evaluate.result import accuracy, bootstrap_runs, label_rank, top5
 from sslcli.evaluate.subsets import subset
 from sslcli.evaluate.training import Progress, Start, Task
 
@@ -48,6 +49,10 @@ class Semi(Tuned):
         """The fraction, unless a number of labels is given."""
         return None if self.labels_per_class is not None else self.fraction
 
+    def variant(self, usual: Mapping[str, Any]) -> str:
+        """How many labels there are."""
+        return f"{self.labels_per_class}-per-class" if self.share is None else f"{100 * self.share:.10g}pct"
+
     def __call__(self, starts: dict[str, Start], task: Task) -> Outcome:
         """Train from each start on the same subsets."""
         data = starts["trained"].features
@@ -73,7 +78,7 @@ class Semi(Tuned):
         result = {
             "protocol": "semi",
             "split": data.reported()[0],
-            **self.numbers(trained.place),
+            **self.numbers(trained.place, data.num_classes),
             "runs": self.runs(trained),
             "chosen": trained.chosen,
             "grid": trained.grid,
@@ -83,21 +88,21 @@ class Semi(Tuned):
             **self.facts(),
         }
         if self.linear:
-            result["linear"] = self.numbers(probed(starts["trained"], subsets, seed=self.seed))
+            result["linear"] = self.numbers(probed(starts["trained"], subsets, seed=self.seed), data.num_classes)
         if "random" in found:
-            random = self.numbers(found["random"].place) | {"chosen": found["random"].chosen}
+            random = self.numbers(found["random"].place, data.num_classes) | {"chosen": found["random"].chosen}
             if self.linear:
-                random["linear"] = self.numbers(probed(starts["random"], subsets, seed=self.seed))
+                random["linear"] = self.numbers(probed(starts["random"], subsets, seed=self.seed), data.num_classes)
             result["baselines"] = {"random": random}
         return Outcome(result=result, net=trained.net, positions=data.train_positions[subsets[0]])
 
-    def numbers(self, place: Tensor) -> dict[str, Any]:
+    def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
         """Mean and deviation over the seeds, and an interval over seeds and images, from places (S, m)."""
-        top1, top5 = ([accuracy(row, k) for row in place] for k in (1, 5))
+        top1 = [accuracy(row, 1) for row in place]
         interval = bootstrap_runs(place == 0, seed=self.seed, resamples=self.resamples)
         return {
             "top1": fmean(top1),
-            "top5": fmean(top5),
+            "top5": fmean(top5(row, num_classes) for row in place),
             "std": stdev(top1) if len(top1) > 1 else None,
             "interval": list(interval),
         }

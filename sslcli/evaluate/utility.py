@@ -11,7 +11,7 @@ A_p(n) the accuracy after pre-training and A_s(n) from scratch, both on n labels
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -108,6 +108,12 @@ class Utility(Tuned):
         log_spaced(self.smallest, self.smallest + 1, self.points)
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be at least 1: 3 to 5 are usual")
+
+    def variant(self, usual: Mapping[str, Any]) -> str:
+        """Where the curve begins and how many points it has, where that is not the default."""
+        smallest = f"from-{self.smallest}" if self.smallest != Utility.smallest else ""
+        points = f"{self.points}-points" if self.points != Utility.points else ""
+        return "_".join(part for part in (smallest, points) if part)
 
     def __call__(self, starts: dict[str, Start], task: Task) -> Outcome:
         """Measure both arms at every label count. Raises ValueError without the arm from scratch."""
