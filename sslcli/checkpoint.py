@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from sslcli import distributed
-from sslcli.atomic import discard, replace, synchronise
+from sslcli.atomic import beside, discard, replace, synchronise, temporary_name
 from sslcli.atomic import sha256 as sha256
 from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.migrations import SCHEMA, upgrade
@@ -71,12 +71,12 @@ def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
     """
     path = path_of(run_dir, state["step"])
     make_room(path.parent)
-    temporary = path.with_suffix(".pt.tmp")
     try:
-        torch.save({"schema": SCHEMA, **state}, temporary)
-        replace(path.with_suffix(".sha256"), f"{sha256(temporary)}  {path.name}\n".encode())
-        synchronise(temporary)
-        publish(temporary, path)
+        with beside(path) as temporary:
+            torch.save({"schema": SCHEMA, **state}, temporary)
+            replace(path.with_suffix(".sha256"), f"{sha256(temporary)}  {path.name}\n".encode())
+            synchronise(temporary)
+            publish(temporary, path)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             make_room(path.parent)
@@ -135,14 +135,13 @@ class Writer:
     def _write(self, path: Path, snapshot: Snapshot, keep: int, group: dist.ProcessGroup) -> None:
         from sslcli import pieces
 
-        temporary = path.with_name(path.name + ".tmp")
-
         def finish() -> None:
             publish(temporary, path)
             prune(path, keep=keep)
 
         try:
             pieces.on_main(lambda: make_room(path.parent), group)
+            temporary = pieces.together(lambda: temporary_name(path), group)[0]  # that of the main process
             pieces.write(temporary, snapshot, group=group)
             pieces.on_main(finish, group)
         except OSError as error:
@@ -165,9 +164,9 @@ def publish(temporary: Path, path: Path) -> None:
     if path.is_dir():  # it could not be read, or this step would not have come again
         discard(path)
     os.replace(temporary, path)
-    link = path.parent / "last.tmp"
-    os.symlink(path.name, link)
-    os.replace(link, path.parent / "last")
+    with beside(path.parent / "last") as link:
+        os.symlink(path.name, link)
+        os.replace(link, path.parent / "last")
     synchronise(path.parent)
 
 

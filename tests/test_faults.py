@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from runs import (
     survivors,
     wait_for_step,
 )
-from sslcli import checkpoint
+from sslcli import atomic, checkpoint
 from sslcli.cli import _run_dir
 from sslcli.watch import Watch
 
@@ -69,10 +70,15 @@ class Faulty:
     def __init__(self, folder: Path) -> None:
         self.run_dir, self.log = folder / "run", folder / "log"
 
-    def start(self, *more: str, step: int = 0, action: Action | None = None) -> int:
-        """The exit code of the command, with `action` right after the step, and what it printed in `told`."""
+    def start(self, *more: str, step: int = 0, action: Action | None = None, full: str = "") -> int:
+        """The exit code of the command, with `action` right after the step, and what it printed in `told`.
+
+        The disk is full for the file named `full`.
+        """
         before = len(self.log.read_text()) if self.log.exists() else 0
         prepare, given = (None, None) if action is None else (at_step, (step, action))
+        if full:
+            prepare, given = fill_the_disk, full
         process = start_warm(*COMMAND, f"run_dir={self.run_dir}", *more, log=self.log, prepare=prepare, given=given)
         code = process.finish()
         self.told = self.log.read_text()[before:]
@@ -104,6 +110,19 @@ def at_step(given: tuple[int, Action]) -> None:
         real(watch, now, *args, **kwargs)
 
     Watch.after_step = after_step  # type: ignore[method-assign]
+
+
+def fill_the_disk(name: str) -> None:
+    """Let every write of a new file of this name fail as on a full disk."""
+    real = atomic.temporary_name
+
+    def temporary_name(path: Path) -> Path:
+        temporary = real(path)
+        if path.name == name:
+            temporary.symlink_to(FULL)
+        return temporary
+
+    atomic.temporary_name = temporary_name
 
 
 def die(watch: Watch) -> None:
@@ -233,14 +252,16 @@ def test_a_disk_that_fills_up_costs_the_steps_since_the_last_checkpoint(
     assert faulty.ends_as(reference)
 
 
-@pytest.mark.parametrize("name", ["overrides.txt.tmp", "environment.json.tmp", "config.yaml.tmp", "views.png"])
+@pytest.mark.parametrize("name", ["overrides.txt", "environment.json", "config.yaml", "views.png"])
 def test_a_disk_that_is_full_at_the_start_is_told(faulty: Faulty, name: str) -> None:
     faulty.run_dir.mkdir()
-    (faulty.run_dir / name).symlink_to(FULL)
-    assert faulty.start() == 3
+    if name == "views.png":
+        (faulty.run_dir / name).symlink_to(FULL)
+    assert faulty.start(full=name) == 3
     assert "cannot be written (No space left on device): make room or mend the disk" in faulty.told
     assert not checkpoint.all_of(faulty.run_dir)
-    (faulty.run_dir / name).unlink()
+    assert not list(faulty.run_dir.rglob("*.tmp"))
+    (faulty.run_dir / name).unlink(missing_ok=True)
     assert faulty.start("train.max_time=0.01") == 75
 
 
@@ -355,8 +376,10 @@ def test_leftovers_and_a_torn_line_do_no_harm(faulty: Faulty, reference: Path) -
     assert faulty.start(step=12, action=die) == -signal.SIGKILL
     for name in ("step-00000012.pt.tmp", "step-00000012.sha256.tmp", "last.tmp"):
         (checkpoint.folder(faulty.run_dir) / name).write_bytes(b"half")
-    for name in ("config.yaml.tmp", "metrics.jsonl.tmp", "environment.json.tmp"):
-        (faulty.run_dir / name).write_bytes(b"half")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for name in ("config.yaml", "metrics.jsonl", "environment.json"):
+        (faulty.run_dir / f"{name}.{atomic.machine()}-{ended.pid}-00000000.tmp").write_bytes(b"half")
     lines = faulty.run_dir / "metrics.jsonl"
     os.truncate(lines, lines.stat().st_size - 30)
     assert faulty.ends_as(reference)

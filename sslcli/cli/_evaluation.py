@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from sslcli import __version__, atomic
 from sslcli.cli._evaluate_table import SUBJECTS
+from sslcli.cli._result_name import joined, name_of_set
 from sslcli.cli._subject import Subject
 from sslcli.data.bad_images import BadImage, BadImages
 from sslcli.data.sources import Source
@@ -33,7 +33,11 @@ WEIGHTS = ("checkpoint_sha256", "step")  # of the provenance: what a net as init
 
 @dataclass
 class Evaluation:
-    """One evaluation. `splits` are the positions of the images in `source`, `layer` is where features are taken."""
+    """One evaluation.
+
+    `splits` are the positions of the images in `source`, `layer` is where features are taken, `usual_layer` where they
+    are taken if nobody says so, and `variant` what of the protocol's settings belongs in the name of the result.
+    """
 
     config: dict[str, Any]
     device: torch.device
@@ -42,11 +46,19 @@ class Evaluation:
     source: Source
     splits: dict[str, Tensor]
     layer: str = layers.BACKBONE
+    usual_layer: str = layers.BACKBONE
+    variant: str = ""
 
-    def place(self, result: dict[str, Any]) -> Path:
-        """Where the files of a result go, the name without its ending."""
-        foreign = f"_{self.source.name}" if self.subject.foreign else ""
-        return self.subject.home / f"{result['protocol']}{foreign}"
+    def measured(self, protocol: str) -> str:
+        """The protocol and what of its settings and of the layer makes the number another quantity."""
+        return joined(protocol, self.variant, self.layer if self.layer != self.usual_layer else "")
+
+    def place(self, protocol: str) -> Path:
+        """Where the files of the result go, the name without its ending; numbers of different things never share it."""
+        of_run, step = self.config["run"] is not None, self.config["checkpoint"]
+        checkpoint = f"step-{step}" if of_run and step != "last" else ""
+        images = name_of_set(self.source, image_size=self.subject.image_size) if self.subject.foreign else ""
+        return self.subject.home / joined(self.measured(protocol), checkpoint, images)
 
     def task(self) -> Task:
         """What a protocol that trains needs to know of the images."""
@@ -173,11 +185,10 @@ def short(key: object) -> str:
 
 def check_home(home: Path) -> None:
     """Raise ConfigError unless results can be written to `home`, before hours are spent on them."""
-    probe = home / f".{os.getpid()}.tmp"
     try:
         home.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with atomic.beside(home / "probe") as probe:
+            probe.touch()
     except OSError as error:
         raise ConfigError(
             f"results go to {home}, which cannot be written ({error.strerror}): "

@@ -11,8 +11,7 @@ sslcli        the version that wrote the file
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +68,8 @@ def described(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any
 
 def write(out: Path, content: dict[str, Any]) -> None:
     """Save the file, whole or not at all. Raises ConfigError where it cannot be written."""
-    temporary = out.with_name(out.name + ".tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
-        atomic.synchronise(temporary)
-        os.replace(temporary, out)
+        atomic.write(out, partial(torch.save, content))
     except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
-        with suppress(OSError):
-            temporary.unlink()
         raise ConfigError(f"out is {out}, but it cannot be written ({str(error).splitlines()[0]})") from error

@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sslcli import atomic
 from sslcli.cli import _run_dir
 from sslcli.cli._launch import tell
 from sslcli.errors import EXIT_CONFIG, ConfigError
+from sslcli.report.terminal import guard_terminal
 from sslcli.slurm import queue
 from sslcli.slurm.script import SlurmSettings, render
 
@@ -59,10 +61,10 @@ def submitted(run_dir: Path, config: dict[str, Any], text: str) -> str:
     """Write what the job needs and hand it in; its number."""
     folder = folder_of(run_dir)
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "job.sbatch").write_text(text, encoding="utf-8")
+    atomic.replace(folder / "config.json", json.dumps(config).encode())
+    atomic.replace(folder / "job.sbatch", text.encode())
     job = queue.submit(folder / "job.sbatch")
-    (folder / "job").write_text(f"{job}\n", encoding="utf-8")
+    atomic.replace(folder / "job", f"{job}\n".encode())
     with (folder / "history.log").open("a", encoding="utf-8") as history:
         history.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} job {job} submitted\n")
     return job
@@ -118,6 +120,7 @@ def carry_out(config: dict[str, Any], endpoint: str) -> int:
 
 def main() -> None:
     """One node of a job: `python -m sslcli.cli._slurm CONFIG.json HOST:PORT`."""
+    guard_terminal()
     path = Path(sys.argv[1])
     try:
         code = carry_out(json.loads(path.read_text(encoding="utf-8")), sys.argv[2])

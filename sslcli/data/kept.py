@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from sslcli import atomic
 from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import Encoded, Pixels, open_file
 from sslcli.errors import ConfigError, nearest
@@ -136,15 +137,15 @@ class KeptPixels:
     def make_file(self, head: bytes, total: int) -> mmap.mmap:
         """An empty file that has all of its room; if another process was faster, that of the other."""
         assert self.file is not None
-        new = self.file.with_suffix(f".{os.getpid()}")
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(new, "w+b") as file:
-                # Writing to memory that a full disk cannot hold would kill the process.
-                os.posix_fallocate(file.fileno(), 0, total)
-                file.write(head)
-            with suppress(FileExistsError):
-                os.link(new, self.file)
+            with atomic.beside(self.file) as new:
+                with open(new, "w+b") as file:
+                    # Writing to memory that a full disk cannot hold would kill the process.
+                    os.posix_fallocate(file.fileno(), 0, total)
+                    file.write(head)
+                with suppress(FileExistsError):
+                    os.link(new, self.file)
             with open(self.file, "r+b") as file:
                 return mmap.mmap(file.fileno(), 0)
         except OSError as error:
@@ -153,8 +154,6 @@ class KeptPixels:
                 f"dataset.keep_decoded=disk needs {total / _GB:.2f} GB in {self.file.parent}, where {free / _GB:.2f} "
                 f"GB are free ({error.strerror}): set dataset.keep_dir to another folder, or use none"
             ) from error
-        finally:
-            new.unlink(missing_ok=True)
 
     def size_of(self, position: int) -> tuple[int, int]:
         """Width and height by the header of the file; 0 for one that cannot be read."""

@@ -11,11 +11,10 @@ The monitor during training and `ssl-eval` afterwards both call `extract`, so th
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslcli import heartbeat
+from sslcli import atomic, heartbeat
 from sslcli.data.loader import plain_batches
 from sslcli.precision import DTYPES, autocast
 
@@ -227,16 +226,11 @@ def cached(
         return stored
     # clone: saving a slice would write the whole storage that it is a view of
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in compute().items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"key": key, "tensors": tensors}, partial)
-        os.replace(partial, path)
+        atomic.write(path, partial(torch.save, {"key": key, "tensors": tensors}), durable=False)
     except (OSError, RuntimeError) as error:
         warn(f"features cannot be kept in {path}: {error}. The next evaluation computes them again")
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
     return tensors
 
 
