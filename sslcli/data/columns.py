@@ -1,22 +1,17 @@
-"""Which column of a table holds the images and which the labels, and labels as numbers."""
+"""Which column of a table holds the images and which the labels."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from sslcli.errors import ConfigError, nearest
 
 AUTO = "auto"
 LABEL_NAMES = ("label", "labels", "cls", "class", "target")
-
-Value = int | str | None
 
 
 @dataclass(frozen=True)
@@ -87,32 +82,3 @@ def _named(columns: Mapping[str, Column], wanted: str, *, key: str, where: str) 
         f"{key} is {wanted!r}, but {where} has no such column.{nearest(wanted, columns)} "
         f"Its columns: {', '.join(columns) or '(none)'}"
     )
-
-
-def as_labels(values: Sequence[Value], classes: Sequence[str], *, where: str) -> tuple[Tensor, list[str]]:
-    """Labels (n,) int64, -1 = unknown, and the names of their classes.
-
-    values: None, -1 and "" are unknown. Numbers are those of `classes` where there are any; else the classes are the
-        different values, in numerical order if all are numbers.
-    Raises ConfigError for a value that is neither text nor a whole number, or no number of a class.
-    """
-    for value in set(values):
-        if value is not None and not isinstance(value, (int, str)):
-            raise ConfigError(
-                f"{where} holds {value!r}, but a label must be text or a whole number: choose another column with "
-                "dataset.label, or set it to null"
-            )
-    texts = {str(value) for value in values if value is not None} - {"", "-1"}
-    numeric = all(text.isdecimal() for text in texts)
-    if classes and numeric:
-        numbers = {str(number): number for number in range(len(classes))}
-    else:
-        order = classes or sorted(texts, key=lambda text: (int(text) if numeric else 0, text))
-        numbers = {name: number for number, name in enumerate(order)}
-    if texts - numbers.keys():
-        raise ConfigError(
-            f"{where} holds {min(texts - numbers.keys())!r}, which is none of its {len(classes)} classes: choose "
-            "another column with dataset.label, or set it to null"
-        )
-    found = [numbers.get(str(value), -1) for value in values]
-    return torch.tensor(found, dtype=torch.int64), list(classes or numbers)

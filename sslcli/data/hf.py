@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from sslcli.data.bad_images import BadImage
-from sslcli.data.columns import Value, as_labels, columns_of, image_column, label_column
+from sslcli.data.columns import columns_of, image_column
 from sslcli.data.decode import Encoded, open_file
+from sslcli.data.hf_labels import labels_of
+from sslcli.data.labels import as_labels
 from sslcli.data.sources import Source, check_flag, digest
 from sslcli.errors import ConfigError, nearest
 
@@ -64,14 +66,9 @@ class Hf(Source):
         options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache}
         splits = read_splits(path, [split, *([] if test is None else [test])], **options)
         self.name, where = Path(path).name, f"dataset.path={path}"
-        columns = [columns_of(table.features.arrow_schema) for table in splits]
-        image_names = [image_column(found, image, where=where) for found in columns]
-        label_name = label_column(columns[0], label, where=where)
-        values: list[Value] = []
-        for table in splits:
-            values += [None] * len(table) if label_name is None else _whole_column(table, label_name)
-        classes = () if label_name is None else columns[0][label_name].classes
-        self.labels, self.classes = as_labels(values, classes, where=f"column {label_name!r} of {where}")
+        image_names = [image_column(columns_of(table.features.arrow_schema), image, where=where) for table in splits]
+        found = labels_of(splits, label, names=[split, test], where=where, path=path, options=options)
+        self.labels, self.classes = as_labels(found)
         self._tables = [_images(*pair) for pair in zip(splits, image_names, strict=True)]
         self._split_names = [split, test]
         self._num_pool = len(splits[0])
@@ -168,11 +165,6 @@ def _failure(path: str, options: dict[str, Any], error: Exception) -> str:
         f"Hugging Face hub ({reason}). Check the name, log in where the set is private, or without a network fetch it "
         f"elsewhere (hf download --repo-type dataset {path} --local-dir DIR) and set dataset.path=DIR"
     )
-
-
-def _whole_column(table: Any, name: str) -> list[Any]:
-    values: list[Any] = table.select_columns([name]).with_format("arrow")[:].column(0).to_pylist()
-    return values
 
 
 def _images(table: Any, name: str) -> Any:

@@ -8,6 +8,7 @@ worker go through shards of its own from their beginning to their end.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor
 
 from sslcli.data import rng
-from sslcli.data.columns import as_labels
 from sslcli.data.decode import Encoded
+from sslcli.data.labels import Labels, as_labels
 from sslcli.data.order import Layout, layout_of
 from sslcli.data.shard_index import default_cache, find_shards, indices_of
 from sslcli.data.shard_reader import ShardReader
-from sslcli.data.shards import Shard
+from sslcli.data.shards import Index, Shard
 from sslcli.data.sources import Source, check_flag, digest
 from sslcli.errors import ConfigError, check_positive
 
@@ -74,9 +75,7 @@ class HfStream(Source):
         indices = indices_of([*pool, *official], folder, image=image, label=label)
         self.name = pool[0].name.partition(".")[0] if len(pool) == 1 else Path(pool[0].url).parent.name
         self.reader = ShardReader([*pool, *official], indices)
-        classes = next((index.classes for index in indices if index.classes), [])
-        values = [value for index in indices for value in index.labels]
-        self.labels, self.classes = as_labels(values, classes, where=f"the label of {self.name}")
+        self.labels, self.classes = as_labels(labels_of([*pool, *official], indices, num_pool=len(pool)))
         num_pool = sum(map(len, indices[: len(pool)]))
         hashes = hashes_of(pool, list(map(len, indices)))
         self.split(hashes, labelled=self.labels[:num_pool] >= 0, num_test=len(self.labels) - num_pool)
@@ -111,6 +110,24 @@ class HfStream(Source):
         counts = np.diff(self.reader.ends, prepend=0).tolist()
         rows = [repr((s.name, s.size, count)).encode() for s, count in zip(self.reader.shards, counts, strict=True)]
         return digest((*rows, repr(self.classes).encode(), self.labels.numpy().tobytes()))
+
+
+def labels_of(shards: Sequence[Shard], indices: Sequence[Index], *, num_pool: int) -> list[Labels]:
+    """The labels of each shard, those behind the first `num_pool` being of the official test split.
+
+    Warns if some shards have labels and others have none.
+    """
+    without = [s.url for s, index in zip(shards, indices, strict=True) if all(v is None for v in index.labels)]
+    if 0 < len(without) < len(shards):
+        warnings.warn(
+            f"{len(without)} of {len(shards)} shards have no labels, so their images count as unlabeled: "
+            f"{', '.join(without[:3])}{', ...' if len(without) > 3 else ''}",
+            stacklevel=2,
+        )
+    return [
+        Labels(index.labels, index.classes, f"the label of {shard.url}", is_test=number >= num_pool)
+        for number, (shard, index) in enumerate(zip(shards, indices, strict=True))
+    ]
 
 
 def hashes_of(shards: Sequence[Shard], lengths: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sslcli.data.columns import AUTO, LABEL_NAMES, Column, Value, columns_of, image_column, label_column
+from sslcli.data.columns import AUTO, LABEL_NAMES, Column, columns_of, image_column, label_column
+from sslcli.data.labels import Value, plain
 from sslcli.data.scan import EXTENSIONS
 from sslcli.errors import ConfigError
 
@@ -132,13 +134,12 @@ def _label(sample: Sample, file: IO[bytes], wanted: str | None, *, where: str) -
     if name is None:
         return None
     if name in sample:
-        text = _read(sample[name], file).decode("utf-8", errors="replace").strip()
-        return int(text) if text.lstrip("-").isdecimal() else text
+        text = str(plain(_read(sample[name], file), where=f"{name} of {where}")).strip()
+        return int(text) if re.fullmatch(r"-?\d+", text) else text
     fields = _read_json(sample, file) if "json" in sample else {}
     if name not in fields:
         label_column({**_columns(sample, file), **{key: Column() for key in fields}}, name, where=where)
-    value: Value = fields[name]
-    return value
+    return plain(fields[name], where=f"{name} of {where}")
 
 
 def _read(place: tuple[int, int], file: IO[bytes]) -> bytes:
@@ -162,7 +163,8 @@ def _index_parquet(file: IO[bytes], shard: Shard, *, image: str, label: str | No
         groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
         labels: list[Value] = [None] * sum(groups)
         if label is not None:
-            labels = parquet.read(columns=[label], use_threads=False).column(0).to_pylist()
+            values = parquet.read(columns=[label], use_threads=False).column(0).to_pylist()
+            labels = [plain(value, where=f"column {label!r} of {shard.url}") for value in values]
     classes = [] if label is None else list(columns[label].classes)
     return Index(labels, image, classes, groups=np.array(groups, np.int64))
 

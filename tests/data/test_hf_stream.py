@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import Tensor
 
-from shards import KINDS, number_at, numbers_in, write_parquet, write_set, write_tar
+from shards import KINDS, add, number_at, numbers_in, png, write_parquet, write_set, write_tar
 from sslcli.data import shard_reader
 from sslcli.data.crops import ViewCrops
 from sslcli.data.hf_stream import HfStream
@@ -354,3 +358,73 @@ def test_parquet_without_the_package_names_the_extra(
     with pytest.raises(ConfigError, match=r'pip install "sslcli\[hf\]"'):
         stream(sets["parquet"], cache)
     assert len(stream(sets["tar"], cache)) == 64
+
+
+def write_classes(path: Path, names: list[str] | None, values: list[Any]) -> None:
+    """A parquet shard with these labels, and a list of class names unless that is None."""
+    cells = [{"bytes": png(number), "path": None} for number in range(len(values))]
+    made = pa.table({"image": cells, "label": values})
+    if names is not None:
+        features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
+        made = made.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(made, path)
+
+
+def test_shards_with_other_class_lists_are_merged_by_name(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train" / "0.parquet", ["a", "b"], [0, 1, 0, 1])
+    write_classes(tmp_path / "train" / "1.parquet", ["b", "c"], [0, 1, 0, -1])
+    write_classes(tmp_path / "test" / "0.parquet", ["c", "b"], [0, 1])
+    paths = {name: str(tmp_path / name) for name in ("train", "test")}
+    source = HfStream(path=paths["train"], test=paths["test"], cache=str(tmp_path / "cache"), image_size=8)
+    assert source.classes == ["a", "b", "c"]
+    assert source.labels.tolist() == [0, 1, 0, 1, 1, 2, 1, -1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "message"),
+    [
+        (None, [0, 1], r"test/0\.parquet holds class numbers without names"),
+        (["b", "x"], [0, 1], r"test/0\.parquet has images of the classes x"),
+        (None, [[0], [1]], r"column 'label' of .*test/0\.parquet holds \[0\], a list, but an image has one label"),
+        (None, [b"\xff", b"a"], "bytes that are not UTF-8"),
+    ],
+)
+def test_shards_whose_labels_do_not_fit_are_refused(
+    tmp_path: Path, names: list[str] | None, values: list[Any], message: str
+) -> None:
+    write_classes(tmp_path / "train" / "0.parquet", ["a", "b"], [0, 1, 0, 1])
+    write_classes(tmp_path / "test" / "0.parquet", names, values)
+    with pytest.raises(ConfigError, match=message):
+        HfStream(
+            path=str(tmp_path / "train"),
+            test=str(tmp_path / "test"),
+            image="image",
+            cache=str(tmp_path / "cache"),
+            image_size=8,
+        )
+
+
+def test_labels_of_bytes_are_text_also_from_the_cache(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train" / "0.parquet", None, [b"dog", b"cat", None, b"dog"])
+    for _ in range(2):
+        source = HfStream(path=str(tmp_path / "train"), image="image", cache=str(tmp_path / "cache"), image_size=8)
+        assert (source.classes, source.labels.tolist()) == (["cat", "dog"], [1, 0, -1, 1])
+
+
+def test_shards_without_labels_beside_others_are_told(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", range(4))
+    write_tar(tmp_path / "1.tar", range(4), label=None)
+    with pytest.warns(UserWarning, match=r"1 of 2 shards have no labels.*1\.tar"):
+        source = HfStream(path=str(tmp_path), cache=str(tmp_path / "cache"), image_size=8)
+    assert source.labels.tolist() == [0, 1, 2, 0, -1, -1, -1, -1]
+
+
+def test_a_list_in_the_json_of_an_archive_names_the_image(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add(tar, "a.png", png(0))
+        add(tar, "a.json", json.dumps({"label": [1, 2]}).encode())
+    with pytest.raises(
+        ConfigError, match=r"label of .*0\.tar \(a\) holds \[1, 2\], a list, but an image has one label"
+    ):
+        HfStream(path=str(tmp_path), cache=str(tmp_path / "cache"), image_size=8)

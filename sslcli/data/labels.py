@@ -1,0 +1,281 @@
+"""Class labels as numbers, merged by class name over the splits and shards of an image set."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslcli.errors import ConfigError
+
+Value = int | float | str | None
+"""One label as a table, a file or JSON holds it."""
+
+UNKNOWN = frozenset(["", "-1", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>"])
+_MINUS_ONE = re.compile(r"-1(\.0*)?")
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?inf(inity)?", re.IGNORECASE)
+_OTHER_COLUMN = "choose another column with dataset.label, or set it to null"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of one split, shard or file.
+
+    Attributes:
+        values: one per image, as stored. None, -1, -1.0, NaN and the texts of `UNKNOWN` are unknown.
+        classes: class names that whole numbers index; empty if the data do not name them.
+        where: what holds them, for messages.
+        is_test: whether they belong to the official test split, which must not add classes.
+    """
+
+    values: Sequence[object]
+    classes: Sequence[str]
+    where: str
+    is_test: bool = False
+
+
+def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
+    """Labels (n,) int64 of all parts in order, -1 = unknown, and the names of their classes.
+
+    Class names decide, never class numbers, as soon as a part has names: parts with different lists of names are
+    merged by name. Without any names the classes are the different values of the training parts, in numerical order
+    if all are numbers, else in alphabetical order.
+
+    Raises ConfigError for values that are no class labels, for numbers beside names that they do not belong to, and
+    for a test part with a class that the training parts lack.
+    """
+    cleaned = [_cleaned(part) for part in parts]
+    if any(part.classes for part in parts):
+        classes, tables = _by_name(parts, cleaned)
+    else:
+        classes, tables = _by_value(parts, cleaned)
+    found: list[int] = []
+    for part, values, numbers in zip(parts, cleaned, tables, strict=True):
+        found += _numbered(part, values, numbers, classes)
+    return torch.tensor(found, dtype=torch.int64), classes
+
+
+def plain(value: object, *, where: str) -> Value:
+    """A label as a plain value that JSON can hold. Raises ConfigError for what cannot be the label of one image."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0):
+        return plain(value.item(), where=where)
+    arrow = sys.modules.get("pyarrow")  # its scalars exist only once it is imported
+    if arrow is not None and isinstance(value, arrow.Scalar):
+        return plain(value.as_py(), where=where)
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, (bytes, bytearray)):
+        try:
+            return bytes(value).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{where} holds bytes that are not UTF-8 text: {_OTHER_COLUMN}") from error
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    if isinstance(value, (Sequence, Mapping, set, np.ndarray, Tensor)):
+        raise ConfigError(
+            f"{where} holds {shown}, a {type(value).__name__}, but an image has one label (multi-label sets are not "
+            f"supported): {_OTHER_COLUMN}"
+        )
+    raise ConfigError(
+        f"{where} holds {shown}, a {type(value).__name__}, but a label must be text or a whole number: {_OTHER_COLUMN}"
+    )
+
+
+def _cleaned(part: Labels) -> list[int | str | None]:
+    """The values as whole numbers and stripped texts, None = unknown."""
+    values: Sequence[object] = part.values
+    if not set(map(type, values)) <= {int, float, str, type(None)}:
+        values = [_without_bool(plain(value, where=part.where), part) for value in values]
+    names = frozenset(part.classes)
+    known = {value: _clean(value, names, part.where) for value in set(values)}
+    return [known[value] for value in values]
+
+
+def _without_bool(value: Value, part: Labels) -> Value:
+    """A boolean as the number of one of two named classes, or as text."""
+    if not isinstance(value, bool):
+        return value
+    return int(value) if part.classes else str(value)
+
+
+def _clean(value: object, names: frozenset[str], where: str) -> int | str | None:
+    if isinstance(value, str):
+        if value in names:
+            return value
+        text = value.strip()
+        if text in UNKNOWN or _MINUS_ONE.fullmatch(text):
+            return None
+        if names and text not in names and _NUMBER.fullmatch(text) and float(text).is_integer():
+            return int(float(text))
+        return text
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        if not value.is_integer():
+            raise ConfigError(_no_class(value, where))
+        value = int(value)
+    assert value is None or isinstance(value, int)
+    return None if value == -1 else value
+
+
+def _no_class(value: object, where: str) -> str:
+    return (
+        f"{where} holds {value}, which is no class label but looks like a regression target (class labels are text or "
+        f"whole numbers): {_OTHER_COLUMN}"
+    )
+
+
+Numbers = dict[int | str, int]
+"""The number of the class of every different label of a part."""
+
+
+def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]) -> tuple[list[str], list[Numbers]]:
+    """The merged class names, and the numbers of each part's labels."""
+    known = [{value for value in values if value is not None} for values in cleaned]
+    named = [part for part in parts if part.classes]
+    is_trained = any(values and not part.is_test for part, values in zip(parts, known, strict=True))
+    pool = [part for part in named if not part.is_test] or ([] if is_trained else named)
+    differ = not pool or len({tuple(part.classes) for part in named}) > 1
+    for part in named if differ else ():
+        _check_unique(part)
+    classes = list(dict.fromkeys(name for part in pool for name in part.classes)) if differ else list(pool[0].classes)
+    for part, values in zip(parts, known, strict=True):
+        if not part.classes:
+            _check_names(part, values, named[0])
+            if not part.is_test:
+                classes += sorted({str(value) for value in values}.difference(classes))
+    position = {name: number for number, name in enumerate(classes)}
+    tables = []
+    for part, values in zip(parts, known, strict=True):
+        if part.classes and not differ:  # numbers as they are, even if two classes share a name
+            tables.append(_indices(part.classes))
+        elif part.classes:
+            own = _indices(part.classes).items()
+            tables.append({value: position[part.classes[i]] for value, i in own if part.classes[i] in position})
+        else:
+            tables.append({value: position[str(value)] for value in values if str(value) in position})
+    return classes, tables
+
+
+def _indices(names: Sequence[str]) -> Numbers:
+    """Class number by number, by numeric text, and by name, which is the strongest."""
+    table: Numbers = {number: number for number in range(len(names))}
+    table |= {str(number): number for number in range(len(names))}
+    table |= {name: number for number, name in reversed(list(enumerate(names)))}
+    return table
+
+
+def _check_names(part: Labels, values: Iterable[int | str], named: Labels) -> None:
+    """Raise ConfigError unless the labels of a part without class names are names themselves."""
+    numbers = [v for v in values if isinstance(v, int) or (_NUMBER.fullmatch(v) and v not in named.classes)]
+    if numbers:
+        raise ConfigError(
+            f"{part.where} holds class numbers without names ({min(map(str, numbers))}, ...), but {named.where} names "
+            f"its classes ({_some(named.classes)}), so it is not known which numbers mean the same class: write the "
+            "same class names into both"
+        )
+
+
+def _check_unique(part: Labels) -> None:
+    """Raise ConfigError if a part names two classes alike, which merging by name would make one."""
+    name, count = Counter(part.classes).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(
+            f"{part.where} has several classes named {name!r} and another list of classes than the rest of the "
+            "set, so classes cannot be merged by name: give each class a name of its own"
+        )
+
+
+def _by_value(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]) -> tuple[list[str], list[Numbers]]:
+    """The classes of labels that nothing names: the different labels of the training parts."""
+    known = [{value for value in values if value is not None} for values in cleaned]
+    _check_kinds(parts, known)
+    everything = set().union(*known)
+    is_numeric = all(isinstance(value, int) or _NUMBER.fullmatch(value) for value in everything)
+    names: list[dict[int | str, str]] = []
+    for part, values in zip(parts, known, strict=True):
+        names.append({value: _number_name(value, part) if is_numeric else str(value) for value in values})
+    pool = [table for part, table in zip(parts, names, strict=True) if not part.is_test and table] or names
+    texts = {name for table in pool for name in table.values()}
+    classes = sorted(texts, key=lambda name: (int(name) if is_numeric else 0, name))
+    if is_numeric:
+        _check_spelling(classes, parts[0])
+    position = {name: number for number, name in enumerate(classes)}
+    tables = [{value: position[name] for value, name in table.items() if name in position} for table in names]
+    return classes, tables
+
+
+def _number_name(value: int | str, part: Labels) -> str:
+    """The class name of a number; a whole float such as "3.0" is the class "3"."""
+    text = str(value)
+    if not text.isdecimal():
+        number = float(text)
+        if not number.is_integer():
+            raise ConfigError(_no_class(text, part.where))
+        text = str(int(number))
+        if number < 0:
+            raise ConfigError(
+                f"{part.where} holds the label {text}, but class numbers begin at 0 and only -1 means unknown: "
+                "renumber the classes, or name them by text"
+            )
+    return text
+
+
+def _check_spelling(classes: Sequence[str], part: Labels) -> None:
+    """Raise ConfigError for a number that is written in two ways, which would be two classes."""
+    for one, other in pairwise(classes):
+        if int(one) == int(other):
+            raise ConfigError(
+                f"{part.where} holds the labels {one!r} and {other!r}, which are one number written in two ways: "
+                "write every class in one way"
+            )
+
+
+def _check_kinds(parts: Sequence[Labels], known: Sequence[set[int | str]]) -> None:
+    """Raise ConfigError if one part numbers its classes and another one names them."""
+    filled = [(part, values) for part, values in zip(parts, known, strict=True) if values]
+    numbered = [part for part, values in filled if all(isinstance(value, int) for value in values)]
+    texts = [
+        (part, values)
+        for part, values in filled
+        if all(isinstance(value, str) for value in values) and not all(_NUMBER.fullmatch(str(v)) for v in values)
+    ]
+    if numbered and texts:
+        part, values = texts[0]
+        raise ConfigError(
+            f"{numbered[0].where} holds class numbers, but {part.where} holds class names "
+            f"({_some(sorted(map(str, values)))}): write all labels in one way"
+        )
+
+
+def _numbered(part: Labels, values: Sequence[int | str | None], numbers: Numbers, classes: Sequence[str]) -> list[int]:
+    """The class number of each label of a part. Raises ConfigError for a label that is no class."""
+    unknown = sorted({str(value) for value in values if value is not None and value not in numbers})
+    own = _indices(part.classes)
+    wrong = [label for label in unknown if part.classes and label not in own]
+    if wrong:
+        raise ConfigError(
+            f"{part.where} holds {wrong[0]!r}, which is none of its {len(part.classes)} classes: {_OTHER_COLUMN}"
+        )
+    if unknown:
+        names = [part.classes[own[label]] if part.classes else label for label in unknown]
+        raise ConfigError(
+            f"{part.where} has images of the classes {_some(names)}, which the training images lack (their classes: "
+            f"{_some(classes)}): remove these images, or train on all classes"
+        )
+    return [-1 if value is None else numbers[value] for value in values]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
