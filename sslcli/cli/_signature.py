@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -28,6 +30,77 @@ def parameters_of(target: str) -> Parameters | None:
     """Keywords of a class or function by its dotted name; None where its source does not tell them all."""
     module, _, name = target.rpartition(".")
     return _find(module, name, DEPTH)
+
+
+@lru_cache
+def names_in_annotations(target: str) -> dict[str, frozenset[str]]:
+    """Names that occur in the annotation of each keyword, type aliases and the classes above included.
+
+    Tells also of constructors that take further keywords, as far as the source text does.
+    """
+    module, _, name = target.rpartition(".")
+    found: dict[str, frozenset[str]] = {}
+    place = _definition(module, name, DEPTH)
+    if place is None:
+        return found
+    module, node = place
+    if isinstance(node, ast.ClassDef):
+        for base in node.bases:
+            above = names_in_annotations(f"{module}.{base.id}") if isinstance(base, ast.Name) else {}
+            found |= {key: found.get(key, frozenset()) | names for key, names in above.items()}
+    for key, annotation in _annotations(node):
+        found[key] = found.get(key, frozenset()) | _names(annotation, module, DEPTH)
+    return found
+
+
+def _annotations(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
+    """The annotated keywords of a function, or of the constructor and the fields of a class."""
+    if isinstance(node, ast.FunctionDef):
+        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+            if argument.annotation is not None:
+                yield argument.arg, argument.annotation
+    elif isinstance(node, ast.ClassDef):
+        for part in node.body:
+            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                yield part.target.id, part.annotation
+            elif isinstance(part, ast.FunctionDef) and part.name == "__init__":
+                yield from _annotations(part)
+
+
+def _names(annotation: ast.expr, module: str, depth: int) -> frozenset[str]:
+    """The names in an annotation as seen in `module`, with those that type aliases stand for."""
+    found: set[str] = set()
+    for node in ast.walk(annotation):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            with suppress(SyntaxError):
+                found |= _names(ast.parse(node.value, mode="eval").body, module, depth)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+            place = _definition(module, node.id, depth)
+            if place is not None and isinstance(place[1], (ast.Assign, ast.AnnAssign)) and place[1].value is not None:
+                found |= _names(place[1].value, place[0], depth - 1)
+    return frozenset(found)
+
+
+def _definition(module: str, name: str, depth: int) -> tuple[str, ast.stmt] | None:
+    """The module and the statement that define `name` as seen in `module`, following imports."""
+    tree = _tree(module)
+    if tree is None or depth <= 0:
+        return None
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
+            return module, node
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            return module, node
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
+            return module, node
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return _definition(_absolute(module, node), alias.name, depth - 1)
+    return None
 
 
 def source_of(module: str) -> Path | None:

@@ -9,11 +9,14 @@ from typing import Any
 
 LISTS = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple")
 MAPPINGS = ("dict", "Dict", "Mapping")
+PATHS = ("Path", "PathLike")
 WORDS = {
     "int": ("a whole number", "whole numbers"),
     "float": ("a finite number", "finite numbers"),
     "bool": ("true or false", "true or false each"),
     "str": ("text", "texts"),
+    "Path": ("a path", "paths"),
+    "PathLike": ("a path", "paths"),
     "None": ("null", "null"),
 }
 
@@ -80,6 +83,8 @@ def _fits_one(value: Any, node: ast.expr) -> bool | None:
         return value is None
     if name == "Literal":
         return value in [part.value for part in inside if isinstance(part, ast.Constant)]
+    if name in PATHS:
+        return isinstance(value, str)
     if name in ("int", "float", "bool", "str"):
         return _is_plain(value, name)
     if name in LISTS:
@@ -112,7 +117,9 @@ def _words(node: ast.expr, *, many: bool) -> str:
     """Classes are left out where there is something that a command line can say."""
     options = _options(node)
     plain = [option for option in options if _name(option) in (*WORDS, *LISTS, *MAPPINGS, "Literal")]
-    return " or ".join(_words_of_one(option, many=many) for option in plain or options)
+    has_paths = any(_name(option) in PATHS for option in options)
+    told = [option for option in plain or options if not (has_paths and _name(option) == "str")]
+    return " or ".join(_words_of_one(option, many=many) for option in told)
 
 
 def _words_of_one(node: ast.expr, *, many: bool) -> str:
