@@ -24,6 +24,8 @@ from sslcli.errors import TrainingFailed
 
 SLOWEST = 10.0  # seconds between two looks at the most
 LOOKS = 20  # looks within the time limit
+SLACK = 5.0  # seconds after the time limit, for a wait that ends by itself
+IMAGES = "the images"  # how the place of a process that waits for images begins
 SILENCE = 3  # looks without a beat after which a process counts as stopped
 
 
@@ -98,7 +100,8 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
     `message` is empty on processes that need not tell, since another does.
     """
     if size == 1:  # keeps nobody waiting
-        yield
+        with watched_alone(limit=limit, end=end):
+            yield
         return
     closing = threading.Event()
     thread = threading.Thread(target=look, args=(store, rank, size, limit, end, closing), daemon=True)
@@ -108,6 +111,40 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
     finally:
         closing.set()
         thread.join()
+
+
+@contextmanager
+def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]:
+    """Within the block, call `end(message)` from a thread once a run of one process waits too long for images.
+
+    That is for images that the process reads itself, `SLACK` seconds after `limit`: with data workers the wait ends by
+    itself, in better order. Nothing else that a process does has an end that could be told.
+    """
+    closing = threading.Event()
+    thread = threading.Thread(target=look_alone, args=(limit, end, closing), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        thread.join()
+
+
+def look_alone(limit: float, end: Callable[[str], None], closing: threading.Event) -> None:
+    """Count how long this process has been waiting for the same images."""
+    interval = min(limit / LOOKS, SLOWEST)
+    still, before = 0.0, _mine.signs
+    while not closing.wait(interval):
+        waits = _mine.signs == before and _mine.place.startswith(IMAGES)
+        still, before = still + interval if waits else 0.0, _mine.signs
+        if still >= limit + SLACK and not closing.is_set():
+            end(
+                f"{_mine.place} did not come within {limit:g} s (launcher.timeout). The usual cause is a network file "
+                "system that does not answer, or code of an image set that waits for something; the steps since the "
+                "last checkpoint are lost. Start the same command again to go on, with a larger launcher.timeout if "
+                "nothing was wrong but the time"
+            )
+            return
 
 
 def look(

@@ -82,12 +82,13 @@ def available() -> list[str]:
 
 @contextmanager
 def process_group(device: torch.device, *, limit: float, end: Callable[[str], None]) -> Iterator[None]:
-    """The processes of this run, joined for the time of the block; nothing where there is one.
+    """The processes of this run, joined for the time of the block where there are several.
 
-    `end(message)` is called on each, from a thread, once none went on for `limit` seconds; see `heartbeat.watched`.
+    `end(message)` is called on each, from a thread, once none went on for `limit` seconds; see `heartbeat`.
     """
     if not joined():
-        yield
+        with heartbeat.watched_alone(limit=limit, end=end):
+            yield
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         distributed.end_with(os.getppid())  # the agent, whoever started it
@@ -185,6 +186,9 @@ def run_processes(
         raise SignalException(f"got signal {signum}", signal.SIGTERM)  # what the agent itself does at a SIGTERM
 
     schedulers = (signal.SIGUSR1, signal.SIGUSR2)
+    # torch's agent takes SIGHUP over, and its processes start without what nohup set; a blocked signal stays blocked.
+    nohup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, nohup)
     before = {number: signal.signal(number, forward if meeting is None else signal.SIG_IGN) for number in schedulers}
     environment = dict(os.environ)
     # The agent kills processes that take longer than this to save and end.
@@ -204,6 +208,9 @@ def run_processes(
         os.environ |= environment
         for number, handler in before.items():
             signal.signal(number, handler)
+        for number in nohup:  # the handler that torch left would get what came meanwhile
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if crashed(codes) and meeting is not None:  # who started the nodes may start all of them again
         tell(f"{losses(codes)}. {REMEDY}")
         return EXIT_LOST

@@ -78,8 +78,11 @@ def train(run: Run) -> None:
     writer = checkpoint.Writer(sharded=sharding.is_sharded(run.method))
     with closing(run.loader.steps(step, total)) as batches, closing(writer):
         while step < total:
-            heartbeat.sign(f"the images of step {step + 1}")
-            micro_batches = watch.timed_next(batches)
+            heartbeat.sign(f"{heartbeat.IMAGES} of step {step + 1}")
+            micro_batches = run.stop.unless_stopped(lambda: watch.timed_next(batches))
+            if micro_batches is None:
+                save_good(run, step, writer)
+                raise stopped(run, step)
             heartbeat.sign(f"step {step + 1}")
             lr = run.lr_at(step)
             for group in run.optimizer.param_groups:
@@ -92,15 +95,9 @@ def train(run: Run) -> None:
             watch.after_step(step, scalars, lr=lr, method=run.method)
             stop = run.stop.agreed()
             if stop or step == total or save_is_due(run.settings, step, run.loader.steps_per_epoch):
-                watch.check_finite()
-                watch.check_weights(step, run.method)
-                save(run, step, writer)
+                save_good(run, step, writer)
             if stop and step < total:
-                reason = run.stop.reason or "another process's " + ("signal" if run.stop.by_signal else "time limit")
-                raise Stopped(
-                    f"stopped by {reason} after step {step} of {total}; checkpoint saved, run again to go on",
-                    by_signal=run.stop.by_signal,
-                )
+                raise stopped(run, step)
 
 
 def optimise(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
@@ -180,6 +177,22 @@ def save_is_due(settings: TrainSettings, step: int, steps_per_epoch: int) -> boo
     by_steps = settings.save_every_steps is not None and step % settings.save_every_steps == 0
     every = settings.save_every_epochs * steps_per_epoch
     return by_steps or (every > 0 and step % every == 0)
+
+
+def stopped(run: Run, step: int) -> Stopped:
+    """What ends a run that was asked to stop, `step` being saved."""
+    reason = run.stop.reason or "another process's " + ("signal" if run.stop.by_signal else "time limit")
+    return Stopped(
+        f"stopped by {reason} after step {step} of {run.total_steps}; checkpoint saved, run again to go on",
+        by_signal=run.stop.by_signal,
+    )
+
+
+def save_good(run: Run, step: int, writer: checkpoint.Writer) -> None:
+    """Write a checkpoint. Raises TrainingFailed where the losses up to it or its weights are not finite."""
+    run.watch.check_finite()
+    run.watch.check_weights(step, run.method)
+    save(run, step, writer)
 
 
 def save(run: Run, step: int, writer: checkpoint.Writer) -> None:

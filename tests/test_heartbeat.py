@@ -50,10 +50,30 @@ def test_where_none_is_behind_no_process_is_named() -> None:
     assert "none is behind the others (at step 7, step 8)" in told
 
 
-def test_a_process_alone_may_take_its_time(tmp_path: Path) -> None:
+def test_a_process_alone_may_take_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.FileStore(str(tmp_path / "store"), 1)
-    with heartbeat.watched(store, rank=0, size=1, limit=0.1, end=pytest.fail):
+    heartbeat.sign("step 7")
+    assert ended_while_at_work(store, monkeypatch) == []
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_process_alone_that_waits_too_long_for_images_is_ended(
+    joined: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heartbeat.sign("the images of step 7")
+    store = dist.FileStore(str(tmp_path / "store"), 1) if joined else None
+    (message,) = ended_while_at_work(store, monkeypatch)
+    assert message.startswith("the images of step 7 did not come within 0.1 s (launcher.timeout)")
+
+
+def ended_while_at_work(store: dist.FileStore | None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a process alone is told after half a second without progress, with a limit of 0.2 s."""
+    monkeypatch.setattr(heartbeat, "SLACK", 0.1)
+    told: list[str] = []
+    alone = heartbeat.watched_alone(limit=0.1, end=told.append)
+    with alone if store is None else heartbeat.watched(store, rank=0, size=1, limit=0.1, end=told.append):
         time.sleep(0.5)
+    return told
 
 
 def test_a_store_that_does_not_answer_is_told_by_each() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import warnings
 from collections.abc import Iterator
-from io import StringIO
+from io import StringIO, TextIOWrapper
 
 from sslcli.data.columns import LABEL_NAMES
 from sslcli.errors import ConfigError
+from sslcli.regular_files import open_regular
 
 DELIMITERS = (",", ";", "\t", "|")
 
@@ -22,7 +23,7 @@ def read_csv(file: str) -> tuple[list[str], list[str]]:
     Raises ConfigError for a file that is no such CSV, naming the line.
     """
     try:
-        with open(file, newline="", encoding="utf-8-sig") as text:
+        with TextIOWrapper(open_regular(file), newline="", encoding="utf-8-sig") as text:
             content = text.read()
     except OSError as error:
         raise ConfigError(f"dataset.file={file} cannot be read: {error.strerror}; set it to a CSV file") from error

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from sslcli.data.bad_images import BadImage
+from sslcli.regular_files import read_regular
 
 DIVISORS = (1, 2, 4, 8)
+LARGEST = 512 * 10**6  # bytes of an image file; the largest photographs have a tenth of it
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -145,10 +147,12 @@ def decode_jpeg(content: bytes, size: tuple[int, int], divisor: int) -> Image.Im
 
 
 def open_file(path: str, *, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Encoded:
-    """An image file; see `Encoded`. Raises BadImage for a file that cannot be read."""
+    """An image file; see `Encoded`. The only place where a set opens one.
+
+    Raises BadImage for a file that cannot be read, is no regular file, or is larger than `LARGEST`.
+    """
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = read_regular(path, most=LARGEST)
     except (OSError, ValueError) as error:
         raise BadImage(path, getattr(error, "strerror", None) or str(error)) from error
     return Encoded(content, path, convert=convert)

@@ -23,7 +23,7 @@ from sslcli.data.crops import PlainCrops, Request, ViewCrops, centre_crop, joine
 from sslcli.data.order import epoch_length, epoch_order, last_reads, shard_order
 from sslcli.data.sources import Source
 from sslcli.data.views import Views
-from sslcli.data.workers import batches_of, list_of
+from sslcli.data.workers import PATIENCE, batches_of, check_shared_memory, list_of
 from sslcli.distributed import rank, world_size
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Batch
@@ -39,10 +39,19 @@ class Loader:
         accumulate: micro-batches a step.
         seed: of the order and the views.
         device: where batches go.
+        patience: seconds to wait for the images of a batch.
     """
 
     def __init__(
-        self, source: Source, views: Views, *, batch_size: int, accumulate: int, seed: int, device: torch.device
+        self,
+        source: Source,
+        views: Views,
+        *,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        device: torch.device,
+        patience: float = PATIENCE,
     ) -> None:
         share = accumulate * world_size()
         if batch_size % share:
@@ -57,6 +66,7 @@ class Loader:
                 f"choose at most {num_images}"
             )
         self.source, self.views, self.seed, self.device = source, views, seed, device
+        self.patience = patience
         self.batch_size, self.accumulate, self.part = batch_size, accumulate, batch_size // share
         self.steps_per_epoch = num_images // batch_size
         self.bad = BadImages(max_bad=source.max_bad, total=len(source.splits["train"]))
@@ -64,6 +74,9 @@ class Loader:
         self.layout = source.layout
         self.workers = source.workers if self.layout is None else min(source.workers, self.part)
         self.pieces = 1 if self.layout is None else max(1, self.workers)
+        if source.images is None:
+            pixels = sum(size * size for size in views.sizes(source.image_size))
+            check_shared_memory(self.workers, self.part * source.channels * pixels // self.pieces)
 
     def position(self, step: int) -> dict[str, Any]:
         """Where a run is after `step` steps, as plain values: all that a checkpoint needs of the loader.
@@ -141,7 +154,8 @@ class Loader:
 
     def from_files(self, start: int, stop: int) -> Iterator[Batch]:
         crops = ViewCrops(self.source, self.views, self.seed)
-        served = batches_of(crops, list_of(self.requests(start, stop)), self.workers)
+        sampler = list_of(self.requests(start, stop))
+        served = batches_of(crops, sampler, self.workers, owner=type(self.source), patience=self.patience)
         while pieces := list(islice(served, self.pieces)):
             requests, views, read, bad = zip(*pieces, strict=True)
             for path, reason in chain(*bad):
@@ -186,7 +200,9 @@ def plain_batches(
     """
     chunks = list(torch.split(positions, batch_size))
     if source.images is None:
-        yield from batches_of(PlainCrops(source), chunks, source.workers if workers is None else workers)
+        workers = source.workers if workers is None else workers
+        check_shared_memory(workers, batch_size * source.channels * source.image_size**2)
+        yield from batches_of(PlainCrops(source), chunks, workers, owner=type(source))
         return
     size = source.image_size
     for chunk in chunks:

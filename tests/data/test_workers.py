@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import time
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import pytest
 from torch.utils.data import Dataset
 
 from sslcli.data.sources import Source
-from sslcli.data.workers import batches_of, list_of, workers_that_pay
-from sslcli.errors import ProcessLost
+from sslcli.data.workers import batches_of, check_shared_memory, list_of, workers_that_pay
+from sslcli.errors import ConfigError, ProcessLost, TrainingFailed
 
 
 class Deadly(Dataset[int]):
@@ -23,20 +27,110 @@ class Deadly(Dataset[int]):
         return item
 
 
-@pytest.fixture
-def watched() -> Iterator[None]:
-    """What torch does when a child ends is put back afterwards."""
-    before = signal.getsignal(signal.SIGCHLD)
-    yield
-    signal.signal(signal.SIGCHLD, before)
+class Stuck(Dataset[int]):
+    """Item 1 never comes."""
+
+    def __getitem__(self, item: int) -> int:
+        while item == 1:
+            time.sleep(1)
+        return item
 
 
-@pytest.mark.usefixtures("watched")
+class Failing(Dataset[int]):
+    """Item 1 raises what it is given."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getitem__(self, item: int) -> int:
+        if item == 1:
+            raise self.error
+        return item
+
+
+def read(dataset: Dataset[int], *, workers: int = 2, owner: type = Source, patience: float = 60) -> list[int]:
+    return list(batches_of(dataset, list_of(iter(range(8))), workers, owner=owner, patience=patience))
+
+
 def test_a_worker_that_died_is_told_once() -> None:
     """torch's handler would raise again while the other worker is taken down, inside of whatever runs then."""
+    before = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(ProcessLost, match=r"a data worker died .* lower dataset.workers"):
-        list(batches_of(Deadly(), list_of(iter(range(8))), 2))
-    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+        read(Deadly())
+    assert signal.getsignal(signal.SIGCHLD) not in (before, signal.SIG_DFL)  # torch's, for the workers to come
+    assert multiprocessing.active_children() == []
+
+
+def test_a_batch_that_never_comes_ends_in_time_and_its_worker_with_it() -> None:
+    begun = time.monotonic()
+    with pytest.raises(TrainingFailed, match=r"no images came from the data workers for 1 s \(launcher.timeout\)"):
+        read(Stuck(), patience=1)
+    assert time.monotonic() - begun < 15
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_end_with_a_reader_that_stops_in_the_midst() -> None:
+    batches = batches_of(Stuck(), list_of(iter(range(8))), 2, owner=Source)
+    assert next(batches) == 0
+    begun = time.monotonic()
+    batches.close()
+    assert time.monotonic() - begun < 10
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("error", "owner", "kind", "told"),
+    [
+        (KeyError("mine"), Failing, ConfigError, r"test_workers.Failing failed while images were read .*KeyError"),
+        (RuntimeError("timed out"), Failing, ConfigError, r"RuntimeError: timed out(?s:.)*Traceback"),
+        (KeyError("ours"), Source, TrainingFailed, r"sslcli.data.sources.Source failed .*(?s:.)*in __getitem__"),
+        (MemoryError(), Failing, TrainingFailed, r"not enough memory .* lower dataset.workers"),
+        (ConfigError("wrong"), Failing, ConfigError, r"^wrong$"),
+    ],
+    ids=str,
+)
+def test_any_error_reaches_the_user_with_its_traceback(
+    error: Exception, owner: type, kind: type[Exception], told: str, workers: int
+) -> None:
+    with pytest.raises(kind, match=told):
+        read(Failing(error), workers=workers, owner=owner)
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_that_cannot_be_started_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
+    with pytest.raises(TrainingFailed, match=r"2 data workers cannot be started \(Resource temporarily unavailable\)"):
+        read(Stuck())
+
+
+class Room(NamedTuple):
+    """What the system says of /dev/shm."""
+
+    f_bavail: int
+    f_frsize: int
+
+
+@pytest.mark.parametrize(
+    ("workers", "batch", "processes", "told"),
+    [
+        (2, 8_000_000, 1, None),
+        (2, 8_000_001, 1, r"workers is 2, .* 64 MB of shared memory, but /dev/shm has 64 MB: .*--shm-size=1g"),
+        (2, 4_000_001, 2, r"about 64 MB"),
+        (0, 10**12, 1, None),
+        (8, 10**9, 1, r"about 32,000 MB .*--shm-size=33g"),
+    ],
+)
+def test_shared_memory_that_is_too_small_is_told_at_the_start(
+    workers: int, batch: int, processes: int, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.statvfs", lambda path: Room(15_625, 4096))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with pytest.raises(ConfigError, match=told) if told else nullcontext():
+        check_shared_memory(workers, batch)
 
 
 @pytest.mark.parametrize(
