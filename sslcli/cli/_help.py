@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from sslcli import __version__
 from sslcli.cli._plugins import conf_of_plugins
+from sslcli.report.terminal import guard_terminal
 
 TITLES = {
     "train": "ssl-train: pre-train a vision backbone without labels.",
@@ -122,8 +122,6 @@ def show_and_exit(name: str) -> None:
     """Answer `--help` and `--version` and end; return where the command line asks for neither."""
     text = answer(name, sys.argv[1:])
     if text is not None:
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:  # a reader as `head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        guard_terminal()
+        print(text, flush=True)
         sys.exit(0)

@@ -1,0 +1,136 @@
+"""sslcli/report/terminal.py: what becomes of printed lines when nobody reads them, and that a run goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from io import StringIO
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+from runs import SSL_TRAIN
+from sslcli.report import terminal
+from sslcli.report.terminal import Terminal, guard_terminal
+
+RUN = [
+    "backbone.width=4",
+    "dataset.limit=128",
+    "train.batch_size=16",
+    "train.log_every=2",
+    "monitor.pictures=0",
+    "monitor.knn_every=0",
+    "launcher.threads=1",
+]
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, TextIO]]:
+    """The reading end, and the writing end as a stream."""
+    reader, writer = os.pipe()
+    stream = os.fdopen(writer, "w")
+    yield reader, stream
+    for close in (lambda: os.close(reader), stream.close):
+        with suppress(OSError):
+            close()
+
+
+def test_what_is_read_is_written() -> None:
+    stream = StringIO()
+    terminal = Terminal(stream)
+    print("a line", file=terminal)
+    assert stream.getvalue() == "a line\n"
+    assert not terminal.isatty()
+
+
+def test_a_reader_that_is_gone_is_written_to_no_more(pipe: tuple[int, TextIO]) -> None:
+    reader, stream = pipe
+    guarded = Terminal(stream)
+    print("read", file=guarded, flush=True)
+    assert os.read(reader, 100) == b"read\n"
+    os.close(reader)
+    for _ in range(3):
+        print("unread", file=guarded, flush=True)
+    assert guarded.is_broken
+    stream.flush()  # as Python does when it ends: what is left goes nowhere
+
+
+def test_a_full_disk_is_written_to_no_more() -> None:
+    with open("/dev/full", "w") as stream:
+        guarded = Terminal(stream)
+        print("a line", file=guarded, flush=True)
+        assert guarded.is_broken
+        print("a line", file=guarded, flush=True)
+
+
+def test_a_reader_that_does_not_read_is_waited_for_once(
+    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "PATIENCE", 0.2)
+    reader, stream = pipe
+    guarded, begun = Terminal(stream), time.monotonic()
+    for _ in range(300):
+        print("x" * 999, file=guarded, flush=True)
+    assert time.monotonic() - begun < 5
+    assert guarded.is_blocked
+    while os.read(reader, 1 << 20):
+        if not terminal.select.select([reader], [], [], 0)[0]:
+            break
+    print("again", file=guarded, flush=True)
+    assert os.read(reader, 1 << 20).endswith(b"again\n")
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w", encoding="ascii") as stream:
+        print("b\udce4d and \u00e4", file=Terminal(stream))
+    assert (tmp_path / "out").read_text() == "b\\udce4d and \\xe4\n"
+
+
+def test_both_streams_are_guarded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, StringIO())
+    guard_terminal()
+    guarded = sys.stdout, sys.stderr
+    guard_terminal()
+    assert (sys.stdout, sys.stderr) == guarded
+    assert all(isinstance(stream, Terminal) for stream in guarded)
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it where the descriptor was closed
+    guard_terminal()
+    assert sys.stdout is None
+
+
+def started(folder: Path, *arguments: str, stderr: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [SSL_TRAIN, *RUN, *arguments, "run_dir=run"], cwd=folder, stdout=subprocess.PIPE, stderr=stderr
+    )
+
+
+def test_a_reader_that_ends_early_costs_a_run_nothing(tmp_path: Path) -> None:
+    """As in `ssl-train ... 2>&1 | head -2`."""
+    run = started(tmp_path, "train.max_steps=8", stderr=subprocess.STDOUT)
+    assert run.stdout is not None
+    assert len([run.stdout.readline() for _ in range(2)]) == 2
+    run.stdout.close()
+    assert run.wait(240) == 0
+    assert (tmp_path / "run/done").exists()
+    assert "done: " in (tmp_path / "run/console.log").read_text()
+
+
+def test_ctrl_c_with_a_reader_that_it_ends_saves(tmp_path: Path) -> None:
+    """As in `ssl-train ... 2>&1 | tee log`, where Ctrl-C ends tee first."""
+    run = started(tmp_path, "train.max_steps=100000", stderr=subprocess.STDOUT)
+    assert run.stdout is not None
+    until = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    run.stdout.close()
+    run.send_signal(signal.SIGINT)
+    assert run.wait(120) == 75
+    assert list((tmp_path / "run/checkpoints").glob("step-*.pt"))
