@@ -20,6 +20,10 @@ from sslcli.report.console import Screen, percent
 from sslcli.report.metrics import Metrics
 from sslcli.settings import MonitorSettings
 
+LARGE_WEIGHTS = 30.0  # root mean square of one tensor; those of our methods and recipes stay below 3
+REMEDIES = (
+    "Usual remedies: a lower optimizer.lr, a longer train.warmup_epochs, train.clip_grad=1, or train.precision=fp32"
+)
 HEALTH_ROWS = 1024  # embeddings of a batch that health measures look at
 
 
@@ -104,6 +108,7 @@ class Watch:
         self.wall = 0.0  # seconds of training before this process
         self.waited = 0.0  # seconds the loop waited for data since the last log
         self.aside = 0.0  # seconds spent measuring since the last log
+        self.has_diverged = False  # and the user was warned
         self.facts: dict[str, str] = {}
         self.hyperparameters: dict[str, Any] = {}  # for TensorBoard, by dotted name
         self.picture: Tensor | None = None  # for TensorBoard, (3, H, W) in [0, 1]
@@ -159,13 +164,19 @@ class Watch:
             self.facts |= {"loss": f"{line['train/loss']:.4f}", "images/s": f"{line['train/images_per_s']:.0f}"}
             self.facts["data"] = percent(line["train/data_wait"])
         before, verdict = time.perf_counter(), None
+        is_measured = last or self.epoch_ends(step)
+        if is_measured or self.health_is_due(step):  # what is measured of numbers that are not finite means nothing
+            self.check_finite()
+            self.check_weights(step, method)
+        if is_measured:
+            self.warn_of_divergence(step, method)
         if self.health_is_due(step) and method.embeddings:
             values, verdict = self.measure_health(method.embeddings)
             line |= values
-        if self.probe is not None and (last or self.epoch_ends(step)):
+        if self.probe is not None and is_measured:
             found = self.measure_probe()
             line |= {f"monitor/{name}": value for name, value in found.items()}
-        if self.draw is not None and self.looks and (last or self.epoch_ends(step)):
+        if self.draw is not None and self.looks and is_measured:
             self.show_pictures(step, self.draw())
         self.aside += time.perf_counter() - before
         if line and self.writes:
@@ -252,14 +263,27 @@ class Watch:
                 f"among them; {self.remedy()}"
             )
 
+    def warn_of_divergence(self, step: int, method: Method) -> None:
+        """Warn once where weights have grown far beyond what training gives them, though all numbers are finite."""
+        sizes = {name: distributed.local(weight).detach().float() for name, weight in method.named_parameters()}
+        roots = {name: values.square().mean().sqrt() for name, values in sizes.items() if values.numel()}
+        if self.has_diverged or not roots:
+            return
+        largest, value = max(
+            zip(roots, torch.stack(list(roots.values())).tolist(), strict=True), key=lambda one: one[1]
+        )
+        if value > LARGE_WEIGHTS:
+            self.has_diverged = True
+            self.screen.warn(
+                f"the run has diverged: after step {step} the weights of {largest} have a root mean square of "
+                f"{value:.3g}, where training gives about 0.01 to 3. {REMEDIES}"
+            )
+
     def remedy(self) -> str:
         """Where to go back to, and what to change."""
         saved = checkpoint.all_of(self.run_dir)
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        return (
-            f"{kept}. Usual remedies: a lower optimizer.lr, a longer train.warmup_epochs, train.clip_grad=1, or "
-            "train.precision=fp32"
-        )
+        return f"{kept}. {REMEDIES}"
 
     def write(self, step: int, line: dict[str, float]) -> None:
         """One line of metrics.jsonl and the same scalars for TensorBoard."""

@@ -71,6 +71,26 @@ def test_a_diverging_run_ends_with_exit_code_3_and_one_message(tmp_path: Path) -
     assert "optimizer.lr" in said
 
 
+@pytest.mark.parametrize(
+    "more", [["monitor.knn_every=1"], ["monitor.health_every=1", "monitor.knn_every=0"]], ids=["k-NN", "health"]
+)
+def test_a_run_that_diverges_between_two_lines_of_metrics_measures_nothing_of_it(
+    more: list[str], tmp_path: Path
+) -> None:
+    """The k-NN of an epoch that ends off `train.log_every` meets the weights first."""
+    lines = ["dataset.limit=500", "train.batch_size=64", "train.epochs=2", "optimizer.lr=1e20", "backbone.width=8"]
+    said = installed(tmp_path, "ssl-train", *lines, "launcher.threads=1", "run_dir=r", *more, code=EXIT_FAILED)
+    assert "not finite" in said
+    assert "Usual remedies: a lower optimizer.lr" in said
+
+
+def test_a_run_that_diverges_with_finite_numbers_ends_with_a_warning(tmp_path: Path) -> None:
+    lines = ["dataset.limit=500", "train.batch_size=64", "train.epochs=4", "optimizer.lr=1000", "backbone.width=8"]
+    said = installed(tmp_path, "ssl-train", *lines, "launcher.threads=1", "run_dir=r")
+    assert said.count("warning: the run has diverged: after step") == 1
+    assert "done: " in said
+
+
 def test_accumulated_gradients_are_those_of_the_big_batch_and_all_keys_are_queued(tmp_path: Path) -> None:
     torch.manual_seed(0)
     whole = MoCo(TinyNet(norm=False), dim=4, queue_size=24)

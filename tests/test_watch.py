@@ -117,6 +117,45 @@ def test_values_that_are_not_finite_are_null_in_the_lines_and_absent_in_tensorbo
     assert scalars_of(tensorboard_of(tmp_path), "monitor/knn_top1") == [(2, 0.5)]
 
 
+class Said(Screen):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(silent=True)
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(10.0, False), (100.0, True)])
+def test_weights_that_grew_out_of_all_proportion_are_told_once(tmp_path: Path, scale: float, warned: bool) -> None:
+    screen = Said()
+    watch = make_watch(tmp_path, knn_every=1, steps_per_epoch=1, screen=screen)
+    method = Method(nn.Linear(2, 2))
+    nn.init.constant_(method.backbone.weight, scale)  # type: ignore[arg-type]
+    watch.start(0, 3)
+    for step in (1, 2, 3):
+        watch.after_step(step, {"loss": torch.tensor(1.0)}, lr=0.1, method=method)
+    watch.close()
+    assert len(screen.warnings) == warned
+    if warned:
+        assert "after step 1 the weights of backbone.weight have a root mean square of 100, where" in screen.warnings[0]
+
+
+@pytest.mark.parametrize("measure", [{"knn_every": 1}, {"health_every": 1}])
+def test_nothing_is_measured_of_weights_that_are_not_finite(tmp_path: Path, measure: dict[str, int]) -> None:
+    watch = make_watch(tmp_path, log_every=10, steps_per_epoch=2, probe=lambda: pytest.fail("measured"), **measure)
+    method = Method(nn.Linear(2, 2))
+    nn.init.constant_(method.backbone.weight, math.inf)  # type: ignore[arg-type]
+    method.embeddings = (torch.full((8, 4), math.nan),) * 2
+    watch.start(0, 4)
+    with pytest.raises(TrainingFailed, match=r"weight tensors are not finite, backbone.weight among them"):
+        for step in (1, 2):
+            watch.after_step(step, {"loss": torch.tensor(1.0)}, lr=0.1, method=method)
+    watch.close()
+
+
 def test_a_run_that_goes_on_hides_what_was_written_beyond_its_checkpoint(tmp_path: Path) -> None:
     follow(make_watch(tmp_path), [1.0, 1.0, 1.0, 1.0], total=6)
     follow(make_watch(tmp_path), [2.0, 2.0, 2.0, 2.0], first=3)
