@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -27,9 +26,10 @@ import torch.distributed as dist
 from sslcli import distributed
 from sslcli.atomic import beside, discard, replace, synchronise, temporary_name
 from sslcli.atomic import sha256 as sha256
+from sslcli.checkpoint_names import all_of as all_of
+from sslcli.checkpoint_names import step_of as step_of
 from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.migrations import SCHEMA, upgrade
-from sslcli.settings import CHECKPOINT
 
 if TYPE_CHECKING:  # importing it takes seconds, which a run without them need not wait for
     from sslcli.pieces import Placement, Snapshot
@@ -47,16 +47,6 @@ def folder(run_dir: Path) -> Path:
 def path_of(run_dir: Path, step: int) -> Path:
     """The file of the checkpoint after `step` optimizer steps; the folder of pieces has no ending."""
     return folder(run_dir) / f"step-{step:08d}.pt"
-
-
-def step_of(path: Path) -> int:
-    """The step after which a checkpoint was written, by its name."""
-    return int(path.stem[5:])
-
-
-def all_of(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder(run_dir).glob("step-*") if re.fullmatch(CHECKPOINT, path.name))
 
 
 def digest(path: Path) -> str:

@@ -19,7 +19,6 @@ SCALINGS = ("linear", "sqrt", "none")
 SHARDINGS = ("none", "fsdp")
 SCHEDULES = ("cosine", "step", "constant")
 COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
-CHECKPOINT = r"step-\d+(\.pt)?"  # the names of checkpoints: files, or folders of pieces
 EXPORTS = ("backbone", "method")
 RESUME = ("auto", "never", "must")
 DIRECTIONS = ("auto", "max", "min")

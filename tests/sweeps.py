@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import os
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 # Seeds: 3 fails, 4 is killed, 5 waits for a signal and saves, 6 is refused; a second start of any of them finishes.
+# Seed 7 takes a second.
 JOB = """
 import json, os, pathlib, signal, sys, time
 
@@ -44,11 +48,23 @@ if first and seed == 5:
     while not stopped and time.monotonic() < until:
         time.sleep(0.01)
     sys.exit(75 if stopped else 1)
+if seed == 7:
+    time.sleep(1)
 if first and seed == 6:
     sys.exit(2)
 save(3)
 note("ends", f"{time.time()}\\n")
 (run_dir / "done").touch()
+"""
+
+
+SWEEP = """
+import sys
+from sslcli.cli import _sweep, train
+
+job = sys.argv.pop(1)
+_sweep.program_of = lambda command: (sys.executable, "-S", job)
+train.main()
 """
 
 
@@ -64,6 +80,21 @@ def signal_when_started(number: int, folder: Path, *, starts: int) -> None:
         os.kill(os.getpid(), number)
 
     threading.Thread(target=send, daemon=True).start()
+
+
+def start_sweep(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
+    """`ssl-train ARGUMENTS` with quick jobs as a process of its own, which can be killed."""
+    (cwd / "job.py").write_text(JOB)
+    line = [sys.executable, "-c", SWEEP, str(cwd / "job.py"), *arguments]
+    return subprocess.Popen(line, cwd=cwd, stdout=subprocess.DEVNULL)
+
+
+def wait_until(there: Callable[[], bool], what: str) -> None:
+    """Return once something is so."""
+    until = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < until, f"never: {what}"
+        time.sleep(0.01)
 
 
 def table(folder: Path) -> list[dict[str, str]]:

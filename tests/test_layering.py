@@ -41,6 +41,8 @@ RANKS = {
     "allocator": 0,
     "idle_threads": 0,
     "cores": 0,
+    "interpreter": 0,
+    "checkpoint_names": 0,
     "compiled": 0,
     "cached_gradients": 6,
     "launch": 6,

@@ -165,7 +165,7 @@ def carry_out(
 def test_a_run_that_ends_ends_the_job_with_its_code(tmp_path: Path) -> None:
     code, calls, history = carry_out(tmp_path, "true")
     assert (code, (tmp_path / "7.exit").read_text()) == (0, "0\n")
-    assert calls == [f"agent /opt/python -m sslcli.cli._slurm {tmp_path}/config.json node1:{10000 + 7}"]
+    assert calls == [f"agent /opt/python -P -m sslcli.cli._slurm {tmp_path}/config.json node1:{10000 + 7}"]
     assert history == ["starts on node[1-2]", "ended with exit code 0"]
 
 
@@ -234,12 +234,30 @@ def test_three_attempts_that_saved_nothing_are_enough(tmp_path: Path) -> None:
     assert "3 attempts in a row saved nothing" in told[2][2][-2]
 
 
-def test_attempts_that_saved_do_not_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("save", "codes"),
+    [
+        ("touch ../checkpoints/step-0000000$SLURM_RESTART_COUNT.pt", [0, 0, 0, 0]),
+        ("mkdir ../checkpoints/step-0000000$SLURM_RESTART_COUNT", [0, 0, 0, 0]),
+        ("mkdir ../checkpoints/step-0000000$SLURM_RESTART_COUNT.tmp", [0, 0, 75, 75]),
+    ],
+    ids=["files", "folders", "half written"],
+)
+def test_attempts_that_saved_do_not_count(save: str, codes: list[int], tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
     (tmp_path / "checkpoints").mkdir()
-    run = "kill -USR1 $$; sleep; touch ../checkpoints/step-0000000$SLURM_RESTART_COUNT.pt; exit 138"
-    codes = [carry_out(tmp_path / "slurm", run, SLURM_RESTART_COUNT=str(attempt))[0] for attempt in range(4)]
-    assert codes == [0] * 4
+    run = f"kill -USR1 $$; sleep; {save}; exit 138"
+    found = [carry_out(tmp_path / "slurm", run, SLURM_RESTART_COUNT=str(attempt))[0] for attempt in range(4)]
+    assert found == codes
+
+
+def test_another_python_keeps_the_current_directory_out_whatever_its_version(tmp_path: Path) -> None:
+    (tmp_path / "runpy.py").write_text("open('ran', 'w')")
+    text = render(replace(DEFAULTS, python="python3"), folder=tmp_path, cwd=tmp_path, python="/opt/python")
+    (line,) = [line for line in text.splitlines() if line.startswith("agent=")]
+    assert line.startswith("agent=(python3 -c ")
+    subprocess.run(["bash", "-c", f'{line}; "${{agent[@]}}"'], cwd=tmp_path, capture_output=True, timeout=60)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_time_limit_that_comes_before_the_run_is_saved_queues_again(tmp_path: Path) -> None:

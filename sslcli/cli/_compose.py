@@ -36,6 +36,7 @@ from sslcli.cli._hydra_node import check_hydra
 from sslcli.cli._job import stop_with_sweep
 from sslcli.cli._plugins import conf_of_plugins
 from sslcli.errors import EXIT_CONFIG, ConfigError
+from sslcli.interpreter import find_trusted
 from sslcli.idle_threads import sleep_soon
 from sslcli.settings import NEUTRAL
 
@@ -214,12 +215,12 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
     except ConfigError as error:
         choices = [override.input_line or "" for override in overrides if _explain.is_choice(override, engine)]
         base = _composed(engine, command, config_name, choices)
-        _find_own_modules({"trust": base.get("trust") or [o for o in overrides if _explain.group_of(o) == "trust"]})
+        find_trusted(base.get("trust") or [str(each.input_line) for each in overrides if _explain.group_of(each) == "trust"])
         _explain.check_overrides(command, [o for o in overrides if o.input_line not in choices], base)
         raise error
     _explain.check_deletions(overrides, config)
     job = _plain(config)
-    _find_own_modules(job)
+    find_trusted(job.get("trust") or [])
     _schema.check(command, job)
     own = config.hydra
     check_hydra(OmegaConf.to_container(own, resolve=False), job.get("trust", []))
@@ -264,12 +265,6 @@ def _plain(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{where}cannot resolve the value: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def _find_own_modules(job: dict[str, Any]) -> None:
-    """Let packages the user trusts lie in the folder the command is started in, after all that is installed."""
-    if job.get("trust") and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
 
 
 def digested(lines: list[str]) -> str:

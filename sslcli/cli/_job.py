@@ -12,17 +12,19 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sslcli import atomic
 from sslcli.cli import _run_dir
+from sslcli.cli._locks import can_lock, lock
 from sslcli.errors import EXIT_STOPPED, ConfigError
 from sslcli.settings import SweepSettings
 from sslcli.slurm.queue import told_code, told_job
 
 PARENT = "SSLCLI_SWEEP"  # where a sweep leaves the id of its process for the jobs it starts
+PROC = Path("/proc")  # not on every system
 EXIT_INTERRUPTED = 130
-WAITING, SUBMITTED, RUNNING = "waiting", "submitted", "running"
+WAITING, SUBMITTED, RUNNING, CHECKED = "waiting", "submitted", "running", "checked"
 FINISHED, STOPPED, INTERRUPTED, FAILED = "finished", "stopped", "interrupted", "failed"
 
 
@@ -36,6 +38,7 @@ class Sweep:
     settings: SweepSettings
     flags: tuple[str, ...]  # that every job needs, as --config-dir=...
     shared: tuple[str, ...]  # overrides of all jobs
+    submits: bool = False  # a job's process hands the run to Slurm and does not train itself
 
     @property
     def records(self) -> Path:
@@ -148,18 +151,28 @@ def write(path: Path, record: Record) -> None:
     atomic.replace(path, json.dumps(asdict(record), indent=2).encode())
 
 
-def status_of(folder: Path, record: Record) -> str:
-    """How a job of the sweep in `folder` stands: first what its run directory shows, then how its process ended."""
+def status_of(sweep: Sweep, name: str, record: Record, *, taken: bool = False) -> str:
+    """How a job stands: first what its run directory shows, then whether it is at work, then how its process ended.
+
+    Args:
+        sweep: the job is part of it.
+        name: of the job.
+        record: of the job.
+        taken: this process has the right to run the job, so nobody is at work on it.
+    """
+    folder = sweep.folder
     run_dir = None if record.run_dir is None else folder / record.run_dir
     if run_dir is not None and _run_dir.is_finished(run_dir):
         return FINISHED
-    if _is_alive(record) or (run_dir is not None and _run_dir.is_held(run_dir)):
+    if not taken and is_at_work(sweep, name, record):
         return RUNNING
     code = code_of(folder, record)
     if code is None:
         return INTERRUPTED if record.started else WAITING
+    if code == 0 and run_dir is not None:
+        return CHECKED if told_job(run_dir) is None else SUBMITTED
     if code == 0:
-        return FINISHED if run_dir is None else SUBMITTED
+        return FINISHED
     if code == EXIT_STOPPED:
         return STOPPED
     return INTERRUPTED if code < 0 or code == EXIT_INTERRUPTED else FAILED
@@ -172,28 +185,71 @@ def code_of(folder: Path, record: Record) -> int | None:
     return record.code
 
 
+def is_at_work(sweep: Sweep, name: str, record: Record) -> bool:
+    """Whether somebody runs a job: this or another sweep, a process that its sweep left behind, a run by hand."""
+    if record.run_dir is not None and _run_dir.is_held(sweep.folder / record.run_dir):
+        return True
+    file = lock(_right_to_run(sweep, name))
+    if file is None:
+        return True
+    file.close()
+    return not can_lock(sweep.records) and _is_alive(record)
+
+
+def take(sweep: Sweep, job: Job) -> IO[str] | None:
+    """The right to run a job, which the file and its copies in other processes hold until all are closed.
+
+    None while somebody else is at work on the job. A run that Slurm has is asked for by its job's process.
+    """
+    file = lock(_right_to_run(sweep, job.name))
+    if file is None:
+        return None
+    handed_on = sweep.submits and job.run_dir is not None and told_job(job.run_dir) is not None
+    busy = job.run_dir is not None and not handed_on and _run_dir.is_held(job.run_dir)
+    if busy or (not can_lock(sweep.records) and _is_alive(enrol(sweep, job))):
+        file.close()
+        return None
+    return file
+
+
+def _right_to_run(sweep: Sweep, name: str) -> Path:
+    """The file whose lock a sweep and the process of the job hold, so that it outlives either."""
+    return sweep.records / f"{name}.lock"
+
+
+def who_runs(sweep: Sweep, job: Job) -> str:
+    """Who is at work on a job, in words."""
+    if job.run_dir is not None and _run_dir.is_held(job.run_dir):
+        told = (job.run_dir / ".lock").read_text(encoding="utf-8", errors="replace").strip()
+        if told:
+            return told
+    record = enrol(sweep, job)
+    return "another process" if record.process is None else f"process {record.process} on {record.host}"
+
+
 def _is_alive(record: Record) -> bool:
     """Whether the process of a job is at work on this machine, and is not another that got its number."""
-    if record.process is None or record.host != platform.node():
+    if record.process is None or record.host != platform.node() or not atomic.is_alive(record.process):
         return False
     try:
-        line = Path(f"/proc/{record.process}/cmdline").read_bytes().split(b"\0")
+        line = (PROC / str(record.process) / "cmdline").read_bytes().split(b"\0")
     except OSError:
-        return False
+        return not PROC.exists()
     return all(override.encode() in line for override in record.overrides)
 
 
-def is_due(sweep: Sweep, job: Job) -> bool:
-    """Whether a job has to be run, now or again."""
-    record = enrol(sweep, job)
-    status = status_of(sweep.folder, record)
+def is_due(sweep: Sweep, job: Job, *, taken: bool = False) -> bool:
+    """Whether a job has to be run, now or again, or waited for.
+
+    Args:
+        sweep: the job is part of it.
+        job: the one that is asked about.
+        taken: see `status_of`.
+    """
+    status = status_of(sweep, job.name, enrol(sweep, job), taken=taken)
     if status == FINISHED:
         return sweep.command == "eval"
-    if status == FAILED:
-        return sweep.settings.retry_failed
-    if status in (RUNNING, SUBMITTED):  # a job of Slurm is asked for again: it may be gone, or be waited for
-        return job.run_dir is not None and told_job(job.run_dir) is not None and not _is_alive(record)
-    return True
+    return status != FAILED or sweep.settings.retry_failed
 
 
 def stop_with_sweep() -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sslcli import checkpoint_names, interpreter
 from sslcli.errors import EXIT_CONFIG, ConfigError
 
 
@@ -31,7 +32,7 @@ def launch(config: dict[str, Any]) -> int:
             path = Path(folder) / "config.json"
             path.write_text(json.dumps(config), encoding="utf-8")
             return run_processes(
-                ["-m", "sslcli.cli._launch", str(path)],
+                [*interpreter.arguments("sslcli.cli._launch"), str(path)],
                 processes=config["launcher"]["processes"],
                 max_restarts=config["launcher"]["max_restarts"],
                 tell=partial(tell, Path(config["run_dir"])),
@@ -75,6 +76,7 @@ def main() -> None:
 
     die_with_parent()
     config = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    interpreter.find_trusted(config["trust"])
     before = checkpoints(config)
     try:
         sys.exit(launch(config))
@@ -88,7 +90,7 @@ def main() -> None:
 
 def checkpoints(config: dict[str, Any]) -> set[str]:
     """The names of what a run has saved so far."""
-    return {path.name for path in Path(config["run_dir"], "checkpoints").glob("step-*")}
+    return {path.name for path in checkpoint_names.all_of(Path(config["run_dir"]))}
 
 
 if __name__ == "__main__":

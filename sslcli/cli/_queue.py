@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +14,26 @@ from types import FrameType, TracebackType
 from typing import IO, Any
 
 from sslcli.cli import _sweep_table
-from sslcli.cli._job import PARENT, Job, Sweep, command_line, is_due, log_of, note_end, note_start
+from sslcli.cli._job import (
+    PARENT,
+    Job,
+    Sweep,
+    command_line,
+    is_due,
+    log_of,
+    note_end,
+    note_start,
+    take,
+    who_runs,
+)
+from sslcli.cli._locks import lock
 from sslcli.cores import usable
 from sslcli.errors import EXIT_STOPPED
 
-HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a job that gets one saves and stops
+HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # a job that gets one saves and stops
+AS_TERM = (signal.SIGUSR2, signal.SIGHUP)  # jobs get SIGTERM for these
 PAUSE = 0.05  # seconds between looks at the jobs
+LOOK_EVERY = 0.5  # seconds between looks at a job that others are at work on
 CORES_PER_JOB = 4  # more threads than this make a run of one process little faster
 
 
@@ -88,8 +100,15 @@ class Running:
 
     job: Job
     process: subprocess.Popen[bytes]
-    held: IO[str] | None  # its slot, until it is closed
+    slot: int  # its number
+    held: tuple[IO[str], ...]  # its slot, and the right to run it, until they are closed
     told: bool = False  # a process that ends may not have a handler any more for a second signal
+
+
+def handed_on() -> list[signal.Signals]:
+    """The signals that stop a sweep here: not SIGHUP where it is ignored, as under nohup, which its jobs do as well."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in HANDED_ON if number != signal.SIGHUP or not ignored]
 
 
 class Relay:
@@ -107,7 +126,7 @@ class Relay:
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> Relay:
-        numbers = [*HANDED_ON, *([signal.SIGUSR2] if callable(signal.getsignal(signal.SIGUSR2)) else [])]
+        numbers = [*handed_on(), *([signal.SIGUSR2] if callable(signal.getsignal(signal.SIGUSR2)) else [])]
         self.previous = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
@@ -122,7 +141,7 @@ class Relay:
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """The signal handler."""
         self.received.append(number)
-        self.tell(signal.SIGTERM if number == signal.SIGUSR2 else number)
+        self.tell(signal.SIGTERM if number in AS_TERM else number)
 
     def tell(self, number: int) -> None:
         """Send a signal to the jobs at work, and keep others from being started."""
@@ -138,70 +157,139 @@ class Relay:
             one.process.send_signal(signal.SIGTERM)
 
 
+class Line:
+    """The jobs that wait for their turn, and which of them somebody else is at work on.
+
+    Args:
+        sweep: they are part of it.
+        jobs: in order.
+    """
+
+    def __init__(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
+        self.sweep, self.jobs = sweep, list(jobs)
+        self.looks: dict[str, int] = {}  # at each job that was found busy, by its name
+        self.look_again = 0.0
+
+    def take(self) -> tuple[Job, IO[str]] | None:
+        """Take the first job that is due and free out of the line, with the right to run it; None where none is."""
+        now = time.monotonic()
+        again = now >= self.look_again
+        if again:
+            self.look_again = now + LOOK_EVERY
+        for job in list(self.jobs):
+            if job.name in self.looks and not again:
+                continue
+            right = take(self.sweep, job)
+            if right is None:
+                self._note_busy(job)
+                continue
+            self.jobs.remove(job)
+            if is_due(self.sweep, job, taken=True):
+                return job, right
+            right.close()
+        return None
+
+    def _note_busy(self, job: Job) -> None:
+        """Say once that a job is waited for, unless it is free again at the second look."""
+        self.looks[job.name] = self.looks.get(job.name, 0) + 1
+        if self.looks[job.name] == 2:
+            who = who_runs(self.sweep, job)
+            print(f"waiting     {self.sweep.title(job)}: {who} is at work on it", flush=True)
+
+
 def run_queue(sweep: Sweep, jobs: list[Job], slots: list[Slot] | None, *, quiet: bool) -> bool:
     """Run the jobs that are due, each when a slot is free (None: at once); whether the sweep was stopped.
 
-    Slots are held by locks in the sweep's folder, so that several processes on this machine can share them. With
-    `quiet` jobs print into their logs. The table is written whenever a job ends.
+    A job that somebody else is at work on is waited for, and run if it ends unfinished. Slots are held by locks in the
+    sweep's folder, so that several processes on this machine can share them. With `quiet` jobs print into their logs.
+    The table is written whenever a job ends.
     """
-    waiting = deque(jobs)
+    line = Line(sweep, jobs)
     with Relay() as relay:
-        while relay.running or (waiting and not relay.told):
+        while relay.running or (line.jobs and not relay.told):
             if not relay.told and (sweep.records / "stop").exists():
                 relay.tell(signal.SIGTERM)
-            if waiting and not relay.told:
-                claimed = claim(sweep, slots)
-                if claimed is not None:
-                    _begin(sweep, waiting.popleft(), *claimed, relay, quiet=quiet)
-                    continue
+            if line.jobs and not relay.told and _start_next(line, slots, relay, quiet=quiet):
+                continue
             for one in [one for one in relay.running if one.process.poll() is not None]:
                 relay.running.remove(one)
                 relay.unfinished |= _end(sweep, one, quiet=quiet) != 0
             time.sleep(PAUSE)
+        relay.unfinished |= bool(line.jobs)
         return relay.told
 
 
-def claim(sweep: Sweep, slots: list[Slot] | None) -> tuple[Slot, IO[str] | None] | None:
-    """A free slot, and the file whose lock holds it; None where all are taken."""
+def wait_for(sweep: Sweep, jobs: list[Job]) -> bool:
+    """Wait until nobody is at work on any of the jobs; whether the sweep was stopped meanwhile."""
+    line = Line(sweep, jobs)
+    with Relay() as relay:
+        while line.jobs and not relay.told:
+            taken = line.take()
+            if taken is not None:
+                taken[1].close()
+                continue
+            time.sleep(PAUSE)
+        return relay.told
+
+
+def claim(sweep: Sweep, slots: list[Slot] | None, *, used: Sequence[int]) -> tuple[int, tuple[IO[str], ...]] | None:
+    """The number of a free slot, and the file whose lock holds it; None where all are taken.
+
+    Args:
+        sweep: whose folder has the locks.
+        slots: all there are; None: without end.
+        used: numbers of the slots that this process uses, for a file system without locks.
+    """
     if slots is None:
-        return Slot(), None
-    for number, slot in enumerate(slots):
-        file = (sweep.records / f"slot-{number}.lock").open("a", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            continue
-        return slot, file
+        return -1, ()
+    for number in range(len(slots)):
+        file = lock(sweep.records / f"slot-{number}.lock") if number not in used else None
+        if file is not None:
+            return number, (file,)
     return None
 
 
-def _begin(sweep: Sweep, job: Job, slot: Slot, held: IO[str] | None, relay: Relay, *, quiet: bool) -> None:
-    """Start the process of a job, unless another sweep did so meanwhile."""
-    if not is_due(sweep, job):
-        if held is not None:
-            held.close()
-        return
+def _start_next(line: Line, slots: list[Slot] | None, relay: Relay, *, quiet: bool) -> bool:
+    """Start the first job that is due and free, if there is a slot for it; whether one was started."""
+    claimed = claim(line.sweep, slots, used=[one.slot for one in relay.running])
+    if claimed is None:
+        return False
+    number, held = claimed
+    taken = line.take()
+    if taken is None:
+        for file in held:
+            file.close()
+        return False
+    job, right = taken
+    slot = Slot() if slots is None else slots[number]
+    process = _begin(line.sweep, job, slot, right, quiet=quiet)
+    relay.add(Running(job, process, number, (*held, right)))
+    return True
+
+
+def _begin(sweep: Sweep, job: Job, slot: Slot, right: IO[str], *, quiet: bool) -> subprocess.Popen[bytes]:
+    """Start the process of a job, which shares the right to run it and keeps it if this one is killed."""
     print(f"started     {sweep.title(job)} on {slot}" if quiet else f"\n=== {sweep.title(job)}", flush=True)
     environment = os.environ | {PARENT: str(os.getpid())}
     if slot.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.devices)
     with pinned(slot.cores), output(log_of(sweep, job) if quiet else None) as file:
-        process = subprocess.Popen(command_line(sweep, job), env=environment, stdout=file, stderr=file)
+        line = command_line(sweep, job)
+        process = subprocess.Popen(line, env=environment, stdout=file, stderr=file, pass_fds=[right.fileno()])
     note_start(sweep, job, process.pid)
-    relay.add(Running(job, process, held))
+    return process
 
 
 def _end(sweep: Sweep, one: Running, *, quiet: bool) -> int:
     """Note how a job ended; its exit code."""
     code = one.process.wait()
     note_end(sweep, one.job, code)
+    for file in one.held:
+        file.close()
     row = next(row for row in _sweep_table.update(sweep) if row.name == one.job.name)
     if quiet:
         why = f"; what it printed: {log_of(sweep, one.job)}" if code not in (0, EXIT_STOPPED) else ""
         print(f"{row.status:11s} {sweep.title(one.job)}{row.told(sweep.metric)}{why}", flush=True)
-    if one.held is not None:
-        one.held.close()
     return code
 
 

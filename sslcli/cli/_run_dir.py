@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -18,12 +17,11 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from sslcli import atomic
+from sslcli import atomic, checkpoint_names
+from sslcli.cli._locks import NO_LOCKS
 from sslcli.errors import ConfigError
-from sslcli.settings import CHECKPOINT, NEUTRAL
+from sslcli.settings import NEUTRAL
 
-# What flock says on file systems without locks, such as Lustre mounted without them.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 WRITTEN = ("checkpoints", "tensorboard", "metrics.jsonl", "console.log")  # while a run goes on
 
 
@@ -46,7 +44,7 @@ def is_held(run_dir: Path) -> bool:
 
 def has_checkpoint(run_dir: Path) -> bool:
     """Whether there is something to go on from, told without importing torch."""
-    return any(re.fullmatch(CHECKPOINT, path.name) for path in run_dir.glob("checkpoints/step-*"))
+    return bool(checkpoint_names.all_of(run_dir))
 
 
 def check_resumable(run_dir: Path, config: dict[str, Any]) -> None:

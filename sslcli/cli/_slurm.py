@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sslcli import atomic
+from sslcli import atomic, interpreter
 from sslcli.cli import _run_dir
 from sslcli.cli._launch import tell
 from sslcli.errors import EXIT_CONFIG, ConfigError
@@ -99,6 +99,7 @@ def carry_out(config: dict[str, Any], endpoint: str) -> int:
             f"{os.uname().nodename}: check launcher.setup and the build of torch, or train with device=cpu"
         )
     if settings.nodes * settings.processes == 1:
+        interpreter.find_trusted(config["trust"])
         from sslcli.cli._run import run
 
         return run(config)
@@ -110,7 +111,7 @@ def carry_out(config: dict[str, Any], endpoint: str) -> int:
     )
     run_dir = Path(config["run_dir"])
     return run_processes(
-        ["-m", "sslcli.cli._launch", str(folder_of(run_dir) / "config.json")],
+        [*interpreter.arguments("sslcli.cli._launch"), str(folder_of(run_dir) / "config.json")],
         processes=settings.processes,
         max_restarts=0,  # of one node alone; the script starts all nodes again
         tell=partial(tell, run_dir),

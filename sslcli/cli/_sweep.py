@@ -13,10 +13,25 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sslcli import interpreter
 from sslcli.cli import _sweep_hydra, _sweep_table
 from sslcli.cli._compose import digested, flags_of, telling
-from sslcli.cli._job import FAILED, INTERRUPTED, STOPPED, WAITING, Job, Sweep, enrol, is_due, job_of, status_of
-from sslcli.cli._queue import Slot, run_queue, slots_of
+from sslcli.cli._job import (
+    FAILED,
+    INTERRUPTED,
+    RUNNING,
+    STOPPED,
+    WAITING,
+    Job,
+    Sweep,
+    enrol,
+    is_at_work,
+    is_due,
+    job_of,
+    status_of,
+)
+from sslcli.cli._paths import absolute
+from sslcli.cli._queue import Slot, run_queue, slots_of, wait_for
 from sslcli.cli._sweep_table import Row
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, disk_failure
 from sslcli.settings import SweepSettings
@@ -64,7 +79,7 @@ def _carry_out(this: Sweep, configs: list[dict[str, Any]], arguments: Namespace)
     elif launcher == "basic" or not due:
         stopped = run_queue(this, due, slots, quiet=slots is not None and len(slots) > 1)
     else:
-        stopped, ended_early = _sweep_hydra.carry(this, due, arguments, slots)
+        stopped, ended_early = _carried(this, due, arguments, slots)
     rows = _sweep_table.update(this)
     print(f"\n{_sweep_table.as_text(rows, this.metric)}")
     print(f"\nthe table: {this.folder / 'sweep.csv'}")
@@ -73,6 +88,24 @@ def _carry_out(this: Sweep, configs: list[dict[str, Any]], arguments: Namespace)
     names = {job.name for job in jobs}
     code = exit_code([row for row in rows if drawn or row.name in names], stopped=stopped)
     return code or (EXIT_FAILED if ended_early else 0)
+
+
+def _carried(this: Sweep, due: list[Job], arguments: Namespace, slots: list[Slot] | None) -> tuple[bool, bool]:
+    """Let a launcher of Hydra run the jobs; whether the sweep was stopped, and whether the launcher gave up.
+
+    Jobs that others are at work on are waited for here, where that takes no place in a queue.
+    """
+    while due:
+        busy = [job for job in due if is_at_work(this, job.name, enrol(this, job))]
+        free = [job for job in due if job not in busy]
+        if free:
+            stopped, ended_early = _sweep_hydra.carry(this, free, arguments, slots)
+            if stopped or ended_early:
+                return stopped, ended_early
+        if busy and wait_for(this, busy):
+            return True, False
+        due = [job for job in busy if is_due(this, job)]
+    return False, False
 
 
 def sweep_of(command: str, configs: list[dict[str, Any]], arguments: Namespace) -> Sweep:
@@ -84,16 +117,17 @@ def sweep_of(command: str, configs: list[dict[str, Any]], arguments: Namespace) 
     return Sweep(
         command=command,
         program=program_of(command),
-        folder=Path(folder).absolute(),
+        folder=Path(absolute(folder)),
         settings=SweepSettings(**configs[0]["sweep"]) if command == "train" else OF_EVAL,
         flags=tuple(flags_of(arguments, only=("config_dir", "config_path", "config_name"))),
         shared=tuple(line for line in lines[0] if all(line in others for others in lines)),
+        submits=any(config.get("launcher", {}).get("kind") == "slurm" for config in configs),
     )
 
 
 def program_of(command: str) -> tuple[str, ...]:
     """What starts a command, whatever is on the path."""
-    return sys.executable, "-m", f"sslcli.cli.{command}"
+    return sys.executable, *interpreter.arguments(f"sslcli.cli.{command}")
 
 
 def check_engine(this: Sweep, configs: list[dict[str, Any]], *, drawn: bool, launcher: str) -> None:
@@ -148,12 +182,13 @@ def prepare(this: Sweep, jobs: list[Job]) -> None:
 
 def summary(this: Sweep, jobs: list[Job], due: list[Job]) -> str:
     """How many jobs there are, how they stand, and what will be run."""
-    counts = Counter(status_of(this.folder, enrol(this, job)) for job in jobs)
+    counts = Counter(status_of(this, job.name, enrol(this, job)) for job in jobs)
     counts.pop(WAITING, None)
     before = "".join(f", {count} {status}" for status, count in counts.items())
     retried = not this.settings.retry_failed and counts[FAILED]
     hint = " (sweep.retry_failed=true runs failed jobs again)" if retried else ""
-    return f"{len(jobs)} jobs in {this.folder}{before}; {len(due)} to run{hint}"
+    wait = f", {counts[RUNNING]} to wait for" if counts[RUNNING] else ""
+    return f"{len(jobs)} jobs in {this.folder}{before}; {max(0, len(due) - counts[RUNNING])} to run{wait}{hint}"
 
 
 def exit_code(rows: list[Row], *, stopped: bool) -> int:
@@ -161,6 +196,7 @@ def exit_code(rows: list[Row], *, stopped: bool) -> int:
     statuses = {row.status for row in rows}
     if stopped or STOPPED in statuses:
         return EXIT_STOPPED
-    if not statuses & {FAILED, INTERRUPTED, WAITING}:
+    codes = {row.code for row in rows if row.status in (FAILED, INTERRUPTED, WAITING)}
+    if not codes:
         return 0
-    return EXIT_CONFIG if {row.code for row in rows} <= {0, EXIT_CONFIG} else EXIT_FAILED
+    return EXIT_CONFIG if codes == {EXIT_CONFIG} else EXIT_FAILED

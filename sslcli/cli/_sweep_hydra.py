@@ -7,7 +7,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -27,9 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 from sslcli.cli._compose import digested, engine_of
 from sslcli.cli._explain import one_line
 from sslcli.cli._job import FINISHED, Job, Sweep, enrol, job_of, read, status_of
-from sslcli.cli._queue import HANDED_ON, Slot, run_queue
+from sslcli.cli._queue import Slot, handed_on, run_queue
 from sslcli.cli._sweep_table import value_of
 from sslcli.errors import ConfigError
+from sslcli.interpreter import safe_children
 
 
 class SweepStopped(Exception):
@@ -80,7 +81,7 @@ def composed_job(sweep: Sweep, config: Any) -> Job:
 
 def objective(sweep: Sweep, job: Job) -> float | None:
     """The metric of a finished job, which a sweeper optimises."""
-    if job.run_dir is None or sweep.metric is None or status_of(sweep.folder, enrol(sweep, job)) != FINISHED:
+    if job.run_dir is None or sweep.metric is None or status_of(sweep, job.name, enrol(sweep, job)) != FINISHED:
         return None
     return value_of(job.run_dir, sweep.metric)
 
@@ -94,7 +95,8 @@ def carry(sweep: Sweep, jobs: list[Job], arguments: Namespace, slots: list[Slot]
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=Task(sweep, slots), config=config
         )
-        launcher.launch([list(job.overrides) for job in jobs], initial_job_idx=0)
+        with safe_children():
+            launcher.launch([list(job.overrides) for job in jobs], initial_job_idx=0)
 
     return watched(sweep, arguments, launch)
 
@@ -106,12 +108,13 @@ def draw(sweep: Sweep, arguments: Namespace, launcher: str, slots: list[Slot] | 
 
     def start(engine: Hydra) -> None:
         lines = of_optuna(composed(engine, sweep, arguments, []).hydra.sweeper, sweep, slots, arguments)
-        engine.multirun(
-            config_name=arguments.config_name or sweep.command,
-            task_function=Task(sweep, slots),
-            overrides=lines_of(sweep, arguments, lines),
-            with_log_configuration=False,
-        )
+        with nullcontext() if launcher == "basic" else safe_children():
+            engine.multirun(
+                config_name=arguments.config_name or sweep.command,
+                task_function=Task(sweep, slots),
+                overrides=lines_of(sweep, arguments, lines),
+                with_log_configuration=False,
+            )
 
     return watched(sweep, arguments, start)
 
@@ -206,7 +209,7 @@ def leaving_word(sweep: Sweep) -> Iterator[list[int]]:
         (sweep.records / "stop").touch()
         print("stopping: jobs at work save; a second interrupt does not wait for them", flush=True)
 
-    previous = {number: signal.signal(number, receive) for number in HANDED_ON}
+    previous = {number: signal.signal(number, receive) for number in handed_on()}
     try:
         yield received
     finally:

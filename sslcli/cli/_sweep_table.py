@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from sslcli import atomic
+from sslcli import atomic, checkpoint_names
 from sslcli.cli._job import FINISHED, Record, Sweep, code_of, read, status_of
+from sslcli.cli._locks import locked
 from sslcli.report.metrics import newest
 
 
@@ -34,8 +34,7 @@ class Row:
 
 def update(sweep: Sweep) -> list[Row]:
     """Look at every job that was ever part of this sweep, and write the table anew; its rows, best first."""
-    with (sweep.records / "table.lock").open("a", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a table that was read earlier must not be written later
+    with locked(sweep.records / "table.lock"):  # a table that was read earlier must not be written later
         rows = ranked(rows_of(sweep), lowest=sweep.settings.lowest)
         atomic.replace(sweep.folder / "sweep.csv", as_csv(rows, sweep.metric).encode())
     return rows
@@ -50,14 +49,14 @@ def _row(sweep: Sweep, name: str, record: Record) -> Row:
     steps = value = None
     if record.run_dir is not None:
         run_dir = sweep.folder / record.run_dir
-        saved = sorted(run_dir.glob("checkpoints/step-*.pt"))
-        steps = int(saved[-1].stem.partition("-")[2]) if saved else None
+        saved = checkpoint_names.all_of(run_dir)
+        steps = checkpoint_names.step_of(saved[-1]) if saved else None
         value = None if sweep.metric is None else value_of(run_dir, sweep.metric)
     pairs = (line.partition("=")[::2] for line in record.overrides if not line.startswith("run_dir="))
     return Row(
         name=name,
         overrides={key.lstrip("+"): value for key, value in pairs},
-        status=status_of(sweep.folder, record),
+        status=status_of(sweep, name, record),
         code=code_of(sweep.folder, record),
         steps=steps,
         value=value,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from sslcli import interpreter
 from sslcli.errors import ConfigError
 from sslcli.settings import check_range, seconds
 
@@ -141,7 +142,8 @@ def render(settings: SlurmSettings, *, folder: Path, cwd: Path, python: str) -> 
         python: the interpreter, where the settings name none.
     """
     config = folder / "config.json"
-    agent = shlex.join([settings.python or python, "-m", "sslcli.cli._slurm", str(config)])
+    start = interpreter.arguments("sslcli.cli._slurm", ours=settings.python is None)
+    agent = shlex.join([settings.python or python, *start, str(config)])
     step = ["srun", f"--nodes={settings.nodes}", f"--ntasks={settings.nodes}", "--ntasks-per-node=1", "--wait=60"]
     if settings.cpus_per_node:
         step.append(f"--cpus-per-task={settings.cpus_per_node}")  # which steps do not inherit from Slurm 22.05 on

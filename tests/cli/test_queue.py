@@ -119,7 +119,7 @@ def test_a_scheduler_queues_its_job_again_once_the_run_is_saved_and_not_when_it_
             process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
             assert process.stdout is not None
             process.stdout.readline()
-            relay.add(Running(None, process, None))  # type: ignore[arg-type]
+            relay.add(Running(None, process, 0, ()))  # type: ignore[arg-type]
             os.kill(os.getpid(), signal.SIGUSR2)
             assert process.wait(60) == int(ends_with)
             relay.unfinished = process.returncode != 0

@@ -182,7 +182,7 @@ def test_a_sweep_that_grows_keeps_what_there_is(quick_jobs: None, cli: Cli, tmp_
     assert [row["seed"] for row in table(here)] == ["2", "1", "0"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_makes_jobs_at_work_save_and_the_same_command_goes_on(
     number: signal.Signals, quick_jobs: None, cli: Cli, tmp_path: Path
 ) -> None:
