@@ -34,10 +34,13 @@ from sslcli.cli import _explain, _schema
 from sslcli.cli._help import MULTIRUNS, folder_of_conf
 from sslcli.cli._hydra_node import check_hydra
 from sslcli.cli._job import stop_with_sweep
+from sslcli.cli._own_dataset import change_of, is_change
+from sslcli.cli._paths import absolute, absolute_paths, quoted_home
 from sslcli.cli._plugins import conf_of_plugins
 from sslcli.errors import EXIT_CONFIG, ConfigError
-from sslcli.interpreter import find_trusted
 from sslcli.idle_threads import sleep_soon
+from sslcli.interpreter import find_trusted
+from sslcli.report.terminal import guard_terminal
 from sslcli.settings import NEUTRAL
 
 # A checkout that is not installed has no sslcli.conf.
@@ -59,6 +62,7 @@ Plugins.instance().register(ConfOfPlugins)
 
 def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
     """Compose, check and run what the command line asks for; the exit code."""
+    guard_terminal()
     stop_with_sweep()
     sleep_soon()
     try:
@@ -99,6 +103,10 @@ def read_arguments() -> Namespace:
             "--experimental-rerun would unpickle a file, which can run any code: start the run's own command again "
             "(overrides.txt in its directory)"
         )
+    for flag in ("config_dir", "config_path"):
+        if getattr(arguments, flag) is not None:
+            setattr(arguments, flag, absolute(getattr(arguments, flag)))
+    arguments.overrides = [quoted_home(line) for line in arguments.overrides]
     if arguments.multirun and arguments.cfg:
         raise ConfigError("--cfg shows one configuration and --multirun makes several: leave one of them out")
     return arguments
@@ -112,12 +120,11 @@ def hand_over(name: str, task: Callable[[DictConfig], Any], arguments: Namespace
 
 
 def flags_of(arguments: Namespace, *, only: tuple[str, ...] = ()) -> list[str]:
-    """The flags that were given, as a command line writes them; folders as absolute paths."""
+    """The flags that were given, as a command line writes them."""
     flags = []
     for name, value in vars(arguments).items():
         if name == "overrides" or not value or (only and name not in only):
             continue
-        value = os.path.abspath(value) if name in ("config_dir", "config_path") else value
         flags.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
     return flags
 
@@ -185,11 +192,11 @@ def engine_of(arguments: Namespace) -> Hydra:
     for flag, folder in (("--config-dir", arguments.config_dir), ("--config-path", arguments.config_path)):
         if folder is not None and not os.path.isdir(folder):
             raise ConfigError(f"{flag} is {folder}, but there is no such folder: give an existing one")
-    path = CONF if arguments.config_path is None else os.path.abspath(arguments.config_path)
+    path = CONF if arguments.config_path is None else arguments.config_path
     search = create_automatic_config_search_path(None, None, path)
     if arguments.config_dir is not None:
         before_schema = SearchPathQuery(provider="schema")  # which Hydra wants last
-        search.prepend("command-line", f"file://{os.path.abspath(arguments.config_dir)}", before_schema)
+        search.prepend("command-line", f"file://{arguments.config_dir}", before_schema)
     return Hydra.create_main_hydra2(task_name="sslcli", config_search_path=search)
 
 
@@ -210,12 +217,16 @@ def _parsed(engine: Hydra, lines: list[str]) -> list[Override]:
 def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dict[str, Any]:
     overrides = _parsed(engine, lines)
     _explain.check_choices(command, overrides, engine)
+    changes = _changes_of_dataset(engine, command, config_name, overrides)
+    overrides = [each for each in overrides if each not in changes]
     try:
-        config = _composed(engine, command, config_name, lines)
+        config = _composed(engine, command, config_name, [each.input_line or "" for each in overrides])
     except ConfigError as error:
         choices = [override.input_line or "" for override in overrides if _explain.is_choice(override, engine)]
         base = _composed(engine, command, config_name, choices)
-        find_trusted(base.get("trust") or [str(each.input_line) for each in overrides if _explain.group_of(each) == "trust"])
+        find_trusted(
+            base.get("trust") or [str(each.input_line) for each in overrides if _explain.group_of(each) == "trust"]
+        )
         _explain.check_overrides(command, [o for o in overrides if o.input_line not in choices], base)
         raise error
     _explain.check_deletions(overrides, config)
@@ -224,13 +235,29 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
     _schema.check(command, job)
     own = config.hydra
     check_hydra(OmegaConf.to_container(own, resolve=False), job.get("trust", []))
-    return job | {
+    return absolute_paths(command, job) | {
         "_choices_": OmegaConf.to_container(own.runtime.choices),
         "_overrides_": digested(lines),
         "_lines_": lines,
         "_params_": dict(OmegaConf.select(own, "sweeper.params") or {}),
         "_sweep_dir_": own.sweep.dir,
+        "_run_dir_": job.get("run_dir"),  # as it was written, which names the jobs of a sweep
+        "_dataset_changes_": [change_of(each) for each in changes],
     }
+
+
+def _changes_of_dataset(engine: Hydra, command: str, config_name: str, overrides: list[Override]) -> list[Override]:
+    """The overrides that change the image set of a run, where none is chosen: Hydra has nothing to apply them to."""
+    changes = [each for each in overrides if command == "eval" and is_change(each)]
+    if not changes or any(_explain.group_of(each) == "dataset" for each in overrides):
+        return []
+    if any(_explain.group_of(each) == "weights" for each in overrides):
+        raise ConfigError(
+            f"{_explain.group_of(changes[0])} is given, but weights=FILE has no image set of its own: choose one with "
+            "dataset=..."
+        )
+    others = [each.input_line or "" for each in overrides if each not in changes]
+    return changes if _composed(engine, command, config_name, others).get("dataset") is None else []
 
 
 def _composed(engine: Hydra, command: str, name: str, lines: list[str]) -> DictConfig:

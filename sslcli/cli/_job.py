@@ -17,6 +17,7 @@ from typing import IO, Any
 from sslcli import atomic
 from sslcli.cli import _run_dir
 from sslcli.cli._locks import can_lock, lock
+from sslcli.cli._paths import absolute
 from sslcli.errors import EXIT_STOPPED, ConfigError
 from sslcli.settings import SweepSettings
 from sslcli.slurm.queue import told_code, told_job
@@ -83,11 +84,11 @@ def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
     overrides = tuple(line for line in config["_lines_"] if not of_the_sweep(line))
     if sweep.command == "eval":
         return Job(hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8], overrides, None)
-    name, given = default_name(config), config["run_dir"]
+    name, given = default_name(config), config["_run_dir_"]
     if given is None:
         return Job(name, overrides, sweep.folder / name)
     digest = hashlib.sha256(given.encode()).hexdigest()[:6]
-    return Job(f"{name}_{digest}", overrides, Path(os.path.abspath(given)))
+    return Job(f"{name}_{digest}", overrides, Path(absolute(given)))
 
 
 def of_the_sweep(line: str) -> bool:

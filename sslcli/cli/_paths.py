@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from sslcli.errors import ConfigError
 PLAIN = {"train": ("run_dir",), "eval": ("run", "weights"), "export": ("run", "out")}  # path keys outside of groups
 PATH_TYPES = frozenset(["Path", "PurePath", "PosixPath", "PathLike", "Root"])  # names that make a parameter a path
 HUB_NAME = "HubName"  # in an annotation: a name on the Hugging Face hub, unless such a folder or file exists
+
+_HOME = re.compile(r"(?:^|(?<=[\[{,\s]))~[\w./@%+-]*(?=$|[\]},\s])")
+_HOME_KEY = re.compile(r"(?<=[{,\s])~[\w./@%+-]*(?=\s*:)")
 
 Convert = Callable[[str], str]
 
@@ -28,6 +32,18 @@ def absolute_paths(command: str, config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(changed.get(key), str):
             changed[key] = absolute(changed[key])
     return changed
+
+
+def quoted_home(line: str) -> str:
+    """An override with quotes around every path that begins with `~`, which Hydra does not read without.
+
+    Keys of mappings, which Hydra reads only without quotes, are expanded.
+    """
+    key, equals, value = line.partition("=")
+    if '"' in value or "'" in value:
+        return line
+    value = _HOME_KEY.sub(lambda found: os.path.expanduser(found[0]), value)
+    return key + equals + _HOME.sub(r'"\g<0>"', value)
 
 
 def in_nodes(value: Any, convert: Convert) -> Any:

@@ -19,7 +19,9 @@ from omegaconf import OmegaConf
 
 from sslcli import atomic, checkpoint_names
 from sslcli.cli._locks import NO_LOCKS
+from sslcli.cli._paths import in_nodes, real
 from sslcli.errors import ConfigError
+from sslcli.regular_files import check_regular
 from sslcli.settings import NEUTRAL
 
 WRITTEN = ("checkpoints", "tensorboard", "metrics.jsonl", "console.log")  # while a run goes on
@@ -62,7 +64,7 @@ def check_resumable(run_dir: Path, config: dict[str, Any]) -> None:
         )
     if not started:
         return
-    before, now = flat(read_config(run_dir)), flat(config)
+    before, now = (flat(in_nodes(each, real)) for each in (read_config(run_dir), config))
     changed = [
         f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
         for key in sorted(before.keys() | now.keys())
@@ -94,6 +96,10 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{run_dir} is not a run directory: it has no config.yaml")
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
     config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     if not isinstance(config, dict) or "method" not in config:
         raise ConfigError(f"{path} is not the configuration of a run")

@@ -76,7 +76,7 @@ def composed_job(sweep: Sweep, config: Any) -> Job:
     lines = list(config.hydra.overrides.task)
     choices = OmegaConf.to_container(config.hydra.runtime.choices)
     run_dir = config.get("run_dir")
-    return job_of(sweep, {"_choices_": choices, "_overrides_": digested(lines), "_lines_": lines, "run_dir": run_dir})
+    return job_of(sweep, {"_choices_": choices, "_overrides_": digested(lines), "_lines_": lines, "_run_dir_": run_dir})
 
 
 def objective(sweep: Sweep, job: Job) -> float | None:

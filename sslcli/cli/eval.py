@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from sslcli.cli._help import show_and_exit
@@ -27,9 +28,23 @@ def evaluate(config: dict[str, Any]) -> int:
         raise ConfigError(
             f"{'run' if config['run'] else 'weights'} is {given!r}, but there is no such path.{_near(given)}"
         )
+    check_changes(config)
     from sslcli.cli._evaluate import run
 
     return run(config)
+
+
+def check_changes(config: dict[str, Any]) -> None:
+    """Raise ConfigError for a `dataset.KEY=value` that the image set of the run does not take, without torch."""
+    changes = config["_dataset_changes_"]
+    if not changes:
+        return
+    from sslcli.cli._own_dataset import dataset_of_run
+    from sslcli.cli._run_dir import read_config
+
+    run_dir = Path(config["run"])
+    for found in [run_dir] if (run_dir / "config.yaml").exists() else sorted(run_dir.glob("*/config.yaml")):
+        dataset_of_run(read_config(found if found == run_dir else found.parent), changes, trust=config["trust"])
 
 
 def _near(given: str) -> str:

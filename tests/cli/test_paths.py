@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sslcli.cli._paths import absolute, absolute_paths, in_nodes, paths_of, real, same_paths, without_paths
+from sslcli.cli._paths import absolute, absolute_paths, in_nodes, paths_of, quoted_home, real, same_paths, without_paths
 from sslcli.errors import ConfigError
 
 
@@ -160,3 +160,22 @@ def test_configurations_are_compared_by_where_paths_lead(here: Path) -> None:
         ("root", "b"),
         ("test", "t"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("run_dir=~/r", 'run_dir="~/r"'),
+        ("run_dir=~", 'run_dir="~"'),
+        ("dataset.root=[~/a,b, ~me/c]", 'dataset.root=["~/a",b, "~me/c"]'),
+        ("dataset.root=~/a,~/b", 'dataset.root="~/a","~/b"'),
+        ("dataset.root={~/a: 1.0, b: 2}", f"dataset.root={{{Path('~/a').expanduser()}: 1.0, b: 2}}"),
+        ("run_dir='~/r x'", "run_dir='~/r x'"),
+        ("run_dir=a~b", "run_dir=a~b"),
+        ("~method.mixture", "~method.mixture"),
+        ("~train.epochs=1", "~train.epochs=1"),
+        ("a", "a"),
+    ],
+)
+def test_paths_in_the_home_need_no_quotes(line: str, wanted: str) -> None:
+    assert quoted_home(line) == wanted
