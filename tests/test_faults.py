@@ -7,6 +7,7 @@ none, metrics included. `tests/test_faults_of_processes.py` has the faults of ru
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import pickle
 import shutil
@@ -34,8 +35,9 @@ from runs import (
     survivors,
     wait_for_step,
 )
-from sslcli import atomic, checkpoint
+from sslcli import atomic, checkpoint, stopping
 from sslcli.cli import _run_dir
+from sslcli.data.files import ImageFiles
 from sslcli.watch import Watch
 
 STEPS = 22
@@ -176,7 +178,7 @@ def test_a_kill_costs_the_steps_since_the_last_checkpoint(
     assert "continuing from step 6" in faulty.told
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_costs_nothing(faulty: Faulty, reference: Path, number: signal.Signals) -> None:
     process = start_warm(*COMMAND, f"run_dir={faulty.run_dir}", log=faulty.log)
     wait_for_step(process, faulty.run_dir, 4)
@@ -234,6 +236,59 @@ def test_a_killed_data_worker_ends_the_run_with_a_message_and_the_same_command_g
     complete(start_warm(*command, "dataset.workers=0", log=log), log)
     assert "continuing from step" in log.read_text().removeprefix(told)
     assert 5 <= before < last_step(run_dir) == 400
+
+
+def hang(given: tuple[int, float]) -> None:
+    """Let a read of an image never end once a process has made some, and a wait for images end soon after its time."""
+    number, grace = given
+    stopping.GRACE = grace
+    real, reads = ImageFiles.open, itertools.count()
+
+    def open_image(source: ImageFiles, position: int) -> Any:
+        while next(reads) >= number:
+            time.sleep(1000)
+        return real(source, position)
+
+    ImageFiles.open = open_image  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", ["signal", "time limit", "patience"])
+def test_a_run_that_waits_for_images_can_be_stopped_and_goes_on(tmp_path: Path, workers: int, how: str) -> None:
+    folder = make_folder(tmp_path / "images", broken=0)
+    command = [
+        "dataset=folder",
+        f"dataset.root={folder}",
+        "dataset.image_size=16",
+        "dataset.val_fraction=0",
+        "dataset.workers=0",
+        "backbone.width=4",
+        "train.batch_size=8",
+        "train.max_steps=12",
+        "train.log_every=1",
+        "train.save_every_epochs=0",
+        "train.save_every_steps=3",
+        "monitor.knn_every=0",
+        "monitor.pictures=0",
+    ]
+    whole, run_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    complete(start_warm(*command, f"run_dir={whole}", log=log), log)
+    limit = {"signal": [], "time limit": ["train.max_time=5"], "patience": ["launcher.timeout=2"]}[how]
+    process = start_warm(
+        *command, *limit, f"dataset.workers={workers}", f"run_dir={run_dir}", log=log, prepare=hang, given=(40, 1.0)
+    )
+    wait_for_step(process, run_dir, 5)  # the sixth batch never comes
+    if how == "signal":
+        time.sleep(1)
+        os.kill(process.pid, signal.SIGTERM)
+    begun = time.monotonic()
+    assert process.finish() == (3 if how == "patience" else 75), log.read_text()[-2000:]
+    assert time.monotonic() - begun < 30
+    assert newest(run_dir)["step"] == (3 if how == "patience" else 5)
+    assert "Traceback" not in log.read_text()
+    complete(start_warm(*command, f"run_dir={run_dir}", log=log), log)
+    assert differences(newest(run_dir), newest(whole)) == []
+    assert metrics(run_dir) == metrics(whole)
 
 
 # The disk

@@ -17,6 +17,7 @@ import torch
 from command_line import SMALL, Cli, installed
 from runs import make_folder
 from sslcli import precision
+from sslcli.data.files import Folder
 
 FAST = ["protocol.epochs=2", "protocol.lrs=[0.1,1.0]", "protocol.weight_decays=[0.0,1e-4]"]
 OTHER = ["dataset=shapes", "dataset.seed=1", "dataset.limit=150", "dataset.test_images=80"]
@@ -29,7 +30,8 @@ def trained(run_dir: Path, tmp_path: Path) -> Path:
 
 
 def result(home: Path, name: str) -> dict[str, Any]:
-    found = json.loads((home / f"{name}.json").read_text())
+    (path,) = home.glob(f"{name}.json")  # a digest of images is given as ?
+    found = json.loads(path.read_text())
     assert isinstance(found, dict)
     return found
 
@@ -121,10 +123,90 @@ def test_another_data_set_has_a_result_of_its_own(trained: Path, cli: Cli, tmp_p
     line = ["dataset=folder", f"dataset.root={tmp_path / 'images'}", "dataset.image_size=32", "dataset.workers=0"]
     ended = cli("ssl-eval", f"run={trained}", "protocol=knn", "baselines=false", *line)
     assert (ended.code, ended.err) == (0, "")
-    other = result(trained / "eval", "knn_images")
+    other = result(trained / "eval", "knn_images-??????")
     assert (other["dataset"], other["pretrained_on"], other["num_classes"]) == ("images", "shapes", 2)
     assert other["dataset_fingerprint"] != own["dataset_fingerprint"]
     assert result(trained / "eval", "knn") == own
+
+
+def test_sets_whose_folders_are_called_alike_have_results_of_their_own(
+    trained: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    line = [f"run={trained}", "protocol=knn", "baselines=false", "dataset=folder", "dataset.workers=0"]
+    for parent, per_class in (("my", 20), ("other", 15)):
+        make_folder(tmp_path / parent / "train.v2", per_class=per_class, broken=0)
+        for extra in ([], ["dataset.limit=20"], ["dataset.image_size=16"]):
+            root = f"dataset.root={tmp_path / parent / 'train.v2'}"
+            ended = cli(
+                "ssl-eval", *line, root, *(extra if "size" in str(extra) else [*extra, "dataset.image_size=32"])
+            )
+            assert (ended.code, ended.err) == (0, "")
+    found = {path.stem: json.loads(path.read_text()) for path in (trained / "eval").glob("*.json")}
+    prints = {one["dataset_fingerprint"][:6] for one in found.values()}
+    names = (f"knn_train.v2-{digits}{end}" for digits in prints for end in ("", "_limit-20", "_16px"))
+    assert len(prints) == 2
+    assert sorted(found) == sorted(names)
+    assert {one["image_size"] for name, one in found.items() if name.endswith("_16px")} == {16}
+    assert all(name in ended.out for name in found)  # the table has them all
+
+
+def test_what_makes_numbers_incomparable_is_in_the_name_of_the_result(trained: Path, cli: Cli) -> None:
+    home = trained / "eval"
+    line = [f"run={trained}", "baselines=false"]
+    home.mkdir(exist_ok=True)
+    for extra in ([], ["protocol.k=3"], ["protocol.temperature=0.1"], ["protocol.k=10"], ["checkpoint=3"]):
+        assert cli("ssl-eval", *line, "protocol=knn", *extra).code == 0
+    names = {"knn", "knn_k-3", "knn_temperature-0.1", "knn_step-3"}
+    for extra in (["protocol.fraction=0.05"], ["protocol.labels_per_class=2"], ["protocol.fraction=0.1"]):
+        assert cli("ssl-eval", *line, "protocol=semi", *QUICK, "protocol.seeds=1", *extra).code == 0
+    semi = {"semi_5pct", "semi_2-per-class", "semi_10pct"}
+    assert {path.stem for path in home.glob("*.json")} == names | semi
+    assert {path.parent.name for path in home.glob("*/net.pt")} == semi
+    assert result(home, "semi_5pct")["measured"] == "semi_5pct"
+
+    distill = [*line, "protocol=distill", "protocol.steps=2"]
+    ended = cli("ssl-eval", *distill, "protocol.teacher=semi")
+    assert ended.code == 2
+    assert "protocol.teacher is 'semi', which may be any of: semi_10pct, semi_2-per-class, semi_5pct" in ended.err
+    assert cli("ssl-eval", *distill, "protocol.teacher=semi_5pct").code == 0
+    taught = result(home, "distill_semi_5pct")["teacher"]
+    assert (taught["measured"], taught["net"]) == ("semi_5pct", "semi_5pct/net.pt")
+    for name in ("semi_10pct", "semi_2-per-class"):
+        (home / f"{name}.json").unlink()
+    student = "protocol.student={_target_: sslcli.backbones.small.Small, image_size: 32, width: 4}"
+    ended = cli("ssl-eval", *distill, "protocol.teacher=semi", student)
+    assert (ended.code, ended.err) == (0, "")
+    assert result(home, "distill_semi_5pct_student-Small-??????")["student"] == "Small"
+
+
+def test_results_of_before_stay_in_the_table_and_files_without_one_do_not_end_it(trained: Path, cli: Cli) -> None:
+    assert cli("ssl-eval", f"run={trained}", "protocol=knn", "baselines=false").code == 0
+    old = result(trained / "eval", "knn")
+    del old["measured"]
+    (trained / "eval/semi.json").write_text(json.dumps(old | {"protocol": "semi"}))
+    (trained / "eval/linear_other.json").write_text("{}")
+    ended = cli("ssl-eval", f"run={trained}", "protocol=knn", "baselines=false")
+    assert (ended.code, ended.err) == (0, "")
+    assert "semi (val)" in ended.out
+    assert "linear_other.json holds no result" in ended.out.replace("\n", " ")
+
+
+def test_images_of_a_class_that_is_not_trained_on_are_counted(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    make_folder(tmp_path / "images", per_class=10, broken=0)
+    for name in ("c", "d"):
+        shutil.copytree(tmp_path / "images/a", tmp_path / "images" / name)
+        for path in sorted((tmp_path / "images" / name).iterdir())[1:]:
+            path.unlink()
+    line = [f"run={trained}", "dataset=folder", f"dataset.root={tmp_path / 'images'}", "dataset.image_size=32"]
+    line += ["dataset.workers=0", "dataset.val_fraction=0.8", "baselines=false"]
+    ended = cli("ssl-eval", *line, "protocol=knn")
+    assert (ended.code, ended.err) == (0, "")
+    source = Folder(root=str(tmp_path / "images"), image_size=32, val_fraction=0.8, workers=0)
+    bank, labels = set(source.labels[source.splits["train"]].tolist()), source.labels[source.splits["val"]].tolist()
+    lost = sum(label not in bank for label in labels)
+    assert lost >= 1
+    assert f"of the images of val {lost} of {len(labels)} are of classes that no training image has" in ended.out
 
 
 def test_images_cut_short_are_named_and_left_out_up_to_a_share(trained: Path, cli: Cli, tmp_path: Path) -> None:
@@ -139,14 +221,14 @@ def test_images_cut_short_are_named_and_left_out_up_to_a_share(trained: Path, cl
         ended = cli("ssl-eval", *line, *protocol, "dataset.max_bad=0.2")
         assert (ended.code, ended.err) == (0, "")
         assert "cannot be read and are left out: " in ended.out
-    found = result(trained / "eval", "knn_images")
+    found = result(trained / "eval", "knn_images-??????_val-0.5")
     assert found["n_train"] + found["n_test"] == 57
 
 
 @pytest.mark.parametrize("protocol", ["linear", "finetune", "utility"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)])
 def test_an_evaluation_that_a_signal_stops_says_so_and_can_be_started_again(
-    protocol: str, number: int, code: int, trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    protocol: str, number: signal.Signals, code: int, trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started to ignore it
     handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
@@ -163,14 +245,15 @@ def test_an_evaluation_that_a_signal_stops_says_so_and_can_be_started_again(
         ended = cli("ssl-eval", *line)
     assert ended.code == code
     assert ended.err.count("\n") == 1
-    assert ("stopped by SIGTERM" if code == 75 else "interrupted") in ended.err
+    assert (f"stopped by {number.name}" if code == 75 else "interrupted") in ended.err
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert not list((trained / "eval").glob("*.json"))
     left = list((trained / "eval").rglob(".*"))
     ended = cli("ssl-eval", *line)
     assert (ended.code, ended.err, left) == (0, "", [])
     assert "features, trained" not in ended.out
-    assert result(trained / "eval", protocol)["protocol"] == protocol
+    name = "utility_2-points" if protocol == "utility" else protocol
+    assert result(trained / "eval", name)["protocol"] == protocol
 
 
 def test_other_images_of_the_same_name_do_not_replace_a_result(trained: Path, cli: Cli) -> None:
@@ -195,7 +278,7 @@ def weights(trained: Path, tmp_path: Path) -> Path:
 def test_a_bare_backbone_is_measured(weights: Path, cli: Cli) -> None:
     ended = cli("ssl-eval", f"weights={weights}", "backbone=small", *OTHER, "protocol=knn")
     assert (ended.code, ended.err) == (0, "")
-    found = result(weights.with_name("net.pt.eval"), "knn")
+    found = result(weights.with_name("net.pt.eval"), "knn_shapes-*")
     assert found["weights"] == str(weights)
     assert found["checkpoint_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert {"random", "pixels"} == found["baselines"].keys()
@@ -244,10 +327,10 @@ def test_a_fine_tuned_net_is_kept_and_teaches_a_student(trained: Path, cli: Cli)
     for arm in (tuned, tuned["baselines"]["random"]):
         assert f"{100 * arm['top1']:.1f} %" in ended.out
     student = "protocol.student={_target_: sslcli.backbones.small.Small, image_size: 32, width: 4}"
-    for extra in ([], [student]):
+    for extra, name in (([], "distill"), ([student], "distill_student-Small-??????")):
         ended = cli("ssl-eval", *line, *extra)
         assert (ended.code, ended.err) == (0, "")
-        taught = result(trained / "eval", "distill")
+        taught = result(trained / "eval", name)
         assert taught["teacher"]["sha256"] == tuned["net_sha256"]
         assert taught["teacher"]["top1"] == tuned["top1"]
         assert f"teacher (200 labels): {100 * tuned['top1']:.1f} %" in ended.out
@@ -264,19 +347,19 @@ def test_a_fine_tuned_net_is_kept_and_teaches_a_student(trained: Path, cli: Cli)
 def test_few_labels_and_the_labels_saved_are_measured(trained: Path, cli: Cli) -> None:
     ended = cli("ssl-eval", f"run={trained}", "protocol=semi", *QUICK, "protocol.labels_per_class=2")
     assert (ended.code, ended.err) == (0, "")
-    semi = result(trained / "eval", "semi")
+    semi = result(trained / "eval", "semi_2-per-class")
     assert (semi["n_train"], len(semi["runs"]), semi["protocol_settings"]["labels_per_class"]) == (20, 3, 2)
     probed = f"linear probe of the same 20 labels: trained {100 * semi['linear']['top1']:.1f} %"
     assert probed in ended.out
     line = ["protocol.smallest=20", "protocol.points=2", "protocol.seeds=1", "feature_layer=block3"]
     ended = cli("ssl-eval", f"run={trained}", "protocol=utility", *QUICK, *line)
     assert (ended.code, ended.err) == (0, "")
-    utility = result(trained / "eval", "utility")
+    utility = result(trained / "eval", "utility_from-20_2-points_block3")
     assert utility["feature_layer"] == "block3"
     assert [point["labels"] for point in utility["curve"]] == [19, 200]
     for point in utility["curve"]:
         assert f"{point['utility']:.2f} " in ended.out
-    assert (trained / "eval/utility/utility.svg").read_text().startswith("<svg")
+    assert (trained / "eval/utility_from-20_2-points_block3/utility.svg").read_text().startswith("<svg")
     ended = cli("ssl-eval", f"run={trained}", "protocol=utility", "baselines=false")
     assert ended.code == 2
     assert "baselines=true" in ended.err
@@ -287,7 +370,7 @@ def test_features_of_another_layer_are_another_number(trained: Path, cli: Cli) -
     for layer in ("backbone", "projection", "block1"):
         ended = cli("ssl-eval", f"run={trained}", "protocol=knn", f"feature_layer={layer}", "baselines=false")
         assert (ended.code, ended.err) == (0, "")
-        found.append(result(trained / "eval", "knn"))
+        found.append(result(trained / "eval", "knn" if layer == "backbone" else f"knn_{layer}"))
     assert [one["feature_layer"] for one in found] == ["backbone", "projection", "block1"]
     assert len(list((trained / "eval/features").iterdir())) == 3
     ended = cli("ssl-eval", f"run={trained}", "protocol=knn", "feature_layer=blok1")
@@ -301,7 +384,7 @@ def test_the_rows_of_a_memory_bank_classify_in_place_of_fresh_features(cli: Cli,
     assert cli("ssl-train", *SMALL, "method=memory_bank", "train.max_steps=6", f"run_dir={run}").code == 0
     ended = cli("ssl-eval", f"run={run}", "protocol=knn", "feature_layer=bank")
     assert (ended.code, ended.err) == (0, "")
-    found = result(run / "eval", "knn")
+    found = result(run / "eval", "knn_bank")
     assert found["feature_layer"] == "bank"
     assert found["n_train"] == 192  # the first epoch left out 8 of 200 images, which have no row
     assert "random" in found["baselines"]
@@ -345,12 +428,12 @@ def test_a_folder_of_runs_becomes_a_table(trained: Path, cli: Cli, tmp_path: Pat
         ("run={run} device=cuda:77", ["device is 'cuda:77'"]),
         ("run={run} dataset=flat dataset.root=images", ["images", "no labels"]),
         ("run={run} dataset=folder dataset.root=single", ["single class, 'a'", "two or more"]),
-        ("run={run} dataset=folder dataset.root=nowhere", ["dataset.root is nowhere"]),
+        ("run={run} dataset=folder dataset.root=nowhere", ["dataset.root is ", "nowhere, but"]),
         ("run={run} protocol=knn protocol.k=0", ["k=0", "at least 1"]),
         ("run={run} protocol=finetune protocol.from_layer=1", ["protocol.from_layer is 1", "0 is the backbone"]),
         ("run={run} protocol=knn feature_layer=bank", ["'bank', which this net does not have", "It has: backbone"]),
         ("run={run} protocol=finetune protocol.from_layer=1 feature_layer=block1", ["block1", "from_layer 1"]),
-        ("run={run} protocol=distill", ["there is no teacher", "protocol=finetune"]),
+        ("run={run} protocol=distill", ["there is no teacher 'finetune'", "protocol=finetune"]),
         ("run={run}s", ["no such path. Did you mean", "holds:"]),
         ("run={run} protocol=semi protocol.labels_per_class=500", ["labels_per_class is 500", "labelled training"]),
         ("weights=images/a/000.png backbone=small dataset=shapes dataset.limit=50", ["000.png"]),
