@@ -47,6 +47,7 @@ NEUTRAL = (
     "dataset.keep_decoded",
     "dataset.keep_gb",
     "dataset.keep_dir",
+    "dataset.verify",
     "train.max_time",
     "train.keep",
     "train.save_every_epochs",
@@ -273,6 +274,7 @@ class ExportSettings:
     checkpoint: str | int  # last, or a step
     what: str
     out: str | None
+    trust: list[str]
 
     def __post_init__(self) -> None:
         check_checkpoint(self.checkpoint)

@@ -21,7 +21,9 @@ from sslcli.cli._agree import check_agreement
 from sslcli.cli._assemble import assemble, build_loader, check_batch, check_cached_gradients, doubts, effective, place
 from sslcli.cli._build import Parts, build_optimizer, build_parts
 from sslcli.cli._dry import dry_run, save_views
+from sslcli.cli._images import check_images
 from sslcli.cli._launch import tell
+from sslcli.cli._own_dataset import FINGERPRINT
 from sslcli.data.workers import worker_died
 from sslcli.errors import (
     DISK_ERRORS,
@@ -125,6 +127,7 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
     if held is not None:
         _run_dir.check_resumable(run_dir, config)  # once more, now that nobody else can change it
     with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
+        check_images(run_dir, parts.source, screen, write=not dry)
         job = assemble(config, parts, loader, optimizer, peak_lr, run_dir, device, screen)
         try:
             facts = effective(job, parts, config)
@@ -135,6 +138,7 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
                 job.stop.close()  # an interrupt ends it at once
                 return dry_run(job, parts)
             if main:
+                facts |= {FINGERPRINT: parts.source.fingerprint}
                 _run_dir.describe(run_dir, config, effective=facts, device=str(device), threads=torch.get_num_threads())
                 prepare_watch(job, parts, config)
             end_start()

@@ -16,12 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from sslcli.data.csv_list import read_csv
 from sslcli.data.decode import open_file
+from sslcli.data.file_status import hashes_of, status_of
 from sslcli.data.kept import KeptPixels
 from sslcli.data.kept import check as check_kept
 from sslcli.data.kept import folder as kept_folder
-from sslcli.data.scan import Root, check_folder, no_images, parse_roots, read_csv, scan, scan_classes
+from sslcli.data.labels import Labels, as_labels
+from sslcli.data.records import Records, Tell, label_codes, make_records
+from sslcli.data.scan import Root, check_folder, no_images, parse_roots, scan, scan_classes
 from sslcli.data.sources import Opened, Source, check_flag, digest
 
 _SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
@@ -51,6 +56,9 @@ class Listing:
 
 class Files(Source):
     """Base of the file sets: names packed in arrays, which worker processes share instead of copying."""
+
+    _status: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    _hashes: NDArray[np.uint64] | None = None
 
     def fill(
         self,
@@ -96,12 +104,42 @@ class Files(Source):
         return digest(self._rows())
 
     def _rows(self) -> Iterator[bytes]:
-        for position, label in enumerate(self.labels.tolist()):
-            try:
-                size = os.stat(self.path(position)).st_size
-            except OSError:
-                size = -1
+        sizes, _ = self.status()
+        for position, (size, label) in enumerate(zip(sizes.tolist(), self.labels.tolist(), strict=True)):
             yield os.fsencode(self.relative(position)) + f"\0{size}\0{label}".encode()
+
+    def status(self, tell: Tell | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return size and modification time of every file, as they were when this was first asked."""
+        if self._status is None:
+            self._status = status_of(self.num_files, self.file, tell)
+        return self._status
+
+    @property
+    def num_files(self) -> int:
+        """The number of files."""
+        return len(self)
+
+    def file(self, number: int) -> str:
+        """Return the path of a file by its number, in the order of the positions."""
+        return self.path(number)
+
+    def file_names(self) -> Iterator[bytes]:
+        """Yield the path of every file below its root, behind the number of the root where there are several."""
+        for position, root in enumerate(self._root_of.tolist()):
+            name = os.fsencode(self.relative(position))
+            yield name if len(self.roots) == 1 else b"%d:%b" % (root, name)
+
+    def file_labels(self) -> NDArray[np.int64]:
+        """Return the label of every file, see `label_codes`."""
+        return label_codes(self.labels, self.classes)
+
+    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
+        """Return one record per file."""
+        sizes, stamps = self.status(tell)
+        if contents and self._hashes is None:
+            self._hashes = hashes_of(self.num_files, self.file, tell)
+        hashes = self._hashes if contents else None
+        return make_records(self.file_names(), self.file_labels(), sizes=sizes, stamps=stamps, contents=hashes)
 
 
 class ImageFiles(Files):
@@ -123,7 +161,7 @@ class ImageFiles(Files):
         scaled_decode: bool = True,
         keep_decoded: str = "none",
         keep_gb: float = 8.0,
-        keep_dir: str | None = None,
+        keep_dir: str | os.PathLike[str] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -158,7 +196,7 @@ class Folder(ImageFiles):
     are left out, and loose images beside them ignored, each with a warning.
     """
 
-    def __init__(self, *, root: Root, test: str | None = None, **common: Any) -> None:
+    def __init__(self, *, root: Root, test: str | os.PathLike[str] | None = None, **common: Any) -> None:
         super().__init__(**common)
         roots = parse_roots(root)
         found = [scan_classes(folder) for folder in roots]
@@ -175,6 +213,7 @@ class Folder(ImageFiles):
             for name, files in groups.items():
                 pool.add(files, label=label[name], root=number)
         if test is not None:
+            test = os.path.expanduser(test)
             check_folder(test, key="dataset.test")
             for name, files in scan_classes(test).items():
                 if name not in label:
@@ -198,7 +237,7 @@ class ImageNet(Folder):
     Raises ValueError if either is absent; torchvision cannot download this set.
     """
 
-    def __init__(self, *, root: str, **common: Any) -> None:
+    def __init__(self, *, root: str | os.PathLike[str], **common: Any) -> None:
         root = os.path.expanduser(root)
         train, val = os.path.join(root, "train"), os.path.join(root, "val")
         for folder in (train, val):
@@ -236,7 +275,7 @@ class Flat(ImageFiles):
 
 
 class ListFile(ImageFiles):
-    """A CSV file with a header and a column `path`, and optionally `label` (any text; nothing or -1 = unknown).
+    """A CSV file with a header and a column `path`, and optionally `label` (text or whole numbers; see `as_labels`).
 
     Args:
         file: the CSV file, UTF-8. Positions are its rows; other columns are ignored.
@@ -246,7 +285,9 @@ class ListFile(ImageFiles):
     Raises ValueError for a file that is absent, no CSV, lacks the column or rows, or whose paths lead nowhere.
     """
 
-    def __init__(self, *, file: str, root: str | None = None, **common: Any) -> None:
+    def __init__(
+        self, *, file: str | os.PathLike[str], root: str | os.PathLike[str] | None = None, **common: Any
+    ) -> None:
         super().__init__(**common)
         file = os.path.expanduser(file)
         base = os.path.dirname(os.path.abspath(file)) if root is None else os.path.expanduser(root)
@@ -258,11 +299,8 @@ class ListFile(ImageFiles):
                 f"{file} lists {sample[0]!r}, but there is no {os.path.join(base, sample[0])}, nor any of "
                 f"{len(sample)} rows tried: set dataset.root to the folder that its paths start from"
             )
-        known = set(texts) - {"", "-1"}
-        numeric = all(text.isdecimal() for text in known)
-        classes = sorted(known, key=lambda text: (int(text) if numeric else 0, text))
-        label = {name: number for number, name in enumerate(classes)} | {"": -1, "-1": -1}
-        pool = Listing(names, [label[text] for text in texts], [0] * len(names))
+        labels, classes = as_labels([Labels(texts, (), f"the column label of {file}")])
+        pool = Listing(names, labels.tolist(), [0] * len(names))
         self.fill(pool, Listing(), name=Path(file).stem, roots=[base], classes=classes)
 
 

@@ -12,18 +12,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sslcli.data.bad_images import BadImage
 from sslcli.data.columns import columns_of, image_column
 from sslcli.data.decode import Encoded, open_file
+from sslcli.data.file_status import hash_of, hashes_of, status_of
 from sslcli.data.hf_labels import labels_of
 from sslcli.data.labels import as_labels
+from sslcli.data.records import UNKNOWN, Records, Tell, code_of, label_codes, make_records
 from sslcli.data.sources import Source, check_flag, digest
 from sslcli.errors import ConfigError, nearest
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+HubName = str  # a name on the hub, unless a file or folder of that name exists
 _FINGERPRINT_IMAGES = 512
+_ROWS = 1 << 16  # looked at together
+WRITTEN = ("dataset_dict.json", "state.json")  # in a folder of `save_to_disk`
 
 
 class Hf(Source):
@@ -48,7 +55,7 @@ class Hf(Source):
     def __init__(
         self,
         *,
-        path: str,
+        path: HubName | os.PathLike[str],
         name: str | None = None,
         split: str = "train",
         test: str | None = None,
@@ -56,13 +63,13 @@ class Hf(Source):
         label: str | None = "auto",
         data_files: str | list[str] | None = None,
         revision: str | None = None,
-        cache: str | None = None,
+        cache: str | os.PathLike[str] | None = None,
         scaled_decode: bool = True,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self.scaled_decode = check_flag("scaled_decode", scaled_decode)
-        path = os.path.expanduser(path)
+        path = os.path.expanduser(os.fspath(path))
         options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache}
         splits = read_splits(path, [split, *([] if test is None else [test])], **options)
         self.name, where = Path(path).name, f"dataset.path={path}"
@@ -70,7 +77,7 @@ class Hf(Source):
         found = labels_of(splits, label, names=[split, test], where=where, path=path, options=options)
         self.labels, self.classes = as_labels(found)
         self._tables = [_images(*pair) for pair in zip(splits, image_names, strict=True)]
-        self._split_names = [split, test]
+        self._split_names, self._written = [split, test], is_written(path)
         self._num_pool = len(splits[0])
         pool = torch.arange(self._num_pool)
         self.split(pool, labelled=self.labels[: len(pool)] >= 0, num_test=len(self.labels) - len(pool))
@@ -104,6 +111,80 @@ class Hf(Source):
         cells = (repr(self.cell(position)).encode() for position in sample)
         return digest((repr([len(self), self.classes]).encode(), self.labels.numpy().tobytes(), *cells))
 
+    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
+        """Return one record per row: the size of its cell, and the time of the files that hold its table."""
+        paths, sizes, stamps = self._cells()
+        outside = np.flatnonzero([path is not None for path in paths])  # rows that name a file instead of holding it
+        if len(outside):
+            found = status_of(len(outside), lambda number: str(paths[outside[number]]), tell)
+            sizes[outside], times = found
+            stamps[outside] = [
+                code_of(b"%d %d" % pair) for pair in zip(stamps[outside].tolist(), times.tolist(), strict=True)
+            ]
+        hashes = np.full(len(self), UNKNOWN, np.uint64)
+        if contents:
+            for row in np.flatnonzero([path is None for path in paths]).tolist():
+                hashes[row] = hash_of(iter((repr(self.cell(row)).encode(), b"")).__next__)
+                if tell is not None and row % 1024 == 0:
+                    tell(row, len(self))
+            hashes[outside] = hashes_of(len(outside), lambda number: str(paths[outside[number]]), tell)
+        names = (self.path(row).encode("utf-8", "surrogateescape") for row in range(len(self)))
+        labels = label_codes(self.labels, self.classes)
+        return make_records(names, labels, sizes=sizes, stamps=stamps, contents=hashes)
+
+    def _cells(self) -> tuple[list[str | None], NDArray[np.int64], NDArray[np.int64]]:
+        """Return for every row the file it names where the image lies outside of the table, its size, and a stamp."""
+        paths: list[str | None] = []
+        sizes, stamps = [], []
+        for table in self._tables:
+            stamp = stamp_of(table, self._written)
+            for first in range(0, len(table), _ROWS):
+                column = table[first : first + _ROWS].column(0)
+                inside, found = inside_of(column)
+                paths += found
+                sizes.append(inside)
+                stamps.append(np.full(len(column), stamp))
+        return paths, np.concatenate(sizes), np.concatenate(stamps)
+
+
+def inside_of(column: Any) -> tuple[NDArray[np.int64], list[str | None]]:
+    """Return the bytes in each cell of a column of images, and the file that a cell without bytes names.
+
+    Only the offsets of the cells are read, and the images not at all.
+    """
+    import pyarrow
+    import pyarrow.compute
+
+    column = column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
+    path = pyarrow.nulls(len(column), pyarrow.string())
+    if pyarrow.types.is_struct(column.type):
+        known = {column.type.field(number).name for number in range(column.type.num_fields)}
+        path = pyarrow.compute.struct_field(column, "path") if "path" in known else path
+        column = pyarrow.compute.struct_field(column, "bytes") if "bytes" in known else path
+    if not (pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type)):
+        path = column if pyarrow.types.is_string(column.type) else path
+        return np.full(len(column), -1, np.int64), path.to_pylist()
+    size = pyarrow.compute.fill_null(pyarrow.compute.binary_length(column), -1)
+    path = pyarrow.compute.if_else(pyarrow.compute.is_null(column), path, None)
+    return size.to_numpy(zero_copy_only=False).astype(np.int64), path.to_pylist()
+
+
+def stamp_of(table: Any, written: bool) -> int:
+    """Return a number that changes when the files of a table are written anew.
+
+    written: whether they are the user's own. Those that `datasets` prepared are made again on every machine, and lie in
+    a folder that is named by the times of what they were made from.
+    """
+    told = []
+    for file in sorted(found["filename"] for found in table.cache_files):
+        place, name = os.path.split(file)
+        if written:
+            sizes, times = status_of(1, lambda _, file=file: file)  # type: ignore[misc]
+            told.append(f"{name} {sizes[0]} {times[0]}")
+        else:
+            told.append(f"{os.path.basename(place)} {name}")
+    return code_of(*map(os.fsencode, told)) if told else 0
+
 
 def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
     """The wanted splits as `datasets.Dataset`. See `Hf`."""
@@ -134,10 +215,14 @@ def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
     return [found[split] for split in wanted]
 
 
+def is_written(path: str) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return any(os.path.exists(os.path.join(path, name)) for name in WRITTEN)
+
+
 def _load(datasets: Any, path: str, options: dict[str, Any]) -> Any:
     if os.path.isdir(path):
-        written = [name for name in ("dataset_dict.json", "state.json") if os.path.exists(os.path.join(path, name))]
-        return datasets.load_from_disk(path) if written else datasets.load_dataset(path, **options)
+        return datasets.load_from_disk(path) if is_written(path) else datasets.load_dataset(path, **options)
     if os.path.isfile(path):
         builder = BUILDERS.get(Path(path).suffix)
         if builder is None:

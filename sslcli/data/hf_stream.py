@@ -8,6 +8,7 @@ worker go through shards of its own from their beginning to their end.
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -15,15 +16,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 from torch import Tensor
 
 from sslcli.data import rng
 from sslcli.data.decode import Encoded
+from sslcli.data.file_status import hash_of
 from sslcli.data.labels import Labels, as_labels
 from sslcli.data.order import Layout, layout_of
-from sslcli.data.shard_index import default_cache, find_shards, indices_of
+from sslcli.data.records import UNKNOWN, Records, Tell, code_of, label_codes, make_records
+from sslcli.data.shard_index import default_cache, find_shards, indices_of, unreadable
 from sslcli.data.shard_reader import ShardReader
 from sslcli.data.shards import Index, Shard
 from sslcli.data.sources import Source, check_flag, digest
@@ -52,13 +56,13 @@ class HfStream(Source):
     def __init__(
         self,
         *,
-        path: str | list[str],
-        test: str | list[str] | None = None,
+        path: str | os.PathLike[str] | list[str],
+        test: str | os.PathLike[str] | list[str] | None = None,
         image: str = "auto",
         label: str | None = "auto",
         lanes: int = 16,
         buffer: int = 4096,
-        cache: str | None = None,
+        cache: str | os.PathLike[str] | None = None,
         scaled_decode: bool = True,
         **common: Any,
     ) -> None:
@@ -111,6 +115,26 @@ class HfStream(Source):
         rows = [repr((s.name, s.size, count)).encode() for s, count in zip(self.reader.shards, counts, strict=True)]
         return digest((*rows, repr(self.classes).encode(), self.labels.numpy().tobytes()))
 
+    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
+        """Return one record per shard, labelled with the labels of all its images."""
+        shards, ends = self.reader.shards, self.reader.ends.tolist()
+        codes = label_codes(self.labels, self.classes)
+        labels = [code_of(codes[a:b].tobytes()) for a, b in zip([0, *ends], ends, strict=False)]
+        hashes = np.full(len(shards), UNKNOWN, np.uint64)
+        if contents:
+            for number, shard in enumerate(shards):
+                hashes[number] = hash_of_shard(shard)
+                if tell is not None:
+                    tell(number + 1, len(shards))
+        return make_records(
+            (shard.name.encode("utf-8", "surrogateescape") for shard in shards),
+            np.array(labels, np.int64),
+            sizes=np.array([shard.size for shard in shards], np.int64),
+            stamps=np.array([code_of(shard.stamp.encode()) if shard.stamp else 0 for shard in shards], np.int64),
+            contents=hashes,
+            unit="shards",
+        )
+
 
 def labels_of(shards: Sequence[Shard], indices: Sequence[Index], *, num_pool: int) -> list[Labels]:
     """The labels of each shard, those behind the first `num_pool` being of the official test split.
@@ -128,6 +152,15 @@ def labels_of(shards: Sequence[Shard], indices: Sequence[Index], *, num_pool: in
         Labels(index.labels, index.classes, f"the label of {shard.url}", is_test=number >= num_pool)
         for number, (shard, index) in enumerate(zip(shards, indices, strict=True))
     ]
+
+
+def hash_of_shard(shard: Shard) -> int:
+    """Return a hash of all bytes of a shard. Raises ConfigError where it cannot be read."""
+    try:
+        with fsspec.open(shard.url, "rb") as file:
+            return hash_of(lambda: file.read(1 << 20))
+    except Exception as error:  # of whatever lies between us and the bytes
+        raise unreadable(shard, error) from error
 
 
 def hashes_of(shards: Sequence[Shard], lengths: Sequence[int]) -> Tensor:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import decode, to_rgb
 from sslcli.data.files import Files, Listing, base_name
+from sslcli.data.records import Records, Tell
 from sslcli.data.scan import check_folder, scan_classes
 from sslcli.data.sources import Whole
 from sslcli.errors import check_keys
@@ -136,7 +138,12 @@ class Parallel(Files):
     present: torch.Tensor
 
     def __init__(
-        self, *, root: str, modalities: Mapping[str, Mapping[str, Any]], test: str | None = None, **common: Any
+        self,
+        *,
+        root: str | os.PathLike[str],
+        modalities: Mapping[str, Mapping[str, Any]],
+        test: str | os.PathLike[str] | None = None,
+        **common: Any,
     ) -> None:
         self.modalities = parse(modalities)
         kinds = list(self.modalities.values())
@@ -166,6 +173,7 @@ class Parallel(Files):
         number_of = {ending: number for number, ending in enumerate(self.endings)} | {None: -1}
         self._ending = np.array([[number_of[ending] for ending in row] for row in endings], np.int16)
         self.present = torch.from_numpy(self._ending >= 0)
+        self._places = np.argwhere(self._ending >= 0)  # position and modality of each file
 
     def match(self, root: str, *, key: str) -> dict[str, list[str | None]]:
         """The ending of the file of each modality, None where there is none, by `<class>/<stem>`."""
@@ -245,15 +253,39 @@ class Parallel(Files):
 
     def _rows(self) -> Iterator[bytes]:
         yield repr(list(self.modalities.items())).encode()
-        for position, label in enumerate(self.labels.tolist()):
-            sizes = []
-            for number in range(len(self.modalities)):
-                try:
-                    there = bool(self.present[position, number])
-                    sizes.append(os.stat(self.path_of(position, number)).st_size if there else -2)
-                except OSError:
-                    sizes.append(-1)
-            yield os.fsencode(self.relative(position)) + f"\0{sizes}\0{label}".encode()
+        sizes: NDArray[np.int64] = np.full(self._ending.shape, -2, np.int64)
+        sizes[self._ending >= 0], _ = self.status()
+        rows: list[list[int]] = sizes.tolist()
+        for position, (row, label) in enumerate(zip(rows, self.labels.tolist(), strict=True)):
+            yield os.fsencode(self.relative(position)) + f"\0{row}\0{label}".encode()
+
+    @property
+    def num_files(self) -> int:
+        """The number of files, an image having one per modality that is there."""
+        return len(self._places)
+
+    def file(self, number: int) -> str:
+        """Return the path of a file by its number."""
+        position, modality = self._places[number].tolist()
+        return self.path_of(position, modality)
+
+    def file_names(self) -> Iterator[bytes]:
+        """Yield the path of every file below its root, behind the number of the root where there are several."""
+        modalities = list(self.modalities)
+        for position, modality in self._places.tolist():
+            root = self._root_of[position]
+            front = f"{root}:" if len(self.roots) > 1 else ""
+            ending = self.endings[self._ending[position, modality]]
+            yield os.fsencode(f"{front}{modalities[modality]}/{self.relative(position)}{ending}")
+
+    def file_labels(self) -> NDArray[np.int64]:
+        """Return the label of every file, see `label_codes`."""
+        labels: NDArray[np.int64] = super().file_labels()[self._places[:, 0]]
+        return labels
+
+    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
+        """Return one record per file, in the order of images and modalities."""
+        return replace(super().records(contents=contents, tell=tell), unit="files")
 
 
 def parse(modalities: Mapping[str, Mapping[str, Any]]) -> dict[str, Modality]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,53 +25,16 @@ from sslcli.data.bad_images import BadImage as BadImage
 from sslcli.data.bad_images import BadImages as BadImages
 from sslcli.data.bad_images import TooManyBadImages as TooManyBadImages
 from sslcli.data.bad_images import check_share
+from sslcli.data.file_status import hashes_of, status_of
 from sslcli.data.order import Layout
+from sslcli.data.picture import Opened as Opened
+from sslcli.data.picture import Picture as Picture
+from sslcli.data.picture import Whole as Whole
+from sslcli.data.records import Records, Tell, check_verify, label_codes, make_records
 from sslcli.data.workers import workers_that_pay
 from sslcli.errors import ConfigError
 
 _FINGERPRINT_IMAGES = 512
-
-
-class Picture(Protocol):
-    """What crops are cut from: an image of PIL, or several that lie over each other (`sslcli.data.parallel`)."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height."""
-
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def height(self) -> int: ...
-
-    def crop(self, box: tuple[int, int, int, int], /) -> Picture:
-        """The part from left and top to right and bottom."""
-
-    def resize(self, size: tuple[int, int], resample: Image.Resampling, /) -> Picture:
-        """All of it at another size."""
-
-
-class Opened(Protocol):
-    """An image of which the size is known; `sslcli.data.decode.Encoded` decodes the rest when it is asked to."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of the whole image."""
-
-    def decode(self, divisor: int = 1, /) -> Picture:
-        """The image, at 1/divisor of its size where that saves work. Raises BadImage if it cannot be read."""
-
-
-class Whole:
-    """A picture that is there already."""
-
-    def __init__(self, picture: Picture) -> None:
-        self.picture, self.size = picture, picture.size
-
-    def decode(self, divisor: int = 1) -> Picture:
-        """The picture, whatever the divisor."""
-        return self.picture
 
 
 class Source:
@@ -82,6 +47,8 @@ class Source:
         val_fraction: the share in [0, 1) of the labelled training images that is held out as "val".
         workers: processes that decode; 0 = this one; None = `workers_that_pay`. Memory sets use none.
         max_bad: the largest share in [0, 1] of images that may fail to decode before the run stops.
+        verify: what a run that goes on compares with the images it began with: "times" names, labels, sizes and
+            modification times, "sizes" all but the times, "contents" what is in the files, "none" nothing.
         mean, std: of each channel of images in [0, 1]; std positive.
         seed: of the split, and of the images of drawn sets.
 
@@ -117,6 +84,7 @@ class Source:
         val_fraction: float = 0.1,
         workers: int | None = 0,
         max_bad: float = 0.01,
+        verify: str = "times",
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.25, 0.25, 0.25),
         seed: int = 0,
@@ -139,6 +107,7 @@ class Source:
         self.image_size, self.limit, self.val_fraction = image_size, limit, val_fraction
         self.workers = workers_that_pay(image_size) if workers is None else workers
         self.max_bad, self.seed = max_bad, seed
+        self.verify = check_verify(verify)
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
 
     def __len__(self) -> int:
@@ -189,6 +158,31 @@ class Source:
         return digest(
             (repr(tuple(self.images.shape)).encode(), self.labels.numpy().tobytes(), sample.numpy().tobytes())
         )
+
+    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
+        """Return what tells the images from those of another time; see `sslcli.data.records`. Files are those of `path`.
+
+        contents: also of what is in the files, which reads them all. tell: called now and then where that takes long.
+        """
+        labels = label_codes(self.labels, self.classes)
+        if self.images is None:
+            sizes, stamps = status_of(len(self), self.path, tell)
+            hashes = hashes_of(len(self), self.path, tell) if contents else None
+            names = (self.path(i).encode("utf-8", "surrogateescape") for i in range(len(self)))
+            return make_records(names, labels, sizes=sizes, stamps=stamps, contents=hashes)
+        # The lowest bit says that the pixels, which are in memory anyway, were looked at.
+        sums = (zlib.crc32(np.ascontiguousarray(image).data) << 1 | 1 for image in self.images.numpy())
+        names = (f"{self.name}[{i}]".encode("utf-8", "surrogateescape") for i in range(len(self)))
+        return make_records(names, labels, contents=np.fromiter(sums, np.uint64, len(self)))
+
+    @cached_property
+    def version(self) -> str:
+        """16 hex digits that change with any image: with its modification time too, unless the contents are compared.
+
+        What is computed from the images and kept depends on it. It does not depend on where the set lies.
+        """
+        found = self.records(contents=self.verify == "contents")
+        return digest((repr(self.classes).encode(), *found.digested()))
 
     def split(self, hashes: Tensor, *, labelled: Tensor, num_test: int = 0) -> None:
         """Set `splits`, the last `num_test` positions being the official test split.
@@ -274,6 +268,12 @@ class Shapes(Source):
         images, _ = self.draw(torch.arange(min(len(self), 64)))
         return digest((self.recipe.encode(), images.numpy().tobytes()))
 
+    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
+        """Return one record of what is drawn: there is no file that could change."""
+        return make_records(
+            [self.name.encode()], np.zeros(1, np.int64), contents=np.array([int(self.fingerprint, 16) | 1], np.uint64)
+        )
+
 
 class TorchvisionSet(Source):
     """CIFAR10, CIFAR100, STL10 or SVHN with their official test split, as one uint8 tensor.
@@ -294,7 +294,7 @@ class TorchvisionSet(Source):
         self,
         *,
         name: str,
-        root: str,
+        root: str | os.PathLike[str],
         download: bool = True,
         unlabelled: bool = False,
         memory_gb: float = 4.0,
