@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from sslcli import distributed, launch, precision, sharding
 from sslcli.cli._build import Parts
 from sslcli.data.loader import Loader, plain_batches
+from sslcli.data.workers import PATIENCE
 from sslcli.errors import ConfigError
-from sslcli.evaluate.online import knn_probe
+from sslcli.evaluate.online import bank_positions, check_answers, knn_probe, unanswerable
 from sslcli.methods.base import Method
 from sslcli.nn import evaluating
 from sslcli.report import pictures
@@ -44,6 +45,7 @@ def build_loader(config: dict[str, Any], parts: Parts, device: torch.device) -> 
         accumulate=config["train"]["accumulate"],
         seed=config["seed"],
         device=device,
+        patience=seconds("launcher.timeout", config["launcher"]["timeout"]) or PATIENCE,
     )
 
 
@@ -124,6 +126,14 @@ def probe_of(
     if not parts.source.labelled or len(parts.source.splits["val"]) == 0:
         screen.say("k-NN is skipped: the images have no labels, or none are held out (dataset.val_fraction)")
         return None
+    bank = bank_positions(parts.source, monitor.knn_images)
+    try:
+        check_answers(parts.source, bank)
+    except ConfigError as error:
+        screen.say(f"k-NN is skipped: {error}")
+        return None
+    if told := unanswerable(parts.source, bank, parts.source.splits["val"]):
+        screen.warn(f"k-NN: of the held-out images {told}")
     measure = knn_probe(parts.method, parts.source, parts.views, monitor, device=device, precision=resolved)
 
     def probe() -> dict[str, float]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
@@ -144,8 +145,11 @@ def annotated_classes(owner: type, name: str) -> list[type]:
     """The classes in the annotation of a keyword of a constructor, those of yaml values left out."""
     for kind in owner.__mro__:
         try:
-            annotation = get_type_hints(kind.__init__).get(name)  # type: ignore[misc]
-        except (NameError, TypeError, AttributeError):  # names that are imported for type checkers alone
+            init: Any = kind.__init__  # type: ignore[misc]
+            # This annotation alone: a dataclass repeats those of its bases, whose names its own module need not know.
+            alone = SimpleNamespace(__annotations__={name: init.__annotations__[name]})
+            annotation = get_type_hints(alone, globalns=init.__globals__)[name]
+        except (NameError, TypeError, AttributeError, KeyError):  # names that are imported for type checkers alone
             continue
         if annotation is not None:
             options = get_args(annotation) or (annotation,)

@@ -19,18 +19,21 @@ from torch import Tensor, nn
 from sslcli import __version__, checkpoint, launch
 from sslcli.allocator import keep_freed_memory
 from sslcli.cli._build import build
-from sslcli.cli._evaluate_table import SUBJECTS, comparison, details, summary
+from sslcli.cli._evaluate_table import SUBJECTS, comparison, details, results, summary
 from sslcli.cli._evaluation import Evaluation, check_home
+from sslcli.cli._images import warn_of_changes
+from sslcli.cli._result_name import facts_of_set, joined
 from sslcli.cli._subject import load_strictly, load_subject
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, TrainingFailed
 from sslcli.evaluate import layers
 from sslcli.evaluate.base import Protocol
 from sslcli.evaluate.distill import Distill, Teacher
 from sslcli.evaluate.features import FeatureSet, computed, from_bank
-from sslcli.evaluate.finetune import Outcome
+from sslcli.evaluate.finetune import Outcome, Tuned
+from sslcli.evaluate.knn import Knn
 from sslcli.evaluate.linear import Linear
 from sslcli.evaluate.network import Classifier
-from sslcli.evaluate.online import bank_positions
+from sslcli.evaluate.online import bank_positions, check_answers, unanswerable
 from sslcli.evaluate.training import Progress, Recipe, Start
 from sslcli.report.console import Screen
 
@@ -52,12 +55,14 @@ def run(config: dict[str, Any]) -> int:
 
 
 def _listening(config: dict[str, Any]) -> int:
-    """The same, with BySignal raised where one of a scheduler's signals arrives."""
+    """The same, with BySignal raised where a scheduler's signal arrives, or the terminal's when it is closed."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise BySignal(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+    numbers += [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]  # as nohup has it
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         return _answered(config)
     finally:
@@ -106,6 +111,8 @@ def evaluate(config: dict[str, Any], device: torch.device, screen: Screen) -> di
     node = dict(config["protocol"])
     subject, source = load_subject(config, device)
     check_home(subject.home)
+    if config["run"] is not None and not subject.foreign:
+        warn_of_changes(Path(config["run"]), source, screen)
     if not source.labelled:
         raise ConfigError(f"{source.name} has no labels, which a probe needs: choose a labelled dataset=...")
     if len(source.classes) < 2:
@@ -119,23 +126,28 @@ def evaluate(config: dict[str, Any], device: torch.device, screen: Screen) -> di
             if node[name] is None:
                 node[name] = subject.monitor.get(f"knn_{name}")
         splits["train"] = bank_positions(source, subject.monitor.get("knn_images"))
+    check_answers(source, splits["train"])
     torch.manual_seed(node.get("seed", 0))  # of a net that is part of the protocol
     protocol: Any = build(node, base=Protocol, trust=config["trust"], where="protocol")
-    this = Evaluation(config, device, screen, subject, source, splits)
+    for name in ("val", "test") if isinstance(protocol, Knn) else ("test" if "test" in splits else "val",):
+        if told := unanswerable(source, splits["train"], splits.get(name, splits["train"])):
+            screen.warn(f"of the images of {name} {told}")
+    this = Evaluation(config, device, screen, subject, source, splits, variant=protocol.variant(subject.monitor))
     result = _trained(this, protocol) if isinstance(protocol, Recipe) else _frozen(this, protocol, node)
     result |= {
+        "measured": this.measured(result["protocol"]),
         **subject.provenance,
         "protocol_settings": {key: value for key, value in node.items() if key != "_target_"},
         "feature_layer": this.layer,
         "transform": f"test transform at {source.image_size} px, normalised as in pre-training",
-        "dataset": source.name,
-        "dataset_fingerprint": source.fingerprint,
+        **facts_of_set(source),
         "precision": subject.precision,
         "sslcli": __version__,
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    this.write(this.place(result).with_suffix(".json"), json.dumps(result, indent=2).encode())
+    place = this.place(result["protocol"])
+    this.write(place.with_name(f"{place.name}.json"), json.dumps(result, indent=2).encode())
     return result | {"home": str(subject.home)}
 
 
@@ -181,15 +193,20 @@ def _trained(this: Evaluation, protocol: Any) -> dict[str, Any]:
     if this.config["feature_layer"] == layers.BANK:
         raise ConfigError("feature_layer is 'bank', which cannot be trained: take protocol=knn or linear")
     nets = {"trained": this.subject.net("trained")}
-    this.layer = _layer(
-        this.config["feature_layer"], getattr(protocol, "from_layer", 0), nets["trained"], this.task().example()
-    )
-    given = {"teacher": _teacher(this, protocol.teacher)} if isinstance(protocol, Distill) else {}
+    from_layer, images = protocol.from_layer if isinstance(protocol, Tuned) else 0, this.task().example()
+    this.layer = _layer(this.config["feature_layer"], from_layer, nets["trained"], images)
+    usual = None if isinstance(protocol, Tuned) else 0
+    this.usual_layer = _layer(layers.BACKBONE, usual, nets["trained"], images)
+    given = {}
+    if isinstance(protocol, Distill):
+        given["teacher"] = _teacher(this, protocol.teacher)
+        taught_by = given["teacher"].provenance["measured"]
+        this.variant = joined(taught_by if taught_by != Distill.teacher else "", this.variant)
     if this.config["baselines"]:
         nets["random"] = this.subject.net("random")
     starts = {arm: Start(net=net, layer=this.layer, features=this.features(arm, net)) for arm, net in nets.items()}
     found: Outcome = protocol(starts, this.task(), **given)
-    folder = this.place(found.result)
+    folder = this.place(found.result["protocol"])
     for name, text in found.files.items():
         this.write(folder / name, text.encode())
         this.screen.say(f"picture: {folder / name}")
@@ -213,23 +230,48 @@ def _layer(feature_layer: str, from_layer: int | None, net: nn.Module, images: T
     return f"head{number}" if number else layers.BACKBONE
 
 
-def _teacher(this: Evaluation, protocol: str) -> Teacher:
-    """The net that an earlier protocol left in this run directory, on the same images."""
-    path = this.place({"protocol": protocol}) / "net.pt"
+def _teacher(this: Evaluation, wanted: str) -> Teacher:
+    """The net that an earlier protocol left in this run directory, of the same checkpoint and on the same images."""
+    name, result = _result_of_teacher(this, wanted)
+    path, protocol = this.subject.home / result["net"], result["protocol"]
     if not path.exists():
-        raise ConfigError(f"there is no teacher {path}: make it with protocol={protocol} on the same run first")
+        raise ConfigError(f"there is no teacher {path}, of which {name}.json tells: run protocol={protocol} again")
     state = checkpoint.load_weights(path, device=this.device)
-    if state["dataset_fingerprint"] != this.source.fingerprint:
+    version = state.get("dataset_version", this.source.version)  # older versions stored the fingerprint alone
+    if (state["dataset_fingerprint"], version) != (this.source.fingerprint, this.source.version):
         raise ConfigError(f"the teacher {path} was trained on other images: run protocol={protocol} again")
     if state["checkpoint_sha256"] != this.subject.provenance["checkpoint_sha256"]:
         raise ConfigError(f"the teacher {path} is of another checkpoint: run protocol={protocol} again, or choose that")
     shape = {"width": state["width"], "num_classes": len(state["classes"])}
     net = Classifier(this.subject.fresh(), state["layer"], images=this.task().example(), **shape)
     load_strictly(net, state["net"], str(path))
-    provenance = {"protocol": protocol, "net": str(path.relative_to(this.subject.home))}
+    provenance = {
+        "protocol": protocol,
+        "measured": result.get("measured", protocol),
+        "net": str(path.relative_to(this.subject.home)),
+    }
     return Teacher(
         net=net, positions=state["positions"].cpu(), provenance=provenance | {"sha256": checkpoint.sha256(path)}
     )
+
+
+def _result_of_teacher(this: Evaluation, wanted: str) -> tuple[str, dict[str, Any]]:
+    """The name and the content of the result that `wanted` means: a protocol, or one with its variant."""
+    home, found = this.subject.home, {}
+    for name, result in results(home, this.screen).items():
+        measured = result.get("measured", result["protocol"])
+        fits = measured == wanted or measured.startswith(f"{wanted}_") or name == wanted
+        if "net" in result and fits and name == joined(measured, this.measured_on):
+            found[measured] = (name, result)
+    if len(found) > 1 and wanted not in found:
+        raise ConfigError(f"protocol.teacher is {wanted!r}, which may be any of: {', '.join(found)}. Give one of them")
+    if not found:
+        of = f" of {this.measured_on}" if this.measured_on else ""
+        raise ConfigError(
+            f"there is no teacher {wanted!r}{of} in {home}: make it with protocol={wanted.partition('_')[0]} on the "
+            "same run first"
+        )
+    return found[wanted] if wanted in found else next(iter(found.values()))
 
 
 def _keep(found: Outcome, path: Path, this: Evaluation) -> dict[str, Any]:
@@ -245,6 +287,7 @@ def _keep(found: Outcome, path: Path, this: Evaluation) -> dict[str, Any]:
             "positions": found.positions,
             "classes": list(this.source.classes),
             "dataset_fingerprint": this.source.fingerprint,
+            "dataset_version": this.source.version,
             "checkpoint_sha256": this.subject.provenance["checkpoint_sha256"],
         },
         buffer,

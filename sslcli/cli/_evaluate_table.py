@@ -35,13 +35,30 @@ def saved(curve: list[dict[str, Any]]) -> Table:
     return table
 
 
-def summary(home: Path, screen: Screen) -> None:
-    """All protocols measured so far on this subject, a row each: raw pixels, random initialisation, trained."""
-    table = Table("top-1", *SUBJECTS.values())
+def results(home: Path, screen: Screen) -> dict[str, dict[str, Any]]:
+    """All results that lie in `home`, by name, in order; a file that holds none is left out with a warning."""
+    found = {}
     for path in sorted(home.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            result = None
+        if isinstance(result, dict) and result.keys() >= {"protocol", "split", "top1", "interval"}:
+            found[path.stem] = result
+        else:
+            screen.warn(f"{path} holds no result of ssl-eval and is left out: delete it, or measure it again")
+    return found
+
+
+def summary(home: Path, screen: Screen) -> None:
+    """All results so far of this subject, a row each: raw pixels, random initialisation, trained."""
+    table = Table()
+    table.add_column("top-1", overflow="fold")
+    for title in SUBJECTS.values():
+        table.add_column(title)
+    for name, result in results(home, screen).items():
         found = {**result.get("baselines", {}), "trained": result}
-        table.add_row(f"{path.stem} ({result['split']})", *(cell(found.get(name)) for name in SUBJECTS))
+        table.add_row(f"{name} ({result['split']})", *(cell(found.get(subject)) for subject in SUBJECTS))
     show(table, screen)
     screen.say(f"results: {home}")
 
@@ -56,7 +73,7 @@ def cell(found: dict[str, Any] | None) -> str:
 
 def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
     """One row a run, best first; names are folded where the screen is narrow, never cut."""
-    table = Table(title=rows[0]["protocol"])
+    table = Table(title=rows[0]["measured"])
     table.add_column("run", overflow="fold")
     for title in ("top-1", "95 % interval", "random initialisation"):
         table.add_column(title, overflow="fold")

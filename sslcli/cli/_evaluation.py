@@ -53,12 +53,17 @@ class Evaluation:
         """The protocol and what of its settings and of the layer makes the number another quantity."""
         return joined(protocol, self.variant, self.layer if self.layer != self.usual_layer else "")
 
-    def place(self, protocol: str) -> Path:
-        """Where the files of the result go, the name without its ending; numbers of different things never share it."""
+    @property
+    def measured_on(self) -> str:
+        """The checkpoint and the images, where they are not the last one and those of the run."""
         of_run, step = self.config["run"] is not None, self.config["checkpoint"]
         checkpoint = f"step-{step}" if of_run and step != "last" else ""
         images = name_of_set(self.source, image_size=self.subject.image_size) if self.subject.foreign else ""
-        return self.subject.home / joined(self.measured(protocol), checkpoint, images)
+        return joined(checkpoint, images)
+
+    def place(self, protocol: str) -> Path:
+        """Where the files of the result go, the name without its ending; numbers of different things never share it."""
+        return self.subject.home / joined(self.measured(protocol), self.measured_on)
 
     def task(self) -> Task:
         """What a protocol that trains needs to know of the images."""
@@ -145,7 +150,7 @@ class Evaluation:
         """All that the features of one kind depend on."""
         subject, source, views = self.subject, self.source, self.subject.views
         positions = hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.splits.values())).hexdigest()[:16]
-        images = [source.fingerprint, source.image_size, positions]
+        images = [source.version, source.image_size, positions]
         if name == "pixels":
             return [__version__, name, images]
         left_out = (*PLACES, *(WEIGHTS if name == "random" else ()))

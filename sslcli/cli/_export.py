@@ -3,6 +3,10 @@
 state_dict    the weights, by their plain names
 what          backbone or method
 backbone      how ssl-eval builds the backbone: its `_target_` and values; `method` likewise
+seed, num_images
+              what else the method was built from
+dataset, image_fingerprint
+              the images of pre-training
 image_size, mean, std, views, precision, monitor
               how images were prepared, in which format was computed, and how k-NN was measured
 provenance    run, checkpoint, its digest, step, image set, seed
@@ -20,8 +24,11 @@ from torch import Tensor
 
 from sslcli import __version__, atomic, checkpoint
 from sslcli.cli import _run_dir
-from sslcli.cli._subject import find_checkpoint, origin
+from sslcli.cli._build import build_backbone, find
+from sslcli.cli._own_dataset import FINGERPRINT, images_of
+from sslcli.cli._subject import find_checkpoint, load_strictly, origin
 from sslcli.errors import ConfigError
+from sslcli.methods.base import Method
 from sslcli.report.console import Screen
 
 BACKBONE = "backbone."  # what names in a method's state begin with
@@ -37,6 +44,7 @@ def run(config: dict[str, Any]) -> int:
     weights = checkpoint.load(path, device=torch.device("cpu"), weights=True)["method"]
     if what == "backbone":
         weights = {name[len(BACKBONE) :]: value for name, value in weights.items() if name.startswith(BACKBONE)}
+        check_backbone_alone(saved, weights, trust=config["trust"])
     write(out, {"state_dict": weights, "what": what, **described(saved, run_dir, path)})
     numbers = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
     with Screen() as screen:
@@ -44,9 +52,29 @@ def run(config: dict[str, Any]) -> int:
             f"exported: {out}",
             {"what": what, "of step": step, "numbers": numbers, "size (MB)": round(out.stat().st_size / 1e6, 1)},
         )
-        if what == "backbone":
-            screen.say(f"to measure it: ssl-eval weights={out} dataset=...")
+        screen.say(f"to measure it: ssl-eval weights={out} dataset=...")
     return 0
+
+
+def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trust: list[str]) -> None:
+    """Raise ConfigError unless a backbone with these weights gives the features of the run without its method."""
+    method = find(saved["method"]["_target_"], base=Method, trust=trust, where="method._target_")
+    remedy = (
+        "so the backbone alone does not give the numbers of the run: export what=method, which ssl-eval weights=FILE "
+        "measures as well"
+    )
+    if method.features is not Method.features:
+        raise ConfigError(
+            f"what is backbone, but {method.__name__} makes its features in a way of its own (it overrides features), "
+            f"{remedy}"
+        )
+    backbone = build_backbone(saved, image_size=saved["dataset"]["image_size"], trust=trust)
+    try:
+        load_strictly(backbone, weights, "the checkpoint")
+    except ConfigError as error:
+        raise ConfigError(
+            f"what is backbone, but {method.__name__} makes another net of the backbone, {remedy}"
+        ) from error
 
 
 def described(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any]:
@@ -55,6 +83,10 @@ def described(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any
     return {
         "backbone": saved["backbone"],
         "method": saved["method"],
+        "seed": saved["seed"],
+        "num_images": saved["effective"]["training images"],
+        "dataset": images_of(dataset),
+        "image_fingerprint": saved["effective"].get(FINGERPRINT),
         "image_size": dataset["image_size"],
         "mean": list(dataset["mean"]),
         "std": list(dataset["std"]),

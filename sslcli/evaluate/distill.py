@@ -67,8 +67,8 @@ class Distill(Recipe):
         super().__post_init__()
         if self.teacher.partition("_")[0] not in TEACHERS:
             raise ValueError(
-                f"teacher={self.teacher!r} is unknown: choose {' or '.join(TEACHERS)}, or the whole name of a result of "
-                "one of them, as in semi_1pct"
+                f"teacher={self.teacher!r} is unknown: choose {' or '.join(TEACHERS)}, or the name of a result of one "
+                "of them, as in semi_1pct"
             )
         if not self.lr > 0 or not self.temperature > 0:
             raise ValueError(f"lr={self.lr} and temperature={self.temperature} must be above 0")

@@ -11,6 +11,7 @@ from torch import Tensor
 from sslcli.data import rng
 from sslcli.data.sources import Source
 from sslcli.data.views import Views
+from sslcli.errors import ConfigError
 from sslcli.evaluate.features import FeatureSet, computed, extract
 from sslcli.evaluate.knn import Knn
 from sslcli.methods.base import Method
@@ -27,6 +28,37 @@ def bank_positions(source: Source, limit: int | None) -> Tensor:
         return positions
     chosen = rng.permutation(len(positions), 0)[:limit].sort().values
     return positions[chosen]
+
+
+def classes_of(source: Source, positions: Tensor) -> list[int]:
+    """The classes of the labeled images at `positions`, each once, in order."""
+    return sorted(set(source.labels[positions].tolist()) - {-1})
+
+
+def check_answers(source: Source, bank: Tensor) -> None:
+    """Raise ConfigError where the training images at `bank` have no two classes to tell apart."""
+    found = [source.classes[label] for label in classes_of(source, bank)]
+    if len(found) < 2:
+        has = f"a single class, {found[0]!r}" if found else "no labels"
+        raise ConfigError(
+            f"the training images of {source.name} have {has}, so an accuracy of theirs would mean nothing: a probe "
+            "needs two classes or more"
+        )
+
+
+def unanswerable(source: Source, bank: Tensor, queries: Tensor) -> str | None:
+    """What to warn of: images at `queries` of classes that no image at `bank` has, or None where there are none."""
+    labels = source.labels[queries]
+    labels = labels[labels >= 0]
+    lost = labels[~torch.isin(labels, torch.tensor(classes_of(source, bank), dtype=torch.int64))]
+    if len(lost) == 0:
+        return None
+    names = [source.classes[label] for label in sorted(set(lost.tolist()))]
+    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"{len(lost):,} of {len(labels):,} are of classes that no training image has, so no answer for them can be "
+        f"right: {listed}"
+    )
 
 
 def collect(

@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from command_line import SMALL, Cli, installed
 from runs import make_folder
@@ -134,16 +136,21 @@ def test_sets_whose_folders_are_called_alike_have_results_of_their_own(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     line = [f"run={trained}", "protocol=knn", "baselines=false", "dataset=folder", "dataset.workers=0"]
-    for parent, per_class in (("my", 20), ("other", 15)):
-        make_folder(tmp_path / parent / "train.v2", per_class=per_class, broken=0)
-        for extra in ([], ["dataset.limit=20"], ["dataset.image_size=16"]):
-            root = f"dataset.root={tmp_path / parent / 'train.v2'}"
-            ended = cli(
-                "ssl-eval", *line, root, *(extra if "size" in str(extra) else [*extra, "dataset.image_size=32"])
-            )
+    for parent, change in (("my", 0), ("other", 255)):
+        root = make_folder(tmp_path / parent / "train.v2", per_class=15, broken=0)
+        for path in sorted(root.glob("*/*.png")):  # files of the same names and sizes in both
+            pixels = torch.from_numpy(np.array(Image.open(path))) ^ change
+            Image.fromarray(pixels.numpy()).save(path.with_suffix(".bmp"))
+            path.unlink()
+        for extra in (
+            ["dataset.image_size=32"],
+            ["dataset.image_size=32", "dataset.limit=20"],
+            ["dataset.image_size=16"],
+        ):
+            ended = cli("ssl-eval", *line, f"dataset.root={root}", *extra)
             assert (ended.code, ended.err) == (0, "")
     found = {path.stem: json.loads(path.read_text()) for path in (trained / "eval").glob("*.json")}
-    prints = {one["dataset_fingerprint"][:6] for one in found.values()}
+    prints = {one["dataset_version"][:6] for one in found.values()}
     names = (f"knn_train.v2-{digits}{end}" for digits in prints for end in ("", "_limit-20", "_16px"))
     assert len(prints) == 2
     assert sorted(found) == sorted(names)
