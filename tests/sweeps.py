@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Seeds: 3 fails, 4 is killed, 5 waits for a signal and saves, 6 is refused; a second start of any of them finishes.
-# Seed 7 takes a second.
+# Seed 7 waits for the file `go` in the folder of the sweep.
 JOB = """
 import json, os, pathlib, signal, sys, time
 
@@ -49,7 +49,9 @@ if first and seed == 5:
         time.sleep(0.01)
     sys.exit(75 if stopped else 1)
 if seed == 7:
-    time.sleep(1)
+    until = time.monotonic() + 20
+    while not (run_dir.parent / "go").exists() and time.monotonic() < until:
+        time.sleep(0.01)
 if first and seed == 6:
     sys.exit(2)
 save(3)

@@ -19,6 +19,8 @@ from sslcli.cli._job import (
     Job,
     Sweep,
     command_line,
+    enrol,
+    is_at_work,
     is_due,
     log_of,
     note_end,
@@ -170,12 +172,23 @@ class Line:
         self.looks: dict[str, int] = {}  # at each job that was found busy, by its name
         self.look_again = 0.0
 
-    def take(self) -> tuple[Job, IO[str]] | None:
-        """Take the first job that is due and free out of the line, with the right to run it; None where none is."""
+    def is_time(self) -> bool:
+        """Whether to look at busy jobs again."""
         now = time.monotonic()
         again = now >= self.look_again
         if again:
             self.look_again = now + LOOK_EVERY
+        return again
+
+    def look(self) -> None:
+        """Look which jobs are busy, without taking one."""
+        for job in self.jobs if self.is_time() else ():
+            if is_at_work(self.sweep, job.name, enrol(self.sweep, job)):
+                self._note_busy(job)
+
+    def take(self) -> tuple[Job, IO[str]] | None:
+        """Take the first job that is due and free out of the line, with the right to run it; None where none is."""
+        again = self.is_time()
         for job in list(self.jobs):
             if job.name in self.looks and not again:
                 continue
@@ -253,6 +266,8 @@ def _start_next(line: Line, slots: list[Slot] | None, relay: Relay, *, quiet: bo
     """Start the first job that is due and free, if there is a slot for it; whether one was started."""
     claimed = claim(line.sweep, slots, used=[one.slot for one in relay.running])
     if claimed is None:
+        if not relay.running:  # another sweep has all slots
+            line.look()
         return False
     number, held = claimed
     taken = line.take()

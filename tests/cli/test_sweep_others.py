@@ -82,9 +82,10 @@ def test_a_signal_ends_the_wait_and_leaves_the_orphan_alone(
 
 
 def test_two_identical_sweeps_at_once_both_succeed_and_run_each_job_once(
-    quick_jobs: None, cli: Cli, tmp_path: Path
+    quick_jobs: None, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = [*HERE, "seed=7,0,1,2", "sweep.jobs=2"]
+    when_it_waits(monkeypatch, (tmp_path / "here/go").touch)
     other = start_sweep(*line, cwd=tmp_path)
     wait_until(lambda: starts(tmp_path / "here") > 0, "the other sweep is at work")
     assert cli("ssl-train", *line).code == 0
