@@ -47,7 +47,7 @@ def check(kind: str, gigabytes: float) -> None:
         raise ValueError(f"dataset.keep_decoded is {kind!r}, but only Linux has what it needs: use none")
 
 
-def folder(given: str | None) -> Path:
+def folder(given: str | os.PathLike[str] | None) -> Path:
     """The folder of the files: the one given, or that of the user."""
     if given is not None:
         return Path(given).expanduser()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import stat
@@ -11,33 +10,6 @@ from collections.abc import Mapping, Sequence
 
 EXTENSIONS = frozenset(["jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "pgm", "gif"])
 Root = str | os.PathLike[str] | Sequence[str] | Mapping[str, float]
-
-
-def read_csv(file: str) -> tuple[list[str], list[str]]:
-    """Columns `path` and `label` ("" where there is none) of a CSV file; ValueError if it does not hold that."""
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            rows = csv.DictReader(lines, restval="")
-            header = [name.strip() for name in rows.fieldnames or []]
-            rows.fieldnames = header
-            if "path" not in header:
-                raise ValueError(
-                    f"{file} has the columns {', '.join(header) or '(none)'}, but it needs a header line with `path` "
-                    "and, where there are labels, `label`"
-                )
-            names, labels = [], []
-            for row in rows:
-                if not row["path"].strip():
-                    raise ValueError(f"{file} line {rows.line_num} has no path: fill it in or remove the line")
-                names.append(row["path"].strip())
-                labels.append(row.get("label", "").strip())
-    except OSError as error:
-        raise ValueError(f"dataset.file={file} cannot be read: {error.strerror}; set it to a CSV file") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"dataset.file={file} is not a CSV file in UTF-8: {error}") from error
-    if not names:
-        raise ValueError(f"{file} has no rows below its header: list at least one image")
-    return names, labels
 
 
 def parse_roots(root: Root) -> dict[str, float]:

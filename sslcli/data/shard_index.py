@@ -26,7 +26,7 @@ from sslcli.errors import ConfigError
 VERSION = 1  # of the files in the folder
 _THREADS = 8
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated")
+_STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "blob_id")
 
 
 def expand(pattern: str) -> list[str]:
@@ -41,13 +41,13 @@ def expand(pattern: str) -> list[str]:
     return [whole for number in numbers for whole in expand(pattern[: match.start()] + number + pattern[match.end() :])]
 
 
-def find_shards(path: str | Sequence[str], *, key: str) -> list[Shard]:
+def find_shards(path: str | os.PathLike[str] | Sequence[str], *, key: str) -> list[Shard]:
     """The shards that paths, folders, patterns and ranges name, ordered by address, each once.
 
     Raises ConfigError for one that is absent, a pattern that matches nothing, and an address that cannot be reached.
     """
     found: dict[str, Shard] = {}
-    for pattern in [path] if isinstance(path, str) else path:
+    for pattern in [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else path:
         for url in expand(os.path.expanduser(pattern)):
             found |= {shard.url: shard for shard in _shards_at(url, key=key)}
     if not found:
@@ -74,7 +74,11 @@ def _shards_at(url: str, *, key: str) -> list[Shard]:
             f"{key} names {url}, which cannot be reached ({type(error).__name__}: {error}): check the address, the "
             "network and your credentials"
         ) from error
-    shards = [_shard(info, url, system) for info in infos if info["name"].endswith(ENDINGS)]
+    found = [info for info in infos if info["name"].endswith(ENDINGS)]
+    for info in found:
+        if info["type"] == "other":  # a FIFO or a device, which would block whoever opens it
+            raise ConfigError(f"{key} names {info['name']}, which is not a regular file: leave it out")
+    shards = [_shard(info, url, system) for info in found]
     if not shards:
         others = sorted({info["name"].rpartition("/")[2] for info in infos})[:3]
         told = f"only {', '.join(others)} ..." if others else "nothing"

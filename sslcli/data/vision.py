@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import tarfile
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ class Parts:
     num_test: int
 
 
-def read_parts(name: str, root: str, *, download: bool, unlabelled: bool, memory_gb: float) -> Parts:
+def read_parts(name: str, root: str | os.PathLike[str], *, download: bool, unlabelled: bool, memory_gb: float) -> Parts:
     """Read a set, fetching it first if `download` and files are absent. See `sources.TorchvisionSet`.
 
     Raises ValueError for an unknown name, too little memory, absent files that cannot be fetched, and damaged files.

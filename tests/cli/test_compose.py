@@ -160,7 +160,7 @@ def test_wrong_input_is_refused_in_one_message_that_helps(line: str, wanted: lis
 EVAL_WRONG: list[tuple[str, list[str]]] = [
     ("", ["run=DIR", "weights=FILE"]),
     ("run=. weights=.", ["run=DIR", "weights=FILE"]),
-    ("run=nonesuch", ["run is 'nonesuch'"]),
+    ("run=nonesuch", ["run is '/", "/nonesuch', but there is no such path"]),
     ("run=5", ["run is 5", "text"]),
     ("run=. protocol=knnn", ["protocol=knnn", "knn, linear", "Did you mean 'knn'?"]),
     ("run=. protocol=null", ["protocol", "knn, linear"]),
