@@ -162,6 +162,7 @@ def extract(
     features: Tensor | None = None
     readable = torch.empty(total, dtype=torch.bool)
     done = 0
+    heartbeat.sign(f"{heartbeat.IMAGES} of an evaluation")
     # A DataLoader draws its workers' base seed from the global generator, hence the fork.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for images, whole in plain_batches(source, positions, batch_size=batch_size, workers=workers):
@@ -174,6 +175,7 @@ def extract(
             heartbeat.sign()
             if progress is not None:
                 progress(done, total)
+    heartbeat.sign("an evaluation")
     assert features is not None
     assert done == total
     return features, readable
