@@ -16,7 +16,7 @@ PLAIN = {"train": ("run_dir",), "eval": ("run", "weights"), "export": ("run", "o
 PATH_TYPES = frozenset(["Path", "PurePath", "PosixPath", "PathLike", "Root"])  # names that make a parameter a path
 HUB_NAME = "HubName"  # in an annotation: a name on the Hugging Face hub, unless such a folder or file exists
 
-_HOME = re.compile(r"(?:^|(?<=[\[{,\s]))~[\w./@%+-]*(?=$|[\]},\s])")
+_HOME = re.compile(r"(?:^|(?<=[\[{,\s]))~[\w./@%+*?-]*(?=$|[\]},\s])")
 _HOME_KEY = re.compile(r"(?<=[{,\s])~[\w./@%+-]*(?=\s*:)")
 
 Convert = Callable[[str], str]

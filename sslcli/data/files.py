@@ -29,6 +29,7 @@ from sslcli.data.records import Records, Tell, label_codes, make_records
 from sslcli.data.scan import Root, check_folder, no_images, parse_roots, scan, scan_classes
 from sslcli.data.sources import Opened, Source, check_flag, digest
 
+LABEL_COLUMN = "correct it, or rename the column to use the images without labels"
 _SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
 
 
@@ -299,7 +300,7 @@ class ListFile(ImageFiles):
                 f"{file} lists {sample[0]!r}, but there is no {os.path.join(base, sample[0])}, nor any of "
                 f"{len(sample)} rows tried: set dataset.root to the folder that its paths start from"
             )
-        labels, classes = as_labels([Labels(texts, (), f"the column label of {file}")])
+        labels, classes = as_labels([Labels(texts, (), f"the column label of {file}", remedy=LABEL_COLUMN)])
         pool = Listing(names, labels.tolist(), [0] * len(names))
         self.fill(pool, Listing(), name=Path(file).stem, roots=[base], classes=classes)
 

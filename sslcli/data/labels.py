@@ -35,12 +35,14 @@ class Labels:
         classes: class names that whole numbers index; empty if the data do not name them.
         where: what holds them, for messages.
         is_test: whether they belong to the official test split, which must not add classes.
+        remedy: what to do about values that are no class labels, for messages.
     """
 
     values: Sequence[object]
     classes: Sequence[str]
     where: str
     is_test: bool = False
+    remedy: str = _OTHER_COLUMN
 
 
 def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
@@ -98,7 +100,7 @@ def _cleaned(part: Labels) -> list[int | str | None]:
     if not set(map(type, values)) <= {int, float, str, type(None)}:
         values = [_without_bool(plain(value, where=part.where), part) for value in values]
     names = frozenset(part.classes)
-    known = {value: _clean(value, names, part.where) for value in set(values)}
+    known = {value: _clean(value, names, part) for value in set(values)}
     return [known[value] for value in values]
 
 
@@ -109,7 +111,7 @@ def _without_bool(value: Value, part: Labels) -> Value:
     return int(value) if part.classes else str(value)
 
 
-def _clean(value: object, names: frozenset[str], where: str) -> int | str | None:
+def _clean(value: object, names: frozenset[str], part: Labels) -> int | str | None:
     if isinstance(value, str):
         if value in names:
             return value
@@ -123,16 +125,16 @@ def _clean(value: object, names: frozenset[str], where: str) -> int | str | None
         if math.isnan(value):
             return None
         if not value.is_integer():
-            raise ConfigError(_no_class(value, where))
+            raise ConfigError(_no_class(value, part))
         value = int(value)
     assert value is None or isinstance(value, int)
     return None if value == -1 else value
 
 
-def _no_class(value: object, where: str) -> str:
+def _no_class(value: object, part: Labels) -> str:
     return (
-        f"{where} holds {value}, which is no class label but looks like a regression target (class labels are text or "
-        f"whole numbers): {_OTHER_COLUMN}"
+        f"{part.where} holds {value}, which is no class label but looks like a regression target (class labels are "
+        f"text or whole numbers): {part.remedy}"
     )
 
 
@@ -156,10 +158,11 @@ def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]])
             if not part.is_test:
                 classes += sorted({str(value) for value in values}.difference(classes))
     position = {name: number for number, name in enumerate(classes)}
+    same = {} if differ else _indices(pool[0].classes)
     tables = []
     for part, values in zip(parts, known, strict=True):
         if part.classes and not differ:  # numbers as they are, even if two classes share a name
-            tables.append(_indices(part.classes))
+            tables.append(same)
         elif part.classes:
             own = _indices(part.classes).items()
             tables.append({value: position[part.classes[i]] for value, i in own if part.classes[i] in position})
@@ -222,7 +225,7 @@ def _number_name(value: int | str, part: Labels) -> str:
     if not text.isdecimal():
         number = float(text)
         if not number.is_integer():
-            raise ConfigError(_no_class(text, part.where))
+            raise ConfigError(_no_class(text, part))
         text = str(int(number))
         if number < 0:
             raise ConfigError(
@@ -262,11 +265,11 @@ def _check_kinds(parts: Sequence[Labels], known: Sequence[set[int | str]]) -> No
 def _numbered(part: Labels, values: Sequence[int | str | None], numbers: Numbers, classes: Sequence[str]) -> list[int]:
     """The class number of each label of a part. Raises ConfigError for a label that is no class."""
     unknown = sorted({str(value) for value in values if value is not None and value not in numbers})
-    own = _indices(part.classes)
+    own = _indices(part.classes) if unknown else {}
     wrong = [label for label in unknown if part.classes and label not in own]
     if wrong:
         raise ConfigError(
-            f"{part.where} holds {wrong[0]!r}, which is none of its {len(part.classes)} classes: {_OTHER_COLUMN}"
+            f"{part.where} holds {wrong[0]!r}, which is none of its {len(part.classes)} classes: {part.remedy}"
         )
     if unknown:
         names = [part.classes[own[label]] if part.classes else label for label in unknown]

@@ -168,6 +168,7 @@ def test_configurations_are_compared_by_where_paths_lead(here: Path) -> None:
         ("run_dir=~/r", 'run_dir="~/r"'),
         ("run_dir=~", 'run_dir="~"'),
         ("dataset.root=[~/a,b, ~me/c]", 'dataset.root=["~/a",b, "~me/c"]'),
+        ("dataset.path=~/a-*.tar", 'dataset.path="~/a-*.tar"'),
         ("dataset.root=~/a,~/b", 'dataset.root="~/a","~/b"'),
         ("dataset.root={~/a: 1.0, b: 2}", f"dataset.root={{{Path('~/a').expanduser()}: 1.0, b: 2}}"),
         ("run_dir='~/r x'", "run_dir='~/r x'"),

@@ -52,7 +52,9 @@ def test_labels_that_are_unknown_whole_or_targets(tmp_path: Path) -> None:
 
     found = source("3.0", "-1.0", "nan", "10", "3", "", "-1", "None")
     assert (found.classes, found.labels.tolist()) == (["3", "10"], [0, -1, -1, 1, 0, -1, -1, -1])
-    with pytest.raises(ConfigError, match=r"the column label of .*images\.csv holds 0\.37, .* regression target"):
+    with pytest.raises(
+        ConfigError, match=r"the column label of .*images\.csv holds 0\.37, .* regression target .*rename the column"
+    ):
         source("0.37", "1.0")
 
 
