@@ -160,7 +160,7 @@ class Source:
         )
 
     def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
-        """Return what tells the images from those of another time; see `sslcli.data.records`. Files are those of `path`.
+        """Return what tells the images from those of another time; see `sslcli.data.records`. Files lie at `path`.
 
         contents: also of what is in the files, which reads them all. tell: called now and then where that takes long.
         """

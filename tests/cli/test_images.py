@@ -41,7 +41,8 @@ KNN = ["run=run", "protocol=knn", "baselines=false"]
 @pytest.fixture
 def run(cli: Cli, tmp_path: Path) -> Callable[..., Ended]:
     """Start the run again, from its last checkpoint, with these arguments as well; it ran before."""
-    make_folder(tmp_path / "images", broken=0)
+    for path in make_folder(tmp_path / "images", broken=0).rglob("*.png"):
+        path.write_bytes(path.read_bytes().ljust(4096))  # so that sizes tell nothing
     assert cli("ssl-train", *LINE).code == 0
 
     def again(*more: str) -> Ended:
@@ -220,13 +221,27 @@ def test_an_evaluation_of_other_images_computes_its_features_anew_and_warns(cli:
         later(other)
     ended = cli("ssl-eval", *KNN)
     assert (ended.code, ended.err) == (0, "")
-    assert "warning: these are not the images that the run was trained on: of 60 images, " in ended.out
+    assert "warning: the images may have changed since the run was trained on them: of 60 images, 60 chan" in ended.out
     assert set((tmp_path / "run/eval/features").iterdir()) > files
     now = measured(tmp_path)
     fresh = cli("ssl-eval", *KNN, "cache=false")
     assert fresh.code == 0
     assert measured(tmp_path)["top1"] == now["top1"]
-    assert now["dataset_fingerprint"] != before["dataset_fingerprint"]
+    assert now["dataset_fingerprint"] == before["dataset_fingerprint"]
+    rename(tmp_path / "images")
+    ended = cli("ssl-eval", *KNN)
+    assert "warning: these are not the images that the run was trained on: of 60 images, 57 changed" in ended.out
+
+
+@pytest.mark.usefixtures("run")
+def test_a_teacher_of_other_images_is_refused(cli: Cli, tmp_path: Path) -> None:
+    quick = ["run=run", "baselines=false", "protocol.steps=1", "protocol.batch_size=16"]
+    assert cli("ssl-eval", *quick, "protocol=finetune", "protocol.lrs=[0.1]").code == 0
+    assert cli("ssl-eval", *quick, "protocol=distill").code == 0
+    later(tmp_path / "images/a/000.png")
+    ended = cli("ssl-eval", *quick, "protocol=distill")
+    assert ended.code == 2
+    assert "was trained on other images: run protocol=finetune again" in ended.err
 
 
 @pytest.mark.usefixtures("run")

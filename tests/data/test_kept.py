@@ -113,6 +113,20 @@ def test_a_changed_image_is_decoded_anew(photos: Path) -> None:
     assert np.asarray(source(photos, "disk").read(4)).max() <= 9
 
 
+def test_an_image_replaced_by_one_of_the_same_size_is_decoded_anew(photos: Path) -> None:
+    """Neither the file of another image nor its place may be taken for the new one."""
+    for number in (6, 7):
+        Image.new("RGB", (30, 30), (number * 30,) * 3).save(photos / f"{number:02d}.bmp")
+    before = source(photos, "disk")
+    at = [next(i for i in range(len(before)) if before.path(i).endswith(f"{number:02d}.bmp")) for number in (6, 7)]
+    assert [int(np.asarray(before.read(position))[0, 0, 0]) for position in at] == [180, 210]
+    found = (photos / "06.bmp").stat()
+    Image.new("RGB", (30, 30), (9, 9, 9)).save(photos / "06.bmp")
+    os.utime(photos / "06.bmp", ns=(found.st_atime_ns, found.st_mtime_ns + 1000))
+    assert (photos / "06.bmp").stat().st_size == found.st_size
+    assert [int(np.asarray(source(photos, "disk").read(position))[0, 0, 0]) for position in at] == [9, 210]
+
+
 def test_a_set_that_does_not_fit_is_refused_with_its_size(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"needs about 0\.00 GB for 14 images, but dataset\.keep_gb is 1e-06"):
         source(photos, "ram", keep_gb=1e-6)

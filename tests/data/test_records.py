@@ -390,3 +390,18 @@ def test_files_of_a_set_that_is_not_ours_are_found_by_their_paths(root: Path) ->
     overwrite_four(root)
     assert len(changes(then, OfAUser(root)).touched) == 4
     assert len(changes(then, OfAUser(root), contents=True).changed) == 4
+
+
+def test_the_index_of_a_shard_that_is_replaced_by_one_of_the_same_size_is_made_anew(tmp_path: Path) -> None:
+    path = write_set(tmp_path, [6], kind="tar")
+    made = [HfStream(path=path, cache=str(tmp_path / "cache"), image_size=8, workers=0)]
+    file = tmp_path / "tar-000.tar"
+    content, found = file.read_bytes(), os.stat(file)
+    first, second = content.index(b"0" + b"\0" * 511), content.index(b"1" + b"\0" * 511)
+    other = bytearray(content)
+    other[first], other[second] = ord("1"), ord("0")
+    file.write_bytes(other)
+    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns + SECOND))
+    made.append(HfStream(path=path, cache=str(tmp_path / "cache"), image_size=8, workers=0))
+    assert [source.labels.tolist() for source in made] == [[0, 1, 2, 0, 1, 2], [1, 0, 2, 0, 1, 2]]
+    assert compare(made[0].records(), made[1].records(), times=False).changed == [file.name]
