@@ -201,7 +201,7 @@ def plain_batches(
     chunks = list(torch.split(positions, batch_size))
     if source.images is None:
         workers = source.workers if workers is None else workers
-        check_shared_memory(workers, batch_size * source.channels * source.image_size**2)
+        check_shared_memory(workers, min(batch_size, len(positions)) * source.channels * source.image_size**2)
         yield from batches_of(PlainCrops(source), chunks, workers, owner=type(source))
         return
     size = source.image_size

@@ -119,7 +119,7 @@ def test_images_that_cannot_be_read_are_told_in_order():
         return Image.new("RGB", (9, 9), (position, 0, 0))
 
     files = SimpleNamespace(
-        images=None, image_size=8, workers=0, read=read, blank=lambda size: Image.new("RGB", (size, size))
+        images=None, channels=3, image_size=8, workers=0, read=read, blank=lambda size: Image.new("RGB", (size, size))
     )
     features, readable = extract(
         lambda images: images.mean(dim=(2, 3)),
