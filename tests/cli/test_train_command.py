@@ -198,7 +198,7 @@ def test_what_only_building_can_find_is_refused_likewise(line: str, wanted: list
 def test_a_folder_of_images_that_is_not_there_is_refused(cli: Cli) -> None:
     ended = cli("ssl-train", "dataset=folder", "dataset.root=nowhere", "launcher.threads=1")
     assert ended.code == 2
-    assert f"dataset.root is nowhere, but {Path('nowhere').absolute()} cannot be opened" in ended.err
+    assert f"dataset.root is {Path('nowhere').absolute()}, but " in ended.err
     assert ended.err.count("\n") == 1
 
 
