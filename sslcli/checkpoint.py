@@ -30,6 +30,7 @@ from sslcli.checkpoint_names import all_of as all_of
 from sslcli.checkpoint_names import step_of as step_of
 from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.migrations import SCHEMA, upgrade
+from sslcli.regular_files import check_regular
 
 if TYPE_CHECKING:  # importing it takes seconds, which a run without them need not wait for
     from sslcli.pieces import Placement, Snapshot
@@ -256,6 +257,7 @@ def load_file(path: Path, *, device: torch.device) -> dict[str, Any]:
 def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
     """A dictionary saved by torch, without running any code it may hold. Raises ConfigError where it is none."""
     try:
+        check_regular(path)
         state = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConfigError(f"{path} was refused: it is damaged, or holds more than tensors and plain values") from error

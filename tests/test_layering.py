@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "sslcli"
 RANKS = {
     "errors": 0,
     "atomic": 0,
+    "regular_files": 0,
     "settings": 1,
     "schedule": 1,  # pure functions of progress
     "heartbeat": 1,
@@ -53,6 +54,7 @@ RANKS = {
     "cli": 7,
 }
 SIDEWAYS = {  # within one rank, in this direction alone
+    ("atomic", "regular_files"),
     ("mixture", "noise"),  # its random numbers
     ("decoder", "nn"),
     ("train", "cached_gradients"),

@@ -15,6 +15,7 @@ from typing import Any
 
 from sslcli import checkpoint_names, interpreter
 from sslcli.errors import EXIT_CONFIG, ConfigError
+from sslcli.report.terminal import guard_terminal
 
 
 def launch(config: dict[str, Any]) -> int:
@@ -74,6 +75,7 @@ def main() -> None:
     """
     from sslcli.launch import EXIT_LOST, die_with_parent
 
+    guard_terminal()
     die_with_parent()
     config = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     interpreter.find_trusted(config["trust"])
