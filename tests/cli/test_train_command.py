@@ -19,7 +19,8 @@ from runs import complete, make_folder, metrics, start_warm
 from sslcli.train import Run
 
 QUICK = [*SMALL, "monitor.knn_every=0", "monitor.health_every=0", "monitor.pictures=0"]
-FILES = ["checkpoints", "config.yaml", "console.log", "done", "environment.json", "metrics.jsonl", "overrides.txt"]
+FILES = ["checkpoints", "config.yaml", "console.log", "done", "environment.json", "images.npz", "metrics.jsonl"]
+FILES += ["overrides.txt"]
 
 
 def files(folder: Path) -> list[str]:
