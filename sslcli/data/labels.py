@@ -72,8 +72,9 @@ def plain(value: object, *, where: str) -> Value:
         return value
     if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0):
         return plain(value.item(), where=where)
-    arrow = sys.modules.get("pyarrow")  # its scalars exist only once it is imported
-    if arrow is not None and isinstance(value, arrow.Scalar):
+    # Its scalars exist only once it is imported, which another thread may just be doing.
+    scalar = getattr(sys.modules.get("pyarrow"), "Scalar", None)
+    if scalar is not None and isinstance(value, scalar):
         return plain(value.as_py(), where=where)
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
