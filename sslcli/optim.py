@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sslcli.distributed import whole
+from sslcli.methods.base import Method
 
 NEVER_DECAYED = ("bias", "pos_embed", "cls_token", "mask_token")
 
@@ -103,8 +104,8 @@ def parameter_groups(
     The second group also carries `adapt=False` for LARS. With `decay_norm_and_bias` everything is in the first group,
     as in MoCo v1 and v2. A method with its own `param_groups()` is taken at its word.
     """
-    if hasattr(method, "param_groups"):
-        own: list[dict[str, Any]] = method.param_groups()  # type: ignore[operator]
+    own = method.param_groups() if isinstance(method, Method) else None
+    if own is not None:
         return own
     decayed: list[Tensor] = []
     plain: list[Tensor] = []

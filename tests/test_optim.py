@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
+from sslcli.methods.base import Method
 from sslcli.optim import LARS, load_optimizer, parameter_groups
 
 REFERENCE = ("mocov3", "dino", "vissl", "byol")
@@ -213,12 +214,12 @@ def test_a_net_without_biases_has_one_group() -> None:
 
 
 def test_a_method_may_say_its_own_groups() -> None:
-    class Own(nn.Linear):
+    class Own(Method):
         def param_groups(self) -> list[dict[str, Any]]:
-            return [{"params": [self.weight], "lr_scale": 0.1}]
+            return [{"params": [*self.backbone.parameters()], "lr_scale": 0.1}]
 
-    net = Own(2, 2)
-    assert parameter_groups(net, weight_decay=0.1) == net.param_groups()
+    method = Own(nn.Linear(2, 2))
+    assert parameter_groups(method, weight_decay=0.1) == method.param_groups()
 
 
 def test_groups_suit_torch_optimizers_and_lars_alike() -> None:

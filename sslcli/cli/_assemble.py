@@ -66,7 +66,7 @@ def check_cached_gradients(method: Method, wanted: bool) -> None:
             f"train.cached_gradients is true, but the loss of {name} does not compare the images of a batch, so "
             "train.accumulate alone gives its gradient: set train.cached_gradients=false"
         )
-    if wanted and getattr(method, "mixture", None) is not None:
+    if wanted and method.mixture is not None:
         raise ConfigError(
             "train.cached_gradients is true, but mixture mixes the images of a whole batch, which is never in memory "
             "then: choose one of them (mixture=null, or train.cached_gradients=false)"
@@ -196,19 +196,15 @@ def effective(job: Run, parts: Parts, config: dict[str, Any]) -> dict[str, Any]:
 def doubts(job: Run, parts: Parts) -> list[str]:
     """Settings that work and are seldom meant."""
     found = []
-    queue = getattr(parts.method, "queue", None)
+    length = parts.method.queue_length
     num_images = len(parts.source.splits["train"])
-    if isinstance(queue, torch.Tensor) and len(queue) > num_images:
+    if length > num_images:
         found.append(
-            f"the queue holds {len(queue):,} keys but there are {num_images:,} images, so views of one image are "
+            f"the queue holds {length:,} keys but there are {num_images:,} images, so views of one image are "
             "negatives of each other: method.queue_size=4096 is usual for small sets, with method.momentum=0.99"
         )
     settings = job.settings
-    if (
-        settings.accumulate > 1
-        and not settings.cached_gradients
-        and job.method.effective(2).get("negatives a query sees") not in (None, 0)
-    ):
+    if settings.accumulate > 1 and not settings.cached_gradients and job.method.num_negatives(2):
         remedy = ": train.cached_gradients=true contrasts them all" if job.method.in_batch else ""
         found.append(f"with train.accumulate the negatives within a batch are those of the micro-batch alone{remedy}")
     if job.device.type == "mps":

@@ -80,8 +80,7 @@ def save_views(loader: Loader, parts: Parts, count: int, run_dir: Path) -> Path:
     chosen = source.splits["train"][batch.index[:count].cpu()]
     originals, _ = next(plain_batches(source, chosen, batch_size=count, workers=0))
     views = [parts.views.restore(view[:count].float().cpu(), mean=source.mean, std=source.std) for view in batch.views]
-    places = getattr(source, "place", [slice(None)])
     path = run_dir / "views.png"
-    rows = [row[:, place] for row in (originals.float() / 255, *views) for place in places]
+    rows = [row[:, place] for row in (originals.float() / 255, *views) for place in source.place]
     pictures.save(pictures.grid(rows), path)
     return path

@@ -35,6 +35,7 @@ from sslcli.evaluate.linear import Linear
 from sslcli.evaluate.network import Classifier
 from sslcli.evaluate.online import bank_positions, check_answers, unanswerable
 from sslcli.evaluate.training import Progress, Recipe, Start
+from sslcli.methods.base import Method
 from sslcli.report.console import Screen
 
 
@@ -159,7 +160,10 @@ def _frozen(this: Evaluation, protocol: Callable[[FeatureSet], dict[str, Any]], 
     net = this.subject.net("trained")
     features = this.features("trained", net)
     if this.layer == layers.BANK:
-        features = from_bank(features, net.stored(), this.source.splits["train"])  # type: ignore[operator]
+        assert isinstance(net, Method)
+        rows = net.stored()
+        assert rows is not None  # else the layer would not be among those of the net
+        features = from_bank(features, rows, this.source.splits["train"])
     result = _measure(this, protocol, "trained", features)
     if this.config["baselines"]:
         result["baselines"] = {
@@ -223,10 +227,11 @@ def _layer(feature_layer: str, from_layer: int | None, net: nn.Module, images: T
             )
         return feature_layer
     if from_layer and f"head{from_layer}" not in layers.names(net, images):
-        last = getattr(net, "head_layers", 0)
+        last = net.head_layers if isinstance(net, Method) else 0
         has = f"has the layers 1 to {last}" if last else "lets nothing in (simclr_v2 does)"
         raise ConfigError(f"protocol.from_layer is {from_layer}, but the head of this net {has}; 0 is the backbone")
-    number = getattr(net, "finetune_layer", 0) if from_layer is None else from_layer
+    own = net.finetune_layer if isinstance(net, Method) else 0
+    number = own if from_layer is None else from_layer
     return f"head{number}" if number else layers.BACKBONE
 
 

@@ -58,6 +58,7 @@ class Source:
         splits: sorted int64 positions: "train", "val" (empty without labels), "test" where there is an official one.
         weights: (len(train),) how often an epoch shows each training image; None = once each.
         present: (M, modalities) bool, which modalities an image has; None = all.
+        place: the channels of each modality, in order.
         photometric: the channels that the colour operations of views change.
         scaled_decode: whether JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where every crop that training
             cuts from one is shrunk at least so much anyway.
@@ -71,6 +72,7 @@ class Source:
     splits: dict[str, Tensor]
     weights: Tensor | None = None
     present: Tensor | None = None
+    place: Sequence[slice] = (slice(None),)
     photometric: slice = slice(None)
     scaled_decode: bool = False
     channels: int = 3

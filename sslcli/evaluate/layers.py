@@ -28,8 +28,8 @@ def names(net: nn.Module, images: Tensor) -> list[str]:
     found = [BACKBONE]
     if isinstance(net, Method):
         found += ["projection"] if type(net).projection is not Method.projection else []
-        found += [BANK] if hasattr(net, "stored") else []
-        found += [f"head{number + 1}" for number in range(getattr(net, "head_layers", 0))]
+        found += [BANK] if net.stored() is not None else []
+        found += [f"head{number + 1}" for number in range(net.head_layers)]
     try:
         with evaluating(net), torch.no_grad():
             found += list(_stages(net, images))
@@ -54,8 +54,8 @@ def read(net: nn.Module, layer: str, images: Tensor) -> Tensor:
         found: Tensor = net.features(images) if isinstance(net, Method) else net(images)
     elif layer in ("projection", BANK) and isinstance(net, Method):
         found = net.projection(images)
-    elif (inside := re.fullmatch(r"head(\d+)", layer)) and hasattr(net, "head_features"):
-        found = net.head_features(images, int(inside[1]))  # type: ignore[operator]
+    elif (inside := re.fullmatch(r"head(\d+)", layer)) and isinstance(net, Method):
+        found = net.head_features(images, int(inside[1]))
     else:
         found = pooled(_stages(net, images)[layer])
     return found

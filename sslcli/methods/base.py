@@ -1,4 +1,4 @@
-"""What a method is: one self-supervised objective around a backbone, whose `forward` is the training step."""
+"""Base class of all methods: a backbone plus one self-supervised objective, whose `forward` is the training step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslcli.mixture import UnMix
 from sslcli.nn import evaluating
 
 
@@ -29,24 +30,39 @@ class Batch:
 
 
 class Method(nn.Module):
-    """One self-supervised objective around a backbone.
+    """A backbone plus one self-supervised objective. Every member that the rest of sslcli uses is declared here.
 
-    A subclass takes the backbone and keyword hyper-parameters, computes its loss in `forward` and changes its own
-    state (momentum network, queue, bank) in `after_step` alone, so that a loss always reads the state of before.
+    A subclass takes the backbone and keyword hyperparameters, computes its loss in `forward`, and updates its own
+    state (momentum encoder, queue, memory bank) in `after_step` alone, so that a loss always reads the state before
+    the step. `forward` and `num_views` are the only members that a subclass must define.
+
+    Attributes:
+        num_views: the number of views per image that `forward` takes.
+        in_batch: True if the loss uses in-batch negatives; then implement `embed` and `compare`.
+        color_spaces: the color spaces that the views may have; empty = any.
+        falling: the scalar that decreases in a good run; adversarial losses need not.
+        by_block: True if FSDP and activation checkpointing may wrap single blocks of the backbone; False if the method
+            calls the backbone with other weights than its own.
+        embeddings: of the last forward, detached, one (N, D) per view; what health measures look at.
+        head_layers: the number of layers of the projection head that `head_features` gives; 0 = none.
+        finetune_layer: the layer of the head that fine-tuning starts from; 0 = the backbone.
+        mixture: the self-mixture of views that the method was given, or None.
     """
 
     num_views: int
-    in_batch: bool = False  # whether the loss compares the images of a batch; `embed` and `compare` divide it then
-    color_spaces: tuple[str, ...] = ()  # one of which the views must have; empty: any
-    falling: str = "loss"  # the scalar a good run brings down; the loss of a game between two players is none
-    by_block: bool = (
-        True  # the backbone may be sharded and computed again by block; not where others' weights replace its
-    )
-    embeddings: tuple[Tensor, ...] = ()  # of the last forward, detached, one (N, D) a view: what health looks at
+    in_batch: bool = False
+    color_spaces: tuple[str, ...] = ()
+    falling: str = "loss"
+    by_block: bool = True
+    embeddings: tuple[Tensor, ...] = ()
+    head_layers: int = 0
+    finetune_layer: int = 0
+    mixture: UnMix | None
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
+        self.mixture = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scalars by name: the loop differentiates `loss` and logs them all."""
@@ -80,6 +96,30 @@ class Method(nn.Module):
         """What the loss sees of an image, before normalisation: (N, C, H, W) -> (N, D); features by default."""
         return self.features(images)
 
+    def head_features(self, images: Tensor, layer: int) -> Tensor:
+        """Features inside the projection head: (N, C, H, W) -> (N, D) after `layer`, 1 to `head_layers`.
+
+        Raises ValueError for another layer; only methods with `head_layers` above 0 have any.
+        """
+        raise ValueError(f"layer is {layer}, but {type(self).__name__} gives no features inside its head")
+
+    def stored(self) -> Tensor | None:
+        """The rows (n, D) of a memory bank, one per training image in the order of the split; None without a bank."""
+        return None
+
+    @property
+    def queue_length(self) -> int:
+        """The number of embeddings in the queue of negatives; 0 without a queue."""
+        return 0
+
+    def num_negatives(self, batch_size: int) -> int | None:
+        """The number of negatives per query for a micro-batch of `batch_size` images; None if that means nothing."""
+        return None
+
+    def param_groups(self) -> list[dict[str, Any]] | None:
+        """Parameter groups for the optimizer, as torch takes them; None = `sslcli.optim.parameter_groups` decides."""
+        return None
+
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
         """Pictures worth looking at during training, by name: rows of images, each (n, C, H, W) as `images` is.
 
@@ -88,8 +128,9 @@ class Method(nn.Module):
         return {}
 
     def effective(self, batch_size: int) -> dict[str, Any]:
-        """Facts about a step worth printing before training, for a micro-batch of `batch_size` images in all."""
-        return {}
+        """Facts about a step for the startup table, by name, for a micro-batch of `batch_size` images in all."""
+        negatives = self.num_negatives(batch_size)
+        return {} if negatives is None else {"negatives a query sees": negatives}
 
 
 def maps_of(backbone: nn.Module, images: Tensor) -> dict[str, Tensor]:

@@ -7,8 +7,6 @@ Shapes: N images a process, D embedding size.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -86,5 +84,5 @@ class BYOL(Method):
     def projection(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))  # type: ignore[no-any-return]
 
-    def effective(self, batch_size: int) -> dict[str, Any]:
-        return {"negatives a query sees": 0}
+    def num_negatives(self, batch_size: int) -> int:
+        return 0

@@ -245,11 +245,13 @@ class CMC(Method):
     def projection(self, images: Tensor) -> Tensor:
         return torch.cat(self.project(images), dim=1)  # (N, M * D)
 
+    def num_negatives(self, batch_size: int) -> int:
+        return batch_size - 1 if self.loss == "batch" else self.negatives
+
     def effective(self, batch_size: int) -> dict[str, Any]:
-        facts: dict[str, Any] = {
+        facts: dict[str, Any] = super().effective(batch_size) | {
             "modalities": ", ".join(f"{n}: {c}" for n, c in zip(self.names, self.backbone.channels, strict=True)),
             "pairs contrasted": ", ".join(f"{self.names[i]} and {self.names[j]}" for i, j in self.pairs),
-            "negatives a query sees": batch_size - 1 if self.loss == "batch" else self.negatives,
         }
         if self.banks:
             size = 4e-6 * self.num_images * self.dim * len(self.banks)

@@ -186,7 +186,7 @@ class PatchPrediction(Method):
 
     def effective(self, batch_size: int) -> dict[str, Any]:
         rows = f"{self.offsets[0]} to {self.offsets[-1]}" if len(self.offsets) > 1 else str(self.offsets[0])
-        return {
+        return super().effective(batch_size) | {
             "patches": f"{self.grid} x {self.grid} of {self.patch} pixels",
             "rows below that are predicted": rows,
         }
@@ -239,8 +239,8 @@ class CPC(PatchPrediction):
             found.append(sampled_contrast(context[:, :rows], targets, negative))
         return found
 
-    def effective(self, batch_size: int) -> dict[str, Any]:
-        return super().effective(batch_size) | {"negatives a query sees": self.negatives}
+    def num_negatives(self, batch_size: int) -> int:
+        return self.negatives
 
 
 class CPCv2(PatchPrediction):
@@ -294,8 +294,8 @@ class CPCv2(PatchPrediction):
     def total(self, losses: Tensor) -> Tensor:
         return losses.sum()
 
-    def effective(self, batch_size: int) -> dict[str, Any]:
-        return super().effective(batch_size) | {"negatives a query sees": batch_size * self.grid**2 - 1}
+    def num_negatives(self, batch_size: int) -> int:
+        return batch_size * self.grid**2 - 1
 
 
 def check_steps(steps: int | None, *, skip: int, grid: int) -> int:

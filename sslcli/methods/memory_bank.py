@@ -129,10 +129,14 @@ class MemoryBank(Method):
         """
         return self.bank.rows
 
+    def num_negatives(self, batch_size: int) -> int:
+        return len(self.bank.rows) - 1 if self.loss == "full" else self.negatives
+
     def effective(self, batch_size: int) -> dict[str, Any]:
         rows, dim = self.bank.rows.shape
-        others = rows - 1 if self.loss == "full" else self.negatives
-        return {"negatives a query sees": others, "memory bank": f"{rows:,} x {dim}, {4 * rows * dim / 1e6:,.1f} MB"}
+        return super().effective(batch_size) | {
+            "memory bank": f"{rows:,} x {dim}, {4 * rows * dim / 1e6:,.1f} MB",
+        }
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([] if self.log_z is None else [self.log_z], dtype=torch.float64)

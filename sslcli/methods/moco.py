@@ -149,8 +149,15 @@ class MoCo(Method):
     def projection(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))  # type: ignore[no-any-return]
 
+    @property
+    def queue_length(self) -> int:
+        return len(self.queue)
+
+    def num_negatives(self, batch_size: int) -> int:
+        return len(self.queue)
+
     def effective(self, batch_size: int) -> dict[str, Any]:
-        return {"negatives a query sees": len(self.queue), "images BatchNorm sees together": self.groups(batch_size)}
+        return super().effective(batch_size) | {"images BatchNorm sees together": self.groups(batch_size)}
 
     def groups(self, batch_size: int) -> str:
         norms = [part for part in self.backbone.modules() if isinstance(part, SplitBatchNorm)]

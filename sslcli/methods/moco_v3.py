@@ -7,8 +7,6 @@ Shapes: N images a process, W processes, D embedding size.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -112,5 +110,5 @@ class MoCoV3(Method):
     def projection(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))  # type: ignore[no-any-return]
 
-    def effective(self, batch_size: int) -> dict[str, Any]:
-        return {"negatives a query sees": batch_size - 1}
+    def num_negatives(self, batch_size: int) -> int:
+        return batch_size - 1

@@ -7,8 +7,6 @@ Shapes: N images a process, W processes, D embedding size.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -111,5 +109,5 @@ class SimCLR(Method):
     def projection(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))  # type: ignore[no-any-return]
 
-    def effective(self, batch_size: int) -> dict[str, Any]:
-        return {"negatives a query sees": 2 * batch_size - 2}
+    def num_negatives(self, batch_size: int) -> int:
+        return 2 * batch_size - 2

@@ -8,8 +8,6 @@ Shapes: N images a process, W processes, D embedding size, K queue length.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -120,5 +118,9 @@ class SimCLRv2(SimCLR):
         stop = [0, *(place + 1 for place in ends), len(self.head)][layer]
         return self.head[:stop](self.features(images))  # type: ignore[no-any-return]
 
-    def effective(self, batch_size: int) -> dict[str, Any]:
-        return {"negatives a query sees": 2 * batch_size - 2 + self.queue_size}
+    @property
+    def queue_length(self) -> int:
+        return self.queue_size
+
+    def num_negatives(self, batch_size: int) -> int:
+        return 2 * batch_size - 2 + self.queue_size
