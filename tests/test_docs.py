@@ -118,11 +118,17 @@ def test_every_method_has_a_page_and_the_readme_the_table_that_the_yaml_files_ma
     assert script["table"]() in readme
 
 
-@pytest.mark.parametrize(
-    "group", ["method", "dataset", "backbone", "views", "optimizer", "launcher", "mixture", "experiment"]
-)
-def test_every_choice_of_a_group_is_named(group: str) -> None:
-    text = "".join(_prose(ROOT / page) for page in ("docs/configuration.md", "docs/data.md"))
+NAMED_IN = [
+    *[("configuration", group) for group in ("method", "dataset", "backbone", "optimizer", "launcher", "mixture")],
+    *[("configuration", group) for group in ("monitor", "experiment", "protocol")],
+    *[("data", group) for group in ("dataset", "views")],
+    ("evaluation", "protocol"),
+]
+
+
+@pytest.mark.parametrize(("page", "group"), NAMED_IN)
+def test_every_choice_of_a_group_is_named(page: str, group: str) -> None:
+    text = _prose(ROOT / "docs" / f"{page}.md")
     choices = [path.stem for path in (CONF / group).glob("*.yaml")]
     assert [choice for choice in choices if f"`{choice}`" not in text] == []
 
