@@ -122,7 +122,6 @@ NAMED_IN = [
     *[("configuration", group) for group in ("method", "dataset", "backbone", "optimizer", "launcher", "mixture")],
     *[("configuration", group) for group in ("monitor", "experiment", "protocol")],
     *[("data", group) for group in ("dataset", "views")],
-    ("evaluation", "protocol"),
 ]
 
 
