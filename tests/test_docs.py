@@ -20,7 +20,7 @@ from sslcli.methods.base import Batch
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 GLOBAL = ("train", "eval", "export", "method", "experiment")  # yaml whose keys are those of the whole configuration
 # Answered by Hydra, or in need of an installed package.
