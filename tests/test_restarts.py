@@ -104,7 +104,7 @@ def test_an_error_of_the_program_is_tried_again_only_from_a_newer_checkpoint(
             (tmp_path / "checkpoints" / "step-00000001.pt").touch()
         raise ZeroDivisionError
 
-    (tmp_path / "config.json").write_text(json.dumps({"run_dir": str(tmp_path)}))
+    (tmp_path / "config.json").write_text(json.dumps({"run_dir": str(tmp_path), "trust": []}))
     monkeypatch.setattr("sslcli.launch.die_with_parent", lambda: None)
     monkeypatch.setattr(_launch, "launch", fail)
     monkeypatch.setattr(sys, "argv", ["-m", str(tmp_path / "config.json")])
