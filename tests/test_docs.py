@@ -119,17 +119,24 @@ def test_every_method_has_a_page_and_the_readme_the_table_that_the_yaml_files_ma
 
 
 NAMED_IN = [
-    *[("configuration", group) for group in ("method", "dataset", "backbone", "optimizer", "launcher", "mixture")],
-    *[("configuration", group) for group in ("monitor", "experiment", "protocol")],
-    *[("data", group) for group in ("dataset", "views")],
+    *[("docs/configuration.md", group) for group in ("method", "dataset", "backbone", "optimizer", "launcher")],
+    *[("docs/configuration.md", group) for group in ("mixture", "monitor", "experiment", "protocol")],
+    *[("docs/data.md", group) for group in ("dataset", "views")],
+    *[("README.md", group) for group in ("method", "dataset", "views")],
 ]
 
 
 @pytest.mark.parametrize(("page", "group"), NAMED_IN)
 def test_every_choice_of_a_group_is_named(page: str, group: str) -> None:
-    text = _prose(ROOT / "docs" / f"{page}.md")
+    text = _prose(ROOT / page)
     choices = [path.stem for path in (CONF / group).glob("*.yaml")]
     assert [choice for choice in choices if f"`{choice}`" not in text] == []
+
+
+def test_the_readme_links_to_every_page() -> None:
+    linked = set(re.findall(r"\]\(((?:docs/)?[\w/-]+\.md)", _prose(ROOT / "README.md")))
+    pages = {str(page.relative_to(ROOT)) for page in PAGES} - {"README.md"}
+    assert pages - linked == set()
 
 
 def test_every_yaml_of_settings_has_a_table() -> None:
