@@ -1,1 +1,4 @@
-"""One file a paper family. A method imports base, nn, losses and distributed, and nothing else of sslcli."""
+"""Self-supervised methods, one file per family of papers.
+
+A method imports only base, nn, losses and distributed from sslcli.
+"""

@@ -1,9 +1,9 @@
-"""Autoencoder: squeeze an image through a short code and draw it again; from a corrupted copy, denoising.
+"""Autoencoder: reconstruct an image from a low-dimensional code; with a corrupted input, a denoising autoencoder.
 
 Hinton and Salakhutdinov 2006  https://doi.org/10.1126/science.1127647
 Vincent et al. 2008 (denoising)  https://doi.org/10.1145/1390156.1390294   conf/method/autoencoder.yaml
 
-Shapes: N images a process, C channels, S their side in pixels, D size of the code.
+Shapes: N images per process, C channels, S image side in pixels, D code size.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from sslcli.noise import Noise
 
 CORRUPTIONS = ("gaussian", "pixel_mask", "block_mask", "salt_pepper")
 LOSSES = ("mse", "l1", "bce", "patch")
-PICTURE_SEED = 0  # of the corruption in pictures, so that those of two epochs can be compared
+PICTURE_SEED = 0  # of the corruption in saved images, which makes images of different epochs comparable
 
 
 def corrupt(images: Tensor, numbers: Tensor, *, kind: str, strength: float) -> Tensor:
-    """A damaged copy of images (N, C, S, S) in [0, 1], with the damages of Vincent et al. 2010 and blocks.
+    """Return a corrupted copy of images (N, C, S, S) in [0, 1]: the corruptions of Vincent et al. 2010, and block_mask.
 
     Args:
-        images: left as they are.
-        numbers: (N, C, S, S) standard normal for gaussian, else (N, 1, S, S) uniform in [0, 1), one a pixel.
-        kind: gaussian adds noise and does not clamp; pixel_mask and block_mask blacken pixels; salt_pepper makes as
-            many white as black.
-        strength: the noise's standard deviation, or the expected share of damaged pixels.
+        images: not modified.
+        numbers: (N, C, S, S) standard normal for gaussian; otherwise (N, 1, S, S) uniform in [0, 1), one per pixel.
+        kind: gaussian adds noise without clamping; pixel_mask and block_mask set pixels to black; salt_pepper sets
+            equal numbers of pixels to white and black, in expectation.
+        strength: standard deviation of the noise, or the expected fraction of corrupted pixels.
     """
     numbers = numbers.to(images.dtype)
     if kind == "gaussian":
@@ -45,9 +45,9 @@ def corrupt(images: Tensor, numbers: Tensor, *, kind: str, strength: float) -> T
 
 
 def patch_statistics(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each patch over its pixels and channels: (N, C, S, S) -> twice (N, 1, S, S).
+    """Return mean and standard deviation of each patch over pixels and channels: (N, C, S, S) -> two (N, 1, S, S).
 
-    The variance is the unbiased one, plus 1e-6 (MAE, arXiv:2111.06377, as in the official code).
+    The variance is unbiased, plus 1e-6 (MAE, arXiv:2111.06377, as in the official code).
     """
     patches = torch.unflatten(torch.unflatten(images, 3, (-1, patch_size)), 2, (-1, patch_size))  # (N, C, h, p, w, p)
     variance, mean = torch.var_mean(patches, dim=(1, 3, 5))  # (N, h, w)
@@ -58,10 +58,10 @@ def patch_statistics(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
 
 
 def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, patch_size: int = 4) -> Tensor:
-    """The mean over images, channels and pixels of the error of `drawn`, what the decoder gave for `images`.
+    """Return the reconstruction error of the decoder output `drawn`, averaged over images, channels and pixels.
 
-    Both are (N, C, S, S). For bce `drawn` holds logits and `images` lie in [0, 1]; for patch `drawn` holds pixels
-    standardised within their patch. Works in float32 or better.
+    `drawn` and `images` are (N, C, S, S). For bce, `drawn` are logits and `images` are in [0, 1]; for patch, `drawn`
+    are pixels standardized per patch. Computed in float32, or float64 for float64 input.
     """
     drawn, images = full_precision(drawn), full_precision(images)
     if kind == "l1":
@@ -75,21 +75,22 @@ def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, patch_size:
 
 
 class Autoencoder(Method):
-    """Reconstruct images from the code of a backbone; nothing goes around the code.
+    """Reconstruction of images from the code of a backbone, without skip connections.
 
     Args:
-        image_size: side S of the images in pixels.
-        channels: C of the images.
-        dim: size D of the code.
-        width: channels of the decoder's smallest map.
-        loss: mse, l1, bce (the decoder gives logits), or patch: mse of pixels standardised within their patch.
-        patch_size: side of those patches; divides image_size.
-        corruption: of what the backbone sees in training, or None: gaussian, pixel_mask, block_mask, salt_pepper.
-        strength: standard deviation of gaussian noise, at least 0; share of damaged pixels of the others, in [0, 1].
+        image_size: image side S in pixels.
+        channels: image channels C.
+        dim: code size D.
+        width: channels of the decoder's smallest feature map.
+        loss: mse, l1, bce (the decoder outputs logits), or patch: mse of pixels standardized per patch.
+        patch_size: side of the patches of loss=patch in pixels, at least 2; divides image_size.
+        corruption: of the backbone's input in training: gaussian, pixel_mask, block_mask, salt_pepper, or None.
+        strength: standard deviation of gaussian noise, at least 0; for the others, fraction of corrupted pixels in
+            [0, 1].
         block_size: side of the blocks of block_mask in pixels.
 
-    Images lie in [0, 1] (views.normalize=false); the first step refuses others.
-    Raises ValueError for values outside these.
+    Images must be in [0, 1] (views.normalize=false); the first step raises ConfigError otherwise.
+    Raises ValueError for arguments out of range.
     """
 
     num_views = 1
@@ -137,7 +138,7 @@ class Autoencoder(Method):
         }
 
     def corrupted(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """What the backbone sees of `images`: a damaged copy in training or where a generator (CPU) is given."""
+        """Return the backbone's input: a corrupted copy in training or with a CPU generator, else `images`."""
         if self.corruption is None or not (self.training or generator):
             return images
         channels = images.shape[1] if self.corruption == "gaussian" else 1
@@ -155,7 +156,7 @@ class Autoencoder(Method):
         return corrupt(images, numbers, kind=self.corruption, strength=self.strength)
 
     def pixels(self, drawn: Tensor, images: Tensor) -> Tensor:
-        """What the decoder gave as pixels on the scale of `images`; both (N, C, S, S)."""
+        """Convert the decoder output to pixels on the scale of `images`; both (N, C, S, S)."""
         drawn, images = full_precision(drawn), full_precision(images)
         if self.loss == "bce":
             return drawn.sigmoid()
@@ -168,7 +169,7 @@ class Autoencoder(Method):
         self.first_look(views[0])
 
     def projection(self, images: Tensor) -> Tensor:
-        """(N, C, S, S) -> (N, D), the code."""
+        """Return the code: (N, C, S, S) -> (N, D)."""
         return self.to_code(self.backbone(images))  # type: ignore[no-any-return]
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
@@ -179,7 +180,7 @@ class Autoencoder(Method):
 
 
 def check_corruption(kind: str | None, *, strength: float, block_size: int) -> None:
-    """Raise ValueError unless there is such a corruption and its strength lies in its range."""
+    """Raise ValueError for an unknown corruption or a strength out of range."""
     check_positive(block_size=block_size)
     if kind is None:
         return

@@ -1,9 +1,9 @@
-"""A memory bank: one stored vector for every training image, and the losses that look rows of it up.
+"""Memory bank with one stored embedding per training image, and the losses computed from its rows.
 
 Wu et al. 2018    https://arxiv.org/abs/1805.01978   memory_bank.py (instance discrimination)
-Tian et al. 2020  https://arxiv.org/abs/1906.05849   cmc.py (one bank a modality)
+Tian et al. 2020  https://arxiv.org/abs/1906.05849   cmc.py (one bank per modality)
 
-Shapes: N images a process, W processes, n training images, D embedding size, K noise rows an image.
+Shapes: N images per process, W processes, n training images, D embedding size, K noise rows per image.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from sslcli.distributed import all_gather
 from sslcli.errors import check_positive
 from sslcli.losses import check_momentum
 
-EPS = 1e-7  # added to the noise in the denominators of the official codes
-DENSE = 8  # a row of the bank is read from memory in the time of so many rows of a matrix product, or more
+EPS = 1e-7  # added to the noise mass in the denominators, as in the official implementations
+DENSE = 8  # gathering one row of the bank takes at least as long as this many rows of a matrix product
 
 
 class Bank(nn.Module):
-    """Rows that follow the embeddings of the training images, the same on all processes.
+    """Moving averages of the embeddings of all training images, identical on all processes.
 
     Args:
-        num_images: n, rows.
-        dim: D, width of a row.
-        momentum: share of the old row in an update, in [0, 1].
-        empty: rows start as zeros, which belong to no image yet; the first embedding of an image is then its row.
+        num_images: number of rows n.
+        dim: row width D.
+        momentum: weight of the old row in an update, in [0, 1].
+        empty: initialize rows with zeros, which mark them as empty; the first embedding of an image then becomes its
+            row.
 
-    Rows that are not empty start uniform in +-sqrt(3 / D), so that their mean squared length is 1. Updated rows have
-    unit length. Raises ValueError for values outside these.
+    Otherwise rows are initialized uniformly in +-sqrt(3 / D), which gives a mean squared norm of 1. Updated rows have
+    unit norm. Raises ValueError for arguments out of range.
     """
 
     rows: Tensor  # (n, D), row i belongs to position i of the training split
@@ -47,13 +48,13 @@ class Bank(nn.Module):
         self.new: list[tuple[Tensor, Tensor]] = []  # index and embeddings of the micro-batches of this step
 
     def known(self, index: Tensor) -> Tensor:
-        """Which of the images `index` (N,) have a row: (N,) bool, false for those never seen by an empty bank."""
+        """Return which images `index` (N,) have a row: (N,) bool, False for zero rows of an initially empty bank."""
         return self.rows[index].any(1)
 
     def remember(self, index: Tensor, embeddings: Tensor, present: Tensor | None = None) -> None:
-        """Keep what every process found for its images until `update`: index (N,) and unit rows (N, D).
+        """Gather index (N,) and unit embeddings (N, D) from all processes and keep them until `update`.
 
-        Images where `present` (N,) is false have no such embedding, and their rows stay as they are.
+        Rows of images for which `present` (N,) is False are not updated.
         """
         index, embeddings = all_gather(index), all_gather(embeddings)
         if present is not None:
@@ -62,7 +63,7 @@ class Bank(nn.Module):
         self.new.append((index, embeddings))
 
     def update(self) -> None:
-        """Write everything that was remembered since the last update."""
+        """Write all embeddings kept by `remember` since the last update."""
         if self.new:
             index, embeddings = (torch.cat(parts) for parts in zip(*self.new, strict=True))
             write(self.rows, index, embeddings, momentum=self.momentum)
@@ -71,10 +72,10 @@ class Bank(nn.Module):
 
 @torch.no_grad()
 def write(rows: Tensor, index: Tensor, embeddings: Tensor, *, momentum: float) -> None:
-    """rows[index] <- unit vector of momentum * rows[index] + (1 - momentum) * embeddings, in place.
+    """Set rows[index] to normalize(momentum * rows[index] + (1 - momentum) * embeddings), in place.
 
-    `rows` (n, D), `index` (G,), `embeddings` (G, D). An image that comes more than once counts with its last
-    embedding: all its writes are then the same, so that their order does not matter.
+    `rows` (n, D), `index` (G,), `embeddings` (G, D). For an image that occurs more than once, its last embedding is
+    used for all writes, which makes the result independent of the write order.
     """
     ordered, places = index.sort(stable=True)
     last = places[torch.searchsorted(ordered, index, right=True) - 1]  # (G,) where each image comes last
@@ -83,7 +84,10 @@ def write(rows: Tensor, index: Tensor, embeddings: Tensor, *, momentum: float) -
 
 
 def scores(query: Tensor, rows: Tensor, chosen: Tensor, *, temperature: float) -> Tensor:
-    """query[i] . rows[chosen[i, k]] / temperature: (N, D), (n, D), (N, K + 1) -> (N, K + 1); no gradient to `rows`."""
+    """Return the logits query[i] . rows[chosen[i, k]] / temperature, (N, K + 1), without gradient to `rows`.
+
+    `query` (N, D), `rows` (n, D), `chosen` (N, K + 1).
+    """
     rows = rows.detach()
     if len(rows) <= DENSE * chosen.shape[1]:
         return (query @ rows.T).gather(1, chosen) / temperature
@@ -91,9 +95,9 @@ def scores(query: Tensor, rows: Tensor, chosen: Tensor, *, temperature: float) -
 
 
 def log_normalizer(logits: Tensor, num_images: int, present: Tensor | None = None) -> float | None:
-    """log Z with Z = n * mean(exp(logits)) over the (N, K + 1) scores of all processes (1805.01978, eq. 8).
+    """Return log Z with Z = n * mean(exp(logits)) over the (N, K + 1) logits of all processes (1805.01978, eq. 8).
 
-    Only images where `present` (N,) is true count; None where there is no such image.
+    Only images for which `present` (N,) is True are included; returns None if there are none.
     """
     rows = all_gather(logits.detach().double().logsumexp(1))  # (WN,)
     if present is not None:
@@ -104,11 +108,11 @@ def log_normalizer(logits: Tensor, num_images: int, present: Tensor | None = Non
 
 
 def nce(logits: Tensor, *, log_z: float, num_images: int) -> Tensor:
-    """Noise-contrastive estimation (1805.01978, eq. 4 to 7): (N,) losses, each the sum over an image's K + 1 rows.
+    """Return noise-contrastive estimation losses (N,), each summed over K + 1 rows (1805.01978, eq. 4 to 7).
 
-    `logits` (N, K + 1), the image's own row first, the others drawn uniformly from all n. `log_z` turns scores into
-    log-probabilities. With noise mass c = K / n the terms are log(P / (P + c)) for the own row and log(c / (P + c))
-    for the others, computed from log P so that no score overflows.
+    `logits` (N, K + 1): column 0 is the image's own row, the others are drawn uniformly from all n rows. `log_z`
+    normalizes logits to log-probabilities log P. With noise mass c = K / n, the terms are log(P / (P + c)) for the own
+    row and log(c / (P + c)) for the others, computed from log P to avoid overflow.
     """
     noise = (logits.shape[1] - 1) / num_images
     log_p = logits - log_z
@@ -119,13 +123,16 @@ def nce(logits: Tensor, *, log_z: float, num_images: int) -> Tensor:
 
 
 def sampled_softmax(logits: Tensor) -> Tensor:
-    """(N,) cross-entropy of the own row, column 0, among the K + 1 of `logits` (N, K + 1)."""
+    """Return the cross-entropy (N,) of the own row, column 0, over the columns of `logits` (N, K + 1)."""
     own = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return F.cross_entropy(logits, own, reduction="none")
 
 
 @torch.no_grad()
 def own_row_wins(logits: Tensor, chosen: Tensor) -> Tensor:
-    """(N,) 1 where the own row, column 0, scores above all other images' rows among `chosen` (N, K + 1), else 0."""
+    """Return 1 where the own row (column 0) has the largest logit, else 0: (N,).
+
+    Columns of `chosen` (N, K + 1) that repeat the own row are ignored.
+    """
     others = logits.masked_fill(chosen == chosen[:, :1], -torch.inf)
     return (logits[:, 0] > others.amax(1)).to(logits.dtype)

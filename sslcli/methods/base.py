@@ -16,13 +16,13 @@ from sslcli.nn import evaluating
 class Batch:
     """The images of one step on one process."""
 
-    views: list[Tensor]  # one (N, C, H, W) tensor a view
+    views: list[Tensor]  # one (N, C, H, W) tensor per view
     index: Tensor  # (N,) position in the training set, for memory banks
-    label: Tensor  # (N,) for probes alone; a method never reads it
+    label: Tensor  # (N,) only for probes; methods must not read it
     present: Tensor | None = None  # (N, M) bool, which of M modalities an image has; None = all
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; copies from pinned memory do not wait."""
+        """Return the batch on `device`; copies from pinned memory are asynchronous."""
         views = [view.to(device, non_blocking=True) for view in self.views]
         present = None if self.present is None else self.present.to(device, non_blocking=True)
         index, label = (rows.to(device, non_blocking=True) for rows in (self.index, self.label))
@@ -32,21 +32,21 @@ class Batch:
 class Method(nn.Module):
     """A backbone plus one self-supervised objective. Every member that the rest of sslcli uses is declared here.
 
-    A subclass takes the backbone and keyword hyperparameters, computes its loss in `forward`, and updates its own
-    state (momentum encoder, queue, memory bank) in `after_step` alone, so that a loss always reads the state before
-    the step. `forward` and `num_views` are the only members that a subclass must define.
+    A subclass takes the backbone and keyword hyperparameters and computes its loss in `forward`. It updates its own
+    state (momentum encoder, queue, memory bank) only in `after_step`; the loss therefore always reads the state from
+    before the step. `forward` and `num_views` are the only members that a subclass must define.
 
     Attributes:
         num_views: the number of views per image that `forward` takes.
         in_batch: True if the loss uses in-batch negatives; then implement `embed` and `compare`.
         color_spaces: the color spaces that the views may have; empty = any.
-        falling: the scalar that decreases in a good run; adversarial losses need not.
+        falling: the name of a scalar that is expected to decrease during training (adversarial losses need not).
         by_block: True if FSDP and activation checkpointing may wrap single blocks of the backbone; False if the method
             calls the backbone with other weights than its own.
-        embeddings: of the last forward, detached, one (N, D) per view; what health measures look at.
-        head_layers: the number of layers of the projection head that `head_features` gives; 0 = none.
+        embeddings: detached embeddings of the last forward pass, one (N, D) per view; input of the health metrics.
+        head_layers: the number of projection head layers available from `head_features`; 0 = none.
         finetune_layer: the layer of the head that fine-tuning starts from; 0 = the backbone.
-        mixture: the self-mixture of views that the method was given, or None.
+        mixture: the self-mixture of views passed to the method, or None.
     """
 
     num_views: int
@@ -65,46 +65,46 @@ class Method(nn.Module):
         self.mixture = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalars by name: the loop differentiates `loss` and logs them all."""
+        """Return a dict of named scalars; the training loop differentiates `loss` and logs all of them."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The part of `forward` that takes images one by one: tensors with one row an image, for `compare`.
+        """Return the inputs of `compare`: tensors with one row per image, each computed from that image alone.
 
-        Only methods with `in_batch` have it. It changes no state but that of BatchNorm.
+        Only methods with `in_batch` implement it. It changes no state except that of BatchNorm.
         """
         raise NotImplementedError(f"{type(self).__name__} does not divide its loss")
 
     def compare(self, rows: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """The rest of `forward`: the scalars of what `embed` gives for a batch."""
+        """Return the scalars of `forward` for the output of `embed` on the whole batch."""
         raise NotImplementedError(f"{type(self).__name__} does not divide its loss")
 
     def after_step(self, progress: float) -> None:
-        """Called after every optimizer step; `progress` = t / T for the 0-based step t of T."""
+        """Update the method's state after an optimizer step; `progress` = t / T for the 0-based step t of T."""
 
     def check_views(self, views: list[Tensor]) -> None:
-        """Raise ValueError unless views like these, one (2, C, H, W) a view, can be trained on.
+        """Raise ValueError unless the method can train on views of this shape and range, one (2, C, H, W) per view.
 
-        Called once before training, in evaluation mode, with noise of black, white and the purest colours.
+        Called once before training, in evaluation mode, with noise images of black, white and fully saturated colors.
         """
 
     def features(self, images: Tensor) -> Tensor:
-        """What probes and exports see: (N, C, H, W) -> (N, num_features)."""
+        """Return the features that probes and exports use: (N, C, H, W) -> (N, num_features)."""
         return self.backbone(images)  # type: ignore[no-any-return]
 
     def projection(self, images: Tensor) -> Tensor:
-        """What the loss sees of an image, before normalisation: (N, C, H, W) -> (N, D); features by default."""
+        """Return the input of the loss before normalization: (N, C, H, W) -> (N, D); the features by default."""
         return self.features(images)
 
     def head_features(self, images: Tensor, layer: int) -> Tensor:
-        """Features inside the projection head: (N, C, H, W) -> (N, D) after `layer`, 1 to `head_layers`.
+        """Return the features inside the projection head: (N, C, H, W) -> (N, D) after `layer`, 1 to `head_layers`.
 
-        Raises ValueError for another layer; only methods with `head_layers` above 0 have any.
+        Raises ValueError for any other layer. Only methods with `head_layers` above 0 implement it.
         """
         raise ValueError(f"layer is {layer}, but {type(self).__name__} gives no features inside its head")
 
     def stored(self) -> Tensor | None:
-        """The rows (n, D) of a memory bank, one per training image in the order of the split; None without a bank."""
+        """Return the rows (n, D) of the memory bank, one per training image, in split order; None without a bank."""
         return None
 
     @property
@@ -113,30 +113,31 @@ class Method(nn.Module):
         return 0
 
     def num_negatives(self, batch_size: int) -> int | None:
-        """The number of negatives per query for a micro-batch of `batch_size` images; None if that means nothing."""
+        """Return the number of negatives per query for a micro-batch of `batch_size` images; None if undefined."""
         return None
 
     def param_groups(self) -> list[dict[str, Any]] | None:
-        """Parameter groups for the optimizer, as torch takes them; None = `sslcli.optim.parameter_groups` decides."""
+        """Return the optimizer's parameter groups in torch's format; None = use `sslcli.optim.parameter_groups`."""
         return None
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
-        """Pictures worth looking at during training, by name: rows of images, each (n, C, H, W) as `images` is.
+        """Return named image grids to save during training: lists of rows, each (n, C, H, W) like `images`.
 
-        `images` are a few held-out ones as probes see them; the method is in evaluation mode and draws no noise.
+        `images` are a few held-out images with the transform of the probes. Called in evaluation mode; the method must
+        not draw from its noise.
         """
         return {}
 
     def effective(self, batch_size: int) -> dict[str, Any]:
-        """Facts about a step for the startup table, by name, for a micro-batch of `batch_size` images in all."""
+        """Return named facts for the startup table, for a micro-batch of `batch_size` images over all processes."""
         negatives = self.num_negatives(batch_size)
         return {} if negatives is None else {"negatives a query sees": negatives}
 
 
 def maps_of(backbone: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """The backbone's maps by stage of `images` (N, C, H, W) in evaluation mode, without gradient.
+    """Return the backbone's feature maps of `images` (N, C, H, W) by stage, in evaluation mode, without gradient.
 
-    Raises ValueError for a backbone without stages, and for images that it does not take.
+    Raises ValueError for a backbone without stages and for images that the backbone does not accept.
     """
     name = type(backbone).__name__
     if not hasattr(backbone, "stages"):
@@ -155,7 +156,7 @@ def maps_of(backbone: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def num_features(backbone: nn.Module) -> int:
-    """The feature width of a backbone. Raises ValueError where the module does not say it."""
+    """Return the feature width of a backbone. Raises ValueError if the module has no integer `num_features`."""
     width = getattr(backbone, "num_features", None)
     if not isinstance(width, int):
         raise ValueError(

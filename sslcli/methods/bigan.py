@@ -1,9 +1,9 @@
-"""BiGAN: a discriminator tells (image, its code) from (drawn image, the code it was drawn from), until E inverts G.
+"""BiGAN: a discriminator separates pairs (x, E(x)) from (G(z), z); at the optimum, encoder E inverts generator G.
 
 Donahue et al. 2017  https://arxiv.org/abs/1605.09782   Dumoulin et al. 2017 (ALI)  https://arxiv.org/abs/1606.00704
 Donahue and Simonyan 2019 (BigBiGAN: unary scores, hinge)  https://arxiv.org/abs/1907.02544   conf/method/bigan.yaml
 
-Shapes: N images a process, C channels, S their side in pixels, D size of the code, K logits a pair.
+Shapes: N images per process, C channels, S image side in pixels, D code size, K logits per pair.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ SLOPE = 0.2  # of LeakyReLU, as in DCGAN
 
 
 class Discriminator(nn.Module):
-    """Scores pairs of an image and a code. Every weight has spectral norm, and nothing sees more than one pair.
+    """Discriminator of (image, code) pairs, with spectral normalization of every weight and no batch statistics.
 
     Args:
-        dim: size D of the code.
-        image_size: side S of the images in pixels.
-        channels: C of the images.
-        width: channels of the first of the 4 x 4 convolutions of stride 2, doubled up to 8 times as many; there are as
-            many convolutions as leave a map of 2 or 3 pixels a side.
-        hidden: units in which image and code meet; the layers of the pair have twice as many.
+        dim: code size D.
+        image_size: image side S in pixels.
+        channels: image channels C.
+        width: channels of the first 4 x 4 convolution of stride 2; each further one doubles them, up to 8 * width.
+            The number of convolutions is chosen to give a feature map with a side of 2 or 3 pixels.
+        hidden: embedding width of image and code; the layers of the pair have 2 * hidden units.
         unary: also score the image alone and the code alone (BigBiGAN, section 2).
     """
 
@@ -55,7 +55,7 @@ class Discriminator(nn.Module):
             spectral_norm(layer)
 
     def forward(self, images: Tensor, codes: Tensor) -> Tensor:
-        """Images (N, C, S, S) in [0, 1] and codes (N, D) -> logits (N, K), K = 1 or with unary scores 3."""
+        """Return logits (N, K) of images (N, C, S, S) in [0, 1] and codes (N, D); K = 1, or 3 with unary scores."""
         x, z = self.of_images(2 * images - 1), self.of_codes(codes)  # (N, hidden) each
         scores = [self.of_pairs(torch.cat([x, z], 1))]
         scores += [score(part) for score, part in zip(self.unary, (x, z), strict=False)]
@@ -63,17 +63,17 @@ class Discriminator(nn.Module):
 
 
 class BiGAN(Game):
-    """Adversarial feature learning: the encoder is a backbone and a linear layer, without noise.
+    """Adversarial feature learning with a deterministic encoder: a backbone and a linear layer.
 
-    What is evaluated and exported is the moving average of the trained encoder: `backbone` and `to_code` are the
-    average, `encoder` is what learns. Their running statistics are those of the trained one.
+    `encoder` is trained; `backbone` and `to_code` are its exponential moving average, which is evaluated and exported.
+    The running statistics of the average are copied from the trained encoder.
 
     Args:
         image_size, channels, dim, width, loss, r1, r1_every, discriminator_lr: see `Game`.
         discriminator_width: channels of the discriminator's first convolution.
-        hidden: units in which the discriminator compares image and code.
-        unary: the discriminator also scores image and code by themselves.
-        momentum: of the average at the end, in [0, 1]; after t steps it is at most (1 + t) / (10 + t).
+        hidden: width at which the discriminator compares image and code.
+        unary: the discriminator also scores image and code separately.
+        momentum: final momentum of the moving average, in [0, 1]; after t steps it is at most (1 + t) / (10 + t).
     """
 
     falling = "reconstruction"
@@ -125,7 +125,7 @@ class BiGAN(Game):
         codes, drawn = self.encoder(images), pixels(self.generator(prior))
         self.embeddings = (codes.detach(),)
 
-        # The discriminator's own loss: it learns, encoder and generator do not.
+        # Discriminator loss: no gradient to encoder and generator.
         x, z = torch.cat([images, drawn.detach()]), torch.cat([codes.detach(), prior])
         real, fake = self.discriminator(x, z).chunk(2)
         loss_d = discriminator_loss(real, fake, kind=self.loss)
@@ -133,7 +133,7 @@ class BiGAN(Game):
             lambda x: aside(self.discriminator, x, full_precision(codes.detach()), learn=True), images
         )
 
-        # That of encoder and generator, with the labels changed over: the discriminator is a constant.
+        # Loss of encoder and generator, with swapped labels: no gradient to the discriminator.
         real, fake = aside(self.discriminator, torch.cat([images, drawn]), torch.cat([codes, prior])).chunk(2)
         loss_eg = deceiver_loss(-real, kind=self.loss) + deceiver_loss(fake, kind=self.loss)
         return {
@@ -147,14 +147,14 @@ class BiGAN(Game):
 
     @torch.no_grad()
     def reconstruction_error(self, images: Tensor, codes: Tensor) -> Tensor:
-        """|x - G(E(x))|, the root of the mean squared error of each image, the mean over images."""
+        """Return the mean over images of the root mean squared error of G(E(x)) against x."""
         drawn = pixels(aside(self.generator, codes))
         return (full_precision(drawn) - full_precision(images)).square().flatten(1).mean(1).sqrt().mean()
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         super().after_step(progress)
-        # Early on the average is over the steps so far: 0.999 would keep the random start of a short run.
+        # Smaller momentum in early steps: with 0.999, short runs would retain the random initialization.
         momentum = min(self.momentum, (1 + self.steps) / (10 + self.steps))
         pairs = [
             (self.backbone, self.encoder[0]),
@@ -167,7 +167,7 @@ class BiGAN(Game):
                 mine.copy_(theirs)
 
     def projection(self, images: Tensor) -> Tensor:
-        """(N, C, S, S) -> (N, D), the code."""
+        """Return the code: (N, C, S, S) -> (N, D)."""
         return self.to_code(self.backbone(images))  # type: ignore[no-any-return]
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:

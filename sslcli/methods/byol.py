@@ -1,8 +1,8 @@
-"""BYOL: predict the momentum network's projection of the other view; no negatives.
+"""BYOL: predict the target network's projection of the other view; no negatives.
 
 Grill et al. 2020  https://arxiv.org/abs/2006.07733   conf/method/byol.yaml
 
-Shapes: N images a process, D embedding size.
+Shapes: N images per process, D embedding size.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from sslcli.schedule import ema_momentum
 
 
 def byol_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-    """|p1 - z2|^2 + |p2 - z1|^2 after normalisation, mean over images (eq. 2 and its symmetric twin), in [0, 8].
+    """Return |p1 - z2|^2 + |p2 - z1|^2 of normalized rows, mean over images (eq. 2, symmetrized), in [0, 8].
 
-    All are (N, D); `z` come from the target and take no gradient.
+    All inputs are (N, D); `z1` and `z2` are target projections and receive no gradient.
     """
     return cosine_distance(p1, z2) + cosine_distance(p2, z1)
 
@@ -31,9 +31,10 @@ class BYOL(Method):
     Args:
         dim: embedding size D.
         hidden: width of the hidden layer of projector and predictor.
-        momentum: of the target at the start; rises to 1 by a cosine. 0.996 for 1000 epochs, 0.99 for 100 to 300.
-        predictor: False leaves the predictor out, which lets the representation collapse (the paper's ablation).
-        mixture: None, or mixtures of view 1 whose prediction is drawn to the targets of both views.
+        momentum: initial momentum of the target network; follows a cosine schedule to 1. 0.996 for 1000 epochs, 0.99
+            for 100 to 300.
+        predictor: False removes the predictor; the representation then collapses (the paper's ablation).
+        mixture: None, or mixtures of view 1 whose predictions are compared with the targets of both views.
     """
 
     num_views = 2
