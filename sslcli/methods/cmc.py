@@ -1,8 +1,8 @@
-"""CMC: bring the channels of one image together, each encoded by a network of its own.
+"""CMC: contrast the channel groups (modalities) of an image, each with its own encoder.
 
 Tian et al. 2020  https://arxiv.org/abs/1906.05849   conf/method/cmc.yaml
 
-Shapes: N images a process, W processes, M modalities, n training images, D embedding size, K noise rows an image.
+Shapes: N images per process, W processes, M modalities, n training images, D embedding size, K noise rows per image.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from sslcli.noise import Noise
 LOSSES = ("nce", "softmax", "batch")
 GRAPHS = ("core", "full")
 LAB = {"L": 1, "ab": 2}
-LUMA_FIRST = ("lab", "ydbdr")  # colour spaces that are split so
+LUMA_FIRST = ("lab", "ydbdr")  # color spaces with one luma and two chroma channels
 
 
 class Encoders(nn.Module):
-    """One copy of a backbone a modality, each seeing its own channels of the images.
+    """One copy of a backbone per modality, applied to the channels of that modality.
 
-    The first copy has the weights of the backbone. In the others the values of each trainable tensor are shuffled, so
-    that the copies start as if each had been drawn by itself. Weights that were learned, which a backbone tells by
-    `pretrained`, stay in their places in all of them.
+    The first copy has the weights of the backbone. In the other copies the values of each trainable tensor are
+    shuffled, which is equivalent to independent initialization. Weights of a backbone with a true attribute
+    `pretrained` are not shuffled.
 
     Args:
-        backbone: of images with all channels. The first convolution of each copy is cut down to its modality's
-            channels, with the weights these have in `backbone`.
-        modalities: the number of channels by name, in the order of the channels of the images.
+        backbone: a backbone for images with all channels. The first convolution of each copy is reduced to the
+            channels of its modality and keeps their weights.
+        modalities: number of channels by name, in the channel order of the images.
 
-    Raises ValueError where the first convolution cannot be cut.
+    Raises ValueError if the first convolution cannot be reduced.
     """
 
     def __init__(self, backbone: nn.Module, modalities: Mapping[str, int]) -> None:
@@ -59,12 +59,15 @@ class Encoders(nn.Module):
         self.num_features = len(modalities) * num_features(backbone)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, num_features), the features of all modalities side by side, equally wide."""
+        """Return the concatenated, equally wide features of all modalities: (N, C, H, W) -> (N, num_features)."""
         parts = torch.split(images, self.channels, dim=1)
         return torch.cat([encoder(part) for encoder, part in zip(self.encoders.values(), parts, strict=True)], dim=1)
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps by stage of the backbone, those of all modalities along the channels. ValueError where it has none."""
+        """Return feature maps by stage, concatenated over modalities along channels.
+
+        Raises ValueError for a backbone without stages.
+        """
         maps = []
         for encoder, part in zip(self.encoders.values(), torch.split(images, self.channels, dim=1), strict=True):
             if not hasattr(encoder, "stages"):
@@ -78,14 +81,14 @@ class Encoders(nn.Module):
 
 @torch.no_grad()
 def shuffle(net: nn.Module) -> None:
-    """Put the values of each trainable tensor of `net` into a random order: others of the same distribution."""
+    """Randomly permute the values of each trainable tensor of `net`, in place; their distribution does not change."""
     for weight in net.parameters():
         if weight.requires_grad:
             weight.copy_(weight.flatten()[torch.randperm(weight.numel())].view_as(weight))
 
 
 def narrowed(backbone: nn.Module, start: int, channels: int, total: int) -> nn.Module:
-    """A copy of `backbone` for images of the channels `start` to `start + channels` of `total` alone."""
+    """Return a copy of `backbone` whose input is channels `start` to `start + channels` of `total`."""
     twin = copy.deepcopy(backbone)
     name, old = next(((n, m) for n, m in twin.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
     if old is None or not name:
@@ -110,24 +113,24 @@ def narrowed(backbone: nn.Module, start: int, channels: int, total: int) -> nn.M
 
 
 class CMC(Method):
-    """Contrast the embedding of each modality with those that the others left behind, or have in the batch.
+    """Contrastive multiview coding: pairs of modalities, contrasted through memory banks or within the batch.
 
     Args:
-        num_images: n, given by the command.
-        channels: of the images, given by the command.
-        modalities: the number of channels by name, in the order of the channels of the images; None is L and ab. The
-            columns of `Batch.present` have the same order; images without a modality are left out of its pairs.
+        num_images: number of training images n; set by the command.
+        channels: number of image channels; set by the command.
+        modalities: number of channels by name, in the channel order of the images; None is {L: 1, ab: 2}. The columns
+            of `Batch.present` have the same order; an image that lacks a modality is excluded from its pairs.
         graph: "core" pairs the first modality with each other one (eq. 7), "full" all with all (eq. 8). Each pair is
             contrasted in both directions.
         dim: embedding size D.
-        loss: "nce" is noise-contrastive estimation and "softmax" the cross-entropy, both over the own row and K others
-            of a memory bank of the other modality; "batch" is the cross-entropy over the other modality's embeddings
+        loss: "nce" is noise-contrastive estimation and "softmax" the cross-entropy, both over the own row and K other
+            rows of the other modality's memory bank; "batch" is the cross-entropy over the other modality's embeddings
             of the global batch, without a bank.
-        negatives: K, drawn uniformly with replacement, the same for all pairs; "batch" draws none.
-        momentum: share of the old row in an update of a bank.
+        negatives: K, drawn uniformly with replacement and shared by all pairs; unused with "batch".
+        momentum: weight of the old row in an update of a bank.
         temperature: divides the similarities.
 
-    Raises ValueError for values outside these.
+    Raises ValueError for arguments out of range.
     """
 
     num_views = 1
@@ -169,7 +172,7 @@ class CMC(Method):
         self.num_images, self.dim, self.negatives = num_images, dim, negatives
         self.loss, self.temperature = loss, temperature
         self.in_batch = loss == "batch"
-        self.log_z: dict[tuple[int, int], float] = {}  # of "nce" by direction, set by its first batch and kept
+        self.log_z: dict[tuple[int, int], float] = {}  # normalizer of "nce" by direction, fixed after the first batch
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return self.compare(self.embed(batch))
@@ -195,10 +198,10 @@ class CMC(Method):
         return scalars
 
     def contrast(self, v: list[Tensor], present: Tensor | None, chosen: Tensor | None = None) -> dict[str, Tensor]:
-        """The sum over all pairs and both directions, and the mean accuracy, of unit embeddings M times (N, D).
+        """Return the loss, summed over pairs and directions, and the mean accuracy of M unit embeddings (N, D).
 
-        `present` (N, M) tells which images have which modality, None all; `chosen` (N, K + 1) are the rows of the
-        banks that an image is compared with, its own first.
+        `present` (N, M) is True where an image has a modality; None means all. `chosen` (N, K + 1) are the bank rows
+        that each image is compared with, its own row first.
         """
         loss, accuracy = v[0].new_zeros(()), v[0].new_zeros(())
         for i, j in self.pairs:
@@ -216,10 +219,10 @@ class CMC(Method):
     def against_bank(
         self, v: Tensor, direction: tuple[int, int], chosen: Tensor, both: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Losses and hits, (N,) each, of one modality's `v` (N, D) against the other's bank.
+        """Return losses and hits, (N,) each, of one modality's embeddings `v` (N, D) against the other's bank.
 
-        Rows where `both` (N,) is false take no part in the normaliser. It is one for each direction, as similarities
-        in one may be larger than in the other.
+        Images for which `both` (N,) is False are excluded from the normalizer. Each direction has its own normalizer,
+        because similarities may differ in scale.
         """
         bank = self.banks[self.names[direction[1]]]
         logits = scores(v, bank.rows, chosen, temperature=self.temperature)  # type: ignore[arg-type]
@@ -228,7 +231,7 @@ class CMC(Method):
             return sampled_softmax(logits), hits
         if direction not in self.log_z:
             found = log_normalizer(logits, self.num_images, both)
-            if found is None:  # no image of this batch has both, so none of the losses counts
+            if found is None:  # no image of this batch has both modalities: the caller masks all losses
                 return logits.sum(1), hits
             self.log_z[direction] = found
         return nce(logits, log_z=self.log_z[direction], num_images=self.num_images), hits
@@ -238,7 +241,7 @@ class CMC(Method):
             bank.update()  # type: ignore[operator]
 
     def project(self, images: Tensor) -> list[Tensor]:
-        """(N, C, H, W) -> the embedding (N, D) of each modality before normalisation."""
+        """Return the embedding (N, D) of each modality before normalization, from images (N, C, H, W)."""
         features = self.backbone(images).chunk(len(self.names), dim=1)
         return [head(part) for head, part in zip(self.heads.values(), features, strict=True)]
 
@@ -267,7 +270,7 @@ class CMC(Method):
 
 
 def checked(modalities: Mapping[str, int], channels: int) -> dict[str, int]:
-    """The modalities, if they are two or more and have the channels of the images. Raises ValueError otherwise."""
+    """Return the modalities as a dict. Raises ValueError for fewer than two, bad names, or a wrong channel count."""
     told = "{" + ", ".join(f"{name}: {count}" for name, count in modalities.items()) + "}"
     if len(modalities) < 2:
         raise ValueError(f"modalities is {told}, but contrasting needs at least two: name them as in {{L: 1, ab: 2}}")
@@ -285,14 +288,14 @@ def checked(modalities: Mapping[str, int], channels: int) -> dict[str, int]:
 
 
 def in_batch(query: Tensor, other: Tensor, present: Tensor | None, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of finding the own row of `other` among those of all processes, and hits, (N,) each.
+    """Return the cross-entropy of identifying the own row of `other` among all processes' rows, and hits, (N,) each.
 
-    `query` and `other` are (N, D) unit rows, row i both of image i; gradients flow to both on every process. Images
-    without the other modality, where `present` (N,) is false, are no negatives; their own losses mean nothing.
+    `query` and `other` are unit rows (N, D) of the same images, with gradient to both on every process. Images without
+    the other modality, for which `present` (N,) is False, are not used as negatives; the caller masks their losses.
     """
     logits = query @ all_gather_with_grad(other).T / temperature  # (N, WN)
     if present is not None:
-        # The lowest number and not -inf, so that the unused losses of absent images are numbers.
+        # A large finite value instead of -inf keeps the unused losses of absent images finite.
         logits = logits.masked_fill(~all_gather(present), torch.finfo(logits.dtype).min / 2)
     own = rank() * len(query) + torch.arange(len(query), device=query.device)
     with torch.no_grad():
@@ -302,10 +305,10 @@ def in_batch(query: Tensor, other: Tensor, present: Tensor | None, *, temperatur
 
 
 def mean_where(values: Tensor, rows: Tensor | None) -> Tensor:
-    """() the mean of `values` (N,) over the images where `rows` (N,) is true, None all; 0 where none is.
+    """Return the scalar mean of `values` (N,) over images for which `rows` (N,) is True (None = all); 0 if none is.
 
-    With several processes, what each has to contribute so that the mean over the processes is the mean over all such
-    images, and with it the gradient.
+    With several processes, each returns its contribution, scaled such that the mean over processes equals the mean
+    over all such images; the same holds for the gradient.
     """
     if rows is None:
         return values.mean()

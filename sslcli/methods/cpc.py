@@ -1,11 +1,11 @@
-"""CPC: predict the encodings of patches further down an image from those above, among wrong ones.
+"""CPC: predict the encodings of lower patches of an image from the patches above, by contrast with negatives.
 
 v1  van den Oord, Li, Vinyals 2018  https://arxiv.org/abs/1807.03748  conf/method/cpc.yaml
 v2  Henaff et al. 2020              https://arxiv.org/abs/1905.09272  conf/method/cpc_v2.yaml (all other patches are
-    negatives, four directions, patches changed one by one)
+    negatives, four directions, independent augmentation of each patch)
 
-Shapes: N images a process, W processes, g rows and columns of patches, D encoding size, E context size, M negatives,
-R = g - offset rows of contexts that have a row to predict.
+Shapes: N images per process, W processes, g rows and columns of patches, D encoding size, E context size, M negatives,
+R = g - offset context rows that have a target row.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from sslcli.noise import Noise
 
 
 def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Contrast:
-    """Cross-entropy of finding a context's own target among sampled ones (CPC v1, eq. 4).
+    """Return the cross-entropy of a context's own target among sampled targets, mean over contexts (CPC v1, eq. 4).
 
     Args:
         context: (N, R, g, E).
-        targets: (N, R, g, E), W_k z of the patch each context predicts.
-        negative: (N, R, g, M) int64, places in the targets of all processes, flattened to (W N R g, E). The own
-            target may be among them, as in public code, so the loss does not fall to 0.
+        targets: (N, R, g, E), W_k z of the patch that each context predicts.
+        negative: (N, R, g, M) int64, indices into the targets of all processes, flattened to (W N R g, E). The own
+            target may be included, as in public implementations; the loss therefore does not reach 0.
 
-    Returns the mean over contexts. Works in float32 (or float64 if given) even under autocast. The logarithm is that
-    of the softmax itself: log(softmax + 1e-11), which public code takes, has no gradient where it matters most.
+    Computed in float32 (or float64 if given) even under autocast. Uses the exact log-softmax: log(softmax + 1e-11), as
+    in public implementations, has a vanishing gradient where the probability of the target is smallest.
     """
     with torch.autocast(context.device.type, enabled=False):
         dtype = torch.promote_types(context.dtype, torch.float32)
@@ -54,14 +54,14 @@ def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Cont
 
 
 def full_contrast(prediction: Tensor, targets: Tensor, *, offset: int) -> Contrast:
-    """Cross-entropy of finding the patch `offset` rows below among all patches of all images (CPC v2, appendix).
+    """Return the cross-entropy of the patch `offset` rows below among all patches of all images (CPC v2, appendix).
 
     Args:
-        prediction: (N, R, g, E), R = g - offset, of the contexts that have a row `offset` below them.
+        prediction: (N, R, g, E), R = g - offset, from the contexts that have a row `offset` below them.
         targets: (N, g, g, E).
-        offset: rows between a context and what it predicts.
+        offset: rows between a context and its target.
 
-    Returns the mean over predictions. Works in float32 (or float64 if given) even under autocast.
+    Returns the mean over predictions. Computed in float32 (or float64 if given) even under autocast.
     """
     with torch.autocast(prediction.device.type, enabled=False):
         dtype = torch.promote_types(prediction.dtype, torch.float32)
@@ -72,27 +72,27 @@ def full_contrast(prediction: Tensor, targets: Tensor, *, offset: int) -> Contra
 
 
 def own_places(num_images: int, rows: int, columns: int, *, offset: int, device: torch.device) -> Tensor:
-    """(N R g) int64: where the patch `offset` rows below each context stands among those of all processes."""
+    """Return the index (N R g,), int64, of the patch `offset` rows below each context among all processes' patches."""
     image = rank() * num_images + torch.arange(num_images, device=device)[:, None, None]
     row = torch.arange(rows, device=device)[:, None] + offset
     return ((image * (rows + offset) + row) * columns + torch.arange(columns, device=device)).flatten()
 
 
 class PatchPrediction(Method):
-    """What v1 and v2 share: patches, encodings, contexts read in one to four directions.
+    """Base class of v1 and v2: patches, encodings, and contexts in one to four directions.
 
     Args:
         image_size: side of the training images in pixels.
-        grid: patches a side; None: chosen from image_size. They overlap by half.
+        grid: patches per side; None derives it from image_size. Patches overlap by half.
         context: gru, pixelcnn_gated or pixelcnn_v2.
-        hidden: channels inside the context network.
-        steps: rows that are predicted from one context; None: all that the grid has below.
-        skip: rows below a context that are not predicted, since the next one shares half of its pixels with it.
-        directions: of reading: 1 from the top, up to 4 with the grid turned each time. They share the context
-            network and not the predictions.
-        augmentation: of each patch by itself in training, or None.
+        hidden: channels of the context network's hidden layers.
+        steps: number of rows predicted from one context; None: all available rows below.
+        skip: number of rows below a context that are not predicted, because the next row shares half of its pixels.
+        directions: number of directions, 1 to 4: from the top, then with the grid rotated by 90 degrees each time. The
+            context network is shared, the prediction layers are not.
+        augmentation: applied to each patch independently, or None.
 
-    Raises ValueError for a backbone with BatchNorm, and for values that do not go together.
+    Raises ValueError for a backbone with BatchNorm and for incompatible arguments.
     """
 
     num_views = 1
@@ -125,12 +125,12 @@ class PatchPrediction(Method):
         self.context = context_network(context, self.dim, hidden)
 
     def predictors(self, in_features: int, out_features: int, *, bias: bool) -> nn.ModuleList:
-        """A linear layer for each direction and offset, those of the first direction first."""
+        """Return one linear layer per direction and offset, ordered by direction, then offset."""
         count = self.directions * len(self.offsets)
         return nn.ModuleList(nn.Linear(in_features, out_features, bias=bias) for _ in range(count))
 
     def of_direction(self, predictors: nn.ModuleList, direction: int) -> list[tuple[int, nn.Module]]:
-        """Each offset with its layer of this direction."""
+        """Return the pairs (offset, layer) of one direction."""
         first = direction * len(self.offsets)
         return list(zip(self.offsets, predictors[first : first + len(self.offsets)], strict=True))
 
@@ -143,7 +143,7 @@ class PatchPrediction(Method):
         self.embeddings = (z.detach().mean((1, 2)),)
         found: list[Contrast] = []
         for direction in range(self.directions):
-            turned = torch.rot90(z, -direction, (1, 2))  # the targets turn with the contexts
+            turned = torch.rot90(z, -direction, (1, 2))  # rotates targets and contexts together
             context = self.context(turned.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (N, g, g, E)
             found += self.contrasts(context, turned, direction)
         losses, accuracies = (torch.stack(values) for values in zip(*found, strict=True))
@@ -165,22 +165,23 @@ class PatchPrediction(Method):
             ) from error
 
     def encode(self, patches: Tensor) -> Tensor:
-        """(N, g, g, C, p, p) -> (N, g, g, D), each patch by itself."""
+        """Encode each patch independently: (N, g, g, C, p, p) -> (N, g, g, D)."""
         flat = patches.flatten(0, 2).contiguous(memory_format=torch.channels_last)
         return self.backbone(flat).view(*patches.shape[:3], -1)  # type: ignore[no-any-return]
 
     def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:
-        """The contrast of each offset, for contexts (N, g, g, E) and encodings (N, g, g, D) turned alike."""
+        """Return one `Contrast` per offset, for contexts (N, g, g, E) and encodings (N, g, g, D) of one direction."""
         raise NotImplementedError(f"{type(self).__name__} does not define contrasts")
 
     def total(self, losses: Tensor) -> Tensor:
-        """The loss from those of all offsets and directions."""
+        """Reduce the losses of all offsets and directions to a scalar."""
         return losses.mean()
 
     def features(self, images: Tensor) -> Tensor:
-        """(N, C, S, S) -> (N, D), the mean over the grid; for other sizes than in training with more or fewer patches.
+        """Return the mean encoding over the grid: (N, C, S, S) -> (N, D).
 
-        The network has seen nothing but patches, and no context is needed to represent a whole image.
+        The backbone is trained only on patches, so the image is divided into patches here too; the number of patches
+        depends on S. The context network is not used.
         """
         return self.encode(patchify(images, self.patch)).mean((1, 2))
 
@@ -193,10 +194,10 @@ class PatchPrediction(Method):
 
 
 class CPC(PatchPrediction):
-    """CPC v1: the target among `negatives` patches drawn from those that any context predicts at this offset.
+    """CPC v1: contrast of the target with `negatives` patches sampled from all targets of the same offset.
 
-    Args besides those of `PatchPrediction`:
-        negatives: drawn for each prediction, M, with replacement from the images of all processes.
+    Additional args to those of `PatchPrediction`:
+        negatives: number M per prediction, drawn with replacement from the images of all processes.
     """
 
     def __init__(
@@ -244,11 +245,11 @@ class CPC(PatchPrediction):
 
 
 class CPCv2(PatchPrediction):
-    """CPC v2: the target among all patches of all images of the step.
+    """CPC v2: contrast of the target with all patches of all images of the step.
 
-    Args besides those of `PatchPrediction`:
-        dim: size of what is compared, to which contexts and encodings are projected.
-        scale: of the predictions; 0.1 keeps the first softmax nearly uniform.
+    Additional args to those of `PatchPrediction`:
+        dim: embedding size to which contexts and encodings are projected for comparison.
+        scale: factor of the predictions; 0.1 keeps the initial softmax nearly uniform.
     """
 
     def __init__(
@@ -281,7 +282,7 @@ class CPCv2(PatchPrediction):
             augmentation=augmentation,
         )
         self.scale = scale
-        self.target = nn.Linear(self.dim, dim, bias=False)  # a bias would add the same to all logits of a prediction
+        self.target = nn.Linear(self.dim, dim, bias=False)  # a bias adds a constant to all logits of a row
         self.predict = self.predictors(self.context.out_channels, dim, bias=True)
 
     def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:
@@ -299,7 +300,7 @@ class CPCv2(PatchPrediction):
 
 
 def check_steps(steps: int | None, *, skip: int, grid: int) -> int:
-    """The number of rows to predict. Raises ValueError unless the grid has as many below its first row."""
+    """Return the number of rows to predict. Raises ValueError if the grid has too few rows below the first."""
     most = grid - 1 - skip
     if skip < 0 or most < 1:
         raise ValueError(f"skip is {skip}, but it must be 0 to {grid - 2} to leave a row of the {grid} to predict")

@@ -1,6 +1,6 @@
-"""An image as a grid of overlapping patches, and what is done to each patch by itself.
+"""Division of images into grids of overlapping patches, and per-patch augmentation.
 
-Shapes: N images, S side of an image, g patches a side of the grid, p = 2 S / (g + 1) side of a patch, C channels.
+Shapes: N images, S image side, g patches per side of the grid, p = 2 S / (g + 1) patch side, C channels.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sslcli.noise import Noise
 
 USUAL_GRID = 7  # CPC v1: 7 x 7 patches of 64 pixels out of 256
-SMALLEST_PATCH = 8  # pixels, where the grid is chosen here
+SMALLEST_PATCH = 8  # pixels, if the grid is chosen automatically
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
-DRAWS = 12  # random numbers of a patch
+DRAWS = 12  # random numbers per patch
 
 
 def patch_size(image_size: int, grid: int | None) -> int:
-    """The side p = 2 S / (g + 1) of a patch where patches overlap by half; where `grid` is None, the grid is chosen.
+    """Return the patch side p = 2 S / (g + 1) in pixels, for patches that overlap by half; None chooses the grid.
 
-    The chosen grid is the one nearest to 7 that has patches of 8 pixels or more: 32 px have 7 x 7 patches of 8,
-    64 px of 16, 96 px of 24, 224 px of 56. Raises ValueError for a grid below 3 and where no whole number of pixels
-    comes out, naming the grids that fit.
+    The default is the grid nearest to 7 with patches of at least 8 pixels: 7 x 7 patches of 8 pixels for 32 px, of 16
+    for 64 px, of 24 for 96 px, of 56 for 224 px. Raises ValueError, with the valid grids, for a grid below 3 or one
+    that does not divide the image into whole pixels.
     """
     fitting = [n for n in range(3, image_size) if image_size % (n + 1) == 0 and 2 * image_size // (n + 1) >= 4]
     named = ", ".join(map(str, fitting)) or "none"
@@ -45,7 +45,7 @@ def patch_size(image_size: int, grid: int | None) -> int:
 
 
 def refuse_batch_norm(backbone: nn.Module) -> None:
-    """Raise ValueError for a backbone with BatchNorm, whose statistics tell each patch of all the others."""
+    """Raise ValueError for a backbone with BatchNorm, whose batch statistics leak information between patches."""
     norms = [name for name, part in backbone.named_modules() if isinstance(part, _BatchNorm)]
     if norms:
         raise ValueError(
@@ -56,9 +56,9 @@ def refuse_batch_norm(backbone: nn.Module) -> None:
 
 
 def patchify(images: Tensor, size: int) -> Tensor:
-    """Patches of `size` pixels that overlap by half: (N, C, S, S) -> (N, g, g, C, p, p), rows first.
+    """Divide images into patches of `size` pixels that overlap by half: (N, C, S, S) -> (N, g, g, C, p, p), rows first.
 
-    Raises ValueError where they do not cover the image to its edges.
+    Raises ValueError if the patches do not cover the whole image.
     """
     height, width = images.shape[-2:]
     if height != width or height % (size // 2) or height < size:
@@ -71,20 +71,20 @@ def patchify(images: Tensor, size: int) -> Tensor:
 
 
 class PatchAugmentation(nn.Module):
-    """Changes every patch by itself, so that neither colours nor edges continue from one to the next.
+    """Independent random augmentation of each patch, which removes continuity of color and edges between patches.
 
     Args:
-        crop: share of the side that a random crop leaves out, filled up with zeros around it, at least one pixel;
-            0: no crop. CPC v1 crops 60 of 64 pixels.
-        jitter: strength of brightness, contrast and saturation, each at random.
-        jitter_p: share of the patches that get it.
-        grayscale: share of the patches that turn grey.
-        drop_colors: share of the patches that lose two of their three channels (Doersch et al. 2015).
-        shear: largest shear along each axis, as pixels a pixel.
-        shear_p: share of the patches that get it.
+        crop: fraction of the side removed by a random crop, at least one pixel; the crop is padded with zeros. 0: no
+            crop. CPC v1 crops 60 of 64 pixels.
+        jitter: maximum strength of brightness, contrast and saturation jitter.
+        jitter_p: probability of color jitter per patch.
+        grayscale: probability of conversion to gray per patch.
+        drop_colors: probability of setting two of the three channels to zero per patch (Doersch et al. 2015).
+        shear: maximum shear along each axis, in pixels per pixel.
+        shear_p: probability of shear per patch.
 
-    Colours of images that do not have three channels are left alone, but for brightness and contrast. Values are not
-    clamped, so images may be normalised or not. Raises ValueError for shares outside [0, 1] and strengths below 0.
+    For images without exactly three channels, only brightness and contrast of the color operations apply. Values are
+    not clamped; inputs may be normalized or not. Raises ValueError for arguments outside [0, 1].
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class PatchAugmentation(nn.Module):
         self.drop_colors, self.shear, self.shear_p = drop_colors, shear, shear_p
 
     def forward(self, patches: Tensor, noise: Noise) -> Tensor:
-        """(N, g, g, C, p, p) -> the same shape, with numbers of its own for each patch."""
+        """Augment patches (N, g, g, C, p, p); returns the same shape. Each patch has its own random numbers."""
         num_images, rows, columns = patches.shape[:3]
         u = noise.uniform(num_images, rows * columns, DRAWS, device=patches.device).to(patches.dtype)
         draws = u.flatten(0, 1)  # (N g g, DRAWS)
@@ -129,19 +129,19 @@ class PatchAugmentation(nn.Module):
 
 
 def column(values: Tensor) -> Tensor:
-    """(M,) -> (M, 1, 1, 1), to be broadcast against patches."""
+    """Reshape (M,) to (M, 1, 1, 1) for broadcasting over patches."""
     return values[:, None, None, None]
 
 
 def gray(x: Tensor) -> Tensor:
-    """Brightness (M, 1, p, p) of colours (M, 3, p, p)."""
+    """Return the luma (M, 1, p, p) of color patches (M, 3, p, p)."""
     return torch.einsum("mchw,c->mhw", x, x.new_tensor(LUMA))[:, None]
 
 
 def jittered(x: Tensor, strength: Tensor) -> Tensor:
-    """(M, C, p, p) with brightness, contrast and saturation changed by (M, 3) in [-1, 1]; 0 leaves a patch as it is.
+    """Change brightness, contrast and saturation of patches (M, C, p, p) by `strength` (M, 3) in [-1, 1]; 0: no change.
 
-    Brightness is added, as in the first implementation of SimCLR; the others blend with the mean and with grey.
+    Brightness is added, as in the first implementation of SimCLR; contrast blends with the mean, saturation with gray.
     """
     brightness, contrast, saturation = (column(part) for part in strength.unbind(1))
     x = x + brightness
@@ -150,7 +150,7 @@ def jittered(x: Tensor, strength: Tensor) -> Tensor:
 
 
 def sheared(x: Tensor, slopes: Tensor) -> Tensor:
-    """(M, C, p, p) sheared along both axes by slopes (M, 2); zeros come in at the edges."""
+    """Shear patches (M, C, p, p) along both axes by `slopes` (M, 2), with zero padding."""
     one = torch.ones_like(slopes[:, 0])
     across = torch.stack([one, slopes[:, 0], 0 * one], 1)
     down = torch.stack([slopes[:, 1], one, 0 * one], 1)
@@ -159,9 +159,9 @@ def sheared(x: Tensor, slopes: Tensor) -> Tensor:
 
 
 def cropped(x: Tensor, place: Tensor, margin: int) -> Tensor:
-    """A random crop, `margin` pixels smaller, in the middle of zeros: (M, C, p, p) -> the same shape.
+    """Crop patches by `margin` pixels and center the crop in zeros: (M, C, p, p) -> the same shape.
 
-    `place` (M, 2) in [0, 1) is where the crop lies between top and bottom, left and right.
+    `place` (M, 2) in [0, 1) is the position of the crop between top and bottom, left and right.
     """
     side = x.shape[-1]
     offset = (place * (margin + 1)).long()  # (M, 2), 0 to margin

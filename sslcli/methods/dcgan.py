@@ -1,8 +1,8 @@
-"""DCGAN: the discriminator of a generative game is the representation, its maps pooled at every scale.
+"""DCGAN: a GAN whose discriminator is the backbone; features are its feature maps of all stages, pooled.
 
 Radford et al. 2016  https://arxiv.org/abs/1511.06434  https://github.com/Newmu/dcgan_code  conf/method/dcgan.yaml
 
-Shapes: N images a process, C channels, S their side in pixels.
+Shapes: N images per process, C channels, S image side in pixels.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ INIT_STD = 0.02  # of all weights (section 4)
 
 
 def pooled_maps(maps: dict[str, Tensor], side: int) -> Tensor:
-    """Maps (N, channels, height, width) by stage -> (N, F): each max-pooled to `side` x `side` places, or left with
-    fewer where it has no more, all in one row (svhn/svhn_semisup_analysis.py of the official code), of length 1.
+    """Return L2-normalized, concatenated max-pooled maps: (N, channels, height, width) by stage -> (N, F).
+
+    Each map is pooled to at most `side` x `side` positions, as in svhn/svhn_semisup_analysis.py of the official code.
     """
     pooled = [F.adaptive_max_pool2d(m, (min(side, m.shape[2]), min(side, m.shape[3]))) for m in maps.values()]
     return F.normalize(torch.cat([part.flatten(1) for part in pooled], 1), dim=1)
 
 
 class DCGAN(Game):
-    """The backbone and a linear layer are the discriminator; features are its maps by stage, pooled.
+    """GAN whose discriminator is the backbone plus a linear layer; features are pooled feature maps of all stages.
 
-    Real and drawn images pass the discriminator in batches of their own, and the running statistics of its BatchNorm
-    are those of real images alone, which is what features are taken of.
+    The discriminator processes real and generated images in separate batches. The running statistics of its BatchNorm
+    are updated only by real images, because features are computed from real images.
 
     Args:
         image_size, channels, dim, width, loss, r1, r1_every, discriminator_lr: see `Game`.
-        pool: places a side to which each map is pooled for the features.
+        pool: side to which each feature map is pooled for the features.
 
-    Raises ValueError for values outside these and for a backbone without maps by stage.
+    Raises ValueError for arguments out of range and for a backbone without stages.
     """
 
     falling = "distance"
@@ -60,7 +61,7 @@ class DCGAN(Game):
         pool: int = 4,
     ) -> None:
         check_positive(pool=pool)
-        maps_of(backbone, torch.zeros(2, channels, image_size, image_size))  # what features are taken from
+        maps_of(backbone, torch.zeros(2, channels, image_size, image_size))  # validates the stages
         super().__init__(
             backbone,
             image_size=image_size,
@@ -83,14 +84,14 @@ class DCGAN(Game):
         self.first_look(images)
         drawn = pixels(self.generator(self.codes(images)))
 
-        # The discriminator's own loss: it learns, the generator does not.
+        # Discriminator loss: no gradient to the generator.
         features = self.backbone(images)
         real = self.to_logit(features)
         fake = self.to_logit(aside(self.backbone, drawn.detach(), learn=True))
         loss_d = discriminator_loss(real, fake, kind=self.loss)
         penalty = self.penalty(self.judgement, images)
 
-        # The generator's: the discriminator is a constant.
+        # Generator loss: no gradient to the discriminator.
         loss_g = deceiver_loss(aside(self.to_logit, aside(self.backbone, drawn)), kind=self.loss)
         self.embeddings = (features.detach(),)
         return {
@@ -102,12 +103,12 @@ class DCGAN(Game):
         }
 
     def judgement(self, images: Tensor) -> Tensor:
-        """Logits (N, 1) by running statistics, so that no image's logit depends on another image."""
+        """Return logits (N, 1) with BatchNorm in evaluation mode; the logit of an image depends on no other image."""
         with evaluating(self.backbone):
             return self.to_logit(self.backbone(images))  # type: ignore[no-any-return]
 
     def features(self, images: Tensor) -> Tensor:
-        """(N, C, S, S) -> (N, F), rows of length 1: pool^2 values of every channel of every stage."""
+        """Return unit-norm features (N, C, S, S) -> (N, F): up to pool^2 values per channel of every stage."""
         return pooled_maps(self.backbone.stages(images), self.pool)  # type: ignore[operator]
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
@@ -118,7 +119,7 @@ class DCGAN(Game):
 
 
 def start(module: nn.Module) -> None:
-    """Draw weights from N(0, 0.02), scales of BatchNorm from N(1, 0.02) (section 4 and the official code)."""
+    """Initialize weights from N(0, 0.02), BatchNorm scales from N(1, 0.02) (section 4 and the official code)."""
     for part in module.modules():
         if isinstance(part, (nn.Conv2d, nn.Linear)):
             nn.init.normal_(part.weight, std=INIT_STD)

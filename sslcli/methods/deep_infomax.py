@@ -1,9 +1,9 @@
-"""Deep InfoMax: a vector of the whole image tells as much as possible about each place of a feature map.
+"""Deep InfoMax: maximize mutual information between an image's global vector and each position of a feature map.
 
 Hjelm et al. 2019  https://arxiv.org/abs/1808.06670   conf/method/deep_infomax.yaml
 
-Shapes: N images a process, C channels of the local map of H x W places, n = H W, u units in which vector and places
-are compared, D size of the vector.
+Shapes: N images per process, C channels and H x W positions of the local feature map, n = H W, u embedding width in
+which vector and positions are compared, D vector size.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ SCORES = ("dot", "concat")
 
 
 class Embed(nn.Module):
-    """Takes every place of a map by itself into the units it is compared in: (N, C, H, W) -> (N, u, H, W).
+    """Embedding of each position of a feature map independently: (N, C, H, W) -> (N, u, H, W).
 
-    One hidden layer beside a linear shortcut that starts as the identity where it can, then LayerNorm over the units.
+    One hidden layer plus a linear shortcut, then LayerNorm over the u channels. If u >= C, the shortcut is initialized
+    close to the identity.
     """
 
     def __init__(self, channels: int, units: int) -> None:
@@ -49,7 +50,7 @@ class Embed(nn.Module):
 
 
 class Pairing(nn.Module):
-    """The two networks of the local term: places and vectors into the same units, (N, u, n) and (N, u, 1)."""
+    """Two networks of the local term, which embed positions to (N, u, n) and vectors to (N, u, 1)."""
 
     def __init__(self, channels: int, dim: int, units: int) -> None:
         super().__init__()
@@ -61,14 +62,14 @@ class Pairing(nn.Module):
 
 
 def scorer(channels: int, units: int) -> nn.Sequential:
-    """Scores a vector and the place it is put beside: (N, channels, H, W) -> (N, 1, H, W)."""
+    """Build a network that scores a concatenated vector and position: (N, channels, H, W) -> (N, 1, H, W)."""
     return nn.Sequential(
         nn.Conv2d(channels, units, 1), nn.ReLU(), nn.Conv2d(units, units, 1), nn.ReLU(), nn.Conv2d(units, 1, 1)
     )
 
 
 def map_encoder(channels: int, units: int, *, hidden: int) -> nn.Sequential:
-    """The rest of an encoder from the local map on, for the global term: (N, C, H, W) -> (N, u)."""
+    """Build the encoder of the local feature map for the global term: (N, C, H, W) -> (N, u)."""
     return nn.Sequential(
         nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(2 * channels),
@@ -80,10 +81,10 @@ def map_encoder(channels: int, units: int, *, hidden: int) -> nn.Sequential:
 
 
 def choose_stage(maps: dict[str, Tensor], wanted: str | None) -> str:
-    """The stage whose map is the local one; None takes that nearest to 8 x 8, of equals the deepest.
+    """Return the stage that provides the local feature map; None chooses the deepest of those nearest to 8 x 8.
 
-    The last map is not chosen where there are others: features are its mean, so each of its places tells of them
-    anyway. Raises ValueError for a stage that does not exist or has a single place.
+    None chooses the last stage only if it is the only one, because the features are the mean of its map and each of
+    its positions already contributes to them. Raises ValueError for an unknown stage or one with a single position.
     """
     sides = {name: math.sqrt(m.shape[2] * m.shape[3]) for name, m in maps.items()}
     if wanted is not None:
@@ -106,28 +107,30 @@ def choose_stage(maps: dict[str, Tensor], wanted: str | None) -> str:
 
 
 class DeepInfoMax(Method):
-    """alpha * global + beta * local + gamma * prior, and the discriminator's own loss.
+    """Deep InfoMax loss: alpha * global + beta * local + gamma * prior, plus the discriminator loss.
 
     Args:
-        image_size, channels: of the training images, known to the command.
-        alpha: weight of the global term: the vector against all of another network's view of the local map.
-        beta: weight of the local term: the vector against each place of the local map.
-        gamma: weight of matching the vectors to a uniform prior; 0 leaves out the discriminator.
+        image_size, channels: of the training images; set by the command.
+        alpha: weight of the global term, which pairs the vector with an encoding of the whole local feature map.
+        beta: weight of the local term, which pairs the vector with each position of the local feature map.
+        gamma: weight of the prior term, which matches the vectors to a uniform distribution; 0 removes it and the
+            discriminator.
         measure: one of MEASURES.
-        score: "dot", dot products after a network each, all other images being negatives, or "concat", a network that
-            takes both, against the next image of the batch alone.
-        dim: size D of the vector.
+        score: "dot": dot products of two embeddings, with all other images as negatives; "concat": a network on the
+            concatenated pair, with only the next image of the batch as the negative.
+        dim: vector size D.
         hidden: width of a hidden layer between the features and the vector; None is one linear layer.
-        units: u of "dot"; the width of the hidden layers of "concat".
-        map_hidden: width of the hidden layer of the global term's network behind the local map.
-        prior_widths: of the hidden layers of the prior's discriminator.
-        local_stage: name of the backbone's stage that gives the local map; None takes that nearest to 8 x 8.
-        official_mask: InfoNCE counts each place of the own image as a negative of score -10, as the official code.
-        gather_negatives: the images of all processes are negatives, not those of this process alone.
+        units: u for "dot"; the width of the hidden layers for "concat".
+        map_hidden: width of the hidden layer of the global term's map encoder.
+        prior_widths: widths of the hidden layers of the discriminator of the prior term.
+        local_stage: name of the backbone stage that provides the local feature map; None: the one nearest to 8 x 8.
+        official_mask: with InfoNCE, count each position of the own image as a negative with score -10, as the official
+            code does.
+        gather_negatives: use the images of all processes as negatives; False: only those of this process.
     """
 
     num_views = 1
-    falling = "information"  # the discriminator's part of the sum rises as the encoder learns to match the prior
+    falling = "information"  # `loss` includes the discriminator loss, which increases as the encoder improves
 
     def __init__(
         self,
@@ -199,13 +202,16 @@ class DeepInfoMax(Method):
         return {"loss": loss, **scalars}
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Local maps (N, C, H, W) and features (N, num_features), in one pass where the last map gives both."""
+        """Return local feature maps (N, C, H, W) and features (N, num_features).
+
+        Takes one forward pass if the features are the mean of the last map, else two.
+        """
         maps = self.backbone.stages(images)  # type: ignore[operator]
         features = maps[self.last_stage].mean((2, 3)) if self.one_pass else self.backbone(images)
         return maps[self.local_stage], features
 
     def local_loss(self, maps: Tensor, vectors: Tensor) -> Tensor:
-        """Of the vectors (N, D) against each place of the maps (N, C, H, W)."""
+        """Return the local term: vectors (N, D) against each position of the maps (N, C, H, W)."""
         settings: dict[str, Any] = {"measure": self.measure, "gather": self.gather_negatives}
         if not self.dot:
             return concat_loss(self.local_term, maps, vectors, **settings)
@@ -213,7 +219,7 @@ class DeepInfoMax(Method):
         return dot_loss(places, queries, official_mask=self.official_mask, **settings)
 
     def global_loss(self, maps: Tensor, vectors: Tensor) -> Tensor:
-        """Of the vectors (N, D) against what a network makes of whole maps (N, C, H, W)."""
+        """Return the global term: vectors (N, D) against encodings of whole maps (N, C, H, W)."""
         settings: dict[str, Any] = {"measure": self.measure, "gather": self.gather_negatives}
         whole = self.map_encoder(maps)[:, :, None]  # (N, u, 1)
         if not self.dot:
@@ -233,7 +239,7 @@ class DeepInfoMax(Method):
 
 
 def check_weights(**weights: float) -> None:
-    """Raise ValueError unless all weights are at least 0 and one that informs is more."""
+    """Raise ValueError unless all weights are at least 0 and alpha or beta is positive."""
     for name, weight in weights.items():
         if not weight >= 0:
             raise ValueError(f"{name} is {weight}, but the weight of a term must be at least 0 (0 leaves it out)")
@@ -244,7 +250,7 @@ def check_weights(**weights: float) -> None:
 
 
 def check_choices(measure: str, score: str, official_mask: bool) -> None:
-    """Raise ValueError, with the remedy, for a measure or score that cannot be trained."""
+    """Raise ValueError, with the remedy, for an invalid measure, score or official_mask."""
     if measure in UNBOUNDED:
         raise ValueError(
             f"measure is {measure!r}, whose loss falls without end as scores grow: take one of {', '.join(MEASURES)}"
