@@ -1,10 +1,10 @@
-"""What the adversarial methods share: the losses of both players, R1, and one backward that gives each its gradient.
+"""Base class of adversarial methods: generator and discriminator losses, R1, and joint training by one backward pass.
 
 Goodfellow et al. 2014  https://arxiv.org/abs/1406.2661
 Mescheder et al. 2018 (R1)  https://arxiv.org/abs/1801.04406   Karras et al. 2020 (lazy)  https://arxiv.org/abs/1912.04958
 conf/method/bigan.yaml  conf/method/dcgan.yaml
 
-Shapes: N images a process, C channels, S their side in pixels, K logits an image.
+Shapes: N images per process, C channels, S image side in pixels, K logits per image.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from sslcli.nn import full_precision
 from sslcli.noise import Noise
 
 LOSSES = ("logistic", "hinge")
-PICTURE_SEED = 0  # of the codes in pictures, so that those of two epochs can be compared
+PICTURE_SEED = 0  # of the codes of saved samples, which makes samples of different epochs comparable
 SAMPLE_ROWS = 4
-SQUARES = 4  # a side, over which the distance between images looks at means
+SQUARES = 4  # per side; `distance` compares the means of SQUARES x SQUARES image regions
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, *, kind: str) -> Tensor:
-    """What the discriminator pays for its logits (N, K): the sum over K of both halves, the mean over images.
+    """Return the discriminator loss for logits (N, K) of real and generated inputs: summed over K, mean over N.
 
     logistic is -log sigmoid(real) - log(1 - sigmoid(fake)) (Goodfellow et al., eq. 1), 2 K log 2 for logits of 0;
     hinge is relu(1 - real) + relu(1 + fake) (Miyato et al. 2018, arXiv:1802.05957, eq. 16).
@@ -42,20 +42,20 @@ def discriminator_loss(real: Tensor, fake: Tensor, *, kind: str) -> Tensor:
 
 
 def deceiver_loss(fake: Tensor, *, kind: str) -> Tensor:
-    """What a player pays whose pairs should pass for real, by their logits (N, K): the sum over K, the mean over N.
+    """Return the generator loss for the discriminator's logits (N, K): summed over K, mean over N.
 
-    logistic is -log sigmoid(fake), which does not saturate where the discriminator wins (Goodfellow et al., section 3);
-    hinge is -fake (Miyato et al., eq. 17). Negated logits make it the loss of an encoder whose pairs should pass for
-    generated ones.
+    logistic is the non-saturating -log sigmoid(fake) (Goodfellow et al., section 3); hinge is -fake (Miyato et al.,
+    eq. 17). With negated logits of real inputs it is the loss of an encoder, whose pairs should be classified as
+    generated.
     """
     fake = full_precision(fake)
     return -fake.sum(1).mean() if kind == "hinge" else F.softplus(-fake).sum(1).mean()
 
 
 def aside(module: nn.Module, *inputs: Tensor, learn: bool = False) -> Any:
-    """`module(*inputs)` on copies of its buffers: running statistics and singular vectors stay as they are.
+    """Call `module(*inputs)` on copies of its buffers, which leaves running statistics and singular vectors unchanged.
 
-    Unless `learn`, its parameters are constants: a gradient goes through it to the inputs alone.
+    Unless `learn`, the parameters are detached: only the inputs receive a gradient.
     """
     state = {name: buffer.clone() for name, buffer in module.named_buffers()}
     if not learn:
@@ -64,7 +64,7 @@ def aside(module: nn.Module, *inputs: Tensor, learn: bool = False) -> Any:
 
 
 def gradient_penalty(discriminate: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """R1: half the squared length of the gradient of the logits at real images (N, C, S, S), the mean over images."""
+    """Return the R1 penalty: half the squared norm of d logits / d images (N, C, S, S), mean over images."""
     images = images.detach().requires_grad_()
     with torch.autocast(images.device.type, enabled=False):
         logits = full_precision(discriminate(images))
@@ -74,17 +74,18 @@ def gradient_penalty(discriminate: Callable[[Tensor], Tensor], images: Tensor) -
 
 @torch.no_grad()
 def distance(drawn: Tensor, images: Tensor) -> Tensor:
-    """Energy distance between drawn and real images (N, C, S, S) of all processes, 0 for equal distributions.
+    """Return the energy distance of generated and real images (N, C, S, S) of all processes, 0 in expectation if equal.
 
-    2 E|x - y| - E|x - x'| - E|y - y'| over different pairs (Szekely and Rizzo 2013, doi:10.1016/j.jspi.2013.03.018),
-    of the means over 4 x 4 squares of an image and per root of their number, so on the scale of the values of an image.
-    Without bias, hence now and then below 0. Each process compares its own images with all.
+    2 E|x - y| - E|x - x'| - E|y - y'| over distinct pairs (Szekely and Rizzo 2013, doi:10.1016/j.jspi.2013.03.018). x
+    and y are images average-pooled to 4 x 4; the result is divided by the square root of their number of values, which
+    puts it on the scale of pixel values. The estimate is unbiased and can be slightly negative. Each process compares
+    its own images with those of all processes.
     """
     x, y = (F.adaptive_avg_pool2d(full_precision(part), SQUARES).flatten(1) for part in (images, drawn))
     all_x, all_y = all_gather(x), all_gather(y)
 
     def lengths(a: Tensor, b: Tensor) -> Tensor:
-        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # exact: a row is 0 from itself
+        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # exact: zero self-distances
 
     pairs = max(len(x) * (len(all_x) - 1), 1)
     within = (lengths(x, all_x).sum() + lengths(y, all_y).sum()) / pairs
@@ -92,27 +93,28 @@ def distance(drawn: Tensor, images: Tensor) -> Tensor:
 
 
 class Game(Method):
-    """A generator, and a discriminator that subclasses bring; the loss is the sum of what both players pay.
+    """Base class with a generator; subclasses add the discriminator. The loss is the sum of both players' losses.
 
-    Each player's loss sees the other's parameters as constants, so one backward of the sum gives each its own
-    gradient. Images lie in [0, 1] (views.normalize=false), drawn ones too; the first step refuses others.
+    Each player's loss treats the other's parameters as constants; one backward pass of the sum therefore gives each
+    player its own gradient. Real and generated images are in [0, 1] (views.normalize=false); the first step raises
+    ConfigError for other real images.
 
     Args:
-        image_size: side S of the images in pixels.
-        channels: C of the images.
-        dim: size of the code the generator draws from.
-        width: channels of the generator's smallest map.
+        image_size: image side S in pixels.
+        channels: image channels C.
+        dim: size of the generator's input code.
+        width: channels of the generator's smallest feature map.
         loss: logistic or hinge.
-        r1: weight of R1, at least 0; 0 leaves it out.
-        r1_every: steps between two penalties, each counted so many times.
-        discriminator_lr: learning rate of the discriminator over that of the others, positive.
+        r1: weight of R1, at least 0; 0 disables it.
+        r1_every: compute R1 every this many steps, multiplied by the same number (lazy regularization).
+        discriminator_lr: factor of the discriminator's learning rate relative to the other parameters, positive.
 
-    Raises ValueError for values outside these.
+    Raises ValueError for arguments out of range.
     """
 
     num_views = 1
     by_block = False
-    discriminator_parts: tuple[str, ...]  # names of the attributes that the discriminator is made of
+    discriminator_parts: tuple[str, ...]  # attribute names of the discriminator's modules
 
     def __init__(
         self,
@@ -139,11 +141,11 @@ class Game(Method):
         self.first_look(views[0])
 
     def codes(self, images: Tensor) -> Tensor:
-        """One code from the prior for each of the images, (N, dim), as random as the step."""
+        """Draw one code per image from the prior, (N, dim), with new random numbers in each call."""
         return self.noise.normal(len(images), self.dim, device=images.device).to(images.dtype)
 
     def penalty(self, discriminate: Callable[[Tensor], Tensor], images: Tensor) -> dict[str, Tensor]:
-        """What R1 adds to the discriminator's loss in this step, by its name; nothing where it is left out."""
+        """Return {"r1": weighted R1 penalty of this step}, 0 between penalties; {} if R1 is disabled."""
         if not self.r1:
             return {}
         if self.steps % self.r1_every:
@@ -154,7 +156,7 @@ class Game(Method):
         self.steps += 1
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Two groups a player: decayed parameters, and biases and norms, which are not."""
+        """Return two groups per player: parameters with weight decay, and biases and norms without."""
         others = [name for name, _ in self.named_children() if name not in self.discriminator_parts]
         return [
             *groups_of((self.get_submodule(name) for name in self.discriminator_parts), self.discriminator_lr),
@@ -162,7 +164,7 @@ class Game(Method):
         ]
 
     def samples(self, generator: nn.Module, images: Tensor) -> list[Tensor]:
-        """Rows of drawn images, each (n, C, S, S) as the `images` are, of the same codes whenever asked."""
+        """Generate rows of images, each (n, C, S, S) like `images`, from the same fixed codes in every call."""
         numbers = torch.Generator().manual_seed(PICTURE_SEED)
         codes = torch.randn(SAMPLE_ROWS * len(images), self.dim, generator=numbers)
         return list(pixels(generator(codes.to(images))).chunk(SAMPLE_ROWS))
@@ -175,12 +177,12 @@ class Game(Method):
 
 
 def pixels(drawn: Tensor) -> Tensor:
-    """From the generator's [-1, 1] to the [0, 1] of images."""
+    """Map the generator's output from [-1, 1] to pixel values in [0, 1]."""
     return (drawn + 1) / 2
 
 
 def groups_of(parts: Iterable[nn.Module], lr_scale: float) -> list[dict[str, Any]]:
-    """The trainable parameters of a player in groups for an optimizer, without empty ones."""
+    """Return the trainable parameters of one player as optimizer groups, without empty groups."""
     trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim > 1]
     plain = [parameter for parameter in trained if parameter.ndim <= 1]
@@ -192,7 +194,7 @@ def groups_of(parts: Iterable[nn.Module], lr_scale: float) -> list[dict[str, Any
 
 
 def check_values(*, loss: str, r1: float, r1_every: int, discriminator_lr: float) -> None:
-    """Raise ValueError unless there is such a loss and every number lies in its range."""
+    """Raise ValueError for an unknown loss or a number out of range."""
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}, but it must be one of {', '.join(LOSSES)}")
     if not 0 <= r1 < math.inf:

@@ -1,9 +1,9 @@
-"""InfoMin: MoCo v2 under stronger views, with a second query made of the shuffled patches of the image (PIRL).
+"""InfoMin: MoCo v2 with stronger views and a second query from shuffled patches of the image (PIRL).
 
 InfoMin  Tian et al. 2020           https://arxiv.org/abs/2005.10243   conf/method/infomin.yaml
 PIRL     Misra, van der Maaten 2020 https://arxiv.org/abs/1912.01991   the jigsaw branch
 
-Shapes: N images a process, W processes, D embedding size, K queue length, F features; a jigsaw has 9 cells.
+Shapes: N images per process, W processes, D embedding size, K queue length, F features; a jigsaw has 9 cells.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ CELLS = GRID * GRID
 
 
 def cells_of(images: Tensor) -> Tensor:
-    """(N, C, S, S) -> (N, 9, C, S / 3, S / 3), line by line. Raises ValueError unless S is a multiple of 3."""
+    """Divide images into 3 x 3 cells, row by row: (N, C, S, S) -> (N, 9, C, S / 3, S / 3).
+
+    Raises ValueError unless S is a multiple of 3.
+    """
     height, width = images.shape[2:]
     if height != width or height % GRID:
         raise ValueError(
@@ -40,7 +43,7 @@ def cells_of(images: Tensor) -> Tensor:
 
 
 def crops_of(cells: Tensor, corner: Tensor, side: int) -> Tensor:
-    """A square out of each cell: (N, 9, C, s, s), corner (N, 9, 2) top and left -> (N, 9, C, side, side)."""
+    """Crop a square from each cell: (N, 9, C, s, s), `corner` (N, 9, 2) top and left -> (N, 9, C, side, side)."""
     channels, height = cells.shape[2:4]
     place = corner[..., None] + torch.arange(side, device=cells.device)  # (N, 9, 2, side)
     rows = place[:, :, 0, None, :, None].expand(-1, -1, channels, -1, height)
@@ -49,15 +52,15 @@ def crops_of(cells: Tensor, corner: Tensor, side: int) -> Tensor:
 
 
 class InfoMin(MoCo):
-    """Momentum contrast of a whole image and of its shuffled patches with the same key.
+    """Momentum contrast with two queries per key: the whole image and its shuffled patches.
 
     Args:
-        jigsaw_weight: beta in [0, 1]; the loss is (1 - beta) * MoCo's + beta * that of the patches. At 0 there is no
-            jigsaw: two views and exactly MoCo.
-        jigsaw_patch: side of a patch as a share of its cell, in (0, 1]; where it lies in the cell is random.
+        jigsaw_weight: beta in [0, 1]; the loss is (1 - beta) * MoCo loss + beta * jigsaw loss. 0 disables the jigsaw
+            branch: two views, identical to MoCo.
+        jigsaw_patch: side of a patch as a fraction of its cell, in (0, 1]; its position in the cell is random.
         moco: the arguments of `MoCo`.
 
-    Views: query, key and, with a jigsaw, the image to be cut, whose side is a multiple of 3.
+    Views: query, key and, with the jigsaw branch, the image that is divided; its side is a multiple of 3.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class InfoMin(MoCo):
             return super().forward(batch)
         x1, x2, whole = batch.views
         scalars = super().forward(replace(batch, views=[x1, x2]))
-        key = self.embeddings[1]  # (N, D) of view 2, which the patches are compared with too
+        key = self.embeddings[1]  # (N, D) of view 2, also the key of the patches
         jigsaw = self.contrast(self.jigsaw(whole), key)
         loss = (1 - self.jigsaw_weight) * scalars["loss"] + self.jigsaw_weight * jigsaw.loss
         return scalars | {"loss": loss, "jigsaw_loss": jigsaw.loss.detach(), "jigsaw_accuracy": jigsaw.accuracy}
@@ -108,7 +111,7 @@ class InfoMin(MoCo):
             ) from error
 
     def jigsaw(self, images: Tensor) -> Tensor:
-        """(N, C, S, S) -> (N, D) unit queries, each of the nine patches of one image in a random order."""
+        """Return unit queries from the nine patches of each image in random order: (N, C, S, S) -> (N, D)."""
         patches = self.patches(images)
         with self.grouped_by_image():
             features = self.backbone(patches.flatten(0, 1))  # (9N, F)
@@ -118,7 +121,7 @@ class InfoMin(MoCo):
         return F.normalize(full_precision(self.jigsaw_head(shuffled.flatten(1))), dim=1)
 
     def patches(self, images: Tensor) -> Tensor:
-        """(N, C, S, S) -> (N, 9, C, p, p), one patch anywhere in each cell."""
+        """Crop one patch at a random position of each cell: (N, C, S, S) -> (N, 9, C, p, p)."""
         cells = cells_of(images)
         cell = cells.shape[-1]
         side = max(1, round(self.jigsaw_patch * cell))
@@ -127,7 +130,7 @@ class InfoMin(MoCo):
 
     @contextmanager
     def grouped_by_image(self) -> Iterator[None]:
-        """Let BatchNorm normalise the patches of `bn_group` images together, as it does whole images."""
+        """Multiply BatchNorm's group size by 9 within the block: a group holds the patches of `bn_group` images."""
         norms = [part for part in self.backbone.modules() if isinstance(part, SplitBatchNorm)]
         for norm in norms:
             norm.group *= CELLS

@@ -1,8 +1,8 @@
-"""Instance discrimination with a memory bank: every image is a class, and its class vector is its own past embedding.
+"""Instance discrimination with a memory bank: each image is a class, represented by its past embedding.
 
 Wu et al. 2018  https://arxiv.org/abs/1805.01978   conf/method/memory_bank.yaml
 
-Shapes: N images a process, n training images, D embedding size, K noise rows an image.
+Shapes: N images per process, n training images, D embedding size, K noise rows per image.
 """
 
 from __future__ import annotations
@@ -23,23 +23,25 @@ LOSSES = ("full", "nce", "softmax")
 
 
 class MemoryBank(Method):
-    """Classify each image among all training images by a bank of past embeddings.
+    """Instance discrimination: classify each image among all training images by a bank of past embeddings.
 
     Args:
-        num_images: n, given by the command.
+        num_images: number of training images n; set by the command.
         dim: embedding size D.
         loss: "full" is the cross-entropy over all n rows (eq. 2), "nce" noise-contrastive estimation with K noise rows
             (eq. 7), "softmax" the cross-entropy over the own row and K others (the later official release).
-        negatives: K, drawn uniformly with replacement, the own row not excluded; "full" draws none.
-        momentum: share of the old row in an update; 0.5 in the official code.
+        negatives: K, drawn uniformly with replacement, possibly including the own row; unused with "full".
+        momentum: weight of the old row in an update; 0.5 in the official code.
         temperature: divides the similarities.
-        proximal: weight of the squared distance between an embedding and its row (eq. 10). The official
-            code has momentum in its place.
-        head_norm: BatchNorm without gamma and beta after the head, which takes away what all embeddings share; ours.
-        fill: the bank starts empty, and an image that has no row yet fills it and adds nothing to the loss, so that
-            the first epoch is one over the initial network; else rows start at random, as in the official code.
+        proximal: weight of the squared distance between an embedding and its row (eq. 10). The official code uses
+            momentum instead.
+        head_norm: add BatchNorm without affine parameters after the head, which removes the common mean of all
+            embeddings; not in the paper.
+        fill: start with an empty bank. An image without a row fills its row and contributes 0 to the loss, so the
+            first epoch fills the bank with embeddings of the initial network. False: random rows, as in the official
+            code.
 
-    Raises ValueError for values outside these.
+    Raises ValueError for arguments out of range.
     """
 
     num_views = 1
@@ -73,7 +75,7 @@ class MemoryBank(Method):
         self.noise = Noise()
         self.loss, self.negatives, self.temperature, self.proximal = loss, negatives, temperature, proximal
         self.fill = fill
-        self.log_z: float | None = None  # of "nce", set by the first batch and kept
+        self.log_z: float | None = None  # normalizer of "nce", fixed after the first batch
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         z = self.projection(batch.views[0])
@@ -88,9 +90,10 @@ class MemoryBank(Method):
         return scalars
 
     def contrast(self, v: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """The loss of unit embeddings `v` (N, D) of the images `index` (N,), and the share that finds its own row.
+        """Return loss and accuracy of unit embeddings `v` (N, D) of the images `index` (N,).
 
-        Both are means over all N, to which an image without a row adds 0.
+        Accuracy is the fraction of images whose own row has the largest logit. Both are means over all N; an image
+        without a row contributes 0.
         """
         num_images, known = len(self.bank.rows), self.bank.known(index)
         if self.loss == "full":
@@ -122,10 +125,11 @@ class MemoryBank(Method):
         return self.norm(self.head(self.backbone(images)))  # type: ignore[no-any-return]
 
     def stored(self) -> Tensor:
-        """What the bank knows of every training image, (n, D) in the order of the training split.
+        """Return the bank rows (n, D), in the order of the training split.
 
-        Unit rows, each a mean over past augmented views of its image by past weights. A k-NN classifier over them
-        takes `projection` of a query, and gives another accuracy than one over fresh features of plain images.
+        Unit rows; each is a moving average of embeddings of past augmented views, computed with past weights. For k-NN
+        on these rows, queries are outputs of `projection`; the accuracy differs from k-NN on features of images
+        without augmentation.
         """
         return self.bank.rows
 

@@ -1,9 +1,9 @@
-"""MoCo v1 and v2: contrast each image against a queue of momentum-encoded keys.
+"""MoCo v1 and v2: contrast with a queue of keys from a momentum encoder.
 
 v1  He et al. 2020    https://arxiv.org/abs/1911.05722   conf/method/moco.yaml
 v2  Chen et al. 2020  https://arxiv.org/abs/2003.04297   conf/method/moco_v2.yaml (MLP head, stronger views)
 
-Shapes: N images a process, W processes, D embedding size, K queue length.
+Shapes: N images per process, W processes, D embedding size, K queue length.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from sslcli.nn import (
 
 @torch.no_grad()
 def enqueue(queue: Tensor, head: Tensor, keys: Tensor) -> None:
-    """Write `keys` (G, D) over the oldest rows of `queue` (K, D) and move `head`, for any G and K.
+    """Overwrite the oldest rows of `queue` (K, D) with `keys` (G, D) and advance `head`, in place, for any G and K.
 
-    `head` () is the next row to overwrite. Of more than K keys only the last K are kept.
+    `head` () is the next row to overwrite. If G > K, only the last K keys are kept.
     """
     size = len(queue)
     rows = (head + torch.arange(len(keys), device=queue.device)) % size
@@ -46,14 +46,15 @@ class MoCo(Method):
 
     Args:
         dim: embedding size D.
-        queue_size: keys kept as negatives, K.
-        momentum: of the key encoder.
-        temperature: divides the cosines.
-        mlp_head: v2's head (one hidden layer as wide as the features) in place of one linear layer.
-        symmetric: also contrast view 2 as the query against view 1 as the key and take the mean of both losses.
-        bn_group: images BatchNorm normalises together. Keys are grouped in a shuffled order (sec. 3.3), so that
-            statistics cannot tell which key belongs to a query; 32 is what one of the paper's 8 GPUs saw.
-        mixture: None, or mixtures of view 1 as further queries; only clean keys are enqueued.
+        queue_size: number of keys in the queue of negatives, K.
+        momentum: of the momentum (key) encoder.
+        temperature: divides the cosine similarities.
+        mlp_head: use v2's head (one hidden layer as wide as the features) instead of one linear layer.
+        symmetric: also use view 2 as the query and view 1 as the key; the loss is the mean of both.
+        bn_group: number of images that BatchNorm normalizes together. Keys are shuffled before grouping (sec. 3.3),
+            which prevents batch statistics from identifying the key of a query; 32 is the batch size per GPU in the
+            paper (8 GPUs).
+        mixture: None, or mixtures of view 1 as additional queries; keys of mixtures are not enqueued.
     """
 
     num_views = 2
@@ -93,8 +94,8 @@ class MoCo(Method):
         self.mixture = mixture
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("queue_head", torch.zeros((), dtype=torch.long))
-        self.draws = 0  # shuffles so far, so that each has its own order
-        self.new_keys: list[Tensor] = []  # of the micro-batches of this step, enqueued by after_step
+        self.draws = 0  # number of shuffles so far; determines the order of the next one
+        self.new_keys: list[Tensor] = []  # of the micro-batches of this step; enqueued by after_step
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         x1, x2 = batch.views
@@ -117,7 +118,7 @@ class MoCo(Method):
         )
 
     def query(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, D) unit queries."""
+        """Return unit queries: (N, C, H, W) -> (N, D)."""
         return F.normalize(full_precision(self.projection(images)), dim=1)
 
     def contrast(self, query: Tensor, key: Tensor) -> Contrast:
@@ -125,7 +126,7 @@ class MoCo(Method):
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, D) unit keys, BatchNorm seeing them among other images than the queries."""
+        """Return unit keys: (N, C, H, W) -> (N, D), with other BatchNorm groups than the queries (shuffling BN)."""
         order = BatchShuffle(len(images), self.draws, images.device)
         self.draws += 1
         keys = self.key_head(self.key_backbone(order.shuffle(images)))

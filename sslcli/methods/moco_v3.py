@@ -1,8 +1,8 @@
-"""MoCo v3: a predictor, a momentum encoder and the large batch's own keys as negatives; no queue.
+"""MoCo v3: contrast with a predictor, a momentum encoder and in-batch negatives; no queue.
 
 Chen, Xie, He 2021  https://arxiv.org/abs/2104.02057   conf/method/moco_v3.yaml
 
-Shapes: N images a process, W processes, D embedding size.
+Shapes: N images per process, W processes, D embedding size.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sslcli.schedule import ema_momentum
 
 
 def contrast(query: Tensor, key: Tensor, *, temperature: float) -> Contrast:
-    """2 tau times the cross-entropy of finding key i of all processes' keys by query i (Alg. 1, `ctr`).
+    """Return 2 tau times the cross-entropy of key i among all processes' keys, for each query i (Alg. 1, `ctr`).
 
-    `query` and `key` are (N, D) of any length; the negatives are the other images' keys of the same view.
+    `query` and `key` are (N, D), normalized here; the negatives are the other images' keys of the same view.
     """
     query = F.normalize(full_precision(query), dim=1)
     key = F.normalize(key.to(query.dtype), dim=1).detach()
@@ -32,16 +32,17 @@ def contrast(query: Tensor, key: Tensor, *, temperature: float) -> Contrast:
 
 
 class MoCoV3(Method):
-    """Symmetric contrast between a predictor's output and a momentum encoder's projection.
+    """Symmetric contrast between the predictor's output and the momentum encoder's projection.
 
     Args:
         dim: embedding size D.
         hidden: width of the hidden layers of projector and predictor.
-        projector_layers: 2 for convolutional nets, 3 for ViT.
-        predictor_norm: BatchNorm (without affine) after the predictor; the official ViT runs have it, ResNets do not.
-        momentum: of the target at the start; rises to 1 by a cosine.
+        projector_layers: number of projector layers; 2 for convolutional networks, 3 for ViT.
+        predictor_norm: add BatchNorm without affine parameters after the predictor; used in the official runs with ViT,
+            not with ResNet.
+        momentum: initial momentum of the momentum encoder; follows a cosine schedule to 1.
         temperature: tau, 1.0 for ResNet-50 and 0.2 for ViT and CIFAR.
-        mixture: None, or mixtures of view 1 as further queries, against the keys of both views.
+        mixture: None, or mixtures of view 1 as additional queries, against the keys of both views.
     """
 
     num_views = 2

@@ -1,9 +1,9 @@
-"""The losses of Deep InfoMax: bounds on mutual information from scores of pairs, and the matching of a prior.
+"""Losses of Deep InfoMax: bounds on mutual information from scores of pairs, and adversarial prior matching.
 
 Hjelm et al. 2019  https://arxiv.org/abs/1808.06670   used by sslcli/methods/deep_infomax.py
 
-Shapes: N images a process, W processes, M images whose maps are compared (WN, or N without gathering), n places of a
-map, k vectors of an image (1 in the paper), u units in which both are compared, D size of the vector.
+Shapes: N images per process, W processes, M images whose maps are compared (WN, or N without gathering), n positions
+of a map, k vectors per image (1 in the paper), u embedding width of the comparison, D vector size.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sslcli.losses import CHUNK_VALUES
 from sslcli.nn import full_precision
 
 LOG2 = math.log(2)
-UNBOUNDED = ("X2", "W1")  # as losses: scores that grow for ever lower them for ever
+UNBOUNDED = ("X2", "W1")  # losses without a lower bound: they decrease as scores grow
 OFFICIAL_MASK = -10.0
 
-# What a measure expects of the scores of pairs that belong together, and of pairs that do not: the variational bounds
-# of Nowozin et al. 2016, https://arxiv.org/abs/1606.00709. The signs of X2 are those of the official code alone.
+# The functions of positive and negative scores in each measure: the variational bounds of Nowozin et al. 2016,
+# https://arxiv.org/abs/1606.00709. The signs of X2 follow the official code and differ from the papers.
 _ELEMENTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "GAN": (lambda p: -F.softplus(-p), F.softplus),
     "JSD": (lambda p: LOG2 - F.softplus(-p), lambda q: F.softplus(q) - LOG2),
@@ -40,9 +40,9 @@ MEASURES = ("InfoNCE", "DV", *(name for name in _ELEMENTWISE if name not in UNBO
 
 
 def expectations(positive: Tensor, negative: Tensor, measure: str) -> tuple[Tensor, Tensor]:
-    """The mean over scores, of any shape, of pairs that belong together, and over those of pairs that do not.
+    """Return the expectations over positive and negative scores of any shape.
 
-    The first less the second bounds a divergence, so the loss is the second less the first (sec. 3.1).
+    First minus second is a lower bound of a divergence; the loss is second minus first (sec. 3.1).
     """
     if measure == "DV":
         return positive.mean(), negative.flatten().logsumexp(0) - math.log(negative.numel())
@@ -51,16 +51,16 @@ def expectations(positive: Tensor, negative: Tensor, measure: str) -> tuple[Tens
 
 
 def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str, gather: bool = True) -> Tensor:
-    """What falls as the vectors tell more of the maps: minus the bound, for InfoNCE the cross-entropy (sec. 3.1).
+    """Return the negative mutual information bound, or the cross-entropy for InfoNCE (sec. 3.1).
 
     Args:
-        positive: (N, k, n) scores of vectors and places of the same image.
-        rows: (N, k) what `reduce_negatives` made of each vector's scores with other images.
-        count: scores that went into each element of `rows`.
+        positive: (N, k, n) scores of vectors and positions of the same image.
+        rows: (N, k) output of `reduce_negatives` for each vector's scores with other images.
+        count: number of scores reduced into each element of `rows`.
         measure: one of MEASURES.
-        gather: DV normalises over the vectors of all processes together.
+        gather: with DV, normalize over the vectors of all processes.
     """
-    if measure == "InfoNCE":  # all places of an image share their negatives, so one log-sum-exp serves them all
+    if measure == "InfoNCE":  # one log-sum-exp for all positions of an image, as they share their negatives
         return (torch.logaddexp(positive, rows[..., None]) - positive).mean()
     if measure == "DV":
         everyone = (all_gather_with_grad(rows) if gather else rows).flatten()
@@ -69,10 +69,10 @@ def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str
 
 
 def reduce_negatives(scores: Tensor, own: Tensor | None, *, measure: str, official_mask: bool = False) -> Tensor:
-    """(..., C) scores of each vector with places of other images -> (...): their sum, or log-sum-exp.
+    """Reduce the scores (..., C) of each vector with positions of other images to (...), by sum or log-sum-exp.
 
-    `own` marks the scores with places of the same image, which do not count; with `official_mask` InfoNCE counts each
-    as a score of -10, as the official code does.
+    `own` marks the scores with positions of the same image, which are excluded; with `official_mask`, InfoNCE includes
+    each as a score of -10, as the official code does.
     """
     if measure in ("InfoNCE", "DV"):
         mask = OFFICIAL_MASK if official_mask and measure == "InfoNCE" else -torch.inf
@@ -86,11 +86,12 @@ def reduce_negatives(scores: Tensor, own: Tensor | None, *, measure: str, offici
 def dot_loss(
     places: Tensor, vectors: Tensor, *, measure: str, official_mask: bool = False, gather: bool = True
 ) -> Tensor:
-    """Loss whose scores are dot products, without temperature or normalisation; every other image is a negative.
+    """Return the loss with dot-product scores, without temperature or normalization; all other images are negatives.
 
-    `places` is (N, u, n), `vectors` (N, u, k), N at least 2. Vectors meet the places of the images of all processes
-    with `gather`, else those of this process. Works in float32 (or float64 if given); memory beyond the gradients is
-    about `CHUNK_VALUES` scores, since blocks of rows are computed again in the backward pass.
+    `places` is (N, u, n), `vectors` (N, u, k). With `gather`, the negatives are positions of the images of all
+    processes, else those of this process; there must be at least 2 images, else ValueError. Computed in float32 (or
+    float64 if given). Memory beyond the gradients is about `CHUNK_VALUES` scores, because blocks of rows are recomputed
+    in the backward pass.
     """
     with torch.autocast(places.device.type, enabled=False):
         places, vectors = full_precision(places), full_precision(vectors)
@@ -123,9 +124,9 @@ def dot_loss(
 
 
 def concat_loss(score: nn.Module, maps: Tensor, vectors: Tensor, *, measure: str, gather: bool = True) -> Tensor:
-    """Loss whose scores a network makes of a vector beside each place; the negative is the map of the next image.
+    """Return the loss with scores from a network on concatenated vector and position; the next image is the negative.
 
-    `maps` is (N, C, H, W), `vectors` (N, D); `score` takes (N, D + C, H, W) to (N, 1, H, W).
+    `maps` is (N, C, H, W), `vectors` (N, D); `score` maps (N, D + C, H, W) to (N, 1, H, W).
     """
     maps, vectors = full_precision(maps), full_precision(vectors)
     everyone, first = (all_gather_with_grad(maps), rank() * len(maps)) if gather else (maps, 0)
@@ -139,10 +140,10 @@ def concat_loss(score: nn.Module, maps: Tensor, vectors: Tensor, *, measure: str
 
 
 def prior_losses(discriminator: nn.Module, vectors: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Adversarial matching of sigmoid(vectors) to samples of the prior, both (N, D) (sec. 3.3).
+    """Return encoder and discriminator losses of matching sigmoid(vectors) to prior samples, both (N, D) (sec. 3.3).
 
-    Returns the encoder's non-saturating loss and the discriminator's, neither with gradient for the other's weights,
-    so that one backward of their sum gives each player its own.
+    The encoder loss is non-saturating. Neither loss has a gradient for the other player's weights; one backward pass of
+    their sum therefore gives each player its own gradient.
     """
     with torch.autocast(vectors.device.type, enabled=False):
         code = full_precision(vectors).sigmoid()

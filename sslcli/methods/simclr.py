@@ -1,8 +1,8 @@
-"""SimCLR: bring two views of an image together, against all other views of the batch.
+"""SimCLR: contrast two views of an image with all other views of the batch.
 
 Chen et al. 2020  https://arxiv.org/abs/2002.05709   conf/method/simclr.yaml
 
-Shapes: N images a process, W processes, D embedding size.
+Shapes: N images per process, W processes, D embedding size.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from sslcli.nn import SyncBatchNorm, convert_batch_norm, full_precision, mlp
 
 
 def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None = None) -> Contrast:
-    """Normalised temperature-scaled cross-entropy (eq. 1), the mean over this process's 2N anchors.
+    """Return the normalized temperature-scaled cross-entropy (eq. 1), mean over this process's 2N anchors.
 
-    `z1` and `z2` are (N, D) of any length, row i of both the same image. The negatives are the 2(WN - 1) views of
+    `z1` and `z2` are (N, D), normalized here; row i of both is the same image. The negatives are the 2(WN - 1) views of
     all other images on all processes; gradients flow through them on every process. The unit rows of `memory` (K, D),
-    where given, are further negatives of every anchor.
+    if given, are additional negatives of every anchor.
     """
     rows = F.normalize(full_precision(torch.cat([z1, z2])), dim=1)
     if world_size() == 1 and memory is None and temperature >= COLDEST:
@@ -43,12 +43,13 @@ class SimCLR(Method):
     Args:
         dim: embedding size D.
         hidden: width of the head's hidden layers; None is the width of the features, as in the official code.
-        layers: linear layers of the head, 2 in v1.
-        norm: BatchNorm in the head, after the last layer without beta, as in the official code.
-        init_std: of the head's weights, 0.01 in the official code; None is torch's own. BatchNorm hides the scale of a
-            weight but not that of its steps: a small weight turns faster, which LARS evens out and SGD does not.
+        layers: number of linear layers of the head, 2 in v1.
+        norm: use BatchNorm in the head, without beta after the last layer, as in the official code.
+        init_std: standard deviation of the head's initial weights, 0.01 in the official code; None is torch's default.
+            The output of a layer with BatchNorm does not depend on the weight scale, but its effective learning rate
+            does: it is higher for small weights. LARS compensates for this, SGD does not.
         temperature: 0.1 on ImageNet with large batches, 0.5 on CIFAR-10.
-        mixture: None, or mixtures of view 1 that take its place in a second loss.
+        mixture: None, or mixtures of view 1 that replace it in a second loss.
     """
 
     num_views = 2
@@ -103,7 +104,7 @@ class SimCLR(Method):
         return {"loss": contrast.loss, "accuracy": contrast.accuracy}
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Contrast:
-        """The loss of two views' embeddings (N, D)."""
+        """Return the loss of the embeddings (N, D) of two views."""
         return nt_xent(z1, z2, temperature=self.temperature)
 
     def projection(self, images: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""SimCLR v2: a deeper head, fine-tuned from its middle, and optionally the memory of MoCo.
+"""SimCLR v2: SimCLR with a deeper head, fine-tuning from a middle layer of it, and optionally MoCo's queue.
 
 Chen et al. 2020  https://arxiv.org/abs/2006.10029   conf/method/simclr_v2.yaml
 
 The other two stages are `ssl-eval protocol=semi` (or finetune) and `protocol=distill`.
-Shapes: N images a process, W processes, D embedding size, K queue length.
+Shapes: N images per process, W processes, D embedding size, K queue length.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from sslcli.nn import ema_update, frozen_copy, full_precision
 
 
 class SimCLRv2(SimCLR):
-    """SimCLR with a head of three layers, whose first layer is kept for fine-tuning.
+    """SimCLR with a three-layer head, whose first layer is kept for fine-tuning.
 
     Args:
-        layers: linear layers of the head, 3 in v2.
+        layers: number of linear layers of the head, 3 in v2.
         finetune_layer: layer of the head that fine-tuning starts from; 0 is the backbone.
-        queue_size: embeddings of a moving average of the network that are further negatives, K; 0 is none (sec. 2).
-        momentum: of that moving average.
-        others: as in SimCLR.
+        queue_size: number K of embeddings of a momentum encoder used as additional negatives; 0 disables it (sec. 2).
+        momentum: of the momentum encoder.
+
+    The other arguments are those of `SimCLR`.
     """
 
     queue: Tensor  # (K, D), oldest rows are overwritten first
@@ -70,7 +71,7 @@ class SimCLRv2(SimCLR):
         self.head_layers = layers
         self.finetune_layer = finetune_layer
         self.queue_size, self.momentum = queue_size, momentum
-        self.new_keys: list[Tensor] = []  # of the micro-batches of this step, enqueued by after_step
+        self.new_keys: list[Tensor] = []  # of the micro-batches of this step; enqueued by after_step
         if queue_size:
             self.key_backbone = frozen_copy(self.backbone)
             self.key_head = frozen_copy(self.head)
@@ -87,12 +88,12 @@ class SimCLRv2(SimCLR):
         return super().compare((z1, z2))
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Contrast:
-        """NT-Xent; the rows of the memory are further negatives of every anchor."""
+        """Return NT-Xent with the queue, if any, as additional negatives of every anchor."""
         return nt_xent(z1, z2, temperature=self.temperature, memory=self.queue if self.queue_size else None)
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, D) unit embeddings by the moving average of the network."""
+        """Return unit embeddings of the momentum encoder: (N, C, H, W) -> (N, D)."""
         return F.normalize(full_precision(self.key_head(self.key_backbone(images))), dim=1)
 
     @torch.no_grad()
@@ -106,9 +107,9 @@ class SimCLRv2(SimCLR):
         self.new_keys.clear()
 
     def head_features(self, images: Tensor, layer: int) -> Tensor:
-        """Output of a layer of the head, of a hidden one after its BatchNorm and ReLU; that of the backbone for 0.
+        """Return the output of a head layer, after BatchNorm and ReLU for hidden layers; the features for layer 0.
 
-        (N, C, H, W) -> (N, width of the layer). Raises ValueError for a layer the head does not have.
+        (N, C, H, W) -> (N, width of the layer). Raises ValueError for a layer that does not exist.
         """
         if not 0 <= layer <= self.head_layers:
             raise ValueError(

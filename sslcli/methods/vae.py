@@ -1,11 +1,11 @@
-"""VAE: code an image as a normal distribution that stays near the standard one, and draw it from a sample.
+"""VAE: encode an image as a normal distribution close to N(0, I), and reconstruct the image from a sample.
 
 Kingma and Welling 2014  https://arxiv.org/abs/1312.6114
 Higgins et al. 2017 (beta)  https://openreview.net/forum?id=Sy2fzU9gl
 Kingma et al. 2016 (free bits)  https://arxiv.org/abs/1606.04934
 Rybkin et al. 2021 (optimal sigma)  https://arxiv.org/abs/2006.13202   conf/method/vae.yaml
 
-Shapes: N images a process, C channels, S their side in pixels, D size of the code.
+Shapes: N images per process, C channels, S image side in pixels, D code size.
 """
 
 from __future__ import annotations
@@ -24,47 +24,47 @@ from sslcli.methods.base import Batch, Method, num_features
 from sslcli.nn import SyncBatchNorm, convert_batch_norm, full_precision
 from sslcli.noise import Noise
 
-LOG_VARIANCE = (-10.0, 10.0)  # where exp is harmless
-SMALLEST_MSE = 1e-6  # about what the 256 levels of a byte leave: below it there is nothing to model
+LOG_VARIANCE = (-10.0, 10.0)  # clamping range, which prevents overflow of exp
+SMALLEST_MSE = 1e-6  # about the quantization error of 8-bit images, below which there is nothing to model
 ACTIVE = 0.01  # variance of a unit's mean over images (Burda et al. 2016, arXiv:1509.00519)
-PICTURE_SEED = 0  # of the samples in pictures, so that those of two epochs can be compared
+PICTURE_SEED = 0  # of the saved samples, which makes samples of different epochs comparable
 
 
 class Posterior(NamedTuple):
-    """q(z | x) of each image: a normal distribution with independent dimensions, both (N, D)."""
+    """q(z | x) per image: a normal distribution with independent dimensions; mean and log-variance are (N, D)."""
 
     mean: Tensor
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + deviation * noise, with `noise` (N, D) standard normal (eq. 10)."""
+        """Return mean + standard deviation * noise, with `noise` (N, D) standard normal (eq. 10)."""
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def divergence(self) -> Tensor:
-        """Kullback-Leibler divergence from the standard normal distribution in nats, (N, D) (appendix B)."""
+        """Return the KL divergence from the standard normal distribution in nats, (N, D) (appendix B)."""
         return -0.5 * (1 + self.logvar - self.mean.square() - self.logvar.exp())
 
 
 def squared_error(drawn: Tensor, images: Tensor) -> Tensor:
-    """(N,): the squared error of each image, summed over all its values."""
+    """Return the squared error per image (N,), summed over all its values."""
     return (drawn - images).square().flatten(1).sum(1)
 
 
 def bernoulli_nll(logits: Tensor, images: Tensor) -> Tensor:
-    """(N,): -log p(x | z) of each image in [0, 1] under independent Bernoulli values, summed over them."""
+    """Return -log p(x | z) per image in [0, 1], (N,), summed over independent Bernoulli values."""
     return F.binary_cross_entropy_with_logits(logits, images, reduction="none").flatten(1).sum(1)
 
 
 def over_processes(local: Tensor) -> Tensor:
-    """A mean over this process's images -> over those of all, with the gradient of this process's part."""
+    """Return the mean of `local` over all processes, with the gradient of this process's value."""
     return local + (all_reduce_mean(local.detach()) - local.detach())
 
 
 def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, sigma: float | None) -> Tensor:
-    """-log p(x | z) without its constants, summed over the values of an image, the mean over images; in nats.
+    """Return -log p(x | z) in nats without constants, summed over the values of an image, mean over images.
 
-    bernoulli takes `drawn` as logits. gaussian is |x^ - x|^2 / (2 sigma^2), or for sigma None that of the sigma which
-    fits the errors of the step best, M/2 log(mean squared error) with M values an image (Rybkin et al.).
+    For bernoulli, `drawn` are logits. gaussian is |x^ - x|^2 / (2 sigma^2); with sigma None, the sigma with maximum
+    likelihood for the step is used, which gives M/2 log(mean squared error) with M values per image (Rybkin et al.).
     """
     if kind == "bernoulli":
         return bernoulli_nll(drawn, images).mean()
@@ -76,36 +76,38 @@ def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, sigma: floa
 
 
 def divergence_loss(posterior: Posterior, *, free_bits: float = 0.0) -> Tensor:
-    """KL(q(z|x) || p(z)) in nats: the mean over images, each dimension counted as at least `free_bits`.
+    """Return KL(q(z|x) || p(z)) in nats: mean over images, each dimension clamped to at least `free_bits`, then summed.
 
-    The mean over the images of all processes comes before that bound, so a unit may spend its bits on a few images.
+    The mean over the images of all processes is taken before clamping; the bits of a dimension may therefore be
+    concentrated in a few images.
     """
     units = over_processes(posterior.divergence().mean(0))  # (D,)
     return units.clamp_min(free_bits).sum() if free_bits else units.sum()
 
 
 def active_units(means: Tensor) -> Tensor:
-    """How many dimensions of the code tell images apart: (N, D) -> a scalar in [0, D]. 0 is a collapsed posterior."""
+    """Return the number of active code dimensions, a scalar in [0, D], of means (N, D); 0 is posterior collapse."""
     return (means.var(0, correction=0) > ACTIVE).sum().to(means.dtype)
 
 
 class VAE(Method):
-    """The variational autoencoder, with beta, free bits and a decoder noise of its own choice.
+    """Variational autoencoder with beta, free bits and optionally a calibrated decoder variance.
 
     Args:
-        image_size: side S of the images in pixels.
-        channels: C of the images.
-        dim: size D of the code.
-        width: channels of the decoder's smallest map.
-        beta: weight of the divergence, at least 0; 1 bounds the likelihood, more disentangles.
-        free_bits: nats that each dimension of the code has for nothing, at least 0.
-        kl_warmup: share of the run over which the weight of the divergence rises from 0 to beta, in [0, 1].
-        reconstruction: gaussian, or bernoulli, whose decoder gives logits.
-        sigma: standard deviation of the gaussian on the scale of the images; None: the best at each step.
+        image_size: image side S in pixels.
+        channels: image channels C.
+        dim: code size D.
+        width: channels of the decoder's smallest feature map.
+        beta: weight of the KL divergence, at least 0; 1 gives a bound of the likelihood, larger values favor
+            disentangled codes.
+        free_bits: nats per code dimension without KL penalty, at least 0.
+        kl_warmup: fraction of the run over which the KL weight increases from 0 to beta, in [0, 1].
+        reconstruction: gaussian, or bernoulli, for which the decoder outputs logits.
+        sigma: standard deviation of the gaussian on the scale of the images; None: the optimum of each step.
 
-    Images lie in [0, 1] (views.normalize=false); the first step refuses others. The posterior is sampled in training
-    alone: features come from the backbone, the projection and pictures from the mean.
-    Raises ValueError for values outside these.
+    Images must be in [0, 1] (views.normalize=false); the first step raises ConfigError otherwise. The posterior is
+    sampled only in training: features come from the backbone, projection and saved images from the posterior mean.
+    Raises ValueError for arguments out of range.
     """
 
     num_views = 1
@@ -150,7 +152,7 @@ class VAE(Method):
         fidelity = reconstruction_loss(drawn, images, kind=self.reconstruction, sigma=self.sigma)
         divergence = divergence_loss(posterior, free_bits=self.free_bits)
         self.embeddings = (posterior.mean.detach(),)
-        # Divided by the number of values, so that the learning rate suits any image size; beta keeps its meaning.
+        # Dividing by the number of values makes the learning rate independent of image size, without effect on beta.
         loss = (fidelity + self.beta * self.kl_share * divergence) / images[0].numel()
         return {
             "loss": loss,
@@ -165,7 +167,7 @@ class VAE(Method):
             self.kl_share.fill_(min(1.0, progress / self.kl_warmup))
 
     def posterior(self, images: Tensor) -> Posterior:
-        """q(z | x) of images (N, C, S, S)."""
+        """Return q(z | x) of images (N, C, S, S)."""
         features = self.backbone(images)
         mean, logvar = full_precision(self.to_mean(features)), full_precision(self.to_logvar(features))
         return Posterior(mean, logvar.clamp(*LOG_VARIANCE))
@@ -174,11 +176,11 @@ class VAE(Method):
         self.first_look(views[0])
 
     def projection(self, images: Tensor) -> Tensor:
-        """(N, C, S, S) -> (N, D), the mean of the posterior."""
+        """Return the posterior mean: (N, C, S, S) -> (N, D)."""
         return self.to_mean(self.backbone(images))  # type: ignore[no-any-return]
 
     def pixels(self, drawn: Tensor) -> Tensor:
-        """What the decoder gave, as pixels."""
+        """Convert the decoder output to pixels."""
         return drawn.sigmoid() if self.reconstruction == "bernoulli" else drawn
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
@@ -192,7 +194,7 @@ class VAE(Method):
 
 
 def check_values(*, beta: float, free_bits: float, kl_warmup: float, reconstruction: str, sigma: float | None) -> None:
-    """Raise ValueError unless every value lies in its range."""
+    """Raise ValueError for a value out of range."""
     for name, value in {"beta": beta, "free_bits": free_bits}.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}, but it must be at least 0")
