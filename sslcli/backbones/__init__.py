@@ -1,4 +1,4 @@
-"""Networks from images to features. One family a file; `conf/backbone/<word>.yaml` names each."""
+"""Networks from images to features, one file per family; each has a `conf/backbone/<name>.yaml`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a backbone is: the network that pre-training leaves behind."""
+"""Base class of all backbones: the network that pre-training produces."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """Images (N, C, H, W) -> features (N, num_features).
+    """Network from images (N, C, H, W) to features (N, num_features).
 
-    A subclass sets `num_features`, defines `forward`, and where it has feature maps also `stages`.
+    A subclass sets `num_features` and defines `forward`; if it has feature maps, also `stages`.
     """
 
     num_features: int
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, C, H, W), floating point -> (N, num_features)."""
+        """Return features (N, num_features) of normalized floating-point images (N, C, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Feature maps (N, channels, height, width) by stage name, shallow to deep, all from one pass.
+        """Return feature maps (N, channels, height, width) by stage name, shallow to deep, from one forward pass.
 
-        Raises ValueError where the backbone has none to give.
+        Raises ValueError if the backbone has no feature maps.
         """
         raise ValueError(
             f"the backbone {type(self).__name__} gives features but no maps by stage: "

@@ -1,7 +1,7 @@
-"""The discriminator of DCGAN without its last layer: convolutions of stride 2, and the smallest map flattened.
+"""DCGAN discriminator without its last layer: convolutions of stride 2, with a flattened last feature map.
 
 Radford et al. 2016  https://arxiv.org/abs/1511.06434  https://github.com/Newmu/dcgan_code  conf/backbone/dcgan.yaml
-Kernels are 4 x 4, where the official code has 5 x 5.
+Kernels are 4 x 4 instead of 5 x 5 as in the official code.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from sslcli.errors import check_positive
 SLOPE = 0.2  # of LeakyReLU (section 4)
 INIT_STD = 0.02  # of weights, and of BatchNorm's scales around 1 (section 4 and the official code)
 SMALLEST_IMAGE = 16
-DEEPEST = 8  # times as many channels as the first map has
+DEEPEST = 8  # maximum number of channels, as a multiple of `width`
 
 
 class DCGANNet(Backbone):
-    """4x4 convolutions of stride 2, each but the first with normalisation, each with LeakyReLU.
+    """4x4 convolutions of stride 2 with LeakyReLU, and normalization after all but the first.
 
-    There are as many as leave a map of 4 to 7 pixels a side from images of 64 pixels on, and of 2 or 3 below, where
-    four would else be three. num_features = channels of the last map times its places.
+    The last feature map has a side of 4 to 7 pixels for images of 64 pixels or more, and 2 or 3 for smaller images,
+    which have one more convolution than that rule gives. num_features = channels * positions of the last map.
 
     Args:
         image_size: side of the training images in pixels, at least 16.
-        width: channels of the first map, doubled by each convolution up to 8 times as many.
-        in_channels: of the images.
+        width: channels of the first map; each further convolution doubles them, up to 8 * width.
+        in_channels: image channels.
         norm: batch, layer or none, see `norm_layer`.
 
-    Raises ValueError for values outside these.
+    Raises ValueError for arguments out of range.
     """
 
     def __init__(self, *, image_size: int, width: int = 64, in_channels: int = 3, norm: str = "batch") -> None:
@@ -44,7 +44,7 @@ class DCGANNet(Backbone):
                 f"image_size is {image_size}, but the dcgan backbone needs at least {SMALLEST_IMAGE} pixels: "
                 "enlarge the images"
             )
-        octaves = image_size.bit_length() - 3  # that leave 4 to 7 pixels: 16 -> 2, 32 -> 3, 64 -> 4
+        octaves = image_size.bit_length() - 3  # halvings to a side of 4 to 7 pixels: 16 -> 2, 32 -> 3, 64 -> 4
         depth = max(octaves, min(octaves + 1, 4))
         self.side = image_size >> depth
         widths = [in_channels, *(width * min(2**number, DEEPEST) for number in range(depth))]
@@ -57,14 +57,17 @@ class DCGANNet(Backbone):
         self.num_features = widths[-1] * self.side**2
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, num_features): the last map, of images of another size as many means of it."""
+        """Return the flattened last map: (N, in_channels, H, W) -> (N, num_features).
+
+        For other image sizes than in training, the map is first average-pooled to the side it has in training.
+        """
         *_, last = self.stages(images).values()
         if last.shape[2:] != (self.side, self.side):
             last = F.adaptive_avg_pool2d(last, self.side)
         return last.flatten(1)
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps after `block1` and so on; each has half the side of the one before."""
+        """Return the feature maps after `block1`, `block2`, ...; each has half the side of the previous one."""
         x = images
         maps = {}
         for number, layer in enumerate(self.blocks, start=1):
@@ -73,7 +76,7 @@ class DCGANNet(Backbone):
 
 
 def block(in_channels: int, out_channels: int, *, norm: str) -> nn.Sequential:
-    """4x4 convolution, normalisation, LeakyReLU: (N, in_channels, H, W) -> (N, out_channels, H / 2, W / 2)."""
+    """Build 4x4 convolution, normalization, LeakyReLU: (N, in_channels, H, W) -> (N, out_channels, H / 2, W / 2)."""
     conv = nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1, bias=norm == "none")
     normalise = norm_layer(norm, out_channels)
     nn.init.normal_(conv.weight, std=INIT_STD)

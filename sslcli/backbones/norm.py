@@ -1,4 +1,4 @@
-"""The normalisation of a convolutional backbone, one word for each."""
+"""Normalization layers of convolutional backbones, by name."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ NORMS = ("batch", "layer", "none")
 
 
 def norm_layer(norm: str, channels: int) -> nn.Module:
-    """A layer for maps (N, channels, H, W).
+    """Build the normalization layer named `norm` for feature maps (N, channels, H, W).
 
-    batch: BatchNorm. layer: over channels and positions of one image, GroupNorm with one group, so that no image tells
-    of another. none: the identity. Raises ValueError for any other word.
+    batch: BatchNorm. layer: normalization over channels and positions of each image (GroupNorm with one group), without
+    statistics over the batch. none: identity. Raises ValueError for any other name.
     """
     if norm == "batch":
         return nn.BatchNorm2d(channels)

@@ -1,4 +1,4 @@
-"""torchvision's residual networks without their classifier, with a stem for small images where wanted.
+"""torchvision's residual networks without classifier, optionally with a stem for small images.
 
 He et al. 2016  https://arxiv.org/abs/1512.03385     wide: Zagoruyko & Komodakis 2016  https://arxiv.org/abs/1605.07146
 conf/backbone/resnet18.yaml and its siblings
@@ -20,19 +20,19 @@ LARGEST_CIFAR_IMAGE = 64
 
 
 class ResNet(Backbone):
-    """A torchvision ResNet whose parameter names are torchvision's, less `fc`, so that weights move both ways.
+    """torchvision ResNet without `fc`, with torchvision's parameter names; weights can be loaded in both directions.
 
     Args:
         arch: one of `ARCHS`; num_features is 512 for resnet18 and resnet34, 2048 for the others.
-        image_size: side of the training images in pixels; it decides the stem where `stem` is "auto".
+        image_size: side of the training images in pixels; determines the stem if `stem` is "auto".
         stem: "imagenet" (7x7 convolution of stride 2, max-pool), "cifar" (3x3 of stride 1, no max-pool; SimCLR
             appendix B.9) or "auto": cifar up to 64 px, imagenet above.
-        in_channels: of the images; other than 3 changes the first convolution alone.
-        zero_init_residual: start every residual branch at zero (Goyal et al. 2017, section 5.1); needs a norm.
-        norm: batch, layer or none, see `norm_layer`. Without any, the L residual branches start at 1 / sqrt(L) of
-            their size, so that the sum of them all does not explode (after Zhang et al. 2019, arXiv:1901.09321).
+        in_channels: image channels; a value other than 3 changes only the first convolution.
+        zero_init_residual: initialize every residual branch to zero (Goyal et al. 2017, section 5.1); needs a norm.
+        norm: batch, layer or none, see `norm_layer`. With none, the initial scale of the L residual branches is divided
+            by sqrt(L), which keeps their sum bounded (after Zhang et al. 2019, arXiv:1901.09321).
 
-    Raises ValueError for an arch, stem or norm that does not exist.
+    Raises ValueError for an unknown arch, stem or norm.
     """
 
     conv1: nn.Conv2d
@@ -69,7 +69,7 @@ class ResNet(Backbone):
 
         from torchvision import models
 
-        # One class keeps torchvision from drawing a large classifier that is thrown away here.
+        # num_classes=1 avoids the initialization of a large classifier, which is discarded here.
         net = getattr(models, arch)(
             weights=None,
             num_classes=1,
@@ -90,11 +90,11 @@ class ResNet(Backbone):
             shrink_branches(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, num_features), the mean over positions of layer4."""
+        """Return the mean over positions of layer4: (N, in_channels, H, W) -> (N, num_features)."""
         return self.avgpool(self.stages(images)["layer4"]).flatten(1)  # type: ignore[no-any-return]
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps after `layer1` to `layer4`; each halves the side of the one before."""
+        """Return the feature maps after `layer1` to `layer4`; each has half the side of the previous one."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = {}
         for name in ("layer1", "layer2", "layer3", "layer4"):

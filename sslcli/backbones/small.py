@@ -1,9 +1,9 @@
-"""A small convolutional network that a laptop's processor trains in minutes.
+"""A small convolutional network, which trains in minutes on a laptop CPU.
 
 conf/backbone/small.yaml
 
-Convolutions on large maps cost most: two early strides leave 8 x 8 maps of a 32-pixel image before the layers
-get wide, at a few per cent of the arithmetic of resnet18.
+Two early strides reduce a 32-pixel image to 8 x 8 maps before the layers get wide, because convolutions on large maps
+are the most expensive. The network needs a few percent of the arithmetic of resnet18.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ SMALLEST_IMAGE = 16
 
 
 class Small(Backbone):
-    """Five 3x3 convolutions, each with normalisation and ReLU, and the mean over positions; num_features = 8 * width.
+    """Five 3x3 convolutions with normalization and ReLU, and global average pooling; num_features = 8 * width.
 
     Args:
         image_size: side of the training images in pixels, at least 16; maps after block 5 have an eighth of it.
-        width: channels of block 1; the blocks have 1, 2, 2, 4 and 8 times as many.
-        in_channels: of the images.
+        width: channels of block 1; the five blocks have 1, 2, 2, 4 and 8 times `width` channels.
+        in_channels: image channels.
         norm: batch, layer or none, see `norm_layer`.
 
-    Raises ValueError for values outside these.
+    Raises ValueError for arguments out of range.
     """
 
     def __init__(self, *, image_size: int, width: int = 32, in_channels: int = 3, norm: str = "batch") -> None:
@@ -45,11 +45,11 @@ class Small(Backbone):
         self.num_features = 8 * width
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, 8 * width), the mean over positions of block 5."""
+        """Return the mean over positions of block 5: (N, in_channels, H, W) -> (N, 8 * width)."""
         return self.stages(images)["block5"].mean((2, 3))
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps after `block1` to `block5`, of a half, a quarter, a quarter, an eighth and an eighth of the side."""
+        """Return the maps after `block1` to `block5`, with 1/2, 1/4, 1/4, 1/8 and 1/8 of the image side."""
         x = images
         maps = {}
         for name in ("block1", "block2", "block3", "block4", "block5"):
@@ -58,7 +58,7 @@ class Small(Backbone):
 
 
 def block(in_channels: int, out_channels: int, *, stride: int, norm: str) -> nn.Sequential:
-    """3x3 convolution, normalisation, ReLU: (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)."""
+    """Build 3x3 convolution, normalization and ReLU: (N, in_channels, H, W) -> (N, out_channels, H / stride, ...)."""
     conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=norm == "none")
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, norm_layer(norm, out_channels), nn.ReLU(inplace=True))

@@ -1,4 +1,4 @@
-"""Any model of the timm library (https://github.com/huggingface/pytorch-image-models) without its classifier.
+"""Models of the timm library (https://github.com/huggingface/pytorch-image-models) without classifier.
 
 conf/backbone/timm.yaml; timm is an extra: pip install "sslcli[timm]"
 """
@@ -18,16 +18,16 @@ from sslcli.backbones.wrap import dry_output, pooled
 
 
 class Timm(Backbone):
-    """The timm model `name`, whose parameters are named `model.*` with timm's names behind.
+    """The timm model `name`; parameters have timm's names with the prefix `model.`.
 
     Args:
-        name: as in timm.list_models(), with or without a tag of weights, or "hf-hub:owner/model".
-        image_size: side of the images in pixels; handed to models that are built for one size (ViT, Swin ...).
-        in_channels: of the images.
-        pretrained: start from timm's weights instead of at random; needs the network once.
-        options: further keyword arguments of timm.create_model, e.g. {"drop_path_rate": 0.1}.
+        name: as in timm.list_models(), with or without a weights tag, or "hf-hub:owner/model".
+        image_size: image side in pixels; passed to models that are built for a fixed size (ViT, Swin ...).
+        in_channels: image channels.
+        pretrained: load timm's weights instead of random initialization; downloads them on first use.
+        options: additional keyword arguments of timm.create_model, e.g. {"drop_path_rate": 0.1}.
 
-    Raises ValueError where timm cannot be imported, knows no such model, or cannot build it as asked.
+    Raises ValueError if timm cannot be imported, has no such model, or cannot build it with these arguments.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Timm(Backbone):
         self.num_features = dry_output(self.model, image_size=image_size, in_channels=in_channels).shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, num_features)."""
+        """Return features: (N, in_channels, H, W) -> (N, num_features)."""
         return pooled(self.model(images))
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps of `stage1`, `stage2` and so on, as timm's forward_intermediates gives them: for a ViT every block."""
+        """Return maps `stage1`, `stage2`, ... from timm's forward_intermediates; for a ViT, one per block."""
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(
                 f"timm gives no maps by stage of {type(self.model).__name__}: take another model, a resnet or small"
@@ -62,7 +62,7 @@ class Timm(Backbone):
 
 
 def create(name: str, *, image_size: int, in_channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    """timm.create_model without classifier, for images of `image_size`; errors as `Timm` documents them."""
+    """Call timm.create_model without classifier, for images of `image_size`; raises ValueError as `Timm`."""
     try:
         import timm
     except ImportError as error:
@@ -77,7 +77,7 @@ def create(name: str, *, image_size: int, in_channels: int, pretrained: bool, op
     try:
         with without_pickles():
             model = _built(timm, name, image_size, arguments)
-    except Exception as error:  # whatever it is (network, option, size), the user's yaml asked for it
+    except Exception as error:  # any cause (download, option, size) is reported with the user's settings
         raise ValueError(
             f"timm cannot build {name!r} with image_size={image_size}, {arguments}: {type(error).__name__}: {error}"
         ) from error
@@ -96,9 +96,9 @@ def _built(timm: Any, name: str, image_size: int, arguments: dict[str, Any]) -> 
 
 @contextmanager
 def without_pickles() -> Iterator[None]:
-    """Have torch.load read tensors and plain values alone within the block, whatever timm asks it for.
+    """Force torch.load to use weights_only=True within the block, regardless of the arguments timm passes.
 
-    Older versions of timm unpickle files of weights whole, which can run any code.
+    Older versions of timm unpickle entire weight files, which can execute arbitrary code.
     """
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name, None) for name in names}

@@ -1,9 +1,10 @@
-"""Vision Transformer with fixed 2-D sin-cos positions, initialised as in MoCo v3.
+"""Vision Transformer with fixed 2-D sin-cos position embedding, initialized as in MoCo v3.
 
 Dosovitskiy et al. 2021  https://arxiv.org/abs/2010.11929     Chen, Xie, He 2021  https://arxiv.org/abs/2104.02057
 conf/backbone/vit_tiny.yaml, vit_small.yaml, vit_base.yaml
 
-Parameter names are those of timm's VisionTransformer, so weights move both ways (also those of the official MoCo v3).
+Parameter names are those of timm's VisionTransformer; weights can be loaded in both directions, and from the official
+MoCo v3.
 
 Shapes: N images, P patches, T = 1 + P tokens, D width, H heads, K width of a head.
 """
@@ -30,11 +31,11 @@ def position_embedding(
     trained: tuple[int, int] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Sin-cos embedding of a grid of patches, (height * width, dim) float32, rows first (MoCo v3, section 3).
+    """Return the sin-cos embedding of a patch grid, (height * width, dim) float32, rows first (MoCo v3, section 3).
 
-    A quarter each of sin and cos of the row, sin and cos of the column, at frequencies 10000^(-i / (dim / 4)).
-    `trained` = (rows, columns) of another grid of the same scene stretches this one over it, centre on centre, as
-    interpolating that grid's embedding would, but exactly. `dim` must be divisible by 4.
+    Sine and cosine of the row and of the column take a quarter of `dim` each, at frequencies 10000^(-i / (dim / 4)).
+    `trained` = (rows, columns) is the grid used in training: the new grid is scaled to its coordinates, with half-pixel
+    centers as in interpolation of the trained embedding, but without interpolation error. `dim` must be divisible by 4.
     """
     quarter = dim // 4
     frequency = 10000.0 ** (-torch.arange(quarter, device=device) / quarter)
@@ -48,9 +49,9 @@ def position_embedding(
 
 
 def choose_patch_size(image_size: int) -> int:
-    """The divisor of `image_size` nearest to a 14th of it, at least 4 pixels: 224 -> 16, 96 -> 6, 64 and 32 -> 4.
+    """Return the divisor of `image_size` nearest to image_size / 14, at least 4: 224 -> 16, 96 -> 6, 64 and 32 -> 4.
 
-    Raises ValueError where no divisor leaves at least 4 x 4 patches of at least 4 pixels.
+    Raises ValueError if no divisor gives at least 4 x 4 patches of at least 4 pixels.
     """
     divisors = [size for size in range(4, image_size // 4 + 1) if image_size % size == 0]
     if not divisors:
@@ -78,7 +79,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between, on each token by itself."""
+    """Two linear layers with GELU in between, applied to each token."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Leaves out a residual branch for an image with probability `drop_prob` (Huang et al. 2016, arXiv:1603.09382)."""
+    """Stochastic depth: drop a residual branch per image with probability `drop_prob` (arXiv:1603.09382)."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -104,7 +105,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and beside a residual connection."""
+    """Pre-norm transformer block: attention and MLP, each with LayerNorm and a residual connection."""
 
     def __init__(self, width: int, *, num_heads: int, hidden: int, drop_prob: float) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Projects every patch linearly: (N, C, H, W) -> (N, D, H / patch, W / patch)."""
+    """Linear projection of every patch: (N, C, H, W) -> (N, D, H / patch, W / patch)."""
 
     def __init__(self, in_channels: int, width: int, *, patch_size: int) -> None:
         super().__init__()
@@ -138,22 +139,23 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(Backbone):
-    """ViT; num_features = `width`.
+    """Vision Transformer with num_features = `width`.
 
     Args:
-        image_size: side of the training images in pixels, a multiple of `patch_size`. Other sizes that are multiples
-            too (multi-crop) see the same position embedding, stretched.
-        patch_size: side of a patch in pixels; None chooses about a 14th of the image, see `choose_patch_size`.
-        width: of a token, divisible by 4 and by `num_heads`.
+        image_size: side of the training images in pixels, a multiple of `patch_size`. For other multiples of it
+            (multi-crop), the position embedding is scaled.
+        patch_size: side of a patch in pixels; None chooses about image_size / 14, see `choose_patch_size`.
+        width: token width, divisible by 4 and by `num_heads`.
         depth: number of blocks.
-        num_heads: attention heads of a block.
-        mlp_ratio: hidden width of a block's MLP over `width`.
-        in_channels: of the images.
-        frozen_patch_projection: keep the random patch projection untrained (MoCo v3, section 4.2: stability).
-        pool: "cls" takes the class token, "mean" the mean over patches, both after the final LayerNorm.
-        drop_path: probability in [0, 1) of leaving out a branch of the last block; grows linearly from 0 at the first.
+        num_heads: attention heads per block.
+        mlp_ratio: hidden width of the MLP divided by `width`.
+        in_channels: image channels.
+        frozen_patch_projection: do not train the randomly initialized patch projection (MoCo v3, section 4.2: improves
+            stability).
+        pool: "cls" uses the class token, "mean" the mean over patches, both after the final LayerNorm.
+        drop_path: stochastic depth rate in [0, 1) of the last block; the rate increases linearly from 0 in the first.
 
-    Raises ValueError for values outside these.
+    Raises ValueError for arguments out of range.
     """
 
     pos_embed: Tensor
@@ -195,7 +197,7 @@ class VisionTransformer(Backbone):
         self.patch_embed.proj.requires_grad_(not frozen_patch_projection)
 
     def init_weights(self) -> None:
-        """Xavier-uniform weights, q, k and v each for itself, zero biases, class token N(0, 1e-12) (MoCo v3)."""
+        """Initialize as MoCo v3: Xavier-uniform weights (q, k, v separately), zero biases, class token N(0, 1e-12)."""
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear):
                 fan_out = layer.out_features // 3 if name.endswith("qkv") else layer.out_features
@@ -210,25 +212,25 @@ class VisionTransformer(Backbone):
         nn.init.normal_(self.cls_token, std=1e-6)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, width)."""
+        """Return features: (N, in_channels, H, W) -> (N, width)."""
         tokens, _ = self.tokens(images)
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """`patches`: the patch tokens of the last block after the final LayerNorm, (N, width, H / patch, W / patch)."""
+        """Return {"patches": patch tokens after the final LayerNorm, (N, width, H / patch, W / patch)}."""
         tokens, grid = self.tokens(images)
         return {"patches": tokens[:, 1:].transpose(1, 2).reshape(len(tokens), -1, *grid)}
 
     def tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """All tokens after the final LayerNorm, (N, 1 + P, width), class token first, and the grid of the patches."""
+        """Return all tokens after the final LayerNorm, (N, 1 + P, width), class token first, and the patch grid."""
         maps = self.patch_embed(images)
         grid = (maps.shape[2], maps.shape[3])
-        x = maps.permute(0, 2, 3, 1).flatten(1, 2)  # (N, P, D), no copy where maps are channels_last
+        x = maps.permute(0, 2, 3, 1).flatten(1, 2)  # (N, P, D), without a copy for channels_last maps
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions(grid)
         return self.norm(self.blocks(x)), grid
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embedding (1, 1 + P, width) of a grid (rows, columns), zero for the class token."""
+        """Return the position embedding (1, 1 + P, width) of a grid (rows, columns); zero for the class token."""
         if grid == self.grid:
             return self.pos_embed
         device, dtype = self.pos_embed.device, self.pos_embed.dtype
@@ -239,7 +241,7 @@ class VisionTransformer(Backbone):
 def check_values(
     image_size: int, patch_size: int, width: int, num_heads: int, mlp_ratio: float, pool: str, drop_path: float
 ) -> None:
-    """Raise ValueError, with the remedy, for values that do not go together."""
+    """Raise ValueError, with the remedy, for incompatible or out-of-range arguments."""
     if image_size % patch_size:
         divisors = [size for size in range(2, image_size // 2 + 1) if image_size % size == 0]
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Make a backbone of any module that turns images into vectors or maps."""
+"""Wrapper that turns any module with vector or feature-map output into a backbone."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sslcli.nn import evaluating
 
 
 def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> Tensor:
-    """What `module` makes of two black images (2, in_channels, image_size, image_size), leaving it as it was.
+    """Return the output of `module` for two all-zero images (2, in_channels, image_size, image_size).
 
-    Runs in evaluation mode, without gradient, on copies of the buffers, with the random state restored; device and
-    type are those of the first parameter. Raises ValueError where the module cannot take the images or gives neither
-    (2, D) nor (2, C, H, W).
+    Runs in evaluation mode, without gradient, on copies of the buffers; random state and module mode are restored.
+    Device and dtype are those of the first parameter. Raises ValueError if the module rejects the images or returns
+    neither (2, D) nor (2, C, H, W).
     """
     check_positive(image_size=image_size, in_channels=in_channels)
     name = type(module).__name__
@@ -47,12 +47,12 @@ def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> T
 
 
 def pooled(out: Tensor) -> Tensor:
-    """(N, D) as it is; (N, C, H, W) -> (N, C), the mean over positions."""
+    """Average feature maps over positions, (N, C, H, W) -> (N, C); return vectors (N, D) unchanged."""
     return out.mean((2, 3)) if out.ndim == 4 else out
 
 
 class Wrapped(Backbone):
-    """A user's module as a backbone; its parameters are named `module.*`."""
+    """Backbone around a user-defined module; its parameters are named `module.*`."""
 
     def __init__(self, module: nn.Module, *, num_features: int) -> None:
         super().__init__()
@@ -60,17 +60,17 @@ class Wrapped(Backbone):
         self.num_features = num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, num_features); maps are averaged over positions."""
+        """Return features, averaged over positions for maps: (N, C, H, W) -> (N, num_features)."""
         return pooled(self.module(images))
 
 
 def as_backbone(module: nn.Module, *, image_size: int, in_channels: int = 3) -> Backbone:
-    """`module` as a backbone for images of `image_size` pixels, its feature width found by a dry forward.
+    """Convert `module` to a backbone for images of `image_size` pixels; a trial forward pass finds the feature width.
 
-    A module that gives (N, num_features) and says so in an integer `num_features` is returned itself, so its parameter
-    names stay; such a module has `stages` only where it defines them. Any other is wrapped: an output (N, D) is
-    used as it is, (N, C, H, W) is averaged over positions. The module's mode, buffers and the random state are left as
-    they were. Raises ValueError for any other output, naming its shape.
+    A module that returns (N, num_features) and has this integer as attribute `num_features` is returned unchanged, with
+    its parameter names; it has `stages` only if it defines them. Any other module is wrapped: an output (N, D) is used
+    as features, (N, C, H, W) is averaged over positions. The module's mode, its buffers and the random state do not
+    change. Raises ValueError, with the shape, for any other output.
     """
     out = dry_output(module, image_size=image_size, in_channels=in_channels)
     declared = getattr(module, "num_features", None)
