@@ -28,6 +28,10 @@ class ProcessLost(TrainingFailed):
     """A data worker or another process of the run vanished: exit code 3, and worth another start."""
 
 
+class NotFinite(ValueError):
+    """Features are NaN or infinite: what is measured of them means nothing."""
+
+
 class Stopped(Exception):
     """Stopped with a checkpoint saved: exit code 75, run again to go on.
 

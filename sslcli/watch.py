@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sslcli import checkpoint, distributed, health, heartbeat
-from sslcli.errors import TrainingFailed
+from sslcli.errors import NotFinite, TrainingFailed
 from sslcli.methods.base import Batch, Method
 from sslcli.report import pictures
 from sslcli.report.console import Screen, percent
@@ -174,7 +174,7 @@ class Watch:
             values, verdict = self.measure_health(method.embeddings)
             line |= values
         if self.probe is not None and is_measured:
-            found = self.measure_probe()
+            found = self.measure_probe(step)
             line |= {f"monitor/{name}": value for name, value in found.items()}
         if self.draw is not None and self.looks and is_measured:
             self.show_pictures(step, self.draw())
@@ -223,12 +223,21 @@ class Watch:
         if self.settings.on_collapse == "warn":
             self.screen.warn(message)
 
-    def measure_probe(self) -> dict[str, float]:
-        """What the probe finds; the main process looks, the others wait, or look as well where they must."""
+    def measure_probe(self, step: int) -> dict[str, float]:
+        """What the probe finds; the main process looks, the others wait, or look as well where they must.
+
+        Raises TrainingFailed on all processes where finite weights are so large that the features are not finite.
+        """
         assert self.probe is not None
         heartbeat.sign("the k-NN")
-        found = self.probe() if self.looks else {}
-        distributed.barrier()
+        found, failure = {}, ""
+        try:
+            found = self.probe() if self.looks else {}
+        except NotFinite as error:
+            failure = str(error).partition(":")[0]
+        failures = [each for each in distributed.gather_objects(failure) if each]
+        if failures:
+            raise TrainingFailed(f"after step {step}, {failures[0]}; {self.remedy()}")
         if "knn_top1" in found:
             self.facts["k-NN"] = percent(found["knn_top1"])
         return found
@@ -309,7 +318,9 @@ class Watch:
         if self.writes and hasattr(self, "metrics"):
             with suppress(OSError):  # on a full disk, of which whatever ended the run has told
                 self.metrics.close()
-                self.tensorboard.close()
+            if hasattr(self, "tensorboard"):  # it is not where the first of them could not be opened
+                with suppress(OSError):
+                    self.tensorboard.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a continued run needs to write the same lines, the same on all processes."""

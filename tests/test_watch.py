@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from processes import Pair
 from sslcli import watch as watch_module
-from sslcli.errors import TrainingFailed
+from sslcli.errors import NotFinite, TrainingFailed
 from sslcli.methods.base import Method
 from sslcli.report.console import Screen
 from sslcli.report.metrics import read
@@ -379,3 +379,17 @@ def test_processes_share_means_and_what_went_wrong_and_one_writes(tmp_path: Path
     assert first[:2] == second[:2] == ({"loss": 0.25, "accuracy": 2.0}, (2, "loss nan"))
     assert (first[2], second[2]) == (True, False)
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_features_of_large_weights_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
+    def probe() -> dict[str, float]:
+        raise NotFinite("train features of 3 of 3 images are NaN or infinite: evaluate an earlier checkpoint")
+
+    with pytest.raises(TrainingFailed, match=r"^after step 2, train features of 3 of 3 images are NaN .*; there is no"):
+        follow(make_watch(tmp_path, knn_every=1, steps_per_epoch=2, probe=probe), [1.0, 1.0])
+
+
+def test_a_tensorboard_that_cannot_be_opened_is_what_is_told(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(OSError, match="tensorboard"):
+        follow(make_watch(tmp_path), [1.0])

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sslcli import atomic, heartbeat
 from sslcli.data.loader import plain_batches
+from sslcli.errors import NotFinite
 from sslcli.precision import DTYPES, autocast
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def check_features(features: Tensor, labels: Tensor, *, num_classes: int, width:
         )
     if not bool(torch.isfinite(features).all()):
         bad = int((~torch.isfinite(features)).any(dim=1).sum())
-        raise ValueError(
+        raise NotFinite(
             f"{name} features of {bad} of {len(features)} images are NaN or infinite: the checkpoint has diverged, "
             "or 16 bits are too few for this net; evaluate an earlier one, or with train.precision=fp32"
         )
