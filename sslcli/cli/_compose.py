@@ -32,7 +32,7 @@ from yaml import YAMLError
 
 from sslcli.cli import _explain, _schema
 from sslcli.cli._help import MULTIRUNS, folder_of_conf
-from sslcli.cli._hydra_node import check_hydra
+from sslcli.cli._hydra_node import check_hydra, resolved
 from sslcli.cli._job import stop_with_sweep
 from sslcli.cli._own_dataset import change_of, is_change
 from sslcli.cli._paths import absolute, absolute_paths, quoted_home
@@ -234,7 +234,8 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
     find_trusted(job.get("trust") or [])
     _schema.check(command, job)
     own = config.hydra
-    check_hydra(OmegaConf.to_container(own, resolve=False), job.get("trust", []))
+    for node in (OmegaConf.to_container(own, resolve=False), resolved(own)):
+        check_hydra(node, job.get("trust", []))
     return absolute_paths(command, job) | {
         "_choices_": OmegaConf.to_container(own.runtime.choices),
         "_overrides_": digested(lines),

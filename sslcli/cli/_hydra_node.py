@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
+
+from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from sslcli.cli._plugins import plugins
 from sslcli.errors import ConfigError
@@ -16,7 +20,10 @@ from sslcli.errors import ConfigError
 ALLOWED = (  # by the path of a name inside `hydra`: what it may be without trust
     (r"(launcher|sweeper)\._target_", r"hydra_plugins\.[\w.]+|hydra\._internal\.core_plugins\.[\w.]+"),
     (r"sweeper\.(sampler|pruner)\._target_", r"optuna\.(samplers|pruners)\.\w+"),
-    (r"(job|hydra)_logging\..*", r"logging\.(handlers\.)?\w*(Handler|Formatter|Filter)|colorlog\.ColoredFormatter"),
+    (
+        r"(job|hydra)_logging\..*",
+        r"logging\.(handlers\.)?\w*(Handler|Formatter|Filter)|colorlog\.ColoredFormatter|ext://sys\.std(out|err)",
+    ),
 )
 CALLED = ("_target_", "()", "class", "queue", "listener", "custom_search_space")  # keys whose values name code
 
@@ -26,11 +33,28 @@ def check_hydra(own: Any, trust: Iterable[str]) -> None:
     packages = [*plugins(), *trust]
     for path, name in named_code("", own):
         allowed = any(re.fullmatch(place, path) and re.fullmatch(names, name) for place, names in ALLOWED)
-        if not allowed and not any(name.startswith(f"{package}.") for package in packages):
+        if not allowed and not any(name.removeprefix("ext://").startswith(f"{package}.") for package in packages):
             raise ConfigError(
                 f"hydra.{path} is {name!r}, which Hydra would call, but it lies in no trusted package: leave it out. "
-                f"If you know that package, add trust=[{name.split('.')[0]}]"
+                f"If you know that package, add trust=[{name.removeprefix('ext://').split('.')[0]}]"
             )
+
+
+def resolved(node: Any) -> Any:
+    """A node as plain values, its interpolations resolved; those that cannot be yet are left out."""
+    if not isinstance(node, (DictConfig, ListConfig)):
+        return node
+    found: dict[Any, Any] = {}
+    keys: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
+    for key in keys:
+        with suppress(OmegaConfBaseException):
+            found[key] = resolved(node[key])
+    return found
+
+
+def is_reference(path: str, text: str) -> bool:
+    """Whether logging would import what a text names, and hand it on to be called."""
+    return path.startswith(("job_logging.", "hydra_logging.")) and text.startswith("ext://")
 
 
 def named_code(where: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -38,7 +62,9 @@ def named_code(where: str, value: Any) -> Iterator[tuple[str, str]]:
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in pairs:
         path = f"{where}.{key}" if where else str(key)
-        if isinstance(inner, str) and key in CALLED and ("." in inner or "${" in inner):
+        if isinstance(inner, str) and (
+            is_reference(path, inner) or (key in CALLED and ("." in inner or "${" in inner))
+        ):
             yield path, inner
         else:
             yield from named_code(path, inner)

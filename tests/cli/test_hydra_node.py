@@ -27,6 +27,8 @@ ACT = "sslcli.atomic.replace"
         {"job_logging": {"handlers": {"file": {"class": "logging.config.fileConfig", "fname": "x"}}}},
         {"hydra_logging": {"formatters": {"simple": {"()": "subprocess.Popen"}}}},
         {"job_logging": {"handlers": {"q": {"class": "logging.handlers.QueueHandler", "queue": {"()": "os.system"}}}}},
+        {"job_logging": {"handlers": {"a": {"class": "logging.StreamHandler", ".": {"namer": "ext://os.system"}}}}},
+        {"hydra_logging": {"handlers": {"a": {"class": "logging.StreamHandler", "stream": "ext://mine.stream"}}}},
     ],
     ids=str,
 )
@@ -68,3 +70,10 @@ def test_a_yaml_cannot_have_hydra_call_anything(flag: tuple[str, ...], cli: Cli,
 def test_a_pickle_is_not_run_again(cli: Cli) -> None:
     told = cli("ssl-train", "--experimental-rerun", "config.pickle")
     assert (told.code, "would unpickle a file" in told.err) == (2, True), told.err
+
+
+def test_a_reference_that_an_interpolation_makes_is_refused(cli: Cli) -> None:
+    handler = '+hydra.job_logging.handlers.x={class: logging.StreamHandler, stream: "${name}"}'
+    ended = cli("ssl-train", *SMALL, "dry_run=true", "name='ext://os.system'", handler)
+    assert ended.code == 2
+    assert "hydra.job_logging.handlers.x.stream is 'ext://os.system', which Hydra would call" in ended.err
