@@ -40,6 +40,12 @@ def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
     return content
 
 
+def kind_of(path: Path) -> str:
+    """What lies at a path, in words."""
+    kind = stat.S_IFMT(path.stat().st_mode)
+    return "a file" if kind == stat.S_IFREG else KINDS.get(kind, "something else")
+
+
 def check_regular(path: Path) -> None:
     """Raise OSError unless the path leads to a regular file that can be read."""
     open_regular(path).close()

@@ -16,15 +16,57 @@ from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from sslcli import atomic, checkpoint_names
 from sslcli.cli._locks import NO_LOCKS
 from sslcli.cli._paths import in_nodes, real
 from sslcli.errors import ConfigError
-from sslcli.regular_files import check_regular
+from sslcli.regular_files import kind_of
 from sslcli.settings import NEUTRAL
 
 WRITTEN = ("checkpoints", "tensorboard", "metrics.jsonl", "console.log")  # while a run goes on
+
+
+FILES = (
+    "config.yaml",
+    "console.log",
+    "done",
+    "environment.json",
+    "images.npz",
+    "metrics.jsonl",
+    "overrides.txt",
+    ".lock",
+)
+FOLDERS = ("checkpoints", "eval", "export", "pictures", "slurm", "tensorboard")
+
+
+def check_layout(run_dir: Path) -> None:
+    """Raise ConfigError where something lies in a run directory that would hold up or end whoever opens it.
+
+    That is a FIFO, a socket or a device in the place of a file, a file in the place of a folder, and the other way.
+    """
+    for name in FILES:
+        if (run_dir / name).exists() and not (run_dir / name).is_file():
+            raise ConfigError(out_of_place(run_dir / name))
+    for name in FOLDERS:
+        if (run_dir / name).exists() and not (run_dir / name).is_dir():
+            raise ConfigError(f"{run_dir / name} is {kind_of(run_dir / name)}, but it must be a folder: remove it")
+        check_below(run_dir / name)
+
+
+def check_below(folder: Path) -> None:
+    """Raise ConfigError where a folder, at any depth, holds what is neither a file nor a folder."""
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
+            if path.exists() and not path.is_file():
+                raise ConfigError(out_of_place(path))
+
+
+def out_of_place(path: Path) -> str:
+    """The message for what lies in the place of a file."""
+    return f"{path} is {kind_of(path)}, but it must be a regular file: remove it"
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -54,6 +96,7 @@ def check_resumable(run_dir: Path, config: dict[str, Any]) -> None:
     started = (run_dir / "config.yaml").exists()
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir is {run_dir}, but that is a file: choose a directory")
+    check_layout(run_dir)
     if config["resume"] == "never" and started:
         raise ConfigError(
             f"resume is 'never', but {run_dir} holds a run: choose another run_dir or name, or resume=auto to go on"
@@ -96,11 +139,12 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{run_dir} is not a run directory: it has no config.yaml")
+    check_layout(run_dir)
     try:
-        check_regular(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
-    config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} cannot be read ({reason}): restore a copy, or choose another directory") from error
     if not isinstance(config, dict) or "method" not in config:
         raise ConfigError(f"{path} is not the configuration of a run")
     return {str(key): value for key, value in config.items()}

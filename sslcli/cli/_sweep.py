@@ -32,6 +32,7 @@ from sslcli.cli._job import (
 )
 from sslcli.cli._paths import absolute
 from sslcli.cli._queue import Slot, run_queue, slots_of, wait_for
+from sslcli.cli._run_dir import check_below
 from sslcli.cli._sweep_table import Row
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, disk_failure
 from sslcli.settings import SweepSettings
@@ -171,6 +172,7 @@ def prepare(this: Sweep, jobs: list[Job]) -> None:
         raise ConfigError(
             f"hydra.sweep.dir is {this.folder}, but it cannot be written ({error.strerror}): choose another"
         ) from error
+    check_below(this.records)
     for job in jobs:
         known = enrol(this, job).overrides
         if telling(known) != telling(job.overrides):  # the digests of both are the same by chance

@@ -190,3 +190,50 @@ def test_the_state_of_the_code_is_that_of_the_folder(tmp_path: Path, monkeypatch
     assert state is not None
     assert len(state["commit"]) == 40
     assert state["changed_files"] == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".lock",
+        "config.yaml",
+        "console.log",
+        "done",
+        "environment.json",
+        "images.npz",
+        "metrics.jsonl",
+        "checkpoints/step-00000005.sha256",
+        "checkpoints/step-00000005/SHA256SUMS",
+        "eval/features/a.pt",
+        "slurm/job",
+    ],
+)
+def test_a_fifo_in_a_run_directory_is_named_before_anything_waits_for_it(name: str, tmp_path: Path) -> None:
+    run_dir = started(tmp_path / "run")
+    path = run_dir / name
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    for look in (lambda: check_resumable(run_dir, CONFIG), lambda: read_config(run_dir)):
+        with pytest.raises(ConfigError, match=rf"{name} is a FIFO, but it must be a regular file: remove it"):
+            look()
+
+
+def test_a_file_in_the_place_of_a_folder_and_the_other_way_are_refused(tmp_path: Path) -> None:
+    run_dir = started(tmp_path / "run")
+    (run_dir / "tensorboard").write_text("")
+    with pytest.raises(ConfigError, match="tensorboard is a file, but it must be a folder"):
+        check_resumable(run_dir, CONFIG)
+    (run_dir / "tensorboard").unlink()
+    (run_dir / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics.jsonl is a folder, but it must be a regular file"):
+        read_config(run_dir)
+
+
+@pytest.mark.parametrize(
+    "content", [b"seed: !!python/object/apply:os.getcwd []\nmethod: x", b"method: [", b"method: \xff"], ids=str
+)
+def test_a_damaged_configuration_is_refused_and_runs_nothing(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config.yaml cannot be read \(.*\): restore a copy"):
+        read_config(tmp_path)

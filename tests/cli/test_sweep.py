@@ -321,3 +321,11 @@ def _wait_for(path: Path) -> None:
 def test_a_process_that_no_sweep_started_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SSLCLI_SWEEP", raising=False)
     stop_with_sweep()
+
+
+def test_a_fifo_in_the_place_of_a_record_is_named_before_anything_waits_for_it(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "sw/jobs").mkdir(parents=True)
+    os.mkfifo(tmp_path / "sw/jobs/old.json")
+    told = cli("ssl-train", *SMALL, "--multirun", "seed=1", f"hydra.sweep.dir={tmp_path}/sw")
+    assert told.code == 2
+    assert "old.json is a FIFO, but it must be a regular file: remove it" in told.err
