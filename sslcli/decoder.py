@@ -1,9 +1,9 @@
-"""From a code back to an image, and how near the image comes: for autoencoders and the generators of GANs.
+"""Convolutional decoder from codes to images, PSNR and image checks, for autoencoders and GAN generators.
 
-    (N, dim) -> Linear -> (N, width, s, s) -> [upsample x 2, 3x3 convolution, BatchNorm, ReLU] an octave -> 3x3 -> image
+    (N, dim) -> Linear -> (N, width, s, s) -> per octave [upsample x 2, 3x3 conv, BatchNorm, ReLU] -> 3x3 conv -> image
 
-Nearest-neighbour upsampling before a convolution leaves no checkerboard, as transposed convolutions do
-(Odena et al. 2016, https://distill.pub/2016/deconv-checkerboard). No connection goes around the code.
+Nearest-neighbor upsampling before a convolution avoids the checkerboard artifacts of transposed convolutions
+(Odena et al. 2016, https://distill.pub/2016/deconv-checkerboard). There are no skip connections.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ NARROWEST = 64  # channels of the last block, as in the 512-256-128-64 of 32-pix
 
 
 class Decoder(nn.Module):
-    """A convolutional decoder for square images.
+    """Convolutional decoder for square images.
 
     Args:
-        dim: size of the code.
-        image_size: side of the images in pixels, at least 8.
-        channels: of the images.
-        width: channels of the smallest map, halved by each block down to 64.
+        dim: code size.
+        image_size: image side in pixels, at least 8.
+        channels: image channels.
+        width: channels of the smallest feature map, halved by each block down to 64.
 
-    The smallest map has a side of 4 to 7 pixels; where `image_size` is no such side times a power of two (as 100 is
-    not), the decoded image is cut to it from the next larger one.
-    Raises ValueError for values outside these.
+    The smallest map has a side of 4 to 7 pixels. If `image_size` is not such a side times a power of two (e.g. 100),
+    the next larger image is decoded and center-cropped.
+    Raises ValueError for arguments out of range.
     """
 
     def __init__(self, dim: int, *, image_size: int, channels: int = 3, width: int = 512) -> None:
@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
     def forward(self, code: Tensor) -> Tensor:
-        """(N, dim) -> (N, channels, image_size, image_size), without an activation at the end."""
+        """Decode (N, dim) -> (N, channels, image_size, image_size), without a final activation."""
         maps = self.spread(code).view(len(code), -1, self.smallest, self.smallest)
         images = self.to_image(self.blocks(self.start(maps)))
         start = (images.shape[-1] - self.image_size) // 2
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
 
 
 def up_block(in_channels: int, out_channels: int) -> nn.Sequential:
-    """(N, in_channels, H, W) -> (N, out_channels, 2H, 2W)."""
+    """Build an upsampling block: (N, in_channels, H, W) -> (N, out_channels, 2H, 2W)."""
     return nn.Sequential(
         nn.Upsample(scale_factor=2, mode="nearest"),
         nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
@@ -68,15 +68,16 @@ def up_block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def psnr(drawn: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images (N, C, H, W) in [0, 1]: -10 log10 of the mean squared error of each,
-    the mean over images. 100 dB at most.
+    """Return the peak signal-to-noise ratio in dB of images (N, C, H, W) in [0, 1], mean over images.
+
+    Computed per image as -10 log10 of the mean squared error, at most 100 dB.
     """
     error = (full_precision(drawn) - full_precision(images)).square().flatten(1).mean(1)  # (N,)
     return -10 * error.clamp_min(1e-10).log10().mean()
 
 
 class FirstLook:
-    """`check_images` for the images of the first step alone, since looking at values waits for the device."""
+    """Call `check_images` only in the first step, because reading tensor values synchronizes with the device."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.shape, self.passed = shape, False
@@ -88,7 +89,7 @@ class FirstLook:
 
 
 def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
-    """Raise ConfigError unless images (N, C, H, W) are of the `shape` (C, H, W) that is drawn and lie in [0, 1]."""
+    """Raise ConfigError unless images (N, C, H, W) have the decoder's output `shape` (C, H, W) and values in [0, 1]."""
     if tuple(images.shape[1:]) != shape:
         raise ConfigError(
             f"the views have the shape {tuple(images.shape[1:])}, but the decoder draws images of {shape}: leave "

@@ -1,4 +1,4 @@
-"""Losses that two or more methods share.
+"""Losses shared by two or more methods.
 
 Shapes: N anchors, M negatives, D embedding size.
 """
@@ -13,20 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_VALUES = 1 << 22  # similarities held at a time: 16 MB in float32
-COLDEST = 0.05  # temperature at which sums of exp(1 / temperature) are far from the largest float32
-CPU_BLOCK = (256, 4096)  # queries and negatives of a product that stays in the caches
+CHUNK_VALUES = 1 << 22  # maximum number of similarities in memory at once: 16 MB in float32
+COLDEST = 0.05  # minimum temperature at which sums of exp(1 / temperature) stay far below the float32 maximum
+CPU_BLOCK = (256, 4096)  # queries and negatives per block of similarities, small enough for the CPU caches
 
 
 class Contrast(NamedTuple):
-    """What contrasting gives: the mean loss, and the share of anchors whose positive beats all negatives."""
+    """Result of a contrastive loss: mean loss, and the fraction of anchors whose positive has the largest logit."""
 
     loss: Tensor
     accuracy: Tensor
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Loss and gradients in one pass over blocks of similarities, so that no (N, M) matrix exists."""
+    """InfoNCE loss and gradients in one pass over blocks of similarities, without the full (N, M) matrix."""
 
     @staticmethod
     def forward(
@@ -65,10 +65,10 @@ class _InfoNCE(torch.autograd.Function):
 def _by_rows(
     scaled: Tensor, positive_logit: Tensor, negatives: Tensor, exclude: Tensor | None, pulled: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hardest negative logit (N,), log-sum-exp over all candidates (N,) and the softmax-weighted negatives (N, D).
+    """Return the largest negative logit (N,), log-sum-exp over candidates (N,) and softmax-weighted negatives (N, D).
 
-    A block of queries at a time against all negatives. Adds to `pulled` (M, D) the sum of the queries that each
-    negative repels, weighted by its softmax there; `scaled` are the queries over the temperature.
+    Processes blocks of queries against all negatives; `scaled` is query / temperature. Adds to `pulled` (M, D) the
+    gradient of the summed losses with respect to the negatives: scaled queries, weighted by softmax probabilities.
     """
     found = []
     step = max(1, CHUNK_VALUES // len(negatives))
@@ -89,10 +89,11 @@ def _by_rows(
 
 
 def _by_columns(scaled: Tensor, positive_logit: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as `_by_rows` where negatives take no gradient, a block of them at a time.
+    """Return the same as `_by_rows` for negatives without gradient, in blocks of negatives.
 
-    What is summed so far fades with each new peak (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867), so
-    blocks can be as small as the caches of a processor, where products are fastest.
+    Uses online softmax: partial sums are rescaled when the maximum changes (Milakov and Gimelshein 2018,
+    https://arxiv.org/abs/1805.02867). Blocks can therefore be small enough for the CPU caches, where matrix products
+    are fastest.
     """
     found = []
     rows, columns = CPU_BLOCK if scaled.is_cpu else (len(scaled), max(1, CHUNK_VALUES // len(scaled)))
@@ -114,17 +115,17 @@ def _by_columns(scaled: Tensor, positive_logit: Tensor, negatives: Tensor) -> tu
 def info_nce(
     query: Tensor, positive: Tensor, negatives: Tensor, *, temperature: float, exclude: Tensor | None = None
 ) -> Contrast:
-    """Cross-entropy of finding `positive[i]` among `negatives` for each `query[i]` (CPC eq. 4, MoCo eq. 1).
+    """Return the InfoNCE loss of `query[i]` with `positive[i]` and shared `negatives` (CPC eq. 4, MoCo eq. 1).
 
     Args:
-        query: (N, D), rows of unit length.
-        positive: (N, D), rows of unit length.
-        negatives: (M, D), rows of unit length, shared by all queries.
-        temperature: divides the cosines, > 0.
-        exclude: (N, E) columns of `negatives` that are no negatives of row i, or None.
+        query: (N, D), unit rows.
+        positive: (N, D), unit rows.
+        negatives: (M, D), unit rows, shared by all queries.
+        temperature: divides the cosine similarities, > 0.
+        exclude: (N, E) indices into `negatives` that are ignored for row i, or None.
 
-    Returns the mean over the N rows. Works in float32 (or float64 if given) even under autocast; memory beyond the
-    gradients is at most `CHUNK_VALUES` similarities. The gradient can be taken once, not twice.
+    Returns the mean over the N rows. Computed in float32 (or float64 if given) even under autocast; memory beyond the
+    gradients is at most `CHUNK_VALUES` similarities. Not twice differentiable.
     """
     check_temperature(temperature)
     with torch.autocast(query.device.type, enabled=False):
@@ -134,7 +135,7 @@ def info_nce(
 
 
 class _Mutual(torch.autograd.Function):
-    """Both directions of every similarity from one product: only blocks on and above the diagonal are computed."""
+    """Symmetric InfoNCE over one set of rows, which computes only similarity blocks on and above the diagonal."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -172,7 +173,7 @@ class _Mutual(torch.autograd.Function):
 
 
 def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Blocks of logits on and above the diagonal; -inf where a row meets itself or its partner."""
+    """Yield blocks of logits on and above the diagonal, with -inf for pairs of a row with itself or its partner."""
     num_rows, side = len(rows), math.isqrt(math.prod(CPU_BLOCK) if rows.is_cpu else CHUNK_VALUES)
     scaled = rows / temperature
     for start in range(0, num_rows, side):
@@ -186,10 +187,11 @@ def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, sli
 
 
 def mutual_info_nce(rows: Tensor, *, temperature: float) -> Contrast:
-    """`info_nce` of (2N, D) rows of unit length, of which row i and row N + i belong together, against all others.
+    """Return InfoNCE over unit rows (2N, D), with positive pairs (i, N + i) and all other rows as negatives.
 
-    Every similarity is computed once for both of its rows, which saves a third of the products. The temperature is at
-    least `COLDEST`, for exponentials are summed as they are. The gradient can be taken once, not twice.
+    Each similarity is computed once and used for both of its rows, which saves a third of the products. The temperature
+    must be at least `COLDEST`, because exponentials are summed without subtracting a maximum; raises ValueError
+    otherwise. Not twice differentiable.
     """
     if temperature < COLDEST:
         raise ValueError(f"temperature is {temperature}, but sums of exp(1 / temperature) must stay finite")
@@ -200,9 +202,9 @@ def mutual_info_nce(rows: Tensor, *, temperature: float) -> Contrast:
 
 
 def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over rows of |p - z|^2 = 2 - 2 cos(p, z) after L2-normalisation (BYOL eq. 2); no gradient to `target`.
+    """Return the mean over rows of |p - z|^2 = 2 - 2 cos(p, z), L2-normalized (BYOL eq. 2); no gradient to `target`.
 
-    `prediction` and `target` are (N, D) of any length; the result lies in [0, 4].
+    `prediction` and `target` are (N, D), normalized here; the result is in [0, 4].
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     with torch.autocast(prediction.device.type, enabled=False):
@@ -218,6 +220,6 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_momentum(momentum: float) -> None:
-    """Raise ValueError unless the momentum of a target network lies in [0, 1]."""
+    """Raise ValueError unless the momentum of a moving average is in [0, 1]."""
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum is {momentum}, but it must lie in [0, 1]; the papers use 0.99 to 0.9999")

@@ -1,9 +1,9 @@
-"""Un-Mix: mixtures of a batch with itself in reverse order, as similar to each of their sources as its share.
+"""Un-Mix: self-mixture of a batch with its reverse, with a loss weighted by the mixing fractions of both sources.
 
 Shen et al. 2022  https://arxiv.org/abs/2003.05438   conf/mixture/unmix.yaml
 
-It adds a term to the loss of a method with two views; the method says how it encodes and compares. Shapes: N images a
-process.
+It adds a term to the loss of a two-view method, which passes functions for encoding and comparison. Shapes: N images
+per process.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from sslcli.noise import Noise
 
 
 def mix_global(images: Tensor, weight: float) -> Tensor:
-    """weight x_i + (1 - weight) x_(N-1-i) for images (N, C, H, W), as mixup."""
+    """Return weight x_i + (1 - weight) x_(N-1-i) for images (N, C, H, W), as in mixup."""
     return weight * images + (1 - weight) * images.flip(0)
 
 
 def mix_region(images: Tensor, weight: float, centre: tuple[int, int]) -> tuple[Tensor, float]:
-    """Images with a box of those in reverse order pasted in, as CutMix, and the share that they kept.
+    """Paste a box of the reversed batch into each image, as in CutMix; return images and the fraction they kept.
 
-    The box has about 1 - `weight` of the area, and less where the border cuts it off, so the share is counted anew.
+    The box has an area fraction of about 1 - `weight`, or less if clipped at the border; the returned fraction is
+    computed from the clipped box.
     """
     height, width = images.shape[-2:]
     top, bottom = _span(height, weight, centre[0])
@@ -42,10 +43,10 @@ def _span(side: int, weight: float, centre: int) -> tuple[int, int]:
 
 
 class UnMix(nn.Module):
-    """Self-mixture as an option of a method with two views.
+    """Self-mixture as an option of two-view methods.
 
-    One weight a step, the same on all processes. An image is mixed with one of its own process, so several processes
-    mix other pairs than one does, and with mixtures they do not train like one to the last digit.
+    One mixing weight per step, the same on all processes. Images are mixed only within a process; the mixed pairs, and
+    with them the results, therefore depend on the number of processes.
 
     Args:
         probability: of mixing whole images; otherwise a box is pasted.
@@ -63,7 +64,7 @@ class UnMix(nn.Module):
         self.noise = Noise()
 
     def mix(self, images: Tensor) -> tuple[Tensor, float]:
-        """Mixtures (N, C, H, W) and the share in [0, 1] that image i has of mixture i; the rest is image N-1-i."""
+        """Return mixtures (N, C, H, W) and the fraction in [0, 1] of image i in mixture i; the rest is image N-1-i."""
         numbers = random.Random(int(torch.randint(2**62, (), generator=self.noise.shared())))
         is_global = numbers.random() < self.probability
         weight = numbers.betavariate(self.beta, self.beta)
@@ -73,10 +74,10 @@ class UnMix(nn.Module):
         return mix_region(images, weight, (numbers.randrange(height), numbers.randrange(width)))
 
     def forward(self, images: Tensor, query: Callable[[Tensor], Tensor], compare: Callable[[Tensor], Tensor]) -> Tensor:
-        """The loss of mixtures: weight L(q(mix)) + (1 - weight) L(q(mix) in reverse order)."""
+        """Return the loss of the mixtures: weight L(q(mix)) + (1 - weight) L(q(mix) in reverse order)."""
         mixed, weight = self.mix(images)
         queries = query(mixed)
-        # Row i of the reversed mixtures holds 1 - weight of image i: one encoding serves both orders.
+        # Row i of the reversed mixtures contains the fraction 1 - weight of image i, so one encoding is enough.
         return weight * compare(queries) + (1 - weight) * compare(queries.flip(0))
 
 
@@ -88,14 +89,14 @@ def add_mixture(
     query: Callable[[Tensor], Tensor],
     compare: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """The scalars of a step with the loss of mixtures of `images` added to `loss`; as they are without a mixture.
+    """Add the loss of mixtures of `images` to the `loss` of a step; return `scalars` unchanged if `mixture` is None.
 
     Args:
-        mixture: the option of the method.
-        scalars: what the step of the clean views gives.
+        mixture: the method's mixture option.
+        scalars: scalars of the step on the unmixed views.
         images: (N, C, H, W), the first view.
-        query: what the method encodes queries with: (N, C, H, W) -> (N, D).
-        compare: the loss () of queries (N, D), row i against the clean targets of image i.
+        query: the method's query encoder: (N, C, H, W) -> (N, D).
+        compare: scalar loss of queries (N, D), row i against the unmixed targets of image i.
     """
     if mixture is None:
         return scalars

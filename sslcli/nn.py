@@ -1,4 +1,4 @@
-"""Building blocks that methods share: projection heads, momentum copies, BatchNorm over parts of the global batch."""
+"""Shared building blocks of methods: projection heads, momentum encoders, split and synchronized BatchNorm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sslcli import distributed, heartbeat
 
 
 def full_precision(values: Tensor) -> Tensor:
-    """The same values in float32, or float64 where they are."""
+    """Convert to float32; float64 stays float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -31,10 +31,10 @@ def mlp(
     last_norm: str | None = None,
     last_bias: bool = False,
 ) -> nn.Sequential:
-    """Linear layers through `widths` (input first), each but the last followed by [BatchNorm and] ReLU.
+    """Build linear layers of the given `widths` (input first), with [BatchNorm and] ReLU after all but the last.
 
-    `last_norm` follows the last layer: None, "affine", "scale" (BatchNorm without beta, SimCLR's) or "plain"
-    (without gamma and beta, MoCo v3's). `bias` is that of the hidden linear layers, `last_bias` of the last.
+    `last_norm` is the BatchNorm after the last layer: None, "affine", "scale" (without beta, as SimCLR) or "plain"
+    (without gamma and beta, as MoCo v3). `bias` applies to the hidden linear layers, `last_bias` to the last.
     """
     if len(widths) < 2 or min(widths) < 1:
         raise ValueError(f"a head needs at least an input and an output width, all positive, but got {list(widths)}")
@@ -53,9 +53,10 @@ def mlp(
 
 
 def frozen_copy(module: nn.Module) -> Any:
-    """A copy that takes no gradient and never drops activations; its BatchNorm stays in the mode it is set to.
+    """Return a copy with requires_grad=False and without dropout or stochastic depth.
 
-    The copy starts with the buffers of the original and keeps its own from then on.
+    The copy has its own buffers, initialized from the original, and switches between training and evaluation mode as
+    usual.
     """
     twin = copy.deepcopy(module).requires_grad_(False)
     for part in twin.modules():
@@ -68,7 +69,7 @@ def frozen_copy(module: nn.Module) -> Any:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put `module` in eval mode; afterwards give every submodule back its own mode, frozen ones included."""
+    """Set `module` to evaluation mode within the block, then restore the mode of every submodule."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
@@ -80,7 +81,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged_statistics(module: nn.Module) -> Iterator[None]:
-    """Afterwards, the running statistics of every BatchNorm are what they were."""
+    """Restore the running statistics of every BatchNorm after the block."""
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
@@ -93,21 +94,21 @@ def unchanged_statistics(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * online, for parameters only (BYOL eq. 1, MoCo eq. 2).
+    """Update target <- momentum * target + (1 - momentum) * online, parameters only (BYOL eq. 1, MoCo eq. 2).
 
-    Where both are sharded over processes they are sharded alike, and every process averages its own part.
+    Sharded networks must be sharded in the same way; each process then updates its own shard.
     """
     averaged = [distributed.local(parameter) for parameter in target.parameters()]
-    if averaged:  # a module may have none
+    if averaged:  # a module may have no parameters
         learned = [distributed.local(parameter) for parameter in online.parameters()]
         torch._foreach_lerp_(averaged, learned, 1.0 - momentum)
 
 
 class SplitBatchNorm(_BatchNorm):
-    """BatchNorm that normalises contiguous groups of about `group` images, each with its own statistics.
+    """BatchNorm that normalizes contiguous groups of about `group` images, each with its own statistics.
 
-    It does on one process what BatchNorm does on several without synchronisation, so a run of one process with two
-    groups equals one of two processes with one group each. Running statistics are the mean over the groups.
+    Equivalent to BatchNorm on several processes without synchronization: one process with two groups gives the same
+    result as two processes with one group each. Running statistics are the mean over the groups.
     """
 
     group = 32
@@ -117,16 +118,16 @@ class SplitBatchNorm(_BatchNorm):
             raise ValueError(f"expected (N, C, ...) but got {tuple(input.shape)}")
 
     def num_groups(self, num_images: int) -> int:
-        """Groups of a local batch; at least 2 over all processes, since shuffling within one group hides nothing."""
+        """Return the number of groups of a local batch; at least 2 over all processes, else shuffling has no effect."""
         fewest = 2 if distributed.world_size() == 1 else 1
         return max(fewest, round(num_images / self.group))
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, ...) -> the same shape, normalised."""
+        """Normalize (N, C, ...) over the batch; returns the same shape."""
         if not self.training or len(input) < 4:
             return super().forward(input)
         sizes = [len(rows) for rows in torch.arange(len(input)).tensor_split(self.num_groups(len(input)))]
-        chunks = torch.split(input, sizes)  # its gradient is one concatenation, not a sum of padded parts
+        chunks = torch.split(input, sizes)  # backward is one concatenation, not a sum of zero-padded parts
         means = self.running_mean.repeat(len(chunks), 1)  # type: ignore[union-attr]
         variances = self.running_var.repeat(len(chunks), 1)  # type: ignore[union-attr]
         out = torch.cat(
@@ -143,9 +144,9 @@ class SplitBatchNorm(_BatchNorm):
 
 @torch.no_grad()
 def average_statistics(module: nn.Module) -> None:
-    """Make the running statistics of split BatchNorms the mean over all processes, in one exchange.
+    """Replace the running statistics of all SplitBatchNorm layers by their mean over processes, in one all-reduce.
 
-    They are linear in what each step adds, so every process ends with what one process would have.
+    Running statistics are linear in the batch statistics; the result therefore equals that of a single process.
     """
     parts = [part for part in module.modules() if isinstance(part, SplitBatchNorm)]
     if distributed.world_size() == 1 or not parts:
@@ -157,7 +158,7 @@ def average_statistics(module: nn.Module) -> None:
 
 
 class _SyncNormalize(torch.autograd.Function):
-    """Normalise by the statistics of the batch of all processes, which hold equally many values."""
+    """Normalization by the statistics of the global batch; all processes must have the same local batch size."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
@@ -191,13 +192,13 @@ class _SyncNormalize(torch.autograd.Function):
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm over the batch of all processes, on any device (torch's own works on GPUs only).
+    """BatchNorm over the global batch on any device (torch.nn.SyncBatchNorm supports only GPUs).
 
-    Not a subclass of torch's, which DistributedDataParallel refuses on a CPU.
+    Not a subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel rejects on the CPU.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, ...) -> the same shape, normalised."""
+        """Normalize (N, C, ...) over the batch; returns the same shape."""
         world_size, momentum = distributed.world_size(), self.momentum or 0.0
         state = (self.running_mean, self.running_var)
         if self.training:
@@ -216,9 +217,9 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def convert_batch_norm(module: nn.Module, kind: type[_BatchNorm]) -> Any:
-    """Turn every BatchNorm inside `module` into `kind`, in place, keeping parameters and buffers.
+    """Convert every BatchNorm inside `module` to the class `kind`, in place, keeping parameters and buffers.
 
-    The classes differ in `forward` alone, so the conversion changes the class and leaves names and state untouched.
+    The classes differ only in `forward`; the conversion assigns the class and does not change names or state.
     """
     for part in module.modules():
         if type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):

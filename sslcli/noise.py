@@ -1,8 +1,8 @@
-"""Random numbers that a method draws for the images of a step.
+"""Random numbers for the images of a step, independent of the number of processes.
 
-torch's global generator is another on every process, so a run of two processes would differ from a run of one. Here
-the numbers of an image are a function of (seed, draw, its place in the global batch) alone, and a checkpoint holds the
-count of draws. Shapes: N images a process, W processes.
+torch's global generator has a different state on each process, so results would depend on the number of processes.
+Here the numbers of an image depend only on (seed, draw, index in the global batch), and the checkpoint contains the
+number of draws. Shapes: N images per process, W processes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from sslcli.distributed import rank
 
-_SHARED = -1  # the place whose numbers all processes draw
+_SHARED = -1  # the index for numbers that are the same on all processes
 _MASK = (1 << 64) - 1
 
 
 class Noise(nn.Module):
-    """A source of random numbers that is part of a method's state. Its seed comes from torch's global generator.
+    """Random number source that is part of a method's state; its seed is drawn from torch's global generator.
 
-    Every call of a method below is one draw; make the same calls in the same order on all processes.
+    Each call of a method below is one draw. All processes must make the same calls in the same order.
     """
 
     def __init__(self) -> None:
@@ -30,19 +30,19 @@ class Noise(nn.Module):
         self.draws = 0
 
     def normal(self, *shape: int, device: torch.device) -> Tensor:
-        """Standard normal numbers (N, ...) float32, each row of the global batch with its own."""
+        """Draw standard normal numbers (N, ...), float32, different for each row of the global batch."""
         return self._rows(shape, device, lambda row, generator: row.normal_(generator=generator))
 
     def uniform(self, *shape: int, device: torch.device) -> Tensor:
-        """Numbers (N, ...) float32 in [0, 1), each row of the global batch with its own."""
+        """Draw uniform numbers (N, ...) in [0, 1), float32, different for each row of the global batch."""
         return self._rows(shape, device, lambda row, generator: row.uniform_(generator=generator))
 
     def integers(self, high: int, *shape: int, device: torch.device) -> Tensor:
-        """Whole numbers (N, ...) int64 in [0, high), each row of the global batch with its own."""
+        """Draw uniform integers (N, ...) in [0, high), int64, different for each row of the global batch."""
         return self._rows(shape, device, lambda row, generator: row.random_(high, generator=generator), torch.int64)
 
     def shared(self) -> torch.Generator:
-        """A generator on the CPU for what is drawn once for the whole global batch, the same on all processes."""
+        """Return a CPU generator for one draw per global batch, with the same seed on all processes."""
         self.draws += 1
         return torch.Generator().manual_seed(_seed(self.seed, self.draws, _SHARED))
 
@@ -69,11 +69,11 @@ class Noise(nn.Module):
 
 
 def _seed(seed: int, draw: int, place: int) -> int:
-    """A seed for a generator; the mixing of splitmix64, since generators on the CPU use the low 32 bits alone."""
+    """Return a generator seed, mixed by splitmix64 because CPU generators use only the low 32 bits."""
     value = 0
     for part in (seed, draw, place):
         value = (value + part + 0x9E3779B97F4A7C15) & _MASK
         value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
         value ^= value >> 31
-    return value >> 1  # what manual_seed takes
+    return value >> 1  # 63 bits, the range of manual_seed

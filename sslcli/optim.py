@@ -1,4 +1,4 @@
-"""LARS, and the parameter groups every optimizer gets."""
+"""LARS optimizer, parameter groups, and loading of optimizer state."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ NEVER_DECAYED = ("bias", "pos_embed", "cls_token", "mask_token")
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, https://arxiv.org/abs/1708.03888) with momentum.
 
-    The reference form is that of MoCo v3, DINO, VISSL and BYOL: with g the gradient plus decay,
-    q = eta |w| / |g|, m <- momentum m + q g, w <- w - lr m. Where a norm is zero, q = 1.
+    The default form is that of MoCo v3, DINO, VISSL and BYOL: with g the gradient plus weight decay,
+    q = eta |w| / |g|, m <- momentum m + q g, w <- w - lr m. If a norm is zero, q = 1.
 
     Args:
-        params: groups; a group with `adapt=False` takes plain momentum steps without decay.
+        params: parameter groups; a group with `adapt=False` takes SGD steps with momentum, without weight decay.
         lr: learning rate.
-        weight_decay: of adapted groups.
-        momentum: of the buffer.
-        eta: the trust coefficient.
-        separate_norms: q = eta |w| / (|grad| + weight_decay |w| + 1e-8), as lightly and solo-learn do.
-        lr_in_buffer: m <- momentum m + lr q g, w <- w - m, as Google's SimCLR does; differs when lr changes.
-        clip_lr: q <- min(q / lr, 1), so that lr is only a cap, as solo-learn's CIFAR recipes do.
+        weight_decay: of groups with `adapt=True`.
+        momentum: of the momentum buffer.
+        eta: trust coefficient.
+        separate_norms: q = eta |w| / (|grad| + weight_decay |w| + 1e-8), as in lightly and solo-learn.
+        lr_in_buffer: m <- momentum m + lr q g, w <- w - m, as in Google's SimCLR; differs only if lr changes.
+        clip_lr: q <- min(q / lr, 1), which makes lr an upper bound, as in solo-learn's CIFAR recipes.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step for every parameter that has a gradient."""
+        """Perform one optimization step for all parameters with a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
             for weight in group["params"]:
@@ -64,7 +64,7 @@ class LARS(Optimizer):
         return loss
 
     def move(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Move one parameter tensor."""
+        """Update one parameter tensor in place."""
         if group["adapt"]:
             grad = self.adapted(weight, grad, group)
         state = self.state[weight]
@@ -75,10 +75,9 @@ class LARS(Optimizer):
         weight.sub_(buffer, alpha=outside)
 
     def adapted(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-        """The gradient with decay, times the scalar q that makes a step proportional to the length of `weight`.
+        """Return q * (gradient + weight decay), where q makes the step proportional to the norm of `weight`.
 
-        Lengths are those of whole tensors, also where these are sharded over processes. Nothing here waits for the
-        device.
+        Norms of sharded tensors are computed over all shards. There is no synchronization with the device.
         """
         length = whole(torch.linalg.vector_norm(weight))
         decayed = grad.add(weight, alpha=group["weight_decay"])
@@ -86,7 +85,7 @@ class LARS(Optimizer):
             of_gradient = whole(torch.linalg.vector_norm(grad))
             divisor = of_gradient + group["weight_decay"] * length + 1e-8
             usable = (length > 0) & (of_gradient > 0)
-            decayed = torch.where(usable, decayed, grad)  # there, a weight without gradient does not decay either
+            decayed = torch.where(usable, decayed, grad)  # in this form, no weight decay if a norm is zero
         else:
             divisor = whole(torch.linalg.vector_norm(decayed))
             usable = (length > 0) & (divisor > 0)
@@ -99,10 +98,10 @@ class LARS(Optimizer):
 def parameter_groups(
     method: nn.Module, *, weight_decay: float, decay_norm_and_bias: bool = False
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: decayed ones, and biases, norms and tokens, which are not.
+    """Return two groups of trainable parameters: with weight decay, and without (biases, norms and tokens).
 
-    The second group also carries `adapt=False` for LARS. With `decay_norm_and_bias` everything is in the first group,
-    as in MoCo v1 and v2. A method with its own `param_groups()` is taken at its word.
+    The second group has `adapt=False` for LARS. With `decay_norm_and_bias`, all parameters are in the first group, as
+    in MoCo v1 and v2. If a method's `param_groups()` is not None, its groups are returned unchanged.
     """
     own = method.param_groups() if isinstance(method, Method) else None
     if own is not None:
@@ -118,10 +117,11 @@ def parameter_groups(
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of an optimizer, but not whether its steps were fused: that is decided where this one was built.
+    """Load an optimizer state, but keep the `fused` setting of `optimizer`.
 
-    torch has no fused SGD of sharded parameters, while an optimizer that was built fused is left to undo the scale of
-    fp16. Fused steps need numbers in the order that their parameters have in memory.
+    The setting depends on the current run: torch has no fused SGD for sharded parameters, and a fused optimizer itself
+    undoes the fp16 loss scale. State tensors are copied to the memory layout of their parameters, as fused steps
+    require.
     """
     fused = [group.get("fused") for group in optimizer.param_groups]
     optimizer.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Schedules as pure functions of the step or of progress, so that resuming needs no scheduler state."""
+"""Schedules as pure functions of step or progress; resuming needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int = 0, final: float = 0.0) -> float:
-    """Share of the peak learning rate at the 0-based `step` of `total` (SimCLR, BYOL, MoCo v3).
+    """Return the fraction of the peak learning rate at the 0-based `step` of `total` (SimCLR, BYOL, MoCo v3).
 
-    Rises linearly from 0 over `warmup` steps, so the first step moves nothing, then falls by half a cosine to
-    `final`, which is reached at step `total`, one after the last.
+    Linear warm-up from 0 over `warmup` steps (the first step has learning rate 0), then half a cosine down to `final`,
+    which would be reached at step `total`, one after the last.
     """
     if step < warmup:
         return step / warmup
@@ -19,19 +19,22 @@ def warmup_cosine(step: int, *, total: int, warmup: int = 0, final: float = 0.0)
 
 
 def warmup_steps_down(step: int, *, total: int, warmup: int = 0, milestones: Sequence[float] = ()) -> float:
-    """Share of the peak rate: linear warm-up, then a factor of 0.1 at each milestone, given as shares of the run."""
+    """Return the fraction of the peak learning rate: linear warm-up, then a factor of 0.1 at each milestone.
+
+    Milestones are fractions of the run.
+    """
     if step < warmup:
         return step / warmup
     return float(0.1 ** sum(step >= at * total for at in milestones))
 
 
 def ema_momentum(progress: float, *, base: float) -> float:
-    """Momentum of a target network: `base` at progress 0, by half a cosine to 1 at progress 1 (BYOL app. A)."""
+    """Return the momentum of a target network: half a cosine from `base` at progress 0 to 1 at 1 (BYOL app. A)."""
     return 1 - (1 - base) * 0.5 * (math.cos(math.pi * progress) + 1)
 
 
 def scale_lr(lr: float, *, batch_size: int, rule: str) -> float:
-    """The learning rate for `batch_size` images a step, given the one for 256.
+    """Return the learning rate for `batch_size` images per step, given the base learning rate at batch size 256.
 
     `rule` is linear (Goyal et al. 2017), sqrt (SimCLR's alternative, lr * sqrt(batch / 256)) or none.
     """
