@@ -1,23 +1,23 @@
-"""Freed memory is kept for the next step: glibc would give large blocks back to the kernel and fault them in anew."""
+"""Settings of glibc's malloc that keep freed memory in the process, which avoids page faults in every step."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# The numbers of glibc's malloc.h, and what is set. Blocks are taken from the heap, which is never trimmed.
+# (option number in glibc's malloc.h, value). All blocks are allocated on the heap, which is never trimmed.
 _OPTIONS = (
-    (-4, 0),  # M_MMAP_MAX: blocks with a mapping of their own
-    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: bytes free at the end of the heap before it shrinks
-    (-2, 1 << 26),  # M_TOP_PAD: bytes by which it grows beyond what is asked for
+    (-4, 0),  # M_MMAP_MAX: maximum number of blocks allocated with mmap
+    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: free bytes at the top of the heap above which it is trimmed
+    (-2, 1 << 26),  # M_TOP_PAD: extra bytes requested whenever the heap grows
 )
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what this process frees; whether it takes the advice (glibc on Linux does).
+    """Configure malloc to keep freed memory; return True if it accepted all options (glibc on Linux does).
 
-    A training step frees and asks for the same blocks again, so in steady state no page is faulted in. The process
-    stays as large as its largest step was.
+    Every training step frees and allocates the same blocks; in steady state there are no page faults. The memory usage
+    of the process stays at the peak of its largest step.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,12 +1,12 @@
-"""The gradient of a loss that compares a whole batch, with the activations of one micro-batch in memory at a time.
+"""Gradient cache: the gradient of a batch contrastive loss with the activations of only one micro-batch in memory.
 
 Gao et al. 2021  https://arxiv.org/abs/2101.06983   train.cached_gradients
 
-    rows = embed(x) of every micro-batch x, without graph
+    rows = embed(x) for every micro-batch x, without graph
     loss = compare(all rows);  slopes = d loss / d rows
-    for every micro-batch x:  backward through embed(x), from its slopes
+    for every micro-batch x:  backward through embed(x), with gradient slopes
 
-The second `embed` repeats the first one's random numbers, so the sum of the last line is the gradient of the loss.
+The second `embed` uses the same random numbers as the first, so the accumulated gradient is that of the loss.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ def backward(
     number_format: str,
     scaler: torch.amp.GradScaler,
 ) -> dict[str, Tensor]:
-    """Add the gradient of one loss over all micro-batches to the parameters; returns the scalars of `compare`.
+    """Accumulate the gradient of one loss over all micro-batches; return the detached scalars of `compare`.
 
-    Where the method has BatchNorm, its statistics are those of a micro-batch. `number_format` is fp32, bf16 or fp16.
+    BatchNorm uses the statistics of each micro-batch. `number_format` is fp32, bf16 or fp16. Gradients are averaged
+    over processes.
     """
     states, parts = [], []
     with torch.no_grad(), unchanged_statistics(method):
@@ -59,7 +60,7 @@ def backward(
 
 
 def average_gradients(module: nn.Module) -> None:
-    """Replace every gradient by its mean over the processes, each parameter by itself."""
+    """Replace every gradient by its mean over processes, with one all-reduce per parameter."""
     if distributed.world_size() == 1:
         return
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]

@@ -1,6 +1,6 @@
-"""Parts that are compiled where there is a C compiler with OpenMP; elsewhere torch does their work.
+"""Loading of the optional compiled C parts (built if there is a C compiler with OpenMP), with torch as the fallback.
 
-A part is a C file `NAME.c` beside the module that calls it; setup.py makes the library `_NAME` of it.
+A part is a C file `NAME.c` next to the module that calls it; setup.py compiles it to the library `_NAME`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from typing import Any
 
 import torch
 
-CAPABLE = ("AVX2", "AVX512")  # what setup.py lets the compiler use
+CAPABLE = ("AVX2", "AVX512")  # instruction sets that setup.py enables
 PARTS = [Path(__file__).parent / name for name in ("winograd_passes.c", "data/resize.c", "data/change.c")]
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
 def file_of(part: Path) -> Path:
-    """Where the library of a C file is."""
+    """Return the path of the library compiled from a C file."""
     return part.with_name(f"_{part.stem}{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
 @cache
 def present() -> list[str]:
-    """The names of the parts that this installation has and this processor can run."""
+    """Return the names of the compiled parts that are installed and supported by this CPU."""
     return [part.stem for part in PARTS if load(part, {}) is not None]
 
 
 def load(part: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | None:
-    """The library of a C file, with the types of the arguments of its functions; None where it is not to be had.
+    """Load the library of a C file and set the argument types of its functions; return None if it is not available.
 
-    Nor is that of a checkout whose C file was changed since, by `git pull` for one: calls may have changed too.
+    Also returns None, with a warning, if the C file was changed after compilation (e.g. by `git pull`), because the
+    function signatures may differ.
     """
     if torch.backends.cpu.get_cpu_capability() not in CAPABLE:
         return None

@@ -1,4 +1,4 @@
-"""How healthy a representation is, measured without labels, and when to call it collapsed.
+"""Label-free quality metrics of representations, and detection of representation collapse.
 
     feature_std, mean_norm    SimSiam, arXiv:2011.10566, fig. 2: 1/sqrt(d) and 0 when spread, 0 and 1 when collapsed
     alignment, uniformity     Wang and Isola, arXiv:2005.10242, eq. 2 and 3
@@ -6,8 +6,8 @@
     alpha_req                 Agrawal et al., arXiv:2202.05808: exponent of the eigenvalue spectrum
     lidar                     Thilak et al., arXiv:2312.04000: rank of the linear discriminant of views of images
 
-All are pure functions of finite float32 or float64 features. N images, d dimensions, q views of an image. In a
-distributed run gather the features first: none of these is the mean of its values on parts.
+All are pure functions of finite float32 or float64 features. N images, d dimensions, q views per image. In a
+distributed run, gather the features first: no metric is the mean of its values on shards.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _REMEDY = {
 
 
 def _matrix(z: Tensor, name: str = "z") -> Tensor:
-    """Check that `z` is a floating (N >= 2, d) matrix, and leave half precision: exp and SVD need float32."""
+    """Validate that `z` is a floating-point (N >= 2, d) matrix; return it in at least float32, for exp and SVD."""
     if z.ndim != 2 or len(z) < 2 or not z.is_floating_point():
         raise ValueError(
             f"{name} has shape {tuple(z.shape)} and dtype {z.dtype}, but features must be a floating matrix "
@@ -51,24 +51,25 @@ def _matrix(z: Tensor, name: str = "z") -> Tensor:
 
 
 def feature_std(z: Tensor, *, biased: bool = False) -> Tensor:
-    """Mean over dimensions of the standard deviation of the L2-normalised rows of `z` (N, d). Scalar in [0, 1].
+    """Return the mean over dimensions of the standard deviation of the L2-normalized rows of `z` (N, d), in [0, 1].
 
-    About 1/sqrt(d) when the rows fill the sphere, 0 when they are one point. `biased` divides by N instead of N - 1.
+    About 1/sqrt(d) if the rows are spread over the sphere, 0 if they are a single point. `biased` divides by N instead
+    of N - 1.
     """
     std: Tensor = F.normalize(_matrix(z), dim=1).std(dim=0, correction=0 if biased else 1)
     return std.mean()
 
 
 def mean_norm(z: Tensor) -> Tensor:
-    """Norm of the mean of the L2-normalised rows of `z` (N, d): 0 for a centred cloud, 1 for a single point."""
+    """Return the norm of the mean L2-normalized row of `z` (N, d): 0 for a centered cloud, 1 for a single point."""
     norm: Tensor = torch.linalg.vector_norm(F.normalize(_matrix(z), dim=1).mean(dim=0))
     return norm
 
 
 def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
-    """Mean of |x - y|^alpha over positive pairs (rows of `z1` and `z2`, both (N, d), normalised here).
+    """Return the mean of |x - y|^alpha over positive pairs, the rows of `z1` and `z2` (N, d), normalized here.
 
-    0 when views of one image coincide; 2 - 2 cos for alpha 2 (Wang and Isola, eq. 2).
+    0 if the views of each image coincide; the mean of 2 - 2 cos for alpha 2 (Wang and Isola, eq. 2).
     """
     if z1.shape != z2.shape:
         raise ValueError(
@@ -79,10 +80,10 @@ def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
 
 
 def uniformity(z: Tensor, *, t: float = 2.0, chunk: int = 1024) -> Tensor:
-    """log of the mean over pairs i < j of exp(-t |x_i - x_j|^2), rows of `z` (N, d) normalised here.
+    """Return the log of the mean over pairs i < j of exp(-t |x_i - x_j|^2), with rows of `z` (N, d) normalized here.
 
-    0 when collapsed, about -2t + 2t^2/d when uniform on the sphere (Wang and Isola, eq. 3). Differentiable; never
-    more than chunk x N similarities at once.
+    0 if collapsed, about -2t + 2t^2/d if uniform on the sphere (Wang and Isola, eq. 3). Differentiable; at most
+    chunk x N similarities in memory at once.
     """
     x = F.normalize(_matrix(z), dim=1)
     n = len(x)
@@ -90,16 +91,17 @@ def uniformity(z: Tensor, *, t: float = 2.0, chunk: int = 1024) -> Tensor:
     for start in range(0, n - 1, chunk):
         rows = x[start : start + chunk]
         exponent = -t * (2 - 2 * rows @ x[start:].T).clamp_min(0)
-        # Row r of the chunk is column r of the remaining images, so i < j is the strict upper triangle.
+        # Row r of the chunk is column r of the remaining images; pairs i < j are the strict upper triangle.
         below = torch.ones_like(exponent, dtype=torch.bool).tril()
         sums.append(torch.logsumexp(exponent.masked_fill(below, -math.inf).flatten(), dim=0))
     return torch.logsumexp(torch.stack(sums), dim=0) - math.log(n * (n - 1) / 2)
 
 
 def rankme(z: Tensor, *, eps: float = 1e-7) -> Tensor:
-    """exp of the entropy of the singular values of `z` (N, d), not centred: a smooth rank in [1, min(N, d)].
+    """Return exp of the entropy of the singular values of `z` (N, d), not centered: a smooth rank in [1, min(N, d)].
 
-    p = sigma / sum(sigma) + eps (Garrido et al., eq. 2). Compare only values from the same N; the paper uses 25,600.
+    p = sigma / sum(sigma) + eps (Garrido et al., eq. 2). Values are comparable only for the same N; the paper uses
+    25,600.
     """
     sigma = torch.linalg.svdvals(_matrix(z))
     p = sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny) + eps
@@ -107,9 +109,9 @@ def rankme(z: Tensor, *, eps: float = 1e-7) -> Tensor:
 
 
 def effective_rank(z: Tensor) -> Tensor:
-    """exp of the entropy of the singular values of `z` (N, d) centred, without eps (Roy and Vetterli, 2007).
+    """Return exp of the entropy of the singular values of centered `z` (N, d), without eps (Roy and Vetterli, 2007).
 
-    Unlike `rankme` it does not count the common mean as a direction. Scalar in [1, min(N - 1, d)].
+    Unlike `rankme`, it does not count the common mean as a direction. Scalar in [1, min(N - 1, d)].
     """
     z = _matrix(z)
     sigma = torch.linalg.svdvals(z - z.mean(dim=0))
@@ -118,11 +120,11 @@ def effective_rank(z: Tensor) -> Tensor:
 
 
 def alpha_req(z: Tensor, *, skip: int = 10, floor: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """Exponent alpha of the power law lambda_i = c i^-alpha of the covariance eigenvalues of `z` (N, d), and R^2.
+    """Return exponent alpha and R^2 of the power law lambda_i = c i^-alpha of the covariance eigenvalues of `z` (N, d).
 
-    Least squares of log lambda on log i without the first `skip` eigenvalues and those below `floor` of the
-    largest. About 1 is good; much larger is (dimensionally) collapsed, smaller is noisy. Both are NaN where
-    fewer than 3 eigenvalues are left.
+    Least-squares fit of log lambda on log i, without the first `skip` eigenvalues and those below `floor` times the
+    largest. About 1 is good; much larger values indicate dimensional collapse, smaller values noise. Both are NaN if
+    fewer than 3 eigenvalues remain.
     """
     z = _matrix(z).double()
     eigenvalues = torch.linalg.svdvals(z - z.mean(dim=0)).square()
@@ -138,10 +140,10 @@ def alpha_req(z: Tensor, *, skip: int = 10, floor: float = 1e-5) -> tuple[Tensor
 
 
 def lidar(z: Tensor, *, delta: float = 1e-4, eps: float = 1e-7) -> Tensor:
-    """Smooth rank of the linear discriminant that tells images apart, from `z` (n images, q views, d).
+    """Return the smooth rank of the linear discriminant between images, from `z` (n images, q views, d).
 
-    exp of the entropy of the eigenvalues of W^-1/2 B W^-1/2 with B the scatter between images and W = scatter
-    within + delta I (Thilak et al., section 4). In [1, min(d, n - 1)]; computed in float64, for eigh.
+    exp of the entropy of the eigenvalues of W^-1/2 B W^-1/2, with B the between-image scatter and W = within-image
+    scatter + delta I (Thilak et al., section 4). In [1, min(d, n - 1)]; computed in float64, for eigh.
     """
     if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(
@@ -163,10 +165,10 @@ def lidar(z: Tensor, *, delta: float = 1e-4, eps: float = 1e-7) -> Tensor:
 
 @torch.no_grad()
 def measure(z: Tensor, other: Tensor | None = None) -> dict[str, float]:
-    """The quick measures of one batch of embeddings `z` (N, d), as floats: std, mean_norm, uniformity, rankme.
+    """Return the fast metrics of a batch of embeddings `z` (N, d) as floats: std, mean_norm, uniformity, rankme.
 
-    With `other` (N, d), the second view of the same images, also alignment. All are NaN when `z` is not finite.
-    Waits for the device: call it only where the loop logs.
+    With `other` (N, d), the second view of the same images, also alignment. All are NaN if `z` is not finite.
+    Synchronizes with the device; call it only in steps that are logged.
     """
     z = _matrix(z.detach())
     if not bool(torch.isfinite(z).all()):
@@ -184,20 +186,20 @@ def measure(z: Tensor, other: Tensor | None = None) -> dict[str, float]:
 
 
 class CollapseJudge:
-    """Tells from the measures of the embeddings whether a run is collapsing.
+    """Detector of representation collapse from the metrics of the embeddings.
 
-    Feed it the first step, which shows the random start, then at fixed steps: a fall is told by comparison with what
-    was, and a bad enough run is a single point 50 steps later. A measure alarms when it is small *and* has fallen.
-    Small alone is also true of a healthy net without BatchNorm, whose embeddings nearly coincide until training
-    spreads them.
+    Call `update` at the first step, for the values of the random initialization, then at fixed intervals: alarms
+    compare with the peak so far, and a severe collapse can be complete after 50 steps. An alarm fires if a metric is
+    low *and* far below its peak. A low value alone also occurs in healthy networks without BatchNorm, whose embeddings
+    nearly coincide in early training.
 
         std         < 0.2 / sqrt(d)                        and < half its largest value so far
-        uniformity  > -0.5                                 and |.| < a quarter of its largest (a distance squared)
-        rankme      < 10 % of its largest value so far     and < 5, so that ten tight classes are no collapse
-        std         < 0.02 / sqrt(d) at `patience` measurements in a row, wherever it started from
+        uniformity  > -0.5                                 and |.| < a quarter of its largest (a squared distance)
+        rankme      < 10 % of its largest value so far     and < 5 (ten tight classes are not a collapse)
+        std         < 0.02 / sqrt(d) in `patience` consecutive measurements, whatever its peak
 
-    It answers only after `grace` measurements, and at the second alarm in a row: a single batch proves nothing.
-    Everything it remembers is in `state_dict`, so a resumed run answers as one never stopped.
+    Collapse is reported after more than `grace` measurements and two consecutive alarms, because a single batch is not
+    reliable. `state_dict` contains the complete state; a resumed run gives the same results as an uninterrupted one.
     """
 
     def __init__(self, *, grace: int = 2, patience: int = 10) -> None:
@@ -208,9 +210,9 @@ class CollapseJudge:
         self._state = {"seen": 0.0, "alarms": 0.0, "stuck": 0.0, "std": 0.0, "spread": 0.0, "rankme": 0.0}
 
     def update(self, values: Mapping[str, float], *, dim: int) -> str | None:
-        """Take the `measure` of one batch of embeddings of width `dim`; an explanation when they collapse, else None.
+        """Add the output of `measure` for embeddings of width `dim`; return an explanation on collapse, else None.
 
-        Measurements with a value that is not finite are left out: that is a failure of another kind.
+        Measurements with a non-finite value are ignored, because they are a different failure.
         """
         std, spread, rank = values["std"], -values["uniformity"], values["rankme"]
         if not all(math.isfinite(v) for v in (std, spread, rank)):
@@ -228,7 +230,7 @@ class CollapseJudge:
         return verdict if state["alarms"] >= 2 else None
 
     def _judge(self, std: float, spread: float, rank: float, dim: int) -> str | None:
-        """The alarm of this one measurement, given what has been seen, or None."""
+        """Return the alarm message of one measurement, given the peaks so far, or None."""
         peak = self._state
         limit = 0.2 / math.sqrt(dim)
         if (std < limit and std < 0.5 * peak["std"]) or peak["stuck"] >= self.patience:
@@ -241,11 +243,11 @@ class CollapseJudge:
         return None
 
     def state_dict(self) -> dict[str, float]:
-        """What has been seen so far, as plain numbers."""
+        """Return peaks and counters as floats."""
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from a `state_dict`. Raises ValueError when its names are not those of this version."""
+        """Restore a `state_dict`. Raises ValueError if its keys are not those of this version."""
         if set(state) != set(self._state):
             raise ValueError(f"collapse judge state has {sorted(state)}, but needs {sorted(self._state)}: start afresh")
         self._state = {name: float(value) for name, value in state.items()}

@@ -1,8 +1,8 @@
-"""Methods that are too large for a device: spread over the processes (FSDP2), or with less kept for the backward pass.
+"""Sharding of methods over processes (FSDP2) and activation checkpointing, for models that exceed device memory.
 
-Sharded, every process holds a part of each parameter, of its gradient and of the optimizer's state. A block of the
-backbone is whole while it computes, everything else during the whole of `forward`. Buffers (statistics, queues, banks)
-stay whole on every process, as they are without.
+With sharding, every process holds a shard of each parameter, of its gradient and of the optimizer state. A block of the
+backbone is unsharded only while it computes, all other parameters during the entire `forward`. Buffers (statistics,
+queues, banks) are not sharded.
 
 Zhao et al. 2023  https://arxiv.org/abs/2304.11277     Chen et al. 2016  https://arxiv.org/abs/1604.06174
 """
@@ -26,10 +26,10 @@ from sslcli.methods.base import Method
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a network, in order: transformer blocks, residual blocks, stages; [] where there are none.
+    """Return the repeated blocks of a network, in order (transformer blocks, residual blocks, stages); [] if none.
 
-    They are the members of the innermost lists (nn.Sequential, nn.ModuleList) of two or more modules that are all of
-    one class and made of others.
+    These are the members of the innermost containers (nn.Sequential, nn.ModuleList) of two or more modules that have
+    the same class and each have submodules.
     """
     inner = [block for child in net.children() for block in blocks(child)]
     members = list(net.children())
@@ -40,16 +40,16 @@ def blocks(net: nn.Module) -> list[nn.Module]:
 
 
 def shard(method: Method, device: torch.device, precision: str) -> None:
-    """Spread the parameters of a method over all processes, in place; before an optimizer is built.
+    """Shard the parameters of a method over all processes, in place; call it before the optimizer is built.
 
     With precision bf16, blocks without BatchNorm are gathered and computed in bfloat16, and their gradients are
-    averaged in float32; autocast does the rest.
+    averaged in float32; the other modules use autocast.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     for parameter in method.parameters():
-        parameter.data = parameter.data.contiguous()  # which FSDP2 asks for
+        parameter.data = parameter.data.contiguous()  # required by FSDP2
     mesh = init_device_mesh(device.type, (world_size(),))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     nets = [part for part in method.modules() if type(part) is type(method.backbone)] if method.by_block else []
@@ -60,13 +60,13 @@ def shard(method: Method, device: torch.device, precision: str) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` was applied to it."""
+    """Return whether `shard` was applied to `model`."""
     return hasattr(model, "set_requires_gradient_sync")
 
 
 @contextmanager
 def gathered(method: nn.Module) -> Iterator[None]:
-    """Let parts of a sharded method be called outside of its `forward`, by all processes alike."""
+    """Unshard a method within the block, for calls of its parts outside `forward`; all processes must enter it."""
     if not is_sharded(method):
         yield
         return
@@ -78,9 +78,9 @@ def gathered(method: nn.Module) -> Iterator[None]:
 
 
 def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, ...], torch.Size], Tensor | None]:
-    """Tells where the tensors of a checkpoint belong: by path and shape, a tensor that is sharded the same way.
+    """Return a function (path, shape) -> tensor with the sharding of that checkpoint entry, or None if not sharded.
 
-    A path is ("method", name) or ("optimizer", "state", number, name); None stands for a tensor that is whole.
+    A path is ("method", name) or ("optimizer", "state", number, name).
     """
     named = {name: value for name, value in method.state_dict().items() if hasattr(value, "to_local")}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -97,9 +97,9 @@ def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, .
 
 
 def recompute(method: Method) -> None:
-    """Keep only what enters and leaves the blocks of the backbone, and compute the rest again in the backward pass.
+    """Enable activation checkpointing: keep only inputs and outputs of backbone blocks, recompute the rest in backward.
 
-    Raises ConfigError where there is no block, or where the method cannot allow it.
+    Raises ConfigError if the backbone has no blocks or the method has `by_block` False.
     """
     found = blocks(method.backbone)
     if not method.by_block:
@@ -124,13 +124,13 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **o
 
 
 def _contexts(block: nn.Module) -> tuple[Any, Any]:
-    """What surrounds the first computation of a block, and the second."""
+    """Return the contexts for the forward pass of a block and for its recomputation."""
     return nullcontext(), _aside(block)
 
 
 @contextmanager
 def _aside(block: nn.Module) -> Iterator[None]:
-    """Computations here read the block's buffers and leave them as they are: running statistics move once a step."""
+    """Replace the block's buffers by copies within the context: running statistics are updated only once per step."""
     kept = [(part, name, value) for part in block.modules() for name, value in part._buffers.items()]
     for part, name, value in kept:
         part._buffers[name] = None if value is None else value.clone()
