@@ -1,16 +1,16 @@
-"""3x3 convolutions of the CPU in float32 with a quarter of the multiplications.
+"""Winograd's fast 3x3 convolutions on the CPU in float32, with a quarter of the multiplications.
 
 Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the points 0, 1, -1, 2, -2 and infinity
 
-N images, C and O channels in and out, H x W maps; T tiles of 4 x 4 results, each made of 6 x 6 numbers.
-A tile's polynomial is evaluated at 6 x 6 points, where a convolution is a product for each point: 36 products of
-(T, C) with (C, O) in place of one of (16 T, 9 C) with (9 C, O). The gradient of the images is a convolution too; that
-of the weight comes from the same products, transposed.
+Shapes: N images, C input and O output channels, H x W maps; T tiles of 4 x 4 outputs, each computed from 6 x 6 inputs.
+The polynomial of a tile is evaluated at 6 x 6 points, where the convolution is an independent matrix product per point:
+36 products of (T, C) with (C, O) instead of one of (16 T, 9 C) with (9 C, O). The gradient of the images is also a
+convolution; that of the weight consists of the same products, transposed.
 
-`winograd_passes.c` does this some tiles at a time, so that points stay in the cache of a core. The same in torch's
-operations is for wide layers, whose kernels have to be read often otherwise, and for installations without a compiler.
-torch asks oneDNN for direct convolutions, whose gradient of a weight in channels-last memory reaches half the speed of
-the other passes on processors with AVX2.
+`winograd_passes.c` processes a few tiles at a time, which keeps the points in the cache of a core. The implementation
+with torch operations is for wide layers, for which the C part would have to read the kernels repeatedly, and for
+installations without a compiler. By default, torch uses direct convolutions from oneDNN; on CPUs with AVX2, their
+weight gradient in channels-last memory format reaches half the speed of the other passes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from sslcli import compiled, winograd_passes
 from sslcli.winograd_transforms import POINTS, TILE, from_points, gradient_points, tiles, to_points, whole
 
-LEAST_CHANNELS = 64  # with fewer, the transforms cost more than the products save
-LEAST_TILES = 32  # with fewer, transforming the weight does
-MOST_PADDING = 1.4  # numbers in whole tiles over numbers in the maps
-CHUNK_BYTES = 4 * 2**20  # of the points of some images, for each thread: what stays in its share of the caches
+LEAST_CHANNELS = 64  # with fewer, the transforms take more time than the products save
+LEAST_TILES = 32  # with fewer, the transform of the weight takes more time than the products save
+MOST_PADDING = 1.4  # maximum of (values in padded tiles) / (values in the maps)
+CHUNK_BYTES = 4 * 2**20  # size of the points of a chunk of images per thread, which fits its fraction of the caches
 
-# The three numbers of a kernel, evaluated at each point: the paper's G.
+# Evaluation of the three kernel values at each point: the paper's G.
 KERNEL_AT_POINTS = (
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
@@ -41,10 +41,10 @@ KERNEL_AT_POINTS = (
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A 3x3 convolution of stride 1 that takes the fast path where it is one: the CPU, float32, maps large enough."""
+    """3x3 convolution of stride 1 that uses Winograd where it is faster: CPU, float32, sufficiently large maps."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, O, H, W)."""
+        """Convolve (N, C, H, W) -> (N, O, H, W)."""
         if not pays(input, self.weight):
             return super().forward(input)
         out: Tensor = Convolution.apply(input, self.weight)
@@ -52,7 +52,7 @@ class WinogradConv2d(nn.Conv2d):
 
 
 def use_winograd(net: nn.Module) -> None:
-    """Let the convolutions of `net` that can be computed so be, in place; names and parameters stay."""
+    """Convert all eligible convolutions of `net` to `WinogradConv2d`, in place; names and parameters do not change."""
     if torch.backends.cpu.get_cpu_capability() not in compiled.CAPABLE:
         return
     for module in net.modules():
@@ -61,7 +61,7 @@ def use_winograd(net: nn.Module) -> None:
 
 
 def fits(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is one of 3x3, stride 1 and padding 1 with channels enough."""
+    """Return whether a convolution is 3x3 with stride 1, padding 1 and enough channels."""
     return (
         (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and (conv.groups, conv.padding_mode) == (1, "zeros")
@@ -70,7 +70,7 @@ def fits(conv: nn.Conv2d) -> bool:
 
 
 def pays(images: Tensor, weight: Tensor) -> bool:
-    """Whether these maps, on this device and in this format, are convolved faster so."""
+    """Return whether Winograd is faster for this shape, device and dtype."""
     if images.device.type != "cpu" or images.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
     if images.dim() != 4 or torch.is_autocast_enabled("cpu") or watched():
@@ -81,12 +81,12 @@ def pays(images: Tensor, weight: Tensor) -> bool:
 
 
 def watched() -> bool:
-    """Whether a compiler or exporter follows the operations, which has convolutions of its own."""
+    """Return whether torch.compile or an exporter is tracing; these use their own convolutions."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 class Convolution(torch.autograd.Function):
-    """(N, C, H, W), (O, C, 3, 3) -> (N, O, H, W), with padding 1."""
+    """Autograd function of the convolution (N, C, H, W), (O, C, 3, 3) -> (N, O, H, W), with padding 1."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         images, weight = ctx.saved_tensors
         (gradient,) = gradients
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted, so torch must see how it is made
+        if torch.is_grad_enabled():  # double backward: use differentiable torch operations
             return (
                 conv2d_input(images.shape, weight, gradient, padding=1),  # type: ignore[no-untyped-call]
                 conv2d_weight(images, weight.shape, gradient, padding=1),  # type: ignore[no-untyped-call]
@@ -110,7 +110,7 @@ class Convolution(torch.autograd.Function):
 
 
 def convolve(images: Tensor, weight: Tensor) -> Tensor:
-    """The convolution of (N, C, H, W) with (O, C, 3, 3), padding 1, in channels-last memory."""
+    """Return the convolution of (N, C, H, W) with (O, C, 3, 3), padding 1, in channels-last memory format."""
     maps = channels_last(images)
     kernels = kernel_points(weight)
     at_once = winograd_passes.convolve(maps, kernels)
@@ -123,7 +123,7 @@ def convolve(images: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(images: Tensor, gradient: Tensor) -> Tensor:
-    """Of the weight (O, C, 3, 3), given the (N, C, H, W) and the gradient (N, O, H, W) of its convolution."""
+    """Return the gradient of the weight (O, C, 3, 3), from images (N, C, H, W) and output gradient (N, O, H, W)."""
     maps, gradients = channels_last(images), channels_last(gradient)
     channels, out_channels = maps.shape[3], gradients.shape[3]
     sums = winograd_passes.weight_sums(maps, gradients)
@@ -136,12 +136,12 @@ def weight_gradient(images: Tensor, gradient: Tensor) -> Tensor:
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H, W, C), contiguous."""
+    """Permute (N, C, H, W) to contiguous (N, H, W, C)."""
     return images.permute(0, 2, 3, 1).contiguous()
 
 
 def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
-    """Runs of images whose points stay in the caches, yet are no fewer than the kernels' that each run reads."""
+    """Divide images into slices whose points fit the caches, but are no fewer than the kernel points read per slice."""
     n, high, wide = tiles(maps)
     image_bytes = 4 * POINTS**2 * maps.shape[3] * high * wide
     size = max(CHUNK_BYTES * torch.get_num_threads(), 4 * kernels.numel()) // image_bytes + 1
@@ -149,13 +149,13 @@ def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
 
 
 def evaluation(like: Tensor) -> Tensor:
-    """(36, 9): a kernel of 3 x 3 numbers at the 6 x 6 points."""
+    """Return the matrix (36, 9) that evaluates a 3 x 3 kernel at the 6 x 6 points."""
     rows = torch.tensor(KERNEL_AT_POINTS, dtype=torch.float64)
     return torch.kron(rows, rows).to(like)
 
 
 def kernel_points(weight: Tensor) -> Tensor:
-    """(O, C, 3, 3) -> (36, C, O), a view of what is made in the weight's own order in memory."""
-    if weight.stride(0) < weight.stride(1):  # for the gradient of the images the channels have changed places
+    """Evaluate kernels at the points: (O, C, 3, 3) -> (36, C, O), a view whose memory order follows the weight."""
+    if weight.stride(0) < weight.stride(1):  # gradient of the images: input and output channels are swapped
         return torch.matmul(evaluation(weight), weight.permute(1, 2, 3, 0).flatten(1, 2)).transpose(0, 1)
     return torch.matmul(evaluation(weight), weight.permute(0, 2, 3, 1).flatten(1, 2)).permute(1, 2, 0)

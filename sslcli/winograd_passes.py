@@ -1,7 +1,7 @@
-"""Winograd's convolutions, compiled: `winograd_passes.c`, where `sslcli.compiled` has it.
+"""Python interface of the compiled Winograd convolutions in `winograd_passes.c`, loaded by `sslcli.compiled`.
 
-`sslcli.winograd` asks here first, and computes with torch's operations what there is no compiled pass for: another
-format than float32, channels that do not fill cache lines, or an installation without a compiler.
+`sslcli.winograd` calls these functions first and falls back to torch operations if there is no compiled pass: for
+dtypes other than float32, channels that do not fill cache lines, or an installation without a compiler.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from sslcli import compiled
 from sslcli.compiled import INT, LONG, POINTER
 
 PART = Path(__file__).with_suffix(".c")
-POINTS, BLOCK, LINE = 36, 24, 16  # those of winograd_passes.c
-MOST_KERNELS = 2**18 // 4  # channels in x out; with more, each block of tiles waits for the kernels' points
-MOST_SUMS = 2**16 // 4  # the same for the gradient of the weight, of which each thread has its own
+POINTS, BLOCK, LINE = 36, 24, 16  # same values as in winograd_passes.c
+MOST_KERNELS = 2**18 // 4  # maximum of input x output channels; beyond it, each block waits for reads of kernel points
+MOST_SUMS = 2**16 // 4  # the same limit for the weight gradient, of which each thread has its own copy
 ARGUMENTS = {
     "to_points": [POINTER] * 2 + [LONG] * 4 + [INT],
     "from_points": [POINTER] * 2 + [LONG] * 4 + [INT],
@@ -31,19 +31,22 @@ ARGUMENTS = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled passes, or None."""
+    """Return the compiled library, or None if it is not available."""
     return compiled.load(PART, ARGUMENTS)
 
 
 def passes_for(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The compiled passes, if they are made for all of these channels-last maps."""
+    """Return the compiled library if it supports dtype and channels of all these channels-last maps, else None."""
     if all(each.dtype == torch.float32 and each.shape[-1] % LINE == 0 for each in tensors):
         return library()
     return None
 
 
 def transform(name: str, given: Tensor, out: Tensor, maps: Tensor) -> bool:
-    """Fill `out` from `given`, one of which is `maps` (n, H, W, C), by a compiled transform, if there is one."""
+    """Fill `out` from `given` with the compiled transform `name`; return False if there is none.
+
+    `maps` (n, H, W, C) is either `given` or `out`.
+    """
     passes = passes_for(maps)
     if passes is None:
         return False
@@ -54,7 +57,10 @@ def transform(name: str, given: Tensor, out: Tensor, maps: Tensor) -> bool:
 
 
 def convolve(maps: Tensor, kernels: Tensor) -> Tensor | None:
-    """The convolution of (n, H, W, C) with the kernels' points (36, C, O), each core with some tiles at a time."""
+    """Return the convolution of (n, H, W, C) with the kernel points (36, C, O); None if there is no compiled pass.
+
+    Each thread processes a few tiles at a time.
+    """
     channels, outs = kernels.shape[1:]
     passes = passes_for(maps, kernels)
     if passes is None or channels * outs > MOST_KERNELS:
@@ -70,7 +76,10 @@ def convolve(maps: Tensor, kernels: Tensor) -> Tensor | None:
 
 
 def weight_sums(maps: Tensor, gradients: Tensor) -> Tensor | None:
-    """The products (36, O, C) of the points of (n, H, W, O) and (n, H, W, C), summed over tiles."""
+    """Return the products (36, O, C) of the points of `gradients` and `maps`, summed over tiles.
+
+    `maps` (n, H, W, C), `gradients` (n, H, W, O). Returns None if there is no compiled pass.
+    """
     channels, outs = maps.shape[3], gradients.shape[3]
     passes = passes_for(maps, gradients)
     if passes is None or channels * outs > MOST_SUMS:

@@ -1,8 +1,8 @@
-"""The transforms of Winograd's convolutions: numbers of tiles to values at points, and back.
+"""Transforms of Winograd convolutions: from tile values to values at points, and back.
 
 Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the points 0, 1, -1, 2, -2 and infinity
 
-Each has a compiled pass, and torch's operations with the same bits where there is none.
+Each transform has a compiled pass and a fallback in torch operations with bit-identical results.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor
 from sslcli.winograd_passes import transform
 
 TILE, POINTS = 4, 6
-Rows = Sequence[Tensor] | Tensor  # a dimension of numbers or points is the first
+Rows = Sequence[Tensor] | Tensor  # the first dimension is that of tile values or points
 
 
 def whole(side: int) -> int:
-    """The side of whole tiles that holds so many numbers."""
+    """Round `side` up to a multiple of the tile side."""
     return -(-side // TILE) * TILE
 
 
 def tiles(maps: Tensor) -> tuple[int, int, int]:
-    """(n, H, W, C) -> images, and tiles of 4 x 4 numbers down and across."""
+    """Return the number of images and of 4 x 4 tiles vertically and horizontally, for maps (n, H, W, C)."""
     return len(maps), whole(maps.shape[1]) // TILE, whole(maps.shape[2]) // TILE
 
 
 def to_points(maps: Tensor) -> Tensor:
-    """(n, H, W, C) -> (36, T, C): each tile and the numbers around it, evaluated at the points."""
+    """Evaluate each tile, with a border of one value, at the points: (n, H, W, C) -> (36, T, C)."""
     (n, high, wide), channels = tiles(maps), maps.shape[3]
     points = maps.new_empty(POINTS, POINTS, n, high, wide, channels)
     if not transform("to_points", maps, points, maps):
@@ -42,7 +42,7 @@ def to_points(maps: Tensor) -> Tensor:
 
 
 def from_points(points: Tensor, out: Tensor) -> None:
-    """(36, T, O) -> (n, H, W, O)."""
+    """Interpolate values at the points to maps: `points` (36, T, O) -> `out` (n, H, W, O), in place."""
     if transform("from_points", points, out, out):
         return
     (n, high, wide), channels = tiles(out), out.shape[3]
@@ -54,7 +54,7 @@ def from_points(points: Tensor, out: Tensor) -> None:
 
 
 def gradient_points(gradient: Tensor) -> Tensor:
-    """(n, H, W, O) -> (36, T, O), the transpose of `from_points`."""
+    """Apply the transpose of `from_points`: (n, H, W, O) -> (36, T, O)."""
     (n, high, wide), channels = tiles(gradient), gradient.shape[3]
     points = gradient.new_empty(POINTS, POINTS, n, high, wide, channels)
     if not transform("gradient_points", gradient, points, gradient):
@@ -66,14 +66,14 @@ def gradient_points(gradient: Tensor) -> Tensor:
 
 
 def padded_to_tiles(maps: Tensor, *, border: int) -> Tensor:
-    """(n, H, W, C) -> (n, H', W', C): whole tiles, and a border of zeros around them."""
+    """Zero-pad maps to whole tiles plus a border: (n, H, W, C) -> (n, H', W', C)."""
     _, height, width, _ = maps.shape
     right, below = border + whole(width) - width, border + whole(height) - height
     return F.pad(maps, (0, 0, border, right, border, below)).contiguous()
 
 
 def evaluate(d: Rows, out: Rows) -> None:
-    """Six numbers -> their values at the six points: the matrix B^T of the paper's equation for F(4x4, 3x3)."""
+    """Map six tile values to values at the six points: the matrix B^T of the paper's equation for F(4x4, 3x3)."""
     even, odd = torch.sub(d[4], d[2], alpha=4), torch.sub(d[3], d[1], alpha=4)
     torch.add(even, odd, out=out[1])
     torch.sub(even, odd, out=out[2])
@@ -86,7 +86,7 @@ def evaluate(d: Rows, out: Rows) -> None:
 
 
 def interpolate(m: Rows, out: Rows) -> None:
-    """Values at the six points -> the four numbers of the result: the paper's A^T."""
+    """Map values at the six points to the four outputs: the paper's A^T."""
     even, odd = m[1] + m[2], m[1] - m[2]
     far_even, far_odd = m[3] + m[4], m[3] - m[4]
     torch.add(odd, far_odd, alpha=2, out=out[1])
@@ -96,7 +96,7 @@ def interpolate(m: Rows, out: Rows) -> None:
 
 
 def spread(y: Rows, out: Rows) -> None:
-    """Four numbers -> six, the transpose of `interpolate`."""
+    """Map four values to six: the transpose of `interpolate`."""
     out[0].copy_(y[0])
     out[5].copy_(y[3])
     even, odd = y[0] + y[2], y[1] + y[3]
