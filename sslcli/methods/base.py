@@ -109,7 +109,7 @@ class Method(nn.Module):
 
     @property
     def queue_length(self) -> int:
-        """The number of embeddings in the queue of negatives; 0 without a queue."""
+        """Number of embeddings in the queue of negatives; 0 without a queue."""
         return 0
 
     def num_negatives(self, batch_size: int) -> int | None:

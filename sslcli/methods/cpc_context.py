@@ -35,7 +35,7 @@ class GruContext(Context):
         self.out_channels = hidden
 
     def forward(self, z: Tensor) -> Tensor:
-        """(N, D, g, g) -> (N, hidden, g, g)."""
+        """Return contexts: (N, D, g, g) -> (N, hidden, g, g)."""
         num_images, dim, rows, columns = z.shape
         sequences = z.permute(0, 3, 2, 1).reshape(num_images * columns, rows, dim)
         states, _ = self.gru(sequences)
@@ -68,7 +68,7 @@ class GatedContext(Context):
         self.out_channels = hidden
 
     def forward(self, z: Tensor) -> Tensor:
-        """(N, D, g, g) -> (N, hidden, g, g)."""
+        """Return contexts: (N, D, g, g) -> (N, hidden, g, g)."""
         x = self.first(z)
         for layer in self.others:
             x = x + layer(x)
@@ -84,7 +84,7 @@ class ResidualContext(Context):
         self.out_channels = dim
 
     def forward(self, z: Tensor) -> Tensor:
-        """(N, D, g, g) -> (N, D, g, g)."""
+        """Return contexts: (N, D, g, g) -> (N, D, g, g)."""
         for block in self.blocks:
             z = z + block(z)
         return F.relu(z)

@@ -137,7 +137,7 @@ class VAE(Method):
         self.first_look = FirstLook((channels, image_size, image_size))
         self.beta, self.free_bits, self.kl_warmup = beta, free_bits, kl_warmup
         self.reconstruction, self.sigma = reconstruction, sigma
-        self.kl_share: Tensor  # of beta, () in [0, 1]
+        self.kl_share: Tensor  # () current KL weight as a fraction of beta, in [0, 1]
         self.register_buffer("kl_share", torch.tensor(0.0 if kl_warmup else 1.0))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
