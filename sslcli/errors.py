@@ -14,6 +14,7 @@ DISK_ERRORS = (*DISK_REFUSALS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EI
 EXIT_CONFIG = 2
 EXIT_FAILED = 3
 EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130  # by Ctrl-C, with nothing saved
 
 
 class ConfigError(ValueError):

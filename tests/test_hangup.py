@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,3 +58,17 @@ def test_under_nohup_a_hangup_changes_nothing(launcher: tuple[str, ...], tmp_pat
         os.kill(pid, signal.SIGHUP)
     assert process.finish() == 0, log.read_text()[-2000:]
     assert last_step(run_dir) == 60
+
+
+def test_ctrl_c_before_several_processes_train_shows_no_traceback(tmp_path: Path) -> None:
+    """The processes are importing torch then."""
+    log = tmp_path / "log"
+    process = start(*COMMAND, *LAUNCHERS[1], f"run_dir={tmp_path / 'run'}", log=log)
+    until = time.monotonic() + 60
+    while len([pid for pid in family(process.pid) if "libtorch" in Path(f"/proc/{pid}/maps").read_text()]) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    for pid in (process.pid, *family(process.pid)):
+        os.kill(pid, signal.SIGINT)
+    assert process.finish() in (75, 130)
+    assert "Traceback" not in log.read_text(), log.read_text()

@@ -37,7 +37,7 @@ from sslcli.cli._job import stop_with_sweep
 from sslcli.cli._own_dataset import change_of, is_change
 from sslcli.cli._paths import absolute, absolute_paths, quoted_home
 from sslcli.cli._plugins import conf_of_plugins
-from sslcli.errors import EXIT_CONFIG, ConfigError
+from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError
 from sslcli.idle_threads import sleep_soon
 from sslcli.interpreter import find_trusted
 from sslcli.report.terminal import guard_terminal
@@ -46,7 +46,6 @@ from sslcli.settings import NEUTRAL
 # A checkout that is not installed has no sslcli.conf.
 CONF = "pkg://sslcli.conf" if folder_of_conf(installed=True) else str(folder_of_conf())
 ANSWERED_BY_HYDRA = ("hydra_help", "info", "shell_completion")
-EXIT_INTERRUPTED = 130
 
 
 class ConfOfPlugins(SearchPathPlugin):

@@ -18,13 +18,12 @@ from sslcli import atomic
 from sslcli.cli import _run_dir
 from sslcli.cli._locks import can_lock, lock
 from sslcli.cli._paths import absolute
-from sslcli.errors import EXIT_STOPPED, ConfigError
+from sslcli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
 from sslcli.settings import SweepSettings
 from sslcli.slurm.queue import told_code, told_job
 
 PARENT = "SSLCLI_SWEEP"  # where a sweep leaves the id of its process for the jobs it starts
 PROC = Path("/proc")  # not on every system
-EXIT_INTERRUPTED = 130
 WAITING, SUBMITTED, RUNNING, CHECKED = "waiting", "submitted", "running", "checked"
 FINISHED, STOPPED, INTERRUPTED, FAILED = "finished", "stopped", "interrupted", "failed"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -73,6 +74,8 @@ def main() -> None:
 
     An error of the program is worth another start only if there is a newer checkpoint than before this one.
     """
+    # Until the run takes signals over, Ctrl-C ends it without a traceback: there is nothing to save.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from sslcli.launch import EXIT_LOST, die_with_parent
 
     guard_terminal()

@@ -46,9 +46,12 @@ def check_layout(run_dir: Path) -> None:
     """Raise ConfigError where something lies in a run directory that would hold up or end whoever opens it.
 
     That is a FIFO, a socket or a device in the place of a file, a file in the place of a folder, and the other way.
+    Only the log, which is never read, may be a device: some want it to go to /dev/null.
     """
     for name in FILES:
-        if (run_dir / name).exists() and not (run_dir / name).is_file():
+        path = run_dir / name
+        is_device = name == "console.log" and path.is_char_device()
+        if path.exists() and not path.is_file() and not is_device:
             raise ConfigError(out_of_place(run_dir / name))
     for name in FOLDERS:
         if (run_dir / name).exists() and not (run_dir / name).is_dir():

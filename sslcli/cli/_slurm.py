@@ -13,12 +13,10 @@ from typing import Any
 from sslcli import atomic, interpreter
 from sslcli.cli import _run_dir
 from sslcli.cli._launch import tell
-from sslcli.errors import EXIT_CONFIG, ConfigError
+from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError
 from sslcli.report.terminal import guard_terminal
 from sslcli.slurm import queue
 from sslcli.slurm.script import SlurmSettings, render
-
-EXIT_INTERRUPTED = 130
 
 
 def launch(config: dict[str, Any]) -> int:
