@@ -1,1 +1,1 @@
-"""Evaluation protocols, one a file: each takes a `FeatureSet` or a run and returns a JSON-able dict."""
+"""Evaluation protocols, one per file. Each takes a `FeatureSet` or a run and returns a JSON-serializable dict."""

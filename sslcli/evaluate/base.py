@@ -7,16 +7,15 @@ from typing import Any
 
 
 class Protocol:
-    """One way to measure a network, chosen by `protocol=...` and built from its yaml.
+    """Base class of a protocol, selected by `protocol=...` and instantiated from its yaml file.
 
-    The commands build classes that derive from this one and no others, so that a configuration cannot name anything
-    else to be called.
+    The commands instantiate only subclasses of this class, so a configuration cannot call arbitrary code.
     """
 
     def variant(self, usual: Mapping[str, Any]) -> str:
-        """What in the settings makes the number another quantity, for the name of its result; "" for the usual one.
+        """Return a suffix for the name of the result if the settings differ from the usual ones, else "".
 
-        Two results share a name, and the second replaces the first, where this is equal. `usual` has the values of
-        `monitor.*` of the run.
+        Two results with the same suffix have the same name, and the second replaces the first. `usual` holds the
+        values of `monitor.*` of the run.
         """
         return ""

@@ -1,7 +1,7 @@
-"""Distillation: a student learns what a fine-tuned teacher says of images, whose labels it never sees.
+"""Distillation: train a student on the predictions of a fine-tuned teacher, without labels.
 
 The third stage of SimCLR v2 (arXiv:2006.10029, section 2): cross-entropy against the teacher's probabilities at a
-temperature, on all training images. Yaml: conf/protocol/distill.yaml. N images, C classes.
+temperature, on all training images. Yaml: conf/protocol/distill.yaml. N is the number of images, C of classes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ TEACHERS = ("finetune", "semi")
 
 
 def distillation(student: Tensor, teacher: Tensor, *, temperature: float, scale: bool = True) -> Tensor:
-    """Cross-entropy of the student's logits (N, C) against the teacher's probabilities, both at `temperature`.
+    """Return the cross-entropy of the student's logits (N, C) and the teacher's probabilities, both at `temperature`.
 
-    The mean over N of -sum p_teacher log p_student (SimCLR v2, eq. 2); with `scale` times temperature squared, as the
-    official notebook does, so that gradients keep their size. No gradient to the teacher.
+    This is the mean over N of -sum p_teacher log p_student (SimCLR v2, eq. 2). With `scale` it is multiplied by
+    temperature squared, as in the official notebook, to keep the gradient magnitude independent of the temperature.
+    No gradient flows to the teacher.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
     wanted = (teacher.detach().to(dtype) / temperature).softmax(1)
@@ -41,7 +42,7 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float, scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A fine-tuned net, the labelled images it was trained on, and where it is from."""
+    """A fine-tuned network, the positions of its labeled training images, and its provenance."""
 
     net: Classifier
     positions: Tensor
@@ -50,10 +51,10 @@ class Teacher:
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Recipe):
-    """The protocol `distill`. There is one learning rate and nothing to choose.
+    """The protocol `distill`, with a fixed learning rate (no grid).
 
-    The baseline `random` is the student from random initialisation, trained on the teacher's labels without the
-    teacher, for as many steps.
+    The baseline `random` is the student trained from random initialization for the same number of steps, on the
+    teacher's labeled images and without the teacher.
     """
 
     teacher: str = "finetune"
@@ -76,14 +77,14 @@ class Distill(Recipe):
             raise ValueError(f"alpha={self.alpha} must be above 0 and at most 1, which is no labels at all")
 
     def variant(self, usual: Mapping[str, Any]) -> str:
-        """The student, where it is not the run's own net: its class and a digest of its layers."""
+        """Return the class of `student` and a digest of its layers, or "" for the run's own network."""
         if self.student is None:
             return ""
         digest = hashlib.sha256(repr(self.student).encode()).hexdigest()[:6]
         return f"student-{type(self.student).__name__}-{digest}"
 
     def __call__(self, starts: dict[str, Start], task: Task, teacher: Teacher) -> Outcome:
-        """Distil into a copy of the run's net, or into `student` from random initialisation."""
+        """Distill into a copy of the run's network, or into a randomly initialized `student`."""
         data = starts["trained"].features
         split, _, labels = data.reported()
         at = reported_positions(data)
@@ -118,14 +119,14 @@ class Distill(Recipe):
         return Outcome(result=result, net=student, positions=teacher.positions)
 
     def fresh(self, start: Start, task: Task) -> Classifier:
-        """The student of the configuration as it was initialised. Raises ValueError unless it takes the images."""
+        """Return the configured student at its initialization. Raise ValueError unless it accepts the images."""
         assert self.student is not None
         dry_output(self.student, image_size=task.source.image_size, in_channels=task.source.channels)
         given = Start(net=self.student.to(task.device), layer=BACKBONE, features=start.features)
         return given.classifier(task, width=num_features(self.student))
 
     def distil(self, student: Classifier, teacher: Teacher, task: Task, progress: Progress) -> None:
-        """Train the student on all training images; both nets see the same views."""
+        """Train the student on all training images; both networks get the same views."""
         with evaluating(teacher.net), closing(self.labelled(teacher, task)) as labelled:
 
             def loss(net: Classifier, batch: Batch) -> Tensor:
@@ -140,7 +141,7 @@ class Distill(Recipe):
             fit(student, task, everything, self, lr=self.lr, seed=self.seed, progress=progress, loss=loss)
 
     def labelled(self, teacher: Teacher, task: Task) -> Generator[Batch, None, None]:
-        """Batches of the teacher's labelled images, as many as there are steps."""
+        """Yield `steps` batches of the teacher's labeled images."""
         loader = batches(task, teacher.positions, self, seed=self.seed + 1)
         with closing(loader.steps(0, self.steps)) as steps:
             for (batch,) in steps:

@@ -1,12 +1,12 @@
-"""Extract the features of an image set once, for every protocol that needs them.
+"""Feature extraction, shared by all protocols, with a cache on disk.
 
-    source -> plain_batches (uint8) -> device, [0, 1] -> prepare (colour, normalise) -> encode -> CPU
+    source -> plain_batches (uint8) -> device, [0, 1] -> prepare (color, normalize) -> encode -> CPU
 
-Features stay in the format that the net computed in: convolutions and products in bfloat16 give numbers of 16 bits,
-and to keep them so loses nothing; what a last norm gives in 32 bits is rounded as all before it was. float16 has more
-digits, but ends at 65,504 and at 6e-8, and the scale of features is nobody's choice.
+Features keep the dtype of the forward pass. Convolutions and matrix products in bfloat16 return 16-bit numbers, which
+are stored without loss; the 32-bit output of a last norm layer is rounded to 16 bits. float16 has more digits, but its
+range is 6e-8 to 65,504, and the scale of features is arbitrary.
 
-The monitor during training and `ssl-eval` afterwards both call `extract`, so that the two report the same number.
+The monitor during training and `ssl-eval` both call `extract`, and therefore report the same number.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSet:
-    """Features and labels of the splits of one image set; `val` is held out of training, `test` is official.
+    """Features and labels of the splits of one data set. `val` is held out of training, `test` is the official split.
 
-    Features are finite (n, d) floats of 16 or 32 bits, labels (n,) int64 in [0, num_classes). Either of val and test
-    may be None. Positions (n,) int64 tell where in their source the images are, for protocols that look at them again.
-    Raises ValueError, naming the split, for anything else.
+    Features are finite (n, d) floats of 16 or 32 bits, labels are (n,) int64 in [0, num_classes). val or test may be
+    None, but not both. Positions (n,) int64 are the indices of the images in their source, for protocols that read the
+    images again. Raises ValueError, with the name of the split, for invalid input.
     """
 
     train: Tensor
@@ -64,12 +64,12 @@ class FeatureSet:
             raise ValueError("a feature set needs a val or a test split: set dataset.val_fraction above 0")
 
     def reported(self) -> tuple[str, Tensor, Tensor]:
-        """The split an official number is computed on, its features and labels: test where there is one, else val."""
+        """Return name, features and labels of the split to report: test if there is one, else val."""
         name = "val" if self.test is None else "test"
         return name, getattr(self, name), getattr(self, f"{name}_labels")
 
     def to(self, device: torch.device | str) -> FeatureSet:
-        """The same set with all tensors on `device`: protocols compute where the features are."""
+        """Return the set with all tensors on `device`. Protocols compute on the device of the features."""
         moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return FeatureSet(**moved)
 
@@ -77,7 +77,7 @@ class FeatureSet:
 def computed(
     protocol: Callable[..., dict[str, Any]], features: FeatureSet, device: torch.device, **given: Any
 ) -> dict[str, Any]:
-    """`protocol(features, ...)` on a GPU; on the CPU where there is none, or its memory is too small for them."""
+    """Return `protocol(features, ...)`, computed on the GPU, or on the CPU without a GPU or enough GPU memory."""
     if device.type == "cuda":
         try:
             return protocol(features.to(device), **given)
@@ -87,14 +87,14 @@ def computed(
 
 
 def from_bank(features: FeatureSet, rows: Tensor, split: Tensor) -> FeatureSet:
-    """The same set with the rows of a memory bank in place of the features of train.
+    """Return the set with the rows of a memory bank in place of the train features.
 
     Args:
-        features: of a layer of the width of the rows.
-        rows: (n, d), one for each image of the training split; rows of zeros belong to no image yet and are left out.
-        split: (n,) positions of those images in their source.
+        features: features of a layer as wide as the rows.
+        rows: (n, d), one for each image of the training split. All-zero rows are not filled yet and are dropped.
+        split: (n,) positions of the training images in their source.
 
-    Raises ValueError where the bank is of another number of images.
+    Raises ValueError if the bank has a different number of images.
     """
     if len(rows) != len(split):
         raise ValueError(f"the memory bank has {len(rows):,} rows, but the training split {len(split):,} images")
@@ -146,13 +146,15 @@ def extract(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Features (n, d) of the images of `source` at `positions` (n,) int64, in that order, and (n,) bool whether
-    each image could be read (where not, its features are those of a blank one: leave them out). Both on the CPU.
-    Features are float32, bfloat16 or float16, as `precision` is fp32, bf16 or fp16.
+    """Extract the features of the images of `source` at `positions` (n,) int64.
 
-    `prepare` maps float images (N, C, S, S) in [0, 1] to what the net was trained on (`Views.finish`), `encode` maps
-    those to (N, d); put the net in eval mode around the call with `evaluating`. `progress(done, total)` is called
-    after each batch. No parameter, buffer or random state is changed: a run with this in it ends as one without.
+    Returns the features (n, d) in the order of `positions`, and a mask (n,) bool that is False for unreadable images
+    (their features are those of a blank image: drop them). Both are on the CPU. Features are float32, bfloat16 or
+    float16 for a `precision` of fp32, bf16 or fp16.
+
+    `prepare` maps float images (N, C, S, S) in [0, 1] to the network's input (`Views.finish`), and `encode` maps these
+    to (N, d). Put the network in eval mode with `evaluating` around the call. `progress(done, total)` is called after
+    each batch. No parameter, buffer or random state changes, so training with this call and without it is identical.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1: 256 is usual")
@@ -164,7 +166,7 @@ def extract(
     readable = torch.empty(total, dtype=torch.bool)
     done = 0
     heartbeat.sign(f"{heartbeat.IMAGES} of an evaluation")
-    # A DataLoader draws its workers' base seed from the global generator, hence the fork.
+    # A DataLoader draws the base seed of its workers from the global generator: fork it.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for images, whole in plain_batches(source, positions, batch_size=batch_size, workers=workers):
             batch = _encode_batch(encode, images, prepare=prepare, device=device, precision=precision)
@@ -191,7 +193,7 @@ def _encode_batch(
     device: torch.device,
     precision: str,
 ) -> Tensor:
-    """uint8 images (N, C, S, S) -> features (N, d) of the format of `precision`, on the CPU."""
+    """Return features (N, d) of uint8 images (N, C, S, S) on the CPU, in the dtype of `precision`."""
     prepared = prepare(images.to(device, non_blocking=True).float() / 255)
     with autocast(device, precision):
         features = encode(prepared.contiguous(memory_format=torch.channels_last))
@@ -203,9 +205,9 @@ def _encode_batch(
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The images (N, C, H, W) themselves as features (N, d): what a representation has to beat.
+    """Return the pixels of images (N, C, H, W) as features (N, d), the baseline of any representation.
 
-    A longer side of more than 32 pixels is averaged down (by area) to 32, so that d stays at most C * 1024.
+    If the longer side exceeds 32 pixels, images are resized to 32 (area average), so d is at most C * 1024.
     """
     height, width = images.shape[-2:]
     if (longest := max(height, width)) > 32:
@@ -217,17 +219,17 @@ def pixels(images: Tensor) -> Tensor:
 def cached(
     path: Path, key: str, compute: Callable[[], dict[str, Tensor]], *, warn: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """The tensors stored at `path` under `key`, mapped into memory, or those of `compute()`, then stored there.
+    """Return the tensors cached at `path` under `key`, memory-mapped, or compute and cache them.
 
-    `key` must name everything that the tensors depend on (weights, data fingerprint, transform, layer, precision).
-    Tensors keep their dtype, so that a number from the cache equals one computed afresh bit for bit. The file is read
-    with `weights_only=True`, and written beside `path` and renamed, so that it is whole or absent. A file of
-    another key is replaced; so is one that is damaged, which `warn` is told, as it is where nothing can be stored.
+    `key` must identify everything that the tensors depend on (weights, data fingerprint, transform, layer, precision).
+    Tensors keep their dtype, so cached and recomputed numbers are bit-identical. The file is read with
+    `weights_only=True` and written atomically (temporary file, then rename). A file with another key is replaced. A
+    damaged file is replaced after a call of `warn`, which is also called if the file cannot be written.
     """
     stored = _load(path, key, warn)
     if stored is not None:
         return stored
-    # clone: saving a slice would write the whole storage that it is a view of
+    # clone: torch.save of a slice writes the whole storage that it is a view of
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in compute().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,9 +240,9 @@ def cached(
 
 
 def _load(path: Path, key: str, warn: Callable[[str], None]) -> dict[str, Tensor] | None:
-    """The tensors of a cache file, or None when it is absent, damaged or of another key."""
+    """Return the tensors of a cache file, or None if it is absent, damaged or has another key."""
     try:
-        with ZipFile(path) as archive:  # which torch.load maps without a look at its checksums
+        with ZipFile(path) as archive:  # torch.load with mmap does not verify checksums
             broken = archive.testzip()
         stored = None if broken else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (FileNotFoundError, NotADirectoryError):

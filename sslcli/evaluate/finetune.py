@@ -1,9 +1,9 @@
-"""Fine-tuning: the whole net trained on labels, from pre-training and, by the same protocol, from scratch.
+"""Fine-tuning of the whole network on labels, from pre-trained weights and, as a baseline, from scratch.
 
 SimCLR (arXiv:2002.05709, appendix B.8) and SimCLR v2 (arXiv:2006.10029, section 3: from a middle layer of the head);
-layer-wise decay as in MAE (arXiv:2111.06377). The linear head starts at zero, as in SimCLR v2, or with `warm_start`
-from a probe of the frozen features, as LP-FT (arXiv:2202.10054) does. Yaml: conf/protocol/finetune.yaml. S subsets of
-labels, m images reported.
+layer-wise decay as in MAE (arXiv:2111.06377). The linear head is initialized with zeros, as in SimCLR v2, or with
+`warm_start` with a linear probe of the frozen features, as in LP-FT (arXiv:2202.10054). Yaml:
+conf/protocol/finetune.yaml. S is the number of label subsets, m of images in the reported split.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Choice = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a protocol that trains found: the result, JSON-able, and the net to keep, if any."""
+    """Outcome of a protocol that trains: a JSON-serializable result, and the network to save, if any."""
 
     result: dict[str, Any]
     net: Classifier | None
-    positions: Tensor | None = None  # the labelled images that the net was trained on
-    files: dict[str, str] = field(default_factory=dict)  # texts to write beside the result, by name
+    positions: Tensor | None = None  # of the labeled training images of the net
+    files: dict[str, str] = field(default_factory=dict)  # further text files of the result: name -> content
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Nets trained on S subsets of the labels: place (S, m) of the true class of each reported image, and the first."""
+    """Networks trained on S label subsets: rank (S, m) of the true class of each image, and the first network."""
 
     place: Tensor
     net: Classifier
@@ -45,12 +45,12 @@ class Trained:
     grid: list[Choice]
 
     def top(self, k: int) -> list[float]:
-        """Accuracy of each run, a share; among all classes where there are fewer than k."""
+        """Return the top-k accuracy of each run, a fraction; with fewer than k classes k is the number of classes."""
         return [accuracy(place, min(k, self.net.classify.out_features)) for place in self.place]
 
 
 def reported_positions(features: FeatureSet) -> Tensor:
-    """Where the images are that a number is reported on."""
+    """Return the positions of the images of the reported split in their source."""
     positions = features.val_positions if features.test is None else features.test_positions
     assert positions is not None
     return positions
@@ -58,7 +58,7 @@ def reported_positions(features: FeatureSet) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned(Recipe):
-    """A recipe whose learning rate is chosen on a held-out part of the labels, and whose net comes from a run."""
+    """A recipe that starts from the network of a run and selects the learning rate on held-out labels."""
 
     lrs: Sequence[float] = (0.02, 0.1)
     val_fraction: float = 0.1
@@ -75,13 +75,13 @@ class Tuned(Recipe):
             raise ValueError(f"from_layer={self.from_layer} must be at least 0, which is the backbone")
 
     def trainings(self, subsets: int, *, choosing: int) -> int:
-        """How many trainings `learn` takes."""
+        """Return the number of trainings in `learn`, with `choosing` subsets for the learning rate."""
         return subsets + (choosing * len(self.lrs) if len(self.lrs) > 1 else 0)
 
     def learn(self, start: Start, task: Task, subsets: list[Tensor], *, choosing: int, progress: Progress) -> Trained:
-        """Train on each of `subsets`, rows of start.features.train, at the rate the first `choosing` of them chose.
+        """Train on each of `subsets` (rows of start.features.train), after selecting the rate on the first `choosing`.
 
-        The reported split is looked at once for each subset, after the choice.
+        The reported split is used once per subset, after the selection.
         """
         grid, chosen = self.choose(start, task, subsets[:choosing], progress)
         labels = start.features.reported()[2]
@@ -97,9 +97,9 @@ class Tuned(Recipe):
     def choose(
         self, start: Start, task: Task, subsets: list[Tensor], progress: Progress
     ) -> tuple[list[Choice], Choice]:
-        """The learning rate that is right most often on what is held out of the subsets, and what each reached.
+        """Return the grid and the learning rate with the best pooled held-out accuracy.
 
-        Where a class has a single label nothing can be held out, and the first rate is taken.
+        If a class has a single label, nothing can be held out, and the first rate is used.
         """
         data = start.features
         splits = [
@@ -123,7 +123,7 @@ class Tuned(Recipe):
         return grid, max(grid, key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
 
     def train(self, start: Start, task: Task, rows: Tensor, lr: float, number: int, progress: Progress) -> Classifier:
-        """One net, trained on `rows` (k,) of start.features.train; `number` is that of the subset."""
+        """Return a network trained on `rows` (k,) of start.features.train; `number` is the index of the subset."""
         data, seed = start.features, self.seed + number
         assert data.train_positions is not None
         net = start.classifier(task)
@@ -139,7 +139,7 @@ class Finetune(Tuned):
     """The protocol `finetune`: all labels of the training split."""
 
     def __call__(self, starts: dict[str, Start], task: Task) -> Outcome:
-        """Train from each start, the run's and where there is one the fresh one."""
+        """Fine-tune from each start: "trained" and, if present, "random"."""
         data = starts["trained"].features
         rows = torch.arange(len(data.train))
         total = len(starts) * self.trainings(1, choosing=1) * self.steps

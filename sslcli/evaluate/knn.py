@@ -1,7 +1,8 @@
-"""Weighted k-nearest-neighbour classification of frozen features.
+"""Weighted k-nearest-neighbor classification of frozen features.
 
 Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978, section 3.4;
-the form of DINO, arXiv:2104.14294, appendix F.1. Yaml: conf/protocol/knn.yaml. n bank, m queries, d dimensions.
+the form of DINO, arXiv:2104.14294, appendix F.1. Yaml: conf/protocol/knn.yaml. n is the size of the bank, m the
+number of queries, d the feature dimension.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank, top
 
 @dataclass(frozen=True, kw_only=True)
 class KnnResult:
-    """Accuracies as fractions, predictions (m,) int64, votes (m, C) that sum to 1 a row, correct (m,) bool."""
+    """Accuracies as fractions, predictions (m,) int64, votes (m, C) with row sums of 1, correct (m,) bool."""
 
     top1: float
     top5: float
@@ -44,10 +45,10 @@ def knn(
 ) -> KnnResult:
     """Classify `query` (m, d) by the k most similar rows of `train` (n, d), each voting exp(cos / temperature).
 
-    Features are L2-normalised here, in float32 or float64. k above n means n. Equal votes go to the lowest class
-    index. A class without a neighbor among the k is never right, in top-5 neither, however few classes have one. At
-    most chunk x n similarities exist at once. A query must not itself be in the bank. Raises ValueError for values out
-    of range.
+    Features are L2-normalized here, in float32 or float64. k is capped at n. Ties go to the lowest class index. A class
+    without a vote among the k neighbors counts as wrong, also in top-5, however few classes have votes. At most
+    chunk x n similarities are in memory at once. A query must not be in the bank. Raises ValueError for values out of
+    range.
     """
     _check(k=k, temperature=temperature, chunk=chunk)
     check_features(train, train_labels, num_classes=num_classes, width=train.shape[-1], name="train")
@@ -74,11 +75,11 @@ def knn(
 def _votes(
     rows: Tensor, bank: Tensor, labels: Tensor, k: int, temperature: float, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Normalised class votes (rows, C) of unit rows against the unit bank, and (rows, C) bool which classes voted."""
+    """Return normalized class votes (rows, C) of unit-norm features, and a mask (rows, C) of classes with votes."""
     similarity, neighbour = (rows @ bank.T).topk(k, dim=1)
-    # softmax subtracts the largest exponent: exp(1 / temperature) alone overflows float32 below 0.0113
+    # softmax subtracts the largest exponent; exp(1 / temperature) would overflow float32 below 0.0113
     weight = (similarity / temperature).softmax(dim=1)
-    # A vote may underflow to 0, so who voted is not told by the votes.
+    # A vote may underflow to 0, so votes > 0 does not identify the classes with votes.
     near = torch.zeros(len(rows), num_classes, dtype=torch.bool, device=rows.device)
     near.scatter_(1, labels[neighbour], True)
     votes = weight.new_zeros(len(rows), num_classes)
@@ -96,9 +97,9 @@ def _check(*, k: int, temperature: float, chunk: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(Protocol):
-    """The k-NN protocol: the bank is train, the queries are val (and test, where there is one besides).
+    """The k-NN protocol: the bank is train, the queries are val (and also test, if there is one).
 
-    `top1` is of val, because the monitor watches it during training and nothing may be chosen on test;
+    `top1` is the accuracy on val, which the monitor uses during training: nothing may be selected on test.
     `test_top1` is the number to report.
     """
 
@@ -115,23 +116,23 @@ class Knn(Protocol):
 
     @property
     def neighbours(self) -> int:
-        """k, 200 where none was given."""
+        """k, 200 by default."""
         return 200 if self.k is None else self.k
 
     @property
     def sharpness(self) -> float:
-        """The temperature, 0.07 where none was given."""
+        """The temperature, 0.07 by default."""
         return 0.07 if self.temperature is None else self.temperature
 
     def variant(self, usual: Mapping[str, Any]) -> str:
-        """The number of neighbors and the temperature, where they are not those of the monitor."""
+        """Return the number of neighbors and the temperature if they differ from the monitor's."""
         usual_k, usual_temperature = usual.get("knn_k", 200), usual.get("knn_temperature", 0.07)
         k = f"k-{self.neighbours}" if self.neighbours != usual_k else ""
         temperature = f"temperature-{self.sharpness:.10g}" if self.sharpness != usual_temperature else ""
         return "_".join(part for part in (k, temperature) if part)
 
     def __call__(self, features: FeatureSet) -> dict[str, Any]:
-        """Classify and return a JSON-able result; accuracies are fractions, intervals [low, high] at 95 %."""
+        """Return a JSON-serializable result; accuracies are fractions, intervals are [low, high] at 95 %."""
         split, queries, labels = features.reported()
         if features.val is not None and features.val_labels is not None:
             split, queries, labels = "val", features.val, features.val_labels

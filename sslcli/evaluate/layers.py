@@ -1,10 +1,10 @@
-"""Where in a net features are taken: the output of the backbone, the projection, a layer of the head, a stage.
+"""Feature layers of a network: backbone output, projection, a layer of the projection head, or a backbone stage.
 
-backbone     what the method calls its features; of a bare backbone its output
-projection   what the loss of the method sees
-bank         the same, but of a training image what the method's memory bank holds of it (`stored`)
-head1, ...   inside the projection head, where a method lets one in (`head_features`)
-layer3, ...  a stage of the backbone, the mean over positions
+backbone     `features` of a method; the output of a bare backbone
+projection   the input of the method's loss
+bank         as projection, but for training images the rows of the method's memory bank (`stored`)
+head1, ...   a layer of the projection head, if the method provides them (`head_features`)
+layer3, ...  a stage of the backbone, averaged over positions
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BANK = "bank"
 
 
 def names(net: nn.Module, images: Tensor) -> list[str]:
-    """The layers of a net that takes `images` (N, C, H, W)."""
+    """Return the names of the feature layers of a network with input `images` (N, C, H, W)."""
     found = [BACKBONE]
     if isinstance(net, Method):
         found += ["projection"] if type(net).projection is not Method.projection else []
@@ -39,7 +39,7 @@ def names(net: nn.Module, images: Tensor) -> list[str]:
 
 
 def check(net: nn.Module, layer: str, images: Tensor) -> None:
-    """Raise ValueError, naming what there is, unless the net has the layer."""
+    """Raise ValueError, with the available layers, unless the network has the layer."""
     known = names(net, images)
     if layer not in known:
         raise ValueError(
@@ -49,7 +49,7 @@ def check(net: nn.Module, layer: str, images: Tensor) -> None:
 
 
 def read(net: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """The features (N, d) of images (N, C, H, W) at a layer the net has; `bank` looks for none of them in the bank."""
+    """Return features (N, d) of images (N, C, H, W) at an existing layer; for `bank` this is the projection."""
     if layer == BACKBONE:
         found: Tensor = net.features(images) if isinstance(net, Method) else net(images)
     elif layer in ("projection", BANK) and isinstance(net, Method):

@@ -1,8 +1,8 @@
-"""Linear probe: multinomial logistic regression on frozen features, the whole hyper-parameter grid trained at once.
+"""Linear probe: multinomial logistic regression on frozen features, with all grid entries trained at once.
 
-Two solvers: SGD with momentum and a cosine (the common probe without its augmentation, so 0 to 1.5 points below it),
-and L-BFGS along a path of regularisation (as DINOv2, arXiv:2304.07193, does), deterministic to convergence.
-Yaml: conf/protocol/linear.yaml. n images, d dimensions, C classes, G hyper-parameter choices ("heads").
+Two solvers: SGD with momentum and cosine schedule (the common probe without augmentation, hence 0 to 1.5 points lower),
+and L-BFGS along a regularization path (as in DINOv2, arXiv:2304.07193), deterministic and run to convergence.
+Yaml: conf/protocol/linear.yaml. n images, d dimensions, C classes, G hyperparameter choices ("heads").
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from sslcli.evaluate.features import FeatureSet
 from sslcli.evaluate.result import accuracy, bootstrap_interval, label_rank, top5
 from sslcli.precision import DTYPES, resolve
 
-Heads = tuple[Tensor, Tensor]  # weights (d, G*C) and biases (G*C,): one matrix, so that one product serves all heads
-Tell = Callable[[int], None]  # of a long piece of work, how many more passes of it are done
+Heads = tuple[Tensor, Tensor]  # weights (d, G*C) and biases (G*C,): one matrix product for all heads
+Tell = Callable[[int], None]  # progress callback: number of passes completed since the last call
 
 
 def silent(passes: int) -> None:
-    """Tell nothing."""
+    """Ignore progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearResult:
-    """Outcome of one probe. Accuracies are fractions; `interval` is the 95 % bootstrap interval of `top1`.
+    """Result of one probe. Accuracies are fractions; `interval` is the 95 % bootstrap interval of `top1`.
 
     `chosen` and the entries of `grid` hold lr and weight_decay (sgd) or c (lbfgs), with val_top1 and val_loss.
     """
@@ -45,7 +45,7 @@ class LinearResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A linear layer fitted on features as they are: weight (C, d), bias (C,), and the choice it was fitted with."""
+    """A linear layer for raw (not standardized) features: weight (C, d), bias (C,), and its hyperparameters."""
 
     weight: Tensor
     bias: Tensor
@@ -54,14 +54,14 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Standardise:
-    """Shift and scale to zero mean and unit deviation of the features it was made from."""
+    """Standardization to zero mean and unit standard deviation, with the statistics of given features."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
     def of(cls, features: Tensor) -> Standardise:
-        """Statistics over the rows of (n, d); 1e-6 is the least deviation, for dimensions that never vary."""
+        """Return the statistics over the rows of (n, d); deviations are clamped to 1e-6, for constant dimensions."""
         return cls(mean=features.mean(dim=0), std=features.std(dim=0, correction=0).clamp_min(1e-6))
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -82,15 +82,16 @@ def fit_sgd(
     seed: int,
     tell: Tell = silent,
 ) -> Heads:
-    """Train one head for each pair (lrs[g], weight_decays[g]) on x (n, d) and y (n,), from zero, on the same batches.
+    """Train one head per pair (lrs[g], weight_decays[g]) on x (n, d) and y (n,), from zeros, all on the same batches.
 
-    Softmax cross-entropy, SGD with momentum, cosine to 0 by step, no decay on the bias. Heads do not see each
-    other: one that diverges to NaN leaves the others as they are. The same seed gives the same bits. Products are of
-    the type of x, which may have 16 bits; weights, and what is added to them, have 32. `tell(1)` is called each epoch.
+    Softmax cross-entropy, SGD with momentum, cosine schedule to 0 per step, no weight decay on the bias. Heads are
+    independent: one that diverges to NaN does not affect the others. Deterministic for a given seed. Matrix products
+    have the dtype of x, which may have 16 bits; weights and their updates are accumulated in 32 bits. `tell(1)` is
+    called after each epoch.
     """
     n, d = x.shape
-    # All is transposed, rows by class and then by head: products with a narrow matrix on the right take several times
-    # as long, and a softmax over ten neighbours in memory takes longer than the products.
+    # Everything is transposed, with rows ordered by class, then head: products with a narrow matrix on the right
+    # take several times as long, and a softmax over ten adjacent elements takes longer than the products.
     rows = num_classes * len(lrs)
     full = torch.promote_types(x.dtype, torch.float32)
     weight, bias = x.new_zeros(rows, d, dtype=full), x.new_zeros(rows, 1, dtype=full)
@@ -117,7 +118,7 @@ def fit_sgd(
 
 
 def _error(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Gradient (C*G, b) of the mean cross-entropy with respect to logits (C*G, b): (softmax - one-hot) / b."""
+    """Return the gradient (C*G, b) of the mean cross-entropy for logits (C*G, b): (softmax - one-hot) / b."""
     b = len(labels)
     error = logits.view(num_classes, -1, b).softmax(dim=0)
     error[labels, :, torch.arange(b, device=labels.device)] -= 1
@@ -133,10 +134,11 @@ def fit_lbfgs(
     max_iterations: int,
     tell: Tell = silent,
 ) -> Heads:
-    """Minimise cross-entropy + |W|^2 / (2 c n) for each c of `cs` by L-BFGS, on x (n, d) and y (n,).
+    """Minimize cross-entropy + |W|^2 / (2 c n) for each c of `cs` by L-BFGS, on x (n, d) and y (n,).
 
-    c is the inverse regularisation of scikit-learn's LogisticRegression. Each solution starts the next, from strong to
-    weak regularisation. Stops at a gradient below 1e-5 or after `max_iterations`. `tell(1)` is called after each c.
+    c is the inverse regularization strength C of scikit-learn's LogisticRegression. Solved from strong to weak
+    regularization, each initialized with the previous solution. Stops at a gradient below 1e-5 or after
+    `max_iterations`. `tell(1)` is called after each c.
     """
     n, d = x.shape
     theta = x.new_zeros(num_classes, d + 1, requires_grad=True)  # the last column is the bias
@@ -168,13 +170,13 @@ def fit_lbfgs(
 
 @torch.no_grad()
 def score(x: Tensor, y: Tensor, heads: Heads, *, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Place of the true class (G, m) int64 (see `label_rank`) and mean cross-entropy (G,) of each head on x (m, d).
+    """Return the rank of the true class (G, m) int64 (see `label_rank`) and the mean cross-entropy (G,) on x (m, d).
 
-    A head that gives numbers that are not finite is wrong everywhere, and its loss is the largest float.
+    A row with logits that are not finite counts as wrong; a loss that is NaN or infinite is set to the largest float.
     """
     weight, bias = heads
     count = len(bias) // num_classes
-    chunk = max(1, (1 << 22) // len(bias))  # logits of at most 16 MiB, which stay near the cache
+    chunk = max(1, (1 << 22) // len(bias))  # at most 16 MiB of logits, for cache locality
     places, losses = [], x.new_zeros(count)
     for rows, labels in zip(torch.split(x, chunk), torch.split(y, chunk), strict=True):
         logits = torch.addmm(bias, rows, weight).view(-1, num_classes)  # (m*G, C)
@@ -187,9 +189,9 @@ def score(x: Tensor, y: Tensor, heads: Heads, *, num_classes: int) -> tuple[Tens
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Protocol):
-    """The linear protocol: fit on train, choose on a part of train, refit on all of train, report on test or else val.
+    """The linear protocol: choose hyperparameters on a part of train, refit on all of train, report on test or val.
 
-    The split that is reported is looked at once, after everything is chosen. Raises ValueError for values out of range.
+    The reported split is used once, after the selection. Raises ValueError for values out of range.
     """
 
     solver: str = "sgd"
@@ -221,11 +223,11 @@ class Linear(Protocol):
 
     @property
     def passes(self) -> int:
-        """How often `tell(1)` is called by a fit: epochs with SGD, solutions with L-BFGS."""
+        """Number of `tell(1)` calls in a fit: epochs with SGD, solutions with L-BFGS."""
         return 2 * self.epochs if self.solver == "sgd" else len(self.cs) + 1
 
     def __call__(self, features: FeatureSet, *, tell: Tell = silent) -> dict[str, Any]:
-        """Fit, choose and report as a JSON-able dict; accuracies are fractions, the interval [low, high] at 95 %."""
+        """Return a JSON-serializable result; accuracies are fractions, the interval is [low, high] at 95 %."""
         split, x_test, y_test = features.reported()
         num_classes = features.num_classes
         found = self.fit(features.train, features.train_labels, x_test, y_test, num_classes=num_classes, tell=tell)
@@ -256,7 +258,7 @@ class Linear(Protocol):
         num_classes: int,
         tell: Tell = silent,
     ) -> LinearResult:
-        """Probe of train features x (n, d), labels y (n,), reported on x_test (m, d), y_test (m,)."""
+        """Return the probe of train features x (n, d), labels y (n,), evaluated on x_test (m, d), y_test (m,)."""
         x, x_test = x.float(), x_test.float()
         grid, chosen = self.choose(x, y, num_classes=num_classes, tell=tell)
         scale = Standardise.of(x)
@@ -273,7 +275,7 @@ class Linear(Protocol):
     def choose(
         self, x: Tensor, y: Tensor, *, num_classes: int, tell: Tell = silent
     ) -> tuple[list[dict[str, float]], dict[str, float]]:
-        """What every entry of the grid reaches on the held-out part of x (n, d), y (n,), and the best of them."""
+        """Return the held-out accuracy and loss of every grid entry for x (n, d), y (n,), and the best entry."""
         n = len(x)
         if n < 2:
             raise ValueError(f"the linear protocol needs at least 2 training images, got {n}: raise dataset.limit")
@@ -283,7 +285,7 @@ class Linear(Protocol):
         rows = x[kept]
         scale = Standardise.of(rows)
         rows = scale(rows)
-        if self.solver == "sgd":  # the choice alone: what is reported is fitted in 32 bits
+        if self.solver == "sgd":  # only for the selection; the reported probe is fitted in 32 bits
             rows = rows.to(DTYPES[resolve("auto", rows.device)])
         heads = self._heads(rows, y[kept], self._choices(), num_classes=num_classes, tell=tell)
         place, loss = score(scale(x[held_out]), y[held_out], heads, num_classes=num_classes)
@@ -291,11 +293,11 @@ class Linear(Protocol):
             {**choice, "val_top1": accuracy(p, 1), "val_loss": float(v)}
             for choice, p, v in zip(self._choices(), place, loss, strict=True)
         ]
-        # A small validation split has many ties; its loss tells them apart.
+        # A small held-out split has many ties, which the loss breaks.
         return grid, max(grid, key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
 
     def head(self, x: Tensor, y: Tensor, *, num_classes: int) -> Head:
-        """The probe of x (n, d), y (n,) as a layer that takes features as they are, and not standardised ones."""
+        """Return the probe of x (n, d), y (n,) for raw features: standardization is folded into the weights."""
         x = x.float()
         _, chosen = self.choose(x, y, num_classes=num_classes)
         scale = Standardise.of(x)
@@ -304,7 +306,7 @@ class Linear(Protocol):
         return Head(weight=weight.T, bias=bias - scale.mean @ weight, chosen=chosen)
 
     def _choices(self) -> list[dict[str, float]]:
-        """The grid, in the order of the heads."""
+        """Return the grid, in the order of the heads."""
         if self.solver == "lbfgs":
             return [{"c": float(c)} for c in self.cs]
         return [{"lr": float(lr), "weight_decay": float(wd)} for lr in self.lrs for wd in self.weight_decays]

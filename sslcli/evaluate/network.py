@@ -1,7 +1,7 @@
-"""A net with a linear layer on top, to be trained as a whole, and the learning rates of its parts.
+"""A network with a linear classifier on top, and its parameter groups with layer-wise learning rates.
 
-Layer-wise decay of the learning rate is that of BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377, appendix A.2): level
-l of L below the classifier learns at rate lr * decay ** (L + 1 - l).
+Layer-wise learning rate decay as in BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377, appendix A.2): level l of L
+below the classifier has the learning rate lr * decay ** (L + 1 - l).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Level = dict[str, nn.Parameter]  # by name
 
 
 class Classifier(nn.Module):
-    """Logits (N, num_classes) from the features (N, width) of `net` at `layer`; the linear layer starts at zero.
+    """Linear classifier, initialized with zeros, on the features of `net` at `layer`: (N, width) -> (N, num_classes).
 
-    Parameters that the features do not depend on, such as those of a predictor, take no gradient. All others do, those
-    that pre-training kept frozen as well. Raises ValueError where the features carry no gradient.
+    Parameters that the features do not depend on, such as those of a predictor, do not require gradients. All others
+    do, including those frozen in pre-training. Raises ValueError if the features carry no gradient.
     """
 
     def __init__(self, net: nn.Module, layer: str, *, width: int, num_classes: int, images: Tensor) -> None:
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.classify.weight)
         nn.init.zeros_(self.classify.bias)
         for part in net.modules():
-            if isinstance(part, SplitBatchNorm):  # groups hide keys from queries, which is of no use here
+            if isinstance(part, SplitBatchNorm):  # groups hide keys from queries, not needed here
                 part.__class__ = SyncBatchNorm  # type: ignore[assignment]
         self._open(images)
 
@@ -42,7 +42,7 @@ class Classifier(nn.Module):
         return self.classify(layers.read(self.net, self.layer, images))  # type: ignore[no-any-return]
 
     def _open(self, images: Tensor) -> None:
-        """Let gradients reach what the features of `images`, any two, depend on."""
+        """Set requires_grad for exactly the parameters that the features of `images` (any two) depend on."""
         parameters = list(self.net.requires_grad_(True).parameters())
         with evaluating(self.net), torch.random.fork_rng(devices=[]), torch.enable_grad():
             total = layers.read(self.net, self.layer, images).sum()
@@ -57,11 +57,11 @@ class Classifier(nn.Module):
 
 
 def levels(net: nn.Module) -> list[Level]:
-    """The trainable parameters of a net from input to output, in levels that share a learning rate.
+    """Return the trainable parameters from input to output, in levels with one learning rate each.
 
-    The levels of a backbone are its children, the blocks of a list of blocks (ViT) each by itself. A child that only
-    normalises belongs to the level before, parameters of the backbone itself (tokens) to the first. What a method puts
-    on top of its largest part, the layers of a projection head, is one more level.
+    The levels of a backbone are its children; in a list of blocks (ViT) each block is a level. A child with only norm
+    layers belongs to the previous level; parameters of the backbone itself (tokens) belong to the first. The parts of a
+    method other than its backbone (or else its largest part), such as the projection head, are one further level.
     """
     if not isinstance(net, Method):
         return _levels_of(net, "")
@@ -103,9 +103,9 @@ def _trainable(module: nn.Module, prefix: str) -> Level:
 
 
 def parameter_groups(classifier: Classifier, *, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for an optimizer: `lr_scale` falls from 1 at the classifier by `layer_decay` a level towards the input.
+    """Return optimizer groups; `lr_scale` is 1 at the classifier and is multiplied by `layer_decay` per level below.
 
-    Biases, norms and tokens do not decay.
+    Biases, norms and tokens have no weight decay.
     """
     stack = [*levels(classifier.net), dict(classifier.classify.named_parameters())]
     groups = []
@@ -120,7 +120,7 @@ def parameter_groups(classifier: Classifier, *, layer_decay: float, weight_decay
 
 
 def set_mode(classifier: nn.Module, *, batch_norm: str) -> None:
-    """Training mode; BatchNorm keeps the statistics it has where `batch_norm` is eval."""
+    """Set training mode; with `batch_norm` "eval" BatchNorm layers use their running statistics, unchanged."""
     classifier.train()
     if batch_norm == "eval":
         for part in classifier.modules():

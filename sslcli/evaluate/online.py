@@ -1,4 +1,4 @@
-"""k-NN during training, by the same code as `ssl-eval protocol=knn` afterwards."""
+"""k-NN evaluation during training, with the code of `ssl-eval protocol=knn`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sslcli.methods.base import Method
 from sslcli.nn import evaluating
 from sslcli.settings import MonitorSettings
 
-BATCH = 512  # images a forward pass; online and offline must agree in it, since kernels may depend on the batch
+BATCH = 512  # images per forward pass; the same online and offline, since kernels may depend on the batch size
 
 
 def bank_positions(source: Source, limit: int | None) -> Tensor:
-    """Which training images form the bank: all, or `limit` of them by a fixed hash."""
+    """Return the positions of the bank: all training images, or `limit` of them, selected by a fixed hash."""
     positions = source.splits["train"]
     if limit is None or limit >= len(positions):
         return positions
@@ -31,12 +31,12 @@ def bank_positions(source: Source, limit: int | None) -> Tensor:
 
 
 def classes_of(source: Source, positions: Tensor) -> list[int]:
-    """The classes of the labeled images at `positions`, each once, in order."""
+    """Return the sorted distinct classes of the labeled images at `positions`."""
     return sorted(set(source.labels[positions].tolist()) - {-1})
 
 
 def check_answers(source: Source, bank: Tensor) -> None:
-    """Raise ConfigError where the training images at `bank` have no two classes to tell apart."""
+    """Raise ConfigError unless the training images at `bank` have at least two classes."""
     found = [source.classes[label] for label in classes_of(source, bank)]
     if len(found) < 2:
         has = f"a single class, {found[0]!r}" if found else "no labels"
@@ -47,7 +47,7 @@ def check_answers(source: Source, bank: Tensor) -> None:
 
 
 def unanswerable(source: Source, bank: Tensor, queries: Tensor) -> str | None:
-    """What to warn of: images at `queries` of classes that no image at `bank` has, or None where there are none."""
+    """Return a warning if images at `queries` have classes that are absent from `bank`, else None."""
     labels = source.labels[queries]
     labels = labels[labels >= 0]
     lost = labels[~torch.isin(labels, torch.tensor(classes_of(source, bank), dtype=torch.int64))]
@@ -73,7 +73,7 @@ def collect(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> FeatureSet:
-    """Features and labels of the given splits, without the images that cannot be read or have no label."""
+    """Return features and labels of the given splits, without unreadable and unlabeled images."""
     found: dict[str, Tensor] = {}
     for name, positions in splits.items():
         labelled = positions[source.labels[positions] >= 0]
@@ -98,7 +98,7 @@ def collect(
 def knn_probe(
     method: Method, source: Source, views: Views, monitor: MonitorSettings, *, device: torch.device, precision: str
 ) -> Callable[[], dict[str, float]]:
-    """A function that measures the method as it stands: k-NN top-1 and top-5 on the held-out split, in [0, 1]."""
+    """Return a function that evaluates the current method: k-NN top-1 and top-5 on the held-out split, in [0, 1]."""
     protocol = Knn(k=monitor.knn_k, temperature=monitor.knn_temperature)
     splits = {"train": bank_positions(source, monitor.knn_images), "val": source.splits["val"]}
 

@@ -1,4 +1,4 @@
-"""A picture of the utility study as SVG text: accuracy against labels for both arms, and utility below it."""
+"""SVG plot of the utility study: accuracy over the number of labels for both arms, and utility below."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Scale = Callable[[float], float]
 
 
 def curves(points: Sequence[dict[str, Any]]) -> str:
-    """The picture of the points of a utility result; censored values are open circles with an arrow upwards."""
+    """Return the SVG text for the points of a utility result; censored values are open circles with an upward arrow."""
     counts = [point["labels"] for point in points]
     low, high = math.log(counts[0]), math.log(counts[-1])
 
@@ -40,13 +40,13 @@ def curves(points: Sequence[dict[str, Any]]) -> str:
 
 
 def axis(low: float, high: float, top: float) -> Scale:
-    """From values to heights in the panel that begins at `top`, with a little air."""
+    """Return the map from values to y coordinates in the panel that starts at `top`, with a small margin."""
     air = 0.06 * (high - low)
     return lambda value: top + PANEL * (1 - (value - low + air) / (high - low + 2 * air))
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """About five round values from low to high."""
+    """Return about five round values from low to high."""
     rough = max(high - low, 1e-3) / 5
     size = 10 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
@@ -63,7 +63,7 @@ def frame(
     *,
     percent: bool = False,
 ) -> list[str]:
-    """Title, grid and labels of a panel."""
+    """Return title, grid and tick labels of a panel."""
     bottom, right = top + PANEL, WIDTH - RIGHT
     parts = [f'<text x="{LEFT}" y="{top - 10}" font-weight="bold">{title}</text>']
     for value in marks:
@@ -80,7 +80,7 @@ def frame(
 
 
 def arm_curve(points: Sequence[dict[str, Any]], arm: str, x: Scale, y: Scale) -> list[str]:
-    """Mean accuracies of an arm with one deviation up and down, and its name beside the last one but below it."""
+    """Return the mean accuracies of an arm with error bars of one standard deviation, and its legend entry."""
     color, name = ARMS[arm]
     line = " ".join(f"{x(p['labels']):.1f},{y(p[arm]['top1']):.1f}" for p in points)
     parts = [f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>']
@@ -93,7 +93,7 @@ def arm_curve(points: Sequence[dict[str, Any]], arm: str, x: Scale, y: Scale) ->
 
 
 def utility_curve(points: Sequence[dict[str, Any]], x: Scale, y: Scale) -> list[str]:
-    """Utilities with their intervals; a lower bound is an open circle with an arrow, an upper one an open circle."""
+    """Return the utility curve; a lower bound is an open circle with an arrow, an upper bound an open circle."""
     line = " ".join(f"{x(p['labels']):.1f},{y(p['utility']):.1f}" for p in points)
     zero = f'<path d="M{LEFT} {y(0.0):.1f}H{WIDTH - RIGHT}" stroke="#888" stroke-dasharray="4 3"/>'
     parts = [zero, f'<polyline points="{line}" fill="none" stroke="#333" stroke-width="1.5"/>']

@@ -1,4 +1,4 @@
-"""What every evaluation result carries: how accuracies are counted, how sure they are, what they were computed from."""
+"""Accuracies and bootstrap confidence intervals of evaluation results."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def label_rank(scores: Tensor, labels: Tensor) -> Tensor:
-    """Place (0 = best) of the true class among the scores (m, C) of each row, as (m,) int64.
+    """Return the rank (0 = best) of the true class among the scores (m, C) of each row, as (m,) int64.
 
-    Equal scores are ordered by class index, so the result never depends on a sort. A row with a score that is not
-    finite gets place C: it counts as wrong for every k.
+    Ties are ordered by class index, independent of any sort. A row with a score that is not finite gets rank C: it
+    counts as wrong for every k.
     """
     num_classes = scores.shape[1]
     own = scores.gather(1, labels[:, None])
@@ -20,22 +20,22 @@ def label_rank(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracy(place: Tensor, k: int) -> float:
-    """Share in [0, 1] of the rows whose true class is among the best `k`; `place` (m,) is from `label_rank`."""
+    """Return the top-k accuracy in [0, 1]; `place` (m,) is the result of `label_rank`."""
     return int((place < k).sum()) / len(place)
 
 
 def top5(place: Tensor, num_classes: int) -> float:
-    """Top-5 accuracy in [0, 1], top-C where there are only C < 5 classes, so that a place of C stays wrong."""
+    """Return the top-5 accuracy in [0, 1], or top-C for C < 5 classes, so that a rank of C counts as wrong."""
     return accuracy(place, min(5, num_classes))
 
 
 def bootstrap_interval(
     correct: Tensor, *, seed: int, resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (low, high), fractions, of the mean of `correct` (m,) bool.
+    """Return the percentile bootstrap interval (low, high), as fractions, of the mean of `correct` (m,) bool.
 
-    Only the number of hits matters in a resample of m hits and misses, and it is Binomial(m, mean): so it is drawn
-    as such, which is the same distribution as drawing m indices `resamples` times (Efron and Tibshirani, 1993, ch. 13).
+    The mean depends only on the number of hits of a resample of size m, which is Binomial(m, mean). It is drawn
+    directly, which has the same distribution as `resamples` draws of m indices (Efron and Tibshirani, 1993, ch. 13).
     """
     if correct.ndim != 1 or len(correct) == 0:
         raise ValueError(f"correct has shape {tuple(correct.shape)}, but must be (m,) with at least one image")
@@ -57,10 +57,10 @@ def bootstrap_interval(
 
 
 def bootstrap_runs(correct: Tensor, *, seed: int, resamples: int = 1000, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval (low, high) of the mean of `correct` (S, m) bool over S runs and m images.
+    """Return the percentile bootstrap interval (low, high) of the mean of `correct` (S runs, m images) bool.
 
-    Runs and images are both drawn anew, the same images for all runs, so it covers either's chance. With few runs it
-    is too narrow still.
+    Runs and images are both resampled, with the same images for all runs, so the interval covers both sources of
+    variance. With few runs it is still too narrow.
     """
     if correct.ndim != 2 or correct.numel() == 0:
         raise ValueError(f"correct has shape {tuple(correct.shape)}, but must be (runs, images), at least one of each")

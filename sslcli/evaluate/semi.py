@@ -1,7 +1,8 @@
-"""Semi-supervised evaluation: few labels, class-balanced and nested subsets of them, several seeds.
+"""Semi-supervised evaluation: fine-tuning on few labels, in class-balanced nested subsets, with several seeds.
 
 1 % and 10 % of ImageNet's labels: SimCLR (arXiv:2002.05709, section 6), SimCLR v2 (arXiv:2006.10029, from the first
-layer of the head). Yaml: conf/protocol/semi.yaml. S seeds, m images reported.
+layer of the head). Yaml: conf/protocol/semi.yaml. S is the number of seeds, m of images in
+the reported split.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from sslcli.evaluate.training import Progress, Start, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Semi(Tuned):
-    """The protocol `semi`: fine-tuning, and where `linear` is set the frozen probe, on few labels.
+    """The protocol `semi`: fine-tuning on few labels, and with `linear` also the linear probe of frozen features.
 
-    Give `fraction` of every class's labels or `labels_per_class`, and leave the other one null.
+    Set either `fraction`, of the labels of every class, or `labels_per_class`, and the other one to null.
     """
 
     fraction: float | None = 0.01
@@ -46,15 +47,15 @@ class Semi(Tuned):
 
     @property
     def share(self) -> float | None:
-        """The fraction, unless a number of labels is given."""
+        """The fraction of labels, or None if `labels_per_class` is set."""
         return None if self.labels_per_class is not None else self.fraction
 
     def variant(self, usual: Mapping[str, Any]) -> str:
-        """How many labels there are."""
+        """Return the number of labels per class, or their percentage."""
         return f"{self.labels_per_class}-per-class" if self.share is None else f"{100 * self.share:.10g}pct"
 
     def __call__(self, starts: dict[str, Start], task: Task) -> Outcome:
-        """Train from each start on the same subsets."""
+        """Train from each start, on the same subsets."""
         data = starts["trained"].features
         assert data.train_positions is not None
         subsets = [
@@ -97,7 +98,7 @@ class Semi(Tuned):
         return Outcome(result=result, net=trained.net, positions=data.train_positions[subsets[0]])
 
     def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
-        """Mean and deviation over the seeds, and an interval over seeds and images, from places (S, m)."""
+        """Return mean and standard deviation over seeds, and an interval over seeds and images, from ranks (S, m)."""
         top1 = [accuracy(row, 1) for row in place]
         interval = bootstrap_runs(place == 0, seed=self.seed, resamples=self.resamples)
         return {
@@ -108,13 +109,13 @@ class Semi(Tuned):
         }
 
     def runs(self, trained: Trained) -> list[dict[str, float]]:
-        """The numbers of each seed."""
+        """Return the accuracies of each seed."""
         pairs = zip(trained.top(1), trained.top(5), strict=True)
         return [{"seed": self.seed + n, "top1": one, "top5": five} for n, (one, five) in enumerate(pairs)]
 
 
 def probed(start: Start, subsets: list[Tensor], *, seed: int) -> Tensor:
-    """Places (S, m) of the true classes by the linear probe of frozen features, fitted on each subset."""
+    """Return the ranks (S, m) of the true classes under a linear probe of frozen features, fitted on each subset."""
     data = start.features
     _, x, y = data.reported()
     places = []

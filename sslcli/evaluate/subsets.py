@@ -1,6 +1,6 @@
-"""Subsets of labelled images: every class with its share, and nested, so that a larger one holds a smaller one.
+"""Nested, class-balanced subsets of labeled images.
 
-The order of the images of a class is a hash of (seed, position): no generator, no dependence on what else there is.
+The images of a class are ordered by a hash of (seed, position), independent of any generator and of other images.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from sslcli.data import rng
 def subset(
     positions: Tensor, labels: Tensor, *, seed: int, fraction: float | None = None, per_class: int | None = None
 ) -> Tensor:
-    """Rows (k,) int64, ascending, of the images at `positions` (n,) with `labels` (n,) that a subset has.
+    """Return the rows (k,) int64, ascending, of a subset of the images at `positions` (n,) with `labels` (n,).
 
-    Give `fraction` in (0, 1], of every class, rounded, and at least one image; or `per_class`, images of every class.
-    Subsets of one seed are nested. Raises ValueError for values out of range and for more than a class has.
+    Set either `fraction` in (0, 1], of each class (rounded, at least one image), or `per_class`, the number of images
+    of each class. Subsets with the same seed are nested. Raises ValueError for values out of range, and if a class has
+    fewer images.
     """
     if (fraction is None) == (per_class is None):
         raise ValueError(f"fraction is {fraction} and labels_per_class {per_class}, but exactly one must be given")
@@ -39,9 +40,9 @@ def subset(
 
 
 def held_out(rows: Tensor, labels: Tensor, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split `rows` (k,) of the images with `labels` (n,) into (kept, held out), of every class a share.
+    """Split `rows` (k,) of the images with `labels` (n,) into (kept, held out), stratified by class.
 
-    A class with one image keeps it; any other holds out at least one.
+    A class with one image keeps it; of any other class at least one image is held out.
     """
     out = []
     for label in sorted(set(labels[rows].tolist())):
@@ -53,9 +54,9 @@ def held_out(rows: Tensor, labels: Tensor, *, fraction: float, seed: int) -> tup
 
 
 def log_spaced(smallest: int, largest: int, points: int) -> list[int]:
-    """`points` whole numbers from `smallest` to `largest`, as evenly spaced in their logarithm as whole numbers can be.
+    """Return `points` integers from `smallest` to `largest`, log-spaced and rounded.
 
-    Fewer where two would be the same. Raises ValueError unless 1 <= smallest < largest and points >= 2.
+    Duplicates are removed. Raises ValueError unless 1 <= smallest < largest and points >= 2.
     """
     if not 1 <= smallest < largest or points < 2:
         raise ValueError(

@@ -1,9 +1,9 @@
-"""What the protocols that train a net have in common: the images, the recipe, one training, its predictions.
+"""Shared parts of the protocols that train a network: task, recipe, training loop and predictions.
 
-    labelled positions -> Loader (crop, flip) -> Classifier -> loss -> SGD or AdamW, cosine by step
+    labeled positions -> Loader (crop, flip) -> Classifier -> loss -> SGD or AdamW, cosine by step
 
-Every training starts from a copy of the same net, and its images, views and noise are functions of the seed alone, so
-the same seed gives the same bits on the same machine and number of threads.
+Every training starts from a copy of the same network, and its images, views and noise depend only on the seed. The same
+seed gives bit-identical results on the same machine with the same number of threads.
 """
 
 from __future__ import annotations
@@ -35,44 +35,44 @@ from sslcli.report.console import Screen
 
 OPTIMIZERS = ("sgd", "adamw")
 BATCH_NORMS = ("train", "eval")
-LOOK = 20  # steps between looks at whether the loss is still finite
+LOOK = 20  # steps between checks for a finite loss
 Loss = Callable[[Classifier, Batch], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """The images to learn, how a net gets to see them, and where its progress is shown."""
+    """The images to train on, their preprocessing, and the progress display."""
 
     source: Source
-    views: Views  # of pre-training: colour space and normalisation are theirs
+    views: Views  # of pre-training, for color space and normalization
     mean: Sequence[float]
     std: Sequence[float]
     device: torch.device
     precision: str
-    batch_size: int  # images in a forward pass without gradient
+    batch_size: int  # images per forward pass without gradient
     workers: int | None
     screen: Screen
 
     def prepare(self, images: Tensor) -> Tensor:
-        """The test transform of images in [0, 1]."""
+        """Apply the test transform to images in [0, 1]."""
         return self.views.finish(images, mean=self.mean, std=self.std)
 
     def example(self) -> Tensor:
-        """Two black images as a net sees them, to find out what it does with images."""
+        """Return two black preprocessed images, to inspect the network's outputs and gradients."""
         side = self.source.image_size
         return self.prepare(torch.zeros(2, self.source.channels, side, side, device=self.device))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A net to train from, and its frozen features of all labelled images at the layer that is trained from."""
+    """An initial network, and its frozen features of all labeled images at the layer to train from."""
 
-    net: nn.Module  # is copied, never changed
+    net: nn.Module  # copied, never modified
     layer: str
     features: FeatureSet
 
     def classifier(self, task: Task, *, width: int | None = None) -> Classifier:
-        """A copy of the net under a linear layer of zeros; `width` is that of its features where it is not known."""
+        """Return a copy of the network with a linear layer of zeros; `width` overrides the feature dimension."""
         return Classifier(
             copy.deepcopy(self.net),
             self.layer,
@@ -84,7 +84,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Protocol):
-    """How a net is trained. Raises ValueError for values out of range."""
+    """Training hyperparameters. Raises ValueError for values out of range."""
 
     optimizer: str = "sgd"
     weight_decay: float = 0.0
@@ -117,38 +117,38 @@ class Recipe(Protocol):
             raise ValueError(
                 f"layer_decay={self.layer_decay} must be above 0 and at most 1: 0.65 to 0.75 for a ViT, 1 is off"
             )
-        self.view()  # its own checks, now and not after the features are there
+        self.view()  # validate its arguments now, before features are extracted
 
     def view(self) -> View:
-        """What training makes of an image."""
+        """Return the training augmentation."""
         scale = None if self.crop_scale is None else tuple(self.crop_scale)
         return View(crop_scale=scale, flip=self.flip)  # type: ignore[arg-type]
 
     def views(self, task: Task) -> Views:
-        """The same, finished as in pre-training."""
+        """Return the training augmentation, with color space and normalization of pre-training."""
         views = copy.copy(task.views)
         views.entries = views.views = [self.view()]
         return views
 
     def solver(self, classifier: Classifier, *, lr: float) -> Optimizer:
-        """The optimizer over all levels of a classifier."""
+        """Return the optimizer over all levels of a classifier."""
         groups = parameter_groups(classifier, layer_decay=self.layer_decay, weight_decay=self.weight_decay)
         if self.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=lr, betas=(self.momentum, 0.999))
         return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, nesterov=self.momentum > 0)
 
     def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
-        """Accuracies and the interval of the first, from the places (m,) of the true classes of m images."""
+        """Return accuracies, and the interval of top-1, from the ranks (m,) of the true classes of m images."""
         interval = bootstrap_interval(place == 0, seed=self.seed, resamples=self.resamples)
         return {"top1": accuracy(place, 1), "top5": top5(place, num_classes), "interval": list(interval)}
 
     def facts(self) -> dict[str, Any]:
-        """For the result file."""
+        """Return the seed and the training transform, for the result file."""
         return {"seed": self.seed, "train_transform": self.view().describe()}
 
 
 class Progress:
-    """Counts the steps of several trainings on one bar."""
+    """Progress bar over the steps of several trainings."""
 
     def __init__(self, screen: Screen, title: str, *, total: int) -> None:
         self.screen, self.done = screen, 0
@@ -160,7 +160,7 @@ class Progress:
 
 
 def batches(task: Task, positions: Tensor, recipe: Recipe, *, seed: int) -> Loader:
-    """The training batches of the images at `positions`, all of them in a batch where they are few."""
+    """Return the loader of training batches of the images at `positions`; batch size is at most their number."""
     part = copy.copy(task.source)
     part.splits, part.weights = {"train": positions}, None
     part.mean, part.std = tuple(task.mean), tuple(task.std)
@@ -170,7 +170,7 @@ def batches(task: Task, positions: Tensor, recipe: Recipe, *, seed: int) -> Load
 
 
 def cross_entropy(classifier: Classifier, batch: Batch) -> Tensor:
-    """The mean over a labelled batch."""
+    """Return the mean cross-entropy over a labeled batch."""
     return F.cross_entropy(classifier(batch.views[0]).float(), batch.label)
 
 
@@ -186,7 +186,7 @@ def fit(
     loss: Loss = cross_entropy,
     facts: str = "",
 ) -> None:
-    """Train `classifier` in place on the images at `positions` (n,), n >= 2; one that diverges stops early."""
+    """Train `classifier` in place on the images at `positions` (n,), n >= 2; stop early if it diverges."""
     if len(positions) < 2:
         raise ValueError(f"training needs at least 2 labelled images, got {len(positions)}: give more labels")
     optimizer = recipe.solver(classifier, lr=lr)
@@ -198,7 +198,7 @@ def fit(
         torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []),
         closing(loader.steps(0, recipe.steps)) as steps,
     ):
-        torch.manual_seed(seed)  # of dropout and what else a net draws
+        torch.manual_seed(seed)  # for dropout and other noise of the network
         for step, (batch,) in enumerate(steps):
             for group in optimizer.param_groups:
                 share = schedule.warmup_cosine(step, total=recipe.steps, warmup=warmup)
@@ -216,7 +216,7 @@ def fit(
 
 
 def predict(classifier: Classifier, task: Task, positions: Tensor) -> Tensor:
-    """Logits (n, num_classes) float32 of the images at `positions`, with the test transform, in evaluation mode."""
+    """Return logits (n, num_classes) float32 of the images at `positions`, with the test transform, in eval mode."""
     with evaluating(classifier):
         return extract(
             classifier,
@@ -231,7 +231,7 @@ def predict(classifier: Classifier, task: Task, positions: Tensor) -> Tensor:
 
 
 def warm(classifier: Classifier, features: Tensor, labels: Tensor, *, seed: int) -> dict[str, float]:
-    """Start the linear layer from the linear probe of frozen features (n, d); the probe's choice."""
+    """Initialize the linear layer with a linear probe of frozen features (n, d); return its hyperparameters."""
     found = Linear(seed=seed).head(features, labels, num_classes=classifier.classify.out_features)
     with torch.no_grad():
         classifier.classify.weight.copy_(found.weight)

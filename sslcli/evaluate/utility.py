@@ -1,11 +1,12 @@
-"""Utility of pre-training: how many labels it saves, as a function of how many there are.
+"""Utility of pre-training: relative number of labels it saves, as a function of the number of labels.
 
-Newell and Deng 2020, "How Useful is Self-Supervised Pretraining for Visual Tasks?", arXiv:2003.14323, section 3. With
-A_p(n) the accuracy after pre-training and A_s(n) from scratch, both on n labels:
+Newell and Deng 2020, "How Useful is Self-Supervised Pretraining for Visual Tasks?", arXiv:2003.14323, section 3.
+A_p(n) is the accuracy after pre-training, A_s(n) from scratch, both on n labels:
 
-    n_hat(n) = the fewest labels from which scratch reaches A_p(n)         U(n) = n_hat / n - 1
+    n_hat(n) = the fewest labels with which scratch reaches A_p(n)         U(n) = n_hat / n - 1
 
-0 is no benefit, 1 means scratch needs twice the labels, below 0 is harm. Yaml: conf/protocol/utility.yaml.
+0 means no benefit, 1 that scratch needs twice the labels, a negative value that pre-training hurts.
+Yaml: conf/protocol/utility.yaml.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from sslcli.evaluate.training import Progress, Start, Task
 
 
 def isotonic(values: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
-    """The non-decreasing sequence nearest to `values` by weighted squares: pool adjacent violators (PAVA).
+    """Return the weighted least-squares non-decreasing fit to `values`, by pool adjacent violators (PAVA).
 
     Barlow, Bartholomew, Bremner and Brunk 1972. `weights` are positive, 1 each by default.
     """
@@ -43,16 +44,16 @@ def isotonic(values: Sequence[float], weights: Sequence[float] | None = None) ->
 
 @dataclass(frozen=True)
 class Need:
-    """Labels that scratch needs for an accuracy: so many, or at least (`bound` "lower") or at most ("upper")."""
+    """Number of labels that scratch needs for an accuracy; a lower or upper bound if `bound` is "lower" or "upper"."""
 
     labels: float
     bound: str | None = None
 
 
 def needed(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> Need:
-    """inf{n : A_s(n) >= accuracy} of a non-decreasing A_s given at `counts`, linear in (ln n, A) between them.
+    """Return inf{n : A_s(n) >= accuracy} of a non-decreasing A_s given at `counts`, linear in (ln n, A) between them.
 
-    Beyond what was measured it is a bound: above the best accuracy the largest count, below the first the smallest.
+    Outside the measured range it is a bound: above the best accuracy the largest count, below the first the smallest.
     """
     if accuracy > scratch[-1]:
         return Need(float(counts[-1]), "lower")
@@ -65,7 +66,7 @@ def needed(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> 
 
 
 def utilities(counts: Sequence[int], trained: Sequence[float], scratch: Sequence[float]) -> list[tuple[float, Need]]:
-    """U(n) and what it rests on at every count, from mean accuracies; scratch is made monotone first."""
+    """Return U(n) and its `Need` at every count, from mean accuracies; scratch is made monotone first."""
     monotone = isotonic(scratch)
     needs = [needed(accuracy, counts, monotone) for accuracy in trained]
     return [(need.labels / n - 1, need) for n, need in zip(counts, needs, strict=True)]
@@ -74,10 +75,10 @@ def utilities(counts: Sequence[int], trained: Sequence[float], scratch: Sequence
 def bootstrap_utilities(
     counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor, *, seed: int, resamples: int
 ) -> list[list[float | None]]:
-    """95 % intervals [low, high] of U at every count, from accuracies (counts, seeds); seeds are drawn anew.
+    """Return 95 % bootstrap intervals [low, high] of U at every count, from accuracies (counts, seeds).
 
-    Both arms of a seed have the same labels, so they are drawn together. `high` is None where it is only a lower bound
-    in more than 2.5 % of the draws.
+    Seeds are resampled, jointly for both arms, which have the same labels for a seed. `high` is None if U is only a
+    lower bound in more than 2.5 % of the resamples.
     """
     generator = torch.Generator().manual_seed(seed)
     seeds = trained.shape[1]
@@ -97,7 +98,7 @@ def bootstrap_utilities(
 
 @dataclass(frozen=True, kw_only=True)
 class Utility(Tuned):
-    """The protocol `utility`: both arms on nested subsets of log-spaced size, the same steps and rates for all."""
+    """The protocol `utility`: both arms on nested subsets of log-spaced sizes, with the same steps and rates."""
 
     smallest: int = 90
     points: int = 4
@@ -110,13 +111,13 @@ class Utility(Tuned):
             raise ValueError(f"seeds={self.seeds} must be at least 1: 3 to 5 are usual")
 
     def variant(self, usual: Mapping[str, Any]) -> str:
-        """Where the curve begins and how many points it has, where that is not the default."""
+        """Return the smallest label count and the number of points of the curve, if not the default."""
         smallest = f"from-{self.smallest}" if self.smallest != Utility.smallest else ""
         points = f"{self.points}-points" if self.points != Utility.points else ""
         return "_".join(part for part in (smallest, points) if part)
 
     def __call__(self, starts: dict[str, Start], task: Task) -> Outcome:
-        """Measure both arms at every label count. Raises ValueError without the arm from scratch."""
+        """Evaluate both arms at every label count. Raise ValueError without the arm from scratch."""
         if "random" not in starts:
             raise ValueError("utility compares with training from scratch, so it needs baselines=true")
         data = starts["trained"].features
@@ -160,7 +161,7 @@ class Utility(Tuned):
         return list(bootstrap_runs(place == 0, seed=self.seed, resamples=self.resamples))
 
     def add_utilities(self, points: list[dict[str, Any]]) -> None:
-        """Write U, its bound and its interval into every point."""
+        """Add U, its bound and its interval to every point."""
         counts = [point["labels"] for point in points]
         runs = {
             arm: torch.tensor([p[arm]["runs"] for p in points], dtype=torch.float64) for arm in ("trained", "random")
