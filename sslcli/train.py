@@ -1,4 +1,4 @@
-"""The training loop. Everything a run does between two checkpoints is on this page."""
+"""The training loop: all steps of a run between two checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sslcli.watch import Watch
 
 @dataclass
 class Run:
-    """Everything a run is made of."""
+    """All objects and settings of a run."""
 
     method: Method
     optimizer: Optimizer
@@ -38,7 +38,7 @@ class Run:
     device: torch.device
     precision: str  # fp32, bf16 or fp16
     run_dir: Path
-    config: dict[str, Any]  # plain values, kept in every checkpoint
+    config: dict[str, Any]  # plain values, saved in every checkpoint
     screen: Screen
     watch: Watch
     stop: StopRequest
@@ -53,11 +53,11 @@ class Run:
 
     @property
     def warmup_steps(self) -> int:
-        """At most a quarter of the run, so that a short run still trains at its peak rate."""
+        """Number of warmup steps, at most a quarter of the run, so that a short run reaches its peak learning rate."""
         return min(round(self.settings.warmup_epochs * self.loader.steps_per_epoch), self.total_steps // 4)
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of the 0-based `step`."""
+        """Return the learning rate of the 0-based `step`."""
         settings = self.settings
         length = {"total": self.total_steps, "warmup": self.warmup_steps}
         if settings.schedule == "cosine":
@@ -67,9 +67,9 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Train to the end, from the newest checkpoint if there is one.
+    """Train until the last step, resuming from the newest checkpoint if there is one.
 
-    Raises Stopped after a signal or at the time limit, with a checkpoint saved, and TrainingFailed when the loss is
+    Raises Stopped after a signal or at the time limit, with a checkpoint saved. Raises TrainingFailed if the loss is
     not finite, the representation has collapsed, or the disk or a data worker fails.
     """
     step, total, watch = resume(run), run.total_steps, run.watch
@@ -101,7 +101,7 @@ def train(run: Run) -> None:
 
 
 def optimise(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
-    """One optimizer step on the loss of the micro-batches; returns the scalars of the step, detached."""
+    """Run one optimizer step on the micro-batches, and return the detached scalars of the step."""
     if run.settings.cached_gradients:
         means = cached_gradients.backward(
             run.method, micro_batches, device=run.device, number_format=run.precision, scaler=run.scaler
@@ -118,7 +118,7 @@ def optimise(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str
 
 
 def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
-    """Add the gradient of the micro-batches' mean loss to the parameters; returns the mean of each scalar."""
+    """Accumulate the gradient of the mean loss of the micro-batches, and return the mean of each scalar."""
     means: dict[str, Tensor] = {}
     share = 1 / len(micro_batches)
     for number, batch in enumerate(micro_batches, start=1):
@@ -132,7 +132,7 @@ def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[s
 
 
 def exchange(model: nn.Module, *, wanted: bool) -> AbstractContextManager[object]:
-    """Whether the backward inside averages gradients over the processes, or adds them up on each."""
+    """Enable (`wanted`) or disable gradient synchronization across processes for the backward pass inside."""
     if sharding.is_sharded(model):
         model.set_requires_gradient_sync(wanted)  # type: ignore[operator]
     elif isinstance(model, DistributedDataParallel) and not wanted:
@@ -141,26 +141,26 @@ def exchange(model: nn.Module, *, wanted: bool) -> AbstractContextManager[object
 
 
 def parallel(method: Method, device: torch.device) -> nn.Module:
-    """The method itself, or wrapped so that gradients are the mean over the processes, which a sharded one does itself.
+    """Return the method, wrapped in DistributedDataParallel if there are several processes and it is not sharded.
 
-    Buffers are not broadcast: every process computes the same queue and the same synchronised statistics.
+    Buffers are not broadcast: every process computes the same queue and the same synchronized statistics.
     """
     if distributed.world_size() == 1 or sharding.is_sharded(method):
         return method
     ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # what follows it is new
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # its replacement is new
         model = DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     if device.type == "cpu":
-        model.register_comm_hook(None, lambda _, bucket: average_each(bucket))  # torch refuses written annotations
+        model.register_comm_hook(None, lambda _, bucket: average_each(bucket))  # torch rejects string annotations
     return model
 
 
 def average_each(bucket: Any) -> torch.futures.Future[Tensor]:
-    """Average a bucket of gradients over the processes, each parameter by itself.
+    """Average a bucket of gradients over the processes, each parameter separately.
 
-    The last bit of a sum over three or more processes depends on the place within what is reduced, and
-    DistributedDataParallel fills its buckets anew after the first step, that of a resumed run as well.
+    The last bit of a sum over three or more processes depends on the offset within the reduced tensor, and
+    DistributedDataParallel rebuilds its buckets after the first step, also after the first step of a resumed run.
     """
     heartbeat.meet()
     whole = bucket.buffer().div_(distributed.world_size())
@@ -173,14 +173,14 @@ def average_each(bucket: Any) -> torch.futures.Future[Tensor]:
 
 
 def save_is_due(settings: TrainSettings, step: int, steps_per_epoch: int) -> bool:
-    """Whether the settings ask for a checkpoint after `step`."""
+    """Return True if the settings require a checkpoint after `step`."""
     by_steps = settings.save_every_steps is not None and step % settings.save_every_steps == 0
     every = settings.save_every_epochs * steps_per_epoch
     return by_steps or (every > 0 and step % every == 0)
 
 
 def stopped(run: Run, step: int) -> Stopped:
-    """What ends a run that was asked to stop, `step` being saved."""
+    """Return the exception for a run that was asked to stop, with `step` saved."""
     reason = run.stop.reason or "another process's " + ("signal" if run.stop.by_signal else "time limit")
     return Stopped(
         f"stopped by {reason} after step {step} of {run.total_steps}; checkpoint saved, run again to go on",
@@ -189,14 +189,14 @@ def stopped(run: Run, step: int) -> Stopped:
 
 
 def save_good(run: Run, step: int, writer: checkpoint.Writer) -> None:
-    """Write a checkpoint. Raises TrainingFailed where the losses up to it or its weights are not finite."""
+    """Write a checkpoint. Raise TrainingFailed if a loss so far or a weight is not finite."""
     run.watch.check_finite()
     run.watch.check_weights(step, run.method)
     save(run, step, writer)
 
 
 def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
-    """Write a checkpoint; all processes take part. The main one writes, or each its part in the background."""
+    """Write a checkpoint, on rank 0, or each rank its shards in the background. All processes must call this."""
     heartbeat.sign(f"the checkpoint after step {step}")
     mine = {"rng": checkpoint.rng_state(run.device), "window": run.watch.window.state_dict()}
     processes = distributed.gather_objects(mine)
@@ -216,7 +216,7 @@ def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
 
 
 def resume(run: Run) -> int:
-    """Load the newest checkpoint into the run and return its step; 0 where there is none."""
+    """Load the newest checkpoint into the run and return its step, or 0 without a checkpoint."""
     like = sharding.placement(run.method, run.optimizer) if sharding.is_sharded(run.method) else None
     state = checkpoint.load_newest(run.run_dir, device=run.device, warn=run.screen.warn, like=like)
     run.method.train()
@@ -240,7 +240,7 @@ def resume(run: Run) -> int:
     if len(processes) == distributed.world_size():
         checkpoint.set_rng_state(processes[distributed.rank()]["rng"], run.device)
         run.watch.window.load_state_dict(processes[distributed.rank()]["window"])
-    else:  # another number of processes: the same images and views, new noise
+    else:  # different world size: the same images and views, different noise
         run.watch.window.load_mean([process["window"] for process in processes])
         torch.manual_seed(run.seed + 1_000_003 * (distributed.rank() + 1) + state["step"])
     before, now = state["circumstances"], circumstances(run)
@@ -252,7 +252,7 @@ def resume(run: Run) -> int:
 
 
 def circumstances(run: Run) -> dict[str, str | int]:
-    """What the last bits of a run depend on, besides its configuration."""
+    """Return the environment, besides the configuration, that bit-identical results require."""
     return {
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,

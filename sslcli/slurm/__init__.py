@@ -1,1 +1,1 @@
-"""Slurm: what a job is told (`script`) and how it is handed in and watched (`queue`). Imports no torch."""
+"""Slurm support: batch script (`script`), submission and monitoring (`queue`). Does not import torch."""

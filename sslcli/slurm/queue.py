@@ -1,4 +1,4 @@
-"""Slurm's queue: hand a script in, ask for a job, follow it to its end."""
+"""Slurm's queue: submit a script, query the state of a job, follow its log until it ends."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 from sslcli.errors import EXIT_FAILED, EXIT_STOPPED, ConfigError
 
-PATIENCE = 60.0  # seconds until a command of Slurm counts as hanging
-ASK_EVERY = 5.0  # seconds; the controller serves everybody
-LOOK_EVERY = 0.3  # seconds between looks at the log
-OVER = {  # what Slurm calls the end of a job, and our exit code where the job could not tell its own
+PATIENCE = 60.0  # timeout of a Slurm command in seconds
+ASK_EVERY = 5.0  # seconds between queries, to limit the load on the shared controller
+LOOK_EVERY = 0.3  # seconds between reads of the log
+OVER = {  # final job states of Slurm, and the exit code if the job recorded none
     "BOOT_FAIL": EXIT_STOPPED,
     "CANCELLED": EXIT_STOPPED,
     "COMPLETED": 0,
@@ -27,7 +27,7 @@ OVER = {  # what Slurm calls the end of a job, and our exit code where the job c
 
 
 def submit(script: Path) -> str:
-    """Hand the script in; the number of the job. Raises ConfigError where Slurm refuses it."""
+    """Submit the script and return the job ID. Raise ConfigError if Slurm refuses it."""
     ended = ask("sbatch", "--parsable", str(script))
     if ended.returncode != 0:
         hint = ""
@@ -38,9 +38,9 @@ def submit(script: Path) -> str:
 
 
 def state(job: str, script: Path) -> str | None:
-    """The state of the job of that script, in Slurm's words; None where Slurm knows it no longer.
+    """Return the Slurm state of the job of that script, or None if Slurm no longer knows it.
 
-    Raises ConfigError where Slurm does not answer.
+    Raises ConfigError if Slurm does not respond.
     """
     ended = ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T %o")
     if ended.returncode != 0:
@@ -48,23 +48,23 @@ def state(job: str, script: Path) -> str | None:
             return None
         raise ConfigError(f"squeue does not answer: {in_one_line(ended.stderr)}")
     found, _, command = ended.stdout.strip().partition(" ")
-    return found if command == str(script) else None  # numbers come again when a cluster is set up anew
+    return found if command == str(script) else None  # job IDs repeat when a cluster is reinstalled
 
 
 def told_job(run_dir: Path) -> str | None:
-    """The number of the newest job of a run, None where there was none."""
+    """Return the ID of the newest job of a run, or None."""
     path = run_dir / "slurm" / "job"
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
 def told_code(run_dir: Path) -> int | None:
-    """The exit code of the newest job of a run, None where it has not told one."""
+    """Return the exit code of the newest job of a run, or None if it has recorded none."""
     path = run_dir / "slurm" / f"{told_job(run_dir)}.exit"
     return int(path.read_text(encoding="utf-8") or EXIT_FAILED) if path.exists() else None
 
 
 def follow(job: str, script: Path) -> int:
-    """Print the log of a job until it ends; its exit code."""
+    """Print the log of a job until it ends, and return its exit code."""
     log, told = script.with_name(f"{job}.log"), script.with_name(f"{job}.exit")
     place, asked = 0, time.monotonic()
     while True:
@@ -76,10 +76,12 @@ def follow(job: str, script: Path) -> int:
             asked = time.monotonic()
             try:
                 found = state(job, script)
-            except ConfigError:  # the controller may be away for a while; the job goes on
+            except ConfigError:  # the controller may be down for a while; the job continues
                 continue
             if found is None or found in OVER:
-                time.sleep(ASK_EVERY if found is None else LOOK_EVERY)  # for a last word on a shared file system
+                time.sleep(
+                    ASK_EVERY if found is None else LOOK_EVERY
+                )  # for an exit code delayed by the shared file system
                 if told.exists():
                     continue
                 print(f"job {job} ended as {found or 'unknown'}, without a word of its own", file=sys.stderr)
@@ -88,7 +90,7 @@ def follow(job: str, script: Path) -> int:
 
 
 def show_from(log: Path, place: int) -> int:
-    """Print what the log holds after `place`; the new place."""
+    """Print the log from byte offset `place`, and return the new offset."""
     if not log.exists():
         return place
     with log.open("rb") as file:
@@ -99,7 +101,7 @@ def show_from(log: Path, place: int) -> int:
 
 
 def ask(*line: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of Slurm. Raises ConfigError where there is none, or it hangs."""
+    """Run a Slurm command. Raise ConfigError if it is not installed, or times out."""
     try:
         return subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, check=False)
     except FileNotFoundError as error:
@@ -112,6 +114,6 @@ def ask(*line: str) -> subprocess.CompletedProcess[str]:
 
 
 def in_one_line(text: str) -> str:
-    """The lines of an error message as one, without the command's name before each."""
+    """Return an error message on one line, without the command's name as prefix of each line."""
     lines = [line.partition(": error: ")[2] or line for line in text.strip().splitlines() if line.strip()]
     return "; ".join(line.strip().rstrip(".") for line in lines) or "no reason given"

@@ -1,4 +1,4 @@
-"""The batch script of a run: what `launcher.*` may be, and the file that comes of it."""
+"""The batch script of a run: validation of `launcher.*`, and rendering."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sslcli import interpreter
 from sslcli.errors import ConfigError
 from sslcli.settings import check_range, seconds
 
-LONGEST_WARNING = 65535  # seconds, sbatch's limit of --signal
-SET_BY_US = {  # directives that the script relies on, and what sets them
+LONGEST_WARNING = 65535  # seconds, the maximum of sbatch --signal
+SET_BY_US = {  # directives required by the script, and the key that sets each
     "nodes": "launcher.nodes",
     "ntasks": "launcher.processes_per_node",
     "ntasks-per-node": "launcher.processes_per_node",
@@ -40,9 +40,9 @@ class SlurmSettings:
     nodes: int
     gpus_per_node: int
     gpu_type: str | None
-    processes_per_node: int | None  # None: one a GPU, or 1 without GPUs
+    processes_per_node: int | None  # None: one per GPU, or 1 without GPUs
     cpus_per_node: int | None
-    memory: str | int | None  # of a node
+    memory: str | int | None  # per node
     partition: str | None
     account: str | None
     qos: str | None
@@ -80,7 +80,7 @@ class SlurmSettings:
             check_directive(line)
 
     def check_times(self) -> None:
-        """Raise ConfigError unless there is time to stop in."""
+        """Raise ConfigError unless the time limit exceeds the time reserved for stopping."""
         limit, before = time_limit("launcher.time", self.time), self.warning
         if not 0 < before <= LONGEST_WARNING:
             raise ConfigError(f"launcher.stop_before is {self.stop_before!r}, but it must be between 1s and 18h")
@@ -92,7 +92,7 @@ class SlurmSettings:
 
     @property
     def processes(self) -> int:
-        """Processes of a node."""
+        """Number of processes per node."""
         return self.processes_per_node or self.gpus_per_node or 1
 
     @property
@@ -102,9 +102,9 @@ class SlurmSettings:
 
 
 def time_limit(name: str, value: str | int | None) -> int | None:
-    """A time limit in seconds, from `90m`, `1.5h` or as Slurm writes it (D-HH:MM:SS, HH:MM:SS, MM:SS); None: none.
+    """Return a time limit in seconds, from `90m`, `1.5h` or Slurm's D-HH:MM:SS, HH:MM:SS, MM:SS; None is no limit.
 
-    A number alone is refused: it means minutes to Slurm and seconds to train.max_time.
+    A number without a unit is rejected, since it means minutes in Slurm and seconds in train.max_time.
     """
     if value is None:
         return None
@@ -124,7 +124,7 @@ def time_limit(name: str, value: str | int | None) -> int | None:
 
 
 def check_directive(line: str) -> None:
-    """Raise ConfigError unless a line of launcher.extra is an option of sbatch that nothing else sets."""
+    """Raise ConfigError unless a line of launcher.extra is an sbatch option that no other key sets."""
     match = re.match(r"--([\w-]+)|-(\w)", line)
     if match is None or not line.isprintable():
         raise ConfigError(f"launcher.extra holds {line!r}, but each entry must be an option of sbatch: '--name=value'")
@@ -134,19 +134,19 @@ def check_directive(line: str) -> None:
 
 
 def render(settings: SlurmSettings, *, folder: Path, cwd: Path, python: str) -> str:
-    """The text of the batch script.
+    """Return the text of the batch script.
 
     Args:
-        folder: of the script, its log and its history, inside the run directory.
-        cwd: where the run happens.
-        python: the interpreter, where the settings name none.
+        folder: folder of the script, its logs and its history, inside the run directory.
+        cwd: working directory of the run.
+        python: interpreter to use if launcher.python is null.
     """
     config = folder / "config.json"
     start = interpreter.arguments("sslcli.cli._slurm", ours=settings.python is None)
     agent = shlex.join([settings.python or python, *start, str(config)])
     step = ["srun", f"--nodes={settings.nodes}", f"--ntasks={settings.nodes}", "--ntasks-per-node=1", "--wait=60"]
     if settings.cpus_per_node:
-        step.append(f"--cpus-per-task={settings.cpus_per_node}")  # which steps do not inherit from Slurm 22.05 on
+        step.append(f"--cpus-per-task={settings.cpus_per_node}")  # not inherited by steps since Slurm 22.05
     lines = [
         "#!/bin/bash",
         *directives(settings, folder=folder, cwd=cwd),
@@ -167,7 +167,7 @@ def render(settings: SlurmSettings, *, folder: Path, cwd: Path, python: str) -> 
 
 
 def directives(settings: SlurmSettings, *, folder: Path, cwd: Path) -> list[str]:
-    """The lines that sbatch reads."""
+    """Return the #SBATCH lines."""
     limit = time_limit("launcher.time", settings.time)
     gpus = f"{settings.gpu_type}:{settings.gpus_per_node}" if settings.gpu_type else settings.gpus_per_node
     values = {
@@ -192,6 +192,6 @@ def directives(settings: SlurmSettings, *, folder: Path, cwd: Path) -> list[str]
 
 
 def as_slurm_writes(duration: int) -> str:
-    """Seconds as D-HH:MM:SS."""
+    """Return a duration in seconds as D-HH:MM:SS."""
     minutes, rest = divmod(duration, 60)
     return f"{minutes // 1440}-{minutes // 60 % 24:02d}:{minutes % 60:02d}:{rest:02d}"
