@@ -16,7 +16,7 @@ PLAIN = {"train": ("run_dir",), "eval": ("run", "weights"), "export": ("run", "o
 PATH_TYPES = frozenset(["Path", "PurePath", "PosixPath", "PathLike", "Root"])  # names that make a parameter a path
 HUB_NAME = "HubName"  # in an annotation: a name on the Hugging Face hub, unless such a folder or file exists
 
-_HOME = re.compile(r"(?:^|(?<=[\[{,\s]))~[\w./@%+*?-]*(?=$|[\]},\s])")
+_HOME = re.compile(r"(?:^|(?<=[\[{,\s]))~[\w./@%+*?-]*(?: +[\w./@%+*?-]+)*(?=$|[\]},\s])")  # words of a path included
 _HOME_KEY = re.compile(r"(?<=[{,\s])~[\w./@%+-]*(?=\s*:)")
 
 Convert = Callable[[str], str]
@@ -90,7 +90,8 @@ def without_paths(config: Any) -> Any:
 def absolute(path: str) -> str:
     """The absolute form of a path, `~` and `~user` expanded; URLs, fsspec chains and the empty text stay.
 
-    `..` behind a symbolic link is kept, because without it the path could lead elsewhere.
+    `..` behind a symbolic link leads to the parent of what it links to, also where the end of the path is still to be
+    made. The result holds no `..`, since much code drops it together with the name before it.
     """
     if not path or "://" in path or "::" in path:
         return path
@@ -101,11 +102,14 @@ def absolute(path: str) -> str:
             f"path, or ./{path} for a folder of that name"
         )
     whole = os.path.join(os.getcwd(), expanded)
-    short = os.path.normpath(whole)
-    if ".." in Path(whole).parts and os.path.exists(whole):
-        same = os.path.exists(short) and os.path.samefile(whole, short)
-        return short if same else whole
-    return short
+    parts = Path(whole).parts
+    if ".." not in parts:
+        return os.path.normpath(whole)
+    end = len(parts) - parts[::-1].index("..")
+    start = os.path.join(*parts[:end])
+    short = os.path.normpath(start)
+    is_same = not os.path.exists(start) or (os.path.exists(short) and os.path.samefile(start, short))
+    return os.path.join(short if is_same else os.path.realpath(start), *parts[end:])
 
 
 def real(path: str) -> str:

@@ -47,6 +47,9 @@ def test_a_parent_behind_a_link_is_the_parent_of_where_the_link_leads(here: Path
     (here / "link").symlink_to(here.parent / "far" / "inside")
     assert os.path.samefile(absolute("link/../data"), here.parent / "far" / "data")
     assert real("link/../data") == str(here.parent / "far" / "data")
+    # What does not exist yet is made where the shell would make it, and no later abspath changes that.
+    assert absolute("link/../runs/new") == str(here.parent / "far" / "runs" / "new")
+    assert os.path.abspath(absolute("link/../data")) == str(here.parent / "far" / "data")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +179,9 @@ def test_configurations_are_compared_by_where_paths_lead(here: Path) -> None:
         ("~method.mixture", "~method.mixture"),
         ("~train.epochs=1", "~train.epochs=1"),
         ("a", "a"),
+        ("run_dir=~/my runs/first one", 'run_dir="~/my runs/first one"'),
+        ("dataset.root=[~/my photos, ~/b]", 'dataset.root=["~/my photos", "~/b"]'),
+        ("dataset.root={photos: ~/my photos, b: c}", 'dataset.root={photos: "~/my photos", b: c}'),
     ],
 )
 def test_paths_in_the_home_need_no_quotes(line: str, wanted: str) -> None:
