@@ -1,6 +1,6 @@
-"""What a command may end with besides success. The CLI turns each into a message and an exit code.
+"""Exceptions and exit codes of the commands. The CLI maps each exception to a message and an exit code.
 
-Plain `ValueError` from a constructor also means "the user's configuration is wrong" while a run is being built.
+A plain `ValueError` from a constructor while a run is built also means an invalid configuration.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ EXIT_INTERRUPTED = 130  # by Ctrl-C, with nothing saved
 
 
 class ConfigError(ValueError):
-    """The user's configuration or data is wrong: exit code 2, message only."""
+    """Invalid configuration or data: exit code 2, message without traceback."""
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on (not-a-number loss, collapse, a dead worker, a full disk): exit code 3."""
+    """Training cannot continue (NaN loss, collapse, a dead worker, a full disk): exit code 3."""
 
 
 class ProcessLost(TrainingFailed):
-    """A data worker or another process of the run vanished: exit code 3, and worth another start."""
+    """A data worker or another process of the run ended unexpectedly: exit code 3; a restart may succeed."""
 
 
 class NotFinite(ValueError):
-    """Features are NaN or infinite: what is measured of them means nothing."""
+    """Features are NaN or infinite, so metrics of them are meaningless."""
 
 
 class Stopped(Exception):
-    """Stopped with a checkpoint saved: exit code 75, run again to go on.
+    """The run stopped with a checkpoint saved: exit code 75; run again to resume.
 
     Args:
-        by_signal: whether a signal was the reason, and not the time limit the user set.
+        by_signal: True if stopped by a signal, False if by the time limit.
     """
 
     def __init__(self, message: str, *, by_signal: bool) -> None:
@@ -46,11 +46,11 @@ class Stopped(Exception):
 
 
 def disk_failure(error: OSError, place: object, key: str) -> tuple[str, int] | None:
-    """What to tell of something that could not be written, and the exit code; None for an error that is no such thing.
+    """Return the message and exit code of a failed write, or None if the error is not a disk error.
 
     Args:
-        place: what was written, where the error does not name it.
-        key: the setting that says where it goes.
+        place: what was written, if the error has no file name.
+        key: the configuration key of the output location.
     """
     if error.errno not in DISK_ERRORS:
         return None
@@ -61,7 +61,7 @@ def disk_failure(error: OSError, place: object, key: str) -> tuple[str, int] | N
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"`, whatever the case of the letters, or nothing."""
+    """Return `" Did you mean 'x'?"` for the closest known name, ignoring case, or ""."""
     from difflib import get_close_matches
 
     names = {option.lower(): option for option in known}
@@ -70,7 +70,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 
 def check_keys(where: str, given: Iterable[object], known: Sequence[str]) -> None:
-    """Raise ValueError unless all keys are known; the message names `where`, the key, the nearest and all others."""
+    """Raise ValueError unless all keys are known, with `where`, the key, the closest and all known keys."""
     for key in given:
         if key not in known:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""How far each process of a run is, told to the others, so that one that hangs is named and the run ends.
+"""Watchdog: ranks publish their progress, so that a stalled rank is named and the run ends.
 
-A process that does not come to an operation of all keeps the others waiting inside it, where they can neither look
-around nor stop. So each process counts what it does, and a thread of its own tells the counts to a store that all see.
-When no process has done anything for the time limit, the threads read who is behind, tell it, and end the processes.
+A rank that does not join a collective blocks the others inside it, where they can neither check anything nor stop.
+Therefore each rank counts its actions, and a thread publishes the counts in a store shared by all ranks. If no rank
+makes progress for the time limit, the threads find the stalled ranks, report them, and end the processes.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from sslcli.errors import TrainingFailed
 
-SLOWEST = 10.0  # seconds between two looks at the most
-LOOKS = 20  # looks within the time limit
-SLACK = 5.0  # seconds after the time limit, for a wait that ends by itself
-IMAGES = "the images"  # how the place of a process that waits for images begins
-SILENCE = 3  # looks without a beat after which a process counts as stopped
+SLOWEST = 10.0  # maximum seconds between two checks
+LOOKS = 20  # checks within the time limit
+SLACK = 5.0  # seconds after the time limit, for a wait with a timeout of its own
+IMAGES = "the images"  # prefix of the place of a process that waits for images
+SILENCE = 3  # checks without a beat after which a process counts as stopped
 
 
 @dataclass
 class Progress:
-    """What a process tells of itself."""
+    """Published state of a process."""
 
-    meetings: int = 0  # operations of all processes that it arrived at
-    signs: int = 0  # everything it did
+    meetings: int = 0  # collectives that it has entered
+    signs: int = 0  # all recorded actions
     place: str = "the start"
-    beats: int = 0  # messages of its thread, which goes on while the process waits
+    beats: int = 0  # messages of its thread, which also runs while the process waits
     host: str = ""
     pid: int = 0
 
@@ -45,33 +45,33 @@ _mine = Progress()
 
 
 def sign(place: str = "") -> None:
-    """This process goes on, and is now at `place`, if that is given."""
+    """Record progress of this process, and its new `place` if given."""
     _mine.signs += 1
     _mine.place = place or _mine.place
 
 
 def meet() -> None:
-    """This process arrives at an operation that all processes take part in."""
+    """Record that this process enters a collective."""
     _mine.meetings += 1
     _mine.signs += 1
 
 
 def join(limit: float) -> Store:
-    """Wait until all processes of the run are there; a store that all of them see.
+    """Wait until all processes of the run have joined, and return the store that they share.
 
-    Raises TrainingFailed, naming those that are missing, after `limit` seconds.
+    Raises TrainingFailed, with the missing ranks, after `limit` seconds.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the agent does
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the agent hosts the store
     try:
         store: Store = TCPStore(
             host,
             port,
             is_master=serves,
             timeout=timedelta(seconds=limit),
-            wait_for_workers=False,  # which would not tell who is missing
-            multi_tenant=True,  # torch serves its own store there
+            wait_for_workers=False,  # its error would not name the missing ranks
+            multi_tenant=True,  # torch uses the same port for its own store
         )
     except RuntimeError as error:
         raise TrainingFailed(
@@ -95,11 +95,11 @@ def join(limit: float) -> Store:
 
 @contextmanager
 def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[str], None]) -> Iterator[None]:
-    """Within the block, call `end(message)` from a thread once no process of the run went on for `limit` seconds.
+    """Call `end(message)` from a thread if no process makes progress for `limit` seconds within the block.
 
-    `message` is empty on processes that need not tell, since another does.
+    `message` is empty on all processes but the one that reports.
     """
-    if size == 1:  # keeps nobody waiting
+    if size == 1:  # no other rank waits for it
         with watched_alone(limit=limit, end=end):
             yield
         return
@@ -115,10 +115,10 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
 
 @contextmanager
 def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]:
-    """Within the block, call `end(message)` from a thread once a run of one process waits too long for images.
+    """Call `end(message)` from a thread if a single-process run waits too long for images within the block.
 
-    That is for images that the process reads itself, `SLACK` seconds after `limit`: with data workers the wait ends by
-    itself, in better order. Nothing else that a process does has an end that could be told.
+    This covers images that the process reads itself, `SLACK` seconds after `limit`: data workers have a timeout of
+    their own, which ends the run more gracefully. No other action of a process has a known maximum duration.
     """
     closing = threading.Event()
     thread = threading.Thread(target=look_alone, args=(limit, end, closing), daemon=True)
@@ -131,7 +131,7 @@ def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]
 
 
 def look_alone(limit: float, end: Callable[[str], None], closing: threading.Event) -> None:
-    """Count how long this process has been waiting for the same images."""
+    """Call `end` if this process waits for the same images for more than `limit` + `SLACK` seconds."""
     interval = min(limit / LOOKS, SLOWEST)
     still, before = 0.0, _mine.signs
     while not closing.wait(interval):
@@ -150,15 +150,15 @@ def look_alone(limit: float, end: Callable[[str], None], closing: threading.Even
 def look(
     store: Store, rank: int, size: int, limit: float, end: Callable[[str], None], closing: threading.Event
 ) -> None:
-    """Tell how far this process is and, while it does not go on, read how far the others are.
+    """Publish the progress of this process and, while it makes none, check the progress of the others.
 
-    Waiting is counted in looks and not by a clock, so that time in which this process itself was stopped, together
-    with its machine perhaps, is not held against the others.
+    Waiting time is counted in checks and not by a clock, so that time in which this process itself was suspended,
+    possibly with its machine, does not count against the others.
     """
     interval = min(limit / LOOKS, SLOWEST)
     still, beats, before = 0.0, 0, _mine.signs
     known: dict[int, Progress] = {}
-    silent: Counter[int] = Counter()  # looks since the last beat
+    silent: Counter[int] = Counter()  # checks since the last beat
     while not closing.wait(interval):
         beats += 1
         mine = replace(_mine, beats=beats)
@@ -179,13 +179,13 @@ def look(
 
 
 def tell(store: Store, rank: int, mine: Progress) -> None:
-    """Let the others know how far this process is."""
-    with suppress(RuntimeError):  # where the store does not answer, reading finds out
+    """Publish the progress of this process."""
+    with suppress(RuntimeError):  # if the store does not respond, `read` detects it
         store.set(str(rank), json.dumps(asdict(mine)))
 
 
 def read(store: Store, size: int) -> dict[int, Progress]:
-    """How far all processes are, {} where the store does not answer."""
+    """Return the progress of all processes, or {} if the store does not respond."""
     try:
         answers = store.multi_get([str(rank) for rank in range(size)])
     except RuntimeError:
@@ -194,7 +194,7 @@ def read(store: Store, size: int) -> dict[int, Progress]:
 
 
 def verdict(rank: int, found: dict[int, Progress], silent: set[int], limit: float) -> str:
-    """Who keeps the others waiting, in words; empty where another process is to tell it."""
+    """Return the message that names the stalled processes, or "" if another process reports it."""
     remedy = (
         "the steps since the last checkpoint are lost. Start the same command again to go on, with a larger "
         "launcher.timeout if nothing was wrong but the time"

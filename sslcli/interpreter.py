@@ -1,7 +1,7 @@
-"""Python processes that run a module of ours, and what they may import from the current directory: nothing but trust.
+"""Python subprocesses that import nothing from the current directory, except packages listed in `trust`.
 
-`python -m` and `python -c` look for every module in the current directory first, before the standard library, so a
-`yaml.py` that lies there by chance would run. Option -P keeps that from happening from Python 3.11 on.
+`python -m` and `python -c` search the current directory before the standard library, so an unrelated `yaml.py` there
+would be executed. Option -P prevents that since Python 3.11.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-SAFE_PATH = (3, 11)  # the first version that knows -P
+SAFE_PATH = (3, 11)  # the first version with -P
 WITHOUT = "import sys; sys.path[:1] = [path for path in sys.path[:1] if path]; import runpy; "
 
 
 def arguments(module: str, *, ours: bool = True) -> list[str]:
-    """What Python needs to run a module that is not looked for in the current directory, nor what it imports.
+    """Return the Python arguments that run a module without importing from the current directory.
 
     Args:
-        module: its name; arguments of its own follow.
-        ours: the process runs on this interpreter. Another one may be of any version.
+        module: its name; append its own arguments after these.
+        ours: True if the process uses this interpreter; another one may have any version.
     """
     if ours and sys.version_info >= SAFE_PATH:
         return ["-P", "-m", module]
@@ -29,7 +29,10 @@ def arguments(module: str, *, ours: bool = True) -> list[str]:
 
 @contextmanager
 def safe_children() -> Iterator[None]:
-    """In this block the Python processes that other packages start do as those of `arguments` (from 3.11 on)."""
+    """Set PYTHONSAFEPATH within the block, for Python subprocesses started by other packages.
+
+    It has the effect of -P in `arguments`, since Python 3.11.
+    """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
@@ -42,6 +45,6 @@ def safe_children() -> Iterator[None]:
 
 
 def find_trusted(trust: Sequence[str]) -> None:
-    """Let packages that the user trusts lie in the current directory, after all that is installed."""
+    """Append the current directory to sys.path if `trust` is not empty; installed packages come first."""
     if trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

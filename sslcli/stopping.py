@@ -1,4 +1,4 @@
-"""Stop a run in good order: signals and the time limit, agreed on by all processes at the same step."""
+"""Graceful stop on signals and at the time limit, at the same step on all processes."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from sslcli import heartbeat
 from sslcli.distributed import world_size
 
 TIME_LIMIT = "the time limit"
-GRACE = 10.0  # seconds that a wait for images may last after the time limit, so that every start makes a step
+GRACE = 10.0  # seconds that a wait for images may last after the time limit, so that every start completes a step
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 
 T = TypeVar("T")
 
 
 class Interrupted(BaseException):
-    """Raised by the signal handler while the run waits for images; no handler of errors may take it for one."""
+    """Raised by the signal handler while the run waits for images; not an Exception, so no error handler catches it."""
 
 
 class StopRequest:
-    """Whether the run should save and end after the current step.
+    """Handler of signals and the time limit: requests that the run saves and stops after the current step.
 
-    SIGHUP, which a terminal sends when it is closed, counts unless it is ignored, as `nohup` has it.
+    SIGHUP, which a closing terminal sends, also counts, unless it is ignored, as under `nohup`.
 
     Args:
-        max_seconds: time limit from `begun` on, or None.
-        begun: when the command began, on the clock of `time.monotonic`; None: now.
+        max_seconds: time limit, counted from `begun`, or None.
+        begun: start time of the command by `time.monotonic`; None is now.
 
-    After `agreed` said yes, `by_signal` tells whether any process got a signal.
+    After `agreed` returned True, `by_signal` is True if any process received a signal.
     """
 
     def __init__(self, max_seconds: float | None = None, *, begun: float | None = None) -> None:
@@ -53,9 +53,9 @@ class StopRequest:
         self.alarm = None if self.deadline is None else self.set_alarm(self.deadline - time.monotonic() + GRACE)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal; interrupt a wait for images. A second interrupt from the keyboard ends the process at once.
+        """Record the signal, and interrupt a wait for images. A second Ctrl-C ends the process immediately.
 
-        Under an agent one key press arrives twice, from the terminal and from the agent, within moments.
+        Under an agent one Ctrl-C arrives twice within moments, from the terminal and from the agent.
         """
         now = time.monotonic()
         if self.reason and number == signal.SIGINT and now - self.received > 2:
@@ -71,26 +71,26 @@ class StopRequest:
             raise Interrupted
 
     def check_time(self) -> None:
-        """Let the time limit be the reason to stop once it is over, unless there is one already."""
+        """Set the time limit as the reason to stop if it has passed and there is no other reason."""
         if self.deadline is not None and time.monotonic() > self.deadline and not self.reason:
             self.reason = TIME_LIMIT
 
     def set_alarm(self, seconds: float) -> threading.Timer:
-        """A timer that interrupts this thread after `seconds`, wherever it waits then."""
+        """Start and return a timer that interrupts this thread after `seconds`, also in a system call."""
         timer = threading.Timer(max(0.0, seconds), self.ring, (threading.get_ident(),))
         timer.daemon = True
         timer.start()
         return timer
 
     def ring(self, thread: int) -> None:
-        """Interrupt a thread: only a signal reaches one that waits inside of the system."""
+        """Interrupt a thread by a signal, the only way to reach one that blocks in a system call."""
         self.has_rung = True
         signal.pthread_kill(thread, signal.SIGUSR1)
 
     def unless_stopped(self, get: Callable[[], T]) -> T | None:
-        """What `get()` returns, or None where a signal interrupts it, or it takes too long after the time limit.
+        """Return `get()`, or None if a signal interrupts it, or it takes too long after the time limit.
 
-        With several processes it is always waited for: they can only stop together, after a step of all.
+        With several processes it is never interrupted: they can only stop together, after a common step.
         """
         if world_size() > 1:
             return get()
@@ -109,9 +109,9 @@ class StopRequest:
                 late.cancel()
 
     def agreed(self) -> bool:
-        """Whether all processes stop now. Call once a step on every process.
+        """Return True if all processes stop now. Call once per step on every process.
 
-        With several processes the answer is that of the step before, so that asking never waits.
+        With several processes the result is that of the previous step, so that the call does not block.
         """
         self.check_time()
         mine = 0 if not self.reason else 1 if self.reason == TIME_LIMIT else 2
@@ -128,7 +128,7 @@ class StopRequest:
         return stop
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         if self.alarm is not None:
             self.alarm.cancel()
             self.alarm.join()

@@ -1,4 +1,4 @@
-"""Watching a run: what is averaged, measured, printed and written after each step."""
+"""Monitoring of a run: metrics, health, k-NN and logging after each step."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from sslcli.report.console import Screen, percent
 from sslcli.report.metrics import Metrics
 from sslcli.settings import MonitorSettings
 
-LARGE_WEIGHTS = 30.0  # root mean square of one tensor; those of our methods and recipes stay below 3
+LARGE_WEIGHTS = 30.0  # root mean square of one tensor; it stays below 3 for our methods and recipes
 REMEDIES = (
     "Usual remedies: a lower optimizer.lr, a longer train.warmup_epochs, train.clip_grad=1, or train.precision=fp32"
 )
-HEALTH_ROWS = 1024  # embeddings of a batch that health measures look at
+HEALTH_ROWS = 1024  # embeddings per batch used by the health metrics
 
 
 class Window:
-    """Means of the scalars since the last log, kept on the device so that a step never waits for it."""
+    """Means of the scalars since the last log, kept on the device so that a step never synchronizes with it."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
-        self.first_bad: Tensor | None = None  # () the first step whose loss was not finite, or -1
+        self.first_bad: Tensor | None = None  # scalar tensor: the first step with a loss that is not finite, or -1
 
     def add(self, step: int, scalars: dict[str, Tensor]) -> None:
         for name, value in scalars.items():
@@ -44,26 +44,26 @@ class Window:
         self.first_bad = torch.where(finite | (before >= 0), before, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """This process's own sums, on the CPU: they are sent to processes of other devices."""
+        """Return the sums of this process, on the CPU because they are sent to processes on other devices."""
         return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums, self.count = dict(state["sums"]), state["count"]
 
     def load_mean(self, states: list[dict[str, Any]]) -> None:
-        """Go on from the sums of another number of processes: their mean, which keeps the means of the next log."""
+        """Load the mean of the sums of a different number of processes, which preserves the next logged means."""
         self.count = states[0]["count"]
         self.sums = {name: torch.stack([state["sums"][name] for state in states]).mean(0) for name in states[0]["sums"]}
 
     def bad_step(self) -> tuple[int, str]:
-        """The first step whose loss was not finite, or -1, and the means on the process that saw it."""
+        """Return the first step with a loss that is not finite, or -1, and the means on that process."""
         mine = -1 if self.first_bad is None else int(self.first_bad)
         told = ", ".join(f"{name} {float(value) / self.count:g}" for name, value in self.sums.items())
         found = [(step, means) for step, means in distributed.gather_objects((mine, told)) if step >= 0]
         return min(found, default=(-1, ""))
 
     def means(self) -> dict[str, float]:
-        """The mean of each scalar over steps and processes; then begin anew."""
+        """Return the mean of each scalar over steps and processes, and reset."""
         names = sorted(self.sums)
         values = distributed.all_reduce_mean(torch.stack([self.sums[name].float() for name in names]) / self.count)
         self.sums, self.count = {}, 0
@@ -71,18 +71,18 @@ class Window:
 
 
 class Watch:
-    """Scalars to metrics.jsonl and TensorBoard, progress to the screen, health and k-NN when they are due.
+    """Monitor of a run: writes metrics.jsonl and TensorBoard, prints progress, computes health and k-NN on schedule.
 
     Args:
-        settings: what to measure and when.
+        settings: which metrics to compute, and when.
         log_every: steps between lines of `train/*`.
-        batch_size: images a step, for images a second.
-        steps_per_epoch: to tell epochs from steps.
-        run_dir: where the main process writes.
-        screen: where to print.
-        probe: measures the representation, giving scalars by name, or None where labels are missing.
-        draw: makes the method's pictures, (3, H, W) in [0, 1] by name.
-        together: all processes take part in `probe` and `draw`, since none has all parameters.
+        batch_size: images per step, for images per second.
+        steps_per_epoch: to convert steps to epochs.
+        run_dir: output directory of the main process.
+        screen: progress display.
+        probe: evaluates the representation and returns scalars by name; None without labels.
+        draw: returns the method's pictures, (3, H, W) in [0, 1] by name.
+        together: all processes run `probe` and `draw`, because parameters are sharded.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class Watch:
         self.judge = health.CollapseJudge()
         self.wall = 0.0  # seconds of training before this process
         self.waited = 0.0  # seconds the loop waited for data since the last log
-        self.aside = 0.0  # seconds spent measuring since the last log
-        self.has_diverged = False  # and the user was warned
+        self.aside = 0.0  # seconds spent on evaluation since the last log
+        self.has_diverged = False  # True once the user was warned
         self.facts: dict[str, str] = {}
         self.hyperparameters: dict[str, Any] = {}  # for TensorBoard, by dotted name
         self.picture: Tensor | None = None  # for TensorBoard, (3, H, W) in [0, 1]
 
     def start(self, step: int, total: int) -> None:
-        """Open the files and begin the progress at `step` of `total`."""
+        """Open the files and start the progress display at `step` of `total`."""
         self.total, self.begun = total, time.perf_counter()
         self.last_log = (self.begun, step)
         if self.writes:
@@ -124,7 +124,7 @@ class Watch:
             if step == 0 and self.metrics.dropped is not None:
                 found = f"{self.run_dir} has no checkpoint, but metrics up to step {self.metrics.dropped}"
                 self.screen.warn(f"{found}: the run starts anew")
-            # What a killed run wrote beyond its last checkpoint is hidden.
+            # Hide what a killed run wrote after its last checkpoint.
             purge = step + 1 if step else 0
             self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
             if step == 0:
@@ -132,7 +132,7 @@ class Watch:
         self.screen.start("step", total=total, done=step)
 
     def introduce(self) -> None:
-        """Show the hyper-parameters, beside the last scalars they led to, and the picture of the views."""
+        """Add the hyperparameters, with the final scalars, and the picture of the views to TensorBoard."""
         from torch.utils.tensorboard.summary import hparams
 
         values = {name: plain(value) for name, value in sorted(self.hyperparameters.items())}
@@ -146,14 +146,14 @@ class Watch:
             self.tensorboard.add_image("views", self.picture, 0)
 
     def timed_next(self, batches: Iterator[list[Batch]]) -> list[Batch]:
-        """The next batches, with the time it took to get them."""
+        """Return the next batches, and add the waiting time to `waited`."""
         before = time.perf_counter()
         result = next(batches)
         self.waited += time.perf_counter() - before
         return result
 
     def after_step(self, step: int, scalars: dict[str, Tensor], *, lr: float, method: Method) -> None:
-        """Everything that is due after `step` steps; at most one line of metrics."""
+        """Run everything that is due after `step` steps; write at most one line of metrics."""
         self.window.add(step, scalars)
         last = step == self.total
         line: dict[str, float] = {}
@@ -165,7 +165,7 @@ class Watch:
             self.facts["data"] = percent(line["train/data_wait"])
         before, verdict = time.perf_counter(), None
         is_measured = last or self.epoch_ends(step)
-        if is_measured or self.health_is_due(step):  # what is measured of numbers that are not finite means nothing
+        if is_measured or self.health_is_due(step):  # metrics of values that are not finite are meaningless
             self.check_finite()
             self.check_weights(step, method)
         if is_measured:
@@ -189,7 +189,7 @@ class Watch:
             self.screen.stop()
 
     def health_is_due(self, step: int) -> bool:
-        """Every so many steps, and after the first, against which a fall is told."""
+        """Return True every `health_every` steps, and after step 1, the reference for a decrease."""
         return self.settings.health_every > 0 and (step == 1 or step % self.settings.health_every == 0)
 
     def epoch_ends(self, step: int) -> bool:
@@ -197,7 +197,7 @@ class Watch:
         return every > 0 and step % every == 0
 
     def speed(self, step: int) -> dict[str, float]:
-        """Images a second, and the share of time spent waiting for data, since the last log."""
+        """Return images per second, and the fraction of time spent waiting for data, since the last log."""
         now = time.perf_counter()
         (then, last_step), self.last_log = self.last_log, (now, step)
         spent = max(now - then - self.aside, 1e-9)
@@ -209,14 +209,14 @@ class Watch:
         return values
 
     def measure_health(self, embeddings: tuple[Tensor, ...]) -> tuple[dict[str, float], str | None]:
-        """Health of the batch's embeddings over all processes, and why it is a collapse, if it is."""
+        """Return the health metrics of the embeddings of all processes, and the reason for a collapse or None."""
         views = [distributed.all_gather(view)[:HEALTH_ROWS] for view in embeddings[:2]]
         values = health.measure(*views)
         verdict = self.judge.update(values, dim=views[0].shape[1])
         return {f"health/{name}": value for name, value in values.items()}, verdict
 
     def act_on_collapse(self, step: int, verdict: str) -> None:
-        """Warn, stop or say nothing, as the settings ask."""
+        """Handle a collapse as `monitor.on_collapse` requires: ignore, warn or stop."""
         message = f"the representation looks collapsed at step {step}: {verdict}"
         if self.settings.on_collapse == "stop":
             raise TrainingFailed(message)
@@ -224,9 +224,9 @@ class Watch:
             self.screen.warn(message)
 
     def measure_probe(self, step: int) -> dict[str, float]:
-        """What the probe finds; the main process looks, the others wait, or look as well where they must.
+        """Return the scalars of the probe, which runs on the main process, or on all if `together`.
 
-        Raises TrainingFailed on all processes where finite weights are so large that the features are not finite.
+        Raises TrainingFailed on all processes if the weights are finite but so large that features are not finite.
         """
         assert self.probe is not None
         heartbeat.sign("the k-NN")
@@ -243,7 +243,7 @@ class Watch:
         return found
 
     def show_pictures(self, step: int, found: dict[str, Tensor]) -> None:
-        """The newest pictures in the run directory, all of them in TensorBoard."""
+        """Write the pictures to the run directory (the newest ones only) and to TensorBoard."""
         for name, picture in found.items() if self.writes else ():
             path = self.run_dir / "pictures" / f"{name}.png"
             path.parent.mkdir(exist_ok=True)
@@ -251,15 +251,15 @@ class Watch:
             self.tensorboard.add_image(name, picture, step)
 
     def check_finite(self) -> None:
-        """Raise TrainingFailed if the loss of any process was not finite at any step since the last look."""
+        """Raise TrainingFailed if the loss of any process was not finite at any step since the last check."""
         step, means = self.window.bad_step()
         if step >= 0:
             raise TrainingFailed(f"the loss is not finite since step {step} ({means}); {self.remedy()}")
 
     def check_weights(self, step: int, method: Method) -> None:
-        """Raise TrainingFailed if a weight is not finite: such a checkpoint would be no good one to go back to.
+        """Raise TrainingFailed if a weight is not finite, because such a checkpoint must not count as a good one.
 
-        Each process looks at what it has of the weights, and all raise where one must.
+        Each process checks its own weights or shards, and all raise if one fails.
         """
         finite = {name: distributed.local(weight).isfinite().all() for name, weight in method.named_parameters()}
         broken: list[str] = []
@@ -273,7 +273,7 @@ class Watch:
             )
 
     def warn_of_divergence(self, step: int, method: Method) -> None:
-        """Warn once where weights have grown far beyond what training gives them, though all numbers are finite."""
+        """Warn once if weights are finite but far larger than in normal training."""
         sizes = {name: distributed.local(weight).detach().float() for name, weight in method.named_parameters()}
         roots = {name: values.square().mean().sqrt() for name, values in sizes.items() if values.numel()}
         if self.has_diverged or not roots:
@@ -289,13 +289,13 @@ class Watch:
             )
 
     def remedy(self) -> str:
-        """Where to go back to, and what to change."""
+        """Return the last good checkpoint and the usual remedies, for error messages."""
         saved = checkpoint.all_of(self.run_dir)
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         return f"{kept}. {REMEDIES}"
 
     def write(self, step: int, line: dict[str, float]) -> None:
-        """One line of metrics.jsonl and the same scalars for TensorBoard."""
+        """Write one line of metrics.jsonl and the same scalars to TensorBoard."""
         facts = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), "wall": round(self.seconds(), 3)}
         self.metrics.write({**facts, **line})
         for name, value in line.items():
@@ -303,11 +303,11 @@ class Watch:
                 self.tensorboard.add_scalar(name, value, step)
 
     def seconds(self) -> float:
-        """Seconds of training, those before an interruption included."""
+        """Return the seconds of training, including those before a resume."""
         return self.wall + time.perf_counter() - self.begun
 
     def synchronise(self) -> None:
-        """Bring everything written to disk."""
+        """Flush all files to disk."""
         if self.writes:
             self.metrics.synchronise()
             self.tensorboard.flush()
@@ -316,14 +316,14 @@ class Watch:
         """Close the files."""
         self.screen.stop()
         if self.writes and hasattr(self, "metrics"):
-            with suppress(OSError):  # on a full disk, of which whatever ended the run has told
+            with suppress(OSError):  # a full disk, already reported by the error that ended the run
                 self.metrics.close()
-            if hasattr(self, "tensorboard"):  # it is not where the first of them could not be opened
+            if hasattr(self, "tensorboard"):  # missing if metrics.jsonl could not be opened
                 with suppress(OSError):
                     self.tensorboard.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a continued run needs to write the same lines, the same on all processes."""
+        """Return the state that a resumed run needs to write the same lines; identical on all processes."""
         return {"judge": self.judge.state_dict(), "wall": self.seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -332,5 +332,5 @@ class Watch:
 
 
 def plain(value: Any) -> bool | int | float | str:
-    """A value of a configuration as TensorBoard takes it."""
+    """Return a configuration value as a type that TensorBoard accepts."""
     return value if isinstance(value, (bool, int, float, str)) else str(value)
