@@ -100,11 +100,14 @@ def test_only_classes_of_a_groups_kind_are_built(
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_trusted_package_has_no_more_rights(group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text("def act(**given): raise SystemExit('it ran')\n\n\nclass Act: __init__ = act\n")
+    (tmp_path / "acts_when_called.py").write_text(
+        "def act(**given): raise SystemExit('it ran')\n\n\nclass Act: __init__ = act\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    for target, told in (("mine.act", "which is a function"), ("mine.Act", "only classes derived from")):
+    name = "acts_when_called"
+    for target, told in (("act", "which is a function"), ("Act", "only classes derived from")):
         with pytest.raises(ConfigError, match=told):
-            build_parts(config_with(group, {"_target_": target}), trust=["mine"])
+            build_parts(config_with(group, {"_target_": f"{name}.{target}"}), trust=[name])
 
 
 @pytest.mark.parametrize(
