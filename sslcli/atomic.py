@@ -1,7 +1,7 @@
-"""Files that are either the old or the new one, whole, whatever happens, and what tells whether they still are.
+"""Atomic file writes and checksums.
 
-New content is written beside the file under a name that no other writer has, and renamed, so that any number of
-processes may write the same file at once. What a killed writer leaves is removed by the next one in that folder.
+New content is written to a temporary file next to the target, under a unique name, and renamed. Any number of processes
+may write the same file at once. Temporary files of killed writers are removed by the next writer in that folder.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 from sslcli.regular_files import open_regular
 
 TEMPORARY = re.compile(r".+\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]{8}\.tmp", re.DOTALL)
-ABANDONED = 86400.0  # seconds without a change after which no writer is at work, wherever it ran
+ABANDONED = 86400.0  # seconds without a change after which a temporary file of any machine is abandoned
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """Return the SHA-256 hex digest of a file, read in chunks."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while piece := file.read(1 << 20):
@@ -34,17 +34,17 @@ def sha256(path: Path) -> str:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old or the new one, whole, whatever happens."""
+    """Write a file atomically: after a crash it has either the old or the new content."""
     write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:
-    """Have `fill(temporary)` write the new content of a file, which then takes the place of the old one.
+    """Replace a file atomically by the content that `fill(temporary)` writes.
 
     Args:
-        path: the file.
-        fill: writes to the path it is given.
-        durable: the content is on disk before the file gets its name; otherwise it can be lost with the machine.
+        path: file to replace.
+        fill: function that writes to the given temporary path.
+        durable: fsync the content before the rename; otherwise a machine crash may lose it.
     """
     with beside(path) as temporary:
         fill(temporary)
@@ -55,26 +55,26 @@ def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A path next to `path` that no other writer uses; what is still there after the block is removed."""
+    """Yield a unique temporary path next to `path`; remove it after the block if it still exists."""
     temporary = temporary_name(path)
     clear(path.parent)
     try:
         yield temporary
     finally:
-        with suppress(OSError):  # the error of the block counts, and the next writer removes it
+        with suppress(OSError):  # keep the error of the block; the next writer removes the file
             if os.path.lexists(temporary):
                 discard(temporary)
 
 
 def temporary_name(path: Path) -> Path:
-    """A path next to `path` that no other writer uses. Its name tells who does, and ends in `.tmp`."""
-    name = path.name[:40]  # at most 160 bytes, as the whole must not be longer than 255
+    """Return a unique path next to `path`, with machine and process ID of the writer in its name, ending in `.tmp`."""
+    name = path.name[:40]  # at most 160 bytes; the limit of the whole name is 255
     return path.with_name(f"{name}.{machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @cache
 def machine() -> str:
-    """What tells apart machines, their starts, and containers, whose process ids are no one else's."""
+    """Return an ID of machine, boot and container, within which process IDs are unique."""
     parts = [platform.node()]
     with suppress(OSError):  # there is no /proc outside of Linux
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
@@ -84,19 +84,19 @@ def machine() -> str:
 
 @cache
 def clear(folder: Path) -> None:
-    """Remove what killed writers left in a folder, once in the life of this process."""
+    """Remove temporary files of killed writers from a folder, once per process."""
     try:
         names = [name for name in os.listdir(folder) if name.endswith(".tmp")]
-    except OSError:  # what is to be written there tells it better
+    except OSError:  # the write itself reports the error
         return
     for name in names:
-        with suppress(OSError):  # another writer was faster, or it is not ours to remove
+        with suppress(OSError):  # removed by another writer, or no permission
             if is_left(folder / name):
                 discard(folder / name)
 
 
 def is_left(path: Path) -> bool:
-    """Whether a temporary file is one of a writer that is gone."""
+    """Return True if a temporary file belongs to a writer that has ended."""
     told = TEMPORARY.fullmatch(path.name)
     if told is None:
         return False
@@ -106,18 +106,18 @@ def is_left(path: Path) -> bool:
 
 
 def is_alive(process: int) -> bool:
-    """Whether there is a process of this number on this machine."""
+    """Return True if a process with this ID exists on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is another user's
+    except OSError:  # a process of another user
         return True
     return True
 
 
 def synchronise(path: Path) -> None:
-    """Make sure a file's content, or a folder's entries, are on disk."""
+    """Flush a file's content, or a folder's entries, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -126,7 +126,7 @@ def synchronise(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a file or a folder, if it is there. A folder loses its name first, so that none is seen half deleted."""
+    """Delete a file or folder if it exists. A folder is renamed first, so it is never visible half deleted."""
     if path.is_dir() and not path.is_symlink():
         doomed = path if path.suffix == ".tmp" else temporary_name(path)
         os.rename(path, doomed)

@@ -1,13 +1,13 @@
-"""Checkpoints: the only code that writes or reads them.
+"""Reading and writing of checkpoints, all of it in this module and `pieces`.
 
     <run_dir>/checkpoints/
         step-00001234.pt       tensors and plain values, readable with torch.load(weights_only=True)
         step-00001234.sha256   its checksum, in the format of sha256sum
-        step-00001234/         in place of these where parameters are sharded, see pieces.py
+        step-00001234/         instead of these two if parameters are sharded, see pieces.py
         last                   link to the newest
 
-Each appears under its name only when it is complete and on disk: it is written under another name, synchronised
-and renamed, checksum first. So a process killed at any moment leaves the earlier checkpoints as they were.
+A checkpoint gets its name only when it is complete and on disk: it is written to a temporary name, synchronized (fsync)
+and renamed, checksum first. A process killed at any moment leaves earlier checkpoints intact.
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.migrations import SCHEMA, upgrade
 from sslcli.regular_files import check_regular
 
-if TYPE_CHECKING:  # importing it takes seconds, which a run without them need not wait for
+if TYPE_CHECKING:  # the import takes seconds and is only needed for sharded runs
     from sslcli.pieces import Placement, Snapshot
 
 
 class NewerCheckpoint(ConfigError):
-    """A checkpoint of a newer version of sslcli: not broken, so nothing may take its place."""
+    """A checkpoint of a newer version of sslcli: it is intact, so no older one may be used instead."""
 
 
 def folder(run_dir: Path) -> Path:
-    """Where a run keeps its checkpoints."""
+    """Return the checkpoint folder of a run."""
     return run_dir / "checkpoints"
 
 
 def path_of(run_dir: Path, step: int) -> Path:
-    """The file of the checkpoint after `step` optimizer steps; the folder of pieces has no ending."""
+    """Return the path of the checkpoint after `step` optimizer steps; the folder of shards has no suffix."""
     return folder(run_dir) / f"step-{step:08d}.pt"
 
 
 def digest(path: Path) -> str:
-    """Hex digest that tells a checkpoint from every other one; of a folder that of the list of its checksums."""
+    """Return the SHA-256 hex digest of a checkpoint; for a folder that of its SHA256SUMS."""
     return sha256(path / "SHA256SUMS" if path.is_dir() else path)
 
 
 def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `state`, which holds "step", make it the last one, and delete all but the newest `keep` up to it.
+    """Write `state`, which holds "step", as the last checkpoint, and delete all but the newest `keep`.
 
-    Raises TrainingFailed when the disk refuses; earlier checkpoints are untouched then.
+    Raises TrainingFailed on a disk error; earlier checkpoints remain untouched.
     """
     path = path_of(run_dir, state["step"])
     make_room(path.parent)
@@ -71,7 +71,7 @@ def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             make_room(path.parent)
-        if "DataLoader worker" in str(error):  # the signal of a dying worker finds us wherever we are
+        if "DataLoader worker" in str(error):  # a dying data worker can raise at any point
             raise
         raise refused(path, error) from error
     prune(path, keep=keep)
@@ -79,21 +79,23 @@ def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
 
 
 class Writer:
-    """Writes the checkpoints of a run; all processes make one and call it alike.
+    """Checkpoint writer of a run; all processes must create one and make the same calls.
 
     Args:
-        sharded: parameters are sharded over the processes. Each then writes its own part, while training goes on.
+        sharded: parameters are sharded over the processes. Each writes its own shards, in the background.
     """
 
     def __init__(self, *, sharded: bool) -> None:
-        self.group = dist.new_group(backend="gloo") if sharded else None  # the loop's own may be in use at that time
+        self.group = (
+            dist.new_group(backend="gloo") if sharded else None
+        )  # the default group may be in use by the training loop
         self.thread: Thread | None = None
         self.failure: BaseException | None = None
 
     def save(self, run_dir: Path, state: dict[str, Any], *, keep: int) -> None:
-        """Write `state` as `save` does, or begin to, once the one before is on disk.
+        """Write `state` as `save` does; if sharded, wait for the previous write and start this one.
 
-        Raises TrainingFailed on all processes when the disk refuses this one, or has refused the one before.
+        Raises TrainingFailed on all processes on a disk error in this write, or in the previous one.
         """
         if self.group is not None:
             from sslcli.pieces import Snapshot
@@ -115,7 +117,7 @@ class Writer:
             raise TrainingFailed(failure[0])
 
     def close(self) -> None:
-        """Wait until what was begun is on disk. Raises what ended it, TrainingFailed when the disk refused."""
+        """Wait until the pending write is on disk. Raise its error; TrainingFailed on a disk error."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -132,27 +134,27 @@ class Writer:
 
         try:
             pieces.on_main(lambda: make_room(path.parent), group)
-            temporary = pieces.together(lambda: temporary_name(path), group)[0]  # that of the main process
+            temporary = pieces.together(lambda: temporary_name(path), group)[0]  # the name from the main process
             pieces.write(temporary, snapshot, group=group)
             pieces.on_main(finish, group)
         except OSError as error:
             with suppress(OSError):
                 pieces.on_main(lambda: make_room(path.parent), group)
             self.failure = refused(path, error)
-        except BaseException as error:  # whatever it is, the loop is told when it asks
+        except BaseException as error:  # `close` raises it in the training loop
             self.failure = error
 
 
 def make_room(parent: Path) -> None:
-    """Make the folder of the checkpoints, without what a killed run began to write."""
+    """Create the checkpoint folder, and delete temporary files of killed runs."""
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.glob("*.tmp"):
         discard(leftover)
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a complete checkpoint its name, and make it the last one."""
-    if path.is_dir():  # it could not be read, or this step would not have come again
+    """Rename a complete checkpoint to its final name, and update the link `last`."""
+    if path.is_dir():  # it was unreadable, else this step would not be repeated
         discard(path)
     os.replace(temporary, path)
     with beside(path.parent / "last") as link:
@@ -162,7 +164,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def refused(path: Path, error: Exception) -> TrainingFailed:
-    """The error for a checkpoint that the disk did not take."""
+    """Return the error for a checkpoint that could not be written."""
     kept = all_of(path.parent.parent)
     return TrainingFailed(
         f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}). "
@@ -172,15 +174,15 @@ def refused(path: Path, error: Exception) -> TrainingFailed:
 
 
 def prune(newest: Path, *, keep: int) -> None:
-    """Delete all checkpoints but the `keep` up to `newest`, and checksums without a checkpoint.
+    """Delete all checkpoints except the last `keep` up to `newest`, and checksums without a checkpoint.
 
-    Later ones are there only when they could not be read and the run went on from an earlier one; they would count
-    as newest for ever.
+    Later checkpoints exist only if they were unreadable and the run resumed from an earlier one. They would otherwise
+    always count as the newest.
     """
     paths = all_of(newest.parent.parent)
     before = [path for path in paths if step_of(path) < step_of(newest)]
     kept = {newest, *before[len(before) - min(len(before), keep - 1) :]}
-    with suppress(OSError):  # what cannot be deleted must not end a run
+    with suppress(OSError):  # a failed deletion must not end the run
         for old in paths:
             if old not in kept:
                 discard(old)
@@ -192,11 +194,10 @@ def prune(newest: Path, *, keep: int) -> None:
 def load_newest(
     run_dir: Path, *, device: torch.device, warn: Callable[[str], None], like: Placement | None = None
 ) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None where there is none.
+    """Load the newest readable checkpoint, or return None without checkpoints.
 
-    One that is truncated, altered or unreadable is passed over with a warning. `like` tells which tensors are sharded
-    here, see `pieces.Placement`. Raises ConfigError when there are checkpoints and none can be read, or one is of a
-    newer version.
+    Truncated, altered or unreadable ones are skipped with a warning. `like` selects the tensors to shard, see
+    `pieces.Placement`. Raises ConfigError if there are checkpoints but none is readable, or one is of a newer version.
     """
     paths = all_of(run_dir)
     for path in reversed(paths):
@@ -215,9 +216,9 @@ def load_newest(
 
 
 def load(path: Path, *, device: torch.device, like: Placement | None = None, weights: bool = False) -> dict[str, Any]:
-    """Read one checkpoint without running any code it may hold. Raises ConfigError saying what is wrong with it.
+    """Load one checkpoint without executing code from it. Raise ConfigError, with the reason, if it is invalid.
 
-    With `weights`, tensors of the optimizer need not be read.
+    With `weights`, optimizer tensors may be skipped.
     """
     if not path.exists():
         raise ConfigError(f"there is no checkpoint {path}")
@@ -243,7 +244,7 @@ def load(path: Path, *, device: torch.device, like: Placement | None = None, wei
 
 
 def load_file(path: Path, *, device: torch.device) -> dict[str, Any]:
-    """What a plain checkpoint holds, its checksum compared. Raises ConfigError."""
+    """Load an unsharded checkpoint, and verify its checksum if there is one. Raise ConfigError if invalid."""
     recorded = path.with_suffix(".sha256")
     try:
         intact = not recorded.exists() or recorded.read_bytes().split()[:1] == [sha256(path).encode()]
@@ -255,13 +256,13 @@ def load_file(path: Path, *, device: torch.device) -> dict[str, Any]:
 
 
 def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
-    """A dictionary saved by torch, without running any code it may hold. Raises ConfigError where it is none."""
+    """Load a dictionary saved by torch, without executing code from it. Raise ConfigError if invalid."""
     try:
         check_regular(path)
         state = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConfigError(f"{path} was refused: it is damaged, or holds more than tensors and plain values") from error
-    except Exception as error:  # on damaged bytes torch raises nearly any type
+    except Exception as error:  # torch raises nearly any type for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{path} cannot be read ({reason})") from error
     if not isinstance(state, dict):
@@ -270,7 +271,7 @@ def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of torch's generators in this process."""
+    """Return the states of torch's generators in this process."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -278,7 +279,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Continue torch's generators where they were."""
+    """Restore the states of torch's generators."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

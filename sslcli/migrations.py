@@ -1,7 +1,7 @@
-"""Checkpoints of older versions, brought up to date step by step when they are read.
+"""Migration of checkpoints of older versions to the current schema, version by version, at load time.
 
-A change of what a checkpoint holds raises SCHEMA by one and adds a function here that makes the new state of the old
-one. Files are not rewritten: the next checkpoint of the run is of the newest version.
+A change of the checkpoint content increments SCHEMA and adds a function here that converts a state of the previous
+version. Files are not rewritten: the next checkpoint of the run has the newest version.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ SCHEMA = 2
 
 
 def upgrade(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of version 1 to SCHEMA as one of SCHEMA; without a version it counts as 1."""
+    """Convert a checkpoint state of any version up to SCHEMA to version SCHEMA; without a version it is 1."""
     for version in range(state.get("schema", 1), SCHEMA):
         state = STEPS[version](state) | {"schema": version + 1}
     return state
 
 
 def add_circumstances(state: dict[str, Any]) -> dict[str, Any]:
-    """Version 2 tells under what circumstances the run was going, and from where the loader goes on."""
-    return {"loader": None} | state | {"circumstances": {}}  # not known of older ones
+    """Convert to version 2, which adds the environment of the run and the position of the loader."""
+    return {"loader": None} | state | {"circumstances": {}}  # unknown for older checkpoints
 
 
 STEPS = {1: add_circumstances}  # from each version to the next

@@ -1,12 +1,12 @@
-"""A checkpoint that every process writes its part of, by torch.distributed.checkpoint.
+"""Sharded checkpoints, written by all processes with torch.distributed.checkpoint.
 
     step-00001234/
-        .metadata           names and shapes of the tensors, and where each piece of them lies
-        __0_0.distcp ...    the tensors of method and optimizer, a file a process
+        .metadata           names and shapes of the tensors, and the location of each shard
+        __0_0.distcp ...    the tensors of method and optimizer, one file per process
         rest.pt             everything else, readable with torch.load(weights_only=True)
         SHA256SUMS          checksums of all these, in the format of sha256sum
 
-The pieces are put together for any number of processes, also for one. No code that a file may hold is run.
+A checkpoint can be loaded with any number of processes, including one. No code from a file is executed.
 """
 
 from __future__ import annotations
@@ -36,21 +36,23 @@ from sslcli.errors import ConfigError, TrainingFailed
 INDEX = ".metadata"
 REST = "rest.pt"
 SUMS = "SHA256SUMS"
-PARTS = ("method", "optimizer")  # the keys of a state whose tensors are written in pieces
-OF_AN_INDEX = (  # the modules whose classes an index consists of
+PARTS = ("method", "optimizer")  # the keys of a state whose tensors are written in shards
+OF_AN_INDEX = (  # modules of the classes that an index may contain
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
     "pathlib",
     "pathlib._local",
 )
 
-Place = tuple[Any, ...]  # the keys that lead to a tensor in a nested state
-Placement = Callable[[Place, torch.Size], Tensor | None]  # a sharded tensor to do as, or None: whole
+Place = tuple[Any, ...]  # path of keys to a tensor in a nested state
+Placement = Callable[
+    [Place, torch.Size], Tensor | None
+]  # the sharded tensor with the placement to use, or None: not sharded
 T = TypeVar("T")
 
 
 class Snapshot:
-    """A state as it is now, in main memory: of sharded tensors this process's part, everything else whole.
+    """Copy of the current state in main memory: the local shards of sharded tensors, and everything else.
 
     Args:
         state: nested dictionaries; tensors below the keys `PARTS` may be sharded.
@@ -79,9 +81,9 @@ class Snapshot:
 
 
 def write(folder: Path, snapshot: Snapshot, *, group: dist.ProcessGroup) -> None:
-    """Write a whole checkpoint and bring it to disk; all processes of `group` take part.
+    """Write a complete checkpoint and fsync it; all processes of `group` must call this.
 
-    Raises OSError on all processes where one of them cannot write.
+    Raises OSError on all processes if one of them cannot write.
     """
     on_main(folder.mkdir, group)
     try:
@@ -103,7 +105,7 @@ def write(folder: Path, snapshot: Snapshot, *, group: dist.ProcessGroup) -> None
 
 
 def together(act: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
-    """What `act` gives on each process; OSError on all where it fails on one."""
+    """Return the results of `act` on all processes; raise OSError on all if it fails on one."""
     heartbeat.sign()
     mine: tuple[T | None, str] = (None, "")
     try:
@@ -119,12 +121,12 @@ def together(act: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
 
 
 def on_main(act: Callable[[], object], group: dist.ProcessGroup) -> None:
-    """Let the main process act while the others wait; OSError on all where it fails."""
+    """Call `act` on the main process while the others wait; raise OSError on all if it fails."""
     together(lambda: act() if distributed.is_main() else None, group)
 
 
 def reason_of(error: BaseException) -> str:
-    """Why torch refuses to save or load, on one line."""
+    """Return the reason of a torch error on one line."""
     reasons = [str(cause) for cause, _ in getattr(error, "failures", {}).values()]
     return ((reasons or [str(error)])[0].strip() or type(error).__name__).splitlines()[0]
 
@@ -132,20 +134,20 @@ def reason_of(error: BaseException) -> str:
 def read(
     folder: Path, *, device: torch.device, only: Collection[str] = PARTS, like: Placement | None = None
 ) -> dict[str, Any]:
-    """The state in a checkpoint. All processes take part, and all raise ConfigError where one finds damage.
+    """Load the state of a checkpoint. All processes must call this; all raise ConfigError if one finds damage.
 
     Args:
-        folder: of the checkpoint.
-        device: where whole tensors go.
-        only: of `PARTS`, those whose tensors are wanted.
-        like: where it gives a sharded tensor, each process reads the same part of the one in the checkpoint.
+        folder: folder of the checkpoint.
+        device: device of tensors that are not sharded.
+        only: the subset of `PARTS` whose tensors to load.
+        like: if it returns a sharded tensor, each process loads the shard with the same placement.
     """
     wrong, index, rest = damage(folder), None, {}
     if not wrong:
         try:
             index = index_of(folder)
             rest = torch.load(folder / REST, map_location=device, weights_only=True)
-        except Exception as error:  # on damaged bytes there may be nearly any
+        except Exception as error:  # damaged files raise nearly any type
             wrong = f"cannot be read ({reason_of(error)})"
     told = distributed.gather_objects((folder.name, wrong))
     if len({name for name, _ in told}) > 1:
@@ -159,7 +161,9 @@ def read(
     tensors = {name: empty(index, name, place, device=device, like=like) for name, place in places.items()}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is meant
+            warnings.filterwarnings(
+                "ignore", "torch.distributed is disabled", UserWarning
+            )  # a single process is intended
             load(tensors, storage_reader=Reader(folder, index))
     except CheckpointException as error:
         raise ConfigError(f"the checkpoint {folder} cannot be read ({reason_of(error)})") from error
@@ -172,7 +176,7 @@ def read(
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with the files of a checkpoint, "" where nothing is; the processes share the files among them."""
+    """Return what is wrong with the files of a checkpoint, or ""; each process verifies a part of the files."""
     try:
         sums = {name: digest for digest, name in map(str.split, (folder / SUMS).read_text("utf-8").splitlines())}
     except (OSError, ValueError) as error:
@@ -190,7 +194,7 @@ def damage(folder: Path) -> str:
 
 
 def empty(index: Metadata, name: str, place: Place, *, device: torch.device, like: Placement | None) -> Tensor:
-    """A tensor to read the one of that name into: whole, or this process's part."""
+    """Return an empty tensor to load the named tensor into: whole, or sharded as `like` requires."""
     entry = index.state_dict_metadata[name]
     assert isinstance(entry, TensorStorageMetadata)
     dtype, model = entry.properties.dtype, None if like is None else like(place, entry.size)
@@ -200,7 +204,7 @@ def empty(index: Metadata, name: str, place: Place, *, device: torch.device, lik
 
 
 def spread(state: dict[Any, Any], like: Placement, place: Place = ()) -> dict[Any, Any]:
-    """A state of whole tensors, each process keeping its part of those for which `like` gives a sharded one."""
+    """Return a state with the tensors sharded for which `like` returns a sharded tensor."""
 
     def placed(value: Any, here: Place) -> Any:
         if isinstance(value, dict):
@@ -214,7 +218,7 @@ def spread(state: dict[Any, Any], like: Placement, place: Place = ()) -> dict[An
 
 
 class Reader(FileSystemReader):
-    """Reads pieces by an index that is known already, since torch would run code that an index may hold."""
+    """Reader with a preloaded index, because torch would execute code from an index file."""
 
     def __init__(self, folder: Path, index: Metadata) -> None:
         super().__init__(folder)
@@ -225,7 +229,7 @@ class Reader(FileSystemReader):
 
 
 def index_of(folder: Path) -> Metadata:
-    """The index of a checkpoint. Raises UnpicklingError where it holds anything else."""
+    """Load the index of a checkpoint. Raise UnpicklingError if it contains any other object."""
     with (folder / INDEX).open("rb") as file:
         index = _Plain(file).load()
     if not isinstance(index, Metadata):
@@ -234,7 +238,7 @@ def index_of(folder: Path) -> Metadata:
 
 
 class _Plain(pickle.Unpickler):
-    """Builds what an index consists of and nothing else."""
+    """Unpickler restricted to the classes of an index."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.serialization", "_get_layout"):

@@ -1,7 +1,7 @@
-"""Open regular files and nothing else.
+"""Opening of regular files only.
 
-A FIFO among the images would block whoever opens it until somebody writes to it, a device may never end, and a signal
-does not get through to a process that waits for either.
+Opening a FIFO blocks until a process writes to it, and reading a device may never end. A process blocked by either
+does not react to signals.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KINDS = {
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file for reading bytes. Raises OSError for anything else, at once."""
+    """Open a regular file for reading bytes. Raise OSError immediately for anything else."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
@@ -32,7 +32,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
-    """All of a regular file. Raises OSError for anything else, and for more than `most` bytes."""
+    """Return the content of a regular file. Raise OSError for anything else, and for more than `most` bytes."""
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -41,11 +41,11 @@ def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
 
 
 def kind_of(path: Path) -> str:
-    """What lies at a path, in words."""
+    """Return the kind of file at a path, as a phrase."""
     kind = stat.S_IFMT(path.stat().st_mode)
     return "a file" if kind == stat.S_IFREG else KINDS.get(kind, "something else")
 
 
 def check_regular(path: Path) -> None:
-    """Raise OSError unless the path leads to a regular file that can be read."""
+    """Raise OSError unless the path is a readable regular file."""
     open_regular(path).close()

@@ -1,7 +1,7 @@
-"""The settings of a run that belong to no group: types, ranges and defaults, without importing torch.
+"""Settings of the commands outside of config groups: types and valid ranges. Does not import torch.
 
-The yaml files hold the values; these classes hold what is allowed. `conf/train.yaml` and `TrainSettings` are kept
-equal by a test.
+The yaml files hold the values, these classes validate them. A test checks that `conf/train.yaml` and `TrainSettings`
+have the same keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
 EXPORTS = ("backbone", "method")
 RESUME = ("auto", "never", "must")
 DIRECTIONS = ("auto", "max", "min")
-# Scalars of a run, and whether the lowest or the highest value is best.
+# Scalars of a run, and whether the minimum or the maximum is best.
 KNOWN_METRICS = {
     "monitor/knn_top1": "max",
     "monitor/knn_top5": "max",
@@ -31,7 +31,7 @@ KNOWN_METRICS = {
     "train/images_per_s": "max",
     "train/data_wait": "min",
 }
-# Keys that change how a run is carried out and not what it computes, those below them included.
+# Keys, including all keys below them, that affect the execution of a run but not its results.
 NEUTRAL = (
     "about",
     "sweep",
@@ -86,13 +86,13 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise ConfigError unless the name can mean a device; whether there is one is found out later."""
+    """Raise ConfigError unless the device name is valid; its availability is checked later."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise ConfigError(f"device is {device!r}, but it must be one of: auto, cpu, cuda, cuda:N (N = 0, 1, ...), mps")
 
 
 def check_checkpoint(checkpoint: str | int) -> None:
-    """Raise ConfigError unless it can mean a checkpoint; whether there is such a one is found out later."""
+    """Raise ConfigError unless the value is "last" or a step; its existence is checked later."""
     if isinstance(checkpoint, int):
         check_range("checkpoint", checkpoint, least=0)
     elif checkpoint != "last":
@@ -100,7 +100,7 @@ def check_checkpoint(checkpoint: str | int) -> None:
 
 
 def seconds(name: str, value: str | float | None) -> float | None:
-    """A duration in seconds from `90`, `"90s"`, `"10m"`, `"1.5h"`, `"2d"`; None stays None."""
+    """Return a duration in seconds from `90`, `"90s"`, `"10m"`, `"1.5h"`, `"2d"`; None stays None."""
     if value is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))
@@ -114,26 +114,26 @@ class TrainSettings:
     """Keys `train.*`."""
 
     epochs: int
-    max_steps: int | None  # replaces the length that `epochs` gives
-    max_time: str | float | None  # stop with exit code 75 after this long; run again to go on
-    batch_size: int  # images an optimizer step sees, over all processes and micro-batches
-    accumulate: int  # micro-batches an optimizer step is split into
+    max_steps: int | None  # overrides `epochs`
+    max_time: str | float | None  # time limit: stop with exit code 75; run again to resume
+    batch_size: int  # images per optimizer step, over all processes and micro-batches
+    accumulate: int  # micro-batches per optimizer step
     cached_gradients: bool  # one loss over all micro-batches, for methods with in-batch negatives
     precision: str
     compile: bool
-    sharding: str  # fsdp: each process holds a part of every parameter, its gradient and its optimizer state
-    activation_checkpointing: bool  # compute the blocks of the backbone again in the backward pass
+    sharding: str  # fsdp: shard parameters, gradients and optimizer state over the processes
+    activation_checkpointing: bool  # recompute the blocks of the backbone in the backward pass
     deterministic: bool
-    clip_grad: float | None  # largest norm of the whole gradient
+    clip_grad: float | None  # maximum norm of the total gradient
     log_every: int
     save_every_epochs: int
     save_every_steps: int | None
-    keep: int  # newest checkpoints kept
+    keep: int  # number of newest checkpoints to keep
     lr_scaling: str
     schedule: str
     warmup_epochs: float
-    final_lr: float  # the end of the cosine, as a share of the peak
-    milestones: list[float]  # of schedule=step, as shares of the run
+    final_lr: float  # end of the cosine schedule, as a fraction of the peak learning rate
+    milestones: list[float]  # for schedule=step, as fractions of the run
     decay_norm_and_bias: bool
 
     def __post_init__(self) -> None:
@@ -195,11 +195,11 @@ class MonitorSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
-    """Keys `sweep.*`, of `--multirun` alone."""
+    """Keys `sweep.*`, only for `--multirun`."""
 
     metric: str  # scalar of metrics.jsonl that ranks the jobs
     direction: str
-    jobs: int | None  # at once on this machine; None: one a device
+    jobs: int | None  # concurrent jobs on this machine; None: one per device
     retry_failed: bool
 
     def __post_init__(self) -> None:
@@ -219,13 +219,13 @@ class SweepSettings:
 
     @property
     def lowest(self) -> bool:
-        """Whether the lowest value is best."""
+        """True if the lowest value is best."""
         return (KNOWN_METRICS[self.metric] if self.direction == "auto" else self.direction) == "min"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """The keys of ssl-train that stand alone."""
+    """Top-level keys of ssl-train."""
 
     seed: int
     name: str | None
@@ -234,7 +234,7 @@ class RunSettings:
     device: str  # auto, cpu, cuda, cuda:1, mps
     dry_run: bool
     trust: list[str]
-    about: dict[str, Any] | None = None  # of the method, for tables; nothing is computed from it
+    about: dict[str, Any] | None = None  # description of the method, for tables only
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, least=0, most=LARGEST_SEED)
@@ -244,7 +244,7 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """The keys of ssl-eval that stand alone."""
+    """Top-level keys of ssl-eval."""
 
     run: str | None
     weights: str | None
@@ -268,7 +268,7 @@ class EvalSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """The keys of ssl-export."""
+    """Keys of ssl-export."""
 
     run: str | None
     checkpoint: str | int  # last, or a step
