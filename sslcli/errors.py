@@ -70,7 +70,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 
 def check_keys(where: str, given: Iterable[object], known: Sequence[str]) -> None:
-    """Raise ValueError unless all keys are known, with `where`, the key, the closest and all known keys."""
+    """Raise ValueError unless all keys are known. The message has `where`, the key, the closest and all known keys."""
     for key in given:
         if key not in known:
             raise ValueError(

@@ -131,7 +131,7 @@ def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]
 
 
 def look_alone(limit: float, end: Callable[[str], None], closing: threading.Event) -> None:
-    """Call `end` if this process waits for the same images for more than `limit` + `SLACK` seconds."""
+    """Call `end` if this process waits for the same images for `limit` + `SLACK` seconds."""
     interval = min(limit / LOOKS, SLOWEST)
     still, before = 0.0, _mine.signs
     while not closing.wait(interval):

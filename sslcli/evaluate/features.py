@@ -77,7 +77,7 @@ class FeatureSet:
 def computed(
     protocol: Callable[..., dict[str, Any]], features: FeatureSet, device: torch.device, **given: Any
 ) -> dict[str, Any]:
-    """Return `protocol(features, ...)`, computed on the GPU, or on the CPU without a GPU or enough GPU memory."""
+    """Return `protocol(features, ...)`, computed on the GPU if there is one with enough memory, else on the CPU."""
     if device.type == "cuda":
         try:
             return protocol(features.to(device), **given)

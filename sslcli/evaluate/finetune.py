@@ -31,7 +31,7 @@ class Outcome:
 
     result: dict[str, Any]
     net: Classifier | None
-    positions: Tensor | None = None  # of the labeled training images of the net
+    positions: Tensor | None = None  # of the labeled training images in their source
     files: dict[str, str] = field(default_factory=dict)  # further text files of the result: name -> content
 
 

@@ -116,7 +116,7 @@ class Knn(Protocol):
 
     @property
     def neighbours(self) -> int:
-        """k, 200 by default."""
+        """Number of neighbors k, 200 by default."""
         return 200 if self.k is None else self.k
 
     @property
