@@ -45,10 +45,9 @@ def knn(
 ) -> KnnResult:
     """Classify `query` (m, d) by the k most similar rows of `train` (n, d), each voting exp(cos / temperature).
 
-    Features are L2-normalized here, in float32 or float64. k is capped at n. Ties go to the lowest class index. A class
-    without a vote among the k neighbors counts as wrong, also in top-5, however few classes have votes. At most
-    chunk x n similarities are in memory at once. A query must not be in the bank. Raises ValueError for values out of
-    range.
+    Features are L2-normalized here, in float32 or float64. k is capped at n. Ties go to the lowest class index. A query
+    without a neighbor of its own class counts as wrong, also in top-5 however few classes got votes. At most chunk x n
+    similarities are in memory. A query must not be in the bank. Raises ValueError for values out of range.
     """
     _check(k=k, temperature=temperature, chunk=chunk)
     check_features(train, train_labels, num_classes=num_classes, width=train.shape[-1], name="train")

@@ -1,8 +1,8 @@
 """Semi-supervised evaluation: fine-tuning on few labels, in class-balanced nested subsets, with several seeds.
 
 1 % and 10 % of ImageNet's labels: SimCLR (arXiv:2002.05709, section 6), SimCLR v2 (arXiv:2006.10029, from the first
-layer of the head). Yaml: conf/protocol/semi.yaml. S is the number of seeds, m of images in
-the reported split.
+layer of the head). Yaml: conf/protocol/semi.yaml. S is the number of seeds, m of images in the
+reported split.
 """
 
 from __future__ import annotations
