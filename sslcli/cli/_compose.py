@@ -32,7 +32,7 @@ from yaml import YAMLError
 
 from sslcli.cli import _explain, _schema
 from sslcli.cli._help import MULTIRUNS, folder_of_conf
-from sslcli.cli._hydra_node import check_hydra, resolved
+from sslcli.cli._hydra_node import SECTIONS, check_hydra, resolved
 from sslcli.cli._job import stop_with_sweep
 from sslcli.cli._own_dataset import change_of, is_change
 from sslcli.cli._paths import absolute, absolute_paths, quoted_home
@@ -233,7 +233,7 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
     find_trusted(job.get("trust") or [])
     _schema.check(command, job)
     own = config.hydra
-    for node in (OmegaConf.to_container(own, resolve=False), resolved(own)):
+    for node in (OmegaConf.to_container(own, resolve=False), resolved(own, only=SECTIONS)):
         check_hydra(node, job.get("trust", []))
     return absolute_paths(command, job) | {
         "_choices_": OmegaConf.to_container(own.runtime.choices),

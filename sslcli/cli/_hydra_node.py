@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
@@ -25,6 +24,7 @@ ALLOWED = (  # by the path of a name inside `hydra`: what it may be without trus
         r"logging\.(handlers\.)?\w*(Handler|Formatter|Filter)|colorlog\.ColoredFormatter|ext://sys\.std(out|err)",
     ),
 )
+SECTIONS = ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging")  # that name code
 CALLED = ("_target_", "()", "class", "queue", "listener", "custom_search_space")  # keys whose values name code
 
 
@@ -40,20 +40,29 @@ def check_hydra(own: Any, trust: Iterable[str]) -> None:
             )
 
 
-def resolved(node: Any) -> Any:
-    """A node as plain values, its interpolations resolved; those that cannot be yet are left out."""
+def resolved(node: Any, only: Iterable[str] | None = None) -> Any:
+    """Return a node as plain values, its interpolations resolved; those that cannot be resolved yet stay as written.
+
+    Args:
+        node: a node of OmegaConf, or a plain value.
+        only: of a mapping, the keys that are wanted; None = all.
+    """
     if not isinstance(node, (DictConfig, ListConfig)):
         return node
     found: dict[Any, Any] = {}
     keys: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
-    for key in keys:
-        with suppress(OmegaConfBaseException):
+    for key in keys if only is None else [key for key in only if key in node]:
+        try:
             found[key] = resolved(node[key])
+        except OmegaConfBaseException:
+            found[key] = str(node._get_node(key))  # type: ignore[arg-type]
     return found
 
 
 def is_reference(path: str, text: str) -> bool:
-    """Whether logging would import what a text names, and hand it on to be called."""
+    """Whether logging would import what a text names, or a callback is an interpolation that nobody can read yet."""
+    if path.partition(".")[0] == "callbacks":
+        return "${" in text
     return path.startswith(("job_logging.", "hydra_logging.")) and text.startswith("ext://")
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from command_line import SMALL, Cli
-from sslcli.cli._hydra_node import check_hydra
+from sslcli.cli._hydra_node import check_hydra, resolved
 from sslcli.errors import ConfigError
 
 ACT = "sslcli.atomic.replace"
@@ -20,6 +21,8 @@ ACT = "sslcli.atomic.replace"
         {"callbacks": {"mine": {"_target_": ACT}}},
         {"callbacks": {"mine": {"_target_": "os.system"}}},
         {"callbacks": {"mine": {"_target_": "${oc.env:X}"}}},
+        {"callbacks": {"mine": "${oc.env:X}"}},
+        {"callbacks": "${hydra:job.name}"},
         {"launcher": {"_target_": "subprocess.run"}},
         {"sweeper": {"_target_": "hydra_plugins.mine.Sweeper", "sampler": {"_target_": "os.system"}}},
         {"sweeper": {"sampler": {"_target_": "optuna.create_study"}}},
@@ -77,3 +80,11 @@ def test_a_reference_that_an_interpolation_makes_is_refused(cli: Cli) -> None:
     ended = cli("ssl-train", *SMALL, "dry_run=true", "name='ext://os.system'", handler)
     assert ended.code == 2
     assert "hydra.job_logging.handlers.x.stream is 'ext://os.system', which Hydra would call" in ended.err
+
+
+def test_what_cannot_be_resolved_yet_stays_as_it_is_written() -> None:
+    node = OmegaConf.create({"a": {"b": "${later:x}", "c": "${d}"}, "d": [1, "${later:y}"], "e": 3})
+    assert resolved(node, only=["a", "d", "none"]) == {
+        "a": {"b": "${later:x}", "c": {0: 1, 1: "${later:y}"}},
+        "d": {0: 1, 1: "${later:y}"},
+    }
