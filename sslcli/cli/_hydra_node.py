@@ -51,11 +51,12 @@ def resolved(node: Any, only: Iterable[str] | None = None) -> Any:
         return node
     found: dict[Any, Any] = {}
     keys: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
-    for key in keys if only is None else [key for key in only if key in node]:
+    wanted: Iterable[Any] = keys if only is None else [key for key in only if key in node]
+    for key in wanted:
         try:
             found[key] = resolved(node[key])
         except OmegaConfBaseException:
-            found[key] = str(node._get_node(key))  # type: ignore[arg-type]
+            found[key] = str(node._get_node(key))
     return found
 
 
