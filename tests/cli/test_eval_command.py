@@ -19,7 +19,9 @@ from PIL import Image
 from command_line import SMALL, Cli, installed
 from runs import make_folder
 from sslcli import precision
+from sslcli.cli._evaluation import check_home
 from sslcli.data.files import Folder
+from sslcli.errors import ConfigError
 
 FAST = ["protocol.epochs=2", "protocol.lrs=[0.1,1.0]", "protocol.weight_decays=[0.0,1e-4]"]
 OTHER = ["dataset=shapes", "dataset.seed=1", "dataset.limit=150", "dataset.test_images=80"]
@@ -104,9 +106,11 @@ def test_a_run_directory_that_cannot_be_written_is_refused_before_anything_is_co
     (trained / "eval").write_text("in the way")
     ended = cli("ssl-eval", f"run={trained}", "protocol=knn")
     assert ended.code == 2
-    assert f"results go to {trained / 'eval'}, which cannot be written" in ended.err
+    assert f"{trained / 'eval'} is a file, but it must be a folder: remove it" in ended.err
     assert ended.err.count("\n") == 1
     assert "features," not in ended.out
+    with pytest.raises(ConfigError, match=r"results go to .*, which cannot be written"):
+        check_home(trained / "eval" / "below")
     (trained / "eval").unlink()
 
     def fail(*_: object) -> None:
