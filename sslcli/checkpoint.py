@@ -30,7 +30,7 @@ from sslcli.checkpoint_names import all_of as all_of
 from sslcli.checkpoint_names import step_of as step_of
 from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.migrations import SCHEMA, upgrade
-from sslcli.regular_files import check_regular
+from sslcli.regular_files import open_regular
 
 if TYPE_CHECKING:  # the import takes seconds and is only needed for sharded runs
     from sslcli.pieces import Placement, Snapshot
@@ -258,8 +258,8 @@ def load_file(path: Path, *, device: torch.device) -> dict[str, Any]:
 def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
     """Load a dictionary saved by torch, without executing code from it. Raise ConfigError if invalid."""
     try:
-        check_regular(path)
-        state = torch.load(path, map_location=device, weights_only=True)
+        with open_regular(path) as file:
+            state = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConfigError(f"{path} was refused: it is damaged, or holds more than tensors and plain values") from error
     except Exception as error:  # torch raises nearly any type for damaged files

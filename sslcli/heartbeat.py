@@ -103,14 +103,8 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
         with watched_alone(limit=limit, end=end):
             yield
         return
-    closing = threading.Event()
-    thread = threading.Thread(target=look, args=(store, rank, size, limit, end, closing), daemon=True)
-    thread.start()
-    try:
+    with in_thread(look, store, rank, size, limit, end):
         yield
-    finally:
-        closing.set()
-        thread.join()
 
 
 @contextmanager
@@ -120,8 +114,15 @@ def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]
     This covers images that the process reads itself, `SLACK` seconds after `limit`: data workers have a timeout of
     their own, which ends the run more gracefully. No other action of a process has a known maximum duration.
     """
+    with in_thread(look_alone, limit, end):
+        yield
+
+
+@contextmanager
+def in_thread(act: Callable[..., None], *arguments: object) -> Iterator[None]:
+    """Run `act(*arguments, closing)` in a thread; the event `closing` is set and the thread joined after the block."""
     closing = threading.Event()
-    thread = threading.Thread(target=look_alone, args=(limit, end, closing), daemon=True)
+    thread = threading.Thread(target=act, args=(*arguments, closing), daemon=True)
     thread.start()
     try:
         yield

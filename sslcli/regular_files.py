@@ -44,8 +44,3 @@ def kind_of(path: Path) -> str:
     """Return the kind of file at a path, as a phrase."""
     kind = stat.S_IFMT(path.stat().st_mode)
     return "a file" if kind == stat.S_IFREG else KINDS.get(kind, "something else")
-
-
-def check_regular(path: Path) -> None:
-    """Raise OSError unless the path is a readable regular file."""
-    open_regular(path).close()

@@ -14,7 +14,7 @@ from sslcli.checkpoint import load_weights
 from sslcli.data import decode
 from sslcli.data.bad_images import BadImage
 from sslcli.errors import ConfigError
-from sslcli.regular_files import check_regular, open_regular, read_regular
+from sslcli.regular_files import open_regular, read_regular
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_regular_file_and_a_link_to_one_are_read(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="it has more than 0 MB"):
         read_regular(tmp_path / "a", most=2)
     with pytest.raises(FileNotFoundError):
-        check_regular(tmp_path / "c")
+        open_regular(tmp_path / "c")
 
 
 def test_anything_else_is_refused_at_once(fifo: Path, tmp_path: Path) -> None:
