@@ -15,7 +15,7 @@ help:
 	@echo "make clean     remove .venv, caches and runs"
 
 # A stamp, so that nothing is installed twice; a change of the metadata installs again.
-$(VENV)/installed: setup.cfg setup.py pyproject.toml $(wildcard sslcli/*.c sslcli/*/*.c)
+$(VENV)/installed: setup.cfg setup.py pyproject.toml $(wildcard sslcli/kernels/*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
@@ -47,4 +47,4 @@ bench: install
 	$(BIN)/python scripts/bench/run.py $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info sslcli/*.so sslcli/data/*.so .mypy_cache .pytest_cache .ruff_cache runs
+	rm -rf $(VENV) build dist *.egg-info sslcli/kernels/*.so .mypy_cache .pytest_cache .ruff_cache runs

@@ -1,4 +1,4 @@
-"""What setup.cfg cannot say: the parts that are compiled where that is possible (see sslcli/compiled.py)."""
+"""What setup.cfg cannot say: the parts that are compiled where that is possible (see sslcli/kernels/library.py)."""
 
 import zlib
 from pathlib import Path

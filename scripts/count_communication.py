@@ -27,9 +27,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import sslcli
 from equivalence import METHODS, job_of
 from gloo import together
-from sslcli import distributed
-from sslcli.cli._compose import checked_jobs
-from sslcli.train import optimise, parallel
+from sslcli.cli.compose import checked_jobs
+from sslcli.distributed import collectives
+from sslcli.engine.loop import optimise, parallel
 
 PACKAGE = str(Path(sslcli.__file__).parent)
 # What a collective is for, by the innermost function (file, name) on the way to it that tells.
@@ -71,10 +71,10 @@ class Count:
     before: list[tuple[Any, str, Any]] = field(default_factory=list)
 
     def __enter__(self) -> Count:
-        size = distributed.world_size()
+        size = collectives.world_size()
         self.replace(dist, "all_reduce", "all-reduce", lambda tensor, *_, **__: bytes_of(tensor))
-        self.replace(distributed, "_gather", "all-gather", lambda _, mine: bytes_of(mine))
-        self.replace(distributed, "_reduce_scatter", "reduce-scatter", lambda mine, _: bytes_of(mine))
+        self.replace(collectives, "_gather", "all-gather", lambda _, mine: bytes_of(mine))
+        self.replace(collectives, "_reduce_scatter", "reduce-scatter", lambda mine, _: bytes_of(mine))
         self.replace(dist, "all_to_all_single", "all-to-all", lambda _, mine, *__: bytes_of(mine))
         self.replace(dist, "all_gather_object", "objects", lambda _, mine: len(pickle.dumps(mine)))
         self.replace(dist, "broadcast_object_list", "objects", lambda mine, **_: len(pickle.dumps(mine)) // size)

@@ -16,14 +16,14 @@ from hydra._internal.utils import get_args_parser
 from torch import Tensor
 
 from gloo import together
-from sslcli import distributed
-from sslcli.cli import _assemble
-from sslcli.cli._build import build_optimizer, build_parts
-from sslcli.cli._compose import checked_jobs
+from sslcli.cli.compose import checked_jobs
+from sslcli.config.settings import TrainSettings
+from sslcli.distributed import collectives
+from sslcli.engine.loop import Run, optimise, parallel
 from sslcli.methods.base import Batch
 from sslcli.report.console import Screen
-from sslcli.settings import TrainSettings
-from sslcli.train import Run, optimise, parallel
+from sslcli.runs import assemble
+from sslcli.runs.build import build_optimizer, build_parts
 
 METHODS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
 STEPS = 4
@@ -130,11 +130,11 @@ class Trace:
 def job_of(config: dict[str, Any], *, dtype: torch.dtype = torch.float32) -> Run:
     """The run of a configuration in this process, as the command would make it, without a directory."""
     parts = build_parts(config, trust=[])
-    _assemble.place(parts.method.train().to(dtype), TrainSettings(**config["train"]), torch.device("cpu"))
-    loader = _assemble.build_loader(config, parts, torch.device("cpu"))
+    assemble.place(parts.method.train().to(dtype), TrainSettings(**config["train"]), torch.device("cpu"))
+    loader = assemble.build_loader(config, parts, torch.device("cpu"))
     optimizer, peak_lr = build_optimizer(config, parts.method)
     screen = Screen(None, silent=True)
-    return _assemble.assemble(config, parts, loader, optimizer, peak_lr, Path(), torch.device("cpu"), screen)
+    return assemble.assemble(config, parts, loader, optimizer, peak_lr, Path(), torch.device("cpu"), screen)
 
 
 def train(config: dict[str, Any], dtype: torch.dtype) -> Trace:
@@ -145,16 +145,16 @@ def train(config: dict[str, Any], dtype: torch.dtype) -> Trace:
 
     def look(*_: Any) -> None:
         named = job.method.named_parameters()
-        gradients = {n: distributed.whole(p.grad).clone() for n, p in named if p.grad is not None}
+        gradients = {n: collectives.whole(p.grad).clone() for n, p in named if p.grad is not None}
         trace.gradients.append(gradients)
 
     job.optimizer.register_step_pre_hook(look)
     model = parallel(job.method, job.device)
     for step, micro_batches in enumerate(job.loader.steps(0, STEPS)):
         found = optimise(job, model, [in_dtype(batch, dtype) for batch in micro_batches])
-        trace.scalars.append({name: distributed.all_reduce_mean(value) for name, value in found.items()})
+        trace.scalars.append({name: collectives.all_reduce_mean(value) for name, value in found.items()})
         job.method.after_step(step / STEPS)
-    trace.state = {name: distributed.whole(value.detach()) for name, value in job.method.state_dict().items()}
+    trace.state = {name: collectives.whole(value.detach()) for name, value in job.method.state_dict().items()}
     return trace
 
 
@@ -209,7 +209,7 @@ def traces(configs: list[dict[str, Any]], dtype: torch.dtype) -> list[tuple[Trac
     found = []
     for config in configs:
         trace = train(config, dtype)
-        everyone = distributed.gather_objects(trace.state)
+        everyone = collectives.gather_objects(trace.state)
         found.append((trace, sorted({name for other in everyone for name in differing(everyone[0], other)})))
     return found
 

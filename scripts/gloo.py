@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-IMPORTED = ["sslcli.cli._compose", "sslcli.cli._run", "torch._dynamo", "torch.utils.tensorboard"]
+IMPORTED = ["sslcli.cli.compose", "sslcli.runs.worker", "torch._dynamo", "torch.utils.tensorboard"]
 
 
 def together(size: int, function: Callable[..., T], *args: Any, patience: float = 3600.0) -> list[T]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sslcli import precision
+from sslcli.engine import precision
 from sslcli.report.metrics import newest
 
 FORMATS = ("fp32", "bf16")

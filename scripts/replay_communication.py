@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from count_communication import Traffic
 from gloo import together
-from sslcli import distributed
+from sslcli.distributed import collectives
 from step_time import counts
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
@@ -31,18 +31,18 @@ IMAGES = 16  # a process
 
 def work_of(kind: str, size: int) -> Callable[[], object]:
     """A collective to which this process contributes about `size` bytes."""
-    world = distributed.world_size()
+    world = collectives.world_size()
     mine = torch.zeros(max(1, size // 4))
     if kind == "all-reduce":
         return lambda: dist.all_reduce(mine)
     if kind == "all-gather":
-        return lambda: distributed.all_gather(mine)
+        return lambda: collectives.all_gather(mine)
     if kind == "reduce-scatter":
         everyone = torch.zeros(world * len(mine))
-        return lambda: distributed._reduce_scatter(mine, everyone)
+        return lambda: collectives._reduce_scatter(mine, everyone)
     part = max(1, len(mine) // world)
     rows = torch.zeros(world * part)
-    return lambda: distributed.exchange(rows, [part] * world, [part] * world)
+    return lambda: collectives.exchange(rows, [part] * world, [part] * world)
 
 
 def seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
@@ -50,7 +50,7 @@ def seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
     work()
     times = []
     for _ in range(repeats):
-        distributed.barrier()
+        collectives.barrier()
         before = time.perf_counter()
         work()
         times.append(time.perf_counter() - before)

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from command_line import SMALL, Cli, Ended, installed
 from processes import Pair
+from small_sweeps import JOB
+from sslcli.cli import eval as ssl_eval
+from sslcli.cli import export as ssl_export
+from sslcli.cli import train as ssl_train
+
+MAINS = {"ssl-train": ssl_train.main, "ssl-eval": ssl_eval.main, "ssl-export": ssl_export.main}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,3 +43,43 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     four = Pair(tmp_path_factory.mktemp("four"), size=4)
     yield four
     four.stop()
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """The commands as functions, in an empty folder; what they change in this process is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(program: str, *arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", [f"/somewhere/{program}", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            MAINS[program]()
+        out, err = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Ended(ended.value.code, out, err)
+
+    yield call
+    torch.set_deterministic_debug_mode("default")
+
+
+@pytest.fixture
+def quick_jobs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of sweeps are quick ones that train nothing."""
+    path = tmp_path_factory.mktemp("job") / "job.py"
+    path.write_text(JOB)
+    monkeypatch.setattr("sslcli.sweeps.sweep.program_of", lambda command: (sys.executable, "-S", str(path)))
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the run of `run_dir` was started in."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def run_dir(home: Path) -> Path:
+    """A finished run of the installed command, in the directory it chose itself. Read it, and leave it as it is."""
+    installed(home, "ssl-train", *SMALL, "monitor.knn_k=10")
+    (found,) = (home / "runs").iterdir()
+    return found

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sslcli.data.sources import Source
-from sslcli.data.views import Views
-from sslcli.evaluate.layers import BACKBONE, read
-from sslcli.evaluate.online import collect
-from sslcli.evaluate.training import Start, Task
-from sslcli.nn import evaluating
+from sslcli.data.sources.base import Source
+from sslcli.data.views.views import Views
+from sslcli.evaluation.layers import BACKBONE, read
+from sslcli.evaluation.online import collect
+from sslcli.evaluation.training import Start, Task
+from sslcli.nn.modules import evaluating
 from sslcli.report.console import Screen
 
 CPU = torch.device("cpu")

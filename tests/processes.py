@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 PRELOAD = [
-    "sslcli.cli._compose",
-    "sslcli.cli._run",
-    "sslcli.pieces",
+    "sslcli.cli.compose",
+    "sslcli.runs.worker",
+    "sslcli.engine.sharded_checkpoint",
     "torch._dynamo",
     "torch.utils.tensorboard",
 ]  # takes seconds

@@ -16,11 +16,11 @@ from hydra._internal.utils import get_args_parser
 from torch import Tensor
 
 import sslcli
-from runs import differences, newest
-from sslcli.cli import _run
-from sslcli.cli._build import build_optimizer, build_parts
-from sslcli.cli._compose import checked_jobs
+from small_runs import differences, newest
+from sslcli.cli.compose import checked_jobs
 from sslcli.methods.base import Batch, Method
+from sslcli.runs import worker
+from sslcli.runs.build import build_optimizer, build_parts
 
 METHODS = sorted(path.stem for path in (Path(sslcli.__file__).parents[1] / "conf" / "method").glob("*.yaml"))
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def config_of(word: str) -> dict[str, Any]:
 def batches_of(word: str) -> list[Batch]:
     """The first epoch of that run: four batches."""
     config = composed(word)
-    loader = _run.build_loader(config, build_parts(config, trust=[]), CPU)
+    loader = worker.build_loader(config, build_parts(config, trust=[]), CPU)
     return [micro_batches[0] for micro_batches in loader.steps(0, 4)]
 
 
@@ -135,12 +135,12 @@ def _determinism_as_before() -> Iterator[None]:
 @pytest.mark.usefixtures("_determinism_as_before")
 def test_ten_steps_are_five_and_five_more_after_loading_bit_for_bit(word: str, tmp_path: Path) -> None:
     whole, half = tmp_path / "whole", tmp_path / "half"
-    assert _run.run(config_of(word) | {"run_dir": str(whole)}) == 0
+    assert worker.run(config_of(word) | {"run_dir": str(whole)}) == 0
     (half / "checkpoints").mkdir(parents=True)
     for path in (whole / "checkpoints").glob("step-00000005.*"):
         shutil.copy(path, half / "checkpoints")
     assert newest(half)["step"] == 5
-    assert _run.run(config_of(word) | {"run_dir": str(half), "resume": "must"}) == 0
+    assert worker.run(config_of(word) | {"run_dir": str(half), "resume": "must"}) == 0
     assert newest(half)["step"] == newest(whole)["step"] == 10
     assert differences(newest(half), newest(whole)) == []
 

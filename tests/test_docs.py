@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
-from sslcli.cli import _compose
-from sslcli.data.view import View
+from sslcli.cli import compose
+from sslcli.data.views.spec import View
 from sslcli.methods.base import Batch
 
 ROOT = Path(__file__).parents[1]
@@ -192,7 +192,7 @@ def test_every_command_composes(page: Path, line: str, tmp_path: Path, monkeypat
     if words[0] == "torchrun":
         words = ["ssl-train", *words[words.index("sslcli.cli.train") + 1 :]]
     monkeypatch.setattr("sys.argv", words)
-    jobs = _compose.checked_jobs(words[0].removeprefix("ssl-"), _compose.read_arguments())
+    jobs = compose.checked_jobs(words[0].removeprefix("ssl-"), compose.read_arguments())
     assert jobs
     assert len(jobs) == 1 or "--multirun" in words
 

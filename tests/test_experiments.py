@@ -11,8 +11,8 @@ import torch
 import yaml
 from hydra._internal.utils import get_args_parser
 
-from sslcli.cli import _run
-from sslcli.cli._compose import checked_jobs
+from sslcli.cli.compose import checked_jobs
+from sslcli.runs import worker
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -83,7 +83,7 @@ def test_a_recipe_takes_its_first_steps_at_reduced_size(
         for group in ("method", "views", "optimizer"):
             assert config["_choices_"][group] == whole["_choices_"][group]
         config |= {group: smaller(config[group]) for group in ("method", "backbone")}
-        if _run.run(config) == 0:
+        if worker.run(config) == 0:
             return
         told = capfd.readouterr().err
     pytest.fail(told)

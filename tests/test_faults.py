@@ -23,7 +23,7 @@ import pytest
 import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from runs import (
+from small_runs import (
     complete,
     differences,
     family,
@@ -35,10 +35,11 @@ from runs import (
     survivors,
     wait_for_step,
 )
-from sslcli import atomic, checkpoint, stopping
-from sslcli.cli import _run_dir
-from sslcli.data.files import ImageFiles
-from sslcli.watch import Watch
+from sslcli.data.sources.files import ImageFiles
+from sslcli.engine import checkpoint, stop
+from sslcli.engine.monitor import Watch
+from sslcli.runs import directory
+from sslcli.system import atomic
 
 STEPS = 22
 COMMAND = [
@@ -241,7 +242,7 @@ def test_a_killed_data_worker_ends_the_run_with_a_message_and_the_same_command_g
 def hang(given: tuple[int, float]) -> None:
     """Let a read of an image never end once a process has made some, and a wait for images end soon after its time."""
     number, grace = given
-    stopping.GRACE = grace
+    stop.GRACE = grace
     real, reads = ImageFiles.open, itertools.count()
 
     def open_image(source: ImageFiles, position: int) -> Any:
@@ -332,7 +333,7 @@ def become_nobody(_: Any) -> None:
 
     For no longer than that: the code may be where only root can read it.
     """
-    real, user = _run_dir.lock, os.geteuid()
+    real, user = directory.lock, os.geteuid()
 
     def lock(*args: Any, **kwargs: Any) -> Any:
         if user == 0:
@@ -342,7 +343,7 @@ def become_nobody(_: Any) -> None:
         finally:
             os.seteuid(user)
 
-    _run_dir.lock = lock
+    directory.lock = lock
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runs import Started, complete, last_step, make_folder, metrics, start_ranks, wait_for_step
-from sslcli import launch, train
-from sslcli.cli import _agree
+from small_runs import Started, complete, last_step, make_folder, metrics, start_ranks, wait_for_step
+from sslcli.distributed import launch
+from sslcli.engine import loop
 from sslcli.methods.base import Batch
+from sslcli.runs import agreement
 
 SMALL = [
     "backbone.width=4",
@@ -37,9 +38,9 @@ class AtStep:
     """`train.optimise`, but in its nth call something else happens before what it returns."""
 
     def __init__(self, nth: int) -> None:
-        self.real, self.left = train.optimise, nth
+        self.real, self.left = loop.optimise, nth
 
-    def __call__(self, run: train.Run, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
+    def __call__(self, run: loop.Run, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
         self.left -= 1
         scalars = self.real(run, model, batches) if self.left else self.fail(run, model, batches)
         return scalars
@@ -61,7 +62,7 @@ class NaN(AtStep):
 
 def stuck_in_the_fifth_step(rank: int) -> None:
     if rank == 1:
-        train.optimise = Stuck(5)
+        loop.optimise = Stuck(5)
 
 
 def test_a_process_that_hangs_is_named_at_the_time_limit(tmp_path: Path) -> None:
@@ -133,25 +134,25 @@ def test_a_process_with_another_configuration_is_refused_with_what_differs(tmp_p
 
 def install_other_code(rank: int) -> None:
     """One file of the package is another one on the second process, as is the version of torch."""
-    real, versions = _agree.sources, _agree.version
+    real, versions = agreement.sources, agreement.version
     if rank == 1:
-        _agree.sources = lambda packages: [
-            (Path(__file__) if name == "sslcli/train.py" else path, name) for path, name in real(packages)
+        agreement.sources = lambda packages: [
+            (Path(__file__) if name == "sslcli/engine/loop.py" else path, name) for path, name in real(packages)
         ]
-        _agree.version = lambda name: "1.0" if name == "torch" else versions(name)
+        agreement.version = lambda name: "1.0" if name == "torch" else versions(name)
 
 
 def test_a_process_with_other_code_is_refused_with_the_files_that_differ(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert finish(start_ranks(*SMALL, f"run_dir={tmp_path / 'run'}", log=log, prepare=install_other_code)) == [2, 2]
     differing = log.read_text().partition("what differs: ")[2].partition(". Start all")[0].split("; ")
-    assert [line.partition(": ")[0] for line in differing] == ["file sslcli/train.py", "version of torch"]
+    assert [line.partition(": ")[0] for line in differing] == ["file sslcli/engine/loop.py", "version of torch"]
     assert differing[1].endswith(" -> 1.0")
 
 
 def nan_in_the_third_step(rank: int) -> None:
     if rank == 1:
-        train.optimise = NaN(3)
+        loop.optimise = NaN(3)
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import family, last_step, newest, start, survivors, wait_for_step
+from small_runs import family, last_step, newest, start, survivors, wait_for_step
 
 COMMAND = [
     "backbone.width=4",

@@ -66,7 +66,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
 def part_of(module: str) -> str:
-    """`sslcli.data.views` -> `data`; the package itself is `sslcli`."""
+    """`sslcli.data.views.views` -> `data`; the package itself is `sslcli`."""
     return module.split(".")[1] if "." in module else "sslcli"
 
 
@@ -85,7 +85,7 @@ def imports(source: str, module: str) -> Iterator[str]:
             name = node.module or ""
             yield from (f"{name}.{alias.name}" if name == "sslcli" else name for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            assert module in ("sslcli.cli._build",), f"{module} imports by name, which only building may"
+            assert module in ("sslcli.runs.build",), f"{module} imports by name, which only building may"
 
 
 def faults(source: str, module: str) -> list[str]:
@@ -116,17 +116,17 @@ def test_every_part_has_a_rank_and_every_rank_a_part() -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("sslcli.methods.moco", "from sslcli.data.views import Views"),
-        ("sslcli.methods.moco", "from sslcli.train import Run"),
+        ("sslcli.methods.moco", "from sslcli.data.views.views import Views"),
+        ("sslcli.methods.moco", "from sslcli.engine.loop import Run"),
         ("sslcli.methods.moco", "import sslcli.backbones.small"),
         ("sslcli.methods.moco", "def f():\n    from sslcli import data"),
         ("sslcli.data.loader", "from hydra import compose"),
-        ("sslcli.watch", "from omegaconf import OmegaConf"),
-        ("sslcli.checkpoint", "from sslcli.report.metrics import read"),
-        ("sslcli.stopping", "from sslcli.train import Run"),
-        ("sslcli.evaluate.knn", "from sslcli.cli import _build"),
-        ("sslcli.nn", "from sslcli.losses import info_nce"),
-        ("sslcli.distributed", "from sslcli.nn import mlp"),
+        ("sslcli.engine.monitor", "from omegaconf import OmegaConf"),
+        ("sslcli.engine.checkpoint", "from sslcli.report.metrics import read"),
+        ("sslcli.engine.stop", "from sslcli.engine.loop import Run"),
+        ("sslcli.evaluation.knn", "from sslcli.cli import _build"),
+        ("sslcli.nn.modules", "from sslcli.nn.contrastive import info_nce"),
+        ("sslcli.distributed.collectives", "from sslcli.nn.modules import mlp"),
     ],
 )
 def test_an_import_the_wrong_way_is_seen(module: str, line: str) -> None:
@@ -136,10 +136,10 @@ def test_an_import_the_wrong_way_is_seen(module: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("sslcli.methods.byol", "from sslcli.schedule import ema_momentum"),
+        ("sslcli.methods.byol", "from sslcli.nn.schedule import ema_momentum"),
         ("sslcli.data.loader", "from sslcli.methods.base import Batch"),
-        ("sslcli.report.metrics", "from sslcli.atomic import replace"),
-        ("sslcli.train", "from sslcli import checkpoint, distributed\nfrom sslcli.errors import ConfigError"),
+        ("sslcli.report.metrics", "from sslcli.system.atomic import replace"),
+        ("sslcli.engine.loop", "from sslcli import checkpoint, distributed\nfrom sslcli.errors import ConfigError"),
         ("sslcli.cli.train", "from sslcli import __version__\nimport hydra\nimport torch"),
     ],
 )

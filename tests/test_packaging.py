@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from setuptools import find_packages
 
-from runs import differences, newest
-from sslcli import compiled
+from small_runs import differences, newest
+from sslcli.kernels import library
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ["setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE", "sslcli", "conf"]
@@ -97,7 +97,7 @@ def names_in(wheel: Path) -> set[str]:
 
 def libraries() -> set[str]:
     """What is compiled, by its names in a wheel."""
-    found = {str(compiled.file_of(part).relative_to(ROOT)) for part in compiled.PARTS}
+    found = {str(library.file_of(part).relative_to(ROOT)) for part in library.PARTS}
     assert len(found) == len(list((ROOT / "sslcli").rglob("*.c"))) == 3
     return found
 
@@ -113,7 +113,7 @@ def test_without_a_compiler_the_wheel_lacks_what_is_compiled_alone(wheel: Path, 
 def test_the_wheel_holds_every_module_and_every_yaml_and_nothing_else(wheel: Path) -> None:
     code = {f"sslcli/{path.relative_to(ROOT / 'sslcli')}" for path in (ROOT / "sslcli").rglob("*.py")}
     conf = {f"sslcli/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
-    others = {"sslcli/conf/__init__.py", "sslcli/py.typed", "sslcli/slurm/job.sh"}
+    others = {"sslcli/conf/__init__.py", "sslcli/py.typed", "sslcli/runs/slurm/job.sh"}
     assert names_in(wheel) == code | conf | others | libraries()
 
 

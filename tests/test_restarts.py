@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from sslcli import launch
-from sslcli.cli import _launch
-from sslcli.launch import begun, causes, crashed, restarted, run_processes
+from sslcli.distributed import launch
+from sslcli.distributed.launch import begun, causes, crashed, restarted, run_processes
+from sslcli.runs import launch as _launch
 
 ENDS = """
 import os, signal, sys, time
@@ -105,7 +105,7 @@ def test_an_error_of_the_program_is_tried_again_only_from_a_newer_checkpoint(
         raise ZeroDivisionError
 
     (tmp_path / "config.json").write_text(json.dumps({"run_dir": str(tmp_path), "trust": []}))
-    monkeypatch.setattr("sslcli.launch.die_with_parent", lambda: None)
+    monkeypatch.setattr("sslcli.distributed.launch.die_with_parent", lambda: None)
     monkeypatch.setattr(_launch, "launch", fail)
     monkeypatch.setattr(sys, "argv", ["-m", str(tmp_path / "config.json")])
     with pytest.raises(SystemExit) as ended:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from runs import (
+from small_runs import (
     Started,
     complete,
     differences,

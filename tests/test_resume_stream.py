@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from runs import Started, complete, differences, family, metrics, newest, start_warm, survivors, wait_for_step
-from shards import write_parquet, write_tar
+from small_runs import Started, complete, differences, family, metrics, newest, start_warm, survivors, wait_for_step
+from small_shards import write_parquet, write_tar
 
 pytestmark = pytest.mark.timeout(1200)  # the first test waits for the runs of all
 
 EPOCHS, STEPS_PER_EPOCH, BATCH, HELD_OUT = 4, 6, 8, 16
 COUNTING = '''
 import torch
-from sslcli.distributed import all_gather
+from sslcli.distributed.collectives import all_gather
 from sslcli.methods.simclr import nt_xent
 from sslcli.methods.base import Method
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from runs import complete, differences, metrics, newest, start_warm, wait_for_step
+from small_runs import complete, differences, metrics, newest, start_warm, wait_for_step
 
 CLUSTER = str(Path(__file__).parents[1] / "scripts" / "slurm" / "cluster.sh")
 CANNOT_BE = 77
@@ -118,7 +118,7 @@ def test_a_preempted_run_on_two_nodes_comes_back_and_ends_as_one_that_never_was(
 
 def refused_on_node2(cluster: dict[str, str], run_dir: Path) -> str:
     """What a second run in the directory hears on the other node."""
-    code = f"from pathlib import Path; from sslcli.cli._run_dir import lock; lock(Path({str(run_dir)!r}), patience=0)"
+    code = f"from pathlib import Path; from sslcli.runs.directory import lock; lock(Path({str(run_dir)!r}), patience=0)"
     line = ["srun", "--nodelist=node2", sys.executable, "-c", code]
     ended = subprocess.run(line, env=os.environ | cluster, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1

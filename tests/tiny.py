@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from sslcli.backbones.vit import VisionTransformer
+from sslcli.distributed import collectives
 from sslcli.methods.base import Batch
 
 
@@ -31,3 +35,14 @@ def make_batch(
     noisy = [images + torch.randn(images.shape, generator=generator, dtype=torch.float64) / 2 for _ in range(views)]
     label = torch.arange(num_images) % 2
     return Batch([view.to(dtype) for view in noisy], torch.arange(num_images), label)
+
+
+def vit(**options: Any) -> VisionTransformer:
+    return VisionTransformer(image_size=8, patch_size=2, width=16, depth=3, num_heads=2, **options)
+
+
+def mine(batch: Batch) -> Batch:
+    def part(rows: Tensor) -> Tensor:
+        return rows.chunk(collectives.world_size())[collectives.rank()]
+
+    return Batch([part(view) for view in batch.views], part(batch.index), part(batch.label))

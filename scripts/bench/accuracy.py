@@ -72,7 +72,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def theirs(method: str, images: Path, seconds: float) -> Curve:
     """lightly's example loop until the time is over."""
-    from sslcli.data.files import Folder
+    from sslcli.data.sources.files import Folder
 
     source = Folder(root=str(images), image_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.243, 0.262))
     net, width = small()
@@ -109,9 +109,9 @@ def theirs(method: str, images: Path, seconds: float) -> Curve:
 
 def top1(net: torch.nn.Module, source: Any) -> float:
     """k-NN of the features of a net by the protocol of the monitor."""
-    from sslcli.evaluate.knn import Knn
-    from sslcli.evaluate.online import bank_positions, collect
-    from sslcli.nn import evaluating
+    from sslcli.evaluation.knn import Knn
+    from sslcli.evaluation.online import bank_positions, collect
+    from sslcli.nn.modules import evaluating
 
     def normalised(images: Tensor) -> Tensor:
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (source.mean, source.std))

@@ -14,8 +14,8 @@ SIDES = {64: 32, 128: 16, 256: 8, 512: 4}  # of the maps, for the channels of ea
 
 def convolution(channels: int, *, fast: bool) -> Result:
     """Images in channels-last memory, as in training."""
-    from sslcli.allocator import keep_freed_memory
-    from sslcli.winograd import use_winograd
+    from sslcli.kernels.winograd import use_winograd
+    from sslcli.system.memory import keep_freed_memory
 
     keep_freed_memory()
     conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(memory_format=torch.channels_last)

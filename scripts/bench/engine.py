@@ -29,15 +29,15 @@ def ours(backbone: str) -> Result:
 
 def bare(backbone: str) -> Result:
     """Views, forward, backward, optimizer, and nothing that tells, checks or keeps anything."""
-    from sslcli import precision
-    from sslcli.allocator import keep_freed_memory
     from sslcli.backbones.resnet import ResNet
     from sslcli.backbones.small import Small
-    from sslcli.cli._build import made_fast
     from sslcli.data.loader import Loader
-    from sslcli.data.sources import Shapes
-    from sslcli.data.views import Views
+    from sslcli.data.sources.base import Shapes
+    from sslcli.data.views.views import Views
+    from sslcli.engine import precision
     from sslcli.methods.simclr import SimCLR
+    from sslcli.runs.build import made_fast
+    from sslcli.system.memory import keep_freed_memory
 
     keep_freed_memory()
     device = torch.device("cpu")

@@ -30,7 +30,7 @@ def clusters(count: int) -> tuple[Tensor, Tensor]:
 
 
 def ours_knn() -> Result:
-    from sslcli.evaluate.knn import knn
+    from sslcli.evaluation.knn import knn
 
     (bank, classes), (queries, truth) = clusters(BANK), clusters(QUERIES)
     return timed(
@@ -58,10 +58,10 @@ def linear(*, baselines: bool) -> Result:
 
     `multiple` is of seconds, `cpu_multiple` of processor time, which other work on the machine hardly changes.
     """
-    from sslcli import precision
-    from sslcli.allocator import keep_freed_memory
     from sslcli.backbones.resnet import ResNet
-    from sslcli.cli._build import made_fast
+    from sslcli.engine import precision
+    from sslcli.runs.build import made_fast
+    from sslcli.system.memory import keep_freed_memory
 
     keep_freed_memory()
     format = precision.resolve("auto", CPU)

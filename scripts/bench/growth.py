@@ -26,18 +26,18 @@ from measure import Result, answer, peak_mb, timed
 from pictures import file_paths, folder
 from torch import Tensor
 
-from sslcli import cached_gradients, precision
-from sslcli.allocator import keep_freed_memory
 from sslcli.backbones.resnet import ResNet
 from sslcli.backbones.small import Small
-from sslcli.cli._build import made_fast
-from sslcli.data.files import Folder
 from sslcli.data.loader import Loader
-from sslcli.data.sources import Source
-from sslcli.data.views import Views
-from sslcli.losses import info_nce
+from sslcli.data.sources.base import Source
+from sslcli.data.sources.files import Folder
+from sslcli.data.views.views import Views
+from sslcli.engine import gradient_cache, precision
 from sslcli.methods.base import Batch
 from sslcli.methods.simclr import SimCLR, nt_xent
+from sslcli.nn.contrastive import info_nce
+from sslcli.runs.build import made_fast
+from sslcli.system.memory import keep_freed_memory
 
 CPU = torch.device("cpu")
 VIEW = {"crop_scale": [0.2, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1], "jitter_p": 0.8, "grayscale": 0.2, "flip": 0.5}
@@ -74,7 +74,7 @@ def step(count: int, size: int, *, cached: bool = False, resnet: bool = False) -
 
     def once() -> None:
         if cached:
-            cached_gradients.backward(method, given, device=CPU, number_format=format, scaler=scaler)
+            gradient_cache.backward(method, given, device=CPU, number_format=format, scaler=scaler)
         else:
             with precision.autocast(CPU, format):
                 loss = method(given[0])["loss"]

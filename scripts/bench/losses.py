@@ -88,7 +88,7 @@ def naive_nt_xent(count: int) -> Result:
 
 
 def ours_queue() -> Result:
-    from sslcli.losses import info_nce
+    from sslcli.nn.contrastive import info_nce
 
     query, key = pairs(BATCH)
     queue = F.normalize(torch.randn(QUEUE, DIM), dim=1)

@@ -18,7 +18,7 @@ def folder(size: tuple[int, int], count: int) -> Path:
         return Path(given)
     root = Path(os.environ.get("BENCH_FOLDER", tempfile.gettempdir())) / f"{size[0]}x{size[1]}_{count}"
     if not root.exists():
-        from sslcli.data.sources import Shapes
+        from sslcli.data.sources.base import Shapes
 
         source = Shapes(image_size=64, train_images=count, test_images=0)
         assert source.images is not None

@@ -26,8 +26,8 @@ import torch
 from convolution import SIDES
 from measure import TUNED
 
-from sslcli import precision
-from sslcli.idle_threads import SPINS
+from sslcli.engine import precision
+from sslcli.system.idle_threads import SPINS
 
 HERE = Path(__file__).parent
 LOWER_IS_BETTER = ("ms", "s", "extra_mb", "peak_mb", "multiple", "cpu_multiple")

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from sslcli.data.crops import Request, ViewCrops
-from sslcli.data.files import Flat
-from sslcli.data.views import Views
+from sslcli.data.sources.files import Flat
+from sslcli.data.views.views import Views
 
 
 def main() -> None:

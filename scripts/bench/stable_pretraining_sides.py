@@ -31,7 +31,7 @@ from measure import Result, enough, summary
 from torch import nn
 from training import BATCH, CPU, cifar_resnet18, images
 
-from sslcli import precision as formats
+from sslcli.engine import precision as formats
 
 WIDTH, TEMPERATURE = 512, 0.2
 OFF = "progress_bar logging env_dump trainer_info module_summary slurm_info unused_params hf_checkpoint"

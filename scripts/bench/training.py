@@ -22,14 +22,14 @@ CPU = torch.device("cpu")
 
 def ours(method: str, precision: str) -> Result:
     """The step of the training loop itself: forward, backward, optimizer, momentum network and queue."""
-    from sslcli import precision as formats
-    from sslcli.allocator import keep_freed_memory
     from sslcli.backbones.resnet import ResNet
-    from sslcli.cli._build import made_fast
+    from sslcli.engine import precision as formats
     from sslcli.methods.base import Batch
     from sslcli.methods.byol import BYOL
     from sslcli.methods.moco import MoCo
     from sslcli.methods.simclr import SimCLR
+    from sslcli.runs.build import made_fast
+    from sslcli.system.memory import keep_freed_memory
 
     keep_freed_memory()
     built = {
@@ -84,7 +84,7 @@ def lightly_step(
     """What lightly's example of the method does with two views, at the learning rate of the moment."""
     from lightly.models.utils import deactivate_requires_grad, update_momentum
 
-    from sslcli import precision as formats
+    from sslcli.engine import precision as formats
 
     online, loss_of = LIGHTLY[method](backbone, width, temperature)
     trained = nn.ModuleList(online)

@@ -31,11 +31,11 @@ def rate(batches: Iterator[Any], size: int) -> Result:
 
 
 def ours(views: dict[str, Any], *, files: bool, batch: int, normalize: bool = True) -> Result:
-    from sslcli.allocator import keep_freed_memory
-    from sslcli.data.files import Folder
     from sslcli.data.loader import Loader
-    from sslcli.data.sources import Shapes, Source
-    from sslcli.data.views import Views
+    from sslcli.data.sources.base import Shapes, Source
+    from sslcli.data.sources.files import Folder
+    from sslcli.data.views.views import Views
+    from sslcli.system.memory import keep_freed_memory
 
     keep_freed_memory()
     source: Source = Shapes(image_size=SMALL, train_images=4096, test_images=0)
@@ -62,7 +62,7 @@ class InMemory(Dataset[Any]):
 
 def peer(transform: Any, *, files: bool, batch: int) -> Result:
     """A transform an image in a DataLoader of two workers, as peers do it."""
-    from sslcli.data.sources import Shapes
+    from sslcli.data.sources.base import Shapes
 
     if files:
         data = InMemory(file_paths(folder(*PHOTO)), transform)

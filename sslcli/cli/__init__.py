@@ -1,1 +1,1 @@
-"""The commands: the only code that imports hydra and omegaconf. Nothing here imports torch before a run is built."""
+"""Entry points of the commands: composition with Hydra, help and messages. Nothing here imports torch."""

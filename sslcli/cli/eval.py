@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sslcli.cli._help import show_and_exit
+from sslcli.cli.help import show_and_exit
 from sslcli.errors import ConfigError, nearest
 
 
 def main() -> None:
     """The console script."""
     show_and_exit("eval")
-    from sslcli.cli._compose import command
+    from sslcli.cli.compose import command
 
     sys.exit(command("eval", evaluate))
 
@@ -29,7 +29,7 @@ def evaluate(config: dict[str, Any]) -> int:
             f"{'run' if config['run'] else 'weights'} is {given!r}, but there is no such path.{_near(given)}"
         )
     check_changes(config)
-    from sslcli.cli._evaluate import run
+    from sslcli.runs.evaluate import run
 
     return run(config)
 
@@ -39,8 +39,8 @@ def check_changes(config: dict[str, Any]) -> None:
     changes = config["_dataset_changes_"]
     if not changes:
         return
-    from sslcli.cli._own_dataset import dataset_of_run
-    from sslcli.cli._run_dir import read_config
+    from sslcli.config.own_dataset import dataset_of_run
+    from sslcli.runs.directory import read_config
 
     run_dir = Path(config["run"])
     for found in [run_dir] if (run_dir / "config.yaml").exists() else sorted(run_dir.glob("*/config.yaml")):

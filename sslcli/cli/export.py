@@ -6,14 +6,14 @@ import os
 import sys
 from typing import Any
 
-from sslcli.cli._help import show_and_exit
+from sslcli.cli.help import show_and_exit
 from sslcli.errors import ConfigError
 
 
 def main() -> None:
     """The console script."""
     show_and_exit("export")
-    from sslcli.cli._compose import command
+    from sslcli.cli.compose import command
 
     sys.exit(command("export", export))
 
@@ -26,7 +26,7 @@ def export(config: dict[str, Any]) -> int:
         raise ConfigError(f"run is {config['run']!r}, but there is no such directory")
     if config["out"] is not None and os.path.isdir(config["out"]):
         raise ConfigError(f"out is {config['out']!r}, but that is a directory: give the name of a file")
-    from sslcli.cli._export import run
+    from sslcli.runs.export import run
 
     return run(config)
 

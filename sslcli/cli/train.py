@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from sslcli.cli._help import show_and_exit
+from sslcli.cli.help import show_and_exit
 
 
 def main() -> None:
     """The console script."""
     show_and_exit("train")
-    from sslcli.cli._compose import command
-    from sslcli.cli._launch import launch
+    from sslcli.cli.compose import command
+    from sslcli.runs.launch import launch
 
     sys.exit(command("train", launch))
 

@@ -1,1 +1,1 @@
-"""From a set of image files to batches of augmented views on the device."""
+"""Data sets, augmented views and the loader: from image files to batches on the device."""

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-from sslcli.data import resize, rng
+from sslcli.data import rng
 from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import DIVISORS, Pixels
-from sslcli.data.sources import Opened, Picture, Source, replacement
-from sslcli.data.views import Views
+from sslcli.data.sources.base import Opened, Picture, Source, replacement
+from sslcli.data.views.views import Views
 from sslcli.errors import ConfigError
+from sslcli.kernels import resize
 
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 BadList = list[tuple[str, str]]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from sslcli.data.bad_images import BadImage
-from sslcli.regular_files import read_regular
+from sslcli.system.regular_files import read_regular
 
 DIVISORS = (1, 2, 4, 8)
 LARGEST = 512 * 10**6  # bytes of an image file; the largest photographs have a tenth of it

@@ -17,14 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sslcli.data import augment, rng
+from sslcli.data import rng
 from sslcli.data.bad_images import BadImages
 from sslcli.data.crops import PlainCrops, Request, ViewCrops, centre_crop, joined, to_uint8
 from sslcli.data.order import epoch_length, epoch_order, last_reads, shard_order
-from sslcli.data.sources import Source
-from sslcli.data.views import Views
+from sslcli.data.sources.base import Source
+from sslcli.data.views import augment
+from sslcli.data.views.views import Views
 from sslcli.data.workers import PATIENCE, batches_of, check_shared_memory, list_of
-from sslcli.distributed import rank, world_size
+from sslcli.distributed.collectives import rank, world_size
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Batch
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from sslcli.data import rng
 
 if TYPE_CHECKING:
-    from sslcli.data.sources import Source
+    from sslcli.data.sources.base import Source
 
 _STRETCHES = 8  # a lane has at least so many, if shards can be cut that small
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sslcli import cores
-from sslcli.distributed import end_with
+from sslcli.distributed.collectives import end_with
 from sslcli.errors import ConfigError, ProcessLost, TrainingFailed
+from sslcli.system import cores
 
 MOST, ON_THE_CPU = 8, 2
 SMALL, FEW_CORES = 64, 2  # pixels a side, cores of a process

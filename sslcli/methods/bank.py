@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.distributed import all_gather
+from sslcli.distributed.collectives import all_gather
 from sslcli.errors import check_positive
-from sslcli.losses import check_momentum
+from sslcli.nn.contrastive import check_momentum
 
 EPS = 1e-7  # added to the noise mass in the denominators, as in the official implementations
 DENSE = 8  # gathering one row of the bank takes at least as long as this many rows of a matrix product

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslcli.mixture import UnMix
-from sslcli.nn import evaluating
+from sslcli.methods.mixture import UnMix
+from sslcli.nn.modules import evaluating
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Method(nn.Module):
         return None
 
     def param_groups(self) -> list[dict[str, Any]] | None:
-        """Return the optimizer's parameter groups in torch's format; None = use `sslcli.optim.parameter_groups`."""
+        """Return the optimizer's parameter groups in torch's format; None = those of `sslcli.engine.optim`."""
         return None
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sslcli.losses import check_momentum, cosine_distance
 from sslcli.methods.base import Batch, Method, num_features
-from sslcli.mixture import UnMix, add_mixture
-from sslcli.nn import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy, mlp
-from sslcli.schedule import ema_momentum
+from sslcli.methods.mixture import UnMix, add_mixture
+from sslcli.nn.contrastive import check_momentum, cosine_distance
+from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy, mlp
+from sslcli.nn.schedule import ema_momentum
 
 
 def byol_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli import heartbeat
-from sslcli.distributed import all_gather, all_gather_with_grad, rank, world_size
-from sslcli.losses import check_temperature
+from sslcli.distributed import watchdog
+from sslcli.distributed.collectives import all_gather, all_gather_with_grad, rank, world_size
 from sslcli.methods.bank import Bank, log_normalizer, nce, own_row_wins, sampled_softmax, scores
 from sslcli.methods.base import Batch, Method, num_features
-from sslcli.nn import SyncBatchNorm, convert_batch_norm, full_precision
-from sslcli.noise import Noise
+from sslcli.nn.contrastive import check_temperature
+from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, full_precision
+from sslcli.nn.noise import Noise
 
 LOSSES = ("nce", "softmax", "batch")
 GRAPHS = ("core", "full")
@@ -314,6 +314,6 @@ def mean_where(values: Tensor, rows: Tensor | None) -> Tensor:
         return values.mean()
     count = rows.sum()
     if world_size() > 1:
-        heartbeat.meet()
+        watchdog.meet()
         dist.all_reduce(count)
     return torch.where(rows, values, 0.0).sum() * world_size() / count.clamp(min=1)

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.distributed import all_gather_with_grad, rank, world_size
+from sslcli.distributed.collectives import all_gather_with_grad, rank, world_size
 from sslcli.errors import check_positive
-from sslcli.losses import Contrast, info_nce
 from sslcli.methods.base import Batch, Method, num_features
 from sslcli.methods.cpc_context import context_network
 from sslcli.methods.cpc_patches import PatchAugmentation, patch_size, patchify, refuse_batch_norm
-from sslcli.noise import Noise
+from sslcli.nn.contrastive import Contrast, info_nce
+from sslcli.nn.noise import Noise
 
 
 def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Contrast:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslcli.noise import Noise
+from sslcli.nn.noise import Noise
 
 USUAL_GRID = 7  # CPC v1: 7 x 7 patches of 64 pixels out of 256
 SMALLEST_PATCH = 8  # pixels, if the grid is chosen automatically

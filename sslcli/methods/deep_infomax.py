@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslcli.distributed import world_size
+from sslcli.distributed.collectives import world_size
 from sslcli.errors import check_positive, nearest
 from sslcli.methods.base import Batch, Method, maps_of, num_features
 from sslcli.methods.mutual_information import MEASURES, UNBOUNDED, concat_loss, dot_loss, prior_losses
-from sslcli.nn import SyncBatchNorm, convert_batch_norm, evaluating, mlp
-from sslcli.noise import Noise
+from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, evaluating, mlp
+from sslcli.nn.noise import Noise
 
 SCORES = ("dot", "concat")
 

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.decoder import Decoder, FirstLook
-from sslcli.distributed import all_gather, all_reduce_mean
+from sslcli.distributed.collectives import all_gather, all_reduce_mean
 from sslcli.methods.base import Method
-from sslcli.nn import full_precision
-from sslcli.noise import Noise
+from sslcli.nn.decoder import Decoder, FirstLook
+from sslcli.nn.modules import full_precision
+from sslcli.nn.noise import Noise
 
 LOSSES = ("logistic", "hinge")
 PICTURE_SEED = 0  # of the codes of saved samples, which makes samples of different epochs comparable

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from sslcli.methods.base import Batch, num_features
 from sslcli.methods.moco import MoCo
-from sslcli.nn import SplitBatchNorm, full_precision, mlp
-from sslcli.noise import Noise
+from sslcli.nn.modules import SplitBatchNorm, full_precision, mlp
+from sslcli.nn.noise import Noise
 
 GRID = 3
 CELLS = GRID * GRID

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.losses import check_temperature, info_nce
 from sslcli.methods.bank import Bank, log_normalizer, nce, own_row_wins, sampled_softmax, scores
 from sslcli.methods.base import Batch, Method, num_features
-from sslcli.nn import SyncBatchNorm, convert_batch_norm, full_precision
-from sslcli.noise import Noise
+from sslcli.nn.contrastive import check_temperature, info_nce
+from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, full_precision
+from sslcli.nn.noise import Noise
 
 LOSSES = ("full", "nce", "softmax")
 

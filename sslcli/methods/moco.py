@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.distributed import BatchShuffle, all_gather
-from sslcli.losses import Contrast, check_momentum, check_temperature, info_nce
+from sslcli.distributed.collectives import BatchShuffle, all_gather
 from sslcli.methods.base import Batch, Method, num_features
-from sslcli.mixture import UnMix, add_mixture
-from sslcli.nn import (
+from sslcli.methods.mixture import UnMix, add_mixture
+from sslcli.nn.contrastive import Contrast, check_momentum, check_temperature, info_nce
+from sslcli.nn.modules import (
     SplitBatchNorm,
     average_statistics,
     convert_batch_norm,

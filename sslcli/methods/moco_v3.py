@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.distributed import all_gather, rank
-from sslcli.losses import Contrast, check_momentum, check_temperature, info_nce
+from sslcli.distributed.collectives import all_gather, rank
 from sslcli.methods.base import Batch, Method, num_features
-from sslcli.mixture import UnMix, add_mixture
-from sslcli.nn import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy, full_precision, mlp
-from sslcli.schedule import ema_momentum
+from sslcli.methods.mixture import UnMix, add_mixture
+from sslcli.nn.contrastive import Contrast, check_momentum, check_temperature, info_nce
+from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy, full_precision, mlp
+from sslcli.nn.schedule import ema_momentum
 
 
 def contrast(query: Tensor, key: Tensor, *, temperature: float) -> Contrast:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from sslcli.distributed import all_gather_with_grad, rank
-from sslcli.losses import CHUNK_VALUES
-from sslcli.nn import full_precision
+from sslcli.distributed.collectives import all_gather_with_grad, rank
+from sslcli.nn.contrastive import CHUNK_VALUES
+from sslcli.nn.modules import full_precision
 
 LOG2 = math.log(2)
 UNBOUNDED = ("X2", "W1")  # losses without a lower bound: they decrease as scores grow

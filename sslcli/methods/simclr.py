@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.distributed import all_gather_with_grad, rank, world_size
-from sslcli.losses import COLDEST, Contrast, check_temperature, info_nce, mutual_info_nce
+from sslcli.distributed.collectives import all_gather_with_grad, rank, world_size
 from sslcli.methods.base import Batch, Method, num_features
-from sslcli.mixture import UnMix, add_mixture
-from sslcli.nn import SyncBatchNorm, convert_batch_norm, full_precision, mlp
+from sslcli.methods.mixture import UnMix, add_mixture
+from sslcli.nn.contrastive import COLDEST, Contrast, check_temperature, info_nce, mutual_info_nce
+from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, full_precision, mlp
 
 
 def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None = None) -> Contrast:

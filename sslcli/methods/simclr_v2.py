@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.distributed import all_gather
-from sslcli.losses import Contrast, check_momentum
+from sslcli.distributed.collectives import all_gather
 from sslcli.methods.base import Batch
+from sslcli.methods.mixture import UnMix
 from sslcli.methods.moco import enqueue
 from sslcli.methods.simclr import SimCLR, nt_xent
-from sslcli.mixture import UnMix
-from sslcli.nn import ema_update, frozen_copy, full_precision
+from sslcli.nn.contrastive import Contrast, check_momentum
+from sslcli.nn.modules import ema_update, frozen_copy, full_precision
 
 
 class SimCLRv2(SimCLR):

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.decoder import Decoder, FirstLook, psnr
-from sslcli.distributed import all_gather, all_reduce_mean
+from sslcli.distributed.collectives import all_gather, all_reduce_mean
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, Method, num_features
-from sslcli.nn import SyncBatchNorm, convert_batch_norm, full_precision
-from sslcli.noise import Noise
+from sslcli.nn.decoder import Decoder, FirstLook, psnr
+from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, full_precision
+from sslcli.nn.noise import Noise
 
 LOG_VARIANCE = (-10.0, 10.0)  # clamping range, which prevents overflow of exp
 SMALLEST_MSE = 1e-6  # about the quantization error of 8-bit images, below which there is nothing to model

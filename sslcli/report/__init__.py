@@ -1,1 +1,1 @@
-"""What a run tells: metrics as JSON lines and TensorBoard scalars, progress for the terminal, pictures."""
+"""Console, metrics.jsonl, TensorBoard, pictures, plots and tables."""

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sslcli.atomic import replace
+from sslcli.system.atomic import replace
 
 
 class Metrics:

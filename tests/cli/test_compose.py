@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from command_line import Cli
-from sslcli.cli import _compose, _launch
+from sslcli.cli import compose
+from sslcli.runs import launch
 
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = ", ".join(sorted(path.stem for path in (CONF / "method").glob("*.yaml")))
@@ -25,7 +26,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         jobs.append(config)
         return 0
 
-    monkeypatch.setattr(_launch, "launch", note)
+    monkeypatch.setattr(launch, "launch", note)
     return jobs
 
 
@@ -326,7 +327,7 @@ def test_composing_and_checking_takes_less_than_a_second(monkeypatch: pytest.Mon
     times = []
     for _ in range(3):
         before = time.process_time()
-        _compose.checked_jobs("train", _compose.read_arguments())
+        compose.checked_jobs("train", compose.read_arguments())
         times.append(time.process_time() - before)
     assert min(times) < 1.0
 
@@ -336,7 +337,7 @@ def names(cli: Cli, started: list[dict[str, Any]], *lines: str) -> list[str]:
     started.clear()
     for line in lines:
         assert cli("ssl-train", *line.split()).code == 0
-    return [Path(_launch.run_dir_of(job)).name for job in started]
+    return [Path(launch.run_dir_of(job)).name for job in started]
 
 
 def test_the_run_directory_is_named_after_what_makes_the_run(cli: Cli, started: list[dict[str, Any]]) -> None:

@@ -11,10 +11,17 @@ from typing import Any
 import pytest
 import yaml
 
-from sslcli.cli import _compose
-from sslcli.cli._schema import GROUPS
-from sslcli.cli._signature import GIVEN, INJECTED, parameters_of
-from sslcli.settings import EvalSettings, ExportSettings, MonitorSettings, RunSettings, SweepSettings, TrainSettings
+from sslcli.cli import compose
+from sslcli.config.schema import GROUPS
+from sslcli.config.settings import (
+    EvalSettings,
+    ExportSettings,
+    MonitorSettings,
+    RunSettings,
+    SweepSettings,
+    TrainSettings,
+)
+from sslcli.config.signatures import GIVEN, INJECTED, parameters_of
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = {
@@ -46,7 +53,7 @@ def given(name: str) -> list[str]:
 
 def composed(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> dict[str, Any]:
     monkeypatch.setattr(sys, "argv", [f"ssl-{command}", *arguments])
-    (job,) = _compose.checked_jobs(command, _compose.read_arguments())
+    (job,) = compose.checked_jobs(command, compose.read_arguments())
     return job
 
 

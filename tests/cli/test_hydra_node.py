@@ -1,4 +1,4 @@
-"""sslcli/cli/_hydra_node.py: what a configuration may have Hydra itself call."""
+"""sslcli/cli/hydra_node.py: what a configuration may have Hydra itself call."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from command_line import SMALL, Cli
-from sslcli.cli._hydra_node import check_hydra, resolved
+from sslcli.cli.hydra_node import check_hydra, resolved
 from sslcli.errors import ConfigError
 
-ACT = "sslcli.atomic.replace"
+ACT = "sslcli.system.atomic.replace"
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from command_line import Cli, installed
-from runs import make_folder
-from sslcli.cli import _launch
-from sslcli.cli._run_dir import read_config
+from small_runs import make_folder
+from sslcli.runs import launch
+from sslcli.runs.directory import read_config
 
 SHORT = [
     "backbone.width=4",
@@ -166,7 +166,7 @@ def test_a_tilde_is_the_home_in_every_command(
     ended = cli("ssl-eval", "weights=~/deep/net.pt", *KNN, "dataset=folder", "dataset.root=~/images", *SHORT[1:3])
     assert (ended.code, ended.err) == (0, "")
     started: list[dict[str, Any]] = []
-    monkeypatch.setattr(_launch, "launch", lambda config: started.append(config) or 0)
+    monkeypatch.setattr(launch, "launch", lambda config: started.append(config) or 0)
     (work / "conf" / "dataset").mkdir(parents=True)
     (work / "conf" / "dataset" / "mine.yaml").write_text("defaults: [folder]\nroot: ~/images\ntest: images\n")
     ended = cli("ssl-train", "--config-dir=~/conf", "dataset=mine", "run_dir=~/r", "dataset.keep_dir=~/k", *SHORT)

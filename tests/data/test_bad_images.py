@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from sslcli.data.bad_images import BadImage, BadImages, TooManyBadImages
-from sslcli.data.files import Flat
-from sslcli.data.sources import Source, replacement
+from sslcli.data.sources.base import Source, replacement
+from sslcli.data.sources.files import Flat
 
 
 def photo(path: Path, *, size: tuple[int, int] = (40, 30)) -> Path:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sslcli.data import rng
 from sslcli.data.crops import RESAMPLE, Request, ViewCrops
-from sslcli.data.files import Flat
-from sslcli.data.shapes import Nuisances, draw
-from sslcli.data.views import Views
+from sslcli.data.sources.files import Flat
+from sslcli.data.sources.shapes import Nuisances, draw
+from sslcli.data.views.views import Views
 
 SEED, COUNT = 3, 12
 

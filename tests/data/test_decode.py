@@ -6,7 +6,7 @@ from PIL import Image
 
 from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import Encoded, Pixels, decode, decode_jpeg, open_file
-from sslcli.data.files import Flat
+from sslcli.data.sources.files import Flat
 
 
 def pixel(path: Path, at=(0, 0)):

@@ -6,14 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sslcli.data import augment
 from sslcli.data.bad_images import TooManyBadImages
 from sslcli.data.crops import ViewCrops
-from sslcli.data.files import Folder
 from sslcli.data.loader import Loader, plain_batches
 from sslcli.data.order import epoch_order
-from sslcli.data.sources import Shapes, Source
-from sslcli.data.views import Views
+from sslcli.data.sources.base import Shapes, Source
+from sslcli.data.sources.files import Folder
+from sslcli.data.views import augment
+from sslcli.data.views.views import Views
 from sslcli.errors import ConfigError
 
 VIEWS = [{"count": 2, "crop_scale": [0.3, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1], "grayscale": 0.2}]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 from torch.utils.data import Dataset
 
-from sslcli.data.sources import Source
+from sslcli.data.sources.base import Source
 from sslcli.data.workers import batches_of, check_shared_memory, list_of, workers_that_pay
 from sslcli.errors import ConfigError, ProcessLost, TrainingFailed
 
@@ -89,7 +89,7 @@ def test_workers_end_with_a_reader_that_stops_in_the_midst() -> None:
     [
         (KeyError("mine"), Failing, ConfigError, r"test_workers.Failing failed while images were read .*KeyError"),
         (RuntimeError("timed out"), Failing, ConfigError, r"RuntimeError: timed out(?s:.)*Traceback"),
-        (KeyError("ours"), Source, TrainingFailed, r"sslcli.data.sources.Source failed .*(?s:.)*in __getitem__"),
+        (KeyError("ours"), Source, TrainingFailed, r"sslcli.data.sources.base.Source failed .*(?s:.)*in __getitem__"),
         (MemoryError(), Failing, TrainingFailed, r"not enough memory .* lower dataset.workers"),
         (ConfigError("wrong"), Failing, ConfigError, r"^wrong$"),
     ],

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
 from processes import Pair
-from sslcli.decoder import check_images, psnr
 from sslcli.errors import ConfigError
 from sslcli.methods.autoencoder import CORRUPTIONS, LOSSES, Autoencoder, patch_statistics, reconstruction_loss
 from sslcli.methods.base import Batch
-from sslcli.nn import SyncBatchNorm
+from sslcli.nn.decoder import check_images, psnr
+from sslcli.nn.modules import SyncBatchNorm
 from tiny import TinyNet
 
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
 from processes import Pair
-from sslcli import distributed
 from sslcli.backbones.resnet import ResNet
 from sslcli.backbones.small import Small
 from sslcli.backbones.vit import VisionTransformer
+from sslcli.distributed import collectives
 from sslcli.methods.base import Batch
 from sslcli.methods.cmc import CMC, Encoders, in_batch
-from sslcli.nn import SyncBatchNorm
+from sslcli.nn.modules import SyncBatchNorm
 from tiny import TinyNet
 
 N = 18  # images of the training set
@@ -324,7 +324,7 @@ def test_every_part_is_trained_and_every_batchnorm_is_synchronised() -> None:
 
 
 def part_of(rows: Tensor) -> Tensor:
-    return rows.chunk(distributed.world_size())[distributed.rank()]
+    return rows.chunk(collectives.world_size())[collectives.rank()]
 
 
 def train_on_a_part(
@@ -340,8 +340,8 @@ def train_on_a_part(
         method.zero_grad()
         found["loss"].backward()
         method.after_step(0.0)
-        losses.append(distributed.all_reduce_mean(found["loss"]))
-    gradients = [distributed.all_reduce_mean(p.grad) for p in method.parameters() if p.grad is not None]
+        losses.append(collectives.all_reduce_mean(found["loss"]))
+    gradients = [collectives.all_reduce_mean(p.grad) for p in method.parameters() if p.grad is not None]
     return method.state_dict(), torch.stack(losses), gradients
 
 

@@ -14,7 +14,7 @@ from sslcli.backbones.vit import VisionTransformer
 from sslcli.methods.cpc import CPC, CPCv2, PatchPrediction, full_contrast, own_places, sampled_contrast
 from sslcli.methods.cpc_context import CONTEXTS, context_network
 from sslcli.methods.cpc_patches import PatchAugmentation, patch_size, patchify
-from sslcli.noise import Noise
+from sslcli.nn.noise import Noise
 from tiny import TinyNet, make_batch
 
 KINDS = {"v1": CPC, "v2": CPCv2}

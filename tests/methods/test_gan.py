@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
 from processes import Pair
-from sslcli.distributed import rank
+from sslcli.distributed.collectives import rank
+from sslcli.engine.optim import parameter_groups
 from sslcli.methods.dcgan import DCGAN
 from sslcli.methods.gan import aside, deceiver_loss, discriminator_loss, distance, gradient_penalty
-from sslcli.nn import SyncBatchNorm
-from sslcli.optim import parameter_groups
+from sslcli.nn.modules import SyncBatchNorm
 from tiny import TinyNet
 
 

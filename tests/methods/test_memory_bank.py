@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
 from processes import Pair
-from sslcli import distributed
-from sslcli.evaluate.knn import knn
+from sslcli.distributed import collectives
+from sslcli.evaluation.knn import knn
 from sslcli.methods.bank import DENSE, EPS, Bank, log_normalizer, nce, own_row_wins, sampled_softmax, scores, write
 from sslcli.methods.base import Batch
 from sslcli.methods.memory_bank import MemoryBank
@@ -336,10 +336,10 @@ def bank_of_a_part(
     losses = []
     for batch in batches:
         view, index, label = (
-            rows.chunk(distributed.world_size())[distributed.rank()]
+            rows.chunk(collectives.world_size())[collectives.rank()]
             for rows in (batch.views[0], batch.index, batch.label)
         )
-        losses.append(distributed.all_reduce_mean(step(method, Batch([view], index, label))))
+        losses.append(collectives.all_reduce_mean(step(method, Batch([view], index, label))))
     return method.bank.rows, method.log_z, torch.stack(losses)
 
 

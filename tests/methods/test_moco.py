@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
-from sslcli.losses import info_nce
 from sslcli.methods.base import Batch
 from sslcli.methods.moco import MoCo, enqueue
-from sslcli.nn import SplitBatchNorm
+from sslcli.nn.contrastive import info_nce
+from sslcli.nn.modules import SplitBatchNorm
 from tiny import TinyNet, make_batch
 
 

@@ -15,7 +15,7 @@ from typing import TextIO
 
 import pytest
 
-from runs import SSL_TRAIN
+from small_runs import SSL_TRAIN
 from sslcli.report import terminal
 from sslcli.report.terminal import Terminal, guard_terminal
 

@@ -1,0 +1,80 @@
+"""Check Hydra's own part of a configuration for names that Hydra would call.
+
+Hydra builds whatever `hydra.callbacks` names, Optuna's sweeper whatever its `sampler` names, and Python's logging
+whatever a handler names. None of that passes through our own checks of `_target_`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from sslcli.config.plugins import plugins
+from sslcli.errors import ConfigError
+
+ALLOWED = (  # by the path of a name inside `hydra`: what it may be without trust
+    (r"(launcher|sweeper)\._target_", r"hydra_plugins\.[\w.]+|hydra\._internal\.core_plugins\.[\w.]+"),
+    (r"sweeper\.(sampler|pruner)\._target_", r"optuna\.(samplers|pruners)\.\w+"),
+    (
+        r"(job|hydra)_logging\..*",
+        r"logging\.(handlers\.)?\w*(Handler|Formatter|Filter)|colorlog\.ColoredFormatter|ext://sys\.std(out|err)",
+    ),
+)
+SECTIONS = ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging")  # that name code
+CALLED = ("_target_", "()", "class", "queue", "listener", "custom_search_space")  # keys whose values name code
+
+
+def check_hydra(own: Any, trust: Iterable[str]) -> None:
+    """Raise ConfigError where Hydra's node, as plain values, names code outside of Hydra that no `trust` covers."""
+    packages = [*plugins(), *trust]
+    for path, name in named_code("", own):
+        allowed = any(re.fullmatch(place, path) and re.fullmatch(names, name) for place, names in ALLOWED)
+        if not allowed and not any(name.removeprefix("ext://").startswith(f"{package}.") for package in packages):
+            raise ConfigError(
+                f"hydra.{path} is {name!r}, which Hydra would call, but it lies in no trusted package: leave it out. "
+                f"If you know that package, add trust=[{name.removeprefix('ext://').split('.')[0]}]"
+            )
+
+
+def resolved(node: Any, only: Iterable[str] | None = None) -> Any:
+    """Return a node as plain values, its interpolations resolved; those that cannot be resolved yet stay as written.
+
+    Args:
+        node: a node of OmegaConf, or a plain value.
+        only: of a mapping, the keys that are wanted; None = all.
+    """
+    if not isinstance(node, (DictConfig, ListConfig)):
+        return node
+    found: dict[Any, Any] = {}
+    keys: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
+    wanted: Iterable[Any] = keys if only is None else [key for key in only if key in node]
+    for key in wanted:
+        try:
+            found[key] = resolved(node[key])
+        except OmegaConfBaseException:
+            found[key] = str(node._get_node(key))
+    return found
+
+
+def is_reference(path: str, text: str) -> bool:
+    """Whether logging would import what a text names, or a callback is an interpolation that nobody can read yet."""
+    if path.partition(".")[0] == "callbacks":
+        return "${" in text
+    return path.startswith(("job_logging.", "hydra_logging.")) and text.startswith("ext://")
+
+
+def named_code(where: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Path and value of every text that names something to be called."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        path = f"{where}.{key}" if where else str(key)
+        if isinstance(inner, str) and (
+            is_reference(path, inner) or (key in CALLED and ("." in inner or "${" in inner))
+        ):
+            yield path, inner
+        else:
+            yield from named_code(path, inner)

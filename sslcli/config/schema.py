@@ -1,0 +1,253 @@
+"""The second look at a composed configuration, which Hydra does not take: unknown keys, wrong types, wrong ranges."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from sslcli.cli.help import folder_of_conf
+from sslcli.config.annotations import fits, words
+from sslcli.config.plugins import plugins
+from sslcli.config.settings import (
+    LARGEST_SEED,
+    EvalSettings,
+    ExportSettings,
+    MonitorSettings,
+    RunSettings,
+    SweepSettings,
+    TrainSettings,
+    check_range,
+    seconds,
+)
+from sslcli.config.signatures import GIVEN, INJECTED, parameters_of
+from sslcli.errors import ConfigError, nearest
+from sslcli.runs.slurm.script import SlurmSettings
+
+GROUPS = {  # of each command; those that may be left out are in OPTIONAL
+    "train": ("method", "dataset", "backbone", "views", "optimizer", "launcher", "monitor", "mixture", "experiment"),
+    "eval": ("protocol", "dataset", "backbone"),
+    "export": (),
+}
+OPTIONAL = {"train": ("mixture", "experiment"), "eval": ("dataset", "backbone"), "export": ()}
+BUILT = ("method", "dataset", "backbone", "views", "optimizer", "protocol")  # have a `_target_`
+PLAIN: dict[str, type] = {
+    "train": RunSettings,
+    "eval": EvalSettings,
+    "export": ExportSettings,
+}  # the keys that stand alone
+LAUNCHER_KEYS = {
+    "local": {"kind": "str", "timeout": "str | float", "threads": "int | None"},
+    "multi": {
+        "kind": "str",
+        "threads": "int | None",
+        "processes": "int | None",
+        "max_restarts": "int",
+        "timeout": "str | float",
+    },
+    "slurm": {f.name: str(f.type) for f in fields(SlurmSettings)},
+}
+HEADER = "a yaml that sets keys outside its own group begins with the line: # @package _global_"
+
+
+def check(command: str, config: dict[str, Any]) -> None:
+    """Raise ConfigError, naming the key, what is allowed and the nearest name, unless the configuration is sound."""
+    plain = [f.name for f in fields(PLAIN[command])]
+    sections = ["train", "sweep"] if command == "train" else []
+    if "experiment" in config:
+        raise ConfigError(
+            f"the chosen experiment sets nothing but keys below `experiment`, which mean nothing: {HEADER}"
+        )
+    if "mixture" in config:
+        raise ConfigError(
+            "nothing reads keys below `mixture`: on the command line write method.mixture.KEY, "
+            "and begin a yaml of your own with the line: # @package method.mixture"
+        )
+    check_keys("", config, [*plain, *sections, *GROUPS[command]])
+    trust = trusted_by(config.get("trust", []))
+    for where, target in targets("", config):
+        check_target(target, trust, where)
+    settings(PLAIN[command], {name: config[name] for name in plain if name in config}, "")
+    for group in GROUPS[command]:
+        if config.get(group) is not None or group not in OPTIONAL[command]:
+            check_group(group, config.get(group))
+    if command == "train":
+        settings(TrainSettings, config.get("train"), "train")
+        settings(MonitorSettings, config["monitor"], "monitor")
+        settings(SweepSettings, config.get("sweep"), "sweep")
+        launcher(config["launcher"])
+        check_split(config["train"], config["launcher"])
+
+
+def trusted_by(value: Any) -> list[str]:
+    """The value of `trust` as a list of package names. Raises ConfigError where it is none."""
+    if not fits(value, "list[str]") or not all(value):
+        raise ConfigError(f"trust is {value!r}, but it must be a list of package names, as in trust=[torch,mypackage]")
+    return list(value)
+
+
+def trusted_packages(trust: Iterable[str]) -> list[str]:
+    """Packages whose classes a `_target_` may name: ours, torch.optim, announced plugins, and those the user trusts."""
+    return ["sslcli", "torch.optim", *plugins(), *trust]
+
+
+def check_target(target: Any, trust: Iterable[str], where: str) -> None:
+    """Raise ConfigError unless `target` lies in a trusted package."""
+    packages = trusted_packages(trust)
+    if not isinstance(target, str) or "." not in target:
+        raise ConfigError(f"{where} is {target!r}, but it must be the dotted name of a class, as in mypackage.MyClass")
+    if not any(target.startswith(package + ".") for package in packages):
+        raise ConfigError(
+            f"{where} is {target!r}, but classes are built only from trusted packages: {', '.join(packages)}. If you "
+            f"know that package, add trust=[{target.split('.')[0]}]"
+        )
+
+
+def targets(where: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Every `_target_` with its path, however deep, in lists too. Raises ConfigError for a value left to be given."""
+    if value == "???":
+        raise ConfigError(f"{where} has no value, but it must be given: {where}=...")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            path = f"{where}.{key}" if where else str(key)
+            if key == "_target_":
+                yield path, inner
+            else:
+                yield from targets(path, inner)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from targets(f"{where}.{number}", inner)
+
+
+def check_group(group: str, node: Any) -> None:
+    """Raise ConfigError unless a group came to a mapping, with a `_target_` where something is built from it."""
+    if node is None:
+        raise ConfigError(f"{group} is missing: choose one with {group}=...")
+    if group in BUILT:
+        check_has_target(group, node)
+        check_node(group, node)
+    elif not isinstance(node, dict):
+        raise ConfigError(f"{group} is {node!r}, but it must be a mapping of keys to values")
+
+
+def check_has_target(where: str, node: Any) -> None:
+    """Raise ConfigError unless a node is a mapping that names its class in `_target_`."""
+    if not isinstance(node, dict):
+        raise ConfigError(f"{where} is {node!r}, but it must be a mapping of keys to values")
+    if "_target_" not in node:
+        raise ConfigError(f"{where} has no _target_, the name of its class; {HEADER}")
+
+
+def check_node(where: str, node: dict[str, Any]) -> None:
+    """Check the keys and types of a node with a `_target_`, and of the nodes inside it."""
+    for name, value in node.items():
+        if isinstance(value, dict) and "_target_" in value:
+            check_node(f"{where}.{name}", value)
+    target = node["_target_"]
+    parameters = parameters_of(target)
+    if parameters is None:
+        if target.startswith("sslcli."):
+            raise ConfigError(f"{where}._target_ is {target!r}, but there is no such class in sslcli")
+        return
+    if where == "method":
+        check_mixture(node, takes_one="mixture" in parameters)
+    given = {name: value for name, value in node.items() if name != "_target_"}
+    handed_over = {"method": INJECTED, "optimizer": GIVEN}.get(where, ())
+    allowed = {name: parameter.annotation for name, parameter in parameters.items() if name not in handed_over}
+    check_keys(where, given, allowed)
+    check_types(where, given, allowed)
+    if "seed" in allowed:
+        check_range(f"{where}.seed", given.get("seed"), least=0, most=LARGEST_SEED)
+    missing = [name for name in allowed if parameters[name].required and name not in given]
+    if missing:
+        raise ConfigError(lacks(where, missing))
+
+
+def check_mixture(method: dict[str, Any], *, takes_one: bool) -> None:
+    """Raise ConfigError where a method is given a mixture it does not take, or something that is none."""
+    mixture = method.get("mixture")
+    if mixture is not None and not takes_one:
+        files = sorted((folder_of_conf() or Path()).glob("method/*.yaml"))
+        takers = [path.stem for path in files if re.search(r"^  mixture:", path.read_text("utf-8"), re.MULTILINE)]
+        raise ConfigError(
+            f"method.mixture: {method['_target_']} takes no mixture. Methods that take one: {', '.join(takers)}"
+        )
+    if isinstance(mixture, str):
+        raise ConfigError(f"method.mixture is {mixture!r}, but a mixture is chosen without `method`: mixture={mixture}")
+
+
+def lacks(where: str, names: list[str]) -> str:
+    """The message for keys that must be there and are not."""
+    path = f"{where}.{names[0]}" if where else names[0]
+    return f"{where or 'the configuration'} lacks {', '.join(names)}: give it with {path}=..."
+
+
+def unknown(where: str, key: str, known: Iterable[str]) -> str:
+    """The message for a key that does not exist."""
+    names = sorted(str(name) for name in known)
+    path = f"{where}.{key}" if where else key
+    return (
+        f"{path}: there is no such key.{nearest(key, names)} "
+        f"Known{f' in {where}' if where else ''}: {', '.join(names) or 'none'}"
+    )
+
+
+def check_keys(where: str, node: dict[str, Any], known: Iterable[str]) -> None:
+    """Raise ConfigError for a key that is not known."""
+    names = set(known)
+    for key in node:
+        if key not in names:
+            raise ConfigError(unknown(where, str(key), names))
+
+
+def check_types(where: str, node: dict[str, Any], annotations: dict[str, str]) -> None:
+    """Raise ConfigError for a value that cannot be what the annotation says."""
+    for key, value in node.items():
+        path = f"{where}.{key}" if where else key
+        if key in annotations and not fits(value, annotations[key]):
+            as_text = isinstance(value, (int, float)) and fits(str(value), annotations[key])
+            quoted = f""". To mean the text, write {path}='"{value}"'""" if as_text else ""
+            raise ConfigError(f"{path} is {value!r}, but it must be {words(annotations[key])}{quoted}")
+
+
+def settings(kind: type, node: Any, where: str) -> Any:
+    """An instance of a settings class from a node."""
+    annotations = {f.name: str(f.type) for f in fields(kind)}
+    if not isinstance(node, dict):
+        raise ConfigError(f"{where} is {node!r}, but it must hold the keys: {', '.join(annotations)}")
+    check_keys(where, node, annotations)
+    check_types(where, node, annotations)
+    missing = [f.name for f in fields(kind) if f.name not in node and f.default is MISSING]
+    if missing:
+        raise ConfigError(lacks(where, missing))
+    return kind(**node)
+
+
+def launcher(node: dict[str, Any]) -> None:
+    """Check the keys of a launcher."""
+    kind = node.get("kind")
+    if kind not in LAUNCHER_KEYS:
+        names = ", ".join(LAUNCHER_KEYS)
+        raise ConfigError(f"launcher.kind is {kind!r}, but it must be one of: {names}")
+    check_keys("launcher", node, LAUNCHER_KEYS[kind])
+    check_types("launcher", node, LAUNCHER_KEYS[kind])
+    for name, least in {"threads": 1, "processes": 1, "max_restarts": 0}.items():
+        check_range(f"launcher.{name}", node.get(name), least=least)
+    if kind == "slurm":
+        settings(SlurmSettings, node, "launcher")
+    check_range("launcher.timeout", seconds("launcher.timeout", node["timeout"]), above=0)
+
+
+def check_split(train: dict[str, Any], node: dict[str, Any]) -> None:
+    """Raise ConfigError where the batch does not split over the processes of a job, before it waits in a queue."""
+    if node["kind"] == "slurm":
+        job = SlurmSettings(**node)
+        processes = job.nodes * job.processes
+        if train["batch_size"] % (processes * train["accumulate"]):
+            raise ConfigError(
+                f"train.batch_size is {train['batch_size']}, but it must split evenly into {train['accumulate']} "
+                f"micro-batches on {processes} processes ({job.nodes} nodes with {job.processes} each): choose a "
+                f"multiple of {processes * train['accumulate']}"
+            )

@@ -1,0 +1,190 @@
+"""What is in a shard, and the bytes of its images: tar archives laid out as WebDataset does, and parquet files.
+
+    cats-0000.tar   a/001.jpg a/001.cls a/002.jpg a/002.cls ...   files of one image have one name up to the first dot
+    cats-0000.parquet   a column of images, one of labels, in row groups
+
+A shard is read through fsspec, so it may lie on this disk or at any address that fsspec knows. An index tells where
+each image begins, so a process reads what it needs and skips the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sslcli.data.sources.columns import AUTO, LABEL_NAMES, Column, columns_of, image_column, label_column
+from sslcli.data.sources.labels import Value, plain
+from sslcli.data.sources.scan import EXTENSIONS
+from sslcli.errors import ConfigError
+
+ENDINGS = (".tar", ".parquet")
+_BLOCK = 512  # bytes, of a tar archive
+Sample = dict[str, tuple[int, int]]  # begin and size in bytes of the files of an image, by what follows the first dot
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a set: its address, its size in bytes, and a text that changes when it is written anew."""
+
+    url: str
+    size: int
+    stamp: str
+
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+        return self.url.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What is in one shard of n images.
+
+    Attributes:
+        labels: (n,) as they stand there; None = unknown. classes: their names, where the shard tells.
+        starts, sizes: (n,) bytes, of the images of a tar archive; empty for parquet.
+        groups: (g,) rows of each row group of a parquet file; empty for tar.
+        image: the column or ending of the images.
+    """
+
+    labels: list[Value]
+    image: str
+    classes: list[str] = field(default_factory=list)
+    starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    sizes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    groups: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def index_of(file: IO[bytes], shard: Shard, *, image: str, label: str | None) -> Index:
+    """Go through a shard once. `image`, `label`: as `HfStream` takes them.
+
+    Raises ConfigError for a shard that is cut short, damaged, empty or lacks what is asked for.
+    """
+    read = _index_tar if shard.url.endswith(".tar") else _index_parquet
+    index = read(file, shard, image=image, label=label)
+    if len(index) == 0:
+        raise ConfigError(f"{shard.url} holds no images: remove it")
+    return index
+
+
+def _index_tar(file: IO[bytes], shard: Shard, *, image: str, label: str | None) -> Index:
+    labels: list[Value] = []
+    places, ending = [], image
+    for key, sample in _samples(file, shard):
+        where = f"{shard.url} ({key})"
+        images = [name for name in sample if image in (AUTO, name) and name.rpartition(".")[2] in EXTENSIONS]
+        ending = images[0] if len(images) == 1 else image_column(_columns(sample, file), image, where=where)
+        places.append(sample[ending])
+        labels.append(_label(sample, file, label, where=where))
+    starts, sizes = np.array(places, np.int64).reshape(-1, 2).T
+    return Index(labels, ending, [], starts, sizes)
+
+
+def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
+    """The name of each image up to the first dot, and its files."""
+    before, sample = "", Sample()
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # or they pile up
+                folder, _, name = member.name.rpartition("/")
+                stem, _, ending = name.partition(".")
+                if not (member.isfile() and stem and ending):
+                    continue
+                key = f"{folder}/{stem}" if folder else stem
+                if sample and (key != before or ending.lower() in sample):
+                    yield before, sample
+                    sample = Sample()
+                before = key
+                sample[ending.lower()] = (member.offset_data, member.size)
+            file.seek(tar.offset)
+            end = file.read(_BLOCK)
+    except (tarfile.TarError, EOFError) as error:
+        raise _damaged(shard, str(error)) from error
+    if len(end) < _BLOCK or any(end):  # tarfile takes anything for the end
+        raise _damaged(shard, "the end of the archive is missing")
+    if sample:
+        yield before, sample
+
+
+def _columns(sample: Sample, file: IO[bytes]) -> dict[str, Column]:
+    """The files of an image as columns, and the fields of its JSON where no file is the label."""
+    columns = {name: Column(image=name.rpartition(".")[2] in EXTENSIONS) for name in sample}
+    if "json" in sample and not any(name in sample for name in LABEL_NAMES):
+        columns |= {name: Column() for name in _read_json(sample, file) if name not in columns}
+    return columns
+
+
+def _label(sample: Sample, file: IO[bytes], wanted: str | None, *, where: str) -> Value:
+    """The content of the file that is the label, or the field of the JSON."""
+    name = next((name for name in LABEL_NAMES if name in sample), None) if wanted == AUTO else wanted
+    if name is None and wanted == AUTO and "json" in sample:
+        name = label_column(_columns(sample, file), AUTO, where=where)
+    if name is None:
+        return None
+    if name in sample:
+        text = str(plain(_read(sample[name], file), where=f"{name} of {where}")).strip()
+        return int(text) if re.fullmatch(r"-?\d+", text) else text
+    fields = _read_json(sample, file) if "json" in sample else {}
+    if name not in fields:
+        label_column({**_columns(sample, file), **{key: Column() for key in fields}}, name, where=where)
+    return plain(fields[name], where=f"{name} of {where}")
+
+
+def _read(place: tuple[int, int], file: IO[bytes]) -> bytes:
+    file.seek(place[0])
+    return file.read(place[1])
+
+
+def _read_json(sample: Sample, file: IO[bytes]) -> dict[str, Any]:
+    try:
+        fields = json.loads(_read(sample["json"], file))
+    except ValueError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _index_parquet(file: IO[bytes], shard: Shard, *, image: str, label: str | None) -> Index:
+    with open_parquet(file, shard) as parquet:
+        columns = columns_of(parquet.schema_arrow)
+        image = image_column(columns, image, where=shard.url)
+        label = label_column(columns, label, where=shard.url)
+        groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+        labels: list[Value] = [None] * sum(groups)
+        if label is not None:
+            values = parquet.read(columns=[label], use_threads=False).column(0).to_pylist()
+            labels = [plain(value, where=f"column {label!r} of {shard.url}") for value in values]
+    classes = [] if label is None else list(columns[label].classes)
+    return Index(labels, image, classes, groups=np.array(groups, np.int64))
+
+
+def open_parquet(file: IO[bytes], shard: Shard) -> Any:
+    """A parquet file by pyarrow, which is imported here. Raises ConfigError where it is none or pyarrow is missing."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            f'parquet files are read by pyarrow, which cannot be imported ({error}): pip install "sslcli[hf]"'
+        ) from error
+    try:
+        return pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(shard, str(error)) from error
+
+
+def _damaged(shard: Shard, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{shard.url} is cut short or damaged ({(reason or 'no reason given').splitlines()[0]}): fetch or write it "
+        f"again, or leave it out of dataset.path ({os.path.splitext(shard.name)[1]} shards must be whole)"
+    )

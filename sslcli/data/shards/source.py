@@ -1,0 +1,178 @@
+"""Sets of shards that need not fit on the disk: parquet files and WebDataset tar archives, here or at an address.
+
+conf/dataset/hf_stream.yaml. An index (`sslcli.data.shards.index`) makes the images of all shards one position space, so
+that labels, splits and resumption are those of every other set. A layout (`sslcli.data.order`) lets each process and
+worker go through shards of its own from their beginning to their end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslcli.data import rng
+from sslcli.data.decode import Encoded
+from sslcli.data.order import Layout, layout_of
+from sslcli.data.shards.formats import Index, Shard
+from sslcli.data.shards.index import default_cache, find_shards, indices_of, unreadable
+from sslcli.data.shards.reader import ShardReader
+from sslcli.data.sources.base import Source, check_flag, digest
+from sslcli.data.sources.file_status import hash_of
+from sslcli.data.sources.labels import Labels, as_labels
+from sslcli.data.sources.records import UNKNOWN, Records, Tell, code_of, label_codes, make_records
+from sslcli.errors import ConfigError, check_positive
+
+
+class HfStream(Source):
+    """A set of shards.
+
+    Args:
+        path: shards, folders of shards, patterns such as "data/train-*.tar", ranges such as "train-{000..127}.tar", or
+            addresses such as "s3://bucket/train-*.parquet"; one or a list.
+        test: the same for the official test split, or None.
+        image, label: the columns of parquet, or what follows the first dot of the names in a tar archive; label may be
+            a field of the JSON there. "auto" finds them. label None: no labels.
+        lanes: shards that are read side by side by all processes and workers, at least 1.
+        buffer: images in all shuffle buffers together, at least 1.
+        cache: the folder for what is known of the shards; None = that of the user.
+        scaled_decode: see `Source`. common: the keywords of `Source`.
+
+    Positions go through the shards by address, those of `test` last.
+
+    Raises ConfigError for shards that are absent, cannot be read, are damaged, or lack a column.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | os.PathLike[str] | list[str],
+        test: str | os.PathLike[str] | list[str] | None = None,
+        image: str = "auto",
+        label: str | None = "auto",
+        lanes: int = 16,
+        buffer: int = 4096,
+        cache: str | os.PathLike[str] | None = None,
+        scaled_decode: bool = True,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.scaled_decode = check_flag("scaled_decode", scaled_decode)
+        check_positive(**{"dataset.lanes": lanes, "dataset.buffer": buffer})
+        self.lanes, self.buffer = lanes, buffer
+        pool = find_shards(path, key="dataset.path")
+        official = [] if test is None else find_shards(test, key="dataset.test")
+        for shard in official:
+            if shard in pool:
+                raise ConfigError(f"{shard.url} is in dataset.path and in dataset.test: leave it out of one of them")
+        folder = default_cache() if cache is None else Path(cache).expanduser()
+        indices = indices_of([*pool, *official], folder, image=image, label=label)
+        self.name = pool[0].name.partition(".")[0] if len(pool) == 1 else Path(pool[0].url).parent.name
+        self.reader = ShardReader([*pool, *official], indices)
+        self.labels, self.classes = as_labels(labels_of([*pool, *official], indices, num_pool=len(pool)))
+        num_pool = sum(map(len, indices[: len(pool)]))
+        hashes = hashes_of(pool, list(map(len, indices)))
+        self.split(hashes, labelled=self.labels[:num_pool] >= 0, num_test=len(self.labels) - num_pool)
+
+    @property
+    def layout(self) -> Layout:
+        """Where the training images lie, whose positions must ascend."""
+        train = self.splits["train"].numpy()
+        shard, chunk = (torch.from_numpy(of(train)) for of in (self.reader.shard_of, self.reader.chunk_of))
+        return layout_of(shard, chunk, lanes=self.lanes, buffer=self.buffer)
+
+    def hold(self, positions: Tensor) -> None:
+        """Fetch what these (n,) positions are read with; it stays until it is released."""
+        self.reader.hold(positions)
+
+    def release(self, positions: Tensor) -> None:
+        """Let go of what these (n,) positions were read with."""
+        self.reader.release(positions)
+
+    def open(self, position: int) -> Encoded:
+        """The image at `position`. Raises BadImage for what is none, ConfigError for a lost shard."""
+        return Encoded(self.reader.content(position), self.path(position))
+
+    def path(self, position: int) -> str:
+        """The shard and the number of the image in it."""
+        shard, number = self.reader.place(position)
+        return f"{self.reader.shards[shard].url}[{number}]"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits: sha256 of the name, size and number of images of each shard, and of the labels."""
+        counts = np.diff(self.reader.ends, prepend=0).tolist()
+        rows = [repr((s.name, s.size, count)).encode() for s, count in zip(self.reader.shards, counts, strict=True)]
+        return digest((*rows, repr(self.classes).encode(), self.labels.numpy().tobytes()))
+
+    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
+        """Return one record per shard, labelled with the labels of all its images."""
+        shards, ends = self.reader.shards, self.reader.ends.tolist()
+        codes = label_codes(self.labels, self.classes)
+        labels = [code_of(codes[a:b].tobytes()) for a, b in zip([0, *ends], ends, strict=False)]
+        hashes = np.full(len(shards), UNKNOWN, np.uint64)
+        if contents:
+            for number, shard in enumerate(shards):
+                hashes[number] = hash_of_shard(shard)
+                if tell is not None:
+                    tell(number + 1, len(shards))
+        return make_records(
+            (shard.name.encode("utf-8", "surrogateescape") for shard in shards),
+            np.array(labels, np.int64),
+            sizes=np.array([shard.size for shard in shards], np.int64),
+            stamps=np.array([code_of(shard.stamp.encode()) if shard.stamp else 0 for shard in shards], np.int64),
+            contents=hashes,
+            unit="shards",
+        )
+
+
+def labels_of(shards: Sequence[Shard], indices: Sequence[Index], *, num_pool: int) -> list[Labels]:
+    """The labels of each shard, those behind the first `num_pool` being of the official test split.
+
+    Warns if some shards have labels and others have none.
+    """
+    without = [s.url for s, index in zip(shards, indices, strict=True) if all(v is None for v in index.labels)]
+    if 0 < len(without) < len(shards):
+        warnings.warn(
+            f"{len(without)} of {len(shards)} shards have no labels, so their images count as unlabeled: "
+            f"{', '.join(without[:3])}{', ...' if len(without) > 3 else ''}",
+            stacklevel=2,
+        )
+    return [
+        Labels(index.labels, index.classes, f"the label of {shard.url}", is_test=number >= num_pool)
+        for number, (shard, index) in enumerate(zip(shards, indices, strict=True))
+    ]
+
+
+def hash_of_shard(shard: Shard) -> int:
+    """Return a hash of all bytes of a shard. Raises ConfigError where it cannot be read."""
+    try:
+        with fsspec.open(shard.url, "rb") as file:
+            return hash_of(lambda: file.read(1 << 20))
+    except Exception as error:  # of whatever lies between us and the bytes
+        raise unreadable(shard, error) from error
+
+
+def hashes_of(shards: Sequence[Shard], lengths: Sequence[int]) -> Tensor:
+    """A hash of each image of the shards, of the shard's name and the image's number: the folder does not matter.
+
+    Further shards of the same name count as other names.
+    """
+    seen: Counter[str] = Counter()
+    parts = []
+    for shard, length in zip(shards, lengths, strict=False):
+        name = f"{shard.name} {seen[shard.name]}"
+        seen[shard.name] += 1
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+        parts.append(rng.mix(key, torch.arange(length)))
+    return torch.cat(parts)

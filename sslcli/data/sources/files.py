@@ -1,0 +1,310 @@
+"""Sets of image files: which files they are.
+
+A file is known by its path below its root, so mounting a root elsewhere changes neither split nor fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sslcli.data.decode import open_file
+from sslcli.data.decoded_cache import KeptPixels
+from sslcli.data.decoded_cache import check as check_kept
+from sslcli.data.decoded_cache import folder as kept_folder
+from sslcli.data.sources.base import Opened, Source, check_flag, digest
+from sslcli.data.sources.csv_list import read_csv
+from sslcli.data.sources.file_status import hashes_of, status_of
+from sslcli.data.sources.labels import Labels, as_labels
+from sslcli.data.sources.records import Records, Tell, label_codes, make_records
+from sslcli.data.sources.scan import Root, check_folder, no_images, parse_roots, scan, scan_classes
+
+LABEL_COLUMN = "correct it, or rename the column to use the images without labels"
+_SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
+
+
+@dataclass
+class Listing:
+    """Files in position order while a set is put together."""
+
+    names: list[str] = field(default_factory=list)  # below the root, with "/"
+    labels: list[int] = field(default_factory=list)  # -1 = unknown
+    roots: list[int] = field(default_factory=list)  # which root
+
+    def add(self, names: Sequence[str], *, label: int, root: int) -> None:
+        """Append files of one label and root."""
+        self.names += names
+        self.labels += [label] * len(names)
+        self.roots += [root] * len(names)
+
+    def sort(self) -> None:
+        """Order by name, then root."""
+        order = sorted(range(len(self.names)), key=lambda i: (self.names[i], self.roots[i]))
+        self.names = [self.names[i] for i in order]
+        self.labels = [self.labels[i] for i in order]
+        self.roots = [self.roots[i] for i in order]
+
+
+class Files(Source):
+    """Base of the file sets: names packed in arrays, which worker processes share instead of copying."""
+
+    _status: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    _hashes: NDArray[np.uint64] | None = None
+
+    def fill(
+        self,
+        pool: Listing,
+        test: Listing,
+        *,
+        name: str,
+        roots: Sequence[str],
+        classes: list[str],
+        weights: Sequence[float] = (),
+    ) -> None:
+        """Take over the files: `pool` is split into train and val, `test` is the official test split (may be empty).
+
+        name: of the set. roots: what the listings' numbers mean. weights: of the images of each root, empty = all 1.
+        """
+        names = [os.fsencode(file) for file in pool.names + test.names]
+        self.name, self.classes, self.roots = name, classes, list(roots)
+        self.labels = torch.tensor(pool.labels + test.labels, dtype=torch.int64)
+        self._names = b"".join(names)
+        self._ends = np.fromiter(accumulate(map(len, names)), np.int64, len(names))
+        self._root_of = np.array(pool.roots + test.roots, np.int64)
+        hashes = b"".join(hashlib.blake2b(file, digest_size=8).digest() for file in names[: len(pool.names)])
+        keys = torch.from_numpy(np.frombuffer(hashes, "<i8").astype(np.int64))
+        self.split(keys, labelled=self.labels[: len(keys)] >= 0, num_test=len(test.names))
+        if any(weight != 1 for weight in weights):
+            self.weights = torch.tensor(weights)[torch.from_numpy(self._root_of)[self.splits["train"]]]
+
+    def relative(self, position: int) -> str:
+        """The path below the root."""
+        start = self._ends[position - 1] if position else 0
+        return os.fsdecode(self._names[start : self._ends[position]])
+
+    def path(self, position: int) -> str:
+        """The path of the file at `position`."""
+        return os.path.join(self.roots[self._root_of[position]], self.relative(position))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits: sha256 of the relative path, size in bytes (-1 = cannot be told) and label of every file.
+
+        Asks the file system for the size of each, which takes a while for a million.
+        """
+        return digest(self._rows())
+
+    def _rows(self) -> Iterator[bytes]:
+        sizes, _ = self.status()
+        for position, (size, label) in enumerate(zip(sizes.tolist(), self.labels.tolist(), strict=True)):
+            yield os.fsencode(self.relative(position)) + f"\0{size}\0{label}".encode()
+
+    def status(self, tell: Tell | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return size and modification time of every file, as they were when this was first asked."""
+        if self._status is None:
+            self._status = status_of(self.num_files, self.file, tell)
+        return self._status
+
+    @property
+    def num_files(self) -> int:
+        """The number of files."""
+        return len(self)
+
+    def file(self, number: int) -> str:
+        """Return the path of a file by its number, in the order of the positions."""
+        return self.path(number)
+
+    def file_names(self) -> Iterator[bytes]:
+        """Yield the path of every file below its root, behind the number of the root where there are several."""
+        for position, root in enumerate(self._root_of.tolist()):
+            name = os.fsencode(self.relative(position))
+            yield name if len(self.roots) == 1 else b"%d:%b" % (root, name)
+
+    def file_labels(self) -> NDArray[np.int64]:
+        """Return the label of every file, see `label_codes`."""
+        return label_codes(self.labels, self.classes)
+
+    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
+        """Return one record per file."""
+        sizes, stamps = self.status(tell)
+        if contents and self._hashes is None:
+            self._hashes = hashes_of(self.num_files, self.file, tell)
+        hashes = self._hashes if contents else None
+        return make_records(self.file_names(), self.file_labels(), sizes=sizes, stamps=stamps, contents=hashes)
+
+
+class ImageFiles(Files):
+    """Base of the sets in which a file is an image.
+
+    Args:
+        scaled_decode: see `Source`.
+        keep_decoded: "ram" keeps what is decoded whole in memory, "disk" in a file, "none" nothing; see `kept`.
+        keep_gb: refuse to keep more than this many GB (10**9 bytes).
+        keep_dir: the folder of that file; None = that of the user.
+        common: the keywords of `Source`.
+    """
+
+    kept: KeptPixels | None = None
+
+    def __init__(
+        self,
+        *,
+        scaled_decode: bool = True,
+        keep_decoded: str = "none",
+        keep_gb: float = 8.0,
+        keep_dir: str | os.PathLike[str] | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.scaled_decode = check_flag("scaled_decode", scaled_decode)
+        check_kept(keep_decoded, keep_gb)
+        self.keep_decoded, self.keep_gb = keep_decoded, keep_gb
+        self.keep_dir = keep_dir
+
+    def fill(self, pool: Listing, test: Listing, **told: Any) -> None:
+        """As `Files.fill`; also makes room for what is to be kept."""
+        super().fill(pool, test, **told)
+        if self.keep_decoded != "none":
+            used = torch.cat(list(self.splits.values())).sort().values
+            folder = kept_folder(self.keep_dir) if self.keep_decoded == "disk" else None
+            self.kept = KeptPixels(self.path, used, folder=folder, name=self.name, gigabytes=self.keep_gb)
+
+    def open(self, position: int) -> Opened:
+        """The image at `position`."""
+        return open_file(self.path(position)) if self.kept is None else self.kept.open(position)
+
+
+class Folder(ImageFiles):
+    """Class folders: `root/<class>/**/<image>`; the label is the name of the folder.
+
+    Args:
+        root: a folder, a list of folders, or a mapping from folder to weight: 2.0 shows each of its training images
+            twice an epoch, 0.5 half of them. The classes of several roots are merged by name.
+        test: a folder of class folders that is the official test split, or None.
+        common: the keywords of `ImageFiles`.
+
+    Raises ValueError for a root that is absent, no folder, unreadable or without images. Class folders without images
+    are left out, and loose images beside them ignored, each with a warning.
+    """
+
+    def __init__(self, *, root: Root, test: str | os.PathLike[str] | None = None, **common: Any) -> None:
+        super().__init__(**common)
+        roots = parse_roots(root)
+        found = [scan_classes(folder) for folder in roots]
+        classes = sorted(set().union(*found))
+        if all(name.lower() in _SPLIT_NAMES for name in classes):
+            likely = os.path.join(next(iter(roots)), classes[-1 if "train" in classes[-1].lower() else 0])
+            raise ValueError(
+                f"the class folders in {', '.join(roots)} are {', '.join(classes)}, which look like splits: set "
+                f"dataset.root={likely}, and dataset.test to the folder of the test split"
+            )
+        label = {name: number for number, name in enumerate(classes)}
+        pool, official = Listing(), Listing()
+        for number, groups in enumerate(found):
+            for name, files in groups.items():
+                pool.add(files, label=label[name], root=number)
+        if test is not None:
+            test = os.path.expanduser(test)
+            check_folder(test, key="dataset.test")
+            for name, files in scan_classes(test).items():
+                if name not in label:
+                    raise ValueError(
+                        f"{test} has the class folder {name!r}, which {', '.join(roots)} has not: remove it"
+                    )
+                official.add(files, label=label[name], root=len(roots))
+        pool.sort()
+        official.sort()
+        places = [*roots, *([] if test is None else [test])]
+        weights = [*roots.values(), 1.0]
+        self.fill(pool, official, name=base_name(roots), roots=places, classes=classes, weights=weights)
+
+
+class ImageNet(Folder):
+    """ImageNet-1k as class folders: `root/train/<wnid>/`, and the official validation set, `root/val/<wnid>/`, as test.
+
+    Args:
+        root: the folder that holds both. common: the keywords of `ImageFiles`.
+
+    Raises ValueError if either is absent; torchvision cannot download this set.
+    """
+
+    def __init__(self, *, root: str | os.PathLike[str], **common: Any) -> None:
+        root = os.path.expanduser(root)
+        train, val = os.path.join(root, "train"), os.path.join(root, "val")
+        for folder in (train, val):
+            if not os.path.isdir(folder):
+                raise ValueError(
+                    f"there is no folder {os.path.abspath(folder)}: dataset.root must hold train/ and val/, each with "
+                    "one folder a class (n01440764, ...). Get the archives from image-net.org and unpack them there, "
+                    "or use dataset=folder for class folders of another layout"
+                )
+        super().__init__(root=train, test=val, **common)
+        self.name = "imagenet"
+
+
+class Flat(ImageFiles):
+    """Unlabelled images at any depth below one or several roots; nothing is held out.
+
+    Args:
+        root: as for `Folder`. common: the keywords of `ImageFiles`.
+
+    Raises ValueError as `Folder`.
+    """
+
+    def __init__(self, *, root: Root, **common: Any) -> None:
+        super().__init__(**common)
+        roots = parse_roots(root)
+        pool = Listing()
+        for number, folder in enumerate(roots):
+            files = scan(folder)
+            if not files:
+                raise ValueError(no_images(folder))
+            pool.add(files, label=-1, root=number)
+        pool.sort()
+        weights = list(roots.values())
+        self.fill(pool, Listing(), name=base_name(roots), roots=list(roots), classes=[], weights=weights)
+
+
+class ListFile(ImageFiles):
+    """A CSV file with a header and a column `path`, and optionally `label` (text or whole numbers; see `as_labels`).
+
+    Args:
+        file: the CSV file, UTF-8. Positions are its rows; other columns are ignored.
+        root: the folder that relative paths start from; None = that of the CSV file.
+        common: the keywords of `ImageFiles`.
+
+    Raises ValueError for a file that is absent, no CSV, lacks the column or rows, or whose paths lead nowhere.
+    """
+
+    def __init__(
+        self, *, file: str | os.PathLike[str], root: str | os.PathLike[str] | None = None, **common: Any
+    ) -> None:
+        super().__init__(**common)
+        file = os.path.expanduser(file)
+        base = os.path.dirname(os.path.abspath(file)) if root is None else os.path.expanduser(root)
+        names, texts = read_csv(file)
+        check_folder(base, key="dataset.root")
+        sample = names[:: max(1, len(names) // 20)]
+        if not any(os.path.lexists(os.path.join(base, name)) for name in sample):
+            raise ValueError(
+                f"{file} lists {sample[0]!r}, but there is no {os.path.join(base, sample[0])}, nor any of "
+                f"{len(sample)} rows tried: set dataset.root to the folder that its paths start from"
+            )
+        labels, classes = as_labels([Labels(texts, (), f"the column label of {file}", remedy=LABEL_COLUMN)])
+        pool = Listing(names, labels.tolist(), [0] * len(names))
+        self.fill(pool, Listing(), name=Path(file).stem, roots=[base], classes=classes)
+
+
+def base_name(roots: Iterable[str]) -> str:
+    """The last part of each root, for messages and records."""
+    return "+".join(Path(root).absolute().name for root in roots)

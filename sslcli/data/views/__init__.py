@@ -1,0 +1,1 @@
+"""Augmentations: their configuration and the batched operations that carry them out."""

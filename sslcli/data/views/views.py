@@ -1,0 +1,314 @@
+"""Views: which random crops and colour changes are made of each image.
+
+`Views` draws from a list of distributions, see `view`. Every parameter is a pure function of
+(image key, view number, operation), see `rng`: a view of an image is the same in whatever batch it comes.
+The operations come in this order, each optional (grayscale before the jitter where `grayscale_first` is set):
+
+    crop and resize -> flip -> colour jitter -> grayscale -> blur -> solarize -> colour space -> normalise
+
+With RandAugment the blur comes earlier, which makes no difference to gray: jitter -> blur -> RandAugment -> grayscale.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslcli.data.rng import mix, uniform
+from sslcli.data.views import augment, one_by_one, rand_augment
+from sslcli.data.views.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD, lab_to_rgb, ydbdr_to_rgb
+from sslcli.data.views.spec import View, is_number
+from sslcli.data.views.spec import parse as parse_view
+from sslcli.kernels.color import change
+
+COLOR_SPACES = ("rgb", "lab", "ydbdr")
+
+# Streams of rng.uniform. A number says what a draw is for; changing one changes every run.
+_FLIP, _JITTER, _ORDER, _FACTORS, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE, _COLOUR_STREAMS = 0, 1, 2, 3, 7, 8, 9, 10, 11
+_TRIES = 10
+_TOP, _LEFT, _AREA, _RATIO, _CROP_STREAMS = 0, 1, 2, 2 + _TRIES, 2 + 2 * _TRIES
+_FIRST_CROP_STREAM, _FIRST_RAND_AUGMENT_STREAM = 64, 128
+
+_ORDERS = torch.tensor(list(itertools.permutations(range(4))))
+_IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])
+
+
+class Views:
+    """All views that are made of an image, in order; an entry of `count` n makes n of them.
+
+    Args:
+        views: the distributions, as mappings of the fields of `View`, or as `View`.
+        normalize: whether to subtract the mean and divide by the standard deviation at the end. With color_space "lab"
+            and "ydbdr" these are the constants of CMC, which map each channel to about [-1, 1], not those of the set.
+        color_space: "rgb", "lab" (CIE Lab) or "ydbdr" (YDbDr) of the result.
+
+    Raises:
+        ValueError: no views, an unknown key or colour space, or a value out of its range.
+    """
+
+    def __init__(
+        self, views: Sequence[Mapping[str, Any] | View], *, normalize: bool = True, color_space: str = "rgb"
+    ) -> None:
+        if isinstance(views, (str, Mapping)) or not isinstance(views, Sequence) or len(views) == 0:
+            raise ValueError(f"views={views!r} must be a list of at least one view")
+        if color_space not in COLOR_SPACES:
+            raise ValueError(f"color_space={color_space!r} must be one of {', '.join(COLOR_SPACES)}")
+        self.entries = [parse_view(number, entry) for number, entry in enumerate(views)]
+        self.views = [entry for entry in self.entries for _ in range(entry.count)]
+        self.normalize = normalize
+        self.color_space = color_space
+
+    @property
+    def num_views(self) -> int:
+        """Number of views made of an image."""
+        return len(self.views)
+
+    @property
+    def pairs(self) -> list[range]:
+        """The numbers of the views that are made together: by twos of an entry, as more would need more memory."""
+        ends = itertools.accumulate(entry.count for entry in self.entries)
+        entries = [range(end - entry.count, end) for entry, end in zip(self.entries, ends, strict=True)]
+        return [numbers[start : start + 2] for numbers in entries for start in range(0, len(numbers), 2)]
+
+    def sizes(self, image_size: int) -> list[int]:
+        """Side of each view in pixels, for a run of `image_size`."""
+        return [view.size or image_size for view in self.views]
+
+    def describe(self) -> list[str]:
+        """One line for each entry, for printing."""
+        return [entry.describe() for entry in self.entries]
+
+    def boxes(self, view: int | Tensor, key: Tensor, height: Tensor, width: Tensor) -> Tensor:
+        """Crop boxes, drawn as torchvision's RandomResizedCrop.get_params draws them.
+
+        The first of ten that fits into the image; where none does, the largest centred box whose ratio is allowed.
+
+        Args:
+            view: number of the view, in range(num_views), or (N,) one for each image, all of the same entry.
+            key: (N,) int64, the key of each image, the same for all of its views.
+            height, width: (N,) int64 size of each image in pixels.
+
+        Returns:
+            (N, 4) int64 top, left, height, width, on the device of `key`.
+        """
+        spec = self._spec(view)
+        if spec.crop_scale is None:
+            return torch.stack((torch.zeros_like(height), torch.zeros_like(height), height, width), 1)
+        streams = torch.arange(_FIRST_CROP_STREAM, _FIRST_CROP_STREAM + _CROP_STREAMS, device=key.device)
+        # float64, so that a rounding of sqrt or exp all but never moves a box by a pixel.
+        draws = uniform(mix(key, view).unsqueeze(1), streams).double()
+        area = _between(draws[:, _AREA : _AREA + _TRIES], *spec.crop_scale)
+        low, high = spec.crop_ratio
+        ratio = torch.exp(_between(draws[:, _RATIO : _RATIO + _TRIES], math.log(low), math.log(high)))
+        place = draws[:, [_TOP, _LEFT]]
+        return augment.crop_boxes(area, ratio, place, height, width, ratio_range=(low, high))
+
+    def colour(
+        self,
+        view: int | Tensor,
+        key: Tensor,
+        images: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        photometric: slice = slice(None),
+    ) -> Tensor:
+        """Everything after the crop: flip, the operations of `_photometric`, then `finish`.
+
+        Args:
+            view: number of the view, in range(num_views), or (N,) one for each image, all of the same entry.
+            key: (N,) int64, the key of each image; best on the CPU, where the parameters are drawn.
+            images: (N, C, S, S) float in [0, 1], the crops.
+            mean, std: of the set, one value a channel, on the scale [0, 1].
+            photometric: the channels that the operations between flip and `finish` change; they may be none.
+
+        Returns:
+            (N, C, S, S) of the dtype of `images`.
+
+        Raises:
+            ValueError: bytes, or RandAugment of some channels only.
+        """
+        if not images.is_floating_point():
+            raise ValueError(f"colour() got images of dtype {images.dtype}; divide by 255 to get floats in [0, 1]")
+        spec = self._spec(view)
+        draws = uniform(mix(key.cpu(), view).unsqueeze(0), torch.arange(_COLOUR_STREAMS).unsqueeze(1))
+        chosen = _chosen(spec, draws, images)
+        first, last, _ = photometric.indices(images.shape[1])
+        if (first, last) == (0, images.shape[1]):
+            plain = self.normalize and self.color_space == "rgb"
+            changed = _one_by_one(spec, chosen, images, (mean, std) if plain else None)
+            if changed is not None:
+                return changed if plain else self.finish(changed, mean=mean, std=std)
+        images = augment.flip(images, chosen.flipped)
+        if first < last:
+            before, part, after = images.tensor_split((first, last), 1)
+            if spec.rand_augment > 0 and part.shape != images.shape:
+                raise ValueError(
+                    "rand_augment of a view moves pixels, so the modalities of an image would no longer lie over each "
+                    "other: set it to 0, or choose other views"
+                )
+            part = _photometric(spec, chosen, mix(key.cpu(), view), part, mean[first:last])
+            images = part if part.shape == images.shape else torch.cat((before, part, after), 1)
+        return self.finish(images, mean=mean, std=std)
+
+    def _spec(self, view: int | Tensor) -> View:
+        return self.views[view if isinstance(view, int) else int(view[0])]
+
+    def finish(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """Colour space and normalisation only: what evaluation applies, so that both see the same numbers.
+
+        Args:
+            images: (N, C, H, W) float in [0, 1].
+            mean, std: of the set; not used where the colour space has constants of its own, or `normalize` is off.
+        """
+        if self.color_space == "lab":
+            images, mean, std = augment.rgb_to_lab(images), LAB_MEAN, LAB_STD
+        elif self.color_space == "ydbdr":
+            images, mean, std = augment.rgb_to_ydbdr(images), YDBDR_MEAN, YDBDR_STD
+        return augment.normalize(images, mean, std) if self.normalize else images
+
+    def restore(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """What `finish` was given, clamped to [0, 1], to be looked at; arguments and shapes are those of `finish`."""
+        if self.color_space == "lab":
+            mean, std = LAB_MEAN, LAB_STD
+        elif self.color_space == "ydbdr":
+            mean, std = YDBDR_MEAN, YDBDR_STD
+        if self.normalize:
+            images = images * images.new_tensor(std).view(-1, 1, 1) + images.new_tensor(mean).view(-1, 1, 1)
+        if self.color_space != "rgb":
+            images = (lab_to_rgb if self.color_space == "lab" else ydbdr_to_rgb)(images)
+        return images.clamp(0, 1)
+
+
+class ScaledViews(Views):
+    """Views whose jitter is multiplied by one number, for studies of how strong views should be.
+
+    Args:
+        views, normalize, color_space: as for `Views`.
+        strength: at least 0; hue times strength must stay at most 0.5.
+
+    Raises:
+        ValueError: as `Views`, and for a strength out of its range.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[Mapping[str, Any] | View],
+        *,
+        strength: float = 1.0,
+        normalize: bool = True,
+        color_space: str = "rgb",
+    ) -> None:
+        super().__init__(views, normalize=normalize, color_space=color_space)
+        hue = max(entry.jitter[3] for entry in self.entries)
+        if not is_number(strength) or not 0 <= strength * hue <= 0.5 or strength < 0:
+            most = f" and at most {0.5 / hue:g}, where the hue turns by 0.5" if hue > 0 else ""
+            raise ValueError(f"strength={strength!r} of the views must be a number of at least 0{most}")
+        self.entries = [_with_jitter(entry, strength) for entry in self.entries]
+        self.views = [entry for entry in self.entries for _ in range(entry.count)]
+
+
+def _with_jitter(view: View, strength: float) -> View:
+    brightness, contrast, saturation, hue = (strength * number for number in view.jitter)
+    return replace(view, jitter=(brightness, contrast, saturation, hue))
+
+
+def _between(fraction: Tensor, low: float, high: float) -> Tensor:
+    return fraction * (high - low) + low
+
+
+def _one_by_one(
+    spec: View,
+    chosen: one_by_one.Parameters,
+    images: Tensor,
+    scale: tuple[Sequence[float], Sequence[float]] | None,
+) -> Tensor | None:
+    """Each image through all operations; None where a batch of them is the better way.
+
+    scale: the mean and standard deviation of each channel, by which images are normalised at the end, or None.
+
+    Refuses a blur too wide for the images even where none is drawn.
+    """
+    if spec.rand_augment > 0:
+        return None
+    if spec.blur > 0:
+        augment.check_taps(chosen.taps, *images.shape[2:])
+    mean, std = scale or ([0.0] * images.shape[1], [1.0] * images.shape[1])
+    augment.check_scale(mean, std, images.shape[1])
+    changed = change(images, chosen, mean=mean, std=std)
+    if changed is None and one_by_one.are_large(images):
+        changed = one_by_one.change(images, chosen, mean=mean, std=std)
+    return changed
+
+
+def _photometric(
+    spec: View, chosen: one_by_one.Parameters, key: Tensor, images: Tensor, mean: Sequence[float]
+) -> Tensor:
+    """Jitter, RandAugment, grayscale, blur and solarize, in the order of the module's text."""
+    unflipped = replace(chosen, flipped=torch.zeros_like(chosen.flipped))
+    changed = _one_by_one(spec, unflipped, images, None)
+    if changed is not None:
+        return changed
+    if spec.grayscale_first:
+        images = augment.to_grayscale(images, chosen.gray)
+    if spec.jitters:
+        # The identity, which color_jitter passes over, for those that are not jittered.
+        factors = torch.where(chosen.jittered.unsqueeze(1), chosen.factors, _IDENTITY)
+        images = augment.color_jitter(images, factors, chosen.order)
+    if spec.rand_augment > 0:
+        images = _blur(spec, chosen, images)
+        images = _rand_augment(spec, key, images, mean)
+    if not spec.grayscale_first:
+        images = augment.to_grayscale(images, chosen.gray)
+    if spec.rand_augment == 0:
+        images = _blur(spec, chosen, images)
+    if spec.solarize > 0:
+        images = augment.solarize(images, spec.solarize_threshold, chosen.solarized)
+    return images
+
+
+def _chosen(spec: View, draws: Tensor, images: Tensor) -> one_by_one.Parameters:
+    """What the draws (streams, N) say is done to each image."""
+    factors = []
+    for number, strength in enumerate(spec.jitter):
+        low, high = (max(0.0, 1 - strength), 1 + strength) if number < 3 else (-strength, strength)
+        factors.append(_between(draws[_FACTORS + number], low, high))
+    return one_by_one.Parameters(
+        flipped=draws[_FLIP] < spec.flip,
+        jittered=draws[_JITTER] < (spec.jitter_p if spec.jitters else 0.0),
+        factors=torch.stack(factors, 1),
+        order=_ORDERS[(draws[_ORDER] * len(_ORDERS)).long()],
+        gray=draws[_GRAYSCALE] < spec.grayscale,
+        gray_first=spec.grayscale_first,
+        blurred=draws[_BLUR] < spec.blur,
+        sigma=_between(draws[_SIGMA], *spec.blur_sigma),
+        taps=spec.kernel_size(min(images.shape[2:])),
+        solarized=draws[_SOLARIZE] < spec.solarize,
+        threshold=spec.solarize_threshold,
+    )
+
+
+def _blur(spec: View, chosen: one_by_one.Parameters, images: Tensor) -> Tensor:
+    """Gaussian blur of the images chosen for it."""
+    return images if spec.blur == 0 else augment.gaussian_blur(images, chosen.sigma, chosen.taps, chosen.blurred)
+
+
+def _rand_augment(spec: View, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
+    """RandAugment with the mean of the set where pixels are moved away."""
+    number = spec.rand_augment * rand_augment.STREAMS
+    streams = torch.arange(_FIRST_RAND_AUGMENT_STREAM, _FIRST_RAND_AUGMENT_STREAM + number)
+    draws = uniform(key.unsqueeze(0), streams.unsqueeze(1)).view(spec.rand_augment, rand_augment.STREAMS, -1)
+    return rand_augment.rand_augment(
+        images,
+        draws,
+        magnitude=spec.rand_augment_magnitude,
+        std=spec.rand_augment_std,
+        probability=spec.rand_augment_p,
+        fill=torch.tensor(mean),
+    )

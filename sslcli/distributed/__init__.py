@@ -1,0 +1,1 @@
+"""Collectives, device selection, process launch and the watchdog for stalled ranks."""

@@ -1,0 +1,167 @@
+"""Distributed helpers: rank and world size, collectives with and without gradient, batch shuffling over processes.
+
+With a single process, all collectives are the identity. Rows of a gathered tensor are in rank order; a global batch
+that was split into contiguous parts is therefore restored in its original order. Shapes: N rows per process, W
+processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sslcli.distributed import watchdog
+
+T = TypeVar("T")
+# Prefer the newer names of the same functions; torch 2.14 warns about the old ones.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def world_size() -> int:
+    """Return the number of processes W."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the rank of this process, 0 <= rank < W."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    """Return True on rank 0, which writes files and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until all processes have reached this call."""
+    if world_size() > 1:
+        watchdog.meet()
+        dist.barrier()
+
+
+@torch.no_grad()
+def all_gather(rows: Tensor) -> Tensor:
+    """Gather (N, ...) of every process to (W * N, ...), without gradient; N must be equal on all processes."""
+    if world_size() == 1:
+        return rows.detach()
+    gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    watchdog.meet()
+    _gather(gathered, rows.detach().contiguous())
+    return gathered
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return all_gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        mine = grad.new_empty(len(grad) // world_size(), *grad.shape[1:])
+        watchdog.meet()
+        _reduce_scatter(mine, grad.contiguous())  # half the traffic of an all-reduce
+        return mine
+
+
+def all_gather_with_grad(rows: Tensor) -> Tensor:
+    """Gather (N, ...) to (W * N, ...), with the gradient of the sum of all processes' losses.
+
+    If each process computes the mean loss over its own rows, and gradients are averaged over processes (as in
+    DistributedDataParallel), the result is exactly the gradient of one process with the global batch.
+    """
+    return rows if world_size() == 1 else _GatherWithGrad.apply(rows)
+
+
+@torch.no_grad()
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """Return the mean of `value` over all processes as a new tensor, without gradient."""
+    value = value.detach().clone()
+    if world_size() > 1:
+        watchdog.meet()
+        dist.all_reduce(value)
+        value /= world_size()
+    return value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a sharded tensor; any other tensor unchanged."""
+    # hasattr instead of isinstance, because importing DTensor takes seconds.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor gathered from all processes; any other tensor unchanged."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gather_objects(mine: T) -> list[T]:
+    """Return the picklable objects of all processes, in rank order."""
+    if world_size() == 1:
+        return [mine]
+    everyone: list[Any] = [None] * world_size()
+    watchdog.meet()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def broadcast_objects(values: list[Any]) -> None:
+    """Replace the elements of `values` with those of rank 0, in place."""
+    if world_size() > 1:
+        watchdog.meet()
+        dist.broadcast_object_list(values, src=0)
+
+
+def end_with(parent: int) -> None:
+    """Kill this process when its `parent` exits or is killed, so that no orphan holds a run (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # the parent exited before prctl was called
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class BatchShuffle:
+    """Random permutation of the W * N images of a step, identical on all processes (shuffling BN, MoCo sec. 3.3).
+
+    The permutation depends only on `draw` and W * N; it is the same after resuming and for another number of processes.
+    Each row is sent only to its new process, so the traffic does not grow with W.
+    """
+
+    def __init__(self, num_rows: int, draw: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0x5EED + draw)
+        order = torch.randperm(world_size() * num_rows, generator=generator).view(world_size(), num_rows)
+        owner = order // num_rows  # source rank of each row, by destination rank and position
+        taken = owner == rank()
+        leaving = order[taken] - rank() * num_rows  # own rows, by destination rank and position
+        arriving = owner[rank()].argsort(stable=True)  # positions in the shuffled part, by source rank
+        self.sent = taken.sum(1).tolist()  # number of rows to each rank
+        self.received = owner[rank()].bincount(minlength=world_size()).tolist()
+        self.leaving, self.arriving = leaving.to(device), arriving.to(device)
+
+    def shuffle(self, rows: Tensor) -> Tensor:
+        """Return this process's part (N, ...) of the shuffled batch, from rows in batch order, without gradient."""
+        there = exchange(rows.detach()[self.leaving], self.sent, self.received)
+        return there[self.arriving.argsort()]
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """Apply the inverse of `shuffle`."""
+        back = exchange(rows.detach()[self.arriving], self.received, self.sent)
+        return back[self.leaving.argsort()]
+
+
+@torch.no_grad()
+def exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """Send `sent[r]` consecutive rows of (N, ...) to each rank r; return the `received[r]` rows from each, by rank."""
+    if world_size() == 1:
+        return rows
+    arrived = rows.new_empty(sum(received), *rows.shape[1:])
+    watchdog.meet()
+    dist.all_to_all_single(arrived, rows.contiguous(), received, sent)
+    return arrived

@@ -1,0 +1,287 @@
+"""Reading and writing of checkpoints, all of it in this module and `pieces`.
+
+    <run_dir>/checkpoints/
+        step-00001234.pt       tensors and plain values, readable with torch.load(weights_only=True)
+        step-00001234.sha256   its checksum, in the format of sha256sum
+        step-00001234/         instead of these two if parameters are sharded, see pieces.py
+        last                   link to the newest
+
+A checkpoint gets its name only when it is complete and on disk: it is written to a temporary name, synchronized (fsync)
+and renamed, checksum first. A process killed at any moment leaves earlier checkpoints intact.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from sslcli.distributed import collectives
+from sslcli.engine.checkpoint_names import all_of as all_of
+from sslcli.engine.checkpoint_names import step_of as step_of
+from sslcli.engine.migrations import SCHEMA, upgrade
+from sslcli.errors import ConfigError, TrainingFailed
+from sslcli.system.atomic import beside, discard, replace, synchronise, temporary_name
+from sslcli.system.atomic import sha256 as sha256
+from sslcli.system.regular_files import open_regular
+
+if TYPE_CHECKING:  # the import takes seconds and is only needed for sharded runs
+    from sslcli.engine.sharded_checkpoint import Placement, Snapshot
+
+
+class NewerCheckpoint(ConfigError):
+    """A checkpoint of a newer version of sslcli: it is intact, so no older one may be used instead."""
+
+
+def folder(run_dir: Path) -> Path:
+    """Return the checkpoint folder of a run."""
+    return run_dir / "checkpoints"
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    """Return the path of the checkpoint after `step` optimizer steps; the folder of shards has no suffix."""
+    return folder(run_dir) / f"step-{step:08d}.pt"
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 hex digest of a checkpoint; for a folder that of its SHA256SUMS."""
+    return sha256(path / "SHA256SUMS" if path.is_dir() else path)
+
+
+def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
+    """Write `state`, which holds "step", as the last checkpoint, and delete all but the newest `keep`.
+
+    Raises TrainingFailed on a disk error; earlier checkpoints remain untouched.
+    """
+    path = path_of(run_dir, state["step"])
+    make_room(path.parent)
+    try:
+        with beside(path) as temporary:
+            torch.save({"schema": SCHEMA, **state}, temporary)
+            replace(path.with_suffix(".sha256"), f"{sha256(temporary)}  {path.name}\n".encode())
+            synchronise(temporary)
+            publish(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            make_room(path.parent)
+        if "DataLoader worker" in str(error):  # a dying data worker can raise at any point
+            raise
+        raise refused(path, error) from error
+    prune(path, keep=keep)
+    return path
+
+
+class Writer:
+    """Checkpoint writer of a run; all processes must create one and make the same calls.
+
+    Args:
+        sharded: parameters are sharded over the processes. Each writes its own shards, in the background.
+    """
+
+    def __init__(self, *, sharded: bool) -> None:
+        self.group = (
+            dist.new_group(backend="gloo") if sharded else None
+        )  # the default group may be in use by the training loop
+        self.thread: Thread | None = None
+        self.failure: BaseException | None = None
+
+    def save(self, run_dir: Path, state: dict[str, Any], *, keep: int) -> None:
+        """Write `state` as `save` does; if sharded, wait for the previous write and start this one.
+
+        Raises TrainingFailed on all processes on a disk error in this write, or in the previous one.
+        """
+        if self.group is not None:
+            from sslcli.engine.sharded_checkpoint import Snapshot
+
+            self.close()
+            path = path_of(run_dir, state["step"]).with_suffix("")
+            arguments = (path, Snapshot({"schema": SCHEMA, **state}), keep, self.group)
+            self.thread = Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+            self.thread.start()
+            return
+        failure: list[str | None] = [None]
+        if collectives.is_main():
+            try:
+                save(run_dir, state, keep=keep)
+            except TrainingFailed as error:
+                failure = [str(error)]
+        collectives.broadcast_objects(failure)
+        if failure[0]:
+            raise TrainingFailed(failure[0])
+
+    def close(self) -> None:
+        """Wait until the pending write is on disk. Raise its error; TrainingFailed on a disk error."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def _write(self, path: Path, snapshot: Snapshot, keep: int, group: dist.ProcessGroup) -> None:
+        from sslcli.engine import sharded_checkpoint
+
+        def finish() -> None:
+            publish(temporary, path)
+            prune(path, keep=keep)
+
+        try:
+            sharded_checkpoint.on_main(lambda: make_room(path.parent), group)
+            temporary = sharded_checkpoint.together(lambda: temporary_name(path), group)[
+                0
+            ]  # the name from the main process
+            sharded_checkpoint.write(temporary, snapshot, group=group)
+            sharded_checkpoint.on_main(finish, group)
+        except OSError as error:
+            with suppress(OSError):
+                sharded_checkpoint.on_main(lambda: make_room(path.parent), group)
+            self.failure = refused(path, error)
+        except BaseException as error:  # `close` raises it in the training loop
+            self.failure = error
+
+
+def make_room(parent: Path) -> None:
+    """Create the checkpoint folder, and delete temporary files of killed runs."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for leftover in parent.glob("*.tmp"):
+        discard(leftover)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a complete checkpoint to its final name, and update the link `last`."""
+    if path.is_dir():  # it was unreadable, else this step would not be repeated
+        discard(path)
+    os.replace(temporary, path)
+    with beside(path.parent / "last") as link:
+        os.symlink(path.name, link)
+        os.replace(link, path.parent / "last")
+    synchronise(path.parent)
+
+
+def refused(path: Path, error: Exception) -> TrainingFailed:
+    """Return the error for a checkpoint that could not be written."""
+    kept = all_of(path.parent.parent)
+    return TrainingFailed(
+        f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}). "
+        + (f"{kept[-1].name} is intact" if kept else "There is no earlier one")
+        + ": make room or mend the disk, then start the same command again to go on"
+    )
+
+
+def prune(newest: Path, *, keep: int) -> None:
+    """Delete all checkpoints except the last `keep` up to `newest`, and checksums without a checkpoint.
+
+    Later checkpoints exist only if they were unreadable and the run resumed from an earlier one. They would otherwise
+    always count as the newest.
+    """
+    paths = all_of(newest.parent.parent)
+    before = [path for path in paths if step_of(path) < step_of(newest)]
+    kept = {newest, *before[len(before) - min(len(before), keep - 1) :]}
+    with suppress(OSError):  # a failed deletion must not end the run
+        for old in paths:
+            if old not in kept:
+                discard(old)
+        for recorded in newest.parent.glob("step-*.sha256"):
+            if not recorded.with_suffix(".pt").exists():
+                os.unlink(recorded)
+
+
+def load_newest(
+    run_dir: Path, *, device: torch.device, warn: Callable[[str], None], like: Placement | None = None
+) -> dict[str, Any] | None:
+    """Load the newest readable checkpoint, or return None without checkpoints.
+
+    Truncated, altered or unreadable ones are skipped with a warning. `like` selects the tensors to shard, see
+    `pieces.Placement`. Raises ConfigError if there are checkpoints but none is readable, or one is of a newer version.
+    """
+    paths = all_of(run_dir)
+    for path in reversed(paths):
+        try:
+            return load(path, device=device, like=like)
+        except NewerCheckpoint:
+            raise
+        except ConfigError as error:
+            warn(f"{error}. Falling back to the one before")
+    if paths:
+        raise ConfigError(
+            f"none of the {len(paths)} checkpoints in {folder(run_dir)} can be read: "
+            "delete the folder to start afresh, or restore a copy"
+        )
+    return None
+
+
+def load(path: Path, *, device: torch.device, like: Placement | None = None, weights: bool = False) -> dict[str, Any]:
+    """Load one checkpoint without executing code from it. Raise ConfigError, with the reason, if it is invalid.
+
+    With `weights`, optimizer tensors may be skipped.
+    """
+    if not path.exists():
+        raise ConfigError(f"there is no checkpoint {path}")
+    if path.suffix == ".pt":
+        state = load_file(path, device=device)
+    else:
+        from sslcli.engine import sharded_checkpoint
+
+        parts = ("method",) if weights else sharded_checkpoint.PARTS
+        state = sharded_checkpoint.read(path, device=device, like=like, only=parts)
+    if state.get("schema", 0) > SCHEMA:
+        raise NewerCheckpoint(
+            f"the checkpoint {path} is of a newer version of sslcli (schema {state['schema']} > {SCHEMA}): update "
+            "sslcli to go on"
+        )
+    if not isinstance(state.get("step"), int):
+        raise ConfigError(f"{path} is not a checkpoint of sslcli: it tells no step")
+    if like is not None and path.suffix == ".pt":
+        from sslcli.engine import sharded_checkpoint
+
+        state = sharded_checkpoint.spread(state, like)
+    return upgrade(state)
+
+
+def load_file(path: Path, *, device: torch.device) -> dict[str, Any]:
+    """Load an unsharded checkpoint, and verify its checksum if there is one. Raise ConfigError if invalid."""
+    recorded = path.with_suffix(".sha256")
+    try:
+        intact = not recorded.exists() or recorded.read_bytes().split()[:1] == [sha256(path).encode()]
+    except OSError as error:
+        raise ConfigError(f"the checkpoint {path} cannot be read ({error.strerror})") from error
+    if not intact:
+        raise ConfigError(f"the checkpoint {path} does not match its checksum: it was cut short or altered")
+    return load_weights(path, device=device)
+
+
+def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
+    """Load a dictionary saved by torch, without executing code from it. Raise ConfigError if invalid."""
+    try:
+        with open_regular(path) as file:
+            state = torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"{path} was refused: it is damaged, or holds more than tensors and plain values") from error
+    except Exception as error:  # torch raises nearly any type for damaged files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{path} cannot be read ({reason})") from error
+    if not isinstance(state, dict):
+        raise ConfigError(f"{path} holds a {type(state).__name__}, but a dictionary of tensors is needed")
+    return state
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of torch's generators in this process."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Restore the states of torch's generators."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

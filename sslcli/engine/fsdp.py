@@ -1,0 +1,141 @@
+"""Sharding of methods over processes (FSDP2) and activation checkpointing, for models that exceed device memory.
+
+With sharding, every process holds a shard of each parameter, of its gradient and of the optimizer state. A block of the
+backbone is unsharded only while it computes, all other parameters during the entire `forward`. Buffers (statistics,
+queues, banks) are not sharded.
+
+Zhao et al. 2023  https://arxiv.org/abs/2304.11277     Chen et al. 2016  https://arxiv.org/abs/1604.06174
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from sslcli.distributed.collectives import world_size
+from sslcli.errors import ConfigError
+from sslcli.methods.base import Method
+
+
+def blocks(net: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a network, in order (transformer blocks, residual blocks, stages); [] if none.
+
+    These are the members of the innermost containers (nn.Sequential, nn.ModuleList) of two or more modules that have
+    the same class and each have submodules.
+    """
+    inner = [block for child in net.children() for block in blocks(child)]
+    members = list(net.children())
+    if inner or not isinstance(net, (nn.Sequential, nn.ModuleList)) or len(members) < 2:
+        return inner
+    alike = len({type(member) for member in members}) == 1
+    return members if alike and all(any(member.children()) for member in members) else []
+
+
+def shard(method: Method, device: torch.device, precision: str) -> None:
+    """Shard the parameters of a method over all processes, in place; call it before the optimizer is built.
+
+    With precision bf16, blocks without BatchNorm are gathered and computed in bfloat16, and their gradients are
+    averaged in float32; the other modules use autocast.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    for parameter in method.parameters():
+        parameter.data = parameter.data.contiguous()  # required by FSDP2
+    mesh = init_device_mesh(device.type, (world_size(),))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    nets = [part for part in method.modules() if type(part) is type(method.backbone)] if method.by_block else []
+    for block in dict.fromkeys(block for net in nets for block in blocks(net)):
+        whole = precision != "bf16" or any(isinstance(part, _BatchNorm) for part in block.modules())
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy() if whole else half)
+    fully_shard(method, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether `shard` was applied to `model`."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+@contextmanager
+def gathered(method: nn.Module) -> Iterator[None]:
+    """Unshard a method within the block, for calls of its parts outside `forward`; all processes must enter it."""
+    if not is_sharded(method):
+        yield
+        return
+    method.unshard()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        method.reshard()  # type: ignore[operator]
+
+
+def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, ...], torch.Size], Tensor | None]:
+    """Return a function (path, shape) -> tensor with the sharding of that checkpoint entry, or None if not sharded.
+
+    A path is ("method", name) or ("optimizer", "state", number, name).
+    """
+    named = {name: value for name, value in method.state_dict().items() if hasattr(value, "to_local")}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def like(path: tuple[Any, ...], shape: torch.Size) -> Tensor | None:
+        if path[0] == "method":
+            return named.get(path[1])
+        number = path[2] if path[:2] == ("optimizer", "state") else None
+        if not isinstance(number, int) or number >= len(parameters) or parameters[number].shape != shape:
+            return None
+        return parameters[number]  # type: ignore[no-any-return]
+
+    return like
+
+
+def recompute(method: Method) -> None:
+    """Enable activation checkpointing: keep only inputs and outputs of backbone blocks, recompute the rest in backward.
+
+    Raises ConfigError if the backbone has no blocks or the method has `by_block` False.
+    """
+    found = blocks(method.backbone)
+    if not method.by_block:
+        raise ConfigError(
+            "train.activation_checkpointing is true, but this method puts other parameters in the place of its "
+            "networks' own while it computes, so nothing can be computed again: leave it false"
+        )
+    if not found:
+        raise ConfigError(
+            f"train.activation_checkpointing is true, but the backbone {type(method.backbone).__name__} has no "
+            "repeated blocks to compute again: take a resnet, vit or timm backbone, or leave it false"
+        )
+    for block in found:
+        block.forward = partial(_recomputed, block, block.forward)
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    contexts = partial(_contexts, block)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **options)
+
+
+def _contexts(block: nn.Module) -> tuple[Any, Any]:
+    """Return the contexts for the forward pass of a block and for its recomputation."""
+    return nullcontext(), _aside(block)
+
+
+@contextmanager
+def _aside(block: nn.Module) -> Iterator[None]:
+    """Replace the block's buffers by copies within the context: running statistics are updated only once per step."""
+    kept = [(part, name, value) for part in block.modules() for name, value in part._buffers.items()]
+    for part, name, value in kept:
+        part._buffers[name] = None if value is None else value.clone()
+    try:
+        yield
+    finally:
+        for part, name, value in kept:
+            part._buffers[name] = value

@@ -1,0 +1,266 @@
+"""The training loop: all steps of a run between two checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from sslcli.config.settings import TrainSettings
+from sslcli.data.loader import Loader
+from sslcli.distributed import collectives, watchdog
+from sslcli.engine import checkpoint, fsdp, gradient_cache, precision
+from sslcli.engine.monitor import Watch
+from sslcli.engine.optim import load_optimizer
+from sslcli.engine.stop import StopRequest
+from sslcli.errors import ConfigError, Stopped, TrainingFailed
+from sslcli.kernels import library
+from sslcli.methods.base import Batch, Method
+from sslcli.nn import schedule
+from sslcli.report.console import Screen
+
+
+@dataclass
+class Run:
+    """All objects and settings of a run."""
+
+    method: Method
+    optimizer: Optimizer
+    loader: Loader
+    settings: TrainSettings
+    peak_lr: float
+    seed: int
+    device: torch.device
+    precision: str  # fp32, bf16 or fp16
+    run_dir: Path
+    config: dict[str, Any]  # plain values, saved in every checkpoint
+    screen: Screen
+    watch: Watch
+    stop: StopRequest
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scaler = precision.grad_scaler(self.device, self.precision)
+
+    @property
+    def total_steps(self) -> int:
+        return self.settings.max_steps or self.settings.epochs * self.loader.steps_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        """Number of warmup steps, at most a quarter of the run, so that a short run reaches its peak learning rate."""
+        return min(round(self.settings.warmup_epochs * self.loader.steps_per_epoch), self.total_steps // 4)
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of the 0-based `step`."""
+        settings = self.settings
+        length = {"total": self.total_steps, "warmup": self.warmup_steps}
+        if settings.schedule == "cosine":
+            return self.peak_lr * schedule.warmup_cosine(step, final=settings.final_lr, **length)
+        milestones = settings.milestones if settings.schedule == "step" else ()
+        return self.peak_lr * schedule.warmup_steps_down(step, milestones=milestones, **length)
+
+
+def train(run: Run) -> None:
+    """Train until the last step, resuming from the newest checkpoint if there is one.
+
+    Raises Stopped after a signal or at the time limit, with a checkpoint saved. Raises TrainingFailed if the loss is
+    not finite, the representation has collapsed, or the disk or a data worker fails.
+    """
+    step, total, watch = resume(run), run.total_steps, run.watch
+    model = run.method if run.settings.cached_gradients else parallel(run.method, run.device)
+    watch.start(step, total)
+    writer = checkpoint.Writer(sharded=fsdp.is_sharded(run.method))
+    with closing(run.loader.steps(step, total)) as batches, closing(writer):
+        while step < total:
+            watchdog.sign(f"{watchdog.IMAGES} of step {step + 1}")
+            micro_batches = run.stop.unless_stopped(lambda: watch.timed_next(batches))
+            if micro_batches is None:
+                save_good(run, step, writer)
+                raise stopped(run, step)
+            watchdog.sign(f"step {step + 1}")
+            lr = run.lr_at(step)
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+
+            scalars = optimise(run, model, micro_batches)
+            run.method.after_step(step / total)
+            step += 1
+
+            watch.after_step(step, scalars, lr=lr, method=run.method)
+            stop = run.stop.agreed()
+            if stop or step == total or save_is_due(run.settings, step, run.loader.steps_per_epoch):
+                save_good(run, step, writer)
+            if stop and step < total:
+                raise stopped(run, step)
+
+
+def optimise(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """Run one optimizer step on the micro-batches, and return the detached scalars of the step."""
+    if run.settings.cached_gradients:
+        means = gradient_cache.backward(
+            run.method, micro_batches, device=run.device, number_format=run.precision, scaler=run.scaler
+        )
+    else:
+        means = accumulate(run, model, micro_batches)
+    if run.settings.clip_grad is not None:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.method.parameters(), run.settings.clip_grad)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return means
+
+
+def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """Accumulate the gradient of the mean loss of the micro-batches, and return the mean of each scalar."""
+    means: dict[str, Tensor] = {}
+    share = 1 / len(micro_batches)
+    for number, batch in enumerate(micro_batches, start=1):
+        with exchange(model, wanted=number == len(micro_batches)):
+            with precision.autocast(run.device, run.precision):
+                scalars = model(batch)
+            run.scaler.scale(scalars["loss"] * share).backward()
+        for name, value in scalars.items():
+            means[name] = means.get(name, 0) + value.detach() * share
+    return means
+
+
+def exchange(model: nn.Module, *, wanted: bool) -> AbstractContextManager[object]:
+    """Enable (`wanted`) or disable gradient synchronization across processes for the backward pass inside."""
+    if fsdp.is_sharded(model):
+        model.set_requires_gradient_sync(wanted)  # type: ignore[operator]
+    elif isinstance(model, DistributedDataParallel) and not wanted:
+        return model.no_sync()
+    return nullcontext()
+
+
+def parallel(method: Method, device: torch.device) -> nn.Module:
+    """Return the method, wrapped in DistributedDataParallel if there are several processes and it is not sharded.
+
+    Buffers are not broadcast: every process computes the same queue and the same synchronized statistics.
+    """
+    if collectives.world_size() == 1 or fsdp.is_sharded(method):
+        return method
+    ids = [device.index] if device.type == "cuda" else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # its replacement is new
+        model = DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if device.type == "cpu":
+        model.register_comm_hook(None, lambda _, bucket: average_each(bucket))  # torch rejects string annotations
+    return model
+
+
+def average_each(bucket: Any) -> torch.futures.Future[Tensor]:
+    """Average a bucket of gradients over the processes, each parameter separately.
+
+    The last bit of a sum over three or more processes depends on the offset within the reduced tensor, and
+    DistributedDataParallel rebuilds its buckets after the first step, also after the first step of a resumed run.
+    """
+    watchdog.meet()
+    whole = bucket.buffer().div_(collectives.world_size())
+    parts = whole.split([gradient.numel() for gradient in bucket.gradients()])
+    for work in [dist.all_reduce(part, async_op=True) for part in parts]:
+        work.wait()
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(whole)
+    return done
+
+
+def save_is_due(settings: TrainSettings, step: int, steps_per_epoch: int) -> bool:
+    """Return True if the settings require a checkpoint after `step`."""
+    by_steps = settings.save_every_steps is not None and step % settings.save_every_steps == 0
+    every = settings.save_every_epochs * steps_per_epoch
+    return by_steps or (every > 0 and step % every == 0)
+
+
+def stopped(run: Run, step: int) -> Stopped:
+    """Return the exception for a run that was asked to stop, with `step` saved."""
+    reason = run.stop.reason or "another process's " + ("signal" if run.stop.by_signal else "time limit")
+    return Stopped(
+        f"stopped by {reason} after step {step} of {run.total_steps}; checkpoint saved, run again to go on",
+        by_signal=run.stop.by_signal,
+    )
+
+
+def save_good(run: Run, step: int, writer: checkpoint.Writer) -> None:
+    """Write a checkpoint. Raise TrainingFailed if a loss so far or a weight is not finite."""
+    run.watch.check_finite()
+    run.watch.check_weights(step, run.method)
+    save(run, step, writer)
+
+
+def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
+    """Write a checkpoint, on rank 0, or each rank its shards in the background. All processes must call this."""
+    watchdog.sign(f"the checkpoint after step {step}")
+    mine = {"rng": checkpoint.rng_state(run.device), "window": run.watch.window.state_dict()}
+    processes = collectives.gather_objects(mine)
+    run.watch.synchronise()
+    state = {
+        "step": step,
+        "loader": run.loader.position(step),
+        "method": run.method.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "processes": processes,
+        "watch": run.watch.state_dict(),
+        "config": run.config,
+        "circumstances": circumstances(run),
+    }
+    writer.save(run.run_dir, state, keep=run.settings.keep)
+
+
+def resume(run: Run) -> int:
+    """Load the newest checkpoint into the run and return its step, or 0 without a checkpoint."""
+    like = fsdp.placement(run.method, run.optimizer) if fsdp.is_sharded(run.method) else None
+    state = checkpoint.load_newest(run.run_dir, device=run.device, warn=run.screen.warn, like=like)
+    run.method.train()
+    found = collectives.gather_objects(0 if state is None else state["step"])
+    if len(set(found)) > 1:
+        raise TrainingFailed(
+            f"the processes found checkpoints of different steps ({', '.join(map(str, found))}) in {run.run_dir}: "
+            "every process must see the same directory; start the same command again to try once more"
+        )
+    if state is None:
+        return 0
+    run.loader.check_position(state["step"], state.get("loader"))
+    try:
+        run.method.load_state_dict(state["method"])
+        load_optimizer(run.optimizer, state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(f"the checkpoint in {run.run_dir} does not fit this method or backbone: {error}") from error
+    run.watch.load_state_dict(state["watch"])
+    processes = state["processes"]
+    if len(processes) == collectives.world_size():
+        checkpoint.set_rng_state(processes[collectives.rank()]["rng"], run.device)
+        run.watch.window.load_state_dict(processes[collectives.rank()]["window"])
+    else:  # different world size: the same images and views, different noise
+        run.watch.window.load_mean([process["window"] for process in processes])
+        torch.manual_seed(run.seed + 1_000_003 * (collectives.rank() + 1) + state["step"])
+    before, now = state["circumstances"], circumstances(run)
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if changed:
+        run.screen.warn(f"the same images and views, but not the same bits as before: {', '.join(changed)}")
+    run.screen.say(f"continuing from step {state['step']:,} in {run.run_dir}")
+    return int(state["step"])
+
+
+def circumstances(run: Run) -> dict[str, str | int]:
+    """Return the environment, besides the configuration, that bit-identical results require."""
+    return {
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
+        "precision": run.precision,
+        "processes": collectives.world_size(),
+        "threads": torch.get_num_threads(),
+        "compiled parts": ", ".join(library.present()) or "none",
+    }

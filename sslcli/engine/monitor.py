@@ -1,0 +1,337 @@
+"""Monitoring of a run: metrics, health, k-NN and logging after each step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslcli.config.settings import MonitorSettings
+from sslcli.distributed import collectives, watchdog
+from sslcli.engine import checkpoint, collapse
+from sslcli.errors import NotFinite, TrainingFailed
+from sslcli.methods.base import Batch, Method
+from sslcli.report import pictures
+from sslcli.report.console import Screen, percent
+from sslcli.report.metrics import Metrics
+
+LARGE_WEIGHTS = 30.0  # root mean square of one tensor; it stays below 3 for our methods and recipes
+REMEDIES = (
+    "Usual remedies: a lower optimizer.lr, a longer train.warmup_epochs, train.clip_grad=1, or train.precision=fp32"
+)
+HEALTH_ROWS = 1024  # embeddings per batch used by the health metrics
+
+
+class Window:
+    """Means of the scalars since the last log, kept on the device so that a step never synchronizes with it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.first_bad: Tensor | None = None  # scalar tensor: the first step with a loss that is not finite, or -1
+
+    def add(self, step: int, scalars: dict[str, Tensor]) -> None:
+        for name, value in scalars.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.count += 1
+        finite = torch.isfinite(scalars["loss"])
+        before = self.first_bad if self.first_bad is not None else torch.full_like(finite, -1, dtype=torch.long)
+        self.first_bad = torch.where(finite | (before >= 0), before, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums of this process, on the CPU because they are sent to processes on other devices."""
+        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.count = dict(state["sums"]), state["count"]
+
+    def load_mean(self, states: list[dict[str, Any]]) -> None:
+        """Load the mean of the sums of a different number of processes, which preserves the next logged means."""
+        self.count = states[0]["count"]
+        self.sums = {name: torch.stack([state["sums"][name] for state in states]).mean(0) for name in states[0]["sums"]}
+
+    def bad_step(self) -> tuple[int, str]:
+        """Return the first step with a loss that is not finite, or -1, and the means on that process."""
+        mine = -1 if self.first_bad is None else int(self.first_bad)
+        told = ", ".join(f"{name} {float(value) / self.count:g}" for name, value in self.sums.items())
+        found = [(step, means) for step, means in collectives.gather_objects((mine, told)) if step >= 0]
+        return min(found, default=(-1, ""))
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each scalar over steps and processes, and reset."""
+        names = sorted(self.sums)
+        values = collectives.all_reduce_mean(torch.stack([self.sums[name].float() for name in names]) / self.count)
+        self.sums, self.count = {}, 0
+        return dict(zip(names, values.tolist(), strict=True))
+
+
+class Watch:
+    """Monitor of a run: writes metrics.jsonl and TensorBoard, prints progress, computes health and k-NN on schedule.
+
+    Args:
+        settings: which metrics to compute, and when.
+        log_every: steps between lines of `train/*`.
+        batch_size: images per step, for images per second.
+        steps_per_epoch: to convert steps to epochs.
+        run_dir: output directory of the main process.
+        screen: progress display.
+        probe: evaluates the representation and returns scalars by name; None without labels.
+        draw: returns the method's pictures, (3, H, W) in [0, 1] by name.
+        together: all processes run `probe` and `draw`, because parameters are sharded.
+    """
+
+    def __init__(
+        self,
+        settings: MonitorSettings,
+        *,
+        log_every: int,
+        batch_size: int,
+        steps_per_epoch: int,
+        run_dir: Path,
+        screen: Screen,
+        probe: Callable[[], dict[str, float]] | None,
+        draw: Callable[[], dict[str, Tensor]] | None = None,
+        together: bool = False,
+    ) -> None:
+        self.settings, self.log_every, self.batch_size = settings, log_every, batch_size
+        self.steps_per_epoch, self.run_dir, self.screen, self.probe = steps_per_epoch, run_dir, screen, probe
+        self.draw = draw
+        self.writes = collectives.is_main()
+        self.looks = self.writes or together
+        self.window = Window()
+        self.judge = collapse.CollapseJudge()
+        self.wall = 0.0  # seconds of training before this process
+        self.waited = 0.0  # seconds the loop waited for data since the last log
+        self.aside = 0.0  # seconds spent on evaluation since the last log
+        self.has_diverged = False  # True once the user was warned
+        self.facts: dict[str, str] = {}
+        self.hyperparameters: dict[str, Any] = {}  # for TensorBoard, by dotted name
+        self.picture: Tensor | None = None  # for TensorBoard, (3, H, W) in [0, 1]
+
+    def start(self, step: int, total: int) -> None:
+        """Open the files and start the progress display at `step` of `total`."""
+        self.total, self.begun = total, time.perf_counter()
+        self.last_log = (self.begun, step)
+        if self.writes:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.metrics = Metrics(self.run_dir / "metrics.jsonl", step=step)
+            if step == 0 and self.metrics.dropped is not None:
+                found = f"{self.run_dir} has no checkpoint, but metrics up to step {self.metrics.dropped}"
+                self.screen.warn(f"{found}: the run starts anew")
+            # Hide what a killed run wrote after its last checkpoint.
+            purge = step + 1 if step else 0
+            self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
+            if step == 0:
+                self.introduce()
+        self.screen.start("step", total=total, done=step)
+
+    def introduce(self) -> None:
+        """Add the hyperparameters, with the final scalars, and the picture of the views to TensorBoard."""
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {name: plain(value) for name, value in sorted(self.hyperparameters.items())}
+        if values:
+            led_to = dict.fromkeys(["train/loss", *(["monitor/knn_top1"] if self.probe else [])], 0.0)
+            for summary in hparams(values, led_to):  # type: ignore[no-untyped-call]
+                self.tensorboard._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+            rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
+            self.tensorboard.add_text("configuration", f"| key | value |\n|---|---|\n{rows}", 0)
+        if self.picture is not None:
+            self.tensorboard.add_image("views", self.picture, 0)
+
+    def timed_next(self, batches: Iterator[list[Batch]]) -> list[Batch]:
+        """Return the next batches, and add the waiting time to `waited`."""
+        before = time.perf_counter()
+        result = next(batches)
+        self.waited += time.perf_counter() - before
+        return result
+
+    def after_step(self, step: int, scalars: dict[str, Tensor], *, lr: float, method: Method) -> None:
+        """Run everything that is due after `step` steps; write at most one line of metrics."""
+        self.window.add(step, scalars)
+        last = step == self.total
+        line: dict[str, float] = {}
+        if step % self.log_every == 0 or last:
+            self.check_finite()
+            line |= {f"train/{name}": value for name, value in self.window.means().items()}
+            line |= {"train/lr": lr, **self.speed(step)}
+            self.facts |= {"loss": f"{line['train/loss']:.4f}", "images/s": f"{line['train/images_per_s']:.0f}"}
+            self.facts["data"] = percent(line["train/data_wait"])
+        before, verdict = time.perf_counter(), None
+        is_measured = last or self.epoch_ends(step)
+        if is_measured or self.health_is_due(step):  # metrics of values that are not finite are meaningless
+            self.check_finite()
+            self.check_weights(step, method)
+        if is_measured:
+            self.warn_of_divergence(step, method)
+        if self.health_is_due(step) and method.embeddings:
+            values, verdict = self.measure_health(method.embeddings)
+            line |= values
+        if self.probe is not None and is_measured:
+            found = self.measure_probe(step)
+            line |= {f"monitor/{name}": value for name, value in found.items()}
+        if self.draw is not None and self.looks and is_measured:
+            self.show_pictures(step, self.draw())
+        self.aside += time.perf_counter() - before
+        if line and self.writes:
+            self.write(step, line)
+        if verdict is not None:
+            self.act_on_collapse(step, verdict)
+        facts = "  ".join(f"{name} {value}" for name, value in self.facts.items())
+        self.screen.advance(step, facts, always=last)
+        if last:
+            self.screen.stop()
+
+    def health_is_due(self, step: int) -> bool:
+        """Return True every `health_every` steps, and after step 1, the reference for a decrease."""
+        return self.settings.health_every > 0 and (step == 1 or step % self.settings.health_every == 0)
+
+    def epoch_ends(self, step: int) -> bool:
+        every = self.settings.knn_every * self.steps_per_epoch
+        return every > 0 and step % every == 0
+
+    def speed(self, step: int) -> dict[str, float]:
+        """Return images per second, and the fraction of time spent waiting for data, since the last log."""
+        now = time.perf_counter()
+        (then, last_step), self.last_log = self.last_log, (now, step)
+        spent = max(now - then - self.aside, 1e-9)
+        values = {
+            "train/images_per_s": (step - last_step) * self.batch_size / spent,
+            "train/data_wait": min(1.0, self.waited / spent),
+        }
+        self.waited = self.aside = 0.0
+        return values
+
+    def measure_health(self, embeddings: tuple[Tensor, ...]) -> tuple[dict[str, float], str | None]:
+        """Return the health metrics of the embeddings of all processes, and the reason for a collapse or None."""
+        views = [collectives.all_gather(view)[:HEALTH_ROWS] for view in embeddings[:2]]
+        values = collapse.measure(*views)
+        verdict = self.judge.update(values, dim=views[0].shape[1])
+        return {f"health/{name}": value for name, value in values.items()}, verdict
+
+    def act_on_collapse(self, step: int, verdict: str) -> None:
+        """Handle a collapse as `monitor.on_collapse` requires: ignore, warn or stop."""
+        message = f"the representation looks collapsed at step {step}: {verdict}"
+        if self.settings.on_collapse == "stop":
+            raise TrainingFailed(message)
+        if self.settings.on_collapse == "warn":
+            self.screen.warn(message)
+
+    def measure_probe(self, step: int) -> dict[str, float]:
+        """Return the scalars of the probe, which runs on the main process, or on all if `together`.
+
+        Raises TrainingFailed on all processes if the weights are finite but so large that features are not finite.
+        """
+        assert self.probe is not None
+        watchdog.sign("the k-NN")
+        found, failure = {}, ""
+        try:
+            found = self.probe() if self.looks else {}
+        except NotFinite as error:
+            failure = str(error).partition(":")[0]
+        failures = [each for each in collectives.gather_objects(failure) if each]
+        if failures:
+            raise TrainingFailed(f"after step {step}, {failures[0]}; {self.remedy()}")
+        if "knn_top1" in found:
+            self.facts["k-NN"] = percent(found["knn_top1"])
+        return found
+
+    def show_pictures(self, step: int, found: dict[str, Tensor]) -> None:
+        """Write the pictures to the run directory (the newest ones only) and to TensorBoard."""
+        for name, picture in found.items() if self.writes else ():
+            path = self.run_dir / "pictures" / f"{name}.png"
+            path.parent.mkdir(exist_ok=True)
+            pictures.save(picture, path)
+            self.tensorboard.add_image(name, picture, step)
+
+    def check_finite(self) -> None:
+        """Raise TrainingFailed if the loss of any process was not finite at any step since the last check."""
+        step, means = self.window.bad_step()
+        if step >= 0:
+            raise TrainingFailed(f"the loss is not finite since step {step} ({means}); {self.remedy()}")
+
+    def check_weights(self, step: int, method: Method) -> None:
+        """Raise TrainingFailed if a weight is not finite, because such a checkpoint must not count as a good one.
+
+        Each process checks its own weights or shards, and all raise if one fails.
+        """
+        finite = {name: collectives.local(weight).isfinite().all() for name, weight in method.named_parameters()}
+        broken: list[str] = []
+        if finite and not torch.stack(list(finite.values())).all():
+            broken = [name for name, whole in finite.items() if not whole]
+        found = [name for names in collectives.gather_objects(broken) for name in names]
+        if found:
+            raise TrainingFailed(
+                f"after step {step}, {len(set(found))} of {len(finite)} weight tensors are not finite, {found[0]} "
+                f"among them; {self.remedy()}"
+            )
+
+    def warn_of_divergence(self, step: int, method: Method) -> None:
+        """Warn once if weights are finite but far larger than in normal training."""
+        sizes = {name: collectives.local(weight).detach().float() for name, weight in method.named_parameters()}
+        roots = {name: values.square().mean().sqrt() for name, values in sizes.items() if values.numel()}
+        if self.has_diverged or not roots:
+            return
+        largest, value = max(
+            zip(roots, torch.stack(list(roots.values())).tolist(), strict=True), key=lambda one: one[1]
+        )
+        if value > LARGE_WEIGHTS:
+            self.has_diverged = True
+            self.screen.warn(
+                f"the run has diverged: after step {step} the weights of {largest} have a root mean square of "
+                f"{value:.3g}, where training gives about 0.01 to 3. {REMEDIES}"
+            )
+
+    def remedy(self) -> str:
+        """Return the last good checkpoint and the usual remedies, for error messages."""
+        saved = checkpoint.all_of(self.run_dir)
+        kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        return f"{kept}. {REMEDIES}"
+
+    def write(self, step: int, line: dict[str, float]) -> None:
+        """Write one line of metrics.jsonl and the same scalars to TensorBoard."""
+        facts = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), "wall": round(self.seconds(), 3)}
+        self.metrics.write({**facts, **line})
+        for name, value in line.items():
+            if math.isfinite(value):
+                self.tensorboard.add_scalar(name, value, step)
+
+    def seconds(self) -> float:
+        """Return the seconds of training, including those before a resume."""
+        return self.wall + time.perf_counter() - self.begun
+
+    def synchronise(self) -> None:
+        """Flush all files to disk."""
+        if self.writes:
+            self.metrics.synchronise()
+            self.tensorboard.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self.screen.stop()
+        if self.writes and hasattr(self, "metrics"):
+            with suppress(OSError):  # a full disk, already reported by the error that ended the run
+                self.metrics.close()
+            if hasattr(self, "tensorboard"):  # missing if metrics.jsonl could not be opened
+                with suppress(OSError):
+                    self.tensorboard.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a resumed run needs to write the same lines; identical on all processes."""
+        return {"judge": self.judge.state_dict(), "wall": self.seconds()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.judge.load_state_dict(state["judge"])
+        self.wall = state["wall"]
+
+
+def plain(value: Any) -> bool | int | float | str:
+    """Return a configuration value as a type that TensorBoard accepts."""
+    return value if isinstance(value, (bool, int, float, str)) else str(value)

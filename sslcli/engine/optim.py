@@ -1,0 +1,139 @@
+"""LARS optimizer, parameter groups, and loading of optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sslcli.distributed.collectives import whole
+from sslcli.methods.base import Method
+
+NEVER_DECAYED = ("bias", "pos_embed", "cls_token", "mask_token")
+
+
+class LARS(Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017, https://arxiv.org/abs/1708.03888) with momentum.
+
+    The default form is that of MoCo v3, DINO, VISSL and BYOL: with g the gradient plus weight decay,
+    q = eta |w| / |g|, m <- momentum m + q g, w <- w - lr m. If a norm is zero, q = 1.
+
+    Args:
+        params: parameter groups; a group with `adapt=False` takes SGD steps with momentum, without weight decay.
+        lr: learning rate.
+        weight_decay: of groups with `adapt=True`.
+        momentum: of the momentum buffer.
+        eta: trust coefficient.
+        separate_norms: q = eta |w| / (|grad| + weight_decay |w| + 1e-8), as in lightly and solo-learn.
+        lr_in_buffer: m <- momentum m + lr q g, w <- w - m, as in Google's SimCLR; differs only if lr changes.
+        clip_lr: q <- min(q / lr, 1), which makes lr an upper bound, as in solo-learn's CIFAR recipes.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        eta: float = 0.001,
+        separate_norms: bool = False,
+        lr_in_buffer: bool = False,
+        clip_lr: bool = False,
+    ) -> None:
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta}.items():
+            if value < 0:
+                raise ValueError(f"{name} is {value}, but LARS needs it to be at least 0")
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta, "adapt": True}
+        self.separate_norms = separate_norms
+        self.lr_in_buffer = lr_in_buffer
+        self.clip_lr = clip_lr
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Perform one optimization step for all parameters with a gradient."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self.move(weight, weight.grad, group)
+        return loss
+
+    def move(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """Update one parameter tensor in place."""
+        if group["adapt"]:
+            grad = self.adapted(weight, grad, group)
+        state = self.state[weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        inside, outside = (group["lr"], 1.0) if self.lr_in_buffer else (1.0, group["lr"])
+        buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(grad, alpha=inside)
+        weight.sub_(buffer, alpha=outside)
+
+    def adapted(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return q * (gradient + weight decay), where q makes the step proportional to the norm of `weight`.
+
+        Norms of sharded tensors are computed over all shards. There is no synchronization with the device.
+        """
+        length = whole(torch.linalg.vector_norm(weight))
+        decayed = grad.add(weight, alpha=group["weight_decay"])
+        if self.separate_norms:
+            of_gradient = whole(torch.linalg.vector_norm(grad))
+            divisor = of_gradient + group["weight_decay"] * length + 1e-8
+            usable = (length > 0) & (of_gradient > 0)
+            decayed = torch.where(usable, decayed, grad)  # in this form, no weight decay if a norm is zero
+        else:
+            divisor = whole(torch.linalg.vector_norm(decayed))
+            usable = (length > 0) & (divisor > 0)
+        trust = group["eta"] * length / divisor
+        if self.clip_lr and group["lr"] > 0:
+            trust = (trust / group["lr"]).clamp(max=1.0)
+        return decayed * torch.where(usable, trust, 1.0)
+
+
+def parameter_groups(
+    method: nn.Module, *, weight_decay: float, decay_norm_and_bias: bool = False
+) -> list[dict[str, Any]]:
+    """Return two groups of trainable parameters: with weight decay, and without (biases, norms and tokens).
+
+    The second group has `adapt=False` for LARS. With `decay_norm_and_bias`, all parameters are in the first group, as
+    in MoCo v1 and v2. If a method's `param_groups()` is not None, its groups are returned unchanged.
+    """
+    own = method.param_groups() if isinstance(method, Method) else None
+    if own is not None:
+        return own
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            excluded = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in NEVER_DECAYED
+            (plain if excluded and not decay_norm_and_bias else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay, "adapt": True}]
+    return [*groups, {"params": plain, "weight_decay": 0.0, "adapt": False}] if plain else groups
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer state, but keep the `fused` setting of `optimizer`.
+
+    The setting depends on the current run: torch has no fused SGD for sharded parameters, and a fused optimizer itself
+    undoes the fp16 loss scale. State tensors are copied to the memory layout of their parameters, as fused steps
+    require.
+    """
+    fused = [group.get("fused") for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, before in zip(optimizer.param_groups, fused, strict=True):
+        if "fused" in group:
+            group["fused"] = before
+        for parameter in group["params"]:
+            kept = optimizer.state.get(parameter, {})
+            for name, value in kept.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.shape == parameter.shape
+                    and value.stride() != parameter.stride()
+                ):
+                    kept[name] = torch.empty_like(parameter).copy_(value)

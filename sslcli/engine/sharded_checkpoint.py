@@ -1,0 +1,251 @@
+"""Sharded checkpoints, written by all processes with torch.distributed.checkpoint.
+
+    step-00001234/
+        .metadata           names and shapes of the tensors, and the location of each shard
+        __0_0.distcp ...    the tensors of method and optimizer, one file per process
+        rest.pt             everything else, readable with torch.load(weights_only=True)
+        SHA256SUMS          checksums of all these, in the format of sha256sum
+
+A checkpoint can be loaded with any number of processes, including one. No code from a file is executed.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from sslcli.distributed import collectives, watchdog
+from sslcli.errors import ConfigError, TrainingFailed
+from sslcli.system.atomic import sha256, synchronise
+
+INDEX = ".metadata"
+REST = "rest.pt"
+SUMS = "SHA256SUMS"
+PARTS = ("method", "optimizer")  # the keys of a state whose tensors are written in shards
+OF_AN_INDEX = (  # modules of the classes that an index may contain
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "pathlib",
+    "pathlib._local",
+)
+
+Place = tuple[Any, ...]  # path of keys to a tensor in a nested state
+Placement = Callable[
+    [Place, torch.Size], Tensor | None
+]  # the sharded tensor with the placement to use, or None: not sharded
+T = TypeVar("T")
+
+
+class Snapshot:
+    """Copy of the current state in main memory: the local shards of sharded tensors, and everything else.
+
+    Args:
+        state: nested dictionaries; tensors below the keys `PARTS` may be sharded.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        found: dict[str, Tensor] = {}
+        places: dict[str, Place] = {}
+
+        def without_tensors(node: Mapping[Any, Any], place: Place) -> dict[Any, Any]:
+            rest = {}
+            for key, value in node.items():
+                here = (*place, key)
+                if isinstance(value, Tensor):
+                    name = "/".join(map(str, here))
+                    found[name], places[name] = value, here
+                else:
+                    rest[key] = without_tensors(value, here) if isinstance(value, Mapping) else value
+            return rest
+
+        rest = {key: without_tensors(value, (key,)) if key in PARTS else value for key, value in state.items()}
+        self.tensors: dict[str, Tensor] = BlockingAsyncStager().stage(found)
+        buffer = io.BytesIO()
+        torch.save({"state": rest, "places": places}, buffer)
+        self.rest = buffer.getvalue()
+
+
+def write(folder: Path, snapshot: Snapshot, *, group: dist.ProcessGroup) -> None:
+    """Write a complete checkpoint and fsync it; all processes of `group` must call this.
+
+    Raises OSError on all processes if one of them cannot write.
+    """
+    on_main(folder.mkdir, group)
+    try:
+        save(snapshot.tensors, storage_writer=FileSystemWriter(folder), process_group=group)
+    except CheckpointException as error:
+        raise OSError(reason_of(error)) from error
+    mine = sorted(folder.glob(f"__{collectives.rank()}_*"))
+    sums = together(lambda: {path.name: sha256(path) for path in mine}, group)
+
+    def complete() -> None:
+        (folder / REST).write_bytes(snapshot.rest)
+        every = {name: digest for part in sums for name, digest in part.items()}
+        every |= {name: sha256(folder / name) for name in (REST, INDEX)}
+        (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in every.items()), encoding="utf-8")
+        for path in (*folder.iterdir(), folder):
+            synchronise(path)
+
+    on_main(complete, group)
+
+
+def together(act: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
+    """Return the results of `act` on all processes; raise OSError on all if it fails on one."""
+    watchdog.sign()
+    mine: tuple[T | None, str] = (None, "")
+    try:
+        mine = (act(), "")
+    except OSError as error:
+        mine = (None, str(error))
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    failures = [reason for _, reason in everyone if reason]
+    if failures:
+        raise OSError(failures[0])
+    return [found for found, _ in everyone]
+
+
+def on_main(act: Callable[[], object], group: dist.ProcessGroup) -> None:
+    """Call `act` on the main process while the others wait; raise OSError on all if it fails."""
+    together(lambda: act() if collectives.is_main() else None, group)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the reason of a torch error on one line."""
+    reasons = [str(cause) for cause, _ in getattr(error, "failures", {}).values()]
+    return ((reasons or [str(error)])[0].strip() or type(error).__name__).splitlines()[0]
+
+
+def read(
+    folder: Path, *, device: torch.device, only: Collection[str] = PARTS, like: Placement | None = None
+) -> dict[str, Any]:
+    """Load the state of a checkpoint. All processes must call this; all raise ConfigError if one finds damage.
+
+    Args:
+        folder: folder of the checkpoint.
+        device: device of tensors that are not sharded.
+        only: the subset of `PARTS` whose tensors to load.
+        like: if it returns a sharded tensor, each process loads the shard with the same placement.
+    """
+    wrong, index, rest = damage(folder), None, {}
+    if not wrong:
+        try:
+            index = index_of(folder)
+            rest = torch.load(folder / REST, map_location=device, weights_only=True)
+        except Exception as error:  # damaged files raise nearly any type
+            wrong = f"cannot be read ({reason_of(error)})"
+    told = collectives.gather_objects((folder.name, wrong))
+    if len({name for name, _ in told}) > 1:
+        raise TrainingFailed(f"the processes see different checkpoints in {folder.parent}: start the command once more")
+    for _, reason in told:
+        if reason:
+            raise ConfigError(f"the checkpoint {folder} {reason}")
+    assert index is not None
+    state: dict[str, Any] = rest["state"]
+    places: dict[str, Place] = {name: place for name, place in rest["places"].items() if place[0] in only}
+    tensors = {name: empty(index, name, place, device=device, like=like) for name, place in places.items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "torch.distributed is disabled", UserWarning
+            )  # a single process is intended
+            load(tensors, storage_reader=Reader(folder, index))
+    except CheckpointException as error:
+        raise ConfigError(f"the checkpoint {folder} cannot be read ({reason_of(error)})") from error
+    for name, (*above, last) in places.items():
+        node = state
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = tensors[name]
+    return state
+
+
+def damage(folder: Path) -> str:
+    """Return what is wrong with the files of a checkpoint, or ""; each process verifies a part of the files."""
+    try:
+        sums = {name: digest for digest, name in map(str.split, (folder / SUMS).read_text("utf-8").splitlines())}
+    except (OSError, ValueError) as error:
+        return f"has no {SUMS} that can be read ({reason_of(error)})"
+    if not {REST, INDEX} <= sums.keys():
+        return f"is not complete: {SUMS} was cut short"
+    for name in sorted(sums)[collectives.rank() :: collectives.world_size()]:
+        try:
+            intact = sha256(folder / Path(name).name) == sums[name]
+        except OSError as error:
+            return f"cannot be read ({name}: {error.strerror})"
+        if not intact:
+            return f"does not match its checksums: {name} was cut short or altered"
+    return ""
+
+
+def empty(index: Metadata, name: str, place: Place, *, device: torch.device, like: Placement | None) -> Tensor:
+    """Return an empty tensor to load the named tensor into: whole, or sharded as `like` requires."""
+    entry = index.state_dict_metadata[name]
+    assert isinstance(entry, TensorStorageMetadata)
+    dtype, model = entry.properties.dtype, None if like is None else like(place, entry.size)
+    if model is None:
+        return torch.empty(entry.size, dtype=dtype, device=device)
+    return torch.empty_like(model, dtype=dtype, requires_grad=False)
+
+
+def spread(state: dict[Any, Any], like: Placement, place: Place = ()) -> dict[Any, Any]:
+    """Return a state with the tensors sharded for which `like` returns a sharded tensor."""
+
+    def placed(value: Any, here: Place) -> Any:
+        if isinstance(value, dict):
+            return spread(value, like, here)
+        model = like(here, value.shape) if isinstance(value, Tensor) and len(here) > 1 else None
+        if not isinstance(model, DTensor):
+            return value
+        return distribute_tensor(value.contiguous(), model.device_mesh, model.placements)
+
+    return {key: placed(value, (*place, key)) for key, value in state.items()}
+
+
+class Reader(FileSystemReader):
+    """Reader with a preloaded index, because torch would execute code from an index file."""
+
+    def __init__(self, folder: Path, index: Metadata) -> None:
+        super().__init__(folder)
+        self.index = index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.index
+
+
+def index_of(folder: Path) -> Metadata:
+    """Load the index of a checkpoint. Raise UnpicklingError if it contains any other object."""
+    with (folder / INDEX).open("rb") as file:
+        index = _Plain(file).load()
+    if not isinstance(index, Metadata):
+        raise pickle.UnpicklingError(f"{INDEX} holds a {type(index).__name__}")
+    return index
+
+
+class _Plain(pickle.Unpickler):
+    """Unpickler restricted to the classes of an index."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return super().find_class(module, name)
+        if "." not in name and module in (*OF_AN_INDEX, "torch"):
+            found = super().find_class(module, name)
+            own = isinstance(found, type) and found.__module__ == module and module != "torch"
+            if own or found is torch.Size or isinstance(found, torch.dtype):
+                return found
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no part of an index")

@@ -1,0 +1,138 @@
+"""Graceful stop on signals and at the time limit, at the same step on all processes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from sslcli.distributed import watchdog
+from sslcli.distributed.collectives import world_size
+
+TIME_LIMIT = "the time limit"
+GRACE = 10.0  # seconds that a wait for images may last after the time limit, so that every start completes a step
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
+
+T = TypeVar("T")
+
+
+class Interrupted(BaseException):
+    """Raised by the signal handler while the run waits for images; not an Exception, so no error handler catches it."""
+
+
+class StopRequest:
+    """Handler of signals and the time limit: requests that the run saves and stops after the current step.
+
+    SIGHUP, which a closing terminal sends, also counts, unless it is ignored, as under `nohup`.
+
+    Args:
+        max_seconds: time limit, counted from `begun`, or None.
+        begun: start time of the command by `time.monotonic`; None is now.
+
+    After `agreed` returned True, `by_signal` is True if any process received a signal.
+    """
+
+    def __init__(self, max_seconds: float | None = None, *, begun: float | None = None) -> None:
+        self.reason = ""
+        self.by_signal = False
+        self.received = 0.0
+        self.is_waiting = False
+        self.has_rung = False
+        begun = time.monotonic() if begun is None else begun
+        self.deadline = None if max_seconds is None else begun + max_seconds
+        self.flag = torch.zeros(1, dtype=torch.int32)
+        self.pending: dist.Work | None = None
+        ignored = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []
+        self.previous = {number: signal.signal(number, self.receive) for number in SIGNALS if number not in ignored}
+        self.alarm = None if self.deadline is None else self.set_alarm(self.deadline - time.monotonic() + GRACE)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Record the signal, and interrupt a wait for images. A second Ctrl-C ends the process immediately.
+
+        Under an agent one Ctrl-C arrives twice within moments, from the terminal and from the agent.
+        """
+        now = time.monotonic()
+        if self.reason and number == signal.SIGINT and now - self.received > 2:
+            raise KeyboardInterrupt
+        self.received = now
+        if self.has_rung and number == signal.SIGUSR1:
+            self.has_rung = False
+            self.check_time()
+        else:
+            self.reason = f"signal {signal.Signals(number).name}"
+        if self.is_waiting:
+            self.is_waiting = False
+            raise Interrupted
+
+    def check_time(self) -> None:
+        """Set the time limit as the reason to stop if it has passed and there is no other reason."""
+        if self.deadline is not None and time.monotonic() > self.deadline and not self.reason:
+            self.reason = TIME_LIMIT
+
+    def set_alarm(self, seconds: float) -> threading.Timer:
+        """Start and return a timer that interrupts this thread after `seconds`, also in a system call."""
+        timer = threading.Timer(max(0.0, seconds), self.ring, (threading.get_ident(),))
+        timer.daemon = True
+        timer.start()
+        return timer
+
+    def ring(self, thread: int) -> None:
+        """Interrupt a thread by a signal, the only way to reach one that blocks in a system call."""
+        self.has_rung = True
+        signal.pthread_kill(thread, signal.SIGUSR1)
+
+    def unless_stopped(self, get: Callable[[], T]) -> T | None:
+        """Return `get()`, or None if a signal interrupts it, or it takes too long after the time limit.
+
+        With several processes it is never interrupted: they can only stop together, after a common step.
+        """
+        if world_size() > 1:
+            return get()
+        late = self.set_alarm(GRACE) if self.reason else None
+        try:
+            try:
+                self.is_waiting = True
+                return get()
+            finally:
+                self.is_waiting = False
+        except Interrupted:
+            self.by_signal = self.reason != TIME_LIMIT
+            return None
+        finally:
+            if late is not None:
+                late.cancel()
+
+    def agreed(self) -> bool:
+        """Return True if all processes stop now. Call once per step on every process.
+
+        With several processes the result is that of the previous step, so that the call does not block.
+        """
+        self.check_time()
+        mine = 0 if not self.reason else 1 if self.reason == TIME_LIMIT else 2
+        if world_size() == 1:
+            self.by_signal = mine == 2
+            return mine > 0
+        stop = False
+        if self.pending is not None:
+            self.pending.wait()
+            stop, self.by_signal = bool(self.flag.item()), self.flag.item() == 2
+        self.flag.fill_(mine)
+        watchdog.meet()
+        self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
+        return stop
+
+    def close(self) -> None:
+        """Restore the previous signal handlers."""
+        if self.alarm is not None:
+            self.alarm.cancel()
+            self.alarm.join()
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.pending is not None:
+            self.pending.wait()

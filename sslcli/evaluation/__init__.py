@@ -1,0 +1,1 @@
+"""Evaluation protocols, one per file, with the features and label subsets they share."""

@@ -1,0 +1,148 @@
+"""Distillation: train a student on the predictions of a fine-tuned teacher, without labels.
+
+The third stage of SimCLR v2 (arXiv:2006.10029, section 2): cross-entropy against the teacher's probabilities at a
+temperature, on all training images. Yaml: conf/protocol/distill.yaml. N is the number of images, C of classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslcli.backbones.wrap import dry_output
+from sslcli.evaluation.finetune import Outcome, reported_positions
+from sslcli.evaluation.layers import BACKBONE
+from sslcli.evaluation.network import Classifier
+from sslcli.evaluation.result import label_rank
+from sslcli.evaluation.training import Progress, Recipe, Start, Task, batches, cross_entropy, fit, predict
+from sslcli.methods.base import Batch, num_features
+from sslcli.nn.modules import evaluating
+
+TEACHERS = ("finetune", "semi")
+
+
+def distillation(student: Tensor, teacher: Tensor, *, temperature: float, scale: bool = True) -> Tensor:
+    """Return the cross-entropy of the student's logits (N, C) and the teacher's probabilities, both at `temperature`.
+
+    This is the mean over N of -sum p_teacher log p_student (SimCLR v2, eq. 2). With `scale` it is multiplied by
+    temperature squared, as in the official notebook, to keep the gradient magnitude independent of the temperature.
+    No gradient flows to the teacher.
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    wanted = (teacher.detach().to(dtype) / temperature).softmax(1)
+    loss = -(wanted * (student.to(dtype) / temperature).log_softmax(1)).sum(1).mean()
+    return loss * temperature**2 if scale else loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A fine-tuned network, the positions of its labeled training images, and its provenance."""
+
+    net: Classifier
+    positions: Tensor
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Recipe):
+    """The protocol `distill`, with a fixed learning rate (no grid).
+
+    The baseline `random` is the student trained from random initialization for the same number of steps, on the
+    teacher's labeled images and without the teacher.
+    """
+
+    teacher: str = "finetune"
+    student: nn.Module | None = None
+    lr: float = 0.1
+    temperature: float = 1.0
+    scale: bool = True
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher.partition("_")[0] not in TEACHERS:
+            raise ValueError(
+                f"teacher={self.teacher!r} is unknown: choose {' or '.join(TEACHERS)}, or the name of a result of one "
+                "of them, as in semi_1pct"
+            )
+        if not self.lr > 0 or not self.temperature > 0:
+            raise ValueError(f"lr={self.lr} and temperature={self.temperature} must be above 0")
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha} must be above 0 and at most 1, which is no labels at all")
+
+    def variant(self, usual: Mapping[str, Any]) -> str:
+        """Return the class of `student` and a digest of its layers, or "" for the run's own network."""
+        if self.student is None:
+            return ""
+        digest = hashlib.sha256(repr(self.student).encode()).hexdigest()[:6]
+        return f"student-{type(self.student).__name__}-{digest}"
+
+    def __call__(self, starts: dict[str, Start], task: Task, teacher: Teacher) -> Outcome:
+        """Distill into a copy of the run's network, or into a randomly initialized `student`."""
+        data = starts["trained"].features
+        split, _, labels = data.reported()
+        at = reported_positions(data)
+        arms = {
+            name: start.classifier(task) if self.student is None else self.fresh(start, task)
+            for name, start in starts.items()
+        }
+        progress = Progress(task.screen, "distilling", total=len(arms) * self.steps)
+        student = arms["trained"]
+        self.distil(student, teacher, task, progress)
+        result = {
+            "protocol": "distill",
+            "split": split,
+            **self.numbers(label_rank(predict(student, task, at), labels), data.num_classes),
+            "teacher": teacher.provenance
+            | self.numbers(label_rank(predict(teacher.net, task, at), labels), data.num_classes),
+            "student": "the run's own net" if self.student is None else type(self.student).__name__,
+            "n_train": len(task.source.splits["train"]),
+            "n_labels": len(teacher.positions),
+            "n_test": len(at),
+            "num_classes": data.num_classes,
+            **self.facts(),
+        }
+        if "random" in arms:
+            alone = arms["random"]
+            facts = "labels alone"
+            fit(alone, task, teacher.positions, self, lr=self.lr, seed=self.seed, progress=progress, facts=facts)
+            result["baselines"] = {
+                "random": self.numbers(label_rank(predict(alone, task, at), labels), data.num_classes)
+            }
+        task.screen.stop()
+        return Outcome(result=result, net=student, positions=teacher.positions)
+
+    def fresh(self, start: Start, task: Task) -> Classifier:
+        """Return the configured student at its initialization. Raise ValueError unless it accepts the images."""
+        assert self.student is not None
+        dry_output(self.student, image_size=task.source.image_size, in_channels=task.source.channels)
+        given = Start(net=self.student.to(task.device), layer=BACKBONE, features=start.features)
+        return given.classifier(task, width=num_features(self.student))
+
+    def distil(self, student: Classifier, teacher: Teacher, task: Task, progress: Progress) -> None:
+        """Train the student on all training images; both networks get the same views."""
+        with evaluating(teacher.net), closing(self.labelled(teacher, task)) as labelled:
+
+            def loss(net: Classifier, batch: Batch) -> Tensor:
+                with torch.no_grad():
+                    wanted = teacher.net(batch.views[0])
+                soft = distillation(net(batch.views[0]), wanted, temperature=self.temperature, scale=self.scale)
+                if self.alpha == 1:
+                    return soft
+                return self.alpha * soft + (1 - self.alpha) * cross_entropy(net, next(labelled))
+
+            everything = task.source.splits["train"]
+            fit(student, task, everything, self, lr=self.lr, seed=self.seed, progress=progress, loss=loss)
+
+    def labelled(self, teacher: Teacher, task: Task) -> Generator[Batch, None, None]:
+        """Yield `steps` batches of the teacher's labeled images."""
+        loader = batches(task, teacher.positions, self, seed=self.seed + 1)
+        with closing(loader.steps(0, self.steps)) as steps:
+            for (batch,) in steps:
+                yield batch

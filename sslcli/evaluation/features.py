@@ -1,0 +1,256 @@
+"""Feature extraction, shared by all protocols, with a cache on disk.
+
+    source -> plain_batches (uint8) -> device, [0, 1] -> prepare (color, normalize) -> encode -> CPU
+
+Features keep the dtype of the forward pass. Convolutions and matrix products in bfloat16 return 16-bit numbers, which
+are stored without loss; the 32-bit output of a last norm layer is rounded to 16 bits. float16 has more digits, but its
+range is 6e-8 to 65,504, and the scale of features is arbitrary.
+
+The monitor during training and `ssl-eval` both call `extract`, and therefore report the same number.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile, ZipFile
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslcli.data.loader import plain_batches
+from sslcli.distributed import watchdog
+from sslcli.engine.precision import DTYPES, autocast
+from sslcli.errors import NotFinite
+from sslcli.system import atomic
+
+if TYPE_CHECKING:
+    from sslcli.data.sources.base import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSet:
+    """Features and labels of the splits of one data set. `val` is held out of training, `test` is the official split.
+
+    Features are finite (n, d) floats of 16 or 32 bits, labels are (n,) int64 in [0, num_classes). val or test may be
+    None, but not both. Positions (n,) int64 are the indices of the images in their source, for protocols that read the
+    images again. Raises ValueError, with the name of the split, for invalid input.
+    """
+
+    train: Tensor
+    train_labels: Tensor
+    val: Tensor | None = None
+    val_labels: Tensor | None = None
+    test: Tensor | None = None
+    test_labels: Tensor | None = None
+    train_positions: Tensor | None = None
+    val_positions: Tensor | None = None
+    test_positions: Tensor | None = None
+    num_classes: int
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("train", "val", "test"):
+            features, labels = getattr(self, name), getattr(self, f"{name}_labels")
+            if (features is None) != (labels is None):
+                raise ValueError(f"split {name!r} has features or labels but not both: give both or neither")
+            if features is not None:
+                check_features(features, labels, num_classes=self.num_classes, width=self.train.shape[-1], name=name)
+        if self.val is None and self.test is None:
+            raise ValueError("a feature set needs a val or a test split: set dataset.val_fraction above 0")
+
+    def reported(self) -> tuple[str, Tensor, Tensor]:
+        """Return name, features and labels of the split to report: test if there is one, else val."""
+        name = "val" if self.test is None else "test"
+        return name, getattr(self, name), getattr(self, f"{name}_labels")
+
+    def to(self, device: torch.device | str) -> FeatureSet:
+        """Return the set with all tensors on `device`. Protocols compute on the device of the features."""
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return FeatureSet(**moved)
+
+
+def computed(
+    protocol: Callable[..., dict[str, Any]], features: FeatureSet, device: torch.device, **given: Any
+) -> dict[str, Any]:
+    """Return `protocol(features, ...)`, computed on the GPU if there is one with enough memory, else on the CPU."""
+    if device.type == "cuda":
+        try:
+            return protocol(features.to(device), **given)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return protocol(features, **given)
+
+
+def from_bank(features: FeatureSet, rows: Tensor, split: Tensor) -> FeatureSet:
+    """Return the set with the rows of a memory bank in place of the train features.
+
+    Args:
+        features: features of a layer as wide as the rows.
+        rows: (n, d), one for each image of the training split. All-zero rows are not filled yet and are dropped.
+        split: (n,) positions of the training images in their source.
+
+    Raises ValueError if the bank has a different number of images.
+    """
+    if len(rows) != len(split):
+        raise ValueError(f"the memory bank has {len(rows):,} rows, but the training split {len(split):,} images")
+    assert features.train_positions is not None
+    ordered, places = split.sort()
+    mine = rows.float().cpu()[places[torch.searchsorted(ordered, features.train_positions)]]
+    known = mine.any(1)
+    return replace(
+        features,
+        train=mine[known],
+        train_labels=features.train_labels[known],
+        train_positions=features.train_positions[known],
+    )
+
+
+def check_features(features: Tensor, labels: Tensor, *, num_classes: int, width: int, name: str) -> None:
+    """Raise ValueError unless features are finite (n, width), n >= 1, and labels (n,) int64 in [0, num_classes)."""
+    if features.ndim != 2 or len(features) == 0 or features.shape[1] != width:
+        raise ValueError(
+            f"{name} features have shape {tuple(features.shape)}, but must be (n, {width}) with at least one row"
+        )
+    if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"{name} labels have shape {tuple(labels.shape)} and dtype {labels.dtype}, but must be int64, one for each "
+            f"of the {len(features)} feature rows"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"{name} labels run from {int(labels.min())} to {int(labels.max())}, but must be in [0, {num_classes}): "
+            "-1 marks an unlabelled image, which no probe can use; choose labelled positions or another data set"
+        )
+    if not bool(torch.isfinite(features).all()):
+        bad = int((~torch.isfinite(features)).any(dim=1).sum())
+        raise NotFinite(
+            f"{name} features of {bad} of {len(features)} images are NaN or infinite: the checkpoint has diverged, "
+            "or 16 bits are too few for this net; evaluate an earlier one, or with train.precision=fp32"
+        )
+
+
+def extract(
+    encode: Callable[[Tensor], Tensor],
+    source: Source,
+    positions: Tensor,
+    *,
+    prepare: Callable[[Tensor], Tensor],
+    batch_size: int,
+    device: torch.device | str,
+    precision: str,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Extract the features of the images of `source` at `positions` (n,) int64.
+
+    Returns the features (n, d) in the order of `positions`, and a mask (n,) bool that is False for unreadable images
+    (their features are those of a blank image: drop them). Both are on the CPU. Features are float32, bfloat16 or
+    float16 for a `precision` of fp32, bf16 or fp16.
+
+    `prepare` maps float images (N, C, S, S) in [0, 1] to the network's input (`Views.finish`), and `encode` maps these
+    to (N, d). Put the network in eval mode with `evaluating` around the call. `progress(done, total)` is called after
+    each batch. No parameter, buffer or random state changes, so training with this call and without it is identical.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1: 256 is usual")
+    total = len(positions)
+    if total == 0:
+        raise ValueError("there are no images to extract features of: the split is empty; check dataset.limit")
+    device = torch.device(device)
+    features: Tensor | None = None
+    readable = torch.empty(total, dtype=torch.bool)
+    done = 0
+    watchdog.sign(f"{watchdog.IMAGES} of an evaluation")
+    # A DataLoader draws the base seed of its workers from the global generator: fork it.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for images, whole in plain_batches(source, positions, batch_size=batch_size, workers=workers):
+            batch = _encode_batch(encode, images, prepare=prepare, device=device, precision=precision)
+            if features is None:
+                features = torch.empty(total, batch.shape[1], dtype=batch.dtype)
+            features[done : done + len(batch)] = batch
+            readable[done : done + len(batch)] = whole
+            done += len(batch)
+            watchdog.sign()
+            if progress is not None:
+                progress(done, total)
+    watchdog.sign("an evaluation")
+    assert features is not None
+    assert done == total
+    return features, readable
+
+
+@torch.inference_mode()
+def _encode_batch(
+    encode: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    prepare: Callable[[Tensor], Tensor],
+    device: torch.device,
+    precision: str,
+) -> Tensor:
+    """Return features (N, d) of uint8 images (N, C, S, S) on the CPU, in the dtype of `precision`."""
+    prepared = prepare(images.to(device, non_blocking=True).float() / 255)
+    with autocast(device, precision):
+        features = encode(prepared.contiguous(memory_format=torch.channels_last))
+    if features.ndim != 2 or len(features) != len(images):
+        raise ValueError(
+            f"encode gave shape {tuple(features.shape)} for {len(images)} images, but must give (N, d): pool maps first"
+        )
+    return features.to(DTYPES[precision]).cpu()
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Return the pixels of images (N, C, H, W) as features (N, d), the baseline of any representation.
+
+    If the longer side exceeds 32 pixels, images are resized to 32 (area average), so d is at most C * 1024.
+    """
+    height, width = images.shape[-2:]
+    if (longest := max(height, width)) > 32:
+        size = (max(1, round(height * 32 / longest)), max(1, round(width * 32 / longest)))
+        images = F.interpolate(images.float(), size=size, mode="area")
+    return images.flatten(1)
+
+
+def cached(
+    path: Path, key: str, compute: Callable[[], dict[str, Tensor]], *, warn: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """Return the tensors cached at `path` under `key`, memory-mapped, or compute and cache them.
+
+    `key` must identify everything that the tensors depend on (weights, data fingerprint, transform, layer, precision).
+    Tensors keep their dtype, so cached and recomputed numbers are bit-identical. The file is read with
+    `weights_only=True` and written atomically (temporary file, then rename). A file with another key is replaced. A
+    damaged file is replaced after a call of `warn`, which is also called if the file cannot be written.
+    """
+    stored = _load(path, key, warn)
+    if stored is not None:
+        return stored
+    # clone: torch.save of a slice writes the whole storage that it is a view of
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in compute().items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(path, partial(torch.save, {"key": key, "tensors": tensors}), durable=False)
+    except (OSError, RuntimeError) as error:
+        warn(f"features cannot be kept in {path}: {error}. The next evaluation computes them again")
+    return tensors
+
+
+def _load(path: Path, key: str, warn: Callable[[str], None]) -> dict[str, Tensor] | None:
+    """Return the tensors of a cache file, or None if it is absent, damaged or has another key."""
+    try:
+        with ZipFile(path) as archive:  # torch.load with mmap does not verify checksums
+            broken = archive.testzip()
+        stored = None if broken else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError, BadZipFile):
+        stored = None
+    if not isinstance(stored, dict) or not isinstance(stored.get("tensors"), dict):
+        warn(f"{path} is damaged: its features are computed again")
+        return None
+    return dict(stored["tensors"]) if stored.get("key") == key else None

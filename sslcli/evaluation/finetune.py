@@ -1,0 +1,165 @@
+"""Fine-tuning of the whole network on labels, from pre-trained weights and, as a baseline, from scratch.
+
+SimCLR (arXiv:2002.05709, appendix B.8) and SimCLR v2 (arXiv:2006.10029, section 3: from a middle layer of the head);
+layer-wise decay as in MAE (arXiv:2111.06377). The linear head is initialized with zeros, as in SimCLR v2, or with
+`warm_start` with a linear probe of the frozen features, as in LP-FT (arXiv:2202.10054). Yaml:
+conf/protocol/finetune.yaml. S is the number of label subsets, m of images in the reported split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslcli.evaluation.features import FeatureSet
+from sslcli.evaluation.network import Classifier
+from sslcli.evaluation.result import accuracy, label_rank
+from sslcli.evaluation.subsets import held_out
+from sslcli.evaluation.training import Progress, Recipe, Start, Task, fit, predict, warm
+
+Choice = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Outcome of a protocol that trains: a JSON-serializable result, and the network to save, if any."""
+
+    result: dict[str, Any]
+    net: Classifier | None
+    positions: Tensor | None = None  # of the labeled training images in their source
+    files: dict[str, str] = field(default_factory=dict)  # further text files of the result: name -> content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Networks trained on S label subsets: rank (S, m) of the true class of each image, and the first network."""
+
+    place: Tensor
+    net: Classifier
+    chosen: Choice
+    grid: list[Choice]
+
+    def top(self, k: int) -> list[float]:
+        """Return the top-k accuracy of each run, a fraction; with fewer than k classes k is the number of classes."""
+        return [accuracy(place, min(k, self.net.classify.out_features)) for place in self.place]
+
+
+def reported_positions(features: FeatureSet) -> Tensor:
+    """Return the positions of the images of the reported split in their source."""
+    positions = features.val_positions if features.test is None else features.test_positions
+    assert positions is not None
+    return positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned(Recipe):
+    """A recipe that starts from the network of a run and selects the learning rate on held-out labels."""
+
+    lrs: Sequence[float] = (0.02, 0.1)
+    val_fraction: float = 0.1
+    warm_start: bool = False
+    from_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.lrs) == 0 or not all(lr > 0 for lr in self.lrs):
+            raise ValueError(f"lrs={list(self.lrs)} must hold at least one number, all above 0")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must be between 0 and 1: 0.1 is usual")
+        if self.from_layer is not None and self.from_layer < 0:
+            raise ValueError(f"from_layer={self.from_layer} must be at least 0, which is the backbone")
+
+    def trainings(self, subsets: int, *, choosing: int) -> int:
+        """Return the number of trainings in `learn`, with `choosing` subsets for the learning rate."""
+        return subsets + (choosing * len(self.lrs) if len(self.lrs) > 1 else 0)
+
+    def learn(self, start: Start, task: Task, subsets: list[Tensor], *, choosing: int, progress: Progress) -> Trained:
+        """Train on each of `subsets` (rows of start.features.train), after selecting the rate on the first `choosing`.
+
+        The reported split is used once per subset, after the selection.
+        """
+        grid, chosen = self.choose(start, task, subsets[:choosing], progress)
+        labels = start.features.reported()[2]
+        positions = reported_positions(start.features)
+        places, first = [], None
+        for number, rows in enumerate(subsets):
+            net = self.train(start, task, rows, chosen["lr"], number, progress)
+            places.append(label_rank(predict(net, task, positions), labels))
+            first = first or net
+        assert first is not None
+        return Trained(place=torch.stack(places), net=first, chosen=chosen, grid=grid)
+
+    def choose(
+        self, start: Start, task: Task, subsets: list[Tensor], progress: Progress
+    ) -> tuple[list[Choice], Choice]:
+        """Return the grid and the learning rate with the best pooled held-out accuracy.
+
+        If a class has a single label, nothing can be held out, and the first rate is used.
+        """
+        data = start.features
+        splits = [
+            held_out(rows, data.train_labels, fraction=self.val_fraction, seed=self.seed + number)
+            for number, rows in enumerate(subsets)
+        ]
+        if len(self.lrs) == 1 or any(len(out) == 0 for _, out in splits):
+            progress(self.steps * (self.trainings(0, choosing=len(subsets))))
+            return [], {"lr": float(self.lrs[0])}
+        assert data.train_positions is not None
+        grid = []
+        for lr in self.lrs:
+            places, losses = [], []
+            for number, (kept, out) in enumerate(splits):
+                net = self.train(start, task, kept, lr, number, progress)
+                logits = predict(net, task, data.train_positions[out])
+                places.append(label_rank(logits, data.train_labels[out]))
+                losses.append(F.cross_entropy(logits, data.train_labels[out], reduction="none"))
+            loss = float(torch.cat(losses).mean().nan_to_num(nan=torch.inf).clamp(max=torch.finfo(torch.float32).max))
+            grid.append({"lr": float(lr), "val_top1": accuracy(torch.cat(places), 1), "val_loss": loss})
+        return grid, max(grid, key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
+
+    def train(self, start: Start, task: Task, rows: Tensor, lr: float, number: int, progress: Progress) -> Classifier:
+        """Return a network trained on `rows` (k,) of start.features.train; `number` is the index of the subset."""
+        data, seed = start.features, self.seed + number
+        assert data.train_positions is not None
+        net = start.classifier(task)
+        if self.warm_start:
+            warm(net, data.train[rows], data.train_labels[rows], seed=seed)
+        facts = f"{len(rows)} labels, lr {lr:g}"
+        fit(net, task, data.train_positions[rows], self, lr=lr, seed=seed, progress=progress, facts=facts)
+        return net
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Tuned):
+    """The protocol `finetune`: all labels of the training split."""
+
+    def __call__(self, starts: dict[str, Start], task: Task) -> Outcome:
+        """Fine-tune from each start: "trained" and, if present, "random"."""
+        data = starts["trained"].features
+        rows = torch.arange(len(data.train))
+        total = len(starts) * self.trainings(1, choosing=1) * self.steps
+        progress = Progress(task.screen, "fine-tuning", total=total)
+        found = {name: self.learn(start, task, [rows], choosing=1, progress=progress) for name, start in starts.items()}
+        task.screen.stop()
+        trained = found["trained"]
+        result = {
+            "protocol": "finetune",
+            "split": data.reported()[0],
+            **self.numbers(trained.place[0], data.num_classes),
+            "chosen": trained.chosen,
+            "grid": trained.grid,
+            "n_train": len(rows),
+            "n_test": trained.place.shape[1],
+            "num_classes": data.num_classes,
+            **self.facts(),
+        }
+        if "random" in found:
+            result["baselines"] = {
+                "random": self.numbers(found["random"].place[0], data.num_classes) | {"chosen": found["random"].chosen}
+            }
+        return Outcome(result=result, net=trained.net, positions=data.train_positions)

@@ -1,0 +1,169 @@
+"""Weighted k-nearest-neighbor classification of frozen features.
+
+Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978, section 3.4;
+the form of DINO, arXiv:2104.14294, appendix F.1. Yaml: conf/protocol/knn.yaml. n is the size of the bank, m the
+number of queries, d the feature dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslcli.evaluation.base import Protocol
+from sslcli.evaluation.features import FeatureSet, check_features
+from sslcli.evaluation.result import accuracy, bootstrap_interval, label_rank, top5
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnResult:
+    """Accuracies as fractions, predictions (m,) int64, votes (m, C) with row sums of 1, correct (m,) bool."""
+
+    top1: float
+    top5: float
+    predictions: Tensor
+    votes: Tensor
+    correct: Tensor
+
+
+@torch.no_grad()
+def knn(
+    train: Tensor,
+    train_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    *,
+    k: int = 200,
+    temperature: float = 0.07,
+    num_classes: int,
+    chunk: int = 1024,
+) -> KnnResult:
+    """Classify `query` (m, d) by the k most similar rows of `train` (n, d), each voting exp(cos / temperature).
+
+    Features are L2-normalized here, in float32 or float64. k is capped at n. Ties go to the lowest class index. A query
+    without a neighbor of its own class counts as wrong, also in top-5 however few classes got votes. At most chunk x n
+    similarities are in memory. A query must not be in the bank. Raises ValueError for values out of range.
+    """
+    _check(k=k, temperature=temperature, chunk=chunk)
+    check_features(train, train_labels, num_classes=num_classes, width=train.shape[-1], name="train")
+    check_features(query, query_labels, num_classes=num_classes, width=train.shape[-1], name="query")
+    dtype = torch.float64 if train.dtype == torch.float64 else torch.float32
+    bank = F.normalize(train.to(dtype), dim=1)
+    queries = F.normalize(query.to(dtype), dim=1)
+    parts = [
+        _votes(rows, bank, train_labels, min(k, len(bank)), temperature, num_classes)
+        for rows in torch.split(queries, chunk)
+    ]
+    votes, near = (torch.cat(part) for part in zip(*parts, strict=True))
+    place = label_rank(votes.masked_fill(~near, -1.0), query_labels)
+    place[~near.gather(1, query_labels[:, None]).squeeze(1)] = num_classes
+    return KnnResult(
+        top1=accuracy(place, 1),
+        top5=top5(place, num_classes),
+        predictions=votes.argmax(dim=1),
+        votes=votes,
+        correct=place == 0,
+    )
+
+
+def _votes(
+    rows: Tensor, bank: Tensor, labels: Tensor, k: int, temperature: float, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Return normalized class votes (rows, C) of unit-norm features, and a mask (rows, C) of classes with votes."""
+    similarity, neighbour = (rows @ bank.T).topk(k, dim=1)
+    # softmax subtracts the largest exponent; exp(1 / temperature) would overflow float32 below 0.0113
+    weight = (similarity / temperature).softmax(dim=1)
+    # A vote may underflow to 0, so votes > 0 does not identify the classes with votes.
+    near = torch.zeros(len(rows), num_classes, dtype=torch.bool, device=rows.device)
+    near.scatter_(1, labels[neighbour], True)
+    votes = weight.new_zeros(len(rows), num_classes)
+    return votes.scatter_add_(1, labels[neighbour], weight), near
+
+
+def _check(*, k: int, temperature: float, chunk: int) -> None:
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1: 20 and 200 are usual")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0: 0.07 and 0.1 are usual")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1: 1024 is usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn(Protocol):
+    """The k-NN protocol: the bank is train, the queries are val (and also test, if there is one).
+
+    `top1` is the accuracy on val, which the monitor uses during training: nothing may be selected on test.
+    `test_top1` is the number to report.
+    """
+
+    k: int | None = None  # None: what the run's monitor uses, else 200
+    temperature: float | None = None  # None: what the run's monitor uses, else 0.07
+    chunk: int = 1024
+    seed: int = 0
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        _check(k=self.neighbours, temperature=self.sharpness, chunk=self.chunk)
+        if self.resamples < 1:
+            raise ValueError(f"resamples={self.resamples} must be at least 1: 1000 is usual")
+
+    @property
+    def neighbours(self) -> int:
+        """Number of neighbors k, 200 by default."""
+        return 200 if self.k is None else self.k
+
+    @property
+    def sharpness(self) -> float:
+        """The temperature, 0.07 by default."""
+        return 0.07 if self.temperature is None else self.temperature
+
+    def variant(self, usual: Mapping[str, Any]) -> str:
+        """Return the number of neighbors and the temperature if they differ from the monitor's."""
+        usual_k, usual_temperature = usual.get("knn_k", 200), usual.get("knn_temperature", 0.07)
+        k = f"k-{self.neighbours}" if self.neighbours != usual_k else ""
+        temperature = f"temperature-{self.sharpness:.10g}" if self.sharpness != usual_temperature else ""
+        return "_".join(part for part in (k, temperature) if part)
+
+    def __call__(self, features: FeatureSet) -> dict[str, Any]:
+        """Return a JSON-serializable result; accuracies are fractions, intervals are [low, high] at 95 %."""
+        split, queries, labels = features.reported()
+        if features.val is not None and features.val_labels is not None:
+            split, queries, labels = "val", features.val, features.val_labels
+        found, interval = self._classify(features, queries, labels)
+        result: dict[str, Any] = {
+            "protocol": "knn",
+            "split": split,
+            "top1": found.top1,
+            "top5": found.top5,
+            "interval": interval,
+            "n_train": len(features.train),
+            "n_test": len(queries),
+            "num_classes": features.num_classes,
+            "k": min(self.neighbours, len(features.train)),
+            "temperature": self.sharpness,
+            "seed": self.seed,
+        }
+        test, labels_of_test = features.test, features.test_labels
+        if split == "val" and test is not None and labels_of_test is not None and test is not queries:
+            found, interval = self._classify(features, test, labels_of_test)
+            result |= {"test_top1": found.top1, "test_top5": found.top5, "test_interval": interval}
+        return result
+
+    def _classify(self, features: FeatureSet, queries: Tensor, labels: Tensor) -> tuple[KnnResult, list[float]]:
+        found = knn(
+            features.train,
+            features.train_labels,
+            queries,
+            labels,
+            k=self.neighbours,
+            temperature=self.sharpness,
+            num_classes=features.num_classes,
+            chunk=self.chunk,
+        )
+        return found, list(bootstrap_interval(found.correct, seed=self.seed, resamples=self.resamples))

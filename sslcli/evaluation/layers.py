@@ -1,0 +1,66 @@
+"""Feature layers of a network: backbone output, projection, a layer of the projection head, or a backbone stage.
+
+backbone     `features` of a method; the output of a bare backbone
+projection   the input of the method's loss
+bank         as projection, but for training images the rows of the method's memory bank (`stored`)
+head1, ...   a layer of the projection head, if the method provides them (`head_features`)
+layer3, ...  a stage of the backbone, averaged over positions
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from sslcli.backbones.wrap import pooled
+from sslcli.errors import nearest
+from sslcli.methods.base import Method
+from sslcli.nn.modules import evaluating
+
+BACKBONE = "backbone"
+BANK = "bank"
+
+
+def names(net: nn.Module, images: Tensor) -> list[str]:
+    """Return the names of the feature layers of a network with input `images` (N, C, H, W)."""
+    found = [BACKBONE]
+    if isinstance(net, Method):
+        found += ["projection"] if type(net).projection is not Method.projection else []
+        found += [BANK] if net.stored() is not None else []
+        found += [f"head{number + 1}" for number in range(net.head_layers)]
+    try:
+        with evaluating(net), torch.no_grad():
+            found += list(_stages(net, images))
+    except (AttributeError, ValueError):  # a backbone need not have stages
+        pass
+    return found
+
+
+def check(net: nn.Module, layer: str, images: Tensor) -> None:
+    """Raise ValueError, with the available layers, unless the network has the layer."""
+    known = names(net, images)
+    if layer not in known:
+        raise ValueError(
+            f"feature_layer is {layer!r}, which this net does not have.{nearest(layer, known)} "
+            f"It has: {', '.join(known)}"
+        )
+
+
+def read(net: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """Return features (N, d) of images (N, C, H, W) at an existing layer; for `bank` this is the projection."""
+    if layer == BACKBONE:
+        found: Tensor = net.features(images) if isinstance(net, Method) else net(images)
+    elif layer in ("projection", BANK) and isinstance(net, Method):
+        found = net.projection(images)
+    elif (inside := re.fullmatch(r"head(\d+)", layer)) and isinstance(net, Method):
+        found = net.head_features(images, int(inside[1]))
+    else:
+        found = pooled(_stages(net, images)[layer])
+    return found
+
+
+def _stages(net: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    backbone = net.backbone if isinstance(net, Method) else net
+    return backbone.stages(images)  # type: ignore[operator, no-any-return]

@@ -1,0 +1,337 @@
+"""Linear probe: multinomial logistic regression on frozen features, with all grid entries trained at once.
+
+Two solvers: SGD with momentum and cosine schedule (the common probe without augmentation, hence 0 to 1.5 points lower),
+and L-BFGS along a regularization path (as in DINOv2, arXiv:2304.07193), deterministic and run to convergence.
+Yaml: conf/protocol/linear.yaml. n images, d dimensions, C classes, G hyperparameter choices ("heads").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslcli.engine.precision import DTYPES, resolve
+from sslcli.evaluation.base import Protocol
+from sslcli.evaluation.features import FeatureSet
+from sslcli.evaluation.result import accuracy, bootstrap_interval, label_rank, top5
+
+Heads = tuple[Tensor, Tensor]  # weights (d, G*C) and biases (G*C,): one matrix product for all heads
+Tell = Callable[[int], None]  # progress callback: number of passes completed since the last call
+
+
+def silent(passes: int) -> None:
+    """Ignore progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearResult:
+    """Result of one probe. Accuracies are fractions; `interval` is the 95 % bootstrap interval of `top1`.
+
+    `chosen` and the entries of `grid` hold lr and weight_decay (sgd) or c (lbfgs), with val_top1 and val_loss.
+    """
+
+    top1: float
+    top5: float
+    interval: tuple[float, float]
+    chosen: dict[str, float]
+    grid: list[dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A linear layer for raw (not standardized) features: weight (C, d), bias (C,), and its hyperparameters."""
+
+    weight: Tensor
+    bias: Tensor
+    chosen: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standardise:
+    """Standardization to zero mean and unit standard deviation, with the statistics of given features."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Standardise:
+        """Return the statistics over the rows of (n, d); deviations are clamped to 1e-6, for constant dimensions."""
+        return cls(mean=features.mean(dim=0), std=features.std(dim=0, correction=0).clamp_min(1e-6))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.std
+
+
+@torch.no_grad()
+def fit_sgd(
+    x: Tensor,
+    y: Tensor,
+    *,
+    num_classes: int,
+    lrs: Sequence[float],
+    weight_decays: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    momentum: float,
+    seed: int,
+    tell: Tell = silent,
+) -> Heads:
+    """Train one head per pair (lrs[g], weight_decays[g]) on x (n, d) and y (n,), from zeros, all on the same batches.
+
+    Softmax cross-entropy, SGD with momentum, cosine schedule to 0 per step, no weight decay on the bias. Heads are
+    independent: one that diverges to NaN does not affect the others. Deterministic for a given seed. Matrix products
+    have the dtype of x, which may have 16 bits; weights and their updates are accumulated in 32 bits. `tell(1)` is
+    called after each epoch.
+    """
+    n, d = x.shape
+    # Everything is transposed, with rows ordered by class, then head: products with a narrow matrix on the right
+    # take several times as long, and a softmax over ten adjacent elements takes longer than the products.
+    rows = num_classes * len(lrs)
+    full = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = x.new_zeros(rows, d, dtype=full), x.new_zeros(rows, 1, dtype=full)
+    weight_step, bias_step = torch.zeros_like(weight), torch.zeros_like(bias)
+    lr = weight.new_tensor(lrs).repeat(num_classes)[:, None]
+    decay = weight.new_tensor(weight_decays).repeat(num_classes)[:, None]
+    generator = torch.Generator().manual_seed(seed)
+    total = epochs * math.ceil(n / batch_size)
+    step = 0
+    for _ in range(epochs):
+        for index in torch.split(torch.randperm(n, generator=generator).to(x.device), batch_size):
+            images = x.index_select(0, index)
+            logits = (weight.to(x.dtype) @ images.T).to(weight.dtype).add_(bias)
+            error = _error(logits, y[index], num_classes)
+            scale = 0.5 * (1 + math.cos(math.pi * step / total))
+            weight_step.mul_(momentum).add_(error.to(x.dtype) @ images).addcmul_(weight, decay)
+            bias_step.mul_(momentum).add_(error.sum(dim=1, keepdim=True))
+            weight.addcmul_(weight_step, lr, value=-scale)
+            bias.addcmul_(bias_step, lr, value=-scale)
+            step += 1
+        tell(1)
+    by_head = weight.view(num_classes, -1, d).permute(2, 1, 0)
+    return by_head.reshape(d, -1), bias.view(num_classes, -1).T.flatten()
+
+
+def _error(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return the gradient (C*G, b) of the mean cross-entropy for logits (C*G, b): (softmax - one-hot) / b."""
+    b = len(labels)
+    error = logits.view(num_classes, -1, b).softmax(dim=0)
+    error[labels, :, torch.arange(b, device=labels.device)] -= 1
+    return error.div_(b).view(-1, b)
+
+
+def fit_lbfgs(
+    x: Tensor,
+    y: Tensor,
+    *,
+    num_classes: int,
+    cs: Sequence[float],
+    max_iterations: int,
+    tell: Tell = silent,
+) -> Heads:
+    """Minimize cross-entropy + |W|^2 / (2 c n) for each c of `cs` by L-BFGS, on x (n, d) and y (n,).
+
+    c is the inverse regularization strength C of scikit-learn's LogisticRegression. Solved from strong to weak
+    regularization, each initialized with the previous solution. Stops at a gradient below 1e-5 or after
+    `max_iterations`. `tell(1)` is called after each c.
+    """
+    n, d = x.shape
+    theta = x.new_zeros(num_classes, d + 1, requires_grad=True)  # the last column is the bias
+    theta.grad = torch.zeros_like(theta)
+    found: dict[float, Tensor] = {}
+    for c in sorted(cs):
+        solver = torch.optim.LBFGS(
+            [theta], max_iter=max_iterations, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        )
+
+        def closure(c: float = c) -> Tensor:
+            with torch.no_grad():
+                weight = theta[:, :-1]
+                logits = torch.addmm(theta[:, -1:], weight, x.T)
+                penalty = weight.square().sum() / (2 * c * n)
+                loss = F.cross_entropy(logits[None], y[None]) + penalty
+                error = _error(logits, y, num_classes)
+                assert theta.grad is not None
+                theta.grad[:, :-1] = (error @ x).add_(weight, alpha=1 / (c * n))
+                theta.grad[:, -1] = error.sum(dim=1)
+            return loss
+
+        solver.step(closure)  # type: ignore[no-untyped-call]
+        found[c] = theta.detach().clone()
+        tell(1)
+    heads = torch.cat([found[c] for c in cs]).T
+    return heads[:-1].contiguous(), heads[-1].contiguous()
+
+
+@torch.no_grad()
+def score(x: Tensor, y: Tensor, heads: Heads, *, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return the rank of the true class (G, m) int64 (see `label_rank`) and the mean cross-entropy (G,) on x (m, d).
+
+    A row with logits that are not finite counts as wrong; a loss that is NaN or infinite is set to the largest float.
+    """
+    weight, bias = heads
+    count = len(bias) // num_classes
+    chunk = max(1, (1 << 22) // len(bias))  # at most 16 MiB of logits, for cache locality
+    places, losses = [], x.new_zeros(count)
+    for rows, labels in zip(torch.split(x, chunk), torch.split(y, chunk), strict=True):
+        logits = torch.addmm(bias, rows, weight).view(-1, num_classes)  # (m*G, C)
+        repeated = labels.repeat_interleave(count)
+        loss = F.cross_entropy(logits, repeated, reduction="none").view(-1, count)
+        losses += loss.sum(dim=0)
+        places.append(label_rank(logits, repeated).view(-1, count))
+    return torch.cat(places).T, (losses / len(x)).nan_to_num(nan=torch.finfo(losses.dtype).max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Protocol):
+    """The linear protocol: choose hyperparameters on a part of train, refit on all of train, report on test or val.
+
+    The reported split is used once, after the selection. Raises ValueError for values out of range.
+    """
+
+    solver: str = "sgd"
+    lrs: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    weight_decays: Sequence[float] = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
+    epochs: int = 30
+    batch_size: int = 1024
+    momentum: float = 0.9
+    cs: Sequence[float] = tuple(10.0**e for e in range(-6, 6))
+    max_iterations: int = 100
+    val_fraction: float = 0.1
+    seed: int = 0
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.solver not in ("sgd", "lbfgs"):
+            raise ValueError(f"solver={self.solver!r} is unknown: choose sgd or lbfgs")
+        for name, low in (("lrs", "above 0"), ("cs", "above 0"), ("weight_decays", "at least 0")):
+            values = getattr(self, name)
+            if len(values) == 0 or not all(v > 0 or (v == 0 and low != "above 0") for v in values):
+                raise ValueError(f"{name}={list(values)} must hold at least one number, all {low}")
+        for name in ("epochs", "batch_size", "max_iterations", "resamples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must be in [0, 1): 0.9 is usual")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must be between 0 and 1: 0.1 is usual")
+
+    @property
+    def passes(self) -> int:
+        """Number of `tell(1)` calls in a fit: epochs with SGD, solutions with L-BFGS."""
+        return 2 * self.epochs if self.solver == "sgd" else len(self.cs) + 1
+
+    def __call__(self, features: FeatureSet, *, tell: Tell = silent) -> dict[str, Any]:
+        """Return a JSON-serializable result; accuracies are fractions, the interval is [low, high] at 95 %."""
+        split, x_test, y_test = features.reported()
+        num_classes = features.num_classes
+        found = self.fit(features.train, features.train_labels, x_test, y_test, num_classes=num_classes, tell=tell)
+        mine = ["lrs", "weight_decays", "epochs", "batch_size", "momentum"]
+        if self.solver == "lbfgs":
+            mine = ["cs", "max_iterations"]
+        return {
+            "protocol": "linear",
+            "split": split,
+            **asdict(found),
+            "interval": list(found.interval),
+            "n_train": len(features.train),
+            "n_test": len(x_test),
+            "num_classes": num_classes,
+            "solver": self.solver,
+            **{k: list(v) if isinstance(v := getattr(self, k), Sequence) else v for k in mine},
+            "val_fraction": self.val_fraction,
+            "seed": self.seed,
+        }
+
+    def fit(
+        self,
+        x: Tensor,
+        y: Tensor,
+        x_test: Tensor,
+        y_test: Tensor,
+        *,
+        num_classes: int,
+        tell: Tell = silent,
+    ) -> LinearResult:
+        """Return the probe of train features x (n, d), labels y (n,), evaluated on x_test (m, d), y_test (m,)."""
+        x, x_test = x.float(), x_test.float()
+        grid, chosen = self.choose(x, y, num_classes=num_classes, tell=tell)
+        scale = Standardise.of(x)
+        heads = self._heads(scale(x), y, [chosen], num_classes=num_classes, tell=tell)
+        place, _ = score(scale(x_test), y_test, heads, num_classes=num_classes)
+        return LinearResult(
+            top1=accuracy(place[0], 1),
+            top5=top5(place[0], num_classes),
+            interval=bootstrap_interval(place[0] == 0, seed=self.seed, resamples=self.resamples),
+            chosen=chosen,
+            grid=grid,
+        )
+
+    def choose(
+        self, x: Tensor, y: Tensor, *, num_classes: int, tell: Tell = silent
+    ) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """Return the held-out accuracy and loss of every grid entry for x (n, d), y (n,), and the best entry."""
+        n = len(x)
+        if n < 2:
+            raise ValueError(f"the linear protocol needs at least 2 training images, got {n}: raise dataset.limit")
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed)).to(x.device)
+        num_held_out = min(n - 1, max(1, round(self.val_fraction * n)))
+        held_out, kept = order[:num_held_out], order[num_held_out:]
+        rows = x[kept]
+        scale = Standardise.of(rows)
+        rows = scale(rows)
+        if self.solver == "sgd":  # only for the selection; the reported probe is fitted in 32 bits
+            rows = rows.to(DTYPES[resolve("auto", rows.device)])
+        heads = self._heads(rows, y[kept], self._choices(), num_classes=num_classes, tell=tell)
+        place, loss = score(scale(x[held_out]), y[held_out], heads, num_classes=num_classes)
+        grid = [
+            {**choice, "val_top1": accuracy(p, 1), "val_loss": float(v)}
+            for choice, p, v in zip(self._choices(), place, loss, strict=True)
+        ]
+        # A small held-out split has many ties, which the loss breaks.
+        return grid, max(grid, key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
+
+    def head(self, x: Tensor, y: Tensor, *, num_classes: int) -> Head:
+        """Return the probe of x (n, d), y (n,) for raw features: standardization is folded into the weights."""
+        x = x.float()
+        _, chosen = self.choose(x, y, num_classes=num_classes)
+        scale = Standardise.of(x)
+        weight, bias = self._heads(scale(x), y, [chosen], num_classes=num_classes)
+        weight = weight / scale.std[:, None]
+        return Head(weight=weight.T, bias=bias - scale.mean @ weight, chosen=chosen)
+
+    def _choices(self) -> list[dict[str, float]]:
+        """Return the grid, in the order of the heads."""
+        if self.solver == "lbfgs":
+            return [{"c": float(c)} for c in self.cs]
+        return [{"lr": float(lr), "weight_decay": float(wd)} for lr in self.lrs for wd in self.weight_decays]
+
+    def _heads(
+        self,
+        x: Tensor,
+        y: Tensor,
+        choices: list[dict[str, float]],
+        *,
+        num_classes: int,
+        tell: Tell = silent,
+    ) -> Heads:
+        if self.solver == "lbfgs":
+            cs = [choice["c"] for choice in choices]
+            return fit_lbfgs(x, y, num_classes=num_classes, cs=cs, max_iterations=self.max_iterations, tell=tell)
+        return fit_sgd(
+            x,
+            y,
+            num_classes=num_classes,
+            lrs=[choice["lr"] for choice in choices],
+            weight_decays=[choice["weight_decay"] for choice in choices],
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            momentum=self.momentum,
+            seed=self.seed,
+            tell=tell,
+        )

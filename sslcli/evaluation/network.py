@@ -1,0 +1,128 @@
+"""A network with a linear classifier on top, and its parameter groups with layer-wise learning rates.
+
+Layer-wise learning rate decay as in BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377, appendix A.2): level l of L
+below the classifier has the learning rate lr * decay ** (L + 1 - l).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sslcli.engine.optim import NEVER_DECAYED
+from sslcli.evaluation import layers
+from sslcli.methods.base import Method
+from sslcli.nn.modules import SplitBatchNorm, SyncBatchNorm, evaluating
+
+Level = dict[str, nn.Parameter]  # by name
+
+
+class Classifier(nn.Module):
+    """Linear classifier, initialized with zeros, on the features of `net` at `layer`: (N, width) -> (N, num_classes).
+
+    Parameters that the features do not depend on, such as those of a predictor, do not require gradients. All others
+    do, including those frozen in pre-training. Raises ValueError if the features carry no gradient.
+    """
+
+    def __init__(self, net: nn.Module, layer: str, *, width: int, num_classes: int, images: Tensor) -> None:
+        super().__init__()
+        self.net, self.layer = net, layer
+        self.classify = nn.Linear(width, num_classes, device=images.device)
+        nn.init.zeros_(self.classify.weight)
+        nn.init.zeros_(self.classify.bias)
+        for part in net.modules():
+            if isinstance(part, SplitBatchNorm):  # groups hide keys from queries, not needed here
+                part.__class__ = SyncBatchNorm  # type: ignore[assignment]
+        self._open(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classify(layers.read(self.net, self.layer, images))  # type: ignore[no-any-return]
+
+    def _open(self, images: Tensor) -> None:
+        """Set requires_grad for exactly the parameters that the features of `images` (any two) depend on."""
+        parameters = list(self.net.requires_grad_(True).parameters())
+        with evaluating(self.net), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            total = layers.read(self.net, self.layer, images).sum()
+            if not total.requires_grad:
+                raise ValueError(
+                    f"the features of {type(self.net).__name__} at {self.layer!r} carry no gradient, so there is "
+                    "nothing to train: choose another feature_layer, or a frozen protocol (linear, knn)"
+                )
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+
+def levels(net: nn.Module) -> list[Level]:
+    """Return the trainable parameters from input to output, in levels with one learning rate each.
+
+    The levels of a backbone are its children; in a list of blocks (ViT) each block is a level. A child with only norm
+    layers belongs to the previous level; parameters of the backbone itself (tokens) belong to the first. The parts of a
+    method other than its backbone (or else its largest part), such as the projection head, are one further level.
+    """
+    if not isinstance(net, Method):
+        return _levels_of(net, "")
+    parts = {name: part for name, part in net.named_children() if _trainable(part, "")}
+    sizes = {name: sum(p.numel() for p in _trainable(part, "").values()) for name, part in parts.items()}
+    trunk = "backbone" if "backbone" in parts else max(sizes, key=lambda name: sizes[name])
+    above = {
+        key: value
+        for name, part in parts.items()
+        if name != trunk
+        for key, value in _trainable(part, f"{name}.").items()
+    }
+    return [*_levels_of(parts[trunk], f"{trunk}."), *([above] if above else [])]
+
+
+def _levels_of(trunk: nn.Module, prefix: str) -> list[Level]:
+    own = {f"{prefix}{name}": p for name, p in trunk.named_parameters(recurse=False) if p.requires_grad}
+    children = [(name, child) for name, child in trunk.named_children() if _trainable(child, "")]
+    if not own and len(children) == 1:  # a wrapper
+        name, child = children[0]
+        return _levels_of(child, f"{prefix}{name}.")
+    found: list[Level] = []
+    for name, child in children:
+        blocks = isinstance(child, nn.ModuleList) or (isinstance(child, nn.Sequential) and name == "blocks")
+        parts = [(f"{name}.{inner}", block) for inner, block in child.named_children()] if blocks else [(name, child)]
+        for path, part in parts:
+            parameters = _trainable(part, f"{prefix}{path}.")
+            if found and all(p.ndim <= 1 for p in parameters.values()):
+                found[-1] |= parameters
+            elif parameters:
+                found.append(parameters)
+    if own and found:
+        found[0] = own | found[0]
+    return found or [own]
+
+
+def _trainable(module: nn.Module, prefix: str) -> Level:
+    return {f"{prefix}{name}": p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def parameter_groups(classifier: Classifier, *, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Return optimizer groups; `lr_scale` is 1 at the classifier and is multiplied by `layer_decay` per level below.
+
+    Biases, norms and tokens have no weight decay.
+    """
+    stack = [*levels(classifier.net), dict(classifier.classify.named_parameters())]
+    groups = []
+    for depth, level in enumerate(stack):
+        scale = layer_decay ** (len(stack) - 1 - depth)
+        plain = {n: p for n, p in level.items() if p.ndim <= 1 or n.rpartition(".")[2] in NEVER_DECAYED}
+        for decay, members in ((weight_decay, level.keys() - plain.keys()), (0.0, plain.keys())):
+            if members:
+                chosen = [level[name] for name in level if name in members]
+                groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})
+    return groups
+
+
+def set_mode(classifier: nn.Module, *, batch_norm: str) -> None:
+    """Set training mode; with `batch_norm` "eval" BatchNorm layers use their running statistics, unchanged."""
+    classifier.train()
+    if batch_norm == "eval":
+        for part in classifier.modules():
+            if isinstance(part, _BatchNorm):
+                part.eval()

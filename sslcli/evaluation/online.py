@@ -1,0 +1,119 @@
+"""k-NN evaluation during training, with the code of `ssl-eval protocol=knn`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sslcli.config.settings import MonitorSettings
+from sslcli.data import rng
+from sslcli.data.sources.base import Source
+from sslcli.data.views.views import Views
+from sslcli.errors import ConfigError
+from sslcli.evaluation.features import FeatureSet, computed, extract
+from sslcli.evaluation.knn import Knn
+from sslcli.methods.base import Method
+from sslcli.nn.modules import evaluating
+
+BATCH = 512  # images per forward pass; the same online and offline, since kernels may depend on the batch size
+
+
+def bank_positions(source: Source, limit: int | None) -> Tensor:
+    """Return the positions of the bank: all training images, or `limit` of them, selected by a fixed hash."""
+    positions = source.splits["train"]
+    if limit is None or limit >= len(positions):
+        return positions
+    chosen = rng.permutation(len(positions), 0)[:limit].sort().values
+    return positions[chosen]
+
+
+def classes_of(source: Source, positions: Tensor) -> list[int]:
+    """Return the sorted distinct classes of the labeled images at `positions`."""
+    return sorted(set(source.labels[positions].tolist()) - {-1})
+
+
+def check_answers(source: Source, bank: Tensor) -> None:
+    """Raise ConfigError unless the training images at `bank` have at least two classes."""
+    found = [source.classes[label] for label in classes_of(source, bank)]
+    if len(found) < 2:
+        has = f"a single class, {found[0]!r}" if found else "no labels"
+        raise ConfigError(
+            f"the training images of {source.name} have {has}, so an accuracy of theirs would mean nothing: a probe "
+            "needs two classes or more"
+        )
+
+
+def unanswerable(source: Source, bank: Tensor, queries: Tensor) -> str | None:
+    """Return a warning if images at `queries` have classes that are absent from `bank`, else None."""
+    labels = source.labels[queries]
+    labels = labels[labels >= 0]
+    lost = labels[~torch.isin(labels, torch.tensor(classes_of(source, bank), dtype=torch.int64))]
+    if len(lost) == 0:
+        return None
+    names = [source.classes[label] for label in sorted(set(lost.tolist()))]
+    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"{len(lost):,} of {len(labels):,} are of classes that no training image has, so no answer for them can be "
+        f"right: {listed}"
+    )
+
+
+def collect(
+    encode: Callable[[Tensor], Tensor],
+    source: Source,
+    splits: dict[str, Tensor],
+    *,
+    prepare: Callable[[Tensor], Tensor],
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    workers: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> FeatureSet:
+    """Return features and labels of the given splits, without unreadable and unlabeled images."""
+    found: dict[str, Tensor] = {}
+    for name, positions in splits.items():
+        labelled = positions[source.labels[positions] >= 0]
+        tell = None if progress is None else partial(progress, name)
+        features, readable = extract(
+            encode,
+            source,
+            labelled,
+            prepare=prepare,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            workers=workers,
+            progress=tell,
+        )
+        found[name] = features[readable]
+        found[f"{name}_labels"] = source.labels[labelled][readable]
+        found[f"{name}_positions"] = labelled[readable]
+    return FeatureSet(**found, num_classes=len(source.classes), classes=tuple(source.classes))
+
+
+def knn_probe(
+    method: Method, source: Source, views: Views, monitor: MonitorSettings, *, device: torch.device, precision: str
+) -> Callable[[], dict[str, float]]:
+    """Return a function that evaluates the current method: k-NN top-1 and top-5 on the held-out split, in [0, 1]."""
+    protocol = Knn(k=monitor.knn_k, temperature=monitor.knn_temperature)
+    splits = {"train": bank_positions(source, monitor.knn_images), "val": source.splits["val"]}
+
+    def probe() -> dict[str, float]:
+        with evaluating(method):
+            features = collect(
+                method.features,
+                source,
+                splits,
+                prepare=lambda images: views.finish(images, mean=source.mean, std=source.std),
+                batch_size=BATCH,
+                device=device,
+                precision=precision,
+            )
+        result = computed(protocol, features, device)
+        return {"knn_top1": result["top1"], "knn_top5": result["top5"]}
+
+    return probe

@@ -1,0 +1,240 @@
+"""Shared parts of the protocols that train a network: task, recipe, training loop and predictions.
+
+    labeled positions -> Loader (crop, flip) -> Classifier -> loss -> SGD or AdamW, cosine by step
+
+Every training starts from a copy of the same network, and its images, views and noise depend only on the seed. The same
+seed gives bit-identical results on the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sslcli.data.loader import Loader
+from sslcli.data.sources.base import Source
+from sslcli.data.views.spec import View
+from sslcli.data.views.views import Views
+from sslcli.engine import precision
+from sslcli.evaluation.base import Protocol
+from sslcli.evaluation.features import FeatureSet, extract
+from sslcli.evaluation.linear import Linear
+from sslcli.evaluation.network import Classifier, parameter_groups, set_mode
+from sslcli.evaluation.result import accuracy, bootstrap_interval, top5
+from sslcli.methods.base import Batch
+from sslcli.nn import schedule
+from sslcli.nn.modules import evaluating
+from sslcli.report.console import Screen
+
+OPTIMIZERS = ("sgd", "adamw")
+BATCH_NORMS = ("train", "eval")
+LOOK = 20  # steps between checks for a finite loss
+Loss = Callable[[Classifier, Batch], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The images to train on, their preprocessing, and the progress display."""
+
+    source: Source
+    views: Views  # of pre-training, for color space and normalization
+    mean: Sequence[float]
+    std: Sequence[float]
+    device: torch.device
+    precision: str
+    batch_size: int  # images per forward pass without gradient
+    workers: int | None
+    screen: Screen
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Apply the test transform to images in [0, 1]."""
+        return self.views.finish(images, mean=self.mean, std=self.std)
+
+    def example(self) -> Tensor:
+        """Return two black preprocessed images, to inspect the network's outputs and gradients."""
+        side = self.source.image_size
+        return self.prepare(torch.zeros(2, self.source.channels, side, side, device=self.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """An initial network, and its frozen features of all labeled images at the layer to train from."""
+
+    net: nn.Module  # copied, never modified
+    layer: str
+    features: FeatureSet
+
+    def classifier(self, task: Task, *, width: int | None = None) -> Classifier:
+        """Return a copy of the network with a linear layer of zeros; `width` overrides the feature dimension."""
+        return Classifier(
+            copy.deepcopy(self.net),
+            self.layer,
+            width=self.features.train.shape[1] if width is None else width,
+            num_classes=self.features.num_classes,
+            images=task.example(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Protocol):
+    """Training hyperparameters. Raises ValueError for values out of range."""
+
+    optimizer: str = "sgd"
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    layer_decay: float = 1.0
+    steps: int = 350
+    batch_size: int = 128
+    warmup: float = 0.0
+    crop_scale: Sequence[float] | None = (0.3, 1.0)
+    flip: float = 0.5
+    batch_norm: str = "train"
+    seed: int = 0
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("batch_norm", self.batch_norm, BATCH_NORMS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is unknown: choose {' or '.join(known)}")
+        for name in ("steps", "batch_size", "resamples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must be at least 0")
+        if not 0 <= self.momentum < 1 or not 0 <= self.warmup < 1:
+            raise ValueError(f"momentum={self.momentum} and warmup={self.warmup} must be in [0, 1)")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(
+                f"layer_decay={self.layer_decay} must be above 0 and at most 1: 0.65 to 0.75 for a ViT, 1 is off"
+            )
+        self.view()  # validate its arguments now, before features are extracted
+
+    def view(self) -> View:
+        """Return the training augmentation."""
+        scale = None if self.crop_scale is None else tuple(self.crop_scale)
+        return View(crop_scale=scale, flip=self.flip)  # type: ignore[arg-type]
+
+    def views(self, task: Task) -> Views:
+        """Return the training augmentation, with color space and normalization of pre-training."""
+        views = copy.copy(task.views)
+        views.entries = views.views = [self.view()]
+        return views
+
+    def solver(self, classifier: Classifier, *, lr: float) -> Optimizer:
+        """Return the optimizer over all levels of a classifier."""
+        groups = parameter_groups(classifier, layer_decay=self.layer_decay, weight_decay=self.weight_decay)
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=lr, betas=(self.momentum, 0.999))
+        return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, nesterov=self.momentum > 0)
+
+    def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
+        """Return accuracies, and the interval of top-1, from the ranks (m,) of the true classes of m images."""
+        interval = bootstrap_interval(place == 0, seed=self.seed, resamples=self.resamples)
+        return {"top1": accuracy(place, 1), "top5": top5(place, num_classes), "interval": list(interval)}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the seed and the training transform, for the result file."""
+        return {"seed": self.seed, "train_transform": self.view().describe()}
+
+
+class Progress:
+    """Progress bar over the steps of several trainings."""
+
+    def __init__(self, screen: Screen, title: str, *, total: int) -> None:
+        self.screen, self.done = screen, 0
+        screen.start(title, total=total)
+
+    def __call__(self, steps: int, facts: str = "") -> None:
+        self.done += steps
+        self.screen.advance(self.done, facts)
+
+
+def batches(task: Task, positions: Tensor, recipe: Recipe, *, seed: int) -> Loader:
+    """Return the loader of training batches of the images at `positions`; batch size is at most their number."""
+    part = copy.copy(task.source)
+    part.splits, part.weights = {"train": positions}, None
+    part.mean, part.std = tuple(task.mean), tuple(task.std)
+    part.workers = part.workers if task.workers is None else task.workers
+    size = min(recipe.batch_size, len(positions))
+    return Loader(part, recipe.views(task), batch_size=size, accumulate=1, seed=seed, device=task.device)
+
+
+def cross_entropy(classifier: Classifier, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy over a labeled batch."""
+    return F.cross_entropy(classifier(batch.views[0]).float(), batch.label)
+
+
+def fit(
+    classifier: Classifier,
+    task: Task,
+    positions: Tensor,
+    recipe: Recipe,
+    *,
+    lr: float,
+    seed: int,
+    progress: Progress,
+    loss: Loss = cross_entropy,
+    facts: str = "",
+) -> None:
+    """Train `classifier` in place on the images at `positions` (n,), n >= 2; stop early if it diverges."""
+    if len(positions) < 2:
+        raise ValueError(f"training needs at least 2 labelled images, got {len(positions)}: give more labels")
+    optimizer = recipe.solver(classifier, lr=lr)
+    scaler = precision.grad_scaler(task.device, task.precision)
+    set_mode(classifier, batch_norm=recipe.batch_norm)
+    warmup = round(recipe.warmup * recipe.steps)
+    loader = batches(task, positions, recipe, seed=seed)
+    with (
+        torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []),
+        closing(loader.steps(0, recipe.steps)) as steps,
+    ):
+        torch.manual_seed(seed)  # for dropout and other noise of the network
+        for step, (batch,) in enumerate(steps):
+            for group in optimizer.param_groups:
+                share = schedule.warmup_cosine(step, total=recipe.steps, warmup=warmup)
+                group["lr"] = lr * share * group["lr_scale"]
+            with precision.autocast(task.device, task.precision):
+                value = loss(classifier, batch)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+            scaler.update()
+            if step % LOOK == LOOK - 1 and not bool(value.isfinite()):
+                progress(recipe.steps - step, facts)
+                return
+            progress(1, facts)
+
+
+def predict(classifier: Classifier, task: Task, positions: Tensor) -> Tensor:
+    """Return logits (n, num_classes) float32 of the images at `positions`, with the test transform, in eval mode."""
+    with evaluating(classifier):
+        return extract(
+            classifier,
+            task.source,
+            positions,
+            prepare=task.prepare,
+            batch_size=task.batch_size,
+            device=task.device,
+            precision=task.precision,
+            workers=task.workers,
+        )[0].float()
+
+
+def warm(classifier: Classifier, features: Tensor, labels: Tensor, *, seed: int) -> dict[str, float]:
+    """Initialize the linear layer with a linear probe of frozen features (n, d); return its hyperparameters."""
+    found = Linear(seed=seed).head(features, labels, num_classes=classifier.classify.out_features)
+    with torch.no_grad():
+        classifier.classify.weight.copy_(found.weight)
+        classifier.classify.bias.copy_(found.bias)
+    return found.chosen

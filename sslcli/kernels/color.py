@@ -1,0 +1,59 @@
+"""Colour operations on one image after the other, compiled: `change.c`. `Views.colour` asks here first."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sslcli.data.views.one_by_one import Parameters
+from sslcli.kernels import library as compiled
+from sslcli.kernels.library import INT, LONG, POINTER
+
+PART = Path(__file__).with_suffix(".c")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled pass, or None."""
+    return compiled.load(PART, {"change": [POINTER] * 9 + [LONG] * 5 + [ctypes.c_float] + [INT] * 2})
+
+
+def change(images: Tensor, chosen: Parameters, *, mean: Sequence[float], std: Sequence[float]) -> Tensor | None:
+    """All operations of `large_images.change`, then (images - mean) / std; None where there is no pass for such images.
+
+    Args:
+        images: (N, C, H, W) float32 in [0, 1] on the CPU, C = 1 or 3.
+        chosen: what is done to each. Of a blur, the taps must fit the images, see `augment.check_taps`.
+        mean, std: one value a channel, std above 0.
+
+    Returns:
+        (N, C, H, W) in channels-last memory.
+    """
+    count, channels, height, width = images.shape
+    if images.dtype != torch.float32 or images.device.type != "cpu" or channels not in (1, 3):
+        return None
+    passes = library()
+    if passes is None:
+        return None
+    flags = torch.stack((chosen.flipped, chosen.jittered, chosen.gray, chosen.blurred, chosen.solarized))
+    threads = torch.get_num_threads()
+    out = torch.empty(count, height, width, channels)
+    given = [
+        images.contiguous(),
+        out,
+        torch.empty(threads, (channels + 1) * height * width + width + chosen.taps),
+        flags.to(torch.uint8).contiguous(),
+        chosen.factors.float().contiguous(),
+        chosen.order.contiguous(),
+        chosen.sigma.float().contiguous(),
+        torch.tensor(mean, dtype=torch.float32),
+        torch.tensor(std, dtype=torch.float32),
+    ]
+    sizes = (count, channels, height, width, chosen.taps, chosen.threshold, chosen.gray_first, threads)
+    passes.change(*(each.data_ptr() for each in given), *sizes)
+    return out.permute(0, 3, 1, 2)

@@ -1,0 +1,55 @@
+"""Loading of the optional compiled C parts (built if there is a C compiler with OpenMP), with torch as the fallback.
+
+A part is a C file `NAME.c` next to the module that calls it; setup.py compiles it to the library `_NAME`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sysconfig
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CAPABLE = ("AVX2", "AVX512")  # instruction sets that setup.py enables
+PARTS = [Path(__file__).parent / name for name in ("winograd_passes.c", "resize.c", "color.c")]
+POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+
+
+def file_of(part: Path) -> Path:
+    """Return the path of the library compiled from a C file."""
+    return part.with_name(f"_{part.stem}{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+
+@cache
+def present() -> list[str]:
+    """Return the names of the compiled parts that are installed and supported by this CPU."""
+    return [part.stem for part in PARTS if load(part, {}) is not None]
+
+
+def load(part: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | None:
+    """Load the library of a C file and set the argument types of its functions; return None if it is not available.
+
+    Also returns None, with a warning, if the C file was changed after compilation (e.g. by `git pull`), because the
+    function signatures may differ.
+    """
+    if torch.backends.cpu.get_cpu_capability() not in CAPABLE:
+        return None
+    try:
+        found = ctypes.CDLL(str(file_of(part)))
+    except OSError:
+        return None
+    if part.exists() and ctypes.c_uint32.in_dll(found, "source_checksum").value != zlib.crc32(part.read_bytes()):
+        warnings.warn(
+            f"{part.name} was changed since it was compiled: install sslcli again for its speed", stacklevel=2
+        )
+        return None
+    for name, arguments in functions.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = list(arguments), None
+    return found

@@ -1,0 +1,62 @@
+"""Crops of bytes resized with antialiasing, compiled: `resize.c`. `augment.resized_crop` asks here first."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sslcli.kernels import library as compiled
+from sslcli.kernels.library import INT, LONG, POINTER
+
+PART = Path(__file__).with_suffix(".c")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled pass, or None."""
+    return compiled.load(PART, {"resized_crops": [POINTER] * 5 + [LONG] * 6 + [INT] * 2})
+
+
+def resized_crops(images: Tensor, boxes: Tensor, size: int, *, cubic: bool) -> Tensor | None:
+    """A box of each image at (size, size), in one pass over its pixels; None where there is no pass for such images.
+
+    Args:
+        images: (N, C, H, W) uint8 on the CPU.
+        boxes: (N, 4) int64 top, left, height, width, inside of the image, height and width at least 1.
+
+    Returns:
+        (N, C, size, size) float32 in [0, 1].
+    """
+    if images.dtype != torch.uint8 or images.device.type != "cpu" or library() is None:
+        return None
+    count, channels, height, width = images.shape
+    out = torch.empty(count, channels, size, size)
+    _cut(images.contiguous(), boxes, out, (channels, height, width, 1), size, cubic)
+    return out
+
+
+def resized_bytes(pictures: Tensor, boxes: Tensor, size: int, *, cubic: bool) -> Tensor:
+    """The same of pictures (N, H, W, 3) uint8, as bytes (N, 3, size, size); only where there is a `library`."""
+    count, height, width, channels = pictures.shape
+    assert channels == 3
+    out = torch.empty(count, channels, size, size, dtype=torch.uint8)
+    _cut(pictures.contiguous(), boxes, out, (1, height, width, channels), size, cubic)
+    return out
+
+
+def _cut(images: Tensor, boxes: Tensor, out: Tensor, shape: tuple[int, int, int, int], size: int, cubic: bool) -> None:
+    """Fill `out`; `shape` is planes, height, width and channels that lie together."""
+    passes = library()
+    assert passes is not None
+    assert boxes.dtype == torch.int64
+    _, height, width, together = shape
+    threads = min(torch.get_num_threads(), max(1, len(boxes)))
+    scratch = torch.empty(threads, width * together + 1 + size * (together + 4 + height + width))
+    boxes = boxes.contiguous()
+    numbers, given = (out.data_ptr(), None) if out.is_floating_point() else (None, out.data_ptr())
+    pointers = (images.data_ptr(), boxes.data_ptr(), numbers, given, scratch.data_ptr())
+    passes.resized_crops(*pointers, len(boxes), *shape, size, cubic, threads)

@@ -1,0 +1,161 @@
+"""Winograd's fast 3x3 convolutions on the CPU in float32, with a quarter of the multiplications.
+
+Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the points 0, 1, -1, 2, -2 and infinity
+
+Shapes: N images, C input and O output channels, H x W maps; T tiles of 4 x 4 outputs, each computed from 6 x 6 inputs.
+The polynomial of a tile is evaluated at 6 x 6 points, where the convolution is an independent matrix product per point:
+36 products of (T, C) with (C, O) instead of one of (16 T, 9 C) with (9 C, O). The gradient of the images is also a
+convolution; that of the weight consists of the same products, transposed.
+
+`winograd_passes.c` processes a few tiles at a time, which keeps the points in the cache of a core. The implementation
+with torch operations is for wide layers, for which the C part would have to read the kernels repeatedly, and for
+installations without a compiler. By default, torch uses direct convolutions from oneDNN; on CPUs with AVX2, their
+weight gradient in channels-last memory format reaches half the speed of the other passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from sslcli.kernels import library, winograd_passes
+from sslcli.kernels.winograd_transforms import POINTS, TILE, from_points, gradient_points, tiles, to_points, whole
+
+LEAST_CHANNELS = 64  # with fewer, the transforms take more time than the products save
+LEAST_TILES = 32  # with fewer, the transform of the weight takes more time than the products save
+MOST_PADDING = 1.4  # maximum of (values in padded tiles) / (values in the maps)
+CHUNK_BYTES = 4 * 2**20  # size of the points of a chunk of images per thread, which fits its fraction of the caches
+
+# Evaluation of the three kernel values at each point: the paper's G.
+KERNEL_AT_POINTS = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+
+
+class WinogradConv2d(nn.Conv2d):
+    """3x3 convolution of stride 1 that uses Winograd where it is faster: CPU, float32, sufficiently large maps."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve (N, C, H, W) -> (N, O, H, W)."""
+        if not pays(input, self.weight):
+            return super().forward(input)
+        out: Tensor = Convolution.apply(input, self.weight)
+        return out if self.bias is None else out + self.bias.view(1, -1, 1, 1)
+
+
+def use_winograd(net: nn.Module) -> None:
+    """Convert all eligible convolutions of `net` to `WinogradConv2d`, in place; names and parameters do not change."""
+    if torch.backends.cpu.get_cpu_capability() not in library.CAPABLE:
+        return
+    for module in net.modules():
+        if type(module) is nn.Conv2d and fits(module):
+            module.__class__ = WinogradConv2d
+
+
+def fits(conv: nn.Conv2d) -> bool:
+    """Return whether a convolution is 3x3 with stride 1, padding 1 and enough channels."""
+    return (
+        (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        and (conv.groups, conv.padding_mode) == (1, "zeros")
+        and min(conv.in_channels, conv.out_channels) >= LEAST_CHANNELS
+    )
+
+
+def pays(images: Tensor, weight: Tensor) -> bool:
+    """Return whether Winograd is faster for this shape, device and dtype."""
+    if images.device.type != "cpu" or images.dtype != torch.float32 or weight.dtype != torch.float32:
+        return False
+    if images.dim() != 4 or torch.is_autocast_enabled("cpu") or watched():
+        return False
+    height, width = images.shape[2:]
+    covered = whole(height) * whole(width)
+    return len(images) * covered >= LEAST_TILES * TILE**2 and covered <= MOST_PADDING * height * width
+
+
+def watched() -> bool:
+    """Return whether torch.compile or an exporter is tracing; these use their own convolutions."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+class Convolution(torch.autograd.Function):
+    """Autograd function of the convolution (N, C, H, W), (O, C, 3, 3) -> (N, O, H, W), with padding 1."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        return convolve(images, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        images, weight = ctx.saved_tensors
+        (gradient,) = gradients
+        if torch.is_grad_enabled():  # double backward: use differentiable torch operations
+            return (
+                conv2d_input(images.shape, weight, gradient, padding=1),  # type: ignore[no-untyped-call]
+                conv2d_weight(images, weight.shape, gradient, padding=1),  # type: ignore[no-untyped-call]
+            )
+        images_wanted, weight_wanted = ctx.needs_input_grad
+        return (
+            convolve(gradient, weight.flip(2, 3).transpose(0, 1)) if images_wanted else None,
+            weight_gradient(images, gradient) if weight_wanted else None,
+        )
+
+
+def convolve(images: Tensor, weight: Tensor) -> Tensor:
+    """Return the convolution of (N, C, H, W) with (O, C, 3, 3), padding 1, in channels-last memory format."""
+    maps = channels_last(images)
+    kernels = kernel_points(weight)
+    at_once = winograd_passes.convolve(maps, kernels)
+    if at_once is not None:
+        return at_once.permute(0, 3, 1, 2)
+    out = maps.new_empty(*maps.shape[:3], len(weight))
+    for part in chunks(maps, kernels):
+        from_points(torch.bmm(to_points(maps[part]), kernels), out[part])
+    return out.permute(0, 3, 1, 2)
+
+
+def weight_gradient(images: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of the weight (O, C, 3, 3), from images (N, C, H, W) and output gradient (N, O, H, W)."""
+    maps, gradients = channels_last(images), channels_last(gradient)
+    channels, out_channels = maps.shape[3], gradients.shape[3]
+    sums = winograd_passes.weight_sums(maps, gradients)
+    if sums is None:
+        sums = maps.new_zeros(POINTS**2, out_channels, channels)
+        for part in chunks(maps, sums):
+            sums.baddbmm_(gradient_points(gradients[part]).transpose(1, 2), to_points(maps[part]))
+    kernels = evaluation(maps).t() @ sums.flatten(1)
+    return kernels.view(3, 3, out_channels, channels).permute(2, 3, 0, 1)
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """Permute (N, C, H, W) to contiguous (N, H, W, C)."""
+    return images.permute(0, 2, 3, 1).contiguous()
+
+
+def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
+    """Divide images into slices whose points fit the caches, but are no fewer than the kernel points read per slice."""
+    n, high, wide = tiles(maps)
+    image_bytes = 4 * POINTS**2 * maps.shape[3] * high * wide
+    size = max(CHUNK_BYTES * torch.get_num_threads(), 4 * kernels.numel()) // image_bytes + 1
+    return [slice(start, start + size) for start in range(0, n, size)]
+
+
+def evaluation(like: Tensor) -> Tensor:
+    """Return the matrix (36, 9) that evaluates a 3 x 3 kernel at the 6 x 6 points."""
+    rows = torch.tensor(KERNEL_AT_POINTS, dtype=torch.float64)
+    return torch.kron(rows, rows).to(like)
+
+
+def kernel_points(weight: Tensor) -> Tensor:
+    """Evaluate kernels at the points: (O, C, 3, 3) -> (36, C, O), a view whose memory order follows the weight."""
+    if weight.stride(0) < weight.stride(1):  # gradient of the images: input and output channels are swapped
+        return torch.matmul(evaluation(weight), weight.permute(1, 2, 3, 0).flatten(1, 2)).transpose(0, 1)
+    return torch.matmul(evaluation(weight), weight.permute(0, 2, 3, 1).flatten(1, 2)).permute(1, 2, 0)

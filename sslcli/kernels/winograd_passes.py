@@ -1,0 +1,93 @@
+"""Python interface of the compiled Winograd convolutions in `winograd_passes.c`, loaded by `sslcli.kernels.library`.
+
+`sslcli.kernels.winograd` calls these functions first and falls back to torch operations if there is no compiled pass:
+for dtypes other than float32, channels that do not fill cache lines, or an installation without a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sslcli.kernels import library as compiled
+from sslcli.kernels.library import INT, LONG, POINTER
+
+PART = Path(__file__).with_suffix(".c")
+POINTS, BLOCK, LINE = 36, 24, 16  # same values as in winograd_passes.c
+MOST_KERNELS = 2**18 // 4  # maximum of input x output channels; beyond it, each block waits for reads of kernel points
+MOST_SUMS = 2**16 // 4  # the same limit for the weight gradient, of which each thread has its own copy
+ARGUMENTS = {
+    "to_points": [POINTER] * 2 + [LONG] * 4 + [INT],
+    "from_points": [POINTER] * 2 + [LONG] * 4 + [INT],
+    "gradient_points": [POINTER] * 2 + [LONG] * 4 + [INT],
+    "convolve": [POINTER] * 4 + [LONG] * 5 + [INT],
+    "weight_sums": [POINTER] * 4 + [LONG] * 5 + [INT],
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled library, or None if it is not available."""
+    return compiled.load(PART, ARGUMENTS)
+
+
+def passes_for(*tensors: Tensor) -> ctypes.CDLL | None:
+    """Return the compiled library if it supports dtype and channels of all these channels-last maps, else None."""
+    if all(each.dtype == torch.float32 and each.shape[-1] % LINE == 0 for each in tensors):
+        return library()
+    return None
+
+
+def transform(name: str, given: Tensor, out: Tensor, maps: Tensor) -> bool:
+    """Fill `out` from `given` with the compiled transform `name`; return False if there is none.
+
+    `maps` (n, H, W, C) is either `given` or `out`.
+    """
+    passes = passes_for(maps)
+    if passes is None:
+        return False
+    given = given.contiguous()
+    assert out.is_contiguous()
+    getattr(passes, name)(given.data_ptr(), out.data_ptr(), *maps.shape, torch.get_num_threads())
+    return True
+
+
+def convolve(maps: Tensor, kernels: Tensor) -> Tensor | None:
+    """Return the convolution of (n, H, W, C) with the kernel points (36, C, O); None if there is no compiled pass.
+
+    Each thread processes a few tiles at a time.
+    """
+    channels, outs = kernels.shape[1:]
+    passes = passes_for(maps, kernels)
+    if passes is None or channels * outs > MOST_KERNELS:
+        return None
+    threads = torch.get_num_threads()
+    lines = kernels.view(POINTS, channels, outs // LINE, LINE).permute(2, 0, 1, 3).contiguous()
+    scratch = maps.new_empty(threads, POINTS, BLOCK, channels + LINE)
+    out = maps.new_empty(*maps.shape[:3], outs)
+    maps = maps.contiguous()
+    pointers = (each.data_ptr() for each in (maps, lines, out, scratch))
+    passes.convolve(*pointers, *maps.shape, outs, threads)
+    return out
+
+
+def weight_sums(maps: Tensor, gradients: Tensor) -> Tensor | None:
+    """Return the products (36, O, C) of the points of `gradients` and `maps`, summed over tiles.
+
+    `maps` (n, H, W, C), `gradients` (n, H, W, O). Returns None if there is no compiled pass.
+    """
+    channels, outs = maps.shape[3], gradients.shape[3]
+    passes = passes_for(maps, gradients)
+    if passes is None or channels * outs > MOST_SUMS:
+        return None
+    maps, gradients = maps.contiguous(), gradients.contiguous()
+    threads = torch.get_num_threads()
+    scratch = maps.new_empty(threads, POINTS, BLOCK, channels + outs)
+    sums = maps.new_zeros(threads, POINTS, outs, channels)
+    pointers = (each.data_ptr() for each in (maps, gradients, sums, scratch))
+    passes.weight_sums(*pointers, *maps.shape, outs, threads)
+    return sums.sum(0)

@@ -1,0 +1,103 @@
+"""Convolutional decoder from codes to images, PSNR and image checks, for autoencoders and GAN generators.
+
+    (N, dim) -> Linear -> (N, width, s, s) -> per octave [upsample x 2, 3x3 conv, BatchNorm, ReLU] -> 3x3 conv -> image
+
+Nearest-neighbor upsampling before a convolution avoids the checkerboard artifacts of transposed convolutions
+(Odena et al. 2016, https://distill.pub/2016/deconv-checkerboard). There are no skip connections.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from sslcli.errors import ConfigError, check_positive
+from sslcli.nn.modules import full_precision
+
+NARROWEST = 64  # channels of the last block, as in the 512-256-128-64 of 32-pixel images
+
+
+class Decoder(nn.Module):
+    """Convolutional decoder for square images.
+
+    Args:
+        dim: code size.
+        image_size: image side in pixels, at least 8.
+        channels: image channels.
+        width: channels of the smallest feature map, halved by each block down to 64.
+
+    The smallest map has a side of 4 to 7 pixels. If `image_size` is not such a side times a power of two (e.g. 100),
+    the next larger image is decoded and center-cropped.
+    Raises ValueError for arguments out of range.
+    """
+
+    def __init__(self, dim: int, *, image_size: int, channels: int = 3, width: int = 512) -> None:
+        super().__init__()
+        check_positive(dim=dim, channels=channels, width=width)
+        if image_size < 8:
+            raise ValueError(f"image_size is {image_size}, but the decoder needs at least 8 pixels: enlarge the images")
+        octaves = int(math.log2(image_size / 4))
+        self.image_size = image_size
+        self.smallest = math.ceil(image_size / 2**octaves)
+        widths = [max(width >> octave, min(width, NARROWEST)) for octave in range(octaves + 1)]
+        self.spread = nn.Linear(dim, width * self.smallest**2, bias=False)
+        self.start = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU())
+        blocks = [up_block(before, after) for before, after in pairwise(widths)]
+        self.blocks = nn.Sequential(*blocks)
+        self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1)
+
+    def forward(self, code: Tensor) -> Tensor:
+        """Decode (N, dim) -> (N, channels, image_size, image_size), without a final activation."""
+        maps = self.spread(code).view(len(code), -1, self.smallest, self.smallest)
+        images = self.to_image(self.blocks(self.start(maps)))
+        start = (images.shape[-1] - self.image_size) // 2
+        inside = slice(start, start + self.image_size)
+        return images[..., inside, inside]  # type: ignore[no-any-return]
+
+
+def up_block(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Build an upsampling block: (N, in_channels, H, W) -> (N, out_channels, 2H, 2W)."""
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="nearest"),
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+    )
+
+
+def psnr(drawn: Tensor, images: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio in dB of images (N, C, H, W) in [0, 1], mean over images.
+
+    Computed per image as -10 log10 of the mean squared error, at most 100 dB.
+    """
+    error = (full_precision(drawn) - full_precision(images)).square().flatten(1).mean(1)  # (N,)
+    return -10 * error.clamp_min(1e-10).log10().mean()
+
+
+class FirstLook:
+    """Call `check_images` only in the first step, because reading tensor values synchronizes with the device."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape, self.passed = shape, False
+
+    def __call__(self, images: Tensor) -> None:
+        if not self.passed:
+            check_images(images, self.shape)
+            self.passed = True
+
+
+def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
+    """Raise ConfigError unless images (N, C, H, W) have the decoder's output `shape` (C, H, W) and values in [0, 1]."""
+    if tuple(images.shape[1:]) != shape:
+        raise ConfigError(
+            f"the views have the shape {tuple(images.shape[1:])}, but the decoder draws images of {shape}: leave "
+            "views.views.0.size at null"
+        )
+    lowest, highest = (float(value) for value in images.aminmax())
+    if lowest < -1e-3 or highest > 1 + 1e-3:
+        raise ConfigError(
+            f"the images have values from {lowest:.3g} to {highest:.3g}, but they are drawn in [0, 1]: set "
+            "views.normalize=false and views.color_space=rgb"
+        )

@@ -1,0 +1,227 @@
+"""Shared building blocks of methods: projection heads, momentum encoders, split and synchronized BatchNorm."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as _FusedSyncNormalize
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sslcli.distributed import collectives, watchdog
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """Convert to float32; float64 stays float64."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def mlp(
+    widths: Sequence[int],
+    *,
+    norm: bool = True,
+    bias: bool = False,
+    last_norm: str | None = None,
+    last_bias: bool = False,
+) -> nn.Sequential:
+    """Build linear layers of the given `widths` (input first), with [BatchNorm and] ReLU after all but the last.
+
+    `last_norm` is the BatchNorm after the last layer: None, "affine", "scale" (without beta, as SimCLR) or "plain"
+    (without gamma and beta, as MoCo v3). `bias` applies to the hidden linear layers, `last_bias` to the last.
+    """
+    if len(widths) < 2 or min(widths) < 1:
+        raise ValueError(f"a head needs at least an input and an output width, all positive, but got {list(widths)}")
+    layers: list[nn.Module] = []
+    for width, following in pairwise(widths[:-1]):
+        layers += [nn.Linear(width, following, bias=bias), *([nn.BatchNorm1d(following)] if norm else []), nn.ReLU()]
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
+    if last_norm is not None:
+        if last_norm not in ("affine", "scale", "plain"):
+            raise ValueError(f"last_norm is {last_norm!r}, but it must be affine, scale, plain or None")
+        norm_layer = nn.BatchNorm1d(widths[-1], affine=last_norm != "plain")
+        if last_norm == "scale":
+            norm_layer.register_parameter("bias", None)
+        layers.append(norm_layer)
+    return nn.Sequential(*layers)
+
+
+def frozen_copy(module: nn.Module) -> Any:
+    """Return a copy with requires_grad=False and without dropout or stochastic depth.
+
+    The copy has its own buffers, initialized from the original, and switches between training and evaluation mode as
+    usual.
+    """
+    twin = copy.deepcopy(module).requires_grad_(False)
+    for part in twin.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+        if isinstance(getattr(part, "drop_prob", None), float):
+            part.drop_prob = 0.0  # type: ignore[assignment]
+    return twin
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Set `module` to evaluation mode within the block, then restore the mode of every submodule."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+@contextmanager
+def unchanged_statistics(module: nn.Module) -> Iterator[None]:
+    """Restore the running statistics of every BatchNorm after the block."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
+    """Update target <- momentum * target + (1 - momentum) * online, parameters only (BYOL eq. 1, MoCo eq. 2).
+
+    Sharded networks must be sharded in the same way; each process then updates its own shard.
+    """
+    averaged = [collectives.local(parameter) for parameter in target.parameters()]
+    if averaged:  # a module may have no parameters
+        learned = [collectives.local(parameter) for parameter in online.parameters()]
+        torch._foreach_lerp_(averaged, learned, 1.0 - momentum)
+
+
+class SplitBatchNorm(_BatchNorm):
+    """BatchNorm that normalizes contiguous groups of about `group` images, each with its own statistics.
+
+    Equivalent to BatchNorm on several processes without synchronization: one process with two groups gives the same
+    result as two processes with one group each. Running statistics are the mean over the groups.
+    """
+
+    group = 32
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected (N, C, ...) but got {tuple(input.shape)}")
+
+    def num_groups(self, num_images: int) -> int:
+        """Return the number of groups of a local batch; at least 2 over all processes, else shuffling has no effect."""
+        fewest = 2 if collectives.world_size() == 1 else 1
+        return max(fewest, round(num_images / self.group))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize (N, C, ...) over the batch; returns the same shape."""
+        if not self.training or len(input) < 4:
+            return super().forward(input)
+        sizes = [len(rows) for rows in torch.arange(len(input)).tensor_split(self.num_groups(len(input)))]
+        chunks = torch.split(input, sizes)  # backward is one concatenation, not a sum of zero-padded parts
+        means = self.running_mean.repeat(len(chunks), 1)  # type: ignore[union-attr]
+        variances = self.running_var.repeat(len(chunks), 1)  # type: ignore[union-attr]
+        out = torch.cat(
+            [
+                F.batch_norm(chunk, mean, variance, self.weight, self.bias, True, self.momentum or 0.1, self.eps)
+                for chunk, mean, variance in zip(chunks, means, variances, strict=True)
+            ]
+        )
+        self.running_mean.copy_(means.mean(0))  # type: ignore[union-attr]
+        self.running_var.copy_(variances.mean(0))  # type: ignore[union-attr]
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        return out
+
+
+@torch.no_grad()
+def average_statistics(module: nn.Module) -> None:
+    """Replace the running statistics of all SplitBatchNorm layers by their mean over processes, in one all-reduce.
+
+    Running statistics are linear in the batch statistics; the result therefore equals that of a single process.
+    """
+    parts = [part for part in module.modules() if isinstance(part, SplitBatchNorm)]
+    if collectives.world_size() == 1 or not parts:
+        return
+    statistics = [buffer for part in parts for buffer in (part.running_mean, part.running_var) if buffer is not None]
+    means = collectives.all_reduce_mean(torch.cat(statistics))
+    for buffer, mean in zip(statistics, torch.split(means, [len(buffer) for buffer in statistics]), strict=True):
+        buffer.copy_(mean)
+
+
+class _SyncNormalize(torch.autograd.Function):
+    """Normalization by the statistics of the global batch; all processes must have the same local batch size."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+        axes = [axis for axis in range(input.dim()) if axis != 1]
+        values = full_precision(input)
+        local = torch.stack(torch.var_mean(values, dim=axes, correction=0))  # (2, C)
+        variances, means = collectives.all_gather(local[None]).unbind(1)  # (W, C) each
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
+        ctx.save_for_backward(input, weight, mean, torch.rsqrt(variance + eps))
+        ctx.mark_non_differentiable(mean, variance)
+        out = F.batch_norm(input, mean, variance, weight, bias, False, 0.0, eps)
+        return out, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        input, weight, mean, inv_std = ctx.saved_tensors
+        grad = grads[0].to(mean.dtype)
+        axes = [axis for axis in range(input.dim()) if axis != 1]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        normed = (input.to(mean.dtype) - mean.view(shape)) * inv_std.view(shape)
+        sums = torch.stack([grad.sum(axes), (grad * normed).sum(axes)])  # (2, C), local
+        total = sums.clone()
+        watchdog.meet()
+        dist.all_reduce(total)
+        total /= input.numel() / input.size(1) * collectives.world_size()
+        scale = inv_std if weight is None else inv_std * weight
+        grad_input = (grad - total[0].view(shape) - normed * total[1].view(shape)) * scale.view(shape)
+        has_bias = ctx.needs_input_grad[2]
+        return grad_input.to(input.dtype), None if weight is None else sums[1], sums[0] if has_bias else None, None
+
+
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm over the global batch on any device (torch.nn.SyncBatchNorm supports only GPUs).
+
+    Not a subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel rejects on the CPU.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize (N, C, ...) over the batch; returns the same shape."""
+        world_size, momentum = collectives.world_size(), self.momentum or 0.0
+        state = (self.running_mean, self.running_var)
+        if self.training:
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        if not self.training or world_size == 1:
+            return F.batch_norm(input, *state, self.weight, self.bias, self.training, momentum, self.eps)
+        if input.is_cuda and self.bias is not None:
+            settings = (self.eps, momentum, dist.group.WORLD, world_size)
+            return _FusedSyncNormalize.apply(input, self.weight, self.bias, *state, *settings)  # type: ignore[no-any-return]
+        out, mean, variance = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)
+        count = input.numel() / input.size(1) * world_size
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, momentum)  # type: ignore[union-attr]
+            self.running_var.lerp_(variance * count / (count - 1), momentum)  # type: ignore[union-attr]
+        return out  # type: ignore[no-any-return]
+
+
+def convert_batch_norm(module: nn.Module, kind: type[_BatchNorm]) -> Any:
+    """Convert every BatchNorm inside `module` to the class `kind`, in place, keeping parameters and buffers.
+
+    The classes differ only in `forward`; the conversion assigns the class and does not change names or state.
+    """
+    for part in module.modules():
+        if type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            part.__class__ = kind
+    return module

@@ -1,0 +1,79 @@
+"""Random numbers for the images of a step, independent of the number of processes.
+
+torch's global generator has a different state on each process, so results would depend on the number of processes.
+Here the numbers of an image depend only on (seed, draw, index in the global batch), and the checkpoint contains the
+number of draws. Shapes: N images per process, W processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sslcli.distributed.collectives import rank
+
+_SHARED = -1  # the index for numbers that are the same on all processes
+_MASK = (1 << 64) - 1
+
+
+class Noise(nn.Module):
+    """Random number source that is part of a method's state; its seed is drawn from torch's global generator.
+
+    Each call of a method below is one draw. All processes must make the same calls in the same order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seed = int(torch.randint(2**31, ()))
+        self.draws = 0
+
+    def normal(self, *shape: int, device: torch.device) -> Tensor:
+        """Draw standard normal numbers (N, ...), float32, different for each row of the global batch."""
+        return self._rows(shape, device, lambda row, generator: row.normal_(generator=generator))
+
+    def uniform(self, *shape: int, device: torch.device) -> Tensor:
+        """Draw uniform numbers (N, ...) in [0, 1), float32, different for each row of the global batch."""
+        return self._rows(shape, device, lambda row, generator: row.uniform_(generator=generator))
+
+    def integers(self, high: int, *shape: int, device: torch.device) -> Tensor:
+        """Draw uniform integers (N, ...) in [0, high), int64, different for each row of the global batch."""
+        return self._rows(shape, device, lambda row, generator: row.random_(high, generator=generator), torch.int64)
+
+    def shared(self) -> torch.Generator:
+        """Return a CPU generator for one draw per global batch, with the same seed on all processes."""
+        self.draws += 1
+        return torch.Generator().manual_seed(_seed(self.seed, self.draws, _SHARED))
+
+    def _rows(
+        self,
+        shape: tuple[int, ...],
+        device: torch.device,
+        fill: Callable[[Tensor, torch.Generator], Tensor],
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        self.draws += 1
+        rows = torch.empty(shape, device=device, dtype=dtype)
+        generator = torch.Generator(device)
+        first = rank() * len(rows)
+        for place, row in enumerate(rows, start=first):
+            fill(row, generator.manual_seed(_seed(self.seed, self.draws, place)))
+        return rows
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.seed, self.draws])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.seed, self.draws = state.tolist()
+
+
+def _seed(seed: int, draw: int, place: int) -> int:
+    """Return a generator seed, mixed by splitmix64 because CPU generators use only the low 32 bits."""
+    value = 0
+    for part in (seed, draw, place):
+        value = (value + part + 0x9E3779B97F4A7C15) & _MASK
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+        value ^= value >> 31
+    return value >> 1  # 63 bits, the range of manual_seed

@@ -1,0 +1,269 @@
+"""Objects from a checked configuration. The only place where a `_target_` becomes a class."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sslcli.backbones.base import Backbone
+from sslcli.backbones.wrap import as_backbone
+from sslcli.config.schema import check_has_target, check_target, trusted_packages
+from sslcli.data.sources.base import Source
+from sslcli.data.views.views import Views
+from sslcli.engine import fsdp
+from sslcli.engine.optim import parameter_groups
+from sslcli.errors import ConfigError, nearest
+from sslcli.evaluation.base import Protocol
+from sslcli.kernels.winograd import use_winograd
+from sslcli.methods.base import Method
+from sslcli.nn import schedule
+from sslcli.nn.modules import evaluating
+
+Net = TypeVar("Net", bound=nn.Module)
+Built = TypeVar("Built")
+BASES: dict[str, type] = {  # what the class of each group derives from
+    "method": Method,
+    "dataset": Source,
+    "backbone": nn.Module,
+    "views": Views,
+    "optimizer": Optimizer,
+    "protocol": Protocol,
+}
+CONTRACTS = (Method, Source, nn.Module, Optimizer, Protocol, Backbone)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the groups of a configuration become."""
+
+    source: Source
+    views: Views
+    method: Method
+
+
+def find(target: str, *, base: type[Built], trust: list[str], where: str) -> type[Built]:
+    """The class that a `_target_` names. Nothing of it has been called yet.
+
+    Args:
+        target: the dotted name of a class.
+        base: what the class must derive from, so that a configuration cannot have anything else called.
+        trust: packages the user trusts, besides ours.
+        where: the path of the `_target_`, for messages.
+
+    Raises ConfigError for a name outside trusted packages, one that leads nowhere, a function, and any other class.
+    """
+    check_target(target, trust, where)
+    module_name, _, name = target.rpartition(".")
+    try:
+        found = getattr(import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{where} is {target!r}, but {error.name} is neither installed nor in the folder the command is started in"
+        ) from error
+    except AttributeError as error:
+        known = [n for n in dir(import_module(module_name)) if not n.startswith("_")]
+        raise ConfigError(f"{where} is {target!r}, but {module_name} has no {name}.{nearest(name, known)}") from error
+    home = getattr(found, "__module__", "")
+    # A trusted module may itself import os or subprocess; what it did not define stays out of reach.
+    if not callable(found) or not any(f"{home}.".startswith(f"{package}.") for package in trusted_packages(trust)):
+        raise ConfigError(f"{where} is {target!r}, but that is not a class of a trusted package")
+    check_class(found, target, base=base, where=where)
+    return found  # type: ignore[no-any-return]
+
+
+def check_class(found: Any, target: str, *, base: type, where: str) -> None:
+    """Raise ConfigError unless what a `_target_` leads to is a class derived from `base`, and not a bare contract."""
+    wanted = f"{base.__module__}.{base.__qualname__}"
+    if not isinstance(found, type):
+        raise ConfigError(
+            f"{where} is {target!r}, which is a function, but only classes derived from {wanted} are built here: "
+            "write a class that calls the function"
+        )
+    if not issubclass(found, base):
+        raise ConfigError(f"{where} is {target!r}, but only classes derived from {wanted} are built here")
+    if found in CONTRACTS:
+        raise ConfigError(f"{where} is {target!r}, which only declares what its classes have: name one of them")
+
+
+def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: str, **given: Any) -> Built:
+    """Call the `_target_` of a node, a class derived from `base`, with its values; nodes inside are built first.
+
+    A node inside may only be of the class that its parameter is annotated with.
+
+    Raises ConfigError for keywords the class does not take and for values it refuses.
+    """
+    check_has_target(where, node)
+    target = find(node["_target_"], base=base, trust=trust, where=f"{where}._target_")
+    values: dict[str, Any] = {}
+    for name, value in node.items():
+        if isinstance(value, dict) and "_target_" in value:
+            values[name] = build_inner(target, name, value, trust=trust, where=f"{where}.{name}")
+        elif name != "_target_":
+            values[name] = value
+    parameters = inspect.signature(target).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in values:
+            if name not in parameters:
+                raise ConfigError(
+                    f"{where}.{name}: {node['_target_']} takes no such keyword.{nearest(name, parameters)} "
+                    f"It takes: {', '.join(parameters)}"
+                )
+    try:
+        return target(**values, **given)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # torch's, for lengths below 0 or too large
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def build_inner(owner: type, name: str, node: dict[str, Any], *, trust: list[str], where: str) -> Any:
+    """Build the value of one keyword of `owner`, of a class that the keyword is annotated with."""
+    allowed = annotated_classes(owner, name)
+    if not allowed:
+        raise ConfigError(
+            f"{where} has a _target_, but {owner.__qualname__} does not say which class {name} takes: annotate it, as "
+            f"in {name}: MyClass"
+        )
+    base = allowed[-1]
+    for option in allowed[:-1]:
+        with suppress(ConfigError):
+            find(node["_target_"], base=option, trust=trust, where=where)
+            base = option
+            break
+    return build(node, base=base, trust=trust, where=where)
+
+
+def annotated_classes(owner: type, name: str) -> list[type]:
+    """The classes in the annotation of a keyword of a constructor, those of yaml values left out."""
+    for kind in owner.__mro__:
+        try:
+            init: Any = kind.__init__  # type: ignore[misc]
+            # This annotation alone: a dataclass repeats those of its bases, whose names its own module need not know.
+            alone = SimpleNamespace(__annotations__={name: init.__annotations__[name]})
+            annotation = get_type_hints(alone, globalns=init.__globals__)[name]
+        except (NameError, TypeError, AttributeError, KeyError):  # names that are imported for type checkers alone
+            continue
+        if annotation is not None:
+            options = get_args(annotation) or (annotation,)
+            return [o for o in options if isinstance(o, type) and o.__module__ not in ("builtins", "typing")]
+    return []
+
+
+def check_classes(config: dict[str, Any], groups: Iterable[str], *, trust: list[str]) -> None:
+    """Raise ConfigError for a group whose class is not one of its kind, before anything is built."""
+    for group in groups:
+        check_has_target(group, config.get(group))
+        find(config[group]["_target_"], base=BASES[group], trust=trust, where=f"{group}._target_")
+
+
+def build_source(config: dict[str, Any], *, trust: list[str]) -> Source:
+    """The image set."""
+    return build(config["dataset"], base=Source, trust=trust, where="dataset")
+
+
+def build_views(node: dict[str, Any], *, trust: list[str]) -> Views:
+    """The views of an image."""
+    return build(node, base=Views, trust=trust, where="views")
+
+
+def build_backbone(config: dict[str, Any], *, image_size: int, trust: list[str]) -> Backbone:
+    """The backbone, its feature width found by a dry forward where its class does not say it."""
+    module = build(config["backbone"], base=nn.Module, trust=trust, where="backbone")
+    try:
+        return as_backbone(module, image_size=image_size, in_channels=config["backbone"].get("in_channels", 3))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"backbone: {error}") from error
+
+
+def build_method(config: dict[str, Any], *, image_size: int, num_images: int, trust: list[str]) -> Method:
+    """The method around its backbone, freshly initialised from the run's seed."""
+    torch.manual_seed(config["seed"])
+    node = config["method"]
+    backbone = build_backbone(config, image_size=image_size, trust=trust)
+    target = find(node["_target_"], base=Method, trust=trust, where="method._target_")
+    channels = config["backbone"].get("in_channels", 3)
+    known = {"backbone": backbone, "num_images": num_images, "image_size": image_size, "channels": channels}
+    taken = inspect.signature(target).parameters
+    given = {name: value for name, value in known.items() if name == "backbone" or name in taken}
+    return made_fast(build(node, base=Method, trust=trust, where="method", **given))
+
+
+def made_fast(net: Net) -> Net:
+    """The same network, in channels-last memory and with Winograd's convolutions where they fit."""
+    use_winograd(net)
+    return net.to(memory_format=torch.channels_last)
+
+
+def build_parts(config: dict[str, Any], *, trust: list[str]) -> Parts:
+    """Image set, views and method. Raises ConfigError where they do not fit together."""
+    check_classes(config, ("dataset", "views", "method", "backbone", "optimizer"), trust=trust)
+    source = build_source(config, trust=trust)
+    views = build_views(config["views"], trust=trust)
+    num_images = len(source.splits["train"])
+    method = build_method(config, image_size=source.image_size, num_images=num_images, trust=trust)
+    if method.num_views != views.num_views:
+        raise ConfigError(
+            f"method needs {method.num_views} view{'s' * (method.num_views != 1)}, but the chosen views are "
+            f"{views.num_views}: choose others with views=..."
+        )
+    if method.color_spaces and views.color_space not in method.color_spaces:
+        raise ConfigError(
+            f"method splits the channels of {' or '.join(method.color_spaces)} images, but views.color_space is "
+            f"{views.color_space}: choose views=lab, or name other parts with method.modalities={{name: channels, ...}}"
+        )
+    check_views(method, views, source)
+    check_channels(method, source)
+    return Parts(source, views, method)
+
+
+def check_views(method: Method, views: Views, source: Source) -> None:
+    """Raise ConfigError unless the method can train on what the views make of the images of the source."""
+    examples = []
+    for size in views.sizes(source.image_size):
+        images = torch.rand(2, source.channels, size, size, generator=torch.Generator().manual_seed(0)).round()
+        examples.append(views.finish(images, mean=source.mean, std=source.std))
+    try:
+        with evaluating(method), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            method.check_views(examples)
+    except ValueError as error:
+        raise ConfigError(f"method: {error}") from error
+
+
+def check_channels(method: Method, source: Source) -> None:
+    """Raise ConfigError unless the method makes features of images like those of the source."""
+    black = torch.zeros(2, source.channels, source.image_size, source.image_size)
+    try:
+        with evaluating(method), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            method.features(black)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"backbone: it does not take the images of {source.name}, which have {source.channels} channels and "
+            f"{source.image_size} pixels a side: {error}"
+        ) from error
+
+
+def build_optimizer(config: dict[str, Any], method: Method) -> tuple[Optimizer, float]:
+    """The optimizer over the method's parameter groups, and its peak learning rate after scaling."""
+    node, train = config["optimizer"], config["train"]
+    for name in ("lr", "weight_decay"):
+        value = node.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise ConfigError(f"optimizer.{name} is {value!r}, but it must be a number of at least 0")
+    peak = schedule.scale_lr(node["lr"], batch_size=train["batch_size"], rule=train["lr_scaling"])
+    groups = parameter_groups(
+        method, weight_decay=node.get("weight_decay", 0.0), decay_norm_and_bias=train["decay_norm_and_bias"]
+    )
+    arguments = node | {"lr": peak}
+    if node.get("fused") and fsdp.is_sharded(method):
+        arguments["fused"] = None  # torch has no fused SGD of sharded parameters; None leaves the choice to it
+    optimizer = build(arguments, base=Optimizer, trust=config["trust"], where="optimizer", params=groups)
+    return optimizer, peak

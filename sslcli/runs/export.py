@@ -1,0 +1,109 @@
+"""Carry out ssl-export: the weights of a checkpoint and what made them, in one file for torch.load(weights_only=True).
+
+state_dict    the weights, by their plain names
+what          backbone or method
+backbone      how ssl-eval builds the backbone: its `_target_` and values; `method` likewise
+seed, num_images
+              what else the method was built from
+dataset, image_fingerprint
+              the images of pre-training
+image_size, mean, std, views, precision, monitor
+              how images were prepared, in which format was computed, and how k-NN was measured
+provenance    run, checkpoint, its digest, step, image set, seed
+sslcli        the version that wrote the file
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslcli import __version__
+from sslcli.config.own_dataset import FINGERPRINT, images_of
+from sslcli.engine import checkpoint
+from sslcli.errors import ConfigError
+from sslcli.methods.base import Method
+from sslcli.report.console import Screen
+from sslcli.runs import directory
+from sslcli.runs.build import build_backbone, find
+from sslcli.runs.subject import find_checkpoint, load_strictly, origin
+from sslcli.system import atomic
+
+BACKBONE = "backbone."  # what names in a method's state begin with
+
+
+def run(config: dict[str, Any]) -> int:
+    """Carry out a checked configuration of ssl-export; the exit code."""
+    run_dir, what = Path(config["run"]), config["what"]
+    saved = directory.read_config(run_dir)
+    path = find_checkpoint(run_dir, config["checkpoint"])
+    step = checkpoint.step_of(path)
+    out = Path(config["out"] or run_dir / "export" / f"{what}-step-{step:08d}.pt")
+    weights = checkpoint.load(path, device=torch.device("cpu"), weights=True)["method"]
+    if what == "backbone":
+        weights = {name[len(BACKBONE) :]: value for name, value in weights.items() if name.startswith(BACKBONE)}
+        check_backbone_alone(saved, weights, trust=config["trust"])
+    write(out, {"state_dict": weights, "what": what, **described(saved, run_dir, path)})
+    numbers = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
+    with Screen() as screen:
+        screen.table(
+            f"exported: {out}",
+            {"what": what, "of step": step, "numbers": numbers, "size (MB)": round(out.stat().st_size / 1e6, 1)},
+        )
+        screen.say(f"to measure it: ssl-eval weights={out} dataset=...")
+    return 0
+
+
+def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trust: list[str]) -> None:
+    """Raise ConfigError unless a backbone with these weights gives the features of the run without its method."""
+    method = find(saved["method"]["_target_"], base=Method, trust=trust, where="method._target_")
+    remedy = (
+        "so the backbone alone does not give the numbers of the run: export what=method, which ssl-eval weights=FILE "
+        "measures as well"
+    )
+    if method.features is not Method.features:
+        raise ConfigError(
+            f"what is backbone, but {method.__name__} makes its features in a way of its own (it overrides features), "
+            f"{remedy}"
+        )
+    backbone = build_backbone(saved, image_size=saved["dataset"]["image_size"], trust=trust)
+    try:
+        load_strictly(backbone, weights, "the checkpoint")
+    except ConfigError as error:
+        raise ConfigError(
+            f"what is backbone, but {method.__name__} makes another net of the backbone, {remedy}"
+        ) from error
+
+
+def described(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any]:
+    """What made the weights in a checkpoint, as plain values."""
+    dataset = saved["dataset"]
+    return {
+        "backbone": saved["backbone"],
+        "method": saved["method"],
+        "seed": saved["seed"],
+        "num_images": saved["effective"]["training images"],
+        "dataset": images_of(dataset),
+        "image_fingerprint": saved["effective"].get(FINGERPRINT),
+        "image_size": dataset["image_size"],
+        "mean": list(dataset["mean"]),
+        "std": list(dataset["std"]),
+        "views": saved["views"],
+        "precision": saved["effective"]["precision"],
+        "monitor": saved["monitor"],
+        "provenance": origin(saved, run_dir, path),
+        "sslcli": __version__,
+    }
+
+
+def write(out: Path, content: dict[str, Any]) -> None:
+    """Save the file, whole or not at all. Raises ConfigError where it cannot be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(out, partial(torch.save, content))
+    except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+        raise ConfigError(f"out is {out}, but it cannot be written ({str(error).splitlines()[0]})") from error

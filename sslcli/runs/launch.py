@@ -1,0 +1,103 @@
+"""Where a run happens: in this process, one of several that torchrun started, several of this node, or a job."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sslcli.engine import checkpoint_names
+from sslcli.errors import EXIT_CONFIG, ConfigError
+from sslcli.report.terminal import guard_terminal
+from sslcli.system import interpreter
+
+
+def launch(config: dict[str, Any]) -> int:
+    """Run a checked configuration of ssl-train; the exit code."""
+    config = config | {"run_dir": run_dir_of(config)}
+    kind = config["launcher"]["kind"] if "RANK" not in os.environ else "local"  # an outer launcher was here before
+    if kind == "slurm":
+        from sslcli.runs import slurm_job
+
+        return slurm_job.launch(config)
+    if kind == "multi" and not config["dry_run"]:
+        from sslcli.distributed.launch import run_processes
+
+        with tempfile.TemporaryDirectory(prefix="sslcli-") as folder:
+            path = Path(folder) / "config.json"
+            path.write_text(json.dumps(config), encoding="utf-8")
+            return run_processes(
+                [*interpreter.arguments("sslcli.runs.launch"), str(path)],
+                processes=config["launcher"]["processes"],
+                max_restarts=config["launcher"]["max_restarts"],
+                tell=partial(tell, Path(config["run_dir"])),
+            )
+    gc.disable()  # nearly all that is imported and built until the first step stays: searching it is time lost
+    try:
+        from sslcli.runs.worker import run
+
+        return run(config)
+    finally:
+        gc.enable()
+
+
+def tell(run_dir: Path, message: str) -> None:
+    """A message of the agent or of the end of all processes, to the terminal and to the log of the run."""
+    print(f"ssl-train: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError), (run_dir / "console.log").open("r+", encoding="utf-8") as log:  # only where there is one
+        log.seek(0, os.SEEK_END)
+        log.write(f"{message}\n")
+
+
+def run_dir_of(config: dict[str, Any]) -> str:
+    """The run directory, absolute: the one given, or runs/<name>."""
+    given: str | None = config["run_dir"]
+    return os.path.abspath(given if given is not None else os.path.join("runs", config["name"] or default_name(config)))
+
+
+def default_name(config: dict[str, Any]) -> str:
+    """Method, data set and backbone, and a digest of what the command line changed."""
+    chosen = config["_choices_"]
+    parts: list[str] = [chosen["method"], chosen["dataset"], chosen["backbone"], config["_overrides_"]]
+    return "_".join(part for part in parts if part)
+
+
+def main() -> None:
+    """One process of several: `python -m sslcli.runs.launch CONFIG.json`.
+
+    An error of the program is worth another start only if there is a newer checkpoint than before this one.
+    """
+    # Until the run takes signals over, Ctrl-C ends it without a traceback: there is nothing to save.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from sslcli.distributed.launch import EXIT_LOST, die_with_parent
+
+    guard_terminal()
+    die_with_parent()
+    config = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    interpreter.find_trusted(config["trust"])
+    before = checkpoints(config)
+    try:
+        sys.exit(launch(config))
+    except ConfigError as error:
+        print(f"ssl-train: {error}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1 if checkpoints(config) == before else EXIT_LOST)
+
+
+def checkpoints(config: dict[str, Any]) -> set[str]:
+    """The names of what a run has saved so far."""
+    return {path.name for path in checkpoint_names.all_of(Path(config["run_dir"]))}
+
+
+if __name__ == "__main__":
+    main()

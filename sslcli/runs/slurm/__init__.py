@@ -1,0 +1,1 @@
+"""Slurm: the batch script, and submission and monitoring of jobs."""

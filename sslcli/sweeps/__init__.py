@@ -1,0 +1,1 @@
+"""Multirun: jobs, the local job queue, and the table of results."""

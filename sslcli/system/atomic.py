@@ -1,0 +1,135 @@
+"""Atomic file writes and checksums.
+
+New content is written to a temporary file next to the target, under a unique name, and renamed. Any number of processes
+may write the same file at once. Temporary files of killed writers are removed by the next writer in that folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from sslcli.system.regular_files import open_regular
+
+TEMPORARY = re.compile(r".+\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]{8}\.tmp", re.DOTALL)
+ABANDONED = 86400.0  # seconds without a change after which a temporary file of any machine is abandoned
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 hex digest of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file atomically: after a crash it has either the old or the new content."""
+    write(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:
+    """Replace a file atomically by the content that `fill(temporary)` writes.
+
+    Args:
+        path: file to replace.
+        fill: function that writes to the given temporary path.
+        durable: fsync the content before the rename; otherwise a machine crash may lose it.
+    """
+    with beside(path) as temporary:
+        fill(temporary)
+        if durable:
+            synchronise(temporary)
+        os.replace(temporary, path)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Yield a unique temporary path next to `path`; remove it after the block if it still exists."""
+    temporary = temporary_name(path)
+    clear(path.parent)
+    try:
+        yield temporary
+    finally:
+        with suppress(OSError):  # keep the error of the block; the next writer removes the file
+            if os.path.lexists(temporary):
+                discard(temporary)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a unique path next to `path`, with machine and process ID of the writer in its name, ending in `.tmp`."""
+    name = path.name[:40]  # at most 160 bytes; the limit of the whole name is 255
+    return path.with_name(f"{name}.{machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+@cache
+def machine() -> str:
+    """Return an ID of machine, boot and container, within which process IDs are unique."""
+    parts = [platform.node()]
+    with suppress(OSError):  # there is no /proc outside of Linux
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+
+
+@cache
+def clear(folder: Path) -> None:
+    """Remove temporary files of killed writers from a folder, once per process."""
+    try:
+        names = [name for name in os.listdir(folder) if name.endswith(".tmp")]
+    except OSError:  # the write itself reports the error
+        return
+    for name in names:
+        with suppress(OSError):  # removed by another writer, or no permission
+            if is_left(folder / name):
+                discard(folder / name)
+
+
+def is_left(path: Path) -> bool:
+    """Return True if a temporary file belongs to a writer that has ended."""
+    told = TEMPORARY.fullmatch(path.name)
+    if told is None:
+        return False
+    if told["machine"] == machine():
+        return not is_alive(int(told["process"]))
+    return time.time() - path.lstat().st_mtime > ABANDONED
+
+
+def is_alive(process: int) -> bool:
+    """Return True if a process with this ID exists on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # a process of another user
+        return True
+    return True
+
+
+def synchronise(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, to disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(path: Path) -> None:
+    """Delete a file or folder if it exists. A folder is renamed first, so it is never visible half deleted."""
+    if path.is_dir() and not path.is_symlink():
+        doomed = path if path.suffix == ".tmp" else temporary_name(path)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from default_settings import TRAIN
+from sslcli.config.settings import (
+    EvalSettings,
+    MonitorSettings,
+    RunSettings,
+    SweepSettings,
+    check_choice,
+    check_device,
+    check_range,
+    seconds,
+)
+from sslcli.errors import ConfigError, nearest
+
+MONITOR = MonitorSettings(
+    knn_every=1,
+    knn_k=200,
+    knn_temperature=0.07,
+    knn_images=None,
+    health_every=50,
+    on_collapse="warn",
+    pictures=8,
+)
+RUN = RunSettings(seed=0, name=None, run_dir=None, resume="auto", device="auto", dry_run=False, trust=[])
+SWEEP = SweepSettings(metric="monitor/knn_top1", direction="auto", jobs=None, retry_failed=False)
+EVAL = EvalSettings(
+    run=None,
+    weights=None,
+    checkpoint="last",
+    feature_layer="backbone",
+    device="auto",
+    precision="auto",
+    batch_size=512,
+    workers=None,
+    baselines=True,
+    cache=True,
+    trust=[],
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "good", "bad"),
+    [
+        (TRAIN, "epochs", [1, 1000], [0, -3]),
+        (TRAIN, "max_steps", [None, 1], [0]),
+        (TRAIN, "max_time", [None, 5, "90s", "1.5h"], ["soon", "", -5, "5w"]),
+        (TRAIN, "batch_size", [1, 7, 4096], [0]),
+        (TRAIN, "accumulate", [1, 2, 256], [0, 3, 512]),
+        (TRAIN, "precision", ["auto", "fp32", "bf16", "fp16"], ["fp8", ""]),
+        (TRAIN, "clip_grad", [None, 0.1], [0, -1, float("nan"), float("inf")]),
+        (TRAIN, "log_every", [1], [0]),
+        (TRAIN, "save_every_epochs", [0, 5], [-1]),
+        (TRAIN, "save_every_steps", [None, 1], [0]),
+        (TRAIN, "keep", [1], [0]),
+        (TRAIN, "lr_scaling", ["linear", "sqrt", "none"], ["quadratic"]),
+        (TRAIN, "schedule", ["cosine", "step", "constant"], ["linear"]),
+        (TRAIN, "warmup_epochs", [0, 0.5], [-1, float("inf")]),
+        (TRAIN, "final_lr", [0, 1], [-0.1, 1.1]),
+        (TRAIN, "milestones", [[], [0.5]], [[0], [1], [0.5, 2]]),
+        (MONITOR, "knn_every", [0, 1], [-1]),
+        (MONITOR, "knn_k", [1], [0]),
+        (MONITOR, "knn_temperature", [0.01], [0, -1]),
+        (MONITOR, "knn_images", [None, 1], [0]),
+        (MONITOR, "health_every", [0, 1], [-1]),
+        (MONITOR, "on_collapse", ["ignore", "warn", "stop"], ["explode"]),
+        (MONITOR, "pictures", [0, 1], [-1]),
+        (RUN, "seed", [0, 2**32 - 1], [-1, 2**32]),
+        (RUN, "resume", ["auto", "never", "must"], ["yes"]),
+        (RUN, "device", ["auto", "cpu", "cuda", "cuda:3", "mps"], ["gpu", "cuda:", "cpu:0", "", "CPU"]),
+        (SWEEP, "metric", ["train/loss", "health/rankme"], ["train/agreement", "knn", "monitor/", "loss", "a/b"]),
+        (SWEEP, "direction", ["auto", "max", "min"], ["up"]),
+        (SWEEP, "jobs", [None, 1], [0]),
+        (EVAL, "checkpoint", ["last", 0, 500], ["best", -1]),
+        (EVAL, "device", ["auto", "cuda:1"], ["gpu"]),
+        (EVAL, "precision", ["auto", "bf16"], ["half"]),
+        (EVAL, "batch_size", [1], [0]),
+        (EVAL, "workers", [None, 0], [-1]),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_by_the_name_of_its_key(
+    settings: Any, key: str, good: list[Any], bad: list[Any]
+) -> None:
+    for value in good:
+        assert getattr(replace(settings, **{key: value}), key) == value
+    for value in bad:
+        with pytest.raises(ConfigError, match=rf"\b{key} is "):
+            replace(settings, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (None, None),
+        (90, 90),
+        (0.5, 0.5),
+        ("90", 90),
+        ("90s", 90),
+        ("10m", 600),
+        ("1.5h", 5400),
+        ("2d", 172800),
+        (" 5 m ", 300),
+    ],
+)
+def test_a_duration_is_read_in_seconds(text: str | float | None, value: float | None) -> None:
+    assert seconds("train.max_time", text) == value
+
+
+@pytest.mark.parametrize("text", ["", "soon", "5 minutes", "-5", "1h30m", "m", "1e3", "inf", "nan"])
+def test_what_is_no_duration_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.max_time is .*90s, 10m, 1\.5h or 2d"):
+        seconds("train.max_time", text)
+
+
+def test_ranges_are_closed_where_they_say_at_least_and_at_most() -> None:
+    check_range("key", None, above=5)
+    check_range("key", 5, least=5, most=5)
+    with pytest.raises(ConfigError, match="key is 5, but it must be greater than 5"):
+        check_range("key", 5, above=5)
+    with pytest.raises(ConfigError, match="key is 4, but it must be at least 5"):
+        check_range("key", 4, least=5)
+    with pytest.raises(ConfigError, match="key is 6, but it must be at most 5"):
+        check_range("key", 6, most=5)
+    with pytest.raises(ConfigError, match="finite"):
+        check_range("key", float("nan"))
+
+
+def test_a_choice_that_does_not_exist_is_answered_with_all_and_the_nearest() -> None:
+    check_choice("key", "warn", ("warn", "stop"))
+    with pytest.raises(ConfigError, match=r"key is 'wran', but it must be one of: warn, stop\. Did you mean 'warn'\?"):
+        check_choice("key", "wran", ("warn", "stop"))
+    with pytest.raises(ConfigError, match=r"one of: warn, stop$"):
+        check_choice("key", "xyz", ("warn", "stop"))
+
+
+def test_a_device_of_another_kind_is_refused_with_the_kinds_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"device is 'tpu'.*auto, cpu, cuda, cuda:N"):
+        check_device("tpu")
+
+
+def test_the_nearest_name_does_not_mind_the_case() -> None:
+    assert nearest("MOCO", ["byol", "moco"]) == " Did you mean 'moco'?"
+    assert nearest("sgd", ["AdamW", "SGD"]) == " Did you mean 'SGD'?"
+    assert nearest("zzz", ["byol", "moco"]) == ""
+    assert nearest(5, []) == ""
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction", "lowest"),
+    [
+        ("monitor/knn_top1", "auto", False),
+        ("train/loss", "auto", True),
+        ("train/loss", "max", False),
+        ("train/agreement", "min", True),
+    ],
+)
+def test_which_way_a_metric_is_good_is_known_or_told(metric: str, direction: str, lowest: bool) -> None:
+    assert replace(SWEEP, metric=metric, direction=direction).lowest is lowest
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({"sharding": "fsdp", "compile": True}, "leave compile out"),
+        ({"activation_checkpointing": True, "compile": True}, "leave compile out"),
+        ({"sharding": "fsdp", "cached_gradients": True}, "leave one of them out"),
+        ({"sharding": "fsdb"}, "one of: none, fsdp"),
+    ],
+)
+def test_what_does_not_go_with_sharding_is_refused(values: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        replace(TRAIN, **values)

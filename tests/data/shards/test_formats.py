@@ -1,0 +1,205 @@
+"""What is found in shards, and what is said of those that are not as they should be."""
+
+from __future__ import annotations
+
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from small_shards import KINDS, add, png, write_parquet, write_tar
+from sslcli.data.shards import index as shard_index
+from sslcli.data.shards.formats import Index, Shard
+from sslcli.data.shards.index import expand, find_shards, indices_of
+from sslcli.errors import ConfigError
+
+
+def index(path: Path, cache: Path, *, image: str = "auto", label: str | None = "auto") -> Index:
+    (found,) = indices_of(find_shards(str(path), key="dataset.path"), cache, image=image, label=label)
+    return found
+
+
+def tar_of(path: Path, **files: bytes) -> Path:
+    """An archive of files, whose names are written with __ for a dot."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            add(tar, name.replace("__", "."), content)
+    return path
+
+
+def same(one: Index, other: Index) -> bool:
+    arrays = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("starts", "sizes", "groups"))
+    return arrays and (one.labels, one.image, one.classes) == (other.labels, other.image, other.classes)
+
+
+def test_the_index_of_a_tar_archive_tells_where_the_images_are(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", range(7))
+    found, content = index(path, tmp_path / "cache"), path.read_bytes()
+    assert found.labels == [0, 1, 2, 0, 1, 2, 0]
+    images = [content[start : start + size] for start, size in zip(found.starts, found.sizes, strict=True)]
+    assert images == [png(number) for number in range(7)]
+
+
+def test_labels_come_from_a_file_or_a_field_of_the_json(tmp_path: Path) -> None:
+    path, cache = write_tar(tmp_path / "a.tar", range(4), label="json"), tmp_path / "cache"
+    assert index(path, cache).labels == ["cat", "dog", "emu", "cat"]
+    assert index(path, cache, label="id").labels == [0, 1, 2, 3]
+    assert index(path, cache, label=None).labels == [None] * 4
+    texts = tar_of(tmp_path / "b.tar", a__png=png(0), a__txt=b"a dog\n", b__png=png(1), b__txt=b"-3")
+    assert index(texts, cache, label="txt").labels == ["a dog", -3]
+    assert index(texts, cache).labels == [None, None]
+    with pytest.raises(ConfigError, match=r"b\.tar \(a\) has no such column\. Its columns: png, txt"):
+        index(texts, cache, label="kind")
+
+
+def test_several_images_of_one_name_are_chosen_from(tmp_path: Path) -> None:
+    path = tar_of(
+        tmp_path / "a.tar", a__left__png=png(1), a__right__png=png(2), b__left__png=png(3), b__right__png=png(4)
+    )
+    with pytest.raises(ConfigError, match=r"\(a\) has the columns of images left\.png, right\.png: choose one"):
+        index(path, tmp_path / "cache")
+    found = index(path, tmp_path / "cache", image="right.png")
+    content = path.read_bytes()
+    assert [content[start : start + size] for start, size in zip(found.starts, found.sizes, strict=True)] == [
+        png(2),
+        png(4),
+    ]
+
+
+def test_folders_endings_and_names_that_come_again_make_images_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(tarfile.TarInfo("x"), None)
+        folder = tarfile.TarInfo("y")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name in ("x/1.PNG", "y/1.jpg", "y/1.jpg", f"{'long' * 40}/1.webp"):
+            add(tar, name, name.encode())
+    found, content = index(path, tmp_path / "cache", label=None), path.read_bytes()
+    images = [content[start : start + size] for start, size in zip(found.starts, found.sizes, strict=True)]
+    assert images == [b"x/1.PNG", b"y/1.jpg", b"y/1.jpg", b"long" * 40 + b"/1.webp"]
+
+
+def test_the_index_of_parquet_has_row_groups_labels_and_classes(tmp_path: Path) -> None:
+    found = index(write_parquet(tmp_path / "a.parquet", range(12), group=5), tmp_path / "cache")
+    assert (found.labels, found.image, found.classes) == ([n % 3 for n in range(12)], "image", KINDS)
+    assert found.groups.tolist() == [5, 5, 2]
+    plain = index(write_parquet(tmp_path / "b.parquet", range(3), features=False), tmp_path / "cache")
+    assert (plain.labels, plain.image, plain.classes) == ([0, 1, 2], "image", [])
+    pyarrow.parquet.write_table(pa.table({"jpg": [png(0)], "kind": ["x"]}), tmp_path / "c.parquet")
+    assert index(tmp_path / "c.parquet", tmp_path / "cache", label="kind").labels == ["x"]
+
+
+def test_columns_that_are_absent_are_named_with_those_there_are(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", range(3))
+    with pytest.raises(
+        ConfigError, match=r"dataset\.image is 'imag', but .*a\.parquet .*Did you mean 'image'\?.*label"
+    ):
+        index(path, tmp_path / "cache", image="imag")
+    with pytest.raises(ConfigError, match=r"dataset\.label is 'kind', but .*no such column\. .*image, label"):
+        index(path, tmp_path / "cache", label="kind")
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        add(tar, "some/7.data", png(0))
+    with pytest.raises(ConfigError, match=r"\(some/7\) has no column that is known to hold images.*columns: data"):
+        index(tmp_path / "b.tar", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("blocks", [0.2, 3.1, -2, -3, -7.5])
+def test_a_tar_archive_that_is_cut_short_is_refused(tmp_path: Path, blocks: float) -> None:
+    path = write_tar(tmp_path / "a.tar", range(40))
+    content = path.read_bytes()
+    used = -(-len(content.rstrip(b"\0")) // 512) + 2  # blocks, with the two of zeros that end an archive
+    path.write_bytes(content[: int(512 * (blocks if blocks > 0 else used + blocks))])
+    with pytest.raises(ConfigError, match=r"a\.tar is cut short or damaged .*fetch or write it again"):
+        index(path, tmp_path / "cache")
+
+
+def test_other_damage_is_told(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", range(4))
+    content = bytearray(path.read_bytes())
+    content[1024:1100] = b"x" * 76
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.tar is cut short or damaged"):
+        index(path, tmp_path / "cache")
+    path = write_parquet(tmp_path / "a.parquet", range(4))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ConfigError, match=r"a\.parquet is cut short or damaged .*Parquet"):
+        index(path, tmp_path / "cache")
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(ConfigError, match=r"empty\.tar holds no images: remove it"):
+        index(tmp_path / "empty.tar", tmp_path / "cache")
+
+
+def test_a_shard_is_gone_through_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache, through = write_tar(tmp_path / "a.tar", range(4)), tmp_path / "cache", []
+    index_of = shard_index.index_of
+
+    def counted(file: Any, shard: Shard, **options: Any) -> Index:
+        through.append(shard.name)
+        return index_of(file, shard, **options)
+
+    monkeypatch.setattr(shard_index, "index_of", counted)
+    first = index(path, cache)
+    assert same(index(path, cache), first)
+    assert through == ["a.tar"]
+    index(path, cache, label=None)
+    write_tar(path, range(5))
+    assert len(index(path, cache)) == 5
+    assert len(through) == 3
+    (kept,) = [file for file in cache.glob("*.npz") if same(shard_index._unpack(file.read_bytes()), index(path, cache))]
+    kept.write_bytes(b"PK\3\4 torn")
+    assert len(index(path, cache)) == 5
+    assert len(through) == 4
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", range(4))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be kept in .*file/cache .*set dataset\.cache"):
+        index(path, tmp_path / "file" / "cache")
+
+
+def test_ranges_are_expanded() -> None:
+    assert expand("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert expand("{0..1}/{3..4}") == ["0/3", "0/4", "1/3", "1/4"]
+    with pytest.raises(ConfigError, match="runs backwards"):
+        expand("{3..1}")
+
+
+def test_shards_are_found_by_file_folder_pattern_and_range_each_once(tmp_path: Path) -> None:
+    for name in ("b.tar", "a-0.tar", "a-1.tar", "c.parquet"):
+        (tmp_path / name).touch()
+    (tmp_path / "notes.txt").touch()
+
+    def names(*path: str) -> list[str]:
+        return [shard.name for shard in find_shards([f"{tmp_path}/{part}" for part in path], key="dataset.path")]
+
+    assert names("") == ["a-0.tar", "a-1.tar", "b.tar", "c.parquet"]
+    assert names("a-*.tar", "b.tar", "a-{0..1}.tar") == ["a-0.tar", "a-1.tar", "b.tar"]
+    assert [shard.url for shard in find_shards(f"file://{tmp_path}/b.tar", key="x")] == [str(tmp_path / "b.tar")]
+
+
+def test_what_cannot_be_found_is_named_with_what_to_do(tmp_path: Path) -> None:
+    def message(path: str | list[str]) -> str:
+        with pytest.raises(ConfigError) as caught:
+            find_shards(path, key="dataset.path")
+        return str(caught.value)
+
+    assert f"dataset.path names {tmp_path}/no-*.tar, where there is nothing" in message(f"{tmp_path}/no-*.tar")
+    assert f"names {tmp_path}/a-1.tar, but there is no such file" in message(f"{tmp_path}/a-{{1..2}}.tar")
+    assert "is empty: name at least one shard" in message([])
+    assert "cannot be reached" in message("nowhere://bucket/a.tar")
+    (tmp_path / "a.tar.gz").touch()
+    assert "only a.tar.gz ...: name files that end in .tar or .parquet; a compressed" in message(str(tmp_path))
+
+
+def test_a_protocol_whose_package_is_absent_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ConfigError, match=r"s3://bucket/a\.tar, which cannot be reached .*s3fs"):
+        find_shards("s3://bucket/a.tar", key="dataset.path")

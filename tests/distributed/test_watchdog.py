@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from sslcli.distributed import watchdog
+from sslcli.distributed.watchdog import Progress, verdict
+from sslcli.errors import TrainingFailed
+
+
+@pytest.fixture(autouse=True)
+def _from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_mine", Progress())
+
+
+def at(meetings: int, place: str = "step 7", pid: int = 70) -> Progress:
+    return Progress(meetings=meetings, place=place, host="node", pid=pid)
+
+
+def test_the_process_that_is_behind_is_named_once_with_its_place() -> None:
+    found = {0: at(5), 1: at(4, "the images of step 7", pid=71), 2: at(5)}
+    told = [verdict(rank, found, set(), 600) for rank in range(3)]
+    assert told[1:] == ["", ""]
+    assert "waited 600 s (launcher.timeout) in vain for process 1 (id 71 on node, at the images of step 7)" in told[0]
+    assert "Start the same command again to go on" in told[0]
+
+
+def test_where_the_main_process_is_behind_the_next_one_tells() -> None:
+    found = {0: at(4), 1: at(5), 2: at(5)}
+    told = [verdict(rank, found, set(), 600) for rank in range(3)]
+    assert "process 0 (id 70" in told[1]
+    assert (told[0], told[2]) == ("", "")
+
+
+def test_a_stopped_process_is_named_even_if_it_had_arrived() -> None:
+    told = verdict(0, {0: at(5), 1: at(5)}, {1}, 600)
+    assert "process 1 (id 70 on node, at step 7, it does not answer: stopped, or its machine is gone)" in told
+
+
+def test_where_none_is_behind_no_process_is_named() -> None:
+    told = verdict(0, {0: at(5), 1: at(5, "step 8")}, set(), 600)
+    assert "none is behind the others (at step 7, step 8)" in told
+
+
+def test_a_process_alone_may_take_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    watchdog.sign("step 7")
+    assert ended_while_at_work(store, monkeypatch) == []
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_process_alone_that_waits_too_long_for_images_is_ended(
+    joined: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watchdog.sign("the images of step 7")
+    store = dist.FileStore(str(tmp_path / "store"), 1) if joined else None
+    (message,) = ended_while_at_work(store, monkeypatch)
+    assert message.startswith("the images of step 7 did not come within 0.1 s (launcher.timeout)")
+
+
+def ended_while_at_work(store: dist.FileStore | None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a process alone is told after half a second without progress, with a limit of 0.2 s."""
+    monkeypatch.setattr(watchdog, "SLACK", 0.1)
+    told: list[str] = []
+    alone = watchdog.watched_alone(limit=0.1, end=told.append)
+    with alone if store is None else watchdog.watched(store, rank=0, size=1, limit=0.1, end=told.append):
+        time.sleep(0.5)
+    return told
+
+
+def test_a_store_that_does_not_answer_is_told_by_each() -> None:
+    assert "the meeting place of the processes does not answer" in verdict(3, {}, {0, 1, 2, 3}, 600)
+
+
+class Other:
+    """A second process as the store shows it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = dist.FileStore(str(folder / "store"), 2)
+        self.progress = Progress(host="elsewhere", pid=2)
+        self.tell()
+
+    def tell(self) -> None:
+        self.progress.beats += 1
+        watchdog.tell(self.store, 1, self.progress)
+
+
+def test_waiting_for_another_that_works_has_no_limit(tmp_path: Path) -> None:
+    ended: list[str] = []
+    other = Other(tmp_path)
+    watchdog.tell(other.store, 0, Progress())
+    with watchdog.watched(other.store, rank=0, size=2, limit=0.4, end=ended.append):
+        for _ in range(10):
+            time.sleep(0.1)
+            other.progress.signs += 1
+            other.tell()
+    assert ended == []
+
+
+def test_a_process_that_beats_and_does_nothing_is_noticed_at_the_limit_and_not_before(tmp_path: Path) -> None:
+    ended: list[str] = []
+    over = threading.Event()
+    other = Other(tmp_path)
+    watchdog.tell(other.store, 0, Progress())
+    watchdog.meet()
+    begun = time.monotonic()
+    with watchdog.watched(
+        other.store, rank=0, size=2, limit=0.6, end=lambda message: (ended.append(message), over.set())
+    ):
+        while not over.wait(0.02):
+            other.tell()
+            assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun >= 0.6
+    assert len(ended) == 1
+    assert "process 1 (id 2 on elsewhere, at the start)" in ended[0]
+
+
+def test_time_in_which_the_process_itself_was_stopped_does_not_count(tmp_path: Path) -> None:
+    ended: list[str] = []
+    other = Other(tmp_path)
+    watchdog.tell(other.store, 0, Progress())
+    child = os.fork()
+    if child == 0:
+        with watchdog.watched(other.store, rank=0, size=2, limit=1.0, end=lambda _: os._exit(3)):
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.2)
+        os._exit(0)
+    os.waitpid(child, os.WUNTRACED)
+    time.sleep(1.5)
+    os.kill(child, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert ended == []
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
+def test_processes_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingFailed, match=r"of 3 processes, these have not come within 0\.3 s .*: 1, 2\."):
+        watchdog.join(0.3)
+
+
+def test_a_main_process_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingFailed, match=r"process 0 did not answer at 127\.0\.0\.1:\d+ within 1 s"):
+        watchdog.join(1.0)
+
+
+def test_a_store_hands_over_what_a_process_told(tmp_path: Path) -> None:
+    other = Other(tmp_path)
+    mine = Progress(meetings=3, signs=9, place="step 2", beats=4, host="here", pid=5)
+    watchdog.tell(other.store, 0, mine)
+    assert watchdog.read(other.store, 2) == {0: mine, 1: other.progress}
+    other.store.set_timeout(timedelta(seconds=0.1))
+    assert watchdog.read(other.store, 3) == {}

@@ -1,0 +1,46 @@
+"""The one rule by which checkpoints are known, and that the script of a Slurm job has the same."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from sslcli.engine.checkpoint_names import CHECKPOINT, all_of, step_of
+from sslcli.runs import directory, launch
+
+WHOLE = ["step-00000009.pt", "step-00000010", "step-100000000.pt"]
+OTHERS = [
+    "step-00000011.0a0b0c0d-77-0a0b0c0d.tmp",
+    "step-00000012.tmp",
+    "step-00000012.pt.tmp",
+    "step-00000009.sha256",
+    "step-x.pt",
+    "step-.pt",
+    "last",
+]
+
+
+def make(run_dir: Path, *names: str) -> None:
+    for name in names:
+        (run_dir / "checkpoints" / name).mkdir(parents=True)
+
+
+def test_files_and_folders_are_found_oldest_first_and_nothing_half_written(tmp_path: Path) -> None:
+    make(tmp_path, *WHOLE, *OTHERS)
+    found = all_of(tmp_path)
+    assert [path.name for path in found] == WHOLE
+    assert [step_of(path) for path in found] == [9, 10, 100000000]
+
+
+def test_a_run_of_sharded_checkpoints_has_some_to_go_on_from(tmp_path: Path) -> None:
+    make(tmp_path, *OTHERS)
+    assert not directory.has_checkpoint(tmp_path)
+    assert launch.checkpoints({"run_dir": str(tmp_path)}) == set()
+    make(tmp_path, "step-00000010")
+    assert directory.has_checkpoint(tmp_path)
+    assert launch.checkpoints({"run_dir": str(tmp_path)}) == {"step-00000010"}
+
+
+def test_the_script_of_a_job_has_the_same_rule() -> None:
+    rule = CHECKPOINT.pattern.replace("([0-9]+)", "[0-9]+")
+    assert f"grep -xE '{rule}'" in files("sslcli.runs.slurm").joinpath("job.sh").read_text(encoding="utf-8")

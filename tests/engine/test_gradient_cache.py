@@ -1,0 +1,193 @@
+"""The gradient in two halves is that of the whole batch, bit for bit where nothing is rounded differently."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from command_line import SMALL, installed
+from processes import Pair
+from sslcli.distributed.collectives import rank, world_size
+from sslcli.engine import precision
+from sslcli.engine.gradient_cache import average_gradients, backward
+from sslcli.errors import EXIT_CONFIG, ConfigError
+from sslcli.methods.base import Batch, Method
+from sslcli.methods.byol import BYOL
+from sslcli.methods.cmc import CMC
+from sslcli.methods.mixture import UnMix
+from sslcli.methods.moco_v3 import MoCoV3
+from sslcli.methods.simclr import SimCLR
+from sslcli.methods.simclr_v2 import SimCLRv2
+from sslcli.runs.assemble import check_cached_gradients
+from tiny import TinyNet, make_batch
+
+CPU = torch.device("cpu")
+Build = Callable[[], Method]
+
+
+class Dropping(TinyNet):
+    """Draws random numbers in its forward."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(images), 0.25, self.training)
+
+
+def simclr() -> Method:
+    return SimCLR(TinyNet(norm=False), dim=4, norm=False)
+
+
+def simclr_v2() -> Method:
+    return SimCLRv2(TinyNet(norm=False), dim=4, norm=False, queue_size=32)
+
+
+def moco_v3() -> Method:
+    method = MoCoV3(TinyNet(norm=False), dim=4, hidden=8)
+    for name in ("projector", "predictor", "target_projector"):
+        part = getattr(method, name)
+        setattr(method, name, nn.Sequential(*(nn.Identity() if "Norm" in type(m).__name__ else m for m in part)))
+    return method
+
+
+def cmc() -> Method:
+    net = TinyNet(norm=False)
+    return CMC(net, num_images=64, channels=3, dim=4, loss="batch")
+
+
+METHODS: list[Build] = [simclr, simclr_v2, moco_v3, cmc]
+
+
+def built(build: Build) -> Method:
+    torch.manual_seed(1)
+    return build().double()
+
+
+def cut(batch: Batch, parts: int) -> list[Batch]:
+    size = len(batch.index) // parts
+    return [
+        Batch([view[rows] for view in batch.views], batch.index[rows], batch.label[rows])
+        for rows in (slice(start, start + size) for start in range(0, len(batch.index), size))
+    ]
+
+
+def in_parts(method: Method, batches: list[Batch]) -> dict[str, Tensor]:
+    scaler = precision.grad_scaler(CPU, "fp32")
+    return backward(method, batches, device=CPU, number_format="fp32", scaler=scaler)
+
+
+def gradients(method: Method) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+
+
+def batch_for(method: Method) -> Batch:
+    return make_batch(16, views=method.num_views, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("build", METHODS)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_gradient_and_scalars_are_those_of_the_whole_batch(build: Build, parts: int) -> None:
+    whole = built(build)
+    parted = copy.deepcopy(whole)
+    batch = batch_for(whole)
+    expected = whole(batch)
+    expected["loss"].backward()
+    found = in_parts(parted, cut(batch, parts))
+    torch.testing.assert_close(
+        found, {name: value.detach() for name, value in expected.items()}, rtol=1e-12, atol=1e-12
+    )
+    assert gradients(whole).keys() == gradients(parted).keys()
+    torch.testing.assert_close(gradients(parted), gradients(whole), rtol=1e-9, atol=1e-12)
+    for method in (whole, parted):
+        method.after_step(0.0)
+    torch.testing.assert_close(parted.state_dict(), whole.state_dict(), rtol=1e-12, atol=1e-12)
+
+
+def test_the_mean_over_micro_batches_is_another_gradient() -> None:
+    """Otherwise the test above would hold for train.accumulate as well."""
+    whole = built(simclr)
+    parted = copy.deepcopy(whole)
+    batch = batch_for(whole)
+    whole(batch)["loss"].backward()
+    for part in cut(batch, 4):
+        (parted(part)["loss"] / 4).backward()
+    differs = [not torch.allclose(one, gradients(whole)[name], rtol=1e-2) for name, one in gradients(parted).items()]
+    assert any(differs)
+
+
+def test_batch_norm_counts_each_micro_batch_once() -> None:
+    torch.manual_seed(1)
+    parted = SimCLR(TinyNet(), dim=4).double()
+    once = copy.deepcopy(parted)
+    parts = cut(batch_for(parted), 4)
+    in_parts(parted, parts)
+    for part in parts:
+        once.embed(part)
+    buffers = dict(once.named_buffers())
+    assert any("running_mean" in name for name in buffers)
+    for name, value in parted.named_buffers():
+        torch.testing.assert_close(value, buffers[name], rtol=0, atol=0)
+
+
+def test_random_numbers_of_the_first_pass_come_again_in_the_second() -> None:
+    torch.manual_seed(1)
+    method = SimCLR(Dropping(norm=False), dim=4, norm=False).double()
+    twin = copy.deepcopy(method)
+    parts = cut(batch_for(method), 4)
+    torch.manual_seed(5)
+    in_parts(method, parts)
+    follows = torch.rand(3)
+    torch.manual_seed(5)
+    rows = [twin.embed(part) for part in parts]
+    twin.compare(tuple(torch.cat(column) for column in zip(*rows, strict=True)))["loss"].backward()
+    torch.testing.assert_close(gradients(method), gradients(twin), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(follows, torch.rand(3), rtol=0, atol=0)
+
+
+def share_of_two(name: str) -> dict[str, Tensor]:
+    method = built(next(build for build in METHODS if build.__name__ == name))
+    parts = cut(batch_for(method), 4)
+    in_parts(method, parts[rank() :: world_size()])
+    return gradients(method)
+
+
+@pytest.mark.parametrize("build", METHODS)
+def test_two_processes_have_the_gradient_of_one(build: Build, pair: Pair) -> None:
+    whole = built(build)
+    whole(batch_for(whole))["loss"].backward()
+    for found in pair.run(share_of_two, build.__name__):
+        torch.testing.assert_close(found, gradients(whole), rtol=1e-9, atol=1e-12)
+
+
+def test_a_single_process_averages_nothing() -> None:
+    method = built(simclr)
+    method(batch_for(method))["loss"].backward()
+    before = {name: value.clone() for name, value in gradients(method).items()}
+    average_gradients(method)
+    torch.testing.assert_close(gradients(method), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        (lambda: BYOL(TinyNet(), dim=4, hidden=8), "BYOL.*train.accumulate alone"),
+        (lambda: CMC(TinyNet(norm=False), num_images=8, channels=3, dim=4, loss="softmax", negatives=4), "CMC"),
+        (lambda: SimCLR(TinyNet(), dim=4, mixture=UnMix()), "mixture=null"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(method: Build, told: str) -> None:
+    check_cached_gradients(method(), False)
+    with pytest.raises(ConfigError, match=told):
+        check_cached_gradients(method(), True)
+
+
+def test_the_command_contrasts_all_micro_batches(tmp_path: Path) -> None:
+    run = ["ssl-train", *SMALL, "train.accumulate=4", "monitor.knn_every=0"]
+    said = installed(tmp_path, *run, "train.cached_gradients=true", "run_dir=cached")
+    assert "negatives a query sees    62" in said
+    assert "negatives within a batch" not in said
+    said = installed(tmp_path, *run, "method=byol", "train.cached_gradients=true", "run_dir=byol", code=EXIT_CONFIG)
+    assert "train.cached_gradients is true" in said

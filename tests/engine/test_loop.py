@@ -1,0 +1,166 @@
+"""The loop from outside: what ends a run, what a step is, and what a collapse looks like."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from command_line import SMALL, installed
+from sslcli.data.loader import Loader
+from sslcli.engine.loop import Run, optimise, train
+from sslcli.errors import EXIT_FAILED, TrainingFailed
+from sslcli.methods.moco import MoCo
+from sslcli.report.console import Screen
+from sslcli.report.metrics import read
+from sslcli.runs.assemble import assemble, build_loader
+from sslcli.runs.build import build_optimizer, build_parts
+from tiny import TinyNet, make_batch
+
+HEALTHY = ["moco", "moco_v2", "moco_v3", "simclr", "byol"]
+
+
+def make_run(run_dir: Path, *overrides: str) -> Run:
+    """A run of this process, from a command line."""
+    from hydra._internal.utils import get_args_parser
+
+    from sslcli.cli.compose import checked_jobs
+
+    small = ["dataset.limit=96", "dataset.test_images=0", "train.batch_size=32", "monitor.knn_every=0"]
+    arguments = get_args_parser().parse_args([*small, "backbone.width=8", *overrides])
+    config = checked_jobs("train", arguments)[0]
+    parts = build_parts(config, trust=[])
+    device = torch.device("cpu")
+    loader = build_loader(config, parts, device)
+    optimizer, peak = build_optimizer(config, parts.method)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return assemble(config, parts, loader, optimizer, peak, run_dir, device, Screen(silent=True))
+
+
+def finish(run: Run) -> None:
+    try:
+        train(run)
+    finally:
+        run.stop.close()
+        run.watch.close()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_checkpoint(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "train.max_steps=9", "train.save_every_steps=2", "train.log_every=3")
+    forward = run.method.forward
+    calls = []
+
+    def broken(batch):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        scalars = forward(batch)
+        return scalars | {"loss": scalars["loss"] * float("nan")} if len(calls) == 5 else scalars
+
+    run.method.forward = broken  # type: ignore[method-assign]
+    with pytest.raises(TrainingFailed, match=r"not finite since step 5 .*step-00000004\.pt"):
+        finish(run)
+    assert not (tmp_path / "checkpoints" / "step-00000006.pt").exists()
+
+
+def test_a_diverging_run_ends_with_exit_code_3_and_one_message(tmp_path: Path) -> None:
+    said = installed(
+        tmp_path, "ssl-train", *SMALL, "optimizer.lr=1e30", "train.max_steps=8", "run_dir=r", code=EXIT_FAILED
+    )
+    assert "not finite" in said
+    assert "optimizer.lr" in said
+
+
+@pytest.mark.parametrize(
+    "more", [["monitor.knn_every=1"], ["monitor.health_every=1", "monitor.knn_every=0"]], ids=["k-NN", "health"]
+)
+def test_a_run_that_diverges_between_two_lines_of_metrics_measures_nothing_of_it(
+    more: list[str], tmp_path: Path
+) -> None:
+    """The k-NN of an epoch that ends off `train.log_every` meets the weights first."""
+    lines = ["dataset.limit=500", "train.batch_size=64", "train.epochs=2", "optimizer.lr=1e20", "backbone.width=8"]
+    said = installed(tmp_path, "ssl-train", *lines, "launcher.threads=1", "run_dir=r", *more, code=EXIT_FAILED)
+    assert "not finite" in said
+    assert "Usual remedies: a lower optimizer.lr" in said
+
+
+def test_a_run_that_diverges_with_finite_numbers_ends_with_a_warning(tmp_path: Path) -> None:
+    lines = ["dataset.limit=500", "train.batch_size=64", "train.epochs=4", "optimizer.lr=1000", "backbone.width=8"]
+    said = installed(tmp_path, "ssl-train", *lines, "launcher.threads=1", "run_dir=r")
+    assert said.count("warning: the run has diverged: after step") == 1
+    assert "done: " in said
+
+
+def test_accumulated_gradients_are_those_of_the_big_batch_and_all_keys_are_queued(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = MoCo(TinyNet(norm=False), dim=4, queue_size=24)
+    parted = copy.deepcopy(whole)
+    batch = make_batch(16)
+    quarters = [make_batch(16) for _ in range(4)]
+    for number, quarter in enumerate(quarters):
+        rows = slice(4 * number, 4 * number + 4)
+        quarter.views[:] = [view[rows] for view in batch.views]
+    run = make_run(tmp_path, "train.max_steps=1", "train.precision=fp32")
+    for method, batches in ((whole, [batch]), (parted, quarters)):
+        run.method, run.optimizer = method, torch.optim.SGD(method.parameters(), lr=0.5)
+        optimise(run, method, batches)
+        method.after_step(0.0)
+    run.stop.close()
+    for one, other in zip(whole.parameters(), parted.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(whole.queue, parted.queue)
+    assert int(parted.queue_head) == 16
+
+
+def test_the_learning_rate_of_each_step_is_that_of_the_schedule(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "train.max_steps=8", "train.log_every=1", "train.warmup_epochs=0.67", "optimizer.lr=0.8")
+    finish(run)
+    rates = [line["train/lr"] for line in read(tmp_path / "metrics.jsonl") if "train/lr" in line]
+    assert run.warmup_steps == 2
+    assert rates[:3] == pytest.approx([0.0, 0.05, 0.1])
+    assert rates == pytest.approx([run.lr_at(step) for step in range(8)])
+    assert rates[-1] < rates[3] < rates[2]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_with_a_finite_loss(tmp_path: Path, precision: str) -> None:
+    finish(make_run(tmp_path, "train.max_steps=3", "train.log_every=1", f"train.precision={precision}"))
+    losses = [line["train/loss"] for line in read(tmp_path / "metrics.jsonl") if "train/loss" in line]
+    assert len(losses) == 3
+    assert all(loss is not None and loss > 0 for loss in losses)
+
+
+def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path, "train.max_steps=1", "train.clip_grad=1e-3", "optimizer.momentum=0", "optimizer.weight_decay=0"
+    )
+    before = [parameter.clone() for parameter in run.method.parameters()]
+    run.optimizer.param_groups[0]["lr"] = run.optimizer.param_groups[1]["lr"] = 1.0
+    (batches,) = Loader.steps(run.loader, 0, 1)
+    optimise(run, run.method, batches)
+    run.stop.close()
+    moved = [after - old for after, old in zip(run.method.parameters(), before, strict=True)]
+    length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(step) for step in moved]))
+    assert 0.9e-3 < length <= 1.001e-3
+
+
+def test_byol_without_predictor_and_momentum_is_caught_within_200_steps(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path, "method=byol", "method.hidden=64", "method.dim=32", "method.predictor=false", "method.momentum=0.0",
+        "views=simclr_cifar", "dataset.image_size=16", "train.max_steps=200", "optimizer.lr=0.4",
+        "monitor.on_collapse=stop",
+    )  # fmt: skip
+    with pytest.raises(TrainingFailed, match=r"collapsed at step (100|150|200).*predictor"):
+        finish(run)
+
+
+@pytest.mark.parametrize("method", HEALTHY)
+def test_a_healthy_run_is_not_flagged(tmp_path: Path, method: str) -> None:
+    smaller = {"byol": ["method.hidden=64"], "moco_v3": ["method.hidden=64"], "moco": ["method.queue_size=256"]}
+    run = make_run(
+        tmp_path, f"method={method}", "dataset.image_size=16", "train.max_steps=150", "train.save_every_epochs=0",
+        "monitor.on_collapse=stop", *smaller.get(method, smaller["moco"] if "moco_v2" in method else []),
+    )  # fmt: skip
+    finish(run)
+    measured = [line for line in read(tmp_path / "metrics.jsonl") if "health/std" in line]
+    assert [line["step"] for line in measured] == [1, 50, 100, 150]

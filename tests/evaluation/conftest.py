@@ -1,0 +1,24 @@
+"""What the tests of the protocols that train begin with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from learnable import Colours, start_of, task_of
+from sslcli.evaluation.training import Start, Task
+from tiny import TinyNet
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return task_of(Colours())
+
+
+@pytest.fixture(scope="module")
+def starts(task: Task) -> dict[str, Start]:
+    made = {}
+    for seed, name in enumerate(("trained", "random")):
+        torch.manual_seed(seed)
+        made[name] = start_of(TinyNet(), task)
+    return made

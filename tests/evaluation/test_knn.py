@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from golden_cases import Case, golden_cases
+from sslcli.evaluation.features import FeatureSet
+from sslcli.evaluation.knn import Knn, knn
+from sslcli.evaluation.result import accuracy, bootstrap_interval, label_rank, top5
+
+
+def problem(n: int = 60, m: int = 25, d: int = 6, c: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return (
+        torch.randn(n, d, generator=g),
+        torch.randint(c, (n,), generator=g),
+        torch.randn(m, d, generator=g),
+        torch.randint(c, (m,), generator=g),
+    )
+
+
+@golden_cases("knn")
+def test_votes_predictions_and_accuracies_equal_the_published_values(case: Case) -> None:
+    names = ("train_features", "train_labels", "test_features", "test_labels")
+    for k in case.params["k"]:
+        found = knn(
+            *(case.inputs[name] for name in names),
+            k=k,
+            temperature=case.params["temperature"],
+            num_classes=case.params["classes"],
+            chunk=7,
+        )
+        assert torch.equal(found.predictions, case.outputs[f"pred_k{k}"])
+        case.check(found.votes, f"scores_k{k}")
+        assert 100 * found.top1 == pytest.approx(float(case.outputs[f"top1_k{k}"]), abs=1e-4)
+        assert 100 * found.top5 == pytest.approx(float(case.outputs[f"top5_k{k}"]), abs=1e-4)
+
+
+def test_equals_a_loop_over_queries_and_neighbours():
+    train, labels, query, query_labels = problem()
+    found = knn(train.double(), labels, query.double(), query_labels, k=9, temperature=0.1, num_classes=4, chunk=4)
+    for row, votes in zip(query.double(), found.votes, strict=True):
+        cosines = sorted(((float(F.cosine_similarity(row, b, dim=0)), i) for i, b in enumerate(train.double())))
+        want = torch.zeros(4, dtype=torch.float64)
+        for cosine, i in cosines[-9:]:
+            want[labels[i]] += torch.tensor(cosine / 0.1, dtype=torch.float64).exp()
+        torch.testing.assert_close(votes, want / want.sum())
+
+
+def test_one_neighbour_gives_the_label_of_the_most_similar():
+    train, labels, query, query_labels = problem()
+    nearest = (F.normalize(query, dim=1) @ F.normalize(train, dim=1).T).argmax(dim=1)
+    found = knn(train, labels, query, query_labels, k=1, num_classes=4)
+    assert torch.equal(found.predictions, labels[nearest])
+
+
+def test_infinite_temperature_is_a_majority_vote():
+    train, labels, query, query_labels = problem()
+    near = (F.normalize(query, dim=1) @ F.normalize(train, dim=1).T).topk(15, dim=1).indices
+    counts = F.one_hot(labels[near], 4).sum(dim=1)
+    found = knn(train, labels, query, query_labels, k=15, temperature=1e9, num_classes=4)
+    torch.testing.assert_close(found.votes, counts / 15.0)
+
+
+def test_scaling_features_changes_nothing():
+    train, labels, query, query_labels = problem()
+    one = knn(train, labels, query, query_labels, k=20, num_classes=4)
+    two = knn(train * 64, labels, query / 8, query_labels, k=20, num_classes=4)
+    assert torch.equal(one.votes, two.votes)
+
+
+def test_chunks_do_not_change_the_result():
+    train, labels, query, query_labels = problem()
+    one = knn(train, labels, query, query_labels, num_classes=4, chunk=1)
+    torch.testing.assert_close(one.votes, knn(train, labels, query, query_labels, num_classes=4).votes)
+
+
+def test_k_above_the_bank_means_the_whole_bank():
+    train, labels, query, query_labels = problem()
+    one = knn(train, labels, query, query_labels, k=10_000, num_classes=4)
+    assert torch.equal(one.votes, knn(train, labels, query, query_labels, k=60, num_classes=4).votes)
+
+
+def test_equal_votes_go_to_the_lowest_class():
+    train = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    found = knn(
+        train, torch.tensor([2, 1]), torch.tensor([[1.0, 0.0]] * 3), torch.tensor([0, 1, 2]), k=2, num_classes=3
+    )
+    assert found.predictions.tolist() == [1, 1, 1]
+    assert found.correct.tolist() == [False, True, False]
+
+
+def test_top5_of_few_classes_is_1():
+    assert knn(*problem(), num_classes=4).top5 == 1.0
+
+
+def test_a_class_without_a_vote_is_not_among_the_best_five():
+    bank, labels = torch.eye(10), torch.arange(10)
+    found = knn(bank, labels, bank[9:].repeat(10, 1), labels, k=1, num_classes=10)
+    assert (found.top1, found.top5) == (0.1, 0.1)
+    found = knn(bank[:3], labels[:3], bank[:1].repeat(4, 1), torch.arange(4), k=3, num_classes=4)
+    assert (found.top1, found.top5) == (0.25, 0.75)  # the fourth class has no image in the bank
+
+
+def test_a_vote_that_underflows_is_still_a_vote():
+    bank = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    labels, query = torch.tensor([7, 8]), torch.tensor([[1.0, 0.0]])
+    found = knn(bank, labels, query, torch.tensor([8]), k=2, temperature=1e-3, num_classes=10)
+    assert float(found.votes[0, 8]) == 0.0
+    assert (found.top1, found.top5) == (0.0, 1.0)
+
+
+def test_a_very_small_temperature_does_not_overflow():
+    votes = knn(*problem(), num_classes=4, temperature=1e-4).votes
+    torch.testing.assert_close(votes.sum(dim=1), torch.ones(25))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"k": 0}, "k=0"), ({"temperature": 0.0}, "temperature=0"), ({"chunk": 0}, "chunk=0")],
+)
+def test_values_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        knn(*problem(), num_classes=4, **change)
+    with pytest.raises(ValueError, match=message):
+        Knn(**change)
+
+
+def test_unlabelled_or_unknown_classes_are_refused():
+    train, labels, query, query_labels = problem()
+    with pytest.raises(ValueError, match="unlabelled"):
+        knn(train, labels.index_fill(0, torch.tensor([5]), -1), query, query_labels, num_classes=4)
+    with pytest.raises(ValueError, match=r"must be in \[0, 3\)"):
+        knn(train, labels, query, query_labels, num_classes=3)
+
+
+def test_protocol_watches_val_and_reports_test_besides():
+    train, labels, query, query_labels = problem()
+    both = FeatureSet(
+        train=train,
+        train_labels=labels,
+        val=query[:10],
+        val_labels=query_labels[:10],
+        test=query[10:],
+        test_labels=query_labels[10:],
+        num_classes=4,
+    )
+    result = json.loads(json.dumps(Knn(k=5)(both)))
+    assert result["split"] == "val"
+    assert result["top1"] == knn(train, labels, query[:10], query_labels[:10], k=5, num_classes=4).top1
+    assert result["test_top1"] == knn(train, labels, query[10:], query_labels[10:], k=5, num_classes=4).top1
+    assert (result["n_train"], result["n_test"], result["k"]) == (60, 10, 5)
+    assert result["interval"][0] <= result["top1"] <= result["interval"][1]
+
+    only_test = Knn(k=5)(replace(both, val=None, val_labels=None))
+    assert (only_test["split"], only_test["top1"]) == ("test", result["test_top1"])
+    assert "test_top1" not in Knn(k=5)(replace(both, test=both.val, test_labels=both.val_labels))
+
+
+def test_place_of_the_label_orders_ties_by_class_and_puts_nan_last():
+    scores = torch.tensor([[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [float("nan"), 0.0, 1.0]])
+    place = label_rank(scores, torch.tensor([1, 2, 2]))
+    assert place.tolist() == [0, 1, 3]
+    assert accuracy(place, 1) == pytest.approx(1 / 3)
+    assert top5(place, 3) == pytest.approx(2 / 3)
+
+
+def test_bootstrap_interval_agrees_with_resampled_indices():
+    correct = torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.7
+    low, high = bootstrap_interval(correct, seed=1, resamples=4000)
+    index = torch.randint(400, (4000, 400), generator=torch.Generator().manual_seed(2))
+    want = torch.quantile(correct.double()[index].mean(dim=1), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    assert (low, high) == pytest.approx(tuple(want.tolist()), abs=5e-3)
+    assert bootstrap_interval(correct, seed=1) == bootstrap_interval(correct, seed=1)
+    assert bootstrap_interval(torch.ones(9, dtype=torch.bool), seed=0) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("change", "message"), [({"resamples": 0}, "resamples=0"), ({"level": 1.0}, "level=1.0")])
+def test_bootstrap_refuses_values_out_of_range(change, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap_interval(torch.ones(3, dtype=torch.bool), seed=0, **change)
+    with pytest.raises(ValueError, match="at least one image"):
+        bootstrap_interval(torch.ones(0, dtype=torch.bool), seed=0)

@@ -1,0 +1,144 @@
+"""How many labels pre-training saves: isotonic regression, inversion, bounds, and the study as a whole."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import xml.etree.ElementTree as ET
+from typing import Any
+
+import pytest
+import torch
+from sklearn.isotonic import IsotonicRegression
+
+from learnable import Colours, start_of, task_of
+from sslcli.evaluation.utility import Utility, bootstrap_utilities, isotonic, needed, utilities
+from sslcli.report.svg_plot import curves, ticks
+from tiny import TinyNet
+
+COUNTS = [round(100 * 2 ** (k / 8)) for k in range(57)]  # 100 to 12,800, so dense that lines between are exact enough
+
+
+def scratch(n: float) -> float:
+    return 0.9 - 2.0 * n**-0.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_isotonic_regression_equals_that_of_scikit_learn(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(20, generator=generator) + torch.arange(20) / 8).tolist()
+    weights = torch.randint(1, 5, (20,), generator=generator).double().tolist()
+    wanted = IsotonicRegression().fit_transform(list(range(20)), values, sample_weight=weights)
+    assert isotonic(values, weights) == pytest.approx(wanted.tolist())
+    assert isotonic(values) == pytest.approx(IsotonicRegression().fit_transform(list(range(20)), values).tolist())
+
+
+def test_isotonic_regression_is_the_nearest_monotone_sequence() -> None:
+    values = [0.3, 0.1, 0.6, 0.5, 0.2]
+    grid = [step / 60 for step in range(0, 61, 2)]
+    best = min(
+        (sum((a - b) ** 2 for a, b in zip(values, candidate, strict=True)))
+        for candidate in itertools.combinations_with_replacement(grid, 5)
+    )
+    found = isotonic(values)
+    assert found == sorted(found)
+    assert sum((a - b) ** 2 for a, b in zip(values, found, strict=True)) == pytest.approx(best, abs=2e-3)
+    assert isotonic([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
+
+
+def test_a_net_that_is_worth_twice_the_labels_has_utility_one() -> None:
+    found = utilities(COUNTS, [scratch(2 * n) for n in COUNTS], [scratch(n) for n in COUNTS])
+    inside = [(value, need) for n, (value, need) in zip(COUNTS, found, strict=True) if 2 * n <= COUNTS[-1]]
+    assert len(inside) > 40
+    for value, need in inside:
+        assert need.bound is None
+        assert value == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_same_curve_twice_has_utility_zero() -> None:
+    accuracies = [scratch(n) for n in COUNTS]
+    for value, need in utilities(COUNTS, accuracies, accuracies):
+        assert value == pytest.approx(0.0, abs=1e-12)
+        assert need.bound is None
+
+
+def test_what_scratch_never_reaches_is_a_lower_bound_and_what_it_always_exceeds_an_upper_one() -> None:
+    counts, base = [10, 100, 1000], [0.2, 0.4, 0.6]
+    found = utilities(counts, [0.1, 0.7, 0.6], base)
+    assert [(value, need.bound) for value, need in found] == [(0.0, "upper"), (9.0, "lower"), (0.0, None)]
+
+
+def test_between_counts_the_line_is_in_the_logarithm() -> None:
+    assert needed(0.3, [10, 1000], [0.2, 0.4]).labels == pytest.approx(100)
+    assert needed(0.2, [10, 1000], [0.2, 0.4]) == needed(0.2, [10, 20, 1000], [0.2, 0.2, 0.4])
+
+
+def test_a_dip_in_the_curve_from_scratch_is_smoothed_before_it_is_inverted() -> None:
+    counts = [10, 100, 1000]
+    found = utilities(counts, [0.45, 0.45, 0.8], [0.5, 0.4, 0.8])  # as a noisy run may have it
+    assert [value for value, _ in found] == pytest.approx([0.0, -0.9, 0.0])
+
+
+def test_intervals_come_from_drawing_seeds_and_are_open_where_bounds_are() -> None:
+    counts = [10, 100, 1000]
+    base = torch.tensor([[0.2, 0.3], [0.4, 0.5], [0.6, 0.7]], dtype=torch.float64)
+    same = bootstrap_utilities(counts, base, base, seed=0, resamples=50)
+    assert same == [[pytest.approx(0.0), pytest.approx(0.0)]] * 3
+    better = bootstrap_utilities(counts, base + torch.tensor([0.05, 0.12]), base, seed=0, resamples=200)
+    low, high = better[0]
+    assert 0 < low < high
+    assert better[2][1] is None
+    assert bootstrap_utilities(counts, base + 0.05, base, seed=0, resamples=5) == bootstrap_utilities(
+        counts, base + 0.05, base, seed=0, resamples=5
+    )
+
+
+SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 8, "lrs": [0.5], "smallest": 6, "points": 3, "seeds": 2}
+
+
+def test_the_study_measures_both_arms_on_nested_subsets_and_draws_them() -> None:
+    task = task_of(Colours())
+    torch.manual_seed(0)
+    starts = {"trained": start_of(TinyNet(), task), "random": start_of(TinyNet(), task)}
+    found = Utility(**SETTINGS, resamples=20)(starts, task)
+    curve = found.result["curve"]
+    assert [point["labels"] for point in curve] == [6, 18, 60]
+    for point in curve:
+        for arm in ("trained", "random"):
+            assert point[arm]["top1"] == pytest.approx(sum(point[arm]["runs"]) / 2)
+        assert point["utility"] == pytest.approx(point["scratch_labels"] / point["labels"] - 1)
+        assert point["censored"] == (point["bound"] == "lower")
+    assert found.result["top1"] == curve[-1]["trained"]["top1"]
+    assert ET.fromstring(found.files["utility.svg"]).tag.endswith("svg")
+    with pytest.raises(ValueError, match="baselines=true"):
+        Utility(**SETTINGS)({"trained": starts["trained"]}, task)
+
+
+def test_the_picture_holds_every_point_within_its_frame() -> None:
+    arm = {"top1": 0.5, "std": None}
+    points = [
+        {"labels": n, "trained": arm, "random": arm, "utility": u, "bound": b, "censored": b == "lower"}
+        for n, u, b in ((10, 3.0, None), (100, -0.5, "upper"), (1000, 9.0, "lower"))
+    ]
+    root = ET.fromstring(curves(points))
+    width, height = (float(root.attrib[name]) for name in ("width", "height"))
+    circles = [e.attrib for e in root.iter() if e.tag.endswith("circle")]
+    assert len(circles) == 9
+    assert all(0 < float(c["cx"]) < width and 0 < float(c["cy"]) < height for c in circles)
+    assert [c["fill"] for c in circles[-3:]] == ["#333", "white", "white"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.9), (-0.5, 9.0), (0.0, 0.0), (0.0, 250.0)])
+def test_marks_are_few_and_within(low: float, high: float) -> None:
+    marks = ticks(low, high)
+    assert 1 <= len(marks) <= 9
+    assert all(low - 1e-9 <= mark <= high + 1e-9 for mark in marks)
+    assert all(math.isclose(b - a, marks[1] - marks[0]) for a, b in itertools.pairwise(marks))
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"), [({"points": 1}, "points"), ({"smallest": 0}, "smallest"), ({"seeds": 0}, "seeds=0")]
+)
+def test_values_out_of_range_are_refused(settings: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        Utility(**settings)

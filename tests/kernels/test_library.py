@@ -1,0 +1,38 @@
+"""sslcli/kernels/library.py: what is compiled is found, and passed over where it does not fit."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from sslcli.kernels import library
+
+
+def test_this_installation_has_all_parts() -> None:
+    """sslcli has to be installed with a C compiler for its tests."""
+    library.present.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert library.present() == ["winograd_passes", "resize", "color"]
+
+
+@pytest.mark.parametrize("part", library.PARTS, ids=lambda part: part.stem)
+def test_a_part_whose_file_was_changed_since_is_passed_over(part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zlib, "crc32", lambda data: 0)
+    with pytest.warns(UserWarning, match=f"{part.name} was changed since it was compiled: install sslcli again"):
+        assert library.load(part, {}) is None
+
+
+def test_a_part_that_is_not_installed_is_passed_over(tmp_path: Path) -> None:
+    assert library.load(tmp_path / "absent.c", {}) is None
+
+
+def test_another_processor_has_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    library.present.cache_clear()
+    assert library.present() == []
+    library.present.cache_clear()

@@ -1,0 +1,198 @@
+"""What cannot be trained is refused when the parts of a run are built, with the reason and a remedy."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra._internal.utils import get_args_parser
+from torch import nn
+
+from command_line import SMALL as QUICK
+from command_line import Cli
+from sslcli.cli.compose import checked_jobs
+from sslcli.errors import ConfigError
+from sslcli.methods.mixture import UnMix
+from sslcli.runs.build import Parts, build, build_parts
+
+SMALL = ["dataset=shapes", "dataset.train_images=20", "dataset.test_images=0"]
+needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="sslcli[timm] is not installed")
+
+
+def parts(*lines: str) -> Parts:
+    config = checked_jobs("train", get_args_parser().parse_args([*SMALL, *lines]))[0]
+    return build_parts(config, trust=config["trust"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (
+            ["method=cpc", "backbone=dcgan", "backbone.norm=layer"],
+            r"patches of 8 pixels .* a larger dataset.image_size",
+        ),
+        (
+            ["method=cpc", "dataset.image_size=224", "backbone=vit_tiny", "backbone.depth=1"],
+            r"VisionTransformer does not take patches of 56 pixels .*change patch_size.* a larger dataset.image_size",
+        ),
+        (["method=cpc", "backbone=small"], r"BatchNorm \(5 layers.*take backbone=small_layernorm"),
+        (["method=cpc", "+views.views.0.size=40"], r"the view has 40 pixels.*leave views.views.0.size at null"),
+        (["method=cpc", "dataset.image_size=37"], r"no grid of 3 x 3 .* take a dataset.image_size such as 32"),
+        (["method=infomin", "backbone=dcgan"], r"jigsaw's patches of 12 pixels .* views.views.1.size"),
+        (["method=infomin", "views.views.1.size=47"], r"3 x 3 cells: set views.views.1.size to a multiple of 3"),
+        (["method=vae", "views.normalize=true"], r"values from -2 to 2.* set views.normalize=false"),
+        (["method=autoencoder", "views.color_space=ydbdr"], r"values from .* views.color_space=rgb"),
+        (["method=bigan", "+views.views.0.size=16"], r"\(3, 16, 16\).* leave views.views.0.size at null"),
+        (["method=byol", "views=plain"], r"needs 2 views, but the chosen views are 1"),
+        (["method=vae", "views=byol"], r"needs 1 view, but the chosen views are 2"),
+        (["method=cmc", "views=plain"], r"splits the channels of lab or ydbdr images.* views=lab"),
+    ],
+)
+def test_views_and_backbones_that_a_method_cannot_train_are_refused(lines: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        parts(*lines)
+
+
+@needs_timm
+@pytest.mark.parametrize("method", ["dcgan", "deep_infomax"])
+def test_methods_that_need_maps_take_those_of_timm(method: str) -> None:
+    views = ["views.normalize=false"] if method == "dcgan" else []
+    built = parts(f"method={method}", "backbone=timm", "backbone.name=resnet10t", *views)
+    images = built.source.images[:2].float() / 255
+    assert built.method.features(images).shape[0] == 2
+    assert len(built.method.backbone.stages(images)) == 5
+
+
+RUN_A_PROGRAM = (
+    "sslcli.distributed.launch.run_processes"  # a function of a trusted package that starts what it is given
+)
+GROUPS = ("method", "dataset", "backbone", "views", "optimizer")
+
+
+def config_with(group: str, node: dict[str, Any]) -> dict[str, Any]:
+    """A checked configuration in which one group was replaced afterwards, as a stored file may have it."""
+    config = checked_jobs("train", get_args_parser().parse_args(SMALL))[0]
+    return config | {group: node}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        (RUN_A_PROGRAM, "which is a function"),
+        ("sslcli.system.atomic.replace", "which is a function"),
+        ("sslcli.report.console.Screen", "only classes derived from"),
+        ("sslcli.distributed.launch.Meeting", "only classes derived from"),
+        ("sslcli.runs.build.inspect", "not a class of a trusted package"),
+        ("torch.optim.lr_scheduler.StepLR", "only classes derived from"),
+    ],
+)
+def test_only_classes_of_a_groups_kind_are_built(
+    group: str, target: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "sslcli.data.sources.base.Shapes.__init__", lambda *args, **given: pytest.fail("built too early")
+    )
+    with pytest.raises(ConfigError, match=rf"{group}._target_ is '{target}'.*{told}"):
+        build_parts(config_with(group, {"_target_": target}), trust=[])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_trusted_package_has_no_more_rights(group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "acts_when_called.py").write_text(
+        "def act(**given): raise SystemExit('it ran')\n\n\nclass Act: __init__ = act\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = "acts_when_called"
+    for target, told in (("act", "which is a function"), ("Act", "only classes derived from")):
+        with pytest.raises(ConfigError, match=told):
+            build_parts(config_with(group, {"_target_": f"{name}.{target}"}), trust=[name])
+
+
+@pytest.mark.parametrize(
+    ("group", "target"),
+    [
+        ("method", "sslcli.methods.base.Method"),
+        ("dataset", "sslcli.data.sources.base.Source"),
+        ("backbone", "sslcli.backbones.base.Backbone"),
+        ("optimizer", "torch.optim.Optimizer"),
+    ],
+)
+def test_a_bare_contract_is_refused(group: str, target: str) -> None:
+    with pytest.raises(ConfigError, match=f"{group}._target_ is '{target}', which only declares"):
+        build_parts(config_with(group, {"_target_": target}), trust=[])
+
+
+@pytest.mark.parametrize("node", [None, 3, "sslcli.data.views.views.Views", [], {}, {"views": []}])
+def test_a_node_without_a_class_is_refused(node: Any) -> None:
+    with pytest.raises(ConfigError, match=r"views (is|has no _target_)"):
+        build_parts(config_with("views", node), trust=[])
+
+
+class Inner:
+    """What a keyword may be."""
+
+
+class Outer(nn.Module):
+    """Has keywords of each kind."""
+
+    def __init__(self, *, inner: Inner | None = None, either: Inner | UnMix | None = None, free: Any = None) -> None:
+        super().__init__()
+        self.built = [inner, either, free]
+
+
+HERE = "test_build"
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This file under its own name, as a trusted package would be."""
+    module = sys.modules[__name__]
+    monkeypatch.setitem(sys.modules, HERE, module)
+    for kind in (Inner, Outer):
+        monkeypatch.setattr(kind, "__module__", HERE)
+
+
+def outer(**values: Any) -> Outer:
+    return build({"_target_": f"{HERE}.Outer", **values}, base=Outer, trust=[HERE], where="x")
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_node_inside_is_of_the_class_that_its_keyword_is_annotated_with() -> None:
+    assert isinstance(outer(inner={"_target_": f"{HERE}.Inner"}).built[0], Inner)
+    assert isinstance(outer(either={"_target_": f"{HERE}.Inner"}).built[1], Inner)
+    assert isinstance(outer(either={"_target_": "sslcli.methods.mixture.UnMix"}).built[1], UnMix)
+    with pytest.raises(
+        ConfigError, match=r"x.inner._target_ is 'sslcli.methods.mixture.UnMix', but only classes derived"
+    ):
+        outer(inner={"_target_": "sslcli.methods.mixture.UnMix"})
+    for keyword in ("inner", "either"):
+        with pytest.raises(ConfigError, match=rf"x.{keyword}._target_ is '{RUN_A_PROGRAM}', which is a function"):
+            outer(**{keyword: {"_target_": RUN_A_PROGRAM}})
+    with pytest.raises(ConfigError, match=r"x.free has a _target_, but Outer does not say which class free takes"):
+        outer(free={"_target_": RUN_A_PROGRAM})
+
+
+def test_a_file_of_weights_and_a_run_directory_have_no_more_rights_than_a_command_line(
+    cli: Cli, tmp_path: Path
+) -> None:
+    node = {"_target_": RUN_A_PROGRAM, "arguments": ["-c", "open('ran', 'w')"], "processes": 1, "max_restarts": 0}
+    node |= {"tell": "x"}
+    assert cli("ssl-train", *QUICK, "run_dir=run").code == 0
+    assert cli("ssl-export", "run=run", "out=net.pt").code == 0
+    exported = torch.load("net.pt", weights_only=True)
+    stored = yaml.safe_load(Path("run/config.yaml").read_text())
+    for place in ("views", "backbone"):
+        torch.save(exported | {place: node}, "changed.pt")
+        told = cli("ssl-eval", "weights=changed.pt", *SMALL, "protocol=knn")
+        assert (told.code, "is a function" in told.err) == (2, True), told.err
+    for place in GROUPS[:4]:
+        Path("run/config.yaml").write_text(yaml.safe_dump(stored | {place: node}))
+        told = cli("ssl-eval", "run=run", "protocol=knn")
+        assert (told.code, "is a function" in told.err) == (2, True), told.err
+    assert not Path("ran").exists()

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sslcli.errors import ConfigError
+from sslcli.runs.directory import check_resumable, describe, flat, git, is_finished, lock, read_config
+
+CONFIG: dict[str, Any] = {
+    "seed": 0,
+    "resume": "auto",
+    "run_dir": "out",
+    "launcher": {"threads": 2},
+    "method": {"_target_": "sslcli.methods.byol.BYOL", "momentum": 0.99},
+    "train": {"epochs": 10, "max_time": None},
+    "_lines_": ["method=byol", "seed=0"],
+}
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return CONFIG | changes
+
+
+def started(run_dir: Path) -> Path:
+    """A directory as a run of CONFIG leaves it, without checkpoint."""
+    run_dir.mkdir()
+    describe(run_dir, CONFIG, effective={"steps": 3}, device="cpu", threads=1)
+    return run_dir
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As a user whom the permissions of files bind."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_lock_names_its_holder_and_is_free_after_it(tmp_path: Path) -> None:
+    run_dir = tmp_path / "deep" / "run"
+    held = lock(run_dir)
+    holder = f"process {os.getpid()} on {platform.node()}"
+    with pytest.raises(ConfigError) as refused:
+        lock(run_dir, patience=0)
+    assert str(refused.value) == (
+        f"another run ({holder}) is at work in {run_dir}: wait for it, or choose another run_dir"
+    )
+    held.close()
+    lock(run_dir, patience=0).close()
+    assert (run_dir / ".lock").read_text() == holder  # the last holder alone
+
+
+def test_a_lock_waits_for_a_run_that_is_about_to_end(tmp_path: Path) -> None:
+    held = lock(tmp_path)
+    ending = threading.Timer(0.3, held.close)
+    ending.start()
+    before = time.monotonic()
+    lock(tmp_path, patience=60).close()
+    assert 0.2 < time.monotonic() - before < 30
+    ending.join()
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock(tmp_path, patience=60).close()
+    assert capsys.readouterr().err == (
+        f"ssl-train: {tmp_path} cannot be locked (Function not implemented): start no second run in it\n"
+    )
+
+
+def test_a_directory_that_cannot_be_written_is_refused_naming_it_and_the_reason() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+        for run_dir in (folder, folder / "run"):
+            with unprivileged(), pytest.raises(ConfigError) as refused:
+                lock(run_dir)
+            assert str(refused.value) == (
+                f"run_dir is {run_dir}, but it cannot be written (Permission denied): choose another"
+            )
+        folder.chmod(0o755)
+
+
+def test_what_differs_is_listed_and_what_changes_nothing_is_not(tmp_path: Path) -> None:
+    run_dir = started(tmp_path / "run")
+    neutral = {"run_dir": "elsewhere", "launcher": {"threads": 8}, "_lines_": []}
+    check_resumable(run_dir, changed(**neutral))
+    train = {"epochs": 20, "max_time": "5m", "clip_grad": 1.0}
+    method = {"_target_": "sslcli.methods.moco.MoCo"}
+    with pytest.raises(ConfigError) as refused:
+        check_resumable(run_dir, changed(**neutral, train=train, method=method, seed=1))
+    told = str(refused.value).partition("what differs: ")[2].partition(". Use the same values to go on")[0]
+    assert told.split("; ") == [
+        "method._target_: sslcli.methods.byol.BYOL -> sslcli.methods.moco.MoCo",
+        "method.momentum: 0.99 -> not set",
+        "seed: 0 -> 1",
+        "train.clip_grad: not set -> 1.0",
+        "train.epochs: 10 -> 20",
+    ]
+
+
+def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="that is a file: choose a directory"):
+        check_resumable(tmp_path / "file", CONFIG)
+
+
+def test_a_directory_without_a_run_may_be_used_unless_there_must_be_one(tmp_path: Path) -> None:
+    for resume in ("auto", "never"):
+        check_resumable(tmp_path, changed(resume=resume))
+        check_resumable(tmp_path / "new", changed(resume=resume))
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        check_resumable(tmp_path, changed(resume="must"))
+
+
+def test_keys_are_dotted_without_what_changes_nothing() -> None:
+    assert flat(CONFIG | {"effective": {"steps": 3}, "dataset": {"workers": 2, "root": "x"}, "device": "cpu"}) == {
+        "seed": 0,
+        "method._target_": "sslcli.methods.byol.BYOL",
+        "method.momentum": 0.99,
+        "train.epochs": 10,
+        "dataset.root": "x",
+    }
+
+
+def test_the_configuration_is_read_as_it_was_written(tmp_path: Path) -> None:
+    run_dir = started(tmp_path / "run")
+    expected = {key: value for key, value in CONFIG.items() if not key.startswith("_")}
+    assert read_config(run_dir) == expected | {"effective": {"steps": 3}}
+    assert (run_dir / "overrides.txt").read_text() == "method=byol\nseed=0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "it has no config.yaml"), ("[1, 2]", "is not the configuration"), ("seed: 0", "is not the configuration")],
+)
+def test_other_directories_are_not_taken_for_runs(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_config(tmp_path)
+
+
+def test_a_continued_run_keeps_its_first_command_line_and_environment_and_adds_the_latest(tmp_path: Path) -> None:
+    run_dir = started(tmp_path / "run")
+    describe(run_dir, changed(_lines_=["name=other"]), effective={"steps": 3}, device="cuda:0", threads=4)
+    assert (run_dir / "overrides.txt").read_text() == "method=byol\nseed=0\n"
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert (environment["first"]["device"], environment["first"]["threads"]) == ("cpu", 1)
+    assert (environment["latest"]["device"], environment["latest"]["threads"]) == ("cuda:0", 4)
+
+
+def test_a_run_is_finished_once_it_says_so(tmp_path: Path) -> None:
+    assert not is_finished(tmp_path)
+    (tmp_path / "done").write_text("")
+    assert is_finished(tmp_path)
+
+
+def test_the_state_of_the_code_is_that_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git() is None
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "one"], check=True)
+    (tmp_path / "new").write_text("")
+    state = git()
+    assert state is not None
+    assert len(state["commit"]) == 40
+    assert state["changed_files"] == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".lock",
+        "config.yaml",
+        "console.log",
+        "done",
+        "environment.json",
+        "images.npz",
+        "metrics.jsonl",
+        "checkpoints/step-00000005.sha256",
+        "checkpoints/step-00000005/SHA256SUMS",
+        "eval/features/a.pt",
+        "slurm/job",
+    ],
+)
+def test_a_fifo_in_a_run_directory_is_named_before_anything_waits_for_it(name: str, tmp_path: Path) -> None:
+    run_dir = started(tmp_path / "run")
+    path = run_dir / name
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    for look in (lambda: check_resumable(run_dir, CONFIG), lambda: read_config(run_dir)):
+        with pytest.raises(ConfigError, match=rf"{name} is a FIFO, but it must be a regular file: remove it"):
+            look()
+
+
+def test_a_file_in_the_place_of_a_folder_and_the_other_way_are_refused(tmp_path: Path) -> None:
+    run_dir = started(tmp_path / "run")
+    (run_dir / "tensorboard").write_text("")
+    with pytest.raises(ConfigError, match="tensorboard is a file, but it must be a folder"):
+        check_resumable(run_dir, CONFIG)
+    (run_dir / "tensorboard").unlink()
+    (run_dir / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics.jsonl is a folder, but it must be a regular file"):
+        read_config(run_dir)
+
+
+@pytest.mark.parametrize(
+    "content", [b"seed: !!python/object/apply:os.getcwd []\nmethod: x", b"method: [", b"method: \xff"], ids=str
+)
+def test_a_damaged_configuration_is_refused_and_runs_nothing(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config.yaml cannot be read \(.*\): restore a copy"):
+        read_config(tmp_path)

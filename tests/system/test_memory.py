@@ -1,0 +1,36 @@
+"""Measured in processes of their own, since the advice cannot be taken back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PROGRAM = """
+import resource, sys
+from sslcli.system.memory import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+
+
+def step():  # blocks above and below the size that glibc maps
+    for megabytes in (64, 1, 200):
+        b"x" * (megabytes << 20)
+
+
+step()
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(mode: str) -> int:
+    """Of the third of three equal steps."""
+    return int(subprocess.run([sys.executable, "-c", PROGRAM, mode], check=True, capture_output=True).stdout)
+
+
+def test_a_step_like_the_one_before_faults_in_no_pages() -> None:
+    assert page_faults("keep") < 100
+    assert page_faults("leave") > 1000  # else this test shows nothing
