@@ -29,7 +29,7 @@ from equivalence import METHODS, job_of
 from gloo import together
 from sslcli.cli.compose import checked_jobs
 from sslcli.distributed import collectives
-from sslcli.engine.loop import optimise, parallel
+from sslcli.engine.loop import optimize, parallel
 
 PACKAGE = str(Path(sslcli.__file__).parent)
 # What a collective is for, by the innermost function (file, name) on the way to it that tells.
@@ -44,7 +44,7 @@ PURPOSES = {
     ("distributed", "backward"): "embeddings, gradient",
     ("stopping", "agreed"): "stop flag",
     ("bank", "remember"): "bank rows",
-    ("bank", "log_normalizer"): "normaliser, in the first steps",
+    ("bank", "log_normalizer"): "normalizer, in the first steps",
     ("moco", "forward"): "keys",
     ("simclr_v2", "compare"): "keys",
     ("moco_v3", "contrast"): "keys",
@@ -143,7 +143,7 @@ def counted_step(config: dict[str, Any]) -> tuple[int, dict[str, Counted]]:
     counts = []
     for step, micro_batches in enumerate(job.loader.steps(0, 2)):
         with Count() as count:
-            optimise(job, model, micro_batches)
+            optimize(job, model, micro_batches)
             job.method.after_step(step / 2)
             job.stop.agreed()
         counts.append(count)

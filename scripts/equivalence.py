@@ -19,7 +19,7 @@ from gloo import together
 from sslcli.cli.compose import checked_jobs
 from sslcli.config.settings import TrainSettings
 from sslcli.distributed import collectives
-from sslcli.engine.loop import Run, optimise, parallel
+from sslcli.engine.loop import Run, optimize, parallel
 from sslcli.methods.base import Batch
 from sslcli.report.console import Screen
 from sslcli.runs import assemble
@@ -138,7 +138,7 @@ def job_of(config: dict[str, Any], *, dtype: torch.dtype = torch.float32) -> Run
 
 
 def train(config: dict[str, Any], dtype: torch.dtype) -> Trace:
-    """`STEPS` steps at the peak rate by the training loop's own `optimise`, on this process's part of every batch."""
+    """`STEPS` steps at the peak rate by the training loop's own `optimize`, on this process's part of every batch."""
     job = job_of(config, dtype=dtype)
     job.stop.close()
     trace = Trace([], [], {})
@@ -151,7 +151,7 @@ def train(config: dict[str, Any], dtype: torch.dtype) -> Trace:
     job.optimizer.register_step_pre_hook(look)
     model = parallel(job.method, job.device)
     for step, micro_batches in enumerate(job.loader.steps(0, STEPS)):
-        found = optimise(job, model, [in_dtype(batch, dtype) for batch in micro_batches])
+        found = optimize(job, model, [in_dtype(batch, dtype) for batch in micro_batches])
         trace.scalars.append({name: collectives.all_reduce_mean(value) for name, value in found.items()})
         job.method.after_step(step / STEPS)
     trace.state = {name: collectives.whole(value.detach()) for name, value in job.method.state_dict().items()}

@@ -141,7 +141,7 @@ def cost(line: list[str], run_dir: Path) -> float:
 
 
 def table(out: Path) -> str:
-    """One row a method: images seen, then for each protocol the trained net and its random initialisation."""
+    """One row a method: images seen, then for each protocol the trained net and its random initialization."""
     heads = [head for protocol in PROTOCOLS for head in (protocol, "random")]
     rows = ["| method | images seen | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
     return "\n".join(rows + [row(done.parent) for done in sorted(out.glob("*/done")) if not done.parent.suffix])

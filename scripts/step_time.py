@@ -188,7 +188,7 @@ def plot(found: dict[str, dict[str, Traffic]], machine: Machine, path: Path) -> 
     """Efficiency against the number of GPUs, weak scaling, as SVG."""
     width, height, left, bottom, right = 720, 360, 60, 50, 170
     gpus = [2**n for n in range(11)]
-    colours = ["#1b6ca8", "#d1495b", "#edae49", "#00798c", "#6a4c93", "#8d99ae", "#2f3e46"]
+    colors = ["#1b6ca8", "#d1495b", "#edae49", "#00798c", "#6a4c93", "#8d99ae", "#2f3e46"]
 
     def at(processes: int, share: float) -> tuple[float, float]:
         x = left + (width - left - right) * math.log2(processes) / 10
@@ -208,16 +208,16 @@ def plot(found: dict[str, dict[str, Traffic]], machine: Machine, path: Path) -> 
         lines.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{processes}</text>')
     lines.append(f'<text x="{at(32, 0)[0]:.1f}" y="{height - 10}" text-anchor="middle">GPUs</text>')
     ends = []
-    for load, colour in zip(WORKLOADS, colours, strict=True):
+    for load, color in zip(WORKLOADS, colors, strict=True):
         shares = [efficiency(load, found[load.name], machine, processes, WEAK) for processes in gpus]
         points = " ".join("{:.1f},{:.1f}".format(*at(p, s)) for p, s in zip(gpus, shares, strict=True))
         dashes = ' stroke-dasharray="6 3"' if load.name.startswith("vit") else ""
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
-        ends.append((at(1024, shares[-1])[1], load.name, colour))
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"{dashes}/>')
+        ends.append((at(1024, shares[-1])[1], load.name, color))
     free = 0.0
-    for y, name, colour in sorted(ends):  # labels from above, none over another
+    for y, name, color in sorted(ends):  # labels from above, none over another
         free = max(y, free + 15)
-        lines.append(f'<text x="{width - right + 8}" y="{free + 4:.1f}" fill="{colour}">{name}</text>')
+        lines.append(f'<text x="{width - right + 8}" y="{free + 4:.1f}" fill="{color}">{name}</text>')
     path.write_text("\n".join([*lines, "</svg>"]) + "\n")
 
 

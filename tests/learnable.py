@@ -1,4 +1,4 @@
-"""A labelled set of a few images that a tiny net can learn, ready for the protocols that train."""
+"""A labeled set of a few images that a tiny net can learn, ready for the protocols that train."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sslcli.report.console import Screen
 CPU = torch.device("cpu")
 
 
-class Colours(Source):
+class Colors(Source):
     """Noisy images whose class is the channel that is a little brighter; positions 0 to 59 train, 60 to 89 test."""
 
-    name, classes = "colours", ["red", "green", "blue"]
+    name, classes = "colors", ["red", "green", "blue"]
 
     def __init__(self, *, shift: int = 60) -> None:
         super().__init__(image_size=8)

@@ -22,7 +22,7 @@ KINDS = ["cat", "dog", "emu"]
 
 
 def png(number: int) -> bytes:
-    """A small image of one colour, which is its number."""
+    """A small image of one color, which is its number."""
     file = io.BytesIO()
     Image.fromarray(np.full((20, 24, 3), (number % 256, number // 256, 0), np.uint8)).save(file, "PNG")
     return file.getvalue()

@@ -35,10 +35,10 @@ def finish(ranks: list[Started]) -> list[int]:
 
 
 class AtStep:
-    """`train.optimise`, but in its nth call something else happens before what it returns."""
+    """`train.optimize`, but in its nth call something else happens before what it returns."""
 
     def __init__(self, nth: int) -> None:
-        self.real, self.left = loop.optimise, nth
+        self.real, self.left = loop.optimize, nth
 
     def __call__(self, run: loop.Run, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
         self.left -= 1
@@ -62,7 +62,7 @@ class NaN(AtStep):
 
 def stuck_in_the_fifth_step(rank: int) -> None:
     if rank == 1:
-        loop.optimise = Stuck(5)
+        loop.optimize = Stuck(5)
 
 
 def test_a_process_that_hangs_is_named_at_the_time_limit(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_process_with_other_code_is_refused_with_the_files_that_differ(tmp_pat
 
 def nan_in_the_third_step(rank: int) -> None:
     if rank == 1:
-        loop.optimise = NaN(3)
+        loop.optimize = NaN(3)
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def top1(net: torch.nn.Module, source: Any) -> float:
     from sslcli.evaluation.online import bank_positions, collect
     from sslcli.nn.modules import evaluating
 
-    def normalised(images: Tensor) -> Tensor:
+    def normalized(images: Tensor) -> Tensor:
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (source.mean, source.std))
         return (images - mean) / std
 
@@ -122,7 +122,7 @@ def top1(net: torch.nn.Module, source: Any) -> float:
             net,
             source,
             {"train": bank_positions(source, BANK), "val": source.splits["val"]},
-            prepare=normalised,
+            prepare=normalized,
             batch_size=512,
             device=torch.device("cpu"),
             precision="fp32",

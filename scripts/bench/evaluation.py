@@ -23,10 +23,10 @@ CPU = torch.device("cpu")
 
 
 def clusters(count: int) -> tuple[Tensor, Tensor]:
-    """Features around one centre a class; what is measured is time."""
+    """Features around one center a class; what is measured is time."""
     labels = torch.arange(count) % CLASSES
-    centres = torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(0))
-    return centres[labels] + 2 * torch.randn(count, DIM), labels
+    centers = torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(0))
+    return centers[labels] + 2 * torch.randn(count, DIM), labels
 
 
 def ours_knn() -> Result:

@@ -52,7 +52,7 @@ class Black(Source):
         self.name, self.classes = "black", ["a", "b"]
         self.images = torch.zeros(count, 3, 32, 32, dtype=torch.uint8)
         self.labels = torch.arange(count) % 2
-        self.split(torch.arange(count), labelled=torch.ones(count, dtype=torch.bool))
+        self.split(torch.arange(count), labeled=torch.ones(count, dtype=torch.bool))
 
 
 def batches(count: int, size: int, part: int) -> list[Batch]:

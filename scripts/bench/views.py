@@ -19,7 +19,7 @@ from torchvision import transforms as v1
 # On a machine that does other work: seconds of this process on one core, without workers.
 ONE_CORE = "ONE_CORE" in os.environ
 SMALL, LARGE, WORKERS = 32, 224, 0 if ONE_CORE else 2
-COLOUR: dict[str, Any] = {"jitter": [0.4, 0.4, 0.4, 0.1], "jitter_p": 0.8, "grayscale": 0.2, "flip": 0.5}
+COLOR: dict[str, Any] = {"jitter": [0.4, 0.4, 0.4, 0.1], "jitter_p": 0.8, "grayscale": 0.2, "flip": 0.5}
 CROP: dict[str, Any] = {"count": 2, "crop_scale": [0.08, 1.0]}
 PHOTO = ((500, 375), 600)  # about the size of ImageNet's
 
@@ -94,14 +94,14 @@ if __name__ == "__main__":
     large = {"files": True, "batch": 32}
     answer(
         {
-            "memory_32/sslcli": partial(ours, CROP | COLOUR, **small),
+            "memory_32/sslcli": partial(ours, CROP | COLOR, **small),
             "memory_32/lightly": lambda: peer(lightly(SMALL, blur=0.0), **small),
             "memory_32/torchvision": lambda: peer(
                 twice(v1.RandomResizedCrop(SMALL), v1.RandomHorizontalFlip(), jitter, v1.RandomGrayscale(0.2)), **small
             ),
             "crops_224/sslcli": partial(ours, CROP | {"flip": 0.0}, normalize=False, **large),
             "crops_224/torchvision": lambda: peer(twice(v1.RandomResizedCrop(LARGE)), **large),
-            "simclr_224/sslcli": partial(ours, CROP | COLOUR | blur, **large),
+            "simclr_224/sslcli": partial(ours, CROP | COLOR | blur, **large),
             "simclr_224/lightly": lambda: peer(lightly(LARGE, blur=0.5), **large),
         }
     )

@@ -78,8 +78,8 @@ class DCGANNet(Backbone):
 def block(in_channels: int, out_channels: int, *, norm: str) -> nn.Sequential:
     """Build 4x4 convolution, normalization, LeakyReLU: (N, in_channels, H, W) -> (N, out_channels, H / 2, W / 2)."""
     conv = nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1, bias=norm == "none")
-    normalise = norm_layer(norm, out_channels)
+    normalize = norm_layer(norm, out_channels)
     nn.init.normal_(conv.weight, std=INIT_STD)
-    if isinstance(normalise, nn.BatchNorm2d):
-        nn.init.normal_(normalise.weight, 1.0, INIT_STD)
-    return nn.Sequential(conv, normalise, nn.LeakyReLU(SLOPE, inplace=True))
+    if isinstance(normalize, nn.BatchNorm2d):
+        nn.init.normal_(normalize.weight, 1.0, INIT_STD)
+    return nn.Sequential(conv, normalize, nn.LeakyReLU(SLOPE, inplace=True))

@@ -80,7 +80,7 @@ def composed_job(sweep: Sweep, config: Any) -> Job:
 
 
 def objective(sweep: Sweep, job: Job) -> float | None:
-    """The metric of a finished job, which a sweeper optimises."""
+    """The metric of a finished job, which a sweeper optimizes."""
     if job.run_dir is None or sweep.metric is None or status_of(sweep, job.name, enrol(sweep, job)) != FINISHED:
         return None
     return value_of(job.run_dir, sweep.metric)

@@ -181,7 +181,7 @@ class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
         size, images, readable = self.source.image_size, [], []
         for position in positions.tolist():
             try:
-                images.append(centre_crop(self.source.read(position), size))
+                images.append(center_crop(self.source.read(position), size))
                 readable.append(True)
             except BadImage:
                 images.append(self.source.blank(size))
@@ -189,7 +189,7 @@ class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
         return to_uint8(images), torch.tensor(readable)
 
 
-def centre_crop(image: Picture, size: int) -> Picture:
+def center_crop(image: Picture, size: int) -> Picture:
     """Shorter side to size * 8 / 7, then the middle size x size; an image of that size stays as it is."""
     if image.size == (size, size):
         return image

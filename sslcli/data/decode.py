@@ -128,10 +128,10 @@ def jpeg_size(content: bytes) -> tuple[int, int] | None:
     if not content.startswith(b"\xff\xd8\xff"):
         return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
     except ValueError:
         return None
-    common = colours in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
+    common = colors in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
     return (width, height) if common else None
 
 

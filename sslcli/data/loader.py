@@ -1,6 +1,6 @@
 """From an image set to the batches of a run: which images a step sees, and their views on the device.
 
-    source -> [worker: decode once, crop each view, uint8] -> device -> batched colour operations -> Batch
+    source -> [worker: decode once, crop each view, uint8] -> device -> batched color operations -> Batch
 
 The images of step t are a function of (seed, t) and their views of (seed, epoch, index): nothing here has state that
 a checkpoint would need, and neither the number of workers nor that of processes changes a batch.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sslcli.data import rng
 from sslcli.data.bad_images import BadImages
-from sslcli.data.crops import PlainCrops, Request, ViewCrops, centre_crop, joined, to_uint8
+from sslcli.data.crops import PlainCrops, Request, ViewCrops, center_crop, joined, to_uint8
 from sslcli.data.order import epoch_length, epoch_order, last_reads, shard_order
 from sslcli.data.sources.base import Source
 from sslcli.data.views import augment
@@ -168,14 +168,14 @@ class Loader:
             yield self.batch(joined(requests), images, torch.cat(read))
 
     def batch(self, request: Request, crops: list[Tensor], read: Tensor) -> Batch:
-        """Colour operations on float crops in [0, 1], those of each of `pairs` together.
+        """Color operations on float crops in [0, 1], those of each of `pairs` together.
 
         They are of this process's images, which are those at positions `read`.
         """
         source, views = self.source, list[Tensor]()
         for numbers, images in zip(self.views.pairs, crops, strict=True):
             view, key = together(numbers, self.key(request))
-            made = self.views.colour(
+            made = self.views.color(
                 view, key, images, mean=source.mean, std=source.std, photometric=source.photometric
             ).contiguous(memory_format=torch.channels_last)
             views += made.tensor_split(len(numbers))
@@ -197,7 +197,7 @@ def plain_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images for evaluation: uint8 (n, C, S, S) in the order of `positions`, and (n,) whether each could be read.
 
-    Test transform: shorter side to S * 8 / 7, centre crop; nothing where the image is S x S already.
+    Test transform: shorter side to S * 8 / 7, center crop; nothing where the image is S x S already.
     """
     chunks = list(torch.split(positions, batch_size))
     if source.images is None:
@@ -209,5 +209,5 @@ def plain_batches(
     for chunk in chunks:
         images = source.images[chunk]
         if images.shape[2:] != (size, size):
-            images = to_uint8([centre_crop(Image.fromarray(i.permute(1, 2, 0).numpy()), size) for i in images])
+            images = to_uint8([center_crop(Image.fromarray(i.permute(1, 2, 0).numpy()), size) for i in images])
         yield images, torch.ones(len(chunk), dtype=torch.bool)

@@ -4,7 +4,7 @@ A random number here has no generator and no history. It is a 64-bit hash of key
 the visit, the position of the image, the view, the operation. So it does not depend on worker count, batch split,
 process count, device or resumption, and a whole batch is drawn by a few tensor operations.
 
-The hash is the finaliser of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+The hash is the finalizer of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 OOPSLA 2014), chained over the keys. It is not cryptographic.
 """
 

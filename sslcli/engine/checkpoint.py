@@ -28,7 +28,7 @@ from sslcli.engine.checkpoint_names import all_of as all_of
 from sslcli.engine.checkpoint_names import step_of as step_of
 from sslcli.engine.migrations import SCHEMA, upgrade
 from sslcli.errors import ConfigError, TrainingFailed
-from sslcli.system.atomic import beside, discard, replace, synchronise, temporary_name
+from sslcli.system.atomic import beside, discard, replace, synchronize, temporary_name
 from sslcli.system.atomic import sha256 as sha256
 from sslcli.system.regular_files import open_regular
 
@@ -66,7 +66,7 @@ def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
         with beside(path) as temporary:
             torch.save({"schema": SCHEMA, **state}, temporary)
             replace(path.with_suffix(".sha256"), f"{sha256(temporary)}  {path.name}\n".encode())
-            synchronise(temporary)
+            synchronize(temporary)
             publish(temporary, path)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
@@ -162,7 +162,7 @@ def publish(temporary: Path, path: Path) -> None:
     with beside(path.parent / "last") as link:
         os.symlink(path.name, link)
         os.replace(link, path.parent / "last")
-    synchronise(path.parent)
+    synchronize(path.parent)
 
 
 def refused(path: Path, error: Exception) -> TrainingFailed:

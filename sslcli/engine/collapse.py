@@ -34,7 +34,7 @@ _REMEDY = {
     ),
     "rank": (
         "The embeddings keep only a few directions (dimensional collapse). Likely causes: too high a learning rate or "
-        "weight decay; augmentations so strong that views share little; a decorrelation or centring term with "
+        "weight decay; augmentations so strong that views share little; a decorrelation or centering term with "
         "too small a weight. Lower the learning rate, then weaken the augmentations."
     ),
 }
@@ -234,7 +234,7 @@ class CollapseJudge:
         peak = self._state
         limit = 0.2 / math.sqrt(dim)
         if (std < limit and std < 0.5 * peak["std"]) or peak["stuck"] >= self.patience:
-            found = f"std of the normalised embeddings is {std:.2g}, below {limit:.2g} = 0.2/sqrt({dim})"
+            found = f"std of the normalized embeddings is {std:.2g}, below {limit:.2g} = 0.2/sqrt({dim})"
             return f"{found}. {_REMEDY['point']}"
         if spread < 0.5 and spread < 0.25 * peak["spread"]:
             return f"uniformity is {-spread:.2g}, above -0.5 (it was {-peak['spread']:.2g}). {_REMEDY['crowd']}"

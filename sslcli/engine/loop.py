@@ -91,7 +91,7 @@ def train(run: Run) -> None:
             for group in run.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
 
-            scalars = optimise(run, model, micro_batches)
+            scalars = optimize(run, model, micro_batches)
             run.method.after_step(step / total)
             step += 1
 
@@ -103,7 +103,7 @@ def train(run: Run) -> None:
                 raise stopped(run, step)
 
 
-def optimise(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
+def optimize(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
     """Run one optimizer step on the micro-batches, and return the detached scalars of the step."""
     if run.settings.cached_gradients:
         means = gradient_cache.backward(
@@ -203,7 +203,7 @@ def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
     watchdog.sign(f"the checkpoint after step {step}")
     mine = {"rng": checkpoint.rng_state(run.device), "window": run.watch.window.state_dict()}
     processes = collectives.gather_objects(mine)
-    run.watch.synchronise()
+    run.watch.synchronize()
     state = {
         "step": step,
         "loader": run.loader.position(step),

@@ -307,10 +307,10 @@ class Watch:
         """Return the seconds of training, including those before a resume."""
         return self.wall + time.perf_counter() - self.begun
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Flush all files to disk."""
         if self.writes:
-            self.metrics.synchronise()
+            self.metrics.synchronize()
             self.tensorboard.flush()
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sslcli.distributed import collectives, watchdog
 from sslcli.errors import ConfigError, TrainingFailed
-from sslcli.system.atomic import sha256, synchronise
+from sslcli.system.atomic import sha256, synchronize
 
 INDEX = ".metadata"
 REST = "rest.pt"
@@ -99,7 +99,7 @@ def write(folder: Path, snapshot: Snapshot, *, group: dist.ProcessGroup) -> None
         every |= {name: sha256(folder / name) for name in (REST, INDEX)}
         (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in every.items()), encoding="utf-8")
         for path in (*folder.iterdir(), folder):
-            synchronise(path)
+            synchronize(path)
 
     on_main(complete, group)
 

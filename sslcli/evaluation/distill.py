@@ -127,7 +127,7 @@ class Distill(Recipe):
 
     def distil(self, student: Classifier, teacher: Teacher, task: Task, progress: Progress) -> None:
         """Train the student on all training images; both networks get the same views."""
-        with evaluating(teacher.net), closing(self.labelled(teacher, task)) as labelled:
+        with evaluating(teacher.net), closing(self.labeled(teacher, task)) as labeled:
 
             def loss(net: Classifier, batch: Batch) -> Tensor:
                 with torch.no_grad():
@@ -135,12 +135,12 @@ class Distill(Recipe):
                 soft = distillation(net(batch.views[0]), wanted, temperature=self.temperature, scale=self.scale)
                 if self.alpha == 1:
                     return soft
-                return self.alpha * soft + (1 - self.alpha) * cross_entropy(net, next(labelled))
+                return self.alpha * soft + (1 - self.alpha) * cross_entropy(net, next(labeled))
 
             everything = task.source.splits["train"]
             fit(student, task, everything, self, lr=self.lr, seed=self.seed, progress=progress, loss=loss)
 
-    def labelled(self, teacher: Teacher, task: Task) -> Generator[Batch, None, None]:
+    def labeled(self, teacher: Teacher, task: Task) -> Generator[Batch, None, None]:
         """Yield `steps` batches of the teacher's labeled images."""
         loader = batches(task, teacher.positions, self, seed=self.seed + 1)
         with closing(loader.steps(0, self.steps)) as steps:

@@ -75,14 +75,14 @@ def _votes(
     rows: Tensor, bank: Tensor, labels: Tensor, k: int, temperature: float, num_classes: int
 ) -> tuple[Tensor, Tensor]:
     """Return normalized class votes (rows, C) of unit-norm features, and a mask (rows, C) of classes with votes."""
-    similarity, neighbour = (rows @ bank.T).topk(k, dim=1)
+    similarity, neighbor = (rows @ bank.T).topk(k, dim=1)
     # softmax subtracts the largest exponent; exp(1 / temperature) would overflow float32 below 0.0113
     weight = (similarity / temperature).softmax(dim=1)
     # A vote may underflow to 0, so votes > 0 does not identify the classes with votes.
     near = torch.zeros(len(rows), num_classes, dtype=torch.bool, device=rows.device)
-    near.scatter_(1, labels[neighbour], True)
+    near.scatter_(1, labels[neighbor], True)
     votes = weight.new_zeros(len(rows), num_classes)
-    return votes.scatter_add_(1, labels[neighbour], weight), near
+    return votes.scatter_add_(1, labels[neighbor], weight), near
 
 
 def _check(*, k: int, temperature: float, chunk: int) -> None:
@@ -109,12 +109,12 @@ class Knn(Protocol):
     resamples: int = 1000
 
     def __post_init__(self) -> None:
-        _check(k=self.neighbours, temperature=self.sharpness, chunk=self.chunk)
+        _check(k=self.neighbors, temperature=self.sharpness, chunk=self.chunk)
         if self.resamples < 1:
             raise ValueError(f"resamples={self.resamples} must be at least 1: 1000 is usual")
 
     @property
-    def neighbours(self) -> int:
+    def neighbors(self) -> int:
         """Number of neighbors k, 200 by default."""
         return 200 if self.k is None else self.k
 
@@ -126,7 +126,7 @@ class Knn(Protocol):
     def variant(self, usual: Mapping[str, Any]) -> str:
         """Return the number of neighbors and the temperature if they differ from the monitor's."""
         usual_k, usual_temperature = usual.get("knn_k", 200), usual.get("knn_temperature", 0.07)
-        k = f"k-{self.neighbours}" if self.neighbours != usual_k else ""
+        k = f"k-{self.neighbors}" if self.neighbors != usual_k else ""
         temperature = f"temperature-{self.sharpness:.10g}" if self.sharpness != usual_temperature else ""
         return "_".join(part for part in (k, temperature) if part)
 
@@ -145,7 +145,7 @@ class Knn(Protocol):
             "n_train": len(features.train),
             "n_test": len(queries),
             "num_classes": features.num_classes,
-            "k": min(self.neighbours, len(features.train)),
+            "k": min(self.neighbors, len(features.train)),
             "temperature": self.sharpness,
             "seed": self.seed,
         }
@@ -161,7 +161,7 @@ class Knn(Protocol):
             features.train_labels,
             queries,
             labels,
-            k=self.neighbours,
+            k=self.neighbors,
             temperature=self.sharpness,
             num_classes=features.num_classes,
             chunk=self.chunk,

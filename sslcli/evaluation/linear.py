@@ -53,14 +53,14 @@ class Head:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standardise:
+class Standardize:
     """Standardization to zero mean and unit standard deviation, with the statistics of given features."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
-    def of(cls, features: Tensor) -> Standardise:
+    def of(cls, features: Tensor) -> Standardize:
         """Return the statistics over the rows of (n, d); deviations are clamped to 1e-6, for constant dimensions."""
         return cls(mean=features.mean(dim=0), std=features.std(dim=0, correction=0).clamp_min(1e-6))
 
@@ -261,7 +261,7 @@ class Linear(Protocol):
         """Return the probe of train features x (n, d), labels y (n,), evaluated on x_test (m, d), y_test (m,)."""
         x, x_test = x.float(), x_test.float()
         grid, chosen = self.choose(x, y, num_classes=num_classes, tell=tell)
-        scale = Standardise.of(x)
+        scale = Standardize.of(x)
         heads = self._heads(scale(x), y, [chosen], num_classes=num_classes, tell=tell)
         place, _ = score(scale(x_test), y_test, heads, num_classes=num_classes)
         return LinearResult(
@@ -283,7 +283,7 @@ class Linear(Protocol):
         num_held_out = min(n - 1, max(1, round(self.val_fraction * n)))
         held_out, kept = order[:num_held_out], order[num_held_out:]
         rows = x[kept]
-        scale = Standardise.of(rows)
+        scale = Standardize.of(rows)
         rows = scale(rows)
         if self.solver == "sgd":  # only for the selection; the reported probe is fitted in 32 bits
             rows = rows.to(DTYPES[resolve("auto", rows.device)])
@@ -300,7 +300,7 @@ class Linear(Protocol):
         """Return the probe of x (n, d), y (n,) for raw features: standardization is folded into the weights."""
         x = x.float()
         _, chosen = self.choose(x, y, num_classes=num_classes)
-        scale = Standardise.of(x)
+        scale = Standardize.of(x)
         weight, bias = self._heads(scale(x), y, [chosen], num_classes=num_classes)
         weight = weight / scale.std[:, None]
         return Head(weight=weight.T, bias=bias - scale.mean @ weight, chosen=chosen)

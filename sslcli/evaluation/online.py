@@ -76,12 +76,12 @@ def collect(
     """Return features and labels of the given splits, without unreadable and unlabeled images."""
     found: dict[str, Tensor] = {}
     for name, positions in splits.items():
-        labelled = positions[source.labels[positions] >= 0]
+        labeled = positions[source.labels[positions] >= 0]
         tell = None if progress is None else partial(progress, name)
         features, readable = extract(
             encode,
             source,
-            labelled,
+            labeled,
             prepare=prepare,
             batch_size=batch_size,
             device=device,
@@ -90,8 +90,8 @@ def collect(
             progress=tell,
         )
         found[name] = features[readable]
-        found[f"{name}_labels"] = source.labels[labelled][readable]
-        found[f"{name}_positions"] = labelled[readable]
+        found[f"{name}_labels"] = source.labels[labeled][readable]
+        found[f"{name}_positions"] = labeled[readable]
     return FeatureSet(**found, num_classes=len(source.classes), classes=tuple(source.classes))
 
 

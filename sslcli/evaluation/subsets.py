@@ -32,7 +32,7 @@ def subset(
         count = per_class if per_class is not None else max(1, round((fraction or 1.0) * len(members)))
         if not 1 <= count <= len(members):
             raise ValueError(
-                f"labels_per_class is {count}, but class {label} has {len(members)} labelled training images: "
+                f"labels_per_class is {count}, but class {label} has {len(members)} labeled training images: "
                 f"choose from 1 to {len(members)}"
             )
         chosen.append(members[rng.mix(seed, positions[members]).argsort()[:count]])
@@ -61,7 +61,7 @@ def log_spaced(smallest: int, largest: int, points: int) -> list[int]:
     if not 1 <= smallest < largest or points < 2:
         raise ValueError(
             f"the label counts go from smallest={smallest} to {largest} in points={points}: smallest must be at least "
-            "1 and below the number of labelled images, and there must be at least 2 points"
+            "1 and below the number of labeled images, and there must be at least 2 points"
         )
     ratio = math.log(largest / smallest) / (points - 1)
     return sorted({round(smallest * math.exp(ratio * place)) for place in range(points)})

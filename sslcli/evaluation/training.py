@@ -189,7 +189,7 @@ def fit(
 ) -> None:
     """Train `classifier` in place on the images at `positions` (n,), n >= 2; stop early if it diverges."""
     if len(positions) < 2:
-        raise ValueError(f"training needs at least 2 labelled images, got {len(positions)}: give more labels")
+        raise ValueError(f"training needs at least 2 labeled images, got {len(positions)}: give more labels")
     optimizer = recipe.solver(classifier, lr=lr)
     scaler = precision.grad_scaler(task.device, task.precision)
     set_mode(classifier, batch_norm=recipe.batch_norm)

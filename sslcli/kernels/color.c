@@ -128,7 +128,7 @@ static void copy(const float *restrict from, float *restrict to, long rows, long
             for (long x = 0; x < width; x++) to[y * width + x] = from[y * width + width - 1 - x];
 }
 
-/* Images (n, channels, height, width) in [0, 1], of one channel or three -> (n, height, width, channels), normalised
+/* Images (n, channels, height, width) in [0, 1], of one channel or three -> (n, height, width, channels), normalized
    with one `mean` and `std` a channel. `flags` is (5, n), `factors` and `order` (n, 4), `sigma` (n,).
    `scratch` has (channels + 1) x height x width + width + taps numbers a thread. */
 void change(const float *images, float *out, float *scratch, const uint8_t *flags, const float *factors,

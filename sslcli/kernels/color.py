@@ -1,4 +1,4 @@
-"""Colour operations on one image after the other, compiled: `change.c`. `Views.colour` asks here first."""
+"""Color operations on one image after the other, compiled: `change.c`. `Views.color` asks here first."""
 
 from __future__ import annotations
 

@@ -32,11 +32,11 @@ INLINE long weigh(long length, long size, int cubic, long *first, float *weights
     long taps = (long)ceilf(2 * reach);
     if (taps > length) taps = length;
     for (long i = 0; i < size; i++) {
-        float start = (i + 0.5f) * scale - reach + 0.5f, centre = (i + 0.5f) * (scale * narrow), sum = 0;
+        float start = (i + 0.5f) * scale - reach + 0.5f, center = (i + 0.5f) * (scale * narrow), sum = 0;
         first[i] = start > 0 ? (long)start : 0; /* the first whose middle is within reach */
         if (first[i] > length - taps) first[i] = length - taps;
         for (long k = 0; k < taps; k++) {
-            weights[i * taps + k] = filter(fabsf((first[i] + k + 0.5f) * narrow - centre), cubic);
+            weights[i * taps + k] = filter(fabsf((first[i] + k + 0.5f) * narrow - center), cubic);
             sum += weights[i * taps + k];
         }
         for (long k = 0; k < taps; k++) weights[i * taps + k] /= sum;

@@ -23,23 +23,23 @@ def mix_global(images: Tensor, weight: float) -> Tensor:
     return weight * images + (1 - weight) * images.flip(0)
 
 
-def mix_region(images: Tensor, weight: float, centre: tuple[int, int]) -> tuple[Tensor, float]:
+def mix_region(images: Tensor, weight: float, center: tuple[int, int]) -> tuple[Tensor, float]:
     """Paste a box of the reversed batch into each image, as in CutMix; return images and the fraction they kept.
 
     The box has an area fraction of about 1 - `weight`, or less if clipped at the border; the returned fraction is
     computed from the clipped box.
     """
     height, width = images.shape[-2:]
-    top, bottom = _span(height, weight, centre[0])
-    left, right = _span(width, weight, centre[1])
+    top, bottom = _span(height, weight, center[0])
+    left, right = _span(width, weight, center[1])
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = images.flip(0)[..., top:bottom, left:right]
     return mixed, 1 - (bottom - top) * (right - left) / (height * width)
 
 
-def _span(side: int, weight: float, centre: int) -> tuple[int, int]:
+def _span(side: int, weight: float, center: int) -> tuple[int, int]:
     half = int(side * math.sqrt(1 - weight)) // 2
-    return max(centre - half, 0), min(centre + half, side)
+    return max(center - half, 0), min(center + half, side)
 
 
 class UnMix(nn.Module):

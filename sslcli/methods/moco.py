@@ -80,7 +80,7 @@ class MoCo(Method):
         if queue_size < 1:
             raise ValueError(f"queue_size is {queue_size}, but the queue must hold at least one key")
         if bn_group < 2:
-            raise ValueError(f"bn_group is {bn_group}, but BatchNorm needs at least 2 images to normalise together")
+            raise ValueError(f"bn_group is {bn_group}, but BatchNorm needs at least 2 images to normalize together")
         width = num_features(backbone)
         self.head = mlp([width, *([width] if mlp_head else []), dim], norm=False, bias=True, last_bias=True)
         for part in convert_batch_norm(self, SplitBatchNorm).modules():

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sslcli.report.console import Screen, percent
 
-SUBJECTS = {"pixels": "raw pixels", "random": "random initialisation", "trained": "trained"}
+SUBJECTS = {"pixels": "raw pixels", "random": "random initialization", "trained": "trained"}
 
 
 def details(result: dict[str, Any], screen: Screen) -> None:
@@ -51,7 +51,7 @@ def results(home: Path, screen: Screen) -> dict[str, dict[str, Any]]:
 
 
 def summary(home: Path, screen: Screen) -> None:
-    """All results so far of this subject, a row each: raw pixels, random initialisation, trained."""
+    """All results so far of this subject, a row each: raw pixels, random initialization, trained."""
     table = Table()
     table.add_column("top-1", overflow="fold")
     for title in SUBJECTS.values():
@@ -75,7 +75,7 @@ def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
     """One row a run, best first; names are folded where the screen is narrow, never cut."""
     table = Table(title=rows[0]["measured"])
     table.add_column("run", overflow="fold")
-    for title in ("top-1", "95 % interval", "random initialisation"):
+    for title in ("top-1", "95 % interval", "random initialization"):
         table.add_column(title, overflow="fold")
     for row in sorted(rows, key=lambda row: -row["top1"]):
         low, high = row["interval"]

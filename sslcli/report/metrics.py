@@ -28,11 +28,11 @@ class Metrics:
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line; it survives the process from here on, and the machine from `synchronise` on."""
+        """Append one line; it survives the process from here on, and the machine from `synchronize` on."""
         self.file.write(encode(line))
         self.file.flush()
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Make sure every line is on disk."""
         os.fsync(self.file.fileno())
 

@@ -14,7 +14,7 @@ from torch import Tensor
 def grid(rows: list[Tensor], *, gap: int = 2, smallest: int = 64) -> Tensor:
     """Images in a grid: each element of `rows` is (n, C, H, W) in [0, 1] -> one (3, H', W') picture.
 
-    Of fewer than three channels the first is shown in gray, of more than three the first three in colour.
+    Of fewer than three channels the first is shown in gray, of more than three the first three in color.
     Rows may differ in size; all are drawn at the size of the largest, small ones enlarged to at least `smallest` px.
     """
     side = max(smallest, *(row.shape[-1] for row in rows))

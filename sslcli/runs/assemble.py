@@ -124,7 +124,7 @@ def probe_of(
     """The online k-NN, or None, saying why, where it cannot be measured."""
     if monitor.knn_every == 0:
         return None
-    if not parts.source.labelled or len(parts.source.splits["val"]) == 0:
+    if not parts.source.labeled or len(parts.source.splits["val"]) == 0:
         screen.say("k-NN is skipped: the images have no labels, or none are held out (dataset.val_fraction)")
         return None
     bank = bank_positions(parts.source, monitor.knn_images)

@@ -185,7 +185,7 @@ def build_backbone(config: dict[str, Any], *, image_size: int, trust: list[str])
 
 
 def build_method(config: dict[str, Any], *, image_size: int, num_images: int, trust: list[str]) -> Method:
-    """The method around its backbone, freshly initialised from the run's seed."""
+    """The method around its backbone, freshly initialized from the run's seed."""
     torch.manual_seed(config["seed"])
     node = config["method"]
     backbone = build_backbone(config, image_size=image_size, trust=trust)

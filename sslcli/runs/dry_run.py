@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sslcli.data.loader import Loader, plain_batches
-from sslcli.engine.loop import Run, optimise
+from sslcli.engine.loop import Run, optimize
 from sslcli.errors import ConfigError
 from sslcli.report import pictures
 from sslcli.report.console import duration
@@ -33,7 +33,7 @@ def dry_run(job: Run, parts: Parts) -> int:
     for micro_batches in job.loader.steps(0, min(STEPS, job.total_steps)):
         await_device(job.device)
         begun = time.perf_counter()
-        scalars = optimise(job, job.method, micro_batches)
+        scalars = optimize(job, job.method, micro_batches)
         job.method.after_step(0.0)
         await_device(job.device)
         taken = time.perf_counter() - begun

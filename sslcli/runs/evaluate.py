@@ -116,8 +116,8 @@ def evaluate(config: dict[str, Any], device: torch.device, screen: Screen) -> di
     check_home(subject.home)
     if config["run"] is not None and not subject.foreign:
         warn_of_changes(Path(config["run"]), source, screen)
-    if not source.labelled:
-        raise ConfigError(f"{source.name} has no labels, which a probe needs: choose a labelled dataset=...")
+    if not source.labeled:
+        raise ConfigError(f"{source.name} has no labels, which a probe needs: choose a labeled dataset=...")
     if len(source.classes) < 2:
         raise ConfigError(
             f"{source.name} has a single class, {source.classes[0]!r}, so every answer would be right: "
@@ -142,7 +142,7 @@ def evaluate(config: dict[str, Any], device: torch.device, screen: Screen) -> di
         **subject.provenance,
         "protocol_settings": {key: value for key, value in node.items() if key != "_target_"},
         "feature_layer": this.layer,
-        "transform": f"test transform at {source.image_size} px, normalised as in pre-training",
+        "transform": f"test transform at {source.image_size} px, normalized as in pre-training",
         **facts_of_set(source),
         "precision": subject.precision,
         "sslcli": __version__,

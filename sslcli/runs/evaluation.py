@@ -29,7 +29,7 @@ from sslcli.runs.subject import Subject
 from sslcli.system import atomic
 
 PLACES = ("run", "weights", "checkpoint")  # of the provenance: where files lie, and not what is in them
-WEIGHTS = ("checkpoint_sha256", "step")  # of the provenance: what a net as initialised does not depend on
+WEIGHTS = ("checkpoint_sha256", "step")  # of the provenance: what a net as initialized does not depend on
 
 
 @dataclass
@@ -102,11 +102,11 @@ class Evaluation:
         return FeatureSet(**tensors, num_classes=len(self.source.classes), classes=tuple(self.source.classes))
 
     def tell_unreadable(self, tensors: dict[str, Tensor]) -> None:
-        """Warn of labelled images without features. Raises TooManyBadImages above `dataset.max_bad` of a split."""
+        """Warn of labeled images without features. Raises TooManyBadImages above `dataset.max_bad` of a split."""
         for name, positions in self.splits.items():
-            labelled = positions[self.source.labels[positions] >= 0]
-            bad = BadImages(max_bad=self.source.max_bad, total=len(labelled))
-            for position in labelled[~torch.isin(labelled, tensors[f"{name}_positions"])].tolist():
+            labeled = positions[self.source.labels[positions] >= 0]
+            bad = BadImages(max_bad=self.source.max_bad, total=len(labeled))
+            for position in labeled[~torch.isin(labeled, tensors[f"{name}_positions"])].tolist():
                 try:
                     self.source.read(position)
                 except BadImage as error:

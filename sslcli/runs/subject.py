@@ -1,4 +1,4 @@
-"""What ssl-eval measures: the net of a run or of a bare file, as trained and as initialised, and the images for it."""
+"""What ssl-eval measures: the net of a run or of a bare file, as trained and as initialized, and the images for it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Subject:
     """What is measured: a net, what it was made from, and how images are prepared for it."""
 
     trained: Callable[[], nn.Module]  # the loaded net
-    fresh: Callable[[], nn.Module]  # the same net as initialised
-    views: Views  # of pre-training, whose colour space and normalisation hold here too
+    fresh: Callable[[], nn.Module]  # the same net as initialized
+    views: Views  # of pre-training, whose color space and normalization hold here too
     mean: Sequence[float]  # of the set of pre-training
     std: Sequence[float]
     precision: str
@@ -43,7 +43,7 @@ class Subject:
         return self.views.finish(images, mean=self.mean, std=self.std)
 
     def net(self, name: str) -> nn.Module:
-        """The net `trained` or as initialised, `random`."""
+        """The net `trained` or as initialized, `random`."""
         return self.trained() if name == "trained" else self.fresh()
 
 

@@ -49,7 +49,7 @@ def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -
     with beside(path) as temporary:
         fill(temporary)
         if durable:
-            synchronise(temporary)
+            synchronize(temporary)
         os.replace(temporary, path)
 
 
@@ -116,7 +116,7 @@ def is_alive(process: int) -> bool:
     return True
 
 
-def synchronise(path: Path) -> None:
+def synchronize(path: Path) -> None:
     """Flush a file's content, or a folder's entries, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -208,6 +208,6 @@ def test_a_view_that_does_not_divide_into_patches_is_refused() -> None:
         vit()(torch.zeros(1, 3, 32, 36))
 
 
-def test_no_layer_normalises_over_images() -> None:
+def test_no_layer_normalizes_over_images() -> None:
     norms = (nn.BatchNorm1d, nn.BatchNorm2d)
     assert not any(isinstance(part, norms) for part in vit().modules())

@@ -446,7 +446,7 @@ def test_a_folder_of_runs_becomes_a_table(trained: Path, cli: Cli, tmp_path: Pat
         ("run={run} protocol=finetune protocol.from_layer=1 feature_layer=block1", ["block1", "from_layer 1"]),
         ("run={run} protocol=distill", ["there is no teacher 'finetune'", "protocol=finetune"]),
         ("run={run}s", ["no such path. Did you mean", "holds:"]),
-        ("run={run} protocol=semi protocol.labels_per_class=500", ["labels_per_class is 500", "labelled training"]),
+        ("run={run} protocol=semi protocol.labels_per_class=500", ["labels_per_class is 500", "labeled training"]),
         ("weights=images/a/000.png backbone=small dataset=shapes dataset.limit=50", ["000.png"]),
     ],
 )
@@ -473,5 +473,5 @@ def test_a_run_that_names_a_strange_class_is_refused(trained: Path, cli: Cli) ->
 
 def test_the_installed_command_ends_with_a_table_and_the_place_of_the_results(trained: Path, tmp_path: Path) -> None:
     told = installed(tmp_path, "ssl-eval", f"run={trained}", "protocol=knn")
-    for part in ("raw pixels", "random initialisation", "trained", f"results: {trained / 'eval'}"):
+    for part in ("raw pixels", "random initialization", "trained", f"results: {trained / 'eval'}"):
         assert part in told

@@ -12,7 +12,7 @@ from command_line import Cli
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Path:
-    """Colour and depth of 24 images of two classes; one depth is absent and one colour image broken."""
+    """Color and depth of 24 images of two classes; one depth is absent and one color image broken."""
     random = np.random.default_rng(0)
     for number in range(24):
         for modality, shape in (("rgb", (20, 20, 3)), ("depth", (20, 20))):

@@ -189,14 +189,14 @@ def test_share_outside_its_range_is_refused(share):
 
 
 class Numbered(Source):
-    """n labelled images of which nothing is read."""
+    """n labeled images of which nothing is read."""
 
     name = "numbered"
 
     def __init__(self, n: int, **keywords):
         super().__init__(image_size=8, **keywords)
         self.labels = torch.zeros(n, dtype=torch.int64)
-        self.split(torch.arange(n), labelled=self.labels == 0)
+        self.split(torch.arange(n), labeled=self.labels == 0)
 
 
 def test_replacement_is_deterministic_another_training_position():

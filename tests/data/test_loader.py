@@ -98,7 +98,7 @@ def test_each_view_is_that_of_its_number_though_two_are_made_together(images: Pa
             for number, size in enumerate(views.sizes(16))
         ]
     for number, crop in enumerate(crops):
-        wanted = views.colour(number, key, crop, mean=source.mean, std=source.std)
+        wanted = views.color(number, key, crop, mean=source.mean, std=source.std)
         torch.testing.assert_close(batch.views[number], wanted, rtol=0, atol=1e-5)
 
 
@@ -142,7 +142,7 @@ def test_an_epoch_is_a_permutation_and_another_one_each_time() -> None:
     assert not torch.equal(orders[0], orders[1])
 
 
-def test_weights_are_honoured_exactly_and_repetitions_get_views_of_their_own() -> None:
+def test_weights_are_honored_exactly_and_repetitions_get_views_of_their_own() -> None:
     source = shapes(val_fraction=0.0)
     source.weights = torch.tensor([2.5] * 20 + [0.25] * 24)
     totals = torch.zeros(44)

@@ -73,7 +73,7 @@ def test_uniform_is_uniform_over_consecutive_keys(shift: int) -> None:
     assert 24 < chi_square < 120  # 63 degrees of freedom; outside of it with probability below 1e-5
 
 
-def test_keys_streams_and_neighbours_are_uncorrelated() -> None:
+def test_keys_streams_and_neighbors_are_uncorrelated() -> None:
     keys = mix(0, torch.arange(50_000))
     values = uniform(keys, 0)
     limit = 5 / 50_000**0.5

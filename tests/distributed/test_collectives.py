@@ -108,7 +108,7 @@ def test_every_draw_is_another_order() -> None:
     assert len(orders) == 20
 
 
-def normalised(norm: nn.Module, images: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+def normalized(norm: nn.Module, images: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
     """Output, gradients and statistics of two steps on this process's part of the images."""
     mine = my_half(images).requires_grad_()
     for _ in range(2):
@@ -131,12 +131,12 @@ def last_norms() -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["affine", "scale", "plain"])
-def test_synchronised_batchnorm_is_the_batchnorm_of_the_whole_batch(which: int, pair: Pair) -> None:
+def test_synchronized_batchnorm_is_the_batchnorm_of_the_whole_batch(which: int, pair: Pair) -> None:
     norm = last_norms()[which]
     images, weights = 3 * torch.randn(6, 3, 4, 4) + 5, torch.randn(6, 3, 4, 4)
     converted = convert_batch_norm(copy.deepcopy(norm), SyncBatchNorm)
-    parts = pair.run(normalised, converted, images, weights)
-    out, grad_input, *rest = normalised(norm, images, weights)
+    parts = pair.run(normalized, converted, images, weights)
+    out, grad_input, *rest = normalized(norm, images, weights)
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(torch.cat([part[0] for part in parts]), out, **close)
     torch.testing.assert_close(torch.cat([part[1] for part in parts]), grad_input, **close)
@@ -154,7 +154,7 @@ def sync_in_double(norm: nn.Module, images: Tensor) -> Tensor:
     return norm(my_half(images))
 
 
-def test_synchronised_batchnorm_keeps_double_precision(pair: Pair) -> None:
+def test_synchronized_batchnorm_keeps_double_precision(pair: Pair) -> None:
     norm, images = nn.BatchNorm1d(3).double(), torch.randn(6, 3, dtype=torch.float64)
     converted = convert_batch_norm(copy.deepcopy(norm), SyncBatchNorm)
     parts = pair.run(sync_in_double, converted, images)

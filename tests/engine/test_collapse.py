@@ -77,7 +77,7 @@ def test_equal_singular_values_give_their_number_as_rank(rank):
     assert float(rankme(q @ p.T)) == pytest.approx(rank, rel=1e-4)
 
 
-def test_centred_rank_does_not_count_a_common_mean():
+def test_centered_rank_does_not_count_a_common_mean():
     z = torch.randn(200, 10, dtype=torch.float64)
     assert float(effective_rank(z + 100)) == pytest.approx(float(effective_rank(z)), rel=1e-6)
     assert float(rankme(z + 100)) < 0.5 * float(rankme(z))

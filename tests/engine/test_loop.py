@@ -10,7 +10,7 @@ import torch
 
 from command_line import SMALL, installed
 from sslcli.data.loader import Loader
-from sslcli.engine.loop import Run, optimise, train
+from sslcli.engine.loop import Run, optimize, train
 from sslcli.errors import EXIT_FAILED, TrainingFailed
 from sslcli.methods.moco import MoCo
 from sslcli.report.console import Screen
@@ -103,7 +103,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch_and_all_keys_are_queue
     run = make_run(tmp_path, "train.max_steps=1", "train.precision=fp32")
     for method, batches in ((whole, [batch]), (parted, quarters)):
         run.method, run.optimizer = method, torch.optim.SGD(method.parameters(), lr=0.5)
-        optimise(run, method, batches)
+        optimize(run, method, batches)
         method.after_step(0.0)
     run.stop.close()
     for one, other in zip(whole.parameters(), parted.parameters(), strict=True):
@@ -137,7 +137,7 @@ def test_clipping_bounds_the_step(tmp_path: Path) -> None:
     before = [parameter.clone() for parameter in run.method.parameters()]
     run.optimizer.param_groups[0]["lr"] = run.optimizer.param_groups[1]["lr"] = 1.0
     (batches,) = Loader.steps(run.loader, 0, 1)
-    optimise(run, run.method, batches)
+    optimize(run, run.method, batches)
     run.stop.close()
     moved = [after - old for after, old in zip(run.method.parameters(), before, strict=True)]
     length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(step) for step in moved]))

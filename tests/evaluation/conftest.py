@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learnable import Colours, start_of, task_of
+from learnable import Colors, start_of, task_of
 from sslcli.evaluation.training import Start, Task
 from tiny import TinyNet
 
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    return task_of(Colours())
+    return task_of(Colors())
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,7 @@ def test_progress_counts_the_images_done():
     assert seen == [(5, 12), (10, 12), (12, 12)]
 
 
-def test_encode_sees_normalised_channels_last_floats():
+def test_encode_sees_normalized_channels_last_floats():
     def encode(images: Tensor) -> Tensor:
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert images.dtype == torch.float32
@@ -287,7 +287,7 @@ def valid() -> dict:
         ({"val": torch.randn(4, 5)}, r"val features have shape \(4, 5\)"),
         ({"val_labels": torch.zeros(3, dtype=torch.int64)}, "one for each of the 4"),
         ({"train_labels": torch.zeros(6)}, "must be int64"),
-        ({"train_labels": torch.full((6,), -1)}, "unlabelled"),
+        ({"train_labels": torch.full((6,), -1)}, "unlabeled"),
         ({"train_labels": torch.full((6,), 2)}, r"must be in \[0, 2\)"),
         ({"train": torch.full((6, 3), float("nan"))}, "6 of 6 images are NaN"),
     ],

@@ -41,7 +41,7 @@ def test_votes_predictions_and_accuracies_equal_the_published_values(case: Case)
         assert 100 * found.top5 == pytest.approx(float(case.outputs[f"top5_k{k}"]), abs=1e-4)
 
 
-def test_equals_a_loop_over_queries_and_neighbours():
+def test_equals_a_loop_over_queries_and_neighbors():
     train, labels, query, query_labels = problem()
     found = knn(train.double(), labels, query.double(), query_labels, k=9, temperature=0.1, num_classes=4, chunk=4)
     for row, votes in zip(query.double(), found.votes, strict=True):
@@ -52,7 +52,7 @@ def test_equals_a_loop_over_queries_and_neighbours():
         torch.testing.assert_close(votes, want / want.sum())
 
 
-def test_one_neighbour_gives_the_label_of_the_most_similar():
+def test_one_neighbor_gives_the_label_of_the_most_similar():
     train, labels, query, query_labels = problem()
     nearest = (F.normalize(query, dim=1) @ F.normalize(train, dim=1).T).argmax(dim=1)
     found = knn(train, labels, query, query_labels, k=1, num_classes=4)
@@ -131,9 +131,9 @@ def test_values_out_of_range_are_refused(change, message):
         Knn(**change)
 
 
-def test_unlabelled_or_unknown_classes_are_refused():
+def test_unlabeled_or_unknown_classes_are_refused():
     train, labels, query, query_labels = problem()
-    with pytest.raises(ValueError, match="unlabelled"):
+    with pytest.raises(ValueError, match="unlabeled"):
         knn(train, labels.index_fill(0, torch.tensor([5]), -1), query, query_labels, num_classes=4)
     with pytest.raises(ValueError, match=r"must be in \[0, 3\)"):
         knn(train, labels, query, query_labels, num_classes=3)

@@ -10,16 +10,16 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from sslcli.evaluation.features import FeatureSet
-from sslcli.evaluation.linear import Linear, Standardise, fit_lbfgs, fit_sgd, score
+from sslcli.evaluation.linear import Linear, Standardize, fit_lbfgs, fit_sgd, score
 
 SOLVERS = ["sgd", "lbfgs"]
 
 
 def clusters(n: int, *, d: int = 10, c: int = 3, spread: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    centres = torch.randn(c, d, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(c, d, generator=torch.Generator().manual_seed(99))
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(c, (n,), generator=g)
-    return centres[y] + spread * torch.randn(n, d, generator=g), y
+    return centers[y] + spread * torch.randn(n, d, generator=g), y
 
 
 def probe(solver: str, spread: float = 1.0, **keywords) -> tuple[Linear, tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -39,7 +39,7 @@ def test_separable_clusters_are_told_apart(solver):
 def test_equals_logistic_regression_of_scikit_learn(solver):
     linear, (x, y, x_test, y_test) = probe(solver, spread=1.6)
     found = linear.fit(x, y, x_test, y_test, num_classes=3)
-    scale = Standardise.of(x)
+    scale = Standardize.of(x)
     reference = LogisticRegression(C=1.0, max_iter=1000).fit(scale(x).numpy(), y.numpy())
     assert found.top1 == pytest.approx(reference.score(scale(x_test).numpy(), y_test.numpy()), abs=0.01)
     assert found.interval[0] < found.top1 < found.interval[1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.isotonic import IsotonicRegression
 
-from learnable import Colours, start_of, task_of
+from learnable import Colors, start_of, task_of
 from sslcli.evaluation.utility import Utility, bootstrap_utilities, isotonic, needed, utilities
 from sslcli.report.svg_plot import curves, ticks
 from tiny import TinyNet
@@ -97,7 +97,7 @@ SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 8, "lrs": [0.5], "smallest
 
 
 def test_the_study_measures_both_arms_on_nested_subsets_and_draws_them() -> None:
-    task = task_of(Colours())
+    task = task_of(Colors())
     torch.manual_seed(0)
     starts = {"trained": start_of(TinyNet(), task), "random": start_of(TinyNet(), task)}
     found = Utility(**SETTINGS, resamples=20)(starts, task)

@@ -54,10 +54,10 @@ def test_the_compiled_views_are_those_of_the_operations(
     scale = {"mean": [0.4, 0.5, 0.6][: shape[1]], "std": [0.2, 0.25, 0.3][: shape[1]]}
     assert color.library() is not None, "sslcli has to be installed with a C compiler for its tests"
     before = images.clone()
-    compiled = views.colour(0, key, images, **scale)
+    compiled = views.color(0, key, images, **scale)
     assert torch.equal(images, before)
     monkeypatch.setattr(color, "library", lambda: None)
-    expected = views.colour(0, key, images, **scale)
+    expected = views.color(0, key, images, **scale)
     assert compiled.shape == expected.shape
     # Rounding tells some pixels of the threshold to be solarized, and others of equal channels to have a hue.
     apart = (compiled - expected).abs() > 2e-5
@@ -69,19 +69,19 @@ def test_other_ends(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) ->
     key, images = drawn((20, 3, 32, 32))
     views = Views([ALL | {"solarize": 0.0}], **options)
     scale = {"mean": [0.5] * 3, "std": [0.25] * 3}
-    compiled = views.colour(0, key, images, **scale)
+    compiled = views.color(0, key, images, **scale)
     monkeypatch.setattr(color, "library", lambda: None)
-    torch.testing.assert_close(compiled, views.colour(0, key, images, **scale), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled, views.color(0, key, images, **scale), rtol=1e-4, atol=1e-4)
 
 
 def test_neither_the_threads_nor_the_rest_of_the_batch_change_a_view() -> None:
     key, images = drawn((30, 3, 32, 32))
     views, scale = Views([ALL]), {"mean": [0.5] * 3, "std": [0.25] * 3}
-    whole = views.colour(0, key, images, **scale)
+    whole = views.color(0, key, images, **scale)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert torch.equal(views.colour(0, key[7:12], images[7:12], **scale), whole[7:12])
+        assert torch.equal(views.color(0, key[7:12], images[7:12], **scale), whole[7:12])
     finally:
         torch.set_num_threads(before)
 
@@ -89,8 +89,8 @@ def test_neither_the_threads_nor_the_rest_of_the_batch_change_a_view() -> None:
 def test_wrong_values_are_told_as_without_it() -> None:
     key, images = drawn((4, 3, 8, 8))
     with pytest.raises(ValueError, match="one value for each of the 3 channels"):
-        Views([ALL | {"blur": 0.0}]).colour(0, key, images, mean=[0.5], std=[0.25])
+        Views([ALL | {"blur": 0.0}]).color(0, key, images, mean=[0.5], std=[0.25])
     with pytest.raises(ValueError, match="above 0"):
-        Views([ALL | {"blur": 0.0}]).colour(0, key, images, mean=[0.5] * 3, std=[0.0] * 3)
+        Views([ALL | {"blur": 0.0}]).color(0, key, images, mean=[0.5] * 3, std=[0.0] * 3)
     with pytest.raises(ValueError, match="too large"):
-        Views([ALL | {"blur": 1.0, "blur_kernel": 23}]).colour(0, key, images, mean=[0.5] * 3, std=[0.25] * 3)
+        Views([ALL | {"blur": 1.0, "blur_kernel": 23}]).color(0, key, images, mean=[0.5] * 3, std=[0.25] * 3)

@@ -88,7 +88,7 @@ def test_absolute_and_binary_losses_are_means_over_every_value() -> None:
 
 
 @golden_cases("mae")
-def test_loss_of_standardised_patches_equals_the_official_code(case: Case) -> None:
+def test_loss_of_standardized_patches_equals_the_official_code(case: Case) -> None:
     images, size = case.inputs["imgs"], case.params["patch"]
     side = images.shape[-1] // size
     removed = case.outputs["mask"]
@@ -144,8 +144,8 @@ def test_a_linear_autoencoder_finds_the_principal_components() -> None:
 
     descent.step(closure)
     loss = method(batch)["loss"]
-    centred = images - images.mean(0)
-    _, singular, axes = torch.linalg.svd(centred, full_matrices=False)
+    centered = images - images.mean(0)
+    _, singular, axes = torch.linalg.svd(centered, full_matrices=False)
     found, _ = torch.linalg.qr(method.decoder[0].weight.detach())  # (12, 3)
     cosines = torch.linalg.svdvals(axes[:3] @ found)
     assert float(torch.acos(cosines.clamp(max=1.0)).max()) < 1e-3

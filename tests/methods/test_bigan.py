@@ -184,7 +184,7 @@ def refused(images: Tensor) -> None:
     tiny()(Batch([images], torch.arange(len(images)), torch.zeros(len(images), dtype=torch.long)))
 
 
-def test_normalised_images_are_refused_at_the_first_step() -> None:
+def test_normalized_images_are_refused_at_the_first_step() -> None:
     with pytest.raises(ConfigError, match=r"values from .*views\.normalize=false"):
         refused(2 * torch.rand(2, 3, 8, 8, dtype=torch.float64) - 1)
     with pytest.raises(ConfigError, match=r"draws images of \(3, 8, 8\)"):

@@ -133,7 +133,7 @@ def test_without_predictor_the_projections_themselves_are_compared() -> None:
     assert not any(n.startswith("predictor") for n, _ in method.named_parameters())
 
 
-def test_every_batchnorm_is_synchronised() -> None:
+def test_every_batchnorm_is_synchronized() -> None:
     norms = [m for m in tiny_byol().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert len(norms) == 2 * 2 + 1
     assert all(type(m) is SyncBatchNorm for m in norms)

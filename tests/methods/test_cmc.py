@@ -114,16 +114,16 @@ def test_in_batch_loss_is_the_cross_entropy_in_both_directions() -> None:
 def test_channels_are_split_in_the_order_of_the_modalities() -> None:
     method, batch = tiny_cmc().double(), batch_of([3, 1, 0])
     images = batch.views[0]
-    lightness, colour = method.backbone.encoders["L"], method.backbone.encoders["ab"]
-    assert (lightness.conv.in_channels, colour.conv.in_channels) == (1, 2)
-    expected = torch.cat([lightness(images[:, :1]), colour(images[:, 1:])], dim=1)
+    lightness, color = method.backbone.encoders["L"], method.backbone.encoders["ab"]
+    assert (lightness.conv.in_channels, color.conv.in_channels) == (1, 2)
+    expected = torch.cat([lightness(images[:, :1]), color(images[:, 1:])], dim=1)
     torch.testing.assert_close(method.features(images), expected)
     assert method.backbone.num_features == expected.shape[1] == 16
     heads = [method.heads["L"](expected[:, :8]), method.heads["ab"](expected[:, 8:])]
     torch.testing.assert_close(method.projection(images), torch.cat(heads, dim=1))
 
 
-def test_colours_leave_the_features_of_lightness_as_they_are() -> None:
+def test_colors_leave_the_features_of_lightness_as_they_are() -> None:
     method, images = tiny_cmc().double(), batch_of([3, 1, 0]).views[0]
     changed = images.clone()
     changed[:, 1:] = torch.randn_like(changed[:, 1:])
@@ -313,7 +313,7 @@ def test_a_backbone_that_cannot_be_cut_is_refused() -> None:
         CMC(grouped, num_images=N, channels=3)
 
 
-def test_every_part_is_trained_and_every_batchnorm_is_synchronised() -> None:
+def test_every_part_is_trained_and_every_batchnorm_is_synchronized() -> None:
     method = tiny_cmc(norm=True).double()
     method(batch_of([3, 1, 0]))["loss"].backward()
     assert all(p.grad is not None and p.grad.any() for p in method.parameters())

@@ -344,14 +344,14 @@ def test_patches_change_one_by_one_and_as_often_as_asked() -> None:
     assert not torch.equal(first, second)
 
 
-def test_grey_patches_have_equal_channels_and_the_same_brightness() -> None:
+def test_gray_patches_have_equal_channels_and_the_same_brightness() -> None:
     patches = torch.rand(2, 3, 3, 3, 8, 8)
     out = augmented(patches, grayscale=1.0)
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     torch.testing.assert_close(out, (patches * luma).sum(3, keepdim=True).expand_as(patches))
 
 
-def test_dropping_colours_keeps_one_channel_each_as_often() -> None:
+def test_dropping_colors_keeps_one_channel_each_as_often() -> None:
     patches = torch.rand(40, 7, 7, 3, 8, 8) + 0.1
     out = augmented(patches, drop_colors=1.0)
     kept = (out != 0).flatten(4).all(4)  # (N, g, g, 3)
@@ -390,7 +390,7 @@ def test_shear_moves_rows_against_each_other_about_the_middle() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-def test_images_without_three_channels_keep_their_colours(channels: int) -> None:
+def test_images_without_three_channels_keep_their_colors(channels: int) -> None:
     patches = torch.rand(2, 3, 3, channels, 8, 8)
     assert torch.equal(augmented(patches, grayscale=1.0, drop_colors=1.0), patches)
     assert augmented(patches, jitter=0.4, jitter_p=1.0).shape == patches.shape

@@ -93,7 +93,7 @@ def test_the_prior_is_drawn_anew_each_step_and_again_from_a_saved_state() -> Non
 
 def test_training_tells_images_apart_and_the_vectors_approach_the_prior() -> None:
     method = small_deep_infomax(Small(image_size=SIZE, width=4), gamma=5.0, dim=8, prior_widths=(32,))
-    images = torch.randn(16, 3, 1, 1) + torch.randn(16, 3, SIZE, SIZE) / 10  # of one colour each
+    images = torch.randn(16, 3, 1, 1) + torch.randn(16, 3, SIZE, SIZE) / 10  # of one color each
     batch = Batch([images], torch.arange(16), torch.zeros(16))
     optimizer = torch.optim.Adam(method.parameters(), 3e-3)
     for _ in range(200):
@@ -168,7 +168,7 @@ def test_vector_has_a_hidden_layer_where_asked_for() -> None:
     assert [(part.in_features, part.out_features) for part in linear] == [(16, 24), (24, 4)]
 
 
-def test_every_batchnorm_is_synchronised() -> None:
+def test_every_batchnorm_is_synchronized() -> None:
     norms = [m for m in small_deep_infomax(alpha=1.0).modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert len(norms) == 5 + 2 + 2 + 1  # backbone, local term, map encoder, global term
     assert all(type(m) is SyncBatchNorm for m in norms)

@@ -42,7 +42,7 @@ def test_losses_and_gradients_equal_the_official_code(case: Case) -> None:
     loss_g = deceiver_loss(fake, kind="logistic")
     case.check(loss_g, "loss_g")
     case.check(torch.autograd.grad(loss_g, fake)[0], "grad_fake_g")
-    # The discriminator's half for drawn images is the game's value, of which that half is what a generator minimises.
+    # The discriminator's half for drawn images is the game's value, of which that half is what a generator minimizes.
     never_wrong = torch.full_like(real, 1e4)
     case.check(-discriminator_loss(never_wrong, fake, kind="logistic"), "loss_g_minimax")
 
@@ -134,7 +134,7 @@ def plain(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
 
 
-def test_distance_is_the_energy_distance_of_the_colours_of_squares() -> None:
+def test_distance_is_the_energy_distance_of_the_colors_of_squares() -> None:
     x, y = [0.1, 0.4, 0.9], [0.3, 0.8, 0.7]
     assert float(distance(plain(y), plain(x))) == pytest.approx(energy(x, y))
     with torch.no_grad():

@@ -246,7 +246,7 @@ def test_proximal_term_adds_its_weight_times_the_squared_distance_to_the_old_row
     v = F.normalize(z, dim=1)
     rows = plain.bank.rows[batch.index]
     torch.testing.assert_close(with_it - without, 30 * (v - rows).square().sum(1).mean().detach())
-    # The gradient adds 2 * 30 * (v - row) of each image before the derivative of the normalisation.
+    # The gradient adds 2 * 30 * (v - row) of each image before the derivative of the normalization.
     gradients = []
     for method in (plain, drawn):
         v = F.normalize(z, dim=1)
@@ -264,7 +264,7 @@ def test_accuracy_is_the_share_of_images_whose_own_row_beats_those_of_all_others
     assert own_row_wins(logits, chosen).tolist() == [1, 0, 0, 1]  # itself among the noise is no other
 
 
-def test_bank_takes_no_gradient_and_the_loss_is_that_of_the_normalised_projection() -> None:
+def test_bank_takes_no_gradient_and_the_loss_is_that_of_the_normalized_projection() -> None:
     method, batch = tiny_bank(), batch_of([3, 1, 0, 19])
     scalars = method(batch)
     scalars["loss"].backward()
@@ -316,7 +316,7 @@ def test_images_without_a_row_fill_the_bank_and_add_nothing_to_the_loss(loss: st
     assert gradient.any(1).tolist() == [True, False, True, False]
 
 
-def test_stored_rows_classify_by_their_neighbours() -> None:
+def test_stored_rows_classify_by_their_neighbors() -> None:
     method = tiny_bank(norm=False, num_images=8, dim=8)
     images = make_batch(8, views=1).views[0]
     for _ in range(20):

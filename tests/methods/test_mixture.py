@@ -37,14 +37,14 @@ METHODS: dict[str, tuple[type[Method], dict[str, Any]]] = {
 class Given(UnMix):
     """Mixtures of a given kind in place of drawn ones."""
 
-    def __init__(self, weight: float, centre: tuple[int, int] | None = None) -> None:
+    def __init__(self, weight: float, center: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.weight, self.centre = weight, centre
+        self.weight, self.center = weight, center
 
     def mix(self, images: Tensor) -> tuple[Tensor, float]:
-        if self.centre is None:
+        if self.center is None:
             return mix_global(images, self.weight), self.weight
-        return mix_region(images, self.weight, self.centre)
+        return mix_region(images, self.weight, self.center)
 
 
 def tiny(word: str, mixture: UnMix | None, *, norm: bool = True) -> Method:
@@ -193,11 +193,11 @@ def test_a_weight_of_one_counts_the_clean_loss_twice(word: str) -> None:
     torch.testing.assert_close(found, 2 * base)
 
 
-@pytest.mark.parametrize("centre", [None, (4, 4)])
+@pytest.mark.parametrize("center", [None, (4, 4)])
 @pytest.mark.parametrize("word", METHODS)
-def test_encoding_reversed_mixtures_reverses_the_encoded_ones(word: str, centre: tuple[int, int] | None) -> None:
+def test_encoding_reversed_mixtures_reverses_the_encoded_ones(word: str, center: tuple[int, int] | None) -> None:
     method, batch = tiny(word, None).eval(), make_batch()
-    mixed, _ = Given(0.3, centre).mix(batch.views[0])
+    mixed, _ = Given(0.3, center).mix(batch.views[0])
     torch.testing.assert_close(method.projection(mixed.flip(0)), method.projection(mixed).flip(0))
 
 

@@ -104,7 +104,7 @@ def test_target_follows_with_a_momentum_that_rises_to_one_by_a_cosine() -> None:
     torch.testing.assert_close(method.target_projector[0].weight.data, expected)
 
 
-def test_every_batchnorm_is_synchronised() -> None:
+def test_every_batchnorm_is_synchronized() -> None:
     norms = [m for m in tiny_moco_v3().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert len(norms) == 2 * 3 + 1
     assert all(type(m) is SyncBatchNorm for m in norms)

@@ -94,7 +94,7 @@ def test_weights_of_the_head_start_as_small_as_they_are_asked_to() -> None:
     assert float(head[3].weight.detach().std()) == pytest.approx(0.01, rel=0.05)
 
 
-def test_loss_is_that_of_the_projections_and_every_batchnorm_is_synchronised() -> None:
+def test_loss_is_that_of_the_projections_and_every_batchnorm_is_synchronized() -> None:
     method, batch = tiny_simclr(), make_batch()
     z1, z2 = (method.head(method.backbone(view)) for view in batch.views)
     torch.testing.assert_close(method(batch)["loss"], nt_xent(z1, z2, temperature=0.5).loss)

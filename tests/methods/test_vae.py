@@ -257,7 +257,7 @@ def test_two_processes_compute_the_loss_and_gradient_of_the_whole_batch(
     assert 0 < int((whole[2] == 0).all(0).sum()) < 5 if free_bits else bool((whole[2] != 0).all())
 
 
-def test_heads_are_two_and_every_batchnorm_is_synchronised() -> None:
+def test_heads_are_two_and_every_batchnorm_is_synchronized() -> None:
     method = tiny()
     assert (method.to_mean.in_features, method.to_mean.out_features) == (8, 4)
     assert (method.to_logvar.in_features, method.to_logvar.out_features) == (8, 4)

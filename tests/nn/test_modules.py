@@ -73,7 +73,7 @@ def test_frozen_copy_shares_nothing_takes_no_gradient_and_never_drops_activation
     assert twin[0].norm.training
 
 
-def test_head_has_normalised_hidden_layers_and_a_bare_last_one() -> None:
+def test_head_has_normalized_hidden_layers_and_a_bare_last_one() -> None:
     head = mlp([3, 5, 5, 2])
     kinds = [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
     assert [type(m) for m in head] == kinds
@@ -159,7 +159,7 @@ def test_evaluation_uses_the_running_statistics(kind: type[_BatchNorm]) -> None:
     assert int(converted.num_batches_tracked) == 1
 
 
-def test_synchronised_batchnorm_of_one_process_is_batchnorm() -> None:
+def test_synchronized_batchnorm_of_one_process_is_batchnorm() -> None:
     norm, images = trained_norm(), torch.randn(8, 5, 3, 3)
     converted = convert_batch_norm(copy.deepcopy(norm), SyncBatchNorm)
     assert torch.equal(converted(images), norm(images))

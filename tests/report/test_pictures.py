@@ -42,7 +42,7 @@ def test_of_one_or_two_channels_the_first_is_gray(channels: int) -> None:
     torch.testing.assert_close(grid([image], gap=0), image[0, :1].expand(3, -1, -1))
 
 
-def test_of_more_than_three_channels_the_first_three_are_colour() -> None:
+def test_of_more_than_three_channels_the_first_three_are_color() -> None:
     image = torch.rand(1, 5, 64, 64)
     torch.testing.assert_close(grid([image], gap=0), image[0, :3])
 

@@ -82,7 +82,7 @@ class HfStream(Source):
         self.labels, self.classes = as_labels(labels_of([*pool, *official], indices, num_pool=len(pool)))
         num_pool = sum(map(len, indices[: len(pool)]))
         hashes = hashes_of(pool, list(map(len, indices)))
-        self.split(hashes, labelled=self.labels[:num_pool] >= 0, num_test=len(self.labels) - num_pool)
+        self.split(hashes, labeled=self.labels[:num_pool] >= 0, num_test=len(self.labels) - num_pool)
 
     @property
     def layout(self) -> Layout:
@@ -116,7 +116,7 @@ class HfStream(Source):
         return digest((*rows, repr(self.classes).encode(), self.labels.numpy().tobytes()))
 
     def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
-        """Return one record per shard, labelled with the labels of all its images."""
+        """Return one record per shard, labeled with the labels of all its images."""
         shards, ends = self.reader.shards, self.reader.ends.tolist()
         codes = label_codes(self.labels, self.classes)
         labels = [code_of(codes[a:b].tobytes()) for a, b in zip([0, *ends], ends, strict=False)]

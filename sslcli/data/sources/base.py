@@ -45,7 +45,7 @@ class Source:
         image_size: the side in pixels that views and evaluation crops start from, at least 1.
         limit: use only this many training images (the first in hash order, so that limits nest) and at most as many
             for validation; None or more than there are = all.
-        val_fraction: the share in [0, 1) of the labelled training images that is held out as "val".
+        val_fraction: the share in [0, 1) of the labeled training images that is held out as "val".
         workers: processes that decode; 0 = this one; None = `workers_that_pay`. Memory sets use none.
         max_bad: the largest share in [0, 1] of images that may fail to decode before the run stops.
         verify: what a run that goes on compares with the images it began with: "times" names, labels, sizes and
@@ -60,7 +60,7 @@ class Source:
         weights: (len(train),) how often an epoch shows each training image; None = once each.
         present: (M, modalities) bool, which modalities an image has; None = all.
         place: the channels of each modality, in order.
-        photometric: the channels that the colour operations of views change.
+        photometric: the channels that the color operations of views change.
         scaled_decode: whether JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where every crop that training
             cuts from one is shrunk at least so much anyway.
 
@@ -118,7 +118,7 @@ class Source:
         return len(self.labels)
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether any image has a label."""
         return bool((self.labels >= 0).any())
 
@@ -187,15 +187,15 @@ class Source:
         found = self.records(contents=self.verify == "contents")
         return digest((repr(self.classes).encode(), *found.digested()))
 
-    def split(self, hashes: Tensor, *, labelled: Tensor, num_test: int = 0) -> None:
+    def split(self, hashes: Tensor, *, labeled: Tensor, num_test: int = 0) -> None:
         """Set `splits`, the last `num_test` positions being the official test split.
 
         hashes: (M - num_test,) int64 of the training pool; the lowest are held out. Ties go by position.
-        labelled: (M - num_test,) bool; only these are held out, for a probe needs labels.
+        labeled: (M - num_test,) bool; only these are held out, for a probe needs labels.
         """
         num_pool = len(hashes)
         order = rng.mix(self.seed, hashes).argsort(stable=True)
-        candidates = order[labelled[order]]
+        candidates = order[labeled[order]]
         val = candidates[: round(len(candidates) * self.val_fraction)]
         held_out = torch.zeros(num_pool, dtype=torch.bool)
         held_out[val] = True
@@ -252,7 +252,7 @@ class Shapes(Source):
         self.nuisances = _nuisances(nuisances or {})
         self.name, self.classes = "shapes", list(shapes.CLASSES)
         pool = torch.arange(train_images)
-        self.split(pool, labelled=torch.ones_like(pool, dtype=torch.bool), num_test=test_images)
+        self.split(pool, labeled=torch.ones_like(pool, dtype=torch.bool), num_test=test_images)
         total = train_images + test_images
         self.images = torch.zeros(total, self.channels, image_size, image_size, dtype=torch.uint8)
         self.labels = torch.full((total,), -1)
@@ -285,7 +285,7 @@ class TorchvisionSet(Source):
         name: one of these, as torchvision spells it.
         root: the folder that holds, or gets, the set's files.
         download: fetch the set if files are absent.
-        unlabelled: STL10 only: add its 100,000 unlabelled images to the training pool.
+        unlabeled: STL10 only: add its 100,000 unlabeled images to the training pool.
         memory_gb: refuse a set whose pixels take more than this many GB (10**9 bytes); reading needs twice as much for
             a moment.
         common: the keywords of `Source`.
@@ -299,19 +299,19 @@ class TorchvisionSet(Source):
         name: str,
         root: str | os.PathLike[str],
         download: bool = True,
-        unlabelled: bool = False,
+        unlabeled: bool = False,
         memory_gb: float = 4.0,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         from sslcli.data.sources import vision
 
-        parts = vision.read_parts(name, root, download=download, unlabelled=unlabelled, memory_gb=memory_gb)
+        parts = vision.read_parts(name, root, download=download, unlabeled=unlabeled, memory_gb=memory_gb)
         self.name, self.classes = name.lower(), parts.classes
         self.images = torch.from_numpy(np.concatenate(parts.pixels))
         self.labels = torch.from_numpy(np.concatenate(parts.labels)).long()
         pool = torch.arange(len(self.images) - parts.num_test)
-        self.split(pool, labelled=self.labels[: len(pool)] >= 0, num_test=parts.num_test)
+        self.split(pool, labeled=self.labels[: len(pool)] >= 0, num_test=parts.num_test)
 
 
 def digest(parts: Iterable[bytes]) -> str:

@@ -83,7 +83,7 @@ class Files(Source):
         self._root_of = np.array(pool.roots + test.roots, np.int64)
         hashes = b"".join(hashlib.blake2b(file, digest_size=8).digest() for file in names[: len(pool.names)])
         keys = torch.from_numpy(np.frombuffer(hashes, "<i8").astype(np.int64))
-        self.split(keys, labelled=self.labels[: len(keys)] >= 0, num_test=len(test.names))
+        self.split(keys, labeled=self.labels[: len(keys)] >= 0, num_test=len(test.names))
         if any(weight != 1 for weight in weights):
             self.weights = torch.tensor(weights)[torch.from_numpy(self._root_of)[self.splits["train"]]]
 
@@ -253,7 +253,7 @@ class ImageNet(Folder):
 
 
 class Flat(ImageFiles):
-    """Unlabelled images at any depth below one or several roots; nothing is held out.
+    """Unlabeled images at any depth below one or several roots; nothing is held out.
 
     Args:
         root: as for `Folder`. common: the keywords of `ImageFiles`.

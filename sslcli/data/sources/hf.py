@@ -80,7 +80,7 @@ class Hf(Source):
         self._split_names, self._written = [split, test], is_written(path)
         self._num_pool = len(splits[0])
         pool = torch.arange(self._num_pool)
-        self.split(pool, labelled=self.labels[: len(pool)] >= 0, num_test=len(self.labels) - len(pool))
+        self.split(pool, labeled=self.labels[: len(pool)] >= 0, num_test=len(self.labels) - len(pool))
 
     def open(self, position: int) -> Encoded:
         """The image at `position`. Raises BadImage for a cell that is empty or no image."""

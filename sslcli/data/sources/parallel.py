@@ -1,7 +1,7 @@
-"""Image sets of several modalities: the same scene as colour, depth, infrared, ..., each in a folder of its own.
+"""Image sets of several modalities: the same scene as color, depth, infrared, ..., each in a folder of its own.
 
 The modalities of an image are cut and flipped alike and stacked along the channels in the order they are declared in,
-so an image is one tensor to everything that follows. Only the modality that says so is changed in colour.
+so an image is one tensor to everything that follows. Only the modality that says so is changed in color.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Modality:
     Attributes:
         channels: 1 or 3.
         interpolation: "smooth" is what the views say; "nearest" never mixes pixels, as depth and labels need it.
-        photometric: whether the colour operations of the views change it; at most one modality.
+        photometric: whether the color operations of the views change it; at most one modality.
         optional: whether an image may lack it. What lacks is filled with the mean and marked in `Batch.present`.
         span: the values that become 0 and 1, the others clipped; for one channel only: a depth in millimetres up to
             10 m is [0, 10000]. None: 0 and 255, or 65535 for 16 bits.
@@ -75,9 +75,9 @@ class Modality:
         return Image.fromarray(np.rint(share.clip(0, 1) * 255).astype(np.uint8))
 
     def blank(self, size: tuple[int, int], mean: Sequence[float]) -> Image.Image:
-        """The mean of each channel everywhere: about 0 once it is normalised."""
-        colour = tuple(round(255 * min(max(value, 0.0), 1.0)) for value in mean)
-        return Image.new(_MODES[self.channels], size, colour if self.channels > 1 else colour[0])
+        """The mean of each channel everywhere: about 0 once it is normalized."""
+        color = tuple(round(255 * min(max(value, 0.0), 1.0)) for value in mean)
+        return Image.new(_MODES[self.channels], size, color if self.channels > 1 else color[0])
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def scan_classes(root: str) -> dict[str, list[str]]:
     groups = {e.name: scan(e.path, f"{e.name}/") for e in found if is_folder(e)}
     loose = sum(map(is_image, found))
     if loose and not groups:
-        raise ValueError(f"{root} holds {loose} images but no class folders: use dataset=flat for unlabelled images")
+        raise ValueError(f"{root} holds {loose} images but no class folders: use dataset=flat for unlabeled images")
     if not any(groups.values()):
         raise ValueError(no_images(root))
     empty = [name for name, files in groups.items() if not files]

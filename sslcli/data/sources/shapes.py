@@ -1,6 +1,6 @@
 """The embedded image set: drawn images whose label is a shape and whose everything else is a nuisance.
 
-Each image shows two to four instances of one shape on a cluttered background. Fill colour, texture, scale,
+Each image shows two to four instances of one shape on a cluttered background. Fill color, texture, scale,
 rotation and place differ between the instances of an image, so the shape is what two random crops of it share;
 the background changes across the image and carries little from one crop to the other. Each nuisance has a
 strength in [0, 1].
@@ -34,12 +34,12 @@ _COSINE = torch.tensor([math.cos(2 * math.pi * i / _TURNS) for i in range(_TURNS
 class Nuisances:
     """How much of everything but the shape varies, each a strength in [0, 1]: 0 removes the variation.
 
-    color: hue, saturation and lightness of each instance (0: all the same light grey).
+    color: hue, saturation and lightness of each instance (0: all the same light gray).
     texture: stripes and checks inside the instances (0: flat fill).
     scale: size and aspect ratio of each instance.
     rotation: angle of each instance (0: upright, 1: any angle).
-    position: place and number of the instances (0: four, at the centres of the quadrants).
-    background: colour, patches and noise behind the instances (0: a plain dark grey).
+    position: place and number of the instances (0: four, at the centers of the quadrants).
+    background: color, patches and noise behind the instances (0: a plain dark gray).
     light: brightness, direction and tint of the light on the whole image.
 
     Raises ValueError if a strength is outside [0, 1].
@@ -206,7 +206,7 @@ def _render(keys: Tensor, distance: Callable[[Tensor, Tensor], Tensor], size: in
 
 
 def _background(numbers: _Numbers, x: Tensor, y: Tensor, lightness: Tensor, strength: float) -> Tensor:
-    """(n, 3, S, S): a coloured ground and two half planes of other colours."""
+    """(n, 3, S, S): a colored ground and two half planes of other colors."""
     ground = lightness[:, None] + _chroma(numbers) * (0.15 * strength)
     image = ground[:, :, None, None].expand(-1, -1, y.shape[1], x.shape[2]).clone()
     for _ in range(2):
@@ -218,7 +218,7 @@ def _background(numbers: _Numbers, x: Tensor, y: Tensor, lightness: Tensor, stre
 
 
 def _fill_color(numbers: _Numbers, background: Tensor, strength: float) -> Tensor:
-    """(n, 3) colours that stand out from the background's lightness (n,) also in grayscale."""
+    """(n, 3) colors that stand out from the background's lightness (n,) also in grayscale."""
     darker = (background > 0.37) & (numbers() < 0.6)
     contrast = numbers(0.35, 0.5)
     lightness = torch.where(darker, background - contrast, background + contrast)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 _TIMEOUT = 20.0  # seconds without a byte before a download is given up
 
-# Images without and with the unlabelled ones, side in pixels.
+# Images without and with the unlabeled ones, side in pixels.
 _SIZES = {
     "CIFAR10": (60_000, 60_000, 32),
     "CIFAR100": (60_000, 60_000, 32),
@@ -37,18 +37,18 @@ class Parts:
     num_test: int
 
 
-def read_parts(name: str, root: str | os.PathLike[str], *, download: bool, unlabelled: bool, memory_gb: float) -> Parts:
+def read_parts(name: str, root: str | os.PathLike[str], *, download: bool, unlabeled: bool, memory_gb: float) -> Parts:
     """Read a set, fetching it first if `download` and files are absent. See `sources.TorchvisionSet`.
 
     Raises ValueError for an unknown name, too little memory, absent files that cannot be fetched, and damaged files.
     """
     if name not in _SIZES:
         raise ValueError(f"dataset.name is {name!r}, but it must be one of: {', '.join(_SIZES)}")
-    if unlabelled and name != "STL10":
-        raise ValueError(f"dataset.unlabelled is true, but {name} has no unlabelled images: set it to false")
-    needed = _SIZES[name][unlabelled] * 3 * _SIZES[name][2] ** 2 / 1e9
+    if unlabeled and name != "STL10":
+        raise ValueError(f"dataset.unlabeled is true, but {name} has no unlabeled images: set it to false")
+    needed = _SIZES[name][unlabeled] * 3 * _SIZES[name][2] ** 2 / 1e9
     if needed > memory_gb:
-        less = ", or set dataset.unlabelled=false" if unlabelled else ""
+        less = ", or set dataset.unlabeled=false" if unlabeled else ""
         raise ValueError(
             f"{name} takes {needed:.1f} GB as one tensor (twice that while it is read), but dataset.memory_gb is "
             f"{memory_gb:g}: raise it if the memory is there{less}"
@@ -61,7 +61,7 @@ def read_parts(name: str, root: str | os.PathLike[str], *, download: bool, unlab
     files = _files(kind, folder)
     if not all(path.is_file() for path in files):
         _fetch(kind, folder, files, download=download)
-    names = ["train", *(["unlabeled"] if unlabelled else []), "test"]
+    names = ["train", *(["unlabeled"] if unlabeled else []), "test"]
     try:
         sets = [_build(kind, folder, part) for part in names]
     # Unpickling a damaged file may raise nearly anything.

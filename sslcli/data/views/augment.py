@@ -1,4 +1,4 @@
-"""Batched augmentation of images (N, C, H, W): geometry and blur here, colour in `color` (offered from here too).
+"""Batched augmentation of images (N, C, H, W): geometry and blur here, color in `color` (offered from here too).
 
 Parameters are one value an image; there is no loop over images. None changes its input.
 """
@@ -58,7 +58,7 @@ def crop_boxes(
         ratio: (N, T) float, its width / height.
         place: (N, 2) float in [0, 1), where the box lies between the top and the bottom, the left and the right.
         height, width: (N,) int64 size of each image in pixels.
-        ratio_range: where no try fits, the largest centred box whose width / height is in this range.
+        ratio_range: where no try fits, the largest centered box whose width / height is in this range.
 
     Returns:
         (N, 4) int64 top, left, height, width.
@@ -72,11 +72,11 @@ def crop_boxes(
     top = (place[:, 0] * (height - box_height + 1)).long()
     left = (place[:, 1] * (width - box_width + 1)).long()
     found = torch.stack((top, left, box_height, box_width), 1)
-    return torch.where(fits.any(1, keepdim=True), found, _centred(height, width, ratio_range))
+    return torch.where(fits.any(1, keepdim=True), found, _centered(height, width, ratio_range))
 
 
-def _centred(height: Tensor, width: Tensor, ratio_range: tuple[float, float]) -> Tensor:
-    """The largest centred box of each image whose width / height is in the range, (N, 4)."""
+def _centered(height: Tensor, width: Tensor, ratio_range: tuple[float, float]) -> Tensor:
+    """The largest centered box of each image whose width / height is in the range, (N, 4)."""
     shape = width.double() / height
     box_height = torch.where(shape < ratio_range[0], (width.double() / ratio_range[0]).round().long(), height)
     box_width = torch.where(shape > ratio_range[1], (height.double() * ratio_range[1]).round().long(), width)
@@ -138,8 +138,8 @@ def _resize_weights(
     narrow = 1 / scale.clamp(min=1)
     # A pixel that is not in the window is put so far away that the filter is 0.
     pixel = torch.where(inside, (position + 0.5) * narrow, 1e4)
-    centre = (torch.arange(size, device=start.device) + 0.5) * (scale * narrow)
-    distance = (pixel.unsqueeze(1) - centre.unsqueeze(2)).abs_()
+    center = (torch.arange(size, device=start.device) + 0.5) * (scale * narrow)
+    distance = (pixel.unsqueeze(1) - center.unsqueeze(2)).abs_()
     if interpolation == "bilinear":
         weights = distance.neg_().add_(1).clamp_(min=0)
     else:
@@ -163,7 +163,7 @@ def flip(images: Tensor, mask: Tensor) -> Tensor:
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int, mask: Tensor) -> Tensor:
     """Blur the images of a mask, each with its own width.
 
-    As torchvision's gaussian_blur: a kernel of `kernel_size` taps, normalised, over the image reflected at its edges.
+    As torchvision's gaussian_blur: a kernel of `kernel_size` taps, normalized, over the image reflected at its edges.
     The blur is separable and linear, so each image is multiplied by a banded matrix from both sides.
 
     Args:

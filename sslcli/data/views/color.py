@@ -1,4 +1,4 @@
-"""Batched colour operations on float images (N, C, H, W) in [0, 1].
+"""Batched color operations on float images (N, C, H, W) in [0, 1].
 
 Each operation equals its namesake in `torchvision.transforms.v2.functional`, but takes one parameter an image and has
 no loop over images. None changes its input. Parameters and masks may be on the images' device or on the CPU; on the
@@ -20,7 +20,7 @@ _LAB_RANGE = ((0.0, 100.0), (-86.183, 98.233), (-107.857, 94.478))
 LAB_MEAN = tuple((high + low) / 2 for low, high in _LAB_RANGE)
 LAB_STD = tuple((high - low) / 2 for low, high in _LAB_RANGE)
 
-# What PyContrast normalises YDbDr with: the colours of ImageNet, and the half width of each range.
+# What PyContrast normalizes YDbDr with: the colors of ImageNet, and the half width of each range.
 YDBDR_MEAN, YDBDR_STD = (0.457, -0.082, -0.052), (0.5, 1.331, 1.333)
 _YDBDR_FROM_RGB = ((0.299, 0.587, 0.114), (-0.45, -0.883, 1.333), (-1.333, 1.116, 0.217))  # as skimage.color
 
@@ -57,7 +57,7 @@ def to_luma(images: Tensor) -> Tensor:
     if images.shape[1] == 1:
         return images.clone()
     if images.shape[1] != 3:
-        raise ValueError(f"colour operations need 1 or 3 channels, the images have {images.shape[1]}")
+        raise ValueError(f"color operations need 1 or 3 channels, the images have {images.shape[1]}")
     red, green, blue = images[:, 0:1], images[:, 1:2], images[:, 2:3]
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
@@ -111,8 +111,8 @@ def rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
     hue.sub_((hue / 6).floor_().mul_(6))
     # v - c * clamp(min(k, 4 - k), 0, 1) with k = (n + hue) mod 6 for n = 5, 3, 1, the mod worked out by hand.
     out = torch.empty_like(images)
-    for channel, centre in enumerate((3, 2, 4)):
-        distance = (hue - centre).abs_()
+    for channel, center in enumerate((3, 2, 4)):
+        distance = (hue - center).abs_()
         share = distance.neg_().add_(2) if channel == 0 else distance.sub_(1)
         torch.sub(value, share.clamp_(0, 1).mul_(chroma), out=out[:, channel])
     return out
@@ -182,7 +182,7 @@ def rgb_to_lab(images: Tensor) -> Tensor:
     """CIE Lab of sRGB images, as `skimage.color.rgb2lab` (D65, 2 degree observer).
 
     Returns:
-        (N, 3, H, W): L in [0, 100], a in about [-86.2, 98.2], b in about [-107.9, 94.5]; normalise with
+        (N, 3, H, W): L in [0, 100], a in about [-86.2, 98.2], b in about [-107.9, 94.5]; normalize with
         LAB_MEAN and LAB_STD for [-1, 1].
 
     Raises:
@@ -204,10 +204,10 @@ def rgb_to_lab(images: Tensor) -> Tensor:
 
 
 def rgb_to_ydbdr(images: Tensor) -> Tensor:
-    """YDbDr, the colour space of SECAM, of sRGB images, as `skimage.color.rgb2ydbdr`: linear in the values.
+    """YDbDr, the color space of SECAM, of sRGB images, as `skimage.color.rgb2ydbdr`: linear in the values.
 
     Returns:
-        (N, 3, H, W): Y in [0, 1], Db and Dr in [-1.333, 1.333]; normalise with YDBDR_MEAN and YDBDR_STD.
+        (N, 3, H, W): Y in [0, 1], Db and Dr in [-1.333, 1.333]; normalize with YDBDR_MEAN and YDBDR_STD.
 
     Raises:
         ValueError: not three channels.
@@ -219,7 +219,7 @@ def rgb_to_ydbdr(images: Tensor) -> Tensor:
 
 
 def lab_to_rgb(images: Tensor) -> Tensor:
-    """The inverse of `rgb_to_lab`, for pictures; colours outside of sRGB come out of [0, 1]."""
+    """The inverse of `rgb_to_lab`, for pictures; colors outside of sRGB come out of [0, 1]."""
     lightness, a, b = in_working_precision(images).unbind(1)
     y = (lightness + 16) / 116
     tones = []
@@ -258,6 +258,6 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """
     check_scale(mean, std, images.shape[1])
     work = in_working_precision(images)
-    centre = torch.tensor(mean, dtype=work.dtype).to(work.device, non_blocking=True).view(1, -1, 1, 1)
+    center = torch.tensor(mean, dtype=work.dtype).to(work.device, non_blocking=True).view(1, -1, 1, 1)
     scale = torch.tensor(std, dtype=work.dtype).to(work.device, non_blocking=True).view(1, -1, 1, 1)
-    return (work - centre).div_(scale).to(images.dtype)
+    return (work - center).div_(scale).to(images.dtype)

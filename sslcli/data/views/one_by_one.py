@@ -1,4 +1,4 @@
-"""The colour operations of `color` and `augment` for large images on the CPU: one image after the other.
+"""The color operations of `color` and `augment` for large images on the CPU: one image after the other.
 
 A batch of large images is many times larger than the caches, so that each operation on all of it waits for memory, and
 threads that share each operation wait for each other after every one. Here an image goes through all operations while

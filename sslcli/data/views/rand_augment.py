@@ -46,7 +46,7 @@ def rand_augment(
         magnitude: mean of the normal distribution of the magnitude, in [0, 10]; what is drawn is clipped to that.
         std: its deviation, at least 0.
         probability: of each of the L operations to happen at all.
-        fill: (C,) colour of what geometric operations uncover, in [0, 1].
+        fill: (C,) color of what geometric operations uncover, in [0, 1].
 
     Returns:
         (N, C, H, W) of the dtype of `images`, in [0, 1].
@@ -63,7 +63,7 @@ def rand_augment(
         for number in range(_GEOMETRIC):
             rows = slice(ends[number], ends[number + 1])
             if rows.start < rows.stop:
-                work[rows] = _recolour(OPERATIONS[number], work[rows], level[order[rows]])
+                work[rows] = _recolor(OPERATIONS[number], work[rows], level[order[rows]])
         rows = slice(ends[_GEOMETRIC], ends[-1])
         if rows.start < rows.stop:
             chosen = order[rows]
@@ -81,11 +81,11 @@ def operate(name: str, images: Tensor, level: Tensor, *, bicubic: Tensor, fill: 
     """
     number = OPERATIONS.index(name)
     if number < _GEOMETRIC:
-        return _recolour(name, images, level)
+        return _recolor(name, images, level)
     return affine(images, _matrices(torch.full((len(level),), number), level, *images.shape[2:]), bicubic, fill)
 
 
-def _recolour(name: str, images: Tensor, level: Tensor) -> Tensor:
+def _recolor(name: str, images: Tensor, level: Tensor) -> Tensor:
     """An operation that moves no pixel."""
     share = level / MOST
     factor = 0.1 + 1.8 * share
@@ -152,7 +152,7 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
     inner = images[:, :, 1:-1, 1:-1]
     rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     smooth = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner) / 13
-    out = images.clone()  # the edge has no neighbours and stays
+    out = images.clone()  # the edge has no neighbors and stays
     weight = column(factor, images)
     out[:, :, 1:-1, 1:-1] = (inner * weight + smooth * (1 - weight)).clamp_(0, 1)
     return out
@@ -169,7 +169,7 @@ def _matrices(operation: Tensor, level: Tensor, height: int, width: int) -> Tens
     angle = torch.deg2rad(30 * share) * where("rotate")
     cos, sin = torch.cos(angle), torch.sin(angle)
     a, b, d, e = cos, -sin + 0.3 * share * where("shear_x"), sin + 0.3 * share * where("shear_y"), cos
-    # A rotation is about the centre; PIL's turns counter-clockwise as y points down.
+    # A rotation is about the center; PIL's turns counter-clockwise as y points down.
     turned = where("rotate")
     c = 0.45 * width * share * where("translate_x") + turned * (width - cos * width + sin * height) / 2
     f = 0.45 * height * share * where("translate_y") + turned * (height - sin * width - cos * height) / 2
@@ -181,9 +181,9 @@ def affine(images: Tensor, matrix: Tensor, bicubic: Tensor, fill: Tensor) -> Ten
 
     Args:
         images: (N, C, H, W).
-        matrix: (N, 6) a, b, c, d, e, f: the pixel centred at (x, y) shows the image at (a x + b y + c, d x + e y + f).
+        matrix: (N, 6) a, b, c, d, e, f: the pixel centered at (x, y) shows the image at (a x + b y + c, d x + e y + f).
         bicubic: (N,) bool; the others are bilinear.
-        fill: (C,) colour of what lies outside of the image.
+        fill: (C,) color of what lies outside of the image.
     """
     out = torch.empty_like(images)
     for mask, radius in ((~bicubic, 1), (bicubic, 2)):

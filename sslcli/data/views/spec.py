@@ -1,4 +1,4 @@
-"""What a view is: one distribution of random crops and colour changes, written in yaml."""
+"""What a view is: one distribution of random crops and color changes, written in yaml."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class View:
         if self.blur_kernel is not None:
             self._check_integer("blur_kernel", minimum=1)
             if self.blur_kernel % 2 == 0:
-                raise _wrong("blur_kernel", self.blur_kernel, "odd, so that it has a centre")
+                raise _wrong("blur_kernel", self.blur_kernel, "odd, so that it has a center")
         self._check_integer("rand_augment", minimum=0)
         for name, most in (("rand_augment_magnitude", rand_augment.MOST), ("rand_augment_std", math.inf)):
             value = getattr(self, name)
@@ -113,7 +113,7 @@ class View:
 
     @property
     def jitters(self) -> bool:
-        """Whether this view ever changes colours by jitter."""
+        """Whether this view ever changes colors by jitter."""
         return self.jitter_p > 0 and any(strength > 0 for strength in self.jitter)
 
     def kernel_size(self, size: int) -> int:

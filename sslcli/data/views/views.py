@@ -1,10 +1,10 @@
-"""Views: which random crops and colour changes are made of each image.
+"""Views: which random crops and color changes are made of each image.
 
 `Views` draws from a list of distributions, see `view`. Every parameter is a pure function of
 (image key, view number, operation), see `rng`: a view of an image is the same in whatever batch it comes.
 The operations come in this order, each optional (grayscale before the jitter where `grayscale_first` is set):
 
-    crop and resize -> flip -> colour jitter -> grayscale -> blur -> solarize -> colour space -> normalise
+    crop and resize -> flip -> color jitter -> grayscale -> blur -> solarize -> color space -> normalize
 
 With RandAugment the blur comes earlier, which makes no difference to gray: jitter -> blur -> RandAugment -> grayscale.
 """
@@ -30,7 +30,7 @@ from sslcli.kernels.color import change
 COLOR_SPACES = ("rgb", "lab", "ydbdr")
 
 # Streams of rng.uniform. A number says what a draw is for; changing one changes every run.
-_FLIP, _JITTER, _ORDER, _FACTORS, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE, _COLOUR_STREAMS = 0, 1, 2, 3, 7, 8, 9, 10, 11
+_FLIP, _JITTER, _ORDER, _FACTORS, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE, _COLOR_STREAMS = 0, 1, 2, 3, 7, 8, 9, 10, 11
 _TRIES = 10
 _TOP, _LEFT, _AREA, _RATIO, _CROP_STREAMS = 0, 1, 2, 2 + _TRIES, 2 + 2 * _TRIES
 _FIRST_CROP_STREAM, _FIRST_RAND_AUGMENT_STREAM = 64, 128
@@ -49,7 +49,7 @@ class Views:
         color_space: "rgb", "lab" (CIE Lab) or "ydbdr" (YDbDr) of the result.
 
     Raises:
-        ValueError: no views, an unknown key or colour space, or a value out of its range.
+        ValueError: no views, an unknown key or color space, or a value out of its range.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Views:
     def boxes(self, view: int | Tensor, key: Tensor, height: Tensor, width: Tensor) -> Tensor:
         """Crop boxes, drawn as torchvision's RandomResizedCrop.get_params draws them.
 
-        The first of ten that fits into the image; where none does, the largest centred box whose ratio is allowed.
+        The first of ten that fits into the image; where none does, the largest centered box whose ratio is allowed.
 
         Args:
             view: number of the view, in range(num_views), or (N,) one for each image, all of the same entry.
@@ -109,7 +109,7 @@ class Views:
         place = draws[:, [_TOP, _LEFT]]
         return augment.crop_boxes(area, ratio, place, height, width, ratio_range=(low, high))
 
-    def colour(
+    def color(
         self,
         view: int | Tensor,
         key: Tensor,
@@ -135,9 +135,9 @@ class Views:
             ValueError: bytes, or RandAugment of some channels only.
         """
         if not images.is_floating_point():
-            raise ValueError(f"colour() got images of dtype {images.dtype}; divide by 255 to get floats in [0, 1]")
+            raise ValueError(f"color() got images of dtype {images.dtype}; divide by 255 to get floats in [0, 1]")
         spec = self._spec(view)
-        draws = uniform(mix(key.cpu(), view).unsqueeze(0), torch.arange(_COLOUR_STREAMS).unsqueeze(1))
+        draws = uniform(mix(key.cpu(), view).unsqueeze(0), torch.arange(_COLOR_STREAMS).unsqueeze(1))
         chosen = _chosen(spec, draws, images)
         first, last, _ = photometric.indices(images.shape[1])
         if (first, last) == (0, images.shape[1]):
@@ -161,11 +161,11 @@ class Views:
         return self.views[view if isinstance(view, int) else int(view[0])]
 
     def finish(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Colour space and normalisation only: what evaluation applies, so that both see the same numbers.
+        """Color space and normalization only: what evaluation applies, so that both see the same numbers.
 
         Args:
             images: (N, C, H, W) float in [0, 1].
-            mean, std: of the set; not used where the colour space has constants of its own, or `normalize` is off.
+            mean, std: of the set; not used where the color space has constants of its own, or `normalize` is off.
         """
         if self.color_space == "lab":
             images, mean, std = augment.rgb_to_lab(images), LAB_MEAN, LAB_STD
@@ -231,7 +231,7 @@ def _one_by_one(
 ) -> Tensor | None:
     """Each image through all operations; None where a batch of them is the better way.
 
-    scale: the mean and standard deviation of each channel, by which images are normalised at the end, or None.
+    scale: the mean and standard deviation of each channel, by which images are normalized at the end, or None.
 
     Refuses a blur too wide for the images even where none is drawn.
     """

@@ -314,7 +314,7 @@ def test_limit_and_split_follow_the_images_and_not_the_folder(
 def test_a_set_without_labels_holds_nothing_out(cache: str, tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", range(9), label=None)
     source = stream(str(tmp_path), cache, val_fraction=0.5)
-    assert not source.labelled
+    assert not source.labeled
     assert len(source.splits["val"]) == 0
     assert len(source.splits["train"]) == 9
 

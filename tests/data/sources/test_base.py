@@ -17,11 +17,11 @@ CONF = Path(__file__).parents[3] / "conf" / "dataset"
 class Numbered(Source):
     """n images that are told apart by their position alone."""
 
-    def __init__(self, n: int, *, unlabelled: int = 0, **keywords):
+    def __init__(self, n: int, *, unlabeled: int = 0, **keywords):
         super().__init__(image_size=8, **keywords)
         self.labels = torch.zeros(n, dtype=torch.int64)
-        self.labels[n - unlabelled :] = -1
-        self.split(torch.arange(n), labelled=self.labels >= 0)
+        self.labels[n - unlabeled :] = -1
+        self.split(torch.arange(n), labeled=self.labels >= 0)
 
 
 def test_a_tenth_of_fifty_thousand_is_exactly_held_out():
@@ -43,11 +43,11 @@ def test_more_images_move_few_others_between_splits():
     assert len({position for position in before ^ after if position < 10_000}) < 60
 
 
-def test_unlabelled_images_are_never_held_out():
-    splits = Numbered(1000, unlabelled=800).splits
+def test_unlabeled_images_are_never_held_out():
+    splits = Numbered(1000, unlabeled=800).splits
     assert len(splits["val"]) == 20
     assert int(splits["val"].max()) < 200
-    assert len(Numbered(1000, unlabelled=1000).splits["val"]) == 0
+    assert len(Numbered(1000, unlabeled=1000).splits["val"]) == 0
 
 
 def test_limits_nest_and_bound_both_splits():
@@ -88,7 +88,7 @@ def test_shapes_are_those_drawn_at_their_position():
     assert torch.equal(source.labels, labels)
     assert source.splits["test"].tolist() == list(range(20, 25))
     assert source.classes == list(CLASSES)
-    assert source.labelled
+    assert source.labeled
     assert np.array_equal(np.asarray(source.read(7)).transpose(2, 0, 1), images[7].numpy())
 
 
@@ -103,8 +103,8 @@ def test_limited_shapes_are_the_same_images_at_the_same_positions():
 
 
 def test_unknown_nuisance_is_refused_with_the_list():
-    with pytest.raises(ValueError, match=r"'colour', but there is only: color, texture"):
-        Shapes(nuisances={"colour": 1.0})
+    with pytest.raises(ValueError, match=r"'color', but there is only: color, texture"):
+        Shapes(nuisances={"color": 1.0})
     with pytest.raises(ValueError, match="light=2"):
         Shapes(nuisances={"light": 2})
     with pytest.raises(ValueError, match=r"nuisances\.light is 'much'"):
@@ -139,7 +139,7 @@ def test_yaml_writes_out_every_keyword_of_its_class(path):
     if kind is Shapes:
         assert set(values["nuisances"]) == set(Nuisances.__dataclass_fields__)
         small = {"train_images": 4, "test_images": 1, "image_size": 16}
-        assert Shapes(**{**values, **small}).labelled
+        assert Shapes(**{**values, **small}).labeled
 
 
 def test_yaml_words():

@@ -47,7 +47,7 @@ def test_flat_has_no_labels_and_holds_nothing_out(tmp_path):
     class_folders(tmp_path)
     source = Flat(root=str(tmp_path), image_size=8, val_fraction=0.5)
     assert source.labels.tolist() == [-1] * 6
-    assert not source.labelled
+    assert not source.labeled
     assert source.classes == []
     assert len(source.splits["val"]) == 0
     assert source.splits["train"].tolist() == list(range(6))

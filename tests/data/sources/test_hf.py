@@ -84,7 +84,7 @@ def test_other_columns_are_chosen_by_name(tmp_path: Path) -> None:
     source = Hf(path=str(tmp_path / "x.parquet"), label="kind", image_size=8)
     assert source.classes == ["a", "b"]
     assert source.labels.tolist() == [1, 0, -1, 1]
-    assert not Hf(path=str(tmp_path / "x.parquet"), label=None, image_size=8).labelled
+    assert not Hf(path=str(tmp_path / "x.parquet"), label=None, image_size=8).labeled
     with pytest.raises(ConfigError, match=r"dataset\.image is 'imge', but .*Did you mean 'image'\?.*label, kind"):
         Hf(path=str(tmp_path / "x.parquet"), image="imge", image_size=8)
     with pytest.raises(ConfigError, match=r"dataset\.label is 'class', but .*no such column"):
@@ -265,7 +265,7 @@ def test_cells_that_are_no_class_labels_name_the_column(tmp_path: Path, cells: l
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "set")
     with pytest.raises(ConfigError, match=message):
         Hf(path=str(tmp_path / "set"), image_size=8)
-    assert not Hf(path=str(tmp_path / "set"), label=None, image_size=8).labelled
+    assert not Hf(path=str(tmp_path / "set"), label=None, image_size=8).labeled
 
 
 def test_floats_and_missing_cells_are_whole_numbers_and_unknown(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_a_nearest_modality_has_only_values_of_its_file(root: Path) -> None:
     assert set((depth * 255).round().int().unique().tolist()) == {30, 200}
 
 
-def test_colour_operations_change_the_photometric_modality_alone(root: Path) -> None:
+def test_color_operations_change_the_photometric_modality_alone(root: Path) -> None:
     source = parallel(root)
     still: list[dict[str, Any]] = [{"count": 2, "crop_scale": [0.2, 0.6]}]
     for strong, weak in zip(batches(source, STRONG), batches(source, still), strict=True):

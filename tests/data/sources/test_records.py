@@ -211,7 +211,7 @@ class InMemory(Source):
         super().__init__(image_size=8)
         self.images, self.name, self.classes = images, "mine", ["a", "b"]
         self.labels = torch.arange(len(images)) % 2
-        self.split(torch.arange(len(images)), labelled=self.labels >= 0)
+        self.split(torch.arange(len(images)), labeled=self.labels >= 0)
 
 
 def test_pixels_in_memory_are_all_looked_at() -> None:
@@ -224,9 +224,9 @@ def test_pixels_in_memory_are_all_looked_at() -> None:
     assert changed.fingerprint == source.fingerprint
     assert changes(then, changed, times=False).changed == ["mine[7]"]
     assert changed.version != source.version
-    relabelled = InMemory(images.clone())
-    relabelled.labels[3] = 0
-    assert changes(then, relabelled).changed == ["mine[3]"]
+    relabeled = InMemory(images.clone())
+    relabeled.labels[3] = 0
+    assert changes(then, relabeled).changed == ["mine[3]"]
 
 
 def test_shapes_are_one_record_whatever_the_limit() -> None:
@@ -378,7 +378,7 @@ class OfAUser(Source):
         super().__init__(image_size=8)
         self.root, self.name, self.classes = root, "mine", []
         self.labels = torch.full((20,), -1)
-        self.split(torch.arange(20), labelled=self.labels >= 0)
+        self.split(torch.arange(20), labeled=self.labels >= 0)
 
     def path(self, position: int) -> str:
         return str(self.root / "ab"[position % 2] / f"{position:02d}.bmp")

@@ -114,7 +114,7 @@ def test_list_takes_its_paths_from_root_or_absolute(tmp_path):
     file = write_list(tmp_path / "lists" / "a.csv", f"path\ncat/000.png\n{tmp_path}/set/dog/000.png\n")
     source = ListFile(file=file, root=str(tmp_path / "set"), image_size=8)
     assert [source.path(i) for i in (0, 1)] == [str(tmp_path / "set" / c / "000.png") for c in ("cat", "dog")]
-    assert not source.labelled
+    assert not source.labeled
     assert source.classes == []
 
 

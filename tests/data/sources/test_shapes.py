@@ -168,8 +168,8 @@ def test_without_position_four_instances_stand_in_the_quadrants() -> None:
     )
     quadrants = torch.tensor([[16, 16], [16, 48], [48, 16], [48, 48]])
     discs = of_class(images, labels, "disc")
-    centres = discs[:, :, quadrants[:, 0], quadrants[:, 1]]  # (n, 3, 4)
-    assert (centres != GROUND).any(dim=1).all()
+    centers = discs[:, :, quadrants[:, 0], quadrants[:, 1]]  # (n, 3, 4)
+    assert (centers != GROUND).any(dim=1).all()
 
 
 def test_edges_are_antialiased_to_the_true_area() -> None:

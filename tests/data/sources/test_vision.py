@@ -101,11 +101,11 @@ def test_damaged_file_is_told_from_an_absent_one(cifar):
 
 
 def test_stl10_beyond_the_memory_budget_is_refused_before_it_is_read(tmp_path, no_network):
-    with pytest.raises(ValueError, match=r"STL10 takes 3\.1 GB .*memory_gb is 2.*unlabelled=false"):
-        TorchvisionSet(name="STL10", root=str(tmp_path), unlabelled=True, memory_gb=2.0, image_size=96)
+    with pytest.raises(ValueError, match=r"STL10 takes 3\.1 GB .*memory_gb is 2.*unlabeled=false"):
+        TorchvisionSet(name="STL10", root=str(tmp_path), unlabeled=True, memory_gb=2.0, image_size=96)
 
 
-def test_unlabelled_stl10_is_held_out_of_val(tmp_path, monkeypatch):
+def test_unlabeled_stl10_is_held_out_of_val(tmp_path, monkeypatch):
     from torchvision.datasets import STL10
 
     folder = tmp_path / "stl10_binary"
@@ -120,7 +120,7 @@ def test_unlabelled_stl10_is_held_out_of_val(tmp_path, monkeypatch):
     lists = {"train_list": ["train_X.bin", "train_y.bin", "unlabeled_X.bin"], "test_list": ["test_X.bin", "test_y.bin"]}
     for key, names in lists.items():
         monkeypatch.setattr(STL10, key, [[name, None] for name in names])
-    source = TorchvisionSet(name="STL10", root=str(tmp_path), unlabelled=True, image_size=96, val_fraction=0.2)
+    source = TorchvisionSet(name="STL10", root=str(tmp_path), unlabeled=True, image_size=96, val_fraction=0.2)
     assert source.images.shape == (44, 3, 96, 96)
     assert np.array_equal(source.images[1].numpy(), pixels[1])
     assert source.labels.tolist() == [*range(10), *[-1] * 30, *range(4)]
@@ -130,9 +130,9 @@ def test_unlabelled_stl10_is_held_out_of_val(tmp_path, monkeypatch):
     assert len(TorchvisionSet(name="STL10", root=str(tmp_path), image_size=96)) == 14
 
 
-def test_unlabelled_is_refused_where_there_is_nothing_unlabelled(cifar):
-    with pytest.raises(ValueError, match="CIFAR10 has no unlabelled images"):
-        TorchvisionSet(name="CIFAR10", root=str(cifar), unlabelled=True, image_size=32)
+def test_unlabeled_is_refused_where_there_is_nothing_unlabeled(cifar):
+    with pytest.raises(ValueError, match="CIFAR10 has no unlabeled images"):
+        TorchvisionSet(name="CIFAR10", root=str(cifar), unlabeled=True, image_size=32)
 
 
 def test_svhn_reads_the_matlab_files(tmp_path, monkeypatch):

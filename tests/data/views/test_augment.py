@@ -12,7 +12,7 @@ from sslcli.data.views.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD
 
 
 def _images(count: int = 16, size: int = 24, *, width: int | None = None, seed: int = 0) -> Tensor:
-    """Noise with gray, saturated, black and white images among it, where the branches of the colour maths meet."""
+    """Noise with gray, saturated, black and white images among it, where the branches of the color maths meet."""
     images = torch.rand(count, 3, size, width or size, generator=torch.Generator().manual_seed(seed))
     images[1] = images[1, :1]
     images[2] = images[2].round()
@@ -210,14 +210,14 @@ def test_lab_equals_skimage(case: Case) -> None:
     case.check(augment.normalize(lab, LAB_MEAN, LAB_STD), "lab_norm")
 
 
-def test_lab_of_known_colours() -> None:
-    colours = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]).view(3, 3, 1, 1)
+def test_lab_of_known_colors() -> None:
+    colors = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]).view(3, 3, 1, 1)
     want = torch.tensor([[100.0, 0.0, 0.0], [53.24, 80.09, 67.20], [0.0, 0.0, 0.0]])
-    torch.testing.assert_close(augment.rgb_to_lab(colours).view(3, 3), want, rtol=0, atol=0.05)
+    torch.testing.assert_close(augment.rgb_to_lab(colors).view(3, 3), want, rtol=0, atol=0.05)
 
 
 def test_ydbdr_has_the_corners_that_define_the_space() -> None:
-    # Y is luma, Db = -1.333 .. 1.333 from yellow to blue, Dr the same from red to cyan; gray has no colour difference.
+    # Y is luma, Db = -1.333 .. 1.333 from yellow to blue, Dr the same from red to cyan; gray has no color difference.
     corners = torch.tensor(
         [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]
     )
@@ -234,7 +234,7 @@ def test_ydbdr_has_the_corners_that_define_the_space() -> None:
     got = augment.rgb_to_ydbdr(corners.view(6, 3, 1, 1)).view(6, 3)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     assert augment.rgb_to_ydbdr(corners.view(6, 3, 1, 1).double()).dtype == torch.float64
-    # The constants are about those of ImageNet's mean colour, and bring every colour to about [-1, 1].
+    # The constants are about those of ImageNet's mean color, and bring every color to about [-1, 1].
     mean = augment.rgb_to_ydbdr(torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)).view(3)
     torch.testing.assert_close(mean, torch.tensor(YDBDR_MEAN), rtol=0, atol=5e-3)
     assert augment.normalize(augment.rgb_to_ydbdr(_images()), YDBDR_MEAN, YDBDR_STD).abs().max() < 1.1

@@ -11,7 +11,7 @@ from torch import Tensor
 from sslcli.data import rng
 from sslcli.data.views import one_by_one
 from sslcli.data.views.views import Views
-from sslcli.kernels import color
+from sslcli.kernels import color as compiled
 
 CONSTANTS: dict[str, Any] = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
 STRONG = {"jitter": [0.8, 0.8, 0.8, 0.4], "jitter_p": 0.8, "grayscale": 0.3, "blur": 0.6, "solarize": 0.3, "flip": 0.5}
@@ -19,7 +19,7 @@ STRONG = {"jitter": [0.8, 0.8, 0.8, 0.4], "jitter_p": 0.8, "grayscale": 0.3, "bl
 
 @pytest.fixture(autouse=True)
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(color, "library", lambda: None)
+    monkeypatch.setattr(compiled, "library", lambda: None)
 
 
 def images(count: int, height: int = 130, width: int = 133, channels: int = 3) -> Tensor:
@@ -30,9 +30,9 @@ def images(count: int, height: int = 130, width: int = 133, channels: int = 3) -
     return made
 
 
-def colour(view: dict[str, Any], given: Tensor, **options: Any) -> Tensor:
+def color(view: dict[str, Any], given: Tensor, **options: Any) -> Tensor:
     key = rng.mix(5, torch.arange(len(given)))
-    return Views([view], **options).colour(0, key, given, **CONSTANTS)
+    return Views([view], **options).color(0, key, given, **CONSTANTS)
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def colour(view: dict[str, Any], given: Tensor, **options: Any) -> Tensor:
 def test_one_at_a_time_equals_the_batched_operations(view: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     given = images(40)
     before = given.clone()
-    found = colour(view, given, normalize=False)
+    found = color(view, given, normalize=False)
     monkeypatch.setattr(one_by_one, "LARGE", 10**9)
-    wanted = colour(view, given, normalize=False)
+    wanted = color(view, given, normalize=False)
     assert torch.equal(given, before)
     # A value within rounding of the threshold is solarized by one and not by the other.
     apart = (found - wanted).abs() > 2e-5
@@ -59,17 +59,17 @@ def test_types_and_channels_stay(channels: int, dtype: torch.dtype) -> None:
     key = rng.mix(5, torch.arange(6))
     given = images(6, channels=channels)
     constants = {"mean": (0.5,) * channels, "std": (1.0,) * channels}
-    one, other = (Views([view]).colour(0, key, given.to(kind), **constants) for kind in (dtype, torch.float32))
+    one, other = (Views([view]).color(0, key, given.to(kind), **constants) for kind in (dtype, torch.float32))
     assert one.dtype == dtype
     torch.testing.assert_close(one.float(), other, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 2e-5)
 
 
 def test_nothing_depends_on_the_batch_and_the_number_of_threads_stays() -> None:
     given, before = images(7), torch.get_num_threads()
-    whole = colour(STRONG, given)
+    whole = color(STRONG, given)
     try:
         torch.set_num_threads(3)
-        assert torch.equal(whole[:2], colour(STRONG, given[:2]))
+        assert torch.equal(whole[:2], color(STRONG, given[:2]))
         assert torch.get_num_threads() == 3
         with one_by_one.one_thread():
             assert torch.get_num_threads() == 1
@@ -80,4 +80,4 @@ def test_nothing_depends_on_the_batch_and_the_number_of_threads_stays() -> None:
 
 def test_a_blur_too_wide_for_the_images_is_refused() -> None:
     with pytest.raises(ValueError, match="kernel_size=301 is too large for images of 130 x 133"):
-        colour({"blur": 1e-9, "blur_kernel": 301}, images(1))
+        color({"blur": 1e-9, "blur_kernel": 301}, images(1))

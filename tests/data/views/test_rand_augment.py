@@ -55,7 +55,7 @@ def _factor(level: float) -> float:
 
 
 # What PyContrast does with Pillow, level in [0, 10].
-COLOURS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+COLORS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "auto_contrast": lambda image, level: ImageOps.autocontrast(image),
     "equalize": lambda image, level: ImageOps.equalize(image),
     "invert": lambda image, level: ImageOps.invert(image),
@@ -90,15 +90,15 @@ def _operate(name: str, images: Tensor, level: float, *, bicubic: bool = False) 
 
 def test_there_are_the_fifteen_operations_of_pycontrast() -> None:
     assert len(ra.OPERATIONS) == 15
-    assert sorted(ra.OPERATIONS) == sorted([*COLOURS, *GEOMETRIC])
+    assert sorted(ra.OPERATIONS) == sorted([*COLORS, *GEOMETRIC])
 
 
-@pytest.mark.parametrize("name", COLOURS)
+@pytest.mark.parametrize("name", COLORS)
 @pytest.mark.parametrize("level", [0.0, 3.3, 5.0, 7.7, 10.0])
-def test_colour_operations_equal_pil_within_rounding(name: str, level: float) -> None:
+def test_color_operations_equal_pil_within_rounding(name: str, level: float) -> None:
     images = _images(40, 34)
     got = _operate(name, images / 255, level)
-    want = torch.stack([_tensor(COLOURS[name](_pil(image), level)) for image in images])
+    want = torch.stack([_tensor(COLORS[name](_pil(image), level)) for image in images])
     torch.testing.assert_close(got, want, rtol=0, atol=2 / 255)
     assert (got - want).abs().mean() < 0.6 / 255
 
@@ -149,7 +149,7 @@ def test_no_operation_is_the_identity_and_magnitude_0_is_not() -> None:
         View(jitter=(0.4, 0.4, 0.4, 0.1), blur=0.5, rand_augment=0, rand_augment_magnitude=3.0),
     )
     key = mix(0, torch.arange(32))
-    assert torch.equal(plain.colour(0, key, images, **CONSTANTS), Views([none]).colour(0, key, images, **CONSTANTS))
+    assert torch.equal(plain.color(0, key, images, **CONSTANTS), Views([none]).color(0, key, images, **CONSTANTS))
 
 
 def test_a_batch_is_each_image_with_the_operations_drawn_for_it() -> None:
@@ -174,7 +174,7 @@ def test_a_batch_is_each_image_with_the_operations_drawn_for_it() -> None:
 def test_operations_levels_signs_and_filters_are_drawn_as_they_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[str, Tensor]] = []
 
-    def recolour(name: str, images: Tensor, level: Tensor) -> Tensor:
+    def recolor(name: str, images: Tensor, level: Tensor) -> Tensor:
         drawn.append((name, level))
         return images
 
@@ -187,12 +187,12 @@ def test_operations_levels_signs_and_filters_are_drawn_as_they_should_be(monkeyp
         drawn.append(("shift", shift))
         return images
 
-    monkeypatch.setattr(ra, "_recolour", recolour)
+    monkeypatch.setattr(ra, "_recolor", recolor)
     monkeypatch.setattr(ra, "affine", affine)
     count = 60_000
     _augment(torch.zeros(count, 1, 4, 4), _draws(count, layers=1), magnitude=6.0, std=0.5)
     by_name = dict(drawn)
-    for name in COLOURS:
+    for name in COLORS:
         assert abs(len(by_name[name]) / count - 0.5 / 15) < 0.003, name
         assert abs(by_name[name].mean() - 6) < 0.05
         assert abs(by_name[name].std() - 0.5) < 0.05
@@ -228,20 +228,20 @@ def test_images_too_small_to_smooth_stay() -> None:
 def test_a_view_is_the_same_in_any_batch_and_another_in_each_view(part: int) -> None:
     spec = View(count=2, rand_augment=3, rand_augment_p=1.0, rand_augment_magnitude=7.0, grayscale=0.2)
     views, images, key = Views([spec]), torch.rand(64, 3, 16, 16), mix(3, torch.arange(64))
-    whole = views.colour(0, key, images, **CONSTANTS)
+    whole = views.color(0, key, images, **CONSTANTS)
     pieces = [slice(start, start + part) for start in range(0, 64, part)]
-    split = torch.cat([views.colour(0, key[p], images[p], **CONSTANTS) for p in pieces])
+    split = torch.cat([views.color(0, key[p], images[p], **CONSTANTS) for p in pieces])
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-5)
-    assert ((views.colour(1, key, images, **CONSTANTS) - whole).abs().amax((1, 2, 3)) > 0.1).float().mean() > 0.8
+    assert ((views.color(1, key, images, **CONSTANTS) - whole).abs().amax((1, 2, 3)) > 0.1).float().mean() > 0.8
 
 
 def test_gray_comes_after_rand_augment_and_the_fill_is_the_mean_of_the_set() -> None:
     images, key = torch.rand(500, 3, 16, 16), mix(3, torch.arange(500))
     gray = Views([View(rand_augment=2, rand_augment_p=1.0, grayscale=1.0)], normalize=False)
-    got = gray.colour(0, key, images, **CONSTANTS)
-    torch.testing.assert_close(got[:, 0], got[:, 1])  # a fill in colour would show if gray came first
-    colour = Views([View(rand_augment=1, rand_augment_p=1.0)], normalize=True)
-    got = colour.colour(0, key, images, **CONSTANTS)
+    got = gray.color(0, key, images, **CONSTANTS)
+    torch.testing.assert_close(got[:, 0], got[:, 1])  # a fill in color would show if gray came first
+    color = Views([View(rand_augment=1, rand_augment_p=1.0)], normalize=True)
+    got = color.color(0, key, images, **CONSTANTS)
     filled = (got.abs().amax(1) < 1e-5).flatten(1).any(1).float().mean()
     assert abs(filled - 5 / 15) < 0.08
 
@@ -249,8 +249,8 @@ def test_gray_comes_after_rand_augment_and_the_fill_is_the_mean_of_the_set() -> 
 def test_blur_comes_before_rand_augment() -> None:
     images, key = torch.rand(300, 3, 16, 16), mix(5, torch.arange(300))
     spec = {"flip": 0.0, "blur": 1.0, "blur_sigma": (1.0, 1.0)}
-    blurred = Views([View(**spec)], normalize=False).colour(0, key, images, **CONSTANTS)
-    got = Views([View(**spec, rand_augment=2)], normalize=False).colour(0, key, images, **CONSTANTS)
+    blurred = Views([View(**spec)], normalize=False).color(0, key, images, **CONSTANTS)
+    got = Views([View(**spec, rand_augment=2)], normalize=False).color(0, key, images, **CONSTANTS)
     draws = uniform(mix(key, 0).unsqueeze(0), torch.arange(128, 140).unsqueeze(1)).view(2, 6, -1)
     torch.testing.assert_close(got, _augment(blurred, draws), rtol=0, atol=1e-6)
 
@@ -258,7 +258,7 @@ def test_blur_comes_before_rand_augment() -> None:
 def test_only_some_channels_are_refused() -> None:
     images = torch.rand(2, 4, 8, 8)
     with pytest.raises(ValueError, match="rand_augment of a view moves pixels"):
-        Views([View(rand_augment=1)]).colour(
+        Views([View(rand_augment=1)]).color(
             0, mix(0, torch.arange(2)), images, mean=[0.5] * 4, std=[0.5] * 4, photometric=slice(0, 3)
         )
 

@@ -31,7 +31,7 @@ def test_every_preset_loads_and_draws(path: Path) -> None:
     for view, size in enumerate(views.sizes(32)):
         boxes = views.boxes(view, key, sides, sides)
         crops = augment.resized_crop(images, boxes, size, interpolation=views.views[view].interpolation)
-        got = views.colour(view, key, crops, mean=[0.5] * 3, std=[0.25] * 3)
+        got = views.color(view, key, crops, mean=[0.5] * 3, std=[0.25] * 3)
         assert got.shape == (4, 3, size, size)
         assert got.isfinite().all()
 
@@ -141,9 +141,9 @@ def test_a_wrong_value_names_field_value_and_constraint(field: str, value: objec
 
 def test_wrong_lists_and_keys_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(
-        ValueError, match=r"views\[0\] has the unknown key 'greyscale'\. Did you mean 'grayscale'\? Known"
+        ValueError, match=r"views\[0\] has the unknown key 'grayscale'\. Did you mean 'grayscale'\? Known"
     ):
-        Views([{"greyscale": 0.2}])
+        Views([{"grayscale": 0.2}])
     with pytest.raises(ValueError, match=r"unknown key 'zzz'\. Known keys: count, size, crop_scale"):
         Views([{"zzz": 1}])
     for empty in ([], {"count": 2}, "simclr"):
@@ -158,4 +158,4 @@ def test_wrong_lists_and_keys_are_refused_with_the_nearest_name() -> None:
 def test_bytes_are_refused_with_the_remedy() -> None:
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="uint8; divide by 255"):
-        Views([{}]).colour(0, mix(0, torch.arange(1)), images, mean=[0.5] * 3, std=[0.25] * 3)
+        Views([{}]).color(0, mix(0, torch.arange(1)), images, mean=[0.5] * 3, std=[0.25] * 3)

@@ -48,7 +48,7 @@ def _make(views: Views, view: int, key: Tensor, images: Tensor, size: int = 32) 
     height = torch.full((len(images),), images.shape[2])
     boxes = views.boxes(view, key, height, torch.full_like(height, images.shape[3]))
     crops = augment.resized_crop(images, boxes, size, interpolation=views.views[view].interpolation)
-    return views.colour(view, key, crops, **CONSTANTS)
+    return views.color(view, key, crops, **CONSTANTS)
 
 
 def _ks_to_uniform(values: Tensor, low: float, high: float) -> float:
@@ -72,7 +72,7 @@ def _captured_jitter(monkeypatch: pytest.MonkeyPatch, view: View, count: int) ->
 
     monkeypatch.setattr(color, "library", lambda: None)  # torch's operations get what is drawn
     monkeypatch.setattr(augment, "color_jitter", capture)
-    Views([view], normalize=False).colour(0, _keys(count), torch.rand(count, 3, 1, 1), **CONSTANTS)
+    Views([view], normalize=False).color(0, _keys(count), torch.rand(count, 3, 1, 1), **CONSTANTS)
     return seen[0]
 
 
@@ -153,7 +153,7 @@ def test_flip_and_grayscale_and_solarize_come_at_their_rates() -> None:
     images = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.5, 0.6]).view(1, 3, 1, 2).expand(count, 3, 1, 2)
     for name, rate in (("flip", 0.5), ("flip", 0.1), ("grayscale", 0.2), ("solarize", 0.2)):
         views = Views([View(**{"flip": 0.0, name: rate})], normalize=False)
-        changed = (views.colour(0, _keys(count), images, **CONSTANTS) != images).flatten(1).any(1)
+        changed = (views.color(0, _keys(count), images, **CONSTANTS) != images).flatten(1).any(1)
         assert abs(changed.double().mean() - rate) < 5 * (rate * (1 - rate) / count) ** 0.5
 
 
@@ -186,7 +186,7 @@ def test_blur_width_is_uniform_and_comes_at_its_rate(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(color, "library", lambda: None)  # what is drawn is seen where torch's operations get it
     monkeypatch.setattr(augment, "gaussian_blur", lambda images, *rest: seen.append(rest) or images)
     view = View(blur=0.5, blur_sigma=(0.1, 2.0))
-    Views([view], normalize=False).colour(0, _keys(20_000), torch.rand(20_000, 3, 2, 2), **CONSTANTS)
+    Views([view], normalize=False).color(0, _keys(20_000), torch.rand(20_000, 3, 2, 2), **CONSTANTS)
     sigma, _, mask = seen[0]
     assert abs(mask.double().mean() - 0.5) < 5 * (0.25 / 20_000) ** 0.5
     assert _ks_to_uniform(sigma, 0.1, 2.0) < 2.5 / 20_000**0.5
@@ -194,7 +194,7 @@ def test_blur_width_is_uniform_and_comes_at_its_rate(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("grayscale_first", [False, True])
-def test_colour_applies_the_operations_in_the_documented_order(grayscale_first: bool) -> None:
+def test_color_applies_the_operations_in_the_documented_order(grayscale_first: bool) -> None:
     # Everything always happens, with only one value possible; then torchvision can say the result.
     view = View(
         flip=1.0,
@@ -208,20 +208,20 @@ def test_colour_applies_the_operations_in_the_documented_order(grayscale_first: 
         solarize_threshold=0.4,
     )
     images = _images(6, 16)
-    got = Views([view]).colour(0, _keys(6), images, **CONSTANTS)
+    got = Views([view]).color(0, _keys(6), images, **CONSTANTS)
     gray = [reference.rgb_to_grayscale(image.flip(2), 3) for image in images]
     for result, image in zip(got, gray, strict=True):
-        # The hue of a gray pixel does nothing; of a coloured one it changes the gray value.
+        # The hue of a gray pixel does nothing; of a colored one it changes the gray value.
         want = reference.gaussian_blur(image, [5, 5], [1.5, 1.5])
         want = reference.normalize(reference.solarize(want, 0.4), **CONSTANTS)
         assert ((result - want).abs().max() < 1e-4) == grayscale_first
 
 
-def test_finish_is_the_end_of_colour() -> None:
+def test_finish_is_the_end_of_color() -> None:
     images = _images(5)
     for space, normalize in itertools.product(("rgb", "lab", "ydbdr"), (True, False)):
         views = Views([View(flip=0.0)], normalize=normalize, color_space=space)
-        assert torch.equal(views.colour(0, _keys(5), images, **CONSTANTS), views.finish(images, **CONSTANTS))
+        assert torch.equal(views.color(0, _keys(5), images, **CONSTANTS), views.finish(images, **CONSTANTS))
     lab = augment.normalize(augment.rgb_to_lab(images), LAB_MEAN, LAB_STD)
     assert torch.equal(Views([View()], color_space="lab").finish(images, **CONSTANTS), lab)
     assert lab.abs().max() <= 1
@@ -284,22 +284,22 @@ def test_two_equal_entries_are_drawn_apart_like_one_with_count_two() -> None:
         assert torch.equal(_make(twice, view, _keys(8), images), _make(counted, view, _keys(8), images))
 
 
-def test_colour_leaves_its_input_alone_and_keeps_its_type() -> None:
+def test_color_leaves_its_input_alone_and_keeps_its_type() -> None:
     images = _images(32)
     before = images.clone()
-    whole = Views([RICH]).colour(0, _keys(32), images, **CONSTANTS)
+    whole = Views([RICH]).color(0, _keys(32), images, **CONSTANTS)
     assert torch.equal(images, before)
     for dtype in (torch.float64, torch.bfloat16):
-        got = Views([View(jitter=(0.4, 0.4, 0.4, 0.1))]).colour(0, _keys(32), images.to(dtype), **CONSTANTS)
+        got = Views([View(jitter=(0.4, 0.4, 0.4, 0.1))]).color(0, _keys(32), images.to(dtype), **CONSTANTS)
         assert got.dtype == dtype
         assert got.isfinite().all()
     assert whole.dtype == torch.float32
-    assert Views([RICH]).colour(0, _keys(0), images[:0], **CONSTANTS).shape == (0, 3, 32, 32)
+    assert Views([RICH]).color(0, _keys(0), images[:0], **CONSTANTS).shape == (0, 3, 32, 32)
 
 
 def test_gray_sets_of_one_channel_work() -> None:
     images = _images(16)[:, :1]
-    got = Views([RICH], normalize=False).colour(0, _keys(16), images, mean=[0.5], std=[0.5])
+    got = Views([RICH], normalize=False).color(0, _keys(16), images, mean=[0.5], std=[0.5])
     assert got.shape == (16, 1, 32, 32)
     assert got.min() >= 0
     assert got.max() <= 1 + 1e-6
@@ -316,7 +316,7 @@ def test_finished_images_can_be_restored_to_be_looked_at(color_space: str, norma
     torch.testing.assert_close(restored, images, rtol=0, atol=2e-3)
 
 
-def test_what_lies_outside_of_the_colours_of_an_image_is_clamped_in_pictures() -> None:
+def test_what_lies_outside_of_the_colors_of_an_image_is_clamped_in_pictures() -> None:
     views = Views([{"count": 1}])
     restored = views.restore(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2), mean=(0.5,), std=(0.25,))
     assert restored.flatten().tolist() == [0, 1]
@@ -335,7 +335,7 @@ def test_views_made_together_are_those_made_alone():
         views.boxes(view, key, side, side),
         torch.cat([views.boxes(number, key[:12], side[:12], side[:12]) for number in range(2)]),
     )
-    together = views.colour(view, key, images.repeat(2, 1, 1, 1), **CONSTANTS)
-    alone = torch.cat([views.colour(number, key[:12], images, **CONSTANTS) for number in range(2)])
+    together = views.color(view, key, images.repeat(2, 1, 1, 1), **CONSTANTS)
+    alone = torch.cat([views.color(number, key[:12], images, **CONSTANTS) for number in range(2)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
     assert not torch.equal(together[:12], together[12:])

@@ -30,7 +30,7 @@ class Hypersphere(Method):
     Args:
         dim: embedding size D.
         alpha: exponent of the distance between two views.
-        t: the larger, the more near neighbours count.
+        t: the larger, the more near neighbors count.
         weight: of uniformity.
     """
 
