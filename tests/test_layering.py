@@ -1,72 +1,44 @@
-"""Imports go one way, as the table of ranks says; a new module needs a line in it."""
+"""Imports go one way, as the order of the packages says; no two modules import each other."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "sslcli"
-
-# A part may import parts of a lower rank. A package counts as one part; `cli` may import all.
-RANKS = {
-    "errors": 0,
-    "atomic": 0,
-    "regular_files": 0,
-    "settings": 1,
-    "schedule": 1,  # pure functions of progress
-    "heartbeat": 1,
-    "distributed": 2,
-    "slurm": 2,
-    "nn": 3,
-    "decoder": 3,
-    "noise": 3,
-    "mixture": 3,
-    "losses": 3,
-    "methods": 4,
-    "backbones": 4,
-    "migrations": 4,
-    "pieces": 4,
-    "winograd_passes": 2,
-    "winograd_transforms": 3,
-    "winograd": 4,
-    "sharding": 5,
-    "checkpoint": 5,
-    "data": 5,
-    "optim": 5,
-    "health": 5,
-    "report": 5,
-    "precision": 5,
-    "allocator": 0,
-    "idle_threads": 0,
-    "cores": 0,
-    "interpreter": 0,
-    "checkpoint_names": 0,
-    "compiled": 0,
-    "cached_gradients": 6,
-    "launch": 6,
-    "train": 6,
-    "evaluate": 6,
-    "stopping": 6,
-    "watch": 6,
-    "cli": 7,
-}
-SIDEWAYS = {  # within one rank, in this direction alone
-    ("atomic", "regular_files"),
-    ("mixture", "noise"),  # its random numbers
-    ("decoder", "nn"),
-    ("train", "cached_gradients"),
-    ("train", "stopping"),
-    ("train", "watch"),
-}
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sslcli"
+# A module imports only from its own package and from packages further up this list.
+ORDER = (
+    "errors",
+    "config",
+    "system",
+    "kernels",
+    "report",
+    "distributed",
+    "nn",
+    "backbones",
+    "weights",
+    "methods",
+    "data",
+    "engine",
+    "evaluation",
+    "runs",
+    "sweeps",
+    "cli",
+)
+KNOW_HYDRA = ("cli",)
+KNOW_OMEGACONF = ("cli", "config")
+IMPORTS_BY_NAME = ("sslcli.runs.build", "sslcli.config.moved")
 FORBIDDEN_NAMES = ("util", "utils", "helper", "helpers", "common", "manager", "misc")
-FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 
 
-def part_of(module: str) -> str:
-    """`sslcli.data.views.views` -> `data`; the package itself is `sslcli`."""
+def package_of(module: str) -> str:
+    """`sslcli.data.views.spec` -> `data`; the package itself is `sslcli`."""
     return module.split(".")[1] if "." in module else "sslcli"
 
 
@@ -75,33 +47,48 @@ def module_of(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def imports(source: str, module: str) -> Iterator[str]:
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports(source: str, module: str, known: Mapping[str, Path] = MODULES) -> Iterator[str]:
     """Every module that the source imports, at its top or in a function, with its full name."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} has a relative import: write sslcli. in front"
+            assert node.level == 0, f"{module} has a relative import: write the whole name"
             name = node.module or ""
-            yield from (f"{name}.{alias.name}" if name == "sslcli" else name for alias in node.names)
+            full = [f"{name}.{alias.name}" for alias in node.names]
+            yield from (each if each in known or name == "sslcli" else name for each in full)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            assert module in ("sslcli.runs.build",), f"{module} imports by name, which only building may"
+            assert module in IMPORTS_BY_NAME or not module.startswith("sslcli"), f"{module} imports by name"
 
 
 def faults(source: str, module: str) -> list[str]:
-    """What the imports of a module do against the table."""
-    own, found = part_of(module), []
+    """The imports of a module that the order of the packages forbids."""
+    own, found = package_of(module), []
     for name in imports(source, module):
-        top, part = name.split(".")[0], part_of(name)
-        if top in ("hydra", "omegaconf") and own != "cli":
-            found.append(f"{module} imports {name}: only sslcli.cli knows Hydra")
+        top, package = name.split(".")[0], package_of(name)
+        if (top == "hydra" and own not in KNOW_HYDRA) or (top == "omegaconf" and own not in KNOW_OMEGACONF):
+            found.append(f"{module} imports {name}")
         if top in ("tests", "scripts", "conf"):
-            found.append(f"{module} imports {name}: nothing imports that")
-        if top != "sslcli" or part in (own, "sslcli", "__version__"):
+            found.append(f"{module} imports {name}, which no module imports")
+        if top != "sslcli" or package in (own, "sslcli", "__version__"):
             continue
-        if RANKS[part] >= RANKS[own] and (own, part) not in SIDEWAYS:
-            found.append(f"{module} imports {name}: {own} (rank {RANKS[own]}) may not use {part} (rank {RANKS[part]})")
+        if own != "sslcli" and ORDER.index(package) >= ORDER.index(own):
+            found.append(f"{module} imports {name}, but {package} comes after {own}")
     return found
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that reach each other, by repeatedly removing modules without arrows in or out."""
+    left = {module: set(targets) for module, targets in graph.items()}
+    while True:
+        pointed_at = {target for targets in left.values() for target in targets}
+        ends = {module for module in left if not (left[module] & set(left)) or module not in pointed_at}
+        if not ends:
+            return [sorted(left)] if left else []
+        left = {module: targets - ends for module, targets in left.items() if module not in ends}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_of(path))
@@ -109,24 +96,44 @@ def test_imports_go_one_way(path: Path) -> None:
     assert faults(path.read_text("utf-8"), module_of(path)) == []
 
 
-def test_every_part_has_a_rank_and_every_rank_a_part() -> None:
-    assert {part_of(module_of(path)) for path in FILES} - {"sslcli"} == set(RANKS)
+def test_no_modules_import_each_other() -> None:
+    graph = {module: set(imports(path.read_text("utf-8"), module)) & set(MODULES) for module, path in MODULES.items()}
+    assert circles(graph) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_no_scripts_import_each_other() -> None:
+    names = {path.stem: path for path in SCRIPTS}
+    graph = {name: set(imports(path.read_text("utf-8"), name, names)) & set(names) for name, path in names.items()}
+    assert graph["run"], "the imports between scripts are not seen"
+    assert circles(graph) == []
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_import_only_modules_that_exist(path: Path) -> None:
+    found = [name for name in imports(path.read_text("utf-8"), path.stem) if name.split(".")[0] == "sslcli"]
+    assert [name for name in found if name not in MODULES and name != "sslcli.__version__"] == []
+
+
+def test_the_root_holds_errors_only_and_every_package_has_its_place() -> None:
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "errors.py"}
+    assert {package_of(module) for module in MODULES} - {"sslcli"} == set(ORDER)
 
 
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("sslcli.methods.moco", "from sslcli.data.views.views import Views"),
+        ("sslcli.methods.moco", "from sslcli.data.views import spec"),
         ("sslcli.methods.moco", "from sslcli.engine.loop import Run"),
-        ("sslcli.methods.moco", "import sslcli.backbones.small"),
+        ("sslcli.backbones.small", "import sslcli.methods.moco"),
         ("sslcli.methods.moco", "def f():\n    from sslcli import data"),
         ("sslcli.data.loader", "from hydra import compose"),
-        ("sslcli.engine.monitor", "from omegaconf import OmegaConf"),
-        ("sslcli.engine.checkpoint", "from sslcli.report.metrics import read"),
-        ("sslcli.engine.stop", "from sslcli.engine.loop import Run"),
-        ("sslcli.evaluation.knn", "from sslcli.cli import _build"),
-        ("sslcli.nn.modules", "from sslcli.nn.contrastive import info_nce"),
-        ("sslcli.distributed.collectives", "from sslcli.nn.modules import mlp"),
+        ("sslcli.config.schema", "from hydra import compose"),
+        ("sslcli.runs.directory", "from omegaconf import OmegaConf"),
+        ("sslcli.report.metrics", "from sslcli.engine import checkpoint"),
+        ("sslcli.engine.stop", "from sslcli.runs.worker import run"),
+        ("sslcli.evaluation.knn", "from sslcli.cli import compose"),
+        ("sslcli.distributed.collectives", "from sslcli.nn.heads import mlp"),
     ],
 )
 def test_an_import_the_wrong_way_is_seen(module: str, line: str) -> None:
@@ -139,7 +146,7 @@ def test_an_import_the_wrong_way_is_seen(module: str, line: str) -> None:
         ("sslcli.methods.byol", "from sslcli.nn.schedule import ema_momentum"),
         ("sslcli.data.loader", "from sslcli.methods.base import Batch"),
         ("sslcli.report.metrics", "from sslcli.system.atomic import replace"),
-        ("sslcli.engine.loop", "from sslcli import checkpoint, distributed\nfrom sslcli.errors import ConfigError"),
+        ("sslcli.engine.loop", "from sslcli.engine import checkpoint\nfrom sslcli.errors import ConfigError"),
         ("sslcli.cli.train", "from sslcli import __version__\nimport hydra\nimport torch"),
     ],
 )

@@ -6,18 +6,14 @@ ranges. So every job of a command is composed and checked here, before anything 
 
 from __future__ import annotations
 
-import hashlib
 import os
-import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterable
 from typing import Any
 
-import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
+from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -31,22 +27,18 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sslcli.cli import messages
-from sslcli.cli.help import MULTIRUNS, folder_of_conf
 from sslcli.cli.hydra_node import SECTIONS, check_hydra, resolved
 from sslcli.config import schema
-from sslcli.config.own_dataset import change_of, is_change
-from sslcli.config.paths import absolute, absolute_paths, quoted_home
+from sslcli.config.folders import folder_of_conf
+from sslcli.config.own_dataset import PREFIX, Change
+from sslcli.config.paths import absolute_paths
 from sslcli.config.plugins import conf_of_plugins
-from sslcli.config.settings import NEUTRAL
-from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError
-from sslcli.report.terminal import guard_terminal
-from sslcli.sweeps.job import stop_with_sweep
-from sslcli.system.idle_threads import sleep_soon
+from sslcli.errors import ConfigError
+from sslcli.runs.identity import digested
 from sslcli.system.interpreter import find_trusted
 
 # A checkout that is not installed has no sslcli.conf.
 CONF = "pkg://sslcli.conf" if folder_of_conf(installed=True) else str(folder_of_conf())
-ANSWERED_BY_HYDRA = ("hydra_help", "info", "shell_completion")
 
 
 class ConfOfPlugins(SearchPathPlugin):
@@ -58,75 +50,6 @@ class ConfOfPlugins(SearchPathPlugin):
 
 
 Plugins.instance().register(ConfOfPlugins)
-
-
-def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
-    """Compose, check and run what the command line asks for; the exit code."""
-    guard_terminal()
-    stop_with_sweep()
-    sleep_soon()
-    try:
-        arguments = read_arguments()
-        if any(getattr(arguments, flag) for flag in ANSWERED_BY_HYDRA):
-            if arguments.hydra_help:  # sets up logging as the configuration says
-                checked_jobs(name, arguments)
-            hand_over(name, lambda config: None, arguments)
-            return 0
-        if arguments.multirun and name not in MULTIRUNS:
-            raise ConfigError(f"ssl-{name} has no --multirun: call it once for each value")
-        jobs = checked_jobs(name, arguments)
-        if arguments.cfg:
-            hand_over(name, lambda config: None, arguments)
-            return 0
-        if arguments.multirun:
-            from sslcli.sweeps.sweep import sweep
-
-            return sweep(name, jobs, arguments)
-        return run(jobs[0])
-    except ConfigError as error:
-        print(f"ssl-{name}: {error}", file=sys.stderr)
-        return EXIT_CONFIG
-    except KeyboardInterrupt:
-        print(f"ssl-{name}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-
-
-def read_arguments() -> Namespace:
-    """Flags and overrides in any order. Raises ConfigError for what is neither."""
-    arguments, strange = get_args_parser().parse_known_intermixed_args()
-    if strange:
-        raise ConfigError(
-            f"there is no flag {strange[0]}: settings are written key=value, as in train.epochs=5; see --help"
-        )
-    if arguments.experimental_rerun:
-        raise ConfigError(
-            "--experimental-rerun would unpickle a file, which can run any code: start the run's own command again "
-            "(overrides.txt in its directory)"
-        )
-    for flag in ("config_dir", "config_path"):
-        if getattr(arguments, flag) is not None:
-            setattr(arguments, flag, absolute(getattr(arguments, flag)))
-    arguments.overrides = [quoted_home(line) for line in arguments.overrides]
-    if arguments.multirun and arguments.cfg:
-        raise ConfigError("--cfg shows one configuration and --multirun makes several: leave one of them out")
-    return arguments
-
-
-def hand_over(name: str, task: Callable[[DictConfig], Any], arguments: Namespace) -> None:
-    """Let Hydra answer: completion, printing, and multirun with its sweepers and launchers."""
-    # Hydra reads the command line itself, and only if all overrides stand together.
-    sys.argv = [sys.argv[0], *arguments.overrides, *flags_of(arguments)]
-    hydra.main(version_base="1.3", config_path=CONF, config_name=name)(task)()
-
-
-def flags_of(arguments: Namespace, *, only: tuple[str, ...] = ()) -> list[str]:
-    """The flags that were given, as a command line writes them."""
-    flags = []
-    for name, value in vars(arguments).items():
-        if name == "overrides" or not value or (only and name not in only):
-            continue
-        flags.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
-    return flags
 
 
 def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
@@ -295,16 +218,18 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def digested(lines: list[str]) -> str:
-    """Six hex digits of the overrides that make a run what it is, so that the same command finds its directory."""
-    found = telling(lines)
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:6] if found else ""
+def is_change(override: Override) -> bool:
+    """Whether an override sets a value below `dataset` and chooses no image set."""
+    return messages.group_of(override).startswith(PREFIX)
 
 
-def telling(lines: Iterable[str]) -> list[str]:
-    """The overrides that make a run what it is, in an order of their own."""
-    return sorted(line for line in lines if not _is_neutral(line.partition("=")[0].lstrip("+~")))
-
-
-def _is_neutral(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in (*NEUTRAL, "hydra")) or key.startswith("hydra/")
+def change_of(override: Override) -> Change:
+    """An override that `is_change`. Raises ConfigError for an interpolation that cannot be resolved."""
+    key = messages.group_of(override)
+    sign = "++" if override.is_force_add() else "+" if override.is_add() else "~" if override.is_delete() else ""
+    try:
+        value = OmegaConf.to_container(OmegaConf.create({"value": override.value()}), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}: cannot resolve the value: {str(error).splitlines()[0]}") from error
+    assert isinstance(value, dict)
+    return Change(sign, key.removeprefix(PREFIX), value["value"])

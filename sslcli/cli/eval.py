@@ -14,7 +14,7 @@ from sslcli.errors import ConfigError, nearest
 def main() -> None:
     """The console script."""
     show_and_exit("eval")
-    from sslcli.cli.compose import command
+    from sslcli.cli.command import command
 
     sys.exit(command("eval", evaluate))
 

@@ -13,7 +13,7 @@ from sslcli.errors import ConfigError
 def main() -> None:
     """The console script."""
     show_and_exit("export")
-    from sslcli.cli.compose import command
+    from sslcli.cli.command import command
 
     sys.exit(command("export", export))
 

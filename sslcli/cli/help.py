@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from sslcli import __version__
+from sslcli.config.folders import folder_of_conf, own_folders
 from sslcli.config.plugins import conf_of_plugins
 from sslcli.report.terminal import guard_terminal
 
@@ -99,23 +99,6 @@ def find_choice(folders: list[Path], group: str, choice: str) -> Path | None:
 def indented(text: str) -> str:
     """The text two columns to the right, without empty lines around it."""
     return "\n".join(f"  {line}".rstrip() for line in text.strip("\n").splitlines())
-
-
-def own_folders(arguments: list[str]) -> list[Path]:
-    """The folder given by --config-dir, if there is one."""
-    for place, part in enumerate(arguments):
-        flag, _, value = part.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            return [Path(value or "".join(arguments[place + 1 : place + 2]))]
-    return []
-
-
-def folder_of_conf(*, installed: bool = False) -> Path | None:
-    """Where the yaml files are: beside the package once it is installed, in the checkout otherwise."""
-    spec = find_spec("sslcli.conf")
-    if spec is not None and spec.origin is not None:
-        return Path(spec.origin).parent
-    return None if installed else Path(__file__).resolve().parents[2] / "conf"
 
 
 def show_and_exit(name: str) -> None:

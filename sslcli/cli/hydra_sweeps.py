@@ -24,9 +24,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from sslcli.cli.compose import digested, engine_of
+from sslcli.cli.compose import engine_of
 from sslcli.cli.messages import one_line
 from sslcli.errors import ConfigError
+from sslcli.runs.identity import digested
 from sslcli.sweeps.job import FINISHED, Job, Sweep, enrol, job_of, read, status_of
 from sslcli.sweeps.queue import Slot, handed_on, run_queue
 from sslcli.sweeps.table import value_of
@@ -86,7 +87,7 @@ def objective(sweep: Sweep, job: Job) -> float | None:
     return value_of(job.run_dir, sweep.metric)
 
 
-def carry(sweep: Sweep, jobs: list[Job], arguments: Namespace, slots: list[Slot] | None) -> tuple[bool, bool]:
+def carry(arguments: Namespace, sweep: Sweep, jobs: list[Job], slots: list[Slot] | None) -> tuple[bool, bool]:
     """Let the chosen launcher run the jobs; whether the sweep was stopped, and whether the launcher gave up."""
 
     def launch(engine: Hydra) -> None:
@@ -101,7 +102,7 @@ def carry(sweep: Sweep, jobs: list[Job], arguments: Namespace, slots: list[Slot]
     return watched(sweep, arguments, launch)
 
 
-def draw(sweep: Sweep, arguments: Namespace, launcher: str, slots: list[Slot] | None) -> tuple[bool, bool]:
+def draw(arguments: Namespace, sweep: Sweep, launcher: str, slots: list[Slot] | None) -> tuple[bool, bool]:
     """Let the chosen sweeper draw jobs; whether the sweep was stopped, and whether the sweeper gave up."""
     if launcher == "basic":  # Hydra builds launchers from its own package alone, so ours goes by the name of its own
         Plugins.instance().class_name_to_class[f"{BasicLauncher.__module__}.BasicLauncher"] = QueueLauncher

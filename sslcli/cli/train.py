@@ -10,7 +10,7 @@ from sslcli.cli.help import show_and_exit
 def main() -> None:
     """The console script."""
     show_and_exit("train")
-    from sslcli.cli.compose import command
+    from sslcli.cli.command import command
     from sslcli.runs.launch import launch
 
     sys.exit(command("train", launch))

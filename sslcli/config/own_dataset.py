@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sslcli.cli import messages
 from sslcli.config import schema
+from sslcli.config.keys import check_path
 from sslcli.config.paths import absolute, in_nodes, paths_of, same_paths, without_paths
+from sslcli.config.targets import check_target, targets
 from sslcli.errors import ConfigError
 
 PREFIX = "dataset."
@@ -38,23 +38,6 @@ class Change(NamedTuple):
     value: Any
 
 
-def is_change(override: Override) -> bool:
-    """Whether an override sets a value below `dataset` and chooses no image set."""
-    return messages.group_of(override).startswith(PREFIX)
-
-
-def change_of(override: Override) -> Change:
-    """An override that `is_change`. Raises ConfigError for an interpolation that cannot be resolved."""
-    key = messages.group_of(override)
-    sign = "++" if override.is_force_add() else "+" if override.is_add() else "~" if override.is_delete() else ""
-    try:
-        value = OmegaConf.to_container(OmegaConf.create({"value": override.value()}), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}: cannot resolve the value: {str(error).splitlines()[0]}") from error
-    assert isinstance(value, dict)
-    return Change(sign, key.removeprefix(PREFIX), value["value"])
-
-
 def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[str]) -> dict[str, Any]:
     """The node `dataset` of a run's configuration with `changes` applied and checked; paths are absolute.
 
@@ -67,7 +50,7 @@ def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[
             _delete(node, change.key)
             continue
         if change.sign == "":
-            messages.check_path("eval", path, node, signed=True)
+            check_path("eval", path, node, signed=True)
         try:
             OmegaConf.update(node, path, change.value, force_add=True)
         except OmegaConfBaseException as error:
@@ -75,8 +58,8 @@ def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[
     plain = OmegaConf.to_container(node, resolve=False)
     assert isinstance(plain, dict)
     if changes:
-        for where, target in schema.targets("", plain):
-            schema.check_target(target, trust, where)
+        for where, target in targets("", plain):
+            check_target(target, trust, where)
         schema.check_group("dataset", plain["dataset"])
     found: dict[str, Any] = in_nodes(plain["dataset"], absolute)
     return found

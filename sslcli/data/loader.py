@@ -60,7 +60,7 @@ class Loader:
                 f"train.batch_size is {batch_size}, but it must split evenly into {accumulate} micro-batches on "
                 f"{world_size()} processes: choose a multiple of {share}"
             )
-        num_images = epoch_length(source)
+        num_images = epoch_length(len(source.splits["train"]), source.weights)
         if batch_size > num_images:
             raise ConfigError(
                 f"train.batch_size is {batch_size}, but the training split of {source.name} has {num_images} images: "
@@ -116,7 +116,8 @@ class Loader:
         """What this process reads in an epoch: the columns of `Request`, each (steps, accumulate, part)."""
         shape = (self.steps_per_epoch, self.accumulate, world_size(), self.part)
         if self.layout is None:
-            order = epoch_order(self.source, seed=self.seed, epoch=epoch)
+            num_images = len(self.source.splits["train"])
+            order = epoch_order(num_images, self.source.weights, seed=self.seed, epoch=epoch)
             index, visit = (column[: math.prod(shape)].view(shape)[:, :, rank()] for column in order)
             return index, visit, torch.zeros_like(index, dtype=torch.bool)
         whole = shard_order(self.layout, seed=self.seed, epoch=epoch, batch_size=self.batch_size)

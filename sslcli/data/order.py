@@ -14,16 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sslcli.data import rng
-
-if TYPE_CHECKING:
-    from sslcli.data.sources.base import Source
 
 _STRETCHES = 8  # a lane has at least so many, if shards can be cut that small
 
@@ -60,27 +56,26 @@ def layout_of(shard: Tensor, chunk: Tensor, *, lanes: int, buffer: int) -> Layou
     return Layout(begins.cumsum(0) - 1, chunk, lanes, buffer)
 
 
-def epoch_length(source: Source) -> int:
+def epoch_length(num_images: int, weights: Tensor | None) -> int:
     """How many images an epoch shows, before those that do not fill a batch are left out."""
-    if source.weights is None:
-        return len(source.splits["train"])
-    weights = source.weights.tolist()
-    return sum(round(weights.count(weight) * weight) for weight in set(weights))
+    if weights is None:
+        return num_images
+    values = weights.tolist()
+    return sum(round(values.count(weight) * weight) for weight in set(values))
 
 
-def epoch_order(source: Source, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+def epoch_order(num_images: int, weights: Tensor | None, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
     """The training images of an epoch in their order: (M,) index and (M,) visit.
 
     `index` counts within the training split. An image of weight w comes w times an epoch on average over the images
     of that weight, exactly; `visit` tells the epoch and the repetition, so that repetitions get views of their own.
     """
-    num_images = len(source.splits["train"])
     index, repeat = torch.arange(num_images), torch.zeros(num_images, dtype=torch.long)
-    if source.weights is not None:
+    if weights is not None:
         lucky = rng.uniform(rng.mix(seed, epoch, index), 0)
         parts = []
-        for weight in sorted(set(source.weights.tolist())):
-            members = index[source.weights == weight]
+        for weight in sorted(set(weights.tolist())):
+            members = index[weights == weight]
             whole, left = int(weight), round(len(members) * weight) - int(weight) * len(members)
             parts += [(members, turn) for turn in range(whole)]
             parts.append((members[lucky[members].argsort()[:left]], whole))

@@ -1,34 +1,54 @@
-"""Color operations on one image after the other, compiled: `change.c`. `Views.color` asks here first."""
+"""Color operations of a view in one compiled pass per image (`color.c`); `Views.color` calls it first.
+
+Without it, `sslcli.data.views.augment` does the same, batch by batch.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sslcli.data.views.one_by_one import Parameters
 from sslcli.kernels import library as compiled
 from sslcli.kernels.library import INT, LONG, POINTER
 
 PART = Path(__file__).with_suffix(".c")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Operations for each of N images, applied in the order of the fields; gray before the jitter if `gray_first`."""
+
+    flipped: Tensor  # (N,) bool, left to right
+    jittered: Tensor  # (N,) bool
+    factors: Tensor  # (N, 4), see color_jitter
+    order: Tensor  # (N, 4) int64, see color_jitter
+    gray: Tensor  # (N,) bool
+    gray_first: bool
+    blurred: Tensor  # (N,) bool
+    sigma: Tensor  # (N,) pixels
+    taps: int
+    solarized: Tensor  # (N,) bool
+    threshold: float
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled pass, or None."""
+    """Return the compiled kernel, or None if it is not available."""
     return compiled.load(PART, {"change": [POINTER] * 9 + [LONG] * 5 + [ctypes.c_float] + [INT] * 2})
 
 
 def change(images: Tensor, chosen: Parameters, *, mean: Sequence[float], std: Sequence[float]) -> Tensor | None:
-    """All operations of `large_images.change`, then (images - mean) / std; None where there is no pass for such images.
+    """Flip, jitter, gray, blur and solarize images, then normalize; return None if the kernel does not support them.
 
     Args:
         images: (N, C, H, W) float32 in [0, 1] on the CPU, C = 1 or 3.
-        chosen: what is done to each. Of a blur, the taps must fit the images, see `augment.check_taps`.
+        chosen: the operations. The taps of a blur must fit the images, see `augment.check_taps`.
         mean, std: one value a channel, std above 0.
 
     Returns:

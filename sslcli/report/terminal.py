@@ -6,6 +6,7 @@ import os
 import select
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 PATIENCE = 10.0  # seconds to wait for a reader that does not read
@@ -78,3 +79,11 @@ def guard_terminal() -> None:
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Terminal):
             setattr(sys, name, Terminal(stream))
+
+
+def log_and_print(run_dir: Path, message: str) -> None:
+    """A message of the agent or of the end of all processes, to the terminal and to the log of the run."""
+    print(f"ssl-train: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError), (run_dir / "console.log").open("r+", encoding="utf-8") as log:  # only where there is one
+        log.seek(0, os.SEEK_END)
+        log.write(f"{message}\n")

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sslcli.config.schema import targets
+from sslcli.config.targets import targets
 from sslcli.distributed import collectives
 from sslcli.errors import ConfigError
 from sslcli.runs.directory import flat

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from sslcli.backbones.base import Backbone
 from sslcli.backbones.wrap import as_backbone
-from sslcli.config.schema import check_has_target, check_target, trusted_packages
+from sslcli.config.schema import check_has_target
+from sslcli.config.targets import check_target, trusted_packages
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
 from sslcli.engine import fsdp

@@ -9,14 +9,14 @@ import signal
 import sys
 import tempfile
 import traceback
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sslcli.engine import checkpoint_names
 from sslcli.errors import EXIT_CONFIG, ConfigError
-from sslcli.report.terminal import guard_terminal
+from sslcli.report.terminal import guard_terminal, log_and_print
+from sslcli.runs.identity import run_dir_of
 from sslcli.system import interpreter
 
 
@@ -38,7 +38,7 @@ def launch(config: dict[str, Any]) -> int:
                 [*interpreter.arguments("sslcli.runs.launch"), str(path)],
                 processes=config["launcher"]["processes"],
                 max_restarts=config["launcher"]["max_restarts"],
-                tell=partial(tell, Path(config["run_dir"])),
+                tell=partial(log_and_print, Path(config["run_dir"])),
             )
     gc.disable()  # nearly all that is imported and built until the first step stays: searching it is time lost
     try:
@@ -47,27 +47,6 @@ def launch(config: dict[str, Any]) -> int:
         return run(config)
     finally:
         gc.enable()
-
-
-def tell(run_dir: Path, message: str) -> None:
-    """A message of the agent or of the end of all processes, to the terminal and to the log of the run."""
-    print(f"ssl-train: {message}", file=sys.stderr, flush=True)
-    with suppress(OSError), (run_dir / "console.log").open("r+", encoding="utf-8") as log:  # only where there is one
-        log.seek(0, os.SEEK_END)
-        log.write(f"{message}\n")
-
-
-def run_dir_of(config: dict[str, Any]) -> str:
-    """The run directory, absolute: the one given, or runs/<name>."""
-    given: str | None = config["run_dir"]
-    return os.path.abspath(given if given is not None else os.path.join("runs", config["name"] or default_name(config)))
-
-
-def default_name(config: dict[str, Any]) -> str:
-    """Method, data set and backbone, and a digest of what the command line changed."""
-    chosen = config["_choices_"]
-    parts: list[str] = [chosen["method"], chosen["dataset"], chosen["backbone"], config["_overrides_"]]
-    return "_".join(part for part in parts if part)
 
 
 def main() -> None:

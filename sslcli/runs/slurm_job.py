@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sslcli.config.slurm import SlurmSettings
 from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError
-from sslcli.report.terminal import guard_terminal
+from sslcli.report.terminal import guard_terminal, log_and_print
 from sslcli.runs import directory
-from sslcli.runs.launch import tell
 from sslcli.runs.slurm import queue
-from sslcli.runs.slurm.script import SlurmSettings, render
+from sslcli.runs.slurm.script import render
 from sslcli.system import atomic, interpreter
 
 
@@ -112,7 +112,7 @@ def carry_out(config: dict[str, Any], endpoint: str) -> int:
         [*interpreter.arguments("sslcli.runs.launch"), str(folder_of(run_dir) / "config.json")],
         processes=settings.processes,
         max_restarts=0,  # of one node alone; the script starts all nodes again
-        tell=partial(tell, run_dir),
+        tell=partial(log_and_print, run_dir),
         meeting=meeting,
     )
 

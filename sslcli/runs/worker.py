@@ -34,13 +34,13 @@ from sslcli.errors import (
 from sslcli.report import pictures
 from sslcli.report.console import Screen, percent, show
 from sslcli.report.metrics import newest
+from sslcli.report.terminal import log_and_print
 from sslcli.runs import directory
 from sslcli.runs.agreement import check_agreement
 from sslcli.runs.assemble import assemble, build_loader, check_batch, check_cached_gradients, doubts, effective, place
 from sslcli.runs.build import Parts, build_optimizer, build_parts
 from sslcli.runs.dry_run import dry_run, save_views
 from sslcli.runs.image_changes import check_images
-from sslcli.runs.launch import tell
 from sslcli.system import atomic
 from sslcli.system.memory import keep_freed_memory
 
@@ -111,7 +111,7 @@ def _end(message: str, code: int, *, wait: float | None = None) -> int:
 def _end_a_hang(run_dir: Path, message: str) -> None:
     """End this process from the thread that watches it; one process has the message, which goes first."""
     if message:
-        tell(run_dir, message)
+        log_and_print(run_dir, message)
     else:
         time.sleep(WAIT)
     os._exit(EXIT_FAILED)

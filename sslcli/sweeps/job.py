@@ -18,6 +18,7 @@ from sslcli.config.paths import absolute
 from sslcli.config.settings import SweepSettings
 from sslcli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
 from sslcli.runs import directory
+from sslcli.runs.identity import default_name
 from sslcli.runs.slurm.queue import told_code, told_job
 from sslcli.system import atomic
 from sslcli.system.locks import can_lock, lock
@@ -78,8 +79,6 @@ class Record:
 
 def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
     """The job that a checked configuration, composed from the overrides of one point, stands for."""
-    from sslcli.runs.launch import default_name
-
     overrides = tuple(line for line in config["_lines_"] if not of_the_sweep(line))
     if sweep.command == "eval":
         return Job(hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8], overrides, None)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import shutil
 import sys
-from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sslcli.cli import hydra_sweeps
-from sslcli.cli.compose import digested, flags_of, telling
 from sslcli.config.paths import absolute
 from sslcli.config.settings import SweepSettings
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, disk_failure
 from sslcli.runs.directory import check_below
+from sslcli.runs.identity import digested, telling
 from sslcli.sweeps import table
 from sslcli.sweeps.job import (
     FAILED,
@@ -43,14 +43,32 @@ DEFAULT_FOLDER = "runs/sweep"  # in the yaml files
 ON_THIS_MACHINE = ("basic", "joblib", "submitit_local")  # launchers that do not share out devices themselves
 
 
-def sweep(command: str, configs: list[dict[str, Any]], arguments: Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The command line of a sweep, and what Hydra does for it.
+
+    Attributes:
+        overrides: as they were given.
+        flags: that every job needs, as --config-dir=...
+        launch: runs jobs with the chosen launcher of Hydra; returns whether the sweep was stopped, and whether the
+            launcher gave up.
+        draw: lets the chosen sweeper of Hydra draw jobs and run them with the named launcher; returns the same.
+    """
+
+    overrides: tuple[str, ...]
+    flags: tuple[str, ...]
+    launch: Callable[[Sweep, list[Job], list[Slot] | None], tuple[bool, bool]]
+    draw: Callable[[Sweep, str, list[Slot] | None], tuple[bool, bool]]
+
+
+def sweep(command: str, configs: list[dict[str, Any]], line: CommandLine) -> int:
     """Run the checked jobs of a command; the exit code.
 
     75: stopped, and the same command goes on. 2 or 3: all was tried and something failed.
     """
-    this = sweep_of(command, configs, arguments)
+    this = sweep_of(command, configs, line)
     try:
-        return _carry_out(this, configs, arguments)
+        return _carry_out(this, configs, line)
     except OSError as error:
         told = disk_failure(error, this.folder, "hydra.sweep.dir")
         if told is None:
@@ -60,7 +78,7 @@ def sweep(command: str, configs: list[dict[str, Any]], arguments: Namespace) -> 
         return code
 
 
-def _carry_out(this: Sweep, configs: list[dict[str, Any]], arguments: Namespace) -> int:
+def _carry_out(this: Sweep, configs: list[dict[str, Any]], line: CommandLine) -> int:
     choices = configs[0]["_choices_"]
     drawn, launcher = choices["hydra/sweeper"] != "basic", choices["hydra/launcher"]
     check_engine(this, configs, drawn=drawn, launcher=launcher)
@@ -77,11 +95,11 @@ def _carry_out(this: Sweep, configs: list[dict[str, Any]], arguments: Namespace)
             print(f"{len(slots)} at once: {', '.join(map(str, slots))}", flush=True)
     ended_early = False
     if drawn:
-        stopped, ended_early = hydra_sweeps.draw(this, arguments, launcher, slots)
+        stopped, ended_early = line.draw(this, launcher, slots)
     elif launcher == "basic" or not due:
         stopped = run_queue(this, due, slots, quiet=slots is not None and len(slots) > 1)
     else:
-        stopped, ended_early = _carried(this, due, arguments, slots)
+        stopped, ended_early = _carried(this, due, line, slots)
     rows = table.update(this)
     print(f"\n{table.as_text(rows, this.metric)}")
     print(f"\nthe table: {this.folder / 'sweep.csv'}")
@@ -92,7 +110,7 @@ def _carry_out(this: Sweep, configs: list[dict[str, Any]], arguments: Namespace)
     return code or (EXIT_FAILED if ended_early else 0)
 
 
-def _carried(this: Sweep, due: list[Job], arguments: Namespace, slots: list[Slot] | None) -> tuple[bool, bool]:
+def _carried(this: Sweep, due: list[Job], line: CommandLine, slots: list[Slot] | None) -> tuple[bool, bool]:
     """Let a launcher of Hydra run the jobs; whether the sweep was stopped, and whether the launcher gave up.
 
     Jobs that others are at work on are waited for here, where that takes no place in a queue.
@@ -101,7 +119,7 @@ def _carried(this: Sweep, due: list[Job], arguments: Namespace, slots: list[Slot
         busy = [job for job in due if is_at_work(this, job.name, enrol(this, job))]
         free = [job for job in due if job not in busy]
         if free:
-            stopped, ended_early = hydra_sweeps.carry(this, free, arguments, slots)
+            stopped, ended_early = line.launch(this, free, slots)
             if stopped or ended_early:
                 return stopped, ended_early
         if busy and wait_for(this, busy):
@@ -110,19 +128,19 @@ def _carried(this: Sweep, due: list[Job], arguments: Namespace, slots: list[Slot
     return False, False
 
 
-def sweep_of(command: str, configs: list[dict[str, Any]], arguments: Namespace) -> Sweep:
+def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> Sweep:
     """What the jobs of a command line have in common; its folder is named by the overrides unless one is given."""
     folder = configs[0]["_sweep_dir_"]
-    if folder == DEFAULT_FOLDER and not any(line.startswith("hydra.sweep.dir=") for line in arguments.overrides):
-        folder = f"{folder}_{digested(arguments.overrides) or 'default'}"
-    lines = [config["_lines_"] for config in configs]
+    if folder == DEFAULT_FOLDER and not any(override.startswith("hydra.sweep.dir=") for override in line.overrides):
+        folder = f"{folder}_{digested(line.overrides) or 'default'}"
+    overrides = [config["_lines_"] for config in configs]
     return Sweep(
         command=command,
         program=program_of(command),
         folder=Path(absolute(folder)),
         settings=SweepSettings(**configs[0]["sweep"]) if command == "train" else OF_EVAL,
-        flags=tuple(flags_of(arguments, only=("config_dir", "config_path", "config_name"))),
-        shared=tuple(line for line in lines[0] if all(line in others for others in lines)),
+        flags=line.flags,
+        shared=tuple(each for each in overrides[0] if all(each in others for others in overrides)),
         submits=any(config.get("launcher", {}).get("kind") == "slurm" for config in configs),
     )
 

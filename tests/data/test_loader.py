@@ -137,7 +137,7 @@ def test_views_differ_between_epochs_and_seeds() -> None:
 
 def test_an_epoch_is_a_permutation_and_another_one_each_time() -> None:
     source = shapes()
-    orders = [epoch_order(source, seed=0, epoch=epoch)[0] for epoch in range(3)]
+    orders = [epoch_order(len(source.splits["train"]), source.weights, seed=0, epoch=epoch)[0] for epoch in range(3)]
     assert all(sorted(order.tolist()) == list(range(len(source.splits["train"]))) for order in orders)
     assert not torch.equal(orders[0], orders[1])
 
@@ -147,7 +147,7 @@ def test_weights_are_honored_exactly_and_repetitions_get_views_of_their_own() ->
     source.weights = torch.tensor([2.5] * 20 + [0.25] * 24)
     totals = torch.zeros(44)
     for epoch in range(4):
-        index, visit = epoch_order(source, seed=0, epoch=epoch)
+        index, visit = epoch_order(len(source.splits["train"]), source.weights, seed=0, epoch=epoch)
         counts = torch.bincount(index, minlength=44)
         assert counts[:20].sum() == 50
         assert counts[20:].sum() == 6

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from sslcli.data.rng import mix, uniform
-from sslcli.data.views import augment, one_by_one, rand_augment
+from sslcli.data.views import augment, rand_augment
 from sslcli.data.views.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD, lab_to_rgb, ydbdr_to_rgb
 from sslcli.data.views.spec import View, is_number
 from sslcli.data.views.spec import parse as parse_view
-from sslcli.kernels.color import change
+from sslcli.kernels.color import Parameters, change
 
 COLOR_SPACES = ("rgb", "lab", "ydbdr")
 
@@ -142,7 +142,7 @@ class Views:
         first, last, _ = photometric.indices(images.shape[1])
         if (first, last) == (0, images.shape[1]):
             plain = self.normalize and self.color_space == "rgb"
-            changed = _one_by_one(spec, chosen, images, (mean, std) if plain else None)
+            changed = _in_one_pass(spec, chosen, images, (mean, std) if plain else None)
             if changed is not None:
                 return changed if plain else self.finish(changed, mean=mean, std=std)
         images = augment.flip(images, chosen.flipped)
@@ -223,13 +223,13 @@ def _between(fraction: Tensor, low: float, high: float) -> Tensor:
     return fraction * (high - low) + low
 
 
-def _one_by_one(
+def _in_one_pass(
     spec: View,
-    chosen: one_by_one.Parameters,
+    chosen: Parameters,
     images: Tensor,
     scale: tuple[Sequence[float], Sequence[float]] | None,
 ) -> Tensor | None:
-    """Each image through all operations; None where a batch of them is the better way.
+    """Return the images after all operations in one compiled pass; None if the kernel does not support them.
 
     scale: the mean and standard deviation of each channel, by which images are normalized at the end, or None.
 
@@ -241,18 +241,13 @@ def _one_by_one(
         augment.check_taps(chosen.taps, *images.shape[2:])
     mean, std = scale or ([0.0] * images.shape[1], [1.0] * images.shape[1])
     augment.check_scale(mean, std, images.shape[1])
-    changed = change(images, chosen, mean=mean, std=std)
-    if changed is None and one_by_one.are_large(images):
-        changed = one_by_one.change(images, chosen, mean=mean, std=std)
-    return changed
+    return change(images, chosen, mean=mean, std=std)
 
 
-def _photometric(
-    spec: View, chosen: one_by_one.Parameters, key: Tensor, images: Tensor, mean: Sequence[float]
-) -> Tensor:
+def _photometric(spec: View, chosen: Parameters, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
     """Jitter, RandAugment, grayscale, blur and solarize, in the order of the module's text."""
     unflipped = replace(chosen, flipped=torch.zeros_like(chosen.flipped))
-    changed = _one_by_one(spec, unflipped, images, None)
+    changed = _in_one_pass(spec, unflipped, images, None)
     if changed is not None:
         return changed
     if spec.grayscale_first:
@@ -273,13 +268,13 @@ def _photometric(
     return images
 
 
-def _chosen(spec: View, draws: Tensor, images: Tensor) -> one_by_one.Parameters:
+def _chosen(spec: View, draws: Tensor, images: Tensor) -> Parameters:
     """What the draws (streams, N) say is done to each image."""
     factors = []
     for number, strength in enumerate(spec.jitter):
         low, high = (max(0.0, 1 - strength), 1 + strength) if number < 3 else (-strength, strength)
         factors.append(_between(draws[_FACTORS + number], low, high))
-    return one_by_one.Parameters(
+    return Parameters(
         flipped=draws[_FLIP] < spec.flip,
         jittered=draws[_JITTER] < (spec.jitter_p if spec.jitters else 0.0),
         factors=torch.stack(factors, 1),
@@ -294,7 +289,7 @@ def _chosen(spec: View, draws: Tensor, images: Tensor) -> one_by_one.Parameters:
     )
 
 
-def _blur(spec: View, chosen: one_by_one.Parameters, images: Tensor) -> Tensor:
+def _blur(spec: View, chosen: Parameters, images: Tensor) -> Tensor:
     """Gaussian blur of the images chosen for it."""
     return images if spec.blur == 0 else augment.gaussian_blur(images, chosen.sigma, chosen.taps, chosen.blurred)
 

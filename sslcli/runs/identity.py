@@ -1,0 +1,38 @@
+"""Names of runs: the default run directory, and a digest of the overrides that determine the results."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from sslcli.config.settings import NEUTRAL
+
+
+def run_dir_of(config: dict[str, Any]) -> str:
+    """The run directory, absolute: the one given, or runs/<name>."""
+    given: str | None = config["run_dir"]
+    return os.path.abspath(given if given is not None else os.path.join("runs", config["name"] or default_name(config)))
+
+
+def default_name(config: dict[str, Any]) -> str:
+    """Method, data set and backbone, and a digest of what the command line changed."""
+    chosen = config["_choices_"]
+    parts: list[str] = [chosen["method"], chosen["dataset"], chosen["backbone"], config["_overrides_"]]
+    return "_".join(part for part in parts if part)
+
+
+def digested(lines: Iterable[str]) -> str:
+    """Six hex digits of the overrides that make a run what it is, so that the same command finds its directory."""
+    found = telling(lines)
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:6] if found else ""
+
+
+def telling(lines: Iterable[str]) -> list[str]:
+    """The overrides that make a run what it is, in an order of their own."""
+    return sorted(line for line in lines if not _is_neutral(line.partition("=")[0].lstrip("+~")))
+
+
+def _is_neutral(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in (*NEUTRAL, "hydra")) or key.startswith("hydra/")
