@@ -13,7 +13,6 @@ and renamed, checksum first. A process killed at any moment leaves earlier check
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +29,7 @@ from sslcli.engine.migrations import SCHEMA, upgrade
 from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.system.atomic import beside, discard, replace, synchronize, temporary_name
 from sslcli.system.atomic import sha256 as sha256
-from sslcli.system.regular_files import open_regular
+from sslcli.weights.files import load_weights
 
 if TYPE_CHECKING:  # the import takes seconds and is only needed for sharded runs
     from sslcli.engine.sharded_checkpoint import Placement, Snapshot
@@ -255,21 +254,6 @@ def load_file(path: Path, *, device: torch.device) -> dict[str, Any]:
     if not intact:
         raise ConfigError(f"the checkpoint {path} does not match its checksum: it was cut short or altered")
     return load_weights(path, device=device)
-
-
-def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
-    """Load a dictionary saved by torch, without executing code from it. Raise ConfigError if invalid."""
-    try:
-        with open_regular(path) as file:
-            state = torch.load(file, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(f"{path} was refused: it is damaged, or holds more than tensors and plain values") from error
-    except Exception as error:  # torch raises nearly any type for damaged files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{path} cannot be read ({reason})") from error
-    if not isinstance(state, dict):
-        raise ConfigError(f"{path} holds a {type(state).__name__}, but a dictionary of tensors is needed")
-    return state
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -15,12 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from sslcli.config.paths import in_nodes, real
 from sslcli.config.settings import NEUTRAL
+from sslcli.config.yaml_files import as_yaml, load_yaml
 from sslcli.engine import checkpoint_names
 from sslcli.errors import ConfigError
 from sslcli.system import atomic
@@ -144,11 +141,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     if not path.exists():
         raise ConfigError(f"{run_dir} is not a run directory: it has no config.yaml")
     check_layout(run_dir)
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} cannot be read ({reason}): restore a copy, or choose another directory") from error
+    config = load_yaml(path)
     if not isinstance(config, dict) or "method" not in config:
         raise ConfigError(f"{path} is not the configuration of a run")
     return {str(key): value for key, value in config.items()}
@@ -209,8 +202,7 @@ def describe(run_dir: Path, config: dict[str, Any], *, effective: dict[str, Any]
     now = environment(device=device, threads=threads)
     first = json.loads(path.read_text(encoding="utf-8"))["first"] if path.exists() else now
     atomic.replace(path, json.dumps({"first": first, "latest": now}, indent=2).encode())
-    text = OmegaConf.to_yaml(OmegaConf.create(plain | {"effective": effective}))
-    atomic.replace(run_dir / "config.yaml", text.encode())
+    atomic.replace(run_dir / "config.yaml", as_yaml(plain | {"effective": effective}).encode())
 
 
 def environment(*, device: str, threads: int) -> dict[str, Any]:

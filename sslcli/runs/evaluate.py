@@ -37,8 +37,9 @@ from sslcli.runs.build import build
 from sslcli.runs.evaluation import Evaluation, check_home
 from sslcli.runs.image_changes import warn_of_changes
 from sslcli.runs.result_name import facts_of_set, joined
-from sslcli.runs.subject import load_strictly, load_subject
+from sslcli.runs.subject import load_subject
 from sslcli.system.memory import keep_freed_memory
+from sslcli.weights.files import load_strictly, load_weights
 
 
 class BySignal(BaseException):
@@ -243,7 +244,7 @@ def _teacher(this: Evaluation, wanted: str) -> Teacher:
     path, protocol = this.subject.home / result["net"], result["protocol"]
     if not path.exists():
         raise ConfigError(f"there is no teacher {path}, of which {name}.json tells: run protocol={protocol} again")
-    state = checkpoint.load_weights(path, device=this.device)
+    state = load_weights(path, device=this.device)
     version = state.get("dataset_version", this.source.version)  # older versions stored the fingerprint alone
     if (state["dataset_fingerprint"], version) != (this.source.fingerprint, this.source.version):
         raise ConfigError(f"the teacher {path} was trained on other images: run protocol={protocol} again")

@@ -30,8 +30,9 @@ from sslcli.methods.base import Method
 from sslcli.report.console import Screen
 from sslcli.runs import directory
 from sslcli.runs.build import build_backbone, find
-from sslcli.runs.subject import find_checkpoint, load_strictly, origin
+from sslcli.runs.subject import find_checkpoint, origin
 from sslcli.system import atomic
+from sslcli.weights.files import load_strictly
 
 BACKBONE = "backbone."  # what names in a method's state begin with
 

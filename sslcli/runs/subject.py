@@ -17,6 +17,7 @@ from sslcli.engine import checkpoint, precision
 from sslcli.errors import ConfigError
 from sslcli.runs import directory
 from sslcli.runs.build import build_backbone, build_method, build_source, build_views, check_classes, made_fast
+from sslcli.weights.files import load_strictly, load_weights
 
 # What a file of ssl-export tells beside the weights, see _export.py.
 EXPORTED = {"state_dict", "what", "backbone", "image_size", "mean", "std", "views", "precision", "provenance"}
@@ -152,7 +153,7 @@ def type_name(node: dict[str, Any]) -> str:
 def _bare(config: dict[str, Any], device: torch.device) -> tuple[Subject, Source]:
     """A net from a file of its own; one that ssl-export wrote tells how it was made and sees images."""
     path, trust = Path(config["weights"]), config["trust"]
-    found = checkpoint.load_weights(path, device=device)
+    found = load_weights(path, device=device)
     exported = found.keys() >= EXPORTED
     made = found if exported else {}
     if not config.get("dataset"):
@@ -242,22 +243,3 @@ def _check_whole_method(config: dict[str, Any], made: dict[str, Any]) -> None:
         if type(made[name]) is not int:
             raise ConfigError(f"weights is {path}, whose {name} is {made[name]!r}, but it must be a whole number")
     check_classes(made, ("views", "method", "backbone"), trust=config["trust"])
-
-
-def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:
-    """Load a state whose keys and shapes all match. Raises ConfigError, naming what does not, otherwise."""
-    own = net.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{key} is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"
-        for key in own.keys() & state.keys()
-        if isinstance(own[key], Tensor) and own[key].shape != state[key].shape
-    ]
-    if missing or unknown or shapes:
-        raise ConfigError(
-            f"{where} does not fit this net, and a net with other weights would be measured in its place: "
-            f"{len(missing)} keys are missing ({', '.join(missing[:3]) or '-'}), "
-            f"{len(unknown)} are unknown ({', '.join(unknown[:3]) or '-'}), "
-            f"{len(shapes)} differ in shape ({'; '.join(sorted(shapes)[:3]) or '-'}). Give the backbone it belongs to"
-        )
-    net.load_state_dict(state)

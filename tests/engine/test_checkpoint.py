@@ -18,6 +18,7 @@ from damage import Malice, empty, flip_a_bit, truncate
 from sslcli.engine import checkpoint, migrations
 from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.system import atomic
+from sslcli.weights.files import load_weights
 
 CPU = torch.device("cpu")
 
@@ -113,7 +114,7 @@ def test_no_damaged_byte_makes_loading_crash(tmp_path: Path) -> None:
     for place in places:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
         with suppress(ConfigError):
-            checkpoint.load_weights(path, device=CPU)
+            load_weights(path, device=CPU)
 
 
 def test_when_none_can_be_read_the_message_says_what_to_do(tmp_path: Path) -> None:

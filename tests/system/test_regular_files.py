@@ -12,9 +12,9 @@ import torch
 
 from sslcli.data import decode
 from sslcli.data.bad_images import BadImage
-from sslcli.engine.checkpoint import load_weights
 from sslcli.errors import ConfigError
 from sslcli.system.regular_files import open_regular, read_regular
+from sslcli.weights.files import load_weights
 
 
 @pytest.fixture

@@ -1,0 +1,47 @@
+"""Reading of weight files without executing code, and strict loading into a network."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslcli.errors import ConfigError
+from sslcli.system.regular_files import open_regular
+
+
+def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
+    """Load a dictionary saved by torch, without executing code from it. Raise ConfigError if invalid."""
+    try:
+        with open_regular(path) as file:
+            state = torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"{path} was refused: it is damaged, or holds more than tensors and plain values") from error
+    except Exception as error:  # torch raises nearly any type for damaged files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{path} cannot be read ({reason})") from error
+    if not isinstance(state, dict):
+        raise ConfigError(f"{path} holds a {type(state).__name__}, but a dictionary of tensors is needed")
+    return state
+
+
+def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:
+    """Load a state whose keys and shapes all match. Raises ConfigError, naming what does not, otherwise."""
+    own = net.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{key} is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if isinstance(own[key], Tensor) and own[key].shape != state[key].shape
+    ]
+    if missing or unknown or shapes:
+        raise ConfigError(
+            f"{where} does not fit this net, and a net with other weights would be measured in its place: "
+            f"{len(missing)} keys are missing ({', '.join(missing[:3]) or '-'}), "
+            f"{len(unknown)} are unknown ({', '.join(unknown[:3]) or '-'}), "
+            f"{len(shapes)} differ in shape ({'; '.join(sorted(shapes)[:3]) or '-'}). Give the backbone it belongs to"
+        )
+    net.load_state_dict(state)
