@@ -10,7 +10,7 @@ from sslcli.data.views.views import Views
 from sslcli.evaluation.layers import BACKBONE, read
 from sslcli.evaluation.online import collect
 from sslcli.evaluation.training import Start, Task
-from sslcli.nn.modules import evaluating
+from sslcli.nn.modes import evaluating
 from sslcli.report.console import Screen
 
 CPU = torch.device("cpu")

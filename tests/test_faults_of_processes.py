@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from small_runs import Started, complete, last_step, make_folder, metrics, start_ranks, wait_for_step
-from sslcli.distributed import launch
 from sslcli.engine import loop
 from sslcli.methods.base import Batch
 from sslcli.runs import agreement
@@ -83,7 +83,7 @@ def test_a_process_that_hangs_is_named_at_the_time_limit(tmp_path: Path) -> None
 
 
 def never_join(rank: int) -> None:
-    launch.dist.init_process_group = lambda *args, **kwargs: time.sleep(1000)
+    dist.init_process_group = lambda *args, **kwargs: time.sleep(1000)
 
 
 def test_processes_that_do_not_reach_each_other_end_at_the_time_limit(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from sslcli.distributed import launch
-from sslcli.distributed.launch import begun, causes, crashed, restarted, run_processes
+from sslcli.distributed import processes
+from sslcli.distributed.elastic import causes, crashed, run_processes
+from sslcli.distributed.processes import begun, restarted
 from sslcli.runs import launch as _launch
 
 ENDS = """
@@ -51,7 +52,7 @@ def _signals() -> Iterator[None]:
         ([-9, 0], 0, ["process 0 was ended by SIGKILL; all start again from the last checkpoint (restart 1 of 2)"]),
         ([-9, 75], 75, ["(restart 1 of 2)"]),
         ([1], 1, []),
-        ([launch.EXIT_LOST, 0], 0, ["process 0 could not go on; all start again"]),
+        ([processes.EXIT_LOST, 0], 0, ["process 0 could not go on; all start again"]),
         ([-9, -11, -9], 3, ["restart 1 of 2", "by SIGSEGV; all", "by SIGKILL after 2 restarts. The usual cause"]),
     ],
 )
@@ -94,7 +95,7 @@ def test_one_process_that_tells_a_reason_decides_over_those_it_took_along() -> N
     assert crashed({0: 1, 1: -6})
 
 
-@pytest.mark.parametrize(("saved", "code"), [(False, 1), (True, launch.EXIT_LOST)])
+@pytest.mark.parametrize(("saved", "code"), [(False, 1), (True, processes.EXIT_LOST)])
 def test_an_error_of_the_program_is_tried_again_only_from_a_newer_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: bool, code: int
 ) -> None:
@@ -105,7 +106,7 @@ def test_an_error_of_the_program_is_tried_again_only_from_a_newer_checkpoint(
         raise ZeroDivisionError
 
     (tmp_path / "config.json").write_text(json.dumps({"run_dir": str(tmp_path), "trust": []}))
-    monkeypatch.setattr("sslcli.distributed.launch.die_with_parent", lambda: None)
+    monkeypatch.setattr("sslcli.distributed.processes.die_with_parent", lambda: None)
     monkeypatch.setattr(_launch, "launch", fail)
     monkeypatch.setattr(sys, "argv", ["-m", str(tmp_path / "config.json")])
     with pytest.raises(SystemExit) as ended:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sslcli.backbones.base import Backbone
 from sslcli.errors import check_positive
-from sslcli.nn.modules import evaluating
+from sslcli.nn.modes import evaluating
 
 
 def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> Tensor:

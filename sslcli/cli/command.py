@@ -18,7 +18,7 @@ from sslcli.config.paths import absolute, quoted_home
 from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError
 from sslcli.report.terminal import guard_terminal
 from sslcli.sweeps.job import stop_with_sweep
-from sslcli.system.idle_threads import sleep_soon
+from sslcli.system.cpu import sleep_soon
 
 ANSWERED_BY_HYDRA = ("hydra_help", "info", "shell_completion")
 

@@ -35,7 +35,7 @@ from sslcli.config.paths import absolute_paths
 from sslcli.config.plugins import conf_of_plugins
 from sslcli.errors import ConfigError
 from sslcli.runs.identity import digested
-from sslcli.system.interpreter import find_trusted
+from sslcli.system.child_processes import find_trusted
 
 # A checkout that is not installed has no sslcli.conf.
 CONF = "pkg://sslcli.conf" if folder_of_conf(installed=True) else str(folder_of_conf())

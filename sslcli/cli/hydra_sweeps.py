@@ -31,7 +31,7 @@ from sslcli.runs.identity import digested
 from sslcli.sweeps.job import FINISHED, Job, Sweep, enrol, job_of, read, status_of
 from sslcli.sweeps.queue import Slot, handed_on, run_queue
 from sslcli.sweeps.table import value_of
-from sslcli.system.interpreter import safe_children
+from sslcli.system.child_processes import safe_children
 
 
 class SweepStopped(Exception):

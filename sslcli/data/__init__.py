@@ -1,1 +1,1 @@
-"""Data sets, augmented views and the loader: from image files to batches on the device."""
+"""Datasets, augmented views and the loader: from image files to batches on the device."""

@@ -1,4 +1,4 @@
-"""Images that cannot be read: each is known by path and reason, and too many of them end the run."""
+"""Record of the images that cannot be decoded, and the error that stops a run with too many of them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from sslcli.errors import ConfigError
 
 
 class BadImage(Exception):
-    """The image at `path` cannot be read, for `reason`."""
+    """Raised when the image at `path` cannot be read; `reason` says why."""
 
     def __init__(self, path: str, reason: str) -> None:
-        # Both as args: an exception that crosses from a worker process is rebuilt from them.
+        # Both are args because pickle rebuilds an exception of a worker process from its args.
         super().__init__(path, reason)
         self.path, self.reason = path, reason
 
@@ -21,15 +21,15 @@ class BadImage(Exception):
 
 
 class TooManyBadImages(ConfigError):
-    """More images than `dataset.max_bad` allows cannot be read."""
+    """Raised when more images cannot be read than `dataset.max_bad` allows."""
 
 
 class BadImages:
-    """Collects the images that cannot be read, each path once, and says when they are too many.
+    """Collection of the images that cannot be read, one entry per path.
 
     Args:
-        max_bad: the largest share in [0, 1] of `total` that may be bad; 0 stops at the first one.
-        total: the number of images of the set.
+        max_bad: the largest fraction in [0, 1] of `total` that may be bad; 0 stops at the first one.
+        total: the number of images in the dataset.
     """
 
     def __init__(self, *, max_bad: float, total: int) -> None:
@@ -39,15 +39,15 @@ class BadImages:
 
     @property
     def count(self) -> int:
-        """The number of different bad paths so far."""
+        """Number of distinct bad paths so far."""
         return len(self.reasons)
 
     def add(self, path: str, reason: str) -> None:
-        """Note a bad image; a path that is known already does not count again."""
+        """Add a bad image. A path counts only once."""
         self.reasons.setdefault(path, reason)
 
     def check(self) -> None:
-        """Raise TooManyBadImages, with up to 20 paths and reasons, once more than max_bad * total images are bad."""
+        """Raise TooManyBadImages, listing up to 20 paths and reasons, if more than max_bad * total images are bad."""
         if self.count <= self.max_bad * self.total:
             return
         lines = [f"  {path}: {reason}" for path, reason in list(self.reasons.items())[:20]]
@@ -55,12 +55,12 @@ class BadImages:
             lines.append(f"  ... and {self.count - 20} more")
         raise TooManyBadImages(
             f"{self.count} of {self.total} images cannot be read, but dataset.max_bad={self.max_bad:g} allows "
-            f"{math.floor(self.max_bad * self.total)}: repair or remove them, or raise dataset.max_bad\n"
+            f"{math.floor(self.max_bad * self.total)}. Repair or remove them, or increase dataset.max_bad.\n"
             + "\n".join(lines)
         )
 
     def write(self, path: Path) -> None:
-        """Write one line "path<TAB>reason" a bad image, sorted by path; an empty file where there is none."""
+        """Write one line "path<TAB>reason" per bad image, sorted by path. Without bad images the file is empty."""
         lines = [f"{name}\t{' '.join(reason.split())}\n" for name, reason in sorted(self.reasons.items())]
         path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
@@ -68,4 +68,4 @@ class BadImages:
 def check_share(name: str, value: float) -> None:
     """Raise ValueError unless `value` is in [0, 1]."""
     if not 0 <= value <= 1:
-        raise ValueError(f"dataset.{name} is {value}, but it is a share of the images, so it must be in [0, 1]")
+        raise ValueError(f"dataset.{name} is {value}, but it must be a fraction of the images in [0, 1].")

@@ -1,8 +1,8 @@
-"""What a data worker does: decode each image once, cut and resize all of its views, hand over uint8.
+"""Datasets that run in the data workers: decode each image once, crop and resize all of its views, return uint8.
 
-Crop boxes are drawn in the pixels of the whole image. A JPEG of which every crop is shrunk by 2, 4 or 8 at least is
-decoded at that share of its size, which costs less, and the boxes shrink with it: no crop has fewer pixels than its
-result because of that. See docs/performance.md for what it saves and changes.
+Crop boxes are drawn in pixels of the full-size image. If every crop of a JPEG is downscaled at least by 2, 4 or 8, the
+JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster, and the boxes are scaled down accordingly. A crop
+therefore never has fewer pixels than its result. docs/performance.md has the speed and the differences in pixels.
 """
 
 from __future__ import annotations
@@ -28,30 +28,34 @@ from sslcli.errors import ConfigError
 from sslcli.kernels import resize
 
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-BadList = list[tuple[str, str]]
-Drawn = tuple[Picture, list[list[int]]]  # of each view: top, left, height, width
+BadImageList = list[tuple[str, str]]  # path and reason of each
+PictureAndBoxes = tuple[Picture, list[list[int]]]  # the boxes of its views: top, left, height, width
 
-_TRIES = 20  # images tried in the place of one that cannot be read
-_TOGETHER = 128  # files held in memory at a time
-_SMALL = 64  # pixels a side of images that are cut together: one at a time, calls would take longer than pixels
+_MAX_REPLACEMENTS = 20  # replacement images tried for one that cannot be read
+_MAX_FILES_IN_MEMORY = 128
+_SMALL_SIDE = 64  # pixels; up to this side images are cropped in one call, since call overhead exceeds pixel work
 
 
 @dataclass(frozen=True)
 class Request:
-    """The images one process needs for one micro-batch, or one of several pieces of it."""
+    """Images of one micro-batch of one process, or of one part of that micro-batch."""
 
     index: Tensor  # (n,) in the training split
-    visit: Tensor  # (n,) see epoch_order
-    last: Tensor  # (n,) bool, see last_reads; all False where nothing is read in chunks
+    occurrence: Tensor  # (n,) epoch and repetition, see epoch_order
+    is_last_read: Tensor  # (n,) bool, see last_read_mask; all False for sets that are not read in chunks
 
 
-def joined(pieces: Sequence[Request]) -> Request:
-    """The request that the pieces are parts of."""
-    return Request(*(torch.cat([getattr(piece, column.name) for piece in pieces]) for column in fields(Request)))
+def concat_requests(requests: Sequence[Request]) -> Request:
+    """Concatenate requests along the images."""
+    return Request(*(torch.cat([getattr(request, column.name) for request in requests]) for column in fields(Request)))
 
 
 class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
-    """The views of the images of a request, each (n, C, S, S) uint8; also which images these are, and the bad ones."""
+    """Dataset of views for training, indexed by requests.
+
+    An item is (request, views, positions, bad images). Each view is (n, C, S, S) uint8. The positions (n,) are those of
+    the images that were read, which include the replacements of bad images.
+    """
 
     def __init__(self, source: Source, views: Views, seed: int) -> None:
         self.source, self.views, self.seed = source, views, seed
@@ -71,9 +75,13 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
         return request, views, read, bad
 
     def fill(self, rows: list[int], positions: Tensor, key: Tensor, views: list[Tensor], read: Tensor) -> BadList:
-        """Put the crops of some rows into `views`; an image that cannot be read is replaced by a deterministic other.
+        """Write the crops of some rows into `views`. An image that cannot be read is replaced, see `replacement`.
 
-        read: gets the position that each row comes from. Returns path and reason of the images that could not be read.
+        read: receives the position that each row is read from.
+
+        Returns the path and reason of each image that cannot be read.
+
+        Raises ConfigError if an image and all of its replacements cannot be read.
         """
         bad: BadList = []
         for attempt in range(_TRIES + 1):
@@ -106,10 +114,16 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
             if not rows:
                 return bad
         path, _ = bad[-1]
-        raise ConfigError(f"{path} and {_TRIES} images tried in its place cannot be read") from failed[-1][1]
+        raise ConfigError(
+            f"{path} cannot be read, nor can any of the images tried before it ({_TRIES} replacements of one image). "
+            "Repair the images, or remove them from the dataset."
+        ) from failed[-1][1]
 
     def boxes(self, images: list[Opened], key: Tensor) -> tuple[list[list[list[int]]], list[int]]:
-        """Of each image: top, left, height, width of each view, and the largest divisor that leaves them enough."""
+        """Return the boxes (top, left, height, width) of the views of each image, and the divisor to decode it with.
+
+        The divisor is the largest for which no crop has fewer pixels than its result.
+        """
         if not images:
             return [], []
         width, height = torch.tensor([image.size for image in images]).unbind(1)
@@ -120,7 +134,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
         return boxes.tolist(), [max(d for d in DIVISORS if d <= max(1, least)) for least in shrunk.tolist()]
 
     def cut_together(self, drawn: dict[int, Drawn], views: list[Tensor]) -> None:
-        """Put the crops of whole pictures of one size, with their boxes, into the rows of `views`."""
+        """Write the crops of full-size pictures, all of one size, into the rows of `views` with one call per view."""
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in drawn.values()]))
         boxes = torch.tensor([boxes for _, boxes in drawn.values()])
         for number, (into, size, view) in enumerate(zip(views, self.sizes, self.views.views, strict=True)):
@@ -128,7 +142,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
             into[list(drawn)] = resize.resized_bytes(pixels, boxes[:, number], size, cubic=cubic)
 
     def cut(self, picture: Picture, whole: tuple[int, int], boxes: list[list[int]]) -> list[Tensor]:
-        """The crops (C, S, S) uint8 of a picture, the boxes being those of the `whole` (width, height)."""
+        """Return one crop (C, S, S) uint8 per view. `boxes` are in pixels of the full size `whole` (width, height)."""
         kinds = [view.interpolation for view in self.views.views]
         if picture.size != whole:
             assert isinstance(picture, Image.Image)
@@ -146,15 +160,15 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
 
 
 def is_small(picture: Picture) -> bool:
-    """Whether a picture of plain pixels is better cut together with others."""
+    """Return whether a picture is an RGB image so small that it is cropped together with others."""
     return isinstance(picture, (Image.Image, Pixels)) and max(picture.size) <= _SMALL
 
 
 def cut_whole(pixels: Tensor, box: Sequence[int], size: int, interpolation: str) -> Tensor:
-    """A box (top, left, height, width) of (C, H, W) uint8 at (size, size), antialiased.
+    """Crop a box (top, left, height, width) of (C, H, W) uint8 and resize it to (size, size), antialiased.
 
-    It is what Pillow makes of it up to a rounding of one in 255, in less than half of the time: torch has vector code
-    for bytes whose channels lie side by side.
+    The result equals Pillow's up to a rounding of 1 in 255 and takes less than half of the time, because torch has
+    vectorized code for uint8 in channels-last layout.
     """
     top, left, height, width = box
     part = pixels[None, :, top : top + height, left : left + width]
@@ -162,7 +176,7 @@ def cut_whole(pixels: Tensor, box: Sequence[int], size: int, interpolation: str)
 
 
 def cut_shrunk(picture: Image.Image, box: Sequence[float], size: int, interpolation: str) -> Tensor:
-    """A box of fractions of pixels as (C, size, size) uint8; pixels that it does not touch play no part."""
+    """Crop a box with fractional coordinates and resize it to (C, size, size) uint8. Pixels outside are not used."""
     top, left, height, width = box
     x, y = math.floor(left), math.floor(top)
     right, bottom = min(left + width, picture.width), min(top + height, picture.height)
@@ -172,7 +186,7 @@ def cut_shrunk(picture: Image.Image, box: Sequence[float], size: int, interpolat
 
 
 class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
-    """Images for evaluation, and which of them could be read."""
+    """Dataset of images for evaluation, indexed by positions: uint8 (n, C, S, S), and (n,) bool, True if readable."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -190,7 +204,10 @@ class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
 
 
 def center_crop(image: Picture, size: int) -> Picture:
-    """Shorter side to size * 8 / 7, then the middle size x size; an image of that size stays as it is."""
+    """Resize the shorter side to size * 8 / 7 and crop the center to size x size.
+
+    An image that is size x size already is returned unchanged.
+    """
     if image.size == (size, size):
         return image
     scale = round(size * 8 / 7) / min(image.size)
@@ -202,5 +219,5 @@ def center_crop(image: Picture, size: int) -> Picture:
 
 
 def to_uint8(images: Sequence[Picture]) -> Tensor:
-    """Images of one size -> (n, C, H, W)."""
+    """Stack images of one size into a tensor (n, C, H, W) uint8."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
-"""From the bytes of an image file to pixels: whatever is in it becomes RGB, and a JPEG may be decoded smaller.
+"""Decoding of image files to RGB, for JPEG optionally at 1/2, 1/4 or 1/8 of the size.
 
-Common JPEGs are decoded by simplejpeg, which makes the pixels that PIL makes in three quarters of the time, small ones
-in a sixth of it. PIL decodes everything else.
+Common JPEGs are decoded by simplejpeg, which returns the same pixels as PIL in three quarters of the time (small ones
+in a sixth). PIL decodes everything else.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from sslcli.data.bad_images import BadImage
 from sslcli.system.regular_files import read_regular
 
 DIVISORS = (1, 2, 4, 8)
-LARGEST = 512 * 10**6  # bytes of an image file; the largest photographs have a tenth of it
+MAX_FILE_BYTES = 512 * 10**6  # the largest photographs have a tenth of it
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode as RGB; see `Encoded`. Raises ValueError for a mode that has no conversion."""
+    """Convert a PIL image of any mode to RGB; see `Encoded`. Raises ValueError for a mode that has no conversion."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         values = np.nan_to_num(np.asarray(image, np.float64))
         low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
@@ -33,13 +33,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         gray = (values - low) / max(high - low, np.finfo(float).tiny) * 255
         return Image.fromarray(np.rint(gray).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        over = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 
 class Pixels:
-    """A picture as (H, W, 3) uint8, of which a crop is no copy; what is resized becomes an image of PIL."""
+    """A picture as a NumPy array (H, W, 3) uint8. `crop` returns a view, `resize` a PIL image."""
 
     def __init__(self, values: NDArray[np.uint8]) -> None:
         self.values = values
@@ -47,16 +47,16 @@ class Pixels:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height."""
+        """Width and height in pixels."""
         return self.width, self.height
 
     def crop(self, box: tuple[int, int, int, int]) -> Pixels:
-        """The part from left and top to right and bottom, inside of the picture."""
+        """Return the box (left, top, right, bottom), which must lie inside the picture."""
         left, top, right, bottom = box
         return Pixels(self.values[top:bottom, left:right])
 
     def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-        """All of it at another size."""
+        """Return the whole picture resized to (width, height)."""
         return Image.fromarray(self.values).resize(size, resample)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -64,59 +64,62 @@ class Pixels:
 
 
 class Encoded:
-    """An image file of which the header is read: its size is known, its pixels are not yet.
+    """An encoded image: the header has been read, so the size is known, and the pixels are decoded on request.
 
-    Transparency is laid over white. 16-bit gray is scaled to 8 bits, not clipped; floats in [0, 1] likewise, and wider
-    integers and floats are stretched from their least to their greatest value. Of several frames the first counts. A
-    JPEG's EXIF orientation is ignored, as in the usual readers of ImageNet.
+    Transparent images are composited over white. 16-bit grayscale and floats in [0, 1] are scaled to 8 bits, not
+    clipped. Integers and floats outside of these ranges are scaled from their minimum and maximum to [0, 255]. Of
+    several frames the first is used. The EXIF orientation of a JPEG is ignored, as in the usual ImageNet loaders.
 
     Args:
         content: the bytes of the file.
-        path: for messages.
-        convert: what is made of the image that PIL decodes.
+        path: of the file, for messages.
+        convert: conversion of the image that PIL decodes.
 
     Attributes:
-        size: width and height in pixels of the whole image.
+        size: width and height in pixels of the full-size image.
 
-    Raises BadImage for what is no image.
+    Raises BadImage if `content` is not an image.
     """
 
     def __init__(self, content: bytes, path: str, *, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> None:
         self.content, self.path, self.convert = content, path, convert
         if not content:
             raise BadImage(path, "the file is empty")
-        self.image: Image.Image | None = None  # in the hands of PIL, unless `decode_jpeg` takes it
+        self.image: Image.Image | None = None  # opened by PIL; None if `decode_jpeg` decodes it
         size = jpeg_size(content) if convert is to_rgb else None
         if size is None:
             self.image = self.opened()
             size = self.image.size
         self.size = size
 
-    def opened(self) -> Image.Image:
-        """The file in the hands of PIL."""
+    def open_with_pil(self) -> Image.Image:
+        """Open the file with PIL, without decoding it."""
         try:
             return Image.open(io.BytesIO(self.content))
         except UnidentifiedImageError as error:
-            raise BadImage(self.path, "no image format that is known") from error
-        # On damaged bytes PIL's decoders raise nearly any type, here and below.
+            raise BadImage(self.path, "the file has no known image format") from error
+        # For damaged files PIL's decoders raise nearly any exception type, here and below.
         except Exception as error:
             raise BadImage(self.path, str(error) or type(error).__name__) from error
 
     def decode(self, divisor: int = 1) -> Image.Image | Pixels:
-        """The pixels, once. A JPEG of at least `divisor` pixels a side comes at 1/divisor of its size, rounded up.
+        """Decode the pixels. Call it once.
 
-        divisor: 1, 2, 4 or 8; other formats take no notice. Raises BadImage if the file cannot be read whole.
+        divisor: 1, 2, 4 or 8. A JPEG of at least `divisor` pixels a side is decoded at 1/divisor of its size, rounded
+            up. Other formats ignore it.
+
+        Raises BadImage if the file is damaged or truncated.
         """
         if self.image is None:
             try:
                 return decode_jpeg(self.content, self.size, divisor)
             except ValueError:
-                # PIL reads some files that libjpeg warns of, and tells what is wrong with the others.
+                # PIL reads some files for which libjpeg warns, and describes the damage of the others.
                 self.image = self.opened()
         try:
             with self.image as image:
                 if divisor > 1:
-                    # PIL takes the largest divisor that leaves at least this size; asked for thus, it is this one.
+                    # PIL picks the largest divisor whose result has at least the requested size, which is `divisor`.
                     image.draft(None, (max(1, image.width // divisor), max(1, image.height // divisor)))
                 return self.convert(image)
         except Exception as error:
@@ -124,32 +127,35 @@ class Encoded:
 
 
 def jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG that `decode_jpeg` takes: YCbCr or gray, and no larger than PIL allows; else None."""
+    """Return width and height of a JPEG that `decode_jpeg` supports, else None.
+
+    Supported are YCbCr and grayscale images that do not exceed PIL's limit on pixels.
+    """
     if not content.startswith(b"\xff\xd8\xff"):
         return None
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
     except ValueError:
         return None
-    common = colors in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
-    return (width, height) if common else None
+    is_supported = colors in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
+    return (width, height) if is_supported else None
 
 
 def decode_jpeg(content: bytes, size: tuple[int, int], divisor: int) -> Image.Image | Pixels:
-    """A JPEG of `size` (width, height) as RGB at 1/divisor of it. Raises ValueError for any damage."""
+    """Decode a JPEG of `size` (width, height) to RGB at 1/divisor of its size. Raises ValueError if it is damaged."""
     if divisor == 1:
         return Pixels(simplejpeg.decode_jpeg(content, "RGB"))
     if max(size) < 8:
-        raise ValueError(f"several shares of {size} have the size of 1/{divisor}")
-    # The least share, of the eighths that it knows, which leaves at least this size.
+        raise ValueError(f"the image size {size} is too small to select the scale 1/{divisor} by its result's size")
+    # libjpeg scales by eighths and picks the smallest scale whose result has at least this size.
     width, height = (-(-side // divisor) for side in size)
     return Image.fromarray(simplejpeg.decode_jpeg(content, "RGB", min_width=width, min_height=height))
 
 
 def open_file(path: str, *, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Encoded:
-    """An image file; see `Encoded`. The only place where a set opens one.
+    """Open an image file; see `Encoded`. All datasets of files open their images with this function.
 
-    Raises BadImage for a file that cannot be read, is no regular file, or is larger than `LARGEST`.
+    Raises BadImage for a file that cannot be read, is not a regular file, or has more than `MAX_FILE_BYTES`.
     """
     try:
         content = read_regular(path, most=LARGEST)
@@ -159,6 +165,6 @@ def open_file(path: str, *, convert: Callable[[Image.Image], Image.Image] = to_r
 
 
 def decode(path: str, *, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
-    """The whole image in a file as an image of PIL; see `Encoded`."""
+    """Open and decode an image file at full size as a PIL image; see `Encoded`."""
     image = open_file(path, convert=convert).decode()
     return Image.fromarray(image.values) if isinstance(image, Pixels) else image

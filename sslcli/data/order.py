@@ -1,13 +1,13 @@
-"""The order in which an epoch shows the training images: a pure function of the seed and the epoch.
+"""Order of the training images in an epoch: a pure function of the seed and the epoch.
 
-A set whose images can be read in any order is permuted. A set of shards has a `Layout` and is read in lanes:
+A dataset with random access is permuted. A dataset of shards has a `Layout` and is read in lanes:
 
-    shards, in random order, end to end   | shard 3 | shard 0      | shard 4  | shard 1 | shard 2     |
-    cut into lanes of equal length        | lane 0         | lane 1         | lane 2         | lane 3  |
-    each lane through a shuffle buffer, and a batch takes as many images of each lane: 0 0 1 1 2 2 3 3
+    shards, concatenated in random order  | shard 3 | shard 0      | shard 4  | shard 1 | shard 2     |
+    split into lanes of equal length      | lane 0         | lane 1         | lane 2         | lane 3  |
+    each lane has a shuffle buffer, and a batch takes the same number of images from each lane: 0 0 1 1 2 2 3 3
 
-So a process that takes its contiguous part of every batch reads its own lanes, and the order knows nothing of
-processes and workers.
+A process takes a contiguous part of every batch and therefore reads its own lanes. The order does not depend on the
+number of processes or workers.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch import Tensor
 
 from sslcli.data import rng
 
-_STRETCHES = 8  # a lane has at least so many, if shards can be cut that small
+_MIN_SEGMENTS = 8  # per lane, if the chunks are small enough
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the training images of a set of shards lie in them.
+    """Location of the training images of a dataset of shards.
 
     Attributes:
-        stretch: (n,) the stretch of each image, from 0 on and nowhere decreasing: images that are shown one after
-            another but for the shuffle buffer. A shard, or part of a large one.
-        chunk: (n,) what is read at once, nowhere decreasing; a chunk lies within a stretch.
-        lanes: stretches that are read side by side, at least 1.
-        buffer: images in all shuffle buffers together, at least 1.
+        segment: (n,) number of the segment of each image, from 0, non-decreasing. A segment is a shard or a part of a
+            large shard; its images are read in sequence, apart from the shuffle buffer.
+        chunk: (n,) number of the chunk of each image, non-decreasing. A chunk is read at once and lies within a segment.
+        lanes: number of segments that are read in parallel, at least 1.
+        buffer: total number of images in all shuffle buffers, at least 1.
     """
 
     stretch: Tensor
@@ -43,21 +43,21 @@ class Layout:
 
 
 def layout_of(shard: Tensor, chunk: Tensor, *, lanes: int, buffer: int) -> Layout:
-    """The layout of images of which the shard (n,) and the chunk (n,) are known, both nowhere decreasing.
+    """Return the layout of images from the numbers of their shards (n,) and chunks (n,), both non-decreasing.
 
-    A shard of more than 1 / (8 lanes) of the images is cut into stretches where chunks meet, so that a few large shards
-    are shuffled as well as many small ones.
+    A shard with more than 1 / (8 lanes) of the images is split into segments at chunk boundaries, so that a few large
+    shards are shuffled as well as many small ones.
     """
-    place = torch.arange(len(shard))
+    position = torch.arange(len(shard))
     first_of_shard = torch.searchsorted(shard, shard)
     first_of_chunk = torch.searchsorted(chunk, chunk)
-    piece = (first_of_chunk - first_of_shard) // max(1, len(shard) // (_STRETCHES * lanes))
-    begins = (place == first_of_chunk) & ((place == first_of_shard) | (piece != piece.roll(1)))
-    return Layout(begins.cumsum(0) - 1, chunk, lanes, buffer)
+    part = (first_of_chunk - first_of_shard) // max(1, len(shard) // (_MIN_SEGMENTS * lanes))
+    is_start = (position == first_of_chunk) & ((position == first_of_shard) | (part != part.roll(1)))
+    return Layout(is_start.cumsum(0) - 1, chunk, lanes, buffer)
 
 
 def epoch_length(num_images: int, weights: Tensor | None) -> int:
-    """How many images an epoch shows, before those that do not fill a batch are left out."""
+    """Return the number of images of an epoch, including those at its end that do not fill a batch."""
     if weights is None:
         return num_images
     values = weights.tolist()
@@ -65,32 +65,32 @@ def epoch_length(num_images: int, weights: Tensor | None) -> int:
 
 
 def epoch_order(num_images: int, weights: Tensor | None, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-    """The training images of an epoch in their order: (M,) index and (M,) visit.
+    """Return the training images of an epoch in order: (M,) index in the training split, and (M,) occurrence.
 
-    `index` counts within the training split. An image of weight w comes w times an epoch on average over the images
-    of that weight, exactly; `visit` tells the epoch and the repetition, so that repetitions get views of their own.
+    The images of weight w occur w times on average; the sum over these images is exact up to rounding to an integer.
+    The occurrence is epoch + repetition * 2**32, so that repetitions within an epoch get different views.
     """
     index, repeat = torch.arange(num_images), torch.zeros(num_images, dtype=torch.long)
     if weights is not None:
-        lucky = rng.uniform(rng.mix(seed, epoch, index), 0)
+        priority = rng.uniform(rng.mix(seed, epoch, index), 0)
         parts = []
         for weight in sorted(set(weights.tolist())):
             members = index[weights == weight]
-            whole, left = int(weight), round(len(members) * weight) - int(weight) * len(members)
-            parts += [(members, turn) for turn in range(whole)]
-            parts.append((members[lucky[members].argsort()[:left]], whole))
+            repeats, remainder = int(weight), round(len(members) * weight) - int(weight) * len(members)
+            parts += [(members, number) for number in range(repeats)]
+            parts.append((members[priority[members].argsort()[:remainder]], repeats))
         index = torch.cat([members for members, _ in parts])
-        repeat = torch.cat([torch.full_like(members, turn) for members, turn in parts])
+        repeat = torch.cat([torch.full_like(members, number) for members, number in parts])
     order = rng.permutation(len(index), seed, epoch)
     return index[order], epoch + (repeat[order] << 32)
 
 
 def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Tensor:
-    """The images of an epoch of a set of shards: (steps * batch_size,) of range(n), each at most once.
+    """Return the images of an epoch of a dataset of shards: (steps * batch_size,) of range(n), each at most once.
 
-    The shuffle buffer is a sort: the image that a lane reads as number i comes out at the place of i + buffer * u among
-    the others, u uniform in [0, 1). So no image comes out before it is read, no more than `buffer` images are read and
-    not yet out, and what is in the buffer after any number of images is known without going through those before.
+    The shuffle buffer is computed as a sort: the i-th image that a lane reads gets the sort key i + buffer * u, with u
+    uniform in [0, 1). Thus no image is used before it is read, and at most `buffer` images are read and not yet used.
+    The content of the buffer at any step is computed without replaying the steps before it.
     """
     num_images = len(layout.stretch)
     steps, lanes = num_images // batch_size, min(layout.lanes, batch_size)
@@ -101,19 +101,19 @@ def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Te
     sequence = kept[rank[layout.stretch[kept]].argsort(stable=True)]
     delay = rng.uniform(rng.mix(seed, epoch, sequence), 2).double()
     order = torch.empty(steps, batch_size, dtype=torch.int64)
-    edges = [lane * batch_size // lanes for lane in range(lanes + 1)]  # of the lanes within a batch
+    edges = [lane * batch_size // lanes for lane in range(lanes + 1)]  # where the lanes begin within a batch
     for left, right in pairwise(edges):
         lane = slice(steps * left, steps * right)
         buffer = layout.buffer * (right - left) / batch_size
-        out = (torch.arange(steps * (right - left)) + buffer * delay[lane]).argsort(stable=True)
-        order[:, left:right] = sequence[lane][out].view(steps, right - left)
+        shuffled = (torch.arange(steps * (right - left)) + buffer * delay[lane]).argsort(stable=True)
+        order[:, left:right] = sequence[lane][shuffled].view(steps, right - left)
     return order.flatten()
 
 
 def last_reads(chunk: Tensor, reader: Tensor) -> Tensor:
-    """Of images in the order of reading, whether each is the last of its chunk that its reader reads: (n,) bool.
+    """Return a mask (n,) bool of the images that are the last of their chunk to be read by their reader.
 
-    chunk, reader: (n,) numbers of the chunk and of the reader of each.
+    chunk, reader: (n,) numbers of the chunk and of the reader of each image, in the order of reading.
     """
     key = (chunk * (int(reader.max()) + 1) + reader).numpy()[::-1]
     _, found = np.unique(key, return_index=True)

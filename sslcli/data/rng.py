@@ -1,8 +1,8 @@
 """Stateless random numbers: pure functions of integer keys.
 
-A random number here has no generator and no history. It is a 64-bit hash of keys that say what it is for: the seed,
-the visit, the position of the image, the view, the operation. So it does not depend on worker count, batch split,
-process count, device or resumption, and a whole batch is drawn by a few tensor operations.
+A random number is a 64-bit hash of integer keys: the seed, the epoch and repetition, the position of the image, the
+view and the operation. There is no generator with a state. The numbers do not depend on the number of workers or
+processes, the split into batches, the device or resuming, and a few tensor operations draw those of a whole batch.
 
 The hash is the finalizer of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 OOPSLA 2014), chained over the keys. It is not cryptographic.
@@ -19,50 +19,50 @@ _MULTIPLY_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def _avalanche(x: Tensor) -> Tensor:
-    """A bijection of int64 in which each input bit changes about half of the output bits."""
-    # >> on int64 copies the sign bit; the mask makes it the logical shift that the hash is defined with.
+    """Bijection of int64 in which each input bit flips about half of the output bits."""
+    # >> on int64 copies the sign bit; the mask turns it into the logical shift of the hash's definition.
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MULTIPLY_1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MULTIPLY_2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def mix(*keys: int | Tensor) -> Tensor:
-    """Hash keys to one int64 tensor; the order and the number of the keys matter.
+    """Hash keys to one int64 tensor. The result depends on the order and the number of the keys.
 
     Args:
         keys: one or more integers in [-2**63, 2**63) or integer tensors, which are broadcast together.
 
     Returns:
-        int64, of the broadcast shape (0-d where all keys are ints), on the device of the tensors. With all other keys
-        held fixed it is a bijection of the last key: different last keys never collide.
+        int64 of the broadcast shape (0-d if all keys are ints), on the device of the tensors. With all other keys
+        fixed it is a bijection of the last key: different last keys never collide.
 
     Raises:
         ValueError: no key, or a key that is not an integer.
     """
     if not keys:
-        raise ValueError("mix() got no keys; give at least one integer, such as the seed")
+        raise ValueError("mix() got no keys. Pass at least one integer, such as the seed.")
     state: Tensor | int = 0
     for key in keys:
         if isinstance(key, Tensor):
             if key.is_floating_point() or key.is_complex():
-                raise ValueError(f"mix() got a key of dtype {key.dtype}; keys must be integers")
+                raise ValueError(f"mix() got a key of dtype {key.dtype}, but keys must be integers.")
             key = key.long()
         elif isinstance(key, int) and -(1 << 63) <= key < 1 << 63:
             key = torch.tensor(key, dtype=torch.int64)
         else:
-            raise ValueError(f"mix() got the key {key!r}; keys must be integers in [-2**63, 2**63)")
+            raise ValueError(f"mix() got the key {key!r}, but keys must be integers in [-2**63, 2**63).")
         state = _avalanche((state + _GOLDEN) ^ key)
     assert isinstance(state, Tensor)
     return state
 
 
 def uniform(key: Tensor, stream: int | Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Independent uniform numbers, one a key.
+    """Draw independent uniform numbers, one per key.
 
     Args:
         key: int64 of any shape, usually from `mix`.
-        stream: which number of this key; one for each purpose. A tensor is broadcast with `key`: many streams in one
-            call cost little more than one.
+        stream: number of the draw for this key; each purpose has its own. A tensor is broadcast with `key`: many
+            streams in one call cost little more than one.
         low, high: the range, low <= high.
 
     Returns:
@@ -72,21 +72,21 @@ def uniform(key: Tensor, stream: int | Tensor, low: float = 0.0, high: float = 1
         ValueError: low > high.
     """
     if not low <= high:
-        raise ValueError(f"uniform() got low={low} and high={high}; low must not exceed high")
+        raise ValueError(f"uniform() got low={low} and high={high}, but low must not exceed high.")
     fraction = ((mix(key, stream) >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
     if low == 0.0 and high == 1.0:
         return fraction
     values = fraction * (high - low) + low
-    # Rounding may land on `high` itself.
+    # Rounding may produce `high` itself, which is excluded.
     top = torch.nextafter(torch.tensor(high, dtype=torch.float32), torch.tensor(low, dtype=torch.float32))
     return values.clamp(min=low, max=float(top))
 
 
 def permutation(n: int, *keys: int) -> Tensor:
-    """A random order of range(n) that is a pure function of the keys.
+    """Return a random permutation of range(n) that is a pure function of the keys.
 
     Args:
-        n: how many, at least 0.
+        n: length of the permutation, at least 0.
         keys: at least one integer, such as the seed and the epoch.
 
     Returns:
@@ -96,6 +96,6 @@ def permutation(n: int, *keys: int) -> Tensor:
         ValueError: n < 0 or no keys.
     """
     if n < 0:
-        raise ValueError(f"permutation() got n={n}; n must be at least 0")
-    # The hashes are all different (see mix), so the order does not hang on how a sort treats ties.
+        raise ValueError(f"permutation() got n={n}, but n must be at least 0.")
+    # All hashes differ (see mix), so the order does not depend on how the sort treats ties.
     return torch.argsort(mix(mix(*keys), torch.arange(n, dtype=torch.int64)))

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sslcli.distributed.collectives import end_with
 from sslcli.errors import ConfigError, ProcessLost, TrainingFailed
-from sslcli.system import cores
+from sslcli.system import cpu
+from sslcli.system.child_processes import kill_with_parent
 
 MOST, ON_THE_CPU = 8, 2
 SMALL, FEW_CORES = 64, 2  # pixels a side, cores of a process
@@ -43,8 +43,8 @@ def workers_that_pay(image_size: int) -> int:
     none where small images, of at most 64 pixels a side, leave them little to do on 1 or 2 cores.
     """
     if torch.cuda.is_available():
-        return min(MOST, max(1, cores.share() - 1))
-    return 0 if image_size <= SMALL and cores.share() <= FEW_CORES else ON_THE_CPU
+        return min(MOST, max(1, cpu.share() - 1))
+    return 0 if image_size <= SMALL and cpu.share() <= FEW_CORES else ON_THE_CPU
 
 
 class Reader(Dataset[Any]):
@@ -195,7 +195,7 @@ def start_worker(parent: int, number: int) -> None:
     """
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
-    end_with(parent)
+    kill_with_parent(parent)
 
 
 def end_workers(iterator: Any, workers: list[BaseProcess]) -> None:

@@ -7,10 +7,6 @@ processes.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import sys
 from typing import Any, TypeVar
 
 import torch
@@ -117,43 +113,6 @@ def broadcast_objects(values: list[Any]) -> None:
     if world_size() > 1:
         watchdog.meet()
         dist.broadcast_object_list(values, src=0)
-
-
-def end_with(parent: int) -> None:
-    """Kill this process when its `parent` exits or is killed, so that no orphan holds a run (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # the parent exited before prctl was called
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-class BatchShuffle:
-    """Random permutation of the W * N images of a step, identical on all processes (shuffling BN, MoCo sec. 3.3).
-
-    The permutation depends only on `draw` and W * N; it is the same after resuming and for another number of processes.
-    Each row is sent only to its new process, so the traffic does not grow with W.
-    """
-
-    def __init__(self, num_rows: int, draw: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0x5EED + draw)
-        order = torch.randperm(world_size() * num_rows, generator=generator).view(world_size(), num_rows)
-        owner = order // num_rows  # source rank of each row, by destination rank and position
-        taken = owner == rank()
-        leaving = order[taken] - rank() * num_rows  # own rows, by destination rank and position
-        arriving = owner[rank()].argsort(stable=True)  # positions in the shuffled part, by source rank
-        self.sent = taken.sum(1).tolist()  # number of rows to each rank
-        self.received = owner[rank()].bincount(minlength=world_size()).tolist()
-        self.leaving, self.arriving = leaving.to(device), arriving.to(device)
-
-    def shuffle(self, rows: Tensor) -> Tensor:
-        """Return this process's part (N, ...) of the shuffled batch, from rows in batch order, without gradient."""
-        there = exchange(rows.detach()[self.leaving], self.sent, self.received)
-        return there[self.arriving.argsort()]
-
-    def restore(self, rows: Tensor) -> Tensor:
-        """Apply the inverse of `shuffle`."""
-        back = exchange(rows.detach()[self.arriving], self.received, self.sent)
-        return back[self.leaving.argsort()]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslcli.nn.modules import full_precision
+from sslcli.nn.modes import full_precision
 
 _REMEDY = {
     "point": (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sslcli.distributed import collectives, watchdog
 from sslcli.engine import checkpoint, precision
 from sslcli.methods.base import Batch, Method
-from sslcli.nn.modules import unchanged_statistics
+from sslcli.nn.modes import unchanged_statistics
 
 
 def backward(

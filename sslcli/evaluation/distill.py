@@ -22,7 +22,7 @@ from sslcli.evaluation.network import Classifier
 from sslcli.evaluation.result import label_rank
 from sslcli.evaluation.training import Progress, Recipe, Start, Task, batches, cross_entropy, fit, predict
 from sslcli.methods.base import Batch, num_features
-from sslcli.nn.modules import evaluating
+from sslcli.nn.modes import evaluating
 
 TEACHERS = ("finetune", "semi")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sslcli.backbones.wrap import pooled
 from sslcli.errors import nearest
 from sslcli.methods.base import Method
-from sslcli.nn.modules import evaluating
+from sslcli.nn.modes import evaluating
 
 BACKBONE = "backbone"
 BANK = "bank"

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sslcli.engine.optim import NEVER_DECAYED
 from sslcli.evaluation import layers
 from sslcli.methods.base import Method
-from sslcli.nn.modules import SplitBatchNorm, SyncBatchNorm, evaluating
+from sslcli.nn.batch_norm import SplitBatchNorm, SyncBatchNorm
+from sslcli.nn.modes import evaluating
 
 Level = dict[str, nn.Parameter]  # by name
 

@@ -16,7 +16,7 @@ from sslcli.errors import ConfigError
 from sslcli.evaluation.features import FeatureSet, computed, extract
 from sslcli.evaluation.knn import Knn
 from sslcli.methods.base import Method
-from sslcli.nn.modules import evaluating
+from sslcli.nn.modes import evaluating
 
 BATCH = 512  # images per forward pass; the same online and offline, since kernels may depend on the batch size
 

@@ -31,7 +31,7 @@ from sslcli.evaluation.network import Classifier, parameter_groups, set_mode
 from sslcli.evaluation.result import accuracy, bootstrap_interval, top5
 from sslcli.methods.base import Batch
 from sslcli.nn import schedule
-from sslcli.nn.modules import evaluating
+from sslcli.nn.modes import evaluating
 from sslcli.report.console import Screen
 
 OPTIMIZERS = ("sgd", "adamw")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, Method, num_features
+from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.decoder import Decoder, FirstLook, psnr
-from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, full_precision
+from sslcli.nn.modes import full_precision
 from sslcli.nn.noise import Noise
 
 CORRUPTIONS = ("gaussian", "pixel_mask", "block_mask", "salt_pepper")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sslcli.methods.mixture import UnMix
-from sslcli.nn.modules import evaluating
+from sslcli.nn.modes import evaluating
 
 
 @dataclass(frozen=True)

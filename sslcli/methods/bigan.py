@@ -18,8 +18,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, num_features
 from sslcli.methods.gan import Game, aside, deceiver_loss, discriminator_loss, distance, pixels
+from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.contrastive import check_momentum
-from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy, full_precision
+from sslcli.nn.ema import ema_update, frozen_copy
+from sslcli.nn.modes import full_precision
 
 SLOPE = 0.2  # of LeakyReLU, as in DCGAN
 

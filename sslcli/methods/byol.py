@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from sslcli.methods.base import Batch, Method, num_features
 from sslcli.methods.mixture import UnMix, add_mixture
+from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.contrastive import check_momentum, cosine_distance
-from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, ema_update, frozen_copy, mlp
+from sslcli.nn.ema import ema_update, frozen_copy
+from sslcli.nn.heads import mlp
 from sslcli.nn.schedule import ema_momentum
 
 

@@ -21,8 +21,9 @@ from sslcli.distributed import watchdog
 from sslcli.distributed.collectives import all_gather, all_gather_with_grad, rank, world_size
 from sslcli.methods.bank import Bank, log_normalizer, nce, own_row_wins, sampled_softmax, scores
 from sslcli.methods.base import Batch, Method, num_features
+from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.contrastive import check_temperature
-from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, full_precision
+from sslcli.nn.modes import full_precision
 from sslcli.nn.noise import Noise
 
 LOSSES = ("nce", "softmax", "batch")

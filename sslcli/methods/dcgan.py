@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, maps_of, num_features
 from sslcli.methods.gan import Game, aside, deceiver_loss, discriminator_loss, distance, pixels
-from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, evaluating
+from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
+from sslcli.nn.modes import evaluating
 
 INIT_STD = 0.02  # of all weights (section 4)
 

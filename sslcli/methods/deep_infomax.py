@@ -19,7 +19,9 @@ from sslcli.distributed.collectives import world_size
 from sslcli.errors import check_positive, nearest
 from sslcli.methods.base import Batch, Method, maps_of, num_features
 from sslcli.methods.mutual_information import MEASURES, UNBOUNDED, concat_loss, dot_loss, prior_losses
-from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, evaluating, mlp
+from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
+from sslcli.nn.heads import mlp
+from sslcli.nn.modes import evaluating
 from sslcli.nn.noise import Noise
 
 SCORES = ("dot", "concat")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sslcli.distributed.collectives import all_gather, all_reduce_mean
 from sslcli.methods.base import Method
 from sslcli.nn.decoder import Decoder, FirstLook
-from sslcli.nn.modules import full_precision
+from sslcli.nn.modes import full_precision
 from sslcli.nn.noise import Noise
 
 LOSSES = ("logistic", "hinge")

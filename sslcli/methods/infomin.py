@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from sslcli.methods.base import Batch, num_features
 from sslcli.methods.moco import MoCo
-from sslcli.nn.modules import SplitBatchNorm, full_precision, mlp
+from sslcli.nn.batch_norm import SplitBatchNorm
+from sslcli.nn.heads import mlp
+from sslcli.nn.modes import full_precision
 from sslcli.nn.noise import Noise
 
 GRID = 3

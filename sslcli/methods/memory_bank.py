@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from sslcli.methods.bank import Bank, log_normalizer, nce, own_row_wins, sampled_softmax, scores
 from sslcli.methods.base import Batch, Method, num_features
+from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.contrastive import check_temperature, info_nce
-from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, full_precision
+from sslcli.nn.modes import full_precision
 from sslcli.nn.noise import Noise
 
 LOSSES = ("full", "nce", "softmax")

@@ -14,19 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.distributed.collectives import BatchShuffle, all_gather
+from sslcli.distributed.batch_shuffle import BatchShuffle
+from sslcli.distributed.collectives import all_gather
 from sslcli.methods.base import Batch, Method, num_features
 from sslcli.methods.mixture import UnMix, add_mixture
+from sslcli.nn.batch_norm import SplitBatchNorm, average_statistics, convert_batch_norm
 from sslcli.nn.contrastive import Contrast, check_momentum, check_temperature, info_nce
-from sslcli.nn.modules import (
-    SplitBatchNorm,
-    average_statistics,
-    convert_batch_norm,
-    ema_update,
-    frozen_copy,
-    full_precision,
-    mlp,
-)
+from sslcli.nn.ema import ema_update, frozen_copy
+from sslcli.nn.heads import mlp
+from sslcli.nn.modes import full_precision
 
 
 @torch.no_grad()

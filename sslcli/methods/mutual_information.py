@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sslcli.distributed.collectives import all_gather_with_grad, rank
 from sslcli.nn.contrastive import CHUNK_VALUES
-from sslcli.nn.modules import full_precision
+from sslcli.nn.modes import full_precision
 
 LOG2 = math.log(2)
 UNBOUNDED = ("X2", "W1")  # losses without a lower bound: they decrease as scores grow

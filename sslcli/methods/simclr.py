@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from sslcli.distributed.collectives import all_gather_with_grad, rank, world_size
 from sslcli.methods.base import Batch, Method, num_features
 from sslcli.methods.mixture import UnMix, add_mixture
+from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.contrastive import COLDEST, Contrast, check_temperature, info_nce, mutual_info_nce
-from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, full_precision, mlp
+from sslcli.nn.heads import mlp
+from sslcli.nn.modes import full_precision
 
 
 def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None = None) -> Contrast:

@@ -18,7 +18,8 @@ from sslcli.methods.mixture import UnMix
 from sslcli.methods.moco import enqueue
 from sslcli.methods.simclr import SimCLR, nt_xent
 from sslcli.nn.contrastive import Contrast, check_momentum
-from sslcli.nn.modules import ema_update, frozen_copy, full_precision
+from sslcli.nn.ema import ema_update, frozen_copy
+from sslcli.nn.modes import full_precision
 
 
 class SimCLRv2(SimCLR):

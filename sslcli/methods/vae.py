@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from sslcli.distributed.collectives import all_gather, all_reduce_mean
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, Method, num_features
+from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.decoder import Decoder, FirstLook, psnr
-from sslcli.nn.modules import SyncBatchNorm, convert_batch_norm, full_precision
+from sslcli.nn.modes import full_precision
 from sslcli.nn.noise import Noise
 
 LOG_VARIANCE = (-10.0, 10.0)  # clamping range, which prevents overflow of exp

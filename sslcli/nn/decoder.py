@@ -14,7 +14,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from sslcli.errors import ConfigError, check_positive
-from sslcli.nn.modules import full_precision
+from sslcli.nn.modes import full_precision
 
 NARROWEST = 64  # channels of the last block, as in the 512-256-128-64 of 32-pixel images
 

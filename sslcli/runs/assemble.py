@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sslcli.config.settings import MonitorSettings, TrainSettings, seconds
 from sslcli.data.loader import Loader, plain_batches
 from sslcli.data.workers import PATIENCE
-from sslcli.distributed import collectives, launch
+from sslcli.distributed import collectives, processes
 from sslcli.engine import fsdp, precision
 from sslcli.engine.loop import Run
 from sslcli.engine.monitor import Watch
@@ -22,7 +22,7 @@ from sslcli.engine.stop import StopRequest
 from sslcli.errors import ConfigError
 from sslcli.evaluation.online import bank_positions, check_answers, knn_probe, unanswerable
 from sslcli.methods.base import Method
-from sslcli.nn.modules import evaluating
+from sslcli.nn.modes import evaluating
 from sslcli.report import pictures
 from sslcli.report.console import Screen
 from sslcli.runs.build import Parts
@@ -114,7 +114,7 @@ def assemble(
         config={key: value for key, value in config.items() if not key.startswith("_")},
         screen=screen,
         watch=watch,
-        stop=StopRequest(seconds("train.max_time", settings.max_time), begun=launch.begun()),
+        stop=StopRequest(seconds("train.max_time", settings.max_time), begun=processes.begun()),
     )
 
 

@@ -27,7 +27,7 @@ from sslcli.evaluation.base import Protocol
 from sslcli.kernels.winograd import use_winograd
 from sslcli.methods.base import Method
 from sslcli.nn import schedule
-from sslcli.nn.modules import evaluating
+from sslcli.nn.modes import evaluating
 
 Net = TypeVar("Net", bound=nn.Module)
 Built = TypeVar("Built")

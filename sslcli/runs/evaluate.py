@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sslcli import __version__
-from sslcli.distributed import launch
+from sslcli.distributed import devices
 from sslcli.engine import checkpoint
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, TrainingFailed
 from sslcli.evaluation import layers
@@ -77,9 +77,9 @@ def _listening(config: dict[str, Any]) -> int:
 def _answered(config: dict[str, Any]) -> int:
     """The same, with a message where the user's configuration is wrong or the machine fails."""
     try:
-        device = launch.pick_device(config["device"])
+        device = devices.pick_device(config["device"])
         keep_freed_memory()
-        launch.prepare(device, deterministic=True)
+        devices.prepare(device, deterministic=True)
         with Screen() as screen:
             path = None if config["run"] is None else Path(config["run"])
             if path is not None and not (path / "config.yaml").exists():

@@ -21,7 +21,7 @@ from sslcli.evaluation import layers
 from sslcli.evaluation.features import FeatureSet, cached, pixels
 from sslcli.evaluation.online import collect
 from sslcli.evaluation.training import Task
-from sslcli.nn.modules import evaluating
+from sslcli.nn.modes import evaluating
 from sslcli.report.console import Screen
 from sslcli.report.evaluation_tables import SUBJECTS
 from sslcli.runs.result_name import joined, name_of_set

@@ -17,7 +17,7 @@ from sslcli.engine import checkpoint_names
 from sslcli.errors import EXIT_CONFIG, ConfigError
 from sslcli.report.terminal import guard_terminal, log_and_print
 from sslcli.runs.identity import run_dir_of
-from sslcli.system import interpreter
+from sslcli.system import child_processes
 
 
 def launch(config: dict[str, Any]) -> int:
@@ -29,13 +29,13 @@ def launch(config: dict[str, Any]) -> int:
 
         return slurm_job.launch(config)
     if kind == "multi" and not config["dry_run"]:
-        from sslcli.distributed.launch import run_processes
+        from sslcli.distributed.elastic import run_processes
 
         with tempfile.TemporaryDirectory(prefix="sslcli-") as folder:
             path = Path(folder) / "config.json"
             path.write_text(json.dumps(config), encoding="utf-8")
             return run_processes(
-                [*interpreter.arguments("sslcli.runs.launch"), str(path)],
+                [*child_processes.arguments("sslcli.runs.launch"), str(path)],
                 processes=config["launcher"]["processes"],
                 max_restarts=config["launcher"]["max_restarts"],
                 tell=partial(log_and_print, Path(config["run_dir"])),
@@ -56,12 +56,12 @@ def main() -> None:
     """
     # Until the run takes signals over, Ctrl-C ends it without a traceback: there is nothing to save.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from sslcli.distributed.launch import EXIT_LOST, die_with_parent
+    from sslcli.distributed.processes import EXIT_LOST, die_with_parent
 
     guard_terminal()
     die_with_parent()
     config = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    interpreter.find_trusted(config["trust"])
+    child_processes.find_trusted(config["trust"])
     before = checkpoints(config)
     try:
         sys.exit(launch(config))

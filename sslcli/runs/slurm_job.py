@@ -16,7 +16,7 @@ from sslcli.report.terminal import guard_terminal, log_and_print
 from sslcli.runs import directory
 from sslcli.runs.slurm import queue
 from sslcli.runs.slurm.script import render
-from sslcli.system import atomic, interpreter
+from sslcli.system import atomic, child_processes
 
 
 def launch(config: dict[str, Any]) -> int:
@@ -88,7 +88,7 @@ def carry_out(config: dict[str, Any], endpoint: str) -> int:
     """What each node of the job does: start its processes and return their exit code. Raises ConfigError."""
     import torch
 
-    from sslcli.distributed.launch import Meeting, run_processes
+    from sslcli.distributed.elastic import Meeting, run_processes
 
     settings = SlurmSettings(**config["launcher"])
     if config["device"] != "cpu" and torch.cuda.device_count() < settings.gpus_per_node:
@@ -97,7 +97,7 @@ def carry_out(config: dict[str, Any], endpoint: str) -> int:
             f"{os.uname().nodename}: check launcher.setup and the build of torch, or train with device=cpu"
         )
     if settings.nodes * settings.processes == 1:
-        interpreter.find_trusted(config["trust"])
+        child_processes.find_trusted(config["trust"])
         from sslcli.runs.worker import run
 
         return run(config)
@@ -109,7 +109,7 @@ def carry_out(config: dict[str, Any], endpoint: str) -> int:
     )
     run_dir = Path(config["run_dir"])
     return run_processes(
-        [*interpreter.arguments("sslcli.runs.launch"), str(folder_of(run_dir) / "config.json")],
+        [*child_processes.arguments("sslcli.runs.launch"), str(folder_of(run_dir) / "config.json")],
         processes=settings.processes,
         max_restarts=0,  # of one node alone; the script starts all nodes again
         tell=partial(log_and_print, run_dir),

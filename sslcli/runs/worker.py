@@ -17,7 +17,7 @@ import torch
 from sslcli.config.own_dataset import FINGERPRINT
 from sslcli.config.settings import TrainSettings, seconds
 from sslcli.data.workers import worker_died
-from sslcli.distributed import collectives, launch, watchdog
+from sslcli.distributed import collectives, devices, processes, watchdog
 from sslcli.engine import checkpoint
 from sslcli.engine.loop import Run, train
 from sslcli.errors import (
@@ -51,39 +51,39 @@ LOST_CONTACT = "another process of this run ended; start the same command again 
 def run(config: dict[str, Any]) -> int:
     """Carry out a checked configuration in this process; the exit code."""
     run_dir = Path(config["run_dir"])
-    if launch.restarted():  # what is there is of this very command
+    if processes.restarted():  # what is there is of this very command
         config = config | {"resume": "auto"}
     threading.excepthook = _leave_to_the_main_thread
     try:
         if directory.is_finished(run_dir) and config["resume"] != "never" and not config["dry_run"]:
             directory.check_resumable(run_dir, config)
-            Screen(silent=launch.number() > 0).say(f"this run is finished already: {run_dir}{outcome(run_dir)}")
+            Screen(silent=processes.number() > 0).say(f"this run is finished already: {run_dir}{outcome(run_dir)}")
             return 0
         directory.check_resumable(run_dir, config)
-        device = launch.pick_device(config["device"])
+        device = devices.pick_device(config["device"])
         keep_freed_memory()
-        launch.share_threads(config["launcher"]["threads"])
-        launch.prepare(device, deterministic=config["train"]["deterministic"], compiled=config["train"]["compile"])
+        devices.share_threads(config["launcher"]["threads"])
+        devices.prepare(device, deterministic=config["train"]["deterministic"], compiled=config["train"]["compile"])
         limit = seconds("launcher.timeout", config["launcher"]["timeout"])
         assert limit is not None
-        with launch.process_group(device, limit=limit, end=partial(_end_a_hang, run_dir)):
+        with processes.process_group(device, limit=limit, end=partial(_end_a_hang, run_dir)):
             check_agreement(config)
             return _carry_out(config, run_dir, device)
     except ConfigError as error:
         return _end(str(error), EXIT_CONFIG)
     except ProcessLost as error:
-        return _end(str(error), launch.exit_lost())
+        return _end(str(error), processes.exit_lost())
     except TrainingFailed as error:
         return _end(str(error), EXIT_FAILED)
     except Stopped as error:
-        return EXIT_STOPPED if launch.number() > 0 else _end(str(error), EXIT_STOPPED)
+        return EXIT_STOPPED if processes.number() > 0 else _end(str(error), EXIT_STOPPED)
     except RuntimeError as error:
         if "DataLoader worker" in str(error):  # raised wherever the signal of the dying worker finds us
-            return _end(str(worker_died(error)), launch.exit_lost())
-        if launch.lost_contact(error):
+            return _end(str(worker_died(error)), processes.exit_lost())
+        if processes.lost_contact(error):
             # The other process has the reason to tell, unless the network itself has.
             noticed = str(error).strip().splitlines()[0]
-            return _end(f"{LOST_CONTACT} (noticed here: {noticed})", launch.exit_lost(), wait=2 * WAIT)
+            return _end(f"{LOST_CONTACT} (noticed here: {noticed})", processes.exit_lost(), wait=2 * WAIT)
         raise
     except OSError as error:
         told = disk_failure(error, run_dir, "run_dir")
@@ -103,7 +103,7 @@ def _end(message: str, code: int, *, wait: float | None = None) -> int:
 
     What ends all processes is told once: the main one is first, and its launcher ends the others while they wait.
     """
-    time.sleep((WAIT if launch.number() > 0 else 0.0) if wait is None else wait)
+    time.sleep((WAIT if processes.number() > 0 else 0.0) if wait is None else wait)
     print(f"ssl-train: {message}", file=sys.stderr, flush=True)
     return code
 

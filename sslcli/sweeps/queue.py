@@ -29,7 +29,7 @@ from sslcli.sweeps.job import (
     take,
     who_runs,
 )
-from sslcli.system.cores import usable
+from sslcli.system.cpu import usable
 from sslcli.system.locks import lock
 
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # a job that gets one saves and stops

@@ -36,7 +36,7 @@ from sslcli.sweeps.job import (
 )
 from sslcli.sweeps.queue import Slot, run_queue, slots_of, wait_for
 from sslcli.sweeps.table import Row
-from sslcli.system import interpreter
+from sslcli.system import child_processes
 
 OF_EVAL = SweepSettings(metric="monitor/knn_top1", direction="auto", jobs=None, retry_failed=True)
 DEFAULT_FOLDER = "runs/sweep"  # in the yaml files
@@ -147,7 +147,7 @@ def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> 
 
 def program_of(command: str) -> tuple[str, ...]:
     """What starts a command, whatever is on the path."""
-    return sys.executable, *interpreter.arguments(f"sslcli.cli.{command}")
+    return sys.executable, *child_processes.arguments(f"sslcli.cli.{command}")
 
 
 def check_engine(this: Sweep, configs: list[dict[str, Any]], *, drawn: bool, launcher: str) -> None:

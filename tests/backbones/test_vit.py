@@ -153,7 +153,7 @@ def test_channels_last_changes_nothing_but_the_layout() -> None:
 
 
 def test_a_copy_for_a_momentum_encoder_keeps_the_output() -> None:
-    from sslcli.nn.modules import frozen_copy
+    from sslcli.nn.ema import frozen_copy
 
     net = vit(drop_path=0.5).eval()
     images = torch.randn(2, 3, 32, 32)

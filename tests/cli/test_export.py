@@ -121,11 +121,11 @@ def test_a_whole_method_of_before_or_of_a_strange_class_is_refused(trained: Path
     assert cli("ssl-export", f"run={trained}", "what=method", f"out={out}").code == 0
     whole = torch.load(out, weights_only=True)
     strange = {"_target_": "subprocess.run", "args": ["touch", str(tmp_path / "pwned")]}
-    function = {"_target_": "sslcli.distributed.launch.run_processes", "arguments": ["-c", "1"], "processes": 1}
+    function = {"_target_": "sslcli.distributed.elastic.run_processes", "arguments": ["-c", "1"], "processes": 1}
     for change, wanted in (
         ({"method": strange}, "subprocess.run"),
         ({"backbone": strange}, "subprocess.run"),
-        ({"method": function}, "sslcli.distributed.launch.run_processes"),
+        ({"method": function}, "sslcli.distributed.elastic.run_processes"),
         ({"num_images": "many"}, "num_images is 'many'"),
         ({"method": 5}, "method is 5"),
     ):

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from processes import Pair
 from sslcli.distributed import collectives
-from sslcli.distributed.collectives import BatchShuffle, all_gather, all_gather_with_grad, all_reduce_mean
-from sslcli.nn.modules import SplitBatchNorm, SyncBatchNorm, average_statistics, convert_batch_norm
+from sslcli.distributed.batch_shuffle import BatchShuffle
+from sslcli.distributed.collectives import all_gather, all_gather_with_grad, all_reduce_mean
+from sslcli.nn.batch_norm import SplitBatchNorm, SyncBatchNorm, average_statistics, convert_batch_norm
 
 
 def my_half(rows: Tensor) -> Tensor:

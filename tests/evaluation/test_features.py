@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sslcli.data.sources.base import BadImage
 from sslcli.evaluation.features import FeatureSet, cached, extract, from_bank, pixels
-from sslcli.nn.modules import evaluating
+from sslcli.nn.modes import evaluating
 
 
 class Net(nn.Module):

@@ -17,7 +17,7 @@ from sslcli.evaluation.network import Classifier, levels, parameter_groups, set_
 from sslcli.methods.base import Method
 from sslcli.methods.moco import MoCo
 from sslcli.methods.simclr import SimCLR
-from sslcli.nn.modules import SplitBatchNorm
+from sslcli.nn.batch_norm import SplitBatchNorm
 from tiny import TinyNet
 
 IMAGES = torch.zeros(2, 3, 16, 16)

@@ -12,8 +12,8 @@ from processes import Pair
 from sslcli.errors import ConfigError
 from sslcli.methods.autoencoder import CORRUPTIONS, LOSSES, Autoencoder, patch_statistics, reconstruction_loss
 from sslcli.methods.base import Batch
+from sslcli.nn.batch_norm import SyncBatchNorm
 from sslcli.nn.decoder import check_images, psnr
-from sslcli.nn.modules import SyncBatchNorm
 from tiny import TinyNet
 
 

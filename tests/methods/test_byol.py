@@ -10,7 +10,7 @@ from torch import nn
 from golden_cases import Case, golden_cases
 from sslcli.methods.base import Batch
 from sslcli.methods.byol import BYOL, byol_loss
-from sslcli.nn.modules import SyncBatchNorm
+from sslcli.nn.batch_norm import SyncBatchNorm
 from tiny import TinyNet, make_batch
 
 

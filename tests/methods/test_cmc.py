@@ -15,7 +15,7 @@ from sslcli.backbones.vit import VisionTransformer
 from sslcli.distributed import collectives
 from sslcli.methods.base import Batch
 from sslcli.methods.cmc import CMC, Encoders, in_batch
-from sslcli.nn.modules import SyncBatchNorm
+from sslcli.nn.batch_norm import SyncBatchNorm
 from tiny import TinyNet
 
 N = 18  # images of the training set

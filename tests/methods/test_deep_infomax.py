@@ -14,7 +14,7 @@ from sslcli.backbones.vit import VisionTransformer
 from sslcli.methods.base import Batch
 from sslcli.methods.deep_infomax import DeepInfoMax, Embed, choose_stage
 from sslcli.methods.mutual_information import MEASURES, concat_loss, dot_loss
-from sslcli.nn.modules import SyncBatchNorm
+from sslcli.nn.batch_norm import SyncBatchNorm
 from tiny import TinyNet, make_batch
 
 SIZE = 16

@@ -13,7 +13,7 @@ from sslcli.distributed.collectives import rank
 from sslcli.engine.optim import parameter_groups
 from sslcli.methods.dcgan import DCGAN
 from sslcli.methods.gan import aside, deceiver_loss, discriminator_loss, distance, gradient_penalty
-from sslcli.nn.modules import SyncBatchNorm
+from sslcli.nn.batch_norm import SyncBatchNorm
 from tiny import TinyNet
 
 

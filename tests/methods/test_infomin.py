@@ -9,8 +9,8 @@ from small_runs import differences
 from sslcli.methods.base import Batch
 from sslcli.methods.infomin import InfoMin, cells_of, crops_of
 from sslcli.methods.moco import MoCo
+from sslcli.nn.batch_norm import SplitBatchNorm
 from sslcli.nn.contrastive import info_nce
-from sslcli.nn.modules import SplitBatchNorm
 from tiny import TinyNet, make_batch
 
 SETTINGS = {"dim": 4, "queue_size": 12, "bn_group": 4, "temperature": 0.2}

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from golden_cases import Case, golden_cases
 from sslcli.methods.base import Batch
 from sslcli.methods.moco import MoCo, enqueue
+from sslcli.nn.batch_norm import SplitBatchNorm
 from sslcli.nn.contrastive import info_nce
-from sslcli.nn.modules import SplitBatchNorm
 from tiny import TinyNet, make_batch
 
 

@@ -11,7 +11,7 @@ from golden_cases import Case, golden_cases
 from processes import Pair
 from sslcli.methods.base import Batch
 from sslcli.methods.moco_v3 import MoCoV3, contrast
-from sslcli.nn.modules import SyncBatchNorm
+from sslcli.nn.batch_norm import SyncBatchNorm
 from tiny import TinyNet, make_batch
 
 

@@ -12,7 +12,7 @@ from golden_cases import Case, golden_cases
 from processes import Pair
 from sslcli.methods import mutual_information
 from sslcli.methods.mutual_information import MEASURES, concat_loss, dot_loss, expectations, prior_losses
-from sslcli.nn.modules import mlp
+from sslcli.nn.heads import mlp
 
 
 def random_pairs(num_images: int = 4, units: int = 6, places: int = 5, vectors: int = 1) -> tuple[Tensor, Tensor]:

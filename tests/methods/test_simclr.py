@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from golden_cases import Case, golden_cases
 from processes import Pair
 from sslcli.methods.simclr import SimCLR, nt_xent
-from sslcli.nn.modules import SyncBatchNorm
+from sslcli.nn.batch_norm import SyncBatchNorm
 from tiny import TinyNet, make_batch
 
 

@@ -23,7 +23,7 @@ from sslcli.methods.vae import (
     reconstruction_loss,
     squared_error,
 )
-from sslcli.nn.modules import SyncBatchNorm
+from sslcli.nn.batch_norm import SyncBatchNorm
 from tiny import TinyNet
 
 FLOAT64 = torch.float64

@@ -8,15 +8,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from golden_cases import Case, golden_cases
-from sslcli.nn.modules import (
-    SplitBatchNorm,
-    SyncBatchNorm,
-    average_statistics,
-    convert_batch_norm,
-    ema_update,
-    frozen_copy,
-    mlp,
-)
+from sslcli.nn.batch_norm import SplitBatchNorm, SyncBatchNorm, average_statistics, convert_batch_norm
+from sslcli.nn.ema import ema_update, frozen_copy
+from sslcli.nn.heads import mlp
 from tiny import TinyNet
 
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

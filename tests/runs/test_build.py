@@ -69,7 +69,7 @@ def test_methods_that_need_maps_take_those_of_timm(method: str) -> None:
 
 
 RUN_A_PROGRAM = (
-    "sslcli.distributed.launch.run_processes"  # a function of a trusted package that starts what it is given
+    "sslcli.distributed.elastic.run_processes"  # a function of a trusted package that starts what it is given
 )
 GROUPS = ("method", "dataset", "backbone", "views", "optimizer")
 
@@ -87,7 +87,7 @@ def config_with(group: str, node: dict[str, Any]) -> dict[str, Any]:
         (RUN_A_PROGRAM, "which is a function"),
         ("sslcli.system.atomic.replace", "which is a function"),
         ("sslcli.report.console.Screen", "only classes derived from"),
-        ("sslcli.distributed.launch.Meeting", "only classes derived from"),
+        ("sslcli.distributed.elastic.Meeting", "only classes derived from"),
         ("sslcli.runs.build.inspect", "not a class of a trusted package"),
         ("torch.optim.lr_scheduler.StepLR", "only classes derived from"),
     ],

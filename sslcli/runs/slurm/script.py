@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sslcli.config.slurm import SlurmSettings, time_limit
-from sslcli.system import interpreter
+from sslcli.system import child_processes
 
 
 def render(settings: SlurmSettings, *, folder: Path, cwd: Path, python: str) -> str:
@@ -19,7 +19,7 @@ def render(settings: SlurmSettings, *, folder: Path, cwd: Path, python: str) -> 
         python: interpreter to use if launcher.python is null.
     """
     config = folder / "config.json"
-    start = interpreter.arguments("sslcli.runs.slurm_job", ours=settings.python is None)
+    start = child_processes.arguments("sslcli.runs.slurm_job", ours=settings.python is None)
     agent = shlex.join([settings.python or python, *start, str(config)])
     step = ["srun", f"--nodes={settings.nodes}", f"--ntasks={settings.nodes}", "--ntasks-per-node=1", "--wait=60"]
     if settings.cpus_per_node:

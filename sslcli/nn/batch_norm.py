@@ -1,11 +1,7 @@
-"""Shared building blocks of methods: projection heads, momentum encoders, split and synchronized BatchNorm."""
+"""BatchNorm variants: over groups of images (as on several GPUs) and over all processes."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,92 +12,7 @@ from torch.nn.modules._functions import SyncBatchNorm as _FusedSyncNormalize
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslcli.distributed import collectives, watchdog
-
-
-def full_precision(values: Tensor) -> Tensor:
-    """Convert to float32; float64 stays float64."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def mlp(
-    widths: Sequence[int],
-    *,
-    norm: bool = True,
-    bias: bool = False,
-    last_norm: str | None = None,
-    last_bias: bool = False,
-) -> nn.Sequential:
-    """Build linear layers of the given `widths` (input first), with [BatchNorm and] ReLU after all but the last.
-
-    `last_norm` is the BatchNorm after the last layer: None, "affine", "scale" (without beta, as SimCLR) or "plain"
-    (without gamma and beta, as MoCo v3). `bias` applies to the hidden linear layers, `last_bias` to the last.
-    """
-    if len(widths) < 2 or min(widths) < 1:
-        raise ValueError(f"a head needs at least an input and an output width, all positive, but got {list(widths)}")
-    layers: list[nn.Module] = []
-    for width, following in pairwise(widths[:-1]):
-        layers += [nn.Linear(width, following, bias=bias), *([nn.BatchNorm1d(following)] if norm else []), nn.ReLU()]
-    layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
-    if last_norm is not None:
-        if last_norm not in ("affine", "scale", "plain"):
-            raise ValueError(f"last_norm is {last_norm!r}, but it must be affine, scale, plain or None")
-        norm_layer = nn.BatchNorm1d(widths[-1], affine=last_norm != "plain")
-        if last_norm == "scale":
-            norm_layer.register_parameter("bias", None)
-        layers.append(norm_layer)
-    return nn.Sequential(*layers)
-
-
-def frozen_copy(module: nn.Module) -> Any:
-    """Return a copy with requires_grad=False and without dropout or stochastic depth.
-
-    The copy has its own buffers, initialized from the original, and switches between training and evaluation mode as
-    usual.
-    """
-    twin = copy.deepcopy(module).requires_grad_(False)
-    for part in twin.modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.p = 0.0
-        if isinstance(getattr(part, "drop_prob", None), float):
-            part.drop_prob = 0.0  # type: ignore[assignment]
-    return twin
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Set `module` to evaluation mode within the block, then restore the mode of every submodule."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
-
-
-@contextmanager
-def unchanged_statistics(module: nn.Module) -> Iterator[None]:
-    """Restore the running statistics of every BatchNorm after the block."""
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
-    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
-
-
-@torch.no_grad()
-def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """Update target <- momentum * target + (1 - momentum) * online, parameters only (BYOL eq. 1, MoCo eq. 2).
-
-    Sharded networks must be sharded in the same way; each process then updates its own shard.
-    """
-    averaged = [collectives.local(parameter) for parameter in target.parameters()]
-    if averaged:  # a module may have no parameters
-        learned = [collectives.local(parameter) for parameter in online.parameters()]
-        torch._foreach_lerp_(averaged, learned, 1.0 - momentum)
+from sslcli.nn.modes import full_precision
 
 
 class SplitBatchNorm(_BatchNorm):

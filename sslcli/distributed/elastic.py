@@ -1,8 +1,4 @@
-"""Launchers: this process alone, one process of an outer launcher, or N processes per node.
-
-Only RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are read, whoever sets them. Processes are started by torch's elastic
-agent.
-"""
+"""Start of N processes per node under torch's elastic agent, with restarts."""
 
 from __future__ import annotations
 
@@ -11,144 +7,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from sslcli.distributed import collectives, watchdog
+from sslcli.distributed.processes import AGENT, BEGUN, EXIT_LOST, RESTARTS
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError
-from sslcli.system import cores
 
-# Environment variables that our agent sets for its processes.
-AGENT = "SSLCLI_AGENT"  # its process id
-BEGUN = "SSLCLI_BEGUN"  # its start time, by time.monotonic
-RESTARTS = "SSLCLI_RESTARTS"  # number of earlier starts
-EXIT_LOST = 4  # exit code of a process to our agent: worth a restart. The user sees EXIT_FAILED
 REMEDY = "The usual cause of SIGKILL is too little memory"
-
-
-def joined() -> bool:
-    """Return True if a launcher (torchrun, our own agent, Slurm) started this process as a rank of a process group."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-
-
-def number() -> int:
-    """Return the rank of this process, also before the process group is initialized; 0 is the main process."""
-    return int(os.environ["RANK"]) if joined() else 0
-
-
-def lost_contact(error: RuntimeError) -> bool:
-    """Return True if torch raises this error when another process of the run has ended."""
-    return joined() and (isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed" in str(error))
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of this process, with an index for CUDA. "auto" is CUDA or the CPU (MPS is untested).
-
-    Raises ConfigError, with the available kinds of device, if it is not available.
-    """
-    if name == "auto":
-        name = "cuda" if "cuda" in available() else "cpu"
-    if name == "mps" and joined():
-        raise ConfigError("device is 'mps', on which processes cannot meet: take device=cpu, or launcher=local")
-    kind = name.partition(":")[0]
-    if kind not in available():
-        raise ConfigError(f"device is {name!r}, but this machine has only: {', '.join(available())}")
-    if name == "cuda":  # torch sets no current device without an index
-        rank = int(os.environ.get("LOCAL_RANK", 0)) if joined() else 0
-        name = f"cuda:{rank % torch.cuda.device_count()}"
-    elif name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and joined():
-        raise ConfigError(
-            f"device is {name!r}, but each process of a run needs a GPU of its own: take device=cuda, and "
-            "CUDA_VISIBLE_DEVICES to choose among them"
-        )
-    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
-        raise ConfigError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
-    return torch.device(name)
-
-
-def available() -> list[str]:
-    """Return the kinds of device of this machine."""
-    kinds = ["cpu"]
-    if torch.cuda.is_available():
-        kinds.append("cuda")
-    if torch.backends.mps.is_available():
-        kinds.append("mps")
-    return kinds
-
-
-@contextmanager
-def process_group(device: torch.device, *, limit: float, end: Callable[[str], None]) -> Iterator[None]:
-    """Initialize the process group for the duration of the block, if the run has several processes.
-
-    `end(message)` is called on each process, from a thread, after `limit` seconds without progress; see `heartbeat`.
-    """
-    if not joined():
-        with watchdog.watched_alone(limit=limit, end=end):
-            yield
-        return
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        collectives.end_with(os.getppid())  # the agent, ours or torchrun's
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = watchdog.join(limit)
-    with watchdog.watched(store, rank=number(), size=int(os.environ["WORLD_SIZE"]), limit=limit, end=end):
-        watchdog.meet()
-        # The heartbeat distinguishes a hang from a long wait; this timeout is a fallback.
-        dist.init_process_group(backend, timeout=timedelta(seconds=max(10 * limit, 3600)))
-        try:
-            yield
-        except BaseException:
-            if device.type != "cuda":  # NCCL would wait for the others before the error here is reported
-                dist.destroy_process_group()
-            raise
-        dist.destroy_process_group()
-
-
-def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False) -> None:
-    """Set the device of this process, and deterministic kernels if `deterministic`.
-
-    A warning names operations without a deterministic kernel. `compiled` also applies the setting to torch.compile,
-    whose import takes seconds.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if compiled:
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.set_deterministic_debug_mode("warn" if deterministic else "default")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:  # older versions of torch warn about every matrix product without it
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def share_threads(threads: int | None) -> None:
-    """Set the number of CPU threads to `threads`, or to an equal fraction of the cores per process on the machine."""
-    torch.set_num_threads(threads or cores.share())
-
-
-def die_with_parent() -> None:
-    """Make this process end when our agent, which started it, ends, even by SIGKILL."""
-    collectives.end_with(int(os.environ[AGENT]))
-
-
-def restarted() -> bool:
-    """Return True if these processes were restarted, by our agent, by torchrun, or by the Slurm job script."""
-    return int(os.environ.get(RESTARTS, 0)) + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-def begun() -> float:
-    """Return the start time of the command by `time.monotonic`; with our agent, that of the first start."""
-    return float(os.environ.get(BEGUN, time.monotonic()))
-
-
-def exit_lost() -> int:
-    """Return the exit code of a process that lost another: EXIT_LOST under our agent, which may then restart all."""
-    return EXIT_LOST if AGENT in os.environ else EXIT_FAILED
 
 
 @dataclass(frozen=True)

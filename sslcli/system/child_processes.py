@@ -1,4 +1,4 @@
-"""Python subprocesses that import nothing from the current directory, except packages listed in `trust`.
+"""Child processes: Python that imports nothing from the current directory, and children that end with their parent.
 
 `python -m` and `python -c` search the current directory before the standard library, so an unrelated `yaml.py` there
 would be executed. Option -P prevents that since Python 3.11.
@@ -6,7 +6,9 @@ would be executed. Option -P prevents that since Python 3.11.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,3 +50,11 @@ def find_trusted(trust: Sequence[str]) -> None:
     """Append the current directory to sys.path if `trust` is not empty; installed packages come first."""
     if trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+
+
+def kill_with_parent(parent: int) -> None:
+    """Kill this process when its `parent` exits or is killed, so that no orphan holds a run (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # the parent exited before prctl was called
+            os.kill(os.getpid(), signal.SIGKILL)

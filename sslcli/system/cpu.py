@@ -1,4 +1,4 @@
-"""OpenMP setting that makes idle threads sleep early, which frees their cores for data workers."""
+"""CPU cores available to this process, and how long its idle OpenMP threads spin."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ import os
 # milliseconds. With 1,000 or 0, threads sleep and wake up around operations on small tensors, such as Winograd's.
 SPINS = {"GOMP_SPINCOUNT": "5000"}
 _CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+def usable() -> list[int]:
+    """Return the core numbers in this process's CPU affinity; all cores on systems without affinity, such as macOS."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def share() -> int:
+    """Return the number of cores per process: usable cores / LOCAL_WORLD_SIZE (set by launchers), at least 1."""
+    return max(1, len(usable()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def sleep_soon() -> None:

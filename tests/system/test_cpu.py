@@ -1,4 +1,4 @@
-"""What the library itself says it was told, since the commands must set it before torch is loaded."""
+"""Cores that a process may use, and the spin count that OpenMP reads, which is set before torch is loaded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,28 @@ from pathlib import Path
 import pytest
 
 from command_line import SMALL
+from sslcli.system import cpu
+
+
+def test_cores_that_a_process_is_bound_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {5, 3, 9})
+    assert cpu.usable() == [3, 5, 9]
+
+
+def test_a_system_that_binds_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert cpu.usable() == list(range(8))
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(None, 6), ("1", 6), ("2", 3), ("4", 1), ("12", 1)])
+def test_processes_of_a_run_share(processes: str | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    if processes is None:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert cpu.share() == expected
 
 
 def told(tmp_path: Path, **environment: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from command_line import SMALL, installed
-from sslcli.system import interpreter
+from sslcli.system import child_processes
 
 NAMES = ["yaml", "torch", "simplejpeg", "json", "runpy", "numpy", "sslcli"]
 FOREIGN = 'open("ran", "a").write(__name__ + "\\n")\n'
@@ -47,14 +47,14 @@ def test_without_the_options_such_a_module_runs(folder: Path) -> None:
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_module_runs_without_those_of_the_current_directory(ours: bool, folder: Path) -> None:
-    told = run(folder, *interpreter.arguments("sslcli.cli.train", ours=ours), "--help")
+    told = run(folder, *child_processes.arguments("sslcli.cli.train", ours=ours), "--help")
     assert told.startswith("ssl-train")
     assert not (folder / "ran").exists()
 
 
 def test_an_older_python_keeps_them_out_as_well(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 10, 0))
-    arguments = interpreter.arguments("sslcli.cli.train")
+    arguments = child_processes.arguments("sslcli.cli.train")
     assert "-P" not in arguments
     run(folder, *arguments, "--help")
     assert not (folder / "ran").exists()
@@ -64,7 +64,7 @@ def test_an_older_python_keeps_them_out_as_well(folder: Path, monkeypatch: pytes
 def test_pythonpath_keeps_its_meaning(ours: bool, folder: Path) -> None:
     (folder / "there").mkdir()
     (folder / "there" / "module.py").write_text("import sys\nprint(sys.argv[1:], __name__)\n")
-    told = run(folder, *interpreter.arguments("module", ours=ours), "one", "two", PYTHONPATH="there")
+    told = run(folder, *child_processes.arguments("module", ours=ours), "one", "two", PYTHONPATH="there")
     assert told == "['one', 'two'] __main__\n"
 
 

@@ -12,14 +12,14 @@ from torch import nn
 
 from default_settings import TRAIN
 from sslcli.backbones.small import Small
-from sslcli.distributed import launch
+from sslcli.distributed import devices, processes
 from sslcli.errors import ConfigError
 from sslcli.methods.simclr import SimCLR
 from sslcli.runs.assemble import place
 
 
 def has(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
-    monkeypatch.setattr(launch, "available", lambda: ["cpu", *kinds])
+    monkeypatch.setattr(devices, "available", lambda: ["cpu", *kinds])
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -28,21 +28,21 @@ def has(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
 @pytest.mark.parametrize(("kinds", "expected"), [((), "cpu"), (("cuda",), "cuda:0"), (("mps",), "cpu")], ids=str)
 def test_auto_is_what_was_tried(kinds: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     has(monkeypatch, *kinds)
-    assert str(launch.pick_device("auto")) == expected
-    assert str(launch.pick_device("cpu")) == "cpu"
+    assert str(devices.pick_device("auto")) == expected
+    assert str(devices.pick_device("cpu")) == "cpu"
 
 
 def test_each_process_of_a_node_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     has(monkeypatch, "cuda", "mps")
-    assert str(launch.pick_device("mps")) == "mps"
+    assert str(devices.pick_device("mps")) == "mps"
     told = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     for name, value in (told | {"MASTER_ADDR": "a", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
-    assert str(launch.pick_device("auto")) == str(launch.pick_device("cuda")) == "cuda:1"
+    assert str(devices.pick_device("auto")) == str(devices.pick_device("cuda")) == "cuda:1"
     with pytest.raises(ConfigError, match="device is 'mps', on which processes cannot meet"):
-        launch.pick_device("mps")
+        devices.pick_device("mps")
     with pytest.raises(ConfigError, match="device is 'cuda:1', but each process of a run needs a GPU of its own"):
-        launch.pick_device("cuda:1")
+        devices.pick_device("cuda:1")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_device_that_is_not_there_is_refused(
 ) -> None:
     has(monkeypatch, *kinds)
     with pytest.raises(ConfigError, match=message):
-        launch.pick_device(name)
+        devices.pick_device(name)
 
 
 @pytest.fixture
@@ -78,9 +78,9 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
 def test_one_process_on_one_gpu_starts(name: str, one_gpu: list[int]) -> None:
-    device = launch.pick_device(name)
-    launch.prepare(device, deterministic=True)
-    with launch.process_group(device, limit=60, end=lambda message: None):
+    device = devices.pick_device(name)
+    devices.prepare(device, deterministic=True)
+    with processes.process_group(device, limit=60, end=lambda message: None):
         assert not torch.distributed.is_initialized()
     assert one_gpu == [0]
     assert device.index == 0
@@ -102,9 +102,9 @@ def test_processes_with_gpus_meet_over_nccl(one_gpu: list[int], monkeypatch: pyt
         "torch.distributed.init_process_group", lambda backend, timeout: calls.append(("join", backend))
     )
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: calls.append(("leave",)))
-    device = launch.pick_device("auto")
-    launch.prepare(device, deterministic=False)
-    with launch.process_group(device, limit=60, end=lambda message: None):
+    device = devices.pick_device("auto")
+    devices.prepare(device, deterministic=False)
+    with processes.process_group(device, limit=60, end=lambda message: None):
         assert calls == [("join", "cpu:gloo,cuda:nccl")]
     assert calls[1:] == [("leave",)]
     assert one_gpu == [0]
@@ -120,6 +120,6 @@ def test_a_method_is_placed_on_the_gpu_whole(one_gpu: list[int], monkeypatch: py
 
     monkeypatch.setattr(nn.Module, "to", to_meta)
     method = SimCLR(Small(width=4, image_size=32))
-    place(method, TRAIN, launch.pick_device("auto"))
+    place(method, TRAIN, devices.pick_device("auto"))
     assert given == [torch.device("cuda", 0)]
     assert {tensor.device.type for tensor in method.state_dict().values()} == {"meta"}

@@ -1,0 +1,68 @@
+"""Device of a process, deterministic kernels, and CPU threads."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from sslcli.distributed.processes import joined
+from sslcli.errors import ConfigError
+from sslcli.system import cpu
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of this process, with an index for CUDA. "auto" is CUDA or the CPU (MPS is untested).
+
+    Raises ConfigError, with the available kinds of device, if it is not available.
+    """
+    if name == "auto":
+        name = "cuda" if "cuda" in available() else "cpu"
+    if name == "mps" and joined():
+        raise ConfigError("device is 'mps', on which processes cannot meet: take device=cpu, or launcher=local")
+    kind = name.partition(":")[0]
+    if kind not in available():
+        raise ConfigError(f"device is {name!r}, but this machine has only: {', '.join(available())}")
+    if name == "cuda":  # torch sets no current device without an index
+        rank = int(os.environ.get("LOCAL_RANK", 0)) if joined() else 0
+        name = f"cuda:{rank % torch.cuda.device_count()}"
+    elif name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and joined():
+        raise ConfigError(
+            f"device is {name!r}, but each process of a run needs a GPU of its own: take device=cuda, and "
+            "CUDA_VISIBLE_DEVICES to choose among them"
+        )
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)
+
+
+def available() -> list[str]:
+    """Return the kinds of device of this machine."""
+    kinds = ["cpu"]
+    if torch.cuda.is_available():
+        kinds.append("cuda")
+    if torch.backends.mps.is_available():
+        kinds.append("mps")
+    return kinds
+
+
+def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False) -> None:
+    """Set the device of this process, and deterministic kernels if `deterministic`.
+
+    A warning names operations without a deterministic kernel. `compiled` also applies the setting to torch.compile,
+    whose import takes seconds.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if compiled:
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.set_deterministic_debug_mode("warn" if deterministic else "default")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:  # older versions of torch warn about every matrix product without it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def share_threads(threads: int | None) -> None:
+    """Set the number of CPU threads to `threads`, or to an equal fraction of the cores per process on the machine."""
+    torch.set_num_threads(threads or cpu.share())

@@ -1,0 +1,37 @@
+"""Projection and prediction heads: stacks of linear layers with BatchNorm and ReLU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+
+def mlp(
+    widths: Sequence[int],
+    *,
+    norm: bool = True,
+    bias: bool = False,
+    last_norm: str | None = None,
+    last_bias: bool = False,
+) -> nn.Sequential:
+    """Build linear layers of the given `widths` (input first), with [BatchNorm and] ReLU after all but the last.
+
+    `last_norm` is the BatchNorm after the last layer: None, "affine", "scale" (without beta, as SimCLR) or "plain"
+    (without gamma and beta, as MoCo v3). `bias` applies to the hidden linear layers, `last_bias` to the last.
+    """
+    if len(widths) < 2 or min(widths) < 1:
+        raise ValueError(f"a head needs at least an input and an output width, all positive, but got {list(widths)}")
+    layers: list[nn.Module] = []
+    for width, following in pairwise(widths[:-1]):
+        layers += [nn.Linear(width, following, bias=bias), *([nn.BatchNorm1d(following)] if norm else []), nn.ReLU()]
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
+    if last_norm is not None:
+        if last_norm not in ("affine", "scale", "plain"):
+            raise ValueError(f"last_norm is {last_norm!r}, but it must be affine, scale, plain or None")
+        norm_layer = nn.BatchNorm1d(widths[-1], affine=last_norm != "plain")
+        if last_norm == "scale":
+            norm_layer.register_parameter("bias", None)
+        layers.append(norm_layer)
+    return nn.Sequential(*layers)

@@ -1,0 +1,40 @@
+"""Temporary evaluation mode, unchanged BatchNorm statistics, and conversion to full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """Convert to float32; float64 stays float64."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Set `module` to evaluation mode within the block, then restore the mode of every submodule."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+@contextmanager
+def unchanged_statistics(module: nn.Module) -> Iterator[None]:
+    """Restore the running statistics of every BatchNorm after the block."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
