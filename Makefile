@@ -7,14 +7,14 @@ DEMO := runs/demo
 .PHONY: help install dev demo test lint bench clean
 
 help:
-	@echo "make install   make .venv and install sslcli into it"
-	@echo "make demo      train with the defaults, then probe (at most 4 minutes on 2 cores)"
-	@echo "make test      install what the tests need, lint, type-check, run all tests"
-	@echo "make lint      formatting, ruff, mypy"
-	@echo "make bench     time sslcli and its peers on the same work"
+	@echo "make install   create .venv and install sslcli into it"
+	@echo "make demo      train with the default settings, then evaluate (at most 4 minutes on 2 cores)"
+	@echo "make test      install the test dependencies, lint, type-check, run all tests"
+	@echo "make lint      check formatting, ruff and mypy"
+	@echo "make bench     benchmark sslcli, lightly and stable-pretraining on the same tasks"
 	@echo "make clean     remove .venv, caches and runs"
 
-# A stamp, so that nothing is installed twice; a change of the metadata installs again.
+# Stamp file: install again only after a change of the package metadata or the C sources.
 $(VENV)/installed: setup.cfg setup.py pyproject.toml $(wildcard sslcli/kernels/*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .
@@ -43,7 +43,7 @@ test: lint
 
 bench: install
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
-	$(BIN)/python -m pip install --quiet --editable ".[bench-stable]" || echo "stable-pretraining is not installed: its sides are left out"
+	$(BIN)/python -m pip install --quiet --editable ".[bench-stable]" || echo "stable-pretraining cannot be installed: its benchmarks are skipped"
 	$(BIN)/python scripts/bench/run.py $(BENCH)
 
 clean:

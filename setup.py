@@ -1,4 +1,4 @@
-"""What setup.cfg cannot say: the parts that are compiled where that is possible (see sslcli/kernels/library.py)."""
+"""Optional C extensions, which setup.cfg cannot declare; sslcli/kernels/library.py loads them."""
 
 import zlib
 from pathlib import Path
@@ -13,7 +13,7 @@ setup(
             define_macros=[("SOURCE_CHECKSUM", f"{zlib.crc32(source.read_bytes())}u")],
             extra_compile_args=["-O3", "-fopenmp", "-mavx2", "-mfma", "-fno-math-errno", "-fno-trapping-math"],
             extra_link_args=["-fopenmp"],
-            optional=True,  # without a compiler, or on another kind of processor, sslcli does without
+            optional=True,  # if compilation fails, torch's operations are used
         )
         for source in sorted(Path("sslcli").rglob("*.c"))
     ]
