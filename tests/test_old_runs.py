@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 import subprocess
@@ -116,6 +117,15 @@ def last_line(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])  # type: ignore[no-any-return]
 
 
+def test_the_data_of_version_0_1_is_unchanged() -> None:
+    lines = (OLD / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    recorded = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    files = [path for path in OLD.rglob("*") if path.is_file() and not path.is_symlink()]
+    names = {path.relative_to(OLD).as_posix(): path for path in files if "__pycache__" not in path.parts}
+    found = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in names.items()}
+    assert {name: digest for name, digest in found.items() if name not in ("README.md", "SHA256SUMS")} == recorded
+
+
 def test_an_old_run_evaluates_to_the_number_it_had(cli: Cli) -> None:
     run_dir = copied("run_vae")
     (run_dir / "eval" / "knn.json").unlink()
@@ -187,8 +197,9 @@ def test_the_jobs_of_an_old_sweep_are_finished(cli: Cli) -> None:
     folder = copied("sweep")
     records = {path.name: path.read_bytes() for path in (folder / "jobs").glob("*.json")}
     jobs = sorted(path.parent for path in folder.glob("*/done"))
-    command = [line for line in command_of(jobs[0], "run_dir") if not line.startswith("views=")]
-    code, out, err = cli("ssl-train", "--multirun", *command, "views=mocov1,mocov2", "hydra.sweep.dir=sweep")
+    views = [line.partition("=")[2] for job in jobs for line in command_of(job) if line.startswith("views=")]
+    command = [*command_of(jobs[0], "views", "run_dir"), f"views={','.join(views)}", "hydra.sweep.dir=sweep"]
+    code, out, err = cli("ssl-train", "--multirun", *command)
     assert code == 0, err
     assert "2 finished; 0 to run" in out
     assert {path.name: path.read_bytes() for path in (folder / "jobs").glob("*.json")} == records
