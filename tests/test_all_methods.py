@@ -35,10 +35,10 @@ OVERRIDES = [
     "train.precision=fp32",
     "train.max_steps=10",
     "train.save_every_steps=5",
-    "train.log_every=1",
-    "monitor.knn_every=0",
+    "train.log_every_steps=1",
+    "monitor.knn_every_epochs=0",
     "monitor.pictures=0",
-    "monitor.health_every=4",
+    "monitor.health_every_steps=4",
 ]
 SMALLER = {"queue_size": 40, "hidden": 32, "dim": 16, "width": 4}  # of the keys a method or backbone has
 
@@ -57,7 +57,7 @@ def config_of(word: str) -> dict[str, Any]:
 
 
 @cache
-def batches_of(word: str) -> list[Batch]:
+def iterate_batches(word: str) -> list[Batch]:
     """The first epoch of that run: four batches."""
     config = composed(word)
     loader = worker.build_loader(config, build_parts(config, trust=[]), CPU)
@@ -97,7 +97,7 @@ def test_there_are_methods() -> None:
 @pytest.mark.parametrize("word", METHODS)
 def test_a_step_has_a_finite_loss_and_a_gradient_for_every_trainable_parameter(word: str) -> None:
     config = config_of(word)
-    batches = batches_of(word)
+    batches = iterate_batches(word)
     trace = take_steps(config, [*batches, batches[0]])  # an empty memory bank fills in the first epoch
     assert all(value.isfinite() and value.ndim == 0 for value in trace.scalars[-1].values())
     assert trace.gradients[-1]
@@ -108,7 +108,7 @@ def test_a_step_has_a_finite_loss_and_a_gradient_for_every_trainable_parameter(w
 @pytest.mark.parametrize("word", METHODS)
 def test_a_loaded_state_computes_what_the_saved_one_would(word: str) -> None:
     config = config_of(word)
-    *batches, last = batches_of(word)
+    *batches, last = iterate_batches(word)
     trace = take_steps(config, batches)
     twin = build_parts(config | {"seed": 1}, trust=[]).method.train()
     assert differences(twin.state_dict(), trace.state) != []
@@ -149,10 +149,10 @@ def test_ten_steps_are_five_and_five_more_after_loading_bit_for_bit(word: str, t
 def test_the_loss_falls_on_a_small_fixed_set(word: str) -> None:
     config = config_of(word)
     config["train"]["lr_scaling"] = "none"
-    batches = batches_of(word)
+    batches = iterate_batches(word)
     for num_epochs in (10, 60):  # a choice among hundreds of candidates is learned slowly at first
         trace = take_steps(config, batches * num_epochs)
-        losses = torch.stack([scalars[trace.method.falling] for scalars in trace.scalars])
+        losses = torch.stack([scalars[trace.method.decreasing_metric] for scalars in trace.scalars])
         epochs = losses.view(num_epochs, 4).mean(1)
         before, after = epochs[1], epochs[-1]  # the first epoch fills what queues and running statistics start without
         if after < before - 0.05 * before.abs():

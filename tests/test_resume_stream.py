@@ -99,7 +99,7 @@ class Runs:
             f"train.batch_size={BATCH}",
             f"train.epochs={EPOCHS}",
             "train.save_every_steps=3",
-            "train.log_every=2",
+            "train.log_every_steps=2",
             "monitor.pictures=0",
             f"run_dir={run_dir}",
         ]
@@ -182,5 +182,5 @@ def test_other_shards_than_the_run_began_with_are_refused(runs: Runs) -> None:
     (run_dir / "images.npz").unlink()  # as in a run of an older version
     assert runs.start(run_dir, 1, workers=0).finish() == 2
     told = log_of(run_dir).read_text()
-    assert "are not those that the run began with (48 then, 80 now), so it cannot go on" in told
-    assert "at image 24 of epoch 3: put them back" in told
+    assert "are not those that the run began with (48 then, 80 now), so it cannot resume" in told
+    assert "at image 24 of epoch 3: restore the images" in told

@@ -33,7 +33,7 @@ class BadImages:
     """
 
     def __init__(self, *, max_bad: float, total: int) -> None:
-        check_share("max_bad", max_bad)
+        check_fraction("max_bad", max_bad)
         self.max_bad, self.total = max_bad, total
         self.reasons: dict[str, str] = {}
 
@@ -55,7 +55,7 @@ class BadImages:
             lines.append(f"  ... and {self.count - 20} more")
         raise TooManyBadImages(
             f"{self.count} of {self.total} images cannot be read, but dataset.max_bad={self.max_bad:g} allows "
-            f"{math.floor(self.max_bad * self.total)}. Repair or remove them, or increase dataset.max_bad.\n"
+            f"{math.floor(self.max_bad * self.total)}: repair or remove them, or increase dataset.max_bad\n"
             + "\n".join(lines)
         )
 
@@ -65,7 +65,7 @@ class BadImages:
         path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 
-def check_share(name: str, value: float) -> None:
+def check_fraction(name: str, value: float) -> None:
     """Raise ValueError unless `value` is in [0, 1]."""
     if not 0 <= value <= 1:
-        raise ValueError(f"dataset.{name} is {value}, but it must be a fraction of the images in [0, 1].")
+        raise ValueError(f"dataset.{name} is {value}, but it must be a fraction of the images in [0, 1]")

@@ -50,7 +50,7 @@ def concat_requests(requests: Sequence[Request]) -> Request:
     return Request(*(torch.cat([getattr(request, column.name) for request in requests]) for column in fields(Request)))
 
 
-class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
+class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
     """Dataset of views for training, indexed by requests.
 
     An item is (request, views, positions, bad images). Each view is (n, C, S, S) uint8. The positions (n,) are those of
@@ -61,20 +61,22 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
         self.source, self.views, self.seed = source, views, seed
         self.sizes = views.sizes(source.image_size)
 
-    def __getitem__(self, request: Request) -> tuple[Request, list[Tensor], Tensor, BadList]:
+    def __getitem__(self, request: Request) -> tuple[Request, list[Tensor], Tensor, BadImageList]:
         positions = self.source.splits["train"][request.index]
         self.source.hold(positions)
-        key = rng.mix(self.seed, request.visit, request.index)
+        key = rng.mix(self.seed, request.occurrence, request.index)
         views = [torch.empty(len(key), self.source.channels, size, size, dtype=torch.uint8) for size in self.sizes]
         read = positions.clone()
-        bad: BadList = []
-        for start in range(0, len(key), _TOGETHER):
-            rows = list(range(start, min(start + _TOGETHER, len(key))))
-            bad += self.fill(rows, positions, key, views, read)
-        self.source.release(positions[request.last])
+        bad: BadImageList = []
+        for start in range(0, len(key), _MAX_FILES_IN_MEMORY):
+            rows = list(range(start, min(start + _MAX_FILES_IN_MEMORY, len(key))))
+            bad += self.write_crops(rows, positions, key, views, read)
+        self.source.release(positions[request.is_last_read])
         return request, views, read, bad
 
-    def fill(self, rows: list[int], positions: Tensor, key: Tensor, views: list[Tensor], read: Tensor) -> BadList:
+    def write_crops(
+        self, rows: list[int], positions: Tensor, key: Tensor, views: list[Tensor], read: Tensor
+    ) -> BadImageList:
         """Write the crops of some rows into `views`. An image that cannot be read is replaced, see `replacement`.
 
         read: receives the position that each row is read from.
@@ -83,8 +85,8 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
 
         Raises ConfigError if an image and all of its replacements cannot be read.
         """
-        bad: BadList = []
-        for attempt in range(_TRIES + 1):
+        bad: BadImageList = []
+        for attempt in range(_MAX_REPLACEMENTS + 1):
             opened: dict[int, Opened] = {}
             failed = []
             for row in rows:
@@ -95,7 +97,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
                 except BadImage as error:
                     failed.append((row, error))
             boxes, divisors = self.boxes(list(opened.values()), key[list(opened)])
-            small: dict[tuple[int, int], dict[int, Drawn]] = defaultdict(dict)
+            small: dict[tuple[int, int], dict[int, PictureAndBoxes]] = defaultdict(dict)
             for number, (row, image) in enumerate(opened.items()):
                 try:
                     picture = image.decode(divisors[number])
@@ -105,18 +107,18 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
                 if picture.size == image.size and is_small(picture) and resize.library() is not None:
                     small[picture.size][row] = (picture, boxes[number])
                     continue
-                for view, crop in enumerate(self.cut(picture, image.size, boxes[number])):
+                for view, crop in enumerate(self.crop_views(picture, image.size, boxes[number])):
                     views[view][row] = crop
-            for drawn in small.values():
-                self.cut_together(drawn, views)
+            for group in small.values():
+                self.crop_together(group, views)
             bad += [(error.path, error.reason) for _, error in failed]
             rows = sorted(row for row, _ in failed)
             if not rows:
                 return bad
         path, _ = bad[-1]
         raise ConfigError(
-            f"{path} cannot be read, nor can any of the images tried before it ({_TRIES} replacements of one image). "
-            "Repair the images, or remove them from the dataset."
+            f"an image and its {_MAX_REPLACEMENTS} replacements cannot be read, the last being {path}: repair or "
+            "remove the bad images"
         ) from failed[-1][1]
 
     def boxes(self, images: list[Opened], key: Tensor) -> tuple[list[list[list[int]]], list[int]]:
@@ -130,41 +132,44 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadList]]):
         boxes = torch.stack([self.views.boxes(view, key, height, width) for view in range(len(self.sizes))], 1)
         if not self.source.scaled_decode:
             return boxes.tolist(), [1] * len(images)
-        shrunk = (boxes[:, :, 2:] // torch.tensor(self.sizes).view(1, -1, 1)).flatten(1).amin(1)
-        return boxes.tolist(), [max(d for d in DIVISORS if d <= max(1, least)) for least in shrunk.tolist()]
+        factors = (boxes[:, :, 2:] // torch.tensor(self.sizes).view(1, -1, 1)).flatten(1).amin(1)
+        return boxes.tolist(), [max(d for d in DIVISORS if d <= max(1, factor)) for factor in factors.tolist()]
 
-    def cut_together(self, drawn: dict[int, Drawn], views: list[Tensor]) -> None:
+    def crop_together(self, group: dict[int, PictureAndBoxes], views: list[Tensor]) -> None:
         """Write the crops of full-size pictures, all of one size, into the rows of `views` with one call per view."""
-        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in drawn.values()]))
-        boxes = torch.tensor([boxes for _, boxes in drawn.values()])
-        for number, (into, size, view) in enumerate(zip(views, self.sizes, self.views.views, strict=True)):
+        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in group.values()]))
+        boxes = torch.tensor([boxes for _, boxes in group.values()])
+        for number, (out, size, view) in enumerate(zip(views, self.sizes, self.views.views, strict=True)):
             cubic = view.interpolation == "bicubic"
-            into[list(drawn)] = resize.resized_bytes(pixels, boxes[:, number], size, cubic=cubic)
+            out[list(group)] = resize.resized_bytes(pixels, boxes[:, number], size, cubic=cubic)
 
-    def cut(self, picture: Picture, whole: tuple[int, int], boxes: list[list[int]]) -> list[Tensor]:
+    def crop_views(self, picture: Picture, whole: tuple[int, int], boxes: list[list[int]]) -> list[Tensor]:
         """Return one crop (C, S, S) uint8 per view. `boxes` are in pixels of the full size `whole` (width, height)."""
-        kinds = [view.interpolation for view in self.views.views]
+        filters = [view.interpolation for view in self.views.views]
         if picture.size != whole:
             assert isinstance(picture, Image.Image)
             scale = max(round(full / part) for full, part in zip(whole, picture.size, strict=True))
-            shrunk = [[number / scale for number in box] for box in boxes]
-            return [cut_shrunk(picture, *one) for one in zip(shrunk, self.sizes, kinds, strict=True)]
+            scaled_boxes = [[number / scale for number in box] for box in boxes]
+            return [
+                crop_and_resize_fractional(picture, *crop)
+                for crop in zip(scaled_boxes, self.sizes, filters, strict=True)
+            ]
         if isinstance(picture, (Image.Image, Pixels)):
             pixels = torch.from_numpy(np.require(picture, np.uint8, "W")).permute(2, 0, 1)
-            return [cut_whole(pixels, *one) for one in zip(boxes, self.sizes, kinds, strict=True)]
+            return [crop_and_resize(pixels, *crop) for crop in zip(boxes, self.sizes, filters, strict=True)]
         crops = [
-            picture.crop((left, top, left + width, top + height)).resize((size, size), RESAMPLE[kind])
-            for (top, left, height, width), size, kind in zip(boxes, self.sizes, kinds, strict=True)
+            picture.crop((left, top, left + width, top + height)).resize((size, size), RESAMPLE[filter_name])
+            for (top, left, height, width), size, filter_name in zip(boxes, self.sizes, filters, strict=True)
         ]
         return [to_uint8([crop])[0] for crop in crops]
 
 
 def is_small(picture: Picture) -> bool:
     """Return whether a picture is an RGB image so small that it is cropped together with others."""
-    return isinstance(picture, (Image.Image, Pixels)) and max(picture.size) <= _SMALL
+    return isinstance(picture, (Image.Image, Pixels)) and max(picture.size) <= _SMALL_SIDE
 
 
-def cut_whole(pixels: Tensor, box: Sequence[int], size: int, interpolation: str) -> Tensor:
+def crop_and_resize(pixels: Tensor, box: Sequence[int], size: int, interpolation: str) -> Tensor:
     """Crop a box (top, left, height, width) of (C, H, W) uint8 and resize it to (size, size), antialiased.
 
     The result equals Pillow's up to a rounding of 1 in 255 and takes less than half of the time, because torch has
@@ -175,7 +180,7 @@ def cut_whole(pixels: Tensor, box: Sequence[int], size: int, interpolation: str)
     return interpolate(part, size=(size, size), mode=interpolation, antialias=True)[0]
 
 
-def cut_shrunk(picture: Image.Image, box: Sequence[float], size: int, interpolation: str) -> Tensor:
+def crop_and_resize_fractional(picture: Image.Image, box: Sequence[float], size: int, interpolation: str) -> Tensor:
     """Crop a box with fractional coordinates and resize it to (C, size, size) uint8. Pixels outside are not used."""
     top, left, height, width = box
     x, y = math.floor(left), math.floor(top)

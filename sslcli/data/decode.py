@@ -88,7 +88,7 @@ class Encoded:
         self.image: Image.Image | None = None  # opened by PIL; None if `decode_jpeg` decodes it
         size = jpeg_size(content) if convert is to_rgb else None
         if size is None:
-            self.image = self.opened()
+            self.image = self.open_with_pil()
             size = self.image.size
         self.size = size
 
@@ -97,7 +97,7 @@ class Encoded:
         try:
             return Image.open(io.BytesIO(self.content))
         except UnidentifiedImageError as error:
-            raise BadImage(self.path, "the file has no known image format") from error
+            raise BadImage(self.path, "the content has no known image format") from error
         # For damaged files PIL's decoders raise nearly any exception type, here and below.
         except Exception as error:
             raise BadImage(self.path, str(error) or type(error).__name__) from error
@@ -115,7 +115,7 @@ class Encoded:
                 return decode_jpeg(self.content, self.size, divisor)
             except ValueError:
                 # PIL reads some files for which libjpeg warns, and describes the damage of the others.
-                self.image = self.opened()
+                self.image = self.open_with_pil()
         try:
             with self.image as image:
                 if divisor > 1:
@@ -158,7 +158,7 @@ def open_file(path: str, *, convert: Callable[[Image.Image], Image.Image] = to_r
     Raises BadImage for a file that cannot be read, is not a regular file, or has more than `MAX_FILE_BYTES`.
     """
     try:
-        content = read_regular(path, most=LARGEST)
+        content = read_regular(path, most=MAX_FILE_BYTES)
     except (OSError, ValueError) as error:
         raise BadImage(path, getattr(error, "strerror", None) or str(error)) from error
     return Encoded(content, path, convert=convert)

@@ -1,9 +1,9 @@
-"""Decoded images kept in memory or in a file, so that each is decoded once and not once an epoch.
+"""Cache of decoded images in memory or in a file, so that each image is decoded once and not once per epoch.
 
-All images of a set have a place from the start, told by their sizes, and get there when they are first decoded. Nothing
-is locked: whoever writes a place writes the same bytes, and marks it after that with their checksum, which every read
-compares. So processes may share it, be killed at any moment, and find a damaged file: what is not there, or is not what
-was written, is decoded again.
+The cache reserves a slot for each image, computed from the image sizes. A slot is filled when its image is first
+decoded. There are no locks: all processes write the same bytes into a slot and then their checksum, which every read
+verifies. Processes can therefore share the cache and be killed at any moment, and the file may be damaged: an image
+whose slot is empty or does not match its checksum is decoded again.
 """
 
 from __future__ import annotations
@@ -36,37 +36,37 @@ _SAMPLE = 256
 _GB = 10**9
 
 
-def check(kind: str, gigabytes: float) -> None:
-    """Raise ValueError unless these are values of `dataset.keep_decoded` and `dataset.keep_gb`."""
+def check_cache_options(kind: str, gigabytes: float) -> None:
+    """Raise ValueError unless these are valid values of `dataset.keep_decoded` and `dataset.keep_gb`."""
     if kind not in KINDS:
         near = nearest(kind, KINDS)
         raise ValueError(f"dataset.keep_decoded is {kind!r}, but it must be one of {', '.join(KINDS)}.{near}")
     if isinstance(gigabytes, bool) or not isinstance(gigabytes, (int, float)) or not 0 < gigabytes < float("inf"):
         raise ValueError(f"dataset.keep_gb is {gigabytes!r}, but it must be a number above 0")
     if kind != "none" and sys.platform != "linux":
-        raise ValueError(f"dataset.keep_decoded is {kind!r}, but only Linux has what it needs: use none")
+        raise ValueError(f"dataset.keep_decoded is {kind!r}, but it is supported on Linux only: use none")
 
 
-def folder(given: str | os.PathLike[str] | None) -> Path:
-    """The folder of the files: the one given, or that of the user."""
-    if given is not None:
-        return Path(given).expanduser()
-    from sslcli.data.shards.index import default_cache  # which imports what only shards need
+def cache_folder(keep_dir: str | os.PathLike[str] | None) -> Path:
+    """Return the folder of the cache files: `dataset.keep_dir`, or by default a folder in the user's cache."""
+    if keep_dir is not None:
+        return Path(keep_dir).expanduser()
+    from sslcli.data.shards.index import default_cache  # late, because the module imports packages for shards
 
     return default_cache() / "decoded"
 
 
-class KeptPixels:
-    """The decoded images of a set of files; made before the data workers, which share it.
+class DecodedCache:
+    """Cache of the decoded images of a dataset of files. Create it before the data workers, which share it.
 
     Args:
-        path: of the image at a position.
-        positions: (n,) int64, ascending: the images that have a place.
-        folder: where the file is, or None for memory.
-        name: of the set, the beginning of the file's name.
-        gigabytes: refuse to keep more than this many GB (10**9 bytes).
+        path: function that returns the path of the image at a position.
+        positions: (n,) int64, ascending: the images that have a slot.
+        folder: folder of the cache file, or None to cache in memory.
+        name: name of the dataset, which the file name begins with.
+        gigabytes: the largest size in GB (10**9 bytes).
 
-    Raises ConfigError where the images do not fit, saying how much they take.
+    Raises ConfigError if the images exceed that size or the free space.
     """
 
     def __init__(
@@ -75,28 +75,28 @@ class KeptPixels:
         self.path, self.positions = path, positions.numpy()
         self.file = None
         if folder is not None:
-            digest = hashlib.sha256(b"\0".join(self.rows())).hexdigest()[:24]
+            digest = hashlib.sha256(b"\0".join(self.file_identities())).hexdigest()[:24]
             self.file = folder / f"{name}-{digest}.pixels"
-        self.memory = self.reopen() if self.file is not None else None
+        self.memory = self.open_existing() if self.file is not None else None
         if self.memory is None:
-            self.memory = self.make(gigabytes)
+            self.memory = self.create(gigabytes)
         count = len(self.positions)
         self.sizes = np.frombuffer(self.memory, np.int32, 2 * count, _HEADER).reshape(count, 2)
-        self.marks = np.frombuffer(self.memory, np.uint64, count, _HEADER + 8 * count)
+        self.checksums = np.frombuffer(self.memory, np.uint64, count, _HEADER + 8 * count)
         self.ends = _HEADER + 16 * count + self.sizes.astype(np.int64).prod(1).cumsum() * 3
 
-    def rows(self) -> Iterator[bytes]:
-        """What tells the files: path, size and time of each."""
+    def file_identities(self) -> Iterator[bytes]:
+        """Yield the path, size and modification time of each file."""
         for position in self.positions.tolist():
             path = self.path(position)
             try:
-                found = os.stat(path)
-                yield os.fsencode(path) + f"\0{found.st_size}\0{found.st_mtime_ns}".encode()
+                status = os.stat(path)
+                yield os.fsencode(path) + f"\0{status.st_size}\0{status.st_mtime_ns}".encode()
             except OSError:
                 yield os.fsencode(path)
 
-    def reopen(self) -> mmap.mmap | None:
-        """The file of an earlier run; None where there is none, or one whose beginning is damaged."""
+    def open_existing(self) -> mmap.mmap | None:
+        """Open the file of an earlier run. Return None if there is no file or its header is damaged."""
         assert self.file is not None
         if not self.file.exists():
             return None
@@ -105,23 +105,23 @@ class KeptPixels:
             sizes = memory[_HEADER : _HEADER + 8 * len(self.positions)]
             if memory[:_HEADER] == _header(sizes, len(memory)):
                 return memory
-        logging.getLogger("sslcli").warning("%s is damaged: it is made anew", self.file)
+        logging.getLogger("sslcli").warning("%s is damaged and is created again", self.file)
         self.file.unlink(missing_ok=True)
         return None
 
-    def make(self, gigabytes: float) -> mmap.mmap:
-        """An empty one."""
+    def create(self, gigabytes: float) -> mmap.mmap:
+        """Create an empty cache in memory or in a file."""
         count = len(self.positions)
         sample = self.positions[:: max(1, count // _SAMPLE)]
-        likely = int(np.mean([3.0 * np.prod(self.size_of(position)) for position in sample.tolist()]) * count)
-        # A million headers take minutes, which a set that is far too large need not wait for.
-        if likely > 1.5 * gigabytes * _GB:
-            raise _too_large(count, f"about {likely / _GB:.2f}", gigabytes)
+        estimate = int(np.mean([3.0 * np.prod(self.size_of(position)) for position in sample.tolist()]) * count)
+        # Reading a million headers takes minutes. A dataset that is far too large is rejected before that.
+        if estimate > 1.5 * gigabytes * _GB:
+            raise _too_large_error(count, f"about {estimate / _GB:.2f}", gigabytes)
         sizes = np.array([self.size_of(position) for position in self.positions.tolist()], np.int32)
         total = _HEADER + 16 * count + int(3 * sizes.astype(np.int64).prod(1).sum())
         if total > gigabytes * _GB:
-            raise _too_large(count, f"{total / _GB:.2f}", gigabytes)
-        head = _header(sizes.tobytes(), total) + sizes.tobytes()
+            raise _too_large_error(count, f"{total / _GB:.2f}", gigabytes)
+        header = _header(sizes.tobytes(), total) + sizes.tobytes()
         if self.file is None:
             free = _free_memory()
             if total > free:
@@ -130,20 +130,20 @@ class KeptPixels:
                     f"{free / _GB:.2f} GB of memory are free: use disk or none, or lower dataset.limit"
                 )
             memory = mmap.mmap(-1, total)
-            memory[: len(head)] = head
+            memory[: len(header)] = header
             return memory
-        return self.make_file(head, total)
+        return self.create_file(header, total)
 
-    def make_file(self, head: bytes, total: int) -> mmap.mmap:
-        """An empty file that has all of its room; if another process was faster, that of the other."""
+    def create_file(self, header: bytes, total: int) -> mmap.mmap:
+        """Create an empty file with all of its space allocated. Open the file of another process if that was faster."""
         assert self.file is not None
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with atomic.beside(self.file) as new:
                 with open(new, "w+b") as file:
-                    # Writing to memory that a full disk cannot hold would kill the process.
+                    # Writing to a mapped file on a full disk would kill the process, so the space is allocated first.
                     os.posix_fallocate(file.fileno(), 0, total)
-                    file.write(head)
+                    file.write(header)
                 with suppress(FileExistsError):
                     os.link(new, self.file)
             with open(self.file, "r+b") as file:
@@ -156,68 +156,68 @@ class KeptPixels:
             ) from error
 
     def size_of(self, position: int) -> tuple[int, int]:
-        """Width and height by the header of the file; 0 for one that cannot be read."""
+        """Return width and height from the header of the file; (0, 0) for a file that cannot be read."""
         try:
             return open_file(self.path(position)).size
         except BadImage:
             return (0, 0)
 
-    def open(self, position: int) -> Kept | Encoded:
-        """The image at `position`: kept if it has a place, else its file."""
-        at = int(np.searchsorted(self.positions, position))
-        if at == len(self.positions) or self.positions[at] != position or not self.sizes[at].all():
+    def open(self, position: int) -> CachedImage | Encoded:
+        """Open the image at `position`: a cached image if it has a slot, else its file."""
+        slot = int(np.searchsorted(self.positions, position))
+        if slot == len(self.positions) or self.positions[slot] != position or not self.sizes[slot].all():
             return open_file(self.path(position))
-        return Kept(self, at)
+        return CachedImage(self, slot)
 
-    def place(self, at: int) -> memoryview:
-        """Where the pixels of the image at number `at` are, (H, W, 3)."""
+    def pixels(self, slot: int) -> memoryview:
+        """Return a writable view of the pixels (H, W, 3) of a slot."""
         assert self.memory is not None
-        width, height = self.sizes[at].tolist()
-        end = int(self.ends[at])
+        width, height = self.sizes[slot].tolist()
+        end = int(self.ends[slot])
         return memoryview(self.memory)[end - 3 * width * height : end]
 
 
-class Kept:
-    """An image that is decoded once; see `Encoded`."""
+class CachedImage:
+    """An image that is decoded once and then read from the cache; see `Encoded`."""
 
-    def __init__(self, kept: KeptPixels, at: int) -> None:
-        self.kept, self.at = kept, at
-        width, height = kept.sizes[at].tolist()
+    def __init__(self, cache: DecodedCache, slot: int) -> None:
+        self.cache, self.slot = cache, slot
+        width, height = cache.sizes[slot].tolist()
         self.size: tuple[int, int] = (width, height)
 
     def decode(self, divisor: int = 1) -> Image.Image | Pixels:
-        """As `Encoded.decode`. An image that is decoded smaller is not kept: its pixels are others."""
-        path = self.kept.path(int(self.kept.positions[self.at]))
+        """Decode as `Encoded.decode`. Only full-size pixels are cached; with a divisor the file is decoded."""
+        path = self.cache.path(int(self.cache.positions[self.slot]))
         if divisor > 1:
             return open_file(path).decode(divisor)
-        place, marks = self.kept.place(self.at), self.kept.marks
-        # The lowest bit says that there is something.
-        if marks[self.at] and int(marks[self.at]) == zlib.crc32(place) << 1 | 1:
+        stored, checksums = self.cache.pixels(self.slot), self.cache.checksums
+        # The lowest bit is 1 in a slot that is filled.
+        if checksums[self.slot] and int(checksums[self.slot]) == zlib.crc32(stored) << 1 | 1:
             width, height = self.size
-            return Pixels(np.frombuffer(place, np.uint8).reshape(height, width, 3))
+            return Pixels(np.frombuffer(stored, np.uint8).reshape(height, width, 3))
         image = open_file(path).decode()
         if image.size == self.size:
             pixels = np.asarray(image).tobytes()
-            place[:] = pixels
-            marks[self.at] = zlib.crc32(pixels) << 1 | 1
+            stored[:] = pixels
+            checksums[self.slot] = zlib.crc32(pixels) << 1 | 1
         return image
 
 
 def _header(sizes: bytes, total: int) -> bytes:
-    """The first bytes of a file of `total` bytes for images of these sizes."""
-    told = {"sslcli": "decoded images", "version": 1, "bytes": total, "sizes": hashlib.sha256(sizes).hexdigest()}
-    return json.dumps(told).encode().ljust(_HEADER)
+    """Return the header of a file of `total` bytes for images of these sizes."""
+    content = {"sslcli": "decoded images", "version": 1, "bytes": total, "sizes": hashlib.sha256(sizes).hexdigest()}
+    return json.dumps(content).encode().ljust(_HEADER)
 
 
-def _too_large(count: int, needed: str, gigabytes: float) -> ConfigError:
+def _too_large_error(count: int, needed: str, gigabytes: float) -> ConfigError:
     return ConfigError(
-        f"dataset.keep_decoded needs {needed} GB for {count} images, but dataset.keep_gb is {gigabytes:g}: raise it, "
-        "lower dataset.limit, or use none"
+        f"dataset.keep_decoded needs {needed} GB for {count} images, but dataset.keep_gb is {gigabytes:g}: increase "
+        "dataset.keep_gb, lower dataset.limit, or use none"
     )
 
 
 def _free_memory() -> int:
-    """Bytes that this machine can still give."""
+    """Return the available memory of this machine in bytes."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -31,12 +31,12 @@ class Layout:
     Attributes:
         segment: (n,) number of the segment of each image, from 0, non-decreasing. A segment is a shard or a part of a
             large shard; its images are read in sequence, apart from the shuffle buffer.
-        chunk: (n,) number of the chunk of each image, non-decreasing. A chunk is read at once and lies within a segment.
+        chunk: (n,) number of the chunk of each image, non-decreasing. A chunk is read at once, within a segment.
         lanes: number of segments that are read in parallel, at least 1.
         buffer: total number of images in all shuffle buffers, at least 1.
     """
 
-    stretch: Tensor
+    segment: Tensor
     chunk: Tensor
     lanes: int
     buffer: int
@@ -92,13 +92,13 @@ def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Te
     uniform in [0, 1). Thus no image is used before it is read, and at most `buffer` images are read and not yet used.
     The content of the buffer at any step is computed without replaying the steps before it.
     """
-    num_images = len(layout.stretch)
+    num_images = len(layout.segment)
     steps, lanes = num_images // batch_size, min(layout.lanes, batch_size)
     kept = torch.arange(num_images)
     if num_images % batch_size:
         kept = rng.permutation(num_images, seed, epoch, 0)[: steps * batch_size].sort().values
-    rank = rng.permutation(int(layout.stretch.max()) + 1, seed, epoch, 1).argsort()
-    sequence = kept[rank[layout.stretch[kept]].argsort(stable=True)]
+    rank = rng.permutation(int(layout.segment.max()) + 1, seed, epoch, 1).argsort()
+    sequence = kept[rank[layout.segment[kept]].argsort(stable=True)]
     delay = rng.uniform(rng.mix(seed, epoch, sequence), 2).double()
     order = torch.empty(steps, batch_size, dtype=torch.int64)
     edges = [lane * batch_size // lanes for lane in range(lanes + 1)]  # where the lanes begin within a batch
@@ -110,7 +110,7 @@ def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Te
     return order.flatten()
 
 
-def last_reads(chunk: Tensor, reader: Tensor) -> Tensor:
+def last_read_mask(chunk: Tensor, reader: Tensor) -> Tensor:
     """Return a mask (n,) bool of the images that are the last of their chunk to be read by their reader.
 
     chunk, reader: (n,) numbers of the chunk and of the reader of each image, in the order of reading.

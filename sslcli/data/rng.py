@@ -40,17 +40,17 @@ def mix(*keys: int | Tensor) -> Tensor:
         ValueError: no key, or a key that is not an integer.
     """
     if not keys:
-        raise ValueError("mix() got no keys. Pass at least one integer, such as the seed.")
+        raise ValueError("mix() got no keys: pass at least one integer, such as the seed")
     state: Tensor | int = 0
     for key in keys:
         if isinstance(key, Tensor):
             if key.is_floating_point() or key.is_complex():
-                raise ValueError(f"mix() got a key of dtype {key.dtype}, but keys must be integers.")
+                raise ValueError(f"mix() got a key of dtype {key.dtype}, but keys must be integers")
             key = key.long()
         elif isinstance(key, int) and -(1 << 63) <= key < 1 << 63:
             key = torch.tensor(key, dtype=torch.int64)
         else:
-            raise ValueError(f"mix() got the key {key!r}, but keys must be integers in [-2**63, 2**63).")
+            raise ValueError(f"mix() got the key {key!r}, but keys must be integers in [-2**63, 2**63)")
         state = _avalanche((state + _GOLDEN) ^ key)
     assert isinstance(state, Tensor)
     return state
@@ -72,7 +72,7 @@ def uniform(key: Tensor, stream: int | Tensor, low: float = 0.0, high: float = 1
         ValueError: low > high.
     """
     if not low <= high:
-        raise ValueError(f"uniform() got low={low} and high={high}, but low must not exceed high.")
+        raise ValueError(f"uniform() got low={low} and high={high}, but low must not exceed high")
     fraction = ((mix(key, stream) >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
     if low == 0.0 and high == 1.0:
         return fraction
@@ -96,6 +96,6 @@ def permutation(n: int, *keys: int) -> Tensor:
         ValueError: n < 0 or no keys.
     """
     if n < 0:
-        raise ValueError(f"permutation() got n={n}, but n must be at least 0.")
+        raise ValueError(f"permutation() got n={n}, but n must be at least 0")
     # All hashes differ (see mix), so the order does not depend on how the sort treats ties.
     return torch.argsort(mix(mix(*keys), torch.arange(n, dtype=torch.int64)))

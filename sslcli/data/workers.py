@@ -1,4 +1,4 @@
-"""Processes that read images for a run: what they are asked for in order, and how they end."""
+"""Data workers: start, ordered requests, error reporting and shutdown of the processes that read images."""
 
 from __future__ import annotations
 
@@ -23,36 +23,38 @@ from sslcli.errors import ConfigError, ProcessLost, TrainingFailed
 from sslcli.system import cpu
 from sslcli.system.child_processes import kill_with_parent
 
-MOST, ON_THE_CPU = 8, 2
-SMALL, FEW_CORES = 64, 2  # pixels a side, cores of a process
-PREFETCH = 4  # batches that a worker reads ahead
-PATIENCE = 600.0  # seconds to wait for a batch
-LOOK = 1.0  # seconds between looks at the workers while waiting
-GRACE = 1.0  # seconds that workers get to end by themselves
-SHARED = "/dev/shm"
+MAX_GPU_WORKERS, CPU_WORKERS = 8, 2
+SMALL_SIDE, FEW_CORES = 64, 2  # pixels a side, cores of a process
+PREFETCH_FACTOR = 4  # batches that a worker reads ahead
+DEFAULT_TIMEOUT = 600.0  # seconds to wait for a batch
+POLL_INTERVAL = 1.0  # seconds between checks of the workers while waiting
+GRACE_PERIOD = 1.0  # seconds that workers get to end by themselves
+SHARED_MEMORY = "/dev/shm"
 END = object()
-ALIVE: set[BaseProcess] = set()
-# Python waits for its child processes when it ends, and a worker may be inside a read that never ends.
-atexit.register(lambda: kill(ALIVE))
+LIVE_WORKERS: set[BaseProcess] = set()
+# At exit Python waits for its child processes, and a worker may hang in a read.
+atexit.register(lambda: kill_processes(LIVE_WORKERS))
 
 
-def workers_that_pay(image_size: int) -> int:
-    """Processes that decode where `dataset.workers` is null; docs/performance.md has what was measured.
+def default_workers(image_size: int) -> int:
+    """Return the number of data workers if `dataset.workers` is null; docs/performance.md has the measurements.
 
-    Beside a GPU, all cores of this process but one, at most 8. On the CPU they take cores from the network, so 2, and
-    none where small images, of at most 64 pixels a side, leave them little to do on 1 or 2 cores.
+    With a GPU: all cores of this process but one, at most 8. On the CPU, where workers take cores from the network: 2,
+    or 0 if images have at most 64 pixels a side and the process has at most 2 cores.
     """
     if torch.cuda.is_available():
-        return min(MOST, max(1, cpu.share() - 1))
-    return 0 if image_size <= SMALL and cpu.share() <= FEW_CORES else ON_THE_CPU
+        return min(MAX_GPU_WORKERS, max(1, cpu.share() - 1))
+    return 0 if image_size <= SMALL_SIDE and cpu.share() <= FEW_CORES else CPU_WORKERS
 
 
-class Reader(Dataset[Any]):
-    """Reads a dataset, and gives an exception as a value: raised in a worker, it would arrive as text in another class.
+class ErrorReturningDataset(Dataset[Any]):
+    """Dataset that returns an exception as a value instead of raising it.
+
+    An exception that is raised in a worker would arrive as text and in another class.
 
     Args:
-        dataset: what is read.
-        owner: the class of the image set. Where it is the user's own, its errors are those of the user's code.
+        dataset: the dataset to read.
+        owner: the class of the `Source`. If it is not part of sslcli, its errors are reported as those of user code.
     """
 
     def __init__(self, dataset: Dataset[Any], owner: type) -> None:
@@ -66,40 +68,41 @@ class Reader(Dataset[Any]):
         except MemoryError:
             return TrainingFailed(
                 "there is not enough memory to read the images: lower dataset.workers or train.batch_size, then start "
-                "the same command again to go on"
+                "the same command again to resume"
             )
         except Exception as error:
             return self.failure(error)
 
     def failure(self, error: Exception) -> ConfigError | TrainingFailed:
-        """The error that ends the command, with the traceback; the user's own code is a matter of configuration."""
+        """Return the error that ends the command, with traceback: ConfigError for user code, else TrainingFailed."""
         name = f"{self.owner.__module__}.{self.owner.__qualname__}"
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        text = f"{name} failed while images were read ({what})\n{''.join(traceback.format_exception(error)).rstrip()}"
+        text = f"{name} failed while reading images ({what})\n{''.join(traceback.format_exception(error)).rstrip()}"
         return TrainingFailed(text) if name.startswith("sslcli.") else ConfigError(text)
 
 
-def check_shared_memory(workers: int, batch: int) -> None:
-    """Raise ConfigError where `workers` cannot hand over batches of so many bytes: they die of it, or wait for ever.
+def check_shared_memory(workers: int, batch_bytes: int) -> None:
+    """Raise ConfigError if the shared memory is too small for the batches of `workers`, which would crash or hang.
 
-    Batches go through /dev/shm (Linux), to which containers give 64 MB unless they are told otherwise.
+    Batches are passed through /dev/shm (Linux). Containers have 64 MB of it by default.
     """
     try:
-        state = os.statvfs(SHARED)
-    except OSError:  # another system
+        state = os.statvfs(SHARED_MEMORY)
+    except OSError:  # another operating system
         return
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed, free = batch * PREFETCH * workers * processes, state.f_bavail * state.f_frsize
+    needed, free = batch_bytes * PREFETCH_FACTOR * workers * processes, state.f_bavail * state.f_frsize
     if needed > free:
         raise ConfigError(
-            f"dataset.workers is {workers}, which takes about {needed / 1e6:,.0f} MB of shared memory, but {SHARED} "
-            f"has {free / 1e6:,.0f} MB: give the container more (docker run --shm-size={needed / 1e9 + 1:.0f}g, or "
-            "--ipc=host), read in the main process (dataset.workers=0; ssl-eval: workers=0), or lower the batch size"
+            f"dataset.workers is {workers}, which needs about {needed / 1e6:,.0f} MB of shared memory, but "
+            f"{SHARED_MEMORY} has {free / 1e6:,.0f} MB: give the container more (docker run "
+            f"--shm-size={needed / 1e9 + 1:.0f}g, or --ipc=host), read in the main process (dataset.workers=0; "
+            "ssl-eval: workers=0), or lower the batch size"
         )
 
 
-class list_of:
-    """A generator as a sampler that can be started anew."""
+class RequestSampler:
+    """Sampler that yields the requests of an iterator, once."""
 
     def __init__(self, requests: Iterator[Any]) -> None:
         self.requests = requests
@@ -108,43 +111,45 @@ class list_of:
         return self.requests
 
 
-def batches_of(
-    dataset: Dataset[Any], sampler: Iterable[Any], workers: int, *, owner: type, patience: float = PATIENCE
+def iterate_batches(
+    dataset: Dataset[Any], sampler: Iterable[Any], workers: int, *, owner: type, timeout: float = DEFAULT_TIMEOUT
 ) -> Generator[Any, None, None]:
-    """`dataset[request]` for each request, in order, by `workers` processes (0: in this one).
+    """Yield `dataset[request]` for each request, in order, read by worker processes.
+
+    The workers end with the generator, also if it is closed or raises.
 
     Args:
-        dataset: what is read, in the workers.
+        dataset: the dataset to read.
         sampler: the requests.
-        workers: how many processes read.
-        owner: the class of the image set, see `Reader`.
-        patience: seconds to wait for a batch.
+        workers: number of worker processes; 0 reads in this process.
+        owner: the class of the `Source`, see `ErrorReturningDataset`.
+        timeout: seconds to wait for a batch.
 
-    Raises ConfigError for wrong data and for an error in the user's own code, ProcessLost for a worker that died, and
-    TrainingFailed where nothing comes for `patience` seconds. However it ends, its workers end with it.
+    Raises ConfigError for invalid data and for an error in user code, ProcessLost if a worker dies, and TrainingFailed
+    if no batch arrives within `timeout` seconds.
     """
     loader = DataLoader(
-        Reader(dataset, owner),
+        ErrorReturningDataset(dataset, owner),
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
+        prefetch_factor=PREFETCH_FACTOR if workers else None,
         pin_memory=torch.cuda.is_available(),
-        timeout=LOOK if workers else 0,
-        worker_init_fn=partial(start_worker, os.getpid()),
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # see start_worker
-        generator=torch.Generator(),  # else a number is drawn from the global one, which a resumed run would draw twice
+        timeout=POLL_INTERVAL if workers else 0,
+        worker_init_fn=partial(init_worker, os.getpid()),
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # see init_worker
+        generator=torch.Generator(),  # by default a seed is drawn from the global one, again in every resumed run
     )
-    with reading(loader, workers) as iterator:
-        while (found := next_of(iterator, patience)) is not END:
-            if isinstance(found, Exception):
-                raise found
-            yield found
+    with loader_iterator(loader, workers) as iterator:
+        while (item := next_item(iterator, timeout)) is not END:
+            if isinstance(item, Exception):
+                raise item
+            yield item
 
 
 @contextmanager
-def reading(loader: DataLoader[Any], workers: int) -> Iterator[Iterator[Any]]:
-    """What a loader gives, its workers being ended with the block. Raises as `batches_of`."""
+def loader_iterator(loader: DataLoader[Any], workers: int) -> Iterator[Iterator[Any]]:
+    """Return an iterator over a loader, and end its workers on exit. Raises as `iterate_batches`."""
     others = set(multiprocessing.active_children())
     try:
         iterator = iter(loader)
@@ -154,44 +159,44 @@ def reading(loader: DataLoader[Any], workers: int) -> Iterator[Iterator[Any]]:
             "the main process), or allow this user more processes and memory"
         ) from error
     started = [child for child in multiprocessing.active_children() if child not in others] if workers else []
-    ALIVE.update(started)
+    LIVE_WORKERS.update(started)
     try:
         yield iterator
     except (RuntimeError, ConnectionError, EOFError) as error:
         if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
-            raise worker_died(error) from error
+            raise worker_died_error(error) from error
         raise
     finally:
         if started:
             end_workers(iterator, started)
 
 
-def next_of(iterator: Iterator[Any], patience: float) -> Any:
-    """The next batch, or END. Raises TrainingFailed where none comes for `patience` seconds.
+def next_item(iterator: Iterator[Any], timeout: float) -> Any:
+    """Return the next item, or END. Raises TrainingFailed if none arrives within `timeout` seconds.
 
-    The wait is cut into short ones: between them torch looks whether all workers are alive, and signals are handled.
+    It waits in intervals of `POLL_INTERVAL`: between them torch checks that all workers live, and signals are handled.
     """
-    begun = time.monotonic()
+    start = time.monotonic()
     while True:
         try:
             return next(iterator, END)
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise
-        if time.monotonic() - begun > patience:
+        if time.monotonic() - start > timeout:
             raise TrainingFailed(
-                f"no images came from the data workers for {patience:g} s (launcher.timeout). The usual cause is a "
-                "network file system that does not answer, or code of an image set that waits for something: start the "
-                "same command again to go on, with a larger launcher.timeout if nothing was wrong but the time"
+                f"no images arrived from the data workers within {timeout:g} s (launcher.timeout). The usual cause is "
+                "a network file system that does not respond, or a custom dataset that blocks: start the same command "
+                "again to resume, with a larger launcher.timeout if reading is merely slow"
             )
 
 
-def start_worker(parent: int, number: int) -> None:
-    """Make a data worker leave signals to the process it works for, and end with it.
+def init_worker(parent: int, number: int) -> None:
+    """Make a data worker ignore signals and end with its parent process.
 
-    Schedulers and terminals signal the whole process group: a worker that dies of it would turn a stop in good order
-    into a failure. One that outlived its run would hold the lock of the run directory, which it inherits by fork.
-    Python's newer start methods put a server between the run and its workers, which nothing would end with the run.
+    Schedulers and terminals signal the whole process group, and a worker killed by a signal would turn a graceful stop
+    into a failure. A worker that outlives its run would hold the lock of the run directory, which it inherits by fork.
+    Workers are forked because Python's newer start methods use a server process that does not end with the run.
     """
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
@@ -199,32 +204,33 @@ def start_worker(parent: int, number: int) -> None:
 
 
 def end_workers(iterator: Any, workers: list[BaseProcess]) -> None:
-    """End data workers whatever they are at, a read that never ends included.
+    """End data workers, including those that hang in a read.
 
-    torch asks them to end, waits, and sends SIGTERM, which they ignore; so those that do not answer are killed.
+    torch requests them to end, waits, and sends SIGTERM, which they ignore. Workers that still run after `GRACE_PERIOD`
+    are killed.
     """
-    killer = threading.Timer(GRACE, kill, [workers])
+    killer = threading.Timer(GRACE_PERIOD, kill_processes, [workers])
     killer.daemon = True
     killer.start()
-    with unwatched():
+    with default_sigchld():
         iterator._shutdown_workers()
         killer.cancel()
-        kill(workers)
+        kill_processes(workers)
         for worker in workers:
-            worker.join(LOOK)
-    ALIVE.difference_update(workers)
+            worker.join(POLL_INTERVAL)
+    LIVE_WORKERS.difference_update(workers)
 
 
-def kill(workers: Iterable[BaseProcess]) -> None:
-    """Kill those of the processes that are alive."""
-    for worker in list(workers):
-        with suppress(ValueError, OSError):  # it is closed, or ended just now
-            worker.kill()
+def kill_processes(processes: Iterable[BaseProcess]) -> None:
+    """Kill the processes that are alive."""
+    for process in list(processes):
+        with suppress(ValueError, OSError):  # it is closed, or has just ended
+            process.kill()
 
 
 @contextmanager
-def unwatched() -> Iterator[None]:
-    """Within the block torch does not raise for a worker that ends: it would do so in the midst of anything."""
+def default_sigchld() -> Iterator[None]:
+    """Disable torch's SIGCHLD handler, which raises at an arbitrary point of the program when a worker ends."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -235,9 +241,9 @@ def unwatched() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-def worker_died(error: BaseException) -> ProcessLost:
-    """The message for a data worker that vanished."""
+def worker_died_error(error: BaseException) -> ProcessLost:
+    """Return the error for a data worker that died."""
     return ProcessLost(
         f"a data worker died ({str(error).splitlines()[0]}). The usual cause is too little memory: "
-        "lower dataset.workers (0 reads in the main process) and start the same command again to go on"
+        "lower dataset.workers (0 reads in the main process) and start the same command again to resume"
     )

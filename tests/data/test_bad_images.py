@@ -42,7 +42,7 @@ def test_truncated_png_is_bad(tmp_path):
 def test_html_named_jpg_is_bad(tmp_path):
     path = tmp_path / "a.jpg"
     path.write_text("<html><body>404</body></html>")
-    with pytest.raises(BadImage, match="no image format"):
+    with pytest.raises(BadImage, match="no known image format"):
         read_alone(path)
 
 

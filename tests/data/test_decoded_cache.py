@@ -64,8 +64,8 @@ def test_batches_are_the_same_and_each_file_is_decoded_whole_once(
     made = source(photos, kind, workers=workers)
     assert torch.equal(epochs(made), wanted)
     # What the workers decoded is here as well.
-    assert made.kept is not None
-    assert made.kept.marks.astype(bool).tolist() == [number not in (2, 3) for number in range(COUNT)]
+    assert made.decoded_cache is not None
+    assert made.decoded_cache.checksums.astype(bool).tolist() == [number not in (2, 3) for number in range(COUNT)]
     monkeypatch.setattr(decode.Encoded, "decode", None)
     assert all(np.asarray(made.read(number)).any() for number in range(4, COUNT))
 
@@ -79,18 +79,18 @@ def test_another_process_goes_on_with_the_file(photos: Path, monkeypatch: pytest
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     made = source(photos, "disk")
-    assert made.kept is not None
-    assert made.kept.marks.any()
+    assert made.decoded_cache is not None
+    assert made.decoded_cache.checksums.any()
     assert torch.equal(epochs(made), wanted)
 
 
 def test_two_that_make_the_file_at_the_same_time_share_it(photos: Path) -> None:
     one = source(photos, "disk")
-    assert one.kept is not None
-    head = bytes(one.kept.memory[: decoded_cache._HEADER + 8 * COUNT])  # type: ignore[index]
-    other = one.kept.make_file(head, len(one.kept.memory))  # type: ignore[arg-type]
+    assert one.decoded_cache is not None
+    head = bytes(one.decoded_cache.memory[: decoded_cache._HEADER + 8 * COUNT])  # type: ignore[index]
+    other = one.decoded_cache.create_file(head, len(one.decoded_cache.memory))  # type: ignore[arg-type]
     one.read(0)
-    assert other[:] == one.kept.memory[:]  # type: ignore[index]
+    assert other[:] == one.decoded_cache.memory[:]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("where", ["header", "sizes", "marks", "pixels", "cut", "empty"])

@@ -147,12 +147,12 @@ def test_weights_are_honored_exactly_and_repetitions_get_views_of_their_own() ->
     source.weights = torch.tensor([2.5] * 20 + [0.25] * 24)
     totals = torch.zeros(44)
     for epoch in range(4):
-        index, visit = epoch_order(len(source.splits["train"]), source.weights, seed=0, epoch=epoch)
+        index, occurrence = epoch_order(len(source.splits["train"]), source.weights, seed=0, epoch=epoch)
         counts = torch.bincount(index, minlength=44)
         assert counts[:20].sum() == 50
         assert counts[20:].sum() == 6
         assert counts[:20].min() == 2
-        assert len(set(zip(index.tolist(), visit.tolist(), strict=True))) == len(index)
+        assert len(set(zip(index.tolist(), occurrence.tolist(), strict=True))) == len(index)
         totals += counts
     assert totals[20:].max() > totals[20:].min() >= 0
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslcli.data.order import Layout, last_reads, layout_of, shard_order
+from sslcli.data.order import Layout, last_read_mask, layout_of, shard_order
 
 
 def shards_of(*sizes: int) -> Tensor:
@@ -42,14 +42,14 @@ def test_those_that_do_not_fill_a_batch_are_left_out_and_differ_from_epoch_to_ep
 def test_a_batch_takes_as_many_images_of_each_lane_side_by_side() -> None:
     made = layout(*[16] * 32, lanes=4, buffer=1)
     batches = shard_order(made, seed=0, epoch=0, batch_size=32).view(-1, 32)
-    lanes = [set(made.stretch[batches[:, 8 * lane : 8 * lane + 8]].flatten().tolist()) for lane in range(4)]
+    lanes = [set(made.segment[batches[:, 8 * lane : 8 * lane + 8]].flatten().tolist()) for lane in range(4)]
     assert [len(lane) for lane in lanes] == [8] * 4
     assert len(set.union(*lanes)) == 32
 
 
 def test_shards_are_read_in_another_order_each_epoch() -> None:
     made = layout(*[10] * 40, lanes=1, buffer=1)
-    orders = [made.stretch[shard_order(made, seed=0, epoch=epoch, batch_size=10)[::10]] for epoch in (0, 1)]
+    orders = [made.segment[shard_order(made, seed=0, epoch=epoch, batch_size=10)[::10]] for epoch in (0, 1)]
     assert sorted(orders[0].tolist()) == sorted(orders[1].tolist()) == list(range(40))
     assert (orders[0] == orders[1]).sum() < 10
 
@@ -89,21 +89,21 @@ def test_the_buffer_shuffles_in_another_way_each_epoch() -> None:
 def test_a_few_large_shards_are_cut_where_chunks_meet() -> None:
     shard, chunk = shards_of(1000, 20), torch.arange(1020) // 10
     made = layout_of(shard, chunk, lanes=2, buffer=1)
-    sizes = torch.bincount(made.stretch)
+    sizes = torch.bincount(made.segment)
     assert 16 <= len(sizes) <= 20
     assert sizes.max() <= 1020 // 16 + 10
     assert sizes[-1] == 20
-    assert all(len(set(made.stretch[chunk == c].tolist())) == 1 for c in range(102))
-    assert torch.equal(made.stretch, made.stretch.sort().values)
-    assert made.stretch.unique().tolist() == list(range(len(sizes)))
+    assert all(len(set(made.segment[chunk == c].tolist())) == 1 for c in range(102))
+    assert torch.equal(made.segment, made.segment.sort().values)
+    assert made.segment.unique().tolist() == list(range(len(sizes)))
 
 
 def test_many_shards_are_left_whole() -> None:
-    assert torch.equal(layout(*[10] * 80).stretch, shards_of(*[10] * 80))
+    assert torch.equal(layout(*[10] * 80).segment, shards_of(*[10] * 80))
 
 
 def test_the_last_reads_of_a_chunk_are_told_for_each_reader() -> None:
     generator = torch.Generator().manual_seed(0)
     chunk, reader = (torch.randint(0, most, (200,), generator=generator) for most in (9, 3))
     pairs = list(zip(chunk.tolist(), reader.tolist(), strict=True))
-    assert last_reads(chunk, reader).tolist() == [pair not in pairs[at + 1 :] for at, pair in enumerate(pairs)]
+    assert last_read_mask(chunk, reader).tolist() == [pair not in pairs[at + 1 :] for at, pair in enumerate(pairs)]

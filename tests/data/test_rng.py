@@ -111,9 +111,9 @@ def test_permutations_of_other_keys_are_unrelated_and_fair() -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="no keys"):
         mix()
-    with pytest.raises(ValueError, match=r"float32; keys must be integers"):
+    with pytest.raises(ValueError, match=r"float32, but keys must be integers"):
         mix(torch.rand(3))
-    with pytest.raises(ValueError, match=r"key 1.5; keys must be integers"):
+    with pytest.raises(ValueError, match=r"key 1.5, but keys must be integers"):
         mix(1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"keys must be integers in \[-2\*\*63"):
         mix(1 << 63)

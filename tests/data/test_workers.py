@@ -15,7 +15,7 @@ import pytest
 from torch.utils.data import Dataset
 
 from sslcli.data.sources.base import Source
-from sslcli.data.workers import batches_of, check_shared_memory, list_of, workers_that_pay
+from sslcli.data.workers import RequestSampler, check_shared_memory, default_workers, iterate_batches
 from sslcli.errors import ConfigError, ProcessLost, TrainingFailed
 
 
@@ -49,8 +49,8 @@ class Failing(Dataset[int]):
         return item
 
 
-def read(dataset: Dataset[int], *, workers: int = 2, owner: type = Source, patience: float = 60) -> list[int]:
-    return list(batches_of(dataset, list_of(iter(range(8))), workers, owner=owner, patience=patience))
+def read(dataset: Dataset[int], *, workers: int = 2, owner: type = Source, timeout: float = 60) -> list[int]:
+    return list(iterate_batches(dataset, RequestSampler(iter(range(8))), workers, owner=owner, timeout=timeout))
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +70,15 @@ def test_a_worker_that_died_is_told_once() -> None:
 
 def test_a_batch_that_never_comes_ends_in_time_and_its_worker_with_it() -> None:
     begun = time.monotonic()
-    with pytest.raises(TrainingFailed, match=r"no images came from the data workers for 1 s \(launcher.timeout\)"):
-        read(Stuck(), patience=1)
+    with pytest.raises(
+        TrainingFailed, match=r"no images arrived from the data workers within 1 s \(launcher.timeout\)"
+    ):
+        read(Stuck(), timeout=1)
     assert time.monotonic() - begun < 15
 
 
 def test_workers_end_with_a_reader_that_stops_in_the_midst() -> None:
-    batches = batches_of(Stuck(), list_of(iter(range(8))), 2, owner=Source)
+    batches = iterate_batches(Stuck(), RequestSampler(iter(range(8))), 2, owner=Source)
     assert next(batches) == 0
     begun = time.monotonic()
     batches.close()
@@ -87,7 +89,7 @@ def test_workers_end_with_a_reader_that_stops_in_the_midst() -> None:
 @pytest.mark.parametrize(
     ("error", "owner", "kind", "told"),
     [
-        (KeyError("mine"), Failing, ConfigError, r"test_workers.Failing failed while images were read .*KeyError"),
+        (KeyError("mine"), Failing, ConfigError, r"test_workers.Failing failed while reading images .*KeyError"),
         (RuntimeError("timed out"), Failing, ConfigError, r"RuntimeError: timed out(?s:.)*Traceback"),
         (KeyError("ours"), Source, TrainingFailed, r"sslcli.data.sources.base.Source failed .*(?s:.)*in __getitem__"),
         (MemoryError(), Failing, TrainingFailed, r"not enough memory .* lower dataset.workers"),
@@ -160,5 +162,5 @@ def test_the_workers_that_pay(
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     else:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert workers_that_pay(image_size) == expected
+    assert default_workers(image_size) == expected
     assert Source(image_size=image_size, workers=None).workers == expected

@@ -57,7 +57,7 @@ def test_a_fifo_among_images_is_a_bad_image(fifo: Path) -> None:
 def test_an_image_file_larger_than_memory_allows_is_a_bad_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "LARGEST", 1000)
+    monkeypatch.setattr(decode, "MAX_FILE_BYTES", 1000)
     (tmp_path / "a.png").write_bytes(bytes(1001))
     with pytest.raises(BadImage, match="it has more than 0 MB"):
         decode.open_file(str(tmp_path / "a.png"))

@@ -24,7 +24,7 @@ from sslcli.data import rng
 from sslcli.data.bad_images import BadImage as BadImage
 from sslcli.data.bad_images import BadImages as BadImages
 from sslcli.data.bad_images import TooManyBadImages as TooManyBadImages
-from sslcli.data.bad_images import check_share
+from sslcli.data.bad_images import check_fraction
 from sslcli.data.order import Layout
 from sslcli.data.sources import shapes
 from sslcli.data.sources.file_status import hashes_of, status_of
@@ -32,7 +32,7 @@ from sslcli.data.sources.picture import Opened as Opened
 from sslcli.data.sources.picture import Picture as Picture
 from sslcli.data.sources.picture import Whole as Whole
 from sslcli.data.sources.records import Records, Tell, check_verify, label_codes, make_records
-from sslcli.data.workers import workers_that_pay
+from sslcli.data.workers import default_workers
 from sslcli.errors import ConfigError
 
 _FINGERPRINT_IMAGES = 512
@@ -46,7 +46,7 @@ class Source:
         limit: use only this many training images (the first in hash order, so that limits nest) and at most as many
             for validation; None or more than there are = all.
         val_fraction: the share in [0, 1) of the labeled training images that is held out as "val".
-        workers: processes that decode; 0 = this one; None = `workers_that_pay`. Memory sets use none.
+        workers: processes that decode; 0 = this one; None = `default_workers`. Memory sets use none.
         max_bad: the largest share in [0, 1] of images that may fail to decode before the run stops.
         verify: what a run that goes on compares with the images it began with: "times" names, labels, sizes and
             modification times, "sizes" all but the times, "contents" what is in the files, "none" nothing.
@@ -97,7 +97,7 @@ class Source:
             _check_count("limit", limit, least=1, remedy="; null means all images")
         if workers is not None:
             _check_count("workers", workers, least=0, remedy="; null means what pays on this machine")
-        check_share("max_bad", max_bad)
+        check_fraction("max_bad", max_bad)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"dataset.val_fraction is {val_fraction}, but it must be at least 0 and below 1")
         for key, values in (("mean", mean), ("std", std)):
@@ -108,7 +108,7 @@ class Source:
         if min(std) <= 0:
             raise ValueError(f"dataset.std is {list(std)}, but each must be above 0: it divides the pixels")
         self.image_size, self.limit, self.val_fraction = image_size, limit, val_fraction
-        self.workers = workers_that_pay(image_size) if workers is None else workers
+        self.workers = default_workers(image_size) if workers is None else workers
         self.max_bad, self.seed = max_bad, seed
         self.verify = check_verify(verify)
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))

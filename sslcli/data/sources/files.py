@@ -19,9 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from sslcli.data.decode import open_file
-from sslcli.data.decoded_cache import KeptPixels
-from sslcli.data.decoded_cache import check as check_kept
-from sslcli.data.decoded_cache import folder as kept_folder
+from sslcli.data.decoded_cache import DecodedCache, cache_folder, check_cache_options
 from sslcli.data.sources.base import Opened, Source, check_flag, digest
 from sslcli.data.sources.csv_list import read_csv
 from sslcli.data.sources.file_status import hashes_of, status_of
@@ -154,7 +152,7 @@ class ImageFiles(Files):
         common: the keywords of `Source`.
     """
 
-    kept: KeptPixels | None = None
+    decoded_cache: DecodedCache | None = None
 
     def __init__(
         self,
@@ -167,7 +165,7 @@ class ImageFiles(Files):
     ) -> None:
         super().__init__(**common)
         self.scaled_decode = check_flag("scaled_decode", scaled_decode)
-        check_kept(keep_decoded, keep_gb)
+        check_cache_options(keep_decoded, keep_gb)
         self.keep_decoded, self.keep_gb = keep_decoded, keep_gb
         self.keep_dir = keep_dir
 
@@ -176,12 +174,12 @@ class ImageFiles(Files):
         super().fill(pool, test, **told)
         if self.keep_decoded != "none":
             used = torch.cat(list(self.splits.values())).sort().values
-            folder = kept_folder(self.keep_dir) if self.keep_decoded == "disk" else None
-            self.kept = KeptPixels(self.path, used, folder=folder, name=self.name, gigabytes=self.keep_gb)
+            folder = cache_folder(self.keep_dir) if self.keep_decoded == "disk" else None
+            self.decoded_cache = DecodedCache(self.path, used, folder=folder, name=self.name, gigabytes=self.keep_gb)
 
     def open(self, position: int) -> Opened:
         """The image at `position`."""
-        return open_file(self.path(position)) if self.kept is None else self.kept.open(position)
+        return open_file(self.path(position)) if self.decoded_cache is None else self.decoded_cache.open(position)
 
 
 class Folder(ImageFiles):

@@ -70,8 +70,8 @@ class Views:
         return len(self.views)
 
     @property
-    def pairs(self) -> list[range]:
-        """The numbers of the views that are made together: by twos of an entry, as more would need more memory."""
+    def groups(self) -> list[range]:
+        """Numbers of the views that are computed together: up to two of an entry, since more would need more memory."""
         ends = itertools.accumulate(entry.count for entry in self.entries)
         entries = [range(end - entry.count, end) for entry, end in zip(self.entries, ends, strict=True)]
         return [numbers[start : start + 2] for numbers in entries for start in range(0, len(numbers), 2)]

@@ -105,7 +105,7 @@ def test_cells_without_an_image_are_bad_and_replaced(tmp_path: Path) -> None:
     source = Hf(path=str(tmp_path / "set"), image_size=8, max_bad=0.5, val_fraction=0.0)
     with pytest.raises(BadImage, match=r"set/train\[2\]: the cell is empty"):
         source.read(2)
-    with pytest.raises(BadImage, match=r"set/train\[5\]: no image format"):
+    with pytest.raises(BadImage, match=r"set/train\[5\]: the content has no known image format"):
         source.read(5)
     views = Views([{"count": 1, "crop_scale": None, "flip": 0.0}], normalize=False)
     made = Loader(source, views, batch_size=8, accumulate=1, seed=0, device=torch.device("cpu"))

@@ -31,8 +31,8 @@ RICH = View(
 CONSTANTS: dict[str, Any] = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 
 
-def _keys(count: int, *, seed: int = 0, visit: int = 0) -> Tensor:
-    return mix(seed, visit, torch.arange(count))
+def _keys(count: int, *, seed: int = 0, occurrence: int = 0) -> Tensor:
+    return mix(seed, occurrence, torch.arange(count))
 
 
 def _images(count: int, size: int = 32) -> Tensor:
@@ -268,8 +268,8 @@ def test_views_visits_seeds_and_images_differ() -> None:
     assert torch.equal(base, _make(views, 0, _keys(32), images))
     for other in (
         _make(views, 1, _keys(32), images),
-        _make(views, 0, _keys(32, visit=1), images),
-        _make(views, 0, _keys(32, visit=1 << 32), images),
+        _make(views, 0, _keys(32, occurrence=1), images),
+        _make(views, 0, _keys(32, occurrence=1 << 32), images),
         _make(views, 0, _keys(32, seed=1), images),
         base.roll(1, 0),
     ):
@@ -324,7 +324,7 @@ def test_what_lies_outside_of_the_colors_of_an_image_is_clamped_in_pictures() ->
 
 def test_views_of_an_entry_are_made_together_two_and_two():
     views = Views([View(count=3), View(size=16), View(count=2)])
-    assert views.pairs == [range(2), range(2, 3), range(3, 4), range(4, 6)]
+    assert views.groups == [range(2), range(2, 3), range(3, 4), range(4, 6)]
 
 
 def test_views_made_together_are_those_made_alone():
