@@ -1,3 +1,9 @@
-"""sslcli: self-supervised pre-training of vision models from the command line."""
+"""Self-supervised pre-training of vision models."""
+
+import sys
+
+from sslcli.config.moved import MovedModules
 
 __version__ = "0.1.0"
+
+sys.meta_path.append(MovedModules())

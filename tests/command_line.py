@@ -14,7 +14,7 @@ SMALL = [  # a run of a second
     "dataset.test_images=100",
     "train.batch_size=32",
     "train.max_steps=3",
-    "train.log_every=1",
+    "train.log_every_steps=1",
     "launcher.threads=1",
 ]
 

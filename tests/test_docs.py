@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from sslcli.cli import compose
+from sslcli.cli import command, compose
 from sslcli.data.views.spec import View
 from sslcli.methods.base import Batch
 
@@ -192,7 +192,7 @@ def test_every_command_composes(page: Path, line: str, tmp_path: Path, monkeypat
     if words[0] == "torchrun":
         words = ["ssl-train", *words[words.index("sslcli.cli.train") + 1 :]]
     monkeypatch.setattr("sys.argv", words)
-    jobs = compose.checked_jobs(words[0].removeprefix("ssl-"), compose.read_arguments())
+    jobs = compose.checked_jobs(words[0].removeprefix("ssl-"), command.read_arguments(words[0].removeprefix("ssl-")))
     assert jobs
     assert len(jobs) == 1 or "--multirun" in words
 

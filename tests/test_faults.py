@@ -37,7 +37,7 @@ from small_runs import (
 )
 from sslcli.data.sources.files import ImageFiles
 from sslcli.engine import checkpoint, stop
-from sslcli.engine.monitor import Watch
+from sslcli.engine.monitor import Monitor
 from sslcli.runs import directory
 from sslcli.system import atomic
 
@@ -51,12 +51,12 @@ COMMAND = [
     f"train.max_steps={STEPS}",
     "train.save_every_steps=3",
     "train.save_every_epochs=0",
-    "train.log_every=2",
-    "monitor.health_every=5",
+    "train.log_every_steps=2",
+    "monitor.health_every_steps=5",
     "monitor.pictures=2",
 ]
 FULL = "/dev/full"  # every write to it fails as on a full disk
-Action = Callable[[Watch], None]
+Action = Callable[[Monitor], None]
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +105,14 @@ def faulty(tmp_path: Path) -> Faulty:
 def at_step(given: tuple[int, Action]) -> None:
     """Make `action(watch)` happen when `step` is done, before anything is measured, written or saved of it."""
     step, action = given
-    real = Watch.after_step
+    real = Monitor.after_step
 
-    def after_step(watch: Watch, now: int, *args: Any, **kwargs: Any) -> None:
+    def after_step(watch: Monitor, now: int, *args: Any, **kwargs: Any) -> None:
         if now == step:
             action(watch)
         real(watch, now, *args, **kwargs)
 
-    Watch.after_step = after_step  # type: ignore[method-assign]
+    Monitor.after_step = after_step  # type: ignore[method-assign]
 
 
 def fill_the_disk(name: str) -> None:
@@ -128,11 +128,11 @@ def fill_the_disk(name: str) -> None:
     atomic.temporary_name = temporary_name
 
 
-def die(watch: Watch) -> None:
+def die(watch: Monitor) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_in_the_knn(watch: Watch) -> None:
+def die_in_the_knn(watch: Monitor) -> None:
     def probe() -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGKILL)
         return {}
@@ -140,7 +140,7 @@ def die_in_the_knn(watch: Watch) -> None:
     watch.probe = probe
 
 
-def get_a_signal_in_the_save(watch: Watch) -> None:
+def get_a_signal_in_the_save(watch: Monitor) -> None:
     real = torch.save
 
     def save(state: Any, path: Any) -> None:
@@ -150,16 +150,16 @@ def get_a_signal_in_the_save(watch: Watch) -> None:
     torch.save = save
 
 
-def fill_the_disk_for_metrics(watch: Watch) -> None:
+def fill_the_disk_for_metrics(watch: Monitor) -> None:
     watch.metrics.file = open(FULL, "a")  # noqa: SIM115
 
 
-def fill_the_disk_for_checkpoints(watch: Watch) -> None:
+def fill_the_disk_for_checkpoints(watch: Monitor) -> None:
     real = torch.save
     torch.save = lambda state, path: real(state, FULL)
 
 
-def fill_the_disk_for_tensorboard(watch: Watch) -> None:
+def fill_the_disk_for_tensorboard(watch: Monitor) -> None:
     def write(writer: RecordWriter, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -218,8 +218,8 @@ def test_a_killed_data_worker_ends_the_run_with_a_message_and_the_same_command_g
         "train.batch_size=8",
         "train.max_steps=400",
         "train.save_every_steps=3",
-        "train.log_every=1",
-        "monitor.knn_every=0",
+        "train.log_every_steps=1",
+        "monitor.knn_every_epochs=0",
         f"run_dir={run_dir}",
     ]
     process = start_warm(*command, log=log)
@@ -266,10 +266,10 @@ def test_a_run_that_waits_for_images_can_be_stopped_and_goes_on(tmp_path: Path, 
         "backbone.width=4",
         "train.batch_size=8",
         "train.max_steps=12",
-        "train.log_every=1",
+        "train.log_every_steps=1",
         "train.save_every_epochs=0",
         "train.save_every_steps=3",
-        "monitor.knn_every=0",
+        "monitor.knn_every_epochs=0",
         "monitor.pictures=0",
     ]
     whole, run_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
@@ -473,7 +473,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(faulty: Faulty, reference: Pat
     assert faulty.start(step=8, action=die) == -signal.SIGKILL
     path = checkpoint.all_of(faulty.run_dir)[-1]
     state = torch.load(path, weights_only=True)
-    del state["circumstances"]  # as version 1 was
+    del state["environment_fingerprint"]  # as version 1 was
     torch.save(state | {"schema": 1}, path)
     path.with_suffix(".sha256").write_text(f"{checkpoint.sha256(path)}  {path.name}\n")
     assert faulty.ends_as(reference)
@@ -500,13 +500,13 @@ def test_a_second_run_in_one_directory_is_refused_and_the_first_goes_on(faulty: 
     assert metrics(faulty.run_dir) == metrics(reference)
 
 
-def wait_for_it(watch: Watch) -> None:
+def wait_for_it(watch: Monitor) -> None:
     until = time.monotonic() + 240
     while not (watch.run_dir / "go on").exists() and time.monotonic() < until:
         time.sleep(0.05)
 
 
-def turn_the_clock_back(watch: Watch) -> None:
+def turn_the_clock_back(watch: Monitor) -> None:
     real = time.time
     time.time = lambda: real() - 86_400
 

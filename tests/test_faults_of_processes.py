@@ -23,9 +23,9 @@ SMALL = [
     "train.batch_size=16",
     "train.max_steps=20",
     "train.save_every_steps=2",
-    "train.log_every=1",
-    "monitor.knn_every=0",
-    "monitor.health_every=0",
+    "train.log_every_steps=1",
+    "monitor.knn_every_epochs=0",
+    "monitor.health_every_steps=0",
     "monitor.pictures=0",
 ]
 
@@ -157,7 +157,7 @@ def nan_in_the_third_step(rank: int) -> None:
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    ranks = start_ranks(*SMALL, "train.log_every=5", f"run_dir={run_dir}", log=log, prepare=nan_in_the_third_step)
+    ranks = start_ranks(*SMALL, "train.log_every_steps=5", f"run_dir={run_dir}", log=log, prepare=nan_in_the_third_step)
     assert finish(ranks) == [3, 3]
     told = (run_dir / "console.log").read_text()
     assert "the loss is not finite since step 3 (" in told

@@ -18,9 +18,9 @@ COMMAND = [
     "dataset.limit=128",
     "train.batch_size=16",
     "train.save_every_epochs=0",
-    "train.log_every=1",
+    "train.log_every_steps=1",
     "monitor.pictures=0",
-    "monitor.knn_every=0",
+    "monitor.knn_every_epochs=0",
 ]
 LAUNCHERS = [(), ("launcher=multi", "launcher.processes=2")]
 

@@ -25,7 +25,13 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = ["setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE", "sslcli", "conf"]
 PLUGIN = ROOT / "tests" / "plugin"
 PAGE = ROOT / "docs" / "add-a-method.md"
-FEW = ["dataset.limit=64", "dataset.test_images=40", "train.batch_size=16", "monitor.knn_every=0", "launcher.threads=1"]
+FEW = [
+    "dataset.limit=64",
+    "dataset.test_images=40",
+    "train.batch_size=16",
+    "monitor.knn_every_epochs=0",
+    "launcher.threads=1",
+]
 
 
 def run(*line: str, cwd: Path, code: int = 0, **variables: str) -> str:
@@ -126,7 +132,7 @@ def test_the_installed_command_explains_itself(installed: Path, tmp_path: Path) 
 
 def test_the_installed_command_trains_a_step(installed: Path, tmp_path: Path) -> None:
     line = ["dataset.limit=64", "dataset.test_images=0", "train.batch_size=16", "train.max_steps=1"]
-    told = run(str(installed / "ssl-train"), *line, "monitor.knn_every=0", "launcher.threads=1", cwd=tmp_path)
+    told = run(str(installed / "ssl-train"), *line, "monitor.knn_every_epochs=0", "launcher.threads=1", cwd=tmp_path)
     assert "step 1/1" in told
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert (run_dir / "done").exists()

@@ -42,8 +42,8 @@ COMMON = [
     "train.batch_size=8",
     f"train.max_steps={STEPS}",
     "train.save_every_steps=3",
-    "train.log_every=2",  # so that checkpoints also hold unfinished means
-    "monitor.health_every=5",
+    "train.log_every_steps=2",  # so that checkpoints also hold unfinished means
+    "monitor.health_every_steps=5",
     "monitor.pictures=2",
     "seed=3",
 ]

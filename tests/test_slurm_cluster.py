@@ -24,8 +24,8 @@ TINY = [
     "dataset.test_images=10",
     "dataset.workers=0",
     "train.batch_size=16",
-    "train.log_every=1",
-    "monitor.knn_every=0",
+    "train.log_every_steps=1",
+    "monitor.knn_every_epochs=0",
 ]
 # MoCo that takes its time until it is told to hurry, and tells where it was.
 SLOW = """

@@ -14,6 +14,8 @@ from omegaconf import DictConfig
 
 from sslcli.cli.compose import CONF, checked_jobs
 from sslcli.cli.help import MULTIRUNS
+from sslcli.cli.messages import print_note
+from sslcli.config.moved import current_override
 from sslcli.config.paths import absolute, quoted_home
 from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError
 from sslcli.report.terminal import guard_terminal
@@ -29,7 +31,7 @@ def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
     stop_with_sweep()
     sleep_soon()
     try:
-        arguments = read_arguments()
+        arguments = read_arguments(name)
         if any(getattr(arguments, flag) for flag in ANSWERED_BY_HYDRA):
             if arguments.hydra_help:  # sets up logging as the configuration says
                 checked_jobs(name, arguments)
@@ -52,7 +54,7 @@ def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
         return EXIT_INTERRUPTED
 
 
-def read_arguments() -> Namespace:
+def read_arguments(name: str) -> Namespace:
     """Flags and overrides in any order. Raises ConfigError for what is neither."""
     arguments, strange = get_args_parser().parse_known_intermixed_args()
     if strange:
@@ -67,10 +69,18 @@ def read_arguments() -> Namespace:
     for flag in ("config_dir", "config_path"):
         if getattr(arguments, flag) is not None:
             setattr(arguments, flag, absolute(getattr(arguments, flag)))
-    arguments.overrides = [quoted_home(line) for line in arguments.overrides]
+    arguments.overrides = [_with_current_names(name, quoted_home(line)) for line in arguments.overrides]
     if arguments.multirun and arguments.cfg:
         raise ConfigError("--cfg shows one configuration and --multirun makes several: leave one of them out")
     return arguments
+
+
+def _with_current_names(name: str, line: str) -> str:
+    """Return an override with today's names, and print a note if it had old ones."""
+    current = current_override(line)
+    if current != line:
+        print_note(name, f"{line} is now {current}")
+    return current
 
 
 def hand_over(name: str, task: Callable[[DictConfig], Any], arguments: Namespace) -> None:

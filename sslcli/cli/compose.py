@@ -30,6 +30,7 @@ from sslcli.cli import messages
 from sslcli.cli.hydra_node import SECTIONS, check_hydra, resolved
 from sslcli.config import schema
 from sslcli.config.folders import folder_of_conf
+from sslcli.config.moved import FOLDER, current_config
 from sslcli.config.own_dataset import PREFIX, Change
 from sslcli.config.paths import absolute_paths
 from sslcli.config.plugins import conf_of_plugins
@@ -45,6 +46,7 @@ class ConfOfPlugins(SearchPathPlugin):
     """Lets Hydra find the yaml files of announced packages, after ours."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("sslcli.renamed", f"file://{FOLDER}")
         for package, folder in conf_of_plugins().items():
             search_path.append(f"sslcli.plugins: {package}", f"file://{folder}")
 
@@ -153,7 +155,9 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
         messages.check_overrides(command, [o for o in overrides if o.input_line not in choices], base)
         raise error
     messages.check_deletions(overrides, config)
-    job = _plain(config)
+    job, notes = current_config(_plain(config), overridden=[messages.group_of(each) for each in overrides])
+    for note in notes:
+        messages.print_note(command, note)
     find_trusted(job.get("trust") or [])
     schema.check(command, job)
     own = config.hydra

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from functools import cache
 
 from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.types import Override
@@ -11,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sslcli.config import schema
 from sslcli.config.keys import check_path
+from sslcli.config.moved import CHOICES
 from sslcli.config.signatures import parameters_of
 from sslcli.config.targets import check_target, trusted_by
 from sslcli.errors import ConfigError, nearest
@@ -30,6 +33,12 @@ def one_line(error: object) -> str:
     return re.sub(r" ?(See https?://\S+ for details\.?|Config search path:.*|full_key: .*)", "", text).rstrip(" .")
 
 
+@cache
+def print_note(command: str, note: str) -> None:
+    """Print a note on an old name to standard error, once per process."""
+    print(f"ssl-{command}: {note}; the old name is still accepted", file=sys.stderr)
+
+
 def unreadable(line: str, error: BaseException | None = None) -> str:
     """The message for an override that cannot be parsed."""
     if "=" not in line.strip()[1:]:
@@ -46,7 +55,7 @@ def unreadable(line: str, error: BaseException | None = None) -> str:
 def missing(error: MissingConfigException) -> str:
     """The message for a choice, or a whole configuration, that does not exist."""
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-    options = list(error.options or ())
+    options = [each for each in error.options or () if each not in CHOICES.get(group, {})]
     if error.missing_cfg_file in EXTRAS:
         return f"{group}={choice} needs a plugin of Hydra: pip install 'sslcli[{EXTRAS[error.missing_cfg_file]}]'"
     if group and options:

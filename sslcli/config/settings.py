@@ -125,7 +125,7 @@ class TrainSettings:
     activation_checkpointing: bool  # recompute the blocks of the backbone in the backward pass
     deterministic: bool
     clip_grad: float | None  # maximum norm of the total gradient
-    log_every: int
+    log_every_steps: int
     save_every_epochs: int
     save_every_steps: int | None
     keep: int  # number of newest checkpoints to keep
@@ -137,7 +137,7 @@ class TrainSettings:
     decay_norm_and_bias: bool
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "log_every", "keep"):
+        for name in ("epochs", "batch_size", "accumulate", "log_every_steps", "keep"):
             check_range(f"train.{name}", getattr(self, name), least=1)
         for name in ("max_steps", "save_every_steps"):
             check_range(f"train.{name}", getattr(self, name), least=1)
@@ -176,16 +176,16 @@ class TrainSettings:
 class MonitorSettings:
     """Keys `monitor.*`."""
 
-    knn_every: int  # epochs; 0 = never, not even at the end
+    knn_every_epochs: int  # epochs; 0 = never, not even at the end
     knn_k: int
     knn_temperature: float
     knn_images: int | None  # at most this many training images form the bank; None = all
-    health_every: int  # steps; 0 = never
+    health_every_steps: int  # steps; 0 = never
     on_collapse: str
     pictures: int  # images in the picture of the augmented views; 0 = none
 
     def __post_init__(self) -> None:
-        for name in ("knn_every", "health_every", "pictures"):
+        for name in ("knn_every_epochs", "health_every_steps", "pictures"):
             check_range(f"monitor.{name}", getattr(self, name), least=0)
         check_range("monitor.knn_k", self.knn_k, least=1)
         check_range("monitor.knn_images", self.knn_images, least=1)

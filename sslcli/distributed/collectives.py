@@ -39,7 +39,7 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait until all processes have reached this call."""
     if world_size() > 1:
-        watchdog.meet()
+        watchdog.record_collective()
         dist.barrier()
 
 
@@ -49,7 +49,7 @@ def all_gather(rows: Tensor) -> Tensor:
     if world_size() == 1:
         return rows.detach()
     gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-    watchdog.meet()
+    watchdog.record_collective()
     _gather(gathered, rows.detach().contiguous())
     return gathered
 
@@ -62,7 +62,7 @@ class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         mine = grad.new_empty(len(grad) // world_size(), *grad.shape[1:])
-        watchdog.meet()
+        watchdog.record_collective()
         _reduce_scatter(mine, grad.contiguous())  # half the traffic of an all-reduce
         return mine
 
@@ -81,7 +81,7 @@ def all_reduce_mean(value: Tensor) -> Tensor:
     """Return the mean of `value` over all processes as a new tensor, without gradient."""
     value = value.detach().clone()
     if world_size() > 1:
-        watchdog.meet()
+        watchdog.record_collective()
         dist.all_reduce(value)
         value /= world_size()
     return value
@@ -103,7 +103,7 @@ def gather_objects(mine: T) -> list[T]:
     if world_size() == 1:
         return [mine]
     everyone: list[Any] = [None] * world_size()
-    watchdog.meet()
+    watchdog.record_collective()
     dist.all_gather_object(everyone, mine)
     return everyone
 
@@ -111,7 +111,7 @@ def gather_objects(mine: T) -> list[T]:
 def broadcast_objects(values: list[Any]) -> None:
     """Replace the elements of `values` with those of rank 0, in place."""
     if world_size() > 1:
-        watchdog.meet()
+        watchdog.record_collective()
         dist.broadcast_object_list(values, src=0)
 
 
@@ -121,6 +121,6 @@ def exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
     if world_size() == 1:
         return rows
     arrived = rows.new_empty(sum(received), *rows.shape[1:])
-    watchdog.meet()
+    watchdog.record_collective()
     dist.all_to_all_single(arrived, rows.contiguous(), received, sent)
     return arrived

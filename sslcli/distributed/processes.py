@@ -55,7 +55,7 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = watchdog.join(limit)
     with watchdog.watched(store, rank=number(), size=int(os.environ["WORLD_SIZE"]), limit=limit, end=end):
-        watchdog.meet()
+        watchdog.record_collective()
         # The heartbeat distinguishes a hang from a long wait; this timeout is a fallback.
         dist.init_process_group(backend, timeout=timedelta(seconds=max(10 * limit, 3600)))
         try:

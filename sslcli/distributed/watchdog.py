@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from sslcli.errors import TrainingFailed
 
 SLOWEST = 10.0  # maximum seconds between two checks
-LOOKS = 20  # checks within the time limit
+CHECKS = 20  # checks within the time limit
 SLACK = 5.0  # seconds after the time limit, for a wait with a timeout of its own
 IMAGES = "the images"  # prefix of the place of a process that waits for images
 SILENCE = 3  # checks without a beat after which a process counts as stopped
@@ -33,27 +33,27 @@ SILENCE = 3  # checks without a beat after which a process counts as stopped
 class Progress:
     """Published state of a process."""
 
-    meetings: int = 0  # collectives that it has entered
-    signs: int = 0  # all recorded actions
+    collectives: int = 0  # collectives that it has entered
+    actions: int = 0  # all recorded actions
     place: str = "the start"
     beats: int = 0  # messages of its thread, which also runs while the process waits
     host: str = ""
     pid: int = 0
 
 
-_mine = Progress()
+_own = Progress()
 
 
-def sign(place: str = "") -> None:
+def report_progress(place: str = "") -> None:
     """Record progress of this process, and its new `place` if given."""
-    _mine.signs += 1
-    _mine.place = place or _mine.place
+    _own.actions += 1
+    _own.place = place or _own.place
 
 
-def meet() -> None:
+def record_collective() -> None:
     """Record that this process enters a collective."""
-    _mine.meetings += 1
-    _mine.signs += 1
+    _own.collectives += 1
+    _own.actions += 1
 
 
 def join(limit: float) -> Store:
@@ -80,8 +80,8 @@ def join(limit: float) -> Store:
         ) from error
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"heartbeat/{start}", store)
-    _mine.host, _mine.pid = platform.node(), os.getpid()
-    store.set(str(rank), json.dumps(asdict(_mine)))
+    _own.host, _own.pid = platform.node(), os.getpid()
+    store.set(str(rank), json.dumps(asdict(_own)))
     try:
         store.wait([str(other) for other in range(size)], timedelta(seconds=limit))
     except RuntimeError as error:
@@ -103,7 +103,7 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
         with watched_alone(limit=limit, end=end):
             yield
         return
-    with in_thread(look, store, rank, size, limit, end):
+    with in_thread(watch_ranks, store, rank, size, limit, end):
         yield
 
 
@@ -114,7 +114,7 @@ def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]
     This covers images that the process reads itself, `SLACK` seconds after `limit`: data workers have a timeout of
     their own, which ends the run more gracefully. No other action of a process has a known maximum duration.
     """
-    with in_thread(look_alone, limit, end):
+    with in_thread(watch_image_waits, limit, end):
         yield
 
 
@@ -131,16 +131,16 @@ def in_thread(act: Callable[..., None], *arguments: object) -> Iterator[None]:
         thread.join()
 
 
-def look_alone(limit: float, end: Callable[[str], None], closing: threading.Event) -> None:
+def watch_image_waits(limit: float, end: Callable[[str], None], closing: threading.Event) -> None:
     """Call `end` if this process waits for the same images for `limit` + `SLACK` seconds."""
-    interval = min(limit / LOOKS, SLOWEST)
-    still, before = 0.0, _mine.signs
+    interval = min(limit / CHECKS, SLOWEST)
+    still, before = 0.0, _own.actions
     while not closing.wait(interval):
-        waits = _mine.signs == before and _mine.place.startswith(IMAGES)
-        still, before = still + interval if waits else 0.0, _mine.signs
+        waits = _own.actions == before and _own.place.startswith(IMAGES)
+        still, before = still + interval if waits else 0.0, _own.actions
         if still >= limit + SLACK and not closing.is_set():
             end(
-                f"{_mine.place} did not come within {limit:g} s (launcher.timeout). The usual cause is a network file "
+                f"{_own.place} did not come within {limit:g} s (launcher.timeout). The usual cause is a network file "
                 "system that does not answer, or code of an image set that waits for something; the steps since the "
                 "last checkpoint are lost. Start the same command again to go on, with a larger launcher.timeout if "
                 "nothing was wrong but the time"
@@ -148,7 +148,7 @@ def look_alone(limit: float, end: Callable[[str], None], closing: threading.Even
             return
 
 
-def look(
+def watch_ranks(
     store: Store, rank: int, size: int, limit: float, end: Callable[[str], None], closing: threading.Event
 ) -> None:
     """Publish the progress of this process and, while it makes none, check the progress of the others.
@@ -156,33 +156,33 @@ def look(
     Waiting time is counted in checks and not by a clock, so that time in which this process itself was suspended,
     possibly with its machine, does not count against the others.
     """
-    interval = min(limit / LOOKS, SLOWEST)
-    still, beats, before = 0.0, 0, _mine.signs
+    interval = min(limit / CHECKS, SLOWEST)
+    still, beats, before = 0.0, 0, _own.actions
     known: dict[int, Progress] = {}
     silent: Counter[int] = Counter()  # checks since the last beat
     while not closing.wait(interval):
         beats += 1
-        mine = replace(_mine, beats=beats)
-        tell(store, rank, mine)
-        if mine.signs != before:
-            still, before = 0.0, mine.signs
+        own = replace(_own, beats=beats)
+        publish(store, rank, own)
+        if own.actions != before:
+            still, before = 0.0, own.actions
             silent.clear()
             continue
         found = read(store, size)
-        moved = any(progress.signs != known[r].signs for r, progress in found.items() if r in known)
+        moved = any(progress.actions != known[r].actions for r, progress in found.items() if r in known)
         for r in range(size):
             silent[r] = 0 if r in found and found[r] != known.get(r) else silent[r] + 1
         known = found or known
         still = 0.0 if moved else still + interval
         if still >= limit and not closing.is_set():
-            end(verdict(rank, found, {r for r in silent if silent[r] >= SILENCE}, limit))
+            end(stall_message(rank, found, {r for r in silent if silent[r] >= SILENCE}, limit))
             return
 
 
-def tell(store: Store, rank: int, mine: Progress) -> None:
+def publish(store: Store, rank: int, own: Progress) -> None:
     """Publish the progress of this process."""
     with suppress(RuntimeError):  # if the store does not respond, `read` detects it
-        store.set(str(rank), json.dumps(asdict(mine)))
+        store.set(str(rank), json.dumps(asdict(own)))
 
 
 def read(store: Store, size: int) -> dict[int, Progress]:
@@ -194,7 +194,7 @@ def read(store: Store, size: int) -> dict[int, Progress]:
     return {rank: Progress(**json.loads(answer)) for rank, answer in enumerate(answers)}
 
 
-def verdict(rank: int, found: dict[int, Progress], silent: set[int], limit: float) -> str:
+def stall_message(rank: int, found: dict[int, Progress], silent: set[int], limit: float) -> str:
     """Return the message that names the stalled processes, or "" if another process reports it."""
     remedy = (
         "the steps since the last checkpoint are lost. Start the same command again to go on, with a larger "
@@ -202,8 +202,8 @@ def verdict(rank: int, found: dict[int, Progress], silent: set[int], limit: floa
     )
     if not found:
         return f"no process went on for {limit:g} s, and the meeting place of the processes does not answer; {remedy}"
-    arrived = max(progress.meetings for progress in found.values())
-    to_blame = sorted(silent or {r for r, progress in found.items() if progress.meetings < arrived})
+    arrived = max(progress.collectives for progress in found.values())
+    to_blame = sorted(silent or {r for r, progress in found.items() if progress.collectives < arrived})
     if rank != min(set(found) - set(to_blame), default=rank):
         return ""
     if not to_blame:
@@ -212,9 +212,9 @@ def verdict(rank: int, found: dict[int, Progress], silent: set[int], limit: floa
             f"no process went on for {limit:g} s (launcher.timeout), and none is behind the others (at {places}): they "
             f"do not reach each other over the network, or a device hangs; {remedy}"
         )
-    told = ", ".join(
+    stalled = ", ".join(
         f"process {r} (id {found[r].pid} on {found[r].host}, at {found[r].place}"
         + (", it does not answer: stopped, or its machine is gone)" if r in silent else ")")
         for r in to_blame
     )
-    return f"the others waited {limit:g} s (launcher.timeout) in vain for {told}; {remedy}"
+    return f"the others waited {limit:g} s (launcher.timeout) in vain for {stalled}; {remedy}"

@@ -185,7 +185,7 @@ def measure(z: Tensor, other: Tensor | None = None) -> dict[str, float]:
     return values
 
 
-class CollapseJudge:
+class CollapseDetector:
     """Detector of representation collapse from the metrics of the embeddings.
 
     Call `update` at the first step, for the values of the random initialization, then at fixed intervals: alarms
@@ -249,5 +249,7 @@ class CollapseJudge:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore a `state_dict`. Raises ValueError if its keys are not those of this version."""
         if set(state) != set(self._state):
-            raise ValueError(f"collapse judge state has {sorted(state)}, but needs {sorted(self._state)}: start afresh")
+            raise ValueError(
+                f"collapse detector state has {sorted(state)}, but needs {sorted(self._state)}: start afresh"
+            )
         self._state = {name: float(value) for name, value in state.items()}

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from sslcli.distributed.collectives import world_size
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Method
+from sslcli.weights.renamed import current_names
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
@@ -52,7 +53,11 @@ def shard(method: Method, device: torch.device, precision: str) -> None:
         parameter.data = parameter.data.contiguous()  # required by FSDP2
     mesh = init_device_mesh(device.type, (world_size(),))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    nets = [part for part in method.modules() if type(part) is type(method.backbone)] if method.by_block else []
+    nets = (
+        [part for part in method.modules() if type(part) is type(method.backbone)]
+        if method.supports_block_wrapping
+        else []
+    )
     for block in dict.fromkeys(block for net in nets for block in blocks(net)):
         whole = precision != "bf16" or any(isinstance(part, _BatchNorm) for part in block.modules())
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy() if whole else half)
@@ -87,7 +92,7 @@ def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, .
 
     def like(path: tuple[Any, ...], shape: torch.Size) -> Tensor | None:
         if path[0] == "method":
-            return named.get(path[1])
+            return next((named[name] for name in (path[1], *current_names(path[1])) if name in named), None)
         number = path[2] if path[:2] == ("optimizer", "state") else None
         if not isinstance(number, int) or number >= len(parameters) or parameters[number].shape != shape:
             return None
@@ -99,10 +104,10 @@ def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, .
 def recompute(method: Method) -> None:
     """Enable activation checkpointing: keep only inputs and outputs of backbone blocks, recompute the rest in backward.
 
-    Raises ConfigError if the backbone has no blocks or the method has `by_block` False.
+    Raises ConfigError if the backbone has no blocks or the method has `supports_block_wrapping` False.
     """
     found = blocks(method.backbone)
-    if not method.by_block:
+    if not method.supports_block_wrapping:
         raise ConfigError(
             "train.activation_checkpointing is true, but this method puts other parameters in the place of its "
             "networks' own while it computes, so nothing can be computed again: leave it false"

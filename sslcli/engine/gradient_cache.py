@@ -26,32 +26,32 @@ def backward(
     micro_batches: list[Batch],
     *,
     device: torch.device,
-    number_format: str,
+    dtype_name: str,
     scaler: torch.amp.GradScaler,
 ) -> dict[str, Tensor]:
     """Accumulate the gradient of one loss over all micro-batches; return the detached scalars of `compare`.
 
-    BatchNorm uses the statistics of each micro-batch. `number_format` is fp32, bf16 or fp16. Gradients are averaged
+    BatchNorm uses the statistics of each micro-batch. `dtype_name` is fp32, bf16 or fp16. Gradients are averaged
     over processes.
     """
     states, parts = [], []
     with torch.no_grad(), unchanged_statistics(method):
         for batch in micro_batches:
             states.append(checkpoint.rng_state(device))
-            with precision.autocast(device, number_format):
+            with precision.autocast(device, dtype_name):
                 parts.append(method.embed(batch))
     after = checkpoint.rng_state(device)
     rows = [torch.cat(column) for column in zip(*parts, strict=True)]
     learned = [row.is_floating_point() for row in rows]
     rows = [row.requires_grad_(learns) for row, learns in zip(rows, learned, strict=True)]
-    with precision.autocast(device, number_format):
+    with precision.autocast(device, dtype_name):
         scalars = method.compare(tuple(rows))
     scaler.scale(scalars["loss"]).backward()  # type: ignore[no-untyped-call]
     slopes = zip(*(torch.split(row.grad, len(parts[0][0])) for row in rows if row.grad is not None), strict=True)
     wanted = [place for place, row in enumerate(rows) if row.grad is not None]
     for batch, state, slope in zip(micro_batches, states, slopes, strict=True):
         checkpoint.set_rng_state(state, device)
-        with precision.autocast(device, number_format):
+        with precision.autocast(device, dtype_name):
             again = method.embed(batch)
         pairs = [(again[place], grad) for place, grad in zip(wanted, slope, strict=True) if again[place].requires_grad]
         torch.autograd.backward([row for row, _ in pairs], [grad for _, grad in pairs])
@@ -65,7 +65,7 @@ def average_gradients(module: nn.Module) -> None:
     if collectives.world_size() == 1:
         return
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    watchdog.meet()
+    watchdog.record_collective()
     for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
         work.wait()
     torch._foreach_div_(gradients, collectives.world_size())

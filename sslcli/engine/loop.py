@@ -18,7 +18,7 @@ from sslcli.config.settings import TrainSettings
 from sslcli.data.loader import Loader
 from sslcli.distributed import collectives, watchdog
 from sslcli.engine import checkpoint, fsdp, gradient_cache, precision
-from sslcli.engine.monitor import Watch
+from sslcli.engine.monitor import Monitor
 from sslcli.engine.optim import load_optimizer
 from sslcli.engine.stop import StopRequest
 from sslcli.errors import ConfigError, Stopped, TrainingFailed
@@ -26,6 +26,7 @@ from sslcli.kernels import library
 from sslcli.methods.base import Batch, Method
 from sslcli.nn import schedule
 from sslcli.report.console import Screen
+from sslcli.weights.renamed import with_current_names
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Run:
     run_dir: Path
     config: dict[str, Any]  # plain values, saved in every checkpoint
     screen: Screen
-    watch: Watch
+    monitor: Monitor
     stop: StopRequest
     scaler: torch.amp.GradScaler = field(init=False)
 
@@ -75,18 +76,18 @@ def train(run: Run) -> None:
     Raises Stopped after a signal or at the time limit, with a checkpoint saved. Raises TrainingFailed if the loss is
     not finite, the representation has collapsed, or the disk or a data worker fails.
     """
-    step, total, watch = resume(run), run.total_steps, run.watch
+    step, total, monitor = resume(run), run.total_steps, run.monitor
     model = run.method if run.settings.cached_gradients else parallel(run.method, run.device)
-    watch.start(step, total)
+    monitor.start(step, total)
     writer = checkpoint.Writer(sharded=fsdp.is_sharded(run.method))
     with closing(run.loader.steps(step, total)) as batches, closing(writer):
         while step < total:
-            watchdog.sign(f"{watchdog.IMAGES} of step {step + 1}")
-            micro_batches = run.stop.unless_stopped(lambda: watch.timed_next(batches))
+            watchdog.report_progress(f"{watchdog.IMAGES} of step {step + 1}")
+            micro_batches = run.stop.unless_stopped(lambda: monitor.timed_next(batches))
             if micro_batches is None:
                 save_good(run, step, writer)
                 raise stopped(run, step)
-            watchdog.sign(f"step {step + 1}")
+            watchdog.report_progress(f"step {step + 1}")
             lr = run.lr_at(step)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -95,7 +96,7 @@ def train(run: Run) -> None:
             run.method.after_step(step / total)
             step += 1
 
-            watch.after_step(step, scalars, lr=lr, method=run.method)
+            monitor.after_step(step, scalars, lr=lr, method=run.method)
             stop = run.stop.agreed()
             if stop or step == total or save_is_due(run.settings, step, run.loader.steps_per_epoch):
                 save_good(run, step, writer)
@@ -107,7 +108,7 @@ def optimize(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str
     """Run one optimizer step on the micro-batches, and return the detached scalars of the step."""
     if run.settings.cached_gradients:
         means = gradient_cache.backward(
-            run.method, micro_batches, device=run.device, number_format=run.precision, scaler=run.scaler
+            run.method, micro_batches, device=run.device, dtype_name=run.precision, scaler=run.scaler
         )
     else:
         means = accumulate(run, model, micro_batches)
@@ -123,18 +124,18 @@ def optimize(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str
 def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
     """Accumulate the gradient of the mean loss of the micro-batches, and return the mean of each scalar."""
     means: dict[str, Tensor] = {}
-    share = 1 / len(micro_batches)
+    fraction = 1 / len(micro_batches)
     for number, batch in enumerate(micro_batches, start=1):
-        with exchange(model, wanted=number == len(micro_batches)):
+        with gradient_sync(model, wanted=number == len(micro_batches)):
             with precision.autocast(run.device, run.precision):
                 scalars = model(batch)
-            run.scaler.scale(scalars["loss"] * share).backward()
+            run.scaler.scale(scalars["loss"] * fraction).backward()
         for name, value in scalars.items():
-            means[name] = means.get(name, 0) + value.detach() * share
+            means[name] = means.get(name, 0) + value.detach() * fraction
     return means
 
 
-def exchange(model: nn.Module, *, wanted: bool) -> AbstractContextManager[object]:
+def gradient_sync(model: nn.Module, *, wanted: bool) -> AbstractContextManager[object]:
     """Enable (`wanted`) or disable gradient synchronization across processes for the backward pass inside."""
     if fsdp.is_sharded(model):
         model.set_requires_gradient_sync(wanted)  # type: ignore[operator]
@@ -165,7 +166,7 @@ def average_each(bucket: Any) -> torch.futures.Future[Tensor]:
     The last bit of a sum over three or more processes depends on the offset within the reduced tensor, and
     DistributedDataParallel rebuilds its buckets after the first step, also after the first step of a resumed run.
     """
-    watchdog.meet()
+    watchdog.record_collective()
     whole = bucket.buffer().div_(collectives.world_size())
     parts = whole.split([gradient.numel() for gradient in bucket.gradients()])
     for work in [dist.all_reduce(part, async_op=True) for part in parts]:
@@ -193,17 +194,17 @@ def stopped(run: Run, step: int) -> Stopped:
 
 def save_good(run: Run, step: int, writer: checkpoint.Writer) -> None:
     """Write a checkpoint. Raise TrainingFailed if a loss so far or a weight is not finite."""
-    run.watch.check_finite()
-    run.watch.check_weights(step, run.method)
+    run.monitor.check_finite()
+    run.monitor.check_weights(step, run.method)
     save(run, step, writer)
 
 
 def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
     """Write a checkpoint, on rank 0, or each rank its shards in the background. All processes must call this."""
-    watchdog.sign(f"the checkpoint after step {step}")
-    mine = {"rng": checkpoint.rng_state(run.device), "window": run.watch.window.state_dict()}
+    watchdog.report_progress(f"the checkpoint after step {step}")
+    mine = {"rng": checkpoint.rng_state(run.device), "metric_means": run.monitor.metric_means.state_dict()}
     processes = collectives.gather_objects(mine)
-    run.watch.synchronize()
+    run.monitor.synchronize()
     state = {
         "step": step,
         "loader": run.loader.position(step),
@@ -211,9 +212,9 @@ def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "processes": processes,
-        "watch": run.watch.state_dict(),
+        "monitor": run.monitor.state_dict(),
         "config": run.config,
-        "circumstances": circumstances(run),
+        "environment": environment_fingerprint(run),
     }
     writer.save(run.run_dir, state, keep=run.settings.keep)
 
@@ -233,20 +234,20 @@ def resume(run: Run) -> int:
         return 0
     run.loader.check_position(state["step"], state.get("loader"))
     try:
-        run.method.load_state_dict(state["method"])
+        run.method.load_state_dict(with_current_names(state["method"], run.method.state_dict()))
         load_optimizer(run.optimizer, state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(f"the checkpoint in {run.run_dir} does not fit this method or backbone: {error}") from error
-    run.watch.load_state_dict(state["watch"])
+    run.monitor.load_state_dict(state["monitor"])
     processes = state["processes"]
     if len(processes) == collectives.world_size():
         checkpoint.set_rng_state(processes[collectives.rank()]["rng"], run.device)
-        run.watch.window.load_state_dict(processes[collectives.rank()]["window"])
+        run.monitor.metric_means.load_state_dict(processes[collectives.rank()]["metric_means"])
     else:  # different world size: the same images and views, different noise
-        run.watch.window.load_mean([process["window"] for process in processes])
+        run.monitor.metric_means.load_mean([process["metric_means"] for process in processes])
         torch.manual_seed(run.seed + 1_000_003 * (collectives.rank() + 1) + state["step"])
-    before, now = state["circumstances"], circumstances(run)
+    before, now = state["environment"], environment_fingerprint(run)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         run.screen.warn(f"the same images and views, but not the same bits as before: {', '.join(changed)}")
@@ -254,7 +255,7 @@ def resume(run: Run) -> int:
     return int(state["step"])
 
 
-def circumstances(run: Run) -> dict[str, str | int]:
+def environment_fingerprint(run: Run) -> dict[str, str | int]:
     """Return the environment, besides the configuration, that bit-identical results require."""
     return {
         "torch": str(torch.__version__),

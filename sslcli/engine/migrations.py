@@ -1,14 +1,17 @@
 """Migration of checkpoints of older versions to the current schema, version by version, at load time.
 
 A change of the checkpoint content increments SCHEMA and adds a function here that converts a state of the previous
-version. Files are not rewritten: the next checkpoint of the run has the newest version.
+version. Files are not rewritten: the next checkpoint of the run has the newest version. Names of parameters and
+buffers are those of a method, not of the schema: see `sslcli.weights.renamed`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-SCHEMA = 2
+from sslcli.config.moved import current_config
+
+SCHEMA = 3
 
 
 def upgrade(state: dict[str, Any]) -> dict[str, Any]:
@@ -18,9 +21,26 @@ def upgrade(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def add_circumstances(state: dict[str, Any]) -> dict[str, Any]:
+def add_environment(state: dict[str, Any]) -> dict[str, Any]:
     """Convert to version 2, which adds the environment of the run and the position of the loader."""
     return {"loader": None} | state | {"circumstances": {}}  # unknown for older checkpoints
 
 
-STEPS = {1: add_circumstances}  # from each version to the next
+def rename_fields(state: dict[str, Any]) -> dict[str, Any]:
+    """Convert to version 3, in which fields, compiled parts and settings have the names of sslcli 0.2."""
+    state = dict(state)
+    state["environment"] = state.pop("circumstances")
+    if "compiled parts" in state["environment"]:
+        renamed = state["environment"]["compiled parts"].replace("change", "color")
+        state["environment"] = state["environment"] | {"compiled parts": renamed}
+    if "watch" in state:  # absent if only the weights were loaded
+        watch = dict(state.pop("watch"))
+        state["monitor"] = watch | {"detector": watch.pop("judge")}
+    if "processes" in state:
+        state["processes"] = [{"rng": each["rng"], "metric_means": each["window"]} for each in state["processes"]]
+    if isinstance(state.get("config"), dict):
+        state["config"] = current_config(state["config"])[0]
+    return state
+
+
+STEPS = {1: add_environment, 2: rename_fields}  # from each version to the next

@@ -28,7 +28,7 @@ REMEDIES = (
 HEALTH_ROWS = 1024  # embeddings per batch used by the health metrics
 
 
-class Window:
+class MetricMeans:
     """Means of the scalars since the last log, kept on the device so that a step never synchronizes with it."""
 
     def __init__(self) -> None:
@@ -71,12 +71,12 @@ class Window:
         return dict(zip(names, values.tolist(), strict=True))
 
 
-class Watch:
+class Monitor:
     """Monitor of a run: writes metrics.jsonl and TensorBoard, prints progress, computes health and k-NN on schedule.
 
     Args:
         settings: which metrics to compute, and when.
-        log_every: steps between lines of `train/*`.
+        log_every_steps: steps between lines of `train/*`.
         batch_size: images per step, for images per second.
         steps_per_epoch: to convert steps to epochs.
         run_dir: output directory of the main process.
@@ -90,7 +90,7 @@ class Watch:
         self,
         settings: MonitorSettings,
         *,
-        log_every: int,
+        log_every_steps: int,
         batch_size: int,
         steps_per_epoch: int,
         run_dir: Path,
@@ -99,13 +99,13 @@ class Watch:
         draw: Callable[[], dict[str, Tensor]] | None = None,
         together: bool = False,
     ) -> None:
-        self.settings, self.log_every, self.batch_size = settings, log_every, batch_size
+        self.settings, self.log_every_steps, self.batch_size = settings, log_every_steps, batch_size
         self.steps_per_epoch, self.run_dir, self.screen, self.probe = steps_per_epoch, run_dir, screen, probe
         self.draw = draw
         self.writes = collectives.is_main()
         self.looks = self.writes or together
-        self.window = Window()
-        self.judge = collapse.CollapseJudge()
+        self.metric_means = MetricMeans()
+        self.detector = collapse.CollapseDetector()
         self.wall = 0.0  # seconds of training before this process
         self.waited = 0.0  # seconds the loop waited for data since the last log
         self.aside = 0.0  # seconds spent on evaluation since the last log
@@ -155,12 +155,12 @@ class Watch:
 
     def after_step(self, step: int, scalars: dict[str, Tensor], *, lr: float, method: Method) -> None:
         """Run everything that is due after `step` steps; write at most one line of metrics."""
-        self.window.add(step, scalars)
+        self.metric_means.add(step, scalars)
         last = step == self.total
         line: dict[str, float] = {}
-        if step % self.log_every == 0 or last:
+        if step % self.log_every_steps == 0 or last:
             self.check_finite()
-            line |= {f"train/{name}": value for name, value in self.window.means().items()}
+            line |= {f"train/{name}": value for name, value in self.metric_means.means().items()}
             line |= {"train/lr": lr, **self.speed(step)}
             self.facts |= {"loss": f"{line['train/loss']:.4f}", "images/s": f"{line['train/images_per_s']:.0f}"}
             self.facts["data"] = percent(line["train/data_wait"])
@@ -190,11 +190,11 @@ class Watch:
             self.screen.stop()
 
     def health_is_due(self, step: int) -> bool:
-        """Return True every `health_every` steps, and after step 1, the reference for a decrease."""
-        return self.settings.health_every > 0 and (step == 1 or step % self.settings.health_every == 0)
+        """Return True every `health_every_steps` steps, and after step 1, the reference for a decrease."""
+        return self.settings.health_every_steps > 0 and (step == 1 or step % self.settings.health_every_steps == 0)
 
     def epoch_ends(self, step: int) -> bool:
-        every = self.settings.knn_every * self.steps_per_epoch
+        every = self.settings.knn_every_epochs * self.steps_per_epoch
         return every > 0 and step % every == 0
 
     def speed(self, step: int) -> dict[str, float]:
@@ -213,7 +213,7 @@ class Watch:
         """Return the health metrics of the embeddings of all processes, and the reason for a collapse or None."""
         views = [collectives.all_gather(view)[:HEALTH_ROWS] for view in embeddings[:2]]
         values = collapse.measure(*views)
-        verdict = self.judge.update(values, dim=views[0].shape[1])
+        verdict = self.detector.update(values, dim=views[0].shape[1])
         return {f"health/{name}": value for name, value in values.items()}, verdict
 
     def act_on_collapse(self, step: int, verdict: str) -> None:
@@ -230,7 +230,7 @@ class Watch:
         Raises TrainingFailed on all processes if the weights are finite but so large that features are not finite.
         """
         assert self.probe is not None
-        watchdog.sign("the k-NN")
+        watchdog.report_progress("the k-NN")
         found, failure = {}, ""
         try:
             found = self.probe() if self.looks else {}
@@ -253,7 +253,7 @@ class Watch:
 
     def check_finite(self) -> None:
         """Raise TrainingFailed if the loss of any process was not finite at any step since the last check."""
-        step, means = self.window.bad_step()
+        step, means = self.metric_means.bad_step()
         if step >= 0:
             raise TrainingFailed(f"the loss is not finite since step {step} ({means}); {self.remedy()}")
 
@@ -325,10 +325,10 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs to write the same lines; identical on all processes."""
-        return {"judge": self.judge.state_dict(), "wall": self.seconds()}
+        return {"detector": self.detector.state_dict(), "wall": self.seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.judge.load_state_dict(state["judge"])
+        self.detector.load_state_dict(state["detector"])
         self.wall = state["wall"]
 
 

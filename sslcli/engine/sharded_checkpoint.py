@@ -106,7 +106,7 @@ def write(folder: Path, snapshot: Snapshot, *, group: dist.ProcessGroup) -> None
 
 def together(act: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
     """Return the results of `act` on all processes; raise OSError on all if it fails on one."""
-    watchdog.sign()
+    watchdog.report_progress()
     mine: tuple[T | None, str] = (None, "")
     try:
         mine = (act(), "")

@@ -123,7 +123,7 @@ class StopRequest:
             self.pending.wait()
             stop, self.by_signal = bool(self.flag.item()), self.flag.item() == 2
         self.flag.fill_(mine)
-        watchdog.meet()
+        watchdog.record_collective()
         self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
         return stop
 

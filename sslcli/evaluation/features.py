@@ -166,7 +166,7 @@ def extract(
     features: Tensor | None = None
     readable = torch.empty(total, dtype=torch.bool)
     done = 0
-    watchdog.sign(f"{watchdog.IMAGES} of an evaluation")
+    watchdog.report_progress(f"{watchdog.IMAGES} of an evaluation")
     # A DataLoader draws the base seed of its workers from the global generator: fork it.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for images, whole in plain_batches(source, positions, batch_size=batch_size, workers=workers):
@@ -176,10 +176,10 @@ def extract(
             features[done : done + len(batch)] = batch
             readable[done : done + len(batch)] = whole
             done += len(batch)
-            watchdog.sign()
+            watchdog.report_progress()
             if progress is not None:
                 progress(done, total)
-    watchdog.sign("an evaluation")
+    watchdog.report_progress("an evaluation")
     assert features is not None
     assert done == total
     return features, readable

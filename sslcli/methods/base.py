@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslcli.errors import ConfigError
 from sslcli.methods.mixture import UnMix
 from sslcli.nn.modes import evaluating
+
+RENAMED = {  # class attributes of version 0.1
+    "in_batch": "uses_in_batch_negatives",
+    "falling": "decreasing_metric",
+    "by_block": "supports_block_wrapping",
+}
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,12 @@ class Method(nn.Module):
 
     Attributes:
         num_views: the number of views per image that `forward` takes.
-        in_batch: True if the loss uses in-batch negatives; then implement `embed` and `compare`.
+        uses_in_batch_negatives: True if the loss uses in-batch negatives; then implement `embed` and `compare`.
         color_spaces: the color spaces that the views may have; empty = any.
-        falling: the name of a scalar that is expected to decrease during training (adversarial losses need not).
-        by_block: True if FSDP and activation checkpointing may wrap single blocks of the backbone; False if the method
-            calls the backbone with other weights than its own.
+        decreasing_metric: the name of a scalar that is expected to decrease during training (adversarial losses need
+            not).
+        supports_block_wrapping: True if FSDP and activation checkpointing may wrap single blocks of the backbone; False
+            if the method calls the backbone with other weights than its own.
         embeddings: detached embeddings of the last forward pass, one (N, D) per view; input of the health metrics.
         head_layers: the number of projection head layers available from `head_features`; 0 = none.
         finetune_layer: the layer of the head that fine-tuning starts from; 0 = the backbone.
@@ -50,14 +58,21 @@ class Method(nn.Module):
     """
 
     num_views: int
-    in_batch: bool = False
+    uses_in_batch_negatives: bool = False
     color_spaces: tuple[str, ...] = ()
-    falling: str = "loss"
-    by_block: bool = True
+    decreasing_metric: str = "loss"
+    supports_block_wrapping: bool = True
     embeddings: tuple[Tensor, ...] = ()
     head_layers: int = 0
     finetune_layer: int = 0
     mixture: UnMix | None
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Raise ConfigError if a subclass sets an attribute by its name of version 0.1, which nothing reads."""
+        super().__init_subclass__(**keywords)
+        for old, new in RENAMED.items():
+            if old in vars(cls):
+                raise ConfigError(f"{cls.__module__}.{cls.__qualname__} sets {old}, which is now {new}: rename it")
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -71,7 +86,7 @@ class Method(nn.Module):
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the inputs of `compare`: tensors with one row per image, each computed from that image alone.
 
-        Only methods with `in_batch` implement it. It changes no state except that of BatchNorm.
+        Only methods with `uses_in_batch_negatives` implement it. It changes no state except that of BatchNorm.
         """
         raise NotImplementedError(f"{type(self).__name__} does not divide its loss")
 

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, num_features
-from sslcli.methods.gan import Game, aside, deceiver_loss, discriminator_loss, distance, pixels
+from sslcli.methods.gan import Game, call_on_buffer_copies, discriminator_loss, distance, generator_loss, pixels
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.contrastive import check_momentum
 from sslcli.nn.ema import ema_update, frozen_copy
@@ -78,7 +78,7 @@ class BiGAN(Game):
         momentum: final momentum of the moving average, in [0, 1]; after t steps it is at most (1 + t) / (10 + t).
     """
 
-    falling = "reconstruction"
+    decreasing_metric = "reconstruction"
     discriminator_parts = ("discriminator",)
 
     def __init__(
@@ -132,12 +132,14 @@ class BiGAN(Game):
         real, fake = self.discriminator(x, z).chunk(2)
         loss_d = discriminator_loss(real, fake, kind=self.loss)
         penalty = self.penalty(
-            lambda x: aside(self.discriminator, x, full_precision(codes.detach()), learn=True), images
+            lambda x: call_on_buffer_copies(self.discriminator, x, full_precision(codes.detach()), learn=True), images
         )
 
         # Loss of encoder and generator, with swapped labels: no gradient to the discriminator.
-        real, fake = aside(self.discriminator, torch.cat([images, drawn]), torch.cat([codes, prior])).chunk(2)
-        loss_eg = deceiver_loss(-real, kind=self.loss) + deceiver_loss(fake, kind=self.loss)
+        real, fake = call_on_buffer_copies(
+            self.discriminator, torch.cat([images, drawn]), torch.cat([codes, prior])
+        ).chunk(2)
+        loss_eg = generator_loss(-real, kind=self.loss) + generator_loss(fake, kind=self.loss)
         return {
             "loss": loss_d + loss_eg + penalty.get("r1", 0.0),
             "loss_d": loss_d,
@@ -150,7 +152,7 @@ class BiGAN(Game):
     @torch.no_grad()
     def reconstruction_error(self, images: Tensor, codes: Tensor) -> Tensor:
         """Return the mean over images of the root mean squared error of G(E(x)) against x."""
-        drawn = pixels(aside(self.generator, codes))
+        drawn = pixels(call_on_buffer_copies(self.generator, codes))
         return (full_precision(drawn) - full_precision(images)).square().flatten(1).mean(1).sqrt().mean()
 
     @torch.no_grad()

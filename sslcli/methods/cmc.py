@@ -172,7 +172,7 @@ class CMC(Method):
         self.pairs = [pair for pair in pairs if graph == "full" or pair[0] == 0]
         self.num_images, self.dim, self.negatives = num_images, dim, negatives
         self.loss, self.temperature = loss, temperature
-        self.in_batch = loss == "batch"
+        self.uses_in_batch_negatives = loss == "batch"
         self.log_z: dict[tuple[int, int], float] = {}  # normalizer of "nce" by direction, fixed after the first batch
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -210,7 +210,7 @@ class CMC(Method):
             for anchor, other in ((i, j), (j, i)):
                 there = None if present is None else present[:, other]
                 if chosen is None:
-                    losses, hits = in_batch(v[anchor], v[other], there, temperature=self.temperature)
+                    losses, hits = in_batch_loss(v[anchor], v[other], there, temperature=self.temperature)
                 else:
                     losses, hits = self.against_bank(v[anchor], (anchor, other), chosen, both)
                 loss = loss + mean_where(losses, both)
@@ -288,7 +288,7 @@ def checked(modalities: Mapping[str, int], channels: int) -> dict[str, int]:
     return dict(modalities)
 
 
-def in_batch(query: Tensor, other: Tensor, present: Tensor | None, *, temperature: float) -> tuple[Tensor, Tensor]:
+def in_batch_loss(query: Tensor, other: Tensor, present: Tensor | None, *, temperature: float) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy of identifying the own row of `other` among all processes' rows, and hits, (N,) each.
 
     `query` and `other` are unit rows (N, D) of the same images, with gradient to both on every process. Images without
@@ -300,8 +300,8 @@ def in_batch(query: Tensor, other: Tensor, present: Tensor | None, *, temperatur
         logits = logits.masked_fill(~all_gather(present), torch.finfo(logits.dtype).min / 2)
     own = rank() * len(query) + torch.arange(len(query), device=query.device)
     with torch.no_grad():
-        hardest = logits.scatter(1, own[:, None], -torch.inf).amax(1)
-        hits = (logits.gather(1, own[:, None])[:, 0] > hardest).to(logits.dtype)
+        max_negative_logit = logits.scatter(1, own[:, None], -torch.inf).amax(1)
+        hits = (logits.gather(1, own[:, None])[:, 0] > max_negative_logit).to(logits.dtype)
     return F.cross_entropy(logits, own, reduction="none"), hits
 
 
@@ -315,6 +315,6 @@ def mean_where(values: Tensor, rows: Tensor | None) -> Tensor:
         return values.mean()
     count = rows.sum()
     if world_size() > 1:
-        watchdog.meet()
+        watchdog.record_collective()
         dist.all_reduce(count)
     return torch.where(rows, values, 0.0).sum() * world_size() / count.clamp(min=1)

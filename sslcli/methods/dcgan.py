@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, maps_of, num_features
-from sslcli.methods.gan import Game, aside, deceiver_loss, discriminator_loss, distance, pixels
+from sslcli.methods.gan import Game, call_on_buffer_copies, discriminator_loss, distance, generator_loss, pixels
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.modes import evaluating
 
@@ -44,7 +44,7 @@ class DCGAN(Game):
     Raises ValueError for arguments out of range and for a backbone without stages.
     """
 
-    falling = "distance"
+    decreasing_metric = "distance"
     discriminator_parts = ("backbone", "to_logit")
 
     def __init__(
@@ -88,12 +88,14 @@ class DCGAN(Game):
         # Discriminator loss: no gradient to the generator.
         features = self.backbone(images)
         real = self.to_logit(features)
-        fake = self.to_logit(aside(self.backbone, drawn.detach(), learn=True))
+        fake = self.to_logit(call_on_buffer_copies(self.backbone, drawn.detach(), learn=True))
         loss_d = discriminator_loss(real, fake, kind=self.loss)
         penalty = self.penalty(self.judgement, images)
 
         # Generator loss: no gradient to the discriminator.
-        loss_g = deceiver_loss(aside(self.to_logit, aside(self.backbone, drawn)), kind=self.loss)
+        loss_g = generator_loss(
+            call_on_buffer_copies(self.to_logit, call_on_buffer_copies(self.backbone, drawn)), kind=self.loss
+        )
         self.embeddings = (features.detach(),)
         return {
             "loss": loss_d + loss_g + penalty.get("r1", 0.0),

@@ -132,7 +132,7 @@ class DeepInfoMax(Method):
     """
 
     num_views = 1
-    falling = "information"  # `loss` includes the discriminator loss, which increases as the encoder improves
+    decreasing_metric = "information"  # `loss` includes the discriminator loss, which increases as the encoder improves
 
     def __init__(
         self,

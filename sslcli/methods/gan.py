@@ -41,7 +41,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, *, kind: str) -> Tensor:
     return (F.softplus(-real) + F.softplus(fake)).sum(1).mean()
 
 
-def deceiver_loss(fake: Tensor, *, kind: str) -> Tensor:
+def generator_loss(fake: Tensor, *, kind: str) -> Tensor:
     """Return the generator loss for the discriminator's logits (N, K): summed over K, mean over N.
 
     logistic is the non-saturating -log sigmoid(fake) (Goodfellow et al., section 3); hinge is -fake (Miyato et al.,
@@ -52,7 +52,7 @@ def deceiver_loss(fake: Tensor, *, kind: str) -> Tensor:
     return -fake.sum(1).mean() if kind == "hinge" else F.softplus(-fake).sum(1).mean()
 
 
-def aside(module: nn.Module, *inputs: Tensor, learn: bool = False) -> Any:
+def call_on_buffer_copies(module: nn.Module, *inputs: Tensor, learn: bool = False) -> Any:
     """Call `module(*inputs)` on copies of its buffers, which leaves running statistics and singular vectors unchanged.
 
     Unless `learn`, the parameters are detached: only the inputs receive a gradient.
@@ -113,7 +113,7 @@ class Game(Method):
     """
 
     num_views = 1
-    by_block = False
+    supports_block_wrapping = False
     discriminator_parts: tuple[str, ...]  # attribute names of the discriminator's modules
 
     def __init__(

@@ -82,8 +82,8 @@ class MoCo(Method):
         for part in convert_batch_norm(self, SplitBatchNorm).modules():
             if isinstance(part, SplitBatchNorm):
                 part.group = bn_group
-        self.key_backbone = frozen_copy(self.backbone)
-        self.key_head = frozen_copy(self.head)
+        self.momentum_backbone = frozen_copy(self.backbone)
+        self.momentum_head = frozen_copy(self.head)
         self.momentum = momentum
         self.temperature = temperature
         self.symmetric = symmetric
@@ -125,13 +125,13 @@ class MoCo(Method):
         """Return unit keys: (N, C, H, W) -> (N, D), with other BatchNorm groups than the queries (shuffling BN)."""
         order = BatchShuffle(len(images), self.draws, images.device)
         self.draws += 1
-        keys = self.key_head(self.key_backbone(order.shuffle(images)))
+        keys = self.momentum_head(self.momentum_backbone(order.shuffle(images)))
         return order.restore(F.normalize(full_precision(keys), dim=1))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        ema_update(self.key_backbone, self.backbone, self.momentum)
-        ema_update(self.key_head, self.head, self.momentum)
+        ema_update(self.momentum_backbone, self.backbone, self.momentum)
+        ema_update(self.momentum_head, self.head, self.momentum)
         for keys in self.new_keys:
             enqueue(self.queue, self.queue_head, keys)
         self.new_keys.clear()

@@ -49,7 +49,7 @@ class MoCoV3(Method):
     """
 
     num_views = 2
-    in_batch = True
+    uses_in_batch_negatives = True
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class MoCoV3(Method):
         self.projector = mlp([num_features(backbone), *inner, dim], last_norm="plain")
         self.predictor = mlp([dim, hidden, dim], last_norm="plain" if predictor_norm else None)
         convert_batch_norm(self, SyncBatchNorm)
-        self.target_backbone = frozen_copy(self.backbone)
-        self.target_projector = frozen_copy(self.projector)
+        self.momentum_backbone = frozen_copy(self.backbone)
+        self.momentum_projector = frozen_copy(self.projector)
         self.momentum = momentum
         self.temperature = temperature
         self.mixture = mixture
@@ -104,12 +104,12 @@ class MoCoV3(Method):
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
-        return self.target_projector(self.target_backbone(images))  # type: ignore[no-any-return]
+        return self.momentum_projector(self.momentum_backbone(images))  # type: ignore[no-any-return]
 
     def after_step(self, progress: float) -> None:
         momentum = ema_momentum(progress, base=self.momentum)
-        ema_update(self.target_backbone, self.backbone, momentum)
-        ema_update(self.target_projector, self.projector, momentum)
+        ema_update(self.momentum_backbone, self.backbone, momentum)
+        ema_update(self.momentum_projector, self.projector, momentum)
 
     def projection(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))  # type: ignore[no-any-return]

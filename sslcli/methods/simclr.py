@@ -15,7 +15,7 @@ from sslcli.distributed.collectives import all_gather_with_grad, rank, world_siz
 from sslcli.methods.base import Batch, Method, num_features
 from sslcli.methods.mixture import UnMix, add_mixture
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
-from sslcli.nn.contrastive import COLDEST, Contrast, check_temperature, info_nce, mutual_info_nce
+from sslcli.nn.contrastive import MIN_TEMPERATURE, Contrast, check_temperature, info_nce, nt_xent_symmetric
 from sslcli.nn.heads import mlp
 from sslcli.nn.modes import full_precision
 
@@ -28,8 +28,8 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None
     if given, are additional negatives of every anchor.
     """
     rows = F.normalize(full_precision(torch.cat([z1, z2])), dim=1)
-    if world_size() == 1 and memory is None and temperature >= COLDEST:
-        return mutual_info_nce(rows, temperature=temperature)
+    if world_size() == 1 and memory is None and temperature >= MIN_TEMPERATURE:
+        return nt_xent_symmetric(rows, temperature=temperature)
     z1, z2 = rows.chunk(2)
     num_rows, total = len(z1), world_size() * len(z1)
     further = [] if memory is None else [memory.to(z1.dtype)]
@@ -55,7 +55,7 @@ class SimCLR(Method):
     """
 
     num_views = 2
-    in_batch = True
+    uses_in_batch_negatives = True
 
     def __init__(
         self,

@@ -74,8 +74,8 @@ class SimCLRv2(SimCLR):
         self.queue_size, self.momentum = queue_size, momentum
         self.new_keys: list[Tensor] = []  # of the micro-batches of this step; enqueued by after_step
         if queue_size:
-            self.key_backbone = frozen_copy(self.backbone)
-            self.key_head = frozen_copy(self.head)
+            self.momentum_backbone = frozen_copy(self.backbone)
+            self.momentum_head = frozen_copy(self.head)
             self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
             self.register_buffer("queue_head", torch.zeros((), dtype=torch.long))
 
@@ -95,14 +95,14 @@ class SimCLRv2(SimCLR):
     @torch.no_grad()
     def encode_keys(self, images: Tensor) -> Tensor:
         """Return unit embeddings of the momentum encoder: (N, C, H, W) -> (N, D)."""
-        return F.normalize(full_precision(self.key_head(self.key_backbone(images))), dim=1)
+        return F.normalize(full_precision(self.momentum_head(self.momentum_backbone(images))), dim=1)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         if not self.queue_size:
             return
-        ema_update(self.key_backbone, self.backbone, self.momentum)
-        ema_update(self.key_head, self.head, self.momentum)
+        ema_update(self.momentum_backbone, self.backbone, self.momentum)
+        ema_update(self.momentum_head, self.head, self.momentum)
         for keys in self.new_keys:
             enqueue(self.queue, self.queue_head, keys)
         self.new_keys.clear()

@@ -138,8 +138,8 @@ class VAE(Method):
         self.first_look = FirstLook((channels, image_size, image_size))
         self.beta, self.free_bits, self.kl_warmup = beta, free_bits, kl_warmup
         self.reconstruction, self.sigma = reconstruction, sigma
-        self.kl_share: Tensor  # () current KL weight as a fraction of beta, in [0, 1]
-        self.register_buffer("kl_share", torch.tensor(0.0 if kl_warmup else 1.0))
+        self.kl_fraction: Tensor  # () current KL weight as a fraction of beta, in [0, 1]
+        self.register_buffer("kl_fraction", torch.tensor(0.0 if kl_warmup else 1.0))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (images,) = batch.views
@@ -154,18 +154,18 @@ class VAE(Method):
         divergence = divergence_loss(posterior, free_bits=self.free_bits)
         self.embeddings = (posterior.mean.detach(),)
         # Dividing by the number of values makes the learning rate independent of image size, without effect on beta.
-        loss = (fidelity + self.beta * self.kl_share * divergence) / images[0].numel()
+        loss = (fidelity + self.beta * self.kl_fraction * divergence) / images[0].numel()
         return {
             "loss": loss,
             "kl": posterior.divergence().detach().sum(1).mean(),
-            "kl_weight": self.beta * self.kl_share,
+            "kl_weight": self.beta * self.kl_fraction,
             "psnr": psnr(self.pixels(drawn.detach()), images),
             "active_units": active_units(all_gather(posterior.mean.detach())),
         }
 
     def after_step(self, progress: float) -> None:
         if self.kl_warmup:
-            self.kl_share.fill_(min(1.0, progress / self.kl_warmup))
+            self.kl_fraction.fill_(min(1.0, progress / self.kl_warmup))
 
     def posterior(self, images: Tensor) -> Posterior:
         """Return q(z | x) of images (N, C, S, S)."""

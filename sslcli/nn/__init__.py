@@ -1,1 +1,15 @@
-"""Building blocks of methods: heads, EMA, BatchNorm variants, decoder, random numbers, losses, schedules."""
+"""Building blocks of methods: heads, EMA, BatchNorm variants, decoder, random numbers, losses, schedules.
+
+Methods of other packages may import all of them from here.
+"""
+
+from sslcli.nn.batch_norm import SplitBatchNorm as SplitBatchNorm
+from sslcli.nn.batch_norm import SyncBatchNorm as SyncBatchNorm
+from sslcli.nn.batch_norm import average_statistics as average_statistics
+from sslcli.nn.batch_norm import convert_batch_norm as convert_batch_norm
+from sslcli.nn.ema import ema_update as ema_update
+from sslcli.nn.ema import frozen_copy as frozen_copy
+from sslcli.nn.heads import mlp as mlp
+from sslcli.nn.modes import evaluating as evaluating
+from sslcli.nn.modes import full_precision as full_precision
+from sslcli.nn.modes import unchanged_statistics as unchanged_statistics

@@ -93,7 +93,7 @@ class _SyncNormalize(torch.autograd.Function):
         normed = (input.to(mean.dtype) - mean.view(shape)) * inv_std.view(shape)
         sums = torch.stack([grad.sum(axes), (grad * normed).sum(axes)])  # (2, C), local
         total = sums.clone()
-        watchdog.meet()
+        watchdog.record_collective()
         dist.all_reduce(total)
         total /= input.numel() / input.size(1) * collectives.world_size()
         scale = inv_std if weight is None else inv_std * weight

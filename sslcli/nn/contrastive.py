@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_VALUES = 1 << 22  # maximum number of similarities in memory at once: 16 MB in float32
-COLDEST = 0.05  # minimum temperature at which sums of exp(1 / temperature) stay far below the float32 maximum
+MIN_TEMPERATURE = 0.05  # minimum temperature at which sums of exp(1 / temperature) stay far below the float32 maximum
 CPU_BLOCK = (256, 4096)  # queries and negatives per block of similarities, small enough for the CPU caches
 
 
@@ -38,20 +38,22 @@ class _InfoNCE(torch.autograd.Function):
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         need_query, need_positive, need_negatives = ctx.needs_input_grad[:3]
-        scaled, share = query / temperature, 1.0 / len(query)
-        positive_logit = (scaled * positive).sum(1)  # (N,)
-        pulled = torch.zeros_like(negatives) if need_negatives else None
-        if pulled is None and exclude is None:
-            hardest, log_sum, mean = _by_columns(scaled, positive_logit, negatives)
+        scaled_query, fraction = query / temperature, 1.0 / len(query)
+        positive_logit = (scaled_query * positive).sum(1)  # (N,)
+        grad_negatives = torch.zeros_like(negatives) if need_negatives else None
+        if grad_negatives is None and exclude is None:
+            max_negative_logit, log_sum, mean = _by_columns(scaled_query, positive_logit, negatives)
         else:
-            hardest, log_sum, mean = _by_rows(scaled, positive_logit, negatives, exclude, pulled)
-        slope = ((positive_logit - log_sum).exp() - 1)[:, None] * share  # d loss / d positive logit
+            max_negative_logit, log_sum, mean = _by_rows(
+                scaled_query, positive_logit, negatives, exclude, grad_negatives
+            )
+        grad_positive_logit = ((positive_logit - log_sum).exp() - 1)[:, None] * fraction  # d loss / d positive logit
         ctx.save_for_backward(
-            mean.mul_(share).addcmul_(slope, positive).div_(temperature) if need_query else None,
-            slope * scaled if need_positive else None,
-            None if pulled is None else pulled.mul_(share),
+            mean.mul_(fraction).addcmul_(grad_positive_logit, positive).div_(temperature) if need_query else None,
+            grad_positive_logit * scaled_query if need_positive else None,
+            None if grad_negatives is None else grad_negatives.mul_(fraction),
         )
-        accuracy = (positive_logit > hardest).to(query.dtype).mean()
+        accuracy = (positive_logit > max_negative_logit).to(query.dtype).mean()
         ctx.mark_non_differentiable(accuracy)
         return (log_sum - positive_logit).mean(), accuracy
 
@@ -63,32 +65,37 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def _by_rows(
-    scaled: Tensor, positive_logit: Tensor, negatives: Tensor, exclude: Tensor | None, pulled: Tensor | None
+    scaled_query: Tensor,
+    positive_logit: Tensor,
+    negatives: Tensor,
+    exclude: Tensor | None,
+    grad_negatives: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the largest negative logit (N,), log-sum-exp over candidates (N,) and softmax-weighted negatives (N, D).
 
-    Processes blocks of queries against all negatives; `scaled` is query / temperature. Adds to `pulled` (M, D) the
-    gradient of the summed losses with respect to the negatives: scaled queries, weighted by softmax probabilities.
+    Processes blocks of queries against all negatives; `scaled_query` is query / temperature. Adds to `grad_negatives`
+    (M, D) the gradient of the summed losses with respect to the negatives: scaled queries, weighted by softmax
+    probabilities.
     """
     found = []
     step = max(1, CHUNK_VALUES // len(negatives))
-    blocks = zip(torch.split(scaled, step), torch.split(positive_logit, step), strict=True)
+    blocks = zip(torch.split(scaled_query, step), torch.split(positive_logit, step), strict=True)
     for number, (q, positive) in enumerate(blocks):
         logits = q @ negatives.T  # (n, M)
         if exclude is not None:
             logits.scatter_(1, exclude[number * step : (number + 1) * step], -torch.inf)
-        hardest = logits.amax(1)
-        peak = torch.maximum(positive, hardest)
+        max_negative_logit = logits.amax(1)
+        peak = torch.maximum(positive, max_negative_logit)
         weights = logits.sub_(peak[:, None]).exp_()
         total = weights.sum(1) + (positive - peak).exp()
-        found.append((hardest, total.log() + peak, (weights @ negatives).div_(total[:, None])))
-        if pulled is not None:
-            pulled.addmm_(weights.T, q / total[:, None])
-    hardest, log_sum, mean = map(torch.cat, zip(*found, strict=True))
-    return hardest, log_sum, mean
+        found.append((max_negative_logit, total.log() + peak, (weights @ negatives).div_(total[:, None])))
+        if grad_negatives is not None:
+            grad_negatives.addmm_(weights.T, q / total[:, None])
+    max_negative_logit, log_sum, mean = map(torch.cat, zip(*found, strict=True))
+    return max_negative_logit, log_sum, mean
 
 
-def _by_columns(scaled: Tensor, positive_logit: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _by_columns(scaled_query: Tensor, positive_logit: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same as `_by_rows` for negatives without gradient, in blocks of negatives.
 
     Uses online softmax: partial sums are rescaled when the maximum changes (Milakov and Gimelshein 2018,
@@ -96,20 +103,20 @@ def _by_columns(scaled: Tensor, positive_logit: Tensor, negatives: Tensor) -> tu
     are fastest.
     """
     found = []
-    rows, columns = CPU_BLOCK if scaled.is_cpu else (len(scaled), max(1, CHUNK_VALUES // len(scaled)))
-    for q, positive in zip(torch.split(scaled, rows), torch.split(positive_logit, rows), strict=True):
+    rows, columns = CPU_BLOCK if scaled_query.is_cpu else (len(scaled_query), max(1, CHUNK_VALUES // len(scaled_query)))
+    for q, positive in zip(torch.split(scaled_query, rows), torch.split(positive_logit, rows), strict=True):
         peak, total, mean = positive, torch.ones_like(positive), torch.zeros_like(q)
-        hardest = torch.full_like(positive, -torch.inf)
+        max_negative_logit = torch.full_like(positive, -torch.inf)
         for block in torch.split(negatives, columns):
             logits = q @ block.T
-            hardest = torch.maximum(hardest, logits.amax(1))
-            before, peak = peak, torch.maximum(peak, hardest)
+            max_negative_logit = torch.maximum(max_negative_logit, logits.amax(1))
+            before, peak = peak, torch.maximum(peak, max_negative_logit)
             weights, fade = logits.sub_(peak[:, None]).exp_(), (before - peak).exp()
             total = total * fade + weights.sum(1)
             mean = mean.mul_(fade[:, None]).addmm_(weights, block)
-        found.append((hardest, total.log() + peak, mean.div_(total[:, None])))
-    hardest, log_sum, mean = map(torch.cat, zip(*found, strict=True))
-    return hardest, log_sum, mean
+        found.append((max_negative_logit, total.log() + peak, mean.div_(total[:, None])))
+    max_negative_logit, log_sum, mean = map(torch.cat, zip(*found, strict=True))
+    return max_negative_logit, log_sum, mean
 
 
 def info_nce(
@@ -143,11 +150,11 @@ class _Mutual(torch.autograd.Function):
         partner = rows.roll(num_rows // 2, 0)
         positive_logit = (rows * partner).sum(1) / temperature
         positive = positive_logit.exp()
-        total, hardest = positive.clone(), torch.full_like(positive, -torch.inf)
+        total, max_negative_logit = positive.clone(), torch.full_like(positive, -torch.inf)
         for i, j, weights in _upper_blocks(rows, temperature):
-            hardest[i] = torch.maximum(hardest[i], weights.amax(1))
+            max_negative_logit[i] = torch.maximum(max_negative_logit[i], weights.amax(1))
             if i != j:
-                hardest[j] = torch.maximum(hardest[j], weights.amax(0))
+                max_negative_logit[j] = torch.maximum(max_negative_logit[j], weights.amax(0))
             total[i] += weights.exp_().sum(1)
             if i != j:
                 total[j] += weights.sum(0)
@@ -161,7 +168,7 @@ class _Mutual(torch.autograd.Function):
             if i != j:
                 grad[j].addmm_(weights.T, rows[i])
         ctx.save_for_backward(grad.div_(num_rows * temperature))
-        accuracy = (positive_logit > hardest).to(rows.dtype).mean()
+        accuracy = (positive_logit > max_negative_logit).to(rows.dtype).mean()
         ctx.mark_non_differentiable(accuracy)
         return (total.log() - positive_logit).mean(), accuracy
 
@@ -175,25 +182,25 @@ class _Mutual(torch.autograd.Function):
 def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield blocks of logits on and above the diagonal, with -inf for pairs of a row with itself or its partner."""
     num_rows, side = len(rows), math.isqrt(math.prod(CPU_BLOCK) if rows.is_cpu else CHUNK_VALUES)
-    scaled = rows / temperature
+    scaled_query = rows / temperature
     for start in range(0, num_rows, side):
         for other in range(start, num_rows, side):
             i, j = slice(start, start + side), slice(other, other + side)
-            logits = scaled[i] @ rows[j].T
+            logits = scaled_query[i] @ rows[j].T
             for offset in (0, num_rows // 2, -num_rows // 2):
                 if -len(logits) < start + offset - other < logits.shape[1]:
                     logits.diagonal(start + offset - other).fill_(-torch.inf)
             yield i, j, logits
 
 
-def mutual_info_nce(rows: Tensor, *, temperature: float) -> Contrast:
+def nt_xent_symmetric(rows: Tensor, *, temperature: float) -> Contrast:
     """Return InfoNCE over unit rows (2N, D), with positive pairs (i, N + i) and all other rows as negatives.
 
     Each similarity is computed once and used for both of its rows, which saves a third of the products. The temperature
-    must be at least `COLDEST`, because exponentials are summed without subtracting a maximum; raises ValueError
+    must be at least `MIN_TEMPERATURE`, because exponentials are summed without subtracting a maximum; raises ValueError
     otherwise. Not twice differentiable.
     """
-    if temperature < COLDEST:
+    if temperature < MIN_TEMPERATURE:
         raise ValueError(f"temperature is {temperature}, but sums of exp(1 / temperature) must stay finite")
     with torch.autocast(rows.device.type, enabled=False):
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 from sslcli.config.settings import MonitorSettings, TrainSettings, seconds
 from sslcli.data.loader import Loader, plain_batches
-from sslcli.data.workers import PATIENCE
+from sslcli.data.workers import DEFAULT_TIMEOUT
 from sslcli.distributed import collectives, processes
 from sslcli.engine import fsdp, precision
 from sslcli.engine.loop import Run
-from sslcli.engine.monitor import Watch
+from sslcli.engine.monitor import Monitor
 from sslcli.engine.stop import StopRequest
 from sslcli.errors import ConfigError
 from sslcli.evaluation.online import bank_positions, check_answers, knn_probe, unanswerable
@@ -46,13 +46,13 @@ def build_loader(config: dict[str, Any], parts: Parts, device: torch.device) -> 
         accumulate=config["train"]["accumulate"],
         seed=config["seed"],
         device=device,
-        patience=seconds("launcher.timeout", config["launcher"]["timeout"]) or PATIENCE,
+        timeout=seconds("launcher.timeout", config["launcher"]["timeout"]) or DEFAULT_TIMEOUT,
     )
 
 
 def check_batch(loader: Loader, parts: Parts) -> None:
     """Raise ConfigError where a BatchNorm would see a single image."""
-    if loader.part < 2 and any(isinstance(module, _BatchNorm) for module in parts.method.modules()):
+    if loader.micro_batch_size < 2 and any(isinstance(module, _BatchNorm) for module in parts.method.modules()):
         raise ConfigError(
             f"train.batch_size is {loader.batch_size}, which leaves 1 image to a micro-batch of a process, but "
             f"BatchNorm needs 2: choose at least {2 * loader.batch_size}"
@@ -62,7 +62,7 @@ def check_batch(loader: Loader, parts: Parts) -> None:
 def check_cached_gradients(method: Method, wanted: bool) -> None:
     """Raise ConfigError where the gradient of the method's loss cannot be taken in two halves."""
     name = type(method).__name__
-    if wanted and not method.in_batch:
+    if wanted and not method.uses_in_batch_negatives:
         raise ConfigError(
             f"train.cached_gradients is true, but the loss of {name} does not compare the images of a batch, so "
             "train.accumulate alone gives its gradient: set train.cached_gradients=false"
@@ -85,17 +85,17 @@ def assemble(
     screen: Screen,
 ) -> Run:
     """Everything a run is made of, the method in training mode and the generators at the run's seed."""
-    settings, monitor = TrainSettings(**config["train"]), MonitorSettings(**config["monitor"])
+    settings, watched = TrainSettings(**config["train"]), MonitorSettings(**config["monitor"])
     resolved = precision.resolve(settings.precision, device)
-    watch = Watch(
-        monitor,
-        log_every=settings.log_every,
+    monitor = Monitor(
+        watched,
+        log_every_steps=settings.log_every_steps,
         batch_size=settings.batch_size,
         steps_per_epoch=loader.steps_per_epoch,
         run_dir=run_dir,
         screen=screen,
-        probe=probe_of(parts, monitor, device, resolved, screen),
-        draw=partial(draw_pictures, parts, monitor.pictures, device) if draws(parts, monitor) else None,
+        probe=probe_of(parts, watched, device, resolved, screen),
+        draw=partial(draw_pictures, parts, watched.pictures, device) if draws(parts, watched) else None,
         together=fsdp.is_sharded(parts.method),
     )
     if settings.compile:
@@ -113,7 +113,7 @@ def assemble(
         run_dir=run_dir,
         config={key: value for key, value in config.items() if not key.startswith("_")},
         screen=screen,
-        watch=watch,
+        monitor=monitor,
         stop=StopRequest(seconds("train.max_time", settings.max_time), begun=processes.begun()),
     )
 
@@ -122,7 +122,7 @@ def probe_of(
     parts: Parts, monitor: MonitorSettings, device: torch.device, resolved: str, screen: Screen
 ) -> Callable[[], dict[str, float]] | None:
     """The online k-NN, or None, saying why, where it cannot be measured."""
-    if monitor.knn_every == 0:
+    if monitor.knn_every_epochs == 0:
         return None
     if not parts.source.labeled or len(parts.source.splits["val"]) == 0:
         screen.say("k-NN is skipped: the images have no labels, or none are held out (dataset.val_fraction)")
@@ -194,7 +194,7 @@ def effective(job: Run, parts: Parts, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def doubts(job: Run, parts: Parts) -> list[str]:
+def suspicious_settings(job: Run, parts: Parts) -> list[str]:
     """Settings that work and are seldom meant."""
     found = []
     length = parts.method.queue_length
@@ -206,7 +206,7 @@ def doubts(job: Run, parts: Parts) -> list[str]:
         )
     settings = job.settings
     if settings.accumulate > 1 and not settings.cached_gradients and job.method.num_negatives(2):
-        remedy = ": train.cached_gradients=true contrasts them all" if job.method.in_batch else ""
+        remedy = ": train.cached_gradients=true contrasts them all" if job.method.uses_in_batch_negatives else ""
         found.append(f"with train.accumulate the negatives within a batch are those of the micro-batch alone{remedy}")
     if job.device.type == "mps":
         found.append(

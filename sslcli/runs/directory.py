@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+from sslcli.config.moved import current_config
 from sslcli.config.paths import in_nodes, real
 from sslcli.config.settings import NEUTRAL
 from sslcli.config.yaml_files import as_yaml, load_yaml
@@ -144,7 +145,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     config = load_yaml(path)
     if not isinstance(config, dict) or "method" not in config:
         raise ConfigError(f"{path} is not the configuration of a run")
-    return {str(key): value for key, value in config.items()}
+    return current_config({str(key): value for key, value in config.items()})[0]
 
 
 def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:

@@ -21,7 +21,7 @@ STEPS = 2  # the first step also pays for setting up kernels and memory, so the 
 
 def dry_run(job: Run, parts: Parts) -> int:
     """Decode a few images, run a step, print what a run would cost, write the picture of the views."""
-    count = job.watch.settings.pictures or 8
+    count = job.monitor.settings.pictures or 8
     try:
         job.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

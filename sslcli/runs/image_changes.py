@@ -113,7 +113,7 @@ def take(source: Source, screen: Screen) -> Records:
         if not begun:
             screen.start(title, total=total)
             begun = True
-        watchdog.sign(title)  # the other processes wait meanwhile
+        watchdog.report_progress(title)  # the other processes wait meanwhile
         screen.advance(done)
 
     try:

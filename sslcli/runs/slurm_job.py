@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sslcli.config.moved import current_config
 from sslcli.config.slurm import SlurmSettings
 from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError
 from sslcli.report.terminal import guard_terminal, log_and_print
@@ -48,7 +49,7 @@ def folder_of(run_dir: Path) -> Path:
 
 def active_job(run_dir: Path) -> tuple[str, str] | None:
     """Number and state of the job of this run that is queued or at work."""
-    job = queue.told_job(run_dir)
+    job = queue.submitted_job(run_dir)
     if job is None:
         return None
     state = queue.state(job, folder_of(run_dir) / "job.sbatch")
@@ -122,7 +123,7 @@ def main() -> None:
     guard_terminal()
     path = Path(sys.argv[1])
     try:
-        code = carry_out(json.loads(path.read_text(encoding="utf-8")), sys.argv[2])
+        code = carry_out(current_config(json.loads(path.read_text(encoding="utf-8")))[0], sys.argv[2])
     except ConfigError as error:
         print(f"ssl-train: {error}", file=sys.stderr)
         code = EXIT_CONFIG

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslcli.config.moved import current_config
 from sslcli.config.own_dataset import FINGERPRINT, dataset_of_run, has_same_keys, is_same_place, where_to_look
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
@@ -155,7 +156,7 @@ def _bare(config: dict[str, Any], device: torch.device) -> tuple[Subject, Source
     path, trust = Path(config["weights"]), config["trust"]
     found = load_weights(path, device=device)
     exported = found.keys() >= EXPORTED
-    made = found if exported else {}
+    made = current_config(found)[0] if exported else {}
     if not config.get("dataset"):
         raise ConfigError("weights=FILE needs dataset=... as well")
     build_net, facts = _maker(config, made, device)

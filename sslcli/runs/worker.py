@@ -16,7 +16,7 @@ import torch
 
 from sslcli.config.own_dataset import FINGERPRINT
 from sslcli.config.settings import TrainSettings, seconds
-from sslcli.data.workers import worker_died
+from sslcli.data.workers import worker_died_error
 from sslcli.distributed import collectives, devices, processes, watchdog
 from sslcli.engine import checkpoint
 from sslcli.engine.loop import Run, train
@@ -37,7 +37,15 @@ from sslcli.report.metrics import newest
 from sslcli.report.terminal import log_and_print
 from sslcli.runs import directory
 from sslcli.runs.agreement import check_agreement
-from sslcli.runs.assemble import assemble, build_loader, check_batch, check_cached_gradients, doubts, effective, place
+from sslcli.runs.assemble import (
+    assemble,
+    build_loader,
+    check_batch,
+    check_cached_gradients,
+    effective,
+    place,
+    suspicious_settings,
+)
 from sslcli.runs.build import Parts, build_optimizer, build_parts
 from sslcli.runs.dry_run import dry_run, save_views
 from sslcli.runs.image_changes import check_images
@@ -79,7 +87,7 @@ def run(config: dict[str, Any]) -> int:
         return EXIT_STOPPED if processes.number() > 0 else _end(str(error), EXIT_STOPPED)
     except RuntimeError as error:
         if "DataLoader worker" in str(error):  # raised wherever the signal of the dying worker finds us
-            return _end(str(worker_died(error)), processes.exit_lost())
+            return _end(str(worker_died_error(error)), processes.exit_lost())
         if processes.lost_contact(error):
             # The other process has the reason to tell, unless the network itself has.
             noticed = str(error).strip().splitlines()[0]
@@ -134,7 +142,7 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
         try:
             facts = effective(job, parts, config)
             screen.table(f"{config['method']['_target_'].rpartition('.')[2]}: {run_dir}", facts)
-            for warning in doubts(job, parts):
+            for warning in suspicious_settings(job, parts):
                 screen.warn(warning)
             if dry:
                 job.stop.close()  # an interrupt ends it at once
@@ -144,7 +152,7 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
                 directory.describe(
                     run_dir, config, effective=facts, device=str(device), threads=torch.get_num_threads()
                 )
-                prepare_watch(job, parts, config)
+                prepare_monitor(job, parts, config)
             end_start()
             train(job)
         except Stopped as error:
@@ -157,7 +165,7 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
             raise
         finally:
             job.stop.close()
-            job.watch.close()
+            job.monitor.close()
             if not dry:
                 list_bad_images(job)
         if main:
@@ -197,7 +205,7 @@ def hold(run_dir: Path, *, patience: float) -> IO[str]:
         except ConfigError:
             if time.monotonic() - begun > patience:
                 raise
-            watchdog.sign("waiting for the run directory")
+            watchdog.report_progress("waiting for the run directory")
 
 
 def want_requeue(run_dir: Path, why: Stopped) -> None:
@@ -207,11 +215,11 @@ def want_requeue(run_dir: Path, why: Stopped) -> None:
     collectives.barrier()
 
 
-def prepare_watch(job: Run, parts: Parts, config: dict[str, Any]) -> None:
+def prepare_monitor(job: Run, parts: Parts, config: dict[str, Any]) -> None:
     """At the start of a run, draw its views; give TensorBoard the picture and the configuration."""
-    job.watch.hyperparameters = directory.flat(config)
-    if job.watch.settings.pictures and not checkpoint.all_of(job.run_dir):
-        job.watch.picture = pictures.load(save_views(job.loader, parts, job.watch.settings.pictures, job.run_dir))
+    job.monitor.hyperparameters = directory.flat(config)
+    if job.monitor.settings.pictures and not checkpoint.all_of(job.run_dir):
+        job.monitor.picture = pictures.load(save_views(job.loader, parts, job.monitor.settings.pictures, job.run_dir))
 
 
 def list_bad_images(job: Run) -> None:

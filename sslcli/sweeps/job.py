@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from sslcli.config.moved import first_override
 from sslcli.config.paths import absolute
 from sslcli.config.settings import SweepSettings
 from sslcli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
 from sslcli.runs import directory
 from sslcli.runs.identity import default_name
-from sslcli.runs.slurm.queue import told_code, told_job
+from sslcli.runs.slurm.queue import recorded_exit_code, submitted_job
 from sslcli.system import atomic
 from sslcli.system.locks import can_lock, lock
 
@@ -81,7 +82,7 @@ def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
     """The job that a checked configuration, composed from the overrides of one point, stands for."""
     overrides = tuple(line for line in config["_lines_"] if not of_the_sweep(line))
     if sweep.command == "eval":
-        return Job(hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8], overrides, None)
+        return Job(hashlib.sha256("\n".join(map(first_override, overrides)).encode()).hexdigest()[:8], overrides, None)
     name, given = default_name(config), config["_run_dir_"]
     if given is None:
         return Job(name, overrides, sweep.folder / name)
@@ -169,7 +170,7 @@ def status_of(sweep: Sweep, name: str, record: Record, *, taken: bool = False) -
     if code is None:
         return INTERRUPTED if record.started else WAITING
     if code == 0 and run_dir is not None:
-        return CHECKED if told_job(run_dir) is None else SUBMITTED
+        return CHECKED if submitted_job(run_dir) is None else SUBMITTED
     if code == 0:
         return FINISHED
     if code == EXIT_STOPPED:
@@ -180,7 +181,7 @@ def status_of(sweep: Sweep, name: str, record: Record, *, taken: bool = False) -
 def code_of(folder: Path, record: Record) -> int | None:
     """How a job of the sweep in `folder` ended: its process or, where that submitted a job of Slurm, that job."""
     if record.code == 0 and record.run_dir is not None:
-        return told_code(folder / record.run_dir) or 0
+        return recorded_exit_code(folder / record.run_dir) or 0
     return record.code
 
 
@@ -203,7 +204,7 @@ def take(sweep: Sweep, job: Job) -> IO[str] | None:
     file = lock(_right_to_run(sweep, job.name))
     if file is None:
         return None
-    handed_on = sweep.submits and job.run_dir is not None and told_job(job.run_dir) is not None
+    handed_on = sweep.submits and job.run_dir is not None and submitted_job(job.run_dir) is not None
     busy = job.run_dir is not None and not handed_on and directory.is_held(job.run_dir)
     if busy or (not can_lock(sweep.records) and _is_alive(enrol(sweep, job))):
         file.close()

@@ -104,7 +104,7 @@ def _carry_out(this: Sweep, configs: list[dict[str, Any]], line: CommandLine) ->
     print(f"\n{table.as_text(rows, this.metric)}")
     print(f"\nthe table: {this.folder / 'sweep.csv'}")
     if this.metric is not None and rows and all(row.value is None for row in rows):
-        print(f"no job has {this.metric}: see sweep.metric, and whether the jobs measure it (monitor.knn_every)")
+        print(f"no job has {this.metric}: see sweep.metric, and whether the jobs measure it (monitor.knn_every_epochs)")
     names = {job.name for job in jobs}
     code = exit_code([row for row in rows if drawn or row.name in names], stopped=stopped)
     return code or (EXIT_FAILED if ended_early else 0)
@@ -155,10 +155,10 @@ def check_engine(this: Sweep, configs: list[dict[str, Any]], *, drawn: bool, lau
     if launcher == "submitit_slurm" and shutil.which("sbatch") is None:
         raise ConfigError("hydra/launcher=submitit_slurm needs Slurm, but there is no sbatch here: try submitit_local")
     measured = this.metric or ""
-    if drawn and measured.startswith("monitor/") and any(c["monitor"]["knn_every"] == 0 for c in configs):
+    if drawn and measured.startswith("monitor/") and any(c["monitor"]["knn_every_epochs"] == 0 for c in configs):
         raise ConfigError(
-            f"monitor.knn_every is 0, but the sweeper needs {measured}, which is then never measured: set it to 1, or "
-            "choose another sweep.metric"
+            f"monitor.knn_every_epochs is 0, but the sweeper needs {measured}, which is then never measured: set it "
+            "to 1, or choose another sweep.metric"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sslcli.errors import ConfigError
 from sslcli.system.regular_files import open_regular
+from sslcli.weights.renamed import with_current_names
 
 
 def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
 def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:
     """Load a state whose keys and shapes all match. Raises ConfigError, naming what does not, otherwise."""
     own = net.state_dict()
+    state = with_current_names(state, own)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
         f"{key} is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"

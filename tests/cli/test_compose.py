@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from command_line import Cli
-from sslcli.cli import compose
+from sslcli.cli import command, compose
 from sslcli.runs import launch
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -327,7 +327,7 @@ def test_composing_and_checking_takes_less_than_a_second(monkeypatch: pytest.Mon
     times = []
     for _ in range(3):
         before = time.process_time()
-        compose.checked_jobs("train", compose.read_arguments())
+        compose.checked_jobs("train", command.read_arguments("train"))
         times.append(time.process_time() - before)
     assert min(times) < 1.0
 
@@ -360,4 +360,4 @@ def test_what_does_not_change_a_run_does_not_change_its_directory(cli: Cli, star
         "seed=1 trust=[torch] train.keep=9 train.save_every_steps=5 dataset.workers=1 hydra.job.name=x",
     )
     assert len(set(found)) == 1
-    assert names(cli, started, "seed=1 train.log_every=3") != found[:1]
+    assert names(cli, started, "seed=1 train.log_every_steps=3") != found[:1]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sslcli.cli import command as command_module
 from sslcli.cli import compose
 from sslcli.config.schema import GROUPS
 from sslcli.config.settings import (
@@ -53,7 +54,7 @@ def given(name: str) -> list[str]:
 
 def composed(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> dict[str, Any]:
     monkeypatch.setattr(sys, "argv", [f"ssl-{command}", *arguments])
-    (job,) = compose.checked_jobs(command, compose.read_arguments())
+    (job,) = compose.checked_jobs(command, command_module.read_arguments(command))
     return job
 
 

@@ -93,7 +93,7 @@ def test_a_signal_ends_a_sweep_of_optuna_and_the_same_command_goes_on(
         (["hydra/sweeper=optuna", "seed=0,1", "hydra.sweeper.direction=[minimize,maximize]"], "one direction"),
         (["hydra/sweeper=optuna", "seed=0,1", "hydra.sweeper.n_trials=none"], "n_trials"),
         (["hydra/sweeper=optuna", "seed=0,1", "hydra.sweeper.n_trials=0"], "No trials"),
-        (["hydra/sweeper=optuna", "seed=0,1", "monitor.knn_every=0"], "monitor.knn_every is 0"),
+        (["hydra/sweeper=optuna", "seed=0,1", "monitor.knn_every_epochs=0"], "monitor.knn_every_epochs is 0"),
         (["hydra/sweeper=optunaa", "seed=0,1"], "'optuna'"),
         (["hydra/sweeper=null", "seed=0,1"], "hydra/sweeper needs a choice"),
         (["hydra/launcher=joblib", "hydra.launcher.n_jobs=many", "seed=0,1"], "n_jobs"),

@@ -28,7 +28,7 @@ def test_a_run_on_two_modalities_trains_and_is_evaluated(scenes: Path, tmp_path:
     run_dir = tmp_path / "run"
     command = ["method=simclr", "dataset=parallel", f"dataset.root={scenes}", "dataset.image_size=16"]
     command += ["dataset.modalities.depth.optional=true", "dataset.val_fraction=0.25", "dataset.max_bad=0.2"]
-    command += ["train.batch_size=8", "train.max_steps=4", "monitor.knn_every=1", "launcher.threads=1"]
+    command += ["train.batch_size=8", "train.max_steps=4", "monitor.knn_every_epochs=1", "launcher.threads=1"]
     ended = cli("ssl-train", *command, f"run_dir={run_dir}")
     assert ended.code == 2
     assert "which have 4 channels" in ended.err

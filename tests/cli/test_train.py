@@ -18,7 +18,7 @@ from command_line import SMALL, Cli, installed
 from small_runs import complete, make_folder, metrics, start_warm
 from sslcli.engine.loop import Run
 
-QUICK = [*SMALL, "monitor.knn_every=0", "monitor.health_every=0", "monitor.pictures=0"]
+QUICK = [*SMALL, "monitor.knn_every_epochs=0", "monitor.health_every_steps=0", "monitor.pictures=0"]
 FILES = ["checkpoints", "config.yaml", "console.log", "done", "environment.json", "images.npz", "metrics.jsonl"]
 FILES += ["overrides.txt"]
 

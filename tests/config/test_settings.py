@@ -19,11 +19,11 @@ from sslcli.config.settings import (
 from sslcli.errors import ConfigError, nearest
 
 MONITOR = MonitorSettings(
-    knn_every=1,
+    knn_every_epochs=1,
     knn_k=200,
     knn_temperature=0.07,
     knn_images=None,
-    health_every=50,
+    health_every_steps=50,
     on_collapse="warn",
     pictures=8,
 )
@@ -54,7 +54,7 @@ EVAL = EvalSettings(
         (TRAIN, "accumulate", [1, 2, 256], [0, 3, 512]),
         (TRAIN, "precision", ["auto", "fp32", "bf16", "fp16"], ["fp8", ""]),
         (TRAIN, "clip_grad", [None, 0.1], [0, -1, float("nan"), float("inf")]),
-        (TRAIN, "log_every", [1], [0]),
+        (TRAIN, "log_every_steps", [1], [0]),
         (TRAIN, "save_every_epochs", [0, 5], [-1]),
         (TRAIN, "save_every_steps", [None, 1], [0]),
         (TRAIN, "keep", [1], [0]),
@@ -63,11 +63,11 @@ EVAL = EvalSettings(
         (TRAIN, "warmup_epochs", [0, 0.5], [-1, float("inf")]),
         (TRAIN, "final_lr", [0, 1], [-0.1, 1.1]),
         (TRAIN, "milestones", [[], [0.5]], [[0], [1], [0.5, 2]]),
-        (MONITOR, "knn_every", [0, 1], [-1]),
+        (MONITOR, "knn_every_epochs", [0, 1], [-1]),
         (MONITOR, "knn_k", [1], [0]),
         (MONITOR, "knn_temperature", [0.01], [0, -1]),
         (MONITOR, "knn_images", [None, 1], [0]),
-        (MONITOR, "health_every", [0, 1], [-1]),
+        (MONITOR, "health_every_steps", [0, 1], [-1]),
         (MONITOR, "on_collapse", ["ignore", "warn", "stop"], ["explode"]),
         (MONITOR, "pictures", [0, 1], [-1]),
         (RUN, "seed", [0, 2**32 - 1], [-1, 2**32]),

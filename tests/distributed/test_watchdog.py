@@ -12,47 +12,49 @@ import pytest
 import torch.distributed as dist
 
 from sslcli.distributed import watchdog
-from sslcli.distributed.watchdog import Progress, verdict
+from sslcli.distributed.watchdog import Progress, stall_message
 from sslcli.errors import TrainingFailed
 
 
 @pytest.fixture(autouse=True)
 def _from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "_mine", Progress())
+    monkeypatch.setattr(watchdog, "_own", Progress())
 
 
-def at(meetings: int, place: str = "step 7", pid: int = 70) -> Progress:
-    return Progress(meetings=meetings, place=place, host="node", pid=pid)
+def at(collectives: int, place: str = "step 7", pid: int = 70) -> Progress:
+    return Progress(collectives=collectives, place=place, host="node", pid=pid)
 
 
 def test_the_process_that_is_behind_is_named_once_with_its_place() -> None:
     found = {0: at(5), 1: at(4, "the images of step 7", pid=71), 2: at(5)}
-    told = [verdict(rank, found, set(), 600) for rank in range(3)]
-    assert told[1:] == ["", ""]
-    assert "waited 600 s (launcher.timeout) in vain for process 1 (id 71 on node, at the images of step 7)" in told[0]
-    assert "Start the same command again to go on" in told[0]
+    stalled = [stall_message(rank, found, set(), 600) for rank in range(3)]
+    assert stalled[1:] == ["", ""]
+    assert (
+        "waited 600 s (launcher.timeout) in vain for process 1 (id 71 on node, at the images of step 7)" in stalled[0]
+    )
+    assert "Start the same command again to go on" in stalled[0]
 
 
 def test_where_the_main_process_is_behind_the_next_one_tells() -> None:
     found = {0: at(4), 1: at(5), 2: at(5)}
-    told = [verdict(rank, found, set(), 600) for rank in range(3)]
-    assert "process 0 (id 70" in told[1]
-    assert (told[0], told[2]) == ("", "")
+    stalled = [stall_message(rank, found, set(), 600) for rank in range(3)]
+    assert "process 0 (id 70" in stalled[1]
+    assert (stalled[0], stalled[2]) == ("", "")
 
 
 def test_a_stopped_process_is_named_even_if_it_had_arrived() -> None:
-    told = verdict(0, {0: at(5), 1: at(5)}, {1}, 600)
-    assert "process 1 (id 70 on node, at step 7, it does not answer: stopped, or its machine is gone)" in told
+    stalled = stall_message(0, {0: at(5), 1: at(5)}, {1}, 600)
+    assert "process 1 (id 70 on node, at step 7, it does not answer: stopped, or its machine is gone)" in stalled
 
 
 def test_where_none_is_behind_no_process_is_named() -> None:
-    told = verdict(0, {0: at(5), 1: at(5, "step 8")}, set(), 600)
-    assert "none is behind the others (at step 7, step 8)" in told
+    stalled = stall_message(0, {0: at(5), 1: at(5, "step 8")}, set(), 600)
+    assert "none is behind the others (at step 7, step 8)" in stalled
 
 
 def test_a_process_alone_may_take_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.FileStore(str(tmp_path / "store"), 1)
-    watchdog.sign("step 7")
+    watchdog.report_progress("step 7")
     assert ended_while_at_work(store, monkeypatch) == []
 
 
@@ -60,24 +62,24 @@ def test_a_process_alone_may_take_its_time(tmp_path: Path, monkeypatch: pytest.M
 def test_a_process_alone_that_waits_too_long_for_images_is_ended(
     joined: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watchdog.sign("the images of step 7")
+    watchdog.report_progress("the images of step 7")
     store = dist.FileStore(str(tmp_path / "store"), 1) if joined else None
     (message,) = ended_while_at_work(store, monkeypatch)
     assert message.startswith("the images of step 7 did not come within 0.1 s (launcher.timeout)")
 
 
 def ended_while_at_work(store: dist.FileStore | None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a process alone is told after half a second without progress, with a limit of 0.2 s."""
+    """What a process alone is stalled after half a second without progress, with a limit of 0.2 s."""
     monkeypatch.setattr(watchdog, "SLACK", 0.1)
-    told: list[str] = []
-    alone = watchdog.watched_alone(limit=0.1, end=told.append)
-    with alone if store is None else watchdog.watched(store, rank=0, size=1, limit=0.1, end=told.append):
+    stalled: list[str] = []
+    alone = watchdog.watched_alone(limit=0.1, end=stalled.append)
+    with alone if store is None else watchdog.watched(store, rank=0, size=1, limit=0.1, end=stalled.append):
         time.sleep(0.5)
-    return told
+    return stalled
 
 
 def test_a_store_that_does_not_answer_is_told_by_each() -> None:
-    assert "the meeting place of the processes does not answer" in verdict(3, {}, {0, 1, 2, 3}, 600)
+    assert "the meeting place of the processes does not answer" in stall_message(3, {}, {0, 1, 2, 3}, 600)
 
 
 class Other:
@@ -88,7 +90,7 @@ class Other:
         self.progress = Progress(host="elsewhere", pid=2)
         self.tell()
 
-    def tell(self) -> None:
+    def publish(self) -> None:
         self.progress.beats += 1
         watchdog.tell(self.store, 1, self.progress)
 
@@ -100,7 +102,7 @@ def test_waiting_for_another_that_works_has_no_limit(tmp_path: Path) -> None:
     with watchdog.watched(other.store, rank=0, size=2, limit=0.4, end=ended.append):
         for _ in range(10):
             time.sleep(0.1)
-            other.progress.signs += 1
+            other.progress.actions += 1
             other.tell()
     assert ended == []
 
@@ -110,7 +112,7 @@ def test_a_process_that_beats_and_does_nothing_is_noticed_at_the_limit_and_not_b
     over = threading.Event()
     other = Other(tmp_path)
     watchdog.tell(other.store, 0, Progress())
-    watchdog.meet()
+    watchdog.record_collective()
     begun = time.monotonic()
     with watchdog.watched(
         other.store, rank=0, size=2, limit=0.6, end=lambda message: (ended.append(message), over.set())
@@ -166,8 +168,8 @@ def test_a_main_process_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyP
 
 def test_a_store_hands_over_what_a_process_told(tmp_path: Path) -> None:
     other = Other(tmp_path)
-    mine = Progress(meetings=3, signs=9, place="step 2", beats=4, host="here", pid=5)
-    watchdog.tell(other.store, 0, mine)
-    assert watchdog.read(other.store, 2) == {0: mine, 1: other.progress}
+    own = Progress(collectives=3, actions=9, place="step 2", beats=4, host="here", pid=5)
+    watchdog.tell(other.store, 0, own)
+    assert watchdog.read(other.store, 2) == {0: own, 1: other.progress}
     other.store.set_timeout(timedelta(seconds=0.1))
     assert watchdog.read(other.store, 3) == {}

@@ -10,7 +10,7 @@ from torch import nn
 
 from golden_cases import Case, golden_cases
 from sslcli.engine.collapse import (
-    CollapseJudge,
+    CollapseDetector,
     alignment,
     alpha_req,
     effective_rank,
@@ -146,8 +146,8 @@ def collapsed(d: int = 64) -> dict[str, float]:
 
 
 def verdicts(series: list[dict[str, float]], *, dim: int = 64) -> list[bool]:
-    judge = CollapseJudge()
-    return [judge.update(values, dim=dim) is not None for values in series]
+    detector = CollapseDetector()
+    return [detector.update(values, dim=dim) is not None for values in series]
 
 
 def test_a_fall_is_told_at_the_second_alarm_in_a_row():
@@ -183,11 +183,11 @@ def test_a_net_that_stays_a_point_is_told_once_patience_ends():
     ],
 )
 def test_each_measure_alarms_alone_with_causes_and_a_remedy(change, cause):
-    judge = CollapseJudge()
+    detector = CollapseDetector()
     for _ in range(3):
-        assert judge.update(healthy(), dim=64) is None
-    assert judge.update(healthy() | change, dim=64) is None
-    message = judge.update(healthy() | change, dim=64)
+        assert detector.update(healthy(), dim=64) is None
+    assert detector.update(healthy() | change, dim=64) is None
+    message = detector.update(healthy() | change, dim=64)
     assert message is not None
     assert cause in message
 
@@ -205,21 +205,21 @@ def test_judge_goes_on_from_its_state_as_if_never_stopped():
     series = [healthy()] * 3 + [collapsed()] * 4
     want = verdicts(series)
     for cut in range(len(series)):
-        judge, got = CollapseJudge(), []
+        detector, got = CollapseDetector(), []
         for i, values in enumerate(series):
             if i == cut:
-                state = json.loads(json.dumps(judge.state_dict()))
-                judge = CollapseJudge()
-                judge.load_state_dict(state)
-            got.append(judge.update(values, dim=64) is not None)
+                state = json.loads(json.dumps(detector.state_dict()))
+                detector = CollapseDetector()
+                detector.load_state_dict(state)
+            got.append(detector.update(values, dim=64) is not None)
         assert got == want
 
 
 def test_a_state_of_another_version_is_refused():
     with pytest.raises(ValueError, match="start afresh"):
-        CollapseJudge().load_state_dict({"seen": 1.0})
+        CollapseDetector().load_state_dict({"seen": 1.0})
     with pytest.raises(ValueError, match="grace=0"):
-        CollapseJudge(grace=0)
+        CollapseDetector(grace=0)
 
 
 def train_byol(*, predictor: bool, momentum: float) -> bool:
@@ -232,7 +232,7 @@ def train_byol(*, predictor: bool, momentum: float) -> bool:
     online, target, head = mlp(8), mlp(8), mlp(32) if predictor else nn.Identity()
     target.load_state_dict(online.state_dict())
     optimizer = torch.optim.SGD([*online.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
-    judge, told = CollapseJudge(), False
+    detector, told = CollapseDetector(), False
     for step in range(201):
         image = torch.randn(128, 8)
         views = [image + 0.2 * torch.randn_like(image) for _ in range(2)]
@@ -240,7 +240,7 @@ def train_byol(*, predictor: bool, momentum: float) -> bool:
         with torch.no_grad():
             y = [target(view) for view in views]
         if step % 50 == 0:
-            told = told or judge.update(measure(z[0], z[1]), dim=32) is not None
+            told = told or detector.update(measure(z[0], z[1]), dim=32) is not None
         loss = -(F.cosine_similarity(head(z[0]), y[1]) + F.cosine_similarity(head(z[1]), y[0])).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -76,7 +76,7 @@ def cut(batch: Batch, parts: int) -> list[Batch]:
 
 def in_parts(method: Method, batches: list[Batch]) -> dict[str, Tensor]:
     scaler = precision.grad_scaler(CPU, "fp32")
-    return backward(method, batches, device=CPU, number_format="fp32", scaler=scaler)
+    return backward(method, batches, device=CPU, dtype_name="fp32", scaler=scaler)
 
 
 def gradients(method: Method) -> dict[str, Tensor]:
@@ -185,7 +185,7 @@ def test_what_cannot_be_divided_is_refused(method: Build, told: str) -> None:
 
 
 def test_the_command_contrasts_all_micro_batches(tmp_path: Path) -> None:
-    run = ["ssl-train", *SMALL, "train.accumulate=4", "monitor.knn_every=0"]
+    run = ["ssl-train", *SMALL, "train.accumulate=4", "monitor.knn_every_epochs=0"]
     said = installed(tmp_path, *run, "train.cached_gradients=true", "run_dir=cached")
     assert "negatives a query sees    62" in said
     assert "negatives within a batch" not in said

@@ -28,7 +28,7 @@ def make_run(run_dir: Path, *overrides: str) -> Run:
 
     from sslcli.cli.compose import checked_jobs
 
-    small = ["dataset.limit=96", "dataset.test_images=0", "train.batch_size=32", "monitor.knn_every=0"]
+    small = ["dataset.limit=96", "dataset.test_images=0", "train.batch_size=32", "monitor.knn_every_epochs=0"]
     arguments = get_args_parser().parse_args([*small, "backbone.width=8", *overrides])
     config = checked_jobs("train", arguments)[0]
     parts = build_parts(config, trust=[])
@@ -44,11 +44,11 @@ def finish(run: Run) -> None:
         train(run)
     finally:
         run.stop.close()
-        run.watch.close()
+        run.monitor.close()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_checkpoint(tmp_path: Path) -> None:
-    run = make_run(tmp_path, "train.max_steps=9", "train.save_every_steps=2", "train.log_every=3")
+    run = make_run(tmp_path, "train.max_steps=9", "train.save_every_steps=2", "train.log_every_steps=3")
     forward = run.method.forward
     calls = []
 
@@ -72,12 +72,14 @@ def test_a_diverging_run_ends_with_exit_code_3_and_one_message(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "more", [["monitor.knn_every=1"], ["monitor.health_every=1", "monitor.knn_every=0"]], ids=["k-NN", "health"]
+    "more",
+    [["monitor.knn_every_epochs=1"], ["monitor.health_every_steps=1", "monitor.knn_every_epochs=0"]],
+    ids=["k-NN", "health"],
 )
 def test_a_run_that_diverges_between_two_lines_of_metrics_measures_nothing_of_it(
     more: list[str], tmp_path: Path
 ) -> None:
-    """The k-NN of an epoch that ends off `train.log_every` meets the weights first."""
+    """The k-NN of an epoch that ends off `train.log_every_steps` meets the weights first."""
     lines = ["dataset.limit=500", "train.batch_size=64", "train.epochs=2", "optimizer.lr=1e20", "backbone.width=8"]
     said = installed(tmp_path, "ssl-train", *lines, "launcher.threads=1", "run_dir=r", *more, code=EXIT_FAILED)
     assert "not finite" in said
@@ -113,7 +115,9 @@ def test_accumulated_gradients_are_those_of_the_big_batch_and_all_keys_are_queue
 
 
 def test_the_learning_rate_of_each_step_is_that_of_the_schedule(tmp_path: Path) -> None:
-    run = make_run(tmp_path, "train.max_steps=8", "train.log_every=1", "train.warmup_epochs=0.67", "optimizer.lr=0.8")
+    run = make_run(
+        tmp_path, "train.max_steps=8", "train.log_every_steps=1", "train.warmup_epochs=0.67", "optimizer.lr=0.8"
+    )
     finish(run)
     rates = [line["train/lr"] for line in read(tmp_path / "metrics.jsonl") if "train/lr" in line]
     assert run.warmup_steps == 2
@@ -124,7 +128,7 @@ def test_the_learning_rate_of_each_step_is_that_of_the_schedule(tmp_path: Path) 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_with_a_finite_loss(tmp_path: Path, precision: str) -> None:
-    finish(make_run(tmp_path, "train.max_steps=3", "train.log_every=1", f"train.precision={precision}"))
+    finish(make_run(tmp_path, "train.max_steps=3", "train.log_every_steps=1", f"train.precision={precision}"))
     losses = [line["train/loss"] for line in read(tmp_path / "metrics.jsonl") if "train/loss" in line]
     assert len(losses) == 3
     assert all(loss is not None and loss > 0 for loss in losses)

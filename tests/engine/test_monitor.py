@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from processes import Pair
 from sslcli.config.settings import MonitorSettings
-from sslcli.engine import monitor as watch_module
-from sslcli.engine.monitor import Watch, Window
+from sslcli.engine import monitor as monitor_module
+from sslcli.engine.monitor import MetricMeans, Monitor
 from sslcli.errors import NotFinite, TrainingFailed
 from sslcli.methods.base import Method
 from sslcli.report.console import Screen
@@ -31,23 +31,23 @@ def _files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
-def make_watch(run_dir: Path, *, log_every: int = 1, steps_per_epoch: int = 4, **changes: Any) -> Watch:
-    """A watch that measures nothing but what `changes` ask for."""
+def make_monitor(run_dir: Path, *, log_every_steps: int = 1, steps_per_epoch: int = 4, **changes: Any) -> Monitor:
+    """A monitor that measures nothing but what `changes` ask for."""
     settings = {
-        "knn_every": 0,
+        "knn_every_epochs": 0,
         "knn_k": 5,
         "knn_temperature": 0.1,
         "knn_images": None,
-        "health_every": 0,
+        "health_every_steps": 0,
         "on_collapse": "ignore",
         "pictures": 0,
     }
     parts = {"probe": None, "draw": None, "screen": Screen(silent=True)}
     parts |= {name: changes.pop(name) for name in list(changes) if name in parts}
     run_dir.mkdir(exist_ok=True)
-    return Watch(
+    return Monitor(
         MonitorSettings(**(settings | changes)),
-        log_every=log_every,
+        log_every_steps=log_every_steps,
         batch_size=8,
         steps_per_epoch=steps_per_epoch,
         run_dir=run_dir,
@@ -55,16 +55,16 @@ def make_watch(run_dir: Path, *, log_every: int = 1, steps_per_epoch: int = 4, *
     )
 
 
-def follow(watch: Watch, losses: list[float], *, first: int = 1, total: int | None = None) -> None:
+def follow(monitor: Monitor, losses: list[float], *, first: int = 1, total: int | None = None) -> None:
     """Steps `first`, `first` + 1, ... with these losses, and the end of the process."""
     method = Method(nn.Linear(2, 2))
     method.embeddings = (torch.randn(8, 4), torch.randn(8, 4))
     try:
-        watch.start(first - 1, total or first + len(losses) - 1)
+        monitor.start(first - 1, total or first + len(losses) - 1)
         for step, loss in enumerate(losses, start=first):
-            watch.after_step(step, {"loss": torch.tensor(loss)}, lr=0.1 * step, method=method)
+            monitor.after_step(step, {"loss": torch.tensor(loss)}, lr=0.1 * step, method=method)
     finally:
-        watch.close()
+        monitor.close()
 
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -91,7 +91,7 @@ def picture_in(events: EventAccumulator, name: str) -> list[tuple[int, Tensor]]:
 
 
 def test_lines_have_the_mean_since_the_last_line_and_the_rate_of_their_step(tmp_path: Path) -> None:
-    follow(make_watch(tmp_path, log_every=2), [1.0, 2.0, 3.0, 5.0, 7.0])
+    follow(make_monitor(tmp_path, log_every_steps=2), [1.0, 2.0, 3.0, 5.0, 7.0])
     assert lines_of(tmp_path) == [
         {"step": 2, "epoch": 0.5, "train/loss": 1.5, "train/lr": 0.2},
         {"step": 4, "epoch": 1.0, "train/loss": 4.0, "train/lr": 0.4},
@@ -101,7 +101,9 @@ def test_lines_have_the_mean_since_the_last_line_and_the_rate_of_their_step(tmp_
 
 def test_tensorboard_has_every_scalar_of_the_lines_at_their_steps(tmp_path: Path) -> None:
     found = {"knn_top1": 0.25, "knn_top5": 0.5}
-    follow(make_watch(tmp_path, health_every=2, knn_every=1, probe=lambda: found), [1.0, 2.0, 3.0, 4.0, 5.0])
+    follow(
+        make_monitor(tmp_path, health_every_steps=2, knn_every_epochs=1, probe=lambda: found), [1.0, 2.0, 3.0, 4.0, 5.0]
+    )
     lines, events = read(tmp_path / "metrics.jsonl"), tensorboard_of(tmp_path)
     names = {name for line in lines for name in line} - {"step", "epoch", "wall"}
     assert {"train/loss", "train/lr", "train/images_per_s", "health/rankme", "monitor/knn_top1"} <= names
@@ -112,7 +114,7 @@ def test_tensorboard_has_every_scalar_of_the_lines_at_their_steps(tmp_path: Path
 
 def test_values_that_are_not_finite_are_null_in_the_lines_and_absent_in_tensorboard(tmp_path: Path) -> None:
     found = iter([{"knn_top1": math.nan}, {"knn_top1": 0.5}])
-    follow(make_watch(tmp_path, knn_every=1, steps_per_epoch=1, probe=lambda: next(found)), [1.0, 2.0])
+    follow(make_monitor(tmp_path, knn_every_epochs=1, steps_per_epoch=1, probe=lambda: next(found)), [1.0, 2.0])
     assert [line["monitor/knn_top1"] for line in lines_of(tmp_path)] == [None, 0.5]
     assert scalars_of(tensorboard_of(tmp_path), "monitor/knn_top1") == [(2, 0.5)]
 
@@ -131,44 +133,46 @@ class Said(Screen):
 @pytest.mark.parametrize(("scale", "warned"), [(10.0, False), (100.0, True)])
 def test_weights_that_grew_out_of_all_proportion_are_told_once(tmp_path: Path, scale: float, warned: bool) -> None:
     screen = Said()
-    watch = make_watch(tmp_path, knn_every=1, steps_per_epoch=1, screen=screen)
+    monitor = make_monitor(tmp_path, knn_every_epochs=1, steps_per_epoch=1, screen=screen)
     method = Method(nn.Linear(2, 2))
     nn.init.constant_(method.backbone.weight, scale)  # type: ignore[arg-type]
-    watch.start(0, 3)
+    monitor.start(0, 3)
     for step in (1, 2, 3):
-        watch.after_step(step, {"loss": torch.tensor(1.0)}, lr=0.1, method=method)
-    watch.close()
+        monitor.after_step(step, {"loss": torch.tensor(1.0)}, lr=0.1, method=method)
+    monitor.close()
     assert len(screen.warnings) == warned
     if warned:
         assert "after step 1 the weights of backbone.weight have a root mean square of 100, where" in screen.warnings[0]
 
 
-@pytest.mark.parametrize(("measure", "due"), [({"knn_every": 1}, 2), ({"health_every": 1}, 1)])
+@pytest.mark.parametrize(("measure", "due"), [({"knn_every_epochs": 1}, 2), ({"health_every_steps": 1}, 1)])
 def test_nothing_is_measured_of_weights_that_are_not_finite(tmp_path: Path, measure: dict[str, int], due: int) -> None:
-    watch = make_watch(tmp_path, log_every=10, steps_per_epoch=2, probe=lambda: pytest.fail("measured"), **measure)
+    monitor = make_monitor(
+        tmp_path, log_every_steps=10, steps_per_epoch=2, probe=lambda: pytest.fail("measured"), **measure
+    )
     method = Method(nn.Linear(2, 2))
     nn.init.constant_(method.backbone.weight, math.inf)  # type: ignore[arg-type]
     method.embeddings = (torch.full((8, 4), math.nan),) * 2
-    watch.start(0, 4)
+    monitor.start(0, 4)
     for step in range(1, due):
-        watch.after_step(step, {"loss": torch.tensor(1.0)}, lr=0.1, method=method)
+        monitor.after_step(step, {"loss": torch.tensor(1.0)}, lr=0.1, method=method)
     with pytest.raises(TrainingFailed, match=r"weight tensors are not finite, backbone.weight among them"):
-        watch.after_step(due, {"loss": torch.tensor(1.0)}, lr=0.1, method=method)
-    watch.close()
+        monitor.after_step(due, {"loss": torch.tensor(1.0)}, lr=0.1, method=method)
+    monitor.close()
 
 
 def test_a_run_that_goes_on_hides_what_was_written_beyond_its_checkpoint(tmp_path: Path) -> None:
-    follow(make_watch(tmp_path), [1.0, 1.0, 1.0, 1.0], total=6)
-    follow(make_watch(tmp_path), [2.0, 2.0, 2.0, 2.0], first=3)
+    follow(make_monitor(tmp_path), [1.0, 1.0, 1.0, 1.0], total=6)
+    follow(make_monitor(tmp_path), [2.0, 2.0, 2.0, 2.0], first=3)
     expected = [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 2.0)]
     assert [(line["step"], line["train/loss"]) for line in lines_of(tmp_path)] == expected
     assert [(step, value.expected) for step, value in scalars_of(tensorboard_of(tmp_path), "train/loss")] == expected
 
 
 def test_tensorboard_has_the_configuration_beside_what_it_led_to(tmp_path: Path) -> None:
-    watch = make_watch(tmp_path, knn_every=1, probe=lambda: {"knn_top1": 0.5})
-    watch.hyperparameters = {"optimizer.lr": 0.06, "train.clip_grad": None, "method.mlp_head": True, "name": "x"}
-    follow(watch, [1.0])
+    monitor = make_monitor(tmp_path, knn_every_epochs=1, probe=lambda: {"knn_top1": 0.5})
+    monitor.hyperparameters = {"optimizer.lr": 0.06, "train.clip_grad": None, "method.mlp_head": True, "name": "x"}
+    follow(monitor, [1.0])
     events = tensorboard_of(tmp_path)
     hparams = {
         key: HParamsPluginData.FromString(content) for key, content in events.PluginTagToContent("hparams").items()
@@ -186,9 +190,9 @@ def test_tensorboard_has_the_configuration_beside_what_it_led_to(tmp_path: Path)
 
 
 def test_without_labels_the_configuration_promises_no_accuracy(tmp_path: Path) -> None:
-    watch = make_watch(tmp_path)
-    watch.hyperparameters = {"seed": 0}
-    follow(watch, [1.0])
+    monitor = make_monitor(tmp_path)
+    monitor.hyperparameters = {"seed": 0}
+    follow(monitor, [1.0])
     content = tensorboard_of(tmp_path).PluginTagToContent("hparams")["_hparams_/experiment"]
     infos = HParamsPluginData.FromString(content).experiment.metric_infos
     assert [info.name.tag for info in infos] == ["train/loss"]
@@ -197,10 +201,10 @@ def test_without_labels_the_configuration_promises_no_accuracy(tmp_path: Path) -
 def test_tensorboard_has_the_picture_of_the_views_once(tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (3, 5, 7))
     for first in (1, 2):  # a run and its continuation
-        watch = make_watch(tmp_path)
-        watch.picture = pixels / 255
-        watch.hyperparameters = {"seed": 0}
-        follow(watch, [1.0], first=first, total=2)
+        monitor = make_monitor(tmp_path)
+        monitor.picture = pixels / 255
+        monitor.hyperparameters = {"seed": 0}
+        follow(monitor, [1.0], first=first, total=2)
     ((step, found),) = picture_in(tensorboard_of(tmp_path), "views")
     assert step == 0
     assert torch.equal(found.long(), pixels)
@@ -214,7 +218,7 @@ def test_pictures_of_the_method_are_drawn_at_epochs_and_at_the_end(tmp_path: Pat
         drawn.append(torch.randint(0, 256, (3, 4, 6)))
         return {"reconstructions": drawn[-1] / 255}
 
-    follow(make_watch(tmp_path, knn_every=1, steps_per_epoch=2, draw=draw), [1.0] * 5)
+    follow(make_monitor(tmp_path, knn_every_epochs=1, steps_per_epoch=2, draw=draw), [1.0] * 5)
     found = picture_in(tensorboard_of(tmp_path), "reconstructions")
     assert [step for step, _ in found] == [2, 4, 5]
     assert all(torch.equal(picture.long(), pixels) for (_, picture), pixels in zip(found, drawn, strict=True))
@@ -230,19 +234,19 @@ def test_the_probe_looks_every_so_many_epochs_and_at_the_end(tmp_path: Path) -> 
         asked.append(1)
         return {"knn_top1": len(asked) / 10}
 
-    follow(make_watch(tmp_path, log_every=100, knn_every=2, steps_per_epoch=2, probe=probe), [1.0] * 9)
+    follow(make_monitor(tmp_path, log_every_steps=100, knn_every_epochs=2, steps_per_epoch=2, probe=probe), [1.0] * 9)
     found = [(line["step"], line["monitor/knn_top1"]) for line in lines_of(tmp_path)]
     assert found == [(4, 0.1), (8, 0.2), (9, 0.3)]
 
 
 def test_health_is_measured_after_the_first_step_and_every_so_many(tmp_path: Path) -> None:
-    follow(make_watch(tmp_path, log_every=100, health_every=3), [1.0] * 7)
+    follow(make_monitor(tmp_path, log_every_steps=100, health_every_steps=3), [1.0] * 7)
     measured = [line["step"] for line in lines_of(tmp_path) if "health/std" in line]
     assert measured == [1, 3, 6]
 
 
 class Verdict:
-    """A judge that finds every run collapsed."""
+    """A detector that finds every run collapsed."""
 
     def update(self, values: dict[str, float], *, dim: int) -> str:
         return f"std {values['std']:g} of {dim}"
@@ -253,31 +257,31 @@ class Verdict:
 
 def test_a_collapse_is_acted_on_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for action, warnings in (("ignore", 0), ("warn", 2)):
-        watch = make_watch(tmp_path, health_every=2, on_collapse=action, screen=Screen())
-        watch.judge = Verdict()  # type: ignore[assignment]
-        follow(watch, [1.0, 1.0])
+        monitor = make_monitor(tmp_path, health_every_steps=2, on_collapse=action, screen=Screen())
+        monitor.detector = Verdict()  # type: ignore[assignment]
+        follow(monitor, [1.0, 1.0])
         assert capsys.readouterr().out.count("warning: the representation looks collapsed at step") == warnings
-    watch = make_watch(tmp_path, health_every=2, on_collapse="stop")
-    watch.judge = Verdict()  # type: ignore[assignment]
+    monitor = make_monitor(tmp_path, health_every_steps=2, on_collapse="stop")
+    monitor.detector = Verdict()  # type: ignore[assignment]
     with pytest.raises(TrainingFailed, match=r"collapsed at step 1: std .* of 4"):
-        follow(watch, [1.0, 1.0])
+        follow(monitor, [1.0, 1.0])
     assert [line["step"] for line in lines_of(tmp_path)] == [1]  # what it was judged by is written
 
 
 def test_a_loss_that_is_not_finite_is_told_with_its_first_step(tmp_path: Path) -> None:
-    watch = make_watch(tmp_path, log_every=5)
+    monitor = make_monitor(tmp_path, log_every_steps=5)
     with pytest.raises(TrainingFailed, match=r"not finite since step 2 .*there is no checkpoint yet.*lower optimizer"):
-        follow(watch, [1.0, math.nan, 1.0, math.inf, 1.0])
+        follow(monitor, [1.0, math.nan, 1.0, math.inf, 1.0])
     assert lines_of(tmp_path) == []
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    watch, method = make_watch(tmp_path), Method(nn.Linear(2, 2))
-    watch.check_weights(3, method)
+    monitor, method = make_monitor(tmp_path), Method(nn.Linear(2, 2))
+    monitor.check_weights(3, method)
     with torch.no_grad():
         method.backbone.bias[1] = math.inf
     with pytest.raises(TrainingFailed, match=r"after step 3, 1 of 2 weight tensors .* backbone\.bias among"):
-        watch.check_weights(3, method)
+        monitor.check_weights(3, method)
 
 
 class Clock:
@@ -291,7 +295,7 @@ class Clock:
 
 def test_speed_counts_waiting_for_data_but_not_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(watch_module, "time", clock)
+    monkeypatch.setattr(monitor_module, "time", clock)
 
     def probe() -> dict[str, float]:
         clock.now += 100
@@ -302,13 +306,13 @@ def test_speed_counts_waiting_for_data_but_not_measuring(tmp_path: Path, monkeyp
             clock.now += 1  # waiting
             yield []
 
-    watch, source = make_watch(tmp_path, knn_every=1, steps_per_epoch=2, probe=probe), batches()
-    watch.start(0, 3)
+    monitor, source = make_monitor(tmp_path, knn_every_epochs=1, steps_per_epoch=2, probe=probe), batches()
+    monitor.start(0, 3)
     for step in (1, 2, 3):
-        watch.timed_next(source)
+        monitor.timed_next(source)
         clock.now += 3  # computing
-        watch.after_step(step, {"loss": torch.tensor(1.0)}, lr=0.1, method=Method(nn.Identity()))
-    watch.close()
+        monitor.after_step(step, {"loss": torch.tensor(1.0)}, lr=0.1, method=Method(nn.Identity()))
+    monitor.close()
     lines = read(tmp_path / "metrics.jsonl")
     assert [line["train/images_per_s"] for line in lines] == [8 / 4, 8 / 4, 8 / 4]
     assert [line["train/data_wait"] for line in lines] == [0.25, 0.25, 0.25]
@@ -317,8 +321,8 @@ def test_speed_counts_waiting_for_data_but_not_measuring(tmp_path: Path, monkeyp
 
 def test_seconds_of_training_go_on_from_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(watch_module, "time", clock)
-    first, second = make_watch(tmp_path), make_watch(tmp_path)
+    monkeypatch.setattr(monitor_module, "time", clock)
+    first, second = make_monitor(tmp_path), make_monitor(tmp_path)
     first.start(0, 4)
     clock.now += 50
     state = first.state_dict()
@@ -332,7 +336,7 @@ def test_seconds_of_training_go_on_from_the_checkpoint(tmp_path: Path, monkeypat
 
 
 def test_a_window_goes_on_in_the_middle_of_a_line() -> None:
-    whole, half, rest = Window(), Window(), Window()
+    whole, half, rest = MetricMeans(), MetricMeans(), MetricMeans()
     values = [{"loss": torch.tensor(float(value))} for value in (1, 2, 6)]
     for step, scalars in enumerate(values):
         whole.add(step, scalars)
@@ -345,17 +349,17 @@ def test_a_window_goes_on_in_the_middle_of_a_line() -> None:
 
 
 def test_a_window_of_other_processes_goes_on_from_their_mean() -> None:
-    parts = [Window(), Window()]
+    parts = [MetricMeans(), MetricMeans()]
     for part, value in zip(parts, (1.0, 3.0), strict=True):
         part.add(1, {"loss": torch.tensor(value)})
-    merged = Window()
+    merged = MetricMeans()
     merged.load_mean([part.state_dict() for part in parts])
     merged.add(2, {"loss": torch.tensor(5.0)})
     assert merged.means() == {"loss": 3.5}
 
 
 def test_a_window_does_not_change_the_scalars_it_is_given() -> None:
-    window, scalars = Window(), {"loss": torch.tensor(1.0)}
+    window, scalars = MetricMeans(), {"loss": torch.tensor(1.0)}
     window.add(1, scalars)
     window.add(2, scalars)
     assert scalars["loss"] == 1
@@ -363,15 +367,15 @@ def test_a_window_does_not_change_the_scalars_it_is_given() -> None:
 
 def watched_by_two(run_dir: Path) -> tuple[dict[str, float], tuple[int, str], bool]:
     rank = torch.distributed.get_rank()
-    window = Window()
+    window = MetricMeans()
     window.add(1, {"loss": torch.tensor(float(rank))})
     window.add(2, {"loss": torch.tensor(math.nan if rank else 2.0)})
     bad = window.bad_step()
     window.sums = {"loss": torch.tensor(float(rank)), "accuracy": torch.tensor(4.0)}
-    watch = make_watch(run_dir)
-    watch.start(0, 2)
-    watch.close()
-    return window.means(), bad, watch.writes
+    monitor = make_monitor(run_dir)
+    monitor.start(0, 2)
+    monitor.close()
+    return window.means(), bad, monitor.writes
 
 
 def test_processes_share_means_and_what_went_wrong_and_one_writes(tmp_path: Path, pair: Pair) -> None:
@@ -386,10 +390,10 @@ def test_features_of_large_weights_that_are_not_finite_end_the_run(tmp_path: Pat
         raise NotFinite("train features of 3 of 3 images are NaN or infinite: evaluate an earlier checkpoint")
 
     with pytest.raises(TrainingFailed, match=r"^after step 2, train features of 3 of 3 images are NaN .*; there is no"):
-        follow(make_watch(tmp_path, knn_every=1, steps_per_epoch=2, probe=probe), [1.0, 1.0])
+        follow(make_monitor(tmp_path, knn_every_epochs=1, steps_per_epoch=2, probe=probe), [1.0, 1.0])
 
 
 def test_a_tensorboard_that_cannot_be_opened_is_what_is_told(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("")
     with pytest.raises(OSError, match="tensorboard"):
-        follow(make_watch(tmp_path), [1.0])
+        follow(make_monitor(tmp_path), [1.0])

@@ -311,9 +311,9 @@ RUN = [
     f"train.max_steps={STEPS}",
     "train.save_every_steps=2",
     "train.save_every_epochs=0",
-    "train.log_every=1",
-    "monitor.knn_every=1",
-    "monitor.health_every=3",
+    "train.log_every_steps=1",
+    "monitor.knn_every_epochs=1",
+    "monitor.health_every_steps=3",
     "monitor.pictures=2",
 ]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Batch
 from sslcli.methods.bigan import BiGAN, Discriminator
-from sslcli.methods.gan import deceiver_loss, discriminator_loss, pixels
+from sslcli.methods.gan import discriminator_loss, generator_loss, pixels
 from tiny import TinyNet
 
 SMALL = {"image_size": 8, "dim": 4, "width": 4, "discriminator_width": 4, "hidden": 8}
@@ -78,7 +78,7 @@ def test_one_backward_is_two(loss: str, unary: bool) -> None:
     singular = {name: buffer.clone() for name, buffer in opponent.named_buffers()}
     opponent.requires_grad_(False)
     real, fake = opponent(torch.cat([images, drawn]), torch.cat([codes, prior])).chunk(2)
-    (deceiver_loss(-real, kind=loss) + deceiver_loss(fake, kind=loss)).backward()
+    (generator_loss(-real, kind=loss) + generator_loss(fake, kind=loss)).backward()
 
     expected = dict(twin.named_parameters())
     for name, parameter in method.named_parameters():

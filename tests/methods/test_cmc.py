@@ -14,7 +14,7 @@ from sslcli.backbones.small import Small
 from sslcli.backbones.vit import VisionTransformer
 from sslcli.distributed import collectives
 from sslcli.methods.base import Batch
-from sslcli.methods.cmc import CMC, Encoders, in_batch
+from sslcli.methods.cmc import CMC, Encoders, in_batch_loss
 from sslcli.nn.batch_norm import SyncBatchNorm
 from tiny import TinyNet
 
@@ -381,7 +381,7 @@ def test_impossible_values_are_refused(changes: dict[str, object], message: str)
 
 def test_in_batch_hits_are_those_nearest_to_their_own_row() -> None:
     axes = torch.eye(4)
-    assert in_batch(axes, axes, None, temperature=0.1)[1].tolist() == [1, 1, 1, 1]
-    assert in_batch(axes, axes[[1, 0, 2, 3]], None, temperature=0.1)[1].tolist() == [0, 0, 1, 1]
+    assert in_batch_loss(axes, axes, None, temperature=0.1)[1].tolist() == [1, 1, 1, 1]
+    assert in_batch_loss(axes, axes[[1, 0, 2, 3]], None, temperature=0.1)[1].tolist() == [0, 0, 1, 1]
     same = torch.ones(4, 4) / 2
-    assert in_batch(same, same, None, temperature=0.1)[1].tolist() == [0, 0, 0, 0]
+    assert in_batch_loss(same, same, None, temperature=0.1)[1].tolist() == [0, 0, 0, 0]

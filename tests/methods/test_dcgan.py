@@ -10,7 +10,7 @@ from torch import nn
 from sslcli.backbones.dcgan import DCGANNet
 from sslcli.methods.base import Batch
 from sslcli.methods.dcgan import DCGAN, pooled_maps
-from sslcli.methods.gan import deceiver_loss, discriminator_loss, gradient_penalty, pixels
+from sslcli.methods.gan import discriminator_loss, generator_loss, gradient_penalty, pixels
 from tiny import TinyNet
 
 
@@ -53,7 +53,7 @@ def test_one_backward_is_two_and_real_and_drawn_images_are_batches_of_their_own(
     discriminator_loss(real, fake, kind=loss).backward()
     twin.backbone.requires_grad_(False)
     twin.to_logit.requires_grad_(False)
-    deceiver_loss(twin.to_logit(twin.backbone(drawn)), kind=loss).backward()
+    generator_loss(twin.to_logit(twin.backbone(drawn)), kind=loss).backward()
 
     expected = dict(twin.named_parameters())
     for name, parameter in method.named_parameters():

@@ -12,7 +12,7 @@ from processes import Pair
 from sslcli.distributed.collectives import rank
 from sslcli.engine.optim import parameter_groups
 from sslcli.methods.dcgan import DCGAN
-from sslcli.methods.gan import aside, deceiver_loss, discriminator_loss, distance, gradient_penalty
+from sslcli.methods.gan import call_on_buffer_copies, discriminator_loss, distance, generator_loss, gradient_penalty
 from sslcli.nn.batch_norm import SyncBatchNorm
 from tiny import TinyNet
 
@@ -39,7 +39,7 @@ def test_losses_and_gradients_equal_the_official_code(case: Case) -> None:
     case.check(loss_d, "loss_d")
     for gradient, name in zip(torch.autograd.grad(loss_d, (real, fake)), ("grad_real_d", "grad_fake_d"), strict=True):
         case.check(gradient, name)
-    loss_g = deceiver_loss(fake, kind="logistic")
+    loss_g = generator_loss(fake, kind="logistic")
     case.check(loss_g, "loss_g")
     case.check(torch.autograd.grad(loss_g, fake)[0], "grad_fake_g")
     # The discriminator's half for drawn images is the game's value, of which that half is what a generator minimizes.
@@ -52,22 +52,22 @@ def test_logistic_losses_are_cross_entropies_with_labels_one_and_zero_and_the_ot
     one, zero = torch.ones_like(real), torch.zeros_like(real)
     bce = F.binary_cross_entropy_with_logits
     torch.testing.assert_close(discriminator_loss(real, fake, kind="logistic"), bce(real, one) + bce(fake, zero))
-    both = deceiver_loss(-real, kind="logistic") + deceiver_loss(fake, kind="logistic")
+    both = generator_loss(-real, kind="logistic") + generator_loss(fake, kind="logistic")
     torch.testing.assert_close(both, bce(real, zero) + bce(fake, one))
 
 
 def test_hinge_losses_are_those_of_the_formula() -> None:
     real, fake = torch.tensor([[2.0, 0.5], [-1.0, 1.0]]), torch.tensor([[-3.0, 0.0], [0.5, -1.0]])
     assert float(discriminator_loss(real, fake, kind="hinge")) == pytest.approx((0.5 + 2.0 + 1.0 + 1.5) / 2)
-    assert float(deceiver_loss(fake, kind="hinge")) == pytest.approx((3.0 - 0.5 + 1.0) / 2)
-    assert float(deceiver_loss(-real, kind="hinge")) == pytest.approx((2.5 + 0.0) / 2)
+    assert float(generator_loss(fake, kind="hinge")) == pytest.approx((3.0 - 0.5 + 1.0) / 2)
+    assert float(generator_loss(-real, kind="hinge")) == pytest.approx((2.5 + 0.0) / 2)
 
 
 @pytest.mark.parametrize("kind", ["logistic", "hinge"])
 def test_losses_of_half_precision_logits_are_computed_in_float32(kind: str) -> None:
     logits = randn(4, 1).bfloat16()
     assert discriminator_loss(logits, logits, kind=kind).dtype == torch.float32
-    assert deceiver_loss(logits, kind=kind).dtype == torch.float32
+    assert generator_loss(logits, kind=kind).dtype == torch.float32
 
 
 def test_against_the_best_discriminator_a_linear_encoder_inverts_a_linear_generator() -> None:
@@ -90,7 +90,7 @@ def test_against_the_best_discriminator_a_linear_encoder_inverts_a_linear_genera
         form = of_fake.double().inverse() - of_real.double().inverse()
         ratio = (of_fake.double().det() / of_real.double().det()).log()
         scores = [((pairs @ form * pairs).sum(1, keepdim=True) + ratio) / 2 for pairs in (real, fake)]
-        loss = deceiver_loss(-scores[0], kind="logistic") + deceiver_loss(scores[1], kind="logistic")
+        loss = generator_loss(-scores[0], kind="logistic") + generator_loss(scores[1], kind="logistic")
         descent.zero_grad()
         loss.backward()
         descent.step()
@@ -105,7 +105,7 @@ def test_aside_leaves_the_buffers_and_lets_a_gradient_to_the_inputs(learn: bool)
     twin = TinyNet().double()
     twin.load_state_dict(net.state_dict())
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    out = aside(net, images, learn=learn)
+    out = call_on_buffer_copies(net, images, learn=learn)
     torch.testing.assert_close(out, twin(images))
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
     assert not torch.equal(twin.norm.running_mean, before["norm.running_mean"])

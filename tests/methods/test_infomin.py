@@ -131,7 +131,7 @@ def test_the_loss_weighs_the_image_and_its_patches_against_the_same_key() -> Non
     twin = tiny(norm=False)
     twin.load_state_dict(tiny(norm=False).state_dict())
     query = twin.jigsaw(batch.views[2])
-    key = F.normalize(twin.key_head(twin.key_backbone(batch.views[1])), dim=1)
+    key = F.normalize(twin.momentum_head(twin.momentum_backbone(batch.views[1])), dim=1)
     want = info_nce(query, key, twin.queue, temperature=0.2)
     torch.testing.assert_close(whole["jigsaw_loss"], want.loss)
     torch.testing.assert_close(whole["jigsaw_accuracy"], want.accuracy)
@@ -139,7 +139,7 @@ def test_the_loss_weighs_the_image_and_its_patches_against_the_same_key() -> Non
 
 def test_only_the_key_of_the_whole_view_is_enqueued() -> None:
     method, batch = tiny(norm=False), three_views(5)
-    keys = F.normalize(method.key_head(method.key_backbone(batch.views[1])), dim=1)
+    keys = F.normalize(method.momentum_head(method.momentum_backbone(batch.views[1])), dim=1)
     method(batch)
     method.after_step(0.0)
     assert int(method.queue_head) == 5

@@ -77,12 +77,12 @@ def test_a_step_of_moco_equals_that_of_the_official_code(case: Case) -> None:
     settings = {name: params[name] for name in ("temperature", "momentum", "symmetric")}
     mixture = Given(params["lam"])
     method = MoCo(linear, dim=width, queue_size=params["K"], mixture=mixture, **settings)
-    method.head, method.key_head = nn.Identity(), nn.Identity()
+    method.head, method.momentum_head = nn.Identity(), nn.Identity()
     linear.weight.data.copy_(x["W_q"])
-    method.key_backbone.weight.data.copy_(x["W_k0"])
+    method.momentum_backbone.weight.data.copy_(x["W_k0"])
     method.queue = x["queue0"].T.contiguous()
     method.after_step(0.0)  # the official update of the keys comes before the forward
-    case.check(method.key_backbone.weight, "W_k")
+    case.check(method.momentum_backbone.weight, "W_k")
     scalars = method(Batch([x["im1"], x["im2"]], torch.arange(len(x["im1"])), torch.zeros(len(x["im1"]))))
     directions = 1 + params["symmetric"]  # the official code sums them, ours is their mean
     (directions * scalars["loss"]).backward()

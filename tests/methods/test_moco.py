@@ -55,12 +55,12 @@ def test_training_takes_the_steps_of_the_official_loop(case: Case) -> None:
     linear.num_features = width
     settings = {name: params[name] for name in ("temperature", "momentum")}
     method = MoCo(linear, dim=width, queue_size=params["K"], **settings)
-    method.head, method.key_head = nn.Identity(), nn.Identity()
+    method.head, method.momentum_head = nn.Identity(), nn.Identity()
     method.queue = x["queue0"].T.contiguous()
     optimizer = torch.optim.SGD(linear.parameters(), lr=params["lr"])
     losses, weights, key_weights, queues, heads = [], [], [], [], []
     for im_q, im_k in zip(x["im_q"], x["im_k"], strict=True):
-        key_weights.append(method.key_backbone.weight.clone())  # the official update comes before the forward
+        key_weights.append(method.momentum_backbone.weight.clone())  # the official update comes before the forward
         loss = method(Batch([im_q, im_k], torch.arange(len(im_q)), torch.zeros(len(im_q))))["loss"]
         optimizer.zero_grad()
         loss.backward()
@@ -79,7 +79,7 @@ def test_training_takes_the_steps_of_the_official_loop(case: Case) -> None:
 
 def test_loss_is_the_cross_entropy_of_the_own_key_before_the_whole_queue() -> None:
     method, batch = tiny_moco(norm=False), make_batch(6)
-    q, k = method.projection(batch.views[0]), method.key_head(method.key_backbone(batch.views[1]))
+    q, k = method.projection(batch.views[0]), method.momentum_head(method.momentum_backbone(batch.views[1]))
     expected = 0.0
     for i in range(6):
         query = q[i] / q[i].norm()
@@ -102,18 +102,18 @@ def test_queue_of_any_size_takes_any_number_of_keys_first_in_first_out(size: int
 
 def test_forward_leaves_queue_and_key_encoder_as_they_are_and_after_step_moves_both() -> None:
     method = tiny_moco()
-    queue, weights = method.queue.clone(), [p.clone() for p in method.key_head.parameters()]
+    queue, weights = method.queue.clone(), [p.clone() for p in method.momentum_head.parameters()]
     method(make_batch())["loss"].backward()
     with torch.no_grad():
         for parameter in method.head.parameters():
             parameter.add_(1.0)
     assert torch.equal(method.queue, queue)
-    assert all(torch.equal(a, b) for a, b in zip(weights, method.key_head.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights, method.momentum_head.parameters(), strict=True))
     keys = method.embeddings[1]
     method.after_step(0.0)
     assert torch.equal(method.queue[:8], keys)
     assert torch.equal(method.queue[8:], queue[8:])
-    assert not any(torch.equal(a, b) for a, b in zip(weights, method.key_head.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(weights, method.momentum_head.parameters(), strict=True))
 
 
 def test_queue_starts_with_directions_and_stays_on_the_unit_sphere() -> None:
@@ -147,7 +147,7 @@ def test_key_encoder_is_the_weighted_sum_of_all_past_query_encoders() -> None:
                 parameter.add_(torch.randn_like(parameter))
         past.append([p.clone() for p in method.backbone.parameters()])
         method.after_step(0.0)
-    for number, key in enumerate(method.key_backbone.parameters()):
+    for number, key in enumerate(method.momentum_backbone.parameters()):
         expected = momentum**steps * start[number]
         for i, weights in enumerate(past, start=1):
             expected = expected + (1 - momentum) * momentum ** (steps - i) * weights[number]
@@ -157,7 +157,7 @@ def test_key_encoder_is_the_weighted_sum_of_all_past_query_encoders() -> None:
 def test_keys_take_no_gradient() -> None:
     method = tiny_moco(symmetric=True)
     method(make_batch())["loss"].backward()
-    frozen = [*method.key_backbone.parameters(), *method.key_head.parameters()]
+    frozen = [*method.momentum_backbone.parameters(), *method.momentum_head.parameters()]
     assert frozen
     assert not any(p.requires_grad or p.grad is not None for p in frozen)
     assert all(p.grad is not None for p in [*method.backbone.parameters(), *method.head.parameters()])
@@ -173,7 +173,7 @@ def test_heads_are_those_of_the_papers() -> None:
     assert layers(tiny_moco().head) == [(nn.Linear, 4, 8, True)]
     v2 = [(nn.Linear, 8, 8, True), (nn.ReLU,), (nn.Linear, 4, 8, True)]
     assert layers(tiny_moco(mlp_head=True).head) == v2
-    assert layers(tiny_moco(mlp_head=True).key_head) == v2
+    assert layers(tiny_moco(mlp_head=True).momentum_head) == v2
 
 
 def test_symmetric_loss_is_the_mean_of_both_directions_and_both_keys_are_enqueued() -> None:
@@ -192,7 +192,7 @@ def test_symmetric_loss_is_the_mean_of_both_directions_and_both_keys_are_enqueue
 
 def test_keys_without_batchnorm_do_not_feel_the_shuffling() -> None:
     method, images = tiny_moco(norm=False), make_batch().views[1]
-    plain = F.normalize(method.key_head(method.key_backbone(images)), dim=1)
+    plain = F.normalize(method.momentum_head(method.momentum_backbone(images)), dim=1)
     torch.testing.assert_close(method.encode_keys(images), plain)
 
 
@@ -200,21 +200,23 @@ def test_batchnorm_sees_keys_in_shuffled_groups_and_queries_in_order() -> None:
     method, images = tiny_moco(), make_batch().views[1]
     query_parts, key_parts = (
         [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        for net in (method.backbone, method.key_backbone)
+        for net in (method.backbone, method.momentum_backbone)
     )
     assert all(isinstance(m, SplitBatchNorm) and m.group == 4 for m in query_parts + key_parts)
     assert query_parts
     assert key_parts
     seen: list[Tensor] = []
-    hook = method.key_backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = method.momentum_backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     keys = method.encode_keys(images)
     hook.remove()
     order = [int((images == row).flatten(1).all(1).nonzero()) for row in seen[0]]
     assert sorted(order) == list(range(8))
     assert order != sorted(order)
-    convert_back(method.key_backbone)
+    convert_back(method.momentum_backbone)
     groups = [images[order][:4], images[order][4:]]
-    expected = torch.cat([F.normalize(method.key_head(method.key_backbone(group)), dim=1) for group in groups])
+    expected = torch.cat(
+        [F.normalize(method.momentum_head(method.momentum_backbone(group)), dim=1) for group in groups]
+    )
     torch.testing.assert_close(keys, expected[torch.tensor(order).argsort()], rtol=1e-4, atol=1e-5)
 
 

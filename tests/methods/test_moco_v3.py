@@ -78,7 +78,7 @@ def test_vit_heads_are_those_of_the_official_code() -> None:
     hidden = [(8, 16, False), (16, True), (nn.ReLU,), (16, 16, False), (16, True), (nn.ReLU,)]
     assert layers(method.projector) == [*hidden, (16, 4, False), (4, False)]
     assert layers(method.predictor) == [(4, 16, False), (16, True), (nn.ReLU,), (16, 4, False), (4, False)]
-    assert layers(method.target_projector) == layers(method.projector)
+    assert layers(method.momentum_projector) == layers(method.projector)
 
 
 def test_target_copies_backbone_and_projector_but_not_the_predictor_and_takes_no_gradient() -> None:
@@ -99,9 +99,9 @@ def test_target_follows_with_a_momentum_that_rises_to_one_by_a_cosine() -> None:
         method.after_step(step / total)
         momentum = 1 - (1 - 0.9) * (1 + math.cos(math.pi * step / total)) / 2
         expected = momentum * expected + (1 - momentum) * method.projector[0].weight.detach()
-        torch.testing.assert_close(method.target_projector[0].weight.data, expected)
+        torch.testing.assert_close(method.momentum_projector[0].weight.data, expected)
     method.after_step(1.0)
-    torch.testing.assert_close(method.target_projector[0].weight.data, expected)
+    torch.testing.assert_close(method.momentum_projector[0].weight.data, expected)
 
 
 def test_every_batchnorm_is_synchronized() -> None:

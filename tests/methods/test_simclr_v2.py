@@ -80,9 +80,9 @@ def test_equal_embeddings_are_a_guess_among_views_and_memory() -> None:
 def test_the_memory_holds_what_the_moving_average_made_of_the_last_images() -> None:
     net = tiny(queue_size=10, momentum=0.9)
     batch = make_batch(4)
-    before, old = net.queue.clone(), [p.clone() for p in net.key_backbone.parameters()]
+    before, old = net.queue.clone(), [p.clone() for p in net.momentum_backbone.parameters()]
     net(batch)["loss"].backward()
-    assert all(p.grad is None for p in net.key_backbone.parameters())
+    assert all(p.grad is None for p in net.momentum_backbone.parameters())
     assert torch.equal(net.queue, before)
     (keys,) = net.new_keys
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_the_memory_holds_what_the_moving_average_made_of_the_last_images() -> N
     assert torch.equal(net.queue[:4], keys)
     assert torch.equal(net.queue[4:], before[4:])
     assert int(net.queue_head) == 4
-    for average, was, now in zip(net.key_backbone.parameters(), old, net.backbone.parameters(), strict=True):
+    for average, was, now in zip(net.momentum_backbone.parameters(), old, net.backbone.parameters(), strict=True):
         torch.testing.assert_close(average, 0.9 * was + 0.1 * now)
     torch.testing.assert_close(keys.norm(dim=1), torch.ones(4))
 

@@ -173,7 +173,7 @@ def test_the_weight_of_the_divergence_rises_over_its_share_of_the_run() -> None:
     assert float(tiny(beta=4.0, kl_warmup=0.0)(batch)["kl_weight"]) == 4.0
     twin = tiny(beta=4.0, kl_warmup=0.2)
     twin.load_state_dict(method.state_dict())
-    assert float(twin.kl_share) == 1.0
+    assert float(twin.kl_fraction) == 1.0
 
 
 def test_a_unit_is_active_whose_mean_tells_images_apart() -> None:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sslcli.nn import contrastive
-from sslcli.nn.contrastive import Contrast, check_momentum, cosine_distance, info_nce, mutual_info_nce
+from sslcli.nn.contrastive import Contrast, check_momentum, cosine_distance, info_nce, nt_xent_symmetric
 
 
 def unit_rows(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -70,7 +70,7 @@ def test_mutual_similarities_give_what_both_directions_give(
     inputs = [unit_rows(pairs, 4).requires_grad_() for _ in range(2)]
     rows, partners = torch.cat(inputs), torch.cat(inputs[::-1])
     exclude = torch.stack([torch.arange(2 * pairs), torch.arange(2 * pairs).roll(pairs)], 1)
-    found = mutual_info_nce(rows, temperature=0.05)
+    found = nt_xent_symmetric(rows, temperature=0.05)
     expected = explicit_info_nce(rows, partners, rows, 0.05, exclude)
     torch.testing.assert_close(tuple(found), tuple(expected))
     grads, expected_grads = (torch.autograd.grad(3 * result.loss, inputs) for result in (found, expected))
@@ -79,7 +79,7 @@ def test_mutual_similarities_give_what_both_directions_give(
 
 def test_mutual_similarities_refuse_a_temperature_at_which_sums_may_overflow() -> None:
     with pytest.raises(ValueError, match=r"temperature is 0\.01"):
-        mutual_info_nce(unit_rows(4, 4), temperature=0.01)
+        nt_xent_symmetric(unit_rows(4, 4), temperature=0.01)
 
 
 def test_gradient_passes_a_check_by_finite_differences() -> None:

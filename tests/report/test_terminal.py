@@ -23,9 +23,9 @@ RUN = [
     "backbone.width=4",
     "dataset.limit=128",
     "train.batch_size=16",
-    "train.log_every=2",
+    "train.log_every_steps=2",
     "monitor.pictures=0",
-    "monitor.knn_every=0",
+    "monitor.knn_every_epochs=0",
     "launcher.threads=1",
 ]
 

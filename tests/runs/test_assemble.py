@@ -14,7 +14,13 @@ from sslcli.data.sources.base import Source
 from sslcli.evaluation.online import unanswerable
 
 LINE = ["dataset=folder", "dataset.image_size=32", "dataset.workers=0", "dataset.val_fraction=0.5", "backbone.width=4"]
-LINE += ["train.batch_size=8", "train.max_steps=2", "monitor.knn_every=1", "monitor.pictures=0", "launcher.threads=1"]
+LINE += [
+    "train.batch_size=8",
+    "train.max_steps=2",
+    "monitor.knn_every_epochs=1",
+    "monitor.pictures=0",
+    "launcher.threads=1",
+]
 
 
 def metrics(run_dir: Path) -> set[str]:

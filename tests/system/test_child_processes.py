@@ -77,7 +77,9 @@ def test_pythonpath_keeps_its_meaning(ours: bool, folder: Path) -> None:
     ],
 )
 def test_a_run_leaves_the_modules_of_the_current_directory_alone(more: list[str], folder: Path) -> None:
-    installed(folder, "ssl-train", *SMALL, "train.max_steps=1", "dataset.workers=2", "monitor.knn_every=0", *more)
+    installed(
+        folder, "ssl-train", *SMALL, "train.max_steps=1", "dataset.workers=2", "monitor.knn_every_epochs=0", *more
+    )
     assert not (folder / "ran").exists()
 
 
@@ -85,6 +87,6 @@ def test_a_run_leaves_the_modules_of_the_current_directory_alone(more: list[str]
 def test_a_trusted_module_may_lie_there(more: list[str], folder: Path) -> None:
     (folder / "mine.py").write_text(TRUSTED)
     line = [*SMALL, "train.max_steps=1", "method=byol", "method._target_=mine.Mine", "trust=[mine]"]
-    installed(folder, "ssl-train", *line, "monitor.knn_every=0", *more)
+    installed(folder, "ssl-train", *line, "monitor.knn_every_epochs=0", *more)
     assert (folder / "imported").exists()
     assert not (folder / "ran").exists()

@@ -1,1 +1,12 @@
 """Augmentations: their configuration and the batched operations that carry them out."""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """Return a class of `sslcli.data.views.views`, which this package was before 0.2; plug-ins import it from here."""
+    if not name[:1].isupper():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import sslcli.data.views.views as module
+
+    return getattr(module, name)

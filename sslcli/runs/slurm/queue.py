@@ -51,15 +51,15 @@ def state(job: str, script: Path) -> str | None:
     return found if command == str(script) else None  # job IDs repeat when a cluster is reinstalled
 
 
-def told_job(run_dir: Path) -> str | None:
+def submitted_job(run_dir: Path) -> str | None:
     """Return the ID of the newest job of a run, or None."""
     path = run_dir / "slurm" / "job"
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
-def told_code(run_dir: Path) -> int | None:
+def recorded_exit_code(run_dir: Path) -> int | None:
     """Return the exit code of the newest job of a run, or None if it has recorded none."""
-    path = run_dir / "slurm" / f"{told_job(run_dir)}.exit"
+    path = run_dir / "slurm" / f"{submitted_job(run_dir)}.exit"
     return int(path.read_text(encoding="utf-8") or EXIT_FAILED) if path.exists() else None
 
 

@@ -47,8 +47,8 @@ def test_presets_have_the_published_numbers() -> None:
     byol = (0.4, 0.4, 0.2, 0.1)
     table: dict[str, list[tuple[Any, ...]]] = {
         "instdisc": [((0.2, 1), (0.4, 0.4, 0.4, 0.4), 1, 0, 0, 1)],
-        "mocov1": [((0.2, 1), (0.4, 0.4, 0.4, 0.4), 1, 0, 0, 2)],
-        "mocov2": [((0.2, 1), mild, 0.8, 0.5, 0, 2)],
+        "moco_v1": [((0.2, 1), (0.4, 0.4, 0.4, 0.4), 1, 0, 0, 2)],
+        "moco_v2": [((0.2, 1), mild, 0.8, 0.5, 0, 2)],
         "simclr": [((0.08, 1), simclr, 0.8, 0.5, 0, 2)],
         "simclr_cifar": [((0.08, 1), mild, 0.8, 0, 0, 2)],
         "byol": [((0.08, 1), byol, 0.8, 1, 0, 1), ((0.08, 1), byol, 0.8, 0.1, 0.2, 1)],
@@ -68,7 +68,7 @@ def test_presets_have_the_published_numbers() -> None:
         got = [(v.crop_scale, v.jitter, v.jitter_p, v.blur, v.solarize, v.count) for v in _fields(name)]
         assert got == rows, name
         assert all(view.grayscale == 0.2 and view.flip == 0.5 for view in _fields(name)), name
-        assert all(view.grayscale_first == (name in ("instdisc", "mocov1")) for view in _fields(name)), name
+        assert all(view.grayscale_first == (name in ("instdisc", "moco_v1")) for view in _fields(name)), name
     assert [view.size for view in _fields("swav")] == [None, 96]
     assert [view.size for view in _fields("dino")] == [None, None, 96]
     (infomin,) = _fields("infomin")

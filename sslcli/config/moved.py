@@ -1,0 +1,201 @@
+"""Names of version 0.1 that are still accepted: modules, classes, choices of groups, and keys of settings.
+
+Old names are in the configurations of runs, in exported files, in records of sweeps, and in yaml files and plug-ins of
+users. Everything that reads one of these calls a function of this module.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+# Module names before 0.2 and now.
+MODULES = {
+    "sslcli.allocator": "sslcli.system.memory",
+    "sslcli.atomic": "sslcli.system.atomic",
+    "sslcli.cached_gradients": "sslcli.engine.gradient_cache",
+    "sslcli.checkpoint": "sslcli.engine.checkpoint",
+    "sslcli.checkpoint_names": "sslcli.engine.checkpoint_names",
+    "sslcli.cli._launch": "sslcli.runs.launch",
+    "sslcli.cli._slurm": "sslcli.runs.slurm_job",
+    "sslcli.compiled": "sslcli.kernels.library",
+    "sslcli.cores": "sslcli.system.cpu",
+    "sslcli.data.augment": "sslcli.data.views.augment",
+    "sslcli.data.change": "sslcli.kernels.color",
+    "sslcli.data.color": "sslcli.data.views.color",
+    "sslcli.data.columns": "sslcli.data.sources.columns",
+    "sslcli.data.csv_list": "sslcli.data.sources.csv_list",
+    "sslcli.data.file_status": "sslcli.data.sources.file_status",
+    "sslcli.data.files": "sslcli.data.sources.files",
+    "sslcli.data.hf": "sslcli.data.sources.hf",
+    "sslcli.data.hf_labels": "sslcli.data.sources.hf_labels",
+    "sslcli.data.hf_stream": "sslcli.data.shards.source",
+    "sslcli.data.kept": "sslcli.data.decoded_cache",
+    "sslcli.data.labels": "sslcli.data.sources.labels",
+    "sslcli.data.parallel": "sslcli.data.sources.parallel",
+    "sslcli.data.picture": "sslcli.data.sources.picture",
+    "sslcli.data.rand_augment": "sslcli.data.views.rand_augment",
+    "sslcli.data.records": "sslcli.data.sources.records",
+    "sslcli.data.resize": "sslcli.kernels.resize",
+    "sslcli.data.scan": "sslcli.data.sources.scan",
+    "sslcli.data.shapes": "sslcli.data.sources.shapes",
+    "sslcli.data.shard_index": "sslcli.data.shards.index",
+    "sslcli.data.shard_reader": "sslcli.data.shards.reader",
+    "sslcli.data.view": "sslcli.data.views.spec",
+    "sslcli.data.vision": "sslcli.data.sources.vision",
+    "sslcli.decoder": "sslcli.nn.decoder",
+    "sslcli.evaluate": "sslcli.evaluation",
+    "sslcli.evaluate.base": "sslcli.evaluation.base",
+    "sslcli.evaluate.distill": "sslcli.evaluation.distill",
+    "sslcli.evaluate.features": "sslcli.evaluation.features",
+    "sslcli.evaluate.finetune": "sslcli.evaluation.finetune",
+    "sslcli.evaluate.knn": "sslcli.evaluation.knn",
+    "sslcli.evaluate.layers": "sslcli.evaluation.layers",
+    "sslcli.evaluate.linear": "sslcli.evaluation.linear",
+    "sslcli.evaluate.network": "sslcli.evaluation.network",
+    "sslcli.evaluate.online": "sslcli.evaluation.online",
+    "sslcli.evaluate.plot": "sslcli.report.svg_plot",
+    "sslcli.evaluate.result": "sslcli.evaluation.result",
+    "sslcli.evaluate.semi": "sslcli.evaluation.semi",
+    "sslcli.evaluate.subsets": "sslcli.evaluation.subsets",
+    "sslcli.evaluate.training": "sslcli.evaluation.training",
+    "sslcli.evaluate.utility": "sslcli.evaluation.utility",
+    "sslcli.health": "sslcli.engine.collapse",
+    "sslcli.heartbeat": "sslcli.distributed.watchdog",
+    "sslcli.idle_threads": "sslcli.system.cpu",
+    "sslcli.interpreter": "sslcli.system.child_processes",
+    "sslcli.launch": "sslcli.distributed.elastic",
+    "sslcli.losses": "sslcli.nn.contrastive",
+    "sslcli.migrations": "sslcli.engine.migrations",
+    "sslcli.mixture": "sslcli.methods.mixture",
+    "sslcli.noise": "sslcli.nn.noise",
+    "sslcli.optim": "sslcli.engine.optim",
+    "sslcli.pieces": "sslcli.engine.sharded_checkpoint",
+    "sslcli.precision": "sslcli.engine.precision",
+    "sslcli.regular_files": "sslcli.system.regular_files",
+    "sslcli.schedule": "sslcli.nn.schedule",
+    "sslcli.settings": "sslcli.config.settings",
+    "sslcli.sharding": "sslcli.engine.fsdp",
+    "sslcli.slurm": "sslcli.runs.slurm",
+    "sslcli.slurm.queue": "sslcli.runs.slurm.queue",
+    "sslcli.slurm.script": "sslcli.runs.slurm.script",
+    "sslcli.stopping": "sslcli.engine.stop",
+    "sslcli.train": "sslcli.engine.loop",
+    "sslcli.watch": "sslcli.engine.monitor",
+    "sslcli.winograd": "sslcli.kernels.winograd",
+    "sslcli.winograd_passes": "sslcli.kernels.winograd_passes",
+    "sslcli.winograd_transforms": "sslcli.kernels.winograd_transforms",
+}
+# Packages that were modules; the module that has most of their classes now.
+PACKAGES = {
+    "sslcli.data.shards": "sslcli.data.shards.formats",
+    "sslcli.data.sources": "sslcli.data.sources.base",
+    "sslcli.data.views": "sslcli.data.views.views",
+}
+FOLDER = Path(__file__).parent / "renamed"  # yaml files of old choices, which the defaults lists of users may have
+CHOICES = {"views": {"mocov1": "moco_v1", "mocov2": "moco_v2"}}
+KEYS = {
+    "dataset.unlabelled": "dataset.unlabeled",
+    "monitor.health_every": "monitor.health_every_steps",
+    "monitor.knn_every": "monitor.knn_every_epochs",
+    "train.log_every": "train.log_every_steps",
+}
+
+
+def current_target(target: str) -> str:
+    """Return today's name of a class, or `target` itself if it was not moved."""
+    module, _, name = target.rpartition(".")
+    return f"{PACKAGES.get(module) or MODULES.get(module, module)}.{name}" if module else target
+
+
+def current_override(line: str) -> str:
+    """Return an override of a command line with today's names of its key and of the choices in its value."""
+    sign, key, rest = _parts(line)
+    key = KEYS.get(key, key)
+    choices = CHOICES.get(key.split("@")[0], {})
+    return sign + key + re.sub(r"[\w-]+", lambda word: choices.get(word[0], word[0]), rest)
+
+
+def first_override(line: str) -> str:
+    """Return an override with the names of version 0.1, from which the default run directory is derived."""
+    sign, key, rest = _parts(line)
+    key = next((old for old, new in KEYS.items() if new == key), key)
+    choices = {new: old for old, new in CHOICES.get(key.split("@")[0], {}).items()}
+    return sign + key + re.sub(r"[\w-]+", lambda word: choices.get(word[0], word[0]), rest)
+
+
+def _parts(line: str) -> tuple[str, str, str]:
+    """Split an override into sign, key, and the rest with its equals sign."""
+    match = re.fullmatch(r"([+~]*)([^=]*)(.*)", line, re.DOTALL)
+    assert match is not None
+    return match[1], match[2], match[3]
+
+
+def current_config(config: dict[str, Any], *, overridden: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """Return a configuration with today's names, and a note for each old name that it had.
+
+    Args:
+        config: plain values, as in the `config.yaml` of a run or composed from yaml files.
+        overridden: keys that the command line sets; they keep their value if the old key has one as well.
+    """
+    notes: list[str] = []
+    renamed: dict[str, Any] = _current_targets(config, notes)
+    for old, new in KEYS.items():
+        group, _, name = old.partition(".")
+        node = renamed.get(group)
+        if not isinstance(node, dict) or name not in node:
+            continue
+        value = node.pop(name)
+        if new not in overridden:
+            node[new.partition(".")[2]] = value
+        notes.append(f"{old} is now {new}")
+    return renamed, notes
+
+
+def _current_targets(value: Any, notes: list[str]) -> Any:
+    """Return a copy of nested plain values with today's name in each `_target_`."""
+    if isinstance(value, dict):
+        renamed = {key: _current_targets(inner, notes) for key, inner in value.items()}
+        old = renamed.get("_target_")
+        if isinstance(old, str) and current_target(old) != old:
+            renamed["_target_"] = current_target(old)
+            notes.append(f"{old} is now {renamed['_target_']}")
+        return renamed
+    return [_current_targets(inner, notes) for inner in value] if isinstance(value, list) else value
+
+
+class MovedModules:
+    """Finder and loader that import modules by their old names, with a DeprecationWarning that has the new one.
+
+    It implements the protocols of `importlib.abc`, whose import would take 8 ms of every command.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return a spec for an old name. Called after the other finders did not find the module."""
+        return ModuleSpec(fullname, self) if fullname in MODULES else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Use Python's own way to create the module, which `exec_module` replaces."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the module with the new name in the place of the old one."""
+        new = MODULES[module.__name__]
+        warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
+        sys.modules[module.__name__] = import_module(new)
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """Return the code of the new module, for `python -m`; batch scripts in a queue have the old name."""
+        spec = find_spec(MODULES[fullname])
+        if spec is None or spec.loader is None:
+            return None
+        return spec.loader.get_code(MODULES[fullname])  # type: ignore[attr-defined, no-any-return]
