@@ -18,9 +18,12 @@ from hydra._internal.utils import get_args_parser
 from command_line import Cli
 from sslcli.backbones.small import Small
 from sslcli.cli.compose import checked_jobs
+from sslcli.config.moved import current_override
 from sslcli.engine import checkpoint
-from sslcli.methods.base import Method
+from sslcli.methods.base import RENAMED, Method
 from sslcli.runs.build import build_parts
+from sslcli.weights.files import load_strictly
+from sslcli.weights.renamed import with_current_names
 
 OLD = Path(__file__).parent / "old"
 CASES = json.loads((OLD / "state_dicts.json").read_text(encoding="utf-8"))
@@ -106,6 +109,16 @@ def copied(name: str, to: str = "") -> Path:
     return target
 
 
+@pytest.fixture
+def own_method(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A command line that trains a user's method, which is in the current directory."""
+    copied("conf")
+    copied("own_method.py")
+    monkeypatch.delitem(sys.modules, "own_method", raising=False)
+    small = ["dataset=plain_shapes", "backbone.width=2", "train.batch_size=20", "train.max_steps=4", "run_dir=run"]
+    return ["--config-dir", "conf", "method=own_method", "trust=[own_method]", *small, *ON_CPU]
+
+
 def command_of(run_dir: Path, *without: str) -> list[str]:
     """The overrides that a run was started with, except for those whose keys are in `without`."""
     lines = (run_dir / "overrides.txt").read_text(encoding="utf-8").splitlines()
@@ -126,8 +139,9 @@ def check_knn(found: dict[str, Any]) -> None:
 
 
 def method_of(overrides: list[str]) -> Method:
-    """The method that today's version builds for a command line."""
-    config = checked_jobs("train", get_args_parser().parse_args(overrides))[0]
+    """The method that today's version builds for a command line of version 0.1."""
+    lines = [current_override(line) for line in overrides]
+    config = checked_jobs("train", get_args_parser().parse_args(lines))[0]
     return build_parts(config, trust=[]).method
 
 
@@ -182,7 +196,7 @@ def test_an_old_run_exports_the_weights_that_it_exported_before(cli: Cli, what: 
     for (name, value), old in zip(now.items(), before.values(), strict=True):  # names may have changed, not the order
         assert torch.equal(value, old), name
     if what == "method":
-        assert now.keys() == method_of(command_of(OLD / "run_vae")).state_dict().keys()
+        load_strictly(method_of(command_of(OLD / "run_vae")), now, "now.pt")
 
 
 def test_an_old_run_resumes_to_its_end_by_its_old_command_line(cli: Cli) -> None:
@@ -259,15 +273,22 @@ def test_an_experiment_of_an_old_user_trains_and_evaluates(cli: Cli) -> None:
     assert (read(result)["k"], read(result)["temperature"]) == (5, 0.1)
 
 
-def test_a_method_of_an_old_user_trains(cli: Cli) -> None:
-    copied("conf")
-    copied("own_method.py")
-    small = ["dataset=plain_shapes", "backbone.width=2", "train.batch_size=20", "train.max_steps=4", "run_dir=run"]
-    own = ["method=own_method", "trust=[own_method]"]
-    code, _, err = cli("ssl-train", "--config-dir", "conf", *own, *small, *ON_CPU)
+def test_a_method_of_an_old_user_trains(cli: Cli, own_method: list[str]) -> None:
+    code, _, err = cli("ssl-train", *own_method)
     assert code == 0, err
     assert (Path("run") / "done").exists()
-    sys.modules.pop("own_method", None)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_method_of_an_old_user_with_a_renamed_attribute_is_rejected_with_the_new_name(
+    cli: Cli, own_method: list[str], old: str, new: str
+) -> None:
+    path = Path("own_method.py")
+    path.write_text(path.read_text().replace("    num_views = 2", f"    num_views = 2\n    {old} = None"))
+    code, _, err = cli("ssl-train", *own_method)
+    assert code == 2
+    assert old in err
+    assert new in err
 
 
 @pytest.mark.parametrize(
@@ -292,19 +313,15 @@ def test_old_imports_work() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=title)
-def test_old_weights_of_every_method_have_the_names_and_shapes_of_today(case: dict[str, Any], tmp_path: Path) -> None:
+def test_old_weights_of_every_method_have_the_names_and_shapes_of_today(case: dict[str, Any]) -> None:
     old = {
         name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (dtype, *shape) in case["state_dict"].items()
     }
-    state = torch.load(OLD / "run_vae" / "checkpoints" / "step-00000060.pt", weights_only=True)
-    state["config"] |= {"method": case["method"], "backbone": case["backbone"]}
-    torch.save(state | {"method": old}, tmp_path / "step-00000060.pt")
-    migrated = checkpoint.load(tmp_path / "step-00000060.pt", device=torch.device("cpu"))["method"]
-
     method = method_of(case["overrides"])
     now = method.state_dict()
-    assert {name: (value.dtype, value.shape) for name, value in migrated.items()} == {
+    current = with_current_names(old, now)
+    assert {name: (value.dtype, value.shape) for name, value in current.items()} == {
         name: (value.dtype, value.shape) for name, value in now.items()
     }
     parameters = [name for name, _ in method.named_parameters()]  # the optimizer's state follows this order
-    assert [name for name in migrated if name in set(parameters)] == parameters
+    assert [name for name in current if name in set(parameters)] == parameters

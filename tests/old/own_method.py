@@ -33,7 +33,6 @@ class OwnMethod(Method):
     """InfoNCE between two views with a momentum encoder and noise on the embeddings."""
 
     num_views = 2
-    falling = "loss"
 
     def __init__(self, backbone: nn.Module, *, dim: int, temperature: float, momentum: float) -> None:
         super().__init__(backbone)
