@@ -15,7 +15,7 @@ import pytest
 import torch
 from hydra._internal.utils import get_args_parser
 
-from command_line import Cli
+from command_line import Cli, installed
 from sslcli.backbones.small import Small
 from sslcli.cli.compose import checked_jobs
 from sslcli.config.moved import current_override
@@ -225,6 +225,27 @@ def test_an_unfinished_old_run_exports_and_evaluates(cli: Cli) -> None:
     lines = (OLD / "run_moco" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     at_60 = next(line for line in map(json.loads, lines) if line["step"] == 60)["monitor/knn_top1"]
     assert found["top1"] == pytest.approx(at_60, abs=0.05)  # the checkpoint is of step 61
+
+
+def test_a_sharded_old_run_exports_and_resumes(cli: Cli, tmp_path: Path) -> None:
+    run_dir = copied("run_sharded")
+    code, _, err = cli("ssl-export", "run=run_sharded", "what=method", "out=now.pt")
+    assert code == 0, err
+    command = command_of(run_dir, "train.max_time")
+    single = [line for line in command if not line.startswith(("launcher", "train.sharding"))]
+    load_strictly(method_of(single), torch.load("now.pt", weights_only=True)["state_dict"], "now.pt")
+    out = installed(tmp_path, "ssl-train", *command)
+    assert "from step 2" in out
+    assert (run_dir / "done").exists()
+    assert last_line(run_dir)["step"] == 30
+
+
+def test_a_network_that_was_fine_tuned_by_the_old_version_can_be_the_teacher(cli: Cli) -> None:
+    run_dir = copied("run_vae")
+    distill = ["protocol=distill", "protocol.steps=2", "protocol.batch_size=20", "device=cpu", "baselines=false"]
+    code, _, err = cli("ssl-eval", "run=run_vae", *distill)
+    assert code == 0, err
+    assert read(run_dir / "eval" / "distill.json")["teacher"]["net"] == "finetune/net.pt"
 
 
 def test_the_jobs_of_an_old_sweep_are_finished(cli: Cli) -> None:
