@@ -1,4 +1,4 @@
-"""Augmentations: their configuration and the batched operations that carry them out."""
+"""Augmentations: configuration of views and batched operations."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
 """Batched color operations on float images (N, C, H, W) in [0, 1].
 
-Each operation equals its namesake in `torchvision.transforms.v2.functional`, but takes one parameter an image and has
-no loop over images. None changes its input. Parameters and masks may be on the images' device or on the CPU; on the
-CPU they are better, because rows are then selected without waiting for the device. float16 and bfloat16 images are
-computed in float32 and rounded once at the end.
+Each operation equals the function of the same name in `torchvision.transforms.v2.functional`, but takes one parameter
+per image and has no loop over images. No function modifies its input. Parameters and masks may be on the device of the
+images or on the CPU; the CPU is preferred, because rows are then selected without waiting for the device. float16 and
+bfloat16 images are computed in float32 and rounded once at the end.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
-# The ranges of skimage's Lab over the sRGB cube, with which CMC maps each channel to [-1, 1] (CMC/train_CMC.py).
+# Ranges of skimage's Lab over the sRGB cube, which CMC uses to map each channel to [-1, 1] (CMC/train_CMC.py).
 _LAB_RANGE = ((0.0, 100.0), (-86.183, 98.233), (-107.857, 94.478))
 LAB_MEAN = tuple((high + low) / 2 for low, high in _LAB_RANGE)
 LAB_STD = tuple((high - low) / 2 for low, high in _LAB_RANGE)
 
-# What PyContrast normalizes YDbDr with: the colors of ImageNet, and the half width of each range.
+# PyContrast's constants for normalizing YDbDr: the mean color of ImageNet, and half of the width of each range.
 YDBDR_MEAN, YDBDR_STD = (0.457, -0.082, -0.052), (0.5, 1.331, 1.333)
 _YDBDR_FROM_RGB = ((0.299, 0.587, 0.114), (-0.45, -0.883, 1.333), (-1.333, 1.116, 0.217))  # as skimage.color
 
-# As skimage.color: sRGB primaries, and the D65 white of the 2 degree observer.
+# As skimage.color: sRGB primaries, and the D65 white point of the 2 degree observer.
 _XYZ_FROM_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 _WHITE = (0.95047, 1.0, 1.08883)
 
 
 def in_working_precision(images: Tensor) -> Tensor:
-    """float32 for narrower types, else the images themselves: three digits are too few to compute with."""
+    """Convert float16 and bfloat16 images to float32, because their precision is too low; return others unchanged."""
     return images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
 
 
-def where_rows(images: Tensor, mask: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Replace the images of `mask` by `operation(images[rows], rows)`, rows being int64 on the mask's device."""
+def apply_to_rows(images: Tensor, mask: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Replace the images of `mask` by `operation(images[rows], rows)`, with int64 `rows` on the device of the mask."""
     rows = mask.nonzero().squeeze(1)
     if rows.numel() == 0:
         return images
@@ -43,98 +43,98 @@ def where_rows(images: Tensor, mask: Tensor, operation: Callable[[Tensor, Tensor
         return operation(images, rows)
     target = rows.to(images.device, non_blocking=True)
     changed = operation(images.index_select(0, target), rows)
-    # Zeroed rows plus the new ones: exact, and several times faster on the CPU than index_copy or where.
+    # Zeroing rows and adding the new ones is exact, and several times faster on the CPU than index_copy or where.
     return (images * column(~mask, images)).index_add_(0, target, changed)
 
 
 def column(values: Tensor, images: Tensor) -> Tensor:
-    """(N,) parameters as (N, 1, 1, 1), ready to be broadcast against the images."""
+    """Reshape parameters (N,) to (N, 1, 1, 1), with the device and dtype of the images, for broadcasting."""
     return values.to(images.device, images.dtype, non_blocking=True).view(-1, 1, 1, 1)
 
 
 def to_luma(images: Tensor) -> Tensor:
-    """ITU-R 601-2 luma (N, 1, H, W), with torchvision's rounded weights; always a new tensor."""
+    """Return the ITU-R 601-2 luma (N, 1, H, W), with torchvision's rounded weights; always a new tensor."""
     if images.shape[1] == 1:
         return images.clone()
     if images.shape[1] != 3:
-        raise ValueError(f"color operations need 1 or 3 channels, the images have {images.shape[1]}")
+        raise ValueError(f"color operations need images of 1 or 3 channels, but these have {images.shape[1]}")
     red, green, blue = images[:, 0:1], images[:, 1:2], images[:, 2:3]
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def _mean(gray: Tensor) -> Tensor:
-    """The mean of each image, (N, 1, 1, 1)."""
-    # In two steps: the sum over a whole image is split among threads when there is one image only, and its last bits
-    # would then depend on the batch size.
+    """Return the mean of each image, (N, 1, 1, 1)."""
+    # In two steps, because the sum over a whole image is split among threads if the batch has a single image, and the
+    # last bits would then depend on the batch size.
     return gray.mean(3, keepdim=True).mean(2, keepdim=True)
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Multiply by factor (N,) >= 0 and clamp to [0, 1]; 1 leaves an image as it is."""
+    """Multiply by factor (N,) >= 0 and clamp to [0, 1]; factor 1 leaves an image unchanged."""
     work = in_working_precision(images)
     return (work * column(factor, work)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean of the gray image: factor (N,) 0 gives that mean, 1 the image, more than 1 exaggerates."""
+    """Blend with the mean of the gray image. Factor (N,) 0 gives that mean, 1 the image, above 1 more contrast."""
     work = in_working_precision(images)
     weight = column(factor, work)
     return (work * weight).add_(_mean(to_luma(work)) * (1 - weight)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the gray image: factor (N,) 0 gives the gray image, 1 the image, more than 1 exaggerates."""
+    """Blend with the gray image. Factor (N,) 0 gives the gray image, 1 the image, above 1 more saturation."""
     work = in_working_precision(images)
     weight = column(factor, work)
     return (work * weight).add_(to_luma(work) * (1 - weight)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
-    """Rotate the hue in HSV by factor (N,) turns, in [-0.5, 0.5]; 0, or one channel, leaves an image as it is."""
+    """Rotate the hue in HSV by factor (N,) turns, in [-0.5, 0.5]. Factor 0 and one channel leave an image unchanged."""
     if images.shape[1] == 1:
         return images
     work = in_working_precision(images)
-    return where_rows(work, factor != 0, lambda part, rows: rotate_hue(part, factor[rows])).to(images.dtype)
+    return apply_to_rows(work, factor != 0, lambda part, rows: rotate_hue(part, factor[rows])).to(images.dtype)
 
 
 def rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
     """Rotate the hue of (N, 3, H, W) images in HSV by (N,) turns."""
-    # Arithmetic only: on the CPU comparisons and `where` cost several times as much as these operations.
+    # Only arithmetic, because on the CPU comparisons and `where` cost several times as much.
     red, green, blue = images.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     least = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - least
-    # The hue in sectors of 60 degrees is +-(1 + (g + b - r - min) / chroma), minus where b > g: all six branches of
-    # the usual definition in one. A gray pixel has numerator 0 and chroma 0, so that its hue plays no part.
+    # The hue in sectors of 60 degrees is +-(1 + (g + b - r - min) / chroma), negative if b > g: all six branches of the
+    # usual definition in one. A gray pixel has numerator 0 and chroma 0, so its hue has no effect.
     hue = (green + blue).sub_(red).sub_(least).div_(chroma.clamp(min=torch.finfo(images.dtype).tiny))
     hue = hue.add_(1).copysign_(green - blue).add_(column(turns, images)[:, 0] * 6)
     hue.sub_((hue / 6).floor_().mul_(6))
-    # v - c * clamp(min(k, 4 - k), 0, 1) with k = (n + hue) mod 6 for n = 5, 3, 1, the mod worked out by hand.
+    # v - c * clamp(min(k, 4 - k), 0, 1) with k = (n + hue) mod 6 for n = 5, 3, 1; the mod is resolved analytically.
     out = torch.empty_like(images)
     for channel, center in enumerate((3, 2, 4)):
         distance = (hue - center).abs_()
-        share = distance.neg_().add_(2) if channel == 0 else distance.sub_(1)
-        torch.sub(value, share.clamp_(0, 1).mul_(chroma), out=out[:, channel])
+        weight = distance.neg_().add_(2) if channel == 0 else distance.sub_(1)
+        torch.sub(value, weight.clamp_(0, 1).mul_(chroma), out=out[:, channel])
     return out
 
 
 def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue, in an order of its own for each image, clamped after each.
+    """Change brightness, contrast, saturation and hue in a separate order for each image, with a clamp after each.
 
     Args:
-        images: (N, C, H, W), C = 1 or 3; on one channel saturation and hue do nothing.
-        factors: (N, 4) factor of brightness, contrast, saturation and hue; (1, 1, 1, 0) leaves an image as it is.
+        images: (N, C, H, W), C = 1 or 3; with one channel saturation and hue have no effect.
+        factors: (N, 4) factor of brightness, contrast, saturation and hue; (1, 1, 1, 0) leaves an image unchanged.
         order: (N, 4) int64, each row a permutation of 0..3 (the columns of `factors`), first operation first.
 
     Returns:
         (N, C, H, W) of the dtype of `images`.
     """
     work = in_working_precision(images)
-    # Images are grouped by the slot in which their hue turns, so that each group is one slice of the batch in which
-    # every slot is one operation. A fifth group has no turn, and a blend by 1 in that slot; what follows the groups
-    # is not changed at all.
-    turns = (order == HUE) & (factors[:, HUE : HUE + 1] != 0) & (images.shape[1] == 3)
-    slot = torch.where(turns.any(1), turns.long().argmax(1), 4)
+    # Images are grouped by the slot of their hue rotation, so that each group is one slice of the batch in which every
+    # slot is one operation. The fifth group has no rotation, and a blend by 1 in that slot. The images after the groups
+    # are not changed.
+    is_rotation = (order == HUE) & (factors[:, HUE : HUE + 1] != 0) & (images.shape[1] == 3)
+    slot = torch.where(is_rotation.any(1), is_rotation.long().argmax(1), 4)
     slot = torch.where((factors[:, :HUE] == 1).all(1) & (factors[:, HUE] == 0), 5, slot)
     grouping = torch.argsort(slot, stable=True)
     grouped = work.index_select(0, grouping.to(work.device, non_blocking=True))
@@ -148,12 +148,12 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def _jitter_group(images: Tensor, factors: Tensor, order: Tensor, hue_slot: int) -> Tensor:
-    """Jitter images that turn their hue in the same slot; changes `images`."""
+    """Jitter images whose hue is rotated in the same slot. Modifies `images`."""
     for slot in range(4):
         if slot == hue_slot:
             images = rotate_hue(images, factors[:, HUE])
             continue
-        # Brightness, contrast and saturation are one blend f * image + (1 - f) * reference.
+        # Brightness, contrast and saturation all are a blend f * image + (1 - f) * reference.
         operation = order[:, slot]
         factor = factors.gather(1, operation.unsqueeze(1)).squeeze(1)
         factor = torch.where(operation == HUE, 1.0, factor)
@@ -165,21 +165,21 @@ def _jitter_group(images: Tensor, factors: Tensor, order: Tensor, hue_slot: int)
 
 
 def to_grayscale(images: Tensor, mask: Tensor) -> Tensor:
-    """The images of mask (N,) bool in gray, with as many channels as before."""
+    """Convert the images of mask (N,) bool to grayscale, with the same number of channels."""
 
     def operation(part: Tensor, rows: Tensor) -> Tensor:
         return to_luma(in_working_precision(part)).to(part.dtype).expand_as(part)
 
-    return where_rows(images, mask, operation)
+    return apply_to_rows(images, mask, operation)
 
 
 def solarize(images: Tensor, threshold: float, mask: Tensor) -> Tensor:
-    """Invert the values of at least `threshold` in [0, 1] of the images of mask (N,) bool."""
-    return where_rows(images, mask, lambda part, rows: torch.where(part >= threshold, 1 - part, part))
+    """Invert the values >= `threshold`, in [0, 1], of the images of mask (N,) bool."""
+    return apply_to_rows(images, mask, lambda part, rows: torch.where(part >= threshold, 1 - part, part))
 
 
 def rgb_to_lab(images: Tensor) -> Tensor:
-    """CIE Lab of sRGB images, as `skimage.color.rgb2lab` (D65, 2 degree observer).
+    """Convert sRGB images to CIE Lab, as `skimage.color.rgb2lab` (D65, 2 degree observer).
 
     Returns:
         (N, 3, H, W): L in [0, 100], a in about [-86.2, 98.2], b in about [-107.9, 94.5]; normalize with
@@ -189,14 +189,14 @@ def rgb_to_lab(images: Tensor) -> Tensor:
         ValueError: not three channels.
     """
     if images.shape[1] != 3:
-        raise ValueError(f'color_space "lab" needs 3 channels, the images have {images.shape[1]}; use "rgb"')
+        raise ValueError(f'color_space "lab" needs images of 3 channels, but these have {images.shape[1]}: use "rgb"')
     work = in_working_precision(images)
     linear = torch.where(work > 0.04045, ((work + 0.055) / 1.055) ** 2.4, work / 12.92)
     rows = []
     for coefficients, white in zip(_XYZ_FROM_RGB, _WHITE, strict=True):
         weights = [coefficient / white for coefficient in coefficients]
         tone = linear[:, 0] * weights[0] + linear[:, 1] * weights[1] + linear[:, 2] * weights[2]
-        # The clamp keeps the unused branch of `where` away from 0, where its derivative is infinite.
+        # The clamp keeps the unused branch of `where` above 0, where its derivative is infinite.
         root = tone.clamp(min=0.008856) ** (1 / 3)
         rows.append(torch.where(tone > 0.008856, root, 7.787 * tone + 16.0 / 116.0))
     x, y, z = rows
@@ -204,7 +204,7 @@ def rgb_to_lab(images: Tensor) -> Tensor:
 
 
 def rgb_to_ydbdr(images: Tensor) -> Tensor:
-    """YDbDr, the color space of SECAM, of sRGB images, as `skimage.color.rgb2ydbdr`: linear in the values.
+    """Convert sRGB images to YDbDr, the color space of SECAM, as `skimage.color.rgb2ydbdr`: linear in the values.
 
     Returns:
         (N, 3, H, W): Y in [0, 1], Db and Dr in [-1.333, 1.333]; normalize with YDBDR_MEAN and YDBDR_STD.
@@ -213,48 +213,49 @@ def rgb_to_ydbdr(images: Tensor) -> Tensor:
         ValueError: not three channels.
     """
     if images.shape[1] != 3:
-        raise ValueError(f'color_space "ydbdr" needs 3 channels, the images have {images.shape[1]}; use "rgb"')
+        raise ValueError(f'color_space "ydbdr" needs images of 3 channels, but these have {images.shape[1]}: use "rgb"')
     red, green, blue = in_working_precision(images).unbind(1)
     return torch.stack([red * r + green * g + blue * b for r, g, b in _YDBDR_FROM_RGB], 1).to(images.dtype)
 
 
 def lab_to_rgb(images: Tensor) -> Tensor:
-    """The inverse of `rgb_to_lab`, for pictures; colors outside of sRGB come out of [0, 1]."""
+    """Invert `rgb_to_lab`, for display. Colors outside of sRGB have values outside of [0, 1]."""
     lightness, a, b = in_working_precision(images).unbind(1)
     y = (lightness + 16) / 116
     tones = []
     for root, white in zip((y + a / 500, y, y - b / 200), _WHITE, strict=True):
         tones.append(white * torch.where(root > 0.008856 ** (1 / 3), root**3, (root - 16.0 / 116.0) / 7.787))
-    linear = _inverse(_XYZ_FROM_RGB, torch.stack(tones, 1))
+    linear = _apply_inverse(_XYZ_FROM_RGB, torch.stack(tones, 1))
     return torch.where(linear > 0.0031308, 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055, 12.92 * linear)
 
 
 def ydbdr_to_rgb(images: Tensor) -> Tensor:
-    """The inverse of `rgb_to_ydbdr`, for pictures."""
-    return _inverse(_YDBDR_FROM_RGB, in_working_precision(images))
+    """Invert `rgb_to_ydbdr`, for display."""
+    return _apply_inverse(_YDBDR_FROM_RGB, in_working_precision(images))
 
 
-def _inverse(matrix: Sequence[Sequence[float]], images: Tensor) -> Tensor:
-    """The channels (N, 3, H, W) from which `matrix` made those of `images`."""
+def _apply_inverse(matrix: Sequence[Sequence[float]], images: Tensor) -> Tensor:
+    """Apply the inverse of a 3 x 3 matrix to the channels of images (N, 3, H, W)."""
     inverse = torch.linalg.inv(torch.tensor(matrix, dtype=torch.float64)).to(images)
     return torch.einsum("ij,njhw->nihw", inverse, images)
 
 
 def check_scale(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
-    """Raise ValueError unless there is one value for each channel, each std above 0."""
+    """Raise ValueError unless `mean` and `std` have one value per channel, and each std is above 0."""
     if len(mean) != channels or len(std) != channels:
         raise ValueError(
-            f"mean={tuple(mean)} and std={tuple(std)} must have one value for each of the {channels} channels"
+            f"mean is {tuple(mean)} and std is {tuple(std)}, but each must have one value for each of the {channels} "
+            "channels"
         )
     if min(std) <= 0:
-        raise ValueError(f"std={tuple(std)} must be above 0 in every channel")
+        raise ValueError(f"std is {tuple(std)}, but it must be above 0 in every channel")
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(images - mean) / std, one pair a channel.
+    """Return (images - mean) / std, with one pair per channel.
 
     Raises:
-        ValueError: as many values as channels are needed, and each std above 0.
+        ValueError: the number of values is not the number of channels, or a std is not above 0.
     """
     check_scale(mean, std, images.shape[1])
     work = in_working_precision(images)

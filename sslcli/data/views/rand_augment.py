@@ -1,9 +1,9 @@
-"""RandAugment: a few of fifteen operations a view, drawn for each image, on batches.
+"""Batched RandAugment: applies a few of fifteen operations to each view, drawn for each image.
 
-Cubuk et al. 2020, https://arxiv.org/abs/1909.13719, with the operations, the magnitudes and the chance of one half that
-PyContrast trains InfoMin with (pycontrast/datasets/RandAugment.py, after timm's auto_augment.py). The images of a batch
-are sorted by operation, so that each operation runs once. Where an operation is defined on 8 bits (equalize, posterize,
-the two that solarize) values are rounded to them first; everything else keeps its precision.
+Cubuk et al. 2020, https://arxiv.org/abs/1909.13719, with the operations, the magnitudes and the probability of 0.5 that
+PyContrast uses to train InfoMin (pycontrast/datasets/RandAugment.py, after timm's auto_augment.py). The images of a
+batch are sorted by operation, so that each operation runs once. The operations that are defined on 8 bits (equalize,
+posterize, solarize, solarize_add) first round the values to 8 bits; all others keep the precision.
 
 Shapes: N images, C = 1 or 3 channels, H x W pixels; images are float in [0, 1].
 """
@@ -23,43 +23,44 @@ from sslcli.data.views.color import (
     in_working_precision,
 )
 
-# The geometric ones are last, and so are one slice of the sorted images.
+# The geometric operations are last, so that they form one slice of the sorted images.
 OPERATIONS = (
     *("auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add"),
     *("color", "contrast", "brightness", "sharpness"),
     *("rotate", "shear_x", "shear_y", "translate_x", "translate_y"),
 )
-MOST = 10.0  # the largest magnitude
-STREAMS = 6  # uniform numbers that one operation of one image takes
+MAX_MAGNITUDE = 10.0
+STREAMS = 6  # uniform numbers per operation and image
 _GEOMETRIC = OPERATIONS.index("rotate")
-_CUBIC = -1.0  # the coefficient of PIL's bicubic transforms; its resize has another
+_CUBIC = -1.0  # coefficient of PIL's bicubic transforms; PIL's resize uses another one
 
 
 def rand_augment(
     images: Tensor, draws: Tensor, *, magnitude: float, std: float, probability: float, fill: Tensor
 ) -> Tensor:
-    """One operation after the other, as many as there are draws for.
+    """Apply L random operations to each image, one after the other.
 
     Args:
         images: (N, C, H, W).
-        draws: (L, STREAMS, N) uniform in [0, 1), for L operations an image; best on the CPU. L = 0 changes nothing.
-        magnitude: mean of the normal distribution of the magnitude, in [0, 10]; what is drawn is clipped to that.
-        std: its deviation, at least 0.
-        probability: of each of the L operations to happen at all.
-        fill: (C,) color of what geometric operations uncover, in [0, 1].
+        draws: (L, STREAMS, N) uniform in [0, 1), for L operations per image; preferably on the CPU. L = 0 returns the
+            images unchanged.
+        magnitude: mean of the normal distribution of the magnitude, in [0, 10]. The drawn value is clipped to [0, 10].
+        std: standard deviation of the magnitude, at least 0.
+        probability: probability that each of the L operations is applied.
+        fill: (C,) color in [0, 1] of the area that geometric operations uncover.
 
     Returns:
         (N, C, H, W) of the dtype of `images`, in [0, 1].
     """
     work = in_working_precision(images)
     for which, happens, radius, angle, sign, smooth in draws:
-        normal = torch.sqrt(-2 * torch.log1p(-radius)) * torch.cos(2 * math.pi * angle)  # Box and Muller
-        level = (magnitude + std * normal).clamp(0, MOST)
+        normal = torch.sqrt(-2 * torch.log1p(-radius)) * torch.cos(2 * math.pi * angle)  # Box-Muller transform
+        level = (magnitude + std * normal).clamp(0, MAX_MAGNITUDE)
         operation = torch.where(happens < probability, (which * len(OPERATIONS)).long(), len(OPERATIONS))
         order = operation.argsort(stable=True)
         work = work.index_select(0, order.to(work.device, non_blocking=True))
-        sides = torch.arange(len(OPERATIONS) + 1, device=operation.device)
-        ends = torch.searchsorted(operation[order], sides).tolist()
+        numbers = torch.arange(len(OPERATIONS) + 1, device=operation.device)
+        ends = torch.searchsorted(operation[order], numbers).tolist()
         for number in range(_GEOMETRIC):
             rows = slice(ends[number], ends[number + 1])
             if rows.start < rows.stop:
@@ -74,10 +75,10 @@ def rand_augment(
     return work.to(images.dtype)
 
 
-def operate(name: str, images: Tensor, level: Tensor, *, bicubic: Tensor, fill: Tensor) -> Tensor:
-    """The operation `name` at level (N,) in [0, 10], or [-10, 10] for the geometric ones.
+def apply_operation(name: str, images: Tensor, level: Tensor, *, bicubic: Tensor, fill: Tensor) -> Tensor:
+    """Apply the operation `name` at level (N,), in [0, 10] or, for geometric operations, [-10, 10].
 
-    bicubic: (N,) bool, of geometric operations: bicubic in place of bilinear.
+    bicubic: (N,) bool, for geometric operations: bicubic instead of bilinear interpolation.
     """
     number = OPERATIONS.index(name)
     if number < _GEOMETRIC:
@@ -86,9 +87,9 @@ def operate(name: str, images: Tensor, level: Tensor, *, bicubic: Tensor, fill: 
 
 
 def _recolor(name: str, images: Tensor, level: Tensor) -> Tensor:
-    """An operation that moves no pixel."""
-    share = level / MOST
-    factor = 0.1 + 1.8 * share
+    """Apply an operation that is not geometric."""
+    strength = level / MAX_MAGNITUDE
+    factor = 0.1 + 1.8 * strength
     if name == "auto_contrast":
         return auto_contrast(images)
     if name == "equalize":
@@ -96,12 +97,12 @@ def _recolor(name: str, images: Tensor, level: Tensor) -> Tensor:
     if name == "invert":
         return 1 - images
     if name == "posterize":
-        return posterize(images, (share * 4).floor())
+        return posterize(images, (strength * 4).floor())
     if name == "solarize":
-        threshold = (share * 256).floor()
+        threshold = (strength * 256).floor()
         return torch.where(_levels(images) < column(threshold, images), images, 1 - images)
     if name == "solarize_add":
-        brighter = images + column((share * 110).floor() / 255, images)
+        brighter = images + column((strength * 110).floor() / 255, images)
         return torch.where(_levels(images) < 128, brighter.clamp(max=1), images)
     if name == "color":
         return adjust_saturation(images, factor)
@@ -113,12 +114,12 @@ def _recolor(name: str, images: Tensor, level: Tensor) -> Tensor:
 
 
 def _levels(images: Tensor) -> Tensor:
-    """The 8 bits nearest to each value, as whole floats."""
+    """Round values to 8 bits: float whole numbers in [0, 255]."""
     return (images * 255).round_()
 
 
 def auto_contrast(images: Tensor) -> Tensor:
-    """Each channel of each image stretched so that its least value is 0 and its greatest 1; a flat one stays."""
+    """Scale each channel of each image so that its minimum is 0 and its maximum is 1. A constant channel is kept."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     spread = high - low
     flat = spread <= 0
@@ -126,7 +127,10 @@ def auto_contrast(images: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Each channel of each image with a histogram as even as 256 levels allow; as PIL's, one of few pixels stays."""
+    """Equalize the histogram of each channel of each image, over 256 levels.
+
+    As in PIL, a channel with too few pixels below its maximum is kept.
+    """
     count, channels, height, width = images.shape
     level = _levels(images).long().flatten(2)  # (N, C, H * W)
     histogram = torch.zeros(count, channels, 256, dtype=torch.long, device=images.device)
@@ -140,64 +144,67 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """Keep the `bits` (N,) highest of 8 bits of each value; 0 is black."""
+    """Keep the `bits` (N,) highest of the 8 bits of each value; 0 bits give black."""
     step = column(2 ** (8 - bits), images)
     return (_levels(images) / step).floor_() * step / 255
 
 
 def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the image smoothed by PIL's SMOOTH filter: factor (N,) 0 gives that, 1 the image, more exaggerates."""
+    """Blend with the image smoothed by PIL's SMOOTH filter.
+
+    Factor (N,) 0 gives the smoothed image, 1 the image, above 1 a sharper one.
+    """
     if min(images.shape[2:]) < 3:
         return images
     inner = images[:, :, 1:-1, 1:-1]
     rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     smooth = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner) / 13
-    out = images.clone()  # the edge has no neighbors and stays
+    out = images.clone()  # pixels at the edge lack neighbors and are kept
     weight = column(factor, images)
     out[:, :, 1:-1, 1:-1] = (inner * weight + smooth * (1 - weight)).clamp_(0, 1)
     return out
 
 
 def _matrices(operation: Tensor, level: Tensor, height: int, width: int) -> Tensor:
-    """(N, 6): where a place of the result lies in the image, x' = a x + b y + c and y' = d x + e y + f."""
-    share = level / MOST
+    """Return matrices (N, 6) that map a pixel of the result to the image: x' = a x + b y + c, y' = d x + e y + f."""
+    strength = level / MAX_MAGNITUDE
     names = [OPERATIONS[number] for number in operation.tolist()]
 
-    def where(name: str) -> Tensor:
-        return torch.tensor([other == name for other in names], dtype=share.dtype, device=share.device)
+    def mask(name: str) -> Tensor:
+        return torch.tensor([other == name for other in names], dtype=strength.dtype, device=strength.device)
 
-    angle = torch.deg2rad(30 * share) * where("rotate")
+    angle = torch.deg2rad(30 * strength) * mask("rotate")
     cos, sin = torch.cos(angle), torch.sin(angle)
-    a, b, d, e = cos, -sin + 0.3 * share * where("shear_x"), sin + 0.3 * share * where("shear_y"), cos
-    # A rotation is about the center; PIL's turns counter-clockwise as y points down.
-    turned = where("rotate")
-    c = 0.45 * width * share * where("translate_x") + turned * (width - cos * width + sin * height) / 2
-    f = 0.45 * height * share * where("translate_y") + turned * (height - sin * width - cos * height) / 2
+    a, b, d, e = cos, -sin + 0.3 * strength * mask("shear_x"), sin + 0.3 * strength * mask("shear_y"), cos
+    # Rotations are about the center, and counter-clockwise as in PIL, since y points down.
+    rotated = mask("rotate")
+    c = 0.45 * width * strength * mask("translate_x") + rotated * (width - cos * width + sin * height) / 2
+    f = 0.45 * height * strength * mask("translate_y") + rotated * (height - sin * width - cos * height) / 2
     return torch.stack((a, b, c, d, e, f), 1)
 
 
 def affine(images: Tensor, matrix: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
-    """Draw each image again from where its matrix says, as PIL's Image.transform with AFFINE does.
+    """Resample each image with an affine transformation, as PIL's Image.transform with AFFINE.
 
     Args:
         images: (N, C, H, W).
-        matrix: (N, 6) a, b, c, d, e, f: the pixel centered at (x, y) shows the image at (a x + b y + c, d x + e y + f).
-        bicubic: (N,) bool; the others are bilinear.
-        fill: (C,) color of what lies outside of the image.
+        matrix: (N, 6) a, b, c, d, e, f. The pixel centered at (x, y) is read from (a x + b y + c, d x + e y + f).
+        bicubic: (N,) bool, True for bicubic, False for bilinear interpolation.
+        fill: (C,) color of the area outside of the image.
     """
     out = torch.empty_like(images)
     for mask, radius in ((~bicubic, 1), (bicubic, 2)):
         rows = mask.nonzero().squeeze(1)
         if len(rows):
-            here = rows.to(images.device, non_blocking=True)
-            out[here] = _sample(
-                images.index_select(0, here), matrix[rows].to(images.device, images.dtype), radius, fill
+            target = rows.to(images.device, non_blocking=True)
+            out[target] = _sample(
+                images.index_select(0, target), matrix[rows].to(images.device, images.dtype), radius, fill
             )
     return out
 
 
 def _sample(images: Tensor, matrix: Tensor, radius: int, fill: Tensor) -> Tensor:
-    """`affine` for one filter: bilinear reaches 1 pixel to either side, bicubic 2."""
+    """Apply `affine` with one filter: bilinear has a radius of 1 pixel, bicubic of 2."""
     count, channels, height, width = images.shape
     y = (torch.arange(height, device=images.device) + 0.5).to(images.dtype).view(1, -1, 1)
     x = (torch.arange(width, device=images.device) + 0.5).to(images.dtype).view(1, 1, -1)
@@ -210,28 +217,28 @@ def _sample(images: Tensor, matrix: Tensor, radius: int, fill: Tensor) -> Tensor
     out = torch.zeros_like(images)
     for line, vertical in zip(lines, top, strict=True):
         part = torch.zeros_like(images)
-        for place, horizontal in zip(columns, left, strict=True):
-            index = (line * width + place).view(count, 1, -1).expand(-1, channels, -1)
+        for position, horizontal in zip(columns, left, strict=True):
+            index = (line * width + position).view(count, 1, -1).expand(-1, channels, -1)
             part += flat.gather(2, index).view(images.shape) * horizontal.unsqueeze(1)
         out += part * vertical.unsqueeze(1)
-    paint = fill.to(images.device, images.dtype).view(1, -1, 1, 1)
-    return torch.where(outside.unsqueeze(1), paint, out.clamp_(0, 1))
+    color = fill.to(images.device, images.dtype).view(1, -1, 1, 1)
+    return torch.where(outside.unsqueeze(1), color, out.clamp_(0, 1))
 
 
-def _taps(place: Tensor, length: int, radius: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Index and weight of the pixels around `place`, edges repeated."""
-    first = (place - 0.5).floor()
-    share = place - 0.5 - first
+def _taps(position: Tensor, length: int, radius: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return index and weight of the pixels around `position`, with repeated edges."""
+    first = (position - 0.5).floor()
+    fraction = position - 0.5 - first
     index, weights = [], []
     for offset in range(1 - radius, radius + 1):
         index.append((first + offset).clamp(0, length - 1).long())
-        distance = (share - offset).abs()
+        distance = (fraction - offset).abs()
         weights.append(1 - distance if radius == 1 else _cubic(distance))
     return index, weights
 
 
 def _cubic(distance: Tensor) -> Tensor:
-    """Keys' kernel at distances from 0 to 2, with the coefficient of PIL's transforms."""
+    """Return Keys' kernel at distances from 0 to 2, with the coefficient of PIL's transforms."""
     near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance * distance + 1
     far = ((_CUBIC * distance - 5 * _CUBIC) * distance + 8 * _CUBIC) * distance - 4 * _CUBIC
     return torch.where(distance < 1, near, far)

@@ -1,4 +1,4 @@
-"""What a view is: one distribution of random crops and color changes, written in yaml."""
+"""Settings of a view: one distribution of random crops and color changes, as a yaml file describes it."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from sslcli.errors import check_keys
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One distribution of views. Probabilities are per image, pairs are inclusive ranges (low, high).
+    """One distribution of views. Probabilities are per image; pairs are inclusive ranges (low, high).
 
     Attributes:
-        count: how many views are drawn from it.
-        size: side in pixels; None for the run's image size.
-        crop_scale: area of the crop as a share of the image, uniform; None takes the whole image.
+        count: number of views drawn from it.
+        size: side in pixels; None uses the image size of the run.
+        crop_scale: area of the crop as a fraction of the image, uniform; None uses the whole image.
         crop_ratio: width / height of the crop, log-uniform.
         interpolation: "bilinear" or "bicubic", both antialiased.
         flip: probability of a left-right flip.
         jitter: strength of (brightness, contrast, saturation, hue). The first three draw a factor from
             [max(0, 1 - strength), 1 + strength], hue draws turns from [-strength, strength]; the order is random.
         jitter_p: probability of jitter.
-        grayscale: probability of gray.
-        grayscale_first: gray before jitter (InstDisc) instead of after it.
+        grayscale: probability of conversion to grayscale.
+        grayscale_first: grayscale before jitter (InstDisc) instead of after it.
         blur: probability of a Gaussian blur.
-        blur_sigma: its standard deviation in pixels, uniform.
-        blur_kernel: number of its taps, odd; None for about a tenth of the side, at least 3 (SimCLR).
-        solarize: probability of inverting the values from `solarize_threshold` in [0, 1] on.
-        rand_augment: number of operations of RandAugment, see `sslcli.data.views.rand_augment`; 0 for none.
-        rand_augment_magnitude: mean of their magnitude, in [0, 10]; what is drawn is clipped to that.
-        rand_augment_std: deviation of the magnitude.
-        rand_augment_p: probability of each of the operations to happen at all.
+        blur_sigma: standard deviation of the blur in pixels, uniform.
+        blur_kernel: kernel size of the blur, odd; None uses about a tenth of the side, at least 3 (SimCLR).
+        solarize: probability of inverting the values >= `solarize_threshold`, which is in [0, 1].
+        rand_augment: number of RandAugment operations, see `sslcli.data.views.rand_augment`; 0 for none.
+        rand_augment_magnitude: mean of their magnitude, in [0, 10]. The drawn value is clipped to [0, 10].
+        rand_augment_std: standard deviation of the magnitude.
+        rand_augment_p: probability that each of the operations is applied.
 
     Raises:
-        ValueError: a value out of its range; the message names the field.
+        ValueError: a value is out of range; the message names the field.
     """
 
     count: int = 1
@@ -61,7 +61,7 @@ class View:
     rand_augment_p: float = 0.5
 
     def __post_init__(self) -> None:
-        """Check every field, and turn the lists that yaml gives into tuples."""
+        """Validate every field and convert the lists of yaml to tuples."""
         self._check_integer("count", minimum=1)
         if self.size is not None:
             self._check_integer("size", minimum=1)
@@ -69,37 +69,37 @@ class View:
             self._check_range("crop_scale", above=0.0, maximum=1.0)
         self._check_range("crop_ratio", above=0.0)
         if self.interpolation not in augment.INTERPOLATIONS:
-            raise _wrong("interpolation", self.interpolation, f"one of {', '.join(augment.INTERPOLATIONS)}")
+            raise _field_error("interpolation", self.interpolation, f"one of {', '.join(augment.INTERPOLATIONS)}")
         strengths = self._check_numbers("jitter", 4, "four numbers (brightness, contrast, saturation, hue)")
         if min(strengths) < 0 or strengths[3] > 0.5:
-            raise _wrong("jitter", self.jitter, "at least 0 each, and hue, the fourth, at most 0.5")
+            raise _field_error("jitter", self.jitter, "at least 0 each, and hue, the fourth, at most 0.5")
         for name in ("flip", "jitter_p", "grayscale", "blur", "solarize", "solarize_threshold", "rand_augment_p"):
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value <= 1:
-                raise _wrong(name, value, "a number in [0, 1]")
+                raise _field_error(name, value, "a number in [0, 1]")
         if not isinstance(self.grayscale_first, bool):
-            raise _wrong("grayscale_first", self.grayscale_first, "true or false")
+            raise _field_error("grayscale_first", self.grayscale_first, "true or false")
         self._check_range("blur_sigma", above=0.0)
         if self.blur_kernel is not None:
             self._check_integer("blur_kernel", minimum=1)
             if self.blur_kernel % 2 == 0:
-                raise _wrong("blur_kernel", self.blur_kernel, "odd, so that it has a center")
+                raise _field_error("blur_kernel", self.blur_kernel, "odd, so that it has a center")
         self._check_integer("rand_augment", minimum=0)
-        for name, most in (("rand_augment_magnitude", rand_augment.MOST), ("rand_augment_std", math.inf)):
+        for name, maximum in (("rand_augment_magnitude", rand_augment.MAX_MAGNITUDE), ("rand_augment_std", math.inf)):
             value = getattr(self, name)
-            if not is_number(value) or not 0 <= value <= most:
-                limit = "" if most == math.inf else f" and at most {most:g}"
-                raise _wrong(name, value, f"a number of at least 0{limit}")
+            if not is_number(value) or not 0 <= value <= maximum:
+                limit = "" if maximum == math.inf else f" and at most {maximum:g}"
+                raise _field_error(name, value, f"a number of at least 0{limit}")
 
     def _check_integer(self, name: str, *, minimum: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise _wrong(name, value, f"an integer of at least {minimum}")
+            raise _field_error(name, value, f"an integer of at least {minimum}")
 
     def _check_numbers(self, name: str, length: int, what: str) -> tuple[float, ...]:
         value = getattr(self, name)
         if not isinstance(value, Sequence) or len(value) != length or not all(map(is_number, value)):
-            raise _wrong(name, value, what)
+            raise _field_error(name, value, what)
         numbers = tuple(float(number) for number in value)
         object.__setattr__(self, name, numbers)
         return numbers
@@ -109,19 +109,19 @@ class View:
         constraint = f"a pair (low, high) with {above:g} < low <= high{limit}"
         low, high = self._check_numbers(name, 2, constraint)
         if not above < low <= high <= maximum:
-            raise _wrong(name, getattr(self, name), constraint)
+            raise _field_error(name, getattr(self, name), constraint)
 
     @property
-    def jitters(self) -> bool:
-        """Whether this view ever changes colors by jitter."""
+    def has_jitter(self) -> bool:
+        """Whether the jitter of this view can change colors."""
         return self.jitter_p > 0 and any(strength > 0 for strength in self.jitter)
 
     def kernel_size(self, size: int) -> int:
-        """Number of taps of the blur for images of `size` pixels; `blur_kernel` where that is set."""
+        """Return the kernel size of the blur for images of `size` pixels: `blur_kernel` if it is set."""
         return self.blur_kernel if self.blur_kernel is not None else max(3, size // 10 // 2 * 2 + 1)
 
     def describe(self) -> str:
-        """One line for people, without the operations that never happen."""
+        """Return a description in one line, without operations of probability 0."""
         parts = [f"{self.count} x {self.size or 'image size'}"]
         parts.append("no crop" if self.crop_scale is None else "crop {:g}-{:g}".format(*self.crop_scale))
         if self.interpolation != "bilinear":
@@ -130,7 +130,7 @@ class View:
             parts.append(f"flip p={self.flip:g}")
         gray = [f"gray p={self.grayscale:g}"] if self.grayscale > 0 else []
         jitter = "jitter ({:g}, {:g}, {:g}, {:g})".format(*self.jitter)
-        jitters = [f"{jitter} p={self.jitter_p:g}"] if self.jitters else []
+        jitters = [f"{jitter} p={self.jitter_p:g}"] if self.has_jitter else []
         parts += gray + jitters if self.grayscale_first else jitters + gray
         if self.blur > 0:
             parts.append("blur {:g}-{:g}".format(*self.blur_sigma) + f" p={self.blur:g}")
@@ -143,19 +143,20 @@ class View:
 
 
 def is_number(value: object) -> bool:
+    """Return whether `value` is a finite int or float."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _wrong(name: str, value: object, constraint: str) -> ValueError:
+def _field_error(name: str, value: object, constraint: str) -> ValueError:
     return ValueError(f"{name}={value!r} of a view must be {constraint}")
 
 
 def parse(number: int, entry: Mapping[str, Any] | View) -> View:
-    """A View from its yaml; errors say which entry it is."""
+    """Return the View of entry `number` of the yaml list. Error messages name the entry."""
     if isinstance(entry, View):
         return entry
     if not isinstance(entry, Mapping):
-        raise ValueError(f"views[{number}]={entry!r} must be a mapping of view fields")
+        raise ValueError(f"views[{number}] is {entry!r}, but it must be a mapping of view fields")
     check_keys(f"views[{number}]", entry, [field.name for field in fields(View)])
     try:
         return View(**{str(key): value for key, value in entry.items()})

@@ -1,12 +1,12 @@
-"""Views: which random crops and color changes are made of each image.
+"""Views of an image: random crops and color changes, drawn and applied in batches.
 
-`Views` draws from a list of distributions, see `view`. Every parameter is a pure function of
-(image key, view number, operation), see `rng`: a view of an image is the same in whatever batch it comes.
-The operations come in this order, each optional (grayscale before the jitter where `grayscale_first` is set):
+`Views` draws from a list of distributions, see `spec`. Every parameter is a pure function of (image key, view number,
+operation), see `rng`, so a view of an image does not depend on the batch that contains it. The operations have this
+order, and each is optional (with `grayscale_first`, grayscale precedes the jitter):
 
     crop and resize -> flip -> color jitter -> grayscale -> blur -> solarize -> color space -> normalize
 
-With RandAugment the blur comes earlier, which makes no difference to gray: jitter -> blur -> RandAugment -> grayscale.
+With RandAugment the order is jitter -> blur -> RandAugment -> grayscale; blur and grayscale commute.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sslcli.kernels.color import Parameters, change
 
 COLOR_SPACES = ("rgb", "lab", "ydbdr")
 
-# Streams of rng.uniform. A number says what a draw is for; changing one changes every run.
+# Streams of rng.uniform, one per purpose of a draw. Changing a number changes the results of every run.
 _FLIP, _JITTER, _ORDER, _FACTORS, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE, _COLOR_STREAMS = 0, 1, 2, 3, 7, 8, 9, 10, 11
 _TRIES = 10
 _TOP, _LEFT, _AREA, _RATIO, _CROP_STREAMS = 0, 1, 2, 2 + _TRIES, 2 + 2 * _TRIES
@@ -40,25 +40,26 @@ _IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])
 
 
 class Views:
-    """All views that are made of an image, in order; an entry of `count` n makes n of them.
+    """All views of an image, in order. An entry with `count` n defines n views.
 
     Args:
         views: the distributions, as mappings of the fields of `View`, or as `View`.
         normalize: whether to subtract the mean and divide by the standard deviation at the end. With color_space "lab"
-            and "ydbdr" these are the constants of CMC, which map each channel to about [-1, 1], not those of the set.
-        color_space: "rgb", "lab" (CIE Lab) or "ydbdr" (YDbDr) of the result.
+            and "ydbdr" these are the constants of CMC, which map each channel to about [-1, 1], not those of the
+            dataset.
+        color_space: color space of the result: "rgb", "lab" (CIE Lab) or "ydbdr" (YDbDr).
 
     Raises:
-        ValueError: no views, an unknown key or color space, or a value out of its range.
+        ValueError: no views, an unknown key or color space, or a value out of range.
     """
 
     def __init__(
         self, views: Sequence[Mapping[str, Any] | View], *, normalize: bool = True, color_space: str = "rgb"
     ) -> None:
         if isinstance(views, (str, Mapping)) or not isinstance(views, Sequence) or len(views) == 0:
-            raise ValueError(f"views={views!r} must be a list of at least one view")
+            raise ValueError(f"views is {views!r}, but it must be a list of at least one view")
         if color_space not in COLOR_SPACES:
-            raise ValueError(f"color_space={color_space!r} must be one of {', '.join(COLOR_SPACES)}")
+            raise ValueError(f"color_space is {color_space!r}, but it must be one of {', '.join(COLOR_SPACES)}")
         self.entries = [parse_view(number, entry) for number, entry in enumerate(views)]
         self.views = [entry for entry in self.entries for _ in range(entry.count)]
         self.normalize = normalize
@@ -66,7 +67,7 @@ class Views:
 
     @property
     def num_views(self) -> int:
-        """Number of views made of an image."""
+        """Number of views per image."""
         return len(self.views)
 
     @property
@@ -77,17 +78,18 @@ class Views:
         return [numbers[start : start + 2] for numbers in entries for start in range(0, len(numbers), 2)]
 
     def sizes(self, image_size: int) -> list[int]:
-        """Side of each view in pixels, for a run of `image_size`."""
+        """Return the side of each view in pixels, for a run with this image size."""
         return [view.size or image_size for view in self.views]
 
     def describe(self) -> list[str]:
-        """One line for each entry, for printing."""
+        """Return a description of each entry, one line each."""
         return [entry.describe() for entry in self.entries]
 
     def boxes(self, view: int | Tensor, key: Tensor, height: Tensor, width: Tensor) -> Tensor:
-        """Crop boxes, drawn as torchvision's RandomResizedCrop.get_params draws them.
+        """Draw crop boxes as torchvision's RandomResizedCrop.get_params.
 
-        The first of ten that fits into the image; where none does, the largest centered box whose ratio is allowed.
+        A box is the first of ten candidates that fits the image. If none fits, it is the largest centered box with an
+        allowed ratio.
 
         Args:
             view: number of the view, in range(num_views), or (N,) one for each image, all of the same entry.
@@ -101,13 +103,13 @@ class Views:
         if spec.crop_scale is None:
             return torch.stack((torch.zeros_like(height), torch.zeros_like(height), height, width), 1)
         streams = torch.arange(_FIRST_CROP_STREAM, _FIRST_CROP_STREAM + _CROP_STREAMS, device=key.device)
-        # float64, so that a rounding of sqrt or exp all but never moves a box by a pixel.
+        # float64, so that rounding in sqrt or exp almost never moves a box by a pixel.
         draws = uniform(mix(key, view).unsqueeze(1), streams).double()
         area = _between(draws[:, _AREA : _AREA + _TRIES], *spec.crop_scale)
         low, high = spec.crop_ratio
         ratio = torch.exp(_between(draws[:, _RATIO : _RATIO + _TRIES], math.log(low), math.log(high)))
-        place = draws[:, [_TOP, _LEFT]]
-        return augment.crop_boxes(area, ratio, place, height, width, ratio_range=(low, high))
+        offset = draws[:, [_TOP, _LEFT]]
+        return augment.crop_boxes(area, ratio, offset, height, width, ratio_range=(low, high))
 
     def color(
         self,
@@ -119,41 +121,41 @@ class Views:
         std: Sequence[float],
         photometric: slice = slice(None),
     ) -> Tensor:
-        """Everything after the crop: flip, the operations of `_photometric`, then `finish`.
+        """Apply all operations after the crop: flip, photometric operations, then `finish`.
 
         Args:
             view: number of the view, in range(num_views), or (N,) one for each image, all of the same entry.
-            key: (N,) int64, the key of each image; best on the CPU, where the parameters are drawn.
+            key: (N,) int64, the key of each image; preferably on the CPU, where the parameters are drawn.
             images: (N, C, S, S) float in [0, 1], the crops.
-            mean, std: of the set, one value a channel, on the scale [0, 1].
-            photometric: the channels that the operations between flip and `finish` change; they may be none.
+            mean, std: of the dataset, one value per channel, on the scale [0, 1].
+            photometric: the channels that the operations between flip and `finish` change; may be empty.
 
         Returns:
             (N, C, S, S) of the dtype of `images`.
 
         Raises:
-            ValueError: bytes, or RandAugment of some channels only.
+            ValueError: integer images, or RandAugment for a part of the channels.
         """
         if not images.is_floating_point():
-            raise ValueError(f"color() got images of dtype {images.dtype}; divide by 255 to get floats in [0, 1]")
+            raise ValueError(f"color() got images of dtype {images.dtype}: divide by 255 to get floats in [0, 1]")
         spec = self._spec(view)
         draws = uniform(mix(key.cpu(), view).unsqueeze(0), torch.arange(_COLOR_STREAMS).unsqueeze(1))
-        chosen = _chosen(spec, draws, images)
+        parameters = _draw_parameters(spec, draws, images)
         first, last, _ = photometric.indices(images.shape[1])
         if (first, last) == (0, images.shape[1]):
             plain = self.normalize and self.color_space == "rgb"
-            changed = _in_one_pass(spec, chosen, images, (mean, std) if plain else None)
+            changed = _in_one_pass(spec, parameters, images, (mean, std) if plain else None)
             if changed is not None:
                 return changed if plain else self.finish(changed, mean=mean, std=std)
-        images = augment.flip(images, chosen.flipped)
+        images = augment.flip(images, parameters.flipped)
         if first < last:
             before, part, after = images.tensor_split((first, last), 1)
             if spec.rand_augment > 0 and part.shape != images.shape:
                 raise ValueError(
-                    "rand_augment of a view moves pixels, so the modalities of an image would no longer lie over each "
-                    "other: set it to 0, or choose other views"
+                    "rand_augment of a view moves pixels, so the modalities of an image would no longer be aligned: "
+                    "set rand_augment to 0, or choose other views"
                 )
-            part = _photometric(spec, chosen, mix(key.cpu(), view), part, mean[first:last])
+            part = _photometric(spec, parameters, mix(key.cpu(), view), part, mean[first:last])
             images = part if part.shape == images.shape else torch.cat((before, part, after), 1)
         return self.finish(images, mean=mean, std=std)
 
@@ -161,11 +163,11 @@ class Views:
         return self.views[view if isinstance(view, int) else int(view[0])]
 
     def finish(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Color space and normalization only: what evaluation applies, so that both see the same numbers.
+        """Convert to the color space and normalize. Evaluation applies only this.
 
         Args:
             images: (N, C, H, W) float in [0, 1].
-            mean, std: of the set; not used where the color space has constants of its own, or `normalize` is off.
+            mean, std: of the dataset; not used if the color space has its own constants, or if `normalize` is False.
         """
         if self.color_space == "lab":
             images, mean, std = augment.rgb_to_lab(images), LAB_MEAN, LAB_STD
@@ -174,7 +176,7 @@ class Views:
         return augment.normalize(images, mean, std) if self.normalize else images
 
     def restore(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """What `finish` was given, clamped to [0, 1], to be looked at; arguments and shapes are those of `finish`."""
+        """Invert `finish`, clamped to [0, 1], for display. Arguments and shapes are those of `finish`."""
         if self.color_space == "lab":
             mean, std = LAB_MEAN, LAB_STD
         elif self.color_space == "ydbdr":
@@ -187,14 +189,14 @@ class Views:
 
 
 class ScaledViews(Views):
-    """Views whose jitter is multiplied by one number, for studies of how strong views should be.
+    """Views whose jitter is multiplied by one number, for studies of the strength of views.
 
     Args:
         views, normalize, color_space: as for `Views`.
-        strength: at least 0; hue times strength must stay at most 0.5.
+        strength: at least 0; hue times strength must be at most 0.5.
 
     Raises:
-        ValueError: as `Views`, and for a strength out of its range.
+        ValueError: as `Views`, and for a strength out of range.
     """
 
     def __init__(
@@ -208,8 +210,8 @@ class ScaledViews(Views):
         super().__init__(views, normalize=normalize, color_space=color_space)
         hue = max(entry.jitter[3] for entry in self.entries)
         if not is_number(strength) or not 0 <= strength * hue <= 0.5 or strength < 0:
-            most = f" and at most {0.5 / hue:g}, where the hue turns by 0.5" if hue > 0 else ""
-            raise ValueError(f"strength={strength!r} of the views must be a number of at least 0{most}")
+            limit = f" and at most {0.5 / hue:g}, which scales the hue to its limit of 0.5" if hue > 0 else ""
+            raise ValueError(f"strength={strength!r} of the views must be a number of at least 0{limit}")
         self.entries = [_with_jitter(entry, strength) for entry in self.entries]
         self.views = [entry for entry in self.entries for _ in range(entry.count)]
 
@@ -225,7 +227,7 @@ def _between(fraction: Tensor, low: float, high: float) -> Tensor:
 
 def _in_one_pass(
     spec: View,
-    chosen: Parameters,
+    parameters: Parameters,
     images: Tensor,
     scale: tuple[Sequence[float], Sequence[float]] | None,
 ) -> Tensor | None:
@@ -233,50 +235,50 @@ def _in_one_pass(
 
     scale: the mean and standard deviation of each channel, by which images are normalized at the end, or None.
 
-    Refuses a blur too wide for the images even where none is drawn.
+    Raises ValueError for a blur kernel that is too large for the images, even if no image is blurred.
     """
     if spec.rand_augment > 0:
         return None
     if spec.blur > 0:
-        augment.check_taps(chosen.taps, *images.shape[2:])
+        augment.check_taps(parameters.taps, *images.shape[2:])
     mean, std = scale or ([0.0] * images.shape[1], [1.0] * images.shape[1])
     augment.check_scale(mean, std, images.shape[1])
-    return change(images, chosen, mean=mean, std=std)
+    return change(images, parameters, mean=mean, std=std)
 
 
-def _photometric(spec: View, chosen: Parameters, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
-    """Jitter, RandAugment, grayscale, blur and solarize, in the order of the module's text."""
-    unflipped = replace(chosen, flipped=torch.zeros_like(chosen.flipped))
+def _photometric(spec: View, parameters: Parameters, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
+    """Apply jitter, RandAugment, grayscale, blur and solarize, in the order of the module's docstring."""
+    unflipped = replace(parameters, flipped=torch.zeros_like(parameters.flipped))
     changed = _in_one_pass(spec, unflipped, images, None)
     if changed is not None:
         return changed
     if spec.grayscale_first:
-        images = augment.to_grayscale(images, chosen.gray)
-    if spec.jitters:
-        # The identity, which color_jitter passes over, for those that are not jittered.
-        factors = torch.where(chosen.jittered.unsqueeze(1), chosen.factors, _IDENTITY)
-        images = augment.color_jitter(images, factors, chosen.order)
+        images = augment.to_grayscale(images, parameters.gray)
+    if spec.has_jitter:
+        # Images without jitter get identity factors, which color_jitter skips.
+        factors = torch.where(parameters.jittered.unsqueeze(1), parameters.factors, _IDENTITY)
+        images = augment.color_jitter(images, factors, parameters.order)
     if spec.rand_augment > 0:
-        images = _blur(spec, chosen, images)
+        images = _blur(spec, parameters, images)
         images = _rand_augment(spec, key, images, mean)
     if not spec.grayscale_first:
-        images = augment.to_grayscale(images, chosen.gray)
+        images = augment.to_grayscale(images, parameters.gray)
     if spec.rand_augment == 0:
-        images = _blur(spec, chosen, images)
+        images = _blur(spec, parameters, images)
     if spec.solarize > 0:
-        images = augment.solarize(images, spec.solarize_threshold, chosen.solarized)
+        images = augment.solarize(images, spec.solarize_threshold, parameters.solarized)
     return images
 
 
-def _chosen(spec: View, draws: Tensor, images: Tensor) -> Parameters:
-    """What the draws (streams, N) say is done to each image."""
+def _draw_parameters(spec: View, draws: Tensor, images: Tensor) -> Parameters:
+    """Return the parameters of each image from the draws (streams, N)."""
     factors = []
     for number, strength in enumerate(spec.jitter):
         low, high = (max(0.0, 1 - strength), 1 + strength) if number < 3 else (-strength, strength)
         factors.append(_between(draws[_FACTORS + number], low, high))
     return Parameters(
         flipped=draws[_FLIP] < spec.flip,
-        jittered=draws[_JITTER] < (spec.jitter_p if spec.jitters else 0.0),
+        jittered=draws[_JITTER] < (spec.jitter_p if spec.has_jitter else 0.0),
         factors=torch.stack(factors, 1),
         order=_ORDERS[(draws[_ORDER] * len(_ORDERS)).long()],
         gray=draws[_GRAYSCALE] < spec.grayscale,
@@ -289,13 +291,15 @@ def _chosen(spec: View, draws: Tensor, images: Tensor) -> Parameters:
     )
 
 
-def _blur(spec: View, chosen: Parameters, images: Tensor) -> Tensor:
-    """Gaussian blur of the images chosen for it."""
-    return images if spec.blur == 0 else augment.gaussian_blur(images, chosen.sigma, chosen.taps, chosen.blurred)
+def _blur(spec: View, parameters: Parameters, images: Tensor) -> Tensor:
+    """Blur the images that are selected for it."""
+    if spec.blur == 0:
+        return images
+    return augment.gaussian_blur(images, parameters.sigma, parameters.taps, parameters.blurred)
 
 
 def _rand_augment(spec: View, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
-    """RandAugment with the mean of the set where pixels are moved away."""
+    """Apply RandAugment. Uncovered areas get the mean color of the dataset."""
     number = spec.rand_augment * rand_augment.STREAMS
     streams = torch.arange(_FIRST_RAND_AUGMENT_STREAM, _FIRST_RAND_AUGMENT_STREAM + number)
     draws = uniform(key.unsqueeze(0), streams.unsqueeze(1)).view(spec.rand_augment, rand_augment.STREAMS, -1)

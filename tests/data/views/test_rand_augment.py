@@ -85,7 +85,9 @@ def _moved(name: str, image: Image.Image, level: float, resample: Image.Resampli
 
 def _operate(name: str, images: Tensor, level: float, *, bicubic: bool = False) -> Tensor:
     levels = torch.full((len(images),), level)
-    return ra.operate(name, images, levels, bicubic=torch.full((len(images),), bicubic), fill=torch.tensor(FILL))
+    return ra.apply_operation(
+        name, images, levels, bicubic=torch.full((len(images),), bicubic), fill=torch.tensor(FILL)
+    )
 
 
 def test_there_are_the_fifteen_operations_of_pycontrast() -> None:

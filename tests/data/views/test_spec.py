@@ -85,10 +85,10 @@ def test_a_strength_multiplies_the_jitter_and_nothing_else() -> None:
     assert scaled.entries == want.entries
     assert scaled.views == want.views
     assert ScaledViews([plain]).views == Views([plain]).views
-    assert not ScaledViews([plain], strength=0).views[0].jitters
+    assert not ScaledViews([plain], strength=0).views[0].has_jitter
     assert ScaledViews([plain], strength=2.5).views[0].jitter[3] == 0.5
     for strength in (-1, 2.6, math.nan, "strong"):
-        with pytest.raises(ValueError, match=r"strength=.* at least 0 and at most 2\.5, where the hue"):
+        with pytest.raises(ValueError, match=r"strength=.* at least 0 and at most 2\.5, which scales the hue"):
             ScaledViews([plain], strength=strength)  # type: ignore[arg-type]
 
 
@@ -141,21 +141,21 @@ def test_a_wrong_value_names_field_value_and_constraint(field: str, value: objec
 
 def test_wrong_lists_and_keys_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(
-        ValueError, match=r"views\[0\] has the unknown key 'grayscale'\. Did you mean 'grayscale'\? Known"
+        ValueError, match=r"views\[0\] has the unknown key 'gray_scale'\. Did you mean 'grayscale'\? Known"
     ):
-        Views([{"grayscale": 0.2}])
+        Views([{"gray_scale": 0.2}])
     with pytest.raises(ValueError, match=r"unknown key 'zzz'\. Known keys: count, size, crop_scale"):
         Views([{"zzz": 1}])
     for empty in ([], {"count": 2}, "simclr"):
-        with pytest.raises(ValueError, match="must be a list of at least one view"):
+        with pytest.raises(ValueError, match="it must be a list of at least one view"):
             Views(empty)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"views\[0\]=3 must be a mapping"):
+    with pytest.raises(ValueError, match=r"views\[0\] is 3, but it must be a mapping"):
         Views([3])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="color_space='hsv' must be one of rgb, lab, ydbdr"):
+    with pytest.raises(ValueError, match="color_space is 'hsv', but it must be one of rgb, lab, ydbdr"):
         Views([{}], color_space="hsv")
 
 
 def test_bytes_are_refused_with_the_remedy() -> None:
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="uint8; divide by 255"):
+    with pytest.raises(ValueError, match="uint8: divide by 255"):
         Views([{}]).color(0, mix(0, torch.arange(1)), images, mean=[0.5] * 3, std=[0.25] * 3)
