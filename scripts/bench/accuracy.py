@@ -1,11 +1,12 @@
-"""Accuracy for time: sslcli and lightly train on the same images with the same backbone for the same minutes.
+"""k-NN accuracy over training time: sslcli and lightly train the same backbone on the same images for the same time.
 
     python scripts/bench/accuracy.py IMAGES OUT [--minutes 10] [--methods simclr moco_v2]
 
-IMAGES holds one folder a class of 32-pixel images. Both sides see the same training split, 128 images a step, with the
-recipe of `experiment=cifar10_METHOD`, bfloat16 where the processor has it, channels-last memory, an allocator that
-keeps memory, and a cosine that ends with the time. k-NN is sslcli's for both, on the held-out tenth. lightly's clock
-stands still while k-NN is measured; sslcli's runs on. Writes OUT/curves.json and OUT/curves.svg.
+IMAGES contains one folder of 32-pixel images per class. Both libraries use the same training split, 128 images per
+step, the recipe of `experiment=cifar10_METHOD`, bfloat16 if the processor supports it natively, channels-last memory,
+an allocator that keeps freed memory, and a cosine schedule that ends with the training time. k-NN accuracy is computed
+by sslcli for both, on the held-out tenth. The time of lightly excludes k-NN, that of sslcli includes it. The script
+writes OUT/curves.json and OUT/curves.svg.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ from typing import Any
 
 import torch
 import yaml
-from end_to_end import small
-from measure import TUNED, command
+from end_to_end import small_backbone
+from measure import ALLOCATOR_ENV, command
 from torch import Tensor
 from torch.utils.data import DataLoader
-from training import BATCH, lightly_step
-from views import InMemory, lightly
+from training import build_lightly_step
+from views import TransformedImages, lightly_transform
+from workload import BATCH
 
-POINTS = 8  # k-NN measurements a run
-SHARE = 0.93  # of the time that steps may take; the rest is for k-NN and start
-PILOT = 150
-BANK = 10_000
-TEMPERATURE, LR = {"simclr": 0.5, "moco_v2": 0.1}, {"simclr": 0.06, "moco_v2": 0.015}  # for BATCH images
+POINTS = 8  # k-NN evaluations per run
+STEP_FRACTION = 0.93  # fraction of the time for training steps; the rest is for k-NN and startup
+PILOT_STEPS = 150
+BANK = 10_000  # training images that k-NN compares with
+TEMPERATURE, LR = {"simclr": 0.5, "moco_v2": 0.1}, {"simclr": 0.06, "moco_v2": 0.015}  # lr for BATCH images per step
 Curve = list[tuple[float, float, int]]  # seconds of training, k-NN top-1, images seen
 
 
-def ours(method: str, images: Path, out: Path, seconds: float) -> Curve:
-    """`ssl-train` for as many steps as fit, by the speed of a short run before."""
+def sslcli_curve(method: str, images: Path, out: Path, seconds: float) -> Curve:
+    """Run `ssl-train` for about `seconds`; the number of steps is computed from the speed of a short run before it."""
     line = [
         command("ssl-train"),
         f"experiment=cifar10_{method}",
@@ -50,14 +52,24 @@ def ours(method: str, images: Path, out: Path, seconds: float) -> Curve:
         f"train.batch_size={BATCH}",
         *([f"method.bn_group={BATCH}"] if method == "moco_v2" else []),
     ]
-    pilot = [f"train.max_steps={PILOT}", "train.log_every=10", "monitor.knn_every=0", f"run_dir={out / 'pilot'}"]
+    pilot = [
+        f"train.max_steps={PILOT_STEPS}",
+        "train.log_every_steps=10",
+        "monitor.knn_every_epochs=0",
+        f"run_dir={out / 'pilot'}",
+    ]
     subprocess.run([*line, *pilot, "resume=never"], check=True, stdout=subprocess.DEVNULL)
     rates = sorted(record["train/images_per_s"] for record in metrics(out / "pilot") if "train/images_per_s" in record)
-    steps = int(SHARE * seconds * rates[len(rates) // 2] / BATCH)
+    steps = int(STEP_FRACTION * seconds * rates[len(rates) // 2] / BATCH)
     run = yaml.safe_load((out / "pilot" / "config.yaml").read_text())
     assert run["monitor"]["knn_images"] in (None, BANK), run["monitor"]
     epochs = max(1, round(steps * BATCH / 45_000 / POINTS))
-    final = [f"train.max_steps={steps}", f"monitor.knn_every={epochs}", f"run_dir={out / method}", "resume=never"]
+    final = [
+        f"train.max_steps={steps}",
+        f"monitor.knn_every_epochs={epochs}",
+        f"run_dir={out / method}",
+        "resume=never",
+    ]
     subprocess.run([*line, *final], check=True, stdout=subprocess.DEVNULL)
     return [
         (record["wall"], record["monitor/knn_top1"], record["step"] * BATCH)
@@ -67,17 +79,18 @@ def ours(method: str, images: Path, out: Path, seconds: float) -> Curve:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of the `metrics.jsonl` of a run."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def theirs(method: str, images: Path, seconds: float) -> Curve:
-    """lightly's example loop until the time is over."""
+def lightly_curve(method: str, images: Path, seconds: float) -> Curve:
+    """Run lightly's example loop for `seconds` of training."""
     from sslcli.data.sources.files import Folder
 
     source = Folder(root=str(images), image_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.243, 0.262))
-    net, width = small()
+    net, width = small_backbone()
     clock = 0.0
-    step = lightly_step(
+    step = build_lightly_step(
         method,
         net,
         width,
@@ -87,7 +100,7 @@ def theirs(method: str, images: Path, seconds: float) -> Curve:
     )
     paths = [Path(source.path(int(position))) for position in source.splits["train"]]
     loader = DataLoader(
-        InMemory(paths, lightly(32, blur=0.0)),
+        TransformedImages(paths, lightly_transform(32, blur=0.0)),
         batch_size=BATCH,
         num_workers=2,
         sampler=torch.utils.data.RandomSampler(paths, replacement=False, num_samples=1_000 * len(paths)),
@@ -100,25 +113,25 @@ def theirs(method: str, images: Path, seconds: float) -> Curve:
         step(next(batches))
         clock += time.perf_counter() - before
         if clock >= seconds * (len(curve) + 1) / POINTS:
-            curve.append((clock, top1(net, source), count * BATCH))
+            curve.append((clock, knn_top1(net, source), count * BATCH))
             print(curve[-1], file=sys.stderr, flush=True)
         if len(curve) == POINTS:
             break
     return curve
 
 
-def top1(net: torch.nn.Module, source: Any) -> float:
-    """k-NN of the features of a net by the protocol of the monitor."""
-    from sslcli.evaluation.knn import Knn
-    from sslcli.evaluation.online import bank_positions, collect
-    from sslcli.nn.modules import evaluating
+def knn_top1(net: torch.nn.Module, source: Any) -> float:
+    """Return the k-NN top-1 accuracy in [0, 1] of the features of a network, computed as during training."""
+    from sslcli.evaluation.knn import Knn, bank_positions
+    from sslcli.evaluation.online import collect
+    from sslcli.nn.modes import evaluating
 
     def normalized(images: Tensor) -> Tensor:
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (source.mean, source.std))
         return (images - mean) / std
 
     with evaluating(net):
-        found = collect(
+        features = collect(
             net,
             source,
             {"train": bank_positions(source, BANK), "val": source.splits["val"]},
@@ -127,24 +140,24 @@ def top1(net: torch.nn.Module, source: Any) -> float:
             device=torch.device("cpu"),
             precision="fp32",
         )
-    return float(Knn()(found)["top1"])
+    return float(Knn().measure(features)["top1"])
 
 
 def plot(curves: dict[str, Curve], out: Path) -> None:
-    """Accuracy over minutes, a panel for each method."""
+    """Plot accuracy over minutes, one panel per method, as SVG."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, which is a fifth of the size
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text instead of paths: a fifth of the file size
     from matplotlib import pyplot
 
     methods = sorted({name.split("/")[0] for name in curves})
     figure, panels = pyplot.subplots(1, len(methods), figsize=(4.5 * len(methods), 3.4), sharey=True, squeeze=False)
     for panel, method in zip(panels[0], methods, strict=True):
-        for side, color in (("sslcli", "#1b6ca8"), ("lightly", "#b3541e")):
-            if curve := curves.get(f"{method}/{side}"):
+        for library, color in (("sslcli", "#1b6ca8"), ("lightly", "#b3541e")):
+            if curve := curves.get(f"{method}/{library}"):
                 minutes, accuracy = [point[0] / 60 for point in curve], [100 * point[1] for point in curve]
-                panel.plot(minutes, accuracy, marker="o", markersize=3, color=color, label=side)
+                panel.plot(minutes, accuracy, marker="o", markersize=3, color=color, label=library)
         panel.set_title(method)
         panel.set_xlabel("minutes")
         panel.grid(color="#e4e4e4")
@@ -158,30 +171,31 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=10.0, help="of each run (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="training time of each run (default: %(default)s)")
     parser.add_argument("--methods", nargs="*", default=list(TEMPERATURE), choices=list(TEMPERATURE))
-    parser.add_argument("--lightly", metavar="METHOD", help=argparse.SUPPRESS)  # that side, in a process of its own
+    parser.add_argument("--lightly", metavar="METHOD", help=argparse.SUPPRESS)  # train with lightly in this process
     options = parser.parse_args(arguments)
     if options.lightly:
-        print(json.dumps(theirs(options.lightly, options.images, 60 * options.minutes)))
+        print(json.dumps(lightly_curve(options.lightly, options.images, 60 * options.minutes)))
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    written = options.out / "curves.json"
-    curves: dict[str, Curve] = json.loads(written.read_text()) if written.exists() else {}
+    results = options.out / "curves.json"
+    curves: dict[str, Curve] = json.loads(results.read_text()) if results.exists() else {}
     for method in options.methods:
         if f"{method}/sslcli" not in curves:
-            curves[f"{method}/sslcli"] = ours(method, options.images, options.out, 60 * options.minutes)
-            written.write_text(json.dumps(curves))
+            curves[f"{method}/sslcli"] = sslcli_curve(method, options.images, options.out, 60 * options.minutes)
+            results.write_text(json.dumps(curves))
         if f"{method}/lightly" not in curves:
             line = [sys.executable, __file__, str(options.images), str(options.out), "--lightly", method]
             line += ["--minutes", str(options.minutes)]
-            ended = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True, env=dict(os.environ) | TUNED)
-            curves[f"{method}/lightly"] = json.loads(ended.stdout)
-            written.write_text(json.dumps(curves))
+            environment = dict(os.environ) | ALLOCATOR_ENV
+            process = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            curves[f"{method}/lightly"] = json.loads(process.stdout)
+            results.write_text(json.dumps(curves))
     print("| run | minutes | images seen | k-NN |\n|---|---|---|---|")
     for name, curve in curves.items():
-        seconds, accuracy, seen = curve[-1]
-        print(f"| {name} | {seconds / 60:.1f} | {seen:,} | {100 * accuracy:.1f} |")
+        seconds, accuracy, num_images = curve[-1]
+        print(f"| {name} | {seconds / 60:.1f} | {num_images:,} | {100 * accuracy:.1f} |")
     plot(curves, options.out / "curves.svg")
     return 0
 

@@ -1,11 +1,11 @@
-"""What the training command costs beyond the training: `ssl-train` beside the same step and views in a bare loop."""
+"""Benchmark of the overhead of `ssl-train`, compared with the same step and views in a bare loop."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import torch
-from measure import Result, answer, timed, trained
+from measure import Result, run_benchmark, timed, train_throughput
 
 BATCH, IMAGES = 128, 4096
 STEPS = {"resnet18": 12, "small": 400}
@@ -13,10 +13,10 @@ JITTER = [0.4, 0.4, 0.4, 0.1]
 VIEW = {"count": 2, "crop_scale": [0.2, 1.0], "flip": 0.5, "jitter": JITTER, "jitter_p": 0.8, "grayscale": 0.2}
 
 
-def ours(backbone: str) -> Result:
-    """The images a second that the run itself writes down."""
+def sslcli_training(backbone: str) -> Result:
+    """Measure the images per second that `ssl-train` logs."""
     views = ",".join(f"{name}:{value}" for name, value in VIEW.items())
-    return trained(
+    return train_throughput(
         "method=simclr",
         f"backbone={backbone}",
         f"dataset.limit={IMAGES}",
@@ -27,8 +27,8 @@ def ours(backbone: str) -> Result:
     )
 
 
-def bare(backbone: str) -> Result:
-    """Views, forward, backward, optimizer, and nothing that tells, checks or keeps anything."""
+def bare_loop(backbone: str) -> Result:
+    """Measure a loop of views, forward, backward and optimizer, without logging, checks or checkpoints."""
     from sslcli.backbones.resnet import ResNet
     from sslcli.backbones.small import Small
     from sslcli.data.loader import Loader
@@ -61,8 +61,8 @@ def bare(backbone: str) -> Result:
 
 
 if __name__ == "__main__":
-    work = {}
+    benchmarks = {}
     for backbone in STEPS:
-        work[f"{backbone}/sslcli"] = partial(ours, backbone)
-        work[f"{backbone}/bare loop"] = partial(bare, backbone)
-    answer(work)
+        benchmarks[f"{backbone}/sslcli"] = partial(sslcli_training, backbone)
+        benchmarks[f"{backbone}/bare loop"] = partial(bare_loop, backbone)
+    run_benchmark(benchmarks)

@@ -1,4 +1,4 @@
-"""The losses alone, forward and backward, fp32: time and memory beyond what was there before."""
+"""Benchmark of the losses alone, forward and backward in float32: time, and memory beyond the inputs."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import Result, answer, timed
+from measure import Result, run_benchmark, timed
 from torch import Tensor
 
 DIM, QUEUE, BATCH = 128, 65536, 256
 
 
 def resident_mb() -> float:
-    """Memory of this process at this moment."""
+    """Return the current resident memory of this process in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 
 def extra_mb(step: Callable[[], object]) -> float:
-    """How far memory rises above the level before, while `step` runs."""
+    """Run `step` and return by how many MB the resident memory rises above its value before."""
     ctypes.CDLL(None).malloc_trim(0)
     before, highest, done = resident_mb(), 0.0, threading.Event()
 
-    def watch() -> None:
+    def poll() -> None:
         nonlocal highest
         while not done.is_set():
             highest = max(highest, resident_mb())
             time.sleep(0.0005)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    thread = threading.Thread(target=poll)
+    thread.start()
     step()
     done.set()
-    watcher.join()
+    thread.join()
     return highest - before
 
 
-def measured(loss: Callable[[], Tensor], images: int) -> Result:
+def measure_loss(loss: Callable[[], Tensor], images: int) -> Result:
+    """Measure forward and backward of a loss of `images` images: time, and memory as `extra_mb`."""
+
     def step() -> None:
         loss().backward()
 
@@ -50,33 +52,38 @@ def measured(loss: Callable[[], Tensor], images: int) -> Result:
 
 
 def pairs(count: int) -> tuple[Tensor, Tensor]:
+    """Return random embeddings of two views, each (count, DIM), with requires_grad."""
     return torch.randn(count, DIM, requires_grad=True), torch.randn(count, DIM, requires_grad=True)
 
 
-def ours_nt_xent(count: int) -> Result:
+def sslcli_nt_xent(count: int) -> Result:
+    """Measure sslcli's NT-Xent of `count` pairs."""
     from sslcli.methods.simclr import nt_xent
 
     z1, z2 = pairs(count)
-    return measured(lambda: nt_xent(z1, z2, temperature=0.1).loss, count)
+    return measure_loss(lambda: nt_xent(z1, z2, temperature=0.1).loss, count)
 
 
 def lightly_nt_xent(count: int) -> Result:
+    """Measure lightly's NT-Xent of `count` pairs."""
     from lightly.loss import NTXentLoss
 
     z1, z2 = pairs(count)
     criterion = NTXentLoss(temperature=0.1)
-    return measured(lambda: criterion(z1, z2), count)
+    return measure_loss(lambda: criterion(z1, z2), count)
 
 
 def stable_pretraining_nt_xent(count: int) -> Result:
+    """Measure stable-pretraining's NT-Xent of `count` pairs."""
     from stable_pretraining.losses import NTXEntLoss
 
     z1, z2 = pairs(count)
     criterion = NTXEntLoss(temperature=0.1)
-    return measured(lambda: criterion(z1, z2), count)
+    return measure_loss(lambda: criterion(z1, z2), count)
 
 
-def naive_nt_xent(count: int) -> Result:
+def plain_torch_nt_xent(count: int) -> Result:
+    """Measure NT-Xent of `count` pairs as one matrix product and a cross entropy."""
     z1, z2 = pairs(count)
 
     def loss() -> Tensor:
@@ -84,10 +91,11 @@ def naive_nt_xent(count: int) -> Result:
         logits = (z @ z.T / 0.1).fill_diagonal_(float("-inf"))
         return F.cross_entropy(logits, torch.arange(2 * count).roll(count))
 
-    return measured(loss, count)
+    return measure_loss(loss, count)
 
 
-def ours_queue() -> Result:
+def sslcli_queue() -> Result:
+    """Measure sslcli's InfoNCE of BATCH queries against a queue of QUEUE keys."""
     from sslcli.nn.contrastive import info_nce
 
     query, key = pairs(BATCH)
@@ -97,25 +105,26 @@ def ours_queue() -> Result:
         q, k = F.normalize(query, dim=1), F.normalize(key.detach(), dim=1)
         return info_nce(q, k, queue, temperature=0.2).loss
 
-    return measured(loss, BATCH)
+    return measure_loss(loss, BATCH)
 
 
 def lightly_queue() -> Result:
+    """Measure lightly's NT-Xent of BATCH queries against a memory bank of QUEUE keys."""
     from lightly.loss import NTXentLoss
 
     query, key = pairs(BATCH)
     criterion = NTXentLoss(temperature=0.2, memory_bank_size=(QUEUE, DIM))
-    return measured(lambda: criterion(query, key.detach()), BATCH)
+    return measure_loss(lambda: criterion(query, key.detach()), BATCH)
 
 
 if __name__ == "__main__":
     nt_xents = {
-        "sslcli": ours_nt_xent,
+        "sslcli": sslcli_nt_xent,
         "lightly": lightly_nt_xent,
         "stable-pretraining": stable_pretraining_nt_xent,
-        "plain torch": naive_nt_xent,
+        "plain torch": plain_torch_nt_xent,
     }
-    answer(
-        {f"nt_xent_{n}/{name}": partial(side, n) for name, side in nt_xents.items() for n in (256, 1024, 4096)}
-        | {"queue/sslcli": ours_queue, "queue/lightly": lightly_queue}
+    run_benchmark(
+        {f"nt_xent_{n}/{name}": partial(loss, n) for name, loss in nt_xents.items() for n in (256, 1024, 4096)}
+        | {"queue/sslcli": sslcli_queue, "queue/lightly": lightly_queue}
     )

@@ -1,4 +1,4 @@
-"""Image files for the benchmarks: drawn ones, unless IMAGES names a class folder of real ones."""
+"""JPEG files for the benchmarks: synthetic, or real ones from the folders in IMAGES_32 and IMAGES_375."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import torch
 from PIL import Image
 
 
-def folder(size: tuple[int, int], count: int) -> Path:
-    """A class folder of JPEGs: that of IMAGES_<shorter side> if set, else `count` drawn ones of (width, height)."""
-    given = os.environ.get(f"IMAGES_{min(size)}")
-    if given:
-        return Path(given)
+def image_folder(size: tuple[int, int], count: int) -> Path:
+    """Return a directory with one folder of JPEGs per class.
+
+    It is the value of the environment variable IMAGES_<shorter side> if set; otherwise `count` synthetic images of
+    `size` (width, height), written to BENCH_FOLDER or the temporary directory unless they exist.
+    """
+    real_images = os.environ.get(f"IMAGES_{min(size)}")
+    if real_images:
+        return Path(real_images)
     root = Path(os.environ.get("BENCH_FOLDER", tempfile.gettempdir())) / f"{size[0]}x{size[1]}_{count}"
     if not root.exists():
         from sslcli.data.sources.base import Shapes
@@ -25,13 +29,13 @@ def folder(size: tuple[int, int], count: int) -> Path:
         for number, image in enumerate(source.images):
             path = root / f"class{number % 10}" / f"{number:05d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            drawn = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
-            grain = torch.randint(-12, 13, (size[1], size[0], 3), generator=torch.Generator().manual_seed(number))
-            noisy = (torch.from_numpy(np.asarray(drawn).astype(np.int16)) + grain).clamp(0, 255)
+            resized = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
+            noise = torch.randint(-12, 13, (size[1], size[0], 3), generator=torch.Generator().manual_seed(number))
+            noisy = (torch.from_numpy(np.asarray(resized).astype(np.int16)) + noise).clamp(0, 255)
             Image.fromarray(noisy.byte().numpy()).save(path, quality=90)
     return root
 
 
 def file_paths(root: Path) -> list[Path]:
-    """Its files in order."""
+    """Return all files below `root`, sorted."""
     return sorted(path for path in root.rglob("*") if path.is_file())

@@ -1,10 +1,10 @@
-"""Run sslcli and its peers on the same work, alternating, each time in a fresh process; print ratios; `make bench`.
+"""Benchmark of sslcli, lightly and stable-pretraining on the same tasks, run by `make bench`.
 
     python scripts/bench/run.py [--only WORD ...] [--repeats 3] [--json FILE]
     python scripts/bench/run.py --profile training.py simclr/sslcli
 
-Medians over the repeats, with their range. A ratio is the median of sslcli over that of the peer, turned so that above
-1 sslcli is ahead.
+Each measurement is a fresh process, and the libraries alternate. The table shows medians over the repeats, with their
+range, and the ratio of the medians of sslcli and the other library: above 1, sslcli is better.
 """
 
 from __future__ import annotations
@@ -24,34 +24,35 @@ from typing import NamedTuple
 
 import torch
 from convolution import SIDES
-from measure import TUNED
+from measure import ALLOCATOR_ENV
+from workload import METHODS
 
 from sslcli.engine import precision
-from sslcli.system.idle_threads import SPINS
+from sslcli.system.cpu import SPINS
 
 HERE = Path(__file__).parent
 LOWER_IS_BETTER = ("ms", "s", "extra_mb", "peak_mb", "multiple", "cpu_multiple")
 
 
 class Task(NamedTuple):
-    """One piece of work, done by several sides."""
+    """A benchmark of one script, its variants (libraries and settings), and the metrics to report."""
 
     script: str
-    work: str
-    sides: tuple[str, ...]
-    figures: tuple[str, ...]
+    name: str
+    variants: tuple[str, ...]
+    metrics: tuple[str, ...]
 
 
-PEERS = {"lightly": "lightly", "stable-pretraining": "stable_pretraining"}  # and what they are imported as
-STEP_SIDES = ("sslcli", "sslcli fp32", "lightly", "lightly best")
-ALL_STEP_SIDES = (*STEP_SIDES, "stable-pretraining", "stable-pretraining best")
+PEERS = {"lightly": "lightly", "stable-pretraining": "stable_pretraining"}  # library -> name of its package
+STEP_VARIANTS = ("sslcli", "sslcli fp32", "lightly", "lightly best")
+ALL_STEP_VARIANTS = (*STEP_VARIANTS, "stable-pretraining", "stable-pretraining best")
 TASKS = [
-    *(Task("training.py", m, ALL_STEP_SIDES, ("images_per_s", "peak_mb")) for m in ("simclr", "moco_v2", "byol")),
+    *(Task("training.py", method, ALL_STEP_VARIANTS, ("images_per_s", "peak_mb")) for method in METHODS),
     *(Task("convolution.py", f"channels_{n}", ("sslcli", "torch"), ("ms",)) for n in SIDES),
     *(
-        Task("end_to_end.py", f"{method}_{net}", STEP_SIDES, ("images_per_s",))
+        Task("end_to_end.py", f"{method}_{net}", STEP_VARIANTS, ("images_per_s",))
         for net in ("resnet18", "small")
-        for method in ("simclr", "moco_v2", "byol")
+        for method in METHODS
     ),
     Task("views.py", "memory_32", ("sslcli", "lightly", "torchvision"), ("images_per_s",)),
     Task("views.py", "crops_224", ("sslcli", "torchvision"), ("images_per_s",)),
@@ -63,8 +64,8 @@ TASKS = [
     Task("losses.py", "queue", ("sslcli", "lightly"), ("ms", "extra_mb")),
     Task("evaluation.py", "knn", ("sslcli", "lightly"), ("ms",)),
     *(
-        Task("evaluation.py", work, ("sslcli",), ("multiple", "cpu_multiple"))
-        for work in ("linear", "linear_baselines")
+        Task("evaluation.py", name, ("sslcli",), ("multiple", "cpu_multiple"))
+        for name in ("linear", "linear_baselines")
     ),
     Task("engine.py", "small", ("sslcli", "bare loop"), ("images_per_s",)),
     Task("engine.py", "resnet18", ("sslcli", "bare loop"), ("images_per_s",)),
@@ -75,72 +76,73 @@ TASKS = [
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], help="tasks whose script or work has one of these words")
-    parser.add_argument("--repeats", type=int, default=3, help="fresh processes a side (%(default)s)")
-    parser.add_argument("--json", type=Path, help="also write all figures there")
-    parser.add_argument("--profile", nargs=2, metavar=("SCRIPT", "WORK/SIDE"), help="trace.json and a table of one")
+    parser.add_argument("--only", nargs="*", default=[], help="run the tasks whose script or name contains a word")
+    parser.add_argument("--repeats", type=int, default=3, help="processes per variant (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write all results to this file")
+    parser.add_argument(
+        "--profile", nargs=2, metavar=("SCRIPT", "TASK/VARIANT"), help="profile one benchmark: trace.json and a table"
+    )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="sslcli-bench-") as folder:
         os.environ.setdefault("BENCH_FOLDER", folder)
         if options.profile:
-            script, work = options.profile
-            return subprocess.run(
-                [sys.executable, script, work], cwd=HERE, env=environment(work, trace=True)
-            ).returncode
-        wanted = [t for t in TASKS if not options.only or any(w in f"{t.script} {t.work}" for w in options.only)]
-        found = [record for task in wanted for record in measure(task, options.repeats)]
-    print("\n".join(table(wanted, found)))
+            script, name = options.profile
+            command = [sys.executable, script, name]
+            return subprocess.run(command, cwd=HERE, env=environment(name, trace=True)).returncode
+        tasks = [t for t in TASKS if not options.only or any(w in f"{t.script} {t.name}" for w in options.only)]
+        records = [record for task in tasks for record in measure(task, options.repeats)]
+    print("\n".join(table(tasks, records)))
     if options.json:
-        options.json.write_text(json.dumps({"machine": platform.uname()._asdict(), "figures": found}, indent=1))
+        options.json.write_text(json.dumps({"machine": platform.uname()._asdict(), "results": records}, indent=1))
     return 0
 
 
-def environment(side: str, *, trace: bool = False) -> dict[str, str]:
-    """Of a process; a peer at its best gets the allocator that its user would set, sslcli what its commands set."""
-    added = TUNED if side.endswith("best") else SPINS if side.startswith(("sslcli", "bare")) else {}
+def environment(variant: str, *, trace: bool = False) -> dict[str, str]:
+    """Return the environment of a process: allocator settings for "best" variants, sslcli's settings for sslcli."""
+    added = ALLOCATOR_ENV if variant.endswith("best") else SPINS if variant.startswith(("sslcli", "bare")) else {}
     return dict(os.environ) | added | ({"PROFILE": str(Path("trace.json").absolute())} if trace else {})
 
 
 def measure(task: Task, repeats: int) -> Iterator[dict[str, object]]:
-    """The figures of every side of a task, the sides taking turns.
+    """Run all variants of a task alternately, `repeats` times, and yield their results.
 
-    A peer that is not installed is left out, and so is `sslcli fp32` where that is what `auto` means.
+    Libraries that are not installed are skipped, and so is `sslcli fp32` if `precision=auto` selects fp32.
     """
-    left_out = [side for peer, package in PEERS.items() if not find_spec(package) for side in (peer, f"{peer} best")]
-    left_out += ["sslcli fp32"] if precision.resolve("auto", torch.device("cpu")) == "fp32" else []
-    sides = [side for side in task.sides if side not in left_out]
+    skipped = [name for peer, package in PEERS.items() if not find_spec(package) for name in (peer, f"{peer} best")]
+    skipped += ["sslcli fp32"] if precision.resolve("auto", torch.device("cpu")) == "fp32" else []
+    variants = [variant for variant in task.variants if variant not in skipped]
     for repeat in range(repeats):
-        for side in sides if repeat % 2 == 0 else sides[::-1]:
-            line = [sys.executable, task.script, f"{task.work}/{side}"]
-            ended = subprocess.run(line, cwd=HERE, env=environment(side), capture_output=True, text=True)
-            if ended.returncode:
-                print(f"{task.work}/{side} failed: {ended.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        for variant in variants if repeat % 2 == 0 else variants[::-1]:
+            command = [sys.executable, task.script, f"{task.name}/{variant}"]
+            process = subprocess.run(command, cwd=HERE, env=environment(variant), capture_output=True, text=True)
+            if process.returncode:
+                print(f"{task.name}/{variant} failed: {process.stderr.strip().splitlines()[-1]}", file=sys.stderr)
                 continue
-            print(f"{task.script} {task.work}/{side}: {ended.stdout.strip()}", file=sys.stderr, flush=True)
-            yield {"work": task.work, "script": task.script, "side": side, **json.loads(ended.stdout)}
+            print(f"{task.script} {task.name}/{variant}: {process.stdout.strip()}", file=sys.stderr, flush=True)
+            yield {"task": task.name, "script": task.script, "variant": variant, **json.loads(process.stdout)}
 
 
-def table(tasks: Sequence[Task], found: Sequence[dict[str, object]]) -> Iterator[str]:
-    """Markdown: a row for each task, side and figure, with sslcli's ratio to that side."""
-    yield "| work | figure | side | median | range | sslcli is ahead by |"
+def table(tasks: Sequence[Task], records: Sequence[dict[str, object]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table: one row per task, metric and variant, with the ratio to sslcli."""
+    yield "| task | metric | variant | median | range | sslcli is better by |"
     yield "|---|---|---|---|---|---|"
     for task in tasks:
-        for figure in task.figures:
+        for metric in task.metrics:
             medians: dict[str, float] = {}
-            for side in task.sides:
+            for variant in task.variants:
                 values = [
-                    float(str(record[figure]))
-                    for record in found
-                    if (record["script"], record["work"], record["side"]) == (task.script, task.work, side)
+                    float(str(record[metric]))
+                    for record in records
+                    if (record["script"], record["task"], record["variant"]) == (task.script, task.name, variant)
                 ]
                 if not values:
                     continue
-                medians[side] = statistics.median(values)
-                ratio = medians["sslcli"] / medians[side] if "sslcli" in medians else float("nan")
-                told = 1 / ratio if figure in LOWER_IS_BETTER else ratio
-                ahead = "" if side == "sslcli" else f"{told:.2f}x"
+                medians[variant] = statistics.median(values)
+                ratio = medians["sslcli"] / medians[variant] if "sslcli" in medians else float("nan")
+                improvement = 1 / ratio if metric in LOWER_IS_BETTER else ratio
+                cell = "" if variant == "sslcli" else f"{improvement:.2f}x"
                 spread = f"{min(values):.4g} to {max(values):.4g}"
-                yield f"| {task.work} | {figure} | {side} | {medians[side]:.4g} | {spread} | {ahead} |"
+                yield f"| {task.name} | {metric} | {variant} | {medians[variant]:.4g} | {spread} | {cell} |"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What scaled decoding saves and changes: two random crops of each JPEG of a folder, by size of the crops.
+"""Time saved by scaled decoding, and the difference in pixels: two random crops of each JPEG of a folder, by crop size.
 
     python scripts/bench/scaled_decode.py FOLDER [--sizes 32 64 96 128 224]
 
-The difference is the mean absolute one of the views, of 255, against cutting them from images decoded whole.
+The difference is the mean absolute difference to crops from images decoded at full size, on a scale of 255.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| size | share decoded smaller | ms an image, whole | ms, scaled | difference |\n|---|---|---|---|---|")
+    print("| crop size | decoded at reduced size | ms per image, full size | ms per image, scaled | difference |")
+    print("|---|---|---|---|---|")
     for size in options.sizes:
-        made = {scaled: workers(options.folder, size, scaled=scaled) for scaled in (False, True)}
+        croppers = {scaled: cropper(options.folder, size, scaled=scaled) for scaled in (False, True)}
         seconds = {False: 0.0, True: 0.0}
-        total = count = smaller = 0.0
-        images = min(options.images, len(made[True].source))
+        total = count = num_reduced = 0.0
+        images = min(options.images, len(croppers[True].source))
         for piece in torch.split(torch.arange(images), 20):
             request = Request(piece, torch.zeros_like(piece), torch.zeros(len(piece), dtype=torch.bool))
-            found = {}
-            for scaled, worker in made.items():
+            crops = {}
+            for scaled, view_crops in croppers.items():
                 before = time.process_time()
-                _, found[scaled], _, _ = worker[request]
+                _, crops[scaled], _, _ = view_crops[request]
                 seconds[scaled] += time.process_time() - before
-            for one, other in zip(found[False], found[True], strict=True):
-                apart = (one.int() - other.int()).abs().float()
-                total, count = total + apart.sum().item(), count + apart.numel()
-                smaller += (apart.flatten(1).amax(1) > 0).sum().item() / len(found[True])
-        whole, scaled = (1e3 * seconds[kind] / images for kind in (False, True))
-        print(f"| {size} | {smaller / images:.0%} | {whole:.2f} | {scaled:.2f} | {total / count:.2f} |")
+            for full, reduced in zip(crops[False], crops[True], strict=True):
+                difference = (full.int() - reduced.int()).abs().float()
+                total, count = total + difference.sum().item(), count + difference.numel()
+                num_reduced += (difference.flatten(1).amax(1) > 0).sum().item() / len(crops[True])
+        ms_full, ms_scaled = (1e3 * seconds[scaled] / images for scaled in (False, True))
+        print(f"| {size} | {num_reduced / images:.0%} | {ms_full:.2f} | {ms_scaled:.2f} | {total / count:.2f} |")
 
 
-def workers(folder: Path, size: int, *, scaled: bool) -> ViewCrops:
+def cropper(folder: Path, size: int, *, scaled: bool) -> ViewCrops:
+    """Return a data set of two random crops of `size` pixels of each image, with or without scaled decoding."""
     source = Flat(root=str(folder), image_size=size, scaled_decode=scaled)
     return ViewCrops(source, Views([{"count": 2}]), seed=0)
 

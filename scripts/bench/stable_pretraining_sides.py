@@ -1,18 +1,18 @@
-"""stable-pretraining's steps of SimCLR, MoCo v2 and BYOL: its Module fitted by a Lightning Trainer, as documented.
+"""Training steps of stable-pretraining for SimCLR, MoCo v2 and BYOL: its Module, fitted by a Lightning Trainer.
 
-SimCLR and BYOL are its forward functions on its Module, MoCo v2 is its method class, for want of such a function. The
-network, the widths of the heads and the optimizer are those of the other sides. Callbacks that write, print or check
-are off. On are those that register the module for logging, move the momentum networks, and read the hardware's counters
-every ten seconds, which has no switch.
+SimCLR and BYOL use its forward functions with its Module, as documented; MoCo v2 uses its method class, since it has no
+such function. The network, the widths of the heads and the optimizer are the same as for the other libraries. Callbacks
+that write, print or check are disabled. The remaining ones register the module for logging, update the momentum
+networks, and read the hardware counters every ten seconds, which cannot be disabled.
 
-What its steps do beyond the others':
+What its steps compute in addition to the others:
 
-- MoCo v2 passes the first view through the momentum network as well, for an embedding that probes would read.
-- The momentum networks average the buffers of BatchNorm too.
-- The Trainer's loop and hooks, and values that are logged to no logger.
-- Its processes hold what the package imports, most of which a step does not need.
+- MoCo v2 also passes the first view through the momentum network, for an embedding that probes would use.
+- The momentum networks also average the buffers of BatchNorm.
+- The Trainer runs its loop and hooks, and values are logged although there is no logger.
+- The memory of its processes includes everything that the package imports, most of which a step does not need.
 
-`best` adds what `lightly best` has. The package's own `make_it_fast()` changes nothing without a GPU.
+`best` adds the same as `lightly best`. The package's own `make_it_fast()` has no effect without a GPU.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import Any
 import lightning as pl
 import stable_pretraining as spt
 import torch
-from measure import Result, enough, summary
+from measure import Result, is_long_enough, summary
 from torch import nn
-from training import BATCH, CPU, cifar_resnet18, images
+from workload import BATCH, CPU, cifar_resnet18, random_views
 
 from sslcli.engine import precision as formats
 
@@ -43,11 +43,11 @@ OPTIM = {
 
 
 class Views:
-    """A loader of the same two views again and again, in the form of the package's batches."""
+    """A data loader that repeats the same two views forever, in the batch format of stable-pretraining."""
 
     def __init__(self, *, channels_last: bool) -> None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.views = [{"image": view.to(memory_format=layout)} for view in images()]
+        self.views = [{"image": view.to(memory_format=layout)} for view in random_views()]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
@@ -55,7 +55,7 @@ class Views:
 
 
 class Clock(pl.Callback):
-    """Times from the end of a step to the end of the next, and stops the fit when there are enough of them."""
+    """Callback that measures the time from the end of one step to the end of the next, and stops after `seconds`."""
 
     def __init__(self, seconds: float, warmup: int) -> None:
         self.seconds, self.warmup = seconds, warmup
@@ -63,6 +63,7 @@ class Clock(pl.Callback):
 
     @property
     def times(self) -> list[float]:
+        """Seconds of each step after the warm-up."""
         return [end - begin for begin, end in pairwise(self.ends[self.warmup :])]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -70,13 +71,13 @@ class Clock(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         self.ends.append(time.perf_counter())
-        trainer.should_stop = enough(self.times, self.seconds)
+        trainer.should_stop = is_long_enough(self.times, self.seconds)
 
 
-def fitted(method: str, *, best: bool, seconds: float = 12.0, warmup: int = 1) -> Result:
-    """Steps of a fit, timed as `measure.timed` does it."""
+def fit(method: str, *, best: bool, seconds: float = 12.0, warmup: int = 1) -> Result:
+    """Fit a method for about `seconds` after `warmup` steps, and return the results as `measure.timed` does."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    # It would log on standard output, where the figures are.
+    # Without this it logs to standard output, which contains the results.
     spt.set(verbose="ERROR", default_callbacks=dict.fromkeys(OFF.split(), False))
     backbone = cifar_resnet18()
     if best:
@@ -98,6 +99,7 @@ def fitted(method: str, *, best: bool, seconds: float = 12.0, warmup: int = 1) -
 
 
 def simclr(backbone: nn.Module) -> pl.LightningModule:
+    """Build SimCLR with a projection head of two layers."""
     from stable_pretraining.forward import simclr as forward
 
     return spt.Module(
@@ -110,19 +112,21 @@ def simclr(backbone: nn.Module) -> pl.LightningModule:
 
 
 def moco_v2(backbone: nn.Module) -> pl.LightningModule:
-    kind = spt.methods.MoCov2
-    module = kind(backbone, projector_dims=(WIDTH, 128), queue_length=4096, temperature=TEMPERATURE)
+    """Build MoCo v2 with a queue of 4,096 keys."""
+    method_class = spt.methods.MoCov2
+    module = method_class(backbone, projector_dims=(WIDTH, 128), queue_length=4096, temperature=TEMPERATURE)
 
-    def of_batch(self: nn.Module, batch: dict[str, Any], stage: str) -> dict[str, Any]:
-        found = kind.forward(self, *(view["image"] for view in batch["views"]))
-        return {"loss": found.loss, "embedding": found.embedding}
+    def forward(self: nn.Module, batch: dict[str, Any], stage: str) -> dict[str, Any]:
+        output = method_class.forward(self, *(view["image"] for view in batch["views"]))
+        return {"loss": output.loss, "embedding": output.embedding}
 
-    module.forward = types.MethodType(of_batch, module)  # the class leaves it to its user to take a batch apart
+    module.forward = types.MethodType(forward, module)  # the forward of the class expects views, not a batch
     module.optim = OPTIM
     return module
 
 
 def byol(backbone: nn.Module) -> pl.LightningModule:
+    """Build BYOL with projection and prediction heads of 1,024 hidden units."""
     from stable_pretraining.forward import byol as forward
 
     return spt.Module(

@@ -1,4 +1,4 @@
-"""How long a user waits: `--help`, and the imports with the first training step, each in a fresh process."""
+"""Benchmark of startup: `--help`, and imports plus the first training step, each in a fresh process."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import time
 from functools import partial
 from pathlib import Path
 
-from measure import Result, answer, command
+from measure import Result, command, run_benchmark
 
 LIGHTLY = """
-from training import lightly, timed
 import training
 training.timed = lambda step, **_: step()
-lightly("simclr", best=False)
+training.lightly_step("simclr", best=False)
 """
 
 STABLE_PRETRAINING = """
-from stable_pretraining_sides import fitted
-fitted("simclr", best=False, seconds=0.0, warmup=0)
+from stable_pretraining_sides import fit
+fit("simclr", best=False, seconds=0.0, warmup=0)
 """
 
 
-def seconds(line: list[str]) -> Result:
+def duration(line: list[str]) -> Result:
+    """Run a command and return its wall-clock time in seconds, as `s`."""
     before = time.perf_counter()
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
     return {"s": time.perf_counter() - before}
 
 
 def first_step() -> Result:
-    """`ssl-train` to the end of one step: imports, network, run directory, checkpoint; of few images, as a peer has."""
+    """Time `ssl-train` with one step on few images: imports, network, run directory, step, checkpoint."""
     with tempfile.TemporaryDirectory() as run_dir:
-        return seconds(
+        return duration(
             [
                 command("ssl-train"),
                 "backbone=resnet18",
@@ -41,8 +41,8 @@ def first_step() -> Result:
                 "dataset.test_images=64",
                 "train.batch_size=128",
                 "train.max_steps=1",
-                "monitor.knn_every=0",
-                "monitor.health_every=0",
+                "monitor.knn_every_epochs=0",
+                "monitor.health_every_steps=0",
                 "monitor.pictures=0",
                 f"run_dir={run_dir}",
             ]
@@ -50,13 +50,13 @@ def first_step() -> Result:
 
 
 if __name__ == "__main__":
-    answer(
+    run_benchmark(
         {
-            "help/sslcli": partial(seconds, [command("ssl-train"), "--help"]),
-            "help/lightly": partial(seconds, [command("lightly-ssl-train"), "--help"]),
-            "help/stable-pretraining": partial(seconds, [command("spt"), "--help"]),
+            "help/sslcli": partial(duration, [command("ssl-train"), "--help"]),
+            "help/lightly": partial(duration, [command("lightly-ssl-train"), "--help"]),
+            "help/stable-pretraining": partial(duration, [command("spt"), "--help"]),
             "first_step/sslcli": first_step,
-            "first_step/lightly": partial(seconds, [sys.executable, "-c", LIGHTLY]),
-            "first_step/stable-pretraining": partial(seconds, [sys.executable, "-c", STABLE_PRETRAINING]),
+            "first_step/lightly": partial(duration, [sys.executable, "-c", LIGHTLY]),
+            "first_step/stable-pretraining": partial(duration, [sys.executable, "-c", STABLE_PRETRAINING]),
         }
     )

@@ -1,8 +1,8 @@
-"""One training step on synthetic images: ResNet-18 with the CIFAR stem, 32 px, 128 images, two views.
+"""Benchmark of one training step on synthetic images: ResNet-18 with the CIFAR stem, 32 px, 128 images, two views.
 
-lightly's steps are those of its documented examples: bare loops around its heads and losses. `best` adds what a user
-of it can switch on: bfloat16 where the processor multiplies it, channels-last memory, an allocator that keeps memory.
-Those of stable-pretraining are in `stable_pretraining_sides.py`.
+lightly's steps are those of its documented examples: plain loops with its heads and losses. `best` adds what a user can
+enable: bfloat16 if the processor supports it natively, channels-last memory, an allocator that keeps freed memory. The
+steps of stable-pretraining are in `stable_pretraining_sides.py`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torchvision
-from measure import Result, answer, timed
+from measure import Result, run_benchmark, timed
 from torch import Tensor, nn
-
-BATCH, SIZE = 128, 32
-CPU = torch.device("cpu")
+from workload import BATCH, CPU, METHODS, SIZE, cifar_resnet18, random_views
 
 
-def ours(method: str, precision: str) -> Result:
-    """The step of the training loop itself: forward, backward, optimizer, momentum network and queue."""
+def sslcli_step(method: str, precision: str) -> Result:
+    """Time a step of sslcli's training loop: forward, backward, optimizer, momentum encoder and queue."""
     from sslcli.backbones.resnet import ResNet
     from sslcli.engine import precision as formats
     from sslcli.methods.base import Batch
@@ -39,7 +36,7 @@ def ours(method: str, precision: str) -> Result:
     }[method](ResNet("resnet18", image_size=SIZE))
     built = made_fast(built).train()
     optimizer = torch.optim.SGD(built.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
-    views = [view.to(memory_format=torch.channels_last) for view in images()]
+    views = [view.to(memory_format=torch.channels_last) for view in random_views()]
     batch = Batch(views, torch.arange(BATCH), torch.zeros(BATCH, dtype=torch.long))
     resolved = formats.resolve(precision, CPU)
 
@@ -54,25 +51,13 @@ def ours(method: str, precision: str) -> Result:
     return timed(step, images=BATCH, warmup=1)
 
 
-def images() -> list[Tensor]:
-    """Two views of random images."""
-    return [torch.rand(BATCH, 3, SIZE, SIZE) for _ in range(2)]
-
-
-def cifar_resnet18() -> nn.Module:
-    """torchvision's ResNet-18 with the CIFAR stem, without its classifier."""
-    net = torchvision.models.resnet18()
-    net.conv1, net.maxpool, net.fc = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity()
-    return net
-
-
-def lightly(method: str, *, best: bool) -> Result:
-    """A step of lightly's example of the method."""
-    step, views = lightly_step(method, cifar_resnet18(), 512, best=best), images()
+def lightly_step(method: str, *, best: bool) -> Result:
+    """Time a step of lightly's example of the method."""
+    step, views = build_lightly_step(method, cifar_resnet18(), 512, best=best), random_views()
     return timed(lambda: step(views), images=BATCH, warmup=1)
 
 
-def lightly_step(
+def build_lightly_step(
     method: str,
     backbone: nn.Module,
     width: int,
@@ -81,29 +66,38 @@ def lightly_step(
     temperature: float = 0.2,
     lr: Callable[[], float] = lambda: 0.06,
 ) -> Callable[[list[Tensor]], None]:
-    """What lightly's example of the method does with two views, at the learning rate of the moment."""
+    """Return the training step of lightly's example of the method, a function of two views.
+
+    Args:
+        method: one of METHODS.
+        backbone: network that returns `width` features.
+        width: number of features.
+        best: use bfloat16 if the processor supports it natively, and channels-last memory.
+        temperature: of SimCLR and MoCo v2.
+        lr: function that returns the learning rate of the next step.
+    """
     from lightly.models.utils import deactivate_requires_grad, update_momentum
 
     from sslcli.engine import precision as formats
 
-    online, loss_of = LIGHTLY[method](backbone, width, temperature)
-    trained = nn.ModuleList(online)
-    target = copy.deepcopy(trained[:2]) if method != "simclr" else nn.ModuleList()
+    layers, loss_of = LIGHTLY[method](backbone, width, temperature)
+    online = nn.ModuleList(layers)
+    target = copy.deepcopy(online[:2]) if method != "simclr" else nn.ModuleList()
     deactivate_requires_grad(target)
-    format = formats.resolve("auto", CPU) if best else "fp32"  # emulated, bfloat16 is hundreds of times slower
+    dtype = formats.resolve("auto", CPU) if best else "fp32"  # emulated bfloat16 is hundreds of times slower
     if best:
-        trained.to(memory_format=torch.channels_last)
+        online.to(memory_format=torch.channels_last)
         target.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(trained.parameters(), lr=lr(), momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(online.parameters(), lr=lr(), momentum=0.9, weight_decay=5e-4)
 
     def step(views: list[Tensor]) -> None:
         optimizer.param_groups[0]["lr"] = lr()
         if best:
             views = [view.to(memory_format=torch.channels_last) for view in views]
-        for average, current in zip(target, trained, strict=False):
+        for average, current in zip(target, online, strict=False):
             update_momentum(current, average, m=0.99)
-        with formats.autocast(CPU, format):
-            loss = loss_of(trained, target, *views)
+        with formats.autocast(CPU, dtype):
+            loss = loss_of(online, target, *views)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -114,6 +108,7 @@ def lightly_step(
 def lightly_simclr(
     backbone: nn.Module, width: int, temperature: float
 ) -> tuple[list[nn.Module], Callable[..., Tensor]]:
+    """Return backbone and projection head, and the loss of (online, target, view 1, view 2)."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
 
@@ -127,6 +122,7 @@ def lightly_simclr(
 
 
 def lightly_moco(backbone: nn.Module, width: int, temperature: float) -> tuple[list[nn.Module], Callable[..., Tensor]]:
+    """Return backbone and projection head, and the loss against a queue of 4,096 keys."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import MoCoProjectionHead
 
@@ -142,6 +138,7 @@ def lightly_moco(backbone: nn.Module, width: int, temperature: float) -> tuple[l
 
 
 def lightly_byol(backbone: nn.Module, width: int, temperature: float) -> tuple[list[nn.Module], Callable[..., Tensor]]:
+    """Return backbone, projection head and prediction head, and the symmetric loss; `temperature` is not used."""
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
 
@@ -156,23 +153,22 @@ def lightly_byol(backbone: nn.Module, width: int, temperature: float) -> tuple[l
     return [backbone, BYOLProjectionHead(width, 1024, 256), BYOLPredictionHead(256, 1024, 256)], loss
 
 
-def stable_pretraining(method: str, *, best: bool) -> Result:
-    """A step of stable-pretraining's fit of the method."""
-    from stable_pretraining_sides import fitted
+def stable_pretraining_step(method: str, *, best: bool) -> Result:
+    """Time a step of stable-pretraining's `Trainer.fit` with the method."""
+    from stable_pretraining_sides import fit
 
-    return fitted(method, best=best)
+    return fit(method, best=best)
 
 
 LIGHTLY = {"simclr": lightly_simclr, "moco_v2": lightly_moco, "byol": lightly_byol}
-METHODS = tuple(LIGHTLY)
 
 if __name__ == "__main__":
-    sides: dict[str, Callable[[str], Result]] = {
-        "sslcli": partial(ours, precision="auto"),
-        "sslcli fp32": partial(ours, precision="fp32"),
-        "lightly": partial(lightly, best=False),
-        "lightly best": partial(lightly, best=True),
-        "stable-pretraining": partial(stable_pretraining, best=False),
-        "stable-pretraining best": partial(stable_pretraining, best=True),
+    variants: dict[str, Callable[[str], Result]] = {
+        "sslcli": partial(sslcli_step, precision="auto"),
+        "sslcli fp32": partial(sslcli_step, precision="fp32"),
+        "lightly": partial(lightly_step, best=False),
+        "lightly best": partial(lightly_step, best=True),
+        "stable-pretraining": partial(stable_pretraining_step, best=False),
+        "stable-pretraining best": partial(stable_pretraining_step, best=True),
     }
-    answer({f"{method}/{name}": partial(side, method) for name, side in sides.items() for method in METHODS})
+    run_benchmark({f"{method}/{name}": partial(step, method) for name, step in variants.items() for method in METHODS})
