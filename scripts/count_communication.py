@@ -1,9 +1,9 @@
-"""What each method sends in a step: `python scripts/count_communication.py [--json FILE] [NAME ...]`
+"""Counts of the collectives in a step: `python scripts/count_communication.py [--json FILE] [NAME ...]`
 
-Runs the training loop's own step with every collective of torch.distributed counted, as one of 2 processes of N and of
-2 N images, finds out how the bytes depend on N, checks that as one of 1,024 processes and in 2 and 4 real processes
-joined by gloo, and prints the table of docs/scaling.md. What is not real is torch's fake group, whose collectives do
-nothing: right for counting, as no count depends on values. Shapes: N images a process, W processes.
+Runs a step of the training loop and counts every collective of torch.distributed, as one of 2 processes with N and with
+2 N images. From these counts it derives a formula for the bytes, verifies it as one of 1,024 processes and in 2 and 4
+real processes connected by gloo, and prints the table of docs/scaling.md. Other processes are simulated by torch's fake
+process group, whose collectives do nothing; no count depends on values. N: images per process, W: processes.
 """
 
 from __future__ import annotations
@@ -26,102 +26,106 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import sslcli
 from equivalence import METHODS, job_of
-from gloo import together
+from gloo import run_processes
 from sslcli.cli.compose import checked_jobs
+from sslcli.config.run_config import RunConfig
 from sslcli.distributed import collectives
 from sslcli.engine.loop import optimize, parallel
 
-PACKAGE = str(Path(sslcli.__file__).parent)
-# What a collective is for, by the innermost function (file, name) on the way to it that tells.
+PACKAGE = Path(sslcli.__file__).parent
+# Purpose of a collective, by the innermost function (module, name) of the call stack that is in this table.
 PURPOSES = {
-    ("train", "average_each"): "gradients",
-    ("cached_gradients", "average_gradients"): "gradients",
-    ("nn", "forward"): "BatchNorm",
-    ("nn", "backward"): "BatchNorm, gradient",
-    ("nn", "average_statistics"): "running statistics",
-    ("distributed", "exchange"): "shuffle",
-    ("distributed", "forward"): "embeddings",
-    ("distributed", "backward"): "embeddings, gradient",
-    ("stopping", "agreed"): "stop flag",
-    ("bank", "remember"): "bank rows",
-    ("bank", "log_normalizer"): "normalizer, in the first steps",
-    ("moco", "forward"): "keys",
-    ("simclr_v2", "compare"): "keys",
-    ("moco_v3", "contrast"): "keys",
-    ("vae", "over_processes"): "means",
-    ("vae", "forward"): "figures",
-    ("gan", "distance"): "figures",
+    ("engine.loop", "average_each"): "gradients",
+    ("engine.gradient_cache", "average_gradients"): "gradients",
+    ("nn.batch_norm", "forward"): "BatchNorm",
+    ("nn.batch_norm", "backward"): "BatchNorm, gradient",
+    ("nn.batch_norm", "average_statistics"): "running statistics",
+    ("distributed.collectives", "exchange"): "shuffle",
+    ("distributed.collectives", "forward"): "embeddings",
+    ("distributed.collectives", "backward"): "embeddings, gradient",
+    ("engine.stop", "agreed"): "stop flag",
+    ("methods.bank", "remember"): "bank rows",
+    ("methods.bank", "log_normalizer"): "normalizer, in the first steps",
+    ("methods.moco", "forward"): "keys",
+    ("methods.simclr_v2", "compare"): "keys",
+    ("methods.moco_v3", "contrast"): "keys",
+    ("methods.vae", "over_processes"): "means",
+    ("methods.vae", "forward"): "metrics",
+    ("methods.gan", "distance"): "metrics",
 }
 
 
 @dataclass
-class Counted:
-    """What one process puts into the collectives for one purpose."""
+class CollectiveCount:
+    """Number of calls and input bytes of the collectives of one process with one purpose."""
 
     collective: str
     calls: int = 0
-    sent: int = 0  # bytes it contributes: a sum its tensor, a gather its part, a scattered sum its part of the result
+    sent: int = 0  # bytes; all-reduce: the tensor, all-gather: the local part, reduce-scatter: the part of the result
 
 
 @dataclass
-class Count:
-    """Counts the collectives of torch.distributed that sslcli calls while it is open, by purpose."""
+class CollectiveCounter:
+    """Context manager that counts the collectives of torch.distributed called by sslcli, by purpose."""
 
-    found: dict[str, Counted] = field(default_factory=dict)
-    before: list[tuple[Any, str, Any]] = field(default_factory=list)
+    counts: dict[str, CollectiveCount] = field(default_factory=dict)
+    originals: list[tuple[Any, str, Any]] = field(default_factory=list)
 
-    def __enter__(self) -> Count:
+    def __enter__(self) -> CollectiveCounter:
         size = collectives.world_size()
         self.replace(dist, "all_reduce", "all-reduce", lambda tensor, *_, **__: bytes_of(tensor))
-        self.replace(collectives, "_gather", "all-gather", lambda _, mine: bytes_of(mine))
-        self.replace(collectives, "_reduce_scatter", "reduce-scatter", lambda mine, _: bytes_of(mine))
-        self.replace(dist, "all_to_all_single", "all-to-all", lambda _, mine, *__: bytes_of(mine))
-        self.replace(dist, "all_gather_object", "objects", lambda _, mine: len(pickle.dumps(mine)))
-        self.replace(dist, "broadcast_object_list", "objects", lambda mine, **_: len(pickle.dumps(mine)) // size)
+        self.replace(collectives, "_gather", "all-gather", lambda _, local: bytes_of(local))
+        self.replace(collectives, "_reduce_scatter", "reduce-scatter", lambda local, _: bytes_of(local))
+        self.replace(dist, "all_to_all_single", "all-to-all", lambda _, local, *__: bytes_of(local))
+        self.replace(dist, "all_gather_object", "objects", lambda _, local: len(pickle.dumps(local)))
+        self.replace(dist, "broadcast_object_list", "objects", lambda local, **_: len(pickle.dumps(local)) // size)
         self.replace(dist, "barrier", "barrier", lambda *_: 0)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for module, name, original in self.before:
+        for module, name, original in self.originals:
             setattr(module, name, original)
-        self.before.clear()
+        self.originals.clear()
 
     def replace(self, module: Any, name: str, collective: str, size: Callable[..., int]) -> None:
+        """Replace a function of a module by one that counts; `size` computes its bytes from the same arguments."""
         original = getattr(module, name)
 
-        def counted(*args: Any, **keywords: Any) -> Any:
+        def counting(*args: Any, **keywords: Any) -> Any:
             purpose = purpose_of(sys._getframe(1))
-            if self.found.setdefault(purpose, Counted(collective)).collective != collective:
+            if self.counts.setdefault(purpose, CollectiveCount(collective)).collective != collective:
                 purpose = f"{purpose}, {collective}"
-            entry = self.found.setdefault(purpose, Counted(collective))
+            entry = self.counts.setdefault(purpose, CollectiveCount(collective))
             entry.calls += 1
             entry.sent += size(*args, **{key: value for key, value in keywords.items() if key != "async_op"})
             return original(*args, **keywords)
 
-        self.before.append((module, name, original))
-        setattr(module, name, counted)
+        self.originals.append((module, name, original))
+        setattr(module, name, counting)
 
 
 def bytes_of(tensor: Tensor) -> int:
+    """Return the size of the data of a tensor in bytes."""
     return tensor.numel() * tensor.element_size()
 
 
 def purpose_of(frame: FrameType | None) -> str:
-    """What the caller's collective is for; the name of the calling function where PURPOSES has none."""
+    """Return the purpose of the collective that `frame` calls, or the name of the calling function if it has none."""
     names = []
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if str(path).startswith(PACKAGE):
-            names.append((path.stem, frame.f_code.co_name))
+        if path.is_relative_to(PACKAGE):
+            module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+            names.append((module, frame.f_code.co_name))
             if names[-1] in PURPOSES:
                 return PURPOSES[names[-1]]
         frame = frame.f_back
-    return next((name for _, name in names if name not in ("all_gather", "all_reduce_mean")), "elsewhere")
+    return next((name for _, name in names if name not in ("all_gather", "all_reduce_mean")), "unknown")
 
 
-def composed(words: tuple[str, ...], batch_size: int) -> dict[str, Any]:
-    """The configuration of a run with these words, the sizes of networks as they say, of `batch_size` images a step."""
-    always = [
+def compose_config(overrides: tuple[str, ...], batch_size: int) -> RunConfig:
+    """Return the configuration of a run on a CPU with these overrides and `batch_size` images per step."""
+    fixed = [
         "dataset=shapes",
         f"dataset.train_images={batch_size}",
         "dataset.test_images=0",
@@ -129,141 +133,155 @@ def composed(words: tuple[str, ...], batch_size: int) -> dict[str, Any]:
         "device=cpu",
         "train.precision=fp32",
         "train.max_steps=2",
-        "monitor.knn_every=0",
+        "monitor.knn_every_epochs=0",
         "monitor.pictures=0",
     ]
     parser = get_args_parser()
-    return checked_jobs("train", parser.parse_args([*words, *always, f"train.batch_size={batch_size}"]))[0]
+    job = checked_jobs("train", parser.parse_args([*overrides, *fixed, f"train.batch_size={batch_size}"]))[0]
+    return RunConfig.from_plain(job)
 
 
-def counted_step(config: dict[str, Any]) -> tuple[int, dict[str, Counted]]:
-    """Trainable parameters, and what the second step of a run sends; the first may send what is sent once."""
+def count_step(config: RunConfig) -> tuple[int, dict[str, CollectiveCount]]:
+    """Return the number of trainable parameters, and the counts of the second step of a run.
+
+    The first step may contain collectives that occur only once.
+    """
     job = job_of(config)
     model = parallel(job.method, job.device)
-    counts = []
+    counters = []
     for step, micro_batches in enumerate(job.loader.steps(0, 2)):
-        with Count() as count:
+        with CollectiveCounter() as counter:
             optimize(job, model, micro_batches)
             job.method.after_step(step / 2)
             job.stop.agreed()
-        counts.append(count)
+        counters.append(counter)
     job.stop.close()
     parameters = sum(p.numel() for p in job.method.parameters() if p.requires_grad)
-    return parameters, counts[-1].found
+    return parameters, counters[-1].counts
 
 
-def counted_steps(configs: list[dict[str, Any]]) -> list[tuple[int, dict[str, Counted]]]:
-    return [counted_step(config) for config in configs]
+def count_steps(configs: list[RunConfig]) -> list[tuple[int, dict[str, CollectiveCount]]]:
+    """Return the result of `count_step` for each configuration."""
+    return [count_step(config) for config in configs]
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one process puts into the collectives for one purpose in a step: fixed + an_image * N bytes, for any W."""
+    """Collectives of one process with one purpose per step: input of fixed + per_image * N bytes, for any W."""
 
     collective: str
     calls: int
     fixed: int
-    an_image: int
+    per_image: int
 
     def sent(self, num_images: int) -> int:
-        """Bytes contributed by a process of `num_images`."""
-        return self.fixed + self.an_image * num_images
+        """Return the input bytes of a process with `num_images` images."""
+        return self.fixed + self.per_image * num_images
 
-    def through_the_link(self, num_images: int, processes: int) -> float:
-        """Bytes each process sends, and receives, by ring algorithms, which are the least possible."""
-        others, mine = processes - 1, self.sent(num_images)
-        share = {"all-reduce": 2 * others / processes, "all-to-all": others / processes, "barrier": 0}
-        return mine * share.get(self.collective, others)
+    def link_bytes(self, num_images: int, processes: int) -> float:
+        """Return the bytes that each process sends (and receives) with ring algorithms, which is the minimum."""
+        others, local = processes - 1, self.sent(num_images)
+        factor = {"all-reduce": 2 * others / processes, "all-to-all": others / processes, "barrier": 0}
+        return local * factor.get(self.collective, others)
 
 
-def traffic_of(few: dict[str, Counted], many: dict[str, Counted], num_images: int) -> dict[str, Traffic]:
-    """The law behind what processes of N and of 2 N images send."""
+def fit_traffic(
+    few: dict[str, CollectiveCount], many: dict[str, CollectiveCount], num_images: int
+) -> dict[str, Traffic]:
+    """Return the formula of each purpose from the counts of N = `num_images` and of 2 N images per process."""
     assert few.keys() == many.keys()
-    found = {}
+    traffic = {}
     for purpose, one in few.items():
         other = many[purpose]
         assert (one.calls, one.collective) == (other.calls, other.collective), purpose
         slope, rest = divmod(other.sent - one.sent, num_images)
-        assert rest == 0 and slope >= 0, f"{purpose}: {one.sent} and {other.sent} bytes do not lie on a line"  # noqa: PT018
-        found[purpose] = Traffic(one.collective, one.calls, one.sent - slope * num_images, slope)
-    return found
+        assert rest == 0 and slope >= 0, f"{purpose}: {one.sent} and {other.sent} bytes are not linear in N"  # noqa: PT018
+        traffic[purpose] = Traffic(one.collective, one.calls, one.sent - slope * num_images, slope)
+    return traffic
 
 
-def check(traffic: dict[str, Traffic], counted: dict[str, Counted], num_images: int, what: str) -> None:
-    """Raise ValueError unless the law gives what was counted elsewhere."""
+def check(traffic: dict[str, Traffic], counts: dict[str, CollectiveCount], num_images: int, case: str) -> None:
+    """Raise ValueError if the counts of processes with `num_images` images differ from the formulas."""
     expected = {name: (t.collective, t.calls, t.sent(num_images)) for name, t in traffic.items()}
-    found = {name: (c.collective, c.calls, c.sent) for name, c in counted.items()}
-    if expected != found:
-        raise ValueError(f"{what}: expected {expected}, counted {found}")
+    actual = {name: (c.collective, c.calls, c.sent) for name, c in counts.items()}
+    if expected != actual:
+        raise ValueError(f"{case}: expected {expected}, counted {actual}")
 
 
 @dataclass(frozen=True)
-class Counting:
-    """A configuration and what it sends."""
+class CaseTraffic:
+    """Number of parameters and communication of one case."""
 
     name: str
     parameters: int
     traffic: dict[str, Traffic]
 
 
-def pretended(size: int, configs: list[dict[str, Any]]) -> list[tuple[int, dict[str, Counted]]]:
-    """`counted_steps` as process 0 of `size`, of which there is no other."""
+def count_simulated(size: int, configs: list[RunConfig]) -> list[tuple[int, dict[str, CollectiveCount]]]:
+    """Return the result of `count_steps` as process 0 of `size`; the other processes are simulated."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
-        return counted_steps(configs)
+        return count_steps(configs)
     finally:
         dist.destroy_process_group()
 
 
 def measure(
-    cases: dict[str, tuple[str, ...]], *, num_images: int, pretend: list[int], real: list[int]
-) -> list[Counting]:
-    """Count each case, by the words of its command line; check on other numbers of processes, pretended and real."""
+    cases: dict[str, tuple[str, ...]], *, num_images: int, simulated: list[int], real: list[int]
+) -> list[CaseTraffic]:
+    """Derive the formulas of all cases, and verify them on other numbers of processes, simulated and real.
 
-    def of(images: int) -> list[dict[str, Any]]:
-        return [composed(words, images) for words in cases.values()]
+    Args:
+        cases: name and overrides of each case.
+        num_images: N, images per process; the formulas are derived from N and 2 N.
+        simulated: numbers of processes to verify in this process.
+        real: numbers of processes to verify in as many processes, connected by gloo.
+    """
 
-    few, many = (pretended(2, of(2 * n)) for n in (num_images, 2 * num_images))
+    def configs_of(batch_size: int) -> list[RunConfig]:
+        return [compose_config(overrides, batch_size) for overrides in cases.values()]
+
+    few, many = (count_simulated(2, configs_of(2 * n)) for n in (num_images, 2 * num_images))
     found = [
-        Counting(name, parameters, traffic_of(one, other, num_images))
+        CaseTraffic(name, parameters, fit_traffic(one, other, num_images))
         for name, (parameters, one), (_, other) in zip(cases, few, many, strict=True)
     ]
-    for size in (*pretend, *real):
-        configs = of(size * num_images)
-        counted = together(size, counted_steps, configs)[0] if size in real else pretended(size, configs)
-        for counting, (_, seen) in zip(found, counted, strict=True):
-            check(counting.traffic, seen, num_images, f"{counting.name} on {size} processes")
-        print(
-            f"{len(found)} cases hold on {size:,} {'real' if size in real else 'pretended'} processes", file=sys.stderr
-        )
+    for size in (*simulated, *real):
+        configs = configs_of(size * num_images)
+        results = run_processes(size, count_steps, configs)[0] if size in real else count_simulated(size, configs)
+        for case, (_, counts) in zip(found, results, strict=True):
+            check(case.traffic, counts, num_images, f"{case.name} on {size} processes")
+        kind = "real" if size in real else "simulated"
+        print(f"The formulas of {len(found)} cases are verified on {size:,} {kind} processes.", file=sys.stderr)
     return found
 
 
-def table(found: list[Counting]) -> str:
-    """One row a purpose, with the first of each case naming it."""
-    lines = ["| case | for | collective | calls a step | bytes of a process |", "|---|---|---|---|---|"]
-    for counting in found:
-        name = f"{counting.name}, {counting.parameters:,} parameters"
-        for purpose, traffic in counting.traffic.items():
-            law = " + ".join(
-                [f"{traffic.fixed:,}"] * (traffic.fixed > 0 or traffic.an_image == 0)
-                + [f"{traffic.an_image:,} N"] * (traffic.an_image > 0)
+def table(cases: list[CaseTraffic]) -> str:
+    """Return a Markdown table with one row per purpose; the first row of each case has its name."""
+    lines = ["| case | for | collective | calls per step | bytes per process |", "|---|---|---|---|---|"]
+    for case in cases:
+        name = f"{case.name}, {case.parameters:,} parameters"
+        for purpose, traffic in case.traffic.items():
+            formula = " + ".join(
+                [f"{traffic.fixed:,}"] * (traffic.fixed > 0 or traffic.per_image == 0)
+                + [f"{traffic.per_image:,} N"] * (traffic.per_image > 0)
             )
-            lines.append(f"| {name} | {purpose} | {traffic.collective} | {traffic.calls} | {law} |")
+            lines.append(f"| {name} | {purpose} | {traffic.collective} | {traffic.calls} | {formula} |")
             name = ""
     return "\n".join(lines)
 
 
-def as_json(found: list[Counting]) -> str:
+def as_json(cases: list[CaseTraffic]) -> str:
+    """Return the formulas of all cases as JSON, the input of `step_time.py` and `replay_communication.py`."""
     return json.dumps(
-        {c.name: {"parameters": c.parameters, "traffic": {p: vars(t) for p, t in c.traffic.items()}} for c in found},
+        {c.name: {"parameters": c.parameters, "traffic": {p: vars(t) for p, t in c.traffic.items()}} for c in cases},
         indent=1,
     )
 
 
 RESNET = ("backbone=resnet50", "backbone.stem=imagenet", "dataset.image_size=64")
 VIT = ("backbone=vit_base", "backbone.patch_size=16", "dataset.image_size=64")
-SMALL = {word: (f"method={word}",) for word in METHODS} | {
+SMALL = {method: (f"method={method}",) for method in METHODS} | {
     "simclr_v2, memory": ("method=simclr_v2", "method.queue_size=4096"),
     "memory_bank, nce": ("method=memory_bank", "method.loss=nce", "method.negatives=64"),
     "cmc, nce": ("method=cmc", "method.loss=nce", "method.negatives=64"),
@@ -282,22 +300,24 @@ LARGE = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="cases; all where none is named")
-    parser.add_argument("--pretend", type=int, nargs="*", default=[1024], help="numbers of processes to check on")
-    parser.add_argument("--real", type=int, nargs="*", default=[2, 4], help="the same, of real processes")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="cases to count (default: all)")
+    parser.add_argument(
+        "--pretend", type=int, nargs="*", default=[1024], help="verify on these numbers of simulated processes"
+    )
+    parser.add_argument("--real", type=int, nargs="*", default=[2, 4], help="verify on these numbers of real processes")
+    parser.add_argument("--json", type=Path, help="also write the formulas to this file")
     arguments = parser.parse_args()
-    wanted = arguments.names
-    small = {name: words for name, words in SMALL.items() if not wanted or name in wanted}
-    large = {name: words for name, words in LARGE.items() if not wanted or name in wanted}
+    names = arguments.names
+    small = {name: overrides for name, overrides in SMALL.items() if not names or name in names}
+    large = {name: overrides for name, overrides in LARGE.items() if not names or name in names}
     torch.set_num_threads(1)
-    found = [
-        *(measure(small, num_images=4, pretend=arguments.pretend, real=arguments.real) if small else []),
-        *(measure(large, num_images=2, pretend=[], real=[]) if large else []),
+    cases = [
+        *(measure(small, num_images=4, simulated=arguments.pretend, real=arguments.real) if small else []),
+        *(measure(large, num_images=2, simulated=[], real=[]) if large else []),
     ]
-    print(table(found))
+    print(table(cases))
     if arguments.json:
-        arguments.json.write_text(as_json(found) + "\n")
+        arguments.json.write_text(as_json(cases) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Does a run of several processes do what a run of fewer does? `python scripts/equivalence.py [NAME ...]`
+"""Comparison of training in 1, 2 and 4 processes: `python scripts/equivalence.py [NAME ...]`
 
-Trains every case in 1, 2 and 4 processes with the loop's own step, in float64 and float32, and prints the table of
-docs/reliability.md: the largest relative differences of 2 processes from 1 and of 4 from 2.
+Trains every case with the step of the training loop, in float64 and float32, and prints the table of
+docs/reliability.md: the largest relative differences between 2 processes and 1, and between 4 and 2.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from hydra._internal.utils import get_args_parser
 from torch import Tensor
 
-from gloo import together
+from gloo import run_processes
 from sslcli.cli.compose import checked_jobs
-from sslcli.config.settings import TrainSettings
+from sslcli.config.run_config import RunConfig
 from sslcli.distributed import collectives
 from sslcli.engine.loop import Run, optimize, parallel
 from sslcli.methods.base import Batch
@@ -27,7 +27,7 @@ from sslcli.runs.build import build_optimizer, build_parts
 
 METHODS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
 STEPS = 4
-BATCH = 16  # images a step
+BATCH = 16  # images per step
 OVERRIDES = [
     "dataset=shapes",
     "dataset.train_images=64",
@@ -38,25 +38,25 @@ OVERRIDES = [
     "train.precision=fp32",
     f"train.max_steps={STEPS}",
     "train.save_every_epochs=0",
-    "monitor.knn_every=0",
+    "monitor.knn_every_epochs=0",
     "monitor.pictures=0",
 ]
-# Of the keys a method or backbone has. Groups of 4 images are what one of 4 processes has.
+# Values for the keys that a method or backbone has. One of 4 processes has 4 images, hence groups of 4.
 SMALLER = {"queue_size": 40, "hidden": 32, "dim": 16, "width": 4, "units": 32, "map_hidden": 32, "bn_group": 4}
-FLOOR = 1e-3  # of a tensor's largest value: one that is zero but for rounding differs by nothing worth telling
+FLOOR = 1e-3  # minimum of a tensor's largest value, for tensors that are zero except for rounding
 
 
 @dataclass(frozen=True)
 class Case:
-    """A method with other settings than its yaml's."""
+    """A method with overrides."""
 
     name: str
-    words: tuple[str, ...]  # of the command line
-    reason: str = ""  # why several processes cannot do what one does, where they cannot
-    rounding: str = ""  # why float32 differs by more than its last digits, where it does
+    overrides: tuple[str, ...]
+    reason: str = ""  # why several processes compute something else than one, if they do
+    rounding: str = ""  # why float32 differs by more than its last digits, if it does
 
 
-TWO_EPOCHS = "dataset.train_images=32"  # of a memory bank, whose first epoch fills it and trains nothing
+TWO_EPOCHS = "dataset.train_images=32"  # for memory banks, whose first epoch fills the bank without training
 NORM = "BatchNorm of one process in float32 (1)"
 ADAM = "Adam in float32 (2)"
 LOCAL_NORM = "BatchNorm sees the images of one process, here 4 to 16"
@@ -98,152 +98,159 @@ VARIANTS = [
     Case("bigan, hinge, R1", ("method=bigan", "method.loss=hinge", "method.unary=true", "method.r1=1"), rounding=ADAM),
     Case("dcgan, R1", ("method=dcgan", "method.r1=1"), rounding=NORM),
 ]
-ROUNDING = {"dcgan": NORM, "deep_infomax": ADAM}  # of what the yaml files say
-MORE = {"memory_bank": (TWO_EPOCHS,)}
+ROUNDING = {"dcgan": NORM, "deep_infomax": ADAM}  # of the methods with their default settings
+MORE_OVERRIDES = {"memory_bank": (TWO_EPOCHS,)}
 CASES = [
-    *(Case(word, (f"method={word}", *MORE.get(word, ())), rounding=ROUNDING.get(word, "")) for word in METHODS),
+    *(
+        Case(method, (f"method={method}", *MORE_OVERRIDES.get(method, ())), rounding=ROUNDING.get(method, ""))
+        for method in METHODS
+    ),
     *VARIANTS,
 ]
 
 
-def composed(case: Case) -> dict[str, Any]:
-    """The configuration of the case, small enough for moments; what the case itself sets stays."""
-    told = {word.partition("=")[0] for word in case.words}
-    words = [word for word in OVERRIDES if word.partition("=")[0] not in told]
-    config = checked_jobs("train", get_args_parser().parse_args([*words, *case.words]))[0]
+def compose_config(case: Case) -> RunConfig:
+    """Return the configuration of a case with small networks, except for keys that the case sets."""
+    keys = {override.partition("=")[0] for override in case.overrides}
+    overrides = [override for override in OVERRIDES if override.partition("=")[0] not in keys]
+    config = checked_jobs("train", get_args_parser().parse_args([*overrides, *case.overrides]))[0]
     for group in ("method", "backbone"):
         for key, value in SMALLER.items():
-            if config[group].get(key) and f"{group}.{key}" not in told:
+            if config[group].get(key) and f"{group}.{key}" not in keys:
                 config[group][key] = value
-    return config
+    return RunConfig.from_plain(config)
 
 
 @dataclass
 class Trace:
-    """What training did, by step; scalars and gradients are those of all processes together."""
+    """Scalars and gradients of each step, averaged over the processes, and the final state of the method."""
 
     scalars: list[dict[str, Tensor]]
     gradients: list[dict[str, Tensor]]
     state: dict[str, Any]
 
 
-def job_of(config: dict[str, Any], *, dtype: torch.dtype = torch.float32) -> Run:
-    """The run of a configuration in this process, as the command would make it, without a directory."""
-    parts = build_parts(config, trust=[])
-    assemble.place(parts.method.train().to(dtype), TrainSettings(**config["train"]), torch.device("cpu"))
+def job_of(config: RunConfig, *, dtype: torch.dtype = torch.float32) -> Run:
+    """Build the run of a configuration in this process as `ssl-train` does, without a run directory."""
+    parts = build_parts(config)
+    assemble.place(parts.method.train().to(dtype), config.train, torch.device("cpu"))
     loader = assemble.build_loader(config, parts, torch.device("cpu"))
     optimizer, peak_lr = build_optimizer(config, parts.method)
     screen = Screen(None, silent=True)
     return assemble.assemble(config, parts, loader, optimizer, peak_lr, Path(), torch.device("cpu"), screen)
 
 
-def train(config: dict[str, Any], dtype: torch.dtype) -> Trace:
-    """`STEPS` steps at the peak rate by the training loop's own `optimize`, on this process's part of every batch."""
+def train(config: RunConfig, dtype: torch.dtype) -> Trace:
+    """Train `STEPS` steps at the peak learning rate with the `optimize` of the training loop."""
     job = job_of(config, dtype=dtype)
     job.stop.close()
     trace = Trace([], [], {})
 
-    def look(*_: Any) -> None:
+    def record_gradients(*_: Any) -> None:
         named = job.method.named_parameters()
         gradients = {n: collectives.whole(p.grad).clone() for n, p in named if p.grad is not None}
         trace.gradients.append(gradients)
 
-    job.optimizer.register_step_pre_hook(look)
+    job.optimizer.register_step_pre_hook(record_gradients)
     model = parallel(job.method, job.device)
     for step, micro_batches in enumerate(job.loader.steps(0, STEPS)):
-        found = optimize(job, model, [in_dtype(batch, dtype) for batch in micro_batches])
-        trace.scalars.append({name: collectives.all_reduce_mean(value) for name, value in found.items()})
+        scalars = optimize(job, model, [in_dtype(batch, dtype) for batch in micro_batches])
+        trace.scalars.append({name: collectives.all_reduce_mean(value) for name, value in scalars.items()})
         job.method.after_step(step / STEPS)
     trace.state = {name: collectives.whole(value.detach()) for name, value in job.method.state_dict().items()}
     return trace
 
 
 def in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
+    """Return a batch with its views in `dtype`."""
     return Batch([view.to(dtype) for view in batch.views], batch.index, batch.label, batch.present)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest differences between two traces, as shares of the largest value they are compared with."""
+    """Largest differences between two traces, relative to the largest expected value."""
 
-    loss: float  # of any step
-    gradient: float  # of the first step that has one, over all parameters
-    state: float  # after the last step: weights, statistics, queue, bank, each tensor by itself
-    whole: list[str]  # names of the integers that differ: counters, heads of queues, draws
+    loss: float  # over all steps
+    gradient: float  # of the first step with a nonzero gradient, over all parameters
+    state: float  # after the last step: weights, statistics, queue, bank; relative to each tensor's largest value
+    integers: list[str]  # names of integer tensors that differ: counters, positions in queues, random draws
 
     @property
     def largest(self) -> float:
+        """The largest of the relative differences."""
         return max(self.loss, self.gradient, self.state)
 
 
-def compare(found: Trace, expected: Trace) -> Difference:
-    """How far `found` is from `expected`."""
-    losses = [(a["loss"], b["loss"]) for a, b in zip(found.scalars, expected.scalars, strict=True)]
-    first, same = next(
-        pair for pair in zip(found.gradients, expected.gradients, strict=True) if any(g.any() for g in pair[1].values())
+def compare(actual: Trace, expected: Trace) -> Difference:
+    """Return the differences of `actual` from `expected`."""
+    losses = [(a["loss"], b["loss"]) for a, b in zip(actual.scalars, expected.scalars, strict=True)]
+    gradients, reference = next(
+        pair
+        for pair in zip(actual.gradients, expected.gradients, strict=True)
+        if any(g.any() for g in pair[1].values())
     )
-    assert first.keys() == same.keys()
-    assert found.state.keys() == expected.state.keys()
-    scale = max(float(gradient.abs().max()) for gradient in same.values())
-    pairs = [(n, found.state[n], expected.state[n]) for n in expected.state if isinstance(expected.state[n], Tensor)]
+    assert gradients.keys() == reference.keys()
+    assert actual.state.keys() == expected.state.keys()
+    scale = max(float(gradient.abs().max()) for gradient in reference.values())
+    pairs = [(n, actual.state[n], expected.state[n]) for n in expected.state if isinstance(expected.state[n], Tensor)]
     return Difference(
-        loss=max(share(a, b) for a, b in losses),
-        gradient=max(float((first[n] - same[n]).abs().max()) for n in same) / scale,
-        state=max(share(a, b) for _, a, b in pairs if b.is_floating_point() and b.numel()),
-        whole=[n for n, a, b in pairs if not b.is_floating_point() and not torch.equal(a, b)],
+        loss=max(relative_difference(a, b) for a, b in losses),
+        gradient=max(float((gradients[n] - reference[n]).abs().max()) for n in reference) / scale,
+        state=max(relative_difference(a, b) for _, a, b in pairs if b.is_floating_point() and b.numel()),
+        integers=[n for n, a, b in pairs if not b.is_floating_point() and not torch.equal(a, b)],
     )
 
 
-def share(found: Tensor, expected: Tensor) -> float:
-    """The largest difference as a share of the largest value expected, or of `FLOOR` if that is more."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(FLOOR))
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute difference divided by the largest expected value, which is at least FLOOR."""
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(FLOOR))
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Names of what two states do not have in common bit for bit."""
+    """Return the names of the tensors of two states that are not bit-identical."""
     return [n for n in one if isinstance(one[n], Tensor) and not torch.equal(one[n], other[n])]
 
 
 def traces(configs: list[dict[str, Any]], dtype: torch.dtype) -> list[tuple[Trace, list[str]]]:
-    """`train` on each, and what of the state the processes disagree about, which should be nothing."""
-    found = []
+    """Train each configuration, and return its trace and the names of tensors that differ between the processes."""
+    results = []
     for config in configs:
         trace = train(config, dtype)
-        everyone = collectives.gather_objects(trace.state)
-        found.append((trace, sorted({name for other in everyone for name in differing(everyone[0], other)})))
-    return found
+        states = collectives.gather_objects(trace.state)
+        results.append((trace, sorted({name for state in states for name in differing(states[0], state)})))
+    return results
 
 
 def rows(cases: list[Case]) -> list[str]:
-    """A row of the table for each case."""
-    configs = [composed(case) for case in cases]
-    found = {
-        (size, dtype): together(size, traces, configs, dtype)[0]
+    """Return the rows of the table, one per case."""
+    configs = [compose_config(case) for case in cases]
+    results = {
+        (size, dtype): run_processes(size, traces, configs, dtype)[0]
         for dtype in (torch.float64, torch.float32)
         for size in (1, 2, 4)
     }
     lines = []
-    for place, case in enumerate(cases):
+    for index, case in enumerate(cases):
         cells = []
         for dtype in (torch.float64, torch.float32):
-            one, two, four = (found[size, dtype][place] for size in (1, 2, 4))
+            one, two, four = (results[size, dtype][index] for size in (1, 2, 4))
             for more, fewer in ((two, one), (four, two)):
                 difference = compare(more[0], fewer[0])
-                told = [brief(value) for value in (difference.loss, difference.gradient, difference.state)]
-                wrong = [*difference.whole, *more[1]]
-                cells.append(", ".join(told) + (f" ({', '.join(wrong)})" if wrong else ""))
+                values = [one_digit(value) for value in (difference.loss, difference.gradient, difference.state)]
+                wrong = [*difference.integers, *more[1]]
+                cells.append(", ".join(values) + (f" ({', '.join(wrong)})" if wrong else ""))
         lines.append(f"| {case.name} | " + " | ".join(cells) + f" | {case.reason or case.rounding} |")
     return lines
 
 
-def brief(value: float) -> str:
-    """One digit: 2e-7."""
+def one_digit(value: float) -> str:
+    """Return a number with one significant digit, such as 2e-7."""
     return f"{value:.0e}".replace("e-0", "e-").replace("e+00", "") if value else "0"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="cases; all where none is named")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="cases to train (default: all)")
     names = parser.parse_args().names
     print("| case | float64, 2 against 1 | 4 against 2 | float32, 2 against 1 | 4 against 2 | reason |")
     print("|---|---|---|---|---|---|")

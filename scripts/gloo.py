@@ -1,4 +1,4 @@
-"""Several processes on this machine, joined by gloo: what the scripts beside it measure with."""
+"""Processes on this machine that are connected by gloo, in which the other scripts run functions."""
 
 from __future__ import annotations
 
@@ -16,64 +16,66 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-IMPORTED = ["sslcli.cli.compose", "sslcli.runs.worker", "torch._dynamo", "torch.utils.tensorboard"]
+PRELOADED = ["sslcli.cli.compose", "sslcli.runs.worker", "torch._dynamo", "torch.utils.tensorboard"]
 
 
-def together(size: int, function: Callable[..., T], *args: Any, patience: float = 3600.0) -> list[T]:
-    """`function(*args)` on `size` processes with one thread each; what each returned, by rank.
+def run_processes(size: int, function: Callable[..., T], *args: Any, timeout: float = 3600.0) -> list[T]:
+    """Run `function(*args)` in `size` processes with one thread each, and return the results by rank.
 
-    `function` belongs to an importable module. Raises RuntimeError with the traceback of the first process that
-    failed, and TimeoutError where none answers for `patience` seconds; either ends all of them.
+    `function` must be importable. Raise RuntimeError with the traceback of the first process that fails, and
+    TimeoutError if no process returns for `timeout` seconds. All processes are killed in any case.
     """
-    multiprocessing.set_forkserver_preload(IMPORTED)
+    multiprocessing.set_forkserver_preload(PRELOADED)
     context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
         workers, pipes = [], []
         for rank in range(size):
-            ours, theirs = context.Pipe()
+            parent_end, child_end = context.Pipe()
             worker = context.Process(
-                target=_serve, args=(Path(folder) / "meeting", rank, size, theirs, function, args), daemon=True
+                target=_run_rank, args=(Path(folder) / "rendezvous", rank, size, child_end, function, args), daemon=True
             )
             worker.start()
-            theirs.close()  # so that its death is an end of file here
+            child_end.close()  # then the end of the child process is an EOFError here
             workers.append(worker)
-            pipes.append(ours)
+            pipes.append(parent_end)
         try:
-            return _answers(pipes, patience)
+            return _results(pipes, timeout)
         finally:
             for worker in workers:
                 worker.kill()
                 worker.join()
 
 
-def _answers(pipes: list[Connection], patience: float) -> list[Any]:
-    answers: dict[int, Any] = {}
-    while len(answers) < len(pipes):
-        ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in answers], timeout=patience)
+def _results(pipes: list[Connection], timeout: float) -> list[Any]:
+    """Wait for the results of all processes and return them by rank."""
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout=timeout)
         if not ready:
-            raise TimeoutError(f"no process answered for {patience:g} s")
+            raise TimeoutError(f"no process returned within {timeout:g} s")
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = pipes.index(pipe)
             try:
-                error, answers[rank] = pickle.loads(pipe.recv_bytes())
+                error, results[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                error = "it died"
+                error = "it ended without a result"
             if error:
                 raise RuntimeError(f"process {rank} of {len(pipes)}: {error}")
-    return [answers[rank] for rank in range(len(pipes))]
+    return [results[rank] for rank in range(len(pipes))]
 
 
-def _serve(
-    meeting: Path, rank: int, size: int, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+def _run_rank(
+    rendezvous: Path, rank: int, size: int, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    """Join the process group as `rank`, run the function, and send (traceback or None, result) through the pipe."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if size > 1:
         limit = timedelta(hours=1)
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=limit)
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=limit)
     try:
-        answer = (None, function(*args))
+        result = (None, function(*args))
     except Exception:
-        answer = (traceback.format_exc(), None)
-    pipe.send_bytes(pickle.dumps(answer))  # by value: torch's own way ends with this process
+        result = (traceback.format_exc(), None)
+    pipe.send_bytes(pickle.dumps(result))  # by value: tensors that torch shares would end with this process

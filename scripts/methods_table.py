@@ -1,4 +1,4 @@
-"""Write the README's table of methods anew from the yaml files: `python scripts/methods_table.py`."""
+"""Generator of the README's table of methods from the yaml files: `python scripts/methods_table.py`."""
 
 from __future__ import annotations
 
@@ -15,41 +15,42 @@ FAMILIES = ("generative", "predictive", "contrastive", "self-distillation")  # i
 
 
 def table() -> str:
-    """One row a method, by family and year."""
+    """Return the table in Markdown, one row per method, sorted by family and year."""
     methods = {path.stem: yaml.safe_load(path.read_text()) for path in (CONF / "method").glob("*.yaml")}
-    recipes: dict[str, list[str]] = {word: [] for word in methods}
+    recipes: dict[str, list[str]] = {name: [] for name in methods}
     for path in sorted((CONF / "experiment").glob("*.yaml")):
         recipes[method_of(yaml.safe_load(path.read_text()))].append(path.stem)
 
-    def order(word: str) -> tuple[int, int, str]:
-        about = methods[word]["about"]
-        return FAMILIES.index(about["family"]), about["year"], word
+    def order(name: str) -> tuple[int, int, str]:
+        about = methods[name]["about"]
+        return FAMILIES.index(about["family"]), about["year"], name
 
-    return HEADER + "".join(row(word, methods[word]["about"], recipes[word]) for word in sorted(methods, key=order))
+    return HEADER + "".join(row(name, methods[name]["about"], recipes[name]) for name in sorted(methods, key=order))
 
 
 def method_of(experiment: dict[str, Any]) -> str:
-    """The method an experiment chooses."""
+    """Return the method that an experiment selects."""
     return next(str(entry["override /method"]) for entry in experiment["defaults"] if "override /method" in entry)
 
 
-def row(word: str, about: dict[str, Any], recipes: list[str]) -> str:
+def row(name: str, about: dict[str, Any], recipes: list[str]) -> str:
+    """Return the row of a method from the `about` of its yaml file and the names of its recipes."""
     paper = about["paper"]
     arxiv = re.search(r"arxiv\.org/abs/([\d.]+)", paper)
     cells = [
-        f"[`{word}`](docs/methods/{word}.md)",
+        f"[`{name}`](docs/methods/{name}.md)",
         str(about["year"]),
         f"[{f'arXiv:{arxiv[1]}' if arxiv else 'paper'}]({paper})",
         about["family"],
         ", ".join(about["needs"]) or "-",
-        ", ".join(f"`{name}`" for name in recipes) or "-",
+        ", ".join(f"`{recipe}`" for recipe in recipes) or "-",
         about["published"] or "-",
     ]
     return "| " + " | ".join(cells) + " |\n"
 
 
 def with_table(readme: str) -> str:
-    """The README with its table replaced."""
+    """Return the text of the README with an updated table."""
     return re.sub(r"^\| method \| year .*?\n(?=[^|])", lambda _: table(), readme, flags=re.MULTILINE | re.DOTALL)
 
 

@@ -1,12 +1,12 @@
-"""Train methods for the same few minutes on CIFAR-10's training images as class folders, and measure their features.
+"""Short runs of all methods with the same CPU time on the training images of CIFAR-10, and their evaluation.
 
     python scripts/short_runs.py IMAGES OUT [METHOD ...]
     python scripts/short_runs.py --table OUT
 
-IMAGES holds one folder a class (50,000 images; a tenth is held out by hash). A run gets as many steps as fit into
-`--minutes` on two cores. The processor time of a step is measured first, data workers included, so the schedule comes
-to its end in time and other work on the machine does not shorten a run. Results: OUT/METHOD/eval/*.json. The same
-command goes on where it was stopped.
+IMAGES contains one folder per class (50,000 images; a tenth is held out by hash). A run has as many steps as fit into
+`--minutes` on two cores. The CPU time of a step, including data workers, is measured first; therefore the learning rate
+schedule is complete and other load on the machine does not shorten a run. Results are in OUT/METHOD/eval/*.json. The
+same command resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import yaml
 
 CORES = 2
 PROTOCOLS = ("knn", "linear", "semi")
-TIMED = (20, 80)  # steps of the two runs whose difference is the cost of a step
+PILOT_STEPS = (20, 80)  # steps of the two runs whose difference gives the CPU time of a step
 
-# What differs from the recipes for hundreds of epochs: heads as small as the net, a rate for a short run.
+# Differences from the recipes, which are for hundreds of epochs: smaller heads, learning rates for short runs.
 OVERRIDES: dict[str, list[str]] = {
     "simclr": ["experiment=cifar10_simclr"],
     "byol": ["experiment=cifar10_byol"],
@@ -49,10 +49,10 @@ OVERRIDES: dict[str, list[str]] = {
     ],
     "bigan": [
         "method=bigan",
-        "train.batch_size=64",  # a game needs steps more than images
+        "train.batch_size=64",  # GANs need many steps rather than many images
         "train.lr_scaling=none",
         "train.warmup_epochs=0",
-        "views.views.0.crop_scale=[0.8,1.0]",  # of the recipe: crops are drawn as well
+        "views.views.0.crop_scale=[0.8,1.0]",  # as in the recipe: the generator learns to generate crops as well
     ],
     "dcgan": [
         "method=dcgan",
@@ -60,16 +60,20 @@ OVERRIDES: dict[str, list[str]] = {
         "train.batch_size=64",
         "train.lr_scaling=none",
         "train.warmup_epochs=0",
-        "views.views.0.crop_scale=null",  # of the recipe: whole images
+        "views.views.0.crop_scale=null",  # as in the recipe: whole images
     ],
 }
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, metavar="OUT", help="print what was measured, train nothing")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of two cores, for each run (%(default)s)")
-    parser.add_argument("--threads", type=int, default=CORES, help="of a run; 1 on a machine that does other work")
+    parser.add_argument("--table", type=Path, metavar="OUT", help="print the results in OUT without training")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="length of each run on two cores (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=CORES, help="threads of a run; use 1 under other load (default: %(default)s)"
+    )
     parser.add_argument("images", type=Path, nargs="?")
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("methods", nargs="*")
@@ -78,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         print(table(options.table))
         return 0
     if not options.images or not options.out:
-        parser.error("IMAGES and OUT are needed, or --table OUT")
+        parser.error("IMAGES and OUT are required, or --table OUT")
     for method in options.methods or sorted(path.stem for path in (root() / "conf" / "method").glob("*.yaml")):
         short_run(method, options.images, options.out, seconds=60 * options.minutes * CORES, threads=options.threads)
     print(table(options.out))
@@ -86,32 +90,33 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def root() -> Path:
-    """The checkout this script lies in."""
+    """Return the root of the checkout that contains this script."""
     return Path(__file__).resolve().parents[1]
 
 
 def short_run(method: str, images: Path, out: Path, *, seconds: float, threads: int) -> None:
-    """Train one method for so many seconds of one core, then measure it."""
+    """Train one method for `seconds` of CPU time, then evaluate it. Finished parts are skipped."""
     line = train_line(method, images, threads)
     run_dir = out / method
     if not (run_dir / "done").exists():
-        noted = out / f"{method}.steps"
-        if not noted.exists():
-            few, many = (cost([*line, f"train.max_steps={steps}"], out / f"{method}.{steps}") for steps in TIMED)
-            noted.write_text(str(int(seconds * (TIMED[1] - TIMED[0]) / (many - few))))
-        subprocess.run([*line, f"train.max_steps={noted.read_text()}", f"run_dir={run_dir}"], check=True)
+        num_steps = out / f"{method}.steps"
+        if not num_steps.exists():
+            short, long = PILOT_STEPS
+            before, after = (cpu_time([*line, f"train.max_steps={n}"], out / f"{method}.{n}") for n in PILOT_STEPS)
+            num_steps.write_text(str(int(seconds * (long - short) / (after - before))))
+        subprocess.run([*line, f"train.max_steps={num_steps.read_text()}", f"run_dir={run_dir}"], check=True)
     for protocol in PROTOCOLS:
         if not (run_dir / "eval" / f"{protocol}.json").exists():
             subprocess.run([command("ssl-eval"), f"run={run_dir}", f"protocol={protocol}"], check=True)
 
 
 def command(name: str) -> str:
-    """The console script beside this Python."""
+    """Return the path of a console script in the environment of this interpreter."""
     return str(Path(sys.executable).with_name(name))
 
 
 def train_line(method: str, images: Path, threads: int) -> list[str]:
-    """The command that trains `method`, but for its length and its directory."""
+    """Return the command that trains `method`, without the number of steps and the run directory."""
     return [
         command("ssl-train"),
         "backbone=small",
@@ -122,17 +127,17 @@ def train_line(method: str, images: Path, threads: int) -> list[str]:
         "dataset.std=[0.247,0.243,0.262]",
         "dataset.workers=1",
         "train.batch_size=256",
-        "monitor.knn_every=10",
+        "monitor.knn_every_epochs=10",
         f"launcher.threads={threads}",
         *OVERRIDES.get(method, [f"method={method}"]),
     ]
 
 
-def cost(line: list[str], run_dir: Path) -> float:
-    """Seconds of processor time that a run takes, its start and its data workers included."""
+def cpu_time(line: list[str], run_dir: Path) -> float:
+    """Run a command and return its CPU time in seconds, including startup and data workers."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
-        [*line, f"run_dir={run_dir}", "monitor.knn_every=0", "monitor.pictures=0", "resume=never"],
+        [*line, f"run_dir={run_dir}", "monitor.knn_every_epochs=0", "monitor.pictures=0", "resume=never"],
         check=True,
         stdout=subprocess.DEVNULL,
     )
@@ -141,26 +146,26 @@ def cost(line: list[str], run_dir: Path) -> float:
 
 
 def table(out: Path) -> str:
-    """One row a method: images seen, then for each protocol the trained net and its random initialization."""
+    """Return a Markdown table: images seen, and for each protocol the trained and the randomly initialized network."""
     heads = [head for protocol in PROTOCOLS for head in (protocol, "random")]
     rows = ["| method | images seen | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
     return "\n".join(rows + [row(done.parent) for done in sorted(out.glob("*/done")) if not done.parent.suffix])
 
 
 def row(run: Path) -> str:
-    """The row of one run."""
+    """Return the row of one run."""
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     batch = yaml.safe_load((run / "config.yaml").read_text())["train"]["batch_size"]
     cells = [f"`{run.name}`", f"{last['step'] * batch:,}"]
     for protocol in PROTOCOLS:
         path = run / "eval" / f"{protocol}.json"
-        found = json.loads(path.read_text()) if path.exists() else {}
-        cells += [cell(found), cell(found.get("baselines", {}).get("random", {}))]
+        result = json.loads(path.read_text()) if path.exists() else {}
+        cells += [cell(result), cell(result.get("baselines", {}).get("random", {}))]
     return "| " + " | ".join(cells) + " |"
 
 
 def cell(result: dict[str, Any]) -> str:
-    """Top-1 in per cent with its interval, or a dash."""
+    """Return the top-1 accuracy in percent with its confidence interval, or a dash if there is no result."""
     if "top1" not in result:
         return "-"
     low, high = (100 * value for value in result["interval"])

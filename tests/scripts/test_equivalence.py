@@ -1,4 +1,4 @@
-"""Several processes do what one does: every method and the cases of scripts/equivalence.py."""
+"""Tests that several processes train like one, for every method and the cases of scripts/equivalence.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import equivalence
-from equivalence import CASES, METHODS, Case, Difference, Trace, compare, composed, differing
+from equivalence import CASES, METHODS, Case, Difference, Trace, compare, compose_config, differing
 from processes import Pair
 
 ALIKE = [case for case in CASES if not case.reason]
@@ -24,23 +24,23 @@ def of(cases: list[Case]) -> Any:
 
 @cache
 def alone(case: Case, dtype: torch.dtype) -> Trace:
-    """What one process does."""
+    """Train a case in one process."""
     torch.manual_seed(0)
-    return equivalence.train(composed(case), dtype)
+    return equivalence.train(compose_config(case), dtype)
 
 
 def together(processes: Pair, case: Case, dtype: torch.dtype) -> Trace:
-    """What several do, whose states must be the same bit for bit."""
-    first, *others = processes.run(equivalence.train, composed(case), dtype)
+    """Train a case in several processes, whose states must be bit-identical."""
+    first, *others = processes.run(equivalence.train, compose_config(case), dtype)
     assert [differing(first.state, other.state) for other in others] == [[]] * len(others)
     return first
 
 
 def check_double(difference: Difference) -> None:
-    """As close as rounding lets float64 be. Adam divides by a gradient that may be rounding alone, so states less."""
+    """Differences are at most rounding in float64; Adam amplifies gradients that are only rounding, hence the state."""
     assert max(difference.loss, difference.gradient) < 1e-12
     assert difference.state < 1e-6
-    assert difference.whole == []
+    assert difference.integers == []
 
 
 @of(ALIKE)
@@ -50,7 +50,7 @@ def test_two_processes_train_like_one_on_the_whole_batch(case: Case, pair: Pair)
 
 @of(YAMLS)
 def test_two_processes_that_share_the_parameters_train_like_one(case: Case, pair: Pair) -> None:
-    config = composed(case)
+    config = compose_config(case)
     config["train"]["sharding"] = "fsdp"
     first, second = pair.run(equivalence.train, config, torch.float64)
     assert differing(first.state, second.state) == []
@@ -67,7 +67,7 @@ def test_single_precision_holds_to_five_digits(case: Case, pair: Pair) -> None:
     found = together(pair, case, torch.float32)
     exact = compare(found, alone(case, torch.float64))
     assert max(exact.loss, exact.gradient) < 1e-5
-    if not case.rounding:  # one process itself is no closer than that to what float64 gives
+    if not case.rounding:  # in these cases one process itself differs from float64 by as much
         single = compare(found, alone(case, torch.float32))
         assert max(single.loss, single.gradient) < 1e-5
 
