@@ -51,7 +51,7 @@ def test_two_processes_train_like_one_on_the_whole_batch(case: Case, pair: Pair)
 @of(YAMLS)
 def test_two_processes_that_share_the_parameters_train_like_one(case: Case, pair: Pair) -> None:
     config = compose_config(case)
-    config["train"]["sharding"] = "fsdp"
+    config = config.changed(train=config.values["train"] | {"sharding": "fsdp"})
     first, second = pair.run(equivalence.train, config, torch.float64)
     assert differing(first.state, second.state) == []
     check_double(compare(first, alone(case, torch.float64)))
