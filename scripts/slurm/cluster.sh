@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A throw-away Slurm cluster on one machine, for tests and for trying things out.
+# Disposable Slurm cluster on one machine, for tests and experiments.
 #
 #   scripts/slurm/cluster.sh start DIR [NODES]   two nodes by default; then: source DIR/env.sh
-#   scripts/slurm/cluster.sh unplug DIR NODE     cut the network of a node; plug DIR NODE joins it again
-#   scripts/slurm/cluster.sh stop DIR            end everything in it; DIR keeps the logs
+#   scripts/slurm/cluster.sh unplug DIR NODE     disconnect a node from the network; plug DIR NODE connects it again
+#   scripts/slurm/cluster.sh stop DIR            stop all daemons and jobs; the logs in DIR are kept
 #
-# Exit code 77: not possible here (no root, or no packages). Debian's packages are installed where they are missing.
-# Each node has its own network, host name and /etc/hosts, so that a meeting on localhost fails as on a real cluster.
-# Nothing is written outside DIR but network namespaces and one bridge, which `stop` removes.
+# Exit code 77: not possible on this machine (not root, or no packages). Missing Debian packages are installed.
+# Each node has its own network, host name and /etc/hosts, so a rendezvous on localhost fails as on a real cluster.
+# Outside DIR only network namespaces and one bridge are created, which `stop` removes.
 # Partitions: debug (the default); low, whose jobs are preempted by those of high, with a grace time of 30 s.
 set -euo pipefail
 PACKAGES="slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge iproute2"
@@ -31,18 +31,18 @@ install_packages() {
   done
 }
 
-take_number() {  # 1 to 200: names and addresses of this cluster. Making the bridge takes it, atomically.
+take_number() {  # 1 to 200: part of the names and addresses of this cluster. Creating the bridge reserves it atomically.
   for number in $(shuf -i 1-200); do
     ip link add "sslbr$number" type bridge 2>/dev/null && { echo "$number" >"$D/number"; return; }
   done
-  skip "no network bridge can be made here"
+  skip "cannot create a network bridge"
 }
 
 make_network() {
   ip addr add "10.77.$K.1/24" dev "sslbr$K"; ip link set "sslbr$K" up
   { echo "127.0.0.1 localhost"; echo "10.77.$K.1 $(hostname -s)"
     for i in $(seq "$N"); do echo "10.77.$K.$((10 + i)) node$i"; done; } >"$D/hosts"
-  echo "nameserver 127.0.0.1" >"$D/resolv.conf"  # nobody answers there, at once; elsewhere it takes seconds
+  echo "nameserver 127.0.0.1" >"$D/resolv.conf"  # fails at once; other addresses time out after seconds
   for i in $(seq "$N"); do
     ip netns add "ssl$K-node$i"
     ip link add "ssl$K-h$i" type veth peer name eth0 netns "ssl$K-node$i"
@@ -54,16 +54,16 @@ make_network() {
 }
 
 configure() {
-  # Slurm wants character devices as GPUs, or it never sets CUDA_VISIBLE_DEVICES. Nobody opens these.
+  # Slurm sets CUDA_VISIBLE_DEVICES only if the GPUs are character devices. No process opens these.
   local gpus=""
   if mknod "$D/gpu0" c 1 3 2>/dev/null && mknod "$D/gpu1" c 1 3; then
     printf 'Name=gpu File=%s\n' "$D/gpu0" "$D/gpu1" >"$D/gres.conf"; gpus="Gres=gpu:2"
   fi
-  # slurmd 22.05 dies looking for cgroups in a namespace, though nothing here uses them.
+  # slurmd 22.05 crashes in a namespace when it searches for cgroups, although nothing here uses them.
   if [ "$(printf '%s\n' 23.11 "$(slurmctld -V | grep -oE '[0-9]+\.[0-9]+')" | sort -V | head -1)" = 23.11 ]
   then echo CgroupPlugin=disabled; else echo CgroupPlugin=cgroup/v1; fi >"$D/cgroup.conf"
-  # cred_expire is also how long a requeued job waits (120 s by default, 5 at least); UnkillableStepTimeout how long
-  # Slurm waits for processes of a lost node.
+  # cred_expire is also the delay of a requeued job (default 120 s, minimum 5 s). UnkillableStepTimeout: time that Slurm
+  # waits for processes of a lost node.
   cat >"$D/slurm.conf" <<CONF
 ClusterName=ssl$K
 SlurmctldHost=$(hostname -s)(10.77.$K.1)
@@ -114,13 +114,13 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
 CONF
 }
 
-launch() {  # NAME PROGRAM...: in the foreground of a session of its own, so that $! is its id
+launch() {  # NAME PROGRAM...: start a program in the foreground of its own session, so that $! is its process id
   setsid "${@:2}" >>"$D/log/$1.out.log" 2>&1 </dev/null & echo $! >"$D/run/$1.pid"
 }
 
 start() {
   [ "$(id -u)" = 0 ] || skip "needs root"
-  [ ! -e "$D/env.sh" ] || fail "$D holds a cluster already: stop it first"
+  [ ! -e "$D/env.sh" ] || fail "$D already contains a cluster: stop it first"
   mkdir -p "$D"/{run,log,state,spool,munge}; chmod 0755 "$D" "$D/munge"
   install_packages
   take_number; K=$(cat "$D/number")
@@ -139,13 +139,13 @@ start() {
       mount --bind "$2/resolv.conf" /etc/resolv.conf; exec slurmd -D -c -N "$1" -f "$2/slurm.conf"' _ "node$i" "$D"
   done
   for _ in $(seq 120); do
-    alive "$D/run/slurmctld.pid" || fail "slurmctld ended"
+    alive "$D/run/slurmctld.pid" || fail "slurmctld has exited"
     if [ "$(timeout 5 sinfo -h -N -p debug -o %t 2>/dev/null | grep -c '^idle$')" = "$N" ]; then
       echo "export SLURM_CONF=$D/slurm.conf" >"$D/env.sh"; say "$N nodes are up: source $D/env.sh"; return
     fi
     sleep 0.25
   done
-  fail "the nodes do not come up"
+  fail "the nodes did not start"
 }
 
 stop() {
