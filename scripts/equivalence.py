@@ -59,7 +59,7 @@ class Case:
 TWO_EPOCHS = "dataset.train_images=32"  # for memory banks, whose first epoch fills the bank without training
 NORM = "BatchNorm of one process in float32 (1)"
 ADAM = "Adam in float32 (2)"
-LOCAL_NORM = "BatchNorm sees the images of one process, here 4 to 16"
+LOCAL_NORM = "BatchNorm statistics come from one process, here 4 to 16 images"
 VARIANTS = [
     Case("moco, groups of 32", ("method=moco", "method.bn_group=32"), reason=LOCAL_NORM),
     Case("moco, symmetric", ("method=moco", "method.symmetric=true")),
@@ -67,7 +67,7 @@ VARIANTS = [
     Case(
         "moco_v2, Un-Mix",
         ("method=moco_v2", "mixture=unmix"),
-        reason="an image is mixed with one of its own process",
+        reason="each image is mixed with one of the same process",
     ),
     Case("moco_v3, no BatchNorm", ("method=moco_v3", "backbone=small_layernorm")),
     Case("simclr, no BatchNorm", ("method=simclr", "backbone=small_layernorm", "method.norm=false")),
@@ -89,7 +89,7 @@ VARIANTS = [
     Case(
         "deep_infomax, own negatives",
         ("method=deep_infomax", "method.gather_negatives=false"),
-        reason="negatives are those of one process, as asked",
+        reason="negatives come from one process, as configured",
     ),
     Case("infomin, no jigsaw", ("method=infomin", "method.jigsaw_weight=0", "views=infomin")),
     Case("autoencoder, denoising", ("method=autoencoder", "method.corruption=gaussian"), rounding=NORM),
