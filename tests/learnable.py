@@ -9,7 +9,7 @@ from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
 from sslcli.evaluation.layers import BACKBONE, read
 from sslcli.evaluation.online import collect
-from sslcli.evaluation.training import Start, Task
+from sslcli.evaluation.task import Start, Task
 from sslcli.nn.modes import evaluating
 from sslcli.report.console import Screen
 

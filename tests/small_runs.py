@@ -170,7 +170,7 @@ def newest(run_dir: Path) -> dict[str, Any]:
     """The newest checkpoint, without what a clock or the place of the run decides."""
     path = checkpoint.all_of(run_dir)[-1]
     state = checkpoint.load(path, device=torch.device("cpu"))
-    del state["watch"]["wall"], state["config"]
+    del state["monitor"]["wall"], state["config"]
     return state
 
 

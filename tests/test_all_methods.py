@@ -18,6 +18,7 @@ from torch import Tensor
 import sslcli
 from small_runs import differences, newest
 from sslcli.cli.compose import checked_jobs
+from sslcli.config.run_config import RunConfig
 from sslcli.methods.base import Batch, Method
 from sslcli.runs import worker
 from sslcli.runs.build import build_optimizer, build_parts
@@ -44,15 +45,15 @@ SMALLER = {"queue_size": 40, "hidden": 32, "dim": 16, "width": 4}  # of the keys
 
 
 @cache
-def composed(word: str) -> dict[str, Any]:
+def composed(word: str) -> RunConfig:
     """A run of the method that takes moments, not to be changed."""
-    config = checked_jobs("train", get_args_parser().parse_args([f"method={word}", *OVERRIDES]))[0]
+    job = checked_jobs("train", get_args_parser().parse_args([f"method={word}", *OVERRIDES]))[0]
     for group in ("method", "backbone"):
-        config[group] |= {key: value for key, value in SMALLER.items() if config[group].get(key) is not None}
-    return config
+        job[group] |= {key: value for key, value in SMALLER.items() if job[group].get(key) is not None}
+    return RunConfig.from_plain(job)
 
 
-def config_of(word: str) -> dict[str, Any]:
+def config_of(word: str) -> RunConfig:
     return copy.deepcopy(composed(word))
 
 
@@ -60,7 +61,7 @@ def config_of(word: str) -> dict[str, Any]:
 def iterate_batches(word: str) -> list[Batch]:
     """The first epoch of that run: four batches."""
     config = composed(word)
-    loader = worker.build_loader(config, build_parts(config, trust=[]), CPU)
+    loader = worker.build_loader(config, build_parts(config), CPU)
     return [micro_batches[0] for micro_batches in loader.steps(0, 4)]
 
 
@@ -74,9 +75,9 @@ class Trace:
     state: dict[str, Any]
 
 
-def take_steps(config: dict[str, Any], batches: list[Batch]) -> Trace:
+def take_steps(config: RunConfig, batches: list[Batch]) -> Trace:
     """Train at a constant rate, as the loop does."""
-    method = build_parts(config, trust=[]).method.train()
+    method = build_parts(config).method.train()
     optimizer, _ = build_optimizer(config, method)
     scalars, gradients = [], []
     for step, batch in enumerate(batches):
@@ -110,7 +111,7 @@ def test_a_loaded_state_computes_what_the_saved_one_would(word: str) -> None:
     config = config_of(word)
     *batches, last = iterate_batches(word)
     trace = take_steps(config, batches)
-    twin = build_parts(config | {"seed": 1}, trust=[]).method.train()
+    twin = build_parts(config.changed(seed=1)).method.train()
     assert differences(twin.state_dict(), trace.state) != []
     twin.load_state_dict(trace.state)
     assert differences(twin.state_dict(), trace.state) == []

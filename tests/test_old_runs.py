@@ -19,6 +19,7 @@ from command_line import Cli, installed
 from sslcli.backbones.small import Small
 from sslcli.cli.compose import checked_jobs
 from sslcli.config.moved import current_override
+from sslcli.config.run_config import RunConfig
 from sslcli.engine import checkpoint
 from sslcli.methods.base import RENAMED, Method
 from sslcli.runs.build import build_parts
@@ -141,8 +142,8 @@ def check_knn(found: dict[str, Any]) -> None:
 def method_of(overrides: list[str]) -> Method:
     """The method that today's version builds for a command line of version 0.1."""
     lines = [current_override(line) for line in overrides]
-    config = checked_jobs("train", get_args_parser().parse_args(lines))[0]
-    return build_parts(config, trust=[]).method
+    config = RunConfig.from_plain(checked_jobs("train", get_args_parser().parse_args(lines))[0])
+    return build_parts(config).method
 
 
 def last_line(run_dir: Path) -> dict[str, Any]:

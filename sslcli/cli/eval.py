@@ -29,9 +29,10 @@ def evaluate(config: dict[str, Any]) -> int:
             f"{'run' if config['run'] else 'weights'} is {given!r}, but there is no such path.{_near(given)}"
         )
     check_changes(config)
+    from sslcli.config.run_config import EvalConfig
     from sslcli.runs.evaluate import run
 
-    return run(config)
+    return run(EvalConfig.from_plain(config))
 
 
 def check_changes(config: dict[str, Any]) -> None:

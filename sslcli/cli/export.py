@@ -26,9 +26,10 @@ def export(config: dict[str, Any]) -> int:
         raise ConfigError(f"run is {config['run']!r}, but there is no such directory")
     if config["out"] is not None and os.path.isdir(config["out"]):
         raise ConfigError(f"out is {config['out']!r}, but that is a directory: give the name of a file")
+    from sslcli.config.run_config import export_config
     from sslcli.runs.export import run
 
-    return run(config)
+    return run(export_config(config))
 
 
 if __name__ == "__main__":

@@ -101,6 +101,8 @@ PACKAGES = {
     "sslcli.data.views": "sslcli.data.views.views",
 }
 FOLDER = Path(__file__).parent / "renamed"  # yaml files of old choices, which the defaults lists of users may have
+# Functions that plug-ins import, by their module of today.
+FUNCTIONS = {"sslcli.nn.contrastive": {"mutual_info_nce": "nt_xent_symmetric"}}
 CHOICES = {"views": {"mocov1": "moco_v1", "mocov2": "moco_v2"}}
 KEYS = {
     "dataset.unlabelled": "dataset.unlabeled",
@@ -181,7 +183,7 @@ class MovedModules:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec for an old name. Called after the other finders did not find the module."""
+        """Return a spec for an old name, None for any other."""
         return ModuleSpec(fullname, self) if fullname in MODULES else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
@@ -191,7 +193,10 @@ class MovedModules:
         """Put the module with the new name in the place of the old one."""
         new = MODULES[module.__name__]
         warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
-        sys.modules[module.__name__] = import_module(new)
+        found = import_module(new)
+        for old, name in FUNCTIONS.get(new, {}).items():
+            setattr(found, old, getattr(found, name))
+        sys.modules[module.__name__] = found
 
     def get_code(self, fullname: str) -> CodeType | None:
         """Return the code of the new module, for `python -m`; batch scripts in a queue have the old name."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from sslcli.config.annotations import fits, words
 from sslcli.config.folders import folder_of_conf
+from sslcli.config.run_config import LAUNCHERS
 from sslcli.config.settings import (
     LARGEST_SEED,
     EvalSettings,
@@ -19,7 +20,6 @@ from sslcli.config.settings import (
     SweepSettings,
     TrainSettings,
     check_range,
-    seconds,
 )
 from sslcli.config.signatures import GIVEN, INJECTED, parameters_of
 from sslcli.config.slurm import SlurmSettings
@@ -38,17 +38,6 @@ PLAIN: dict[str, type] = {
     "eval": EvalSettings,
     "export": ExportSettings,
 }  # the keys that stand alone
-LAUNCHER_KEYS = {
-    "local": {"kind": "str", "timeout": "str | float", "threads": "int | None"},
-    "multi": {
-        "kind": "str",
-        "threads": "int | None",
-        "processes": "int | None",
-        "max_restarts": "int",
-        "timeout": "str | float",
-    },
-    "slurm": {f.name: str(f.type) for f in fields(SlurmSettings)},
-}
 HEADER = "a yaml that sets keys outside its own group begins with the line: # @package _global_"
 
 
@@ -188,16 +177,9 @@ def settings(kind: type, node: Any, where: str) -> Any:
 def launcher(node: dict[str, Any]) -> None:
     """Check the keys of a launcher."""
     kind = node.get("kind")
-    if kind not in LAUNCHER_KEYS:
-        names = ", ".join(LAUNCHER_KEYS)
-        raise ConfigError(f"launcher.kind is {kind!r}, but it must be one of: {names}")
-    check_keys("launcher", node, LAUNCHER_KEYS[kind])
-    check_types("launcher", node, LAUNCHER_KEYS[kind])
-    for name, least in {"threads": 1, "processes": 1, "max_restarts": 0}.items():
-        check_range(f"launcher.{name}", node.get(name), least=least)
-    if kind == "slurm":
-        settings(SlurmSettings, node, "launcher")
-    check_range("launcher.timeout", seconds("launcher.timeout", node["timeout"]), above=0)
+    if kind not in LAUNCHERS:
+        raise ConfigError(f"launcher.kind is {kind!r}, but it must be one of: {', '.join(LAUNCHERS)}")
+    settings(LAUNCHERS[kind], node, "launcher")
 
 
 def check_split(train: dict[str, Any], node: dict[str, Any]) -> None:

@@ -194,6 +194,40 @@ class MonitorSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LauncherSettings:
+    """Keys `launcher.*` of every launcher; `launcher=local` has no others."""
+
+    kind: str
+    timeout: str | float
+    threads: int | None  # CPU threads per process; None: the cores divided equally
+
+    def __post_init__(self) -> None:
+        check_range("launcher.threads", self.threads, least=1)
+        check_range("launcher.timeout", self.timeout_seconds, above=0)
+
+    @property
+    def timeout_seconds(self) -> float:
+        """Maximum wait for images or for another process, in seconds."""
+        found = seconds("launcher.timeout", self.timeout)
+        if found is None:
+            raise ConfigError("launcher.timeout is null, but it must be a duration such as 10m")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiSettings(LauncherSettings):
+    """Keys `launcher.*` of launcher=multi."""
+
+    processes: int | None  # None: one per GPU, or 2 without GPUs
+    max_restarts: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("launcher.processes", self.processes, least=1)
+        check_range("launcher.max_restarts", self.max_restarts, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepSettings:
     """Keys `sweep.*`, only for `--multirun`."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sslcli.config.settings import check_range, seconds
+from sslcli.config.settings import LauncherSettings, check_range, seconds
 from sslcli.errors import ConfigError
 
 LONGEST_WARNING = 65535  # seconds, the maximum of sbatch --signal
@@ -29,10 +29,9 @@ SHORT = {"N": "nodes", "n": "ntasks", "c": "cpus-per-task", "t": "time", "o": "o
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlurmSettings:
+class SlurmSettings(LauncherSettings):
     """Keys `launcher.*` of launcher=slurm."""
 
-    kind: str
     nodes: int
     gpus_per_node: int
     gpu_type: str | None
@@ -49,12 +48,11 @@ class SlurmSettings:
     setup: str | None
     python: str | None
     max_restarts: int
-    timeout: str | float
-    threads: int | None
     wait: bool
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "processes_per_node", "cpus_per_node", "threads"):
+        super().__post_init__()
+        for name in ("nodes", "processes_per_node", "cpus_per_node"):
             check_range(f"launcher.{name}", getattr(self, name), least=1)
         for name in ("gpus_per_node", "max_restarts"):
             check_range(f"launcher.{name}", getattr(self, name), least=0)

@@ -16,13 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from sslcli.backbones.wrap import dry_output
-from sslcli.evaluation.finetune import Outcome, reported_positions
+from sslcli.evaluation.base import Outcome
+from sslcli.evaluation.finetune import reported_positions
 from sslcli.evaluation.layers import BACKBONE
 from sslcli.evaluation.network import Classifier
 from sslcli.evaluation.result import label_rank
-from sslcli.evaluation.training import Progress, Recipe, Start, Task, batches, cross_entropy, fit, predict
+from sslcli.evaluation.task import FineTuned, Start, Task
+from sslcli.evaluation.training import Recipe, batches, cross_entropy, fit, predict
 from sslcli.methods.base import Batch, num_features
 from sslcli.nn.modes import evaluating
+from sslcli.report.console import Progress
 
 TEACHERS = ("finetune", "semi")
 
@@ -38,15 +41,6 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float, scale:
     wanted = (teacher.detach().to(dtype) / temperature).softmax(1)
     loss = -(wanted * (student.to(dtype) / temperature).log_softmax(1)).sum(1).mean()
     return loss * temperature**2 if scale else loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """A fine-tuned network, the positions of its labeled training images, and its provenance."""
-
-    net: Classifier
-    positions: Tensor
-    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +70,16 @@ class Distill(Recipe):
         if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} must be above 0 and at most 1, which is no labels at all")
 
-    def variant(self, usual: Mapping[str, Any]) -> str:
+    def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return the class of `student` and a digest of its layers, or "" for the run's own network."""
         if self.student is None:
             return ""
         digest = hashlib.sha256(repr(self.student).encode()).hexdigest()[:6]
         return f"student-{type(self.student).__name__}-{digest}"
 
-    def __call__(self, starts: dict[str, Start], task: Task, teacher: Teacher) -> Outcome:
+    def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Distill into a copy of the run's network, or into a randomly initialized `student`."""
+        teacher = task.fine_tuned(self.teacher)
         data = starts["trained"].features
         split, _, labels = data.reported()
         at = reported_positions(data)
@@ -116,7 +111,9 @@ class Distill(Recipe):
                 "random": self.numbers(label_rank(predict(alone, task, at), labels), data.num_classes)
             }
         task.screen.stop()
-        return Outcome(result=result, net=student, positions=teacher.positions)
+        source = teacher.provenance["measured"]
+        variant = source if source != Distill.teacher else ""
+        return Outcome(result=result, net=student, positions=teacher.positions, variant=variant)
 
     def fresh(self, start: Start, task: Task) -> Classifier:
         """Return the configured student at its initialization. Raise ValueError unless it accepts the images."""
@@ -125,7 +122,7 @@ class Distill(Recipe):
         given = Start(net=self.student.to(task.device), layer=BACKBONE, features=start.features)
         return given.classifier(task, width=num_features(self.student))
 
-    def distil(self, student: Classifier, teacher: Teacher, task: Task, progress: Progress) -> None:
+    def distil(self, student: Classifier, teacher: FineTuned, task: Task, progress: Progress) -> None:
         """Train the student on all training images; both networks get the same views."""
         with evaluating(teacher.net), closing(self.labeled(teacher, task)) as labeled:
 
@@ -140,7 +137,7 @@ class Distill(Recipe):
             everything = task.source.splits["train"]
             fit(student, task, everything, self, lr=self.lr, seed=self.seed, progress=progress, loss=loss)
 
-    def labeled(self, teacher: Teacher, task: Task) -> Generator[Batch, None, None]:
+    def labeled(self, teacher: FineTuned, task: Task) -> Generator[Batch, None, None]:
         """Yield `steps` batches of the teacher's labeled images."""
         loader = batches(task, teacher.positions, self, seed=self.seed + 1)
         with closing(loader.steps(0, self.steps)) as steps:

@@ -8,31 +8,26 @@ conf/protocol/finetune.yaml. S is the number of label subsets, m of images in th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from sslcli.errors import ConfigError
+from sslcli.evaluation import layers
+from sslcli.evaluation.base import Outcome
 from sslcli.evaluation.features import FeatureSet
 from sslcli.evaluation.network import Classifier
 from sslcli.evaluation.result import accuracy, label_rank
 from sslcli.evaluation.subsets import held_out
-from sslcli.evaluation.training import Progress, Recipe, Start, Task, fit, predict, warm
+from sslcli.evaluation.task import Start, Task
+from sslcli.evaluation.training import Recipe, fit, predict, warm
+from sslcli.methods.base import Method
+from sslcli.report.console import Progress
 
 Choice = dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """Outcome of a protocol that trains: a JSON-serializable result, and the network to save, if any."""
-
-    result: dict[str, Any]
-    net: Classifier | None
-    positions: Tensor | None = None  # of the labeled training images in their source
-    files: dict[str, str] = field(default_factory=dict)  # further text files of the result: name -> content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +68,26 @@ class Tuned(Recipe):
             raise ValueError(f"val_fraction={self.val_fraction} must be between 0 and 1: 0.1 is usual")
         if self.from_layer is not None and self.from_layer < 0:
             raise ValueError(f"from_layer={self.from_layer} must be at least 0, which is the backbone")
+
+    def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
+        """Return `feature_layer`, or the layer of the head chosen by `from_layer` or by the method.
+
+        A layer of the head takes the place of the backbone's output only.
+        """
+        feature_layer, _ = super().choose_layer(feature_layer, net, images)
+        usual = net.finetune_layer if isinstance(net, Method) else 0
+        number = usual if self.from_layer is None else self.from_layer
+        if feature_layer != layers.BACKBONE and self.from_layer:
+            raise ConfigError(
+                f"feature_layer is {feature_layer!r} and protocol.from_layer {self.from_layer}, which is another "
+                "layer: give one of them"
+            )
+        if self.from_layer and f"head{self.from_layer}" not in layers.names(net, images):
+            last = net.head_layers if isinstance(net, Method) else 0
+            has = f"has the layers 1 to {last}" if last else "gives no features (that of simclr_v2 does)"
+            raise ConfigError(f"protocol.from_layer is {self.from_layer}, but the head of this net {has}; 0 = backbone")
+        chosen = feature_layer if feature_layer != layers.BACKBONE or number == 0 else f"head{number}"
+        return chosen, f"head{usual}" if usual else layers.BACKBONE
 
     def trainings(self, subsets: int, *, choosing: int) -> int:
         """Return the number of trainings in `learn`, with `choosing` subsets for the learning rate."""
@@ -138,7 +153,7 @@ class Tuned(Recipe):
 class Finetune(Tuned):
     """The protocol `finetune`: all labels of the training split."""
 
-    def __call__(self, starts: dict[str, Start], task: Task) -> Outcome:
+    def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Fine-tune from each start: "trained" and, if present, "random"."""
         data = starts["trained"].features
         rows = torch.arange(len(data.train))

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslcli.evaluation.base import Protocol
+from sslcli.data import rng
+from sslcli.data.sources.base import Source
+from sslcli.evaluation.base import FeatureProtocol, OnProgress, ignore_progress
 from sslcli.evaluation.features import FeatureSet, check_features
 from sslcli.evaluation.result import accuracy, bootstrap_interval, label_rank, top5
 
@@ -94,8 +96,17 @@ def _check(*, k: int, temperature: float, chunk: int) -> None:
         raise ValueError(f"chunk={chunk} must be at least 1: 1024 is usual")
 
 
+def bank_positions(source: Source, limit: int | None) -> Tensor:
+    """Return the positions of the bank: all training images, or `limit` of them, selected by a fixed hash."""
+    positions = source.splits["train"]
+    if limit is None or limit >= len(positions):
+        return positions
+    chosen = rng.permutation(len(positions), 0)[:limit].sort().values
+    return positions[chosen]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Knn(Protocol):
+class Knn(FeatureProtocol):
     """The k-NN protocol: the bank is train, the queries are val (and also test, if there is one).
 
     `top1` is the accuracy on val, which the monitor uses during training: nothing may be selected on test.
@@ -109,28 +120,43 @@ class Knn(Protocol):
     resamples: int = 1000
 
     def __post_init__(self) -> None:
-        _check(k=self.neighbors, temperature=self.sharpness, chunk=self.chunk)
+        _check(k=self.num_neighbors, temperature=self.softmax_temperature, chunk=self.chunk)
         if self.resamples < 1:
             raise ValueError(f"resamples={self.resamples} must be at least 1: 1000 is usual")
 
     @property
-    def neighbors(self) -> int:
+    def num_neighbors(self) -> int:
         """Number of neighbors k, 200 by default."""
         return 200 if self.k is None else self.k
 
     @property
-    def sharpness(self) -> float:
-        """The temperature, 0.07 by default."""
+    def softmax_temperature(self) -> float:
+        """Temperature of the votes, 0.07 by default."""
         return 0.07 if self.temperature is None else self.temperature
 
-    def variant(self, usual: Mapping[str, Any]) -> str:
-        """Return the number of neighbors and the temperature if they differ from the monitor's."""
-        usual_k, usual_temperature = usual.get("knn_k", 200), usual.get("knn_temperature", 0.07)
-        k = f"k-{self.neighbors}" if self.neighbors != usual_k else ""
-        temperature = f"temperature-{self.sharpness:.10g}" if self.sharpness != usual_temperature else ""
-        return "_".join(part for part in (k, temperature) if part)
+    @classmethod
+    def defaults(cls, monitor: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values that the run was monitored with."""
+        return {"k": monitor.get("knn_k"), "temperature": monitor.get("knn_temperature")}
 
-    def __call__(self, features: FeatureSet) -> dict[str, Any]:
+    def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
+        """Return the positions of the bank that the run was monitored with."""
+        return bank_positions(source, monitor.get("knn_images"))
+
+    def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Return val and test, as far as they are present."""
+        return tuple(name for name in ("val", "test") if name in splits) or ("val",)
+
+    def variant(self, monitor: Mapping[str, Any]) -> str:
+        """Return the number of neighbors and the temperature if they differ from the monitor's."""
+        parts = []
+        if self.num_neighbors != monitor.get("knn_k", 200):
+            parts.append(f"k-{self.num_neighbors}")
+        if self.softmax_temperature != monitor.get("knn_temperature", 0.07):
+            parts.append(f"temperature-{self.softmax_temperature:.10g}")
+        return "_".join(parts)
+
+    def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:
         """Return a JSON-serializable result; accuracies are fractions, intervals are [low, high] at 95 %."""
         split, queries, labels = features.reported()
         if features.val is not None and features.val_labels is not None:
@@ -145,8 +171,8 @@ class Knn(Protocol):
             "n_train": len(features.train),
             "n_test": len(queries),
             "num_classes": features.num_classes,
-            "k": min(self.neighbors, len(features.train)),
-            "temperature": self.sharpness,
+            "k": min(self.num_neighbors, len(features.train)),
+            "temperature": self.softmax_temperature,
             "seed": self.seed,
         }
         test, labels_of_test = features.test, features.test_labels
@@ -161,8 +187,8 @@ class Knn(Protocol):
             features.train_labels,
             queries,
             labels,
-            k=self.neighbors,
-            temperature=self.sharpness,
+            k=self.num_neighbors,
+            temperature=self.softmax_temperature,
             num_classes=features.num_classes,
             chunk=self.chunk,
         )

@@ -8,25 +8,20 @@ Yaml: conf/protocol/linear.yaml. n images, d dimensions, C classes, G hyperparam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sslcli.engine.precision import DTYPES, resolve
-from sslcli.evaluation.base import Protocol
+from sslcli.evaluation.base import FeatureProtocol, OnProgress, ignore_progress
 from sslcli.evaluation.features import FeatureSet
 from sslcli.evaluation.result import accuracy, bootstrap_interval, label_rank, top5
 
 Heads = tuple[Tensor, Tensor]  # weights (d, G*C) and biases (G*C,): one matrix product for all heads
-Tell = Callable[[int], None]  # progress callback: number of passes completed since the last call
-
-
-def silent(passes: int) -> None:
-    """Ignore progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +75,14 @@ def fit_sgd(
     batch_size: int,
     momentum: float,
     seed: int,
-    tell: Tell = silent,
+    on_progress: OnProgress = ignore_progress,
 ) -> Heads:
     """Train one head per pair (lrs[g], weight_decays[g]) on x (n, d) and y (n,), from zeros, all on the same batches.
 
     Softmax cross-entropy, SGD with momentum, cosine schedule to 0 per step, no weight decay on the bias. Heads are
     independent: one that diverges to NaN does not affect the others. Deterministic for a given seed. Matrix products
-    have the dtype of x, which may have 16 bits; weights and their updates are accumulated in 32 bits. `tell(1)` is
-    called after each epoch.
+    have the dtype of x, which may have 16 bits; weights and their updates are accumulated in 32 bits.
+    `on_progress(1)` is called after each epoch.
     """
     n, d = x.shape
     # Everything is transposed, with rows ordered by class, then head: products with a narrow matrix on the right
@@ -112,7 +107,7 @@ def fit_sgd(
             weight.addcmul_(weight_step, lr, value=-scale)
             bias.addcmul_(bias_step, lr, value=-scale)
             step += 1
-        tell(1)
+        on_progress(1)
     by_head = weight.view(num_classes, -1, d).permute(2, 1, 0)
     return by_head.reshape(d, -1), bias.view(num_classes, -1).T.flatten()
 
@@ -132,13 +127,13 @@ def fit_lbfgs(
     num_classes: int,
     cs: Sequence[float],
     max_iterations: int,
-    tell: Tell = silent,
+    on_progress: OnProgress = ignore_progress,
 ) -> Heads:
     """Minimize cross-entropy + |W|^2 / (2 c n) for each c of `cs` by L-BFGS, on x (n, d) and y (n,).
 
     c is the inverse regularization strength C of scikit-learn's LogisticRegression. Solved from strong to weak
     regularization, each initialized with the previous solution. Stops at a gradient below 1e-5 or after
-    `max_iterations`. `tell(1)` is called after each c.
+    `max_iterations`. `on_progress(1)` is called after each c.
     """
     n, d = x.shape
     theta = x.new_zeros(num_classes, d + 1, requires_grad=True)  # the last column is the bias
@@ -163,7 +158,7 @@ def fit_lbfgs(
 
         solver.step(closure)  # type: ignore[no-untyped-call]
         found[c] = theta.detach().clone()
-        tell(1)
+        on_progress(1)
     heads = torch.cat([found[c] for c in cs]).T
     return heads[:-1].contiguous(), heads[-1].contiguous()
 
@@ -188,12 +183,13 @@ def score(x: Tensor, y: Tensor, heads: Heads, *, num_classes: int) -> tuple[Tens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Protocol):
+class Linear(FeatureProtocol):
     """The linear protocol: choose hyperparameters on a part of train, refit on all of train, report on test or val.
 
     The reported split is used once, after the selection. Raises ValueError for values out of range.
     """
 
+    title: ClassVar[str] = "linear probe"
     solver: str = "sgd"
     lrs: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     weight_decays: Sequence[float] = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
@@ -222,15 +218,15 @@ class Linear(Protocol):
             raise ValueError(f"val_fraction={self.val_fraction} must be between 0 and 1: 0.1 is usual")
 
     @property
-    def passes(self) -> int:
-        """Number of `tell(1)` calls in a fit: epochs with SGD, solutions with L-BFGS."""
+    def progress_units(self) -> int:
+        """Number of `on_progress(1)` calls in a fit: epochs with SGD, solutions with L-BFGS."""
         return 2 * self.epochs if self.solver == "sgd" else len(self.cs) + 1
 
-    def __call__(self, features: FeatureSet, *, tell: Tell = silent) -> dict[str, Any]:
+    def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:
         """Return a JSON-serializable result; accuracies are fractions, the interval is [low, high] at 95 %."""
         split, x_test, y_test = features.reported()
-        num_classes = features.num_classes
-        found = self.fit(features.train, features.train_labels, x_test, y_test, num_classes=num_classes, tell=tell)
+        num_classes, x, y = features.num_classes, features.train, features.train_labels
+        found = self.fit(x, y, x_test, y_test, num_classes=num_classes, on_progress=on_progress)
         mine = ["lrs", "weight_decays", "epochs", "batch_size", "momentum"]
         if self.solver == "lbfgs":
             mine = ["cs", "max_iterations"]
@@ -256,13 +252,13 @@ class Linear(Protocol):
         y_test: Tensor,
         *,
         num_classes: int,
-        tell: Tell = silent,
+        on_progress: OnProgress = ignore_progress,
     ) -> LinearResult:
         """Return the probe of train features x (n, d), labels y (n,), evaluated on x_test (m, d), y_test (m,)."""
         x, x_test = x.float(), x_test.float()
-        grid, chosen = self.choose(x, y, num_classes=num_classes, tell=tell)
+        grid, chosen = self.choose(x, y, num_classes=num_classes, on_progress=on_progress)
         scale = Standardize.of(x)
-        heads = self._heads(scale(x), y, [chosen], num_classes=num_classes, tell=tell)
+        heads = self._heads(scale(x), y, [chosen], num_classes=num_classes, on_progress=on_progress)
         place, _ = score(scale(x_test), y_test, heads, num_classes=num_classes)
         return LinearResult(
             top1=accuracy(place[0], 1),
@@ -273,7 +269,7 @@ class Linear(Protocol):
         )
 
     def choose(
-        self, x: Tensor, y: Tensor, *, num_classes: int, tell: Tell = silent
+        self, x: Tensor, y: Tensor, *, num_classes: int, on_progress: OnProgress = ignore_progress
     ) -> tuple[list[dict[str, float]], dict[str, float]]:
         """Return the held-out accuracy and loss of every grid entry for x (n, d), y (n,), and the best entry."""
         n = len(x)
@@ -287,7 +283,7 @@ class Linear(Protocol):
         rows = scale(rows)
         if self.solver == "sgd":  # only for the selection; the reported probe is fitted in 32 bits
             rows = rows.to(DTYPES[resolve("auto", rows.device)])
-        heads = self._heads(rows, y[kept], self._choices(), num_classes=num_classes, tell=tell)
+        heads = self._heads(rows, y[kept], self._choices(), num_classes=num_classes, on_progress=on_progress)
         place, loss = score(scale(x[held_out]), y[held_out], heads, num_classes=num_classes)
         grid = [
             {**choice, "val_top1": accuracy(p, 1), "val_loss": float(v)}
@@ -318,11 +314,13 @@ class Linear(Protocol):
         choices: list[dict[str, float]],
         *,
         num_classes: int,
-        tell: Tell = silent,
+        on_progress: OnProgress = ignore_progress,
     ) -> Heads:
         if self.solver == "lbfgs":
             cs = [choice["c"] for choice in choices]
-            return fit_lbfgs(x, y, num_classes=num_classes, cs=cs, max_iterations=self.max_iterations, tell=tell)
+            return fit_lbfgs(
+                x, y, num_classes=num_classes, cs=cs, max_iterations=self.max_iterations, on_progress=on_progress
+            )
         return fit_sgd(
             x,
             y,
@@ -333,5 +331,5 @@ class Linear(Protocol):
             batch_size=self.batch_size,
             momentum=self.momentum,
             seed=self.seed,
-            tell=tell,
+            on_progress=on_progress,
         )

@@ -9,25 +9,15 @@ import torch
 from torch import Tensor
 
 from sslcli.config.settings import MonitorSettings
-from sslcli.data import rng
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
 from sslcli.errors import ConfigError
 from sslcli.evaluation.features import FeatureSet, computed, extract
-from sslcli.evaluation.knn import Knn
+from sslcli.evaluation.knn import Knn, bank_positions
 from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
 
 BATCH = 512  # images per forward pass; the same online and offline, since kernels may depend on the batch size
-
-
-def bank_positions(source: Source, limit: int | None) -> Tensor:
-    """Return the positions of the bank: all training images, or `limit` of them, selected by a fixed hash."""
-    positions = source.splits["train"]
-    if limit is None or limit >= len(positions):
-        return positions
-    chosen = rng.permutation(len(positions), 0)[:limit].sort().values
-    return positions[chosen]
 
 
 def classes_of(source: Source, positions: Tensor) -> list[int]:
@@ -113,7 +103,7 @@ def knn_probe(
                 device=device,
                 precision=precision,
             )
-        result = computed(protocol, features, device)
+        result = computed(protocol.measure, features, device)
         return {"knn_top1": result["top1"], "knn_top5": result["top5"]}
 
     return probe

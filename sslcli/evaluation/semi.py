@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslcli.evaluation.finetune import Outcome, Trained, Tuned
+from sslcli.evaluation.base import Outcome
+from sslcli.evaluation.finetune import Trained, Tuned
 from sslcli.evaluation.linear import Linear
 from sslcli.evaluation.result import accuracy, bootstrap_runs, label_rank, top5
 from sslcli.evaluation.subsets import subset
-from sslcli.evaluation.training import Progress, Start, Task
+from sslcli.evaluation.task import Start, Task
+from sslcli.report.console import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +52,11 @@ class Semi(Tuned):
         """The fraction of labels, or None if `labels_per_class` is set."""
         return None if self.labels_per_class is not None else self.fraction
 
-    def variant(self, usual: Mapping[str, Any]) -> str:
+    def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return the number of labels per class, or their percentage."""
         return f"{self.labels_per_class}-per-class" if self.share is None else f"{100 * self.share:.10g}pct"
 
-    def __call__(self, starts: dict[str, Start], task: Task) -> Outcome:
+    def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Train from each start, on the same subsets."""
         data = starts["trained"].features
         assert data.train_positions is not None

@@ -20,19 +20,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sslcli.data.loader import Loader
-from sslcli.data.sources.base import Source
 from sslcli.data.views.spec import View
 from sslcli.data.views.views import Views
 from sslcli.engine import precision
+from sslcli.errors import ConfigError
+from sslcli.evaluation import layers
 from sslcli.evaluation.base import Protocol
-from sslcli.evaluation.features import FeatureSet, extract
+from sslcli.evaluation.features import extract
 from sslcli.evaluation.linear import Linear
 from sslcli.evaluation.network import Classifier, parameter_groups, set_mode
 from sslcli.evaluation.result import accuracy, bootstrap_interval, top5
+from sslcli.evaluation.task import Task
 from sslcli.methods.base import Batch
 from sslcli.nn import schedule
 from sslcli.nn.modes import evaluating
-from sslcli.report.console import Screen
+from sslcli.report.console import Progress
 
 OPTIMIZERS = ("sgd", "adamw")
 BATCH_NORMS = ("train", "eval")
@@ -41,51 +43,8 @@ Loss = Callable[[Classifier, Batch], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """The images to train on, their preprocessing, and the progress display."""
-
-    source: Source
-    views: Views  # of pre-training, for color space and normalization
-    mean: Sequence[float]
-    std: Sequence[float]
-    device: torch.device
-    precision: str
-    batch_size: int  # images per forward pass without gradient
-    workers: int | None
-    screen: Screen
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Apply the test transform to images in [0, 1]."""
-        return self.views.finish(images, mean=self.mean, std=self.std)
-
-    def example(self) -> Tensor:
-        """Return two black preprocessed images, to inspect the network's outputs and gradients."""
-        side = self.source.image_size
-        return self.prepare(torch.zeros(2, self.source.channels, side, side, device=self.device))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """An initial network, and its frozen features of all labeled images at the layer to train from."""
-
-    net: nn.Module  # copied, never modified
-    layer: str
-    features: FeatureSet
-
-    def classifier(self, task: Task, *, width: int | None = None) -> Classifier:
-        """Return a copy of the network with a linear layer of zeros; `width` overrides the feature dimension."""
-        return Classifier(
-            copy.deepcopy(self.net),
-            self.layer,
-            width=self.features.train.shape[1] if width is None else width,
-            num_classes=self.features.num_classes,
-            images=task.example(),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recipe(Protocol):
-    """Training hyperparameters. Raises ValueError for values out of range."""
+    """Base class of the protocols that train, with their hyperparameters. Raises ValueError for values out of range."""
 
     optimizer: str = "sgd"
     weight_decay: float = 0.0
@@ -120,6 +79,12 @@ class Recipe(Protocol):
             )
         self.view()  # validate its arguments now, before features are extracted
 
+    def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
+        """Return the layer to train from, which cannot be the memory bank, and the usual one."""
+        if feature_layer == layers.BANK:
+            raise ConfigError("feature_layer is 'bank', which cannot be trained: use protocol=knn or linear")
+        return feature_layer, layers.BACKBONE
+
     def view(self) -> View:
         """Return the training augmentation."""
         scale = None if self.crop_scale is None else tuple(self.crop_scale)
@@ -146,18 +111,6 @@ class Recipe(Protocol):
     def facts(self) -> dict[str, Any]:
         """Return the seed and the training transform, for the result file."""
         return {"seed": self.seed, "train_transform": self.view().describe()}
-
-
-class Progress:
-    """Progress bar over the steps of several trainings."""
-
-    def __init__(self, screen: Screen, title: str, *, total: int) -> None:
-        self.screen, self.done = screen, 0
-        screen.start(title, total=total)
-
-    def __call__(self, steps: int, facts: str = "") -> None:
-        self.done += steps
-        self.screen.advance(self.done, facts)
 
 
 def batches(task: Task, positions: Tensor, recipe: Recipe, *, seed: int) -> Loader:

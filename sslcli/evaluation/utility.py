@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 
-from sslcli.evaluation.finetune import Outcome, Tuned
+from sslcli.evaluation.base import Outcome
+from sslcli.evaluation.finetune import Tuned
 from sslcli.evaluation.result import bootstrap_runs
 from sslcli.evaluation.subsets import log_spaced, subset
-from sslcli.evaluation.training import Progress, Start, Task
+from sslcli.evaluation.task import Start, Task
+from sslcli.report.console import Progress
 from sslcli.report.svg_plot import curves
 
 
@@ -110,13 +112,13 @@ class Utility(Tuned):
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be at least 1: 3 to 5 are usual")
 
-    def variant(self, usual: Mapping[str, Any]) -> str:
+    def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return the smallest label count and the number of points of the curve, if not the default."""
         smallest = f"from-{self.smallest}" if self.smallest != Utility.smallest else ""
         points = f"{self.points}-points" if self.points != Utility.points else ""
         return "_".join(part for part in (smallest, points) if part)
 
-    def __call__(self, starts: dict[str, Start], task: Task) -> Outcome:
+    def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Evaluate both arms at every label count. Raise ValueError without the arm from scratch."""
         if "random" not in starts:
             raise ValueError("utility compares with training from scratch, so it needs baselines=true")

@@ -8,11 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+SUBJECTS = {"pixels": "raw pixels", "random": "random initialization", "trained": "trained"}  # of an evaluation
 PLAIN_SECONDS = 5.0  # between plain progress lines
 
 
@@ -27,7 +29,7 @@ class Screen:
     def __init__(self, log: Path | None = None, *, silent: bool = False) -> None:
         self.console = Console(quiet=silent, highlight=False, soft_wrap=True)
         self.log = None if log is None or silent else log.open("a", encoding="utf-8")
-        self.bar: Progress | None = None
+        self.bar: rich_progress.Progress | None = None
         self.last_line = 0.0
 
     def say(self, message: str, *, style: str = "") -> None:
@@ -65,7 +67,7 @@ class Screen:
         self.title, self.total, self.begun, self.done_at_start = title, total, time.monotonic(), done
         self.last_line = time.monotonic()
         if self.console.is_terminal:
-            self.bar = Progress(
+            self.bar = rich_progress.Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=30),
@@ -128,3 +130,16 @@ def show(value: Any) -> str:
 def percent(share: float) -> str:
     """`0.4567` -> `45.7 %`."""
     return f"{100 * share:.1f} %"
+
+
+class Progress:
+    """Progress bar over work that is reported in parts, such as the steps of several trainings."""
+
+    def __init__(self, screen: Screen, title: str, *, total: int) -> None:
+        self.screen, self.done = screen, 0
+        screen.start(title, total=total)
+
+    def __call__(self, done: int, facts: str = "") -> None:
+        """Add `done` units of work, and show `facts`."""
+        self.done += done
+        self.screen.advance(self.done, facts)

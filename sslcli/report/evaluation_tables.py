@@ -8,9 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from sslcli.report.console import Screen, percent
-
-SUBJECTS = {"pixels": "raw pixels", "random": "random initialization", "trained": "trained"}
+from sslcli.report.console import SUBJECTS, Screen, percent
 
 
 def details(result: dict[str, Any], screen: Screen) -> None:

@@ -11,16 +11,17 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from sslcli.config.run_config import RunConfig
 from sslcli.config.settings import MonitorSettings, TrainSettings, seconds
 from sslcli.data.loader import Loader, plain_batches
-from sslcli.data.workers import DEFAULT_TIMEOUT
 from sslcli.distributed import collectives, processes
 from sslcli.engine import fsdp, precision
 from sslcli.engine.loop import Run
 from sslcli.engine.monitor import Monitor
 from sslcli.engine.stop import StopRequest
 from sslcli.errors import ConfigError
-from sslcli.evaluation.online import bank_positions, check_answers, knn_probe, unanswerable
+from sslcli.evaluation.knn import bank_positions
+from sslcli.evaluation.online import check_answers, knn_probe, unanswerable
 from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
 from sslcli.report import pictures
@@ -37,16 +38,16 @@ def place(method: Method, settings: TrainSettings, device: torch.device) -> None
     method.to(device)  # buffers, where it is sharded
 
 
-def build_loader(config: dict[str, Any], parts: Parts, device: torch.device) -> Loader:
+def build_loader(config: RunConfig, parts: Parts, device: torch.device) -> Loader:
     """The loader of a run."""
     return Loader(
         parts.source,
         parts.views,
-        batch_size=config["train"]["batch_size"],
-        accumulate=config["train"]["accumulate"],
-        seed=config["seed"],
+        batch_size=config.train.batch_size,
+        accumulate=config.train.accumulate,
+        seed=config.seed,
         device=device,
-        timeout=seconds("launcher.timeout", config["launcher"]["timeout"]) or DEFAULT_TIMEOUT,
+        timeout=config.launcher.timeout_seconds,
     )
 
 
@@ -75,7 +76,7 @@ def check_cached_gradients(method: Method, wanted: bool) -> None:
 
 
 def assemble(
-    config: dict[str, Any],
+    config: RunConfig,
     parts: Parts,
     loader: Loader,
     optimizer: Optimizer,
@@ -85,7 +86,7 @@ def assemble(
     screen: Screen,
 ) -> Run:
     """Everything a run is made of, the method in training mode and the generators at the run's seed."""
-    settings, watched = TrainSettings(**config["train"]), MonitorSettings(**config["monitor"])
+    settings, watched = config.train, config.monitor
     resolved = precision.resolve(settings.precision, device)
     monitor = Monitor(
         watched,
@@ -100,18 +101,18 @@ def assemble(
     )
     if settings.compile:
         parts.method.backbone.compile()
-    torch.manual_seed(config["seed"] + 1_000_003 * (collectives.rank() + 1))
+    torch.manual_seed(config.seed + 1_000_003 * (collectives.rank() + 1))
     return Run(
         method=parts.method,
         optimizer=optimizer,
         loader=loader,
         settings=settings,
         peak_lr=peak_lr,
-        seed=config["seed"],
+        seed=config.seed,
         device=device,
         precision=resolved,
         run_dir=run_dir,
-        config={key: value for key, value in config.items() if not key.startswith("_")},
+        config=config.values,
         screen=screen,
         monitor=monitor,
         stop=StopRequest(seconds("train.max_time", settings.max_time), begun=processes.begun()),
@@ -124,7 +125,7 @@ def probe_of(
     """The online k-NN, or None, saying why, where it cannot be measured."""
     if monitor.knn_every_epochs == 0:
         return None
-    if not parts.source.labeled or len(parts.source.splits["val"]) == 0:
+    if not parts.source.has_labels or len(parts.source.splits["val"]) == 0:
         screen.say("k-NN is skipped: the images have no labels, or none are held out (dataset.val_fraction)")
         return None
     bank = bank_positions(parts.source, monitor.knn_images)
@@ -166,9 +167,9 @@ def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, t
     return {name: pictures.grid([restore(row.float().cpu()) for row in rows]) for name, rows in found.items()}
 
 
-def effective(job: Run, parts: Parts, config: dict[str, Any]) -> dict[str, Any]:
+def effective(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
     """What the settings come to: learning rate after scaling, steps, negatives, images a step."""
-    settings, node = job.settings, config["optimizer"]
+    settings, node = job.settings, config.optimizer
     processes = collectives.world_size()
     trainable = sum(p.numel() for p in parts.method.parameters() if p.requires_grad)
     held = sum(collectives.local(p).numel() for p in parts.method.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from sslcli.backbones.base import Backbone
 from sslcli.backbones.wrap import as_backbone
+from sslcli.config.run_config import Node, RunConfig
 from sslcli.config.schema import check_has_target
 from sslcli.config.targets import check_target, trusted_packages
 from sslcli.data.sources.base import Source
@@ -159,39 +160,40 @@ def annotated_classes(owner: type, name: str) -> list[type]:
     return []
 
 
-def check_classes(config: dict[str, Any], groups: Iterable[str], *, trust: list[str]) -> None:
+def check_classes(nodes: Mapping[str, Any], *, trust: list[str]) -> None:
     """Raise ConfigError for a group whose class is not one of its kind, before anything is built."""
-    for group in groups:
-        check_has_target(group, config.get(group))
-        find(config[group]["_target_"], base=BASES[group], trust=trust, where=f"{group}._target_")
+    for group, node in nodes.items():
+        check_has_target(group, node)
+        find(node["_target_"], base=BASES[group], trust=trust, where=f"{group}._target_")
 
 
-def build_source(config: dict[str, Any], *, trust: list[str]) -> Source:
+def build_source(node: Node, *, trust: list[str]) -> Source:
     """The image set."""
-    return build(config["dataset"], base=Source, trust=trust, where="dataset")
+    return build(node, base=Source, trust=trust, where="dataset")
 
 
-def build_views(node: dict[str, Any], *, trust: list[str]) -> Views:
+def build_views(node: Node, *, trust: list[str]) -> Views:
     """The views of an image."""
     return build(node, base=Views, trust=trust, where="views")
 
 
-def build_backbone(config: dict[str, Any], *, image_size: int, trust: list[str]) -> Backbone:
+def build_backbone(node: Node, *, image_size: int, trust: list[str]) -> Backbone:
     """The backbone, its feature width found by a dry forward where its class does not say it."""
-    module = build(config["backbone"], base=nn.Module, trust=trust, where="backbone")
+    module = build(node, base=nn.Module, trust=trust, where="backbone")
     try:
-        return as_backbone(module, image_size=image_size, in_channels=config["backbone"].get("in_channels", 3))
+        return as_backbone(module, image_size=image_size, in_channels=node.get("in_channels", 3))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"backbone: {error}") from error
 
 
-def build_method(config: dict[str, Any], *, image_size: int, num_images: int, trust: list[str]) -> Method:
+def build_method(
+    node: Node, backbone_node: Node, *, seed: int, image_size: int, num_images: int, trust: list[str]
+) -> Method:
     """The method around its backbone, freshly initialized from the run's seed."""
-    torch.manual_seed(config["seed"])
-    node = config["method"]
-    backbone = build_backbone(config, image_size=image_size, trust=trust)
+    torch.manual_seed(seed)
+    backbone = build_backbone(backbone_node, image_size=image_size, trust=trust)
     target = find(node["_target_"], base=Method, trust=trust, where="method._target_")
-    channels = config["backbone"].get("in_channels", 3)
+    channels = backbone_node.get("in_channels", 3)
     known = {"backbone": backbone, "num_images": num_images, "image_size": image_size, "channels": channels}
     taken = inspect.signature(target).parameters
     given = {name: value for name, value in known.items() if name == "backbone" or name in taken}
@@ -204,13 +206,21 @@ def made_fast(net: Net) -> Net:
     return net.to(memory_format=torch.channels_last)
 
 
-def build_parts(config: dict[str, Any], *, trust: list[str]) -> Parts:
+def build_parts(config: RunConfig) -> Parts:
     """Image set, views and method. Raises ConfigError where they do not fit together."""
-    check_classes(config, ("dataset", "views", "method", "backbone", "optimizer"), trust=trust)
-    source = build_source(config, trust=trust)
-    views = build_views(config["views"], trust=trust)
-    num_images = len(source.splits["train"])
-    method = build_method(config, image_size=source.image_size, num_images=num_images, trust=trust)
+    trust = config.trust
+    groups = ("dataset", "views", "method", "backbone", "optimizer")
+    check_classes({group: config.values[group] for group in groups}, trust=trust)
+    source = build_source(config.dataset, trust=trust)
+    views = build_views(config.views, trust=trust)
+    method = build_method(
+        config.method,
+        config.backbone,
+        seed=config.seed,
+        image_size=source.image_size,
+        num_images=len(source.splits["train"]),
+        trust=trust,
+    )
     if method.num_views != views.num_views:
         raise ConfigError(
             f"method needs {method.num_views} view{'s' * (method.num_views != 1)}, but the chosen views are "
@@ -252,19 +262,19 @@ def check_channels(method: Method, source: Source) -> None:
         ) from error
 
 
-def build_optimizer(config: dict[str, Any], method: Method) -> tuple[Optimizer, float]:
+def build_optimizer(config: RunConfig, method: Method) -> tuple[Optimizer, float]:
     """The optimizer over the method's parameter groups, and its peak learning rate after scaling."""
-    node, train = config["optimizer"], config["train"]
+    node, train = config.optimizer, config.train
     for name in ("lr", "weight_decay"):
         value = node.get(name, 0.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
             raise ConfigError(f"optimizer.{name} is {value!r}, but it must be a number of at least 0")
-    peak = schedule.scale_lr(node["lr"], batch_size=train["batch_size"], rule=train["lr_scaling"])
+    peak = schedule.scale_lr(node["lr"], batch_size=train.batch_size, rule=train.lr_scaling)
     groups = parameter_groups(
-        method, weight_decay=node.get("weight_decay", 0.0), decay_norm_and_bias=train["decay_norm_and_bias"]
+        method, weight_decay=node.get("weight_decay", 0.0), decay_norm_and_bias=train.decay_norm_and_bias
     )
     arguments = node | {"lr": peak}
     if node.get("fused") and fsdp.is_sharded(method):
         arguments["fused"] = None  # torch has no fused SGD of sharded parameters; None leaves the choice to it
-    optimizer = build(arguments, base=Optimizer, trust=config["trust"], where="optimizer", params=groups)
+    optimizer = build(arguments, base=Optimizer, trust=config.trust, where="optimizer", params=groups)
     return optimizer, peak

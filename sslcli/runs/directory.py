@@ -93,23 +93,23 @@ def has_checkpoint(run_dir: Path) -> bool:
     return bool(checkpoint_names.all_of(run_dir))
 
 
-def check_resumable(run_dir: Path, config: dict[str, Any]) -> None:
-    """Raise ConfigError unless `config` may start or continue the run in `run_dir`."""
+def check_resumable(run_dir: Path, values: dict[str, Any]) -> None:
+    """Raise ConfigError unless a run with these settings (`RunConfig.values`) may start or resume in `run_dir`."""
     started = (run_dir / "config.yaml").exists()
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir is {run_dir}, but that is a file: choose a directory")
     check_layout(run_dir)
-    if config["resume"] == "never" and started:
+    if values["resume"] == "never" and started:
         raise ConfigError(
             f"resume is 'never', but {run_dir} holds a run: choose another run_dir or name, or resume=auto to go on"
         )
-    if config["resume"] == "must" and not has_checkpoint(run_dir):
+    if values["resume"] == "must" and not has_checkpoint(run_dir):
         raise ConfigError(
             f"resume is 'must', but {run_dir} holds no checkpoint: check run_dir, or start with resume=auto"
         )
     if not started:
         return
-    before, now = (flat(in_nodes(each, real)) for each in (read_config(run_dir), config))
+    before, now = (flat(in_nodes(each, real)) for each in (read_config(run_dir), values))
     changed = [
         f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
         for key in sorted(before.keys() | now.keys())
@@ -192,18 +192,25 @@ def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
     return file
 
 
-def describe(run_dir: Path, config: dict[str, Any], *, effective: dict[str, Any], device: str, threads: int) -> None:
+def describe(
+    run_dir: Path,
+    values: dict[str, Any],
+    *,
+    overrides: list[str],
+    effective: dict[str, Any],
+    device: str,
+    threads: int,
+) -> None:
     """Write what explains the run: configuration, command line, environment."""
 
-    plain = {key: value for key, value in config.items() if not key.startswith("_")}
-    overrides = run_dir / "overrides.txt"
-    if not overrides.exists():
-        atomic.replace(overrides, "".join(f"{line}\n" for line in config["_lines_"]).encode())
+    path = run_dir / "overrides.txt"
+    if not path.exists():
+        atomic.replace(path, "".join(f"{line}\n" for line in overrides).encode())
     path = run_dir / "environment.json"
     now = environment(device=device, threads=threads)
     first = json.loads(path.read_text(encoding="utf-8"))["first"] if path.exists() else now
     atomic.replace(path, json.dumps({"first": first, "latest": now}, indent=2).encode())
-    atomic.replace(run_dir / "config.yaml", as_yaml(plain | {"effective": effective}).encode())
+    atomic.replace(run_dir / "config.yaml", as_yaml(values | {"effective": effective}).encode())
 
 
 def environment(*, device: str, threads: int) -> dict[str, Any]:

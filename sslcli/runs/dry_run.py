@@ -81,6 +81,6 @@ def save_views(loader: Loader, parts: Parts, count: int, run_dir: Path) -> Path:
     originals, _ = next(plain_batches(source, chosen, batch_size=count, workers=0))
     views = [parts.views.restore(view[:count].float().cpu(), mean=source.mean, std=source.std) for view in batch.views]
     path = run_dir / "views.png"
-    rows = [row[:, place] for row in (originals.float() / 255, *views) for place in source.place]
+    rows = [row[:, place] for row in (originals.float() / 255, *views) for place in source.modality_channels]
     pictures.save(pictures.grid(rows), path)
     return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from sslcli import __version__
+from sslcli.config.run_config import EvalConfig
 from sslcli.data.bad_images import BadImage, BadImages
 from sslcli.data.sources.base import Source
 from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.evaluation import layers
-from sslcli.evaluation.features import FeatureSet, cached, pixels
+from sslcli.evaluation.features import FeatureSet, cached, from_bank, pixels
 from sslcli.evaluation.online import collect
-from sslcli.evaluation.training import Task
+from sslcli.evaluation.task import Start, Task
+from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
-from sslcli.report.console import Screen
-from sslcli.report.evaluation_tables import SUBJECTS
+from sslcli.report.console import SUBJECTS, Screen
 from sslcli.runs.result_name import joined, name_of_set
 from sslcli.runs.subject import Subject
 from sslcli.system import atomic
@@ -40,7 +41,7 @@ class Evaluation:
     are taken if nobody says so, and `variant` what of the protocol's settings belongs in the name of the result.
     """
 
-    config: dict[str, Any]
+    config: EvalConfig
     device: torch.device
     screen: Screen
     subject: Subject
@@ -57,7 +58,7 @@ class Evaluation:
     @property
     def measured_on(self) -> str:
         """The checkpoint and the images, where they are not the last one and those of the run."""
-        of_run, step = self.config["run"] is not None, self.config["checkpoint"]
+        of_run, step = self.config.run is not None, self.config.checkpoint
         checkpoint = f"step-{step}" if of_run and step != "last" else ""
         images = name_of_set(self.source, image_size=self.subject.image_size) if self.subject.foreign else ""
         return joined(checkpoint, images)
@@ -66,8 +67,8 @@ class Evaluation:
         """Where the files of the result go, the name without its ending; numbers of different things never share it."""
         return self.subject.home / joined(self.measured(protocol), self.measured_on)
 
-    def task(self) -> Task:
-        """What a protocol that trains needs to know of the images."""
+    def task(self, **callbacks: Any) -> Task:
+        """Return what a protocol needs to know of the images, with the `callbacks` of `Task`."""
         return Task(
             source=self.source,
             views=self.subject.views,
@@ -75,15 +76,16 @@ class Evaluation:
             std=self.subject.std,
             device=self.device,
             precision=self.subject.precision,
-            batch_size=self.config["batch_size"],
-            workers=self.config["workers"],
+            batch_size=self.config.batch_size,
+            workers=self.config.workers,
             screen=self.screen,
+            **callbacks,
         )
 
     def features(self, name: str, net: nn.Module | None) -> FeatureSet:
         """Features of all splits by the net `trained` or `random`, or of `pixels`; cached where they cost something."""
         if net is not None:
-            layers.check(net, self.layer, self.task().example())
+            self.check_layer(net)
 
         def compute() -> dict[str, Tensor]:
             return self.extracted(name, net)
@@ -91,7 +93,7 @@ class Evaluation:
         # Pixels that lie in memory are there sooner than their file, which would be the largest of all.
         free = net is None and self.source.images is not None
         with evaluating(net) if net is not None else nullcontext():
-            if free or not self.config["cache"]:
+            if free or not self.config.cache:
                 tensors = compute()
             else:
                 key = json.dumps(self.key(name))
@@ -99,7 +101,21 @@ class Evaluation:
                 tensors = cached(path, key, compute, warn=self.screen.warn)
         if name == "trained":
             self.tell_unreadable(tensors)
-        return FeatureSet(**tensors, num_classes=len(self.source.classes), classes=tuple(self.source.classes))
+        found = FeatureSet(**tensors, num_classes=len(self.source.classes), classes=tuple(self.source.classes))
+        if name != "trained" or self.layer != layers.BANK:
+            return found
+        assert isinstance(net, Method)
+        rows = net.stored()
+        assert rows is not None  # else the layer would not be among those of the net
+        return from_bank(found, rows, self.source.splits["train"])
+
+    def check_layer(self, net: nn.Module) -> None:
+        """Raise ValueError unless the network has the layer, and ConfigError for the bank and other images."""
+        if self.layer == layers.BANK and self.subject.foreign:
+            raise ConfigError(
+                "feature_layer is 'bank', but its rows are of the images of pre-training: leave out dataset="
+            )
+        layers.check(net, self.layer, self.task().example())
 
     def tell_unreadable(self, tensors: dict[str, Tensor]) -> None:
         """Warn of labeled images without features. Raises TooManyBadImages above `dataset.max_bad` of a split."""
@@ -136,12 +152,12 @@ class Evaluation:
             self.source,
             self.splits,
             prepare=(lambda images: images) if net is None else self.subject.prepare,
-            batch_size=self.config["batch_size"],
+            batch_size=self.config.batch_size,
             device=self.device,
             precision="fp16"
             if net is None
             else self.subject.precision,  # a level of 8 bits is 16 steps of fp16 or more
-            workers=self.config["workers"],
+            workers=self.config.workers,
             progress=progress,
         )
         self.screen.stop()
@@ -157,12 +173,12 @@ class Evaluation:
         left_out = (*PLACES, *(WEIGHTS if name == "random" else ()))
         facts = {key: value for key, value in subject.provenance.items() if key not in left_out}
         seen_as = [views.color_space, views.normalize, list(subject.mean), list(subject.std)]
-        how = [self.layer, subject.precision, self.config["batch_size"]]
-        return [__version__, name, facts, self.config.get("backbone"), how, images, seen_as]
+        how = [self.layer, subject.precision, self.config.batch_size]
+        return [__version__, name, facts, self.config.backbone, how, images, seen_as]
 
-    def baseline(self, name: str, node: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def baseline(self, node: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the protocol of `node` finds of `random` or `pixels`: the same for all checkpoints of a run, so kept."""
-        if not self.config["cache"]:
+        if not self.config.cache:
             return measure()
         key = [torch.__version__, self.device.type, node, self.key(name)]
         path = (
@@ -182,6 +198,34 @@ class Evaluation:
             atomic.replace(path, content)
         except OSError as error:
             raise TrainingFailed(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+class Starts(Mapping[str, Start]):
+    """The starts of an evaluation by name; networks are built and features extracted when they are asked for.
+
+    keep: hold networks and features in memory, for protocols that use them several times.
+    """
+
+    def __init__(self, evaluation: Evaluation, names: Sequence[str], nets: dict[str, nn.Module], *, keep: bool) -> None:
+        self.evaluation, self.names, self.nets, self.keep = evaluation, names, nets, keep
+        self.kept: dict[str, Start] = {}
+
+    def __getitem__(self, name: str) -> Start:
+        if name not in self.names:
+            raise KeyError(name)
+        if name in self.kept:
+            return self.kept[name]
+        net = None if name == "pixels" else self.nets.get(name) or self.evaluation.subject.net(name)
+        start = Start(net=net, layer=self.evaluation.layer, features=self.evaluation.features(name, net))
+        if self.keep:
+            self.kept[name] = start
+        return start
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def short(key: object) -> str:

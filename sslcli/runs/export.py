@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sslcli import __version__
 from sslcli.config.own_dataset import FINGERPRINT, images_of
+from sslcli.config.settings import ExportSettings
 from sslcli.engine import checkpoint
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Method
@@ -37,17 +38,17 @@ from sslcli.weights.files import load_strictly
 BACKBONE = "backbone."  # what names in a method's state begin with
 
 
-def run(config: dict[str, Any]) -> int:
+def run(config: ExportSettings) -> int:
     """Carry out a checked configuration of ssl-export; the exit code."""
-    run_dir, what = Path(config["run"]), config["what"]
+    run_dir, what = Path(str(config.run)), config.what
     saved = directory.read_config(run_dir)
-    path = find_checkpoint(run_dir, config["checkpoint"])
+    path = find_checkpoint(run_dir, config.checkpoint)
     step = checkpoint.step_of(path)
-    out = Path(config["out"] or run_dir / "export" / f"{what}-step-{step:08d}.pt")
+    out = Path(config.out or run_dir / "export" / f"{what}-step-{step:08d}.pt")
     weights = checkpoint.load(path, device=torch.device("cpu"), weights=True)["method"]
     if what == "backbone":
         weights = {name[len(BACKBONE) :]: value for name, value in weights.items() if name.startswith(BACKBONE)}
-        check_backbone_alone(saved, weights, trust=config["trust"])
+        check_backbone_alone(saved, weights, trust=config.trust)
     write(out, {"state_dict": weights, "what": what, **described(saved, run_dir, path)})
     numbers = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
     with Screen() as screen:
@@ -71,7 +72,7 @@ def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trus
             f"what is backbone, but {method.__name__} makes its features in a way of its own (it overrides features), "
             f"{remedy}"
         )
-    backbone = build_backbone(saved, image_size=saved["dataset"]["image_size"], trust=trust)
+    backbone = build_backbone(saved["backbone"], image_size=saved["dataset"]["image_size"], trust=trust)
     try:
         load_strictly(backbone, weights, "the checkpoint")
     except ConfigError as error:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from sslcli.config.moved import first_override
+from sslcli.config.run_config import RunConfig
 from sslcli.config.settings import NEUTRAL
 
 
-def run_dir_of(config: dict[str, Any]) -> str:
+def run_dir_of(config: RunConfig) -> str:
     """The run directory, absolute: the one given, or runs/<name>."""
-    given: str | None = config["run_dir"]
-    return os.path.abspath(given if given is not None else os.path.join("runs", config["name"] or default_name(config)))
+    given = config.run_dir
+    name = config.name or default_name(config.choices, config.digest)
+    return os.path.abspath(given if given is not None else os.path.join("runs", name))
 
 
-def default_name(config: dict[str, Any]) -> str:
+def default_name(choices: Mapping[str, str], digest: str) -> str:
     """Method, data set and backbone, and a digest of what the command line changed."""
-    chosen = config["_choices_"]
-    parts: list[str] = [chosen["method"], chosen["dataset"], chosen["backbone"], config["_overrides_"]]
+    parts = [choices["method"], choices["dataset"], choices["backbone"], digest]
     return "_".join(part for part in parts if part)
 
 

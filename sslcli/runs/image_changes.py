@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sslcli.data.sources.base import Source
-from sslcli.data.sources.records import UNKNOWN, Changes, Records, compare, pack, refusal, unpack
+from sslcli.data.sources.records import UNKNOWN, Changes, Records, compare, pack, changed_images_error, unpack
 from sslcli.distributed import collectives, watchdog
 from sslcli.errors import ConfigError
 from sslcli.report.console import Screen
@@ -62,7 +62,7 @@ def _accepted(run_dir: Path, source: Source, screen: Screen) -> Records | None:
         return now
     changes = compare(then, now, times=source.verify != "sizes")
     if changes:
-        raise refusal(changes, name=source.name, known=bool((then.contents != UNKNOWN).all()))
+        raise changed_images_error(changes, name=source.name, known=bool((then.contents != UNKNOWN).all()))
     # The times are those of this place from now on, and what is known of the contents stays known.
     merged = now if (now.contents != UNKNOWN).any() else replace(now, contents=then.contents)
     return None if list(merged.columns()) == list(then.columns()) else merged
@@ -83,13 +83,13 @@ def changes_since(run_dir: Path, source: Source, screen: Screen) -> Changes | No
 def warn_of_changes(run_dir: Path, source: Source, screen: Screen) -> None:
     """Warn in one line where the images of a run are not those it was trained on."""
     changes = changes_since(run_dir, source, screen)
-    if changes and changes.times_alone:
+    if changes and changes.only_times_differ:
         screen.warn(
-            f"the images may have changed since the run was trained on them: {changes.text()}. If they are only "
+            f"the images may have changed since the run was trained on them: {changes.describe()}. If they are only "
             "copies, dataset.verify=sizes leaves out the times"
         )
     elif changes:
-        screen.warn(f"these are not the images that the run was trained on: {changes.text()}")
+        screen.warn(f"these are not the images that the run was trained on: {changes.describe()}")
 
 
 def stored(run_dir: Path) -> Records | None:
@@ -108,7 +108,7 @@ def take(source: Source, screen: Screen) -> Records:
     title = "reading the images to compare them" if source.verify == "contents" else "looking at the image files"
     begun = False
 
-    def tell(done: int, total: int) -> None:
+    def on_progress(done: int, total: int) -> None:
         nonlocal begun
         if not begun:
             screen.start(title, total=total)
@@ -117,7 +117,7 @@ def take(source: Source, screen: Screen) -> Records:
         screen.advance(done)
 
     try:
-        return source.records(contents=source.verify == "contents", tell=tell)
+        return source.records(contents=source.verify == "contents", on_progress=on_progress)
     finally:
         if begun:
             screen.stop()

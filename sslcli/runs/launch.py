@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sslcli.config.run_config import RunConfig
+from sslcli.config.settings import MultiSettings
 from sslcli.engine import checkpoint_names
 from sslcli.errors import EXIT_CONFIG, ConfigError
 from sslcli.report.terminal import guard_terminal, log_and_print
@@ -20,25 +22,26 @@ from sslcli.runs.identity import run_dir_of
 from sslcli.system import child_processes
 
 
-def launch(config: dict[str, Any]) -> int:
+def launch(job: dict[str, Any]) -> int:
     """Run a checked configuration of ssl-train; the exit code."""
-    config = config | {"run_dir": run_dir_of(config)}
-    kind = config["launcher"]["kind"] if "RANK" not in os.environ else "local"  # an outer launcher was here before
+    config = RunConfig.from_plain(job)
+    config = config.changed(run_dir=run_dir_of(config))
+    kind = config.launcher.kind if "RANK" not in os.environ else "local"  # an outer launcher was here before
     if kind == "slurm":
         from sslcli.runs import slurm_job
 
         return slurm_job.launch(config)
-    if kind == "multi" and not config["dry_run"]:
+    if isinstance(config.launcher, MultiSettings) and kind == "multi" and not config.dry_run:
         from sslcli.distributed.elastic import run_processes
 
         with tempfile.TemporaryDirectory(prefix="sslcli-") as folder:
             path = Path(folder) / "config.json"
-            path.write_text(json.dumps(config), encoding="utf-8")
+            path.write_text(json.dumps(config.plain()), encoding="utf-8")
             return run_processes(
                 [*child_processes.arguments("sslcli.runs.launch"), str(path)],
-                processes=config["launcher"]["processes"],
-                max_restarts=config["launcher"]["max_restarts"],
-                tell=partial(log_and_print, Path(config["run_dir"])),
+                processes=config.launcher.processes,
+                max_restarts=config.launcher.max_restarts,
+                tell=partial(log_and_print, Path(str(config.run_dir))),
             )
     gc.disable()  # nearly all that is imported and built until the first step stays: searching it is time lost
     try:

@@ -8,9 +8,9 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sslcli.config.moved import current_config
+from sslcli.config.run_config import RunConfig
 from sslcli.config.slurm import SlurmSettings
 from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError
 from sslcli.report.terminal import guard_terminal, log_and_print
@@ -20,15 +20,16 @@ from sslcli.runs.slurm.script import render
 from sslcli.system import atomic, child_processes
 
 
-def launch(config: dict[str, Any]) -> int:
+def launch(config: RunConfig) -> int:
     """Submit a checked configuration with an absolute run_dir; the exit code. Raises ConfigError."""
-    run_dir, settings = Path(config["run_dir"]), SlurmSettings(**config["launcher"])
+    run_dir, settings = Path(str(config.run_dir)), config.launcher
+    assert isinstance(settings, SlurmSettings)
     text = render(settings, folder=folder_of(run_dir), cwd=Path.cwd(), python=sys.executable)
-    if config["dry_run"]:
+    if config.dry_run:
         print(text, end="")
         return 0
-    directory.check_resumable(run_dir, config)
-    if directory.is_finished(run_dir) and config["resume"] != "never":
+    directory.check_resumable(run_dir, config.values)
+    if directory.is_finished(run_dir) and config.resume != "never":
         print(f"this run is finished already: {run_dir}")
         return 0
     job = active_job(run_dir)
@@ -56,11 +57,11 @@ def active_job(run_dir: Path) -> tuple[str, str] | None:
     return None if state is None or state in queue.OVER else (job, state)
 
 
-def submitted(run_dir: Path, config: dict[str, Any], text: str) -> str:
+def submitted(run_dir: Path, config: RunConfig, text: str) -> str:
     """Write what the job needs and hand it in; its number."""
     folder = folder_of(run_dir)
     folder.mkdir(exist_ok=True)
-    atomic.replace(folder / "config.json", json.dumps(config).encode())
+    atomic.replace(folder / "config.json", json.dumps(config.plain()).encode())
     atomic.replace(folder / "job.sbatch", text.encode())
     job = queue.submit(folder / "job.sbatch")
     atomic.replace(folder / "job", f"{job}\n".encode())
@@ -85,20 +86,21 @@ def wait(job: str, run_dir: Path) -> int:
         return EXIT_INTERRUPTED
 
 
-def carry_out(config: dict[str, Any], endpoint: str) -> int:
+def carry_out(config: RunConfig, endpoint: str) -> int:
     """What each node of the job does: start its processes and return their exit code. Raises ConfigError."""
     import torch
 
     from sslcli.distributed.elastic import Meeting, run_processes
 
-    settings = SlurmSettings(**config["launcher"])
-    if config["device"] != "cpu" and torch.cuda.device_count() < settings.gpus_per_node:
+    settings = config.launcher
+    assert isinstance(settings, SlurmSettings)
+    if config.device != "cpu" and torch.cuda.device_count() < settings.gpus_per_node:
         raise ConfigError(
             f"launcher.gpus_per_node is {settings.gpus_per_node}, but torch sees {torch.cuda.device_count()} GPUs on "
             f"{os.uname().nodename}: check launcher.setup and the build of torch, or train with device=cpu"
         )
     if settings.nodes * settings.processes == 1:
-        child_processes.find_trusted(config["trust"])
+        child_processes.find_trusted(config.trust)
         from sslcli.runs.worker import run
 
         return run(config)
@@ -108,7 +110,7 @@ def carry_out(config: dict[str, Any], endpoint: str) -> int:
         node=int(os.environ["SLURM_NODEID"]),
         endpoint=endpoint,
     )
-    run_dir = Path(config["run_dir"])
+    run_dir = Path(str(config.run_dir))
     return run_processes(
         [*child_processes.arguments("sslcli.runs.launch"), str(folder_of(run_dir) / "config.json")],
         processes=settings.processes,
@@ -123,7 +125,8 @@ def main() -> None:
     guard_terminal()
     path = Path(sys.argv[1])
     try:
-        code = carry_out(current_config(json.loads(path.read_text(encoding="utf-8")))[0], sys.argv[2])
+        plain, _ = current_config(json.loads(path.read_text(encoding="utf-8")))
+        code = carry_out(RunConfig.from_plain(plain), sys.argv[2])
     except ConfigError as error:
         print(f"ssl-train: {error}", file=sys.stderr)
         code = EXIT_CONFIG

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sslcli.config.moved import current_config
 from sslcli.config.own_dataset import FINGERPRINT, dataset_of_run, has_same_keys, is_same_place, where_to_look
+from sslcli.config.run_config import EvalConfig
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
 from sslcli.engine import checkpoint, precision
@@ -21,6 +22,7 @@ from sslcli.runs.build import build_backbone, build_method, build_source, build_
 from sslcli.weights.files import load_strictly, load_weights
 
 # What a file of ssl-export tells beside the weights, see _export.py.
+MEASURED = ("views", "method", "backbone")  # groups that a network and its input are built from
 EXPORTED = {"state_dict", "what", "backbone", "image_size", "mean", "std", "views", "precision", "provenance"}
 
 
@@ -49,22 +51,24 @@ class Subject:
         return self.trained() if name == "trained" else self.fresh()
 
 
-def load_subject(config: dict[str, Any], device: torch.device) -> tuple[Subject, Source]:
+def load_subject(config: EvalConfig, device: torch.device) -> tuple[Subject, Source]:
     """The net to measure and the images to measure it on."""
-    trust = config["trust"]
-    if config["weights"] is not None:
+    trust = config.trust
+    if config.weights is not None:
         return _bare(config, device)
-    run_dir = Path(config["run"])
+    run_dir = Path(str(config.run))
     saved = directory.read_config(run_dir)
-    check_classes(saved, ("views", "method", "backbone"), trust=trust)
+    check_classes({group: saved.get(group) for group in MEASURED}, trust=trust)
     source, foreign = images_for(config, saved)
     views = build_views(saved["views"], trust=trust)
-    path = find_checkpoint(run_dir, config["checkpoint"])
+    path = find_checkpoint(run_dir, config.checkpoint)
     mean, std = saved["dataset"]["mean"], saved["dataset"]["std"]
 
     def method() -> nn.Module:
         return build_method(
-            saved,
+            saved["method"],
+            saved["backbone"],
+            seed=saved["seed"],
             image_size=saved["dataset"]["image_size"],
             num_images=saved["effective"]["training images"],
             trust=trust,
@@ -75,7 +79,7 @@ def load_subject(config: dict[str, Any], device: torch.device) -> tuple[Subject,
         load_strictly(net, checkpoint.load(path, device=device, weights=True)["method"], str(path))
         return net
 
-    wanted = config["precision"] if config["precision"] != "auto" else saved["effective"]["precision"]
+    wanted = config.precision if config.precision != "auto" else saved["effective"]["precision"]
     provenance = origin(saved, run_dir, path)
     resolved = precision.resolve(wanted, device)
     if not foreign:
@@ -85,17 +89,17 @@ def load_subject(config: dict[str, Any], device: torch.device) -> tuple[Subject,
     return Subject(trained, method, views, mean, std, resolved, provenance, home, usual, foreign, size), source
 
 
-def images_for(config: dict[str, Any], saved: dict[str, Any]) -> tuple[Source, bool]:
+def images_for(config: EvalConfig, saved: dict[str, Any]) -> tuple[Source, bool]:
     """The images to measure a run on, and whether they are others than it was trained on.
 
     They are those of the chosen `dataset`, or else those of the run with the changes of the command line.
     """
-    trust = config["trust"]
+    trust = config.trust
     own = dataset_of_run(saved, [], trust=trust)
-    chosen = config.get("dataset")
-    node = chosen or dataset_of_run(saved, config.get("_dataset_changes_", []), trust=trust)
+    chosen = config.dataset
+    node = chosen or dataset_of_run(saved, config.dataset_changes, trust=trust)
     try:
-        source = build_source({"dataset": node}, trust=trust)
+        source = build_source(node, trust=trust)
     except ConfigError as error:
         raise ConfigError(f"{error}{'' if chosen else where_to_look(node)}") from error
     return source, is_foreign(source, node, own, saved["effective"], trust=trust)
@@ -116,7 +120,7 @@ def is_foreign(
     known: str | None = effective.get(FINGERPRINT)
     if known is None:
         try:
-            known = build_source({"dataset": own}, trust=trust).fingerprint
+            known = build_source(own, trust=trust).fingerprint
         except ConfigError:
             return bool(len(source.splits["train"]) != effective["training images"])
     return bool(source.fingerprint != known)
@@ -151,16 +155,16 @@ def type_name(node: dict[str, Any]) -> str:
     return str(node.get("name") or node["_target_"].rpartition(".")[2].lower())
 
 
-def _bare(config: dict[str, Any], device: torch.device) -> tuple[Subject, Source]:
+def _bare(config: EvalConfig, device: torch.device) -> tuple[Subject, Source]:
     """A net from a file of its own; one that ssl-export wrote tells how it was made and sees images."""
-    path, trust = Path(config["weights"]), config["trust"]
+    path, trust = Path(str(config.weights)), config.trust
     found = load_weights(path, device=device)
     exported = found.keys() >= EXPORTED
     made = current_config(found)[0] if exported else {}
-    if not config.get("dataset"):
+    if not config.dataset:
         raise ConfigError("weights=FILE needs dataset=... as well")
     build_net, facts = _maker(config, made, device)
-    source = build_source(config, trust=trust)
+    source = build_source(config.dataset, trust=trust)
 
     def fresh() -> nn.Module:
         return build_net(source.image_size)
@@ -174,7 +178,7 @@ def _bare(config: dict[str, Any], device: torch.device) -> tuple[Subject, Source
     if exported:
         provenance["exported_from"] = made["provenance"]
     views = build_views(made["views"], trust=trust) if exported else Views([{"crop_scale": None}])
-    wanted = made["precision"] if exported and config["precision"] == "auto" else config["precision"]
+    wanted = made["precision"] if exported and config.precision == "auto" else config.precision
     subject = Subject(
         trained=trained,
         fresh=fresh,
@@ -185,7 +189,7 @@ def _bare(config: dict[str, Any], device: torch.device) -> tuple[Subject, Source
         provenance=provenance,
         home=path.with_name(path.name + ".eval"),
         monitor=made.get("monitor", {}),
-        foreign=_is_foreign_to_file(source, config["dataset"], made),
+        foreign=_is_foreign_to_file(source, config.dataset, made),
         image_size=made.get("image_size"),
     )
     return subject, source
@@ -203,16 +207,17 @@ def _is_foreign_to_file(source: Source, node: dict[str, Any], made: dict[str, An
 
 
 def _maker(
-    config: dict[str, Any], made: dict[str, Any], device: torch.device
+    config: EvalConfig, made: dict[str, Any], device: torch.device
 ) -> tuple[Callable[[int], nn.Module], dict[str, Any]]:
     """What builds the net that a file holds as initialized, for images of a size, and what it is."""
-    trust, chosen = config["trust"], config.get("backbone")
+    trust, chosen = config.trust, config.backbone
     if made.get("what", "backbone") == "method":
         _check_whole_method(config, made)
 
         def method(_: int) -> nn.Module:
             known = {"image_size": made["image_size"], "num_images": made["num_images"]}
-            return build_method(made, **known, trust=trust).to(device)
+            nodes = made["method"], made["backbone"]
+            return build_method(*nodes, **known, seed=made["seed"], trust=trust).to(device)
 
         facts = {name: made[name]["_target_"] for name in ("method", "backbone")}
         return method, facts | {"pretraining_seed": made["seed"]}
@@ -224,15 +229,15 @@ def _maker(
     def backbone(image_size: int) -> nn.Module:
         torch.manual_seed(seed)
         size = made.get("image_size", image_size)
-        return made_fast(build_backbone({"backbone": node}, image_size=size, trust=trust).to(device))
+        return made_fast(build_backbone(node, image_size=size, trust=trust).to(device))
 
     return backbone, {"backbone": node["_target_"], **({"pretraining_seed": seed} if "seed" in made else {})}
 
 
-def _check_whole_method(config: dict[str, Any], made: dict[str, Any]) -> None:
+def _check_whole_method(config: EvalConfig, made: dict[str, Any]) -> None:
     """Raise ConfigError unless a file with a whole method says all that the method is built from."""
-    path = config["weights"]
-    if config.get("backbone"):
+    path = config.weights
+    if config.backbone:
         raise ConfigError(f"weights is {path}, which holds a whole method with its backbone: leave out backbone=...")
     absent = [name for name in ("method", "num_images", "seed") if name not in made]
     if absent:
@@ -243,4 +248,4 @@ def _check_whole_method(config: dict[str, Any], made: dict[str, Any]) -> None:
     for name in ("num_images", "seed", "image_size"):
         if type(made[name]) is not int:
             raise ConfigError(f"weights is {path}, whose {name} is {made[name]!r}, but it must be a whole number")
-    check_classes(made, ("views", "method", "backbone"), trust=config["trust"])
+    check_classes({group: made.get(group) for group in MEASURED}, trust=config.trust)

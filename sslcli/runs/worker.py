@@ -10,12 +10,12 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 
 from sslcli.config.own_dataset import FINGERPRINT
-from sslcli.config.settings import TrainSettings, seconds
+from sslcli.config.run_config import RunConfig
 from sslcli.data.workers import worker_died_error
 from sslcli.distributed import collectives, devices, processes, watchdog
 from sslcli.engine import checkpoint
@@ -56,26 +56,25 @@ WAIT = 2.0  # seconds, see _end
 LOST_CONTACT = "another process of this run ended; start the same command again to go on"
 
 
-def run(config: dict[str, Any]) -> int:
+def run(config: RunConfig) -> int:
     """Carry out a checked configuration in this process; the exit code."""
-    run_dir = Path(config["run_dir"])
+    run_dir = Path(str(config.run_dir))
     if processes.restarted():  # what is there is of this very command
-        config = config | {"resume": "auto"}
+        config = config.changed(resume="auto")
     threading.excepthook = _leave_to_the_main_thread
     try:
-        if directory.is_finished(run_dir) and config["resume"] != "never" and not config["dry_run"]:
-            directory.check_resumable(run_dir, config)
+        if directory.is_finished(run_dir) and config.resume != "never" and not config.dry_run:
+            directory.check_resumable(run_dir, config.values)
             Screen(silent=processes.number() > 0).say(f"this run is finished already: {run_dir}{outcome(run_dir)}")
             return 0
-        directory.check_resumable(run_dir, config)
-        device = devices.pick_device(config["device"])
+        directory.check_resumable(run_dir, config.values)
+        device = devices.pick_device(config.device)
         keep_freed_memory()
-        devices.share_threads(config["launcher"]["threads"])
-        devices.prepare(device, deterministic=config["train"]["deterministic"], compiled=config["train"]["compile"])
-        limit = seconds("launcher.timeout", config["launcher"]["timeout"])
-        assert limit is not None
+        devices.share_threads(config.launcher.threads)
+        devices.prepare(device, deterministic=config.train.deterministic, compiled=config.train.compile)
+        limit = config.launcher.timeout_seconds
         with processes.process_group(device, limit=limit, end=partial(_end_a_hang, run_dir)):
-            check_agreement(config)
+            check_agreement(config.values)
             return _carry_out(config, run_dir, device)
     except ConfigError as error:
         return _end(str(error), EXIT_CONFIG)
@@ -125,23 +124,23 @@ def _end_a_hang(run_dir: Path, message: str) -> None:
     os._exit(EXIT_FAILED)
 
 
-def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> int:
-    main, dry = collectives.is_main(), config["dry_run"]
-    parts = build_parts(config, trust=config["trust"])
+def _carry_out(config: RunConfig, run_dir: Path, device: torch.device) -> int:
+    main, dry = collectives.is_main(), config.dry_run
+    parts = build_parts(config)
     loader = build_loader(config, parts, device)
     check_batch(loader, parts)
-    check_cached_gradients(parts.method, config["train"]["cached_gradients"])
-    place(parts.method, TrainSettings(**config["train"]), device)
+    check_cached_gradients(parts.method, config.train.cached_gradients)
+    place(parts.method, config.train, device)
     optimizer, peak_lr = build_optimizer(config, parts.method)
     held = hold(run_dir, patience=patience_of(config)) if main and not dry else None
     if held is not None:
-        directory.check_resumable(run_dir, config)  # once more, now that nobody else can change it
+        directory.check_resumable(run_dir, config.values)  # once more, now that nobody else can change it
     with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
         check_images(run_dir, parts.source, screen, write=not dry)
         job = assemble(config, parts, loader, optimizer, peak_lr, run_dir, device, screen)
         try:
             facts = effective(job, parts, config)
-            screen.table(f"{config['method']['_target_'].rpartition('.')[2]}: {run_dir}", facts)
+            screen.table(f"{config.method['_target_'].rpartition('.')[2]}: {run_dir}", facts)
             for warning in suspicious_settings(job, parts):
                 screen.warn(warning)
             if dry:
@@ -150,14 +149,19 @@ def _carry_out(config: dict[str, Any], run_dir: Path, device: torch.device) -> i
             if main:
                 facts |= {FINGERPRINT: parts.source.fingerprint}
                 directory.describe(
-                    run_dir, config, effective=facts, device=str(device), threads=torch.get_num_threads()
+                    run_dir,
+                    config.values,
+                    overrides=config.overrides,
+                    effective=facts,
+                    device=str(device),
+                    threads=torch.get_num_threads(),
                 )
                 prepare_monitor(job, parts, config)
             end_start()
             train(job)
         except Stopped as error:
             screen.write(str(error))
-            if error.by_signal and config["launcher"]["kind"] == "slurm":
+            if error.by_signal and config.launcher.kind == "slurm":
                 want_requeue(run_dir, error)
             raise
         except (ConfigError, TrainingFailed) as error:
@@ -186,14 +190,13 @@ def end_start() -> None:
         gc.enable()
 
 
-def patience_of(config: dict[str, Any]) -> float:
+def patience_of(config: RunConfig) -> float:
     """Seconds to wait for the run directory.
 
     When Slurm starts a job again because a node is lost, the processes on that node hold the directory until they
     notice, which takes `launcher.timeout` at most.
     """
-    limit = seconds("launcher.timeout", config["launcher"]["timeout"])
-    return 0.0 if limit is None or int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0 else limit + 60
+    return 0.0 if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0 else config.launcher.timeout_seconds + 60
 
 
 def hold(run_dir: Path, *, patience: float) -> IO[str]:
@@ -215,9 +218,9 @@ def want_requeue(run_dir: Path, why: Stopped) -> None:
     collectives.barrier()
 
 
-def prepare_monitor(job: Run, parts: Parts, config: dict[str, Any]) -> None:
+def prepare_monitor(job: Run, parts: Parts, config: RunConfig) -> None:
     """At the start of a run, draw its views; give TensorBoard the picture and the configuration."""
-    job.monitor.hyperparameters = directory.flat(config)
+    job.monitor.hyperparameters = directory.flat(config.values)
     if job.monitor.settings.pictures and not checkpoint.all_of(job.run_dir):
         job.monitor.picture = pictures.load(save_views(job.loader, parts, job.monitor.settings.pictures, job.run_dir))
 

@@ -83,7 +83,7 @@ def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
     overrides = tuple(line for line in config["_lines_"] if not of_the_sweep(line))
     if sweep.command == "eval":
         return Job(hashlib.sha256("\n".join(map(first_override, overrides)).encode()).hexdigest()[:8], overrides, None)
-    name, given = default_name(config), config["_run_dir_"]
+    name, given = default_name(config["_choices_"], config["_overrides_"]), config["_run_dir_"]
     if given is None:
         return Job(name, overrides, sweep.folder / name)
     digest = hashlib.sha256(given.encode()).hexdigest()[:6]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-# Today's first word of a dotted name, and the older ones.
+# Today's part of a dotted name, and the older ones.
 OLDER = {
     "momentum_backbone": ("key_backbone", "target_backbone"),
     "momentum_head": ("key_head",),
@@ -15,15 +15,20 @@ OLDER = {
 
 
 def older_names(name: str) -> Iterator[str]:
-    """The names that a parameter or buffer had in older versions."""
-    first, dot, rest = name.partition(".")
-    return (f"{older}{dot}{rest}" for older in OLDER.get(first, ()))
+    """The names that a parameter or buffer may have had in older versions."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        for older in OLDER.get(part, ()):
+            yield ".".join([*parts[:place], older, *parts[place + 1 :]])
 
 
 def current_names(name: str) -> Iterator[str]:
     """The names of today that a parameter or buffer with an older name may have."""
-    first, dot, rest = name.partition(".")
-    return (f"{new}{dot}{rest}" for new, olds in OLDER.items() if first in olds)
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        for new, olds in OLDER.items():
+            if part in olds:
+                yield ".".join([*parts[:place], new, *parts[place + 1 :]])
 
 
 def with_current_names(state: dict[str, Any], wanted: Collection[str]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import pytest
 
 from command_line import Cli
 from sslcli.cli import command, compose
+from sslcli.config.run_config import RunConfig
 from sslcli.runs import launch
+from sslcli.runs.identity import run_dir_of
 
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = ", ".join(sorted(path.stem for path in (CONF / "method").glob("*.yaml")))
@@ -337,7 +339,7 @@ def names(cli: Cli, started: list[dict[str, Any]], *lines: str) -> list[str]:
     started.clear()
     for line in lines:
         assert cli("ssl-train", *line.split()).code == 0
-    return [Path(launch.run_dir_of(job)).name for job in started]
+    return [Path(run_dir_of(RunConfig.from_plain(job))).name for job in started]
 
 
 def test_the_run_directory_is_named_after_what_makes_the_run(cli: Cli, started: list[dict[str, Any]]) -> None:

@@ -64,33 +64,33 @@ def test_a_parent_behind_a_link_is_the_parent_of_where_the_link_leads(here: Path
 @pytest.mark.parametrize(
     ("given", "key", "wanted"),
     [
-        (node("files.Folder", root="a"), "root", "HERE/a"),
-        (node("files.Folder", root="~/a"), "root", "HOME/a"),
-        (node("files.Folder", root=["a", "~/b"]), "root", ["HERE/a", "HOME/b"]),
-        (node("files.Folder", root={"a": 1.0, "~/b": 2}), "root", {"HERE/a": 1.0, "HOME/b": 2}),
-        (node("files.Folder", test="t"), "test", "HERE/t"),
-        (node("files.Folder", test=None), "test", None),
-        (node("files.Folder", keep_dir="~/k"), "keep_dir", "HOME/k"),
-        (node("files.Folder", keep_decoded="disk"), "keep_decoded", "disk"),
-        (node("files.Flat", root="a"), "root", "HERE/a"),
-        (node("files.ImageNet", root="data/imagenet"), "root", "HERE/data/imagenet"),
-        (node("files.ListFile", file="a.csv"), "file", "HERE/a.csv"),
-        (node("files.ListFile", root="~"), "root", "HOME"),
-        (node("parallel.Parallel", root="a"), "root", "HERE/a"),
-        (node("parallel.Parallel", test="a"), "test", "HERE/a"),
-        (node("parallel.Parallel", modalities={"rgb": {"interpolation": "smooth"}}), "modalities", None),
-        (node("sources.TorchvisionSet", root="data", name="CIFAR10"), "root", "HERE/data"),
-        (node("sources.TorchvisionSet", root="data", name="CIFAR10"), "name", "CIFAR10"),
-        (node("hf.Hf", path="uoft-cs/cifar10"), "path", "uoft-cs/cifar10"),
-        (node("hf.Hf", path="sets/there"), "path", "HERE/sets/there"),
-        (node("hf.Hf", path="~/sets"), "path", "HOME/sets"),
-        (node("hf.Hf", path="./sets"), "path", "HERE/sets"),
-        (node("hf.Hf", test="test"), "test", "test"),
-        (node("hf.Hf", cache="c"), "cache", "HERE/c"),
-        (node("hf_stream.HfStream", path="a/train-{000..127}.tar"), "path", "HERE/a/train-{000..127}.tar"),
-        (node("hf_stream.HfStream", path=["~/a-*.tar", "s3://b/c.tar"]), "path", ["HOME/a-*.tar", "s3://b/c.tar"]),
-        (node("hf_stream.HfStream", test="gs://b/*.tar"), "test", "gs://b/*.tar"),
-        (node("hf_stream.HfStream", cache="~/c"), "cache", "HOME/c"),
+        (node("sources.files.Folder", root="a"), "root", "HERE/a"),
+        (node("sources.files.Folder", root="~/a"), "root", "HOME/a"),
+        (node("sources.files.Folder", root=["a", "~/b"]), "root", ["HERE/a", "HOME/b"]),
+        (node("sources.files.Folder", root={"a": 1.0, "~/b": 2}), "root", {"HERE/a": 1.0, "HOME/b": 2}),
+        (node("sources.files.Folder", test="t"), "test", "HERE/t"),
+        (node("sources.files.Folder", test=None), "test", None),
+        (node("sources.files.Folder", keep_dir="~/k"), "keep_dir", "HOME/k"),
+        (node("sources.files.Folder", keep_decoded="disk"), "keep_decoded", "disk"),
+        (node("sources.files.Flat", root="a"), "root", "HERE/a"),
+        (node("sources.files.ImageNet", root="data/imagenet"), "root", "HERE/data/imagenet"),
+        (node("sources.files.ListFile", file="a.csv"), "file", "HERE/a.csv"),
+        (node("sources.files.ListFile", root="~"), "root", "HOME"),
+        (node("sources.parallel.Parallel", root="a"), "root", "HERE/a"),
+        (node("sources.parallel.Parallel", test="a"), "test", "HERE/a"),
+        (node("sources.parallel.Parallel", modalities={"rgb": {"interpolation": "smooth"}}), "modalities", None),
+        (node("sources.base.TorchvisionSet", root="data", name="CIFAR10"), "root", "HERE/data"),
+        (node("sources.base.TorchvisionSet", root="data", name="CIFAR10"), "name", "CIFAR10"),
+        (node("sources.hf.Hf", path="uoft-cs/cifar10"), "path", "uoft-cs/cifar10"),
+        (node("sources.hf.Hf", path="sets/there"), "path", "HERE/sets/there"),
+        (node("sources.hf.Hf", path="~/sets"), "path", "HOME/sets"),
+        (node("sources.hf.Hf", path="./sets"), "path", "HERE/sets"),
+        (node("sources.hf.Hf", test="test"), "test", "test"),
+        (node("sources.hf.Hf", cache="c"), "cache", "HERE/c"),
+        (node("shards.source.HfStream", path="a/train-{000..127}.tar"), "path", "HERE/a/train-{000..127}.tar"),
+        (node("shards.source.HfStream", path=["~/a-*.tar", "s3://b/c.tar"]), "path", ["HOME/a-*.tar", "s3://b/c.tar"]),
+        (node("shards.source.HfStream", test="gs://b/*.tar"), "test", "gs://b/*.tar"),
+        (node("shards.source.HfStream", cache="~/c"), "cache", "HOME/c"),
     ],
 )
 def test_the_paths_of_every_image_set(here: Path, given: dict[str, Any], key: str, wanted: Any) -> None:
@@ -161,13 +161,16 @@ def test_plug_ins_tell_their_paths_by_their_annotations(here: Path, monkeypatch:
 def test_configurations_are_compared_by_where_paths_lead(here: Path) -> None:
     (here / "a").mkdir()
     (here / "link").symlink_to(here / "a")
-    one, other = node("files.Folder", root="a", limit=3), node("files.Folder", root=f"{here}/link", limit=3)
+    one, other = (
+        node("sources.files.Folder", root="a", limit=3),
+        node("sources.files.Folder", root=f"{here}/link", limit=3),
+    )
     assert same_paths(one, other)
     assert not same_paths(one, other | {"limit": 4})
-    assert not same_paths(one, node("files.Folder", root="b", limit=3))
-    assert without_paths(one) == without_paths(node("files.Folder", root="b", limit=3))
+    assert not same_paths(one, node("sources.files.Folder", root="b", limit=3))
+    assert without_paths(one) == without_paths(node("sources.files.Folder", root="b", limit=3))
     assert without_paths(one) != without_paths(other | {"limit": 4})
-    assert list(paths_of(node("files.Folder", root={"a": 1.0, "b": 2.0}, test="t"))) == [
+    assert list(paths_of(node("sources.files.Folder", root={"a": 1.0, "b": 2.0}, test="t"))) == [
         ("root", "a"),
         ("root", "b"),
         ("test", "t"),

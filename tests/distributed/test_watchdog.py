@@ -88,22 +88,22 @@ class Other:
     def __init__(self, folder: Path) -> None:
         self.store = dist.FileStore(str(folder / "store"), 2)
         self.progress = Progress(host="elsewhere", pid=2)
-        self.tell()
+        self.publish()
 
     def publish(self) -> None:
         self.progress.beats += 1
-        watchdog.tell(self.store, 1, self.progress)
+        watchdog.publish(self.store, 1, self.progress)
 
 
 def test_waiting_for_another_that_works_has_no_limit(tmp_path: Path) -> None:
     ended: list[str] = []
     other = Other(tmp_path)
-    watchdog.tell(other.store, 0, Progress())
+    watchdog.publish(other.store, 0, Progress())
     with watchdog.watched(other.store, rank=0, size=2, limit=0.4, end=ended.append):
         for _ in range(10):
             time.sleep(0.1)
             other.progress.actions += 1
-            other.tell()
+            other.publish()
     assert ended == []
 
 
@@ -111,14 +111,14 @@ def test_a_process_that_beats_and_does_nothing_is_noticed_at_the_limit_and_not_b
     ended: list[str] = []
     over = threading.Event()
     other = Other(tmp_path)
-    watchdog.tell(other.store, 0, Progress())
+    watchdog.publish(other.store, 0, Progress())
     watchdog.record_collective()
     begun = time.monotonic()
     with watchdog.watched(
         other.store, rank=0, size=2, limit=0.6, end=lambda message: (ended.append(message), over.set())
     ):
         while not over.wait(0.02):
-            other.tell()
+            other.publish()
             assert time.monotonic() - begun < 30
     assert time.monotonic() - begun >= 0.6
     assert len(ended) == 1
@@ -128,7 +128,7 @@ def test_a_process_that_beats_and_does_nothing_is_noticed_at_the_limit_and_not_b
 def test_time_in_which_the_process_itself_was_stopped_does_not_count(tmp_path: Path) -> None:
     ended: list[str] = []
     other = Other(tmp_path)
-    watchdog.tell(other.store, 0, Progress())
+    watchdog.publish(other.store, 0, Progress())
     child = os.fork()
     if child == 0:
         with watchdog.watched(other.store, rank=0, size=2, limit=1.0, end=lambda _: os._exit(3)):
@@ -169,7 +169,7 @@ def test_a_main_process_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyP
 def test_a_store_hands_over_what_a_process_told(tmp_path: Path) -> None:
     other = Other(tmp_path)
     own = Progress(collectives=3, actions=9, place="step 2", beats=4, host="here", pid=5)
-    watchdog.tell(other.store, 0, own)
+    watchdog.publish(other.store, 0, own)
     assert watchdog.read(other.store, 2) == {0: own, 1: other.progress}
     other.store.set_timeout(timedelta(seconds=0.1))
     assert watchdog.read(other.store, 3) == {}

@@ -167,7 +167,7 @@ def test_a_checkpoint_of_the_first_version_is_brought_up_to_date(tmp_path: Path)
     torch.save({**state(2), "schema": 1}, path)
     before = path.read_bytes()
     found = checkpoint.load(path, device=CPU)
-    assert (found["schema"], found["environment_fingerprint"]) == (checkpoint.SCHEMA, {})
+    assert (found["schema"], found["environment"]) == (checkpoint.SCHEMA, {})
     assert found["step"] == 2
     assert path.read_bytes() == before
 

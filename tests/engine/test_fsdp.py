@@ -17,7 +17,7 @@ from sslcli.backbones.small import Small
 from sslcli.backbones.vit import Block, VisionTransformer
 from sslcli.distributed import collectives
 from sslcli.engine import fsdp
-from sslcli.engine.loop import exchange, parallel
+from sslcli.engine.loop import gradient_sync, parallel
 from sslcli.engine.optim import LARS, parameter_groups
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Batch, Method
@@ -76,7 +76,7 @@ def trained(plan: Plan) -> tuple[list[float], dict[str, Tensor]]:
         for part in range(plan.accumulate):
             batch = mine(make_batch(8, seed=step * plan.accumulate + part, dtype=plan.dtype))
             enabled = plan.precision == "bf16"
-            with exchange(model, wanted=part == plan.accumulate - 1):
+            with gradient_sync(model, wanted=part == plan.accumulate - 1):
                 with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                     loss = model(batch)["loss"] / plan.accumulate
                 loss.backward()

@@ -47,7 +47,7 @@ def simclr_v2() -> Method:
 
 def moco_v3() -> Method:
     method = MoCoV3(TinyNet(norm=False), dim=4, hidden=8)
-    for name in ("projector", "predictor", "target_projector"):
+    for name in ("projector", "predictor", "momentum_projector"):
         part = getattr(method, name)
         setattr(method, name, nn.Sequential(*(nn.Identity() if "Norm" in type(m).__name__ else m for m in part)))
     return method

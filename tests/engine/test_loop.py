@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from command_line import SMALL, installed
+from sslcli.config.run_config import RunConfig
 from sslcli.data.loader import Loader
 from sslcli.engine.loop import Run, optimize, train
 from sslcli.errors import EXIT_FAILED, TrainingFailed
@@ -30,8 +31,8 @@ def make_run(run_dir: Path, *overrides: str) -> Run:
 
     small = ["dataset.limit=96", "dataset.test_images=0", "train.batch_size=32", "monitor.knn_every_epochs=0"]
     arguments = get_args_parser().parse_args([*small, "backbone.width=8", *overrides])
-    config = checked_jobs("train", arguments)[0]
-    parts = build_parts(config, trust=[])
+    config = RunConfig.from_plain(checked_jobs("train", arguments)[0])
+    parts = build_parts(config)
     device = torch.device("cpu")
     loader = build_loader(config, parts, device)
     optimizer, peak = build_optimizer(config, parts.method)

@@ -25,6 +25,7 @@ from damage import Malice, empty, flip_a_bit, truncate
 from processes import Pair
 from small_runs import differences, last_step, metrics, newest
 from sslcli.cli.compose import checked_jobs
+from sslcli.config.run_config import RunConfig
 from sslcli.distributed import collectives
 from sslcli.engine import checkpoint, fsdp, sharded_checkpoint
 from sslcli.errors import ConfigError, TrainingFailed
@@ -318,17 +319,17 @@ RUN = [
 ]
 
 
-def config_of(run_dir: Path, *others: str) -> dict[str, Any]:
+def config_of(run_dir: Path, *others: str) -> RunConfig:
     """Of RUN, with other values of some of its keys."""
     keys = tuple(line.partition("=")[0] + "=" for line in others)
     lines = [*(line for line in RUN if not line.startswith(keys)), *others, f"run_dir={run_dir}"]
     config = checked_jobs("train", get_args_parser().parse_args(lines))[0]
-    return config | {"run_dir": str(run_dir)}
+    return RunConfig.from_plain(config | {"run_dir": str(run_dir)})
 
 
-def killed_while_saving(config: dict[str, Any]) -> int:
+def killed_while_saving(config: RunConfig) -> int:
     """Process 1 dies when its files of the checkpoint of step 6 are written and the run is two steps further."""
-    run_dir, digest = Path(config["run_dir"]), sharded_checkpoint.sha256
+    run_dir, digest = Path(str(config.run_dir)), sharded_checkpoint.sha256
 
     def fatal(path: Path) -> str:
         if path.parent.name.startswith("step-00000006.") and path.suffix == ".distcp" and collectives.rank() == 1:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from learnable import Colors, start_of, task_of
-from sslcli.evaluation.training import Start, Task
+from sslcli.evaluation.task import Start, Task
 from tiny import TinyNet
 
 

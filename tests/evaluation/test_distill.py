@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslcli.evaluation.distill import Distill, Teacher, distillation
+from sslcli.evaluation.distill import Distill, distillation
 from sslcli.evaluation.finetune import Finetune
-from sslcli.evaluation.training import Start, Task
+from sslcli.evaluation.task import FineTuned, Start, Task
 from tiny import TinyNet
 
 QUICK: dict[str, Any] = {"steps": 30, "batch_size": 20, "lr": 0.5}
@@ -48,19 +49,20 @@ def test_a_cold_teacher_gives_hard_labels() -> None:
 
 
 @pytest.fixture(scope="module")
-def teacher(task: Task, starts: dict[str, Start]) -> Teacher:
+def teacher(task: Task, starts: dict[str, Start]) -> FineTuned:
     found = Finetune(steps=20, batch_size=16, lrs=[0.5])({"trained": starts["trained"]}, task)
     assert found.net is not None
     assert found.positions is not None
-    return Teacher(net=found.net, positions=found.positions[:6], provenance={"protocol": "finetune"})
+    provenance = {"protocol": "finetune", "measured": "finetune"}
+    return FineTuned(net=found.net, positions=found.positions[:6], provenance=provenance)
 
 
 def test_a_student_reaches_its_teacher_without_seeing_a_label(
-    task: Task, starts: dict[str, Start], teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+    task: Task, starts: dict[str, Start], teacher: FineTuned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {name: value.clone() for name, value in teacher.net.state_dict().items()}
     monkeypatch.setattr(task.source, "labels", torch.where(torch.arange(90) < 60, -1, task.source.labels))
-    result = Distill(**QUICK)({"trained": starts["trained"]}, task, teacher).result
+    result = Distill(**QUICK)({"trained": starts["trained"]}, replace(task, fine_tuned=lambda wanted: teacher)).result
     assert result["teacher"]["top1"] > 0.6
     assert result["top1"] > result["teacher"]["top1"] - 0.15
     assert (result["n_train"], result["n_labels"]) == (60, 6)
@@ -68,23 +70,23 @@ def test_a_student_reaches_its_teacher_without_seeing_a_label(
 
 
 def test_the_baseline_is_the_student_on_the_labels_alone(
-    task: Task, starts: dict[str, Start], teacher: Teacher
+    task: Task, starts: dict[str, Start], teacher: FineTuned
 ) -> None:
-    both = Distill(**QUICK)(starts, task, teacher).result
-    alone = Distill(**QUICK)({"trained": starts["trained"]}, task, teacher).result
+    both = Distill(**QUICK)(starts, replace(task, fine_tuned=lambda wanted: teacher)).result
+    alone = Distill(**QUICK)({"trained": starts["trained"]}, replace(task, fine_tuned=lambda wanted: teacher)).result
     assert both["baselines"].keys() == {"random"}
     assert {key: value for key, value in both.items() if key != "baselines"} == alone
 
 
 def test_a_student_may_be_another_net_and_may_see_labels_too(
-    task: Task, starts: dict[str, Start], teacher: Teacher
+    task: Task, starts: dict[str, Start], teacher: FineTuned
 ) -> None:
     torch.manual_seed(5)
     student = TinyNet(norm=False)
-    found = Distill(**QUICK, student=student, alpha=0.5)(starts, task, teacher)
+    found = Distill(**QUICK, student=student, alpha=0.5)(starts, replace(task, fine_tuned=lambda wanted: teacher))
     assert found.result["student"] == "TinyNet"
     assert "norm.weight" not in found.net.net.state_dict()
-    other = Distill(**QUICK, student=student, alpha=1.0)(starts, task, teacher)
+    other = Distill(**QUICK, student=student, alpha=1.0)(starts, replace(task, fine_tuned=lambda wanted: teacher))
     assert not torch.equal(found.net.classify.weight, other.net.classify.weight)
 
 

@@ -15,8 +15,9 @@ from sslcli.evaluation.finetune import Finetune
 from sslcli.evaluation.linear import Linear
 from sslcli.evaluation.result import bootstrap_interval, bootstrap_runs
 from sslcli.evaluation.semi import Semi
-from sslcli.evaluation.training import Progress, Recipe, Start, Task, fit, predict, warm
-from sslcli.report.console import Screen
+from sslcli.evaluation.task import Start, Task
+from sslcli.evaluation.training import Recipe, fit, predict, warm
+from sslcli.report.console import Progress, Screen
 
 QUICK: dict[str, Any] = {"steps": 12, "batch_size": 16, "lrs": [0.1, 1.0]}
 

@@ -150,16 +150,16 @@ def test_protocol_watches_val_and_reports_test_besides():
         test_labels=query_labels[10:],
         num_classes=4,
     )
-    result = json.loads(json.dumps(Knn(k=5)(both)))
+    result = json.loads(json.dumps(Knn(k=5).measure(both)))
     assert result["split"] == "val"
     assert result["top1"] == knn(train, labels, query[:10], query_labels[:10], k=5, num_classes=4).top1
     assert result["test_top1"] == knn(train, labels, query[10:], query_labels[10:], k=5, num_classes=4).top1
     assert (result["n_train"], result["n_test"], result["k"]) == (60, 10, 5)
     assert result["interval"][0] <= result["top1"] <= result["interval"][1]
 
-    only_test = Knn(k=5)(replace(both, val=None, val_labels=None))
+    only_test = Knn(k=5).measure(replace(both, val=None, val_labels=None))
     assert (only_test["split"], only_test["top1"]) == ("test", result["test_top1"])
-    assert "test_top1" not in Knn(k=5)(replace(both, test=both.val, test_labels=both.val_labels))
+    assert "test_top1" not in Knn(k=5).measure(replace(both, test=both.val, test_labels=both.val_labels))
 
 
 def test_place_of_the_label_orders_ties_by_class_and_puts_nan_last():

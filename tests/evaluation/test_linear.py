@@ -153,12 +153,12 @@ def test_a_dimension_that_never_varies_is_harmless():
 def test_protocol_reports_test_and_else_val_as_json():
     x, y = clusters(300, spread=0.3)
     features = FeatureSet(train=x[:200], train_labels=y[:200], val=x[200:], val_labels=y[200:], num_classes=3)
-    result = json.loads(json.dumps(Linear(epochs=5)(features), allow_nan=False))
+    result = json.loads(json.dumps(Linear(epochs=5).measure(features), allow_nan=False))
     assert (result["protocol"], result["split"], result["n_train"], result["n_test"]) == ("linear", "val", 200, 100)
     assert result["top1"] > 0.95
     assert len(result["grid"]) == 40
     test_set = FeatureSet(**vars(features) | {"test": x[:50], "test_labels": y[:50]})
-    result = json.loads(json.dumps(Linear(solver="lbfgs", cs=[1.0])(test_set), allow_nan=False))
+    result = json.loads(json.dumps(Linear(solver="lbfgs", cs=[1.0]).measure(test_set), allow_nan=False))
     assert (result["split"], result["n_test"], result["chosen"]["c"]) == ("test", 50, 1.0)
 
 
@@ -195,5 +195,5 @@ def test_a_fit_tells_of_as_many_passes_as_it_has(solver):
     linear, data = probe(solver)
     told: list[int] = []
     silent = linear.fit(*data, num_classes=3)
-    assert linear.fit(*data, num_classes=3, tell=told.append) == silent
-    assert sum(told) == linear.passes
+    assert linear.fit(*data, num_classes=3, on_progress=told.append) == silent
+    assert sum(told) == linear.progress_units

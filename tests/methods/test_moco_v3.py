@@ -81,16 +81,16 @@ def test_vit_heads_are_those_of_the_official_code() -> None:
     assert layers(method.momentum_projector) == layers(method.projector)
 
 
-def test_target_copies_backbone_and_projector_but_not_the_predictor_and_takes_no_gradient() -> None:
+def test_momentum_encoder_copies_backbone_and_projector_but_not_the_predictor_and_takes_no_gradient() -> None:
     method = tiny_moco_v3()
     target = {n for n, p in method.named_parameters() if not p.requires_grad}
     online = {n for n, p in method.named_parameters() if p.requires_grad}
-    assert target == {f"target_{n}" for n in online if not n.startswith("predictor")}
+    assert target == {f"momentum_{n}" for n in online if not n.startswith("predictor")}
     method(make_batch())["loss"].backward()
     assert {n for n, p in method.named_parameters() if p.grad is not None} == online
 
 
-def test_target_follows_with_a_momentum_that_rises_to_one_by_a_cosine() -> None:
+def test_momentum_encoder_follows_with_a_momentum_that_rises_to_one_by_a_cosine() -> None:
     method, total = tiny_moco_v3(momentum=0.9), 4
     expected = method.projector[0].weight.detach().clone()
     for step in range(total):

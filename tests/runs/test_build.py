@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from command_line import SMALL as QUICK
 from command_line import Cli
 from sslcli.cli.compose import checked_jobs
+from sslcli.config.run_config import RunConfig
 from sslcli.errors import ConfigError
 from sslcli.methods.mixture import UnMix
 from sslcli.runs.build import Parts, build, build_parts
@@ -26,7 +28,7 @@ needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason
 
 def parts(*lines: str) -> Parts:
     config = checked_jobs("train", get_args_parser().parse_args([*SMALL, *lines]))[0]
-    return build_parts(config, trust=config["trust"])
+    return build_parts(RunConfig.from_plain(config))
 
 
 @pytest.mark.parametrize(
@@ -74,10 +76,10 @@ RUN_A_PROGRAM = (
 GROUPS = ("method", "dataset", "backbone", "views", "optimizer")
 
 
-def config_with(group: str, node: dict[str, Any]) -> dict[str, Any]:
+def config_with(group: str, node: dict[str, Any], *, trust: Sequence[str] = ()) -> RunConfig:
     """A checked configuration in which one group was replaced afterwards, as a stored file may have it."""
     config = checked_jobs("train", get_args_parser().parse_args(SMALL))[0]
-    return config | {group: node}
+    return RunConfig.from_plain(config | {group: node, "trust": list(trust)})
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -99,7 +101,7 @@ def test_only_classes_of_a_groups_kind_are_built(
         "sslcli.data.sources.base.Shapes.__init__", lambda *args, **given: pytest.fail("built too early")
     )
     with pytest.raises(ConfigError, match=rf"{group}._target_ is '{target}'.*{told}"):
-        build_parts(config_with(group, {"_target_": target}), trust=[])
+        build_parts(config_with(group, {"_target_": target}))
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -111,7 +113,7 @@ def test_a_trusted_package_has_no_more_rights(group: str, tmp_path: Path, monkey
     name = "acts_when_called"
     for target, told in (("act", "which is a function"), ("Act", "only classes derived from")):
         with pytest.raises(ConfigError, match=told):
-            build_parts(config_with(group, {"_target_": f"{name}.{target}"}), trust=[name])
+            build_parts(config_with(group, {"_target_": f"{name}.{target}"}, trust=[name]))
 
 
 @pytest.mark.parametrize(
@@ -125,13 +127,13 @@ def test_a_trusted_package_has_no_more_rights(group: str, tmp_path: Path, monkey
 )
 def test_a_bare_contract_is_refused(group: str, target: str) -> None:
     with pytest.raises(ConfigError, match=f"{group}._target_ is '{target}', which only declares"):
-        build_parts(config_with(group, {"_target_": target}), trust=[])
+        build_parts(config_with(group, {"_target_": target}))
 
 
 @pytest.mark.parametrize("node", [None, 3, "sslcli.data.views.views.Views", [], {}, {"views": []}])
 def test_a_node_without_a_class_is_refused(node: Any) -> None:
     with pytest.raises(ConfigError, match=r"views (is|has no _target_)"):
-        build_parts(config_with("views", node), trust=[])
+        build_parts(config_with("views", node))
 
 
 class Inner:

@@ -26,7 +26,6 @@ CONFIG: dict[str, Any] = {
     "launcher": {"threads": 2},
     "method": {"_target_": "sslcli.methods.byol.BYOL", "momentum": 0.99},
     "train": {"epochs": 10, "max_time": None},
-    "_lines_": ["method=byol", "seed=0"],
 }
 
 
@@ -37,7 +36,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 def started(run_dir: Path) -> Path:
     """A directory as a run of CONFIG leaves it, without checkpoint."""
     run_dir.mkdir()
-    describe(run_dir, CONFIG, effective={"steps": 3}, device="cpu", threads=1)
+    describe(run_dir, CONFIG, overrides=["method=byol", "seed=0"], effective={"steps": 3}, device="cpu", threads=1)
     return run_dir
 
 
@@ -165,7 +164,7 @@ def test_other_directories_are_not_taken_for_runs(tmp_path: Path, text: str | No
 
 def test_a_continued_run_keeps_its_first_command_line_and_environment_and_adds_the_latest(tmp_path: Path) -> None:
     run_dir = started(tmp_path / "run")
-    describe(run_dir, changed(_lines_=["name=other"]), effective={"steps": 3}, device="cuda:0", threads=4)
+    describe(run_dir, CONFIG, overrides=["name=other"], effective={"steps": 3}, device="cuda:0", threads=4)
     assert (run_dir / "overrides.txt").read_text() == "method=byol\nseed=0\n"
     environment = json.loads((run_dir / "environment.json").read_text())
     assert (environment["first"]["device"], environment["first"]["threads"]) == ("cpu", 1)

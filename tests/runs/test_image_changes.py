@@ -112,7 +112,7 @@ def test_a_run_whose_images_changed_is_refused(
 def test_copied_images_are_accepted_once_by_size_and_stay_so(run: Callable[..., Ended], tmp_path: Path) -> None:
     for path in (tmp_path / "images").rglob("*.png"):
         later(path)
-    assert "go on with dataset.verify=sizes" in run().err
+    assert "resume with dataset.verify=sizes" in run().err
     assert run("dataset.verify=sizes").code == 0
     assert run().code == 0
     (tmp_path / "images/a/000.png").write_bytes(b"x")
@@ -123,7 +123,7 @@ def test_contents_are_compared_once_they_are_stored(run: Callable[..., Ended], t
     path = tmp_path / "images/a/000.png"
     assert run("dataset.verify=contents").code == 0
     later(path)
-    assert "go on with dataset.verify=contents" in run().err
+    assert "resume with dataset.verify=contents" in run().err
     assert run("dataset.verify=contents").code == 0
     times = os.stat(path).st_mtime_ns
     path.write_bytes(path.read_bytes()[:-1] + b"x")

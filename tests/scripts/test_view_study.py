@@ -100,7 +100,7 @@ def test_another_key_is_found_in_lists(study: dict[str, Any], tmp_path: Path) ->
     assert study["points_of"](tmp_path, "optimizer.lr") == []
 
 
-def test_a_folder_without_runs_and_runs_without_negatives_are_told(
+def test_a_folder_without_runs_and_runs_without_negatives_end_with_a_message(
     study: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert study["main"](["--plot", str(tmp_path)]) == 2

@@ -1,0 +1,109 @@
+"""Typed configurations of the commands, made from composed and validated plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sslcli.config.settings import (
+    EvalSettings,
+    ExportSettings,
+    LauncherSettings,
+    MonitorSettings,
+    MultiSettings,
+    RunSettings,
+    SweepSettings,
+    TrainSettings,
+)
+from sslcli.config.slurm import SlurmSettings
+
+Node = dict[str, Any]  # the plain values of a group, with the name of its class in `_target_`
+LAUNCHERS: dict[str, type[LauncherSettings]] = {  # by `launcher.kind`
+    "local": LauncherSettings,
+    "multi": MultiSettings,
+    "slurm": SlurmSettings,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(RunSettings):
+    """Configuration of ssl-train: the top-level keys of `RunSettings`, the sections, and one node per built group.
+
+    Attributes:
+        values: all settings as plain values, for `config.yaml`, checkpoints and comparisons.
+        choices: the chosen file of each group.
+        digest: of the overrides that determine the results; part of the default run directory.
+        overrides: of the command line.
+    """
+
+    train: TrainSettings
+    monitor: MonitorSettings
+    launcher: LauncherSettings
+    sweep: SweepSettings
+    method: Node
+    dataset: Node
+    backbone: Node
+    views: Node
+    optimizer: Node
+    values: dict[str, Any]
+    choices: dict[str, str]
+    digest: str
+    overrides: list[str]
+
+    @classmethod
+    def from_plain(cls, config: dict[str, Any]) -> RunConfig:
+        """Return the typed configuration of a validated job, or of `plain()`."""
+        values = {key: value for key, value in config.items() if not key.startswith("_")}
+        nodes = {key: values[key] for key in ("method", "dataset", "backbone", "views", "optimizer")}
+        return cls(
+            **{f.name: values[f.name] for f in fields(RunSettings) if f.name in values},
+            **nodes,
+            train=TrainSettings(**values["train"]),
+            monitor=MonitorSettings(**values["monitor"]),
+            launcher=LAUNCHERS[values["launcher"]["kind"]](**values["launcher"]),
+            sweep=SweepSettings(**values["sweep"]),
+            values=values,
+            choices=config["_choices_"],
+            digest=config["_overrides_"],
+            overrides=config["_lines_"],
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold, for other processes."""
+        return self.values | {"_choices_": self.choices, "_overrides_": self.digest, "_lines_": self.overrides}
+
+    def changed(self, **values: Any) -> RunConfig:
+        """Return a copy with other values of top-level keys."""
+        return self.from_plain(self.plain() | values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(EvalSettings):
+    """Configuration of ssl-eval: the top-level keys of `EvalSettings` and one node per built group.
+
+    Attributes:
+        dataset: the chosen data set; None = that of the run, with `dataset_changes`.
+        backbone: the chosen backbone of a weight file; None = the one that the file names.
+        dataset_changes: overrides of the run's data set, see `sslcli.config.own_dataset.Change`.
+    """
+
+    protocol: Node
+    dataset: Node | None
+    backbone: Node | None
+    dataset_changes: list[Any]
+
+    @classmethod
+    def from_plain(cls, config: dict[str, Any]) -> EvalConfig:
+        """Return the typed configuration of a validated job."""
+        return cls(
+            **{f.name: config[f.name] for f in fields(EvalSettings)},
+            protocol=config["protocol"],
+            dataset=config.get("dataset"),
+            backbone=config.get("backbone"),
+            dataset_changes=config.get("_dataset_changes_", []),
+        )
+
+
+def export_config(config: dict[str, Any]) -> ExportSettings:
+    """Return the typed configuration of a validated job of ssl-export."""
+    return ExportSettings(**{f.name: config[f.name] for f in fields(ExportSettings)})

@@ -1,0 +1,95 @@
+"""What a protocol works on: the images and their preprocessing, and the networks to start from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslcli.data.sources.base import Source
+from sslcli.data.views.views import Views
+from sslcli.errors import ConfigError
+from sslcli.evaluation.features import FeatureSet
+from sslcli.evaluation.network import Classifier
+from sslcli.report.console import Screen
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuned:
+    """A fine-tuned network, the positions of its labeled training images, and its provenance."""
+
+    net: Classifier
+    positions: Tensor
+    provenance: dict[str, Any]
+
+
+def no_fine_tuned(wanted: str) -> FineTuned:
+    """Raise ConfigError: there is no earlier result."""
+    raise ConfigError(f"there is no fine-tuned network {wanted!r}")
+
+
+def compute(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return `measure()`, without a cache."""
+    return measure()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The images of an evaluation, their preprocessing, the progress display, and earlier results.
+
+    Attributes:
+        source: the labeled images.
+        views: the views of pre-training, for color space and normalization.
+        mean, std: normalization constants of pre-training, one value per channel.
+        device, precision: of forward passes.
+        batch_size: images per forward pass without gradient.
+        workers: data workers; None = those of the source.
+        screen: progress display.
+        fine_tuned: returns the network that an earlier protocol left, by the name of its result; raises ConfigError.
+        kept: returns the numbers of a baseline, by its name, from a cache or from the function it is given.
+    """
+
+    source: Source
+    views: Views
+    mean: Sequence[float]
+    std: Sequence[float]
+    device: torch.device
+    precision: str
+    batch_size: int
+    workers: int | None
+    screen: Screen
+    fine_tuned: Callable[[str], FineTuned] = no_fine_tuned
+    kept: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]] = compute
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Apply the test transform to images in [0, 1]."""
+        return self.views.finish(images, mean=self.mean, std=self.std)
+
+    def example(self) -> Tensor:
+        """Return two black preprocessed images, to inspect the network's outputs and gradients."""
+        side = self.source.image_size
+        return self.prepare(torch.zeros(2, self.source.channels, side, side, device=self.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A network to evaluate or to start training from, and its frozen features of all labeled images at a layer."""
+
+    net: nn.Module | None  # copied, never modified; None: the features are pixels
+    layer: str
+    features: FeatureSet
+
+    def classifier(self, task: Task, *, width: int | None = None) -> Classifier:
+        """Return a copy of the network with a linear layer of zeros; `width` overrides the feature dimension."""
+        assert self.net is not None
+        return Classifier(
+            copy.deepcopy(self.net),
+            self.layer,
+            width=self.features.train.shape[1] if width is None else width,
+            num_classes=self.features.num_classes,
+            images=task.example(),
+        )
