@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from sslcli.data import rng
 from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import DIVISORS, Pixels
-from sslcli.data.sources.base import Opened, Picture, Source, replacement
+from sslcli.data.sources.base import OpenedImage, Picture, Source, replacement
 from sslcli.data.views.views import Views
 from sslcli.errors import ConfigError
 from sslcli.kernels import resize
@@ -87,7 +87,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
         """
         bad: BadImageList = []
         for attempt in range(_MAX_REPLACEMENTS + 1):
-            opened: dict[int, Opened] = {}
+            opened: dict[int, OpenedImage] = {}
             failed = []
             for row in rows:
                 if attempt > 0:
@@ -121,7 +121,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
             "remove the bad images"
         ) from failed[-1][1]
 
-    def boxes(self, images: list[Opened], key: Tensor) -> tuple[list[list[list[int]]], list[int]]:
+    def boxes(self, images: list[OpenedImage], key: Tensor) -> tuple[list[list[list[int]]], list[int]]:
         """Return the boxes (top, left, height, width) of the views of each image, and the divisor to decode it with.
 
         The divisor is the largest for which no crop has fewer pixels than its result.

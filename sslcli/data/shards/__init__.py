@@ -1,1 +1,1 @@
-"""Data sets in tar or parquet shards: formats, index, reader, and the streaming source."""
+"""Datasets in tar or parquet shards: formats, index, reader, and the streaming source."""

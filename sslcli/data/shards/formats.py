@@ -1,10 +1,10 @@
-"""What is in a shard, and the bytes of its images: tar archives laid out as WebDataset does, and parquet files.
+"""Shard formats and their indexing: tar archives in the layout of WebDataset, and parquet files.
 
-    cats-0000.tar   a/001.jpg a/001.cls a/002.jpg a/002.cls ...   files of one image have one name up to the first dot
-    cats-0000.parquet   a column of images, one of labels, in row groups
+    cats-0000.tar   a/001.jpg a/001.cls a/002.jpg a/002.cls ...   files of one image share the name up to the first dot
+    cats-0000.parquet   a column of images and a column of labels, in row groups
 
-A shard is read through fsspec, so it may lie on this disk or at any address that fsspec knows. An index tells where
-each image begins, so a process reads what it needs and skips the rest.
+Shards are read through fsspec, from a local disk or any address that fsspec supports. The index of a shard has the byte
+range of each image, so that a process reads only the images it needs.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslcli.data.sources.columns import AUTO, LABEL_NAMES, Column, columns_of, image_column, label_column
-from sslcli.data.sources.labels import Value, plain
+from sslcli.data.sources.labels import Value, plain_label
 from sslcli.data.sources.scan import EXTENSIONS
 from sslcli.errors import ConfigError
 
 ENDINGS = (".tar", ".parquet")
-_BLOCK = 512  # bytes, of a tar archive
-Sample = dict[str, tuple[int, int]]  # begin and size in bytes of the files of an image, by what follows the first dot
+_BLOCK = 512  # block size of a tar archive in bytes
+Sample = dict[str, tuple[int, int]]  # start and size in bytes of the files of an image, by the name after the first dot
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a set: its address, its size in bytes, and a text that changes when it is written anew."""
+    """One file of a dataset: its address, its size in bytes, and a stamp that changes when the file is rewritten."""
 
     url: str
     size: int
@@ -46,13 +46,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """What is in one shard of n images.
+    """Index of one shard of n images.
 
     Attributes:
-        labels: (n,) as they stand there; None = unknown. classes: their names, where the shard tells.
+        labels: (n,) as stored; None = unknown. classes: the class names, empty if the shard has none.
         starts, sizes: (n,) bytes, of the images of a tar archive; empty for parquet.
-        groups: (g,) rows of each row group of a parquet file; empty for tar.
-        image: the column or ending of the images.
+        groups: (g,) number of rows of each row group of a parquet file; empty for tar.
+        image: the column or file extension of the images.
     """
 
     labels: list[Value]
@@ -66,60 +66,60 @@ class Index:
         return len(self.labels)
 
 
-def index_of(file: IO[bytes], shard: Shard, *, image: str, label: str | None) -> Index:
-    """Go through a shard once. `image`, `label`: as `HfStream` takes them.
+def build_index(file: IO[bytes], shard: Shard, *, image: str, label: str | None) -> Index:
+    """Read a shard and return its index. `image`, `label`: as in `HfStream`.
 
-    Raises ConfigError for a shard that is cut short, damaged, empty or lacks what is asked for.
+    Raises ConfigError for a shard that is truncated, damaged, empty or lacks the requested column.
     """
     read = _index_tar if shard.url.endswith(".tar") else _index_parquet
     index = read(file, shard, image=image, label=label)
     if len(index) == 0:
-        raise ConfigError(f"{shard.url} holds no images: remove it")
+        raise ConfigError(f"{shard.url} has no images: remove it")
     return index
 
 
 def _index_tar(file: IO[bytes], shard: Shard, *, image: str, label: str | None) -> Index:
     labels: list[Value] = []
-    places, ending = [], image
+    spans, extension = [], image
     for key, sample in _samples(file, shard):
         where = f"{shard.url} ({key})"
         images = [name for name in sample if image in (AUTO, name) and name.rpartition(".")[2] in EXTENSIONS]
-        ending = images[0] if len(images) == 1 else image_column(_columns(sample, file), image, where=where)
-        places.append(sample[ending])
+        extension = images[0] if len(images) == 1 else image_column(_columns(sample, file), image, where=where)
+        spans.append(sample[extension])
         labels.append(_label(sample, file, label, where=where))
-    starts, sizes = np.array(places, np.int64).reshape(-1, 2).T
-    return Index(labels, ending, [], starts, sizes)
+    starts, sizes = np.array(spans, np.int64).reshape(-1, 2).T
+    return Index(labels, extension, [], starts, sizes)
 
 
 def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
-    """The name of each image up to the first dot, and its files."""
-    before, sample = "", Sample()
+    """Yield the name of each image up to the first dot, and its files."""
+    previous, sample = "", Sample()
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # or they pile up
+                tar.members.clear()  # type: ignore[attr-defined]  # else the list grows with the archive
                 folder, _, name = member.name.rpartition("/")
-                stem, _, ending = name.partition(".")
-                if not (member.isfile() and stem and ending):
+                stem, _, extension = name.partition(".")
+                if not (member.isfile() and stem and extension):
                     continue
                 key = f"{folder}/{stem}" if folder else stem
-                if sample and (key != before or ending.lower() in sample):
-                    yield before, sample
+                if sample and (key != previous or extension.lower() in sample):
+                    yield previous, sample
                     sample = Sample()
-                before = key
-                sample[ending.lower()] = (member.offset_data, member.size)
+                previous = key
+                sample[extension.lower()] = (member.offset_data, member.size)
             file.seek(tar.offset)
             end = file.read(_BLOCK)
     except (tarfile.TarError, EOFError) as error:
-        raise _damaged(shard, str(error)) from error
-    if len(end) < _BLOCK or any(end):  # tarfile takes anything for the end
-        raise _damaged(shard, "the end of the archive is missing")
+        raise _damaged_error(shard, str(error)) from error
+    if len(end) < _BLOCK or any(end):  # tarfile does not verify the end of the archive
+        raise _damaged_error(shard, "the end of the archive is missing")
     if sample:
-        yield before, sample
+        yield previous, sample
 
 
 def _columns(sample: Sample, file: IO[bytes]) -> dict[str, Column]:
-    """The files of an image as columns, and the fields of its JSON where no file is the label."""
+    """Return the files of an image as columns, plus the fields of its JSON if no file is the label."""
     columns = {name: Column(image=name.rpartition(".")[2] in EXTENSIONS) for name in sample}
     if "json" in sample and not any(name in sample for name in LABEL_NAMES):
         columns |= {name: Column() for name in _read_json(sample, file) if name not in columns}
@@ -127,24 +127,24 @@ def _columns(sample: Sample, file: IO[bytes]) -> dict[str, Column]:
 
 
 def _label(sample: Sample, file: IO[bytes], wanted: str | None, *, where: str) -> Value:
-    """The content of the file that is the label, or the field of the JSON."""
+    """Return the label: the content of a file or a field of the JSON; None without a label."""
     name = next((name for name in LABEL_NAMES if name in sample), None) if wanted == AUTO else wanted
     if name is None and wanted == AUTO and "json" in sample:
         name = label_column(_columns(sample, file), AUTO, where=where)
     if name is None:
         return None
     if name in sample:
-        text = str(plain(_read(sample[name], file), where=f"{name} of {where}")).strip()
+        text = str(plain_label(_read(sample[name], file), where=f"{name} of {where}")).strip()
         return int(text) if re.fullmatch(r"-?\d+", text) else text
     fields = _read_json(sample, file) if "json" in sample else {}
     if name not in fields:
         label_column({**_columns(sample, file), **{key: Column() for key in fields}}, name, where=where)
-    return plain(fields[name], where=f"{name} of {where}")
+    return plain_label(fields[name], where=f"{name} of {where}")
 
 
-def _read(place: tuple[int, int], file: IO[bytes]) -> bytes:
-    file.seek(place[0])
-    return file.read(place[1])
+def _read(span: tuple[int, int], file: IO[bytes]) -> bytes:
+    file.seek(span[0])
+    return file.read(span[1])
 
 
 def _read_json(sample: Sample, file: IO[bytes]) -> dict[str, Any]:
@@ -164,27 +164,27 @@ def _index_parquet(file: IO[bytes], shard: Shard, *, image: str, label: str | No
         labels: list[Value] = [None] * sum(groups)
         if label is not None:
             values = parquet.read(columns=[label], use_threads=False).column(0).to_pylist()
-            labels = [plain(value, where=f"column {label!r} of {shard.url}") for value in values]
+            labels = [plain_label(value, where=f"column {label!r} of {shard.url}") for value in values]
     classes = [] if label is None else list(columns[label].classes)
     return Index(labels, image, classes, groups=np.array(groups, np.int64))
 
 
 def open_parquet(file: IO[bytes], shard: Shard) -> Any:
-    """A parquet file by pyarrow, which is imported here. Raises ConfigError where it is none or pyarrow is missing."""
+    """Open a parquet file with pyarrow. Raises ConfigError if it is not a parquet file or pyarrow is not installed."""
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(
-            f'parquet files are read by pyarrow, which cannot be imported ({error}): pip install "sslcli[hf]"'
+            f'parquet files need the package pyarrow, which cannot be imported ({error}): pip install "sslcli[hf]"'
         ) from error
     try:
         return pyarrow.parquet.ParquetFile(file, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
-        raise _damaged(shard, str(error)) from error
+        raise _damaged_error(shard, str(error)) from error
 
 
-def _damaged(shard: Shard, reason: str) -> ConfigError:
+def _damaged_error(shard: Shard, reason: str) -> ConfigError:
     return ConfigError(
-        f"{shard.url} is cut short or damaged ({(reason or 'no reason given').splitlines()[0]}): fetch or write it "
-        f"again, or leave it out of dataset.path ({os.path.splitext(shard.name)[1]} shards must be whole)"
+        f"{shard.url} is truncated or damaged ({(reason or 'no reason given').splitlines()[0]}): download or write it "
+        f"again, or remove it from dataset.path ({os.path.splitext(shard.name)[1]} shards must be complete)"
     )

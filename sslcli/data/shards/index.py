@@ -1,4 +1,4 @@
-"""Find the shards of a set and know what is in each, gone through once and kept in a folder for the next time."""
+"""Discovery of the shards of a dataset, and their indices, which are built once and cached in a folder."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from sslcli.data.shards.formats import ENDINGS, Index, Shard, index_of
-from sslcli.data.sources.vision import alone
+from sslcli.data.shards.formats import ENDINGS, Index, Shard, build_index
+from sslcli.data.sources.vision import exclusive_lock
 from sslcli.errors import ConfigError
 from sslcli.system.atomic import replace
 
-VERSION = 1  # of the files in the folder
+VERSION = 1  # of the cached index files
 _THREADS = 8
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "blob_id")
 
 
-def expand(pattern: str) -> list[str]:
-    """`a-{08..10}.tar` -> `a-08.tar`, `a-09.tar`, `a-10.tar`; several ranges give all pairs."""
+def expand_ranges(pattern: str) -> list[str]:
+    """Expand numeric ranges: `a-{08..10}.tar` -> `a-08.tar`, `a-09.tar`, `a-10.tar`; several ranges give all pairs."""
     match = _RANGE.search(pattern)
     if match is None:
         return [pattern]
     first, last = match.groups()
     if int(first) > int(last):
-        raise ConfigError(f"the range {match[0]} in {pattern} runs backwards: put the smaller number first")
+        raise ConfigError(f"the range {match[0]} in {pattern} is descending: put the smaller number first")
     numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return [whole for number in numbers for whole in expand(pattern[: match.start()] + number + pattern[match.end() :])]
+    patterns = [pattern[: match.start()] + number + pattern[match.end() :] for number in numbers]
+    return [url for expanded in patterns for url in expand_ranges(expanded)]
 
 
 def find_shards(path: str | os.PathLike[str] | Sequence[str], *, key: str) -> list[Shard]:
-    """The shards that paths, folders, patterns and ranges name, ordered by address, each once.
+    """Return the shards that paths, folders, patterns and ranges name, sorted by address, without duplicates.
 
-    Raises ConfigError for one that is absent, a pattern that matches nothing, and an address that cannot be reached.
+    Raises ConfigError for a missing file, a pattern without matches, and an address that cannot be reached.
     """
     found: dict[str, Shard] = {}
     for pattern in [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else path:
-        for url in expand(os.path.expanduser(pattern)):
+        for url in expand_ranges(os.path.expanduser(pattern)):
             found |= {shard.url: shard for shard in _shards_at(url, key=key)}
     if not found:
         raise ConfigError(f"{key} is empty: name at least one shard, folder or pattern")
@@ -65,27 +66,25 @@ def _shards_at(url: str, *, key: str) -> list[Shard]:
             if infos[0]["type"] == "directory":
                 infos = system.ls(path, detail=True)
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{key} names {url}, but there is no such file or folder: bring it there, or change {key}"
-        ) from error
-    # Whatever it is: no package for the protocol, no network, no permission.
+        raise ConfigError(f"{key} is {url}, but there is no such file or folder: create it, or change {key}") from error
+    # Any error is possible: no package for the protocol, no network, no permission.
     except Exception as error:
         raise ConfigError(
-            f"{key} names {url}, which cannot be reached ({type(error).__name__}: {error}): check the address, the "
+            f"{key} is {url}, which cannot be reached ({type(error).__name__}: {error}): check the address, the "
             "network and your credentials"
         ) from error
     found = [info for info in infos if info["name"].endswith(ENDINGS)]
     for info in found:
-        if info["type"] == "other":  # a FIFO or a device, which would block whoever opens it
-            raise ConfigError(f"{key} names {info['name']}, which is not a regular file: leave it out")
+        if info["type"] == "other":  # a FIFO or a device, which would block on opening
+            raise ConfigError(f"{key} has {info['name']}, which is not a regular file: remove it")
     shards = [_shard(info, url, system) for info in found]
     if not shards:
         others = sorted({info["name"].rpartition("/")[2] for info in infos})[:3]
-        told = f"only {', '.join(others)} ..." if others else "nothing"
-        packed = any(name.endswith((".gz", ".tgz", ".zst", ".xz")) for name in others)
-        hint = "; a compressed archive cannot be read from its middle: unpack it to .tar" if packed else ""
+        content = f"only {', '.join(others)} ..." if others else "nothing"
+        is_compressed = any(name.endswith((".gz", ".tgz", ".zst", ".xz")) for name in others)
+        hint = ". Compressed archives have no random access: decompress them to .tar" if is_compressed else ""
         raise ConfigError(
-            f"{key} names {url}, where there is {told}: name files that end in {' or '.join(ENDINGS)}{hint}"
+            f"{key} is {url}, where there is {content}: choose files that end in {' or '.join(ENDINGS)}{hint}"
         )
     return shards
 
@@ -99,70 +98,70 @@ def _shard(info: dict[str, Any], url: str, system: Any) -> Shard:
 
 
 def is_local(shard: Shard) -> bool:
-    """Whether the shard lies on a disk of this machine."""
+    """Return whether the shard is a local file."""
     return "://" not in shard.url
 
 
 def default_cache() -> Path:
-    """Where what is known of shards is kept: `$XDG_CACHE_HOME/sslcli`, or else `~/.cache/sslcli`."""
+    """Return the default cache folder: `$XDG_CACHE_HOME/sslcli`, or `~/.cache/sslcli` if the variable is not set."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sslcli"
 
 
-def indices_of(shards: Sequence[Shard], cache: Path, *, image: str, label: str | None) -> list[Index]:
-    """The index of each shard: from `cache`, or by going through the shard, and then kept there.
+def load_indices(shards: Sequence[Shard], cache: Path, *, image: str, label: str | None) -> list[Index]:
+    """Return the index of each shard. An index that is not in `cache` is built from the shard and stored there.
 
-    Processes that ask at the same time wait for each other, so that each shard is gone through once. Raises ConfigError
-    as `index_of`, and for a shard that cannot be read.
+    A lock on `cache` makes concurrent processes wait, so that each index is built once. Raises ConfigError as
+    `build_index`, for a shard that cannot be read, and if the cache cannot be written.
     """
 
-    def one(shard: Shard) -> Index:
+    def load(shard: Shard) -> Index:
         path = cache / f"{_key(shard, image, label)}.npz"
         with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return _unpack(path.read_bytes())
-        index = _go_through(shard, image=image, label=label)
+        index = _open_and_build(shard, image=image, label=label)
         replace(path, _pack(index))
         return index
 
     try:
-        with alone(cache), ThreadPoolExecutor(_THREADS) as pool:
-            return list(pool.map(one, shards))
+        with exclusive_lock(cache), ThreadPoolExecutor(_THREADS) as pool:
+            return list(pool.map(load, shards))
     except OSError as error:
         raise ConfigError(
-            f"what is in the shards cannot be kept in {cache} ({error.strerror or error}): set dataset.cache to a "
-            "folder that can be written"
+            f"the index of the shards cannot be written to {cache} ({error.strerror or error}): set dataset.cache to a "
+            "writable folder"
         ) from error
 
 
-def _go_through(shard: Shard, *, image: str, label: str | None) -> Index:
+def _open_and_build(shard: Shard, *, image: str, label: str | None) -> Index:
     try:
         with fsspec.open(shard.url, "rb") as file:
-            return index_of(file, shard, image=image, label=label)
+            return build_index(file, shard, image=image, label=label)
     except ConfigError:
         raise
-    except Exception as error:  # of whatever lies between us and the bytes
-        raise unreadable(shard, error) from error
+    except Exception as error:  # fsspec's file systems raise exceptions of many types
+        raise read_error(shard, error) from error
 
 
-def unreadable(shard: Shard, error: Exception) -> ConfigError:
-    """The message for a shard whose bytes are not to be had."""
+def read_error(shard: Shard, error: Exception) -> ConfigError:
+    """Return the error for a shard that cannot be read."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return ConfigError(
-        f"{shard.url} cannot be read ({reason.splitlines()[0]}): see that it is there and may be read, then start the "
-        "same command again; a run goes on from its last checkpoint"
+        f"{shard.url} cannot be read ({reason.splitlines()[0]}): check that it exists and is readable, then start the "
+        "same command again; a run resumes from its last checkpoint"
     )
 
 
 def _key(shard: Shard, image: str, label: str | None) -> str:
-    told = json.dumps([VERSION, shard.url, shard.size, shard.stamp, image, label])
-    return hashlib.sha256(told.encode()).hexdigest()[:32]
+    fields = json.dumps([VERSION, shard.url, shard.size, shard.stamp, image, label])
+    return hashlib.sha256(fields.encode()).hexdigest()[:32]
 
 
 def _pack(index: Index) -> bytes:
-    told = json.dumps([index.labels, index.image, index.classes]).encode()
+    header = json.dumps([index.labels, index.image, index.classes]).encode()
     file = io.BytesIO()
     np.savez(
         file,
-        told=np.frombuffer(told, np.uint8),
+        told=np.frombuffer(header, np.uint8),  # "told" is the name in the file format
         starts=index.starts,
         sizes=index.sizes,
         groups=index.groups,

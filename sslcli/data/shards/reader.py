@@ -1,4 +1,4 @@
-"""The bytes of the images of a set of shards, by position; what is fetched at once is kept as long as it is wanted."""
+"""Reader of the encoded images of a dataset of shards, by position, with a cache of the chunks in use."""
 
 from __future__ import annotations
 
@@ -15,120 +15,123 @@ from torch import Tensor
 
 from sslcli.data.bad_images import BadImage
 from sslcli.data.shards.formats import Index, Shard, open_parquet
-from sslcli.data.shards.index import is_local, unreadable
+from sslcli.data.shards.index import is_local, read_error
 from sslcli.errors import ConfigError
 
-CHUNK = 8_000_000, 256  # bytes, about, and images of a tar archive that are fetched at once
-OPEN = 32  # parquet files that a process keeps open
-PAUSES = (1.0, 4.0)  # seconds before a read over the network is tried again
+CHUNK_LIMITS = 8_000_000, 256  # approximate bytes, and images, of a chunk of a tar archive
+MAX_OPEN_FILES = 32  # parquet files that a process keeps open
+RETRY_DELAYS = (1.0, 4.0)  # seconds before a read over the network is retried
 
 Integers = NDArray[np.int64]
 T = TypeVar("T")
 
 
 class ShardReader:
-    """Reads images of shards of which the indices are known.
+    """Reader of the images of indexed shards.
 
-    A chunk is a row group of a parquet file, or up to 256 images within about 8 MB of a tar archive. It is fetched at
-    once, except that the images of a tar archive on a local disk are read one by one.
+    A chunk is a row group of a parquet file, or up to 256 images within about 8 MB of a tar archive. A chunk is fetched
+    with one read, but images of local tar archives are read one by one.
     """
 
     def __init__(self, shards: Sequence[Shard], indices: Sequence[Index]) -> None:
         self.shards = list(shards)
         self.columns = [index.image for index in indices]
-        self.ends = np.cumsum([len(index) for index in indices])  # of the shards, in positions
+        self.ends = np.cumsum([len(index) for index in indices])  # end of each shard, in positions
         chunks = [chunk_lengths(index) for index in indices]
-        self.chunk_ends = np.cumsum(np.concatenate(chunks))  # in positions
-        self.first_chunks = np.cumsum([0, *map(len, chunks[:-1])])  # of the shards
-        # Parquet does not tell where an image begins; the zeros keep one position space.
+        self.chunk_ends = np.cumsum(np.concatenate(chunks))  # end of each chunk, in positions
+        self.first_chunks = np.cumsum([0, *map(len, chunks[:-1])])  # first chunk of each shard
+        # Parquet has no byte offsets of images; zeros take their place, so that all shards share one position space.
         unknown = [np.zeros(len(index) - len(index.starts), np.int64) for index in indices]
         self.starts, self.sizes = (
             np.concatenate([part for pair in zip(known, unknown, strict=True) for part in pair])
             for known in ([index.starts for index in indices], [index.sizes for index in indices])
         )
         self.reads_singly = [is_local(shard) and shard.url.endswith(".tar") for shard in shards]
-        self._open: dict[int, Open] = {}
+        self._states: dict[int, ReadState] = {}
 
     def shard_of(self, positions: Integers) -> Integers:
-        """The number of the shard of each position."""
+        """Return the number of the shard of each position."""
         return np.searchsorted(self.ends, positions, "right")
 
     def chunk_of(self, positions: Integers) -> Integers:
-        """The number of the chunk of each position."""
+        """Return the number of the chunk of each position."""
         return np.searchsorted(self.chunk_ends, positions, "right")
 
-    def place(self, position: int) -> tuple[int, int]:
-        """The number of the shard, and of the image in it."""
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return the number of the shard, and the number of the image in it."""
         shard = int(self.shard_of(np.int64(position)))
         return shard, position - (int(self.ends[shard - 1]) if shard else 0)
 
     def hold(self, positions: Tensor) -> None:
-        """Fetch the chunks of these (n,) positions; they stay until they are released."""
+        """Fetch the chunks of these (n,) positions and keep them until `release`."""
         chunks, shards = self.chunk_of(positions.numpy()), self.shard_of(positions.numpy())
         for chunk, shard in zip(chunks.tolist(), shards.tolist(), strict=True):
-            if chunk not in self.open.held and not self.reads_singly[shard]:
-                self.open.held[chunk] = self.fetch(chunk)
+            if chunk not in self.state.held and not self.reads_singly[shard]:
+                self.state.held[chunk] = self.fetch(chunk)
 
     def release(self, positions: Tensor) -> None:
-        """Let go of the chunks of these (n,) positions."""
+        """Free the chunks of these (n,) positions."""
         for chunk in self.chunk_of(positions.numpy()).tolist():
-            self.open.held.pop(chunk, None)
+            self.state.held.pop(chunk, None)
 
     def content(self, position: int) -> bytes:
-        """The encoded image at `position`. Raises BadImage where there is none, ConfigError for a lost shard."""
-        chunk, (shard, number) = int(self.chunk_of(np.int64(position))), self.place(position)
+        """Return the encoded image at `position`.
+
+        Raises BadImage if the cell has no image, ConfigError if the shard cannot be read.
+        """
+        chunk, (shard, number) = int(self.chunk_of(np.int64(position))), self.locate(position)
         first = int(self.chunk_ends[chunk - 1]) if chunk else 0
-        held = self.open.held.get(chunk)
+        held = self.state.held.get(chunk)
         if self.shards[shard].url.endswith(".tar"):
             if held is None:
-                return self.bytes_of(shard, position, position)
+                return self.read_bytes(shard, position, position)
             start = int(self.starts[position] - self.starts[first])
             return bytes(held[start : start + int(self.sizes[position])])
         if held is None:
-            held = self.open.latest(chunk, self.fetch)
+            held = self.state.cached_chunk(chunk, self.fetch)
         path = f"{self.shards[shard].url}[{number}]"
         if isinstance(held, str):
             raise BadImage(path, held)
-        return in_cell(held[position - first].as_py(), path)
+        return image_in_cell(held[position - first].as_py(), path)
 
     def fetch(self, chunk: int) -> Any:
-        """A chunk: bytes of a tar archive, a column of Arrow, or the reason why it cannot be decoded."""
+        """Return a chunk: bytes of a tar archive, an Arrow column, or the reason why it cannot be decoded."""
         first, last = int(self.chunk_ends[chunk - 1]) if chunk else 0, int(self.chunk_ends[chunk]) - 1
-        number, _ = self.place(first)
-        shard, opened = self.shards[number], self.open
+        number, _ = self.locate(first)
+        shard, state = self.shards[number], self.state
         if shard.url.endswith(".tar"):
-            return self.bytes_of(number, first, last)
+            return self.read_bytes(number, first, last)
         group = chunk - int(self.first_chunks[number])
-        return patiently(shard, lambda: opened.group(shard, group, self.columns[number]))
+        return read_with_retries(shard, lambda: state.read_group(shard, group, self.columns[number]))
 
-    def bytes_of(self, number: int, first: int, last: int) -> bytes:
-        """What a tar archive holds from the image at position `first` to the end of that at `last`."""
+    def read_bytes(self, number: int, first: int, last: int) -> bytes:
+        """Return the bytes of a tar archive from the image at position `first` through the image at `last`."""
         shard = self.shards[number]
         start, end = int(self.starts[first]), int(self.starts[last] + self.sizes[last])
-        opened = self.open
+        state = self.state
 
         def read() -> bytes:
-            system, path = opened.system(shard)
-            found: bytes = system.cat_file(path, start=start, end=end)
-            if len(found) < end - start:
-                raise OSError("it has become shorter than it was")
-            return found
+            system, path = state.file_system(shard)
+            content: bytes = system.cat_file(path, start=start, end=end)
+            if len(content) < end - start:
+                raise OSError("it is shorter than when it was indexed")
+            return content
 
-        return patiently(shard, read)
+        return read_with_retries(shard, read)
 
     @property
-    def open(self) -> Open:
-        """What this process has open: file positions must not be shared with the process that forked it."""
-        if os.getpid() not in self._open:
-            self._open = {os.getpid(): Open()}
-        return self._open[os.getpid()]
+    def state(self) -> ReadState:
+        """State of this process, which must not share file positions with the process that forked it."""
+        if os.getpid() not in self._states:
+            self._states = {os.getpid(): ReadState()}
+        return self._states[os.getpid()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}
+        return self.__dict__ | {"_states": {}}
 
 
-class Open:
-    """What one process has of the shards: the chunks that are held, the one that was read last, open parquet files."""
+class ReadState:
+    """State of one process: the chunks it holds, the chunk it read last, and its open parquet files."""
 
     def __init__(self) -> None:
         self.held: dict[int, Any] = {}
@@ -136,62 +139,65 @@ class Open:
         self.files: OrderedDict[str, Any] = OrderedDict()
         self.systems: dict[str, tuple[Any, str]] = {}
 
-    def system(self, shard: Shard) -> tuple[Any, str]:
-        """The file system of a shard, and its path there."""
+    def file_system(self, shard: Shard) -> tuple[Any, str]:
+        """Return the file system of a shard, and its path there."""
         if shard.url not in self.systems:
             self.systems[shard.url] = fsspec.core.url_to_fs(shard.url)
         return self.systems[shard.url]
 
-    def latest(self, chunk: int, fetch: Callable[[int], Any]) -> Any:
-        """A chunk that is not held, kept until another one is asked for: evaluation goes through them in order."""
+    def cached_chunk(self, chunk: int, fetch: Callable[[int], Any]) -> Any:
+        """Return a chunk that is not held. The last one is cached, because evaluation reads chunks in order."""
         if self.last[0] != chunk:
             self.last = (chunk, fetch(chunk))
         return self.last[1]
 
-    def group(self, shard: Shard, group: int, column: str) -> Any:
-        """The column of images of a row group, or why it cannot be decoded."""
+    def read_group(self, shard: Shard, group: int, column: str) -> Any:
+        """Return the image column of a row group, or the reason why it cannot be decoded."""
         parquet = self.files.pop(shard.url, None)
         if parquet is None:
             parquet = open_parquet(fsspec.open(shard.url, "rb", cache_type="none").open(), shard)
         try:
-            found = parquet.read_row_group(group, columns=[column], use_threads=False).column(0)
+            result = parquet.read_row_group(group, columns=[column], use_threads=False).column(0)
         except (ValueError, OSError) as error:
-            # pyarrow raises plain OSError for bytes that make no sense; those of the system have a number.
+            # pyarrow raises a plain OSError without errno for invalid data; errors of the system have an errno.
             if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
                 raise
-            found = f"row group {group} is damaged: {str(error).splitlines()[0]}"
+            result = f"row group {group} is damaged: {str(error).splitlines()[0]}"
         self.files[shard.url] = parquet
-        if len(self.files) > OPEN:
+        if len(self.files) > MAX_OPEN_FILES:
             self.files.popitem(last=False)[1].close(force=True)
-        return found
+        return result
 
 
 def chunk_lengths(index: Index) -> Integers:
-    """How many images each chunk of a shard has: the same wherever it lies, since the order of an epoch hangs on it."""
+    """Return the number of images of each chunk of a shard.
+
+    It is the same for local and remote shards, because the order of an epoch depends on it.
+    """
     if len(index.groups):
         return index.groups
-    size, images = CHUNK
+    size, images = CHUNK_LIMITS
     cells = np.stack([index.starts // size, np.arange(len(index)) // images])
     return np.unique(cells, axis=1, return_counts=True)[1].astype(np.int64)
 
 
-def in_cell(value: Any, path: str) -> bytes:
-    """The encoded image in a cell of a column of images. Raises BadImage where there is none."""
+def image_in_cell(value: Any, path: str) -> bytes:
+    """Return the encoded image in a cell of an image column. Raises BadImage if the cell has none."""
     content = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(content, bytes):
         return content
-    raise BadImage(path, "the cell is empty" if value is None else "the cell does not hold the bytes of an image")
+    raise BadImage(path, "the cell is empty" if value is None else "the cell does not contain the bytes of an image")
 
 
-def patiently(shard: Shard, read: Callable[[], T]) -> T:
-    """What `read` returns, tried again where a network lies between. Raises ConfigError where that does not help."""
-    for pause in (*(() if is_local(shard) else PAUSES), None):
+def read_with_retries(shard: Shard, read: Callable[[], T]) -> T:
+    """Return the result of `read`, with retries for remote shards. Raises ConfigError if the last attempt fails."""
+    for delay in (*(() if is_local(shard) else RETRY_DELAYS), None):
         try:
             return read()
         except ConfigError:
             raise
-        except Exception as error:  # of whatever lies between us and the bytes
-            if pause is None:
-                raise unreadable(shard, error) from error
-            time.sleep(pause)
+        except Exception as error:  # fsspec's file systems raise exceptions of many types
+            if delay is None:
+                raise read_error(shard, error) from error
+            time.sleep(delay)
     raise AssertionError

@@ -1,8 +1,8 @@
-"""Sets of shards that need not fit on the disk: parquet files and WebDataset tar archives, here or at an address.
+"""Streaming datasets of shards, local or remote: parquet files and WebDataset tar archives.
 
-conf/dataset/hf_stream.yaml. An index (`sslcli.data.shards.index`) makes the images of all shards one position space, so
-that labels, splits and resumption are those of every other set. A layout (`sslcli.data.order`) lets each process and
-worker go through shards of its own from their beginning to their end.
+conf/dataset/hf_stream.yaml. Shards need not fit on the disk. An index (`sslcli.data.shards.index`) puts the images of
+all shards into one position space, so labels, splits and resuming work as for other datasets. A layout
+(`sslcli.data.order`) lets each process and worker read its own shards sequentially.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from sslcli.data import rng
 from sslcli.data.decode import Encoded
 from sslcli.data.order import Layout, layout_of
 from sslcli.data.shards.formats import Index, Shard
-from sslcli.data.shards.index import default_cache, find_shards, indices_of, unreadable
+from sslcli.data.shards.index import default_cache, find_shards, load_indices, read_error
 from sslcli.data.shards.reader import ShardReader
 from sslcli.data.sources.base import Source, check_flag, digest
 from sslcli.data.sources.file_status import hash_of
 from sslcli.data.sources.labels import Labels, as_labels
-from sslcli.data.sources.records import UNKNOWN, Records, Tell, code_of, label_codes, make_records
+from sslcli.data.sources.records import UNKNOWN, ProgressCallback, Records, code_of, label_codes, make_records
 from sslcli.errors import ConfigError, check_positive
 
 
 class HfStream(Source):
-    """A set of shards.
+    """A dataset of shards.
 
     Args:
         path: shards, folders of shards, patterns such as "data/train-*.tar", ranges such as "train-{000..127}.tar", or
             addresses such as "s3://bucket/train-*.parquet"; one or a list.
         test: the same for the official test split, or None.
-        image, label: the columns of parquet, or what follows the first dot of the names in a tar archive; label may be
-            a field of the JSON there. "auto" finds them. label None: no labels.
-        lanes: shards that are read side by side by all processes and workers, at least 1.
-        buffer: images in all shuffle buffers together, at least 1.
-        cache: the folder for what is known of the shards; None = that of the user.
-        scaled_decode: see `Source`. common: the keywords of `Source`.
+        image, label: the columns of parquet, or the part of the file names after the first dot in a tar archive; the
+            label may also be a field of the JSON file. "auto" detects them. label None: no labels.
+        lanes: number of shards that all processes and workers together read in parallel, at least 1.
+        buffer: total number of images in all shuffle buffers, at least 1.
+        cache: the folder of the index files; None = a folder in the user's cache.
+        scaled_decode: see `Source`. common: the arguments of `Source`.
 
-    Positions go through the shards by address, those of `test` last.
+    Positions follow the shards sorted by address; those of `test` are last.
 
-    Raises ConfigError for shards that are absent, cannot be read, are damaged, or lack a column.
+    Raises ConfigError for shards that are missing, unreadable or damaged, or lack a column.
     """
 
     def __init__(
@@ -71,41 +71,41 @@ class HfStream(Source):
         check_positive(**{"dataset.lanes": lanes, "dataset.buffer": buffer})
         self.lanes, self.buffer = lanes, buffer
         pool = find_shards(path, key="dataset.path")
-        official = [] if test is None else find_shards(test, key="dataset.test")
-        for shard in official:
+        test_shards = [] if test is None else find_shards(test, key="dataset.test")
+        for shard in test_shards:
             if shard in pool:
-                raise ConfigError(f"{shard.url} is in dataset.path and in dataset.test: leave it out of one of them")
+                raise ConfigError(f"{shard.url} is in dataset.path and in dataset.test: remove it from one of them")
         folder = default_cache() if cache is None else Path(cache).expanduser()
-        indices = indices_of([*pool, *official], folder, image=image, label=label)
+        indices = load_indices([*pool, *test_shards], folder, image=image, label=label)
         self.name = pool[0].name.partition(".")[0] if len(pool) == 1 else Path(pool[0].url).parent.name
-        self.reader = ShardReader([*pool, *official], indices)
-        self.labels, self.classes = as_labels(labels_of([*pool, *official], indices, num_pool=len(pool)))
+        self.reader = ShardReader([*pool, *test_shards], indices)
+        self.labels, self.classes = as_labels(labels_of([*pool, *test_shards], indices, num_pool=len(pool)))
         num_pool = sum(map(len, indices[: len(pool)]))
-        hashes = hashes_of(pool, list(map(len, indices)))
+        hashes = image_hashes(pool, list(map(len, indices)))
         self.split(hashes, labeled=self.labels[:num_pool] >= 0, num_test=len(self.labels) - num_pool)
 
     @property
     def layout(self) -> Layout:
-        """Where the training images lie, whose positions must ascend."""
+        """Layout of the training images, whose positions are in ascending order."""
         train = self.splits["train"].numpy()
         shard, chunk = (torch.from_numpy(of(train)) for of in (self.reader.shard_of, self.reader.chunk_of))
         return layout_of(shard, chunk, lanes=self.lanes, buffer=self.buffer)
 
     def hold(self, positions: Tensor) -> None:
-        """Fetch what these (n,) positions are read with; it stays until it is released."""
+        """Fetch the chunks of these (n,) positions and keep them until `release`."""
         self.reader.hold(positions)
 
     def release(self, positions: Tensor) -> None:
-        """Let go of what these (n,) positions were read with."""
+        """Free the chunks of these (n,) positions."""
         self.reader.release(positions)
 
     def open(self, position: int) -> Encoded:
-        """The image at `position`. Raises BadImage for what is none, ConfigError for a lost shard."""
+        """Open the image at `position`. Raises BadImage if it is not an image, ConfigError for an unreadable shard."""
         return Encoded(self.reader.content(position), self.path(position))
 
     def path(self, position: int) -> str:
-        """The shard and the number of the image in it."""
-        shard, number = self.reader.place(position)
+        """Return the address of the shard and the number of the image in it."""
+        shard, number = self.reader.locate(position)
         return f"{self.reader.shards[shard].url}[{number}]"
 
     @cached_property
@@ -115,7 +115,7 @@ class HfStream(Source):
         rows = [repr((s.name, s.size, count)).encode() for s, count in zip(self.reader.shards, counts, strict=True)]
         return digest((*rows, repr(self.classes).encode(), self.labels.numpy().tobytes()))
 
-    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
+    def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
         """Return one record per shard, labeled with the labels of all its images."""
         shards, ends = self.reader.shards, self.reader.ends.tolist()
         codes = label_codes(self.labels, self.classes)
@@ -124,8 +124,8 @@ class HfStream(Source):
         if contents:
             for number, shard in enumerate(shards):
                 hashes[number] = hash_of_shard(shard)
-                if tell is not None:
-                    tell(number + 1, len(shards))
+                if on_progress is not None:
+                    on_progress(number + 1, len(shards))
         return make_records(
             (shard.name.encode("utf-8", "surrogateescape") for shard in shards),
             np.array(labels, np.int64),
@@ -137,7 +137,7 @@ class HfStream(Source):
 
 
 def labels_of(shards: Sequence[Shard], indices: Sequence[Index], *, num_pool: int) -> list[Labels]:
-    """The labels of each shard, those behind the first `num_pool` being of the official test split.
+    """Return the labels of each shard. The shards after the first `num_pool` are the official test split.
 
     Warns if some shards have labels and others have none.
     """
@@ -155,24 +155,24 @@ def labels_of(shards: Sequence[Shard], indices: Sequence[Index], *, num_pool: in
 
 
 def hash_of_shard(shard: Shard) -> int:
-    """Return a hash of all bytes of a shard. Raises ConfigError where it cannot be read."""
+    """Return a hash of all bytes of a shard. Raises ConfigError if it cannot be read."""
     try:
         with fsspec.open(shard.url, "rb") as file:
             return hash_of(lambda: file.read(1 << 20))
-    except Exception as error:  # of whatever lies between us and the bytes
-        raise unreadable(shard, error) from error
+    except Exception as error:  # fsspec's file systems raise exceptions of many types
+        raise read_error(shard, error) from error
 
 
-def hashes_of(shards: Sequence[Shard], lengths: Sequence[int]) -> Tensor:
-    """A hash of each image of the shards, of the shard's name and the image's number: the folder does not matter.
+def image_hashes(shards: Sequence[Shard], lengths: Sequence[int]) -> Tensor:
+    """Return a hash of the shard's name and the number in the shard of each image. The folder has no effect.
 
-    Further shards of the same name count as other names.
+    Shards of the same name are numbered, so that they count as different names.
     """
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     parts = []
     for shard, length in zip(shards, lengths, strict=False):
-        name = f"{shard.name} {seen[shard.name]}"
-        seen[shard.name] += 1
+        name = f"{shard.name} {counts[shard.name]}"
+        counts[shard.name] += 1
         key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
         parts.append(rng.mix(key, torch.arange(length)))
     return torch.cat(parts)

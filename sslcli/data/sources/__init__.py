@@ -1,4 +1,4 @@
-"""Data sets: folders, lists, torchvision, Hugging Face, generated shapes, several modalities; their labels."""
+"""Datasets: folders, lists, torchvision, Hugging Face, generated shapes and several modalities, with their labels."""
 
 from typing import Any
 

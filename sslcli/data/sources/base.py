@@ -1,8 +1,9 @@
-"""What an image set is: images or files, labels, and the positions that make its splits.
+"""Base class of all datasets (images, labels and splits), and the datasets in memory.
 
-A source has one position space. Memory sets are one uint8 tensor and need no workers; file sets
-(`sslcli.data.sources.files`) are decoded by workers. Whether an image is held out for validation is a hash of its name
-or number, so it depends neither on the order of a directory nor, but for a few images at the border, on other images.
+A source has one position space: position i identifies image i. Datasets in memory are one uint8 tensor and need no
+workers; datasets of files (`sslcli.data.sources.files`) are decoded by workers. A hash of its name or number decides
+whether an image is held out for validation. The held-out split therefore does not depend on the order of a directory,
+and other images affect it only for a few images at the threshold.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from sslcli.data.bad_images import check_fraction
 from sslcli.data.order import Layout
 from sslcli.data.sources import shapes
 from sslcli.data.sources.file_status import hashes_of, status_of
-from sslcli.data.sources.picture import Opened as Opened
+from sslcli.data.sources.picture import DecodedImage as DecodedImage
+from sslcli.data.sources.picture import OpenedImage as OpenedImage
 from sslcli.data.sources.picture import Picture as Picture
-from sslcli.data.sources.picture import Whole as Whole
-from sslcli.data.sources.records import Records, Tell, check_verify, label_codes, make_records
+from sslcli.data.sources.records import ProgressCallback, Records, check_verify, label_codes, make_records
 from sslcli.data.workers import default_workers
 from sslcli.errors import ConfigError
 
@@ -39,32 +40,33 @@ _FINGERPRINT_IMAGES = 512
 
 
 class Source:
-    """A set of images with one position space; the base of all sets, and all of a set that fits in memory.
+    """Base class of all datasets, and complete implementation of a dataset in memory.
 
     Args:
-        image_size: the side in pixels that views and evaluation crops start from, at least 1.
-        limit: use only this many training images (the first in hash order, so that limits nest) and at most as many
-            for validation; None or more than there are = all.
-        val_fraction: the share in [0, 1) of the labeled training images that is held out as "val".
-        workers: processes that decode; 0 = this one; None = `default_workers`. Memory sets use none.
-        max_bad: the largest share in [0, 1] of images that may fail to decode before the run stops.
-        verify: what a run that goes on compares with the images it began with: "times" names, labels, sizes and
-            modification times, "sizes" all but the times, "contents" what is in the files, "none" nothing.
+        image_size: side in pixels of views and evaluation crops, at least 1.
+        limit: use only this many training images (the first in hash order, so that smaller limits are subsets of
+            larger ones) and at most as many for validation; None or a larger number = all.
+        val_fraction: fraction in [0, 1) of the labeled training images that is held out as "val".
+        workers: number of processes that decode; 0 = this process; None = `default_workers`. Datasets in memory use
+            none.
+        max_bad: the largest fraction in [0, 1] of images that may fail to decode before the run stops.
+        verify: what a resumed run compares with the images it began with: "times" compares names, labels, sizes and
+            modification times; "sizes" all but the times; "contents" the contents of the files; "none" nothing.
         mean, std: of each channel of images in [0, 1]; std positive.
-        seed: of the split, and of the images of drawn sets.
+        seed: seed of the split, and of the images of generated datasets.
 
     Attributes:
-        images: (M, C, H, W) uint8, or None for a file set.
+        images: (M, C, H, W) uint8, or None for a dataset of files.
         labels: (M,) int64, -1 = unknown. classes: their names, [] without labels.
-        splits: sorted int64 positions: "train", "val" (empty without labels), "test" where there is an official one.
-        weights: (len(train),) how often an epoch shows each training image; None = once each.
-        present: (M, modalities) bool, which modalities an image has; None = all.
-        place: the channels of each modality, in order.
+        splits: sorted int64 positions: "train", "val" (empty without labels), and "test" if there is an official one.
+        weights: (len(train),) number of times an epoch shows each training image; None = once each.
+        present: (M, modalities) bool, True if an image has a modality; None = all True.
+        modality_channels: the channels of each modality, in order.
         photometric: the channels that the color operations of views change.
-        scaled_decode: whether JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where every crop that training
-            cuts from one is shrunk at least so much anyway.
+        scaled_decode: whether a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if every training crop of it is
+            downscaled at least by that factor.
 
-    Raises ValueError for a value outside its range.
+    Raises ValueError for a value out of range.
     """
 
     images: Tensor | None = None
@@ -73,7 +75,7 @@ class Source:
     splits: dict[str, Tensor]
     weights: Tensor | None = None
     present: Tensor | None = None
-    place: Sequence[slice] = (slice(None),)
+    modality_channels: Sequence[slice] = (slice(None),)
     photometric: slice = slice(None)
     scaled_decode: bool = False
     channels: int = 3
@@ -92,21 +94,21 @@ class Source:
         std: Sequence[float] = (0.25, 0.25, 0.25),
         seed: int = 0,
     ) -> None:
-        _check_count("image_size", image_size, least=1)
+        _check_count("image_size", image_size, minimum=1)
         if limit is not None:
-            _check_count("limit", limit, least=1, remedy="; null means all images")
+            _check_count("limit", limit, minimum=1, remedy="; null means all images")
         if workers is not None:
-            _check_count("workers", workers, least=0, remedy="; null means what pays on this machine")
+            _check_count("workers", workers, minimum=0, remedy="; null chooses a number for this machine")
         check_fraction("max_bad", max_bad)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"dataset.val_fraction is {val_fraction}, but it must be at least 0 and below 1")
         for key, values in (("mean", mean), ("std", std)):
             if len(values) != self.channels or not all(math.isfinite(value) for value in values):
                 raise ValueError(
-                    f"dataset.{key} is {list(values)}, but it must be {self.channels} numbers, one a channel"
+                    f"dataset.{key} is {list(values)}, but it must be {self.channels} numbers, one per channel"
                 )
         if min(std) <= 0:
-            raise ValueError(f"dataset.std is {list(std)}, but each must be above 0: it divides the pixels")
+            raise ValueError(f"dataset.std is {list(std)}, but each must be above 0, because it divides the pixels")
         self.image_size, self.limit, self.val_fraction = image_size, limit, val_fraction
         self.workers = default_workers(image_size) if workers is None else workers
         self.max_bad, self.seed = max_bad, seed
@@ -114,47 +116,47 @@ class Source:
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
 
     def __len__(self) -> int:
-        """The number of positions M, whatever `limit` and the splits leave out."""
+        """Number of positions M, including images that `limit` and the splits leave out."""
         return len(self.labels)
 
     @property
-    def labeled(self) -> bool:
+    def has_labels(self) -> bool:
         """Whether any image has a label."""
         return bool((self.labels >= 0).any())
 
     @property
     def layout(self) -> Layout | None:
-        """How the training images lie in shards; None where they can be read in any order."""
+        """Layout of the training images in shards; None for random access."""
         return None
 
     def hold(self, positions: Tensor) -> None:
-        """Get ready to read these (n,) positions, keeping what comes with them, until it is released."""
+        """Fetch the data of these (n,) positions and keep it until `release`."""
 
     def release(self, positions: Tensor) -> None:
-        """Let go of what was held for these (n,) positions."""
+        """Free the data that `hold` fetched for these (n,) positions."""
 
-    def open(self, position: int) -> Opened:
-        """The image at `position` before it is decoded. Raises BadImage if it cannot be read."""
+    def open(self, position: int) -> OpenedImage:
+        """Open the image at `position` without decoding it. Raises BadImage if it cannot be read."""
         assert self.images is not None
-        return Whole(Image.fromarray(self.images[position].permute(1, 2, 0).numpy()))
+        return DecodedImage(Image.fromarray(self.images[position].permute(1, 2, 0).numpy()))
 
     def read(self, position: int) -> Picture:
-        """The image at `position`, RGB, of any size. Raises BadImage if it cannot be read."""
+        """Return the image at `position`, RGB, of any size. Raises BadImage if it cannot be read."""
         return self.open(position).decode()
 
     def blank(self, size: int) -> Picture:
-        """What stands where an image of an evaluation cannot be read."""
+        """Return a placeholder for an evaluation image that cannot be read."""
         return Image.new("RGB", (size, size))
 
     def path(self, position: int) -> str:
-        """Where the image at `position` comes from, for messages."""
+        """Return the path or another description of the image at `position`, for messages."""
         return f"{self.name}[{position}]"
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that tell the set: sha256 of shape, labels and a strided sample of the pixels.
+        """Identity of the dataset in 16 hex digits: sha256 of shape, labels and a strided sample of the pixels.
 
-        It does not depend on `limit`, `val_fraction` or where the set lies.
+        It does not depend on `limit`, `val_fraction` or the location of the dataset.
         """
         assert self.images is not None
         sample = self.images[:: max(1, len(self) // _FINGERPRINT_IMAGES)].contiguous()
@@ -162,36 +164,37 @@ class Source:
             (repr(tuple(self.images.shape)).encode(), self.labels.numpy().tobytes(), sample.numpy().tobytes())
         )
 
-    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
+    def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
         """Return the records that detect changed images (`sslcli.data.sources.records`). Files are at `path`.
 
-        contents: also of what is in the files, which reads them all. tell: called now and then where that takes long.
+        contents: also hash the contents, which reads all files. on_progress: called from time to time if it takes long.
         """
         labels = label_codes(self.labels, self.classes)
         if self.images is None:
-            sizes, stamps = status_of(len(self), self.path, tell)
-            hashes = hashes_of(len(self), self.path, tell) if contents else None
+            sizes, stamps = status_of(len(self), self.path, on_progress)
+            hashes = hashes_of(len(self), self.path, on_progress) if contents else None
             names = (self.path(i).encode("utf-8", "surrogateescape") for i in range(len(self)))
             return make_records(names, labels, sizes=sizes, stamps=stamps, contents=hashes)
-        # The lowest bit says that the pixels, which are in memory anyway, were looked at.
+        # The lowest bit marks a hash as known. The pixels are in memory, so they are always hashed.
         sums = (zlib.crc32(np.ascontiguousarray(image).data) << 1 | 1 for image in self.images.numpy())
         names = (f"{self.name}[{i}]".encode("utf-8", "surrogateescape") for i in range(len(self)))
         return make_records(names, labels, contents=np.fromiter(sums, np.uint64, len(self)))
 
     @cached_property
     def version(self) -> str:
-        """16 hex digits that change with any image: with its modification time too, unless the contents are compared.
+        """Version of the images in 16 hex digits, the cache key of everything that is computed from the images.
 
-        What is computed from the images and kept depends on it. It does not depend on where the set lies.
+        It changes with any image, and also with modification times unless the contents are compared. It does not
+        depend on the location of the dataset.
         """
-        found = self.records(contents=self.verify == "contents")
-        return digest((repr(self.classes).encode(), *found.digested()))
+        records = self.records(contents=self.verify == "contents")
+        return digest((repr(self.classes).encode(), *records.digested()))
 
     def split(self, hashes: Tensor, *, labeled: Tensor, num_test: int = 0) -> None:
-        """Set `splits`, the last `num_test` positions being the official test split.
+        """Set `splits`. The last `num_test` positions are the official test split.
 
-        hashes: (M - num_test,) int64 of the training pool; the lowest are held out. Ties go by position.
-        labeled: (M - num_test,) bool; only these are held out, for a probe needs labels.
+        hashes: (M - num_test,) int64 of the training pool; the lowest are held out. Ties are ordered by position.
+        labeled: (M - num_test,) bool; only labeled images are held out, because a probe needs labels.
         """
         num_pool = len(hashes)
         order = rng.mix(self.seed, hashes).argsort(stable=True)
@@ -202,8 +205,8 @@ class Source:
         train = order[~held_out[order]]
         if len(train) == 0:
             raise ValueError(
-                f"dataset.val_fraction is {self.val_fraction}, which leaves no image to train on of the {num_pool} "
-                "there are: lower it"
+                f"dataset.val_fraction is {self.val_fraction}, which leaves none of the {num_pool} images for "
+                "training: lower dataset.val_fraction"
             )
         self.splits = {"train": train[: self.limit].sort().values, "val": val[: self.limit].sort().values}
         if num_test:
@@ -211,30 +214,30 @@ class Source:
 
 
 def replacement(source: Source, position: int, attempt: int) -> int:
-    """The training position that stands in for a bad one: a pure function of its arguments, never `position` itself.
+    """Return the training position that replaces a bad one: a pure function of its arguments, never `position` itself.
 
-    attempt: 1, 2, ... until an image that can be read is found. Raises ConfigError if there is no other image.
+    attempt: 1, 2, ... until a readable image is found. Raises ConfigError if there is no other image.
     """
     train = source.splits["train"]
-    at = int(rng.mix(source.seed, position, attempt)) % len(train)
-    other = int(train[at])
+    index = int(rng.mix(source.seed, position, attempt)) % len(train)
+    other = int(train[index])
     if other == position:
-        other = int(train[(at + 1) % len(train)])
+        other = int(train[(index + 1) % len(train)])
     if other == position:
         raise ConfigError(f"{source.path(position)} cannot be read and is the only training image: add images")
     return other
 
 
 class Shapes(Source):
-    """The embedded set: drawn shapes under nuisances, needing no download. See `sslcli.data.sources.shapes`.
+    """Built-in dataset of generated shapes with nuisances, without download. See `sslcli.data.sources.shapes`.
 
     Args:
-        train_images: number of the images that train and val are made of, at least 1.
-        test_images: number of the test images, drawn with the indices after those; 0 = no test split.
-        nuisances: strength in [0, 1] of each field of `shapes.Nuisances`; left out = 1.
-        common: the keywords of `Source`; image_size at least 16.
+        train_images: number of images in train and val together, at least 1.
+        test_images: number of test images, generated with the indices that follow; 0 = no test split.
+        nuisances: strength in [0, 1] of each field of `shapes.Nuisances`; default 1.
+        common: the arguments of `Source`; image_size at least 16.
 
-    Images that `limit` leaves out are not drawn: their pixels are 0 and their labels -1.
+    Images that `limit` leaves out are not generated: their pixels are 0 and their labels -1.
     """
 
     def __init__(
@@ -247,8 +250,8 @@ class Shapes(Source):
         **common: Any,
     ) -> None:
         super().__init__(image_size=image_size, **common)
-        _check_count("train_images", train_images, least=1)
-        _check_count("test_images", test_images, least=0)
+        _check_count("train_images", train_images, minimum=1)
+        _check_count("test_images", test_images, minimum=0)
         self.nuisances = _nuisances(nuisances or {})
         self.name, self.classes = "shapes", list(shapes.CLASSES)
         pool = torch.arange(train_images)
@@ -256,41 +259,41 @@ class Shapes(Source):
         total = train_images + test_images
         self.images = torch.zeros(total, self.channels, image_size, image_size, dtype=torch.uint8)
         self.labels = torch.full((total,), -1)
-        drawn = torch.cat(list(self.splits.values()))
-        self.images[drawn], self.labels[drawn] = self.draw(drawn)
+        used = torch.cat(list(self.splits.values()))
+        self.images[used], self.labels[used] = self.draw(used)
         self.recipe = f"{train_images} {test_images} {image_size} {self.seed} {self.nuisances}"
 
     def draw(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, S, S) uint8 and labels (n,) at `positions`, whether `limit` leaves them out or not."""
+        """Generate images (n, 3, S, S) uint8 and labels (n,) at `positions`, also of images outside of `limit`."""
         return shapes.draw(positions, seed=self.seed, size=self.image_size, nuisances=self.nuisances)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of what is drawn, the same for every `limit`."""
-        # Some pictures too: they tell apart versions of the drawing code.
+        """Identity of the dataset in 16 hex digits, independent of `limit`."""
+        # Some images are included, so that it changes with the code that draws them.
         images, _ = self.draw(torch.arange(min(len(self), 64)))
         return digest((self.recipe.encode(), images.numpy().tobytes()))
 
-    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
-        """Return one record of what is drawn: there is no file that could change."""
+    def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
+        """Return one record, of the fingerprint, since there are no files that could change."""
         return make_records(
             [self.name.encode()], np.zeros(1, np.int64), contents=np.array([int(self.fingerprint, 16) | 1], np.uint64)
         )
 
 
 class TorchvisionSet(Source):
-    """CIFAR10, CIFAR100, STL10 or SVHN with their official test split, as one uint8 tensor.
+    """CIFAR10, CIFAR100, STL10 or SVHN with the official test split, as one uint8 tensor.
 
     Args:
-        name: one of these, as torchvision spells it.
-        root: the folder that holds, or gets, the set's files.
-        download: fetch the set if files are absent.
+        name: one of these, in torchvision's spelling.
+        root: the folder of the dataset's files, also for the download.
+        download: whether to download missing files.
         unlabeled: STL10 only: add its 100,000 unlabeled images to the training pool.
-        memory_gb: refuse a set whose pixels take more than this many GB (10**9 bytes); reading needs twice as much for
-            a moment.
-        common: the keywords of `Source`.
+        memory_gb: raise an error if the pixels take more than this many GB (10**9 bytes). Reading temporarily needs
+            twice as much.
+        common: the arguments of `Source`.
 
-    Raises ValueError if files are absent and cannot be fetched, or are damaged.
+    Raises ValueError if files are missing and cannot be downloaded, or are damaged.
     """
 
     def __init__(
@@ -315,7 +318,7 @@ class TorchvisionSet(Source):
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """16 hex digits of the sha256 of `parts`, each preceded by its length."""
+    """Return 16 hex digits of the sha256 of `parts`, each preceded by its length."""
     state = hashlib.sha256()
     for part in parts:
         state.update(len(part).to_bytes(8, "little") + part)
@@ -323,7 +326,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def check_flag(name: str, value: bool) -> bool:
-    """`value`. Raises ValueError unless it is true or false."""
+    """Return `value`. Raises ValueError unless it is a boolean."""
     if not isinstance(value, bool):
         raise ValueError(f"dataset.{name} is {value!r}, but it must be true or false")
     return value
@@ -333,12 +336,12 @@ def _nuisances(strengths: Mapping[str, float]) -> shapes.Nuisances:
     known = list(shapes.Nuisances.__dataclass_fields__)
     for key, value in strengths.items():
         if key not in known:
-            raise ValueError(f"dataset.nuisances has {key!r}, but there is only: {', '.join(known)}")
+            raise ValueError(f"dataset.nuisances has the unknown key {key!r}: the known keys are {', '.join(known)}")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"dataset.nuisances.{key} is {value!r}, but it must be a number from 0 to 1")
     return shapes.Nuisances(**strengths)
 
 
-def _check_count(name: str, value: int, *, least: int, remedy: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"dataset.{name} is {value!r}, but it must be a whole number of at least {least}{remedy}")
+def _check_count(name: str, value: int, *, minimum: int, remedy: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"dataset.{name} is {value!r}, but it must be an integer of at least {minimum}{remedy}")

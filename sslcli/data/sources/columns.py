@@ -1,4 +1,4 @@
-"""Which column of a table holds the images and which the labels."""
+"""Detection of the image column and the label column of a table."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LABEL_NAMES = ("label", "labels", "cls", "class", "target")
 
 @dataclass(frozen=True)
 class Column:
-    """What a table says of one of its columns.
+    """Metadata of one column of a table.
 
     Attributes:
-        image: whether it holds encoded images.
-        classes: the names of the classes it numbers; empty where it does not tell.
+        image: whether it contains encoded images.
+        classes: the class names that its numbers index; empty if unknown.
     """
 
     image: bool = False
@@ -28,38 +28,40 @@ class Column:
 
 
 def columns_of(schema: Any) -> dict[str, Column]:
-    """The columns of a schema of Arrow by name.
+    """Return the columns of an Arrow schema by name.
 
-    `datasets` writes into it which are images and what the classes are called. Where it tells of no images, columns of
-    bytes, and of a struct that begins with `bytes`, are taken for them.
+    `datasets` stores in the schema which columns are images, and the class names. If it names no image column, columns
+    of bytes, and of a struct that begins with `bytes`, are assumed to be images.
     """
-    told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    meanings = {name: meaning for name, meaning in told.items() if isinstance(meaning, dict)}
-    images = {name for name, meaning in meanings.items() if meaning.get("_type") == "Image"}
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    features = {name: feature for name, feature in metadata.items() if isinstance(feature, dict)}
+    images = {name for name, feature in features.items() if feature.get("_type") == "Image"}
     if not images:
-        images = {part.name for part in schema if re.match(r"(large_)?binary$|struct<bytes: ", str(part.type))}
-    labels = {name: meaning["names"] for name, meaning in meanings.items() if meaning.get("_type") == "ClassLabel"}
-    return {part.name: Column(part.name in images, tuple(labels.get(part.name, ()))) for part in schema}
+        images = {field.name for field in schema if re.match(r"(large_)?binary$|struct<bytes: ", str(field.type))}
+    labels = {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+    return {field.name: Column(field.name in images, tuple(labels.get(field.name, ()))) for field in schema}
 
 
 def image_column(columns: Mapping[str, Column], wanted: str, *, where: str) -> str:
-    """The column of the images: the one that is `wanted`, or with "auto" the only one that holds images.
+    """Return the image column: `wanted`, or with "auto" the only column that contains images.
 
-    Raises ConfigError, naming `where` they were looked for and the columns there are.
+    Raises ConfigError, whose message names the table `where` and its columns.
     """
     if wanted != AUTO:
         return _named(columns, wanted, key="dataset.image", where=where)
     found = [name for name, column in columns.items() if column.image]
     if len(found) == 1:
         return found[0]
-    told = f"has the columns of images {', '.join(found)}" if found else "has no column that is known to hold images"
-    raise ConfigError(f"{where} {told}: choose one with dataset.image. Its columns: {', '.join(columns) or '(none)'}")
+    problem = f"has several image columns ({', '.join(found)})" if found else "has no column that is known to be images"
+    raise ConfigError(
+        f"{where} {problem}: choose one with dataset.image. Its columns: {', '.join(columns) or '(none)'}"
+    )
 
 
 def label_column(columns: Mapping[str, Column], wanted: str | None, *, where: str) -> str | None:
-    """The column of the labels: the one that is `wanted`, or with "auto" what looks like it; None where there is none.
+    """Return the label column: `wanted`, or with "auto" a column with a usual name or class names; None without labels.
 
-    Raises ConfigError, naming `where` they were looked for and the columns there are.
+    Raises ConfigError, whose message names the table `where` and its columns.
     """
     if wanted is None:
         return None

@@ -1,4 +1,4 @@
-"""The rows of a CSV file of image paths and labels."""
+"""Parser of CSV files of image paths and labels."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ DELIMITERS = (",", ";", "\t", "|")
 
 
 def read_csv(file: str) -> tuple[list[str], list[str]]:
-    """Columns `path` and `label` ("" where there is none) of a CSV file.
+    """Return the columns `path` and `label` (all "" if it is missing) of a CSV file.
 
-    The delimiter is the first of comma, semicolon, tab and bar with which the header has a column `path`. Spaces around
-    values do not count, and values in double quotes may hold delimiters.
+    The delimiter is the first of comma, semicolon, tab and vertical bar with which the header has a column `path`.
+    Spaces around values are removed, and values in double quotes may contain delimiters.
 
-    Raises ConfigError for a file that is no such CSV, naming the line.
+    Raises ConfigError for an invalid file. The message names the line.
     """
     try:
         with TextIOWrapper(open_regular(file), newline="", encoding="utf-8-sig") as text:
@@ -30,7 +30,7 @@ def read_csv(file: str) -> tuple[list[str], list[str]]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"dataset.file={file} is not a CSV file in UTF-8: {error}") from error
     if "\0" in content:
-        raise ConfigError(f"dataset.file={file} is not a CSV file in UTF-8: it holds NUL bytes")
+        raise ConfigError(f"dataset.file={file} is not a CSV file in UTF-8: it contains NUL bytes")
     delimiter = _delimiter(content, file)
     rows = _rows(content, delimiter, file)
     _, header = next(rows)
@@ -41,8 +41,8 @@ def read_csv(file: str) -> tuple[list[str], list[str]]:
         if len(row) != len(header):
             raise ConfigError(
                 f"{file} line {number} has {len(row)} fields, but the header has {len(header)} "
-                f"({', '.join(header)}): put values that hold {_word(delimiter)} in double quotes, and give every "
-                "line all fields"
+                f"({', '.join(header)}): put values that contain {_name_of(delimiter)} in double quotes, and give "
+                "every line all fields"
             )
         values = dict(zip(header, row, strict=True))
         name, label = values["path"], values.get("label", "")
@@ -56,7 +56,7 @@ def read_csv(file: str) -> tuple[list[str], list[str]]:
 
 
 def _delimiter(content: str, file: str) -> str:
-    """The delimiter with which the header has a column `path`."""
+    """Return the delimiter with which the header has a column `path`."""
     headers = []
     for delimiter in DELIMITERS:
         reader = csv.reader(StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True)
@@ -67,27 +67,27 @@ def _delimiter(content: str, file: str) -> str:
         if "path" in headers[-1]:
             return delimiter
     raise ConfigError(
-        f"{file} has the columns {', '.join(headers[0]) or '(none)'}, but it needs a header line with `path` and, "
-        "where there are labels, `label`, separated by commas, semicolons, tabs or bars"
+        f"{file} has the columns {', '.join(headers[0]) or '(none)'}, but it needs a header line with the column "
+        "`path` and optionally `label`, separated by commas, semicolons, tabs or vertical bars"
     )
 
 
 def _check_header(header: list[str], file: str) -> None:
-    """Raise ConfigError for a double column, and warn of labels under another name."""
+    """Raise ConfigError for a duplicate column, and warn if the labels seem to have another column name."""
     for name in ("path", "label"):
         if header.count(name) > 1:
             raise ConfigError(f"{file} has {header.count(name)} columns named {name}: rename or remove all but one")
     likely = [name for name in header if name.lower() in LABEL_NAMES]
     if likely and "label" not in header:
         warnings.warn(
-            f"{file} has no column `label`, so its images count as unlabeled: rename the column {likely[0]!r} to label "
-            "if it holds the labels",
+            f"{file} has no column `label`, so its images are unlabeled: rename the column {likely[0]!r} to label "
+            "if it contains the labels",
             stacklevel=3,
         )
 
 
 def _rows(content: str, delimiter: str, file: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows that are not empty: the number of their last line, and their stripped fields."""
+    """Yield the rows that are not empty: the number of the last line, and the stripped fields."""
     reader = csv.reader(StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         for row in reader:
@@ -96,7 +96,7 @@ def _rows(content: str, delimiter: str, file: str) -> Iterator[tuple[int, list[s
     except csv.Error as error:
         raise ConfigError(
             f"dataset.file={file} is not a CSV file, line {reader.line_num}: {error}. Double quotes must enclose a "
-            "whole value, and a double quote inside is written twice"
+            "whole value, and a double quote inside a value must be written twice"
         ) from error
 
 
@@ -105,22 +105,21 @@ def _check_row(file: str, number: int, name: str, label: str) -> None:
         raise ConfigError(f"{file} line {number} has no path: fill it in or remove the line")
     if "\n" in f"{name}{label}" or "\r" in f"{name}{label}":
         raise ConfigError(
-            f"{file} has a line break in the path or label that ends in line {number}: check the double quotes "
-            "around it"
+            f"{file} has a line break in the path or label that ends in line {number}: check its double quotes"
         )
 
 
 def _check_labels(file: str, labels: list[str]) -> None:
-    """Raise ConfigError for a single class whose name looks like several columns."""
+    """Raise ConfigError if there is a single class and its name contains a delimiter."""
     found = {label for label in labels if label}
     if len(found) == 1 and len(labels) > 1:
         (label,) = found
         if any(delimiter in label for delimiter in DELIMITERS):
             raise ConfigError(
-                f"{file} has the single label {label!r}, which looks like several columns in one: separate all columns "
-                "by the delimiter of the header, or remove the column label"
+                f"{file} has the single label {label!r}, which seems to be several columns: separate all columns by "
+                "the delimiter of the header, or remove the column label"
             )
 
 
-def _word(delimiter: str) -> str:
-    return {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}[delimiter]
+def _name_of(delimiter: str) -> str:
+    return {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}[delimiter]

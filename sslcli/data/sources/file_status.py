@@ -1,4 +1,4 @@
-"""Ask the file system for what it knows of many files, and read them whole, quickly on slow file systems as well."""
+"""Sizes, modification times and content hashes of many files, in parallel on slow file systems."""
 
 from __future__ import annotations
 
@@ -11,80 +11,82 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from sslcli.data.sources.records import Tell
+from sslcli.data.sources.records import ProgressCallback
 from sslcli.system.regular_files import open_regular
 
 UNREADABLE = 1  # in place of the hash of a file that cannot be read
-_TRIED = 256
-_SLOW = 1e-4  # seconds a question takes where threads pay: network file systems
+_PROBES = 256  # files that measure the speed of the file system
+_SLOW_CALL = 1e-4  # seconds; above, threads are faster (network file systems)
 _THREADS = 32
-_PART = 2048  # files after which the progress is told
-_TASK = 16  # files that a thread takes at once
-_PIECE = 1 << 20
+_FILES_PER_REPORT = 2048  # files between two calls of the progress callback
+_FILES_PER_TASK = 16  # files per task of a thread
+_READ_SIZE = 1 << 20  # bytes
 
 
 def status_of(
-    count: int, path: Callable[[int], str], tell: Tell | None = None
+    count: int, path: Callable[[int], str], on_progress: ProgressCallback | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return sizes in bytes and modification times in nanoseconds of `count` files, -1 for what cannot be told."""
+    """Return sizes in bytes and modification times in nanoseconds of `count` files; -1 if `stat` fails."""
     sizes, stamps = np.full(count, -1, np.int64), np.full(count, -1, np.int64)
 
-    def ask(number: int) -> None:
+    def read_status(number: int) -> None:
         try:
-            found = os.stat(path(number))
+            status = os.stat(path(number))
         except (OSError, ValueError):
             return
-        sizes[number], stamps[number] = found.st_size, found.st_mtime_ns
+        sizes[number], stamps[number] = status.st_size, status.st_mtime_ns
 
-    _for_each(ask, count, tell)
+    _for_each(read_status, count, on_progress)
     return sizes, stamps
 
 
-def hashes_of(count: int, path: Callable[[int], str], tell: Tell | None = None) -> NDArray[np.uint64]:
-    """Return a hash of the contents of `count` files; `UNREADABLE` for what is no file that can be read."""
-    found = np.zeros(count, np.uint64)
+def hashes_of(
+    count: int, path: Callable[[int], str], on_progress: ProgressCallback | None = None
+) -> NDArray[np.uint64]:
+    """Return a hash of the contents of `count` files; `UNREADABLE` for a file that cannot be read."""
+    hashes = np.zeros(count, np.uint64)
 
     def read(number: int) -> None:
-        found[number] = _hash_of(path(number))
+        hashes[number] = _hash_of_file(path(number))
 
-    _for_each(read, count, tell)
-    return found
+    _for_each(read, count, on_progress)
+    return hashes
 
 
-def hash_of(pieces: Callable[[], bytes]) -> int:
-    """Return a hash of what `pieces` gives until it gives nothing; neither 0 nor `UNREADABLE`."""
+def hash_of(read: Callable[[], bytes]) -> int:
+    """Return a hash of the bytes that calls of `read` return until it returns b""; neither 0 nor `UNREADABLE`."""
     state = hashlib.blake2b(digest_size=8)
-    while piece := pieces():
-        state.update(piece)
+    while part := read():
+        state.update(part)
     return int.from_bytes(state.digest(), "little") | 2
 
 
-def _hash_of(path: str) -> int:
+def _hash_of_file(path: str) -> int:
     try:
         with open_regular(path) as file:
-            return hash_of(lambda: file.read(_PIECE))
+            return hash_of(lambda: file.read(_READ_SIZE))
     except (OSError, ValueError):
         return UNREADABLE
 
 
-def _for_each(work: Callable[[int], None], count: int, tell: Tell | None) -> None:
-    """Call `work` for every number below `count`, from many threads where each call waits for long."""
-    begun = time.perf_counter()
-    tried = min(count, _TRIED)
-    for number in range(tried):
+def _for_each(work: Callable[[int], None], count: int, on_progress: ProgressCallback | None) -> None:
+    """Call `work` for every number below `count`, in many threads if the calls are slow."""
+    start = time.perf_counter()
+    probes = min(count, _PROBES)
+    for number in range(probes):
         work(number)
-    slow = time.perf_counter() - begun > _SLOW * tried
+    is_slow = time.perf_counter() - start > _SLOW_CALL * probes
 
-    def several(numbers: range) -> None:
+    def run(numbers: range) -> None:
         for number in numbers:
             work(number)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        for first in range(tried, count, _PART):
-            part = range(first, min(first + _PART, count))
-            if slow:
-                list(pool.map(several, (part[at : at + _TASK] for at in range(0, len(part), _TASK))))
+        for first in range(probes, count, _FILES_PER_REPORT):
+            part = range(first, min(first + _FILES_PER_REPORT, count))
+            if is_slow:
+                list(pool.map(run, (part[at : at + _FILES_PER_TASK] for at in range(0, len(part), _FILES_PER_TASK))))
             else:
-                several(part)
-            if tell is not None:
-                tell(part.stop, count)
+                run(part)
+            if on_progress is not None:
+                on_progress(part.stop, count)

@@ -1,6 +1,6 @@
-"""Sets of image files: which files they are.
+"""Datasets of image files: class folders, ImageNet, flat folders and CSV lists.
 
-A file is known by its path below its root, so mounting a root elsewhere changes neither split nor fingerprint.
+A file is identified by its path below its root, so moving a root changes neither the split nor the fingerprint.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from sslcli.data.decode import open_file
 from sslcli.data.decoded_cache import DecodedCache, cache_folder, check_cache_options
-from sslcli.data.sources.base import Opened, Source, check_flag, digest
+from sslcli.data.sources.base import OpenedImage, Source, check_flag, digest
 from sslcli.data.sources.csv_list import read_csv
 from sslcli.data.sources.file_status import hashes_of, status_of
 from sslcli.data.sources.labels import Labels, as_labels
-from sslcli.data.sources.records import Records, Tell, label_codes, make_records
+from sslcli.data.sources.records import ProgressCallback, Records, label_codes, make_records
 from sslcli.data.sources.scan import Root, check_folder, no_images, parse_roots, scan, scan_classes
 
 LABEL_COLUMN = "correct it, or rename the column to use the images without labels"
@@ -33,20 +33,20 @@ _SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "te
 
 @dataclass
 class Listing:
-    """Files in position order while a set is put together."""
+    """Files of a dataset under construction, in position order."""
 
     names: list[str] = field(default_factory=list)  # below the root, with "/"
     labels: list[int] = field(default_factory=list)  # -1 = unknown
-    roots: list[int] = field(default_factory=list)  # which root
+    roots: list[int] = field(default_factory=list)  # number of the root
 
     def add(self, names: Sequence[str], *, label: int, root: int) -> None:
-        """Append files of one label and root."""
+        """Append files that share a label and a root."""
         self.names += names
         self.labels += [label] * len(names)
         self.roots += [root] * len(names)
 
     def sort(self) -> None:
-        """Order by name, then root."""
+        """Sort by name, then root."""
         order = sorted(range(len(self.names)), key=lambda i: (self.names[i], self.roots[i]))
         self.names = [self.names[i] for i in order]
         self.labels = [self.labels[i] for i in order]
@@ -54,7 +54,7 @@ class Listing:
 
 
 class Files(Source):
-    """Base of the file sets: names packed in arrays, which worker processes share instead of copying."""
+    """Base class of datasets of files. Names are packed in arrays, which worker processes share without copying."""
 
     _status: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
     _hashes: NDArray[np.uint64] | None = None
@@ -69,9 +69,14 @@ class Files(Source):
         classes: list[str],
         weights: Sequence[float] = (),
     ) -> None:
-        """Take over the files: `pool` is split into train and val, `test` is the official test split (may be empty).
+        """Set the files: `pool` is split into train and val, `test` is the official test split (may be empty).
 
-        name: of the set. roots: what the listings' numbers mean. weights: of the images of each root, empty = all 1.
+        Args:
+            pool, test: the files.
+            name: of the dataset.
+            roots: the roots that the listings refer to by number.
+            classes: the class names.
+            weights: weight of the images of each root; empty = all 1.
         """
         names = [os.fsencode(file) for file in pool.names + test.names]
         self.name, self.classes, self.roots = name, classes, list(roots)
@@ -86,19 +91,19 @@ class Files(Source):
             self.weights = torch.tensor(weights)[torch.from_numpy(self._root_of)[self.splits["train"]]]
 
     def relative(self, position: int) -> str:
-        """The path below the root."""
+        """Return the path of the file at `position` below its root."""
         start = self._ends[position - 1] if position else 0
         return os.fsdecode(self._names[start : self._ends[position]])
 
     def path(self, position: int) -> str:
-        """The path of the file at `position`."""
+        """Return the path of the file at `position`."""
         return os.path.join(self.roots[self._root_of[position]], self.relative(position))
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits: sha256 of the relative path, size in bytes (-1 = cannot be told) and label of every file.
+        """Identity in 16 hex digits: sha256 of the relative path, size in bytes (-1 = unknown) and label of every file.
 
-        Asks the file system for the size of each, which takes a while for a million.
+        It calls `stat` for each file, which takes a while for a million files.
         """
         return digest(self._rows())
 
@@ -107,15 +112,15 @@ class Files(Source):
         for position, (size, label) in enumerate(zip(sizes.tolist(), self.labels.tolist(), strict=True)):
             yield os.fsencode(self.relative(position)) + f"\0{size}\0{label}".encode()
 
-    def status(self, tell: Tell | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return size and modification time of every file, as they were when this was first asked."""
+    def status(self, on_progress: ProgressCallback | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return size and modification time of every file, cached at the first call."""
         if self._status is None:
-            self._status = status_of(self.num_files, self.file, tell)
+            self._status = status_of(self.num_files, self.file, on_progress)
         return self._status
 
     @property
     def num_files(self) -> int:
-        """The number of files."""
+        """Number of files."""
         return len(self)
 
     def file(self, number: int) -> str:
@@ -123,33 +128,34 @@ class Files(Source):
         return self.path(number)
 
     def file_names(self) -> Iterator[bytes]:
-        """Yield the path of every file below its root, behind the number of the root where there are several."""
+        """Yield the path of every file below its root, prefixed with the number of the root if there are several."""
         for position, root in enumerate(self._root_of.tolist()):
             name = os.fsencode(self.relative(position))
             yield name if len(self.roots) == 1 else b"%d:%b" % (root, name)
 
     def file_labels(self) -> NDArray[np.int64]:
-        """Return the label of every file, see `label_codes`."""
+        """Return the label code of every file, see `label_codes`."""
         return label_codes(self.labels, self.classes)
 
-    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
+    def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
         """Return one record per file."""
-        sizes, stamps = self.status(tell)
+        sizes, stamps = self.status(on_progress)
         if contents and self._hashes is None:
-            self._hashes = hashes_of(self.num_files, self.file, tell)
+            self._hashes = hashes_of(self.num_files, self.file, on_progress)
         hashes = self._hashes if contents else None
         return make_records(self.file_names(), self.file_labels(), sizes=sizes, stamps=stamps, contents=hashes)
 
 
 class ImageFiles(Files):
-    """Base of the sets in which a file is an image.
+    """Base class of datasets in which each file is one image.
 
     Args:
         scaled_decode: see `Source`.
-        keep_decoded: "ram" keeps what is decoded whole in memory, "disk" in a file, "none" nothing; see `kept`.
-        keep_gb: refuse to keep more than this many GB (10**9 bytes).
-        keep_dir: the folder of that file; None = that of the user.
-        common: the keywords of `Source`.
+        keep_decoded: "ram" caches full-size decoded images in memory, "disk" in a file, "none" does not cache; see
+            `sslcli.data.decoded_cache`.
+        keep_gb: the largest size of the cache in GB (10**9 bytes).
+        keep_dir: the folder of the cache file; None = a folder in the user's cache.
+        common: the arguments of `Source`.
     """
 
     decoded_cache: DecodedCache | None = None
@@ -169,16 +175,16 @@ class ImageFiles(Files):
         self.keep_decoded, self.keep_gb = keep_decoded, keep_gb
         self.keep_dir = keep_dir
 
-    def fill(self, pool: Listing, test: Listing, **told: Any) -> None:
-        """As `Files.fill`; also makes room for what is to be kept."""
-        super().fill(pool, test, **told)
+    def fill(self, pool: Listing, test: Listing, **options: Any) -> None:
+        """Set the files as `Files.fill`, and create the cache of decoded images."""
+        super().fill(pool, test, **options)
         if self.keep_decoded != "none":
             used = torch.cat(list(self.splits.values())).sort().values
             folder = cache_folder(self.keep_dir) if self.keep_decoded == "disk" else None
             self.decoded_cache = DecodedCache(self.path, used, folder=folder, name=self.name, gigabytes=self.keep_gb)
 
-    def open(self, position: int) -> Opened:
-        """The image at `position`."""
+    def open(self, position: int) -> OpenedImage:
+        """Open the image at `position`."""
         return open_file(self.path(position)) if self.decoded_cache is None else self.decoded_cache.open(position)
 
 
@@ -187,12 +193,12 @@ class Folder(ImageFiles):
 
     Args:
         root: a folder, a list of folders, or a mapping from folder to weight: 2.0 shows each of its training images
-            twice an epoch, 0.5 half of them. The classes of several roots are merged by name.
+            twice per epoch, 0.5 half of them. The classes of several roots are merged by name.
         test: a folder of class folders that is the official test split, or None.
-        common: the keywords of `ImageFiles`.
+        common: the arguments of `ImageFiles`.
 
-    Raises ValueError for a root that is absent, no folder, unreadable or without images. Class folders without images
-    are left out, and loose images beside them ignored, each with a warning.
+    Raises ValueError for a root that is missing, not a folder, unreadable or without images. Class folders without
+    images are skipped, and images outside of class folders are ignored, both with a warning.
     """
 
     def __init__(self, *, root: Root, test: str | os.PathLike[str] | None = None, **common: Any) -> None:
@@ -201,13 +207,13 @@ class Folder(ImageFiles):
         found = [scan_classes(folder) for folder in roots]
         classes = sorted(set().union(*found))
         if all(name.lower() in _SPLIT_NAMES for name in classes):
-            likely = os.path.join(next(iter(roots)), classes[-1 if "train" in classes[-1].lower() else 0])
+            suggestion = os.path.join(next(iter(roots)), classes[-1 if "train" in classes[-1].lower() else 0])
             raise ValueError(
-                f"the class folders in {', '.join(roots)} are {', '.join(classes)}, which look like splits: set "
-                f"dataset.root={likely}, and dataset.test to the folder of the test split"
+                f"the class folders in {', '.join(roots)} are {', '.join(classes)}, which are names of splits: set "
+                f"dataset.root={suggestion}, and dataset.test to the folder of the test split"
             )
         label = {name: number for number, name in enumerate(classes)}
-        pool, official = Listing(), Listing()
+        pool, test_files = Listing(), Listing()
         for number, groups in enumerate(found):
             for name, files in groups.items():
                 pool.add(files, label=label[name], root=number)
@@ -217,23 +223,23 @@ class Folder(ImageFiles):
             for name, files in scan_classes(test).items():
                 if name not in label:
                     raise ValueError(
-                        f"{test} has the class folder {name!r}, which {', '.join(roots)} has not: remove it"
+                        f"{test} has the class folder {name!r}, which {', '.join(roots)} does not have: remove it"
                     )
-                official.add(files, label=label[name], root=len(roots))
+                test_files.add(files, label=label[name], root=len(roots))
         pool.sort()
-        official.sort()
-        places = [*roots, *([] if test is None else [test])]
+        test_files.sort()
+        all_roots = [*roots, *([] if test is None else [test])]
         weights = [*roots.values(), 1.0]
-        self.fill(pool, official, name=base_name(roots), roots=places, classes=classes, weights=weights)
+        self.fill(pool, test_files, name=base_name(roots), roots=all_roots, classes=classes, weights=weights)
 
 
 class ImageNet(Folder):
     """ImageNet-1k as class folders: `root/train/<wnid>/`, and the official validation set, `root/val/<wnid>/`, as test.
 
     Args:
-        root: the folder that holds both. common: the keywords of `ImageFiles`.
+        root: the folder that contains both. common: the arguments of `ImageFiles`.
 
-    Raises ValueError if either is absent; torchvision cannot download this set.
+    Raises ValueError if either is missing; torchvision cannot download this dataset.
     """
 
     def __init__(self, *, root: str | os.PathLike[str], **common: Any) -> None:
@@ -242,19 +248,19 @@ class ImageNet(Folder):
         for folder in (train, val):
             if not os.path.isdir(folder):
                 raise ValueError(
-                    f"there is no folder {os.path.abspath(folder)}: dataset.root must hold train/ and val/, each with "
-                    "one folder a class (n01440764, ...). Get the archives from image-net.org and unpack them there, "
-                    "or use dataset=folder for class folders of another layout"
+                    f"there is no folder {os.path.abspath(folder)}: dataset.root must contain train/ and val/, each "
+                    "with one folder per class (n01440764, ...). Download the archives from image-net.org and unpack "
+                    "them there, or use dataset=folder for class folders in another layout"
                 )
         super().__init__(root=train, test=val, **common)
         self.name = "imagenet"
 
 
 class Flat(ImageFiles):
-    """Unlabeled images at any depth below one or several roots; nothing is held out.
+    """Unlabeled images at any depth below one or several roots; no images are held out.
 
     Args:
-        root: as for `Folder`. common: the keywords of `ImageFiles`.
+        root: as for `Folder`. common: the arguments of `ImageFiles`.
 
     Raises ValueError as `Folder`.
     """
@@ -274,14 +280,15 @@ class Flat(ImageFiles):
 
 
 class ListFile(ImageFiles):
-    """A CSV file with a header and a column `path`, and optionally `label` (text or whole numbers; see `as_labels`).
+    """A CSV file with a header and the column `path`, and optionally `label` (text or integers; see `as_labels`).
 
     Args:
         file: the CSV file, UTF-8. Positions are its rows; other columns are ignored.
-        root: the folder that relative paths start from; None = that of the CSV file.
-        common: the keywords of `ImageFiles`.
+        root: the folder that paths are relative to; None = the folder of the CSV file.
+        common: the arguments of `ImageFiles`.
 
-    Raises ValueError for a file that is absent, no CSV, lacks the column or rows, or whose paths lead nowhere.
+    Raises ValueError for a file that is missing or not a CSV file, lacks the column or rows, or whose paths do not
+    exist.
     """
 
     def __init__(
@@ -295,8 +302,8 @@ class ListFile(ImageFiles):
         sample = names[:: max(1, len(names) // 20)]
         if not any(os.path.lexists(os.path.join(base, name)) for name in sample):
             raise ValueError(
-                f"{file} lists {sample[0]!r}, but there is no {os.path.join(base, sample[0])}, nor any of "
-                f"{len(sample)} rows tried: set dataset.root to the folder that its paths start from"
+                f"{file} lists {sample[0]!r}, but {os.path.join(base, sample[0])} does not exist, nor does the file of "
+                f"any of {len(sample)} rows checked: set dataset.root to the folder that the paths are relative to"
             )
         labels, classes = as_labels([Labels(texts, (), f"the column label of {file}", remedy=LABEL_COLUMN)])
         pool = Listing(names, labels.tolist(), [0] * len(names))
@@ -304,5 +311,5 @@ class ListFile(ImageFiles):
 
 
 def base_name(roots: Iterable[str]) -> str:
-    """The last part of each root, for messages and records."""
+    """Return the last part of each root, joined by "+", as the name of the dataset."""
     return "+".join(Path(root).absolute().name for root in roots)

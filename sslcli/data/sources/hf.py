@@ -1,7 +1,7 @@
-"""Tables of images that Hugging Face `datasets` reads: from the hub, or from local folders and files.
+"""Datasets that Hugging Face `datasets` reads, from the hub or from local folders and files.
 
-conf/dataset/hf.yaml; `datasets` is an extra: pip install "sslcli[hf]". The tables are memory-mapped files, so that
-they need not fit in memory; `sslcli.data.shards.source` reads sets that do not fit on the disk either.
+conf/dataset/hf.yaml; `datasets` is an optional dependency: pip install "sslcli[hf]". The tables are memory-mapped, so
+they need not fit in memory. For datasets that do not fit on the disk, see `sslcli.data.shards.source`.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from sslcli.data.sources.columns import columns_of, image_column
 from sslcli.data.sources.file_status import hash_of, hashes_of, status_of
 from sslcli.data.sources.hf_labels import labels_of
 from sslcli.data.sources.labels import as_labels
-from sslcli.data.sources.records import UNKNOWN, Records, Tell, code_of, label_codes, make_records
+from sslcli.data.sources.records import UNKNOWN, ProgressCallback, Records, code_of, label_codes, make_records
 from sslcli.errors import ConfigError, nearest
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 HubName = str  # a name on the hub, unless a file or folder of that name exists
 _FINGERPRINT_IMAGES = 512
-_ROWS = 1 << 16  # looked at together
-WRITTEN = ("dataset_dict.json", "state.json")  # in a folder of `save_to_disk`
+_ROWS_PER_READ = 1 << 16
+SAVED_FILES = ("dataset_dict.json", "state.json")  # in a folder of `save_to_disk`
 
 
 class Hf(Source):
-    """A set that `datasets.load_dataset` or `datasets.load_from_disk` reads.
+    """A dataset that `datasets.load_dataset` or `datasets.load_from_disk` reads.
 
     Args:
-        path: a folder of parquet files, one that `save_to_disk` wrote, a .parquet, .arrow or .tar file, or a name on
-            the hub such as "uoft-cs/cifar10".
-        name: which configuration of the set, where it has several.
-        split: the split to train on. test: the one that is the official test split, or None.
-        image, label: the columns; "auto" finds them. label None: no labels.
+        path: a folder of parquet files, a folder that `save_to_disk` wrote, a .parquet, .arrow or .tar file, or a name
+            on the hub such as "uoft-cs/cifar10".
+        name: the configuration of the dataset, if it has several.
+        split: the split to train on. test: the official test split, or None.
+        image, label: the columns; "auto" detects them. label None: no labels.
         data_files: paths or patterns below `path`, instead of all its files.
         revision: a branch, tag or commit on the hub.
-        cache: the folder of prepared copies; None = that of `datasets`, which HF_HOME moves.
-        scaled_decode: see `Source`. common: the keywords of `Source`.
+        cache: the folder of prepared copies; None = the cache of `datasets`, which is in HF_HOME.
+        scaled_decode: see `Source`. common: the arguments of `Source`.
 
-    Position i is row i of `split`; those of `test` follow.
+    Position i is row i of `split`; the rows of `test` follow.
 
-    Raises ConfigError where `datasets` is not installed, or cannot find or read what is asked for.
+    Raises ConfigError if `datasets` is not installed, or cannot find or read the dataset.
     """
 
     def __init__(
@@ -77,80 +77,79 @@ class Hf(Source):
         found = labels_of(splits, label, names=[split, test], where=where, path=path, options=options)
         self.labels, self.classes = as_labels(found)
         self._tables = [_images(*pair) for pair in zip(splits, image_names, strict=True)]
-        self._split_names, self._written = [split, test], is_written(path)
+        self._split_names, self._is_saved = [split, test], is_saved_to_disk(path)
         self._num_pool = len(splits[0])
         pool = torch.arange(self._num_pool)
         self.split(pool, labeled=self.labels[: len(pool)] >= 0, num_test=len(self.labels) - len(pool))
 
     def open(self, position: int) -> Encoded:
-        """The image at `position`. Raises BadImage for a cell that is empty or no image."""
+        """Open the image at `position`. Raises BadImage for a cell that is empty or not an image."""
         value, path = self.cell(position), self.path(position)
-        if isinstance(value, dict):  # the columns of images of `datasets`
+        if isinstance(value, dict):  # the image columns of `datasets`
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
             return open_file(value)
         if not isinstance(value, bytes):
-            raise BadImage(path, "the cell is empty" if value is None else f"the cell holds {type(value).__name__}")
+            raise BadImage(path, "the cell is empty" if value is None else f"the cell contains {type(value).__name__}")
         return Encoded(value, path)
 
     def cell(self, position: int) -> Any:
-        """What the column of images holds at `position`, not decoded."""
+        """Return the cell of the image column at `position`, not decoded."""
         test = position >= self._num_pool
         column = self._tables[test][position - test * self._num_pool].column(0)
         return column[0].as_py()
 
     def path(self, position: int) -> str:
-        """The set, the split and the row."""
+        """Return the dataset, the split and the row, such as "cifar10/train[7]"."""
         test = position >= self._num_pool
         return f"{self.name}/{self._split_names[test]}[{position - test * self._num_pool}]"
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits: sha256 of the labels and of a strided sample of the cells."""
+        """Identity in 16 hex digits: sha256 of the labels and of a strided sample of the cells."""
         sample = range(0, len(self), max(1, len(self) // _FINGERPRINT_IMAGES))
         cells = (repr(self.cell(position)).encode() for position in sample)
         return digest((repr([len(self), self.classes]).encode(), self.labels.numpy().tobytes(), *cells))
 
-    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
-        """Return one record per row: the size of its cell, and the time of the files that hold its table."""
+    def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
+        """Return one record per row: the size of its cell, and the modification time of the files of its table."""
         paths, sizes, stamps = self._cells()
-        outside = np.flatnonzero([path is not None for path in paths])  # rows that name a file instead of holding it
-        if len(outside):
-            found = status_of(len(outside), lambda number: str(paths[outside[number]]), tell)
-            sizes[outside], times = found
-            stamps[outside] = [
-                code_of(b"%d %d" % pair) for pair in zip(stamps[outside].tolist(), times.tolist(), strict=True)
+        external = np.flatnonzero([path is not None for path in paths])  # rows that name a file
+        if len(external):
+            sizes[external], times = status_of(len(external), lambda number: str(paths[external[number]]), on_progress)
+            stamps[external] = [
+                code_of(b"%d %d" % pair) for pair in zip(stamps[external].tolist(), times.tolist(), strict=True)
             ]
         hashes = np.full(len(self), UNKNOWN, np.uint64)
         if contents:
             for row in np.flatnonzero([path is None for path in paths]).tolist():
                 hashes[row] = hash_of(iter((repr(self.cell(row)).encode(), b"")).__next__)
-                if tell is not None and row % 1024 == 0:
-                    tell(row, len(self))
-            hashes[outside] = hashes_of(len(outside), lambda number: str(paths[outside[number]]), tell)
+                if on_progress is not None and row % 1024 == 0:
+                    on_progress(row, len(self))
+            hashes[external] = hashes_of(len(external), lambda number: str(paths[external[number]]), on_progress)
         names = (self.path(row).encode("utf-8", "surrogateescape") for row in range(len(self)))
         labels = label_codes(self.labels, self.classes)
         return make_records(names, labels, sizes=sizes, stamps=stamps, contents=hashes)
 
     def _cells(self) -> tuple[list[str | None], NDArray[np.int64], NDArray[np.int64]]:
-        """Return for every row the file it names where the image lies outside of the table, its size, and a stamp."""
+        """Return for every row the path of its image file (None if the table contains the image), size, and stamp."""
         paths: list[str | None] = []
         sizes, stamps = [], []
         for table in self._tables:
-            stamp = stamp_of(table, self._written)
-            for first in range(0, len(table), _ROWS):
-                column = table[first : first + _ROWS].column(0)
-                inside, found = inside_of(column)
-                paths += found
-                sizes.append(inside)
+            stamp = stamp_of(table, self._is_saved)
+            for first in range(0, len(table), _ROWS_PER_READ):
+                column = table[first : first + _ROWS_PER_READ].column(0)
+                column_sizes, column_paths = cell_sizes(column)
+                paths += column_paths
+                sizes.append(column_sizes)
                 stamps.append(np.full(len(column), stamp))
         return paths, np.concatenate(sizes), np.concatenate(stamps)
 
 
-def inside_of(column: Any) -> tuple[NDArray[np.int64], list[str | None]]:
-    """Return the bytes in each cell of a column of images, and the file that a cell without bytes names.
+def cell_sizes(column: Any) -> tuple[NDArray[np.int64], list[str | None]]:
+    """Return the number of bytes in each cell of an image column, and the path in each cell without bytes.
 
-    Only the offsets of the cells are read, and the images not at all.
+    Only the offsets of the cells are read, not the images.
     """
     import pyarrow
     import pyarrow.compute
@@ -169,25 +168,25 @@ def inside_of(column: Any) -> tuple[NDArray[np.int64], list[str | None]]:
     return size.to_numpy(zero_copy_only=False).astype(np.int64), path.to_pylist()
 
 
-def stamp_of(table: Any, written: bool) -> int:
-    """Return a number that changes when the files of a table are written anew.
+def stamp_of(table: Any, is_saved: bool) -> int:
+    """Return a number that changes when the files of a table are rewritten.
 
-    written: whether they are the user's own. Those that `datasets` prepared are made again on every machine, and lie in
-    a folder that is named by the times of what they were made from.
+    is_saved: whether `save_to_disk` wrote the files, whose times are then used. Other files are prepared by `datasets`
+        on every machine, in a folder whose name depends on the times of the original files.
     """
-    told = []
-    for file in sorted(found["filename"] for found in table.cache_files):
-        place, name = os.path.split(file)
-        if written:
+    parts = []
+    for file in sorted(entry["filename"] for entry in table.cache_files):
+        folder, name = os.path.split(file)
+        if is_saved:
             sizes, times = status_of(1, lambda _, file=file: file)  # type: ignore[misc]
-            told.append(f"{name} {sizes[0]} {times[0]}")
+            parts.append(f"{name} {sizes[0]} {times[0]}")
         else:
-            told.append(f"{os.path.basename(place)} {name}")
-    return code_of(*map(os.fsencode, told)) if told else 0
+            parts.append(f"{os.path.basename(folder)} {name}")
+    return code_of(*map(os.fsencode, parts)) if parts else 0
 
 
 def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
-    """The wanted splits as `datasets.Dataset`. See `Hf`."""
+    """Return the wanted splits as `datasets.Dataset`. See `Hf`."""
     try:
         import datasets
     except ImportError as error:
@@ -196,10 +195,10 @@ def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
         ) from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes as an exception as well
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised as exceptions as well
     try:
         found = _load(datasets, path, options)
-    # Whatever it is (network, builder, damaged file), what the user named cannot be read.
+    # Any error is possible: network, builder, damaged file.
     except Exception as error:
         raise ConfigError(_failure(path, options, error)) from error
     if isinstance(found, datasets.Dataset):  # a folder of `save_to_disk` may be a single split
@@ -215,18 +214,18 @@ def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
     return [found[split] for split in wanted]
 
 
-def is_written(path: str) -> bool:
-    """Whether `save_to_disk` wrote the folder."""
-    return any(os.path.exists(os.path.join(path, name)) for name in WRITTEN)
+def is_saved_to_disk(path: str) -> bool:
+    """Return whether `save_to_disk` wrote the folder."""
+    return any(os.path.exists(os.path.join(path, name)) for name in SAVED_FILES)
 
 
 def _load(datasets: Any, path: str, options: dict[str, Any]) -> Any:
     if os.path.isdir(path):
-        return datasets.load_from_disk(path) if is_written(path) else datasets.load_dataset(path, **options)
+        return datasets.load_from_disk(path) if is_saved_to_disk(path) else datasets.load_dataset(path, **options)
     if os.path.isfile(path):
         builder = BUILDERS.get(Path(path).suffix)
         if builder is None:
-            raise ConfigError(f"only files that end in {', '.join(BUILDERS)} are known")
+            raise ConfigError(f"only files that end in {', '.join(BUILDERS)} are supported")
         return datasets.load_dataset(builder, **options | {"data_files": path})
     if path.startswith(("/", ".")) or path.count("/") > 1:
         raise FileNotFoundError("there is no such file or folder")
@@ -234,24 +233,25 @@ def _load(datasets: Any, path: str, options: dict[str, Any]) -> Any:
 
 
 def _failure(path: str, options: dict[str, Any], error: Exception) -> str:
-    """One line that says what was looked for, why it was not found, and what to do."""
+    """Return an error message in one line: the dataset, the reason, and what to do."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     given = "".join(f", dataset.{key}={value}" for key, value in options.items() if value and key != "cache_dir")
     if os.path.exists(path):
         cause = error.__cause__ or error.__context__
         inner = f": {str(cause).splitlines()[0]}" if cause is not None and str(cause) else ""
-        return f"dataset.path={path}{given} cannot be read ({reason}{inner}): repair it, or name what holds the images"
+        return f"dataset.path={path}{given} cannot be read ({reason}{inner}): repair it, or change dataset.path"
     if isinstance(error, FileNotFoundError) and path.startswith(("/", ".")):
         return (
-            f"dataset.path={path}: there is no file or folder {os.path.abspath(path)}: set it to what holds the images"
+            f"dataset.path={path}: there is no file or folder {os.path.abspath(path)}: set dataset.path to the folder "
+            "or file of the images"
         )
     return (
-        f"dataset.path={path}{given} is no folder here ({os.path.abspath(path)}), and was not to be had from the "
-        f"Hugging Face hub ({reason}). Check the name, log in where the set is private, or without a network fetch it "
-        f"elsewhere (hf download --repo-type dataset {path} --local-dir DIR) and set dataset.path=DIR"
+        f"dataset.path={path}{given} is not a local folder ({os.path.abspath(path)}), and cannot be downloaded from "
+        f"the Hugging Face hub ({reason}). Check the name, log in if the dataset is private, or without a network "
+        f"download it elsewhere (hf download --repo-type dataset {path} --local-dir DIR) and set dataset.path=DIR"
     )
 
 
 def _images(table: Any, name: str) -> Any:
-    """The column of images alone; its rows as tables of Arrow, so that nothing is decoded."""
+    """Return the image column only, with rows as Arrow tables, so that nothing is decoded."""
     return table.select_columns([name]).with_format("arrow")

@@ -1,4 +1,4 @@
-"""Labels of the tables that Hugging Face `datasets` reads, with the class names of every file."""
+"""Labels of Hugging Face datasets, with the class names of every file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def labels_of(
     path: str,
     options: Mapping[str, Any],
 ) -> list[Labels]:
-    """The labels of the training split and, if there are two tables, of the test split.
+    """Return the labels of the training split and, if there are two tables, of the test split.
 
     Args:
         tables: `datasets.Dataset`, one per split; names: of the splits.
-        wanted: the column, "auto" or None, as `Hf` takes it.
-        where: the set, for messages; path, options: what `datasets.load_dataset` read.
+        wanted: the column, "auto" or None, as in `Hf`.
+        where: the dataset, for messages; path, options: the arguments of `datasets.load_dataset`.
 
-    Raises ConfigError for a column that is absent from one of the splits.
+    Raises ConfigError if one of the splits lacks the column.
     """
     parts: list[Labels] = []
     files: Mapping[str, Sequence[str]] = {}
@@ -49,16 +49,16 @@ def labels_of(
         if sum(len(part.values) for part in of_files) == len(table):
             parts += of_files
         else:
-            told = f"column {name!r} of the split {split!r} of {where}"
-            parts.append(Labels(whole_column(table, name), columns[name].classes, told, is_test=is_test))
+            column = f"column {name!r} of the split {split!r} of {where}"
+            parts.append(Labels(whole_column(table, name), columns[name].classes, column, is_test=is_test))
     return parts
 
 
 def parquet_files(path: str, options: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The local parquet files of each split, in order; {} if the set is something else.
+    """Return the local parquet files of each split, in order; {} for a dataset in another format.
 
-    `datasets` reads all files with the class names of the first one and takes over the numbers of the others, so only
-    the files themselves tell what their numbers mean.
+    `datasets` applies the class names of the first file to the class numbers of all files. The correct names of each
+    file are only in the file itself.
     """
     import datasets
 
@@ -75,14 +75,14 @@ def parquet_files(path: str, options: Mapping[str, Any]) -> dict[str, list[str]]
 
 
 def labels_of_file(file: str, name: str, *, where: str, is_test: bool) -> Labels:
-    """The column `name` of a parquet file, with the class names that the file itself holds."""
+    """Return the column `name` of a parquet file, with the class names stored in the file."""
     import pyarrow.parquet
 
     parquet = pyarrow.parquet.ParquetFile(file)
     columns = columns_of(parquet.schema_arrow)
     if name not in columns:
         raise ConfigError(
-            f"{file} has no column {name!r}, which the other files of the set have as the label: add it, or set "
+            f"{file} has no column {name!r}, which is the label in the other files of the dataset: add it, or set "
             "dataset.label=null"
         )
     values = parquet.read(columns=[name]).column(0).to_pylist()
@@ -90,6 +90,6 @@ def labels_of_file(file: str, name: str, *, where: str, is_test: bool) -> Labels
 
 
 def whole_column(table: Any, name: str) -> list[Any]:
-    """All values of a column, nothing decoded."""
+    """Return all values of a column, without decoding images."""
     values: list[Any] = table.select_columns([name]).with_format("arrow")[:].column(0).to_pylist()
     return values

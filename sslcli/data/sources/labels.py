@@ -1,4 +1,4 @@
-"""Class labels as numbers, merged by class name over the splits and shards of an image set."""
+"""Conversion of labels to class numbers, merged by class name over the splits and shards of a dataset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from sslcli.errors import ConfigError
 
 Value = int | float | str | None
-"""One label as a table, a file or JSON holds it."""
+"""One label as stored in a table, a file or JSON."""
 
 UNKNOWN = frozenset(["", "-1", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>"])
 _MINUS_ONE = re.compile(r"-1(\.0*)?")
@@ -31,11 +31,11 @@ class Labels:
     """The labels of one split, shard or file.
 
     Attributes:
-        values: one per image, as stored. None, -1, -1.0, NaN and the texts of `UNKNOWN` are unknown.
-        classes: class names that whole numbers index; empty if the data do not name them.
-        where: what holds them, for messages.
+        values: one per image, as stored. None, -1, -1.0, NaN and the texts in `UNKNOWN` mean unknown.
+        classes: class names that integers index; empty if the data have none.
+        where: location of the labels, for messages.
         is_test: whether they belong to the official test split, which must not add classes.
-        remedy: what to do about values that are no class labels, for messages.
+        remedy: what to do about values that are not class labels, for messages.
     """
 
     values: Sequence[object]
@@ -46,14 +46,13 @@ class Labels:
 
 
 def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
-    """Labels (n,) int64 of all parts in order, -1 = unknown, and the names of their classes.
+    """Return the labels (n,) int64 of all parts in order, -1 = unknown, and the names of their classes.
 
-    Class names decide, never class numbers, as soon as a part has names: parts with different lists of names are
-    merged by name. Without any names the classes are the different values of the training parts, in numerical order
-    if all are numbers, else in alphabetical order.
+    If any part has class names, parts are merged by name and never by number. Without names the classes are the
+    distinct values of the training parts, in numerical order if all are numbers, else in alphabetical order.
 
-    Raises ConfigError for values that are no class labels, for numbers beside names that they do not belong to, and
-    for a test part with a class that the training parts lack.
+    Raises ConfigError for values that are not class labels, for a part with numbers but no names if another part has
+    names, and for a test part with a class that the training parts lack.
     """
     cleaned = [_cleaned(part) for part in parts]
     if any(part.classes for part in parts):
@@ -66,47 +65,47 @@ def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
     return torch.tensor(found, dtype=torch.int64), classes
 
 
-def plain(value: object, *, where: str) -> Value:
-    """A label as a plain value that JSON can hold. Raises ConfigError for what cannot be the label of one image."""
+def plain_label(value: object, *, where: str) -> Value:
+    """Return a label as a value that JSON supports. Raises ConfigError for a value that cannot be a label."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0):
-        return plain(value.item(), where=where)
-    # Its scalars exist only once it is imported, which another thread may just be doing.
+        return plain_label(value.item(), where=where)
+    # A pyarrow scalar requires that pyarrow is imported; another thread may be importing it at this moment.
     scalar = getattr(sys.modules.get("pyarrow"), "Scalar", None)
     if scalar is not None and isinstance(value, scalar):
-        return plain(value.as_py(), where=where)
+        return plain_label(value.as_py(), where=where)
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, (bytes, bytearray)):
         try:
             return bytes(value).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{where} holds bytes that are not UTF-8 text: {_OTHER_COLUMN}") from error
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+            raise ConfigError(f"{where} contains bytes that are not UTF-8 text: {_OTHER_COLUMN}") from error
+    text = repr(value)
+    text = text if len(text) <= 60 else f"{text[:57]}..."
     if isinstance(value, (Sequence, Mapping, set, np.ndarray, Tensor)):
         raise ConfigError(
-            f"{where} holds {shown}, a {type(value).__name__}, but an image has one label (multi-label sets are not "
-            f"supported): {_OTHER_COLUMN}"
+            f"{where} contains {text}, a {type(value).__name__}, but an image has one label (multi-label datasets are "
+            f"not supported): {_OTHER_COLUMN}"
         )
     raise ConfigError(
-        f"{where} holds {shown}, a {type(value).__name__}, but a label must be text or a whole number: {_OTHER_COLUMN}"
+        f"{where} contains {text}, a {type(value).__name__}, but a label must be text or an integer: {_OTHER_COLUMN}"
     )
 
 
 def _cleaned(part: Labels) -> list[int | str | None]:
-    """The values as whole numbers and stripped texts, None = unknown."""
+    """Return the values as integers and stripped texts, None = unknown."""
     values: Sequence[object] = part.values
     if not set(map(type, values)) <= {int, float, str, type(None)}:
-        values = [_without_bool(plain(value, where=part.where), part) for value in values]
+        values = [_without_bool(plain_label(value, where=part.where), part) for value in values]
     names = frozenset(part.classes)
     known = {value: _clean(value, names, part) for value in set(values)}
     return [known[value] for value in values]
 
 
 def _without_bool(value: Value, part: Labels) -> Value:
-    """A boolean as the number of one of two named classes, or as text."""
+    """Convert a boolean to the number of a class if the part has class names, else to text."""
     if not isinstance(value, bool):
         return value
     return int(value) if part.classes else str(value)
@@ -126,25 +125,25 @@ def _clean(value: object, names: frozenset[str], part: Labels) -> int | str | No
         if math.isnan(value):
             return None
         if not value.is_integer():
-            raise ConfigError(_no_class(value, part))
+            raise ConfigError(_not_a_class(value, part))
         value = int(value)
     assert value is None or isinstance(value, int)
     return None if value == -1 else value
 
 
-def _no_class(value: object, part: Labels) -> str:
+def _not_a_class(value: object, part: Labels) -> str:
     return (
-        f"{part.where} holds {value}, which is no class label but looks like a regression target (class labels are "
-        f"text or whole numbers): {part.remedy}"
+        f"{part.where} contains {value}, which seems to be a regression target and not a class label (class labels are "
+        f"text or integers): {part.remedy}"
     )
 
 
 Numbers = dict[int | str, int]
-"""The number of the class of every different label of a part."""
+"""Class number of each distinct label of a part."""
 
 
 def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]) -> tuple[list[str], list[Numbers]]:
-    """The merged class names, and the numbers of each part's labels."""
+    """Return the merged class names, and the class numbers of each part's labels."""
     known = [{value for value in values if value is not None} for values in cleaned]
     named = [part for part in parts if part.classes]
     is_trained = any(values and not part.is_test for part, values in zip(parts, known, strict=True))
@@ -162,18 +161,18 @@ def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]])
     same = {} if differ else _indices(pool[0].classes)
     tables = []
     for part, values in zip(parts, known, strict=True):
-        if part.classes and not differ:  # numbers as they are, even if two classes share a name
+        if part.classes and not differ:  # numbers are kept, even if two classes have the same name
             tables.append(same)
         elif part.classes:
-            own = _indices(part.classes).items()
-            tables.append({value: position[part.classes[i]] for value, i in own if part.classes[i] in position})
+            indices = _indices(part.classes).items()
+            tables.append({value: position[part.classes[i]] for value, i in indices if part.classes[i] in position})
         else:
             tables.append({value: position[str(value)] for value in values if str(value) in position})
     return classes, tables
 
 
 def _indices(names: Sequence[str]) -> Numbers:
-    """Class number by number, by numeric text, and by name, which is the strongest."""
+    """Return class numbers by number, by numeric text, and by name. A name has precedence over a numeric text."""
     table: Numbers = {number: number for number in range(len(names))}
     table |= {str(number): number for number in range(len(names))}
     table |= {name: number for number, name in reversed(list(enumerate(names)))}
@@ -181,28 +180,28 @@ def _indices(names: Sequence[str]) -> Numbers:
 
 
 def _check_names(part: Labels, values: Iterable[int | str], named: Labels) -> None:
-    """Raise ConfigError unless the labels of a part without class names are names themselves."""
+    """Raise ConfigError if a part without class names has numbers as labels."""
     numbers = [v for v in values if isinstance(v, int) or (_NUMBER.fullmatch(v) and v not in named.classes)]
     if numbers:
         raise ConfigError(
-            f"{part.where} holds class numbers without names ({min(map(str, numbers))}, ...), but {named.where} names "
-            f"its classes ({_some(named.classes)}), so it is not known which numbers mean the same class: write the "
-            "same class names into both"
+            f"{part.where} contains class numbers without names ({min(map(str, numbers))}, ...), but {named.where} has "
+            f"class names ({_first_few(named.classes)}), so the numbers cannot be matched to classes: add the same "
+            "class names to both"
         )
 
 
 def _check_unique(part: Labels) -> None:
-    """Raise ConfigError if a part names two classes alike, which merging by name would make one."""
+    """Raise ConfigError if two classes of a part have the same name, because merging by name would join them."""
     name, count = Counter(part.classes).most_common(1)[0]
     if count > 1:
         raise ConfigError(
             f"{part.where} has several classes named {name!r} and another list of classes than the rest of the "
-            "set, so classes cannot be merged by name: give each class a name of its own"
+            "dataset, so classes cannot be merged by name: give each class a unique name"
         )
 
 
 def _by_value(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]) -> tuple[list[str], list[Numbers]]:
-    """The classes of labels that nothing names: the different labels of the training parts."""
+    """Return the classes of labels without class names: the distinct labels of the training parts."""
     known = [{value for value in values if value is not None} for values in cleaned]
     _check_kinds(parts, known)
     everything = set().union(*known)
@@ -221,16 +220,16 @@ def _by_value(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]
 
 
 def _number_name(value: int | str, part: Labels) -> str:
-    """The class name of a number; a whole float such as "3.0" is the class "3"."""
+    """Return the class name of a number. A float with an integer value such as "3.0" is the class "3"."""
     text = str(value)
     if not text.isdecimal():
         number = float(text)
         if not number.is_integer():
-            raise ConfigError(_no_class(text, part))
+            raise ConfigError(_not_a_class(text, part))
         text = str(int(number))
         if number < 0:
             raise ConfigError(
-                f"{part.where} holds the label {text}, but class numbers begin at 0 and only -1 means unknown: "
+                f"{part.where} contains the label {text}, but class numbers begin at 0 and only -1 means unknown: "
                 "renumber the classes, or name them by text"
             )
     return text
@@ -241,13 +240,13 @@ def _check_spelling(classes: Sequence[str], part: Labels) -> None:
     for one, other in pairwise(classes):
         if int(one) == int(other):
             raise ConfigError(
-                f"{part.where} holds the labels {one!r} and {other!r}, which are one number written in two ways: "
-                "write every class in one way"
+                f"{part.where} contains the labels {one!r} and {other!r}, which are the same number written in two "
+                "ways: write each class in one way"
             )
 
 
 def _check_kinds(parts: Sequence[Labels], known: Sequence[set[int | str]]) -> None:
-    """Raise ConfigError if one part numbers its classes and another one names them."""
+    """Raise ConfigError if one part has class numbers and another part has class names."""
     filled = [(part, values) for part, values in zip(parts, known, strict=True) if values]
     numbered = [part for part, values in filled if all(isinstance(value, int) for value in values)]
     texts = [
@@ -258,28 +257,28 @@ def _check_kinds(parts: Sequence[Labels], known: Sequence[set[int | str]]) -> No
     if numbered and texts:
         part, values = texts[0]
         raise ConfigError(
-            f"{numbered[0].where} holds class numbers, but {part.where} holds class names "
-            f"({_some(sorted(map(str, values)))}): write all labels in one way"
+            f"{numbered[0].where} contains class numbers, but {part.where} contains class names "
+            f"({_first_few(sorted(map(str, values)))}): write all labels in one way"
         )
 
 
 def _numbered(part: Labels, values: Sequence[int | str | None], numbers: Numbers, classes: Sequence[str]) -> list[int]:
-    """The class number of each label of a part. Raises ConfigError for a label that is no class."""
+    """Return the class number of each label of a part. Raises ConfigError for a label that is not a class."""
     unknown = sorted({str(value) for value in values if value is not None and value not in numbers})
-    own = _indices(part.classes) if unknown else {}
-    wrong = [label for label in unknown if part.classes and label not in own]
+    indices = _indices(part.classes) if unknown else {}
+    wrong = [label for label in unknown if part.classes and label not in indices]
     if wrong:
         raise ConfigError(
-            f"{part.where} holds {wrong[0]!r}, which is none of its {len(part.classes)} classes: {part.remedy}"
+            f"{part.where} contains {wrong[0]!r}, which is not one of its {len(part.classes)} classes: {part.remedy}"
         )
     if unknown:
-        names = [part.classes[own[label]] if part.classes else label for label in unknown]
+        names = [part.classes[indices[label]] if part.classes else label for label in unknown]
         raise ConfigError(
-            f"{part.where} has images of the classes {_some(names)}, which the training images lack (their classes: "
-            f"{_some(classes)}): remove these images, or train on all classes"
+            f"{part.where} has images of the classes {_first_few(names)}, which the training images lack (their "
+            f"classes: {_first_few(classes)}): remove these images, or train on all classes"
         )
     return [-1 if value is None else numbers[value] for value in values]
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

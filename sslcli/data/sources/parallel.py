@@ -1,7 +1,7 @@
-"""Image sets of several modalities: the same scene as color, depth, infrared, ..., each in a folder of its own.
+"""Datasets with several modalities per image (color, depth, infrared, ...), each in its own folder.
 
-The modalities of an image are cut and flipped alike and stacked along the channels in the order they are declared in,
-so an image is one tensor to everything that follows. Only the modality that says so is changed in color.
+The modalities of an image are cropped and flipped together and stacked along the channels in the declared order, so an
+image is one tensor for all following code. Color operations change only the modality that is declared photometric.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from PIL import Image
 
 from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import decode, to_rgb
-from sslcli.data.sources.base import Whole
+from sslcli.data.sources.base import DecodedImage
 from sslcli.data.sources.files import Files, Listing, base_name
-from sslcli.data.sources.records import Records, Tell
+from sslcli.data.sources.records import ProgressCallback, Records
 from sslcli.data.sources.scan import check_folder, scan_classes
 from sslcli.errors import check_keys
 
@@ -32,17 +32,18 @@ _MODES = {1: "L", 3: "RGB"}
 
 @dataclass(frozen=True, kw_only=True)
 class Modality:
-    """What the files below one folder hold.
+    """One modality: the images in one folder.
 
     Attributes:
         channels: 1 or 3.
-        interpolation: "smooth" is what the views say; "nearest" never mixes pixels, as depth and labels need it.
+        interpolation: "smooth" uses the interpolation of the views; "nearest" never mixes pixels, which depth and
+            segmentation maps require.
         photometric: whether the color operations of the views change it; at most one modality.
-        optional: whether an image may lack it. What lacks is filled with the mean and marked in `Batch.present`.
-        span: the values that become 0 and 1, the others clipped; for one channel only: a depth in millimetres up to
-            10 m is [0, 10000]. None: 0 and 255, or 65535 for 16 bits.
+        optional: whether images may lack it. A missing modality is filled with the mean and marked in `Batch.present`.
+        span: the values that are mapped to 0 and 1; values outside are clipped. For one channel only: [0, 10000] for a
+            depth in millimeters up to 10 m. None: 0 and 255, or 65535 for 16 bits.
 
-    Raises ValueError for a value out of its range; the message names the field.
+    Raises ValueError for a value out of range; the message names the field.
     """
 
     channels: int = 3
@@ -61,28 +62,28 @@ class Modality:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but it must be true or false")
         if self.span is not None:
             if self.channels != 1:
-                raise ValueError(f"span is {self.span!r}, but only a modality of one channel can have one")
+                raise ValueError(f"span is {self.span!r}, but only a modality with one channel can have a span")
             if not _are_numbers(self.span) or len(self.span) != 2 or not self.span[0] < self.span[1]:
-                raise ValueError(f"span is {self.span!r}, but it must be two numbers, the lower first")
+                raise ValueError(f"span is {self.span!r}, but it must be two numbers, the lower one first")
 
     def convert(self, image: Image.Image) -> Image.Image:
-        """What a file holds, as 8 bits a channel."""
+        """Convert a decoded file to 8 bits per channel."""
         if self.span is None:
             return to_rgb(image).convert(_MODES[self.channels])
         low, high = self.span
-        plain = image if image.mode in ("I", "F") or image.mode.startswith("I;") else image.convert("L")
-        share = (np.nan_to_num(np.asarray(plain, np.float64)) - low) / (high - low)
-        return Image.fromarray(np.rint(share.clip(0, 1) * 255).astype(np.uint8))
+        gray = image if image.mode in ("I", "F") or image.mode.startswith("I;") else image.convert("L")
+        scaled = (np.nan_to_num(np.asarray(gray, np.float64)) - low) / (high - low)
+        return Image.fromarray(np.rint(scaled.clip(0, 1) * 255).astype(np.uint8))
 
     def blank(self, size: tuple[int, int], mean: Sequence[float]) -> Image.Image:
-        """The mean of each channel everywhere: about 0 once it is normalized."""
+        """Return an image with the mean of each channel in all pixels, which is about 0 after normalization."""
         color = tuple(round(255 * min(max(value, 0.0), 1.0)) for value in mean)
         return Image.new(_MODES[self.channels], size, color if self.channels > 1 else color[0])
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The modalities of an image, all of one size; cut and resized like one image of PIL."""
+    """The modalities of an image, all of one size, with the interface of a PIL image."""
 
     layers: list[Image.Image]
     nearest: list[bool]
@@ -101,17 +102,17 @@ class Layers:
         return self.layers[0].height
 
     def crop(self, box: tuple[int, int, int, int]) -> Layers:
-        """The same box of all."""
+        """Crop the same box from all modalities."""
         return Layers([layer.crop(box) for layer in self.layers], self.nearest)
 
     def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Layers:
-        """All at one size, those of `nearest` without mixing pixels."""
+        """Resize all modalities, those in `nearest` with nearest-neighbor interpolation."""
         filters = [Image.Resampling.NEAREST if nearest else resample for nearest in self.nearest]
         layers = [layer.resize(size, filter) for layer, filter in zip(self.layers, filters, strict=True)]
         return Layers(layers, self.nearest)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        """(H, W, C) with the channels of all, in order."""
+        """Return (H, W, C), the channels of all modalities in order."""
         shape = (self.height, self.width, -1)
         stacked = np.concatenate([np.asarray(layer).reshape(shape) for layer in self.layers], 2)
         return stacked if dtype is None else stacked.astype(dtype)
@@ -121,18 +122,19 @@ class Parallel(Files):
     """Class folders of several modalities: `root/<modality>/<class>/<stem>.<ext>`, matched by class and stem.
 
     Args:
-        root: the folder that holds one folder a modality.
-        modalities: the fields of `Modality` of each, by the name of its folder; channels are stacked in this order.
-        test: a folder laid out like `root` that is the official test split, or None.
-        common: the keywords of `Source`; mean and std have a number for each channel of all modalities, in order.
+        root: the folder that contains one folder per modality.
+        modalities: the fields of `Modality` for each folder name; channels are stacked in this order.
+        test: a folder with the layout of `root` that is the official test split, or None.
+        common: the arguments of `Source`; mean and std have a number for each channel of all modalities, in order.
 
-    The modalities of an image must have one shape; those of another size are resized to that of the first.
+    The modalities of an image must have the same aspect ratio; those of another size are resized to the size of the
+    first.
 
     Attributes:
-        present: (M, number of modalities) bool, whether the file is there.
-        place: the channels of each modality.
+        present: (M, number of modalities) bool, True if the file exists.
+        modality_channels: the channels of each modality.
 
-    Raises ValueError for folders or files that are absent, or a wrong modality.
+    Raises ValueError for missing folders or files, or an invalid modality.
     """
 
     present: torch.Tensor
@@ -146,12 +148,18 @@ class Parallel(Files):
         **common: Any,
     ) -> None:
         self.modalities = parse(modalities)
-        kinds = list(self.modalities.values())
-        ends = list(accumulate(modality.channels for modality in kinds))
+        modality_list = list(self.modalities.values())
+        ends = list(accumulate(modality.channels for modality in modality_list))
         self.channels = ends[-1]
-        self.place = [slice(end - modality.channels, end) for modality, end in zip(kinds, ends, strict=True)]
-        changed = [place for modality, place in zip(kinds, self.place, strict=True) if modality.photometric]
-        self.photometric = changed[0] if changed else slice(0, 0)
+        self.modality_channels = [
+            slice(end - modality.channels, end) for modality, end in zip(modality_list, ends, strict=True)
+        ]
+        photometric_channels = [
+            channels
+            for modality, channels in zip(modality_list, self.modality_channels, strict=True)
+            if modality.photometric
+        ]
+        self.photometric = photometric_channels[0] if photometric_channels else slice(0, 0)
         super().__init__(**common)
         root = os.path.expanduser(root)
         found = [self.match(root, key="dataset.root")]
@@ -159,16 +167,18 @@ class Parallel(Files):
             test = os.path.expanduser(test)
             found.append(self.match(test, key="dataset.test"))
         classes = sorted({name.partition("/")[0] for name in found[0]})
-        pool, official = Listing(), Listing()
-        for number, (names, listing) in enumerate(zip(found, (pool, official), strict=False)):
+        pool, test_files = Listing(), Listing()
+        for number, (names, listing) in enumerate(zip(found, (pool, test_files), strict=False)):
             for name in sorted(names):
-                of = name.partition("/")[0]
-                if of not in classes:
-                    raise ValueError(f"{test} has the class folder {of!r}, which {root} has not: remove it")
-                listing.add([name], label=classes.index(of), root=number)
+                class_name = name.partition("/")[0]
+                if class_name not in classes:
+                    raise ValueError(
+                        f"{test} has the class folder {class_name!r}, which {root} does not have: remove it"
+                    )
+                listing.add([name], label=classes.index(class_name), root=number)
         roots = [root, *([] if test is None else [test])]
-        self.fill(pool, official, name=base_name([root]), roots=roots, classes=classes)
-        endings = [found[0][name] for name in pool.names] + [found[-1][name] for name in official.names]
+        self.fill(pool, test_files, name=base_name([root]), roots=roots, classes=classes)
+        endings = [found[0][name] for name in pool.names] + [found[-1][name] for name in test_files.names]
         self.endings = sorted({ending for row in endings for ending in row if ending is not None})
         number_of = {ending: number for number, ending in enumerate(self.endings)} | {None: -1}
         self._ending = np.array([[number_of[ending] for ending in row] for row in endings], np.int16)
@@ -176,7 +186,7 @@ class Parallel(Files):
         self._places = np.argwhere(self._ending >= 0)  # position and modality of each file
 
     def match(self, root: str, *, key: str) -> dict[str, list[str | None]]:
-        """The ending of the file of each modality, None where there is none, by `<class>/<stem>`."""
+        """Return the file extension of each modality, None for a missing file, by `<class>/<stem>`."""
         check_folder(root, key=key)
         found: dict[str, list[str | None]] = {}
         for number, name in enumerate(self.modalities):
@@ -188,33 +198,36 @@ class Parallel(Files):
                     if row[number] is not None:
                         raise ValueError(
                             f"{os.path.join(root, name)} has {stem}{row[number]} and {file}: "
-                            "keep one file of an image, for modalities are matched by class and stem"
+                            "keep one file per image, because modalities are matched by class and stem"
                         )
                     row[number] = ending
         for number, (name, modality) in enumerate(self.modalities.items()):
-            lacking = [stem for stem, row in found.items() if row[number] is None]
-            if lacking and not modality.optional:
+            missing = [stem for stem, row in found.items() if row[number] is None]
+            if missing and not modality.optional:
                 raise ValueError(
-                    f"{os.path.join(root, name)} lacks {len(lacking)} of {len(found)} images, such as "
-                    f"{min(lacking)}: add them, or set dataset.modalities.{name}.optional=true"
+                    f"{os.path.join(root, name)} lacks {len(missing)} of {len(found)} images, such as "
+                    f"{min(missing)}: add them, or set dataset.modalities.{name}.optional=true"
                 )
         return found
 
     def path(self, position: int) -> str:
-        """The path of the first modality that the image at `position` has."""
+        """Return the path of the first modality that the image at `position` has."""
         return self.path_of(position, int(self.present[position].int().argmax()))
 
     def path_of(self, position: int, modality: int) -> str:
-        """The path of one modality, which must be present."""
+        """Return the path of one modality, which must be present."""
         name, ending = list(self.modalities)[modality], self.endings[self._ending[position, modality]]
         return os.path.join(self.roots[self._root_of[position]], name, self.relative(position) + ending)
 
-    def open(self, position: int) -> Whole:
-        """All modalities at `position`, decoded whole: not every format of them can be decoded smaller."""
-        return Whole(self.read(position))
+    def open(self, position: int) -> DecodedImage:
+        """Open all modalities at `position`, decoded at full size, since not all formats support scaled decoding."""
+        return DecodedImage(self.read(position))
 
     def read(self, position: int) -> Layers:
-        """All modalities at `position`. Raises BadImage for a file that cannot be read or has another shape."""
+        """Return all modalities at `position`.
+
+        Raises BadImage for a file that cannot be read or has another aspect ratio.
+        """
         layers: list[Image.Image | None] = []
         for number, modality in enumerate(self.modalities.values()):
             layer = None
@@ -222,34 +235,34 @@ class Parallel(Files):
                 layer = decode(self.path_of(position, number), convert=modality.convert)
             layers.append(layer)
         size = next(layer.size for layer in layers if layer is not None)
-        whole = [self.fitted(position, number, layer, size) for number, layer in enumerate(layers)]
+        whole = [self.fit_to_size(position, number, layer, size) for number, layer in enumerate(layers)]
         return Layers(whole, self.nearest)
 
-    def fitted(self, position: int, number: int, layer: Image.Image | None, size: tuple[int, int]) -> Image.Image:
-        """The layer of modality `number` at `size`."""
+    def fit_to_size(self, position: int, number: int, layer: Image.Image | None, size: tuple[int, int]) -> Image.Image:
+        """Return the layer of modality `number`, resized to `size`; a blank one if the modality is missing."""
         modality = list(self.modalities.values())[number]
         if layer is None:
-            return modality.blank(size, self.mean[self.place[number]])
+            return modality.blank(size, self.mean[self.modality_channels[number]])
         if layer.size == size:
             return layer
-        # Half a pixel off on either side is what rounding a size gives.
+        # Tolerates half a pixel on either side, from rounding the sizes.
         if abs(layer.width * size[1] - layer.height * size[0]) > max(size) + max(layer.size):
             raise BadImage(
                 self.path_of(position, number),
-                f"{layer.width} x {layer.height} pixels is another shape than the {size[0]} x {size[1]} of "
+                f"its {layer.width} x {layer.height} pixels differ in aspect ratio from the {size[0]} x {size[1]} of "
                 f"{self.path(position)}",
             )
         return layer.resize(size, Image.Resampling.NEAREST if self.nearest[number] else Image.Resampling.BILINEAR)
 
     @property
     def nearest(self) -> list[bool]:
-        """Which modalities never mix pixels."""
+        """Whether each modality uses nearest-neighbor interpolation."""
         return [modality.interpolation == "nearest" for modality in self.modalities.values()]
 
     def blank(self, size: int) -> Layers:
-        """What stands where an image of an evaluation cannot be read."""
-        kinds = zip(self.modalities.values(), self.place, strict=True)
-        return Layers([modality.blank((size, size), self.mean[place]) for modality, place in kinds], self.nearest)
+        """Return a placeholder for an evaluation image that cannot be read."""
+        pairs = zip(self.modalities.values(), self.modality_channels, strict=True)
+        return Layers([modality.blank((size, size), self.mean[channels]) for modality, channels in pairs], self.nearest)
 
     def _rows(self) -> Iterator[bytes]:
         yield repr(list(self.modalities.items())).encode()
@@ -261,7 +274,7 @@ class Parallel(Files):
 
     @property
     def num_files(self) -> int:
-        """The number of files, an image having one per modality that is there."""
+        """Number of files. An image has one file per modality that is present."""
         return len(self._places)
 
     def file(self, number: int) -> str:
@@ -270,28 +283,28 @@ class Parallel(Files):
         return self.path_of(position, modality)
 
     def file_names(self) -> Iterator[bytes]:
-        """Yield the path of every file below its root, behind the number of the root where there are several."""
+        """Yield the path of every file below its root, prefixed with the number of the root if there are several."""
         modalities = list(self.modalities)
         for position, modality in self._places.tolist():
             root = self._root_of[position]
-            front = f"{root}:" if len(self.roots) > 1 else ""
+            prefix = f"{root}:" if len(self.roots) > 1 else ""
             ending = self.endings[self._ending[position, modality]]
-            yield os.fsencode(f"{front}{modalities[modality]}/{self.relative(position)}{ending}")
+            yield os.fsencode(f"{prefix}{modalities[modality]}/{self.relative(position)}{ending}")
 
     def file_labels(self) -> NDArray[np.int64]:
-        """Return the label of every file, see `label_codes`."""
+        """Return the label code of every file, see `label_codes`."""
         labels: NDArray[np.int64] = super().file_labels()[self._places[:, 0]]
         return labels
 
-    def records(self, *, contents: bool = False, tell: Tell | None = None) -> Records:
+    def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
         """Return one record per file, in the order of images and modalities."""
-        return replace(super().records(contents=contents, tell=tell), unit="files")
+        return replace(super().records(contents=contents, on_progress=on_progress), unit="files")
 
 
 def parse(modalities: Mapping[str, Mapping[str, Any]]) -> dict[str, Modality]:
-    """Modalities from their yaml; errors say which one it is."""
+    """Return the modalities of a yaml file. Error messages name the modality."""
     if not isinstance(modalities, Mapping) or not modalities:
-        raise ValueError(f"dataset.modalities is {modalities!r}, but it must name at least one folder of images")
+        raise ValueError(f"dataset.modalities is {modalities!r}, but it must have at least one folder of images")
     known = [field.name for field in fields(Modality)]
     parsed: dict[str, Modality] = {}
     for name, node in modalities.items():
@@ -304,9 +317,9 @@ def parse(modalities: Mapping[str, Mapping[str, Any]]) -> dict[str, Modality]:
         except ValueError as error:
             raise ValueError(f"{where}.{error}") from None
     if sum(modality.photometric for modality in parsed.values()) > 1:
-        raise ValueError("dataset.modalities has several that are photometric, but only one can be")
+        raise ValueError("dataset.modalities has several photometric modalities, but only one can be photometric")
     if all(modality.optional for modality in parsed.values()) and len(parsed) == 1:
-        raise ValueError(f"dataset.modalities.{next(iter(parsed))} is the only one, so it cannot be optional")
+        raise ValueError(f"dataset.modalities.{next(iter(parsed))} is the only modality, so it cannot be optional")
     return parsed
 
 

@@ -1,4 +1,4 @@
-"""An image on its way from its file to the crops: first its size alone, then the pixels that are asked for."""
+"""Interfaces of images between file and crops: opened images, whose size is known, and decoded pictures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from PIL import Image
 
 
 class Picture(Protocol):
-    """Source of crops: a PIL image, or several aligned images (`sslcli.data.sources.parallel`)."""
+    """Decoded image to crop from: a PIL image, or several aligned images (`sslcli.data.sources.parallel`)."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height."""
+        """Width and height in pixels."""
 
     @property
     def width(self) -> int: ...
@@ -21,29 +21,29 @@ class Picture(Protocol):
     def height(self) -> int: ...
 
     def crop(self, box: tuple[int, int, int, int], /) -> Picture:
-        """The part from left and top to right and bottom."""
+        """Return the box (left, top, right, bottom)."""
 
     def resize(self, size: tuple[int, int], resample: Image.Resampling, /) -> Picture:
-        """All of it at another size."""
+        """Return the whole picture resized to (width, height)."""
 
 
-class Opened(Protocol):
-    """An image of which the size is known; `sslcli.data.decode.Encoded` decodes the rest when it is asked to."""
+class OpenedImage(Protocol):
+    """An image whose size is known and whose pixels are decoded on request, such as `sslcli.data.decode.Encoded`."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the whole image."""
+        """Width and height of the full-size image."""
 
     def decode(self, divisor: int = 1, /) -> Picture:
-        """The image, at 1/divisor of its size where that saves work. Raises BadImage if it cannot be read."""
+        """Decode the image, at 1/divisor of its size if the format supports it. Raises BadImage if it is unreadable."""
 
 
-class Whole:
-    """A picture that is there already."""
+class DecodedImage:
+    """An opened image that is decoded already."""
 
     def __init__(self, picture: Picture) -> None:
         self.picture, self.size = picture, picture.size
 
     def decode(self, divisor: int = 1) -> Picture:
-        """The picture, whatever the divisor."""
+        """Return the picture at full size; `divisor` is ignored."""
         return self.picture

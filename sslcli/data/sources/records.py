@@ -1,7 +1,7 @@
-"""What is noted of every image of a set, so that a later start can tell which images changed since.
+"""Records of the images of a dataset, which detect changed images when a run is started again.
 
-A record is a row of plain numbers and a name. Records are cheap to take: they need the listing of the files and one
-question to the file system per file, and the contents of the files only on request.
+A record is a name and a row of integers. Records are cheap: they need the list of the files and one `stat` call per
+file. The contents of the files are read only on request.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import Tensor
 from sslcli.errors import ConfigError, nearest
 
 VERIFY = ("times", "sizes", "contents", "none")
-UNKNOWN = 0  # of a hash: not taken, so there is nothing to compare
+UNKNOWN = 0  # in place of a hash that was not computed, so that there is nothing to compare
 FORMAT = 1
-SHOWN = 3  # names a message lists per kind of change
+MAX_NAMES = 3  # names that a message lists per kind of change
 
-Tell = Callable[[int, int], None]  # how many of how many are done
+ProgressCallback = Callable[[int, int], None]  # called with the number of items done and the total
 
 
 def check_verify(value: str) -> str:
-    """Return the value of `dataset.verify`. Raises ValueError unless it is one that is known."""
+    """Return the value of `dataset.verify`. Raises ValueError for an unknown value."""
     if value not in VERIFY:
         raise ValueError(
             f"dataset.verify is {value!r}, but it must be one of {', '.join(VERIFY)}.{nearest(value, VERIFY)}"
@@ -39,15 +39,15 @@ def check_verify(value: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """One row per image in position order, or per shard or file where an image has several.
+    """Records of a dataset: one row per image in position order, or per shard, or per file if an image has several.
 
     Attributes:
         names: the names of all rows in bytes, joined by NUL, which no file name contains.
-        labels: (n,) int64, a hash of the name of the class; 0 = no label.
-        sizes: (n,) int64, bytes; -1 = cannot be told.
-        stamps: (n,) int64, the modification time in nanoseconds, or a hash that changes as it does; 0 = there is none.
+        labels: (n,) int64, a hash of the class name; 0 = no label.
+        sizes: (n,) int64, bytes; -1 = unknown.
+        stamps: (n,) int64, the modification time in nanoseconds, or a hash that changes with it; 0 = none.
         contents: (n,) uint64, a hash of the contents, or `UNKNOWN`.
-        unit: what a row is, in the plural, for messages.
+        unit: plural noun for the rows, for messages.
     """
 
     names: bytes
@@ -74,7 +74,7 @@ class Records:
             yield np.ascontiguousarray(column).tobytes()
 
     def digested(self) -> Iterator[bytes]:
-        """Yield all columns, with modification times only where the contents are not known."""
+        """Yield all columns as bytes. Modification times are zeroed in the rows whose contents are known."""
         known = self.contents != UNKNOWN
         yield from replace(self, stamps=np.where(known, 0, self.stamps)).columns()
 
@@ -88,7 +88,7 @@ def make_records(
     contents: NDArray[np.uint64] | None = None,
     unit: str = "images",
 ) -> Records:
-    """Return records of which the columns that are left out are empty."""
+    """Return records. Columns that are None are filled with 0."""
     nothing = np.zeros(len(labels), np.int64)
     return Records(
         names=b"\0".join(names),
@@ -101,7 +101,7 @@ def make_records(
 
 
 def label_codes(labels: Tensor, classes: Sequence[str]) -> NDArray[np.int64]:
-    """Return a hash of the class name of each label, so that a further class does not change the labels of others."""
+    """Return a hash of the class name of each label, so that adding a class does not change the other labels."""
     numbers = labels.numpy()
     count = max(int(numbers.max(initial=-1)) + 1, len(classes))
     names = [*classes, *map(str, range(len(classes), count))]
@@ -111,7 +111,7 @@ def label_codes(labels: Tensor, classes: Sequence[str]) -> NDArray[np.int64]:
 
 
 def code_of(*parts: bytes) -> int:
-    """Return 63 bits that tell these parts from all others, never 0."""
+    """Return a 63-bit hash of the parts, never 0."""
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
         state.update(len(part).to_bytes(8, "little") + part)
@@ -119,13 +119,13 @@ def code_of(*parts: bytes) -> int:
 
 
 def pack(records: Records) -> bytes:
-    """Return the contents of an .npz file with the records."""
-    told = json.dumps({"sslcli": "image records", "format": FORMAT, "unit": records.unit}).encode()
+    """Serialize records to the bytes of an .npz file."""
+    header = json.dumps({"sslcli": "image records", "format": FORMAT, "unit": records.unit}).encode()
     file = io.BytesIO()
-    # The level of numpy itself takes four times as long for a tenth of the size.
+    # NumPy's own compression level takes four times as long and saves a tenth of the size.
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, column in [
-            ("told", np.frombuffer(told, np.uint8)),
+            ("told", np.frombuffer(header, np.uint8)),  # "told" is the name in the file format
             ("names", np.frombuffer(records.names, np.uint8)),
             *((name, getattr(records, name)) for name in ("labels", "sizes", "stamps", "contents")),
         ]:
@@ -135,110 +135,113 @@ def pack(records: Records) -> bytes:
 
 
 def unpack(content: bytes) -> Records:
-    """Return the records in an .npz file. Raises ValueError where it holds no records or is damaged."""
+    """Deserialize the records in an .npz file. Raises ValueError if it contains no records or is damaged."""
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            told = json.loads(arrays["told"].tobytes())
-            if told["sslcli"] != "image records" or told["format"] != FORMAT:
-                raise ValueError(f"it has format {told['format']!r}, and {FORMAT} is the one that can be read")
+            header = json.loads(arrays["told"].tobytes())
+            if header["sslcli"] != "image records" or header["format"] != FORMAT:
+                raise ValueError(f"its format is {header['format']!r}, but only format {FORMAT} is supported")
             columns = {name: arrays[name] for name in ("labels", "sizes", "stamps")}
             if any(column.dtype != np.int64 for column in columns.values()) or arrays["contents"].dtype != np.uint64:
-                raise ValueError("the columns have other types")
-            return Records(arrays["names"].tobytes(), **columns, contents=arrays["contents"], unit=str(told["unit"]))
+                raise ValueError("its columns have wrong dtypes")
+            return Records(arrays["names"].tobytes(), **columns, contents=arrays["contents"], unit=str(header["unit"]))
     except (KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What differs between the records of two times; names, and `order` = how many have another position."""
+    """Differences between two records of a dataset, as lists of names."""
 
-    total: int  # rows then
+    total: int  # number of rows before
     unit: str
-    changed: list[str]  # another label, size or contents
-    touched: list[str]  # another modification time alone
+    changed: list[str]  # label, size or contents differ
+    times_changed: list[str]  # only the modification time differs
     appeared: list[str]
     vanished: list[str]
-    order: int
+    order: int  # number of rows with another position in the order
 
     def __bool__(self) -> bool:
         return any(getattr(self, field.name) for field in fields(self) if field.name not in ("total", "unit"))
 
     @property
-    def times_alone(self) -> bool:
-        """Whether nothing but modification times differs."""
-        return bool(self.touched) and not (self.changed or self.appeared or self.vanished or self.order)
+    def only_times_differ(self) -> bool:
+        """Whether only modification times differ."""
+        return bool(self.times_changed) and not (self.changed or self.appeared or self.vanished or self.order)
 
-    def text(self) -> str:
+    def describe(self) -> str:
         """Return the counts with a few names, such as "of 40 images, 4 changed (a/1.jpg, a/2.jpg, a/3.jpg, ...)"."""
         parts = [
-            f"{len(names)} {verb} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
+            f"{len(names)} {verb} ({', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''})"
             for names, verb in (
                 (self.changed, "changed in label, size or contents"),
-                (self.touched, "changed in modification time"),
+                (self.times_changed, "changed in modification time"),
                 (self.appeared, "appeared"),
                 (self.vanished, "vanished"),
             )
             if names
         ]
         if self.order:
-            parts.append(f"{self.order} have another place in the order")
+            parts.append(f"{self.order} have another position in the order")
         return f"of {self.total} {self.unit}, {', '.join(parts)}"
 
 
 def compare(then: Records, now: Records, *, times: bool) -> Changes:
-    """Return what changed. Contents are compared where both know them; else modification times, if `times`."""
+    """Return the changes from `then` to `now`.
+
+    Contents are compared if both records have their hashes; otherwise modification times are compared, if `times`.
+    """
     if then.names == now.names:
         before = after = np.arange(len(then))
         appeared, vanished, order = list[str](), list[str](), 0
     else:
-        places_then, places_now = _places(then), _places(now)
-        both = [key for key in places_then if key in places_now]
-        before = np.array([places_then[key] for key in both], np.int64)
-        after = np.array([places_now[key] for key in both], np.int64)
-        appeared = [_shown(name) for name, count in places_now if (name, count) not in places_then]
-        vanished = [_shown(name) for name, count in places_then if (name, count) not in places_now]
+        positions_then, positions_now = _positions(then), _positions(now)
+        both = [key for key in positions_then if key in positions_now]
+        before = np.array([positions_then[key] for key in both], np.int64)
+        after = np.array([positions_now[key] for key in both], np.int64)
+        appeared = [_printable(name) for name, count in positions_now if (name, count) not in positions_then]
+        vanished = [_printable(name) for name, count in positions_then if (name, count) not in positions_now]
         order = int((after.argsort(kind="stable") != np.arange(len(after))).sum())
     known = (then.contents[before] != UNKNOWN) & (now.contents[after] != UNKNOWN)
     changed = then.labels[before] != now.labels[after]
     changed |= then.sizes[before] != now.sizes[after]
     changed |= known & (then.contents[before] != now.contents[after])
-    touched = ~changed & ~known & (then.stamps[before] != now.stamps[after]) & times
-    names = now.names.split(b"\0") if changed.any() or touched.any() else []
+    times_changed = ~changed & ~known & (then.stamps[before] != now.stamps[after]) & times
+    names = now.names.split(b"\0") if changed.any() or times_changed.any() else []
     return Changes(
         total=len(then),
         unit=now.unit,
-        changed=[_shown(names[at]) for at in after[changed].tolist()],
-        touched=[_shown(names[at]) for at in after[touched].tolist()],
+        changed=[_printable(names[at]) for at in after[changed].tolist()],
+        times_changed=[_printable(names[at]) for at in after[times_changed].tolist()],
         appeared=appeared,
         vanished=vanished,
         order=order,
     )
 
 
-def _places(records: Records) -> dict[tuple[bytes, int], int]:
-    """Return the position by name and by how often the name came before."""
-    seen: dict[bytes, int] = {}
-    places = {}
+def _positions(records: Records) -> dict[tuple[bytes, int], int]:
+    """Return the position of each row by its name and the number of earlier rows with the same name."""
+    counts: dict[bytes, int] = {}
+    positions = {}
     for position, name in enumerate(records.names.split(b"\0")):
-        count = seen[name] = seen.get(name, -1) + 1
-        places[name, count] = position
-    return places
+        count = counts[name] = counts.get(name, -1) + 1
+        positions[name, count] = position
+    return positions
 
 
-def _shown(name: bytes) -> str:
-    """Return the name as text that no terminal takes for a command."""
+def _printable(name: bytes) -> str:
+    """Return the name as text, with control characters escaped so that a terminal does not interpret them."""
     text = name.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def refusal(changes: Changes, *, name: str, known: bool) -> ConfigError:
-    """Return the error for a run that would go on with other images.
+def changed_images_error(changes: Changes, *, name: str, known: bool) -> ConfigError:
+    """Return the error for a run that would resume with changed images.
 
-    name: of the set. known: whether the contents were stored, so that they can be compared.
+    name: of the dataset. known: whether the hashes of the contents were stored, so that they can be compared.
     """
-    remedy = "Put them back, or start another run"
-    if changes.times_alone:
-        way = "dataset.verify=contents, which compares the contents" if known else "dataset.verify=sizes"
-        remedy += f"; if only the times differ, as after copying, go on with {way}"
-    return ConfigError(f"the images of {name} changed since this run began: {changes.text()}. {remedy}")
+    remedy = "Restore them, or start another run"
+    if changes.only_times_differ:
+        option = "dataset.verify=contents, which compares the contents" if known else "dataset.verify=sizes"
+        remedy += f"; if only the times differ, as after copying, resume with {option}"
+    return ConfigError(f"the images of {name} changed since this run began: {changes.describe()}. {remedy}")

@@ -1,4 +1,4 @@
-"""Find the files of an image set, and say clearly when there are none."""
+"""Discovery of image files in folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ Root = str | os.PathLike[str] | Sequence[str] | Mapping[str, float]
 
 
 def parse_roots(root: Root) -> dict[str, float]:
-    """Folders, all of them there, and their weights; ValueError for none, a double one or a weight not above 0."""
+    """Return the folders and their weights.
+
+    Raises ValueError without folders, and for a folder that is missing or a duplicate, or a weight that is not above 0.
+    """
     if not isinstance(root, (str, os.PathLike, Sequence, Mapping)):
         raise ValueError(f"dataset.root is {root!r}, but it must be a folder, a list of folders, or {{folder: weight}}")
     if isinstance(root, Mapping):
@@ -24,16 +27,18 @@ def parse_roots(root: Root) -> dict[str, float]:
         raise ValueError("dataset.root is empty: name at least one folder of images")
     roots: dict[str, float] = {}
     for name, weight in pairs:
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not (math.isfinite(weight) and weight > 0):
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not is_number or not (math.isfinite(weight) and weight > 0):
             raise ValueError(
-                f"dataset.root has the weight {weight!r} for {name}, but it must be a number above 0: how often an "
-                "epoch shows each image (leave the root out to show none)"
+                f"dataset.root has the weight {weight!r} for {name}, but it must be a number above 0, how often an "
+                "epoch shows each image: correct it, or remove the root to show none of its images"
             )
         folder = os.path.expanduser(name)
         check_folder(folder, key="dataset.root")
         if any(os.path.samefile(folder, other) for other in roots):
-            raise ValueError(f"dataset.root names {name} twice: name it once, with weight 2 to see it twice an epoch")
+            raise ValueError(
+                f"dataset.root has {name} twice: keep one, with weight 2 to show its images twice per epoch"
+            )
         roots[folder] = float(weight)
     return roots
 
@@ -45,44 +50,45 @@ def check_folder(folder: str, *, key: str) -> None:
     except OSError as error:
         raise ValueError(
             f"{key} is {folder}, but {os.path.abspath(folder)} cannot be opened ({error.strerror}): set {key} to the "
-            "folder that holds the images"
+            "folder of the images"
         ) from error
     if not stat.S_ISDIR(mode):
-        raise ValueError(f"{key} is {folder}, which is a file: set {key} to the folder that holds the images")
+        raise ValueError(f"{key} is {folder}, which is a file: set {key} to the folder of the images")
 
 
 def no_images(folder: str) -> str:
-    """The message for a folder without images."""
-    return f"no images in {folder}: looked for files named *.{', *.'.join(sorted(EXTENSIONS))} (any case) at any depth"
+    """Return the message for a folder without images."""
+    patterns = ", *.".join(sorted(EXTENSIONS))
+    return f"there are no images in {folder}: it needs files named *.{patterns} (any case), at any depth"
 
 
-def entries(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name, without hidden files; ValueError if it cannot be listed."""
+def list_entries(folder: str) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder sorted by name, without hidden files. Raises ValueError if it cannot be listed."""
     try:
         with os.scandir(folder) as found:
             return sorted((e for e in found if not e.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
-        raise unreadable(folder, error) from error
+        raise listing_error(folder, error) from error
 
 
-def identity(folder: str) -> tuple[int, int]:
-    """What tells a folder from all others, by whatever link it is reached; ValueError if it cannot be entered."""
+def folder_identity(folder: str) -> tuple[int, int]:
+    """Return device and inode of a folder, which are the same via any link. Raises ValueError if `stat` fails."""
     try:
         status = os.stat(folder)
     except OSError as error:
-        raise unreadable(folder, error) from error
+        raise listing_error(folder, error) from error
     return status.st_dev, status.st_ino
 
 
-def unreadable(folder: str, error: OSError) -> ValueError:
-    """The error for a folder inside a set that cannot be listed."""
+def listing_error(folder: str, error: OSError) -> ValueError:
+    """Return the error for a folder inside a dataset that cannot be listed."""
     return ValueError(
-        f"the folder {folder} cannot be listed ({error.strerror}): give yourself permission to read it, or move it away"
+        f"the folder {folder} cannot be listed ({error.strerror}): give yourself permission to read it, or move it"
     )
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or a link to one; a link that leads nowhere or to itself is not."""
+    """Return whether it is a folder or a link to one. Broken links and links to themselves are not folders."""
     try:
         return entry.is_dir()
     except OSError:
@@ -90,37 +96,40 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_image(entry: os.DirEntry[str]) -> bool:
-    """Whether the name says so; a broken link counts, so that reading it reports it."""
+    """Return whether the file extension is that of an image. Broken links count, so that they are reported as bad."""
     stem, _, extension = entry.name.rpartition(".")
     return bool(stem) and extension.lower() in EXTENSIONS and not is_folder(entry)
 
 
 def scan(folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> list[str]:
-    """Paths below `folder` of the images at any depth, each behind `prefix`; links are followed, loops are not."""
-    here = identity(folder)
-    if here in above:
+    """Return the paths, with `prefix`, of the images at any depth below `folder`. Links are followed, except in loops.
+
+    above: the identities of the parent folders.
+    """
+    current = folder_identity(folder)
+    if current in above:
         return []
     files: list[str] = []
-    for entry in entries(folder):
+    for entry in list_entries(folder):
         if is_image(entry):
             files.append(prefix + entry.name)
         elif is_folder(entry):
-            files += scan(entry.path, f"{prefix}{entry.name}/", (*above, here))
+            files += scan(entry.path, f"{prefix}{entry.name}/", (*above, current))
     return files
 
 
 def scan_classes(root: str) -> dict[str, list[str]]:
-    """Files of each class folder of `root`, as paths below `root`; ValueError if there are none."""
-    found = entries(root)
+    """Return the files of each class folder of `root`, as paths below `root`. Raises ValueError if there are none."""
+    found = list_entries(root)
     groups = {e.name: scan(e.path, f"{e.name}/") for e in found if is_folder(e)}
     loose = sum(map(is_image, found))
     if loose and not groups:
-        raise ValueError(f"{root} holds {loose} images but no class folders: use dataset=flat for unlabeled images")
+        raise ValueError(f"{root} has {loose} images but no class folders: use dataset=flat for unlabeled images")
     if not any(groups.values()):
         raise ValueError(no_images(root))
     empty = [name for name, files in groups.items() if not files]
     if empty:
-        warnings.warn(f"class folders without images left out of {root}: {', '.join(empty)}", stacklevel=2)
+        warnings.warn(f"these class folders of {root} have no images and are skipped: {', '.join(empty)}", stacklevel=2)
     if loose:
-        warnings.warn(f"{loose} images beside the class folders of {root} are ignored", stacklevel=2)
+        warnings.warn(f"{loose} images outside of the class folders of {root} are ignored", stacklevel=2)
     return {name: files for name, files in groups.items() if files}

@@ -1,14 +1,14 @@
-"""The embedded image set: drawn images whose label is a shape and whose everything else is a nuisance.
+"""Built-in dataset of generated images: the label is a shape, everything else is a nuisance.
 
 Each image shows two to four instances of one shape on a cluttered background. Fill color, texture, scale,
-rotation and place differ between the instances of an image, so the shape is what two random crops of it share;
-the background changes across the image and carries little from one crop to the other. Each nuisance has a
-strength in [0, 1].
+rotation and position differ between the instances of an image, so two random crops have only the shape in common;
+the background varies across the image, and one crop contains little information about the background of another.
+Each nuisance has a strength in [0, 1].
 
 Image i is a pure function of (seed, i, size, nuisances), bit for bit: the random numbers are stateless and the
-drawing uses only correctly rounded operations (+ - * / sqrt min max floor), so neither batch split nor thread count
-nor the processor's vector width changes a pixel. Edges are anti-aliased with signed distance functions (negative
-inside, unit slope near the edge; the idea: https://iquilezles.org/articles/distfunctions2d/).
+renderer uses only correctly rounded operations (+ - * / sqrt min max floor), so the batch split, the number of threads
+and the vector width of the CPU do not change any pixel. Edges are anti-aliased with signed distance functions
+(negative inside, unit slope near the edge; see https://iquilezles.org/articles/distfunctions2d/).
 
 Shape letters: n images, S side in pixels. Lengths are in half image sides: x and y run from -1 to 1, y downwards.
 """
@@ -25,21 +25,21 @@ from torch import Tensor
 from sslcli.data.rng import mix, uniform
 
 _SLOTS = ((-0.5, -0.5), (0.5, 0.5), (0.5, -0.5), (-0.5, 0.5))  # the first two are always filled
-_CHUNK_PIXELS = 1 << 17  # planes of half a MiB stay in cache
-_TURNS = 4096  # libm's sin and cos differ between processors and between SIMD bodies and tails: one table for all
+_CHUNK_PIXELS = 1 << 17  # planes of half a MiB fit in the CPU cache
+_TURNS = 4096  # size of the sine table; libm's sin and cos differ between CPUs, and between SIMD and scalar code
 _COSINE = torch.tensor([math.cos(2 * math.pi * i / _TURNS) for i in range(_TURNS)], dtype=torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nuisances:
-    """How much of everything but the shape varies, each a strength in [0, 1]: 0 removes the variation.
+    """Strength in [0, 1] of the variation of everything but the shape; 0 disables a variation.
 
-    color: hue, saturation and lightness of each instance (0: all the same light gray).
-    texture: stripes and checks inside the instances (0: flat fill).
+    color: hue, saturation and lightness of each instance (0: the same light gray).
+    texture: stripes and checks inside the instances (0: uniform fill).
     scale: size and aspect ratio of each instance.
     rotation: angle of each instance (0: upright, 1: any angle).
-    position: place and number of the instances (0: four, at the centers of the quadrants).
-    background: color, patches and noise behind the instances (0: a plain dark gray).
+    position: position and number of the instances (0: four, at the centers of the quadrants).
+    background: color, patches and noise behind the instances (0: uniform dark gray).
     light: brightness, direction and tint of the light on the whole image.
 
     Raises ValueError if a strength is outside [0, 1].
@@ -57,23 +57,23 @@ class Nuisances:
         for field in fields(self):
             value = getattr(self, field.name)
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"nuisance {field.name}={value} must be a strength from 0 (off) to 1 (full)")
+                raise ValueError(f"nuisance {field.name} is {value}, but it must be from 0 (off) to 1 (full strength)")
 
 
 def draw(indices: Tensor, *, seed: int, size: int, nuisances: Nuisances = Nuisances()) -> tuple[Tensor, Tensor]:
-    """Draw images of the set.
+    """Generate images of the dataset.
 
     indices: (n,) int64 on the CPU, any order, repeats allowed. size: side in pixels, at least 16.
-    Returns images (n, 3, size, size) uint8 and labels (n,) int64, positions in `CLASSES`, uniform in expectation.
-    Raises ValueError if indices are not a vector of int64 or size is under 16.
+    Returns images (n, 3, size, size) uint8 and labels (n,) int64, indices into `CLASSES`, uniform in expectation.
+    Raises ValueError if indices are not a vector of int64 or size is below 16.
     """
     if indices.ndim != 1 or indices.dtype != torch.int64:
         raise ValueError(
-            f"indices must be a vector of int64, got {indices.dtype} of shape {tuple(indices.shape)}; "
+            f"indices must be a vector of int64, but they are {indices.dtype} of shape {tuple(indices.shape)}: "
             "pass torch.arange(n) or a 1-d selection of it"
         )
     if size < 16:
-        raise ValueError(f"size={size} must be at least 16 pixels for the shapes to be told apart; use 32 or more")
+        raise ValueError(f"size is {size}, but shapes are recognizable only from 16 pixels on: use 32 or more")
     keys = mix(seed, indices)
     labels = (uniform(keys, 0) * len(CLASSES)).long()
     images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
@@ -84,8 +84,8 @@ def draw(indices: Tensor, *, seed: int, size: int, nuisances: Nuisances = Nuisan
     return images, labels
 
 
-# Distances to the shapes: coordinates (n, S, S) in units of the instance's radius -> (n, S, S), negative inside.
-# Sizes give the shapes areas and extents that overlap over the range of scales, so size tells little of the label.
+# Signed distances to the shapes: coordinates (n, S, S) in units of the instance's radius -> (n, S, S), negative inside.
+# The areas and extents of the shapes overlap over the range of scales, so size carries little information on the label.
 
 
 def _disc(x: Tensor, y: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    # Three reflections fold the plane onto one tenth of the star, where its border is one line, from a tip to a notch.
+    # Three reflections fold the plane onto a tenth of the star, where its border is one line from a tip to a notch.
     cos, sin, notch = math.cos(math.pi / 5), math.sin(math.pi / 5), 0.5
     x, y = x.abs(), -y
     for side in (cos, -cos):
@@ -129,7 +129,7 @@ def _crescent(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
-    # A square on its tip and discs on its two upper sides.
+    # A square on its corner with discs on its two upper sides.
     side = 0.55
     x, y = x.abs(), y - 0.15
     diagonal, other = (x + y) * math.sqrt(0.5), (x - y) * math.sqrt(0.5)
@@ -165,10 +165,10 @@ def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
     return torch.maximum(x.abs() - half_width, y.abs() - half_height)
 
 
-class _Numbers:
-    """The random numbers of one part of n images, (n,) at a call, handed out in the order they are asked for.
+class _RandomNumbers:
+    """Random numbers for one part of n images. Each call returns the next (n,) numbers.
 
-    Hashing all of them at once is what makes drawing a few images quick.
+    All are hashed at once, which makes generating a few images fast.
     """
 
     def __init__(self, key: Tensor, count: int = 20) -> None:
@@ -179,16 +179,16 @@ class _Numbers:
 
 
 def _render(keys: Tensor, distance: Callable[[Tensor, Tensor], Tensor], size: int, nuisances: Nuisances) -> Tensor:
-    """Images of one class: (n,) image keys -> (n, 3, S, S) uint8."""
+    """Render images of one class: (n,) image keys -> (n, 3, S, S) uint8."""
     axis = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1
     x, y = axis.view(1, 1, size), axis.view(1, size, 1)
-    numbers = _Numbers(mix(keys, 1))
+    numbers = _RandomNumbers(mix(keys, 1))
     lightness = _blend(0.25, numbers(0.25, 0.5), nuisances.background)
     image = _background(numbers, x, y, lightness, nuisances.background)
     image += (_noise(mix(keys, 2), x, y) * (0.08 * nuisances.background))[:, None]
     light = _light(numbers, x, y, nuisances.light)
     for slot, (slot_x, slot_y) in enumerate(_SLOTS):
-        numbers = _Numbers(mix(keys, 3, slot))
+        numbers = _RandomNumbers(mix(keys, 3, slot))
         present = numbers() >= (0.2 * nuisances.position if slot >= 2 else 0)
         radius = 0.46 * (1 + nuisances.scale * numbers(-0.2, 0.2))
         aspect = 1 + nuisances.scale * numbers(-0.1, 0.1)
@@ -205,8 +205,8 @@ def _render(keys: Tensor, distance: Callable[[Tensor, Tensor], Tensor], size: in
     return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
-def _background(numbers: _Numbers, x: Tensor, y: Tensor, lightness: Tensor, strength: float) -> Tensor:
-    """(n, 3, S, S): a colored ground and two half planes of other colors."""
+def _background(numbers: _RandomNumbers, x: Tensor, y: Tensor, lightness: Tensor, strength: float) -> Tensor:
+    """Return a colored background (n, 3, S, S) with two half planes of other colors."""
     ground = lightness[:, None] + _chroma(numbers) * (0.15 * strength)
     image = ground[:, :, None, None].expand(-1, -1, y.shape[1], x.shape[2]).clone()
     for _ in range(2):
@@ -217,8 +217,8 @@ def _background(numbers: _Numbers, x: Tensor, y: Tensor, lightness: Tensor, stre
     return image
 
 
-def _fill_color(numbers: _Numbers, background: Tensor, strength: float) -> Tensor:
-    """(n, 3) colors that stand out from the background's lightness (n,) also in grayscale."""
+def _fill_color(numbers: _RandomNumbers, background: Tensor, strength: float) -> Tensor:
+    """Return colors (n, 3) that differ from the lightness (n,) of the background also in grayscale."""
     darker = (background > 0.37) & (numbers() < 0.6)
     contrast = numbers(0.35, 0.5)
     lightness = torch.where(darker, background - contrast, background + contrast)
@@ -226,8 +226,8 @@ def _fill_color(numbers: _Numbers, background: Tensor, strength: float) -> Tenso
     return _blend(0.85, color, strength).clamp(0, 1)
 
 
-def _texture(numbers: _Numbers, u: Tensor, v: Tensor) -> Tensor:
-    """(n, S, S) in [-1, 1]: stripes or checks in the instance's own coordinates."""
+def _texture(numbers: _RandomNumbers, u: Tensor, v: Tensor) -> Tensor:
+    """Return stripes or checks (n, S, S) in [-1, 1], in the coordinates of the instance."""
     cos, sin = _direction(numbers())
     frequency = numbers(0.4, 1.4)
     amount = numbers()
@@ -237,8 +237,8 @@ def _texture(numbers: _Numbers, u: Tensor, v: Tensor) -> Tensor:
     return stripes * torch.where(_field(checks), across, 1.0) * _field(amount)
 
 
-def _light(numbers: _Numbers, x: Tensor, y: Tensor, strength: float) -> Tensor:
-    """(n, 3, S, S) gain: overall brightness, a slope across the image, a tint."""
+def _light(numbers: _RandomNumbers, x: Tensor, y: Tensor, strength: float) -> Tensor:
+    """Return the gain (n, 3, S, S) of the light: overall brightness, a gradient across the image, and a tint."""
     cos, sin = _direction(numbers())
     slope = numbers(0.0, 0.15)
     gain = (x * _field(cos) + y * _field(sin)) * _field(slope) + _field(numbers(-0.2, 0.1))
@@ -247,7 +247,7 @@ def _light(numbers: _Numbers, x: Tensor, y: Tensor, strength: float) -> Tensor:
 
 
 def _noise(key: Tensor, x: Tensor, y: Tensor, cells: int = 5) -> Tensor:
-    """(n, S, S) in [-1, 1]: value noise, a random lattice under a smooth kernel, shifted at random."""
+    """Return value noise (n, S, S) in [-1, 1]: a random lattice, smoothly interpolated and randomly shifted."""
     nodes = torch.arange(cells + 1)
     lattice = uniform(mix(key[:, None, None], nodes[:, None], nodes), 0, -1.0, 1.0)
 
@@ -266,8 +266,8 @@ def _noise(key: Tensor, x: Tensor, y: Tensor, cells: int = 5) -> Tensor:
     return noise
 
 
-def _chroma(numbers: _Numbers) -> Tensor:
-    """(n, 3) RGB differences of random hue and saturation that leave the lightness as it is (ITU-R BT.601 luma)."""
+def _chroma(numbers: _RandomNumbers) -> Tensor:
+    """Return RGB offsets (n, 3) of random hue and saturation that keep the lightness (ITU-R BT.601 luma)."""
     hue, saturation = numbers(), numbers()
     red, green, blue = (((hue + shift) % 1 * 6 - 3).abs() - 1 for shift in (0.0, 2 / 3, 1 / 3))
     rgb = torch.stack([red, green, blue], dim=1).clamp(0, 1)
@@ -276,13 +276,13 @@ def _chroma(numbers: _Numbers) -> Tensor:
 
 
 def _direction(turn: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of angles given in turns."""
+    """Return cosine and sine of angles in turns."""
     step = (turn * _TURNS).floor().long()
     return _COSINE[step % _TURNS], _COSINE[(step - _TURNS // 4) % _TURNS]
 
 
 def _wave(phase: Tensor) -> Tensor:
-    """Triangle wave of period 1 in [-1, 1]."""
+    """Return a triangle wave of period 1 in [-1, 1]."""
     return ((phase - phase.floor()) * 4 - 2).abs() - 1
 
 
@@ -291,5 +291,5 @@ def _blend(fixed: float, varied: Tensor, strength: float) -> Tensor:
 
 
 def _field(values: Tensor) -> Tensor:
-    """(n,) -> (n, 1, 1), to meet (n, S, S)."""
+    """Reshape (n,) to (n, 1, 1), for broadcasting with (n, S, S)."""
     return values[:, None, None]

@@ -15,12 +15,12 @@ import pytest
 from small_shards import KINDS, add, png, write_parquet, write_tar
 from sslcli.data.shards import index as shard_index
 from sslcli.data.shards.formats import Index, Shard
-from sslcli.data.shards.index import expand, find_shards, indices_of
+from sslcli.data.shards.index import expand_ranges, find_shards, load_indices
 from sslcli.errors import ConfigError
 
 
 def index(path: Path, cache: Path, *, image: str = "auto", label: str | None = "auto") -> Index:
-    (found,) = indices_of(find_shards(str(path), key="dataset.path"), cache, image=image, label=label)
+    (found,) = load_indices(find_shards(str(path), key="dataset.path"), cache, image=image, label=label)
     return found
 
 
@@ -61,7 +61,7 @@ def test_several_images_of_one_name_are_chosen_from(tmp_path: Path) -> None:
     path = tar_of(
         tmp_path / "a.tar", a__left__png=png(1), a__right__png=png(2), b__left__png=png(3), b__right__png=png(4)
     )
-    with pytest.raises(ConfigError, match=r"\(a\) has the columns of images left\.png, right\.png: choose one"):
+    with pytest.raises(ConfigError, match=r"\(a\) has several image columns \(left\.png, right\.png\): choose one"):
         index(path, tmp_path / "cache")
     found = index(path, tmp_path / "cache", image="right.png")
     content = path.read_bytes()
@@ -105,7 +105,7 @@ def test_columns_that_are_absent_are_named_with_those_there_are(tmp_path: Path) 
         index(path, tmp_path / "cache", label="kind")
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
         add(tar, "some/7.data", png(0))
-    with pytest.raises(ConfigError, match=r"\(some/7\) has no column that is known to hold images.*columns: data"):
+    with pytest.raises(ConfigError, match=r"\(some/7\) has no column that is known to be images.*columns: data"):
         index(tmp_path / "b.tar", tmp_path / "cache")
 
 
@@ -115,7 +115,7 @@ def test_a_tar_archive_that_is_cut_short_is_refused(tmp_path: Path, blocks: floa
     content = path.read_bytes()
     used = -(-len(content.rstrip(b"\0")) // 512) + 2  # blocks, with the two of zeros that end an archive
     path.write_bytes(content[: int(512 * (blocks if blocks > 0 else used + blocks))])
-    with pytest.raises(ConfigError, match=r"a\.tar is cut short or damaged .*fetch or write it again"):
+    with pytest.raises(ConfigError, match=r"a\.tar is truncated or damaged .*download or write it again"):
         index(path, tmp_path / "cache")
 
 
@@ -124,27 +124,27 @@ def test_other_damage_is_told(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[1024:1100] = b"x" * 76
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"a\.tar is cut short or damaged"):
+    with pytest.raises(ConfigError, match=r"a\.tar is truncated or damaged"):
         index(path, tmp_path / "cache")
     path = write_parquet(tmp_path / "a.parquet", range(4))
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ConfigError, match=r"a\.parquet is cut short or damaged .*Parquet"):
+    with pytest.raises(ConfigError, match=r"a\.parquet is truncated or damaged .*Parquet"):
         index(path, tmp_path / "cache")
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
-    with pytest.raises(ConfigError, match=r"empty\.tar holds no images: remove it"):
+    with pytest.raises(ConfigError, match=r"empty\.tar has no images: remove it"):
         index(tmp_path / "empty.tar", tmp_path / "cache")
 
 
 def test_a_shard_is_gone_through_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache, through = write_tar(tmp_path / "a.tar", range(4)), tmp_path / "cache", []
-    index_of = shard_index.index_of
+    build_index = shard_index.build_index
 
     def counted(file: Any, shard: Shard, **options: Any) -> Index:
         through.append(shard.name)
-        return index_of(file, shard, **options)
+        return build_index(file, shard, **options)
 
-    monkeypatch.setattr(shard_index, "index_of", counted)
+    monkeypatch.setattr(shard_index, "build_index", counted)
     first = index(path, cache)
     assert same(index(path, cache), first)
     assert through == ["a.tar"]
@@ -161,15 +161,15 @@ def test_a_shard_is_gone_through_once_until_it_changes(tmp_path: Path, monkeypat
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", range(4))
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"cannot be kept in .*file/cache .*set dataset\.cache"):
+    with pytest.raises(ConfigError, match=r"cannot be written to .*file/cache .*set dataset\.cache"):
         index(path, tmp_path / "file" / "cache")
 
 
 def test_ranges_are_expanded() -> None:
-    assert expand("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
-    assert expand("{0..1}/{3..4}") == ["0/3", "0/4", "1/3", "1/4"]
-    with pytest.raises(ConfigError, match="runs backwards"):
-        expand("{3..1}")
+    assert expand_ranges("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert expand_ranges("{0..1}/{3..4}") == ["0/3", "0/4", "1/3", "1/4"]
+    with pytest.raises(ConfigError, match="is descending"):
+        expand_ranges("{3..1}")
 
 
 def test_shards_are_found_by_file_folder_pattern_and_range_each_once(tmp_path: Path) -> None:
@@ -191,12 +191,12 @@ def test_what_cannot_be_found_is_named_with_what_to_do(tmp_path: Path) -> None:
             find_shards(path, key="dataset.path")
         return str(caught.value)
 
-    assert f"dataset.path names {tmp_path}/no-*.tar, where there is nothing" in message(f"{tmp_path}/no-*.tar")
-    assert f"names {tmp_path}/a-1.tar, but there is no such file" in message(f"{tmp_path}/a-{{1..2}}.tar")
+    assert f"dataset.path is {tmp_path}/no-*.tar, where there is nothing" in message(f"{tmp_path}/no-*.tar")
+    assert f"is {tmp_path}/a-1.tar, but there is no such file" in message(f"{tmp_path}/a-{{1..2}}.tar")
     assert "is empty: name at least one shard" in message([])
     assert "cannot be reached" in message("nowhere://bucket/a.tar")
     (tmp_path / "a.tar.gz").touch()
-    assert "only a.tar.gz ...: name files that end in .tar or .parquet; a compressed" in message(str(tmp_path))
+    assert "only a.tar.gz ...: choose files that end in .tar or .parquet. Compressed archives" in message(str(tmp_path))
 
 
 def test_a_protocol_whose_package_is_absent_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,7 @@ class Counted(MemoryFileSystem):  # type: ignore[misc]
 def elsewhere(sets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
     """The tar archives at an address, fetched by 16 kB, which is about 8 images."""
     fsspec.register_implementation("counted", Counted, clobber=True)
-    monkeypatch.setattr(reader, "CHUNK", (16_000, 256))
+    monkeypatch.setattr(reader, "CHUNK_LIMITS", (16_000, 256))
     for path in sorted(Path(sets["tar"]).parent.glob("*.tar")):
         Counted().pipe(f"/bucket/{path.name}", path.read_bytes())
     Counted.ranges.clear()
@@ -174,7 +174,7 @@ def test_a_process_fetches_its_share_of_the_bytes_once(
     once = sum(end - start for _, start, end in Counted.ranges)
     assert len(Counted.ranges) == len(set(Counted.ranges)) < 16
     assert 0.3 * whole < once < whole
-    assert source.reader.open.held == {}
+    assert source.reader.state.held == {}
     monkeypatch.setattr("sslcli.data.loader.world_size", lambda: 2)
     for rank in (0, 1):
         Counted.ranges.clear()
@@ -212,7 +212,7 @@ def test_no_more_is_kept_than_the_buffer_needs(elsewhere: str, cache: str, monke
     release = source.reader.release
 
     def watched(positions: Tensor) -> None:
-        kept.append(len(source.reader.open.held))
+        kept.append(len(source.reader.state.held))
         release(positions)
 
     monkeypatch.setattr(source.reader, "release", watched)
@@ -237,7 +237,7 @@ def test_every_worker_lets_go_of_what_it_has_read(
         Counted.ranges.clear()
         for request in requests[number::workers]:
             ViewCrops(source, made.views, seed=0)[request]
-        assert source.reader.open.held == {}
+        assert source.reader.state.held == {}
         fetched += sum(end - start for _, start, end in Counted.ranges)
     assert fetched < 2 * 0.8 * whole  # two epochs of one of two processes
 
@@ -314,7 +314,7 @@ def test_limit_and_split_follow_the_images_and_not_the_folder(
 def test_a_set_without_labels_holds_nothing_out(cache: str, tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", range(9), label=None)
     source = stream(str(tmp_path), cache, val_fraction=0.5)
-    assert not source.labeled
+    assert not source.has_labels
     assert len(source.splits["val"]) == 0
     assert len(source.splits["train"]) == 9
 
@@ -323,7 +323,7 @@ def test_a_source_survives_pickling_and_keeps_no_open_file(sets: dict[str, str],
     source = stream(sets["parquet"], shared)
     number_at(source, 3)
     copy = pickle.loads(pickle.dumps(source))
-    assert copy.reader._open == {}
+    assert copy.reader._states == {}
     assert number_at(copy, 60) == 60
 
 
@@ -332,10 +332,10 @@ def test_a_forked_process_opens_files_of_its_own(
 ) -> None:
     source = stream(sets["parquet"], shared)
     number_at(source, 3)
-    before = source.reader.open
+    before = source.reader.state
     monkeypatch.setattr("os.getpid", lambda: -1)  # what a fork changes for the code that runs on
-    assert source.reader.open is not before
-    assert source.reader.open.files == {}
+    assert source.reader.state is not before
+    assert source.reader.state.files == {}
     assert number_at(source, 3) == 3
 
 
@@ -384,9 +384,9 @@ def test_shards_with_other_class_lists_are_merged_by_name(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("names", "values", "message"),
     [
-        (None, [0, 1], r"test/0\.parquet holds class numbers without names"),
+        (None, [0, 1], r"test/0\.parquet contains class numbers without names"),
         (["b", "x"], [0, 1], r"test/0\.parquet has images of the classes x"),
-        (None, [[0], [1]], r"column 'label' of .*test/0\.parquet holds \[0\], a list, but an image has one label"),
+        (None, [[0], [1]], r"column 'label' of .*test/0\.parquet contains \[0\], a list, but an image has one label"),
         (None, [b"\xff", b"a"], "bytes that are not UTF-8"),
     ],
 )
@@ -425,6 +425,6 @@ def test_a_list_in_the_json_of_an_archive_names_the_image(tmp_path: Path) -> Non
         add(tar, "a.png", png(0))
         add(tar, "a.json", json.dumps({"label": [1, 2]}).encode())
     with pytest.raises(
-        ConfigError, match=r"label of .*0\.tar \(a\) holds \[1, 2\], a list, but an image has one label"
+        ConfigError, match=r"label of .*0\.tar \(a\) contains \[1, 2\], a list, but an image has one label"
     ):
         HfStream(path=str(tmp_path), cache=str(tmp_path / "cache"), image_size=8)

@@ -69,7 +69,7 @@ def test_limit_above_the_set_means_all():
         ({"limit": 0}, r"dataset\.limit is 0"),
         ({"val_fraction": 1.0}, r"dataset\.val_fraction is 1\.0"),
         ({"val_fraction": -0.1}, r"dataset\.val_fraction is -0\.1"),
-        ({"val_fraction": 0.99}, r"leaves no image to train on of the 4"),
+        ({"val_fraction": 0.99}, r"leaves none of the 4 images for training"),
         ({"workers": -1}, r"dataset\.workers is -1"),
         ({"workers": 1.5}, r"dataset\.workers is 1\.5"),
         ({"std": (0.2, 0.0, 0.2)}, r"dataset\.std .*above 0"),
@@ -88,7 +88,7 @@ def test_shapes_are_those_drawn_at_their_position():
     assert torch.equal(source.labels, labels)
     assert source.splits["test"].tolist() == list(range(20, 25))
     assert source.classes == list(CLASSES)
-    assert source.labeled
+    assert source.has_labels
     assert np.array_equal(np.asarray(source.read(7)).transpose(2, 0, 1), images[7].numpy())
 
 
@@ -103,9 +103,9 @@ def test_limited_shapes_are_the_same_images_at_the_same_positions():
 
 
 def test_unknown_nuisance_is_refused_with_the_list():
-    with pytest.raises(ValueError, match=r"'color', but there is only: color, texture"):
-        Shapes(nuisances={"color": 1.0})
-    with pytest.raises(ValueError, match="light=2"):
+    with pytest.raises(ValueError, match=r"unknown key 'colour': the known keys are color, texture"):
+        Shapes(nuisances={"colour": 1.0})
+    with pytest.raises(ValueError, match="light is 2"):
         Shapes(nuisances={"light": 2})
     with pytest.raises(ValueError, match=r"nuisances\.light is 'much'"):
         Shapes(nuisances={"light": "much"})
@@ -139,7 +139,7 @@ def test_yaml_writes_out_every_keyword_of_its_class(path):
     if kind is Shapes:
         assert set(values["nuisances"]) == set(Nuisances.__dataclass_fields__)
         small = {"train_images": 4, "test_images": 1, "image_size": 16}
-        assert Shapes(**{**values, **small}).labeled
+        assert Shapes(**{**values, **small}).has_labels
 
 
 def test_yaml_words():

@@ -53,7 +53,7 @@ def test_labels_that_are_unknown_whole_or_targets(tmp_path: Path) -> None:
     found = source("3.0", "-1.0", "nan", "10", "3", "", "-1", "None")
     assert (found.classes, found.labels.tolist()) == (["3", "10"], [0, -1, -1, 1, 0, -1, -1, -1])
     with pytest.raises(
-        ConfigError, match=r"the column label of .*images\.csv holds 0\.37, .* regression target .*rename the column"
+        ConfigError, match=r"the column label of .*images\.csv contains 0\.37, .* regression target .*rename the column"
     ):
         source("0.37", "1.0")
 
@@ -70,9 +70,9 @@ def test_labels_that_are_unknown_whole_or_targets(tmp_path: Path) -> None:
         ('path,label\na.png,"cat\nb.png,dog\n', "is not a CSV file, line 3: unexpected end of data"),
         ('path,label\na.png,"cat\nb.png,dog"\n', "line break in the path or label that ends in line 3"),
         ('path,label\na.png,"cat"s\n', "is not a CSV file, line 2: .* Double quotes"),
-        ("path,label\na.png,cat;1\nb.png,cat;1\n", "single label 'cat;1', which looks like several columns"),
+        ("path,label\na.png,cat;1\nb.png,cat;1\n", "single label 'cat;1', which seems to be several columns"),
         ("file label\na.png cat\n", r"columns file label, but it needs .*`path`.*separated by"),
-        ("path,label\na\0.png,cat\n", "is not a CSV file in UTF-8: it holds NUL bytes"),
+        ("path,label\na\0.png,cat\n", "is not a CSV file in UTF-8: it contains NUL bytes"),
         ("path,label\n", "no rows"),
         ("\n\n", r"columns \(none\)"),
     ],

@@ -28,7 +28,7 @@ def files(tmp_path: Path) -> list[str]:
 def test_sizes_and_times_come_in_order_from_fast_and_slow_file_systems(
     files: list[str], slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_status, "_SLOW", -1.0 if slow else 60.0)
+    monkeypatch.setattr(file_status, "_SLOW_CALL", -1.0 if slow else 60.0)
     told: list[tuple[int, int]] = []
     sizes, stamps = status_of(len(files), files.__getitem__, lambda done, total: told.append((done, total)))
     wanted = np.arange(600)
@@ -39,7 +39,7 @@ def test_sizes_and_times_come_in_order_from_fast_and_slow_file_systems(
     hashes = hashes_of(len(files), files.__getitem__)
     assert hashes[2] == UNREADABLE
     assert len(set(hashes.tolist())) == 600
-    assert hashes.tolist() == [file_status._hash_of(path) for path in files]
+    assert hashes.tolist() == [file_status._hash_of_file(path) for path in files]
 
 
 def test_a_slow_file_system_is_asked_by_many_threads_at_once() -> None:

@@ -47,7 +47,7 @@ def test_flat_has_no_labels_and_holds_nothing_out(tmp_path):
     class_folders(tmp_path)
     source = Flat(root=str(tmp_path), image_size=8, val_fraction=0.5)
     assert source.labels.tolist() == [-1] * 6
-    assert not source.labeled
+    assert not source.has_labels
     assert source.classes == []
     assert len(source.splits["val"]) == 0
     assert source.splits["train"].tolist() == list(range(6))
@@ -116,7 +116,7 @@ def test_official_test_folder_shares_the_classes(tmp_path):
 
 
 def test_imagenet_is_train_and_val_with_val_as_test(tmp_path):
-    with pytest.raises(ValueError, match=r"no folder .*train: dataset\.root must hold train/ and val/"):
+    with pytest.raises(ValueError, match=r"no folder .*train: dataset\.root must contain train/ and val/"):
         ImageNet(root=str(tmp_path), image_size=8)
     class_folders(tmp_path / "train")
     class_folders(tmp_path / "val", each=1)
@@ -129,7 +129,7 @@ def test_imagenet_is_train_and_val_with_val_as_test(tmp_path):
 def test_splits_taken_for_classes_are_refused(tmp_path):
     class_folders(tmp_path / "train")
     class_folders(tmp_path / "test")
-    with pytest.raises(ValueError, match=r"look like splits: set dataset\.root=\S*/train"):
+    with pytest.raises(ValueError, match=r"are names of splits: set dataset\.root=\S*/train"):
         Folder(root=str(tmp_path), image_size=8)
 
 

@@ -84,7 +84,7 @@ def test_other_columns_are_chosen_by_name(tmp_path: Path) -> None:
     source = Hf(path=str(tmp_path / "x.parquet"), label="kind", image_size=8)
     assert source.classes == ["a", "b"]
     assert source.labels.tolist() == [1, 0, -1, 1]
-    assert not Hf(path=str(tmp_path / "x.parquet"), label=None, image_size=8).labeled
+    assert not Hf(path=str(tmp_path / "x.parquet"), label=None, image_size=8).has_labels
     with pytest.raises(ConfigError, match=r"dataset\.image is 'imge', but .*Did you mean 'image'\?.*label, kind"):
         Hf(path=str(tmp_path / "x.parquet"), image="imge", image_size=8)
     with pytest.raises(ConfigError, match=r"dataset\.label is 'class', but .*no such column"):
@@ -151,12 +151,14 @@ def test_the_fingerprint_follows_what_is_in_the_set_and_not_where_it_lies(tmp_pa
 
 
 def test_a_set_that_is_not_there_is_named_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"somebody/animals, dataset\.name=big.* is no folder here .*--local-dir DIR"):
+    with pytest.raises(
+        ConfigError, match=r"somebody/animals, dataset\.name=big.* is not a local folder .*--local-dir DIR"
+    ):
         Hf(path="somebody/animals", name="big", image_size=8)
     with pytest.raises(ConfigError, match=r"there is no file or folder .*nowhere"):
         Hf(path=str(tmp_path / "nowhere"), image_size=8)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"empty cannot be read .*name what holds the images"):
+    with pytest.raises(ConfigError, match=r"empty cannot be read .*repair it, or change dataset.path"):
         Hf(path=str(tmp_path / "empty"), image_size=8)
     (tmp_path / "a.zip").touch()
     with pytest.raises(ConfigError, match=r"only files that end in \.parquet, \.tar, \.arrow"):
@@ -183,9 +185,9 @@ def test_columns_are_found_where_there_is_no_doubt() -> None:
     assert label_column({"photo": image, "kind": Column(classes=("a",))}, "auto", where="x") == "kind"
     assert label_column({"photo": image, "kind": Column(classes=("a",)), "cls": plain}, "auto", where="x") == "cls"
     assert label_column({"photo": image}, "auto", where="x") is None
-    with pytest.raises(ConfigError, match="x has the columns of images a, b: choose one"):
+    with pytest.raises(ConfigError, match="x has several image columns \(a, b\): choose one"):
         image_column({"a": image, "b": image}, "auto", where="x")
-    with pytest.raises(ConfigError, match="x has no column that is known to hold images: choose one"):
+    with pytest.raises(ConfigError, match="x has no column that is known to be images: choose one"):
         image_column({"a": plain}, "auto", where="x")
     with pytest.raises(ConfigError, match=r"several .*fine or coarse, or to null"):
         label_column({"fine": Column(classes=("a",)), "coarse": Column(classes=("b",))}, "auto", where="x")
@@ -240,7 +242,7 @@ def test_class_numbers_beside_class_names_are_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(plain).to_parquet(tmp_path / "set" / "test-00000-of-00001.parquet")
     named(["a", "b"], 10).to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
     with pytest.raises(
-        ConfigError, match=r"test-\S+ holds class numbers without names \(0, \.\.\.\), but .*train-\S+ "
+        ConfigError, match=r"test-\S+ contains class numbers without names \(0, \.\.\.\), but .*train-\S+ "
     ):
         Hf(path=str(tmp_path / "set"), test="test", image_size=8)
 
@@ -255,9 +257,9 @@ def test_a_test_split_without_the_label_column_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        ([[0, 1], [1], [0], [1]], r"column 'label' of .* holds \[0, 1\], a list, but an image has one label"),
+        ([[0, 1], [1], [0], [1]], r"column 'label' of .* contains \[0, 1\], a list, but an image has one label"),
         ([{"id": 1}] * 4, "a dict, but an image has one label"),
-        ([0.37, 0.5, 1.0, 2.0], "no class label but looks like a regression target"),
+        ([0.37, 0.5, 1.0, 2.0], "seems to be a regression target and not a class label"),
     ],
 )
 def test_cells_that_are_no_class_labels_name_the_column(tmp_path: Path, cells: list[Any], message: str) -> None:
@@ -265,7 +267,7 @@ def test_cells_that_are_no_class_labels_name_the_column(tmp_path: Path, cells: l
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "set")
     with pytest.raises(ConfigError, match=message):
         Hf(path=str(tmp_path / "set"), image_size=8)
-    assert not Hf(path=str(tmp_path / "set"), label=None, image_size=8).labeled
+    assert not Hf(path=str(tmp_path / "set"), label=None, image_size=8).has_labels
 
 
 def test_floats_and_missing_cells_are_whole_numbers_and_unknown(tmp_path: Path) -> None:

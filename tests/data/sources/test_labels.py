@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from sslcli.data.sources.labels import Labels, as_labels, plain
+from sslcli.data.sources.labels import Labels, as_labels, plain_label
 from sslcli.errors import ConfigError
 
 ABC = ("a", "b", "c")
@@ -75,21 +75,21 @@ def test_scalars_of_arrow_booleans_and_text() -> None:
     "values", [[0.37, 1.0], ["0.37", "1"], ["1.5e-3"], [float("inf")], ["inf", "2"], [Decimal("0.5")]]
 )
 def test_regression_targets_are_refused(values: list[Any]) -> None:
-    with pytest.raises(ConfigError, match=r"here holds .* looks like a regression target .* dataset\.label"):
+    with pytest.raises(ConfigError, match=r"here contains .* seems to be a regression target .* dataset\.label"):
         labels(*values)
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([1, 2], r"holds \[1, 2\], a list, but an image has one label"),
+        ([1, 2], r"contains \[1, 2\], a list, but an image has one label"),
         ((1, 2), "a tuple, but an image has one label"),
         ({"id": 1}, "a dict, but an image has one label"),
         ({1}, "a set, but an image has one label"),
         (np.array([1, 2]), "a ndarray, but an image has one label"),
         (torch.tensor([1]), "a Tensor, but an image has one label"),
         (pa.scalar([1, 2]), "a list, but an image has one label"),
-        (datetime.date(2020, 1, 1), "a date, but a label must be text or a whole number"),
+        (datetime.date(2020, 1, 1), "a date, but a label must be text or an integer"),
         (b"\xff", "bytes that are not UTF-8"),
     ],
 )
@@ -97,17 +97,17 @@ def test_what_is_no_label_is_refused(value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         labels(0, value)
     with pytest.raises(ConfigError, match=message):
-        plain(value, where="here")
+        plain_label(value, where="here")
 
 
 def test_numbers_out_of_range_and_ambiguous_spellings_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"here holds '3', which is none of its 3 classes"):
+    with pytest.raises(ConfigError, match=r"here contains '3', which is not one of its 3 classes"):
         labels(3, classes=ABC)
-    with pytest.raises(ConfigError, match=r"here holds 'd', which is none of its 3 classes"):
+    with pytest.raises(ConfigError, match=r"here contains 'd', which is not one of its 3 classes"):
         labels("d", classes=ABC)
-    with pytest.raises(ConfigError, match=r"here holds the label -100, but class numbers begin at 0"):
+    with pytest.raises(ConfigError, match=r"here contains the label -100, but class numbers begin at 0"):
         labels(0, 1, -100)
-    with pytest.raises(ConfigError, match=r"'007' and '7', which are one number written in two ways"):
+    with pytest.raises(ConfigError, match=r"'007' and '7', which are the same number written in two ways"):
         labels("7", "007")
 
 
@@ -128,11 +128,27 @@ def test_parts_are_merged_by_name() -> None:
 @pytest.mark.parametrize(
     ("parts", "tests", "message"),
     [
-        ([([0, 1], ("a", "b")), ([0, 1], ())], 0, r"part 1 holds class numbers without names \(0, .* part 0 names"),
-        ([([0, 1], ("a", "b")), ([0, 1], ())], 1, r"part 1 holds class numbers without names \(0, .* part 0 names"),
-        ([([0, 1], ()), ([0, 1], ("a", "b"))], 1, r"part 0 holds class numbers without names \(0, .* part 1 names"),
-        ([(["0", "1"], ()), ([0, 1], ("a", "b"))], 1, r"part 0 holds class numbers without names"),
-        ([([0, 1], ()), (["a", "b"], ())], 0, r"part 0 holds class numbers, but part 1 holds class names \(a, b\)"),
+        (
+            [([0, 1], ("a", "b")), ([0, 1], ())],
+            0,
+            r"part 1 contains class numbers without names \(0, .* part 0 has class names",
+        ),
+        (
+            [([0, 1], ("a", "b")), ([0, 1], ())],
+            1,
+            r"part 1 contains class numbers without names \(0, .* part 0 has class names",
+        ),
+        (
+            [([0, 1], ()), ([0, 1], ("a", "b"))],
+            1,
+            r"part 0 contains class numbers without names \(0, .* part 1 has class names",
+        ),
+        ([(["0", "1"], ()), ([0, 1], ("a", "b"))], 1, r"part 0 contains class numbers without names"),
+        (
+            [([0, 1], ()), (["a", "b"], ())],
+            0,
+            r"part 0 contains class numbers, but part 1 contains class names \(a, b\)",
+        ),
         ([([0], ("a", "b")), ([1], ("a", "x"))], 1, r"part 1 has images of the classes x, which the training images"),
         ([([0], ("a", "b")), (["x"], ())], 1, r"part 1 has images of the classes x, which the training images"),
         ([([0, 1], ()), ([2], ())], 1, r"part 1 has images of the classes 2, which .* \(their classes: 0, 1\)"),

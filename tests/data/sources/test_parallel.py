@@ -60,7 +60,7 @@ def batches(source: Parallel, views: list[dict[str, Any]], *, normalize: bool = 
 def test_channels_are_stacked_in_declared_order_with_the_constants_of_each(root: Path) -> None:
     source = parallel(root)
     assert (len(source), source.channels, source.classes) == (16, 4, ["a", "b"])
-    assert source.place == [slice(0, 3), slice(3, 4)]
+    assert source.modality_channels == [slice(0, 3), slice(3, 4)]
     assert source.present.tolist() == [[True, True]] * 16
     first = np.asarray(source.read(0))
     assert first.shape == (24, 20, 4)
@@ -203,7 +203,7 @@ def test_other_sizes_of_one_shape_are_brought_together_and_other_shapes_refused(
     assert (layers[::2, ::2, 3] == half).all()
     assert (layers[1::2, 1::2, 3] == half).all()
     write(root / "depth" / "a" / "00.BMP", ramp(0, width=40))
-    with pytest.raises(BadImage, match="40 x 24 pixels is another shape than the 20 x 24 of"):
+    with pytest.raises(BadImage, match="40 x 24 pixels differ in aspect ratio from the 20 x 24 of"):
         parallel(root).read(0)
 
 
@@ -235,17 +235,17 @@ def test_a_test_split_of_its_own(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("modalities", "message"),
     [
-        ({}, "must name at least one folder"),
-        ([], "must name at least one folder"),
+        ({}, "must have at least one folder"),
+        ([], "must have at least one folder"),
         ({"rgb": 3}, r"modalities\.rgb is 3, but it must be a mapping of channels"),
         ({"rgb": RGB | {"channel": 3}}, r"modalities\.rgb has the unknown key 'channel'\. Did you mean 'channels'\?"),
         ({"rgb": RGB | {"channels": 4}}, r"modalities\.rgb\.channels is 4, but it must be 1 or 3"),
         ({"rgb": RGB | {"interpolation": "cubic"}}, "must be smooth or nearest"),
         ({"rgb": RGB | {"optional": 1}}, r"rgb\.optional is 1, but it must be true or false"),
-        ({"rgb": RGB | {"span": [0, 1]}}, "only a modality of one channel"),
-        ({"depth": DEPTH | {"span": [5, 1]}}, "two numbers, the lower first"),
-        ({"rgb": RGB, "depth": DEPTH | {"photometric": True}}, "several that are photometric"),
-        ({"rgb": RGB | {"optional": True}}, "is the only one, so it cannot be optional"),
+        ({"rgb": RGB | {"span": [0, 1]}}, "only a modality with one channel"),
+        ({"depth": DEPTH | {"span": [5, 1]}}, "two numbers, the lower one first"),
+        ({"rgb": RGB, "depth": DEPTH | {"photometric": True}}, "several photometric modalities"),
+        ({"rgb": RGB | {"optional": True}}, "is the only modality, so it cannot be optional"),
         (BOTH, r"dataset\.mean is \[0\.5, 0\.5, 0\.5\], but it must be 4 numbers"),
         (
             {"rgb": RGB | {"channels": 1}, "d": DEPTH, "ir": DEPTH},

@@ -20,7 +20,7 @@ from sslcli.data.sources.base import Shapes, Source
 from sslcli.data.sources.files import Flat, Folder, ListFile
 from sslcli.data.sources.hf import Hf
 from sslcli.data.sources.parallel import Parallel
-from sslcli.data.sources.records import Changes, Records, compare, make_records, pack, refusal, unpack
+from sslcli.data.sources.records import Changes, Records, changed_images_error, compare, make_records, pack, unpack
 from sslcli.errors import ConfigError
 
 SECOND = 10**9
@@ -82,11 +82,11 @@ def rename_three(root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "counts"),
     [
-        (overwrite_four, {"touched": 4}),
-        (replace_all, {"touched": 20}),
-        (swap, {"touched": 2}),
+        (overwrite_four, {"times_changed": 4}),
+        (replace_all, {"times_changed": 20}),
+        (swap, {"times_changed": 2}),
         (rename_three, {"appeared": 3, "vanished": 3}),
-        (lambda root: os.utime(root / "b/01.bmp"), {"touched": 1}),
+        (lambda root: os.utime(root / "b/01.bmp"), {"times_changed": 1}),
         (lambda root: (root / "a/00.bmp").write_bytes(b"cut"), {"changed": 1}),
         (lambda root: (root / "a/00.bmp").unlink(), {"vanished": 1}),
         (lambda root: write(root / "a/50.bmp", 1), {"appeared": 1}),
@@ -102,9 +102,9 @@ def test_every_change_of_a_folder_is_counted(
     assert not changes(then, folder(root))
     change(root)
     found = changes(then, folder(root))
-    lists = {name: len(getattr(found, name)) for name in ("changed", "touched", "appeared", "vanished")}
+    lists = {name: len(getattr(found, name)) for name in ("changed", "times_changed", "appeared", "vanished")}
     assert {name: count for name, count in lists.items() if count} == counts
-    assert (found.total, found.order, found.times_alone) == (20, 0, set(counts) == {"touched"})
+    assert (found.total, found.order, found.only_times_differ) == (20, 0, set(counts) == {"times_changed"})
     assert folder(root).version != version
 
 
@@ -121,8 +121,8 @@ def test_a_copy_with_other_times_is_the_same_by_size_and_by_contents(root: Path,
     shutil.copytree(root, tmp_path / "elsewhere", copy_function=shutil.copy)
     after = folder(tmp_path / "elsewhere", verify="contents")
     times = changes(before.records(), after)
-    assert len(times.touched) == 20
-    assert times.times_alone
+    assert len(times.times_changed) == 20
+    assert times.only_times_differ
     assert not changes(before.records(), after, times=False)
     assert not changes(before.records(contents=True), after, contents=True)
     assert after.version == before.version
@@ -177,7 +177,7 @@ def test_labels_and_order_of_a_csv_are_seen(root: Path, tmp_path: Path) -> None:
     assert renamed.version != version
     turned = changes(then, listed(labels, range(19, -1, -1)))
     assert (turned.order, turned.changed, turned.appeared) == (20, [], [])
-    assert turned.text() == "of 20 images, 20 have another place in the order"
+    assert turned.describe() == "of 20 images, 20 have another position in the order"
 
 
 def test_every_modality_of_an_image_is_looked_at(tmp_path: Path) -> None:
@@ -197,9 +197,9 @@ def test_every_modality_of_an_image_is_looked_at(tmp_path: Path) -> None:
     assert (len(then), then.unit) == (17, "files")
     write(tmp_path / "ir/a/3.bmp", 200)
     found = changes(then, made())
-    assert found.touched == ["ir/a/3.bmp"]
+    assert found.times_changed == ["ir/a/3.bmp"]
     assert made().version != version
-    assert "of 17 files, 1 changed in modification time" in found.text()
+    assert "of 17 files, 1 changed in modification time" in found.describe()
     (tmp_path / "ir/a/5.bmp").unlink()
     assert changes(then, made()).vanished == ["ir/a/5.bmp"]
 
@@ -294,7 +294,7 @@ def test_files_that_a_table_only_names_are_looked_at(tmp_path: Path) -> None:
     assert then.sizes[0] > 8 * 8 * 3
     # The folder of what was prepared is named by the times of the files, so that a new time changes every row.
     write(tmp_path / "images/train/a/0.bmp", 200)
-    assert len(changes(then, Hf(**options)).touched) == 12
+    assert len(changes(then, Hf(**options)).times_changed) == 12
     (tmp_path / "images/train/a/0.bmp").write_bytes(b"cut")
     assert changes(then, Hf(**options)).changed == ["images/train[0]"]
     assert (source.records(contents=True).contents > 1).all()
@@ -319,8 +319,8 @@ def test_a_shard_that_is_written_anew_is_seen(tmp_path: Path, kind: str) -> None
     path.write_bytes(content)
     os.utime(path, ns=(stale + SECOND, stale + SECOND))
     found = changes(source.records(), made())
-    assert found.touched == [path.name]
-    assert "of 3 shards, 1 changed in modification time" in found.text()
+    assert found.times_changed == [path.name]
+    assert "of 3 shards, 1 changed in modification time" in found.describe()
     assert made().version != version
     assert changes(then, made(), contents=True).changed == [path.name]
 
@@ -346,15 +346,15 @@ def test_a_list_that_names_an_image_twice_is_compared_by_its_rows() -> None:
 def test_the_refusal_counts_names_three_and_tells_the_way_out(root: Path) -> None:
     then = folder(root).records()
     overwrite_four(root)
-    message = str(refusal(changes(then, folder(root)), name="set", known=False))
+    message = str(changed_images_error(changes(then, folder(root)), name="set", known=False))
     assert message == (
         "the images of set changed since this run began: of 20 images, 4 changed in modification time (a/00.bmp, "
-        "a/02.bmp, a/04.bmp, ...). Put them back, or start another run; if only the times differ, as after copying, "
-        "go on with dataset.verify=sizes"
+        "a/02.bmp, a/04.bmp, ...). Restore them, or start another run; if only the times differ, as after copying, "
+        "resume with dataset.verify=sizes"
     )
-    assert "dataset.verify=contents" in str(refusal(changes(then, folder(root)), name="set", known=True))
+    assert "dataset.verify=contents" in str(changed_images_error(changes(then, folder(root)), name="set", known=True))
     rename_three(root)
-    error = refusal(changes(then, folder(root)), name="set", known=False)
+    error = changed_images_error(changes(then, folder(root)), name="set", known=False)
     assert isinstance(error, ConfigError)
     assert "3 appeared (a/x0.bmp, a/x2.bmp, a/x4.bmp), 3 vanished (a/00.bmp, a/02.bmp, a/04.bmp)" in str(error)
     assert "verify" not in str(error)
@@ -388,7 +388,7 @@ def test_files_of_a_set_that_is_not_ours_are_found_by_their_paths(root: Path) ->
     then = OfAUser(root).records(contents=True)
     assert not changes(then, OfAUser(root))
     overwrite_four(root)
-    assert len(changes(then, OfAUser(root)).touched) == 4
+    assert len(changes(then, OfAUser(root)).times_changed) == 4
     assert len(changes(then, OfAUser(root), contents=True).changed) == 4
 
 

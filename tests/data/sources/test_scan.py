@@ -67,11 +67,11 @@ def test_images_without_class_folders_point_to_flat(tmp_path):
 def test_empty_class_folder_and_loose_images_are_left_out_with_a_warning(tmp_path):
     class_folders(tmp_path)
     (tmp_path / "bird").mkdir()
-    with pytest.warns(UserWarning, match="without images left out .*: bird"):
+    with pytest.warns(UserWarning, match="have no images and are skipped: bird"):
         assert Folder(root=str(tmp_path), image_size=8).classes == ["cat", "dog"]
     (tmp_path / "bird").rmdir()
     save(tmp_path / "loose.png")
-    with pytest.warns(UserWarning, match="1 images beside"):
+    with pytest.warns(UserWarning, match="1 images outside of the class folders"):
         assert len(Folder(root=str(tmp_path), image_size=8)) == 6
 
 
@@ -114,7 +114,7 @@ def test_list_takes_its_paths_from_root_or_absolute(tmp_path):
     file = write_list(tmp_path / "lists" / "a.csv", f"path\ncat/000.png\n{tmp_path}/set/dog/000.png\n")
     source = ListFile(file=file, root=str(tmp_path / "set"), image_size=8)
     assert [source.path(i) for i in (0, 1)] == [str(tmp_path / "set" / c / "000.png") for c in ("cat", "dog")]
-    assert not source.labeled
+    assert not source.has_labels
     assert source.classes == []
 
 

@@ -192,12 +192,12 @@ def test_raw_pixels_tell_little_of_the_label() -> None:
 
 @pytest.mark.parametrize("strength", [-0.1, 1.5, math.nan])
 def test_a_strength_outside_0_to_1_is_refused(strength: float) -> None:
-    with pytest.raises(ValueError, match=r"texture=.* must be a strength from 0 .* to 1"):
+    with pytest.raises(ValueError, match=r"texture is .* must be from 0 .* to 1"):
         Nuisances(texture=strength)
 
 
 def test_a_tiny_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="size=8 must be at least 16"):
+    with pytest.raises(ValueError, match=r"size is 8, but .* from 16 pixels on"):
         draw(torch.arange(2), seed=0, size=8)
 
 
