@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from sslcli.distributed import collectives
 
 T = TypeVar("T")
 PRELOAD = [
@@ -103,3 +106,8 @@ def serve(rank: int, size: int, meeting: Path, pipe: Connection) -> None:
         except Exception:
             answer = (traceback.format_exc(), None)
         pipe.send_bytes(pickle.dumps(answer))
+
+
+def my_half(rows: Tensor) -> Tensor:
+    """The contiguous part of a global batch that belongs to this process."""
+    return rows.chunk(collectives.world_size())[collectives.rank()].clone()
