@@ -1,4 +1,4 @@
-"""What a `_target_` takes, read from its source text, so that a typo is found without importing torch or user code."""
+"""Parameters of the class of a `_target_`, read from its source text without importing torch or user code."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-INJECTED = ("backbone", "num_images", "image_size", "channels")  # what the commands pass to a method themselves
-GIVEN = ("params",)  # and to an optimizer
-DEPTH = 8  # imports and bases followed before giving up
+METHOD_ARGUMENTS = (
+    "backbone",
+    "num_images",
+    "image_size",
+    "channels",
+)  # passed to a method by the commands, not by the yaml
+OPTIMIZER_ARGUMENTS = ("params",)  # passed to an optimizer by the commands
+DEPTH = 8  # maximum number of imports and base classes to follow
 
 Parameters = dict[str, "Parameter"]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One keyword of a constructor: its annotation as written, and whether it must be given."""
+    """One keyword of a constructor: the text of its annotation, and whether it has no default."""
 
     annotation: str
     required: bool
@@ -27,16 +32,16 @@ class Parameter:
 
 @lru_cache
 def parameters_of(target: str) -> Parameters | None:
-    """Keywords of a class or function by its dotted name; None where its source does not tell them all."""
+    """Return the keywords of a class or function by its dotted name; None if its source does not declare them all."""
     module, _, name = target.rpartition(".")
     return _find(module, name, DEPTH)
 
 
 @lru_cache
 def names_in_annotations(target: str) -> dict[str, frozenset[str]]:
-    """Names that occur in the annotation of each keyword, type aliases and the classes above included.
+    """Return the names in the annotation of each keyword, including those of type aliases and base classes.
 
-    Tells also of constructors that take further keywords, as far as the source text does.
+    Constructors with `**kwargs` are included, with the keywords that their source text declares.
     """
     module, _, name = target.rpartition(".")
     found: dict[str, frozenset[str]] = {}
@@ -54,7 +59,7 @@ def names_in_annotations(target: str) -> dict[str, frozenset[str]]:
 
 
 def _annotations(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
-    """The annotated keywords of a function, or of the constructor and the fields of a class."""
+    """Yield the annotated keywords of a function, or of the constructor and the fields of a class."""
     if isinstance(node, ast.FunctionDef):
         for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
             if argument.annotation is not None:
@@ -68,7 +73,7 @@ def _annotations(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _names(annotation: ast.expr, module: str, depth: int) -> frozenset[str]:
-    """The names in an annotation as seen in `module`, with those that type aliases stand for."""
+    """Return the names in an annotation in `module`, including those in the definitions of type aliases."""
     found: set[str] = set()
     for node in ast.walk(annotation):
         if isinstance(node, ast.Attribute):
@@ -85,7 +90,7 @@ def _names(annotation: ast.expr, module: str, depth: int) -> frozenset[str]:
 
 
 def _definition(module: str, name: str, depth: int) -> tuple[str, ast.stmt] | None:
-    """The module and the statement that define `name` as seen in `module`, following imports."""
+    """Return the module and the statement that define `name` of `module`, following imports, or None."""
     tree = _tree(module)
     if tree is None or depth <= 0:
         return None
@@ -104,7 +109,7 @@ def _definition(module: str, name: str, depth: int) -> tuple[str, ast.stmt] | No
 
 
 def source_of(module: str) -> Path | None:
-    """The file of a module, found without importing it or the packages around it."""
+    """Return the file of a module without importing it or its parent packages; None if it is not found."""
     package, *rest = module.split(".")
     try:
         spec = find_spec(package) if package else None
@@ -132,7 +137,7 @@ def _tree(module: str) -> ast.Module | None:
 
 
 def _find(module: str, name: str, depth: int) -> Parameters | None:
-    """Keywords of `name` as seen in `module`, following imports."""
+    """Return the keywords of `name` of `module`, following imports; None if they are unknown."""
     tree = _tree(module)
     if tree is None or depth == 0:
         return None
@@ -149,7 +154,7 @@ def _find(module: str, name: str, depth: int) -> Parameters | None:
 
 
 def _absolute(module: str, node: ast.ImportFrom) -> str:
-    """The module an import names, as seen from `module`."""
+    """Return the absolute name of the module that an import statement in `module` refers to."""
     if node.level == 0:
         return node.module or ""
     path = source_of(module)
@@ -164,9 +169,9 @@ def _class(module: str, node: ast.ClassDef, depth: int) -> Parameters | None:
     if init is not None and not _open(init.args):
         return _arguments(init.args, skip=1)
     if init is not None and (not node.bases or module.split(".")[0] != "sslcli"):
-        return None  # others may take more out of **kwargs than they pass on
+        return None  # classes of other packages may read keywords from **kwargs
     found: Parameters = {}
-    for base in node.bases:  # what is not taken here is passed on to them
+    for base in node.bases:  # **kwargs are passed on to the base classes
         inherited = _find(module, base.id, depth - 1) if isinstance(base, ast.Name) else None
         if inherited is None:
             return None
@@ -176,20 +181,24 @@ def _class(module: str, node: ast.ClassDef, depth: int) -> Parameters | None:
         return {name: found[name] for name in found if name not in passed} | _arguments(init.args, skip=1)
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         for part in node.body:
-            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+            if (
+                isinstance(part, ast.AnnAssign)
+                and isinstance(part.target, ast.Name)
+                and "ClassVar" not in ast.unparse(part.annotation)
+            ):
                 found[part.target.id] = Parameter(ast.unparse(part.annotation), required=part.value is None)
     return found
 
 
 def _passed_on(init: ast.FunctionDef) -> set[str]:
-    """Keywords that a constructor gives to the one above by itself."""
+    """Return the keywords that a constructor sets itself in its call of `super().__init__`."""
     calls = [node for node in ast.walk(init) if isinstance(node, ast.Call)]
     above = [call for call in calls if ast.unparse(call.func) == "super().__init__"]
     return {keyword.arg for call in above for keyword in call.keywords if keyword.arg is not None}
 
 
 def _open(arguments: ast.arguments) -> bool:
-    """Whether it takes more than its own keywords."""
+    """Return True if the arguments include `*args` or `**kwargs`."""
     return arguments.kwarg is not None or arguments.vararg is not None
 
 

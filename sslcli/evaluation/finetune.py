@@ -85,7 +85,7 @@ class Tuned(Recipe):
         if self.from_layer and f"head{self.from_layer}" not in layers.names(net, images):
             last = net.head_layers if isinstance(net, Method) else 0
             has = f"has the layers 1 to {last}" if last else "gives no features (that of simclr_v2 does)"
-            raise ConfigError(f"protocol.from_layer is {self.from_layer}, but the head of this net {has}; 0 = backbone")
+            raise ConfigError(f"protocol.from_layer is {self.from_layer}, but the head of this net {has}; 0 is the backbone")
         chosen = feature_layer if feature_layer != layers.BACKBONE or number == 0 else f"head{number}"
         return chosen, f"head{usual}" if usual else layers.BACKBONE
 

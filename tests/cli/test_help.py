@@ -15,7 +15,7 @@ import pytest
 
 from command_line import Cli
 from sslcli import __version__
-from sslcli.cli import help
+from sslcli.config import folders
 from sslcli.config.schema import GROUPS
 from sslcli.config.settings import EvalSettings, ExportSettings, RunSettings, TrainSettings
 
@@ -74,9 +74,9 @@ def test_version_is_that_of_sslcli(cli: Cli) -> None:
 
 
 def test_a_checkout_that_is_not_installed_finds_its_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(help, "find_spec", lambda name: None)
-    assert help.folder_of_conf() == CONF
-    assert help.folder_of_conf(installed=True) is None
+    monkeypatch.setattr(folders, "find_spec", lambda name: None)
+    assert folders.conf_folder() == CONF
+    assert folders.conf_folder(installed=True) is None
 
 
 PROBE = """

@@ -259,7 +259,7 @@ def test_reading_contents_shows_its_progress_and_tells_the_other_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signs: list[str] = []
-    monkeypatch.setattr(image_changes.heartbeat, "sign", signs.append)
+    monkeypatch.setattr(image_changes.watchdog, "report_progress", signs.append)
     source = Folder(
         root=str(make_folder(tmp_path, per_class=200, broken=0)), image_size=8, workers=0, verify="contents"
     )
