@@ -143,12 +143,12 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
             cubic = view.interpolation == "bicubic"
             out[list(group)] = resize.resized_bytes(pixels, boxes[:, number], size, cubic=cubic)
 
-    def crop_views(self, picture: Picture, whole: tuple[int, int], boxes: list[list[int]]) -> list[Tensor]:
-        """Return one crop (C, S, S) uint8 per view. `boxes` are in pixels of the full size `whole` (width, height)."""
+    def crop_views(self, picture: Picture, full_size: tuple[int, int], boxes: list[list[int]]) -> list[Tensor]:
+        """Return one crop (C, S, S) uint8 per view. Boxes are in pixels of `full_size` (width, height)."""
         filters = [view.interpolation for view in self.views.views]
-        if picture.size != whole:
+        if picture.size != full_size:
             assert isinstance(picture, Image.Image)
-            scale = max(round(full / part) for full, part in zip(whole, picture.size, strict=True))
+            scale = max(round(full / part) for full, part in zip(full_size, picture.size, strict=True))
             scaled_boxes = [[number / scale for number in box] for box in boxes]
             return [
                 crop_and_resize_fractional(picture, *crop)

@@ -131,10 +131,10 @@ class Loader:
         if self.layout is None:
             num_images = len(self.source.splits["train"])
             order = epoch_order(num_images, self.source.weights, seed=self.seed, epoch=epoch)
-            index, visit = (column[: math.prod(shape)].view(shape)[:, :, rank()] for column in order)
-            return index, visit, torch.zeros_like(index, dtype=torch.bool)
-        whole = shard_order(self.layout, seed=self.seed, epoch=epoch, batch_size=self.batch_size)
-        index = whole.view(shape)[:, :, rank()]
+            index, occurrence = (column[: math.prod(shape)].view(shape)[:, :, rank()] for column in order)
+            return index, occurrence, torch.zeros_like(index, dtype=torch.bool)
+        sequence = shard_order(self.layout, seed=self.seed, epoch=epoch, batch_size=self.batch_size)
+        index = sequence.view(shape)[:, :, rank()]
         slots = torch.arange(self.micro_batch_size).tensor_split(self.requests_per_batch)
         reader = torch.cat([torch.full_like(part, number) for number, part in enumerate(slots)]).expand_as(index)
         is_last_read = last_read_mask(self.layout.chunk[index].flatten(), reader.flatten())

@@ -94,11 +94,11 @@ def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Te
     """
     num_images = len(layout.segment)
     steps, lanes = num_images // batch_size, min(layout.lanes, batch_size)
-    kept = torch.arange(num_images)
+    used = torch.arange(num_images)
     if num_images % batch_size:
-        kept = rng.permutation(num_images, seed, epoch, 0)[: steps * batch_size].sort().values
+        used = rng.permutation(num_images, seed, epoch, 0)[: steps * batch_size].sort().values
     rank = rng.permutation(int(layout.segment.max()) + 1, seed, epoch, 1).argsort()
-    sequence = kept[rank[layout.segment[kept]].argsort(stable=True)]
+    sequence = used[rank[layout.segment[used]].argsort(stable=True)]
     delay = rng.uniform(rng.mix(seed, epoch, sequence), 2).double()
     order = torch.empty(steps, batch_size, dtype=torch.int64)
     edges = [lane * batch_size // lanes for lane in range(lanes + 1)]  # where the lanes begin within a batch

@@ -76,8 +76,8 @@ class ErrorReturningDataset(Dataset[Any]):
     def failure(self, error: Exception) -> ConfigError | TrainingFailed:
         """Return the error that ends the command, with traceback: ConfigError for user code, else TrainingFailed."""
         name = f"{self.owner.__module__}.{self.owner.__qualname__}"
-        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        text = f"{name} failed while reading images ({what})\n{''.join(traceback.format_exception(error)).rstrip()}"
+        summary = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        text = f"{name} failed while reading images ({summary})\n{''.join(traceback.format_exception(error)).rstrip()}"
         return TrainingFailed(text) if name.startswith("sslcli.") else ConfigError(text)
 
 

@@ -25,7 +25,7 @@ from sslcli.data.sources.labels import Value, plain_label
 from sslcli.data.sources.scan import EXTENSIONS
 from sslcli.errors import ConfigError
 
-ENDINGS = (".tar", ".parquet")
+SHARD_EXTENSIONS = (".tar", ".parquet")
 _BLOCK = 512  # block size of a tar archive in bytes
 Sample = dict[str, tuple[int, int]]  # start and size in bytes of the files of an image, by the name after the first dot
 

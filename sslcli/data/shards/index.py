@@ -18,7 +18,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from sslcli.data.shards.formats import ENDINGS, Index, Shard, build_index
+from sslcli.data.shards.formats import SHARD_EXTENSIONS, Index, Shard, build_index
 from sslcli.data.sources.vision import exclusive_lock
 from sslcli.errors import ConfigError
 from sslcli.system.atomic import replace
@@ -73,7 +73,7 @@ def _shards_at(url: str, *, key: str) -> list[Shard]:
             f"{key} is {url}, which cannot be reached ({type(error).__name__}: {error}): check the address, the "
             "network and your credentials"
         ) from error
-    found = [info for info in infos if info["name"].endswith(ENDINGS)]
+    found = [info for info in infos if info["name"].endswith(SHARD_EXTENSIONS)]
     for info in found:
         if info["type"] == "other":  # a FIFO or a device, which would block on opening
             raise ConfigError(f"{key} has {info['name']}, which is not a regular file: remove it")
@@ -84,7 +84,7 @@ def _shards_at(url: str, *, key: str) -> list[Shard]:
         is_compressed = any(name.endswith((".gz", ".tgz", ".zst", ".xz")) for name in others)
         hint = ". Compressed archives have no random access: decompress them to .tar" if is_compressed else ""
         raise ConfigError(
-            f"{key} is {url}, where there is {content}: choose files that end in {' or '.join(ENDINGS)}{hint}"
+            f"{key} is {url}, where there is {content}: choose files that end in {' or '.join(SHARD_EXTENSIONS)}{hint}"
         )
     return shards
 

@@ -81,18 +81,18 @@ class ShardReader:
         """
         chunk, (shard, number) = int(self.chunk_of(np.int64(position))), self.locate(position)
         first = int(self.chunk_ends[chunk - 1]) if chunk else 0
-        held = self.state.held.get(chunk)
+        data = self.state.held.get(chunk)
         if self.shards[shard].url.endswith(".tar"):
-            if held is None:
+            if data is None:
                 return self.read_bytes(shard, position, position)
             start = int(self.starts[position] - self.starts[first])
-            return bytes(held[start : start + int(self.sizes[position])])
-        if held is None:
-            held = self.state.cached_chunk(chunk, self.fetch)
+            return bytes(data[start : start + int(self.sizes[position])])
+        if data is None:
+            data = self.state.cached_chunk(chunk, self.fetch)
         path = f"{self.shards[shard].url}[{number}]"
-        if isinstance(held, str):
-            raise BadImage(path, held)
-        return image_in_cell(held[position - first].as_py(), path)
+        if isinstance(data, str):
+            raise BadImage(path, data)
+        return image_in_cell(data[position - first].as_py(), path)
 
     def fetch(self, chunk: int) -> Any:
         """Return a chunk: bytes of a tar archive, an Arrow column, or the reason why it cannot be decoded."""

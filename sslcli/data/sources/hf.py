@@ -235,19 +235,19 @@ def _load(datasets: Any, path: str, options: dict[str, Any]) -> Any:
 def _failure(path: str, options: dict[str, Any], error: Exception) -> str:
     """Return an error message in one line: the dataset, the reason, and what to do."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    given = "".join(f", dataset.{key}={value}" for key, value in options.items() if value and key != "cache_dir")
+    arguments = "".join(f", dataset.{key}={value}" for key, value in options.items() if value and key != "cache_dir")
     if os.path.exists(path):
         cause = error.__cause__ or error.__context__
         inner = f": {str(cause).splitlines()[0]}" if cause is not None and str(cause) else ""
-        return f"dataset.path={path}{given} cannot be read ({reason}{inner}): repair it, or change dataset.path"
+        return f"dataset.path={path}{arguments} cannot be read ({reason}{inner}): repair it, or change dataset.path"
     if isinstance(error, FileNotFoundError) and path.startswith(("/", ".")):
         return (
             f"dataset.path={path}: there is no file or folder {os.path.abspath(path)}: set dataset.path to the folder "
             "or file of the images"
         )
     return (
-        f"dataset.path={path}{given} is not a local folder ({os.path.abspath(path)}), and cannot be downloaded from "
-        f"the Hugging Face hub ({reason}). Check the name, log in if the dataset is private, or without a network "
+        f"dataset.path={path}{arguments} is not a local folder ({os.path.abspath(path)}), and cannot be downloaded "
+        f"from the Hugging Face hub ({reason}). Check the name, log in if the dataset is private, or without a network "
         f"download it elsewhere (hf download --repo-type dataset {path} --local-dir DIR) and set dataset.path=DIR"
     )
 

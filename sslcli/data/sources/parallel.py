@@ -178,12 +178,12 @@ class Parallel(Files):
                 listing.add([name], label=classes.index(class_name), root=number)
         roots = [root, *([] if test is None else [test])]
         self.fill(pool, test_files, name=base_name([root]), roots=roots, classes=classes)
-        endings = [found[0][name] for name in pool.names] + [found[-1][name] for name in test_files.names]
-        self.endings = sorted({ending for row in endings for ending in row if ending is not None})
-        number_of = {ending: number for number, ending in enumerate(self.endings)} | {None: -1}
-        self._ending = np.array([[number_of[ending] for ending in row] for row in endings], np.int16)
-        self.present = torch.from_numpy(self._ending >= 0)
-        self._places = np.argwhere(self._ending >= 0)  # position and modality of each file
+        extensions = [found[0][name] for name in pool.names] + [found[-1][name] for name in test_files.names]
+        self.extensions = sorted({extension for row in extensions for extension in row if extension is not None})
+        number_of = {extension: number for number, extension in enumerate(self.extensions)} | {None: -1}
+        self._extension = np.array([[number_of[extension] for extension in row] for row in extensions], np.int16)
+        self.present = torch.from_numpy(self._extension >= 0)
+        self._file_positions = np.argwhere(self._extension >= 0)  # position and modality of each file
 
     def match(self, root: str, *, key: str) -> dict[str, list[str | None]]:
         """Return the file extension of each modality, None for a missing file, by `<class>/<stem>`."""
@@ -193,14 +193,14 @@ class Parallel(Files):
             check_folder(os.path.join(root, name), key=f"{key}/{name} (a modality)")
             for files in scan_classes(os.path.join(root, name)).values():
                 for file in files:
-                    stem, ending = os.path.splitext(file)
+                    stem, extension = os.path.splitext(file)
                     row = found.setdefault(stem, [None] * len(self.modalities))
                     if row[number] is not None:
                         raise ValueError(
                             f"{os.path.join(root, name)} has {stem}{row[number]} and {file}: "
                             "keep one file per image, because modalities are matched by class and stem"
                         )
-                    row[number] = ending
+                    row[number] = extension
         for number, (name, modality) in enumerate(self.modalities.items()):
             missing = [stem for stem, row in found.items() if row[number] is None]
             if missing and not modality.optional:
@@ -216,8 +216,8 @@ class Parallel(Files):
 
     def path_of(self, position: int, modality: int) -> str:
         """Return the path of one modality, which must be present."""
-        name, ending = list(self.modalities)[modality], self.endings[self._ending[position, modality]]
-        return os.path.join(self.roots[self._root_of[position]], name, self.relative(position) + ending)
+        name, extension = list(self.modalities)[modality], self.extensions[self._extension[position, modality]]
+        return os.path.join(self.roots[self._root_of[position]], name, self.relative(position) + extension)
 
     def open(self, position: int) -> DecodedImage:
         """Open all modalities at `position`, decoded at full size, since not all formats support scaled decoding."""
@@ -235,8 +235,8 @@ class Parallel(Files):
                 layer = decode(self.path_of(position, number), convert=modality.convert)
             layers.append(layer)
         size = next(layer.size for layer in layers if layer is not None)
-        whole = [self.fit_to_size(position, number, layer, size) for number, layer in enumerate(layers)]
-        return Layers(whole, self.nearest)
+        resized = [self.fit_to_size(position, number, layer, size) for number, layer in enumerate(layers)]
+        return Layers(resized, self.nearest)
 
     def fit_to_size(self, position: int, number: int, layer: Image.Image | None, size: tuple[int, int]) -> Image.Image:
         """Return the layer of modality `number`, resized to `size`; a blank one if the modality is missing."""
@@ -266,8 +266,8 @@ class Parallel(Files):
 
     def _rows(self) -> Iterator[bytes]:
         yield repr(list(self.modalities.items())).encode()
-        sizes: NDArray[np.int64] = np.full(self._ending.shape, -2, np.int64)
-        sizes[self._ending >= 0], _ = self.status()
+        sizes: NDArray[np.int64] = np.full(self._extension.shape, -2, np.int64)
+        sizes[self._extension >= 0], _ = self.status()
         rows: list[list[int]] = sizes.tolist()
         for position, (row, label) in enumerate(zip(rows, self.labels.tolist(), strict=True)):
             yield os.fsencode(self.relative(position)) + f"\0{row}\0{label}".encode()
@@ -275,25 +275,25 @@ class Parallel(Files):
     @property
     def num_files(self) -> int:
         """Number of files. An image has one file per modality that is present."""
-        return len(self._places)
+        return len(self._file_positions)
 
     def file(self, number: int) -> str:
         """Return the path of a file by its number."""
-        position, modality = self._places[number].tolist()
+        position, modality = self._file_positions[number].tolist()
         return self.path_of(position, modality)
 
     def file_names(self) -> Iterator[bytes]:
         """Yield the path of every file below its root, prefixed with the number of the root if there are several."""
         modalities = list(self.modalities)
-        for position, modality in self._places.tolist():
+        for position, modality in self._file_positions.tolist():
             root = self._root_of[position]
             prefix = f"{root}:" if len(self.roots) > 1 else ""
-            ending = self.endings[self._ending[position, modality]]
-            yield os.fsencode(f"{prefix}{modalities[modality]}/{self.relative(position)}{ending}")
+            extension = self.extensions[self._extension[position, modality]]
+            yield os.fsencode(f"{prefix}{modalities[modality]}/{self.relative(position)}{extension}")
 
     def file_labels(self) -> NDArray[np.int64]:
         """Return the label code of every file, see `label_codes`."""
-        labels: NDArray[np.int64] = super().file_labels()[self._places[:, 0]]
+        labels: NDArray[np.int64] = super().file_labels()[self._file_positions[:, 0]]
         return labels
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:

@@ -89,13 +89,13 @@ def make_records(
     unit: str = "images",
 ) -> Records:
     """Return records. Columns that are None are filled with 0."""
-    nothing = np.zeros(len(labels), np.int64)
+    zeros = np.zeros(len(labels), np.int64)
     return Records(
         names=b"\0".join(names),
         labels=labels,
-        sizes=nothing if sizes is None else sizes,
-        stamps=nothing if stamps is None else stamps,
-        contents=nothing.astype(np.uint64) if contents is None else contents,
+        sizes=zeros if sizes is None else sizes,
+        stamps=zeros if stamps is None else stamps,
+        contents=zeros.astype(np.uint64) if contents is None else contents,
         unit=unit,
     )
 

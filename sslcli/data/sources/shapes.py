@@ -252,8 +252,8 @@ def _noise(key: Tensor, x: Tensor, y: Tensor, cells: int = 5) -> Tensor:
     lattice = uniform(mix(key[:, None, None], nodes[:, None], nodes), 0, -1.0, 1.0)
 
     def kernel(axis: Tensor, shift: Tensor) -> list[Tensor]:
-        place = (axis + 1) * ((cells - 1) / 2) + _field(shift)
-        reach = [(1 - (place - node).abs()).clamp(min=0) for node in range(cells + 1)]
+        position = (axis + 1) * ((cells - 1) / 2) + _field(shift)
+        reach = [(1 - (position - node).abs()).clamp(min=0) for node in range(cells + 1)]
         return [weight * weight * (3 - 2 * weight) for weight in reach]
 
     columns, rows = kernel(x, uniform(key, 1)), kernel(y, uniform(key, 2))

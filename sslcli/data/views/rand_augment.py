@@ -53,10 +53,10 @@ def rand_augment(
         (N, C, H, W) of the dtype of `images`, in [0, 1].
     """
     work = in_working_precision(images)
-    for which, happens, radius, angle, sign, smooth in draws:
+    for operation_draw, apply_draw, radius, angle, sign_draw, filter_draw in draws:
         normal = torch.sqrt(-2 * torch.log1p(-radius)) * torch.cos(2 * math.pi * angle)  # Box-Muller transform
         level = (magnitude + std * normal).clamp(0, MAX_MAGNITUDE)
-        operation = torch.where(happens < probability, (which * len(OPERATIONS)).long(), len(OPERATIONS))
+        operation = torch.where(apply_draw < probability, (operation_draw * len(OPERATIONS)).long(), len(OPERATIONS))
         order = operation.argsort(stable=True)
         work = work.index_select(0, order.to(work.device, non_blocking=True))
         numbers = torch.arange(len(OPERATIONS) + 1, device=operation.device)
@@ -68,9 +68,9 @@ def rand_augment(
         rows = slice(ends[_GEOMETRIC], ends[-1])
         if rows.start < rows.stop:
             chosen = order[rows]
-            signed = torch.where(sign[chosen] < 0.5, -level[chosen], level[chosen])
+            signed = torch.where(sign_draw[chosen] < 0.5, -level[chosen], level[chosen])
             matrix = _matrices(operation[chosen], signed, *work.shape[2:])
-            work[rows] = affine(work[rows], matrix, smooth[chosen] < 0.5, fill)
+            work[rows] = affine(work[rows], matrix, filter_draw[chosen] < 0.5, fill)
         work = work.index_select(0, order.argsort().to(work.device, non_blocking=True))
     return work.to(images.dtype)
 

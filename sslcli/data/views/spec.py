@@ -96,10 +96,10 @@ class View:
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise _field_error(name, value, f"an integer of at least {minimum}")
 
-    def _check_numbers(self, name: str, length: int, what: str) -> tuple[float, ...]:
+    def _check_numbers(self, name: str, length: int, constraint: str) -> tuple[float, ...]:
         value = getattr(self, name)
         if not isinstance(value, Sequence) or len(value) != length or not all(map(is_number, value)):
-            raise _field_error(name, value, what)
+            raise _field_error(name, value, constraint)
         numbers = tuple(float(number) for number in value)
         object.__setattr__(self, name, numbers)
         return numbers
