@@ -6,10 +6,13 @@ A plain `ValueError` from a constructor while a run is built also means an inval
 from __future__ import annotations
 
 import errno
+import os
+import sys
+import traceback
 from collections.abc import Iterable, Sequence
 
-DISK_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
-DISK_ERRORS = (*DISK_REFUSALS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+PERMISSION_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS)
+DISK_ERRORS = (*PERMISSION_ERRORS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 EXIT_CONFIG = 2
 EXIT_FAILED = 3
@@ -45,19 +48,46 @@ class Stopped(Exception):
         self.by_signal = by_signal
 
 
-def disk_failure(error: OSError, place: object, key: str) -> tuple[str, int] | None:
+DEBUG = "SSLCLI_DEBUG"  # environment variable: 1 = print tracebacks of errors that are reported in one line
+_NOT_OF_THE_USER = ("sslcli", "torch", "torchvision", "hydra", "omegaconf", "numpy", "PIL", "yaml", "datasets", "timm")
+
+
+def print_error(command: str, error: BaseException | str) -> None:
+    """Print the one-line message of an error of `ssl-COMMAND` to standard error.
+
+    With SSLCLI_DEBUG=1 the traceback follows. Without it, a message of an error that was raised in code of the user or
+    of a plug-in names the variable.
+    """
+    hint = ""
+    if isinstance(error, BaseException) and os.environ.get(DEBUG) != "1" and _raised_in_user_code(error):
+        hint = f" ({DEBUG}=1 shows the traceback)"
+    print(f"ssl-{command}: {error}{hint}", file=sys.stderr, flush=True)
+    if isinstance(error, BaseException) and os.environ.get(DEBUG) == "1":
+        traceback.print_exception(error)
+
+
+def _raised_in_user_code(error: BaseException) -> bool:
+    """Return True if a frame of the first cause of `error` belongs to neither sslcli nor the libraries it uses."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    packages = {str(module).partition(".")[0] for module in modules}
+    return bool(packages - {*_NOT_OF_THE_USER, *sys.stdlib_module_names, "__main__"})
+
+
+def disk_failure(error: OSError, path: object, key: str) -> tuple[str, int] | None:
     """Return the message and exit code of a failed write, or None if the error is not a disk error.
 
     Args:
-        place: what was written, if the error has no file name.
+        path: the path that was written, if the error has no file name.
         key: the configuration key of the output location.
     """
     if error.errno not in DISK_ERRORS:
         return None
-    what = f"{error.filename or place} cannot be written ({error.strerror})"
-    if error.errno in DISK_REFUSALS:
+    what = f"{error.filename or path} cannot be written ({error.strerror})"
+    if error.errno in PERMISSION_ERRORS:
         return f"{what}: choose another {key}, or change its permissions", EXIT_CONFIG
-    return f"{what}: make room or mend the disk, then start the same command again to go on", EXIT_FAILED
+    return f"{what}: free space or repair the disk, then run the same command again to resume", EXIT_FAILED
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
@@ -69,9 +99,9 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return f" Did you mean {names[found[0]]!r}?" if found else ""
 
 
-def check_keys(where: str, given: Iterable[object], known: Sequence[str]) -> None:
+def check_keys(where: str, keys: Iterable[object], known: Sequence[str]) -> None:
     """Raise ValueError unless all keys are known. The message has `where`, the key, the closest and all known keys."""
-    for key in given:
+    for key in keys:
         if key not in known:
             raise ValueError(
                 f"{where} has the unknown key {key!r}.{nearest(key, known)} Known keys: {', '.join(known)}"

@@ -19,7 +19,7 @@ from sslcli.config.run_config import EvalConfig
 from sslcli.data.sources.base import Source
 from sslcli.distributed import devices
 from sslcli.engine import checkpoint
-from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, TrainingFailed
+from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, TrainingFailed, print_error
 from sslcli.evaluation.base import Outcome, Protocol
 from sslcli.evaluation.online import check_answers, unanswerable
 from sslcli.report.console import Screen
@@ -80,10 +80,10 @@ def _answered(config: EvalConfig) -> int:
             summary(Path(result["home"]), screen)
         return 0
     except ValueError as error:
-        print(f"ssl-eval: {error}", file=sys.stderr)
+        print_error("eval", error)
         return EXIT_CONFIG
     except TrainingFailed as error:
-        print(f"ssl-eval: {error}", file=sys.stderr)
+        print_error("eval", error)
         return EXIT_FAILED
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from sslcli.config.run_config import RunConfig
 from sslcli.config.settings import MultiSettings
 from sslcli.engine import checkpoint_names
-from sslcli.errors import EXIT_CONFIG, ConfigError
+from sslcli.errors import EXIT_CONFIG, ConfigError, print_error
 from sslcli.report.terminal import guard_terminal, log_and_print
 from sslcli.runs.identity import run_dir_of
 from sslcli.system import child_processes
@@ -69,7 +69,7 @@ def main() -> None:
     try:
         sys.exit(launch(config))
     except ConfigError as error:
-        print(f"ssl-train: {error}", file=sys.stderr)
+        print_error("train", error)
         sys.exit(EXIT_CONFIG)
     except Exception:
         traceback.print_exc()

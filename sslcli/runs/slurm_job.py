@@ -12,7 +12,7 @@ from pathlib import Path
 from sslcli.config.moved import current_config
 from sslcli.config.run_config import RunConfig
 from sslcli.config.slurm import SlurmSettings
-from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError
+from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, print_error
 from sslcli.report.terminal import guard_terminal, log_and_print
 from sslcli.runs import directory
 from sslcli.runs.slurm import queue
@@ -128,7 +128,7 @@ def main() -> None:
         plain, _ = current_config(json.loads(path.read_text(encoding="utf-8")))
         code = carry_out(RunConfig.from_plain(plain), sys.argv[2])
     except ConfigError as error:
-        print(f"ssl-train: {error}", file=sys.stderr)
+        print_error("train", error)
         code = EXIT_CONFIG
     (path.parent / "codes" / os.environ["SLURM_NODEID"]).write_text(f"{code}\n", encoding="utf-8")
     sys.exit(code)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -30,6 +29,7 @@ from sslcli.errors import (
     Stopped,
     TrainingFailed,
     disk_failure,
+    print_error,
 )
 from sslcli.report import pictures
 from sslcli.report.console import Screen, percent, show
@@ -77,11 +77,11 @@ def run(config: RunConfig) -> int:
             check_agreement(config.values)
             return _carry_out(config, run_dir, device)
     except ConfigError as error:
-        return _end(str(error), EXIT_CONFIG)
+        return _end(error, EXIT_CONFIG)
     except ProcessLost as error:
         return _end(str(error), processes.exit_lost())
     except TrainingFailed as error:
-        return _end(str(error), EXIT_FAILED)
+        return _end(error, EXIT_FAILED)
     except Stopped as error:
         return EXIT_STOPPED if processes.number() > 0 else _end(str(error), EXIT_STOPPED)
     except RuntimeError as error:
@@ -105,13 +105,13 @@ def _leave_to_the_main_thread(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-def _end(message: str, code: int, *, wait: float | None = None) -> int:
+def _end(message: BaseException | str, code: int, *, wait: float | None = None) -> int:
     """Tell why this process ends; the exit code.
 
     What ends all processes is told once: the main one is first, and its launcher ends the others while they wait.
     """
     time.sleep((WAIT if processes.number() > 0 else 0.0) if wait is None else wait)
-    print(f"ssl-train: {message}", file=sys.stderr, flush=True)
+    print_error("train", message)
     return code
 
 
