@@ -11,6 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from sslcli.config.settings import SweepSettings
+from sslcli.sweeps.job import Job, Sweep
+from sslcli.sweeps.sweep import prepare
+
 # Seeds: 3 fails, 4 is killed, 5 waits for a signal and saves, 6 is refused; a second start of any of them finishes.
 # Seed 7 waits for the file `go` in the folder of the sweep.
 JOB = """
@@ -62,10 +66,11 @@ note("ends", f"{time.time()}\\n")
 
 SWEEP = """
 import sys
-from sslcli.cli import _sweep, train
+from sslcli.cli import train
+from sslcli.sweeps import sweep
 
 job = sys.argv.pop(1)
-_sweep.program_of = lambda command: (sys.executable, "-S", job)
+sweep.program_of = lambda command: (sys.executable, "-S", job)
 train.main()
 """
 
@@ -108,3 +113,12 @@ def table(folder: Path) -> list[dict[str, str]]:
 def column(folder: Path, key: str) -> dict[str, str]:
     """A column of sweep.csv by seed."""
     return {row["seed"]: row[key] for row in table(folder)}
+
+
+def prepared_sweep(folder: Path) -> tuple[Sweep, Job]:
+    """A sweep with one job that nobody has started."""
+    settings = SweepSettings(metric="train/loss", direction="auto", jobs=None, retry_failed=False)
+    sweep = Sweep(command="train", program=(), folder=folder, settings=settings, flags=(), shared=())
+    job = Job("one", ("seed=1",), folder / "one")
+    prepare(sweep, [job])
+    return sweep, job

@@ -46,3 +46,13 @@ def mine(batch: Batch) -> Batch:
         return rows.chunk(collectives.world_size())[collectives.rank()]
 
     return Batch([part(view) for view in batch.views], part(batch.index), part(batch.label))
+
+
+def copied_state(net: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict."""
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def equal_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two states of a network are bit-identical."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -11,7 +11,6 @@ from torch import Tensor
 from golden_cases import Case, golden_cases
 from sslcli.evaluation.features import FeatureSet
 from sslcli.evaluation.knn import Knn, knn
-from sslcli.evaluation.result import accuracy, bootstrap_interval, label_rank, top5
 
 
 def problem(n: int = 60, m: int = 25, d: int = 6, c: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -160,29 +159,3 @@ def test_protocol_watches_val_and_reports_test_besides():
     only_test = Knn(k=5).measure(replace(both, val=None, val_labels=None))
     assert (only_test["split"], only_test["top1"]) == ("test", result["test_top1"])
     assert "test_top1" not in Knn(k=5).measure(replace(both, test=both.val, test_labels=both.val_labels))
-
-
-def test_place_of_the_label_orders_ties_by_class_and_puts_nan_last():
-    scores = torch.tensor([[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [float("nan"), 0.0, 1.0]])
-    place = label_rank(scores, torch.tensor([1, 2, 2]))
-    assert place.tolist() == [0, 1, 3]
-    assert accuracy(place, 1) == pytest.approx(1 / 3)
-    assert top5(place, 3) == pytest.approx(2 / 3)
-
-
-def test_bootstrap_interval_agrees_with_resampled_indices():
-    correct = torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.7
-    low, high = bootstrap_interval(correct, seed=1, resamples=4000)
-    index = torch.randint(400, (4000, 400), generator=torch.Generator().manual_seed(2))
-    want = torch.quantile(correct.double()[index].mean(dim=1), torch.tensor([0.025, 0.975], dtype=torch.float64))
-    assert (low, high) == pytest.approx(tuple(want.tolist()), abs=5e-3)
-    assert bootstrap_interval(correct, seed=1) == bootstrap_interval(correct, seed=1)
-    assert bootstrap_interval(torch.ones(9, dtype=torch.bool), seed=0) == (1.0, 1.0)
-
-
-@pytest.mark.parametrize(("change", "message"), [({"resamples": 0}, "resamples=0"), ({"level": 1.0}, "level=1.0")])
-def test_bootstrap_refuses_values_out_of_range(change, message):
-    with pytest.raises(ValueError, match=message):
-        bootstrap_interval(torch.ones(3, dtype=torch.bool), seed=0, **change)
-    with pytest.raises(ValueError, match="at least one image"):
-        bootstrap_interval(torch.ones(0, dtype=torch.bool), seed=0)

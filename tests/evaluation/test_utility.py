@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import xml.etree.ElementTree as ET
 from typing import Any
 
@@ -13,7 +12,6 @@ from sklearn.isotonic import IsotonicRegression
 
 from learnable import Colors, start_of, task_of
 from sslcli.evaluation.utility import Utility, bootstrap_utilities, isotonic, needed, utilities
-from sslcli.report.svg_plot import curves, ticks
 from tiny import TinyNet
 
 COUNTS = [round(100 * 2 ** (k / 8)) for k in range(57)]  # 100 to 12,800, so dense that lines between are exact enough
@@ -112,28 +110,6 @@ def test_the_study_measures_both_arms_on_nested_subsets_and_draws_them() -> None
     assert ET.fromstring(found.files["utility.svg"]).tag.endswith("svg")
     with pytest.raises(ValueError, match="baselines=true"):
         Utility(**SETTINGS)({"trained": starts["trained"]}, task)
-
-
-def test_the_picture_holds_every_point_within_its_frame() -> None:
-    arm = {"top1": 0.5, "std": None}
-    points = [
-        {"labels": n, "trained": arm, "random": arm, "utility": u, "bound": b, "censored": b == "lower"}
-        for n, u, b in ((10, 3.0, None), (100, -0.5, "upper"), (1000, 9.0, "lower"))
-    ]
-    root = ET.fromstring(curves(points))
-    width, height = (float(root.attrib[name]) for name in ("width", "height"))
-    circles = [e.attrib for e in root.iter() if e.tag.endswith("circle")]
-    assert len(circles) == 9
-    assert all(0 < float(c["cx"]) < width and 0 < float(c["cy"]) < height for c in circles)
-    assert [c["fill"] for c in circles[-3:]] == ["#333", "white", "white"]
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.0, 0.9), (-0.5, 9.0), (0.0, 0.0), (0.0, 250.0)])
-def test_marks_are_few_and_within(low: float, high: float) -> None:
-    marks = ticks(low, high)
-    assert 1 <= len(marks) <= 9
-    assert all(low - 1e-9 <= mark <= high + 1e-9 for mark in marks)
-    assert all(math.isclose(b - a, marks[1] - marks[0]) for a, b in itertools.pairwise(marks))
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,7 @@ from processes import Pair
 from sslcli.backbones.small import Small
 from sslcli.backbones.vit import VisionTransformer
 from sslcli.methods.cpc import CPC, CPCv2, PatchPrediction, full_contrast, own_places, sampled_contrast
-from sslcli.methods.cpc_context import CONTEXTS, context_network
-from sslcli.methods.cpc_patches import PatchAugmentation, patch_size, patchify
-from sslcli.nn.noise import Noise
+from sslcli.methods.cpc_patches import PatchAugmentation
 from tiny import TinyNet, make_batch
 
 KINDS = {"v1": CPC, "v2": CPCv2}
@@ -120,53 +118,6 @@ def test_predictions_of_zero_are_a_guess(kind: str, expected: float) -> None:
     assert float(found["accuracy"]) == 0.0
 
 
-@pytest.mark.parametrize("name", CONTEXTS)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_context_depends_on_the_rows_down_to_its_own_and_on_no_other(name: str, direction: int) -> None:
-    torch.manual_seed(0)
-    grid = 5
-    network = context_network(name, 6, 8).double()
-    z = torch.randn(1, 6, grid, grid, dtype=torch.float64, requires_grad=True)
-    context = network(torch.rot90(z, -direction, (2, 3)))
-    assert context.shape == (1, network.out_channels, grid, grid)
-    for row in range(grid):
-        (gradient,) = torch.autograd.grad(context[:, :, row].sum(), z, retain_graph=True)
-        seen = torch.rot90(gradient, -direction, (2, 3)).abs().sum((0, 1, 3)) > 0
-        assert not seen[row + 1 :].any(), (row, seen)
-        assert seen[row], (row, seen)
-        assert seen[max(0, row - 1) : row + 1].all(), (row, seen)
-
-
-@pytest.mark.parametrize("name", CONTEXTS)
-def test_changing_rows_below_leaves_contexts_above_as_they_were_bit_for_bit(name: str) -> None:
-    torch.manual_seed(0)
-    network = context_network(name, 6, 8)
-    z = torch.randn(2, 6, 5, 5)
-    other = z.clone()
-    other[:, :, 3:] = torch.randn(2, 6, 2, 5)
-    before, after = network(z), network(other)
-    assert torch.equal(before[:, :, :3], after[:, :, :3])
-    assert not torch.equal(before[:, :, 3:], after[:, :, 3:])
-
-
-@pytest.mark.parametrize("name", ["pixelcnn_gated", "pixelcnn_v2"])
-def test_a_pixelcnn_sees_its_row_to_the_left_and_to_the_right(name: str) -> None:
-    torch.manual_seed(0)
-    z = torch.randn(1, 6, 5, 5, requires_grad=True)
-    context_network(name, 6, 8)(z)[:, :, 2, 2].sum().backward()
-    assert z.grad is not None
-    assert (z.grad[0, :, 2].abs().sum(0) > 0).all()
-
-
-def test_a_gru_reads_each_column_by_itself() -> None:
-    z = torch.randn(1, 6, 5, 5, requires_grad=True)
-    context_network("gru", 6, 8)(z)[:, :, 4, 2].sum().backward()
-    assert z.grad is not None
-    seen = z.grad[0].abs().sum(0) > 0
-    assert seen[:, 2].all()
-    assert not seen[:, [0, 1, 3, 4]].any()
-
-
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_each_direction_predicts_the_patch_that_lies_ahead_of_it(direction: int) -> None:
     """Of one image the loss of a direction reads contexts of the first row as seen from it, targets of the last."""
@@ -197,52 +148,6 @@ def test_loss_of_v1_is_a_mean_and_that_of_v2_a_sum_over_offsets_and_directions()
     parts = torch.tensor([1.0, 2.0, 6.0])
     assert float(tiny_cpc("v1").total(parts)) == 3.0
     assert float(tiny_cpc("v2").total(parts)) == 9.0
-
-
-@pytest.mark.parametrize(
-    ("size", "patch", "grid"),
-    [(32, 8, 7), (64, 16, 7), (96, 24, 7), (224, 56, 7), (256, 64, 7), (28, 8, 6), (30, 10, 5)],
-)
-def test_the_grid_is_7_or_the_nearest_with_patches_of_8_pixels(size: int, patch: int, grid: int) -> None:
-    assert patch_size(size, None) == patch == patch_size(size, grid)
-    patches = patchify(torch.randn(2, 3, size, size), patch)
-    assert patches.shape == (2, grid, grid, 3, patch, patch)
-
-
-@pytest.mark.parametrize("size", [32, 96])
-def test_overlapping_patches_put_back_and_averaged_are_the_image(size: int) -> None:
-    images = torch.randn(2, 3, size, size, dtype=torch.float64)
-    p = patch_size(size, None)
-    patches = patchify(images, p)
-    total, count = torch.zeros_like(images), torch.zeros(size, size)
-    for i in range(patches.shape[1]):
-        for j in range(patches.shape[2]):
-            rows, columns = slice(i * p // 2, i * p // 2 + p), slice(j * p // 2, j * p // 2 + p)
-            total[:, :, rows, columns] += patches[:, i, j]
-            count[rows, columns] += 1
-    torch.testing.assert_close(total / count, images)
-    assert torch.equal(patches[:, 0, 1, :, :, : p // 2], patches[:, 0, 0, :, :, p // 2 :])
-    assert torch.equal(patches[:, 1, 0, :, : p // 2], patches[:, 0, 0, :, p // 2 :])
-
-
-@pytest.mark.parametrize(
-    ("size", "grid", "message"),
-    [
-        (32, 6, r"grid is 6, but images of 32 pixels .* take a grid of 3, 7, 15, or null .* multiple of 7"),
-        (32, 1, "grid is 1, "),
-        (33, None, r"images of 33 pixels have no grid .* method.grid of: 10"),
-        (13, None, r"images of 13 pixels have no grid .* method.grid of: none"),
-    ],
-)
-def test_images_that_no_grid_fits_are_refused_with_what_would(size: int, grid: int | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        patch_size(size, grid)
-
-
-def test_images_that_patches_do_not_cover_are_refused() -> None:
-    for height, width in ((30, 30), (32, 28), (4, 4)):
-        with pytest.raises(ValueError, match=f"{height} x {width} pixels .* multiple of 4, at least 8"):
-            patchify(torch.zeros(1, 3, height, width), 8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -320,87 +225,6 @@ def test_offsets_are_all_rows_below_the_skipped_ones_or_the_first_of_them() -> N
 def test_impossible_values_are_refused(kind: str, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_cpc(kind, **changes)
-
-
-def augmented(patches: Tensor, **strengths: float) -> Tensor:
-    torch.manual_seed(0)
-    return PatchAugmentation(**strengths)(patches, Noise())
-
-
-def test_nothing_is_done_to_patches_by_default() -> None:
-    patches = torch.rand(2, 3, 3, 3, 8, 8)
-    assert torch.equal(augmented(patches), patches)
-    assert torch.equal(augmented(patches, jitter=1.0, shear=1.0), patches)  # their shares are 0
-
-
-def test_patches_change_one_by_one_and_as_often_as_asked() -> None:
-    patches = torch.rand(1, 1, 1, 3, 8, 8).expand(40, 7, 7, 3, 8, 8)
-    for strengths in ({"jitter": 0.4, "jitter_p": 0.8}, {"grayscale": 0.25}, {"shear": 0.3, "shear_p": 0.2}):
-        out = augmented(patches, **strengths)  # type: ignore[arg-type]
-        changed = (out != patches).flatten(3).any(3).double().mean()
-        share = next(value for name, value in strengths.items() if name in ("jitter_p", "grayscale", "shear_p"))
-        assert float(changed) == pytest.approx(share, abs=0.03), strengths
-    first, second = augmented(patches, jitter=0.4, jitter_p=1.0)[0, 0, :2]
-    assert not torch.equal(first, second)
-
-
-def test_gray_patches_have_equal_channels_and_the_same_brightness() -> None:
-    patches = torch.rand(2, 3, 3, 3, 8, 8)
-    out = augmented(patches, grayscale=1.0)
-    luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    torch.testing.assert_close(out, (patches * luma).sum(3, keepdim=True).expand_as(patches))
-
-
-def test_dropping_colors_keeps_one_channel_each_as_often() -> None:
-    patches = torch.rand(40, 7, 7, 3, 8, 8) + 0.1
-    out = augmented(patches, drop_colors=1.0)
-    kept = (out != 0).flatten(4).all(4)  # (N, g, g, 3)
-    assert torch.equal(kept.sum(3), torch.ones(40, 7, 7, dtype=torch.long))
-    assert torch.equal(out[kept], patches[kept])
-    torch.testing.assert_close(kept.double().mean((0, 1, 2)), torch.full((3,), 1 / 3).double(), atol=0.03, rtol=0)
-
-
-@pytest.mark.parametrize(("side", "margin"), [(8, 1), (16, 1), (64, 4)])
-def test_a_crop_moves_what_it_shows_by_up_to_its_margin_within_zeros(side: int, margin: int) -> None:
-    patches = torch.rand(8, 3, 3, 3, side, side) + 0.1
-    out = augmented(patches, crop=1 / 16)
-    edge, kept = margin // 2, side - margin
-    inside = out[..., edge : edge + kept, edge : edge + kept]
-    assert int((out != 0).sum()) == inside.numel() == int((inside != 0).sum())
-    places = set()
-    for patch, crop in zip(patches.flatten(0, 2), inside.flatten(0, 2), strict=True):
-        fits = [
-            (y, x)
-            for y in range(margin + 1)
-            for x in range(margin + 1)
-            if torch.equal(patch[:, y : y + kept, x : x + kept], crop)
-        ]
-        assert len(fits) == 1
-        places |= set(fits)
-    assert len(places) >= 4
-
-
-def test_shear_moves_rows_against_each_other_about_the_middle() -> None:
-    ramp = torch.arange(8.0).expand(3, 8, 8)
-    out = augmented(ramp.expand(20, 2, 2, 3, 8, 8), shear=0.2, shear_p=1.0)[..., 2:6, 2:6].flatten(0, 3)
-    down = out.diff(dim=1).flatten(1)
-    torch.testing.assert_close(down, down[:, :1].expand_as(down), atol=1e-4, rtol=0)  # the same in all rows
-    assert 0.05 < float(down.abs().max()) <= 0.2 + 1e-4
-    assert float(down.min()) < 0 < float(down.max())
-
-
-@pytest.mark.parametrize("channels", [1, 2])
-def test_images_without_three_channels_keep_their_colors(channels: int) -> None:
-    patches = torch.rand(2, 3, 3, channels, 8, 8)
-    assert torch.equal(augmented(patches, grayscale=1.0, drop_colors=1.0), patches)
-    assert augmented(patches, jitter=0.4, jitter_p=1.0).shape == patches.shape
-
-
-@pytest.mark.parametrize("name", ["crop", "jitter", "jitter_p", "grayscale", "drop_colors", "shear", "shear_p"])
-def test_shares_and_strengths_outside_0_to_1_are_refused(name: str) -> None:
-    for value in (-0.1, 1.1):
-        with pytest.raises(ValueError, match=f"{name} is {value}"):
-            PatchAugmentation(**{name: value})
 
 
 def losses_of_a_part(context: Tensor, targets: Tensor, negative: Tensor, prediction: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ from golden_cases import Case, golden_cases
 from processes import Pair
 from sslcli.distributed import collectives
 from sslcli.evaluation.knn import knn
-from sslcli.methods.bank import DENSE, EPS, Bank, log_normalizer, nce, own_row_wins, sampled_softmax, scores, write
+from sslcli.methods.bank import EPS, Bank, log_normalizer, nce, own_row_wins, scores, write
 from sslcli.methods.base import Batch
 from sslcli.methods.memory_bank import MemoryBank
 from tiny import TinyNet, make_batch
@@ -121,28 +121,6 @@ def test_nce_is_the_sum_over_rows_and_the_mean_over_images_with_duplicates() -> 
     torch.testing.assert_close(torch.autograd.grad(loss, v), torch.autograd.grad(expected, v))
 
 
-def test_scores_are_the_same_by_rows_and_by_matrix_product() -> None:
-    v, chosen = units(3, 4), torch.tensor([[2, 5], [5, 5], [0, 1]])
-    rows = units(2 * DENSE + 1, 4, seed=1)
-    by_rows, by_product = (scores(v, part, chosen, temperature=0.3) for part in (rows, rows[:-1]))
-    torch.testing.assert_close(by_rows, by_product)
-    torch.testing.assert_close(by_rows, torch.einsum("nd,nkd->nk", v, rows[chosen]) / 0.3)
-
-
-def test_scores_that_overflow_an_exponential_keep_the_loss_finite() -> None:
-    logits = torch.tensor([[1000.0, -1000.0, 1000.0]], requires_grad=True)
-    loss = nce(logits, log_z=log_normalizer(logits, 5), num_images=5).mean()
-    loss.backward()
-    assert loss.isfinite()
-    assert logits.grad.isfinite().all()
-
-
-def test_sampled_softmax_is_the_cross_entropy_of_the_own_row() -> None:
-    logits = torch.randn(4, 6, dtype=torch.float64)
-    expected = -torch.stack([torch.log(row.exp()[0] / row.exp().sum()) for row in logits])
-    torch.testing.assert_close(sampled_softmax(logits), expected)
-
-
 @pytest.mark.parametrize("loss", ["nce", "softmax"])
 def test_negatives_are_drawn_from_all_images_anew_in_every_step(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
@@ -188,15 +166,6 @@ def test_normalizer_of_random_rows_is_the_expected_one() -> None:
     assert math.exp(log_normalizer(logits, 20_000)) / 20_000 == pytest.approx(2.219, rel=0.05)
 
 
-def test_rows_start_uniform_with_a_mean_length_near_one() -> None:
-    rows = Bank(5000, 128, momentum=0.5).rows
-    bound = math.sqrt(3 / 128)
-    assert rows.dtype == torch.float32
-    assert 0.99 * bound < float(rows.abs().max()) <= bound
-    assert float(rows.mean()) == pytest.approx(0, abs=1e-3)
-    assert float(rows.square().sum(1).mean()) == pytest.approx(1, abs=0.01)
-
-
 def test_forward_leaves_the_bank_as_it_is_and_after_step_moves_the_rows_of_the_batch_alone() -> None:
     method, batch = tiny_bank(momentum=0.3), batch_of([3, 1, 0, 19])
     before = method.bank.rows.clone()
@@ -211,15 +180,6 @@ def test_forward_leaves_the_bank_as_it_is_and_after_step_moves_the_rows_of_the_b
     after = method.bank.rows.clone()
     method.after_step(0.0)  # nothing is left to be written twice
     assert torch.equal(method.bank.rows, after)
-
-
-def test_an_image_that_comes_more_than_once_counts_with_its_last_embedding() -> None:
-    rows, v, index = units(6, 4), units(5, 4, seed=1), torch.tensor([4, 2, 4, 0, 4])
-    expected = rows.clone()
-    for i, place in ((2, 1), (0, 3), (4, 4)):
-        expected[i] = F.normalize(rows[i] + v[place], dim=0)
-    write(rows, index, v, momentum=0.5)
-    torch.testing.assert_close(rows, expected)
 
 
 def test_rows_of_every_micro_batch_are_written_in_their_order() -> None:

@@ -5,13 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from command_line import Cli
 from small_runs import make_folder
-from sslcli.data.sources.base import Source
-from sslcli.evaluation.online import unanswerable
 
 LINE = ["dataset=folder", "dataset.image_size=32", "dataset.workers=0", "dataset.val_fraction=0.5", "backbone.width=4"]
 LINE += [
@@ -51,18 +46,3 @@ def test_one_image_a_class_is_warned_of_once(cli: Cli, tmp_path: Path) -> None:
     told = ended.out.replace("\n", " ")
     assert told.count("k-NN: of the held-out images 10 of 10 are of classes that no training image has") == 1
     assert [name for name in metrics(tmp_path / "run") if "knn_top1" in name]
-
-
-def test_only_images_with_a_label_count() -> None:
-    source = Source(image_size=8)
-    source.labels, source.classes = torch.tensor([0, 1, -1, 2, 2, 3, -1]), list("abcd")
-
-    def told(bank: list[int], queries: list[int]) -> str | None:
-        return unanswerable(source, positions(bank), positions(queries))
-
-    def positions(rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64)
-
-    assert told([0, 1], [0, 1, 6]) is None
-    assert "3 of 4 are of classes" in str(told([0, 1, 2], [0, 3, 4, 5, 6]))
-    assert str(told([0, 1, 2], [0, 3, 4, 5, 6])).endswith(": c, d")

@@ -7,8 +7,6 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,12 +16,9 @@ from typing import Any
 import pytest
 
 from command_line import Cli
-from small_sweeps import column, start_sweep, wait_until
-from sslcli.config.settings import SweepSettings
-from sslcli.sweeps import job as _job
+from small_sweeps import column, prepared_sweep, start_sweep, wait_until
 from sslcli.sweeps import queue, table
-from sslcli.sweeps import sweep as _sweep
-from sslcli.sweeps.job import CHECKED, RUNNING, SUBMITTED, Job, Record, Sweep, status_of
+from sslcli.sweeps.job import Job, Sweep
 from sslcli.sweeps.queue import Relay
 from sslcli.system import locks
 
@@ -47,13 +42,13 @@ def orphan(folder: Path, *more: str) -> int:
 
 def when_it_waits(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Act once the sweep of this process has told that it waits."""
-    who = queue.who_runs
+    who = queue.describe_runner
 
-    def who_runs(sweep: Sweep, job: Job) -> str:
+    def describe_runner(sweep: Sweep, job: Job) -> str:
         threading.Timer(0.2, act).start()
         return who(sweep, job)
 
-    monkeypatch.setattr(queue, "who_runs", who_runs)
+    monkeypatch.setattr(queue, "describe_runner", describe_runner)
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
@@ -66,7 +61,7 @@ def test_an_orphan_that_still_saves_is_waited_for_and_gone_on_with(
     assert ended.code == 0
     assert "2 jobs in" in ended.out
     assert "1 running; 1 to run, 1 to wait for" in ended.out
-    assert ended.out.count(f"waiting     seed=5: process {process} on {os.uname().nodename} is at work on it") == 1
+    assert ended.out.count(f"waiting     seed=5: process {process} on {os.uname().nodename} is running it") == 1
     assert column(tmp_path / "here", "status") == {"5": "finished", "0": "finished"}
     assert starts(tmp_path / "here") == 3
 
@@ -108,7 +103,7 @@ def test_a_run_by_hand_in_the_directory_of_a_job_is_waited_for(
     when_it_waits(monkeypatch, lock.close)
     ended = cli("ssl-train", *HERE, "run_dir=mine", "seed=1")
     assert ended.code == 0
-    assert "process 7 on node3 is at work on it" in ended.out
+    assert "process 7 on node3 is running it" in ended.out
     assert (tmp_path / "mine/done").exists()
 
 
@@ -126,56 +121,8 @@ def test_a_file_system_without_locks_runs_the_jobs_all_the_same(
     assert len(begun) == 3
 
 
-@pytest.mark.parametrize("proc", ["/proc", "/nowhere"])
-def test_a_process_is_known_without_locks_too(proc: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_job, "PROC", Path(proc))
-    job = subprocess.Popen([sys.executable, "-S", "-c", "input()", "seed=1"], stdin=subprocess.PIPE)
-
-    def is_alive(*overrides: str) -> bool:
-        here = os.uname().nodename
-        return _job._is_alive(Record(overrides=list(overrides), run_dir=None, host=here, process=job.pid))
-
-    wait_until(lambda: is_alive("seed=1"), "the process is known")
-    assert is_alive("seed=2") == (proc != "/proc")
-    job.communicate(b"\n")
-    assert not is_alive("seed=1")
-
-
-def some_sweep(folder: Path) -> tuple[Sweep, Job]:
-    settings = SweepSettings(metric="train/loss", direction="auto", jobs=None, retry_failed=False)
-    sweep = Sweep(command="train", program=(), folder=folder, settings=settings, flags=(), shared=())
-    job = Job("one", ("seed=1",), folder / "one")
-    _sweep.prepare(sweep, [job])
-    return sweep, job
-
-
-def test_a_dry_run_of_a_job_does_not_count_as_the_run(tmp_path: Path) -> None:
-    sweep, job = some_sweep(tmp_path)
-    _job.note_start(sweep, job, 1)
-    _job.note_end(sweep, job, 0)
-    (row,) = table.update(sweep)
-    assert row.status == CHECKED
-    assert _sweep.exit_code([row], stopped=False) == 0
-    assert _job.is_due(sweep, job)
-    (tmp_path / "one/slurm").mkdir(parents=True)
-    (tmp_path / "one/slurm/job").write_text("7\n")
-    assert status_of(sweep, "one", _job.enrol(sweep, job)) == SUBMITTED
-
-
-def test_the_right_to_run_a_job_is_one_process_alone(tmp_path: Path) -> None:
-    sweep, job = some_sweep(tmp_path)
-    right = _job.take(sweep, job)
-    assert right is not None
-    assert _job.take(sweep, job) is None
-    assert status_of(sweep, "one", _job.enrol(sweep, job)) == RUNNING
-    right.close()
-    again = _job.take(sweep, job)
-    assert again is not None
-    again.close()
-
-
 def test_the_table_has_the_steps_of_sharded_runs(tmp_path: Path) -> None:
-    sweep, _ = some_sweep(tmp_path)
+    sweep, _ = prepared_sweep(tmp_path)
     for name in ("step-00000009.pt", "step-00000012", "step-00000015.tmp"):
         (tmp_path / "one/checkpoints" / name).mkdir(parents=True)
     (row,) = table.update(sweep)
@@ -187,7 +134,7 @@ def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     try:
         with Relay() as relay:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not relay.told
+            assert not relay.is_stopping
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
