@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = ["setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE", "sslcli", "conf"]
 PLUGIN = ROOT / "tests" / "plugin"
 PAGE = ROOT / "docs" / "add-a-method.md"
+PAGES = [PAGE, ROOT / "docs" / "add-a-protocol.md", ROOT / "docs" / "add-a-backbone.md"]  # show the plug-in's files
 FEW = [
     "dataset.limit=64",
     "dataset.test_images=40",
@@ -138,14 +140,14 @@ def test_the_installed_command_trains_a_step(installed: Path, tmp_path: Path) ->
     assert (run_dir / "done").exists()
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of a language on the page that explains the package."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: Path = PAGE) -> list[str]:
+    """Return the fenced blocks of a language on a page that explains the package."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_page_on_methods_shows_the_package_that_is_tested() -> None:
+def test_the_pages_show_the_package_that_is_tested() -> None:
     shown = {}
-    for text in [*blocks("python"), *blocks("yaml"), *blocks("toml")]:
+    for text in [block for page in PAGES for name in ("python", "yaml", "toml") for block in blocks(name, page)]:
         (name,) = re.findall(r"^# (\S+\.(?:py|yaml|toml))\n", text, flags=re.MULTILINE)
         shown[name] = text.replace(f"# {name}\n", "", 1)
     files = [path for path in PLUGIN.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
@@ -180,9 +182,9 @@ def test_the_keys_of_the_method_of_a_package_are_checked(with_plugin: Path, tmp_
     command, answer = dialogue.rstrip("\n").split("\n")
     assert run(train, *shlex.split(command)[2:], cwd=tmp_path, code=2).strip() == answer
     told = run(train, "method=hypersphere", "method.dim=wide", cwd=tmp_path, code=2)
-    assert "method.dim is 'wide', but it must be a whole number" in told
+    assert "method.dim is 'wide', but it must be an integer" in told
     told = run(train, "method=hypersphere", "mixture=unmix", cwd=tmp_path, code=2)
-    assert "hypersphere.Hypersphere takes no mixture" in told
+    assert "hypersphere.Hypersphere does not support a mixture" in told
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,3 +201,61 @@ def test_the_method_of_a_package_trains_goes_on_and_is_measured(with_plugin: Pat
     told = run(str(with_plugin / "ssl-eval"), f"run={whole}", "protocol=knn", "protocol.k=5", cwd=tmp_path)
     assert "trained" in told
     assert any((whole / "eval").iterdir())
+
+
+@pytest.fixture(scope="module")
+def run_of_plugin(with_plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run with the method and the backbone of the package."""
+    folder = tmp_path_factory.mktemp("run_of_plugin")
+    small = ["backbone=convmixer", "backbone.width=16", "backbone.depth=2", "train.max_steps=4"]
+    run(str(with_plugin / "ssl-train"), "method=hypersphere", *small, *FEW, "run_dir=run", cwd=folder)
+    return folder / "run"
+
+
+def test_a_protocol_of_a_package_evaluates_a_run(with_plugin: Path, run_of_plugin: Path, tmp_path: Path) -> None:
+    evaluate = str(with_plugin / "ssl-eval")
+    assert "centroid" in run(evaluate, "--help", cwd=tmp_path)
+    output = run(evaluate, f"run={run_of_plugin}", "protocol=centroid", cwd=tmp_path)
+    assert "trained" in output
+    assert "raw pixels" in output
+    result = json.loads((run_of_plugin / "eval" / "centroid.json").read_text("utf-8"))
+    assert (result["protocol"], result["split"]) == ("centroid", "test")
+    assert (result["n_train"], result["n_test"]) == (64, 40)
+    for numbers in (result, *result["baselines"].values()):
+        low, high = numbers["interval"]
+        assert 0 <= low <= numbers["top1"] <= high <= 1
+        assert numbers["top1"] <= numbers["top5"] <= 1
+    assert set(result["baselines"]) == {"pixels", "random"}
+    assert result["protocol_settings"] == {"seed": 0, "resamples": 1000}
+    output = run(evaluate, f"run={run_of_plugin}", "protocol=centroid", "protocol.sed=1", cwd=tmp_path, code=2)
+    assert "Did you mean 'seed'?" in output
+    output = run(evaluate, f"run={run_of_plugin}", "protocol=centroid", "protocol.resamples=0", cwd=tmp_path, code=2)
+    assert output.strip() == "ssl-eval: protocol: resamples=0 must be at least 1: 1000 is usual"
+
+
+def test_a_protocol_of_a_package_trains(with_plugin: Path, run_of_plugin: Path, tmp_path: Path) -> None:
+    line = ["protocol=quick_finetune", "protocol.steps=3", "protocol.batch_size=16"]
+    run(str(with_plugin / "ssl-eval"), f"run={run_of_plugin}", *line, cwd=tmp_path)
+    result = json.loads((run_of_plugin / "eval" / "quick_finetune.json").read_text("utf-8"))
+    assert result["protocol"] == "quick_finetune"
+    assert set(result["baselines"]) == {"random"}
+    assert all(0 <= numbers["top1"] <= 1 for numbers in (result, result["baselines"]["random"]))
+
+
+def test_a_backbone_of_a_package_is_probed_and_exported(with_plugin: Path, run_of_plugin: Path, tmp_path: Path) -> None:
+    evaluate = str(with_plugin / "ssl-eval")
+    run(evaluate, f"run={run_of_plugin}", "protocol=centroid", cwd=tmp_path)
+    run(evaluate, f"run={run_of_plugin}", "protocol=centroid", "feature_layer=block1", cwd=tmp_path)
+    assert (run_of_plugin / "eval" / "centroid_block1.json").exists()
+    output = run(evaluate, f"run={run_of_plugin}", "protocol=centroid", "feature_layer=block9", cwd=tmp_path, code=2)
+    assert "It has: backbone, projection, patches, block1, block2" in output
+    run(str(with_plugin / "ssl-export"), f"run={run_of_plugin}", f"out={tmp_path / 'net.pt'}", cwd=tmp_path)
+    images = ["dataset=shapes", "dataset.limit=64", "dataset.test_images=40"]
+    run(evaluate, f"weights={tmp_path / 'net.pt'}", "protocol=centroid", *images, cwd=tmp_path)
+    (path,) = (tmp_path / "net.pt.eval").glob("centroid*.json")
+    of_run = json.loads((run_of_plugin / "eval" / "centroid.json").read_text("utf-8"))
+    assert json.loads(path.read_text("utf-8"))["top1"] == of_run["top1"]
+    output = run(
+        *[str(with_plugin / "ssl-train"), "backbone=convmixer", "backbone.patch_size=5", *FEW], cwd=tmp_path, code=2
+    )
+    assert output.strip() == "ssl-train: backbone: image_size is 32, but it must be a multiple of patch_size=5"
