@@ -1,1 +1,1 @@
-"""Entry points of the commands: composition with Hydra, help and messages. Nothing here imports torch."""
+"""Command-line entry points: composition with Hydra, help and messages; this package does not import torch."""

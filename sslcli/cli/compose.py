@@ -1,7 +1,8 @@
-"""From a command line to checked configurations, and the errors people get on the way.
+"""Composition of validated configurations from a command line.
 
-Hydra composes; it stops at the first error without a suggestion, accepts any key after a plus sign and knows no
-ranges. So every job of a command is composed and checked here, before anything runs and before torch is imported.
+Hydra composes them, but stops at the first error without a suggestion, accepts any key after a plus sign and does not
+check ranges. Every job of a command is therefore composed and validated here, before any job runs and before torch is
+imported.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ from yaml import YAMLError
 from sslcli.cli import messages
 from sslcli.cli.hydra_node import SECTIONS, check_hydra, resolved
 from sslcli.config import schema
-from sslcli.config.folders import folder_of_conf
+from sslcli.config.folders import conf_folder
 from sslcli.config.moved import FOLDER, current_config
 from sslcli.config.own_dataset import PREFIX, Change
 from sslcli.config.paths import absolute_paths
-from sslcli.config.plugins import conf_of_plugins
+from sslcli.config.plugins import plugin_folders
 from sslcli.errors import ConfigError
 from sslcli.runs.identity import digested
 from sslcli.system.child_processes import find_trusted
 
 # A checkout that is not installed has no sslcli.conf.
-CONF = "pkg://sslcli.conf" if folder_of_conf(installed=True) else str(folder_of_conf())
+CONF = "pkg://sslcli.conf" if conf_folder(installed=True) else str(conf_folder())
 
 
 class ConfOfPlugins(SearchPathPlugin):
-    """Lets Hydra find the yaml files of announced packages, after ours."""
+    """Hydra plugin that appends the yaml folders of plug-in packages to the search path, after that of sslcli."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("sslcli.renamed", f"file://{FOLDER}")
-        for package, folder in conf_of_plugins().items():
+        for package, folder in plugin_folders().items():
             search_path.append(f"sslcli.plugins: {package}", f"file://{folder}")
 
 
@@ -55,15 +56,15 @@ Plugins.instance().register(ConfOfPlugins)
 
 
 def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
-    """The resolved, checked configuration of every job, as plain values. Raises ConfigError."""
+    """Return the resolved and validated configuration of every job, as plain values. Raises ConfigError."""
     engine = engine_of(arguments)
     try:
         overrides = _parsed(engine, arguments.overrides)
         swept = [override for override in overrides if override.is_sweep_override()]
         if swept and not arguments.multirun:
             raise ConfigError(
-                f"{swept[0].input_line} names several values: add --multirun to run them all, write a list as "
-                "key=[a,b], or quote a text that holds a comma, as in key='\"a,b\"'"
+                f"{swept[0].input_line} has several values: add --multirun to run them all, write a list as "
+                "key=[a,b], or quote a text that contains a comma, as in key='\"a,b\"'"
             )
         file = arguments.config_name or name
         if arguments.multirun:
@@ -78,12 +79,12 @@ def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
 
 
 def _first(overrides: list[Override]) -> list[str]:
-    """The overrides of one job: the first value of each that is swept."""
+    """Return the overrides of the first job, with the first value of each override that is swept."""
     return [_values(each)[0] if each.is_sweep_override() else each.input_line or "" for each in overrides]
 
 
 def _values(override: Override) -> list[str]:
-    """An override with each value it takes in turn; with the ends of an interval, which has no end of values."""
+    """Return an override once per value; for an interval, which is continuous, once for each end."""
     key = override.get_key_element()
     if override.is_interval_sweep():
         interval = override.value()
@@ -92,19 +93,19 @@ def _values(override: Override) -> list[str]:
     try:
         return [f"{key}={value}" for value in override.sweep_string_iterator()]
     except (HydraException, ValueError) as error:
-        raise ConfigError(f"cannot tell the jobs of --multirun: {messages.one_line(error)}") from error
+        raise ConfigError(f"cannot expand the jobs of --multirun: {messages.one_line(error)}") from error
 
 
 def _points(overrides: list[Override]) -> list[list[str]]:
-    """The overrides of each job: every combination of values."""
+    """Return the overrides of each job, for every combination of values."""
     try:
         return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
     except (HydraException, ValueError) as error:
-        raise ConfigError(f"cannot tell the jobs of --multirun: {messages.one_line(error)}") from error
+        raise ConfigError(f"cannot expand the jobs of --multirun: {messages.one_line(error)}") from error
 
 
 def _samples(overrides: list[Override]) -> list[list[str]]:
-    """Overrides of jobs as a sweeper may draw them while it runs: each value once, beside the first of the others."""
+    """Return examples of the jobs that a sweeper may sample: each value once, with the first value of the others."""
     lines = [_first(overrides)]
     for place, override in enumerate(overrides):
         if override.is_sweep_override():
@@ -113,14 +114,14 @@ def _samples(overrides: list[Override]) -> list[list[str]]:
 
 
 def engine_of(arguments: Namespace) -> Hydra:
-    """What composes configurations. Raises ConfigError."""
+    """Return the Hydra object that composes configurations. Raises ConfigError for a missing folder."""
     for flag, folder in (("--config-dir", arguments.config_dir), ("--config-path", arguments.config_path)):
         if folder is not None and not os.path.isdir(folder):
-            raise ConfigError(f"{flag} is {folder}, but there is no such folder: give an existing one")
+            raise ConfigError(f"{flag} is {folder}, but there is no such folder: set it to an existing one")
     path = CONF if arguments.config_path is None else arguments.config_path
     search = create_automatic_config_search_path(None, None, path)
     if arguments.config_dir is not None:
-        before_schema = SearchPathQuery(provider="schema")  # which Hydra wants last
+        before_schema = SearchPathQuery(provider="schema")  # must stay last in Hydra's search path
         search.prepend("command-line", f"file://{arguments.config_dir}", before_schema)
     return Hydra.create_main_hydra2(task_name="sslcli", config_search_path=search)
 
@@ -169,19 +170,19 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
         "_lines_": lines,
         "_params_": dict(OmegaConf.select(own, "sweeper.params") or {}),
         "_sweep_dir_": own.sweep.dir,
-        "_run_dir_": job.get("run_dir"),  # as it was written, which names the jobs of a sweep
+        "_run_dir_": job.get("run_dir"),  # as written by the user; names the jobs of a sweep
         "_dataset_changes_": [change_of(each) for each in changes],
     }
 
 
 def _changes_of_dataset(engine: Hydra, command: str, config_name: str, overrides: list[Override]) -> list[Override]:
-    """The overrides that change the image set of a run, where none is chosen: Hydra has nothing to apply them to."""
+    """Return the overrides that change the data set of the run if none is chosen; Hydra cannot apply these."""
     changes = [each for each in overrides if command == "eval" and is_change(each)]
     if not changes or any(messages.group_of(each) == "dataset" for each in overrides):
         return []
     if any(messages.group_of(each) == "weights" for each in overrides):
         raise ConfigError(
-            f"{messages.group_of(changes[0])} is given, but weights=FILE has no image set of its own: choose one with "
+            f"{messages.group_of(changes[0])} is set, but weights=FILE has no data set to change: choose one with "
             "dataset=..."
         )
     others = [each.input_line or "" for each in overrides if each not in changes]
@@ -207,11 +208,11 @@ def _composed(engine: Hydra, command: str, name: str, lines: list[str]) -> DictC
     except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(messages.readable(error, groups=schema.GROUPS[command])) from error
     except UserWarning as error:
-        raise ConfigError(f"hydra.searchpath names a folder that is not there: {messages.one_line(error)}") from error
+        raise ConfigError(f"hydra.searchpath has a folder that does not exist: {messages.one_line(error)}") from error
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
-    """All but Hydra's own part, with every interpolation resolved."""
+    """Return the configuration without the `hydra` node as plain values, with all interpolations resolved."""
     try:
         own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         plain = OmegaConf.to_container(own, resolve=True, throw_on_missing=False)
@@ -223,17 +224,17 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 def is_change(override: Override) -> bool:
-    """Whether an override sets a value below `dataset` and chooses no image set."""
+    """Return True if an override sets a key of `dataset` and does not choose a data set."""
     return messages.group_of(override).startswith(PREFIX)
 
 
 def change_of(override: Override) -> Change:
-    """An override that `is_change`. Raises ConfigError for an interpolation that cannot be resolved."""
+    """Return the `Change` of an override. Raises ConfigError for an interpolation that cannot be resolved."""
     key = messages.group_of(override)
-    sign = "++" if override.is_force_add() else "+" if override.is_add() else "~" if override.is_delete() else ""
+    prefix = "++" if override.is_force_add() else "+" if override.is_add() else "~" if override.is_delete() else ""
     try:
         value = OmegaConf.to_container(OmegaConf.create({"value": override.value()}), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}: cannot resolve the value: {str(error).splitlines()[0]}") from error
     assert isinstance(value, dict)
-    return Change(sign, key.removeprefix(PREFIX), value["value"])
+    return Change(prefix, key.removeprefix(PREFIX), value["value"])

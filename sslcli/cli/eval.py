@@ -1,4 +1,4 @@
-"""ssl-eval: measure the features of a run, of several, or of a bare backbone. See conf/eval.yaml."""
+"""ssl-eval: evaluates the features of one or several runs, or of a backbone file. See conf/eval.yaml."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sslcli.errors import ConfigError, nearest
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     show_and_exit("eval")
     from sslcli.cli.command import command
 
@@ -20,13 +20,13 @@ def main() -> None:
 
 
 def evaluate(config: dict[str, Any]) -> int:
-    """Carry out a checked configuration of ssl-eval; the exit code."""
+    """Run the evaluation of a validated configuration; return the exit code."""
     if (config["run"] is None) == (config["weights"] is None):
         raise ConfigError("give run=DIR, or weights=FILE with backbone=... and dataset=..., and not both")
-    given = config["run"] or config["weights"]
-    if not os.path.exists(given):
+    path = config["run"] or config["weights"]
+    if not os.path.exists(path):
         raise ConfigError(
-            f"{'run' if config['run'] else 'weights'} is {given!r}, but there is no such path.{_near(given)}"
+            f"{'run' if config['run'] else 'weights'} is {path!r}, but there is no such path.{_suggestions(path)}"
         )
     check_changes(config)
     from sslcli.config.run_config import EvalConfig
@@ -36,7 +36,7 @@ def evaluate(config: dict[str, Any]) -> int:
 
 
 def check_changes(config: dict[str, Any]) -> None:
-    """Raise ConfigError for a `dataset.KEY=value` that the image set of the run does not take, without torch."""
+    """Raise ConfigError for a `dataset.KEY=value` that the data set of the run does not accept; no torch import."""
     changes = config["_dataset_changes_"]
     if not changes:
         return
@@ -48,12 +48,12 @@ def check_changes(config: dict[str, Any]) -> None:
         dataset_of_run(read_config(found if found == run_dir else found.parent), changes, trust=config["trust"])
 
 
-def _near(given: str) -> str:
-    """What lies in the folder where a missing path should be."""
-    folder = os.path.dirname(given.rstrip("/")) or "."
+def _suggestions(path: str) -> str:
+    """Return the name closest to a missing path, and the content of its folder, as text for an error message."""
+    folder = os.path.dirname(path.rstrip("/")) or "."
     there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     listed = ", ".join(there[:10]) + (", ..." if len(there) > 10 else "")
-    return f"{nearest(os.path.basename(given), there)} {folder} holds: {listed or 'nothing'}"
+    return f"{nearest(os.path.basename(path), there)} {folder} contains: {listed or 'nothing'}"
 
 
 if __name__ == "__main__":

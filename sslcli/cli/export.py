@@ -1,4 +1,4 @@
-"""ssl-export: one plain file of what a run trained. See conf/export.yaml."""
+"""ssl-export: writes the trained weights of a run to one file. See conf/export.yaml."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sslcli.errors import ConfigError
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     show_and_exit("export")
     from sslcli.cli.command import command
 
@@ -19,13 +19,13 @@ def main() -> None:
 
 
 def export(config: dict[str, Any]) -> int:
-    """Carry out a checked configuration of ssl-export; the exit code."""
+    """Run the export of a validated configuration; return the exit code."""
     if config["run"] is None:
         raise ConfigError("give run=DIR, the directory of the run to export")
     if not os.path.isdir(config["run"]):
         raise ConfigError(f"run is {config['run']!r}, but there is no such directory")
     if config["out"] is not None and os.path.isdir(config["out"]):
-        raise ConfigError(f"out is {config['out']!r}, but that is a directory: give the name of a file")
+        raise ConfigError(f"out is {config['out']!r}, but that is a directory: set it to a file name")
     from sslcli.config.run_config import export_config
     from sslcli.runs.export import run
 

@@ -1,4 +1,4 @@
-"""`--help` and `--version`, answered from the text of the yaml files: no import of Hydra, so that they come at once."""
+"""`--help` and `--version`, printed from the text of the yaml files without importing Hydra, which is slow."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import sys
 from pathlib import Path
 
 from sslcli import __version__
-from sslcli.config.folders import folder_of_conf, own_folders
-from sslcli.config.plugins import conf_of_plugins
+from sslcli.config.folders import conf_folder, user_folders
+from sslcli.config.plugins import plugin_folders
 from sslcli.report.terminal import guard_terminal
 
 TITLES = {
     "train": "ssl-train: pre-train a vision backbone without labels.",
-    "eval": "ssl-eval: measure the features of a run, of a folder of runs, or of a bare backbone file.",
-    "export": "ssl-export: one plain file of what a run trained.",
+    "eval": "ssl-eval: evaluate the features of a run, of all runs in a folder, or of a backbone file.",
+    "export": "ssl-export: write the trained weights of a run to one file.",
 }
-MULTIRUNS = ("train", "eval")  # the commands that may be given several values of a key
+MULTIRUNS = ("train", "eval")  # commands that support --multirun
 EXAMPLES = {
     "train": """\
-  ssl-train                                             the embedded images, a small net, a few minutes
+  ssl-train                                             synthetic images, a small backbone, a few minutes
   ssl-train method=moco_v2 dataset=cifar10 backbone=resnet18 train.epochs=200
-  ssl-train dataset=cifar10 dry_run=true                what would happen, measured; trains nothing
-  ssl-train --multirun method=moco,simclr seed=0,1      every combination, each in a process of its own""",
+  ssl-train dataset=cifar10 dry_run=true                build everything and run two steps, without training
+  ssl-train --multirun method=moco,simclr seed=0,1      every combination, each in a separate process""",
     "eval": """\
-  ssl-eval run=runs/mine                                the linear probe, on the run's own images
+  ssl-eval run=runs/mine                                linear probe, on the data set of the run
   ssl-eval run=runs/mine protocol=knn dataset=cifar10   another protocol, another data set
   ssl-eval run=runs/sweep                               a table of all runs in a folder
   ssl-eval weights=net.pt backbone=resnet18 dataset=cifar10""",
@@ -36,29 +36,29 @@ MULTIRUN = """\
   -m, --multirun          run every combination of values given as key=a,b
 """
 FLAGS = """\
-  --cfg job [--resolve]   print the configuration that the command line comes to
-  --config-dir DIR        a folder with yaml files of your own, in folders named like the groups
-  --info searchpath       where yaml files are looked for; also defaults-tree, plugins
+  --cfg job [--resolve]   print the composed configuration and exit
+  --config-dir DIR        a folder with your own yaml files, in subfolders named like the groups
+  --info searchpath       print the folders that are searched for yaml files; also defaults-tree, plugins
   -sc install=bash        print a script for shell completion: eval "$(ssl-{name} -sc install=bash)"
-  -h, --help              this text; with GROUP=CHOICE, the keys of that choice
+  -h, --help              print this text; with GROUP=CHOICE, the keys of that choice
   --version"""
 EXITS = {
     "train": """\
-  0 done   2 the configuration or the data is wrong   3 training failed   75 stopped and saved: run again to go on""",
+  0 done   2 invalid configuration or data   3 training failed   75 stopped and saved: run again to resume""",
     "eval": """\
-  0 done   2 the configuration or the data is wrong   3 a data worker died""",
+  0 done   2 invalid configuration or data   3 a data worker died""",
     "export": """\
-  0 done   2 the configuration is wrong, or a file cannot be read or written""",
+  0 done   2 invalid configuration, or a file cannot be read or written""",
 }
 
 
 def answer(name: str, arguments: list[str]) -> str | None:
-    """The text that `--help` or `--version` asks for, None where the command line asks for neither."""
+    """Return the text for `--help` or `--version`, or None if the command line has neither."""
     if "--version" in arguments:
         return f"sslcli {__version__}"
     if not {"--help", "-h"} & set(arguments):
         return None
-    folders = [*conf_of_plugins().values(), folder_of_conf() or Path(), *own_folders(arguments)]
+    folders = [*plugin_folders().values(), conf_folder() or Path(), *user_folders(arguments)]
     chosen = [part.partition("=")[::2] for part in arguments if "=" in part and not part.startswith("-")]
     files = [path for group, choice in chosen if (path := find_choice(folders, group, choice)) is not None]
     if files:
@@ -67,8 +67,8 @@ def answer(name: str, arguments: list[str]) -> str | None:
 
 
 def overview(name: str, folders: list[Path]) -> str:
-    """What a command does, its groups with their choices, its keys with their defaults, its flags."""
-    text = ((folder_of_conf() or Path()) / f"{name}.yaml").read_text("utf-8")
+    """Return the help text of a command: groups with their choices, keys with their defaults, flags, exit codes."""
+    text = ((conf_folder() or Path()) / f"{name}.yaml").read_text("utf-8")
     defaults = dict(re.findall(r"^  - (\w+): (\w+)", text, re.MULTILINE))
     keys = re.sub(r"^(#.*\n)*defaults:\n(  .*\n)+", "", text, count=1).partition("\nhydra:\n")[0]
     groups = "\n".join(f"  {group:10s} {listed(folders, group, default)}" for group, default in defaults.items())
@@ -85,24 +85,24 @@ def overview(name: str, folders: list[Path]) -> str:
 
 
 def listed(folders: list[Path], group: str, default: str) -> str:
-    """The choices of a group on one line."""
+    """Return the choices of a group on one line, the default in brackets."""
     names = sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
     return "  ".join(f"[{name}]" if name == default else name for name in names)
 
 
 def find_choice(folders: list[Path], group: str, choice: str) -> Path | None:
-    """The yaml file of a choice, in the last folder that has it: the user's own before ours, ours before a plugin's."""
+    """Return the yaml file of a choice from the last folder that has it (a user's, else sslcli's, else a plug-in's)."""
     paths = [folder / group / f"{choice}.yaml" for folder in reversed(folders)]
     return next((path for path in paths if re.fullmatch(r"\w+/[\w-]+", f"{group}/{choice}") and path.is_file()), None)
 
 
 def indented(text: str) -> str:
-    """The text two columns to the right, without empty lines around it."""
+    """Return the text indented by two spaces, without leading and trailing empty lines."""
     return "\n".join(f"  {line}".rstrip() for line in text.strip("\n").splitlines())
 
 
 def show_and_exit(name: str) -> None:
-    """Answer `--help` and `--version` and end; return where the command line asks for neither."""
+    """Print the text for `--help` or `--version` and exit; return if the command line has neither."""
     text = answer(name, sys.argv[1:])
     if text is not None:
         guard_terminal()

@@ -1,7 +1,7 @@
-"""Check Hydra's own part of a configuration for names that Hydra would call.
+"""Validation of the `hydra` node of a configuration: it may name only trusted code.
 
-Hydra builds whatever `hydra.callbacks` names, Optuna's sweeper whatever its `sampler` names, and Python's logging
-whatever a handler names. None of that passes through our own checks of `_target_`.
+Hydra instantiates the classes named in `hydra.callbacks`, Optuna's sweeper its `sampler`, and Python's logging its
+handlers. The checks of `_target_` elsewhere do not cover these.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sslcli.config.plugins import plugins
 from sslcli.errors import ConfigError
 
-ALLOWED = (  # by the path of a name inside `hydra`: what it may be without trust
+ALLOWED = (  # (path inside `hydra`, names that are allowed there without trust), as regular expressions
     (r"(launcher|sweeper)\._target_", r"hydra_plugins\.[\w.]+|hydra\._internal\.core_plugins\.[\w.]+"),
     (r"sweeper\.(sampler|pruner)\._target_", r"optuna\.(samplers|pruners)\.\w+"),
     (
@@ -24,18 +24,18 @@ ALLOWED = (  # by the path of a name inside `hydra`: what it may be without trus
         r"logging\.(handlers\.)?\w*(Handler|Formatter|Filter)|colorlog\.ColoredFormatter|ext://sys\.std(out|err)",
     ),
 )
-SECTIONS = ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging")  # that name code
+SECTIONS = ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging")  # sections that name code
 CALLED = ("_target_", "()", "class", "queue", "listener", "custom_search_space")  # keys whose values name code
 
 
 def check_hydra(own: Any, trust: Iterable[str]) -> None:
-    """Raise ConfigError where Hydra's node, as plain values, names code outside of Hydra that no `trust` covers."""
+    """Raise ConfigError if the `hydra` node, as plain values, names code outside of Hydra and of trusted packages."""
     packages = [*plugins(), *trust]
     for path, name in named_code("", own):
         allowed = any(re.fullmatch(place, path) and re.fullmatch(names, name) for place, names in ALLOWED)
         if not allowed and not any(name.removeprefix("ext://").startswith(f"{package}.") for package in packages):
             raise ConfigError(
-                f"hydra.{path} is {name!r}, which Hydra would call, but it lies in no trusted package: leave it out. "
+                f"hydra.{path} is {name!r}, which Hydra would call, but it is not in a trusted package: remove it. "
                 f"If you know that package, add trust=[{name.removeprefix('ext://').split('.')[0]}]"
             )
 
@@ -44,15 +44,15 @@ def resolved(node: Any, only: Iterable[str] | None = None) -> Any:
     """Return a node as plain values, its interpolations resolved; those that cannot be resolved yet stay as written.
 
     Args:
-        node: a node of OmegaConf, or a plain value.
-        only: of a mapping, the keys that are wanted; None = all.
+        node: OmegaConf node, or a plain value.
+        only: keys of a mapping to return; None = all.
     """
     if not isinstance(node, (DictConfig, ListConfig)):
         return node
     found: dict[Any, Any] = {}
     keys: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
-    wanted: Iterable[Any] = keys if only is None else [key for key in only if key in node]
-    for key in wanted:
+    included: Iterable[Any] = keys if only is None else [key for key in only if key in node]
+    for key in included:
         try:
             found[key] = resolved(node[key])
         except OmegaConfBaseException:
@@ -61,14 +61,14 @@ def resolved(node: Any, only: Iterable[str] | None = None) -> Any:
 
 
 def is_reference(path: str, text: str) -> bool:
-    """Whether logging would import what a text names, or a callback is an interpolation that nobody can read yet."""
+    """Return True if logging would import the object that `text` names, or a callback is still an interpolation."""
     if path.partition(".")[0] == "callbacks":
         return "${" in text
     return path.startswith(("job_logging.", "hydra_logging.")) and text.startswith("ext://")
 
 
 def named_code(where: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Path and value of every text that names something to be called."""
+    """Yield (path, text) for every text that names an object to be called."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in pairs:
         path = f"{where}.{key}" if where else str(key)

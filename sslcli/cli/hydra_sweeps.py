@@ -1,4 +1,4 @@
-"""Sweeps whose jobs another sweeper of Hydra draws, or another launcher of Hydra carries to where they run."""
+"""Sweeps with Hydra plugins: jobs sampled by another sweeper, or run by another launcher."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from sslcli.cli.compose import engine_of
 from sslcli.cli.messages import one_line
 from sslcli.errors import ConfigError
 from sslcli.runs.identity import digested
-from sslcli.sweeps.job import FINISHED, Job, Sweep, enrol, job_of, read, status_of
-from sslcli.sweeps.queue import Slot, handed_on, run_queue
+from sslcli.sweeps.job import FINISHED, Job, Sweep, job_of, read, read_or_create_record, status_of
+from sslcli.sweeps.queue import Slot, forwarded_signals, run_queue
 from sslcli.sweeps.table import value_of
 from sslcli.system.child_processes import safe_children
 
 
 class SweepStopped(Exception):
-    """Ends a sweeper that would draw more jobs."""
+    """Raised to end a sweeper that would sample more jobs."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a launcher of Hydra calls for each job, in whatever process and on whatever node."""
+    """Function that a Hydra launcher calls for each job, in any process and on any node."""
 
     sweep: Sweep
     slots: list[Slot] | None
@@ -52,7 +52,7 @@ class Task:
 
 
 class QueueLauncher(Launcher):
-    """Runs what a sweeper draws at once in our queue, where Hydra's own default runs one after the other."""
+    """Hydra launcher that runs the jobs of a sweeper in parallel in the local queue (Hydra's default: one by one)."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         assert isinstance(task_function, Task)
@@ -73,7 +73,7 @@ class QueueLauncher(Launcher):
 
 
 def composed_job(sweep: Sweep, config: Any) -> Job:
-    """The job that a configuration of Hydra's stands for."""
+    """Return the job for a configuration that Hydra composed."""
     lines = list(config.hydra.overrides.task)
     choices = OmegaConf.to_container(config.hydra.runtime.choices)
     run_dir = config.get("run_dir")
@@ -81,14 +81,18 @@ def composed_job(sweep: Sweep, config: Any) -> Job:
 
 
 def objective(sweep: Sweep, job: Job) -> float | None:
-    """The metric of a finished job, which a sweeper optimizes."""
-    if job.run_dir is None or sweep.metric is None or status_of(sweep, job.name, enrol(sweep, job)) != FINISHED:
+    """Return the metric of a job, which a sweeper optimizes; None if the job is not finished."""
+    if (
+        job.run_dir is None
+        or sweep.metric is None
+        or status_of(sweep, job.name, read_or_create_record(sweep, job)) != FINISHED
+    ):
         return None
     return value_of(job.run_dir, sweep.metric)
 
 
-def carry(arguments: Namespace, sweep: Sweep, jobs: list[Job], slots: list[Slot] | None) -> tuple[bool, bool]:
-    """Let the chosen launcher run the jobs; whether the sweep was stopped, and whether the launcher gave up."""
+def launch_jobs(arguments: Namespace, sweep: Sweep, jobs: list[Job], slots: list[Slot] | None) -> tuple[bool, bool]:
+    """Run the jobs with the chosen launcher; return True if the sweep was stopped, and True if the launcher failed."""
 
     def launch(engine: Hydra) -> None:
         config = composed(engine, sweep, arguments, [])
@@ -99,16 +103,16 @@ def carry(arguments: Namespace, sweep: Sweep, jobs: list[Job], slots: list[Slot]
         with safe_children():
             launcher.launch([list(job.overrides) for job in jobs], initial_job_idx=0)
 
-    return watched(sweep, arguments, launch)
+    return run_hydra(sweep, arguments, launch)
 
 
-def draw(arguments: Namespace, sweep: Sweep, launcher: str, slots: list[Slot] | None) -> tuple[bool, bool]:
-    """Let the chosen sweeper draw jobs; whether the sweep was stopped, and whether the sweeper gave up."""
-    if launcher == "basic":  # Hydra builds launchers from its own package alone, so ours goes by the name of its own
+def draw_jobs(arguments: Namespace, sweep: Sweep, launcher: str, slots: list[Slot] | None) -> tuple[bool, bool]:
+    """Run the jobs that the chosen sweeper samples; return the same as `launch_jobs`, for the sweeper."""
+    if launcher == "basic":  # Hydra instantiates only its own launchers, so QueueLauncher replaces one of them
         Plugins.instance().class_name_to_class[f"{BasicLauncher.__module__}.BasicLauncher"] = QueueLauncher
 
     def start(engine: Hydra) -> None:
-        lines = of_optuna(composed(engine, sweep, arguments, []).hydra.sweeper, sweep, slots, arguments)
+        lines = optuna_overrides(composed(engine, sweep, arguments, []).hydra.sweeper, sweep, slots, arguments)
         with nullcontext() if launcher == "basic" else safe_children():
             engine.multirun(
                 config_name=arguments.config_name or sweep.command,
@@ -117,18 +121,18 @@ def draw(arguments: Namespace, sweep: Sweep, launcher: str, slots: list[Slot] | 
                 with_log_configuration=False,
             )
 
-    return watched(sweep, arguments, start)
+    return run_hydra(sweep, arguments, start)
 
 
 def lines_of(sweep: Sweep, arguments: Namespace, more: list[str]) -> list[str]:
-    """The command line as Hydra gets it."""
-    given = [line for line in arguments.overrides if not line.startswith("hydra.sweep.dir=")]
+    """Return the overrides for Hydra: those of the command line with the sweep's folder, and `more`."""
+    overrides = [line for line in arguments.overrides if not line.startswith("hydra.sweep.dir=")]
     quoted = str(sweep.folder).replace("\\", "\\\\").replace('"', '\\"')
-    return [*given, f'hydra.sweep.dir="{quoted}"', *more]
+    return [*overrides, f'hydra.sweep.dir="{quoted}"', *more]
 
 
 def composed(engine: Hydra, sweep: Sweep, arguments: Namespace, more: list[str]) -> DictConfig:
-    """What Hydra makes of the command line as a whole."""
+    """Return the configuration that Hydra composes for the whole command line."""
     return engine.compose_config(
         config_name=arguments.config_name or sweep.command,
         overrides=lines_of(sweep, arguments, more),
@@ -137,51 +141,51 @@ def composed(engine: Hydra, sweep: Sweep, arguments: Namespace, more: list[str])
     )
 
 
-def of_optuna(sweeper: Any, sweep: Sweep, slots: list[Slot] | None, arguments: Namespace) -> list[str]:
-    """What Optuna is told unless the command line does: which way is better, a seed, and how many jobs at once.
+def optuna_overrides(sweeper: Any, sweep: Sweep, slots: list[Slot] | None, arguments: Namespace) -> list[str]:
+    """Return defaults for Optuna that the command line does not set: direction, number of parallel jobs, and seed.
 
-    With the seed the same command draws the same jobs and finds the results of those that are finished.
+    With a fixed seed, the same command samples the same jobs and reuses the results of the finished ones.
     """
     if "optuna" not in sweeper._target_:
         return []
     import optuna
 
-    optuna.logging.set_verbosity(logging.ERROR)  # the table tells what came of each job
+    optuna.logging.set_verbosity(logging.ERROR)  # the table shows the result of each job
     direction = sweeper.direction
     if OmegaConf.is_list(direction):
         raise ConfigError(
-            f"hydra.sweeper.direction is {list(direction)}, but a job has one result, sweep.metric: give one direction"
+            f"hydra.sweeper.direction is {list(direction)}, but a job has one result, sweep.metric: set one direction"
         )
-    wanted = {
-        "hydra.sweeper.direction": "minimize" if sweep.settings.lowest else "maximize",
+    defaults = {
+        "hydra.sweeper.direction": "minimize" if sweep.settings.is_minimized else "maximize",
         "hydra.sweeper.n_jobs": 1 if slots is None else len(slots),
     }
     if "seed" in sweeper.sampler:
-        wanted["hydra.sweeper.sampler.seed"] = 0
-    given = {line.partition("=")[0] for line in arguments.overrides}
-    return [f"{key}={value}" for key, value in wanted.items() if key not in given]
+        defaults["hydra.sweeper.sampler.seed"] = 0
+    keys = {line.partition("=")[0] for line in arguments.overrides}
+    return [f"{key}={value}" for key, value in defaults.items() if key not in keys]
 
 
-def watched(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]) -> tuple[bool, bool]:
-    """Start something of Hydra's that returns when all jobs have ended.
+def run_hydra(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]) -> tuple[bool, bool]:
+    """Call `start`, which runs a Hydra plugin until all jobs have ended; return (sweep stopped, plugin failed).
 
-    Whatever it raises, the jobs have records, and the table is made from these.
+    Errors of the plugin are not raised if jobs were started: the table is written from the records of the jobs.
     """
     before = started(sweep)
-    with leaving_word(sweep) as received:
+    with signal_file(sweep) as received:
         try:
-            version.setbase("1.3")  # which hydra.main does; without it jobs change their working directory
+            version.setbase("1.3")  # as in hydra.main; without it jobs change their working directory
             start(engine_of(arguments))
         except (SweepStopped, KeyboardInterrupt):
             return True, False
         except ConfigError:
             raise
-        except Exception as error:  # of code we do not know
+        except Exception as error:  # plugins may raise any error
             if started(sweep) == before:
                 raise ConfigError(f"Hydra could not start the sweep: {one_line(error)}") from error
             print(
-                f"ssl-{sweep.command}: the sweep ended early: {one_line(error)}. Jobs at work elsewhere go on; the "
-                "same command again tells how they stand, and starts what is left",
+                f"ssl-{sweep.command}: the sweep ended early: {one_line(error)}. Jobs that run elsewhere continue; run "
+                "the same command again to print their status and to start the remaining jobs",
                 file=sys.stderr,
             )
             return bool(received), True
@@ -191,15 +195,15 @@ def watched(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]) 
 
 
 def started(sweep: Sweep) -> dict[str, str | None]:
-    """When each job was started last."""
+    """Return the last start time of each job, by its name."""
     return {path.stem: read(path).started for path in sweep.records.glob("*.json")}
 
 
 @contextmanager
-def leaving_word(sweep: Sweep) -> Iterator[list[int]]:
-    """For the time of a block a signal leaves word in the sweep's folder, which the jobs see wherever they run.
+def signal_file(sweep: Sweep) -> Iterator[list[int]]:
+    """On a signal within the block, create `jobs/stop` in the sweep's folder, which jobs on all nodes check.
 
-    A second interrupt ends the block at once. Yields the signals that were received.
+    A second interrupt (SIGINT) ends the block immediately. Yields the list of received signals.
     """
     received: list[int] = []
 
@@ -208,9 +212,9 @@ def leaving_word(sweep: Sweep) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
         (sweep.records / "stop").touch()
-        print("stopping: jobs at work save; a second interrupt does not wait for them", flush=True)
+        print("stopping: running jobs save and stop; a second interrupt does not wait for them", flush=True)
 
-    previous = {number: signal.signal(number, receive) for number in handed_on()}
+    previous = {number: signal.signal(number, receive) for number in forwarded_signals()}
     try:
         yield received
     finally:

@@ -1,4 +1,4 @@
-"""Hydra's complaints in the words of a command line: the culprit, what there is, and the nearest name."""
+"""One-line error messages for invalid overrides, translated from Hydra errors, with the allowed names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sslcli.config import schema
 from sslcli.config.keys import check_path
 from sslcli.config.moved import CHOICES
 from sslcli.config.signatures import parameters_of
-from sslcli.config.targets import check_target, trusted_by
+from sslcli.config.targets import check_target, trust_list
 from sslcli.errors import ConfigError, nearest
 
-EXTRAS = {  # choices that a plugin of Hydra brings, and the extra that installs it
+EXTRAS = {  # choice of a Hydra plugin -> extra of sslcli that installs it
     "hydra/launcher/submitit_slurm": "slurm",
     "hydra/launcher/submitit_local": "slurm",
     "hydra/launcher/joblib": "joblib",
@@ -28,7 +28,7 @@ EXTRAS = {  # choices that a plugin of Hydra brings, and the extra that installs
 
 
 def one_line(error: object) -> str:
-    """A message without line breaks and advertisements."""
+    """Return an error message without line breaks, links and search paths."""
     text = " ".join(str(error).split())
     return re.sub(r" ?(See https?://\S+ for details\.?|Config search path:.*|full_key: .*)", "", text).rstrip(" .")
 
@@ -40,57 +40,63 @@ def print_note(command: str, note: str) -> None:
 
 
 def unreadable(line: str, error: BaseException | None = None) -> str:
-    """The message for an override that cannot be parsed."""
+    """Return the message for an override that cannot be parsed."""
     if "=" not in line.strip()[1:]:
         return f"cannot read {line!r} in the command line: settings are written key=value, as in train.epochs=5"
     key, _, value = line.partition("=")
     if not re.fullmatch(r"[+~]*[\w./@:-]+", key):
-        return f"cannot read {line!r} in the command line: a key is names joined by dots, an element of a list is key.0"
+        return (
+            f"cannot read {line!r} in the command line: a key consists of names separated by dots, and an element of a "
+            "list is written key.0"
+        )
     return (
-        f"cannot read {line!r} in the command line ({one_line(error or '')}): a value with =, brackets, quotes or "
-        f"""spaces is quoted twice, once for the shell: {key}='"{value.strip("'").replace('"', "")}"'"""
+        f"cannot read {line!r} in the command line ({one_line(error or '')}): quote a value with =, brackets, quotes "
+        f"""or spaces twice, once for the shell: {key}='"{value.strip("'").replace('"', "")}"'"""
     )
 
 
 def missing(error: MissingConfigException) -> str:
-    """The message for a choice, or a whole configuration, that does not exist."""
+    """Return the message for a choice or a configuration file that does not exist."""
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
     options = [each for each in error.options or () if each not in CHOICES.get(group, {})]
     if error.missing_cfg_file in EXTRAS:
-        return f"{group}={choice} needs a plugin of Hydra: pip install 'sslcli[{EXTRAS[error.missing_cfg_file]}]'"
+        return f"{group}={choice} needs a Hydra plugin: pip install 'sslcli[{EXTRAS[error.missing_cfg_file]}]'"
     if group and options:
         return f"{group}={choice}: there is no such choice.{nearest(choice, options)} Choices: {', '.join(options)}"
     if group:
-        return f"{group}={choice}: there is no such choice, nor any other in that group"
-    return f"--config-name is {choice!r}, but no folder that is searched holds {choice}.yaml: try --info searchpath"
+        return f"{group}={choice}: there is no such choice, and the group {group} has no choices"
+    return f"--config-name is {choice!r}, but no folder of the search path has {choice}.yaml: see --info searchpath"
 
 
 def readable(error: BaseException, *, groups: tuple[str, ...]) -> str:
-    """Any other complaint of Hydra's in one line, its advice on plus signs left out."""
-    told = one_line(error)
+    """Return the message for any other Hydra error, without Hydra's advice on plus signs."""
+    message = one_line(error)
     if error.__cause__ is not None:
-        told += f" ({one_line(error.__cause__)})"
-    present = re.search(r"An item is already at '([^']+)'", told)
+        message += f" ({one_line(error.__cause__)})"
+    present = re.search(r"An item is already at '([^']+)'", message)
     if present:
-        return f"{present[1]} has a value already: leave out the plus sign to change it"
-    told = re.sub(r"\.? To append to your (config|default list) use \S+", "", told)
-    group = re.search(r"Could not override '(\w+)'\. No match in the defaults list", told)
-    return f"{told}.{nearest(group[1], groups)} Groups: {', '.join(groups)}" if group else told
+        return f"{present[1]} already has a value: remove the plus sign to change it"
+    message = re.sub(r"\.? To append to your (config|default list) use \S+", "", message)
+    group = re.search(r"Could not override '(\w+)'\. No match in the defaults list", message)
+    return f"{message}.{nearest(group[1], groups)} Groups: {', '.join(groups)}" if group else message
 
 
 def is_choice(override: Override, engine: Hydra) -> bool:
-    """Whether an override chooses from a group, and does not set a value."""
+    """Return True if an override chooses from a group instead of setting a value."""
     key = group_of(override)
     return "/" in key or key == "hydra.searchpath" or key in engine.config_loader.list_groups("")
 
 
 def group_of(override: Override) -> str:
-    """The key of an override without its sign and package."""
+    """Return the key of an override without prefix (`+`, `++`, `~`) and package."""
     return override.get_key_element().split("@")[0].lstrip("+~")
 
 
 def check_choices(command: str, overrides: list[Override], engine: Hydra) -> None:
-    """Refuse what Hydra answers with a stack of calls or a riddle: no choice at all, a group of another command."""
+    """Raise ConfigError for a group of another command, and for a group without a choice.
+
+    For these, Hydra raises unclear errors or prints a traceback.
+    """
     own, others = schema.GROUPS[command], {group for groups in schema.GROUPS.values() for group in groups}
     for override in overrides:
         group = group_of(override)
@@ -99,27 +105,27 @@ def check_choices(command: str, overrides: list[Override], engine: Hydra) -> Non
         chosen = group in own or group.startswith("hydra/")
         if chosen and not override.is_delete() and override.value() is None:
             options = engine.config_loader.get_group_options(group)
-            raise ConfigError(f"{group} needs a choice, or is left out. Choices: {', '.join(options)}")
+            raise ConfigError(f"{group} needs a choice: set one, or remove {group}. Choices: {', '.join(options)}")
 
 
 def check_overrides(command: str, overrides: list[Override], base: DictConfig) -> None:
-    """Raise ConfigError for the first override that cannot be meant; `base` holds the choices without any values."""
-    given = [override.value() for override in overrides if group_of(override) == "trust"]
-    trust = trusted_by(given[-1] if given else OmegaConf.to_container(base).get("trust", []))  # type: ignore[union-attr]
+    """Raise ConfigError for the first invalid override; `base` is the configuration of the choices without values."""
+    values = [override.value() for override in overrides if group_of(override) == "trust"]
+    trust = trust_list(values[-1] if values else OmegaConf.to_container(base).get("trust", []))  # type: ignore[union-attr]
     for override in overrides:
         path = group_of(override)
         if path.rpartition(".")[2] == "_target_" and not override.is_delete():
             check_target(override.value(), trust, path)
     for override in overrides:
         if not group_of(override).startswith("hydra."):
-            signed = override.is_add() or override.is_force_add() or override.is_delete()
-            check_path(command, group_of(override), base, signed=signed)
+            may_add = override.is_add() or override.is_force_add() or override.is_delete()
+            check_path(command, group_of(override), base, may_add=may_add)
 
 
 def check_deletions(overrides: list[Override], config: DictConfig) -> None:
-    """Refuse to delete a hyper-parameter: the constructor's own default, which no yaml shows, would take its place."""
+    """Raise ConfigError for a deleted hyperparameter: the constructor's default would apply, which no yaml shows."""
     for override in overrides:
         where, _, name = group_of(override).rpartition(".")
         target = OmegaConf.select(config, f"{where}._target_") if override.is_delete() and where else None
         if isinstance(target, str) and name in (parameters_of(target) or ()):
-            raise ConfigError(f"~{where}.{name}: a setting cannot be deleted, as config.yaml shows all: give a value")
+            raise ConfigError(f"~{where}.{name}: a setting cannot be deleted: set it to a value instead")

@@ -1,4 +1,4 @@
-"""ssl-train: pre-train a backbone without labels. See conf/train.yaml for everything that can be set."""
+"""ssl-train: pre-trains a backbone without labels. See conf/train.yaml for all settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sslcli.cli.help import show_and_exit
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     show_and_exit("train")
     from sslcli.cli.command import command
     from sslcli.runs.launch import launch

@@ -1,1 +1,1 @@
-"""Multirun: jobs, the local job queue, and the table of results."""
+"""Sweeps (`--multirun`): jobs, the local job queue, and the table of results."""

@@ -1,4 +1,4 @@
-"""One job of a sweep: its command, how it stands, and the record of it that outlives the sweep."""
+"""A job of a sweep: its command line, its status, and the record on disk that remains after the sweep exits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from sslcli.config.moved import first_override
+from sslcli.config.moved import old_override
 from sslcli.config.paths import absolute
 from sslcli.config.settings import SweepSettings
 from sslcli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
@@ -24,65 +24,65 @@ from sslcli.runs.slurm.queue import recorded_exit_code, submitted_job
 from sslcli.system import atomic
 from sslcli.system.locks import can_lock, lock
 
-PARENT = "SSLCLI_SWEEP"  # where a sweep leaves the id of its process for the jobs it starts
-PROC = Path("/proc")  # not on every system
+PARENT = "SSLCLI_SWEEP"  # environment variable with the process ID of the sweep, set for the jobs that it starts
+PROC = Path("/proc")  # exists only on Linux
 WAITING, SUBMITTED, RUNNING, CHECKED = "waiting", "submitted", "running", "checked"
 FINISHED, STOPPED, INTERRUPTED, FAILED = "finished", "stopped", "interrupted", "failed"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the jobs of a sweep have in common. Plain values, so that it travels to other processes and nodes."""
+    """Settings that all jobs of a sweep have in common; picklable, so that other processes and nodes can use it."""
 
     command: str  # train or eval
-    program: tuple[str, ...]  # that a job's line begins with
+    program: tuple[str, ...]  # beginning of the command line of a job
     folder: Path  # absolute
     settings: SweepSettings
-    flags: tuple[str, ...]  # that every job needs, as --config-dir=...
+    flags: tuple[str, ...]  # flags for every job, such as --config-dir=...
     shared: tuple[str, ...]  # overrides of all jobs
-    submits: bool = False  # a job's process hands the run to Slurm and does not train itself
+    submits: bool = False  # True if the process of a job submits the run to Slurm and does not train itself
 
     @property
     def records(self) -> Path:
-        """The folder of records and of what jobs printed."""
+        """Folder of the job records and logs."""
         return self.folder / "jobs"
 
     @property
     def metric(self) -> str | None:
-        """What ranks the jobs; those of ssl-eval have no metrics."""
+        """Metric that ranks the jobs; None for ssl-eval, whose jobs have no metrics.jsonl."""
         return None if self.command == "eval" else self.settings.metric
 
     def title(self, job: Job) -> str:
-        """What a job is called on the screen: the overrides that not all share."""
+        """Return the display name of a job: its overrides that are not common to all jobs."""
         return " ".join(line for line in job.overrides if line not in self.shared) or "defaults"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One point of a sweep."""
+    """One combination of values of a sweep."""
 
-    name: str  # of its record, and of its run directory unless run_dir is given
-    overrides: tuple[str, ...]  # as a command line writes them
-    run_dir: Path | None  # None: a job of ssl-eval
+    name: str  # name of its record, and of its run directory unless run_dir is set
+    overrides: tuple[str, ...]  # as on the command line
+    run_dir: Path | None  # None for a job of ssl-eval
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What is known of a job after the sweep that started it is gone."""
+    """Stored state of a job, which remains after the sweep that started it exits."""
 
     overrides: list[str]
-    run_dir: str | None  # relative to the sweep's folder where it lies in there
+    run_dir: str | None  # relative to the sweep's folder if it is inside that folder
     started: str | None = None
     host: str | None = None
     process: int | None = None
-    code: int | None = None  # exit code, minus the number of the signal that ended it
+    code: int | None = None  # exit code; -N if signal N ended the process
 
 
 def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
-    """The job that a checked configuration, composed from the overrides of one point, stands for."""
-    overrides = tuple(line for line in config["_lines_"] if not of_the_sweep(line))
+    """Return the job for a validated configuration, which was composed from the overrides of one job."""
+    overrides = tuple(line for line in config["_lines_"] if not is_sweep_setting(line))
     if sweep.command == "eval":
-        return Job(hashlib.sha256("\n".join(map(first_override, overrides)).encode()).hexdigest()[:8], overrides, None)
+        return Job(hashlib.sha256("\n".join(map(old_override, overrides)).encode()).hexdigest()[:8], overrides, None)
     name, given = default_name(config["_choices_"], config["_overrides_"]), config["_run_dir_"]
     if given is None:
         return Job(name, overrides, sweep.folder / name)
@@ -90,14 +90,14 @@ def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
     return Job(f"{name}_{digest}", overrides, Path(absolute(given)))
 
 
-def of_the_sweep(line: str) -> bool:
-    """Whether an override is none of the job: one of `sweep`, or Hydra's except for where yaml files are."""
+def is_sweep_setting(line: str) -> bool:
+    """Return True if an override concerns the sweep and not the job: `sweep.*`, and `hydra.*` except searchpath."""
     key = line.partition("=")[0].lstrip("+~")
     return key.startswith(("sweep.", "hydra.", "hydra/")) and key != "hydra.searchpath"
 
 
 def command_line(sweep: Sweep, job: Job) -> list[str]:
-    """The process of a job."""
+    """Return the command line of a job."""
     line = [*sweep.program, *sweep.flags, *job.overrides]
     if job.run_dir is not None and not any(override.startswith("run_dir=") for override in job.overrides):
         quoted = str(job.run_dir).replace("\\", "\\\\").replace('"', '\\"')
@@ -106,12 +106,12 @@ def command_line(sweep: Sweep, job: Job) -> list[str]:
 
 
 def log_of(sweep: Sweep, job: Job) -> Path:
-    """What a job prints where several run at once."""
+    """Return the log file of a job, which gets its output if several jobs run in parallel."""
     return sweep.records / f"{job.name}.log"
 
 
-def enrol(sweep: Sweep, job: Job) -> Record:
-    """The record of a job, made where there is none."""
+def read_or_create_record(sweep: Sweep, job: Job) -> Record:
+    """Return the record of a job; create it if it does not exist."""
     path = sweep.records / f"{job.name}.json"
     if path.exists():
         return read(path)
@@ -123,48 +123,48 @@ def enrol(sweep: Sweep, job: Job) -> Record:
     return record
 
 
-def note_start(sweep: Sweep, job: Job, process: int) -> None:
-    """Write down that a job is at work, in this process of this machine."""
+def record_start(sweep: Sweep, job: Job, process: int) -> None:
+    """Record that a job runs, with its process ID on this machine."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     changes: dict[str, Any] = {"started": now, "host": platform.node(), "process": process, "code": None}
-    write(sweep.records / f"{job.name}.json", replace(enrol(sweep, job), **changes))
+    write(sweep.records / f"{job.name}.json", replace(read_or_create_record(sweep, job), **changes))
 
 
-def note_end(sweep: Sweep, job: Job, code: int) -> None:
-    """Write down how a job ended."""
-    write(sweep.records / f"{job.name}.json", replace(enrol(sweep, job), process=None, code=code))
+def record_end(sweep: Sweep, job: Job, code: int) -> None:
+    """Record the exit code of a job."""
+    write(sweep.records / f"{job.name}.json", replace(read_or_create_record(sweep, job), process=None, code=code))
 
 
 def read(path: Path) -> Record:
-    """A record from its file. Raises ConfigError where that is none."""
+    """Read a record. Raises ConfigError if the file is not one."""
     try:
         return Record(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"{path} is not the record of a job of a sweep: remove it, or choose another folder"
+            f"{path} is not the record of a job of a sweep: remove it, or choose another hydra.sweep.dir"
         ) from error
 
 
 def write(path: Path, record: Record) -> None:
-    """A record to its file."""
+    """Write a record atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.replace(path, json.dumps(asdict(record), indent=2).encode())
 
 
-def status_of(sweep: Sweep, name: str, record: Record, *, taken: bool = False) -> str:
-    """How a job stands: first what its run directory shows, then whether it is at work, then how its process ended.
+def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = False) -> str:
+    """Return the status of a job, from its run directory, else from running processes, else from its exit code.
 
     Args:
-        sweep: the job is part of it.
-        name: of the job.
-        record: of the job.
-        taken: this process has the right to run the job, so nobody is at work on it.
+        sweep: sweep of the job.
+        name: name of the job.
+        record: record of the job.
+        is_claimed: True if this process holds the lock of the job, so that no other process runs it.
     """
     folder = sweep.folder
     run_dir = None if record.run_dir is None else folder / record.run_dir
     if run_dir is not None and directory.is_finished(run_dir):
         return FINISHED
-    if not taken and is_at_work(sweep, name, record):
+    if not is_claimed and is_running(sweep, name, record):
         return RUNNING
     code = code_of(folder, record)
     if code is None:
@@ -179,56 +179,57 @@ def status_of(sweep: Sweep, name: str, record: Record, *, taken: bool = False) -
 
 
 def code_of(folder: Path, record: Record) -> int | None:
-    """How a job of the sweep in `folder` ended: its process or, where that submitted a job of Slurm, that job."""
+    """Return the exit code of a job of the sweep in `folder`; of the Slurm job, if its process submitted one."""
     if record.code == 0 and record.run_dir is not None:
         return recorded_exit_code(folder / record.run_dir) or 0
     return record.code
 
 
-def is_at_work(sweep: Sweep, name: str, record: Record) -> bool:
-    """Whether somebody runs a job: this or another sweep, a process that its sweep left behind, a run by hand."""
+def is_running(sweep: Sweep, name: str, record: Record) -> bool:
+    """Return True if a process runs the job: of any sweep, left over from a killed sweep, or started by hand."""
     if record.run_dir is not None and directory.is_held(sweep.folder / record.run_dir):
         return True
-    file = lock(_right_to_run(sweep, name))
+    file = lock(lock_path(sweep, name))
     if file is None:
         return True
     file.close()
     return not can_lock(sweep.records) and _is_alive(record)
 
 
-def take(sweep: Sweep, job: Job) -> IO[str] | None:
-    """The right to run a job, which the file and its copies in other processes hold until all are closed.
+def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
+    """Lock a job, so that only this process may run it; return the lock file, or None if another process runs the job.
 
-    None while somebody else is at work on the job. A run that Slurm has is asked for by its job's process.
+    The lock is held until the file and its copies in child processes are closed. If the run was submitted to Slurm, the
+    process of the job itself checks whether it runs.
     """
-    file = lock(_right_to_run(sweep, job.name))
+    file = lock(lock_path(sweep, job.name))
     if file is None:
         return None
-    handed_on = sweep.submits and job.run_dir is not None and submitted_job(job.run_dir) is not None
-    busy = job.run_dir is not None and not handed_on and directory.is_held(job.run_dir)
-    if busy or (not can_lock(sweep.records) and _is_alive(enrol(sweep, job))):
+    is_submitted = sweep.submits and job.run_dir is not None and submitted_job(job.run_dir) is not None
+    busy = job.run_dir is not None and not is_submitted and directory.is_held(job.run_dir)
+    if busy or (not can_lock(sweep.records) and _is_alive(read_or_create_record(sweep, job))):
         file.close()
         return None
     return file
 
 
-def _right_to_run(sweep: Sweep, name: str) -> Path:
-    """The file whose lock a sweep and the process of the job hold, so that it outlives either."""
+def lock_path(sweep: Sweep, name: str) -> Path:
+    """Return the file that both the sweep and the process of the job lock, so that it is locked while either runs."""
     return sweep.records / f"{name}.lock"
 
 
-def who_runs(sweep: Sweep, job: Job) -> str:
-    """Who is at work on a job, in words."""
+def describe_runner(sweep: Sweep, job: Job) -> str:
+    """Return a phrase for the process that runs a job."""
     if job.run_dir is not None and directory.is_held(job.run_dir):
-        told = (job.run_dir / ".lock").read_text(encoding="utf-8", errors="replace").strip()
-        if told:
-            return told
-    record = enrol(sweep, job)
+        owner = (job.run_dir / ".lock").read_text(encoding="utf-8", errors="replace").strip()
+        if owner:
+            return owner
+    record = read_or_create_record(sweep, job)
     return "another process" if record.process is None else f"process {record.process} on {record.host}"
 
 
 def _is_alive(record: Record) -> bool:
-    """Whether the process of a job is at work on this machine, and is not another that got its number."""
+    """Return True if the process of a job runs on this machine, and its ID was not reused by another process."""
     if record.process is None or record.host != platform.node() or not atomic.is_alive(record.process):
         return False
     try:
@@ -238,25 +239,25 @@ def _is_alive(record: Record) -> bool:
     return all(override.encode() in line for override in record.overrides)
 
 
-def is_due(sweep: Sweep, job: Job, *, taken: bool = False) -> bool:
-    """Whether a job has to be run, now or again, or waited for.
+def is_due(sweep: Sweep, job: Job, *, is_claimed: bool = False) -> bool:
+    """Return True if a job must be started, resumed or waited for.
 
     Args:
-        sweep: the job is part of it.
-        job: the one that is asked about.
-        taken: see `status_of`.
+        sweep: sweep of the job.
+        job: job to check.
+        is_claimed: see `status_of`.
     """
-    status = status_of(sweep, job.name, enrol(sweep, job), taken=taken)
+    status = status_of(sweep, job.name, read_or_create_record(sweep, job), is_claimed=is_claimed)
     if status == FINISHED:
         return sweep.command == "eval"
     return status != FAILED or sweep.settings.retry_failed
 
 
 def stop_with_sweep() -> None:
-    """Where a sweep started this process, save and stop when that is gone, even by SIGKILL (Linux only)."""
+    """If a sweep started this process, make it save and stop when the sweep ends, even by SIGKILL (Linux only)."""
     parent = os.environ.pop(PARENT, None)
     if parent is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(parent):  # it ended before we asked
+    if os.getppid() != int(parent):  # the sweep ended before prctl was called
         os.kill(os.getpid(), signal.SIGTERM)

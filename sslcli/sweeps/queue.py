@@ -1,4 +1,4 @@
-"""Jobs on this machine, as many at once as it has devices for, each in a process of its own."""
+"""Local job queue: runs jobs in parallel on the devices of this machine, each in a separate process."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from sslcli.sweeps.job import (
     PARENT,
     Job,
     Sweep,
+    claim_job,
     command_line,
-    enrol,
-    is_at_work,
+    describe_runner,
     is_due,
+    is_running,
     log_of,
-    note_end,
-    note_start,
-    take,
-    who_runs,
+    read_or_create_record,
+    record_end,
+    record_start,
 )
 from sslcli.system.cpu import usable
 from sslcli.system.locks import lock
 
-HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # a job that gets one saves and stops
-AS_TERM = (signal.SIGUSR2, signal.SIGHUP)  # jobs get SIGTERM for these
-PAUSE = 0.05  # seconds between looks at the jobs
-LOOK_EVERY = 0.5  # seconds between looks at a job that others are at work on
-CORES_PER_JOB = 4  # more threads than this make a run of one process little faster
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # a job that receives one saves and stops
+SENT_AS_SIGTERM = (signal.SIGUSR2, signal.SIGHUP)  # jobs receive SIGTERM instead of these
+POLL_SECONDS = 0.05  # between two checks of the jobs of this process
+BUSY_POLL_SECONDS = 0.5  # between two checks of a job that another process runs
+CORES_PER_JOB = 4  # more threads make a single-process run only slightly faster
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The part of this machine that one job at a time gets."""
+    """Devices and CPU cores for one job at a time."""
 
-    devices: tuple[str, ...] | None = None  # CUDA devices it sees; None: those that this process sees
-    cores: tuple[int, ...] | None = None  # processor cores it runs on; None: any
+    devices: tuple[str, ...] | None = None  # CUDA devices visible to the job; None: those visible to this process
+    cores: tuple[int, ...] | None = None  # CPU cores that it runs on; None: any
 
     def __str__(self) -> str:
         parts = [] if self.devices is None else [f"GPU {','.join(self.devices)}"]
@@ -55,14 +55,15 @@ class Slot:
 
 
 def slots_of(config: dict[str, Any], *, jobs: int | None, wanted: int | None) -> list[Slot]:
-    """How this machine is shared out: `wanted` parts, or one a device, on the CPU one for every few cores.
+    """Divide this machine into slots: `wanted` slots, else one per device, or on the CPU one per `CORES_PER_JOB` cores.
 
     Args:
-        config: of a job, which tells its device, threads and processes.
-        jobs: there are no more parts than jobs; None: as many jobs as there are parts.
+        config: configuration of a job, with its device, threads and processes.
+        jobs: maximum number of slots; None: no maximum.
+        wanted: number of slots, from `sweep.jobs`; None: chosen from the devices and cores.
     """
     launcher = config.get("launcher", {"kind": "local"})
-    if launcher["kind"] == "slurm":  # which needs no more of this machine than a submission does
+    if launcher["kind"] == "slurm":  # the job only submits the run, which takes no resources of this machine
         return [Slot()] * min(jobs or 1, wanted or jobs or 1)
     devices = cuda_devices(config["device"])
     cores = usable()
@@ -75,18 +76,18 @@ def slots_of(config: dict[str, Any], *, jobs: int | None, wanted: int | None) ->
     count = min(count, jobs or count)
     if count == 1:
         return [Slot(groups[0] if groups else None)]
-    return [Slot(groups[i % len(groups)] if groups else None, share(cores, i, count)) for i in range(count)]
+    return [Slot(groups[i % len(groups)] if groups else None, cores_of_slot(cores, i, count)) for i in range(count)]
 
 
-def share(cores: list[int], index: int, count: int) -> tuple[int, ...]:
-    """The cores of one of `count` jobs: equal parts that do not overlap where there are enough."""
+def cores_of_slot(cores: list[int], index: int, count: int) -> tuple[int, ...]:
+    """Return the cores of slot `index` of `count`: parts of equal size, disjoint if there are enough cores."""
     if count >= len(cores):
         return (cores[index % len(cores)],)
     return tuple(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
 
 
 def cuda_devices(device: str) -> list[str]:
-    """The CUDA devices that jobs with this `device` can be shared out to, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the CUDA devices available to jobs with this `device` setting, as named in CUDA_VISIBLE_DEVICES."""
     if device not in ("auto", "cuda"):
         return []
     import torch
@@ -98,37 +99,37 @@ def cuda_devices(device: str) -> list[str]:
 
 @dataclass
 class Running:
-    """A job at work."""
+    """A running job."""
 
     job: Job
     process: subprocess.Popen[bytes]
-    slot: int  # its number
-    held: tuple[IO[str], ...]  # its slot, and the right to run it, until they are closed
-    told: bool = False  # a process that ends may not have a handler any more for a second signal
+    slot: int  # index of its slot
+    locks: tuple[IO[str], ...]  # lock files of its slot and of the job, locked until they are closed
+    is_signaled: bool = False  # a process that already exits may have no handler left for a second signal
 
 
-def handed_on() -> list[signal.Signals]:
-    """The signals that stop a sweep here: not SIGHUP where it is ignored, as under nohup, which its jobs do as well."""
+def forwarded_signals() -> list[signal.Signals]:
+    """Return the signals that stop a sweep, without SIGHUP if it is ignored (nohup); jobs inherit that setting."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [number for number in HANDED_ON if number != signal.SIGHUP or not ignored]
+    return [number for number in FORWARDED if number != signal.SIGHUP or not ignored]
 
 
 class Relay:
-    """For the time of a block, hands signals on to the jobs at work, which save and stop.
+    """Context manager that forwards signals to the running jobs, which then save and stop.
 
-    Handlers that were there before are called after the block, when the jobs have saved: of a sweep that goes on to
-    other jobs, and of a scheduler inside whose job this process runs, which queues that job again at a SIGUSR2.
+    The previous signal handlers are called after the block, when the jobs have saved. Such a handler may belong to an
+    enclosing sweep that would start further jobs, or to a scheduler that requeues its job on SIGUSR2.
     """
 
     def __init__(self) -> None:
         self.running: list[Running] = []
         self.received: list[int] = []
-        self.told = False
+        self.is_stopping = False
         self.unfinished = False
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> Relay:
-        numbers = [*handed_on(), *([signal.SIGUSR2] if callable(signal.getsignal(signal.SIGUSR2)) else [])]
+        numbers = [*forwarded_signals(), *([signal.SIGUSR2] if callable(signal.getsignal(signal.SIGUSR2)) else [])]
         self.previous = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
@@ -136,122 +137,123 @@ class Relay:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         for number in dict.fromkeys(self.received) if kind is None else ():
-            handler, again = self.previous[number], number != signal.SIGUSR2 or self.unfinished
-            if callable(handler) and handler is not signal.default_int_handler and again:
+            handler, applies = self.previous[number], number != signal.SIGUSR2 or self.unfinished
+            if callable(handler) and handler is not signal.default_int_handler and applies:
                 handler(number, None)
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """The signal handler."""
+        """Handle a signal."""
         self.received.append(number)
-        self.tell(signal.SIGTERM if number in AS_TERM else number)
+        self.stop_jobs(signal.SIGTERM if number in SENT_AS_SIGTERM else number)
 
-    def tell(self, number: int) -> None:
-        """Send a signal to the jobs at work, and keep others from being started."""
-        self.told = True
+    def stop_jobs(self, number: int) -> None:
+        """Send a signal to the running jobs, and prevent the start of further jobs."""
+        self.is_stopping = True
         for one in self.running:
-            one.told = True
+            one.is_signaled = True
             one.process.send_signal(number)
 
     def add(self, one: Running) -> None:
-        """Hand signals on to this job too, also those that arrived while it was started."""
+        """Forward signals to this job too, including those that arrived during its start."""
         self.running.append(one)
-        if self.told and not one.told:
+        if self.is_stopping and not one.is_signaled:
             one.process.send_signal(signal.SIGTERM)
 
 
-class Line:
-    """The jobs that wait for their turn, and which of them somebody else is at work on.
+class PendingJobs:
+    """Jobs that are not started yet, including those that other processes run.
 
     Args:
-        sweep: they are part of it.
-        jobs: in order.
+        sweep: sweep of the jobs.
+        jobs: jobs in the order of their start.
     """
 
     def __init__(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
         self.sweep, self.jobs = sweep, list(jobs)
-        self.looks: dict[str, int] = {}  # at each job that was found busy, by its name
-        self.look_again = 0.0
+        self.busy_counts: dict[str, int] = {}  # job name -> number of checks that found it running elsewhere
+        self.next_poll = 0.0  # by time.monotonic
 
-    def is_time(self) -> bool:
-        """Whether to look at busy jobs again."""
+    def is_poll_due(self) -> bool:
+        """Return True, at most once per `BUSY_POLL_SECONDS`, if busy jobs must be checked again."""
         now = time.monotonic()
-        again = now >= self.look_again
-        if again:
-            self.look_again = now + LOOK_EVERY
-        return again
+        is_due = now >= self.next_poll
+        if is_due:
+            self.next_poll = now + BUSY_POLL_SECONDS
+        return is_due
 
-    def look(self) -> None:
-        """Look which jobs are busy, without taking one."""
-        for job in self.jobs if self.is_time() else ():
-            if is_at_work(self.sweep, job.name, enrol(self.sweep, job)):
-                self._note_busy(job)
+    def poll_busy(self) -> None:
+        """Check which jobs other processes run, without claiming one."""
+        for job in self.jobs if self.is_poll_due() else ():
+            if is_running(self.sweep, job.name, read_or_create_record(self.sweep, job)):
+                self._count_busy(job)
 
-    def take(self) -> tuple[Job, IO[str]] | None:
-        """Take the first job that is due and free out of the line, with the right to run it; None where none is."""
-        again = self.is_time()
+    def pop_free(self) -> tuple[Job, IO[str]] | None:
+        """Remove and return the first job that is due and not busy, with its lock file; None if there is none."""
+        polls_busy = self.is_poll_due()
         for job in list(self.jobs):
-            if job.name in self.looks and not again:
+            if job.name in self.busy_counts and not polls_busy:
                 continue
-            right = take(self.sweep, job)
-            if right is None:
-                self._note_busy(job)
+            file = claim_job(self.sweep, job)
+            if file is None:
+                self._count_busy(job)
                 continue
             self.jobs.remove(job)
-            if is_due(self.sweep, job, taken=True):
-                return job, right
-            right.close()
+            if is_due(self.sweep, job, is_claimed=True):
+                return job, file
+            file.close()
         return None
 
-    def _note_busy(self, job: Job) -> None:
-        """Say once that a job is waited for, unless it is free again at the second look."""
-        self.looks[job.name] = self.looks.get(job.name, 0) + 1
-        if self.looks[job.name] == 2:
-            who = who_runs(self.sweep, job)
-            print(f"waiting     {self.sweep.title(job)}: {who} is at work on it", flush=True)
+    def _count_busy(self, job: Job) -> None:
+        """Count a check that found a job busy, and print a message at the second one."""
+        self.busy_counts[job.name] = self.busy_counts.get(job.name, 0) + 1
+        if self.busy_counts[job.name] == 2:
+            print(f"waiting     {self.sweep.title(job)}: {describe_runner(self.sweep, job)} is running it", flush=True)
 
 
 def run_queue(sweep: Sweep, jobs: list[Job], slots: list[Slot] | None, *, quiet: bool) -> bool:
-    """Run the jobs that are due, each when a slot is free (None: at once); whether the sweep was stopped.
+    """Run the jobs that are due, each as soon as a slot is free (None: at once); return True if the sweep was stopped.
 
-    A job that somebody else is at work on is waited for, and run if it ends unfinished. Slots are held by locks in the
-    sweep's folder, so that several processes on this machine can share them. With `quiet` jobs print into their logs.
-    The table is written whenever a job ends.
+    A job that another process runs is waited for, and resumed if it ends unfinished. Slots are claimed by locks in the
+    sweep's folder, so that several processes on this machine can use them together. If `quiet`, jobs print into their
+    log files. The table is written whenever a job ends.
     """
-    line = Line(sweep, jobs)
+    pending = PendingJobs(sweep, jobs)
     with Relay() as relay:
-        while relay.running or (line.jobs and not relay.told):
-            if not relay.told and (sweep.records / "stop").exists():
-                relay.tell(signal.SIGTERM)
-            if line.jobs and not relay.told and _start_next(line, slots, relay, quiet=quiet):
+        while relay.running or (pending.jobs and not relay.is_stopping):
+            if not relay.is_stopping and (sweep.records / "stop").exists():
+                relay.stop_jobs(signal.SIGTERM)
+            if pending.jobs and not relay.is_stopping and _start_next(pending, slots, relay, quiet=quiet):
                 continue
             for one in [one for one in relay.running if one.process.poll() is not None]:
                 relay.running.remove(one)
                 relay.unfinished |= _end(sweep, one, quiet=quiet) != 0
-            time.sleep(PAUSE)
-        relay.unfinished |= bool(line.jobs)
-        return relay.told
+            time.sleep(POLL_SECONDS)
+        relay.unfinished |= bool(pending.jobs)
+        return relay.is_stopping
 
 
 def wait_for(sweep: Sweep, jobs: list[Job]) -> bool:
-    """Wait until nobody is at work on any of the jobs; whether the sweep was stopped meanwhile."""
-    line = Line(sweep, jobs)
+    """Wait until no other process runs any of the jobs; return True if the sweep was stopped meanwhile."""
+    pending = PendingJobs(sweep, jobs)
     with Relay() as relay:
-        while line.jobs and not relay.told:
-            taken = line.take()
-            if taken is not None:
-                taken[1].close()
+        while pending.jobs and not relay.is_stopping:
+            found = pending.pop_free()
+            if found is not None:
+                found[1].close()
                 continue
-            time.sleep(PAUSE)
-        return relay.told
+            time.sleep(POLL_SECONDS)
+        return relay.is_stopping
 
 
-def claim(sweep: Sweep, slots: list[Slot] | None, *, used: Sequence[int]) -> tuple[int, tuple[IO[str], ...]] | None:
-    """The number of a free slot, and the file whose lock holds it; None where all are taken.
+def claim_slot(
+    sweep: Sweep, slots: list[Slot] | None, *, used: Sequence[int]
+) -> tuple[int, tuple[IO[str], ...]] | None:
+    """Lock a free slot; return its index and its lock file, or None if all slots are in use.
 
     Args:
-        sweep: whose folder has the locks.
-        slots: all there are; None: without end.
-        used: numbers of the slots that this process uses, for a file system without locks.
+        sweep: sweep whose folder has the lock files.
+        slots: all slots; None: unlimited.
+        used: indices of the slots that this process uses, for a file system without locks.
     """
     if slots is None:
         return -1, ()
@@ -262,55 +264,55 @@ def claim(sweep: Sweep, slots: list[Slot] | None, *, used: Sequence[int]) -> tup
     return None
 
 
-def _start_next(line: Line, slots: list[Slot] | None, relay: Relay, *, quiet: bool) -> bool:
-    """Start the first job that is due and free, if there is a slot for it; whether one was started."""
-    claimed = claim(line.sweep, slots, used=[one.slot for one in relay.running])
+def _start_next(pending: PendingJobs, slots: list[Slot] | None, relay: Relay, *, quiet: bool) -> bool:
+    """Start the first job that is due and not busy, if a slot is free; return True if one was started."""
+    claimed = claim_slot(pending.sweep, slots, used=[one.slot for one in relay.running])
     if claimed is None:
-        if not relay.running:  # another sweep has all slots
-            line.look()
+        if not relay.running:  # another sweep uses all slots
+            pending.poll_busy()
         return False
-    number, held = claimed
-    taken = line.take()
-    if taken is None:
-        for file in held:
+    number, slot_locks = claimed
+    found = pending.pop_free()
+    if found is None:
+        for file in slot_locks:
             file.close()
         return False
-    job, right = taken
+    job, job_lock = found
     slot = Slot() if slots is None else slots[number]
-    process = _begin(line.sweep, job, slot, right, quiet=quiet)
-    relay.add(Running(job, process, number, (*held, right)))
+    process = _start(pending.sweep, job, slot, job_lock, quiet=quiet)
+    relay.add(Running(job, process, number, (*slot_locks, job_lock)))
     return True
 
 
-def _begin(sweep: Sweep, job: Job, slot: Slot, right: IO[str], *, quiet: bool) -> subprocess.Popen[bytes]:
-    """Start the process of a job, which shares the right to run it and keeps it if this one is killed."""
+def _start(sweep: Sweep, job: Job, slot: Slot, job_lock: IO[str], *, quiet: bool) -> subprocess.Popen[bytes]:
+    """Start the process of a job; it inherits the lock of the job and keeps it if this process is killed."""
     print(f"started     {sweep.title(job)} on {slot}" if quiet else f"\n=== {sweep.title(job)}", flush=True)
     environment = os.environ | {PARENT: str(os.getpid())}
     if slot.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.devices)
     with pinned(slot.cores), output(log_of(sweep, job) if quiet else None) as file:
         line = command_line(sweep, job)
-        process = subprocess.Popen(line, env=environment, stdout=file, stderr=file, pass_fds=[right.fileno()])
-    note_start(sweep, job, process.pid)
+        process = subprocess.Popen(line, env=environment, stdout=file, stderr=file, pass_fds=[job_lock.fileno()])
+    record_start(sweep, job, process.pid)
     return process
 
 
 def _end(sweep: Sweep, one: Running, *, quiet: bool) -> int:
-    """Note how a job ended; its exit code."""
+    """Record the end of a job, release its locks, and return its exit code."""
     code = one.process.wait()
-    note_end(sweep, one.job, code)
-    for file in one.held:
+    record_end(sweep, one.job, code)
+    for file in one.locks:
         file.close()
     row = next(row for row in table.update(sweep) if row.name == one.job.name)
     if quiet:
-        why = f"; what it printed: {log_of(sweep, one.job)}" if code not in (0, EXIT_STOPPED) else ""
-        print(f"{row.status:11s} {sweep.title(one.job)}{row.told(sweep.metric)}{why}", flush=True)
+        log = f"; its log: {log_of(sweep, one.job)}" if code not in (0, EXIT_STOPPED) else ""
+        print(f"{row.status:11s} {sweep.title(one.job)}{row.metric_text(sweep.metric)}{log}", flush=True)
     return code
 
 
 @contextmanager
 def pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
-    """Processes started in this block run on these cores, and size their thread pools by them."""
+    """Restrict processes started within the block to these cores, which also sets the size of their thread pools."""
     if cores is None or not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -324,7 +326,7 @@ def pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
 
 @contextmanager
 def output(path: Path | None) -> Iterator[IO[bytes] | None]:
-    """The file a process prints to, opened to go on at its end; None: where this process prints."""
+    """Open the output file of a process for appending; None: the output of this process."""
     if path is None:
         yield None
         return

@@ -1,7 +1,7 @@
-"""`--multirun`: the jobs of a sweep, each a process of its own, and a folder that outlives the sweep.
+"""`--multirun`: runs the jobs of a sweep, each in a separate process, with records in a folder.
 
-The jobs are known before the first one starts, unless another sweeper of Hydra draws them while it runs. They run in a
-queue on this machine, unless another launcher of Hydra carries them somewhere else.
+All jobs are known before the first one starts, unless another Hydra sweeper samples them while the sweep runs. They run
+in a queue on this machine, unless another Hydra launcher runs them elsewhere.
 """
 
 from __future__ import annotations
@@ -28,31 +28,32 @@ from sslcli.sweeps.job import (
     WAITING,
     Job,
     Sweep,
-    enrol,
-    is_at_work,
     is_due,
+    is_running,
     job_of,
+    read_or_create_record,
     status_of,
 )
 from sslcli.sweeps.queue import Slot, run_queue, slots_of, wait_for
 from sslcli.sweeps.table import Row
 from sslcli.system import child_processes
 
-OF_EVAL = SweepSettings(metric="monitor/knn_top1", direction="auto", jobs=None, retry_failed=True)
-DEFAULT_FOLDER = "runs/sweep"  # in the yaml files
-ON_THIS_MACHINE = ("basic", "joblib", "submitit_local")  # launchers that do not share out devices themselves
+EVAL_SETTINGS = SweepSettings(metric="monitor/knn_top1", direction="auto", jobs=None, retry_failed=True)
+DEFAULT_FOLDER = "runs/sweep"  # hydra.sweep.dir of the yaml files
+LOCAL_LAUNCHERS = ("basic", "joblib", "submitit_local")  # launchers that do not assign devices to jobs themselves
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandLine:
-    """The command line of a sweep, and what Hydra does for it.
+    """Command line of a sweep, and the functions that call Hydra for it.
 
     Attributes:
-        overrides: as they were given.
-        flags: that every job needs, as --config-dir=...
-        launch: runs jobs with the chosen launcher of Hydra; returns whether the sweep was stopped, and whether the
-            launcher gave up.
-        draw: lets the chosen sweeper of Hydra draw jobs and run them with the named launcher; returns the same.
+        overrides: overrides as given on the command line.
+        flags: flags for every job, such as --config-dir=...
+        launch: function that runs jobs with the chosen Hydra launcher; returns True if the sweep was stopped, and True
+            if the launcher failed.
+        draw: function that samples jobs with the chosen Hydra sweeper and runs them with the named launcher; returns
+            the same.
     """
 
     overrides: tuple[str, ...]
@@ -61,75 +62,76 @@ class CommandLine:
     draw: Callable[[Sweep, str, list[Slot] | None], tuple[bool, bool]]
 
 
-def sweep(command: str, configs: list[dict[str, Any]], line: CommandLine) -> int:
-    """Run the checked jobs of a command; the exit code.
+def run_sweep(command: str, configs: list[dict[str, Any]], line: CommandLine) -> int:
+    """Run the jobs of validated configurations; return the exit code.
 
-    75: stopped, and the same command goes on. 2 or 3: all was tried and something failed.
+    75: a job was stopped, and the same command resumes it. 2 or 3: all jobs were started and at least one failed.
     """
-    this = sweep_of(command, configs, line)
+    sweep = sweep_of(command, configs, line)
     try:
-        return _carry_out(this, configs, line)
+        return _run(sweep, configs, line)
     except OSError as error:
-        told = disk_failure(error, this.folder, "hydra.sweep.dir")
-        if told is None:
+        failure = disk_failure(error, sweep.folder, "hydra.sweep.dir")
+        if failure is None:
             raise
-        message, code = told
+        message, code = failure
         print(f"ssl-{command}: {message}", file=sys.stderr)
         return code
 
 
-def _carry_out(this: Sweep, configs: list[dict[str, Any]], line: CommandLine) -> int:
+def _run(sweep: Sweep, configs: list[dict[str, Any]], line: CommandLine) -> int:
     choices = configs[0]["_choices_"]
     drawn, launcher = choices["hydra/sweeper"] != "basic", choices["hydra/launcher"]
-    check_engine(this, configs, drawn=drawn, launcher=launcher)
-    jobs = [] if drawn else [job_of(this, config) for config in configs]
+    check_plugins(sweep, configs, drawn=drawn, launcher=launcher)
+    jobs = [] if drawn else [job_of(sweep, config) for config in configs]
     check_distinct(jobs)
-    prepare(this, jobs)
-    due = [job for job in jobs if is_due(this, job)]
+    prepare(sweep, jobs)
+    due = [job for job in jobs if is_due(sweep, job)]
     if not drawn:
-        print(summary(this, jobs, due), flush=True)
+        print(summary(sweep, jobs, due), flush=True)
     slots: list[Slot] | None = None
-    if launcher in ON_THIS_MACHINE and (drawn or due):
-        slots = slots_of(configs[0], jobs=None if drawn else len(due), wanted=this.settings.jobs)
+    if launcher in LOCAL_LAUNCHERS and (drawn or due):
+        slots = slots_of(configs[0], jobs=None if drawn else len(due), wanted=sweep.settings.jobs)
         if len(slots) > 1:
-            print(f"{len(slots)} at once: {', '.join(map(str, slots))}", flush=True)
+            print(f"{len(slots)} jobs in parallel: {', '.join(map(str, slots))}", flush=True)
     ended_early = False
     if drawn:
-        stopped, ended_early = line.draw(this, launcher, slots)
+        stopped, ended_early = line.draw(sweep, launcher, slots)
     elif launcher == "basic" or not due:
-        stopped = run_queue(this, due, slots, quiet=slots is not None and len(slots) > 1)
+        stopped = run_queue(sweep, due, slots, quiet=slots is not None and len(slots) > 1)
     else:
-        stopped, ended_early = _carried(this, due, line, slots)
-    rows = table.update(this)
-    print(f"\n{table.as_text(rows, this.metric)}")
-    print(f"\nthe table: {this.folder / 'sweep.csv'}")
-    if this.metric is not None and rows and all(row.value is None for row in rows):
-        print(f"no job has {this.metric}: see sweep.metric, and whether the jobs measure it (monitor.knn_every_epochs)")
+        stopped, ended_early = _launch(sweep, due, line, slots)
+    rows = table.update(sweep)
+    print(f"\n{table.as_text(rows, sweep.metric)}")
+    print(f"\ntable: {sweep.folder / 'sweep.csv'}")
+    if sweep.metric is not None and rows and all(row.value is None for row in rows):
+        print(f"no job has {sweep.metric}: check sweep.metric, and that the jobs measure it (monitor.knn_every_epochs)")
     names = {job.name for job in jobs}
     code = exit_code([row for row in rows if drawn or row.name in names], stopped=stopped)
     return code or (EXIT_FAILED if ended_early else 0)
 
 
-def _carried(this: Sweep, due: list[Job], line: CommandLine, slots: list[Slot] | None) -> tuple[bool, bool]:
-    """Let a launcher of Hydra run the jobs; whether the sweep was stopped, and whether the launcher gave up.
+def _launch(sweep: Sweep, due: list[Job], line: CommandLine, slots: list[Slot] | None) -> tuple[bool, bool]:
+    """Run the jobs with a Hydra launcher; return True if the sweep was stopped, and True if the launcher failed.
 
-    Jobs that others are at work on are waited for here, where that takes no place in a queue.
+    Jobs that other processes run are waited for here, because waiting in a launched job would occupy a place in a
+    queue.
     """
     while due:
-        busy = [job for job in due if is_at_work(this, job.name, enrol(this, job))]
+        busy = [job for job in due if is_running(sweep, job.name, read_or_create_record(sweep, job))]
         free = [job for job in due if job not in busy]
         if free:
-            stopped, ended_early = line.launch(this, free, slots)
+            stopped, ended_early = line.launch(sweep, free, slots)
             if stopped or ended_early:
                 return stopped, ended_early
-        if busy and wait_for(this, busy):
+        if busy and wait_for(sweep, busy):
             return True, False
-        due = [job for job in busy if is_due(this, job)]
+        due = [job for job in busy if is_due(sweep, job)]
     return False, False
 
 
 def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> Sweep:
-    """What the jobs of a command line have in common; its folder is named by the overrides unless one is given."""
+    """Return the `Sweep` of a command line; its default folder has a digest of the overrides in its name."""
     folder = configs[0]["_sweep_dir_"]
     if folder == DEFAULT_FOLDER and not any(override.startswith("hydra.sweep.dir=") for override in line.overrides):
         folder = f"{folder}_{digested(line.overrides) or 'default'}"
@@ -138,7 +140,7 @@ def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> 
         command=command,
         program=program_of(command),
         folder=Path(absolute(folder)),
-        settings=SweepSettings(**configs[0]["sweep"]) if command == "train" else OF_EVAL,
+        settings=SweepSettings(**configs[0]["sweep"]) if command == "train" else EVAL_SETTINGS,
         flags=line.flags,
         shared=tuple(each for each in overrides[0] if all(each in others for others in overrides)),
         submits=any(config.get("launcher", {}).get("kind") == "slurm" for config in configs),
@@ -146,24 +148,26 @@ def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> 
 
 
 def program_of(command: str) -> tuple[str, ...]:
-    """What starts a command, whatever is on the path."""
+    """Return the beginning of the command line that runs a command with this interpreter, independent of PATH."""
     return sys.executable, *child_processes.arguments(f"sslcli.cli.{command}")
 
 
-def check_engine(this: Sweep, configs: list[dict[str, Any]], *, drawn: bool, launcher: str) -> None:
-    """Raise ConfigError where sweeper or launcher cannot work."""
+def check_plugins(sweep: Sweep, configs: list[dict[str, Any]], *, drawn: bool, launcher: str) -> None:
+    """Raise ConfigError if the chosen sweeper or launcher cannot work."""
     if launcher == "submitit_slurm" and shutil.which("sbatch") is None:
-        raise ConfigError("hydra/launcher=submitit_slurm needs Slurm, but there is no sbatch here: try submitit_local")
-    measured = this.metric or ""
+        raise ConfigError(
+            "hydra/launcher=submitit_slurm needs Slurm, but sbatch is not installed on this machine: use submitit_local"
+        )
+    measured = sweep.metric or ""
     if drawn and measured.startswith("monitor/") and any(c["monitor"]["knn_every_epochs"] == 0 for c in configs):
         raise ConfigError(
-            f"monitor.knn_every_epochs is 0, but the sweeper needs {measured}, which is then never measured: set it "
-            "to 1, or choose another sweep.metric"
+            f"monitor.knn_every_epochs is 0, so {measured} is never measured, but the sweeper needs it: set "
+            "monitor.knn_every_epochs to 1, or choose another sweep.metric"
         )
 
 
 def check_distinct(jobs: list[Job]) -> None:
-    """Raise ConfigError where several jobs would share a run directory."""
+    """Raise ConfigError if several jobs have the same run directory."""
     seen: dict[Path | str, Job] = {}
     for job in jobs:
         place = job.run_dir or job.name
@@ -172,48 +176,48 @@ def check_distinct(jobs: list[Job]) -> None:
             continue
         if any(line.startswith("run_dir=") for line in job.overrides):
             raise ConfigError(
-                f"run_dir is {str(place)!r} for several jobs: give hydra.sweep.dir={place} in its place, and each job "
-                "gets a directory in it"
+                f"run_dir is {str(place)!r} for several jobs: set hydra.sweep.dir={place} instead, and each job gets a "
+                "directory in it"
             )
         one, other = (" ".join(lines.overrides) for lines in (seen[place], job))
         raise ConfigError(
-            f"the jobs {one!r} and {other!r} would share a run directory: they differ in nothing that changes the "
-            "result. Leave one out, or sweep run_dir as well"
+            f"the jobs {one!r} and {other!r} have the same run directory, because no setting that affects the result "
+            "differs: remove one of them, or sweep run_dir as well"
         )
 
 
-def prepare(this: Sweep, jobs: list[Job]) -> None:
-    """Make the folder of a sweep and the records of its jobs. Raises ConfigError where that cannot be."""
+def prepare(sweep: Sweep, jobs: list[Job]) -> None:
+    """Create the folder of a sweep and the records of its jobs. Raises ConfigError if that is not possible."""
     try:
-        this.records.mkdir(parents=True, exist_ok=True)
-        (this.records / "stop").unlink(missing_ok=True)
+        sweep.records.mkdir(parents=True, exist_ok=True)
+        (sweep.records / "stop").unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"hydra.sweep.dir is {this.folder}, but it cannot be written ({error.strerror}): choose another"
+            f"hydra.sweep.dir is {sweep.folder}, but it cannot be written ({error.strerror}): choose another directory"
         ) from error
-    check_below(this.records)
+    check_below(sweep.records)
     for job in jobs:
-        known = enrol(this, job).overrides
-        if telling(known) != telling(job.overrides):  # the digests of both are the same by chance
+        known = read_or_create_record(sweep, job).overrides
+        if telling(known) != telling(job.overrides):  # a digest collision
             raise ConfigError(
-                f"{this.folder} holds a job named {job.name} with other overrides ({' '.join(known)}): choose another "
-                "hydra.sweep.dir"
+                f"{sweep.folder} already has a job named {job.name} with other overrides ({' '.join(known)}): choose "
+                "another hydra.sweep.dir"
             )
 
 
-def summary(this: Sweep, jobs: list[Job], due: list[Job]) -> str:
-    """How many jobs there are, how they stand, and what will be run."""
-    counts = Counter(status_of(this, job.name, enrol(this, job)) for job in jobs)
+def summary(sweep: Sweep, jobs: list[Job], due: list[Job]) -> str:
+    """Return one line with the number of jobs, their statuses, and how many will run."""
+    counts = Counter(status_of(sweep, job.name, read_or_create_record(sweep, job)) for job in jobs)
     counts.pop(WAITING, None)
     before = "".join(f", {count} {status}" for status, count in counts.items())
-    retried = not this.settings.retry_failed and counts[FAILED]
-    hint = " (sweep.retry_failed=true runs failed jobs again)" if retried else ""
+    retried = not sweep.settings.retry_failed and counts[FAILED]
+    hint = " (sweep.retry_failed=true resumes failed jobs)" if retried else ""
     wait = f", {counts[RUNNING]} to wait for" if counts[RUNNING] else ""
-    return f"{len(jobs)} jobs in {this.folder}{before}; {max(0, len(due) - counts[RUNNING])} to run{wait}{hint}"
+    return f"{len(jobs)} jobs in {sweep.folder}{before}; {max(0, len(due) - counts[RUNNING])} to run{wait}{hint}"
 
 
 def exit_code(rows: list[Row], *, stopped: bool) -> int:
-    """The exit code of a sweep from how its jobs stand."""
+    """Return the exit code of a sweep from the rows of its jobs."""
     statuses = {row.status for row in rows}
     if stopped or STOPPED in statuses:
         return EXIT_STOPPED

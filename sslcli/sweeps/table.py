@@ -1,4 +1,4 @@
-"""What came of the jobs of a sweep: `sweep.csv`, and the table it ends with."""
+"""Results of a sweep: `sweep.csv`, and the table printed at the end."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from sslcli.system.locks import locked
 
 @dataclass(frozen=True)
 class Row:
-    """One job of the table."""
+    """One row of the table: one job."""
 
-    name: str  # of its record
+    name: str  # name of its record
     overrides: dict[str, str]
     status: str
-    code: int | None
-    steps: int | None  # that are saved
-    value: float | None  # of the metric that ranks
+    code: int | None  # exit code
+    steps: int | None  # step of the newest checkpoint
+    value: float | None  # value of the metric that ranks the jobs
     run_dir: str  # "" for a job of ssl-eval
 
-    def told(self, metric: str | None) -> str:
-        """The metric of the job in words."""
+    def metric_text(self, metric: str | None) -> str:
+        """Return name and value of the metric in parentheses, or "" if there is no value."""
         return "" if metric is None or self.value is None else f" ({metric} {shown(metric, self.value)})"
 
 
 def update(sweep: Sweep) -> list[Row]:
-    """Look at every job that was ever part of this sweep, and write the table anew; its rows, best first."""
-    with locked(sweep.records / "table.lock"):  # a table that was read earlier must not be written later
-        rows = ranked(rows_of(sweep), lowest=sweep.settings.lowest)
+    """Read the records of all jobs ever part of this sweep, rewrite `sweep.csv`, and return its rows, best first."""
+    with locked(sweep.records / "table.lock"):  # else a slower process could overwrite a newer table
+        rows = ranked(rows_of(sweep), lowest=sweep.settings.is_minimized)
         atomic.replace(sweep.folder / "sweep.csv", as_csv(rows, sweep.metric).encode())
     return rows
 
 
 def rows_of(sweep: Sweep) -> list[Row]:
-    """A row for each record."""
+    """Return one row per record."""
     return [_row(sweep, path.stem, read(path)) for path in sorted(sweep.records.glob("*.json"))]
 
 
@@ -66,19 +66,19 @@ def _row(sweep: Sweep, name: str, record: Record) -> Row:
 
 
 def value_of(run_dir: Path, metric: str) -> float | None:
-    """The newest value of a scalar of a run."""
+    """Return the newest value of a scalar of a run, or None if there is none."""
     path = run_dir / "metrics.jsonl"
     return _newest(path, metric, path.stat().st_mtime_ns) if path.exists() else None
 
 
 @cache
 def _newest(path: Path, metric: str, _: int) -> float | None:
-    """Reads a file once for each time it changed: the table is written as often as jobs end."""
+    """Cached `newest`: a file is read again only after its modification time has changed."""
     return newest(path, metric)
 
 
 def ranked(rows: Iterable[Row], *, lowest: bool) -> list[Row]:
-    """Finished jobs first, then the best value of the metric, then those that have none."""
+    """Sort rows: finished jobs first; among equals the best metric value first, jobs without a value last."""
 
     def place(row: Row) -> tuple[bool, bool, float]:
         value = 0.0 if row.value is None else row.value if lowest else -row.value
@@ -88,7 +88,7 @@ def ranked(rows: Iterable[Row], *, lowest: bool) -> list[Row]:
 
 
 def as_csv(rows: list[Row], metric: str | None) -> str:
-    """The table as a file: a column for each override."""
+    """Return the table as CSV text, with one column per override."""
     keys = list(dict.fromkeys(key for row in rows for key in row.overrides))
     lines: list[list[object]] = [
         [*keys, "status", "exit_code", *([] if metric is None else ["steps", metric, "run_dir"])]
@@ -102,14 +102,14 @@ def as_csv(rows: list[Row], metric: str | None) -> str:
 
 
 def as_text(rows: list[Row], metric: str | None) -> str:
-    """The table for people: overrides that are the same for all jobs are left out."""
+    """Return the table as aligned text, without the overrides that are equal in all jobs."""
     keys = dict.fromkeys(key for row in rows for key in row.overrides)
-    telling = [key for key in keys if len({row.overrides.get(key) for row in rows}) > 1]
-    lines = [["", *telling, "status", "exit", *([] if metric is None else ["steps", metric, "run_dir"])]]
+    varied = [key for key in keys if len({row.overrides.get(key) for row in rows}) > 1]
+    lines = [["", *varied, "status", "exit", *([] if metric is None else ["steps", metric, "run_dir"])]]
     for place, row in enumerate(rows, start=1):
         rank = f"{place}." if row.value is not None else ""
         of_run = [] if metric is None else [row.steps, shown(metric, row.value), row.run_dir]
-        cells = [rank, *(row.overrides.get(key) for key in telling), row.status, row.code, *of_run]
+        cells = [rank, *(row.overrides.get(key) for key in varied), row.status, row.code, *of_run]
         lines.append(["-" if cell is None else str(cell) for cell in cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
@@ -117,7 +117,7 @@ def as_text(rows: list[Row], metric: str | None) -> str:
 
 
 def shown(metric: str, value: float | None) -> str:
-    """A value of a metric as people read it."""
+    """Return a metric value as text, accuracies in percent; "-" for None."""
     if value is None:
         return "-"
     return f"{100 * value:.1f} %" if metric.startswith("monitor/knn") else f"{value:.5g}"

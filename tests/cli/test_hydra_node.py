@@ -36,7 +36,7 @@ ACT = "sslcli.system.atomic.replace"
     ids=str,
 )
 def test_what_hydra_would_call_lies_in_hydra_or_in_a_trusted_package(node: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"which Hydra would call, but it lies in no trusted package"):
+    with pytest.raises(ConfigError, match=r"which Hydra would call, but it is not in a trusted package"):
         check_hydra(node, [])
 
 

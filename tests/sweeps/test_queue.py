@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from command_line import Cli
-from sslcli.sweeps.queue import Relay, Running, Slot, pinned, share, slots_of
+from sslcli.sweeps.queue import Relay, Running, Slot, cores_of_slot, pinned, slots_of
 
 LOCAL: dict[str, Any] = {"kind": "local", "threads": None}
 
@@ -81,8 +81,8 @@ def test_a_named_gpu_takes_one_job_at_a_time_and_slurm_takes_all(monkeypatch: py
 
 
 def test_shares_do_not_overlap_where_there_are_enough_cores() -> None:
-    assert [share([3, 5, 7, 9, 11], i, 2) for i in range(2)] == [(3, 5), (7, 9, 11)]
-    assert [share([3, 5], i, 3) for i in range(3)] == [(3,), (5,), (3,)]
+    assert [cores_of_slot([3, 5, 7, 9, 11], i, 2) for i in range(2)] == [(3, 5), (7, 9, 11)]
+    assert [cores_of_slot([3, 5], i, 3) for i in range(3)] == [(3,), (5,), (3,)]
 
 
 def test_a_process_started_on_cores_stays_there_and_its_parent_does_not() -> None:
@@ -100,7 +100,7 @@ def test_jobs_run_at_once_on_slots_of_their_own(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     ended = cli("ssl-train", "-m", "seed=range(0,3)", "hydra.sweep.dir=here")
     assert ended.code == 0
-    assert "2 at once: GPU 0" in ended.out
+    assert "2 jobs in parallel: GPU 0" in ended.out
     starts = [json.loads(path.read_text()) for path in tmp_path.glob("here/*/starts")]
     assert sorted(start["gpus"] for start in starts) in (["0", "0", "1"], ["0", "1", "1"])
     if len(os.sched_getaffinity(0)) > 1:
@@ -123,7 +123,7 @@ def test_a_scheduler_queues_its_job_again_once_the_run_is_saved_and_not_when_it_
             os.kill(os.getpid(), signal.SIGUSR2)
             assert process.wait(60) == int(ends_with)
             relay.unfinished = process.returncode != 0
-            assert relay.told
+            assert relay.is_stopping
             assert seen == []
         assert seen == called
     finally:
