@@ -27,6 +27,7 @@ KNOWN_METRICS = {
     "monitor/knn_top1": "max",
     "monitor/knn_top5": "max",
     "health/rankme": "max",
+    "health/effective_rank": "max",
     "train/loss": "min",
     "train/images_per_s": "max",
     "train/data_wait": "min",
@@ -96,7 +97,7 @@ def check_checkpoint(checkpoint: str | int) -> None:
     if isinstance(checkpoint, int):
         check_range("checkpoint", checkpoint, least=0)
     elif checkpoint != "last":
-        raise ConfigError(f"checkpoint is {checkpoint!r}, but it must be last or the number of a step")
+        raise ConfigError(f"checkpoint is {checkpoint!r}, but it must be 'last' or the number of a step")
 
 
 def seconds(name: str, value: str | float | None) -> float | None:
@@ -151,19 +152,21 @@ class TrainSettings:
         check_choice("train.schedule", self.schedule, SCHEDULES)
         seconds("train.max_time", self.max_time)
         if self.final_lr > 1:
-            raise ConfigError(f"train.final_lr is {self.final_lr}, but it is a share of the peak rate, so at most 1")
+            raise ConfigError(
+                f"train.final_lr is {self.final_lr}, but it is a fraction of the peak rate: choose at most 1"
+            )
         if any(not 0 < at < 1 for at in self.milestones):
-            raise ConfigError(f"train.milestones is {self.milestones}, but each must lie between 0 and 1")
+            raise ConfigError(f"train.milestones is {self.milestones}, but each must lie strictly between 0 and 1")
         if self.sharding == "fsdp" and self.cached_gradients:
             raise ConfigError(
-                "train.sharding is 'fsdp' and train.cached_gradients is true, but cached gradients call parts of a "
-                "method, and a sharded one is whole in its forward alone: leave one of them out"
+                "train.sharding is 'fsdp' and train.cached_gradients is true, but cached gradients call parts of the "
+                "method, whose parameters FSDP gathers only during the forward of the whole method: set one of them"
             )
         if self.compile and (self.sharding == "fsdp" or self.activation_checkpointing):
             raise ConfigError(
-                f"train.compile is true, train.sharding {self.sharding!r} and train.activation_checkpointing "
-                f"{str(self.activation_checkpointing).lower()}, but a compiled backbone is not taken block by block: "
-                "leave compile out, or the others"
+                f"train.compile is true, train.sharding is {self.sharding!r} and train.activation_checkpointing is "
+                f"{str(self.activation_checkpointing).lower()}, but a compiled backbone cannot be wrapped block by "
+                "block: set train.compile=false, or turn off the others"
             )
         if self.batch_size % self.accumulate:
             raise ConfigError(
@@ -242,17 +245,17 @@ class SweepSettings:
         if not re.fullmatch(r"(train|monitor|health)/[\w.-]+", self.metric):
             hint = nearest(self.metric, KNOWN_METRICS)
             raise ConfigError(
-                f"sweep.metric is {self.metric!r}, but it must be a scalar of metrics.jsonl, train/..., monitor/... or "
+                f"sweep.metric is {self.metric!r}, but it must be a scalar of metrics.jsonl: train/..., monitor/... or "
                 f"health/...{hint and '.' + hint}"
             )
         if self.direction == "auto" and self.metric not in KNOWN_METRICS:
             raise ConfigError(
-                f"sweep.metric is {self.metric!r}, of which it is not known whether high or low is good: give "
-                f"sweep.direction=max or min.{nearest(self.metric, KNOWN_METRICS)}"
+                f"sweep.metric is {self.metric!r}, and it is unknown whether its maximum or minimum is best: set "
+                f"sweep.direction to max or min.{nearest(self.metric, KNOWN_METRICS)}"
             )
 
     @property
-    def lowest(self) -> bool:
+    def is_minimized(self) -> bool:
         """True if the lowest value is best."""
         return (KNOWN_METRICS[self.metric] if self.direction == "auto" else self.direction) == "min"
 

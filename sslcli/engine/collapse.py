@@ -3,11 +3,10 @@
     feature_std, mean_norm    SimSiam, arXiv:2011.10566, fig. 2: 1/sqrt(d) and 0 when spread, 0 and 1 when collapsed
     alignment, uniformity     Wang and Isola, arXiv:2005.10242, eq. 2 and 3
     rankme                    Garrido et al., arXiv:2210.02885, eq. 2 and 3
-    alpha_req                 Agrawal et al., arXiv:2202.05808: exponent of the eigenvalue spectrum
-    lidar                     Thilak et al., arXiv:2312.04000: rank of the linear discriminant of views of images
+    effective_rank            Roy and Vetterli 2007 (EUSIPCO), of centered features
 
-All are pure functions of finite float32 or float64 features. N images, d dimensions, q views per image. In a
-distributed run, gather the features first: no metric is the mean of its values on shards.
+All are pure functions of finite float32 or float64 features. N images, d dimensions. In a distributed
+run, gather the features first: no metric is the mean of its values on shards.
 """
 
 from __future__ import annotations
@@ -119,66 +118,24 @@ def effective_rank(z: Tensor) -> Tensor:
     return torch.exp(-torch.xlogy(p, p).sum())
 
 
-def alpha_req(z: Tensor, *, skip: int = 10, floor: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """Return exponent alpha and R^2 of the power law lambda_i = c i^-alpha of the covariance eigenvalues of `z` (N, d).
-
-    Least-squares fit of log lambda on log i, without the first `skip` eigenvalues and those below `floor` times the
-    largest. About 1 is good; much larger values indicate dimensional collapse, smaller values noise. Both are NaN if
-    fewer than 3 eigenvalues remain.
-    """
-    z = _matrix(z).double()
-    eigenvalues = torch.linalg.svdvals(z - z.mean(dim=0)).square()
-    index = torch.arange(1, len(eigenvalues) + 1, dtype=z.dtype, device=z.device)
-    used = (index > skip) & (eigenvalues > floor * eigenvalues[0])
-    if int(used.sum()) < 3:
-        return z.new_full((), math.nan), z.new_full((), math.nan)
-    x, y = index[used].log(), eigenvalues[used].log()
-    x, y = x - x.mean(), y - y.mean()
-    slope = (x * y).sum() / x.square().sum()
-    residual = (y - slope * x).square().sum()
-    return -slope, 1 - residual / y.square().sum().clamp_min(torch.finfo(y.dtype).tiny)
-
-
-def lidar(z: Tensor, *, delta: float = 1e-4, eps: float = 1e-7) -> Tensor:
-    """Return the smooth rank of the linear discriminant between images, from `z` (n images, q views, d).
-
-    exp of the entropy of the eigenvalues of W^-1/2 B W^-1/2, with B the between-image scatter and W = within-image
-    scatter + delta I (Thilak et al., section 4). In [1, min(d, n - 1)]; computed in float64, for eigh.
-    """
-    if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
-        raise ValueError(
-            f"z has shape {tuple(z.shape)}, but lidar needs (n, q, d) with at least 2 images of at least 2 views: "
-            "stack the views of one image on axis 1"
-        )
-    z = z.double()
-    n, q, d = z.shape
-    means = z.mean(dim=1)
-    between = means - means.mean(dim=0)
-    within = (z - means[:, None]).reshape(n * q, d)
-    scatter = within.T @ within / (n * (q - 1)) + delta * torch.eye(d, dtype=z.dtype, device=z.device)
-    values, vectors = torch.linalg.eigh(scatter)
-    whitened = between @ vectors * values.clamp_min(torch.finfo(z.dtype).tiny).rsqrt() / math.sqrt(n - 1)
-    eigenvalues = torch.linalg.svdvals(whitened).square()
-    p = eigenvalues / eigenvalues.sum().clamp_min(torch.finfo(z.dtype).tiny) + eps
-    return torch.exp(-(p * p.log()).sum())
-
-
 @torch.no_grad()
 def measure(z: Tensor, other: Tensor | None = None) -> dict[str, float]:
-    """Return the fast metrics of a batch of embeddings `z` (N, d) as floats: std, mean_norm, uniformity, rankme.
+    """Return the logged metrics of a batch of embeddings `z` (N, d) as floats.
 
-    With `other` (N, d), the second view of the same images, also alignment. All are NaN if `z` is not finite.
-    Synchronizes with the device; call it only in steps that are logged.
+    These are std, mean_norm, uniformity, rankme and effective_rank. With `other` (N, d), the second view of the same
+    images, also alignment. All are NaN if `z` is not finite. Synchronizes with the device; call it only in steps that
+    are logged.
     """
     z = _matrix(z.detach())
     if not bool(torch.isfinite(z).all()):
-        names = ["std", "mean_norm", "uniformity", "rankme"] + (["alignment"] if other is not None else [])
-        return dict.fromkeys(names, math.nan)
+        names = ["std", "mean_norm", "uniformity", "rankme", "effective_rank"]
+        return dict.fromkeys(names + (["alignment"] if other is not None else []), math.nan)
     values = {
         "std": float(feature_std(z)),
         "mean_norm": float(mean_norm(z)),
         "uniformity": float(uniformity(z)),
         "rankme": float(rankme(z)),
+        "effective_rank": float(effective_rank(z)),
     }
     if other is not None:
         values["alignment"] = float(alignment(z, other.detach()))
