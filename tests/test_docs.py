@@ -110,6 +110,16 @@ def test_every_file_of_the_project_that_is_named_exists(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_the_unchanged_and_removed_lines_of_a_diff_are_in_its_file(page: Path) -> None:
+    added: set[str] = set()
+    for text in [text for language, text in _blocks(page) if language == "diff"]:
+        name, *lines = text.splitlines()
+        present = {*(ROOT / name.removeprefix("# ")).read_text("utf-8").splitlines(), *added}
+        assert [line for line in lines if line[:1] in " -" and line[1:] not in present] == []
+        added |= {line[1:] for line in lines if line.startswith("+")}
+
+
 def test_every_method_has_a_page_and_the_readme_the_table_that_the_yaml_files_make() -> None:
     assert sorted(path.stem for path in (ROOT / "docs" / "methods").glob("*.md")) == METHODS
     readme = (ROOT / "README.md").read_text()
