@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 SMALL = [  # a run of a second
     "dataset=shapes",
@@ -47,3 +48,11 @@ def installed(cwd: Path, program: str, *arguments: str, code: int = 0) -> str:
     assert ended.returncode == code, ended.stdout[-3000:]
     assert "Traceback" not in ended.stdout
     return ended.stdout
+
+
+def result(home: Path, name: str) -> dict[str, Any]:
+    """The content of the one result file in `home` whose name matches; `?` stands for a digit of a digest."""
+    (path,) = home.glob(f"{name}.json")
+    found = json.loads(path.read_text())
+    assert isinstance(found, dict)
+    return found

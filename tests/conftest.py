@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,3 +85,20 @@ def run_dir(home: Path) -> Path:
     installed(home, "ssl-train", *SMALL, "monitor.knn_k=10")
     (found,) = (home / "runs").iterdir()
     return found
+
+
+@pytest.fixture
+def trained(run_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to evaluate, export or change."""
+    return Path(shutil.copytree(run_dir, tmp_path / "trained", symlinks=True))
+
+
+@pytest.fixture
+def restored_signals() -> Iterator[None]:
+    """Restores the handlers that torch's agent replaces; in a command, the process ends with the agent."""
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from command_line import SMALL, Cli, installed
+from command_line import Cli, installed
 
 SAME = ["dataset=shapes", "dataset.limit=200", "dataset.test_images=100"]  # as the run was trained on
 KNN = ["protocol=knn", "baselines=false"]
-
-
-@pytest.fixture
-def trained(run_dir: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run."""
-    return Path(shutil.copytree(run_dir, tmp_path / "trained", symlinks=True))
 
 
 def test_the_backbone_of_a_run_becomes_a_file_that_measures_the_same(trained: Path, cli: Cli) -> None:
@@ -60,89 +50,6 @@ def test_a_whole_method_is_exported_where_it_is_wanted(trained: Path, cli: Cli, 
     assert f"ssl-eval weights={out}" in ended.out.replace("\n", "")
 
 
-def numbers(path: Path) -> dict[str, Any]:
-    """What must be equal wherever the same net is measured."""
-    found = json.loads(path.read_text())
-    return {key: found[key] for key in found if "top" in key or "interval" in key or key in ("baselines", "n_train")}
-
-
-@pytest.fixture(scope="module")
-def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A run of a method with a seed of its own, trained once."""
-
-    @functools.cache
-    def train(method: str) -> Path:
-        folder = tmp_path_factory.mktemp(method)
-        line = [*SMALL, f"method={method}", "seed=3", "backbone.width=8", "monitor.pictures=0"]
-        installed(folder, "ssl-train", *line, f"run_dir={folder / 'run'}")
-        return folder / "run"
-
-    return train
-
-
-@pytest.mark.parametrize(
-    ("method", "what", "layer"),
-    [
-        ("byol", "backbone", "backbone"),
-        ("cpc", "method", "backbone"),
-        ("dcgan", "method", "backbone"),
-        ("cmc", "method", "backbone"),
-        ("memory_bank", "method", "bank"),
-    ],
-)
-def test_a_file_gives_the_numbers_of_its_run(
-    method: str, what: str, layer: str, run_of: Callable[[str], Path], cli: Cli, tmp_path: Path
-) -> None:
-    run, out = Path(shutil.copytree(run_of(method), tmp_path / "run", symlinks=True)), tmp_path / "out.pt"
-    how = ["protocol=knn", f"feature_layer={layer}"]
-    assert cli("ssl-eval", f"run={run}", *how).code == 0
-    assert cli("ssl-export", f"run={run}", f"what={what}", f"out={out}").code == 0
-    ended = cli("ssl-eval", f"weights={out}", *SAME, *how)
-    assert (ended.code, ended.err) == (0, "")
-    name = "knn" if layer == "backbone" else f"knn_{layer}"
-    assert numbers(Path(f"{out}.eval") / f"{name}.json") == numbers(run / f"eval/{name}.json")
-
-
-@pytest.mark.parametrize(
-    ("method", "why"), [("cpc", "overrides features"), ("dcgan", "overrides features"), ("cmc", "another net")]
-)
-def test_a_backbone_that_does_not_give_the_numbers_of_its_run_is_not_exported(
-    method: str, why: str, run_of: Callable[[str], Path], cli: Cli, tmp_path: Path
-) -> None:
-    ended = cli("ssl-export", f"run={run_of(method)}", f"out={tmp_path / 'out.pt'}")
-    assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert why in ended.err
-    assert "export what=method" in ended.err
-    assert not (tmp_path / "out.pt").exists()
-
-
-def test_a_whole_method_of_before_or_of_a_strange_class_is_refused(trained: Path, cli: Cli, tmp_path: Path) -> None:
-    out = tmp_path / "all.pt"
-    assert cli("ssl-export", f"run={trained}", "what=method", f"out={out}").code == 0
-    whole = torch.load(out, weights_only=True)
-    strange = {"_target_": "subprocess.run", "args": ["touch", str(tmp_path / "pwned")]}
-    function = {"_target_": "sslcli.distributed.elastic.run_processes", "arguments": ["-c", "1"], "processes": 1}
-    for change, wanted in (
-        ({"method": strange}, "subprocess.run"),
-        ({"backbone": strange}, "subprocess.run"),
-        ({"method": function}, "sslcli.distributed.elastic.run_processes"),
-        ({"num_images": "many"}, "num_images is 'many'"),
-        ({"method": 5}, "method is 5"),
-    ):
-        torch.save(whole | change, out)
-        ended = cli("ssl-eval", f"weights={out}", *SAME, *KNN)
-        assert (ended.code, ended.err.count("\n"), wanted in ended.err) == (2, 1, True), ended.err
-    assert not (tmp_path / "pwned").exists()
-    torch.save({key: value for key, value in whole.items() if key not in ("num_images", "seed")}, out)
-    ended = cli("ssl-eval", f"weights={out}", *SAME, *KNN)
-    assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert "not its num_images, seed" in ended.err
-    assert "export it again" in ended.err
-    torch.save(whole, out)
-    ended = cli("ssl-eval", f"weights={out}", *SAME, *KNN, "backbone=small")
-    assert (ended.code, "leave out backbone" in ended.err) == (2, True)
-
-
 def test_results_of_a_file_on_other_images_have_names_of_their_own(trained: Path, cli: Cli) -> None:
     assert cli("ssl-export", f"run={trained}").code == 0
     path = trained / "export/backbone-step-00000003.pt"
@@ -159,7 +66,7 @@ def test_results_of_a_file_on_other_images_have_names_of_their_own(trained: Path
         ("run=nowhere", ["nowhere", "no such directory"]),
         ("run=.", ["not a run directory"]),
         ("run={run} checkpoint=2", ["checkpoint is 2", "steps: 3"]),
-        ("run={run} checkpoint=first", ["'first'", "last or the number of a step"]),
+        ("run={run} checkpoint=first", ["'first'", "'last' or the number of a step"]),
         ("run={run} what=head", ["'head'", "backbone, method"]),
         ("run={run} out=.", ["out is '", "that is a directory"]),
         ("run={run} out=file/in/a/file", ["file/in/a/file, but it cannot be written"]),

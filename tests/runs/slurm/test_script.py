@@ -6,13 +6,11 @@ import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from sslcli.errors import ConfigError
-from sslcli.runs.slurm.script import SlurmSettings, render, time_limit
+from sslcli.runs.slurm.script import SlurmSettings, render
 
 CONF = Path(__file__).parents[3] / "conf" / "launcher" / "slurm.yaml"
 DEFAULTS = SlurmSettings(**yaml.safe_load(CONF.read_text()))
@@ -71,64 +69,6 @@ def test_every_key_becomes_a_directive() -> None:
 
 def test_a_percent_sign_in_the_folder_is_no_pattern_of_slurm() -> None:
     assert "--output=/data/50%%/slurm/%j.log" in directives(DEFAULTS, Path("/data/50%/slurm"))
-
-
-def test_processes_follow_the_gpus_unless_given() -> None:
-    assert DEFAULTS.processes == 1
-    assert replace(DEFAULTS, gpus_per_node=8).processes == 8
-    assert replace(DEFAULTS, gpus_per_node=8, processes_per_node=4).processes == 4
-    assert replace(DEFAULTS, processes_per_node=3).processes == 3
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (None, None),
-        ("90m", 5400),
-        ("1.5h", 5400),
-        ("2d", 172800),
-        ("30s", 30),
-        ("30:00", 1800),
-        ("12:30:15", 45015),
-        ("1-0", 86400),
-        ("1-12", 129600),
-        ("1-12:30", 131400),
-        ("1-12:30:30", 131430),
-    ],
-)
-def test_time_limits_are_read_as_people_and_as_slurm_write_them(value: str | None, expected: int | None) -> None:
-    assert time_limit("time", value) == expected
-
-
-@pytest.mark.parametrize(
-    ("changed", "told"),
-    [
-        ({"nodes": 0}, ["launcher.nodes is 0", "at least 1"]),
-        ({"gpus_per_node": -1}, ["launcher.gpus_per_node is -1", "at least 0"]),
-        ({"processes_per_node": 0}, ["launcher.processes_per_node is 0"]),
-        ({"processes_per_node": 3, "gpus_per_node": 2}, ["launcher.processes_per_node is 3", "a GPU of its own"]),
-        ({"gpu_type": "a100"}, ["launcher.gpu_type is 'a100'", "launcher.gpus_per_node is 0"]),
-        ({"time": "abc"}, ["launcher.time is 'abc'", "90m", "1-12:00:00"]),
-        ({"time": 60}, ["launcher.time is 60", "with its unit"]),
-        ({"time": "90"}, ["launcher.time is '90'", "with its unit"]),
-        ({"time": "1m"}, ["launcher.time is '1m'", "launcher.stop_before is '2m'"]),
-        ({"stop_before": "0s"}, ["launcher.stop_before is '0s'"]),
-        ({"stop_before": "soon"}, ["launcher.stop_before is 'soon'", "duration"]),
-        ({"stop_before": "20h"}, ["launcher.stop_before is '20h'", "18h"]),
-        ({"memory": 64}, ["launcher.memory is 64", "64G"]),
-        ({"memory": "lots"}, ["launcher.memory is 'lots'"]),
-        ({"partition": ""}, ["launcher.partition is ''", "null"]),
-        ({"account": "a\n#SBATCH --nodes=9"}, ["launcher.account", "a word"]),
-        ({"extra": ["exclusive"]}, ["launcher.extra holds 'exclusive'", "--name=value"]),
-        ({"extra": ["--nodes=3"]}, ["'--nodes=3'", "set by launcher.nodes"]),
-        ({"extra": ["-N3"]}, ["'-N3'", "set by launcher.nodes"]),
-        ({"extra": ["--mail-type=END\nrm -rf"]}, ["launcher.extra holds"]),
-    ],
-)
-def test_wrong_values_are_refused_by_name(changed: dict[str, Any], told: list[str]) -> None:
-    with pytest.raises(ConfigError) as error:
-        replace(DEFAULTS, **changed)
-    assert all(part in str(error.value) for part in told), error.value
 
 
 # A stand-in for the commands of Slurm that a job uses. `srun` is what the run does.

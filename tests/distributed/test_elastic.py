@@ -1,22 +1,17 @@
-"""Which ends of a process make all start again, with programs that only end."""
+"""Restarts of processes, with programs that only end."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sslcli.distributed import processes
 from sslcli.distributed.elastic import causes, crashed, run_processes
-from sslcli.distributed.processes import begun, restarted
-from sslcli.runs import launch as _launch
 
+pytestmark = pytest.mark.usefixtures("restored_signals")
 ENDS = """
 import os, signal, sys, time
 with open(sys.argv[1], "a") as file:
@@ -29,17 +24,6 @@ if os.environ["RANK"] == "0":
         os.kill(os.getpid(), -code)
     sys.exit(code)
 """
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    """The agent takes signals over, and its process usually ends with it."""
-    before = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    }
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -93,35 +77,3 @@ def test_one_process_that_tells_a_reason_decides_over_those_it_took_along() -> N
     assert not crashed({0: 3, 1: -9})
     assert not crashed({})
     assert crashed({0: 1, 1: -6})
-
-
-@pytest.mark.parametrize(("saved", "code"), [(False, 1), (True, processes.EXIT_LOST)])
-def test_an_error_of_the_program_is_tried_again_only_from_a_newer_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: bool, code: int
-) -> None:
-    def fail(config: dict[str, str]) -> int:
-        if saved:
-            (tmp_path / "checkpoints").mkdir()
-            (tmp_path / "checkpoints" / "step-00000001.pt").touch()
-        raise ZeroDivisionError
-
-    (tmp_path / "config.json").write_text(json.dumps({"run_dir": str(tmp_path), "trust": []}))
-    monkeypatch.setattr("sslcli.distributed.processes.die_with_parent", lambda: None)
-    monkeypatch.setattr(_launch, "launch", fail)
-    monkeypatch.setattr(sys, "argv", ["-m", str(tmp_path / "config.json")])
-    with pytest.raises(SystemExit) as ended:
-        _launch.main()
-    assert ended.value.code == code
-    assert capsys.readouterr().err.count("Traceback") == 1
-
-
-def test_a_process_knows_whether_it_was_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not restarted()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restarted()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not restarted()
-    monkeypatch.setenv("SSLCLI_RESTARTS", "2")
-    assert restarted()
-    monkeypatch.setenv("SSLCLI_BEGUN", "12.5")
-    assert begun() == 12.5

@@ -1,0 +1,102 @@
+"""Evaluation of a run or of a folder of runs: signals, tables and errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from command_line import Cli, result
+from small_runs import make_folder
+
+FAST = ["protocol.epochs=2", "protocol.lrs=[0.1,1.0]", "protocol.weight_decays=[0.0,1e-4]"]
+
+
+@pytest.mark.parametrize("protocol", ["linear", "finetune", "utility"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)])
+def test_an_evaluation_that_a_signal_stops_says_so_and_can_be_started_again(
+    protocol: str, number: signal.Signals, code: int, trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started to ignore it
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    line = [f"run={trained}", f"protocol={protocol}", *(FAST if protocol == "linear" else QUICK)]
+    line += ["protocol.seeds=1", "protocol.points=2"] if protocol == "utility" else []
+    at = ("sslcli.evaluation.linear.fit_sgd", "sslcli.evaluation.training.Progress.__call__")[protocol != "linear"]
+
+    def killed(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(at, killed)
+        ended = cli("ssl-eval", *line)
+    assert ended.code == code
+    assert ended.err.count("\n") == 1
+    assert (f"stopped by {number.name}" if code == 75 else "interrupted") in ended.err
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert not list((trained / "eval").glob("*.json"))
+    left = list((trained / "eval").rglob(".*"))
+    ended = cli("ssl-eval", *line)
+    assert (ended.code, ended.err, left) == (0, "", [])
+    assert "features, trained" not in ended.out
+    name = "utility_2-points" if protocol == "utility" else protocol
+    assert result(trained / "eval", name)["protocol"] == protocol
+
+
+QUICK = ["protocol.steps=2", "protocol.batch_size=16", "protocol.lrs=[0.02,0.1]"]
+
+
+def test_a_folder_of_runs_becomes_a_table(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(trained, tmp_path / "sweep" / name, symlinks=True)
+    (tmp_path / "sweep/not_started").mkdir()
+    ended = cli("ssl-eval", f"run={tmp_path / 'sweep'}", "protocol=knn", "baselines=false")
+    assert (ended.code, ended.err) == (0, "")
+    number = f"{100 * result(tmp_path / 'sweep/one/eval', 'knn')['top1']:.1f} %"
+    rows = [line for line in ended.out.splitlines() if number in line]
+    assert [name for name in ("one", "two") if any(name in row for row in rows)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("run={run} checkpoint=2", ["checkpoint is 2", "steps: 3"]),
+        ("run={run} checkpoint=99999999999999", ["checkpoint is 99999999999999", "steps: 3"]),
+        ("run=images", ["images is neither a run directory"]),
+        ("run={run} device=cuda:77", ["device is 'cuda:77'"]),
+        ("run={run} dataset=flat dataset.root=images", ["images", "no labels"]),
+        ("run={run} dataset=folder dataset.root=single", ["single class, 'a'", "two or more"]),
+        ("run={run} dataset=folder dataset.root=nowhere", ["dataset.root is ", "nowhere, but"]),
+        ("run={run} protocol=knn protocol.k=0", ["k=0", "at least 1"]),
+        ("run={run} protocol=finetune protocol.from_layer=1", ["protocol.from_layer is 1", "0 is the backbone"]),
+        ("run={run} protocol=knn feature_layer=bank", ["'bank', which this net does not have", "It has: backbone"]),
+        ("run={run} protocol=finetune protocol.from_layer=1 feature_layer=block1", ["block1", "from_layer 1"]),
+        ("run={run} protocol=distill", ["there is no teacher 'finetune'", "protocol=finetune"]),
+        ("run={run}s", ["no such path. Did you mean", "holds:"]),
+        ("run={run} protocol=semi protocol.labels_per_class=500", ["labels_per_class is 500", "labeled training"]),
+        ("weights=images/a/000.png backbone=small dataset=shapes dataset.limit=50", ["000.png"]),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_message(
+    line: str, wanted: list[str], trained: Path, cli: Cli, tmp_path: Path
+) -> None:
+    make_folder(tmp_path / "images", per_class=4, broken=0)
+    shutil.copytree(tmp_path / "images/a", tmp_path / "single/a")
+    ended = cli("ssl-eval", *line.format(run=trained).split())
+    assert ended.code == 2, ended
+    assert [part for part in wanted if part not in ended.err] == [], ended.err
+    assert ended.err.count("\n") == 1
+    assert not list((trained / "eval").glob("*.json"))
+
+
+def test_a_run_that_names_a_strange_class_is_refused(trained: Path, cli: Cli) -> None:
+    path = trained / "config.yaml"
+    path.write_text(path.read_text().replace("sslcli.backbones.small.Small", "os.system"))
+    ended = cli("ssl-eval", f"run={trained}")
+    assert ended.code == 2
+    assert "os.system" in ended.err
+    assert "trust" in ended.err
