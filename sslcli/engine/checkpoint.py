@@ -24,6 +24,8 @@ import torch.distributed as dist
 
 from sslcli.distributed import collectives
 from sslcli.engine.checkpoint_names import all_of as all_of
+from sslcli.engine.checkpoint_names import folder as folder
+from sslcli.engine.checkpoint_names import path_of as path_of
 from sslcli.engine.checkpoint_names import step_of as step_of
 from sslcli.engine.migrations import SCHEMA, upgrade
 from sslcli.errors import ConfigError, TrainingFailed
@@ -37,16 +39,6 @@ if TYPE_CHECKING:  # the import takes seconds and is only needed for sharded run
 
 class NewerCheckpoint(ConfigError):
     """A checkpoint of a newer version of sslcli: it is intact, so no older one may be used instead."""
-
-
-def folder(run_dir: Path) -> Path:
-    """Return the checkpoint folder of a run."""
-    return run_dir / "checkpoints"
-
-
-def path_of(run_dir: Path, step: int) -> Path:
-    """Return the path of the checkpoint after `step` optimizer steps; the folder of shards has no suffix."""
-    return folder(run_dir) / f"step-{step:08d}.pt"
 
 
 def digest(path: Path) -> str:

@@ -1,19 +1,30 @@
-"""File names of checkpoints, without importing torch; `slurm/job.sh` has the same rule."""
+"""Folder and file names of checkpoints, without importing torch. No other module knows them."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-CHECKPOINT = re.compile(r"step-([0-9]+)(\.pt)?")  # a file, or a folder of shards; temporary names have another suffix
+FOLDER = "checkpoints"  # in the run directory
+PATTERN = r"step-[0-9]+(\.pt)?"  # a file, or a folder of shards; temporary names have another suffix
+
+
+def folder(run_dir: Path) -> Path:
+    """Return the checkpoint folder of a run."""
+    return run_dir / FOLDER
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    """Return the path of the checkpoint after `step` optimizer steps; the folder of shards has no suffix."""
+    return folder(run_dir) / f"step-{step:08d}.pt"
 
 
 def all_of(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    found = [path for path in run_dir.glob("checkpoints/step-*") if CHECKPOINT.fullmatch(path.name)]
+    found = [path for path in folder(run_dir).glob("step-*") if re.fullmatch(PATTERN, path.name)]
     return sorted(found, key=lambda path: (step_of(path), path.name))
 
 
 def step_of(path: Path) -> int:
     """Return the step of a checkpoint from its file name."""
-    return int(path.stem[5:])
+    return int(path.stem.removeprefix("step-"))

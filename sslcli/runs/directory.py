@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sslcli.config.moved import current_config
-from sslcli.config.paths import in_nodes, real
+from sslcli.config.paths import map_paths, real_path
 from sslcli.config.settings import NEUTRAL
 from sslcli.config.yaml_files import as_yaml, load_yaml
 from sslcli.engine import checkpoint_names
@@ -25,7 +25,7 @@ from sslcli.system import atomic
 from sslcli.system.locks import NO_LOCKS
 from sslcli.system.regular_files import kind_of
 
-WRITTEN = ("checkpoints", "tensorboard", "metrics.jsonl", "console.log")  # while a run goes on
+WRITTEN = (checkpoint_names.FOLDER, "tensorboard", "metrics.jsonl", "console.log")  # while a run goes on
 
 
 FILES = (
@@ -38,7 +38,7 @@ FILES = (
     "overrides.txt",
     ".lock",
 )
-FOLDERS = ("checkpoints", "eval", "export", "pictures", "slurm", "tensorboard")
+FOLDERS = (checkpoint_names.FOLDER, "eval", "export", "pictures", "slurm", "tensorboard")
 
 
 def check_layout(run_dir: Path) -> None:
@@ -109,7 +109,7 @@ def check_resumable(run_dir: Path, values: dict[str, Any]) -> None:
         )
     if not started:
         return
-    before, now = (flat(in_nodes(each, real)) for each in (read_config(run_dir), values))
+    before, now = (flat(map_paths(each, real_path)) for each in (read_config(run_dir), values))
     changed = [
         f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
         for key in sorted(before.keys() | now.keys())

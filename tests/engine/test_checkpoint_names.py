@@ -1,11 +1,12 @@
-"""The one rule by which checkpoints are known, and that the script of a Slurm job has the same."""
+"""The one rule by which checkpoints are named, which the script of a Slurm job gets as well."""
 
 from __future__ import annotations
 
-from importlib.resources import files
+import re
 from pathlib import Path
 
-from sslcli.engine.checkpoint_names import CHECKPOINT, all_of, step_of
+import sslcli
+from sslcli.engine.checkpoint_names import all_of, step_of
 from sslcli.runs import directory, launch
 
 WHOLE = ["step-00000009.pt", "step-00000010", "step-100000000.pt"]
@@ -41,6 +42,9 @@ def test_a_run_of_sharded_checkpoints_has_some_to_go_on_from(tmp_path: Path) -> 
     assert launch.checkpoints({"run_dir": str(tmp_path)}) == {"step-00000010"}
 
 
-def test_the_script_of_a_job_has_the_same_rule() -> None:
-    rule = CHECKPOINT.pattern.replace("([0-9]+)", "[0-9]+")
-    assert f"grep -xE '{rule}'" in files("sslcli.runs.slurm").joinpath("job.sh").read_text(encoding="utf-8")
+def test_no_other_module_knows_the_names() -> None:
+    package = Path(sslcli.__file__).parent
+    others = [path for path in [*package.rglob("*.py"), *package.rglob("*.sh")] if path.name != "checkpoint_names.py"]
+    code = {path: re.sub(r'""".*?"""', "", path.read_text("utf-8"), flags=re.DOTALL) for path in others}
+    assert [path.name for path, text in code.items() if re.search(r'"checkpoints"|checkpoints/|"step-\[', text)] == []
+    assert "$checkpoint_pattern" in (package / "runs/slurm/job.sh").read_text("utf-8")

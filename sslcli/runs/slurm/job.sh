@@ -7,7 +7,7 @@ trap 'over=${over:-now}' TERM # the job is cancelled, or its time is over; the r
 
 note() { echo "$(date +%Y-%m-%dT%H:%M:%S) job $SLURM_JOB_ID attempt $attempt: $*" | tee -a "$folder/history.log"; }
 field() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oE "(^| )$1=[^ ]*" | cut -d = -f 2-; }
-newest() { ls "$folder/../checkpoints" 2>/dev/null | grep -xE 'step-[0-9]+(\.pt)?' | sort -V | tail -n 1; }
+newest() { ls "$checkpoints" 2>/dev/null | grep -xE "$checkpoint_pattern" | sort -V | tail -n 1; }
 finish() {
   note "ended with exit code $1"
   echo "$1" >"$folder/$SLURM_JOB_ID.exit"

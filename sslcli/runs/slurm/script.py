@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sslcli.config.slurm import SlurmSettings, time_limit
+from sslcli.engine import checkpoint_names
 from sslcli.system import child_processes
 
 
@@ -32,6 +33,8 @@ def render(settings: SlurmSettings, *, folder: Path, cwd: Path, python: str) -> 
         f"folder={shlex.quote(str(folder))}",
         f"warning={settings.warning}  # seconds between the signal and the time limit",
         f"max_restarts={settings.max_restarts}",
+        f"checkpoints={shlex.quote(str(checkpoint_names.folder(folder.parent)))}",
+        f"checkpoint_pattern={shlex.quote(checkpoint_names.PATTERN)}",
         f"agent=({agent})",
         f"step=({shlex.join(step)})",
         "prepare() {",
