@@ -303,7 +303,7 @@ def test_a_disk_that_fills_up_costs_the_steps_since_the_last_checkpoint(
 ) -> None:
     assert faulty.start(step=8, action=action) == 3
     assert "No space left on device" in faulty.told or "could not be written" in faulty.told
-    assert "make room or mend the disk, then start the same command again to go on" in faulty.told
+    assert "free space or repair the disk, then run the same command again to resume" in faulty.told
     assert newest(faulty.run_dir)["step"] == 6
     assert faulty.ends_as(reference)
 
@@ -314,7 +314,7 @@ def test_a_disk_that_is_full_at_the_start_is_told(faulty: Faulty, name: str) -> 
     if name == "views.png":
         (faulty.run_dir / name).symlink_to(FULL)
     assert faulty.start(full=name) == 3
-    assert "cannot be written (No space left on device): make room or mend the disk" in faulty.told
+    assert "cannot be written (No space left on device): free space or repair the disk" in faulty.told
     assert not checkpoint.all_of(faulty.run_dir)
     assert not list(faulty.run_dir.rglob("*.tmp"))
     (faulty.run_dir / name).unlink(missing_ok=True)
@@ -325,7 +325,7 @@ def test_a_disk_that_is_full_for_the_log_ends_the_log_alone(faulty: Faulty, refe
     faulty.run_dir.mkdir()
     (faulty.run_dir / "console.log").symlink_to(FULL)
     assert faulty.ends_as(reference)
-    assert "console.log cannot be written (No space left on device) and ends here" in faulty.told
+    assert "console.log cannot be written (No space left on device): the log ends here" in faulty.told
 
 
 def become_nobody(_: Any) -> None:

@@ -20,7 +20,7 @@ from sslcli.config.paths import absolute, quote_home_paths
 from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, print_error
 from sslcli.report.terminal import guard_terminal
 from sslcli.sweeps.job import stop_with_sweep
-from sslcli.system.cpu import sleep_soon
+from sslcli.system.cpu import limit_spinning
 
 ANSWERED_BY_HYDRA = ("hydra_help", "info", "shell_completion")
 
@@ -29,7 +29,7 @@ def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
     """Compose and validate the configuration of the command line, pass it to `run`, and return the exit code."""
     guard_terminal()
     stop_with_sweep()
-    sleep_soon()
+    limit_spinning()
     try:
         arguments = read_arguments(name)
         if any(getattr(arguments, flag) for flag in ANSWERED_BY_HYDRA):

@@ -1,1 +1,1 @@
-"""Typed settings, validation of configurations, signatures of classes, and the packages that may be imported."""
+"""Typed settings, validation of configurations, signatures of classes, trusted packages, and old names."""

@@ -1,4 +1,4 @@
-"""Whether a yaml value can be meant for an annotation, and the annotation in words that people use."""
+"""Type checks of yaml values against annotations given as text, and descriptions of annotations for messages."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ LISTS = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple")
 MAPPINGS = ("dict", "Dict", "Mapping")
 PATHS = ("Path", "PathLike")
 WORDS = {
-    "int": ("a whole number", "whole numbers"),
+    "int": ("an integer", "integers"),
     "float": ("a finite number", "finite numbers"),
-    "bool": ("true or false", "true or false each"),
-    "str": ("text", "texts"),
+    "bool": ("true or false", "booleans"),
+    "str": ("a string", "strings"),
     "Path": ("a path", "paths"),
     "PathLike": ("a path", "paths"),
     "None": ("null", "null"),
@@ -22,12 +22,12 @@ WORDS = {
 
 
 def fits(value: Any, annotation: str) -> bool:
-    """Whether a value can be meant for a parameter; annotations that are not known fit anything."""
+    """Return True if a value fits the annotation of a parameter; an unknown annotation accepts every value."""
     return _fits(value, _parsed(annotation)) is not False
 
 
 def words(annotation: str) -> str:
-    """`int | None` -> `a whole number or null`."""
+    """Return an annotation in plain words: `int | None` -> `an integer or null`."""
     return _words(_parsed(annotation), many=False)
 
 
@@ -37,13 +37,13 @@ def _parsed(annotation: str) -> ast.expr:
         tree = ast.parse(annotation, mode="eval").body
     except SyntaxError:
         return ast.Name("Any")
-    if isinstance(tree, ast.Constant) and isinstance(tree.value, str):  # one that was written in quotes
+    if isinstance(tree, ast.Constant) and isinstance(tree.value, str):  # a quoted annotation
         return _parsed(tree.value)
     return tree
 
 
 def _options(node: ast.expr) -> list[ast.expr]:
-    """The parts of a union; of anything else, itself."""
+    """Return the parts of a union, or the annotation itself if it is not a union."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return [*_options(node.left), *_options(node.right)]
     if isinstance(node, ast.Subscript) and _name(node) == "Optional":
@@ -54,7 +54,7 @@ def _options(node: ast.expr) -> list[ast.expr]:
 
 
 def _name(node: ast.expr) -> str:
-    """The last part of a name, without what stands in brackets."""
+    """Return the last part of a dotted name, without the brackets and their content."""
     node = node.value if isinstance(node, ast.Subscript) else node
     return "None" if isinstance(node, ast.Constant) else ast.unparse(node).rpartition(".")[2]
 
@@ -66,11 +66,11 @@ def _inside(node: ast.expr) -> list[ast.expr]:
 
 
 def _fits(value: Any, node: ast.expr) -> bool | None:
-    """None where the annotation is not known."""
+    """Return True or False, or None if the annotation is unknown."""
     found = [_fits_one(value, option) for option in _options(node)]
     if True in found:
         return True
-    if False in found:  # what is not known is a class, and yaml can only mean one by a mapping
+    if False in found:  # an unknown annotation is a class, and yaml describes an instance only by a mapping
         return None if None in found and isinstance(value, dict) else False
     return None
 
@@ -103,7 +103,7 @@ def _is_plain(value: Any, name: str) -> bool:
 
 
 def _fit_all(values: list[Any], name: str, inside: list[ast.expr]) -> bool:
-    """Whether the elements of a list fit what stands in its brackets."""
+    """Return True if the elements of a list fit the annotations in its brackets."""
     if not inside:
         return True
     if name.lower() != "tuple" or (len(inside) == 2 and ast.unparse(inside[1]) == "..."):
@@ -114,12 +114,12 @@ def _fit_all(values: list[Any], name: str, inside: list[ast.expr]) -> bool:
 
 
 def _words(node: ast.expr, *, many: bool) -> str:
-    """Classes are left out where there is something that a command line can say."""
+    """Describe an annotation; classes are omitted if another option can be given on a command line."""
     options = _options(node)
     plain = [option for option in options if _name(option) in (*WORDS, *LISTS, *MAPPINGS, "Literal")]
     has_paths = any(_name(option) in PATHS for option in options)
-    told = [option for option in plain or options if not (has_paths and _name(option) == "str")]
-    return " or ".join(_words_of_one(option, many=many) for option in told)
+    shown = [option for option in plain or options if not (has_paths and _name(option) == "str")]
+    return " or ".join(_words_of_one(option, many=many) for option in shown)
 
 
 def _words_of_one(node: ast.expr, *, many: bool) -> str:

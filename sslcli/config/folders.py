@@ -1,4 +1,4 @@
-"""Folders of yaml files: those of sslcli and those of the command line."""
+"""Folders of yaml files: the one of sslcli and the one that `--config-dir` names."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-def own_folders(arguments: list[str]) -> list[Path]:
-    """The folder given by --config-dir, if there is one."""
-    for place, part in enumerate(arguments):
+def user_folders(arguments: list[str]) -> list[Path]:
+    """Return the folder given by --config-dir as a list of one, or an empty list."""
+    for position, part in enumerate(arguments):
         flag, _, value = part.partition("=")
         if flag in ("--config-dir", "-cd"):
-            return [Path(value or "".join(arguments[place + 1 : place + 2]))]
+            return [Path(value or "".join(arguments[position + 1 : position + 2]))]
     return []
 
 
-def folder_of_conf(*, installed: bool = False) -> Path | None:
-    """Where the yaml files are: beside the package once it is installed, in the checkout otherwise."""
+def conf_folder(*, installed: bool = False) -> Path | None:
+    """Return the folder of the yaml files: in the package if it is installed, else in the checkout.
+
+    With installed=True, return None instead of the folder in the checkout.
+    """
     spec = find_spec("sslcli.conf")
     if spec is not None and spec.origin is not None:
         return Path(spec.origin).parent

@@ -101,7 +101,7 @@ PACKAGES = {
     "sslcli.data.views": "sslcli.data.views.views",
 }
 FOLDER = Path(__file__).parent / "renamed"  # yaml files of old choices, which the defaults lists of users may have
-# Functions that plug-ins import, by their module of today.
+# Old names of functions that plug-ins import, by the new module name.
 FUNCTIONS = {"sslcli.nn.contrastive": {"mutual_info_nce": "nt_xent_symmetric"}}
 CHOICES = {"views": {"mocov1": "moco_v1", "mocov2": "moco_v2"}}
 KEYS = {
@@ -113,36 +113,36 @@ KEYS = {
 
 
 def current_target(target: str) -> str:
-    """Return today's name of a class, or `target` itself if it was not moved."""
+    """Return the current name of a class, or `target` itself if it was not moved."""
     module, _, name = target.rpartition(".")
     return f"{PACKAGES.get(module) or MODULES.get(module, module)}.{name}" if module else target
 
 
 def current_override(line: str) -> str:
-    """Return an override of a command line with today's names of its key and of the choices in its value."""
-    sign, key, rest = _parts(line)
+    """Return an override of a command line with the current names of its key and of the choices in its value."""
+    prefix, key, rest = _parts(line)
     key = KEYS.get(key, key)
     choices = CHOICES.get(key.split("@")[0], {})
-    return sign + key + re.sub(r"[\w-]+", lambda word: choices.get(word[0], word[0]), rest)
+    return prefix + key + re.sub(r"[\w-]+", lambda word: choices.get(word[0], word[0]), rest)
 
 
-def first_override(line: str) -> str:
+def old_override(line: str) -> str:
     """Return an override with the names of version 0.1, from which the default run directory is derived."""
-    sign, key, rest = _parts(line)
+    prefix, key, rest = _parts(line)
     key = next((old for old, new in KEYS.items() if new == key), key)
     choices = {new: old for old, new in CHOICES.get(key.split("@")[0], {}).items()}
-    return sign + key + re.sub(r"[\w-]+", lambda word: choices.get(word[0], word[0]), rest)
+    return prefix + key + re.sub(r"[\w-]+", lambda word: choices.get(word[0], word[0]), rest)
 
 
 def _parts(line: str) -> tuple[str, str, str]:
-    """Split an override into sign, key, and the rest with its equals sign."""
+    """Split an override into its prefix ("+", "++", "~" or ""), key, and the rest with the equals sign."""
     match = re.fullmatch(r"([+~]*)([^=]*)(.*)", line, re.DOTALL)
     assert match is not None
     return match[1], match[2], match[3]
 
 
 def current_config(config: dict[str, Any], *, overridden: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
-    """Return a configuration with today's names, and a note for each old name that it had.
+    """Return a configuration with current names, and a note for each old name that it had.
 
     Args:
         config: plain values, as in the `config.yaml` of a run or composed from yaml files.
@@ -163,7 +163,7 @@ def current_config(config: dict[str, Any], *, overridden: Iterable[str] = ()) ->
 
 
 def _current_targets(value: Any, notes: list[str]) -> Any:
-    """Return a copy of nested plain values with today's name in each `_target_`."""
+    """Return a copy of nested plain values with the current name in each `_target_`."""
     if isinstance(value, dict):
         renamed = {key: _current_targets(inner, notes) for key, inner in value.items()}
         old = renamed.get("_target_")
@@ -175,9 +175,9 @@ def _current_targets(value: Any, notes: list[str]) -> Any:
 
 
 class MovedModules:
-    """Finder and loader that import modules by their old names, with a DeprecationWarning that has the new one.
+    """Finder and loader that import modules by their old names, with a DeprecationWarning that states the new name.
 
-    It implements the protocols of `importlib.abc`, whose import would take 8 ms of every command.
+    It implements the protocols of `importlib.abc` without importing that module, which would take 8 ms per command.
     """
 
     def find_spec(
@@ -187,10 +187,10 @@ class MovedModules:
         return ModuleSpec(fullname, self) if fullname in MODULES else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """Use Python's own way to create the module, which `exec_module` replaces."""
+        """Return None: Python creates an empty module, which `exec_module` replaces."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the module with the new name in the place of the old one."""
+        """Import the module by its new name and register it under the old name."""
         new = MODULES[module.__name__]
         warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
         found = import_module(new)

@@ -1,4 +1,4 @@
-"""The image set that a run was trained on, with the changes of an `ssl-eval dataset.KEY=value` command line."""
+"""Image set of a training run, with the overrides of an `ssl-eval dataset.KEY=value` command line applied."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sslcli.config import schema
 from sslcli.config.keys import check_path
-from sslcli.config.paths import absolute, in_nodes, paths_of, same_paths, without_paths
+from sslcli.config.paths import absolute, map_paths, paths_of, same_paths, without_paths
 from sslcli.config.targets import check_target, targets
 from sslcli.errors import ConfigError
 
 PREFIX = "dataset."
 FINGERPRINT = "image fingerprint"  # the key of `effective` in a run's configuration
-# Keys that change how images are read and not which images a set has.
+# Keys that affect how images are read, but not which images a set contains.
 READING = (
     "workers",
     "max_bad",
@@ -33,24 +33,24 @@ READING = (
 class Change(NamedTuple):
     """One `dataset.KEY=value` of a command line, as plain values."""
 
-    sign: str  # "", "+" (add), "++" (set or add) or "~" (delete)
-    key: str  # behind `dataset.`
+    prefix: str  # "", "+" (add), "++" (set or add) or "~" (delete)
+    key: str  # without the leading `dataset.`
     value: Any
 
 
 def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[str]) -> dict[str, Any]:
-    """The node `dataset` of a run's configuration with `changes` applied and checked; paths are absolute.
+    """Return the node `dataset` of a run's configuration with `changes` applied and validated; paths are absolute.
 
-    Raises ConfigError for a key that the image set does not have and for a value that it cannot take.
+    Raises ConfigError for an unknown key and for an invalid value.
     """
     node = OmegaConf.create({"dataset": saved["dataset"]})
     for change in map(Change._make, changes):
         path = PREFIX + change.key
-        if change.sign == "~":
+        if change.prefix == "~":
             _delete(node, change.key)
             continue
-        if change.sign == "":
-            check_path("eval", path, node, signed=True)
+        if change.prefix == "":
+            check_path("eval", path, node, may_add=True)
         try:
             OmegaConf.update(node, path, change.value, force_add=True)
         except OmegaConfBaseException as error:
@@ -61,40 +61,40 @@ def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[
         for where, target in targets("", plain):
             check_target(target, trust, where)
         schema.check_group("dataset", plain["dataset"])
-    found: dict[str, Any] = in_nodes(plain["dataset"], absolute)
+    found: dict[str, Any] = map_paths(plain["dataset"], absolute)
     return found
 
 
 def _delete(node: Any, key: str) -> None:
-    """Remove a key inside one of the values of the image set."""
+    """Delete a key inside one of the values of the image set. Raises ConfigError if it does not exist."""
     where, _, name = key.rpartition(".")
     inside = OmegaConf.select(node, PREFIX + where) if where else None
     if not isinstance(inside, DictConfig):
-        raise ConfigError(f"~{PREFIX}{key}: a setting cannot be deleted: give a value")
+        raise ConfigError(f"~{PREFIX}{key}: a setting cannot be deleted: set it with {PREFIX}{key}=...")
     if name not in inside:
-        raise ConfigError(schema.unknown(PREFIX + where, name, map(str, inside)))
+        raise ConfigError(schema.unknown_message(PREFIX + where, name, map(str, inside)))
     del inside[name]
 
 
 def has_same_keys(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two image sets are alike in all but where their files are and how these are read."""
-    return bool(without_paths(images_of(one)) == without_paths(images_of(other)))
+    """Return True if two image sets differ at most in their paths and in how images are read."""
+    return bool(without_paths(image_settings(one)) == without_paths(image_settings(other)))
 
 
-def is_same_place(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two image sets are alike and their files are in the same place."""
-    return same_paths(images_of(one), images_of(other))
+def has_same_paths(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return True if two image sets differ at most in how images are read, and their paths are the same."""
+    return same_paths(image_settings(one), image_settings(other))
 
 
-def images_of(node: dict[str, Any]) -> dict[str, Any]:
-    """What decides which images a set has, and not how they are read."""
+def image_settings(node: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that determine which images a set contains, without those of reading."""
     return {key: value for key, value in node.items() if key not in READING}
 
 
-def where_to_look(node: dict[str, Any]) -> str:
-    """A sentence on paths of an image set that lead nowhere; empty if all of them exist."""
+def missing_path_hint(node: dict[str, Any]) -> str:
+    """Return a sentence for error messages on the first path of an image set that does not exist, or ""."""
     absent = [(key, path) for key, path in paths_of(node) if os.path.isabs(path) and not os.path.exists(path)]
     if not absent:
         return ""
     key, path = absent[0]
-    return f". The run names {path} as {PREFIX}{key}: if its images are elsewhere, add {PREFIX}{key}=FOLDER"
+    return f". {PREFIX}{key} of the run is {path}: if the images were moved, add {PREFIX}{key}=FOLDER"

@@ -1,4 +1,4 @@
-"""Installed packages that announce themselves by the entry point `sslcli.plugins`, found without importing them."""
+"""Installed plug-in packages, found by the entry point `sslcli.plugins` without importing them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 @lru_cache
 def plugins() -> tuple[str, ...]:
-    """Their names."""
+    """Return the package names of all plug-ins."""
     from importlib.metadata import entry_points
 
     names = (entry.value.split(":")[0].split(".")[0] for entry in entry_points(group="sslcli.plugins"))
     return tuple(dict.fromkeys(names))
 
 
-def conf_of_plugins() -> dict[str, Path]:
-    """The folder `conf` of every one that has it: yaml files in folders named like the groups."""
+def plugin_folders() -> dict[str, Path]:
+    """Return the folder `conf` of every plug-in that has one; its subfolders are named like the config groups."""
     found = {}
     for name in plugins():
         try:
             spec = find_spec(name)
         except (ImportError, ValueError):
             continue
-        for place in (spec and spec.submodule_search_locations) or ():
-            if Path(place, "conf").is_dir():
-                found[name] = Path(place, "conf")
+        for folder in (spec and spec.submodule_search_locations) or ():
+            if Path(folder, "conf").is_dir():
+                found[name] = Path(folder, "conf")
     return found

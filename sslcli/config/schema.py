@@ -1,4 +1,4 @@
-"""The second look at a composed configuration, which Hydra does not take: unknown keys, wrong types, wrong ranges."""
+"""Validation of composed configurations that Hydra does not do: unknown keys, types, ranges and missing values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sslcli.config.annotations import fits, words
-from sslcli.config.folders import folder_of_conf
+from sslcli.config.folders import conf_folder
 from sslcli.config.run_config import LAUNCHERS
 from sslcli.config.settings import (
     LARGEST_SEED,
@@ -21,12 +21,12 @@ from sslcli.config.settings import (
     TrainSettings,
     check_range,
 )
-from sslcli.config.signatures import GIVEN, INJECTED, parameters_of
+from sslcli.config.signatures import METHOD_ARGUMENTS, OPTIMIZER_ARGUMENTS, parameters_of
 from sslcli.config.slurm import SlurmSettings
-from sslcli.config.targets import check_target, targets, trusted_by
+from sslcli.config.targets import check_target, targets, trust_list
 from sslcli.errors import ConfigError, nearest
 
-GROUPS = {  # of each command; those that may be left out are in OPTIONAL
+GROUPS = {  # config groups of each command; OPTIONAL lists those that may be omitted
     "train": ("method", "dataset", "backbone", "views", "optimizer", "launcher", "monitor", "mixture", "experiment"),
     "eval": ("protocol", "dataset", "backbone"),
     "export": (),
@@ -37,41 +37,39 @@ PLAIN: dict[str, type] = {
     "train": RunSettings,
     "eval": EvalSettings,
     "export": ExportSettings,
-}  # the keys that stand alone
+}  # top-level keys outside of groups
 HEADER = "a yaml that sets keys outside its own group begins with the line: # @package _global_"
 
 
 def check(command: str, config: dict[str, Any]) -> None:
-    """Raise ConfigError, naming the key, what is allowed and the nearest name, unless the configuration is sound."""
+    """Raise ConfigError unless the configuration is valid; the message has the key, the allowed values and a guess."""
     plain = [f.name for f in fields(PLAIN[command])]
     sections = ["train", "sweep"] if command == "train" else []
     if "experiment" in config:
-        raise ConfigError(
-            f"the chosen experiment sets nothing but keys below `experiment`, which mean nothing: {HEADER}"
-        )
+        raise ConfigError(f"the chosen experiment sets only keys below `experiment`, which have no effect: {HEADER}")
     if "mixture" in config:
         raise ConfigError(
-            "nothing reads keys below `mixture`: on the command line write method.mixture.KEY, "
-            "and begin a yaml of your own with the line: # @package method.mixture"
+            "keys below `mixture` have no effect: on the command line write method.mixture.KEY, and begin a yaml of "
+            "your own with the line: # @package method.mixture"
         )
     check_keys("", config, [*plain, *sections, *GROUPS[command]])
-    trust = trusted_by(config.get("trust", []))
+    trust = trust_list(config.get("trust", []))
     for where, target in targets("", config):
         check_target(target, trust, where)
-    settings(PLAIN[command], {name: config[name] for name in plain if name in config}, "")
+    build_settings(PLAIN[command], {name: config[name] for name in plain if name in config}, "")
     for group in GROUPS[command]:
         if config.get(group) is not None or group not in OPTIONAL[command]:
             check_group(group, config.get(group))
     if command == "train":
-        settings(TrainSettings, config.get("train"), "train")
-        settings(MonitorSettings, config["monitor"], "monitor")
-        settings(SweepSettings, config.get("sweep"), "sweep")
-        launcher(config["launcher"])
+        build_settings(TrainSettings, config.get("train"), "train")
+        build_settings(MonitorSettings, config["monitor"], "monitor")
+        build_settings(SweepSettings, config.get("sweep"), "sweep")
+        check_launcher(config["launcher"])
         check_split(config["train"], config["launcher"])
 
 
 def check_group(group: str, node: Any) -> None:
-    """Raise ConfigError unless a group came to a mapping, with a `_target_` where something is built from it."""
+    """Raise ConfigError unless a group is a mapping; a group that is built needs a valid `_target_` and keywords."""
     if node is None:
         raise ConfigError(f"{group} is missing: choose one with {group}=...")
     if group in BUILT:
@@ -82,7 +80,7 @@ def check_group(group: str, node: Any) -> None:
 
 
 def check_has_target(where: str, node: Any) -> None:
-    """Raise ConfigError unless a node is a mapping that names its class in `_target_`."""
+    """Raise ConfigError unless a node is a mapping with a `_target_`."""
     if not isinstance(node, dict):
         raise ConfigError(f"{where} is {node!r}, but it must be a mapping of keys to values")
     if "_target_" not in node:
@@ -90,7 +88,7 @@ def check_has_target(where: str, node: Any) -> None:
 
 
 def check_node(where: str, node: dict[str, Any]) -> None:
-    """Check the keys and types of a node with a `_target_`, and of the nodes inside it."""
+    """Raise ConfigError unless the keys and types of a node with a `_target_`, and of nodes inside it, are valid."""
     for name, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
             check_node(f"{where}.{name}", value)
@@ -103,87 +101,90 @@ def check_node(where: str, node: dict[str, Any]) -> None:
     if where == "method":
         check_mixture(node, takes_one="mixture" in parameters)
     given = {name: value for name, value in node.items() if name != "_target_"}
-    handed_over = {"method": INJECTED, "optimizer": GIVEN}.get(where, ())
-    allowed = {name: parameter.annotation for name, parameter in parameters.items() if name not in handed_over}
+    injected = {"method": METHOD_ARGUMENTS, "optimizer": OPTIMIZER_ARGUMENTS}.get(where, ())
+    allowed = {name: parameter.annotation for name, parameter in parameters.items() if name not in injected}
     check_keys(where, given, allowed)
     check_types(where, given, allowed)
     if "seed" in allowed:
         check_range(f"{where}.seed", given.get("seed"), least=0, most=LARGEST_SEED)
     missing = [name for name in allowed if parameters[name].required and name not in given]
     if missing:
-        raise ConfigError(lacks(where, missing))
+        raise ConfigError(missing_message(where, missing))
 
 
 def check_mixture(method: dict[str, Any], *, takes_one: bool) -> None:
-    """Raise ConfigError where a method is given a mixture it does not take, or something that is none."""
+    """Raise ConfigError if a method has a mixture that it does not support, or one that is only a name."""
     mixture = method.get("mixture")
     if mixture is not None and not takes_one:
-        files = sorted((folder_of_conf() or Path()).glob("method/*.yaml"))
+        files = sorted((conf_folder() or Path()).glob("method/*.yaml"))
         takers = [path.stem for path in files if re.search(r"^  mixture:", path.read_text("utf-8"), re.MULTILINE)]
         raise ConfigError(
-            f"method.mixture: {method['_target_']} takes no mixture. Methods that take one: {', '.join(takers)}"
+            f"method.mixture: {method['_target_']} does not support a mixture. Methods that support one: "
+            f"{', '.join(takers)}"
         )
     if isinstance(mixture, str):
-        raise ConfigError(f"method.mixture is {mixture!r}, but a mixture is chosen without `method`: mixture={mixture}")
+        raise ConfigError(
+            f"method.mixture is {mixture!r}, but a mixture is chosen by its group: write mixture={mixture}"
+        )
 
 
-def lacks(where: str, names: list[str]) -> str:
-    """The message for keys that must be there and are not."""
+def missing_message(where: str, names: list[str]) -> str:
+    """Return the error message for missing keys."""
     path = f"{where}.{names[0]}" if where else names[0]
-    return f"{where or 'the configuration'} lacks {', '.join(names)}: give it with {path}=..."
+    return f"{where or 'the configuration'} lacks {', '.join(names)}: set it with {path}=..."
 
 
-def unknown(where: str, key: str, known: Iterable[str]) -> str:
-    """The message for a key that does not exist."""
+def unknown_message(where: str, key: str, known: Iterable[str]) -> str:
+    """Return the error message for a key that does not exist."""
     names = sorted(str(name) for name in known)
     path = f"{where}.{key}" if where else key
     return (
         f"{path}: there is no such key.{nearest(key, names)} "
-        f"Known{f' in {where}' if where else ''}: {', '.join(names) or 'none'}"
+        f"Known keys{f' in {where}' if where else ''}: {', '.join(names) or 'none'}"
     )
 
 
 def check_keys(where: str, node: dict[str, Any], known: Iterable[str]) -> None:
-    """Raise ConfigError for a key that is not known."""
+    """Raise ConfigError for a key that is not in `known`."""
     names = set(known)
     for key in node:
         if key not in names:
-            raise ConfigError(unknown(where, str(key), names))
+            raise ConfigError(unknown_message(where, str(key), names))
 
 
 def check_types(where: str, node: dict[str, Any], annotations: dict[str, str]) -> None:
-    """Raise ConfigError for a value that cannot be what the annotation says."""
+    """Raise ConfigError for a value that does not fit its annotation."""
     for key, value in node.items():
         path = f"{where}.{key}" if where else key
         if key in annotations and not fits(value, annotations[key]):
             as_text = isinstance(value, (int, float)) and fits(str(value), annotations[key])
-            quoted = f""". To mean the text, write {path}='"{value}"'""" if as_text else ""
+            quoted = f""". For the string, write {path}='"{value}"'""" if as_text else ""
             raise ConfigError(f"{path} is {value!r}, but it must be {words(annotations[key])}{quoted}")
 
 
-def settings(kind: type, node: Any, where: str) -> Any:
-    """An instance of a settings class from a node."""
+def build_settings(kind: type, node: Any, where: str) -> Any:
+    """Return an instance of a settings class. Raises ConfigError for unknown, missing and invalid keys."""
     annotations = {f.name: str(f.type) for f in fields(kind)}
     if not isinstance(node, dict):
-        raise ConfigError(f"{where} is {node!r}, but it must hold the keys: {', '.join(annotations)}")
+        raise ConfigError(f"{where} is {node!r}, but it must be a mapping with the keys: {', '.join(annotations)}")
     check_keys(where, node, annotations)
     check_types(where, node, annotations)
     missing = [f.name for f in fields(kind) if f.name not in node and f.default is MISSING]
     if missing:
-        raise ConfigError(lacks(where, missing))
+        raise ConfigError(missing_message(where, missing))
     return kind(**node)
 
 
-def launcher(node: dict[str, Any]) -> None:
-    """Check the keys of a launcher."""
+def check_launcher(node: dict[str, Any]) -> None:
+    """Raise ConfigError unless the keys of a launcher are valid."""
     kind = node.get("kind")
     if kind not in LAUNCHERS:
         raise ConfigError(f"launcher.kind is {kind!r}, but it must be one of: {', '.join(LAUNCHERS)}")
-    settings(LAUNCHERS[kind], node, "launcher")
+    build_settings(LAUNCHERS[kind], node, "launcher")
 
 
 def check_split(train: dict[str, Any], node: dict[str, Any]) -> None:
-    """Raise ConfigError where the batch does not split over the processes of a job, before it waits in a queue."""
+    """Raise ConfigError unless the batch splits evenly over the processes of a Slurm job, before it is submitted."""
     if node["kind"] == "slurm":
         job = SlurmSettings(**node)
         processes = job.nodes * job.processes

@@ -59,16 +59,18 @@ class SlurmSettings(LauncherSettings):
         for name in ("gpu_type", "partition", "account", "qos", "constraint", "python"):
             value = getattr(self, name)
             if value is not None and (not value.strip() or not value.isprintable()):
-                raise ConfigError(f"launcher.{name} is {value!r}, but it must be a word, or null")
+                raise ConfigError(f"launcher.{name} is {value!r}, but it must be a non-empty printable string, or null")
         if self.gpu_type is not None and not self.gpus_per_node:
             raise ConfigError(f"launcher.gpu_type is {self.gpu_type!r}, but launcher.gpus_per_node is 0")
         if self.gpus_per_node and self.processes > self.gpus_per_node:
             raise ConfigError(
                 f"launcher.processes_per_node is {self.processes_per_node}, but launcher.gpus_per_node is "
-                f"{self.gpus_per_node}: every process needs a GPU of its own"
+                f"{self.gpus_per_node}: every process needs its own GPU"
             )
         if self.memory not in (None, 0, "0") and not re.fullmatch(r"\d+[KMGT]", str(self.memory)):
-            raise ConfigError(f"launcher.memory is {self.memory!r}, but it must be like 64G or 900M, 0 (all), or null")
+            raise ConfigError(
+                f"launcher.memory is {self.memory!r}, but it must be a size such as 64G or 900M, 0 (all), or null"
+            )
         self.check_times()
         for line in self.extra:
             check_directive(line)
@@ -80,8 +82,8 @@ class SlurmSettings(LauncherSettings):
             raise ConfigError(f"launcher.stop_before is {self.stop_before!r}, but it must be between 1s and 18h")
         if limit is not None and limit <= before:
             raise ConfigError(
-                f"launcher.time is {self.time!r} and launcher.stop_before is {self.stop_before!r}, but a job must "
-                "last longer than the time it needs to stop"
+                f"launcher.time is {self.time!r} and launcher.stop_before is {self.stop_before!r}, but the time "
+                "limit must be longer than the time to stop"
             )
 
     @property
@@ -112,8 +114,8 @@ def time_limit(name: str, value: str | int | None) -> int | None:
     if re.fullmatch(r"\d+(\.\d+)?[smhd]", text):
         return round(seconds(name, text) or 0)
     raise ConfigError(
-        f"{name} is {value!r}, but it must be a duration with its unit, such as 90m, 12h or 2d, or one as Slurm "
-        "writes it, such as 1-12:00:00"
+        f"{name} is {value!r}, but it must be a duration with a unit, such as 90m, 12h or 2d, or in Slurm's format, "
+        "such as 1-12:00:00"
     )
 
 
@@ -121,7 +123,9 @@ def check_directive(line: str) -> None:
     """Raise ConfigError unless a line of launcher.extra is an sbatch option that no other key sets."""
     match = re.match(r"--([\w-]+)|-(\w)", line)
     if match is None or not line.isprintable():
-        raise ConfigError(f"launcher.extra holds {line!r}, but each entry must be an option of sbatch: '--name=value'")
+        raise ConfigError(
+            f"launcher.extra contains {line!r}, but each entry must be an option of sbatch: '--name=value'"
+        )
     name = match[1] or SHORT.get(match[2], "")
     if name in SET_BY_US:
-        raise ConfigError(f"launcher.extra holds {line!r}, but that is set by {SET_BY_US[name]}")
+        raise ConfigError(f"launcher.extra contains {line!r}, but that option is set by {SET_BY_US[name]}")

@@ -1,4 +1,4 @@
-"""`_target_` entries: where they are, and the packages whose classes may be built from them."""
+"""Search for `_target_` entries in a configuration, and the packages whose classes they may name."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from sslcli.config.plugins import plugins
 from sslcli.errors import ConfigError
 
 
-def trusted_by(value: Any) -> list[str]:
-    """The value of `trust` as a list of package names. Raises ConfigError where it is none."""
+def trust_list(value: Any) -> list[str]:
+    """Return the value of `trust` as a list of package names. Raises ConfigError if it is not such a list."""
     if not fits(value, "list[str]") or not all(value):
         raise ConfigError(f"trust is {value!r}, but it must be a list of package names, as in trust=[torch,mypackage]")
     return list(value)
 
 
 def trusted_packages(trust: Iterable[str]) -> list[str]:
-    """Packages whose classes a `_target_` may name: ours, torch.optim, announced plugins, and those the user trusts."""
+    """Return the packages whose classes a `_target_` may name: sslcli, torch.optim, plug-ins, and those of `trust`."""
     return ["sslcli", "torch.optim", *plugins(), *trust]
 
 
 def check_target(target: Any, trust: Iterable[str], where: str) -> None:
-    """Raise ConfigError unless `target` lies in a trusted package."""
+    """Raise ConfigError unless `target` is a dotted name in a trusted package."""
     packages = trusted_packages(trust)
     if not isinstance(target, str) or "." not in target:
         raise ConfigError(f"{where} is {target!r}, but it must be the dotted name of a class, as in mypackage.MyClass")
     if not any(target.startswith(package + ".") for package in packages):
         raise ConfigError(
             f"{where} is {target!r}, but classes are built only from trusted packages: {', '.join(packages)}. If you "
-            f"know that package, add trust=[{target.split('.')[0]}]"
+            f"trust that package, add trust=[{target.split('.')[0]}]"
         )
 
 
 def targets(where: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Every `_target_` with its path, however deep, in lists too. Raises ConfigError for a value left to be given."""
+    """Yield (path, target) for every `_target_` at any depth. Raises ConfigError for a mandatory value (???)."""
     if value == "???":
-        raise ConfigError(f"{where} has no value, but it must be given: {where}=...")
+        raise ConfigError(f"{where} has no value, but it is mandatory: set it with {where}=...")
     if isinstance(value, dict):
         for key, inner in value.items():
             path = f"{where}.{key}" if where else str(key)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sslcli import __version__
-from sslcli.config.own_dataset import FINGERPRINT, images_of
+from sslcli.config.own_dataset import FINGERPRINT, image_settings
 from sslcli.config.settings import ExportSettings
 from sslcli.engine import checkpoint
 from sslcli.errors import ConfigError
@@ -89,7 +89,7 @@ def described(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any
         "method": saved["method"],
         "seed": saved["seed"],
         "num_images": saved["effective"]["training images"],
-        "dataset": images_of(dataset),
+        "dataset": image_settings(dataset),
         "image_fingerprint": saved["effective"].get(FINGERPRINT),
         "image_size": dataset["image_size"],
         "mean": list(dataset["mean"]),

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 
-from sslcli.config.moved import first_override
+from sslcli.config.moved import old_override
 from sslcli.config.run_config import RunConfig
 from sslcli.config.settings import NEUTRAL
 
@@ -32,7 +32,7 @@ def digested(lines: Iterable[str]) -> str:
 
 def telling(lines: Iterable[str]) -> list[str]:
     """The overrides that make a run what it is, in an order of their own."""
-    return sorted(first_override(line) for line in lines if not _is_neutral(line.partition("=")[0].lstrip("+~")))
+    return sorted(old_override(line) for line in lines if not _is_neutral(line.partition("=")[0].lstrip("+~")))
 
 
 def _is_neutral(key: str) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sslcli.data.sources.base import Source
-from sslcli.data.sources.records import UNKNOWN, Changes, Records, compare, pack, changed_images_error, unpack
+from sslcli.data.sources.records import UNKNOWN, Changes, Records, changed_images_error, compare, pack, unpack
 from sslcli.distributed import collectives, watchdog
 from sslcli.errors import ConfigError
 from sslcli.report.console import Screen

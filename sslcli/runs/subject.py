@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sslcli.config.moved import current_config
-from sslcli.config.own_dataset import FINGERPRINT, dataset_of_run, has_same_keys, is_same_place, where_to_look
+from sslcli.config.own_dataset import FINGERPRINT, dataset_of_run, has_same_keys, has_same_paths, missing_path_hint
 from sslcli.config.run_config import EvalConfig
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
@@ -101,7 +101,7 @@ def images_for(config: EvalConfig, saved: dict[str, Any]) -> tuple[Source, bool]
     try:
         source = build_source(node, trust=trust)
     except ConfigError as error:
-        raise ConfigError(f"{error}{'' if chosen else where_to_look(node)}") from error
+        raise ConfigError(f"{error}{'' if chosen else missing_path_hint(node)}") from error
     return source, is_foreign(source, node, own, saved["effective"], trust=trust)
 
 
@@ -115,7 +115,7 @@ def is_foreign(
     """
     if not has_same_keys(node, own):
         return True
-    if is_same_place(node, own):
+    if has_same_paths(node, own):
         return False
     known: str | None = effective.get(FINGERPRINT)
     if known is None:
@@ -203,7 +203,7 @@ def _is_foreign_to_file(source: Source, node: dict[str, Any], made: dict[str, An
     own, known = made.get("dataset"), made.get("image_fingerprint")
     if own is None or not has_same_keys(node, own):
         return True
-    return not is_same_place(node, own) and source.fingerprint != known
+    return not has_same_paths(node, own) and source.fingerprint != known
 
 
 def _maker(

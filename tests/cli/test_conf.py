@@ -22,7 +22,7 @@ from sslcli.config.settings import (
     SweepSettings,
     TrainSettings,
 )
-from sslcli.config.signatures import GIVEN, INJECTED, parameters_of
+from sslcli.config.signatures import METHOD_ARGUMENTS, OPTIMIZER_ARGUMENTS, parameters_of
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = {
@@ -76,7 +76,7 @@ def test_a_yaml_shows_every_keyword_of_its_class(name: str) -> None:
     parameters = parameters_of(node["_target_"])
     assert parameters is not None
     if node["_target_"].startswith("sslcli."):
-        injected = {"method": INJECTED, "optimizer": GIVEN}.get(name.partition("/")[0], ())
+        injected = {"method": METHOD_ARGUMENTS, "optimizer": OPTIMIZER_ARGUMENTS}.get(name.partition("/")[0], ())
         assert set(node) - {"_target_", "defaults"} == set(parameters) - set(injected)
     else:
         assert set(node) - {"_target_"} <= set(parameters)

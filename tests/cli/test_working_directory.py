@@ -79,7 +79,7 @@ def test_images_that_moved_are_the_runs_own(work: Path, cli: Cli, fingerprint: b
     (work / "images").rename(work / "moved")
     ended = cli("ssl-eval", f"run={work}/runs/x", *KNN)
     assert ended.code == 2
-    assert f"The run names {work}/images as dataset.root" in ended.err
+    assert f"dataset.root of the run is {work}/images" in ended.err
     assert "add dataset.root=FOLDER" in ended.err
     ended = cli("ssl-eval", f"run={work}/runs/x", *KNN, "dataset.root=../work/moved")
     assert (ended.code, ended.err) == (0, "")
@@ -104,7 +104,7 @@ def test_an_old_run_with_a_relative_path_means_the_current_directory(
     rewrite(work, root="images", fingerprint=False)
     ended = cli("ssl-eval", f"run={work}/runs/x", *KNN)
     assert ended.code == 2
-    assert f"{Path.cwd()}/images as dataset.root: if its images are elsewhere, add dataset.root=FOLDER" in ended.err
+    assert f"{Path.cwd()}/images: if the images were moved, add dataset.root=FOLDER" in ended.err
     ended = cli("ssl-eval", f"run={work}/runs/x", *KNN, f"dataset.root={work}/images")
     assert (ended.code, list(results(work))) == (0, ["knn"])
     monkeypatch.chdir(work)
@@ -119,13 +119,13 @@ def test_an_old_run_with_a_relative_path_means_the_current_directory(
     [
         ("dataset.roott=/x", ["dataset.roott", "Did you mean 'root'?"]),
         ("+dataset.roott=/x", ["dataset.roott", "Did you mean 'root'?"]),
-        ("dataset.root.deeper=/x", ["dataset.root.deeper", "no keys below it"]),
-        ("dataset.limit=abc", ["dataset.limit is 'abc'", "whole number or null"]),
+        ("dataset.root.deeper=/x", ["dataset.root.deeper", "has no keys"]),
+        ("dataset.limit=abc", ["dataset.limit is 'abc'", "integer or null"]),
         ("dataset.limit=0", ["dataset.limit is 0", "at least 1"]),
         ("dataset.test=5", ["dataset.test is 5", "a path or null"]),
         ("~dataset.root", ["~dataset.root", "cannot be deleted"]),
         ("dataset._target_=os.system", ["dataset._target_ is 'os.system'", "trust"]),
-        ("dataset.root=~nobody-knows/x", ["'~nobody-knows/x'", "no such home directory"]),
+        ("dataset.root=~nobody-knows/x", ["'~nobody-knows/x'", "home directory is unknown"]),
         ("dataset.root=${nonesuch}", ["dataset.root", "nonesuch"]),
         ("dataset.root=/nonesuch", ["/nonesuch cannot be opened", "add dataset.root=FOLDER"]),
     ],

@@ -40,7 +40,7 @@ def test_a_value_fits_what_its_annotation_says(annotation: str, good: list[Any],
 @pytest.mark.parametrize(
     ("annotation", "said"),
     [
-        ("int | None", "a whole number or null"),
+        ("int | None", "an integer or null"),
         ("bool", "true or false"),
         ("list[float]", "a list of finite numbers"),
         ("tuple[float, float]", "a list of 2 finite numbers"),

@@ -12,10 +12,10 @@ import pytest
 from sslcli.config.paths import (
     absolute,
     absolute_paths,
-    in_nodes,
+    map_paths,
     paths_of,
-    quoted_home,
-    real,
+    quote_home_paths,
+    real_path,
     same_paths,
     without_paths,
 )
@@ -46,7 +46,9 @@ def test_absolute_forms(here: Path) -> None:
     assert absolute("./~/a") == f"{here}/~/a"
     for unchanged in ("", "s3://bucket/a", "simplecache::s3://bucket/a", "hf://datasets/a/b"):
         assert absolute(unchanged) == unchanged
-    with pytest.raises(ConfigError, match=r"'~nobody-knows/a' begins with '~nobody-knows', .* no such home"):
+    with pytest.raises(
+        ConfigError, match=r"'~nobody-knows/a' begins with '~nobody-knows', .* home directory is unknown"
+    ):
         absolute("~nobody-knows/a")
 
 
@@ -55,7 +57,7 @@ def test_a_parent_behind_a_link_is_the_parent_of_where_the_link_leads(here: Path
     (here.parent / "far" / "data").mkdir()
     (here / "link").symlink_to(here.parent / "far" / "inside")
     assert os.path.samefile(absolute("link/../data"), here.parent / "far" / "data")
-    assert real("link/../data") == str(here.parent / "far" / "data")
+    assert real_path("link/../data") == str(here.parent / "far" / "data")
     # What does not exist yet is made where the shell would make it, and no later abspath changes that.
     assert absolute("link/../runs/new") == str(here.parent / "far" / "runs" / "new")
     assert os.path.abspath(absolute("link/../data")) == str(here.parent / "far" / "data")
@@ -150,7 +152,7 @@ def test_plug_ins_tell_their_paths_by_their_annotations(here: Path, monkeypatch:
         "other": [{"_target_": "plugged_paths.Narrow", "root": "r", "other": "o", "test": "t"}],
         "plain": {"_target_": "plugged_paths.Plain", "root": ["r"]},
     }
-    found = in_nodes(config, absolute)
+    found = map_paths(config, absolute)
     assert found["dataset"]["place"] == f"{here}/p"
     inner = {"index": f"{here}/i", "more": [f"{here}/m"], "masks": {"a": f"{here}/p"}, "tag": "t", "root": f"{here}/r"}
     assert found["dataset"]["inner"] == mine | inner
@@ -197,4 +199,4 @@ def test_configurations_are_compared_by_where_paths_lead(here: Path) -> None:
     ],
 )
 def test_paths_in_the_home_need_no_quotes(line: str, wanted: str) -> None:
-    assert quoted_home(line) == wanted
+    assert quote_home_paths(line) == wanted

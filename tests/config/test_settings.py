@@ -160,15 +160,15 @@ def test_the_nearest_name_does_not_mind_the_case() -> None:
     ],
 )
 def test_which_way_a_metric_is_good_is_known_or_told(metric: str, direction: str, lowest: bool) -> None:
-    assert replace(SWEEP, metric=metric, direction=direction).lowest is lowest
+    assert replace(SWEEP, metric=metric, direction=direction).is_minimized is lowest
 
 
 @pytest.mark.parametrize(
     ("values", "wanted"),
     [
-        ({"sharding": "fsdp", "compile": True}, "leave compile out"),
-        ({"activation_checkpointing": True, "compile": True}, "leave compile out"),
-        ({"sharding": "fsdp", "cached_gradients": True}, "leave one of them out"),
+        ({"sharding": "fsdp", "compile": True}, "set train.compile=false"),
+        ({"activation_checkpointing": True, "compile": True}, "set train.compile=false"),
+        ({"sharding": "fsdp", "cached_gradients": True}, "set one of them"),
         ({"sharding": "fsdb"}, "one of: none, fsdp"),
     ],
 )
