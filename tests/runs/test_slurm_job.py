@@ -1,0 +1,87 @@
+"""Submission of a run to Slurm, and its node processes, with stand-ins for the commands of Slurm."""
+
+from __future__ import annotations
+
+import pytest
+
+from command_line import SMALL
+from slurm_site import Site
+
+LINE = [*SMALL, "launcher=slurm", "run_dir=run"]
+
+
+def test_a_submission_returns_with_number_directory_and_how_to_follow(site: Site) -> None:
+    code, out, err = site.train(*LINE, "launcher.nodes=2", "launcher.partition=long")
+    assert (code, err, site.submissions) == (0, "", 1)
+    assert out.splitlines() == [
+        f"job 41: {site.path}/run",
+        f"  follow it: tail -n +1 -F {site.path}/run/slurm/41.log",
+        "  cancel it: scancel 41",
+    ]
+    script = (site.path / "run" / "slurm" / "job.sbatch").read_text()
+    assert "#SBATCH --nodes=2\n" in script
+    assert "#SBATCH --partition=long\n" in script
+
+
+def test_a_dry_run_prints_the_script_and_leaves_nothing(site: Site) -> None:
+    code, out, err = site.train(*LINE, "dry_run=true", "launcher.time=2h")
+    assert (code, err, site.submissions) == (0, "", 0)
+    assert out.startswith("#!/bin/bash\n#SBATCH --job-name=ssl-run\n")
+    assert "#SBATCH --time=0-02:00:00\n" in out
+    assert not (site.path / "run").exists()
+
+
+def test_the_same_command_again_says_that_the_job_is_there(site: Site) -> None:
+    site.train(*LINE)
+    code, out, _ = site.train(*LINE)
+    assert (code, site.submissions) == (0, 1)
+    assert out.startswith("job 41 is RUNNING for this run already\n")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["echo FAILED $PWD/run/slurm/job.sbatch", "echo RUNNING /another/job.sbatch", "echo Invalid job id >&2; exit 1"],
+    ids=["failed", "another one's", "forgotten"],
+)
+def test_after_its_end_the_same_command_submits_again(site: Site, answer: str) -> None:
+    site.train(*LINE)
+    site.write("squeue", answer)
+    code, out, _ = site.train(*LINE)
+    assert (code, site.submissions) == (0, 2)
+    assert out.startswith("job 41: ")
+    history = (site.path / "run" / "slurm" / "history.log").read_text()
+    assert history.count("job 41 submitted") == 2
+
+
+def test_a_finished_run_is_not_submitted(site: Site) -> None:
+    (site.path / "run").mkdir()
+    (site.path / "run" / "done").touch()
+    code, out, _ = site.train(*LINE)
+    assert (code, out, site.submissions) == (0, f"this run is finished already: {site.path}/run\n", 0)
+
+
+def test_another_configuration_is_refused_before_it_is_queued(site: Site) -> None:
+    (site.path / "run").mkdir()
+    (site.path / "run" / "config.yaml").write_text("method: {}\nseed: 1\n")
+    code, _, err = site.train(*LINE)
+    assert (code, site.submissions) == (2, 0)
+    assert "seed: 1 -> 0" in err
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("launcher.nodes=0", "launcher.nodes is 0, but it must be at least 1"),
+        ("launcher.nodes=two", "launcher.nodes is 'two', but it must be an integer"),
+        ("launcher.time=abc", "launcher.time is 'abc'"),
+        ("launcher.partitions=x", "Did you mean 'partition'?"),
+        ("launcher.nodes=3", "train.batch_size is 32, but it must split evenly"),
+        ("launcher.extra=--exclusive", "launcher.extra is '--exclusive', but it must be a list of strings"),
+    ],
+)
+def test_a_wrong_key_is_refused_before_anything_is_written(site: Site, override: str, told: str) -> None:
+    code, out, err = site.train(*LINE, override)
+    assert (code, out, site.submissions) == (2, "", 0)
+    assert told in err
+    assert err.count("\n") == 1
+    assert not (site.path / "run").exists()

@@ -1,0 +1,37 @@
+"""Stand-ins for the commands of Slurm, as short shell scripts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from sslcli.cli import train as ssl_train
+
+
+class Site:
+    """A folder to work in, with stand-ins for the commands of Slurm first on the path."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
+        self.path, self.monkeypatch, self.capture = path, monkeypatch, capture
+
+    def write(self, name: str, text: str) -> None:
+        """Put a shell script in the place of a command."""
+        path = self.path / "bin" / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+
+    def train(self, *arguments: str) -> tuple[int, str, str]:
+        """`ssl-train ARGUMENTS` in this process: its exit code, and what it printed."""
+        self.monkeypatch.setattr(sys, "argv", ["ssl-train", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            ssl_train.main()
+        out, err = self.capture.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, out, err
+
+    @property
+    def submissions(self) -> int:
+        path = self.path / "submitted"
+        return len(path.read_text().splitlines()) if path.exists() else 0
