@@ -43,8 +43,8 @@ def default_workers(image_size: int) -> int:
     or 0 if images have at most 64 pixels a side and the process has at most 2 cores.
     """
     if torch.cuda.is_available():
-        return min(MAX_GPU_WORKERS, max(1, cpu.share() - 1))
-    return 0 if image_size <= SMALL_SIDE and cpu.share() <= FEW_CORES else CPU_WORKERS
+        return min(MAX_GPU_WORKERS, max(1, cpu.cores_per_process() - 1))
+    return 0 if image_size <= SMALL_SIDE and cpu.cores_per_process() <= FEW_CORES else CPU_WORKERS
 
 
 class ErrorReturningDataset(Dataset[Any]):

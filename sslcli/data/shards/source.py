@@ -110,7 +110,7 @@ class HfStream(Source):
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits: sha256 of the name, size and number of images of each shard, and of the labels."""
+        """Identity in 16 hex digits: sha256 of the name, size and number of images of each shard, and of the labels."""
         counts = np.diff(self.reader.ends, prepend=0).tolist()
         rows = [repr((s.name, s.size, count)).encode() for s, count in zip(self.reader.shards, counts, strict=True)]
         return digest((*rows, repr(self.classes).encode(), self.labels.numpy().tobytes()))

@@ -90,7 +90,7 @@ class Layers:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height."""
+        """Width and height in pixels."""
         return self.layers[0].size
 
     @property
