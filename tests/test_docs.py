@@ -167,10 +167,33 @@ def test_a_table_has_every_key_of_its_yaml_with_its_default(page: str, file: str
     assert documented == _defaults(ROOT / file)
 
 
-def test_the_tree_names_every_module() -> None:
+def _files_of_the_tree(tree: str) -> list[str]:
+    """Return the paths of the files in an indented tree; a line is names, two or more spaces, and a description."""
+    folders, files = [], []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in re.split(r" {2,}", line.strip())[0].split():
+            if name.endswith("/"):
+                folders[depth:] = [name]
+            elif re.fullmatch(r"\w+\.(py|c|sh)", name):
+                files.append("".join(folders[:depth]) + name)
+    return files
+
+
+def test_the_tree_names_every_module_in_its_package() -> None:
     tree = next(text for _, text in _blocks(ROOT / "docs" / "architecture.md") if text.startswith("sslcli/\n"))
-    modules = {path.name for path in (ROOT / "sslcli").rglob("*.py")} - {"__init__.py"}
-    assert sorted(modules) == sorted({name for name in re.findall(r"\w+\.py", tree) if name != "__init__.py"})
+    found = [path for end in ("py", "c", "sh") for path in (ROOT / "sslcli").rglob(f"*.{end}")]
+    modules = {str(path.relative_to(ROOT)) for path in found if path.name != "__init__.py"}
+    assert sorted(modules) == sorted(_files_of_the_tree(tree))
+
+
+def test_the_architecture_has_the_layers_in_their_order() -> None:
+    page = ROOT / "docs" / "architecture.md"
+    (layers,) = [text for _, text in _blocks(page) if text.startswith("errors, config")]
+    test = runpy.run_path(str(ROOT / "tests" / "test_layering.py"))
+    assert tuple(re.findall(r"\w+", layers)) == test["ORDER"]
+    tree = next(text for _, text in _blocks(page) if text.startswith("sslcli/\n"))
+    assert re.findall(r"^  (\w+)(?:/|\.py) ", tree, flags=re.MULTILINE) == list(test["ORDER"])
 
 
 def test_every_field_of_a_view_is_documented_with_its_default() -> None:
