@@ -65,4 +65,4 @@ def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False
 
 def share_threads(threads: int | None) -> None:
     """Set the number of CPU threads to `threads`, or to an equal fraction of the cores per process on the machine."""
-    torch.set_num_threads(threads or cpu.share())
+    torch.set_num_threads(threads or cpu.cores_per_process())

@@ -1,1 +1,1 @@
-"""Console, metrics.jsonl, TensorBoard, pictures, plots and tables."""
+"""Output of runs and evaluations: console, metrics.jsonl, pictures, plots and tables."""

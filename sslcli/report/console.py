@@ -1,4 +1,4 @@
-"""Progress for people: a live bar in a terminal, plain lines elsewhere, and the same lines in console.log."""
+"""Console output of a run: a progress bar in a terminal, plain lines elsewhere, and the same lines in console.log."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PLAIN_SECONDS = 5.0  # between plain progress lines
 
 
 class Screen:
-    """Where a run talks to its user. A process that is not the main one stays silent.
+    """Console output of a run.
 
     Args:
-        log: a file that gets every plain line as well, or None.
-        silent: print nothing.
+        log: file to which every plain line is appended, or None.
+        silent: print and log nothing, as on all ranks except 0.
     """
 
     def __init__(self, log: Path | None = None, *, silent: bool = False) -> None:
@@ -33,16 +33,16 @@ class Screen:
         self.last_line = 0.0
 
     def say(self, message: str, *, style: str = "") -> None:
-        """One message, at once."""
+        """Print and log a message."""
         self.console.print(Text(message, style=style))
         self.write(message)
 
     def warn(self, message: str) -> None:
-        """One warning, at once."""
+        """Print and log a warning."""
         self.say(f"warning: {message}", style="yellow")
 
     def table(self, title: str, rows: dict[str, Any]) -> None:
-        """Names and values below a title."""
+        """Print and log names and values below a title."""
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
         for name, value in rows.items():
             table.add_row(name, show(value))
@@ -50,7 +50,7 @@ class Screen:
         self.console.print(table)
 
     def write(self, line: str) -> None:
-        """A line of the log; a full disk ends the log, not the run."""
+        """Append a line to the log; after a disk error the log ends with a warning, and the run continues."""
         if self.log is None:
             return
         try:
@@ -60,11 +60,11 @@ class Screen:
             broken, self.log = self.log, None
             with suppress(OSError):
                 broken.close()
-            self.warn(f"{broken.name} cannot be written ({error.strerror}) and ends here")
+            self.warn(f"{broken.name} cannot be written ({error.strerror}): the log ends here, the run continues")
 
     def start(self, title: str, *, total: int, done: int = 0) -> None:
-        """Begin the progress of `total` things, `done` of them done."""
-        self.title, self.total, self.begun, self.done_at_start = title, total, time.monotonic(), done
+        """Start the progress display at `done` of `total` units of work."""
+        self.title, self.total, self.start_time, self.done_at_start = title, total, time.monotonic(), done
         self.last_line = time.monotonic()
         if self.console.is_terminal:
             self.bar = rich_progress.Progress(
@@ -81,13 +81,13 @@ class Screen:
             self.bar.start()
 
     def advance(self, done: int, facts: str = "", *, always: bool = False) -> None:
-        """Tell how far it is; a plain line at most every few seconds, unless `always`."""
+        """Update the progress; print a plain line at most every `PLAIN_SECONDS`, or at each call if `always`."""
         if self.bar is not None:
             self.bar.update(self.task, completed=done, facts=facts)
         now = time.monotonic()
         if now - self.last_line >= PLAIN_SECONDS or always:
             self.last_line = now
-            rate = (done - self.done_at_start) / max(now - self.begun, 1e-9)
+            rate = (done - self.done_at_start) / max(now - self.start_time, 1e-9)
             left = f", {duration((self.total - done) / rate)} left" if rate > 0 and done < self.total else ""
             line = f"{self.title} {done}/{self.total}{left}  {facts}".rstrip()
             self.write(line)
@@ -95,7 +95,7 @@ class Screen:
                 self.console.print(Text(line))
 
     def stop(self) -> None:
-        """End the progress."""
+        """End the progress display."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
@@ -112,14 +112,14 @@ class Screen:
 
 
 def duration(seconds: float) -> str:
-    """`75` -> `1:15`, `4000` -> `1:06:40`."""
+    """Return a duration in seconds as text: `75` -> `1:15`, `4000` -> `1:06:40`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def show(value: Any) -> str:
-    """A value as people write it."""
+    """Return a value as text: floats with four significant digits, large integers with thousands separators."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000:
@@ -127,9 +127,9 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def percent(share: float) -> str:
-    """`0.4567` -> `45.7 %`."""
-    return f"{100 * share:.1f} %"
+def percent(fraction: float) -> str:
+    """Return a fraction as a percentage: `0.4567` -> `45.7 %`."""
+    return f"{100 * fraction:.1f} %"
 
 
 class Progress:

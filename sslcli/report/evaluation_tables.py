@@ -1,4 +1,4 @@
-"""The tables ssl-eval ends with: all protocols of one subject, or one protocol of many runs."""
+"""Tables that ssl-eval prints at the end: all protocols of one run, or one protocol of many runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sslcli.report.console import SUBJECTS, Screen, percent
 
 
 def details(result: dict[str, Any], screen: Screen) -> None:
-    """What the table of top-1 does not show and the protocol was run for."""
+    """Print results of a protocol that the top-1 table does not show: linear probe, teacher, utility curve."""
     if "linear" in result:
         others = [("trained", result), *result.get("baselines", {}).items()]
         found = ", ".join(f"{SUBJECTS[name]} {percent(one['linear']['top1'])}" for name, one in others)
@@ -20,23 +20,23 @@ def details(result: dict[str, Any], screen: Screen) -> None:
     if "teacher" in result:
         screen.say(f"teacher ({result['n_labels']:,} labels): {percent(result['teacher']['top1'])}")
     if "curve" in result:
-        screen.console.print(saved(result["curve"]), soft_wrap=False)
+        screen.console.print(utility_table(result["curve"]), soft_wrap=False)
 
 
-def saved(curve: list[dict[str, Any]]) -> Table:
-    """The utility of pre-training at each number of labels; bounds as such."""
+def utility_table(curve: list[dict[str, Any]]) -> Table:
+    """Return the table of the utility of pre-training at each number of labels; bounds are marked as such."""
     table = Table("labels", SUBJECTS["random"], SUBJECTS["trained"], "utility: labels saved / labels")
-    signs = {None: "", "lower": "at least ", "upper": "at most "}
+    prefixes = {None: "", "lower": "at least ", "upper": "at most "}
     for point in curve:
         numbers = (percent(point[arm]["top1"]) for arm in ("random", "trained"))
-        table.add_row(f"{point['labels']:,}", *numbers, f"{signs[point['bound']]}{point['utility']:.2f}")
+        table.add_row(f"{point['labels']:,}", *numbers, f"{prefixes[point['bound']]}{point['utility']:.2f}")
     return table
 
 
-def results(home: Path, screen: Screen) -> dict[str, dict[str, Any]]:
-    """All results that lie in `home`, by name, in order; a file that holds none is left out with a warning."""
+def results(folder: Path, screen: Screen) -> dict[str, dict[str, Any]]:
+    """Return all results in `folder` by name, sorted; files that are not results are skipped with a warning."""
     found = {}
-    for path in sorted(home.glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -44,25 +44,25 @@ def results(home: Path, screen: Screen) -> dict[str, dict[str, Any]]:
         if isinstance(result, dict) and result.keys() >= {"protocol", "split", "top1", "interval"}:
             found[path.stem] = result
         else:
-            screen.warn(f"{path} holds no result of ssl-eval and is left out: delete it, or measure it again")
+            screen.warn(f"{path} is not a result of ssl-eval and is skipped: delete it, or run the evaluation again")
     return found
 
 
-def summary(home: Path, screen: Screen) -> None:
-    """All results so far of this subject, a row each: raw pixels, random initialization, trained."""
+def summary(folder: Path, screen: Screen) -> None:
+    """Print all results in `folder`, one row each: raw pixels, random initialization, trained."""
     table = Table()
     table.add_column("top-1", overflow="fold")
     for title in SUBJECTS.values():
         table.add_column(title)
-    for name, result in results(home, screen).items():
+    for name, result in results(folder, screen).items():
         found = {**result.get("baselines", {}), "trained": result}
         table.add_row(f"{name} ({result['split']})", *(cell(found.get(subject)) for subject in SUBJECTS))
     show(table, screen)
-    screen.say(f"results: {home}")
+    screen.say(f"results: {folder}")
 
 
 def cell(found: dict[str, Any] | None) -> str:
-    """A number and below it how sure it is."""
+    """Return a top-1 accuracy, with its 95 % confidence interval on a second line; "-" for None."""
     if found is None:
         return "-"
     low, high = found["interval"]
@@ -70,7 +70,7 @@ def cell(found: dict[str, Any] | None) -> str:
 
 
 def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
-    """One row a run, best first; names are folded where the screen is narrow, never cut."""
+    """Print one row per run, best first; long names wrap to several lines and are never truncated."""
     table = Table(title=rows[0]["measured"])
     table.add_column("run", overflow="fold")
     for title in ("top-1", "95 % interval", "random initialization"):
@@ -88,5 +88,5 @@ def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
 
 
 def show(table: Table, screen: Screen) -> None:
-    """Print a table; the screen leaves lines to the terminal to wrap, but cells must be wrapped here."""
+    """Print a table. Its cells must be wrapped here, although the console leaves other lines to the terminal."""
     screen.console.print(table, soft_wrap=False)

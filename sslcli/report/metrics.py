@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, continued without a doubled or missing step after an interruption."""
+"""`metrics.jsonl`: one JSON object per line, without duplicate or missing steps after a resume."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from sslcli.system.atomic import replace
 
 
 class Metrics:
-    """The metrics of a run, a line at a time.
+    """Writer of the metrics of a run.
 
     Args:
-        path: the file; lines of steps after `step`, which a killed run wrote beyond its last checkpoint, and a torn
-            last line are dropped.
-        step: the step the run goes on from.
+        path: metrics file. Lines of steps after `step`, which a killed run wrote after its last checkpoint, and an
+            incomplete last line are dropped.
+        step: step from which the run resumes.
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
         lines = read(path)
         kept = [line for line in lines if line["step"] <= step]
-        self.dropped = lines[-1]["step"] if len(kept) < len(lines) else None  # the newest step of the lines left out
+        self.dropped = lines[-1]["step"] if len(kept) < len(lines) else None  # newest dropped step
         replace(path, "".join(encode(line) for line in kept).encode())
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line; it survives the process from here on, and the machine from `synchronize` on."""
+        """Append one line; it survives a crash of the process, and after `synchronize` one of the machine."""
         self.file.write(encode(line))
         self.file.flush()
 
     def synchronize(self) -> None:
-        """Make sure every line is on disk."""
+        """Flush all lines to disk (fsync)."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -41,13 +41,13 @@ class Metrics:
 
 
 def encode(line: dict[str, Any]) -> str:
-    """One line of JSON; values that are not finite become null, which JSON has a word for."""
+    """Return a line of JSON; values that are not finite become null, because JSON has no NaN."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     return json.dumps(finite) + "\n"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, [] where there is none; a torn last line is left out."""
+    """Return the lines of a metrics file, without an incomplete last line; [] if there is no file."""
     if not path.exists():
         return []
     lines = []
@@ -60,6 +60,6 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def newest(path: Path, name: str) -> float | None:
-    """The newest value of a scalar in a metrics file."""
+    """Return the newest value of a scalar in a metrics file, or None if there is none."""
     values = [line[name] for line in read(path) if line.get(name) is not None]
     return values[-1] if values else None

@@ -1,4 +1,4 @@
-"""Pictures of a run: the views a method trains on, beside the images they come from."""
+"""Picture grids and picture files, such as the views of a run next to their source images."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def grid(rows: list[Tensor], *, gap: int = 2, smallest: int = 64) -> Tensor:
-    """Images in a grid: each element of `rows` is (n, C, H, W) in [0, 1] -> one (3, H', W') picture.
+    """Return images as a grid: each element of `rows` is (n, C, H, W) in [0, 1] -> one (3, H', W') picture.
 
-    Of fewer than three channels the first is shown in gray, of more than three the first three in color.
-    Rows may differ in size; all are drawn at the size of the largest, small ones enlarged to at least `smallest` px.
+    With fewer than three channels the first is shown in gray, with more than three the first three in color. Rows may
+    differ in size; all are resized to the largest size, at least `smallest` px.
     """
     side = max(smallest, *(row.shape[-1] for row in rows))
     lines = []
@@ -28,11 +28,11 @@ def grid(rows: list[Tensor], *, gap: int = 2, smallest: int = 64) -> Tensor:
 
 
 def save(picture: Tensor, path: Path) -> None:
-    """Write a (3, H, W) picture in [0, 1] as a file of the kind its name says."""
+    """Write a (3, H, W) picture in [0, 1] to a file; the suffix selects the format."""
     Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)
 
 
 def load(path: Path) -> Tensor:
-    """The picture in a file: (3, H, W) in [0, 1]."""
+    """Return the picture in a file, (3, H, W) in [0, 1]."""
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255

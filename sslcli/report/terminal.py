@@ -1,4 +1,4 @@
-"""Standard output and standard error that never end a run, whatever becomes of their reader."""
+"""Standard output and standard error that neither fail nor block, and messages to the terminal and the log."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-PATIENCE = 10.0  # seconds to wait for a reader that does not read
+PATIENCE = 10.0  # seconds to wait for a reader that has stopped reading
 
 
 class Terminal:
-    """A text stream that drops what its reader does not take.
+    """Text stream that drops text if it cannot be written.
 
-    A write to a pipe without a reader, to a full disk or to a terminal that is gone raises an error, and a write to a
-    reader that has stopped reading (a pager, a terminal after Ctrl-S) blocks, with every signal that comes meanwhile.
-    Neither may cost a run its training: after an error nothing more is written, and while the reader does not read,
-    lines are dropped. What a run prints is in its `console.log` as well.
+    A write to a pipe without a reader, to a full disk or to a closed terminal raises an error. A write to a reader that
+    has stopped reading (a pager, a terminal after Ctrl-S) blocks, and signals are not handled meanwhile. Neither may
+    stop a training run: after an error nothing more is written, and while the reader does not read, text is dropped.
+    The output of a run is also in its `console.log`.
 
     Args:
-        stream: the stream to write to; everything but writing is left to it.
+        stream: stream to write to; all other attributes are those of this stream.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -35,7 +35,7 @@ class Terminal:
             self.poll = poll
 
     def write(self, text: str) -> int:
-        """Write `text` or drop it; its length."""
+        """Write `text` or drop it; return its length."""
         if not self.is_broken and self.has_room():
             try:
                 self.stream.write(text)
@@ -47,7 +47,7 @@ class Terminal:
         return len(text)
 
     def flush(self) -> None:
-        """Pass on what was written."""
+        """Flush the stream."""
         if not self.is_broken and self.has_room():
             try:
                 self.stream.flush()
@@ -55,14 +55,14 @@ class Terminal:
                 self.give_up()
 
     def has_room(self) -> bool:
-        """Wait until something can be written, once for `PATIENCE` seconds and then not at all until it can."""
+        """Return True if the stream accepts a write; wait up to `PATIENCE` seconds, but not while it stays blocked."""
         if self.poll is not None:
             with suppress(OSError):
                 self.is_blocked = not self.poll.poll(0 if self.is_blocked else 1000 * PATIENCE)
         return not self.is_blocked
 
     def give_up(self) -> None:
-        """Write no more, and let what is still buffered go nowhere when Python ends."""
+        """Stop writing, and redirect the stream to the null device, so that buffered text raises no error at exit."""
         self.is_broken = True
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -74,7 +74,7 @@ class Terminal:
 
 
 def guard_terminal() -> None:
-    """Let whatever this process prints go through a `Terminal`, on standard output and on standard error."""
+    """Replace standard output and standard error of this process by a `Terminal` each."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Terminal):
@@ -82,8 +82,8 @@ def guard_terminal() -> None:
 
 
 def log_and_print(run_dir: Path, message: str) -> None:
-    """A message of the agent or of the end of all processes, to the terminal and to the log of the run."""
+    """Print a message about the processes of a run to standard error, and append it to the log of the run."""
     print(f"ssl-train: {message}", file=sys.stderr, flush=True)
-    with suppress(OSError), (run_dir / "console.log").open("r+", encoding="utf-8") as log:  # only where there is one
+    with suppress(OSError), (run_dir / "console.log").open("r+", encoding="utf-8") as log:  # only if it exists
         log.seek(0, os.SEEK_END)
         log.write(f"{message}\n")

@@ -57,7 +57,7 @@ def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -
 def beside(path: Path) -> Iterator[Path]:
     """Yield a unique temporary path next to `path`; remove it after the block if it still exists."""
     temporary = temporary_name(path)
-    clear(path.parent)
+    remove_abandoned(path.parent)
     try:
         yield temporary
     finally:
@@ -83,7 +83,7 @@ def machine() -> str:
 
 
 @cache
-def clear(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Remove temporary files of killed writers from a folder, once per process."""
     try:
         names = [name for name in os.listdir(folder) if name.endswith(".tmp")]
@@ -91,17 +91,17 @@ def clear(folder: Path) -> None:
         return
     for name in names:
         with suppress(OSError):  # removed by another writer, or no permission
-            if is_left(folder / name):
+            if is_abandoned(folder / name):
                 discard(folder / name)
 
 
-def is_left(path: Path) -> bool:
+def is_abandoned(path: Path) -> bool:
     """Return True if a temporary file belongs to a writer that has ended."""
-    told = TEMPORARY.fullmatch(path.name)
-    if told is None:
+    match = TEMPORARY.fullmatch(path.name)
+    if match is None:
         return False
-    if told["machine"] == machine():
-        return not is_alive(int(told["process"]))
+    if match["machine"] == machine():
+        return not is_alive(int(match["process"]))
     return time.time() - path.lstat().st_mtime > ABANDONED
 
 

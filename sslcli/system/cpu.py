@@ -17,12 +17,12 @@ def usable() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def share() -> int:
+def cores_per_process() -> int:
     """Return the number of cores per process: usable cores / LOCAL_WORLD_SIZE (set by launchers), at least 1."""
     return max(1, len(usable()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def sleep_soon() -> None:
+def limit_spinning() -> None:
     """Set the spin count of GNU OpenMP unless the user has set it; effective only before torch is imported.
 
     On two cores with two data workers, spinning threads of the training process took a third of the workers' time, see

@@ -1,4 +1,4 @@
-"""Locks of files, which end with the processes that hold them, however these end."""
+"""File locks (flock), which the operating system releases when the processes that hold them exit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-# What flock says on file systems without locks, such as Lustre mounted without them.
+# Errors of flock on file systems without locks, such as Lustre without the flock mount option.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def lock(path: Path) -> IO[str] | None:
-    """Take the lock of a file, made where needed; None while somebody else has it.
+    """Lock a file, which is created if it does not exist, and return it; None if another process has locked it.
 
-    It is held until the file is closed, here and in processes that inherited it. A file system without locks grants
-    every one.
+    The lock is held until the file is closed here and in all processes that inherited it. On a file system without
+    locks, every call succeeds.
     """
     file = path.open("a", encoding="utf-8")
     try:
@@ -32,7 +32,7 @@ def lock(path: Path) -> IO[str] | None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, made where needed, for the time of a block, once it is free."""
+    """Wait for the lock of a file, which is created if it does not exist, and hold it within the block."""
     with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -44,7 +44,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @cache
 def can_lock(folder: Path) -> bool:
-    """Whether files in a folder can be locked."""
+    """Return True if files in a folder can be locked."""
     with (folder / "table.lock").open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

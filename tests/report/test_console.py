@@ -123,7 +123,7 @@ def test_a_full_disk_ends_the_log_and_not_the_run(capsys: pytest.CaptureFixture[
     with Screen(Path("/dev/full")) as screen:
         screen.say("first")
         screen.say("second")
-    warning = "warning: /dev/full cannot be written (No space left on device) and ends here"
+    warning = "warning: /dev/full cannot be written (No space left on device): the log ends here, the run continues"
     assert capsys.readouterr().out.splitlines() == ["first", warning, "second"]
 
 

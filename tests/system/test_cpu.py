@@ -31,7 +31,7 @@ def test_processes_of_a_run_share(processes: str | None, expected: int, monkeypa
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     else:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    assert cpu.share() == expected
+    assert cpu.cores_per_process() == expected
 
 
 def told(tmp_path: Path, **environment: str) -> str:
