@@ -8,21 +8,30 @@ import runpy
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from sslcli.backbones.base import Backbone
 from sslcli.cli import command, compose
+from sslcli.config.moved import MODULES
 from sslcli.data.views.spec import View
-from sslcli.methods.base import Batch
+from sslcli.evaluation.base import FeatureProtocol, Outcome, Protocol
+from sslcli.evaluation.features import FeatureSet
+from sslcli.evaluation.task import Start, Task
+from sslcli.methods.base import Batch, Method
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 GLOBAL = ("train", "eval", "export", "method", "experiment")  # yaml whose keys are those of the whole configuration
+OTHER_NAMES = {"sslcli.plugins", "sslcli.conf"}  # an entry point, and a package that only an installation has
+OLD_NAMES = {"sslcli.losses", "sslcli.noise", "sslcli.schedule"}  # examples of add-a-method.md
+NOT_FOR_AUTHORS = {"to"}  # of Batch: moves it to a device
 # Answered by Hydra, or in need of an installed package.
 HANDED_OVER = ("--help", "--cfg", "-sc", "pkg://", "hydra/launcher", "hydra/sweeper")
 
@@ -118,6 +127,48 @@ def test_the_unchanged_and_removed_lines_of_a_diff_are_in_its_file(page: Path) -
         present = {*(ROOT / name.removeprefix("# ")).read_text("utf-8").splitlines(), *added}
         assert [line for line in lines if line[:1] in " -" and line[1:] not in present] == []
         added |= {line[1:] for line in lines if line.startswith("+")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_every_python_name_of_the_package_exists(page: Path) -> None:
+    named = set(re.findall(r"`(sslcli(?:\.\w+)+)`", _prose(page))) - OTHER_NAMES - OLD_NAMES
+    assert [name for name in sorted(named) if not _exists(name)] == []
+
+
+def _exists(name: str) -> bool:
+    """Return whether a dotted name is a module or an attribute of one, by its name of today."""
+    if name in MODULES or name.rpartition(".")[0] in MODULES:
+        return False
+    try:
+        resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+CONTRACTS = {
+    "docs/add-a-method.md": [Method, Batch],
+    "docs/add-a-protocol.md": [Protocol, FeatureProtocol, FeatureSet, Start, Task, Outcome],
+    "docs/add-a-backbone.md": [Backbone],
+}
+
+
+@pytest.mark.parametrize(
+    ("page", "contract"), [(page, contract) for page, contracts in CONTRACTS.items() for contract in contracts]
+)
+def test_every_member_of_a_contract_is_in_a_table(page: str, contract: type) -> None:
+    members = {*vars(contract), *vars(contract).get("__annotations__", {})}
+    public = {name for name in members if not name.startswith("_")} | ({"__call__"} & vars(contract).keys())
+    rows = " ".join(row[0] for row in _rows(_prose(ROOT / page)))
+    assert [name for name in sorted(public - NOT_FOR_AUTHORS) if not re.search(rf"`{name}[`(]", rows)] == []
+
+
+def test_every_public_name_can_be_imported() -> None:
+    rows = [row for row in _rows(_prose(ROOT / "docs" / "add-a-method.md")) if row[0].startswith("`sslcli.")]
+    assert len(rows) > 5
+    for module, names in rows:
+        for name in re.findall(r"`(\w+)", names):
+            assert hasattr(importlib.import_module(module.strip("`")), name), f"{module} has no {name}"
 
 
 def test_every_method_has_a_page_and_the_readme_the_table_that_the_yaml_files_make() -> None:
