@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from platforms import needs_avx2
 from sslcli.data.views.views import Views
 from sslcli.kernels import color
 
@@ -44,6 +45,7 @@ def drawn(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return torch.arange(shape[0]) * 7919, images
 
 
+@needs_avx2
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_the_compiled_views_are_those_of_the_operations(

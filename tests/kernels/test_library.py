@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from platforms import needs_avx2
 from sslcli.kernels import library
 
 
+@needs_avx2
 def test_this_installation_has_all_parts() -> None:
     """sslcli has to be installed with a C compiler for its tests."""
     library.present.cache_clear()
@@ -20,6 +22,7 @@ def test_this_installation_has_all_parts() -> None:
         assert library.present() == ["winograd_passes", "resize", "color"]
 
 
+@needs_avx2
 @pytest.mark.parametrize("part", library.PARTS, ids=lambda part: part.stem)
 def test_a_part_whose_file_was_changed_since_is_passed_over(part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zlib, "crc32", lambda data: 0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from platforms import needs_avx2
 from sslcli.data.views import augment
 from sslcli.kernels import resize
 
@@ -31,6 +32,7 @@ def drawn(count: int, channels: int, height: int, width: int) -> tuple[Tensor, T
     return images, boxes
 
 
+@needs_avx2
 @pytest.mark.parametrize("interpolation", augment.INTERPOLATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_compiled_crops_are_those_of_the_operations(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from platforms import needs_avx2
 from sslcli.backbones.resnet import ResNet
 from sslcli.kernels import winograd, winograd_passes, winograd_transforms
 from sslcli.kernels.winograd import Convolution, WinogradConv2d, use_winograd
@@ -57,7 +58,7 @@ LINES = [  # the same, with channels that fill cache lines, as the compiled pass
 ]
 
 
-@pytest.fixture(params=["compiled", "operations"])
+@pytest.fixture(params=[pytest.param("compiled", marks=needs_avx2), "operations"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to compute. sslcli has to be installed with a C compiler for its tests."""
     if request.param == "operations":
@@ -100,6 +101,7 @@ def test_the_chunks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
 
 
+@needs_avx2
 @pytest.mark.parametrize("shape", [(3, 16, 5, 7), (2, 64, 32, 32), (30, 48, 4, 6), (1, 16, 1, 1)], ids=str)
 def test_the_compiled_transforms_have_the_bits_of_the_operations(
     shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch

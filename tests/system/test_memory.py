@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from platforms import needs_glibc
+
 PROGRAM = """
 import resource, sys
 from sslcli.system.memory import keep_freed_memory
@@ -31,6 +33,7 @@ def page_faults(mode: str) -> int:
     return int(subprocess.run([sys.executable, "-c", PROGRAM, mode], check=True, capture_output=True).stdout)
 
 
+@needs_glibc
 def test_a_step_like_the_one_before_faults_in_no_pages() -> None:
     assert page_faults("keep") < 100
     assert page_faults("leave") > 1000  # else this test shows nothing

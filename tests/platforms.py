@@ -1,0 +1,19 @@
+"""Marks for tests that assert what only some platforms have."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+
+from sslcli.kernels.library import CAPABLE
+
+needs_avx2 = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in CAPABLE,
+    reason="the compiled parts need an x86 processor with AVX2; torch's operations take their place here",
+)
+needs_glibc = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc",
+    reason="malloc has these options in glibc only; other systems keep their defaults",
+)
