@@ -15,5 +15,5 @@ needs_avx2 = pytest.mark.skipif(
 )
 needs_glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc",
-    reason="malloc has these options in glibc only; other systems keep their defaults",
+    reason="only malloc of glibc has these options",
 )
