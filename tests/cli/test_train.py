@@ -151,7 +151,7 @@ def test_without_labels_the_knn_is_skipped_and_said_so(cli: Cli, tmp_path: Path)
         ("backbone.width=-1", ["backbone", "width is -1"]),
         ("method.dim=-1", ["method", "-1"]),
         ("views=instdisc", ["method needs 2 views", "views=..."]),
-        ("+dataset.nuisances.colr=1", ["dataset.nuisances has 'colr'", "color"]),
+        ("+dataset.nuisances.colr=1", ["dataset.nuisances has the unknown key 'colr'", "color"]),
         ("trust=[nonesuch] backbone._target_=nonesuch.Net", ["nonesuch.Net", "neither installed"]),
         ("optimizer._target_=torch.optim.SGDD", ["SGDD", "Did you mean 'SGD'?"]),
         ("run_dir=/proc/out", ["run_dir is /proc/out", "cannot be written"]),
