@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from unittest.mock import patch
+
+from sslcli.cli import compose
+from sslcli.cli.command import read_arguments
 
 SMALL = [  # a run of a second
     "dataset=shapes",
@@ -56,3 +60,10 @@ def result(home: Path, name: str) -> dict[str, Any]:
     found = json.loads(path.read_text())
     assert isinstance(found, dict)
     return found
+
+
+def composed(command: str, *overrides: str) -> dict[str, Any]:
+    """The validated plain configuration of a command line, as `ssl-train`, `ssl-eval` and `ssl-export` pass it on."""
+    with patch.object(sys, "argv", [f"ssl-{command}", *overrides]), patch.object(sys, "path", list(sys.path)):
+        (job,) = compose.checked_jobs(command, read_arguments(command))
+    return job

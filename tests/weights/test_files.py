@@ -1,0 +1,76 @@
+"""Reading of weight files and strict loading."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sslcli.errors import ConfigError
+from sslcli.weights.files import load_strictly, load_weights
+
+CPU = torch.device("cpu")
+
+
+class Harmful:
+    """Would create a file if it were unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_tensors_and_plain_values_are_read_as_they_were_saved(tmp_path: Path) -> None:
+    content = {"weight": torch.arange(3.0), "what": "backbone", "size": [1, 2]}
+    torch.save(content, tmp_path / "a.pt")
+    found = load_weights(tmp_path / "a.pt", device=CPU)
+    assert torch.equal(found.pop("weight"), content.pop("weight"))
+    assert found == content
+
+
+def test_code_in_a_file_is_not_executed(tmp_path: Path) -> None:
+    torch.save({"weight": Harmful(tmp_path / "executed")}, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"a\.pt"):
+        load_weights(tmp_path / "a.pt", device=CPU)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_other_content_and_damage_are_refused_in_one_line(tmp_path: Path) -> None:
+    torch.save([torch.zeros(2)], tmp_path / "list.pt")
+    torch.save({"a": torch.zeros(2000)}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:3000])
+    (tmp_path / "text.pt").write_text("no weights")
+    for name in ("list.pt", "cut.pt", "text.pt", "absent.pt"):
+        with pytest.raises(ConfigError) as error:
+            load_weights(tmp_path / name, device=CPU)
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_state_that_fits_is_loaded() -> None:
+    net, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    load_strictly(net, other.state_dict(), "the file")
+    assert torch.equal(net.weight, other.weight)
+
+
+def test_a_state_that_does_not_fit_is_refused_with_what_differs_and_nothing_is_loaded() -> None:
+    net = nn.Linear(3, 2)
+    before = net.weight.clone()
+    state = {"weight": torch.zeros(2, 5), "gain": torch.zeros(1)}
+    with pytest.raises(ConfigError) as error:
+        load_strictly(net, state, "the file")
+    for part in ("the file", "bias", "gain", "weight is (2, 5)", "(2, 3)"):
+        assert part in str(error.value)
+    assert torch.equal(net.weight, before)
+
+
+def test_names_of_older_versions_are_loaded() -> None:
+    net = nn.ModuleDict({"momentum_head": nn.Linear(2, 2)})
+    state = {f"key_head.{name}": value + 1 for name, value in net["momentum_head"].state_dict().items()}
+    load_strictly(net, state, "the file")
+    assert torch.equal(net["momentum_head"].weight, state["key_head.weight"])
