@@ -15,23 +15,18 @@ import pytest
 import torch
 import yaml
 
-from sslcli.backbones.base import Backbone
+from pages import ROOT, blocks, prose, rows, write_examples
 from sslcli.cli import command, compose
 from sslcli.config.moved import MODULES
 from sslcli.data.views.spec import View
-from sslcli.evaluation.base import FeatureProtocol, Outcome, Protocol
-from sslcli.evaluation.features import FeatureSet
-from sslcli.evaluation.task import Start, Task
-from sslcli.methods.base import Batch, Method
+from sslcli.methods.base import Batch
 
-ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 GLOBAL = ("train", "eval", "export", "method", "experiment")  # yaml whose keys are those of the whole configuration
 OTHER_NAMES = {"sslcli.plugins", "sslcli.conf"}  # an entry point, and a package that only an installation has
 OLD_NAMES = {"sslcli.losses", "sslcli.noise", "sslcli.schedule"}  # examples of add-a-method.md
-NOT_FOR_AUTHORS = {"to"}  # of Batch: moves it to a device
 # Answered by Hydra, or in need of an installed package.
 HANDED_OVER = ("--help", "--cfg", "-sc", "pkg://", "hydra/launcher", "hydra/sweeper")
 
@@ -40,31 +35,15 @@ def _name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def _blocks(page: Path) -> list[tuple[str, str]]:
-    """Language and text of each fenced block."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
-def _prose(page: Path) -> str:
-    """The page without its fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
 def _anchors(page: Path) -> set[str]:
     """Names of the headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)$", _prose(page), flags=re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def _rows(text: str) -> list[list[str]]:
-    """Cells of the rows of all tables, without headers."""
-    lines = [line for line in text.splitlines() if line.startswith("| `")]
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
 def _commands(page: Path) -> list[str]:
     """The lines of the bash blocks that start one of our commands."""
-    lines = "\n".join(text for language, text in _blocks(page) if language == "bash").replace("\\\n", " ").splitlines()
+    lines = "\n".join(text for language, text in blocks(page) if language == "bash").replace("\\\n", " ").splitlines()
     found = [re.search(r"(?:^|\buntil )(ssl-(?:train|eval|export)\b[^;]*|torchrun .*)", line) for line in lines]
     commands = [match[1] for match in found if match]
     return [command for command in commands if not any(flag in command for flag in HANDED_OVER)]
@@ -95,7 +74,7 @@ def _tables() -> list[tuple[str, str, str]]:
     """Page, yaml file and text of every section whose heading names a yaml file."""
     found = []
     for page in PAGES:
-        for section in re.split(r"^(?=#)", _prose(page), flags=re.MULTILINE):
+        for section in re.split(r"^(?=#)", prose(page), flags=re.MULTILINE):
             match = re.match(r"#.*`(conf/[\w/]+\.yaml)`\n", section)
             if match:
                 found.append((_name(page), match[1], section))
@@ -104,7 +83,7 @@ def _tables() -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
@@ -122,7 +101,7 @@ def test_every_file_of_the_project_that_is_named_exists(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_the_unchanged_and_removed_lines_of_a_diff_are_in_its_file(page: Path) -> None:
     added: set[str] = set()
-    for text in [text for language, text in _blocks(page) if language == "diff"]:
+    for text in [text for language, text in blocks(page) if language == "diff"]:
         name, *lines = text.splitlines()
         present = {*(ROOT / name.removeprefix("# ")).read_text("utf-8").splitlines(), *added}
         assert [line for line in lines if line[:1] in " -" and line[1:] not in present] == []
@@ -131,7 +110,7 @@ def test_the_unchanged_and_removed_lines_of_a_diff_are_in_its_file(page: Path) -
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_every_python_name_of_the_package_exists(page: Path) -> None:
-    named = set(re.findall(r"`(sslcli(?:\.\w+)+)`", _prose(page))) - OTHER_NAMES - OLD_NAMES
+    named = set(re.findall(r"`(sslcli(?:\.\w+)+)`", prose(page))) - OTHER_NAMES - OLD_NAMES
     assert [name for name in sorted(named) if not _exists(name)] == []
 
 
@@ -144,31 +123,6 @@ def _exists(name: str) -> bool:
     except (ImportError, AttributeError):
         return False
     return True
-
-
-CONTRACTS = {
-    "docs/add-a-method.md": [Method, Batch],
-    "docs/add-a-protocol.md": [Protocol, FeatureProtocol, FeatureSet, Start, Task, Outcome],
-    "docs/add-a-backbone.md": [Backbone],
-}
-
-
-@pytest.mark.parametrize(
-    ("page", "contract"), [(page, contract) for page, contracts in CONTRACTS.items() for contract in contracts]
-)
-def test_every_member_of_a_contract_is_in_a_table(page: str, contract: type) -> None:
-    members = {*vars(contract), *vars(contract).get("__annotations__", {})}
-    public = {name for name in members if not name.startswith("_")} | ({"__call__"} & vars(contract).keys())
-    rows = " ".join(row[0] for row in _rows(_prose(ROOT / page)))
-    assert [name for name in sorted(public - NOT_FOR_AUTHORS) if not re.search(rf"`{name}[`(]", rows)] == []
-
-
-def test_every_public_name_can_be_imported() -> None:
-    rows = [row for row in _rows(_prose(ROOT / "docs" / "add-a-method.md")) if row[0].startswith("`sslcli.")]
-    assert len(rows) > 5
-    for module, names in rows:
-        for name in re.findall(r"`(\w+)", names):
-            assert hasattr(importlib.import_module(module.strip("`")), name), f"{module} has no {name}"
 
 
 def test_every_method_has_a_page_and_the_readme_the_table_that_the_yaml_files_make() -> None:
@@ -189,13 +143,13 @@ NAMED_IN = [
 
 @pytest.mark.parametrize(("page", "group"), NAMED_IN)
 def test_every_choice_of_a_group_is_named(page: str, group: str) -> None:
-    text = _prose(ROOT / page)
+    text = prose(ROOT / page)
     choices = [path.stem for path in (CONF / group).glob("*.yaml")]
     assert [choice for choice in choices if f"`{choice}`" not in text] == []
 
 
 def test_the_readme_links_to_every_page() -> None:
-    linked = set(re.findall(r"\]\(((?:docs/)?[\w/-]+\.md)", _prose(ROOT / "README.md")))
+    linked = set(re.findall(r"\]\(((?:docs/)?[\w/-]+\.md)", prose(ROOT / "README.md")))
     pages = {str(page.relative_to(ROOT)) for page in PAGES} - {"README.md"}
     assert pages - linked == set()
 
@@ -214,7 +168,7 @@ def test_every_yaml_of_settings_has_a_table() -> None:
 
 @pytest.mark.parametrize(("page", "file", "section"), _tables(), ids=[f"{page}:{file}" for page, file, _ in _tables()])
 def test_a_table_has_every_key_of_its_yaml_with_its_default(page: str, file: str, section: str) -> None:
-    documented = {row[0].strip("`"): yaml.safe_load(row[1].strip("`")) for row in _rows(section)}
+    documented = {row[0].strip("`"): yaml.safe_load(row[1].strip("`")) for row in rows(section)}
     assert documented == _defaults(ROOT / file)
 
 
@@ -232,7 +186,7 @@ def _files_of_the_tree(tree: str) -> list[str]:
 
 
 def test_the_tree_names_every_module_in_its_package() -> None:
-    tree = next(text for _, text in _blocks(ROOT / "docs" / "architecture.md") if text.startswith("sslcli/\n"))
+    tree = next(text for _, text in blocks(ROOT / "docs" / "architecture.md") if text.startswith("sslcli/\n"))
     found = [path for end in ("py", "c", "sh") for path in (ROOT / "sslcli").rglob(f"*.{end}")]
     modules = {str(path.relative_to(ROOT)) for path in found if path.name != "__init__.py"}
     assert sorted(modules) == sorted(_files_of_the_tree(tree))
@@ -240,28 +194,18 @@ def test_the_tree_names_every_module_in_its_package() -> None:
 
 def test_the_architecture_has_the_layers_in_their_order() -> None:
     page = ROOT / "docs" / "architecture.md"
-    (layers,) = [text for _, text in _blocks(page) if text.startswith("errors, config")]
+    (layers,) = [text for _, text in blocks(page) if text.startswith("errors, config")]
     test = runpy.run_path(str(ROOT / "tests" / "test_layering.py"))
     assert tuple(re.findall(r"\w+", layers)) == test["ORDER"]
-    tree = next(text for _, text in _blocks(page) if text.startswith("sslcli/\n"))
+    tree = next(text for _, text in blocks(page) if text.startswith("sslcli/\n"))
     assert re.findall(r"^  (\w+)(?:/|\.py) ", tree, flags=re.MULTILINE) == list(test["ORDER"])
 
 
 def test_every_field_of_a_view_is_documented_with_its_default() -> None:
-    section = _prose(ROOT / "docs" / "data.md").partition("### Fields of an entry\n")[2].partition("\n###")[0]
-    documented = {row[0].strip("`"): yaml.safe_load(row[1].strip("`")) for row in _rows(section)}
+    section = prose(ROOT / "docs" / "data.md").partition("### Fields of an entry\n")[2].partition("\n###")[0]
+    documented = {row[0].strip("`"): yaml.safe_load(row[1].strip("`")) for row in rows(section)}
     expected = {field.name: field.default for field in fields(View)}
     assert documented == {key: list(value) if isinstance(value, tuple) else value for key, value in expected.items()}
-
-
-def _write_examples(page: Path, folder: Path) -> None:
-    """Write the blocks of a page whose first comment is the name of a file."""
-    for language, text in _blocks(page):
-        match = re.match(r"(?:# @package _global_\n)?# ([\w/]+\.(?:py|yaml))\n", text)
-        if match and language in ("python", "yaml"):
-            path = folder / match[1]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
 
 
 COMMANDS = [(page, line) for page in PAGES for line in _commands(page)]
@@ -269,7 +213,7 @@ COMMANDS = [(page, line) for page in PAGES for line in _commands(page)]
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{_name(page)}:{line}" for page, line in COMMANDS])
 def test_every_command_composes(page: Path, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _write_examples(page, tmp_path)
+    write_examples(page, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     words = shlex.split(line, comments=True)
@@ -288,7 +232,7 @@ def test_pages_have_commands() -> None:
 
 
 def test_the_method_and_the_backbone_of_the_readme_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _write_examples(ROOT / "README.md", tmp_path)
+    write_examples(ROOT / "README.md", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     nets, methods = (importlib.import_module(name) for name in ("mynets", "mymethods"))
     from sslcli.backbones.wrap import as_backbone
