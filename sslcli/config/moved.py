@@ -17,6 +17,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from sslcli.errors import ConfigError
+
 # Module names before 0.2 and now.
 MODULES = {
     "sslcli.allocator": "sslcli.system.memory",
@@ -110,6 +112,13 @@ KEYS = {
     "monitor.knn_every": "monitor.knn_every_epochs",
     "train.log_every": "train.log_every_steps",
 }
+
+
+def reject_old_attributes(kind: type, renamed: dict[str, str]) -> None:
+    """Raise ConfigError if a class sets an attribute or overrides a method by its old name, which nothing reads."""
+    for old, new in renamed.items():
+        if old in vars(kind):
+            raise ConfigError(f"{kind.__module__}.{kind.__qualname__} sets {old}, which is now {new}: rename it")
 
 
 def current_target(target: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslcli.errors import ConfigError
+from sslcli.config.moved import reject_old_attributes
 from sslcli.methods.mixture import UnMix
 from sslcli.nn.modes import evaluating
 
@@ -70,9 +70,7 @@ class Method(nn.Module):
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Raise ConfigError if a subclass sets an attribute by its name of version 0.1, which nothing reads."""
         super().__init_subclass__(**keywords)
-        for old, new in RENAMED.items():
-            if old in vars(cls):
-                raise ConfigError(f"{cls.__module__}.{cls.__qualname__} sets {old}, which is now {new}: rename it")
+        reject_old_attributes(cls, RENAMED)
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -116,7 +114,7 @@ class Method(nn.Module):
 
         Raises ValueError for any other layer. Only methods with `head_layers` above 0 implement it.
         """
-        raise ValueError(f"layer is {layer}, but {type(self).__name__} gives no features inside its head")
+        raise ValueError(f"layer is {layer}, but {type(self).__name__} has no features inside its head")
 
     def stored(self) -> Tensor | None:
         """Return the rows (n, D) of the memory bank, one per training image, in split order; None without a bank."""
@@ -157,16 +155,16 @@ def maps_of(backbone: nn.Module, images: Tensor) -> dict[str, Tensor]:
     name = type(backbone).__name__
     if not hasattr(backbone, "stages"):
         raise ValueError(
-            f"this method needs feature maps, but the backbone {name} has no stages(images): take a resnet, small, vit "
-            "or timm backbone, or define stages(images) -> dict of maps in your own"
+            f"this method needs feature maps, but the backbone {name} has no stages(images): choose a resnet, small, "
+            "vit or timm backbone, or define stages(images) -> dict of maps in your own"
         )
     try:
         with evaluating(backbone), torch.no_grad():
             return backbone.stages(images)  # type: ignore[operator, no-any-return]
     except RuntimeError as error:
         raise ValueError(
-            f"the backbone {name} gives no maps of images of {images.shape[-1]} pixels ({error}): "
-            "take larger images or another backbone"
+            f"the backbone {name} returns no feature maps for images of {images.shape[-1]} pixels ({error}): "
+            "use larger images or another backbone"
         ) from error
 
 

@@ -27,10 +27,10 @@ from sslcli.data.order import Layout, layout_of
 from sslcli.data.shards.formats import Index, Shard
 from sslcli.data.shards.index import default_cache, find_shards, load_indices, read_error
 from sslcli.data.shards.reader import ShardReader
-from sslcli.data.sources.base import Source, check_flag, digest
+from sslcli.data.sources.base import Source, check_flag
 from sslcli.data.sources.file_status import hash_of
 from sslcli.data.sources.labels import Labels, as_labels
-from sslcli.data.sources.records import UNKNOWN, ProgressCallback, Records, code_of, label_codes, make_records
+from sslcli.data.sources.records import UNKNOWN, ProgressCallback, Records, code_of, digest, label_codes, make_records
 from sslcli.errors import ConfigError, check_positive
 
 

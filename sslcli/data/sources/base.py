@@ -8,11 +8,10 @@ and other images affect it only for a few images at the threshold.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sslcli.config.moved import reject_old_attributes
 from sslcli.data import rng
 from sslcli.data.bad_images import BadImage as BadImage
 from sslcli.data.bad_images import BadImages as BadImages
@@ -32,11 +32,14 @@ from sslcli.data.sources.file_status import hashes_of, status_of
 from sslcli.data.sources.picture import DecodedImage as DecodedImage
 from sslcli.data.sources.picture import OpenedImage as OpenedImage
 from sslcli.data.sources.picture import Picture as Picture
-from sslcli.data.sources.records import ProgressCallback, Records, check_verify, label_codes, make_records
+from sslcli.data.sources.records import ProgressCallback, Records, check_verify, digest, label_codes, make_records
 from sslcli.data.workers import default_workers
 from sslcli.errors import ConfigError
 
 _FINGERPRINT_IMAGES = 512
+
+
+RENAMED = {"place": "modality_channels", "labelled": "has_labels"}  # class attributes of version 0.1
 
 
 class Source:
@@ -80,6 +83,11 @@ class Source:
     scaled_decode: bool = False
     channels: int = 3
     name: str
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Raise ConfigError if a subclass sets an attribute by its name of version 0.1, which nothing reads."""
+        super().__init_subclass__(**keywords)
+        reject_old_attributes(cls, RENAMED)
 
     def __init__(
         self,
@@ -315,14 +323,6 @@ class TorchvisionSet(Source):
         self.labels = torch.from_numpy(np.concatenate(parts.labels)).long()
         pool = torch.arange(len(self.images) - parts.num_test)
         self.split(pool, labeled=self.labels[: len(pool)] >= 0, num_test=parts.num_test)
-
-
-def digest(parts: Iterable[bytes]) -> str:
-    """Return 16 hex digits of the sha256 of `parts`, each preceded by its length."""
-    state = hashlib.sha256()
-    for part in parts:
-        state.update(len(part).to_bytes(8, "little") + part)
-    return state.hexdigest()[:16]
 
 
 def check_flag(name: str, value: bool) -> bool:

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from sslcli.data.decode import open_file
 from sslcli.data.decoded_cache import DecodedCache, cache_folder, check_cache_options
-from sslcli.data.sources.base import OpenedImage, Source, check_flag, digest
+from sslcli.data.sources.base import OpenedImage, Source, check_flag
 from sslcli.data.sources.csv_list import read_csv
 from sslcli.data.sources.file_status import hashes_of, status_of
 from sslcli.data.sources.labels import Labels, as_labels
-from sslcli.data.sources.records import ProgressCallback, Records, label_codes, make_records
+from sslcli.data.sources.records import ProgressCallback, Records, digest, label_codes, make_records
 from sslcli.data.sources.scan import Root, check_folder, no_images, parse_roots, scan, scan_classes
 
 LABEL_COLUMN = "correct it, or rename the column to use the images without labels"

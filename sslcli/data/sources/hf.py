@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import Encoded, open_file
-from sslcli.data.sources.base import Source, check_flag, digest
+from sslcli.data.sources.base import Source, check_flag
 from sslcli.data.sources.columns import columns_of, image_column
 from sslcli.data.sources.file_status import hash_of, hashes_of, status_of
 from sslcli.data.sources.hf_labels import labels_of
 from sslcli.data.sources.labels import as_labels
-from sslcli.data.sources.records import UNKNOWN, ProgressCallback, Records, code_of, label_codes, make_records
+from sslcli.data.sources.records import UNKNOWN, ProgressCallback, Records, code_of, digest, label_codes, make_records
 from sslcli.errors import ConfigError, nearest
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}

@@ -245,3 +245,11 @@ def changed_images_error(changes: Changes, *, name: str, known: bool) -> ConfigE
         option = "dataset.verify=contents, which compares the contents" if known else "dataset.verify=sizes"
         remedy += f"; if only the times differ, as after copying, resume with {option}"
     return ConfigError(f"the images of {name} changed since this run began: {changes.describe()}. {remedy}")
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """Return 16 hex digits of the sha256 of `parts`, each preceded by its length."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little") + part)
+    return state.hexdigest()[:16]

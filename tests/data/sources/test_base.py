@@ -10,6 +10,7 @@ import yaml
 from sslcli.data.sources.base import Shapes, Source
 from sslcli.data.sources.files import ImageNet
 from sslcli.data.sources.shapes import CLASSES, Nuisances, draw
+from sslcli.errors import ConfigError
 
 CONF = Path(__file__).parents[3] / "conf" / "dataset"
 
@@ -158,3 +159,9 @@ def test_yaml_words():
         "hf",
         "hf_stream",
     }
+
+
+@pytest.mark.parametrize(("old", "new"), [("place", "modality_channels"), ("labelled", "has_labels")])
+def test_a_source_that_sets_an_old_name_is_rejected_with_the_new_one(old, new):
+    with pytest.raises(ConfigError, match=rf"Mine sets {old}, which is now {new}: rename it"):
+        type("Mine", (Source,), {old: None})
