@@ -187,7 +187,7 @@ def test_a_signal_costs_nothing(faulty: Faulty, reference: Path, number: signal.
     assert process.finish() == 75
     stopped = newest(faulty.run_dir)["step"]
     assert (
-        f"stopped by signal {number.name} after step {stopped} of {STEPS}; checkpoint saved" in faulty.log.read_text()
+        f"stopped by signal {number.name} after step {stopped} of {STEPS}; the checkpoint is saved" in faulty.log.read_text()
     )
     assert faulty.ends_as(reference)
     assert f"continuing from step {stopped}" in faulty.told
@@ -422,7 +422,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(faulty
         damage(path)
         assert faulty.start(step=step - 1, action=die) == -signal.SIGKILL
         assert f"{path.name}" in faulty.told
-        assert "Falling back to the one before" in faulty.told
+        assert "Falling back to the previous one" in faulty.told
         assert f"continuing from step {step - 4}" in faulty.told
         assert not Path("ran").exists()
     assert faulty.ends_as(reference)
@@ -445,7 +445,7 @@ def test_without_its_checkpoints_a_run_starts_anew_and_says_so(faulty: Faulty, r
     assert faulty.start(step=9, action=die) == -signal.SIGKILL
     shutil.rmtree(checkpoint.folder(faulty.run_dir))
     assert faulty.ends_as(reference)
-    assert "no checkpoint, but metrics up to step 8: the run starts anew" in faulty.told
+    assert "no checkpoint, but metrics up to step 8: the run starts from the beginning" in faulty.told
 
 
 def test_a_finished_run_without_its_checkpoints_stays_finished(faulty: Faulty, reference: Path) -> None:
@@ -493,7 +493,7 @@ def test_a_second_run_in_one_directory_is_refused_and_the_first_goes_on(faulty: 
     finally:
         (faulty.run_dir / "go on").touch()
     assert (
-        f"another run (process {first.pid} on {os.uname().nodename}) is at work in {faulty.run_dir}" in log.read_text()
+        f"another run (process {first.pid} on {os.uname().nodename}) is running in {faulty.run_dir}" in log.read_text()
     )
     complete(first, faulty.log)
     assert differences(newest(faulty.run_dir), newest(reference)) == []

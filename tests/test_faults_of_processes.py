@@ -74,8 +74,8 @@ def test_a_process_that_hangs_is_named_at_the_time_limit(tmp_path: Path) -> None
     assert finish(ranks) == [3, 3]
     assert time.monotonic() - seen < 90
     for told in (log.read_text(), (run_dir / "console.log").read_text()):
-        assert told.count("the others waited 12 s (launcher.timeout) in vain for") == 1
-        assert f"in vain for process 1 (id {stuck} on {os.uname().nodename}, at step 5)" in told
+        assert told.count("the other processes waited 12 s (launcher.timeout) for") == 1
+        assert f"(launcher.timeout) for process 1 (id {stuck} on {os.uname().nodename}, at step 5)" in told
     assert "Traceback" not in log.read_text()
     complete_both(start_ranks(*SMALL, f"run_dir={run_dir}", log=log), log)
     assert "continuing from step 4" in log.read_text()
@@ -114,7 +114,7 @@ def test_a_stopped_process_is_named_and_one_that_goes_on_in_time_does_no_harm(tm
         os.kill(ranks[1].pid, signal.SIGKILL)
     told = log.read_text()
     assert f"process 1 (id {ranks[1].pid} on " in told
-    assert "it does not answer: stopped, or its machine is gone" in told
+    assert "it does not answer: it is stopped, or its machine has failed" in told
 
 
 def test_a_process_with_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_process_with_another_configuration_is_refused_with_what_differs(tmp_p
     assert finish(ranks) == [2, 2]
     told = log.read_text()
     assert (
-        f"process 1 (on {os.uname().nodename}) is not of the same run as process 0 (on {os.uname().nodename}); "
+        f"process 1 (on {os.uname().nodename}) differs from process 0 (on {os.uname().nodename}); "
         "what differs: optimizer.lr: 0.03 -> 0.5; train.save_every_steps: 2 -> 3. Start all with the same command"
     ) in told
     assert "Traceback" not in told

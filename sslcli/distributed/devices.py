@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from sslcli.distributed.processes import joined
+from sslcli.distributed.processes import is_launched
 from sslcli.errors import ConfigError
 from sslcli.system import cpu
 
@@ -18,18 +18,20 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if "cuda" in available() else "cpu"
-    if name == "mps" and joined():
-        raise ConfigError("device is 'mps', on which processes cannot meet: take device=cpu, or launcher=local")
+    if name == "mps" and is_launched():
+        raise ConfigError(
+            "device is 'mps', which does not support several processes: set device=cpu, or launcher=local"
+        )
     kind = name.partition(":")[0]
     if kind not in available():
         raise ConfigError(f"device is {name!r}, but this machine has only: {', '.join(available())}")
     if name == "cuda":  # torch sets no current device without an index
-        rank = int(os.environ.get("LOCAL_RANK", 0)) if joined() else 0
+        rank = int(os.environ.get("LOCAL_RANK", 0)) if is_launched() else 0
         name = f"cuda:{rank % torch.cuda.device_count()}"
-    elif name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and joined():
+    elif name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and is_launched():
         raise ConfigError(
-            f"device is {name!r}, but each process of a run needs a GPU of its own: take device=cuda, and "
-            "CUDA_VISIBLE_DEVICES to choose among them"
+            f"device is {name!r}, but each process of a run needs its own GPU: set device=cuda, and select GPUs with "
+            "CUDA_VISIBLE_DEVICES"
         )
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
         raise ConfigError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
@@ -63,6 +65,6 @@ def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def share_threads(threads: int | None) -> None:
+def set_threads(threads: int | None) -> None:
     """Set the number of CPU threads to `threads`, or to an equal fraction of the cores per process on the machine."""
     torch.set_num_threads(threads or cpu.cores_per_process())

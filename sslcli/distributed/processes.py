@@ -1,6 +1,6 @@
-"""A process of a run: its rank, process group and start, whoever launched it.
+"""Rank, process group and start time of a process of a run, for any launcher.
 
-Only RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are read, whoever sets them.
+Only RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are read, which every launcher sets.
 """
 
 from __future__ import annotations
@@ -20,33 +20,35 @@ from sslcli.system import child_processes
 
 # Environment variables that our agent sets for its processes.
 AGENT = "SSLCLI_AGENT"  # its process id
-BEGUN = "SSLCLI_BEGUN"  # its start time, by time.monotonic
+START_TIME = "SSLCLI_BEGUN"  # its start time, by time.monotonic
 RESTARTS = "SSLCLI_RESTARTS"  # number of earlier starts
 EXIT_LOST = 4  # exit code of a process to our agent: worth a restart. The user sees EXIT_FAILED
 
 
-def joined() -> bool:
+def is_launched() -> bool:
     """Return True if a launcher (torchrun, our own agent, Slurm) started this process as a rank of a process group."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def number() -> int:
     """Return the rank of this process, also before the process group is initialized; 0 is the main process."""
-    return int(os.environ["RANK"]) if joined() else 0
+    return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def lost_contact(error: RuntimeError) -> bool:
     """Return True if torch raises this error when another process of the run has ended."""
-    return joined() and (isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed" in str(error))
+    return is_launched() and (
+        isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed" in str(error)
+    )
 
 
 @contextmanager
 def process_group(device: torch.device, *, limit: float, end: Callable[[str], None]) -> Iterator[None]:
     """Initialize the process group for the duration of the block, if the run has several processes.
 
-    `end(message)` is called on each process, from a thread, after `limit` seconds without progress; see `heartbeat`.
+    `end(message)` is called on each process, from a thread, after `limit` seconds without progress; see `watchdog`.
     """
-    if not joined():
+    if not is_launched():
         with watchdog.watched_alone(limit=limit, end=end):
             yield
         return
@@ -56,7 +58,7 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
     store = watchdog.join(limit)
     with watchdog.watched(store, rank=number(), size=int(os.environ["WORLD_SIZE"]), limit=limit, end=end):
         watchdog.record_collective()
-        # The heartbeat distinguishes a hang from a long wait; this timeout is a fallback.
+        # The watchdog distinguishes a hang from a long wait; this timeout is a fallback.
         dist.init_process_group(backend, timeout=timedelta(seconds=max(10 * limit, 3600)))
         try:
             yield
@@ -77,9 +79,9 @@ def restarted() -> bool:
     return int(os.environ.get(RESTARTS, 0)) + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def begun() -> float:
+def start_time() -> float:
     """Return the start time of the command by `time.monotonic`; with our agent, that of the first start."""
-    return float(os.environ.get(BEGUN, time.monotonic()))
+    return float(os.environ.get(START_TIME, time.monotonic()))
 
 
 def exit_lost() -> int:

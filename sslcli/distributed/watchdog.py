@@ -75,8 +75,8 @@ def join(limit: float) -> Store:
         )
     except RuntimeError as error:
         raise TrainingFailed(
-            f"process 0 did not answer at {host}:{port} within {limit:g} s (launcher.timeout): look at what it prints, "
-            "and whether this machine reaches that one"
+            f"process 0 did not answer at {host}:{port} within {limit:g} s (launcher.timeout): check its output, and "
+            "the network connection from this machine to that one"
         ) from error
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"heartbeat/{start}", store)
@@ -87,8 +87,8 @@ def join(limit: float) -> Store:
     except RuntimeError as error:
         missing = ", ".join(str(other) for other in range(size) if not store.check([str(other)]))
         raise TrainingFailed(
-            f"of {size} processes, these have not come within {limit:g} s (launcher.timeout): {missing}. Look at what "
-            "they print and at their machines"
+            f"of {size} processes, these have not joined within {limit:g} s (launcher.timeout): {missing}. Check their "
+            "output and their machines"
         ) from error
     return store
 
@@ -140,10 +140,10 @@ def watch_image_waits(limit: float, end: Callable[[str], None], closing: threadi
         still, before = still + interval if waits else 0.0, _own.actions
         if still >= limit + SLACK and not closing.is_set():
             end(
-                f"{_own.place} did not come within {limit:g} s (launcher.timeout). The usual cause is a network file "
-                "system that does not answer, or code of an image set that waits for something; the steps since the "
-                "last checkpoint are lost. Start the same command again to go on, with a larger launcher.timeout if "
-                "nothing was wrong but the time"
+                f"{_own.place} did not arrive within {limit:g} s (launcher.timeout). The usual cause is a network file "
+                "system that does not answer, or code of a data set that blocks; the steps since the last checkpoint "
+                "are lost. Run the same command again to resume, with a larger launcher.timeout if the images were "
+                "only slow"
             )
             return
 
@@ -197,11 +197,11 @@ def read(store: Store, size: int) -> dict[int, Progress]:
 def stall_message(rank: int, found: dict[int, Progress], silent: set[int], limit: float) -> str:
     """Return the message that names the stalled processes, or "" if another process reports it."""
     remedy = (
-        "the steps since the last checkpoint are lost. Start the same command again to go on, with a larger "
-        "launcher.timeout if nothing was wrong but the time"
+        "the steps since the last checkpoint are lost. Run the same command again to resume, with a larger "
+        "launcher.timeout if the step was only slow"
     )
     if not found:
-        return f"no process went on for {limit:g} s, and the meeting place of the processes does not answer; {remedy}"
+        return f"no process made progress for {limit:g} s, and the store of process 0 does not answer; {remedy}"
     arrived = max(progress.collectives for progress in found.values())
     to_blame = sorted(silent or {r for r, progress in found.items() if progress.collectives < arrived})
     if rank != min(set(found) - set(to_blame), default=rank):
@@ -209,12 +209,12 @@ def stall_message(rank: int, found: dict[int, Progress], silent: set[int], limit
     if not to_blame:
         places = ", ".join(sorted({progress.place for progress in found.values()}))
         return (
-            f"no process went on for {limit:g} s (launcher.timeout), and none is behind the others (at {places}): they "
-            f"do not reach each other over the network, or a device hangs; {remedy}"
+            f"no process made progress for {limit:g} s (launcher.timeout), and none is behind the others (at "
+            f"{places}): either they cannot reach each other over the network, or a device hangs; {remedy}"
         )
     stalled = ", ".join(
         f"process {r} (id {found[r].pid} on {found[r].host}, at {found[r].place}"
-        + (", it does not answer: stopped, or its machine is gone)" if r in silent else ")")
+        + (", it does not answer: it is stopped, or its machine has failed)" if r in silent else ")")
         for r in to_blame
     )
-    return f"the others waited {limit:g} s (launcher.timeout) in vain for {stalled}; {remedy}"
+    return f"the other processes waited {limit:g} s (launcher.timeout) for {stalled}; {remedy}"

@@ -1,9 +1,9 @@
-"""Reading and writing of checkpoints, all of it in this module and `pieces`.
+"""Reading and writing of checkpoints, together with `sharded_checkpoint`.
 
     <run_dir>/checkpoints/
         step-00001234.pt       tensors and plain values, readable with torch.load(weights_only=True)
         step-00001234.sha256   its checksum, in the format of sha256sum
-        step-00001234/         instead of these two if parameters are sharded, see pieces.py
+        step-00001234/         instead of these two if parameters are sharded, see sharded_checkpoint.py
         last                   link to the newest
 
 A checkpoint gets its name only when it is complete and on disk: it is written to a temporary name, synchronized (fsync)
@@ -190,7 +190,8 @@ def load_newest(
     """Load the newest readable checkpoint, or return None without checkpoints.
 
     Truncated, altered or unreadable ones are skipped with a warning. `like` selects the tensors to shard, see
-    `pieces.Placement`. Raises ConfigError if there are checkpoints but none is readable, or one is of a newer version.
+    `sharded_checkpoint.Placement`. Raises ConfigError if there are checkpoints but none is readable, or one is of a
+    newer version.
     """
     paths = all_of(run_dir)
     for path in reversed(paths):
@@ -199,11 +200,11 @@ def load_newest(
         except NewerCheckpoint:
             raise
         except ConfigError as error:
-            warn(f"{error}. Falling back to the one before")
+            warn(f"{error}. Falling back to the previous one")
     if paths:
         raise ConfigError(
             f"none of the {len(paths)} checkpoints in {folder(run_dir)} can be read: "
-            "delete the folder to start afresh, or restore a copy"
+            "delete the folder to start from the beginning, or restore a copy"
         )
     return None
 
@@ -225,10 +226,10 @@ def load(path: Path, *, device: torch.device, like: Placement | None = None, wei
     if state.get("schema", 0) > SCHEMA:
         raise NewerCheckpoint(
             f"the checkpoint {path} is of a newer version of sslcli (schema {state['schema']} > {SCHEMA}): update "
-            "sslcli to go on"
+            "sslcli to resume"
         )
     if not isinstance(state.get("step"), int):
-        raise ConfigError(f"{path} is not a checkpoint of sslcli: it tells no step")
+        raise ConfigError(f"{path} is not a checkpoint of sslcli: it has no step")
     if like is not None and path.suffix == ".pt":
         from sslcli.engine import sharded_checkpoint
 
@@ -244,7 +245,7 @@ def load_file(path: Path, *, device: torch.device) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"the checkpoint {path} cannot be read ({error.strerror})") from error
     if not intact:
-        raise ConfigError(f"the checkpoint {path} does not match its checksum: it was cut short or altered")
+        raise ConfigError(f"the checkpoint {path} does not match its checksum: it was truncated or altered")
     return load_weights(path, device=device)
 
 

@@ -44,7 +44,7 @@ def _matrix(z: Tensor, name: str = "z") -> Tensor:
     if z.ndim != 2 or len(z) < 2 or not z.is_floating_point():
         raise ValueError(
             f"{name} has shape {tuple(z.shape)} and dtype {z.dtype}, but features must be a floating matrix "
-            "(N, d) of at least 2 rows: pass one row an image"
+            "(N, d) of at least 2 rows: pass one row per image"
         )
     return full_precision(z)
 
@@ -72,7 +72,7 @@ def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
     """
     if z1.shape != z2.shape:
         raise ValueError(
-            f"z1 {tuple(z1.shape)} and z2 {tuple(z2.shape)} differ in shape: give two views of the same images"
+            f"z1 {tuple(z1.shape)} and z2 {tuple(z2.shape)} differ in shape: pass two views of the same images"
         )
     x, y = F.normalize(_matrix(z1, "z1"), dim=1), F.normalize(_matrix(z2, "z2"), dim=1)
     return (x - y).square().sum(dim=1).pow(alpha / 2).mean()
@@ -179,14 +179,14 @@ class CollapseDetector:
         for name, value in (("std", std), ("spread", spread), ("rankme", rank)):
             state[name] = max(state[name], value)
         state["stuck"] = state["stuck"] + 1 if std * math.sqrt(dim) < 0.02 else 0.0
-        verdict = self._judge(std, spread, rank, dim)
+        verdict = self._alarm(std, spread, rank, dim)
         if state["seen"] <= self.grace or verdict is None:
             state["alarms"] = 0.0
             return None
         state["alarms"] += 1
         return verdict if state["alarms"] >= 2 else None
 
-    def _judge(self, std: float, spread: float, rank: float, dim: int) -> str | None:
+    def _alarm(self, std: float, spread: float, rank: float, dim: int) -> str | None:
         """Return the alarm message of one measurement, given the peaks so far, or None."""
         peak = self._state
         limit = 0.2 / math.sqrt(dim)
@@ -194,9 +194,9 @@ class CollapseDetector:
             found = f"std of the normalized embeddings is {std:.2g}, below {limit:.2g} = 0.2/sqrt({dim})"
             return f"{found}. {_REMEDY['point']}"
         if spread < 0.5 and spread < 0.25 * peak["spread"]:
-            return f"uniformity is {-spread:.2g}, above -0.5 (it was {-peak['spread']:.2g}). {_REMEDY['crowd']}"
+            return f"uniformity is {-spread:.2g}, above -0.5 (its best was {-peak['spread']:.2g}). {_REMEDY['crowd']}"
         if rank < 5 and rank < 0.1 * peak["rankme"]:
-            return f"RankMe is {rank:.3g}, below 10 % of the {peak['rankme']:.3g} it was. {_REMEDY['rank']}"
+            return f"RankMe is {rank:.3g}, below 10 % of its maximum {peak['rankme']:.3g}. {_REMEDY['rank']}"
         return None
 
     def state_dict(self) -> dict[str, float]:
@@ -207,6 +207,6 @@ class CollapseDetector:
         """Restore a `state_dict`. Raises ValueError if its keys are not those of this version."""
         if set(state) != set(self._state):
             raise ValueError(
-                f"collapse detector state has {sorted(state)}, but needs {sorted(self._state)}: start afresh"
+                f"collapse detector state has {sorted(state)}, but needs {sorted(self._state)}: start a new run"
             )
         self._state = {name: float(value) for name, value in state.items()}

@@ -109,13 +109,13 @@ def recompute(method: Method) -> None:
     found = blocks(method.backbone)
     if not method.supports_block_wrapping:
         raise ConfigError(
-            "train.activation_checkpointing is true, but this method puts other parameters in the place of its "
-            "networks' own while it computes, so nothing can be computed again: leave it false"
+            "train.activation_checkpointing is true, but this method replaces parameters of its networks during the "
+            "forward pass, so activations cannot be recomputed: set it to false"
         )
     if not found:
         raise ConfigError(
             f"train.activation_checkpointing is true, but the backbone {type(method.backbone).__name__} has no "
-            "repeated blocks to compute again: take a resnet, vit or timm backbone, or leave it false"
+            "repeated blocks to recompute: choose a resnet, vit or timm backbone, or set it to false"
         )
     for block in found:
         block.forward = partial(_recomputed, block, block.forward)
@@ -130,11 +130,11 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **o
 
 def _contexts(block: nn.Module) -> tuple[Any, Any]:
     """Return the contexts for the forward pass of a block and for its recomputation."""
-    return nullcontext(), _aside(block)
+    return nullcontext(), _buffer_copies(block)
 
 
 @contextmanager
-def _aside(block: nn.Module) -> Iterator[None]:
+def _buffer_copies(block: nn.Module) -> Iterator[None]:
     """Replace the block's buffers by copies within the context: running statistics are updated only once per step."""
     kept = [(part, name, value) for part in block.modules() for name, value in part._buffers.items()]
     for part, name, value in kept:

@@ -3,8 +3,8 @@
 Gao et al. 2021  https://arxiv.org/abs/2101.06983   train.cached_gradients
 
     rows = embed(x) for every micro-batch x, without graph
-    loss = compare(all rows);  slopes = d loss / d rows
-    for every micro-batch x:  backward through embed(x), with gradient slopes
+    loss = compare(all rows);  gradients = d loss / d rows
+    for every micro-batch x:  backward through embed(x), with gradient gradients
 
 The second `embed` uses the same random numbers as the first, so the accumulated gradient is that of the loss.
 """
@@ -47,13 +47,13 @@ def backward(
     with precision.autocast(device, dtype_name):
         scalars = method.compare(tuple(rows))
     scaler.scale(scalars["loss"]).backward()  # type: ignore[no-untyped-call]
-    slopes = zip(*(torch.split(row.grad, len(parts[0][0])) for row in rows if row.grad is not None), strict=True)
-    wanted = [place for place, row in enumerate(rows) if row.grad is not None]
-    for batch, state, slope in zip(micro_batches, states, slopes, strict=True):
+    gradients = zip(*(torch.split(row.grad, len(parts[0][0])) for row in rows if row.grad is not None), strict=True)
+    places = [place for place, row in enumerate(rows) if row.grad is not None]
+    for batch, state, slope in zip(micro_batches, states, gradients, strict=True):
         checkpoint.set_rng_state(state, device)
         with precision.autocast(device, dtype_name):
             again = method.embed(batch)
-        pairs = [(again[place], grad) for place, grad in zip(wanted, slope, strict=True) if again[place].requires_grad]
+        pairs = [(again[place], grad) for place, grad in zip(places, slope, strict=True) if again[place].requires_grad]
         torch.autograd.backward([row for row, _ in pairs], [grad for _, grad in pairs])
     checkpoint.set_rng_state(after, device)
     average_gradients(method)

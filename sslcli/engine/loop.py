@@ -126,7 +126,7 @@ def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[s
     means: dict[str, Tensor] = {}
     fraction = 1 / len(micro_batches)
     for number, batch in enumerate(micro_batches, start=1):
-        with gradient_sync(model, wanted=number == len(micro_batches)):
+        with gradient_sync(model, is_last=number == len(micro_batches)):
             with precision.autocast(run.device, run.precision):
                 scalars = model(batch)
             run.scaler.scale(scalars["loss"] * fraction).backward()
@@ -135,11 +135,11 @@ def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[s
     return means
 
 
-def gradient_sync(model: nn.Module, *, wanted: bool) -> AbstractContextManager[object]:
-    """Enable (`wanted`) or disable gradient synchronization across processes for the backward pass inside."""
+def gradient_sync(model: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
+    """Synchronize gradients across processes in the backward pass within the block only for the last micro-batch."""
     if fsdp.is_sharded(model):
-        model.set_requires_gradient_sync(wanted)  # type: ignore[operator]
-    elif isinstance(model, DistributedDataParallel) and not wanted:
+        model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+    elif isinstance(model, DistributedDataParallel) and not is_last:
         return model.no_sync()
     return nullcontext()
 
@@ -187,7 +187,8 @@ def stopped(run: Run, step: int) -> Stopped:
     """Return the exception for a run that was asked to stop, with `step` saved."""
     reason = run.stop.reason or "another process's " + ("signal" if run.stop.by_signal else "time limit")
     return Stopped(
-        f"stopped by {reason} after step {step} of {run.total_steps}; checkpoint saved, run again to go on",
+        f"stopped by {reason} after step {step} of {run.total_steps}; the checkpoint is saved: run the same command "
+        "again to resume",
         by_signal=run.stop.by_signal,
     )
 
@@ -228,7 +229,7 @@ def resume(run: Run) -> int:
     if len(set(found)) > 1:
         raise TrainingFailed(
             f"the processes found checkpoints of different steps ({', '.join(map(str, found))}) in {run.run_dir}: "
-            "every process must see the same directory; start the same command again to try once more"
+            "every process must see the same directory; check it, and run the same command again to resume"
         )
     if state is None:
         return 0
@@ -250,7 +251,7 @@ def resume(run: Run) -> int:
     before, now = state["environment"], environment_fingerprint(run)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changed:
-        run.screen.warn(f"the same images and views, but not the same bits as before: {', '.join(changed)}")
+        run.screen.warn(f"images and views are the same, but results will not be bit-identical: {', '.join(changed)}")
     run.screen.say(f"continuing from step {state['step']:,} in {run.run_dir}")
     return int(state["step"])
 

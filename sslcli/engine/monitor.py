@@ -59,8 +59,8 @@ class MetricMeans:
     def bad_step(self) -> tuple[int, str]:
         """Return the first step with a loss that is not finite, or -1, and the means on that process."""
         mine = -1 if self.first_bad is None else int(self.first_bad)
-        told = ", ".join(f"{name} {float(value) / self.count:g}" for name, value in self.sums.items())
-        found = [(step, means) for step, means in collectives.gather_objects((mine, told)) if step >= 0]
+        means_text = ", ".join(f"{name} {float(value) / self.count:g}" for name, value in self.sums.items())
+        found = [(step, means) for step, means in collectives.gather_objects((mine, means_text)) if step >= 0]
         return min(found, default=(-1, ""))
 
     def means(self) -> dict[str, float]:
@@ -103,12 +103,12 @@ class Monitor:
         self.steps_per_epoch, self.run_dir, self.screen, self.probe = steps_per_epoch, run_dir, screen, probe
         self.draw = draw
         self.writes = collectives.is_main()
-        self.looks = self.writes or together
+        self.evaluates = self.writes or together
         self.metric_means = MetricMeans()
         self.detector = collapse.CollapseDetector()
         self.wall = 0.0  # seconds of training before this process
         self.waited = 0.0  # seconds the loop waited for data since the last log
-        self.aside = 0.0  # seconds spent on evaluation since the last log
+        self.seconds_evaluating = 0.0  # seconds spent on evaluation since the last log
         self.has_diverged = False  # True once the user was warned
         self.facts: dict[str, str] = {}
         self.hyperparameters: dict[str, Any] = {}  # for TensorBoard, by dotted name
@@ -116,30 +116,30 @@ class Monitor:
 
     def start(self, step: int, total: int) -> None:
         """Open the files and start the progress display at `step` of `total`."""
-        self.total, self.begun = total, time.perf_counter()
-        self.last_log = (self.begun, step)
+        self.total, self.start_time = total, time.perf_counter()
+        self.last_log = (self.start_time, step)
         if self.writes:
             from torch.utils.tensorboard import SummaryWriter
 
             self.metrics = Metrics(self.run_dir / "metrics.jsonl", step=step)
             if step == 0 and self.metrics.dropped is not None:
                 found = f"{self.run_dir} has no checkpoint, but metrics up to step {self.metrics.dropped}"
-                self.screen.warn(f"{found}: the run starts anew")
+                self.screen.warn(f"{found}: the run starts from the beginning")
             # Hide what a killed run wrote after its last checkpoint.
             purge = step + 1 if step else 0
             self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
             if step == 0:
-                self.introduce()
+                self.add_run_facts()
         self.screen.start("step", total=total, done=step)
 
-    def introduce(self) -> None:
+    def add_run_facts(self) -> None:
         """Add the hyperparameters, with the final scalars, and the picture of the views to TensorBoard."""
         from torch.utils.tensorboard.summary import hparams
 
         values = {name: plain(value) for name, value in sorted(self.hyperparameters.items())}
         if values:
-            led_to = dict.fromkeys(["train/loss", *(["monitor/knn_top1"] if self.probe else [])], 0.0)
-            for summary in hparams(values, led_to):  # type: ignore[no-untyped-call]
+            results = dict.fromkeys(["train/loss", *(["monitor/knn_top1"] if self.probe else [])], 0.0)
+            for summary in hparams(values, results):  # type: ignore[no-untyped-call]
                 self.tensorboard._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
             rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
             self.tensorboard.add_text("configuration", f"| key | value |\n|---|---|\n{rows}", 0)
@@ -177,9 +177,9 @@ class Monitor:
         if self.probe is not None and is_measured:
             found = self.measure_probe(step)
             line |= {f"monitor/{name}": value for name, value in found.items()}
-        if self.draw is not None and self.looks and is_measured:
+        if self.draw is not None and self.evaluates and is_measured:
             self.show_pictures(step, self.draw())
-        self.aside += time.perf_counter() - before
+        self.seconds_evaluating += time.perf_counter() - before
         if line and self.writes:
             self.write(step, line)
         if verdict is not None:
@@ -201,12 +201,12 @@ class Monitor:
         """Return images per second, and the fraction of time spent waiting for data, since the last log."""
         now = time.perf_counter()
         (then, last_step), self.last_log = self.last_log, (now, step)
-        spent = max(now - then - self.aside, 1e-9)
+        spent = max(now - then - self.seconds_evaluating, 1e-9)
         values = {
             "train/images_per_s": (step - last_step) * self.batch_size / spent,
             "train/data_wait": min(1.0, self.waited / spent),
         }
-        self.waited = self.aside = 0.0
+        self.waited = self.seconds_evaluating = 0.0
         return values
 
     def measure_health(self, embeddings: tuple[Tensor, ...]) -> tuple[dict[str, float], str | None]:
@@ -218,7 +218,7 @@ class Monitor:
 
     def act_on_collapse(self, step: int, verdict: str) -> None:
         """Handle a collapse as `monitor.on_collapse` requires: ignore, warn or stop."""
-        message = f"the representation looks collapsed at step {step}: {verdict}"
+        message = f"the representation has probably collapsed at step {step}: {verdict}"
         if self.settings.on_collapse == "stop":
             raise TrainingFailed(message)
         if self.settings.on_collapse == "warn":
@@ -233,7 +233,7 @@ class Monitor:
         watchdog.report_progress("the k-NN")
         found, failure = {}, ""
         try:
-            found = self.probe() if self.looks else {}
+            found = self.probe() if self.evaluates else {}
         except NotFinite as error:
             failure = str(error).partition(":")[0]
         failures = [each for each in collectives.gather_objects(failure) if each]
@@ -286,7 +286,7 @@ class Monitor:
             self.has_diverged = True
             self.screen.warn(
                 f"the run has diverged: after step {step} the weights of {largest} have a root mean square of "
-                f"{value:.3g}, where training gives about 0.01 to 3. {REMEDIES}"
+                f"{value:.3g}; the normal range is about 0.01 to 3. {REMEDIES}"
             )
 
     def remedy(self) -> str:
@@ -305,7 +305,7 @@ class Monitor:
 
     def seconds(self) -> float:
         """Return the seconds of training, including those before a resume."""
-        return self.wall + time.perf_counter() - self.begun
+        return self.wall + time.perf_counter() - self.start_time
 
     def synchronize(self) -> None:
         """Flush all files to disk."""

@@ -149,10 +149,12 @@ def read(
             rest = torch.load(folder / REST, map_location=device, weights_only=True)
         except Exception as error:  # damaged files raise nearly any type
             wrong = f"cannot be read ({reason_of(error)})"
-    told = collectives.gather_objects((folder.name, wrong))
-    if len({name for name, _ in told}) > 1:
-        raise TrainingFailed(f"the processes see different checkpoints in {folder.parent}: start the command once more")
-    for _, reason in told:
+    found = collectives.gather_objects((folder.name, wrong))
+    if len({name for name, _ in found}) > 1:
+        raise TrainingFailed(
+            f"the processes see different checkpoints in {folder.parent}: run the same command again to resume"
+        )
+    for _, reason in found:
         if reason:
             raise ConfigError(f"the checkpoint {folder} {reason}")
     assert index is not None
@@ -182,14 +184,14 @@ def damage(folder: Path) -> str:
     except (OSError, ValueError) as error:
         return f"has no {SUMS} that can be read ({reason_of(error)})"
     if not {REST, INDEX} <= sums.keys():
-        return f"is not complete: {SUMS} was cut short"
+        return f"is not complete: {SUMS} was truncated"
     for name in sorted(sums)[collectives.rank() :: collectives.world_size()]:
         try:
             intact = sha256(folder / Path(name).name) == sums[name]
         except OSError as error:
             return f"cannot be read ({name}: {error.strerror})"
         if not intact:
-            return f"does not match its checksums: {name} was cut short or altered"
+            return f"does not match its checksums: {name} was truncated or altered"
     return ""
 
 
@@ -233,7 +235,7 @@ def index_of(folder: Path) -> Metadata:
     with (folder / INDEX).open("rb") as file:
         index = _Plain(file).load()
     if not isinstance(index, Metadata):
-        raise pickle.UnpicklingError(f"{INDEX} holds a {type(index).__name__}")
+        raise pickle.UnpicklingError(f"{INDEX} contains a {type(index).__name__}")
     return index
 
 
@@ -248,4 +250,4 @@ class _Plain(pickle.Unpickler):
             own = isinstance(found, type) and found.__module__ == module and module != "torch"
             if own or found is torch.Size or isinstance(found, torch.dtype):
                 return found
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no part of an index")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not allowed in an index")

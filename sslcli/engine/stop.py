@@ -32,20 +32,20 @@ class StopRequest:
     SIGHUP, which a closing terminal sends, also counts, unless it is ignored, as under `nohup`.
 
     Args:
-        max_seconds: time limit, counted from `begun`, or None.
-        begun: start time of the command by `time.monotonic`; None is now.
+        max_seconds: time limit, counted from `start_time`, or None.
+        start_time: start time of the command by `time.monotonic`; None is now.
 
     After `agreed` returned True, `by_signal` is True if any process received a signal.
     """
 
-    def __init__(self, max_seconds: float | None = None, *, begun: float | None = None) -> None:
+    def __init__(self, max_seconds: float | None = None, *, start_time: float | None = None) -> None:
         self.reason = ""
         self.by_signal = False
         self.received = 0.0
         self.is_waiting = False
         self.has_rung = False
-        begun = time.monotonic() if begun is None else begun
-        self.deadline = None if max_seconds is None else begun + max_seconds
+        start_time = time.monotonic() if start_time is None else start_time
+        self.deadline = None if max_seconds is None else start_time + max_seconds
         self.flag = torch.zeros(1, dtype=torch.int32)
         self.pending: dist.Work | None = None
         ignored = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []

@@ -38,8 +38,8 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float, scale:
     No gradient flows to the teacher.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
-    wanted = (teacher.detach().to(dtype) / temperature).softmax(1)
-    loss = -(wanted * (student.to(dtype) / temperature).log_softmax(1)).sum(1).mean()
+    target = (teacher.detach().to(dtype) / temperature).softmax(1)
+    loss = -(target * (student.to(dtype) / temperature).log_softmax(1)).sum(1).mean()
     return loss * temperature**2 if scale else loss
 
 
@@ -68,7 +68,7 @@ class Distill(Recipe):
         if not self.lr > 0 or not self.temperature > 0:
             raise ValueError(f"lr={self.lr} and temperature={self.temperature} must be above 0")
         if not 0 < self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha} must be above 0 and at most 1, which is no labels at all")
+            raise ValueError(f"alpha={self.alpha} must be above 0 and at most 1; 1 uses no labels")
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return the class of `student` and a digest of its layers, or "" for the run's own network."""
@@ -119,8 +119,8 @@ class Distill(Recipe):
         """Return the configured student at its initialization. Raise ValueError unless it accepts the images."""
         assert self.student is not None
         dry_output(self.student, image_size=task.source.image_size, in_channels=task.source.channels)
-        given = Start(net=self.student.to(task.device), layer=BACKBONE, features=start.features)
-        return given.classifier(task, width=num_features(self.student))
+        student = Start(net=self.student.to(task.device), layer=BACKBONE, features=start.features)
+        return student.classifier(task, width=num_features(self.student))
 
     def distil(self, student: Classifier, teacher: FineTuned, task: Task, progress: Progress) -> None:
         """Train the student on all training images; both networks get the same views."""
@@ -128,8 +128,8 @@ class Distill(Recipe):
 
             def loss(net: Classifier, batch: Batch) -> Tensor:
                 with torch.no_grad():
-                    wanted = teacher.net(batch.views[0])
-                soft = distillation(net(batch.views[0]), wanted, temperature=self.temperature, scale=self.scale)
+                    logits = teacher.net(batch.views[0])
+                soft = distillation(net(batch.views[0]), logits, temperature=self.temperature, scale=self.scale)
                 if self.alpha == 1:
                     return soft
                 return self.alpha * soft + (1 - self.alpha) * cross_entropy(net, next(labeled))

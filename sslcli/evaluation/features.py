@@ -58,7 +58,7 @@ class FeatureSet:
         for name in ("train", "val", "test"):
             features, labels = getattr(self, name), getattr(self, f"{name}_labels")
             if (features is None) != (labels is None):
-                raise ValueError(f"split {name!r} has features or labels but not both: give both or neither")
+                raise ValueError(f"split {name!r} has features or labels but not both: pass both or neither")
             if features is not None:
                 check_features(features, labels, num_classes=self.num_classes, width=self.train.shape[-1], name=name)
         if self.val is None and self.test is None:
@@ -200,7 +200,8 @@ def _encode_batch(
         features = encode(prepared.contiguous(memory_format=torch.channels_last))
     if features.ndim != 2 or len(features) != len(images):
         raise ValueError(
-            f"encode gave shape {tuple(features.shape)} for {len(images)} images, but must give (N, d): pool maps first"
+            f"encode returned shape {tuple(features.shape)} for {len(images)} images, but must return (N, d): pool "
+            "feature maps first"
         )
     return features.to(DTYPES[precision]).cpu()
 
@@ -236,7 +237,7 @@ def cached(
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(path, partial(torch.save, {"key": key, "tensors": tensors}), durable=False)
     except (OSError, RuntimeError) as error:
-        warn(f"features cannot be kept in {path}: {error}. The next evaluation computes them again")
+        warn(f"features cannot be saved in {path}: {error}. The next evaluation computes them again")
     return tensors
 
 

@@ -67,7 +67,7 @@ class Tuned(Recipe):
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be between 0 and 1: 0.1 is usual")
         if self.from_layer is not None and self.from_layer < 0:
-            raise ValueError(f"from_layer={self.from_layer} must be at least 0, which is the backbone")
+            raise ValueError(f"from_layer={self.from_layer} must be at least 0; 0 is the backbone")
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
         """Return `feature_layer`, or the layer of the head chosen by `from_layer` or by the method.
@@ -85,7 +85,9 @@ class Tuned(Recipe):
         if self.from_layer and f"head{self.from_layer}" not in layers.names(net, images):
             last = net.head_layers if isinstance(net, Method) else 0
             has = f"has the layers 1 to {last}" if last else "gives no features (that of simclr_v2 does)"
-            raise ConfigError(f"protocol.from_layer is {self.from_layer}, but the head of this net {has}; 0 is the backbone")
+            raise ConfigError(
+                f"protocol.from_layer is {self.from_layer}, but the head of this net {has}; 0 is the backbone"
+            )
         chosen = feature_layer if feature_layer != layers.BACKBONE or number == 0 else f"head{number}"
         return chosen, f"head{usual}" if usual else layers.BACKBONE
 

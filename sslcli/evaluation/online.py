@@ -31,8 +31,8 @@ def check_answers(source: Source, bank: Tensor) -> None:
     if len(found) < 2:
         has = f"a single class, {found[0]!r}" if found else "no labels"
         raise ConfigError(
-            f"the training images of {source.name} have {has}, so an accuracy of theirs would mean nothing: a probe "
-            "needs two classes or more"
+            f"the training images of {source.name} have {has}, so their accuracy has no meaning: a probe needs two "
+            "classes or more"
         )
 
 
@@ -46,8 +46,8 @@ def unanswerable(source: Source, bank: Tensor, queries: Tensor) -> str | None:
     names = [source.classes[label] for label in sorted(set(lost.tolist()))]
     listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
-        f"{len(lost):,} of {len(labels):,} are of classes that no training image has, so no answer for them can be "
-        f"right: {listed}"
+        f"{len(lost):,} of {len(labels):,} have classes that no training image has, so no prediction for them can be "
+        f"correct: {listed}"
     )
 
 
@@ -67,7 +67,7 @@ def collect(
     found: dict[str, Tensor] = {}
     for name, positions in splits.items():
         labeled = positions[source.labels[positions] >= 0]
-        tell = None if progress is None else partial(progress, name)
+        report = None if progress is None else partial(progress, name)
         features, readable = extract(
             encode,
             source,
@@ -77,7 +77,7 @@ def collect(
             device=device,
             precision=precision,
             workers=workers,
-            progress=tell,
+            progress=report,
         )
         found[name] = features[readable]
         found[f"{name}_labels"] = source.labels[labeled][readable]

@@ -45,10 +45,10 @@ def bootstrap_interval(
         raise ValueError(f"level={level} must be between 0 and 1: 0.95 is usual")
     generator = torch.Generator().manual_seed(seed)
     m = len(correct)
-    share = float(correct.sum()) / m
+    mean = float(correct.sum()) / m
     hits = torch.binomial(
         torch.full((resamples,), float(m), dtype=torch.float64),
-        torch.full((resamples,), share, dtype=torch.float64),
+        torch.full((resamples,), mean, dtype=torch.float64),
         generator=generator,
     )
     tail = (1 - level) / 2

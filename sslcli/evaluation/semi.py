@@ -41,20 +41,24 @@ class Semi(Tuned):
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be at least 1: 3 to 5 are usual")
         if self.fraction is None and self.labels_per_class is None:
-            raise ValueError("fraction and labels_per_class are both null: give one, as in fraction=0.01")
+            raise ValueError("fraction and labels_per_class are both null: set one of them, as in fraction=0.01")
         if self.labels_per_class is not None and self.labels_per_class < 1:
             raise ValueError(f"labels_per_class={self.labels_per_class} must be at least 1: 4, 25 and 400 are usual")
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ValueError(f"fraction={self.share} must be above 0 and at most 1: 0.01 and 0.1 are usual")
+        if self.label_fraction is not None and not 0 < self.label_fraction <= 1:
+            raise ValueError(f"fraction={self.label_fraction} must be above 0 and at most 1: 0.01 and 0.1 are usual")
 
     @property
-    def share(self) -> float | None:
+    def label_fraction(self) -> float | None:
         """The fraction of labels, or None if `labels_per_class` is set."""
         return None if self.labels_per_class is not None else self.fraction
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return the number of labels per class, or their percentage."""
-        return f"{self.labels_per_class}-per-class" if self.share is None else f"{100 * self.share:.10g}pct"
+        return (
+            f"{self.labels_per_class}-per-class"
+            if self.label_fraction is None
+            else f"{100 * self.label_fraction:.10g}pct"
+        )
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Train from each start, on the same subsets."""
@@ -65,7 +69,7 @@ class Semi(Tuned):
                 data.train_positions,
                 data.train_labels,
                 seed=self.seed + number,
-                fraction=self.share,
+                fraction=self.label_fraction,
                 per_class=self.labels_per_class,
             )
             for number in range(self.seeds)

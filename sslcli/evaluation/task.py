@@ -27,9 +27,9 @@ class FineTuned:
     provenance: dict[str, Any]
 
 
-def no_fine_tuned(wanted: str) -> FineTuned:
-    """Raise ConfigError: there is no earlier result."""
-    raise ConfigError(f"there is no fine-tuned network {wanted!r}")
+def no_fine_tuned(name: str) -> FineTuned:
+    """Raise ConfigError, because there is no earlier result."""
+    raise ConfigError(f"there is no fine-tuned network {name!r}")
 
 
 def compute(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def fit(
 ) -> None:
     """Train `classifier` in place on the images at `positions` (n,), n >= 2; stop early if it diverges."""
     if len(positions) < 2:
-        raise ValueError(f"training needs at least 2 labeled images, got {len(positions)}: give more labels")
+        raise ValueError(f"training needs at least 2 labeled images, got {len(positions)}: use more labels")
     optimizer = recipe.solver(classifier, lr=lr)
     scaler = precision.grad_scaler(task.device, task.precision)
     set_mode(classifier, batch_norm=recipe.batch_norm)
@@ -155,8 +155,8 @@ def fit(
         torch.manual_seed(seed)  # for dropout and other noise of the network
         for step, (batch,) in enumerate(steps):
             for group in optimizer.param_groups:
-                share = schedule.warmup_cosine(step, total=recipe.steps, warmup=warmup)
-                group["lr"] = lr * share * group["lr_scale"]
+                factor = schedule.warmup_cosine(step, total=recipe.steps, warmup=warmup)
+                group["lr"] = lr * factor * group["lr_scale"]
             with precision.autocast(task.device, task.precision):
                 value = loss(classifier, batch)
             optimizer.zero_grad(set_to_none=True)

@@ -62,9 +62,9 @@ def needed(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> 
     place = next(i for i, reached in enumerate(scratch) if reached >= accuracy)
     if place == 0 or scratch[place] == accuracy:
         return Need(float(counts[place]), "upper" if accuracy < scratch[place] else None)
-    share = (accuracy - scratch[place - 1]) / (scratch[place] - scratch[place - 1])
+    fraction = (accuracy - scratch[place - 1]) / (scratch[place] - scratch[place - 1])
     low, high = math.log(counts[place - 1]), math.log(counts[place])
-    return Need(math.exp(low + share * (high - low)))
+    return Need(math.exp(low + fraction * (high - low)))
 
 
 def utilities(counts: Sequence[int], trained: Sequence[float], scratch: Sequence[float]) -> list[tuple[float, Need]]:

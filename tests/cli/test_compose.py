@@ -56,7 +56,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("backbone=resnet19", ["backbone=resnet19", "resnet18, resnet34", "Did you mean 'resnet18'?"]),
     ("+experiment=nonesuch", ["experiment=nonesuch", "cifar10_simclr"]),
     ("mixture=unmixed", ["mixture=unmixed", "Did you mean 'unmix'?"]),
-    ("mixture=null", ["mixture needs a choice, or is left out", "unmix"]),
+    ("mixture=null", ["mixture needs a choice: set one, or remove mixture", "unmix"]),
     (
         "method=memory_bank mixture=unmix",
         ["method.mixture", "does not support a mixture", "moco, moco_v2, moco_v3, simclr"],
@@ -137,7 +137,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("--multirun --cfg job", ["--multirun", "--cfg"]),
     ("epochs", ["'epochs'", "key=value"]),
     ("=5", ["'=5'", "key=value"]),
-    ("train.milestones=[0.5", ["'train.milestones=[0.5'", "quoted"]),
+    ("train.milestones=[0.5", ["'train.milestones=[0.5'", "quote a value"]),
     ("run_dir=/tmp/a=b", ["'run_dir=/tmp/a=b'", "run_dir='\"/tmp/a=b\"'"]),
     ("views.views[0].blur=1", ["'views.views[0].blur=1'", "key.0"]),
     ("--epochs 5", ["--epochs", "key=value"]),

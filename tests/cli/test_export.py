@@ -71,7 +71,7 @@ def test_results_of_a_file_on_other_images_have_names_of_their_own(trained: Path
         ("run={run} out=.", ["out is '", "that is a directory"]),
         ("run={run} out=file/in/a/file", ["file/in/a/file, but it cannot be written"]),
         ("run={run} whatt=method", ["whatt", "Did you mean 'what'"]),
-        ("--multirun run={run} checkpoint=2,3", ["no --multirun"]),
+        ("--multirun run={run} checkpoint=2,3", ["does not support --multirun"]),
         ("method=byol run={run}", ["method"]),
     ],
 )

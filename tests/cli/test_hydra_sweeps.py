@@ -100,7 +100,7 @@ def test_a_signal_ends_a_sweep_of_optuna_and_the_same_command_goes_on(
         (["hydra/launcher=joblibb", "seed=0,1"], "'joblib'"),
         (["hydra/launcher=ray", "seed=0,1"], "pip install 'sslcli[ray]'"),
         (["hydra/launcher=null", "seed=0,1"], "hydra/launcher needs a choice"),
-        (["hydra/launcher=submitit_slurm", "seed=0,1"], "no sbatch"),
+        (["hydra/launcher=submitit_slurm", "seed=0,1"], "sbatch is not installed"),
     ],
 )
 def test_a_wrong_engine_is_refused_in_one_line(

@@ -15,7 +15,7 @@ from sslcli.backbones.small import Small
 from sslcli.distributed import devices, processes
 from sslcli.errors import ConfigError
 from sslcli.methods.simclr import SimCLR
-from sslcli.runs.assemble import place
+from sslcli.runs.assemble import move_to_device
 
 
 def has(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
@@ -39,9 +39,9 @@ def test_each_process_of_a_node_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatc
     for name, value in (told | {"MASTER_ADDR": "a", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
     assert str(devices.pick_device("auto")) == str(devices.pick_device("cuda")) == "cuda:1"
-    with pytest.raises(ConfigError, match="device is 'mps', on which processes cannot meet"):
+    with pytest.raises(ConfigError, match="device is 'mps', which does not support several processes"):
         devices.pick_device("mps")
-    with pytest.raises(ConfigError, match="device is 'cuda:1', but each process of a run needs a GPU of its own"):
+    with pytest.raises(ConfigError, match="device is 'cuda:1', but each process of a run needs its own GPU"):
         devices.pick_device("cuda:1")
 
 
@@ -120,6 +120,6 @@ def test_a_method_is_placed_on_the_gpu_whole(one_gpu: list[int], monkeypatch: py
 
     monkeypatch.setattr(nn.Module, "to", to_meta)
     method = SimCLR(Small(width=4, image_size=32))
-    place(method, TRAIN, devices.pick_device("auto"))
+    move_to_device(method, TRAIN, devices.pick_device("auto"))
     assert given == [torch.device("cuda", 0)]
     assert {tensor.device.type for tensor in method.state_dict().values()} == {"meta"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sslcli.distributed import processes
-from sslcli.distributed.elastic import causes, crashed, run_processes
+from sslcli.distributed.elastic import crashed, first_failures, run_processes
 
 pytestmark = pytest.mark.usefixtures("restored_signals")
 ENDS = """
@@ -36,7 +36,7 @@ if os.environ["RANK"] == "0":
         ([-9, 0], 0, ["process 0 was ended by SIGKILL; all start again from the last checkpoint (restart 1 of 2)"]),
         ([-9, 75], 75, ["(restart 1 of 2)"]),
         ([1], 1, []),
-        ([processes.EXIT_LOST, 0], 0, ["process 0 could not go on; all start again"]),
+        ([processes.EXIT_LOST, 0], 0, ["process 0 lost contact with the others; all start again"]),
         ([-9, -11, -9], 3, ["restart 1 of 2", "by SIGSEGV; all", "by SIGKILL after 2 restarts. The usual cause"]),
     ],
 )
@@ -47,7 +47,7 @@ def test_what_may_not_happen_again_is_tried_again(
     began = time.monotonic()
     starts, before = tmp_path / "starts", dict(os.environ)
     arguments = ["-S", "-c", ENDS, str(starts), repr(codes)]
-    assert run_processes(arguments, processes=2, max_restarts=2, tell=messages.append) == wanted
+    assert run_processes(arguments, processes=2, max_restarts=2, on_message=messages.append) == wanted
     for part, message in zip(told, messages, strict=True):
         assert part in message
     assert began <= float(starts.read_text().split()[2]) <= time.monotonic()
@@ -60,17 +60,17 @@ def test_what_may_not_happen_again_is_tried_again(
 def test_without_restarts_a_kill_ends_the_run_and_says_what_to_do(tmp_path: Path) -> None:
     messages: list[str] = []
     arguments = ["-S", "-c", ENDS, str(tmp_path / "starts"), "[-9]"]
-    assert run_processes(arguments, processes=2, max_restarts=0, tell=messages.append) == 3
+    assert run_processes(arguments, processes=2, max_restarts=0, on_message=messages.append) == 3
     assert messages == [
-        "process 0 was ended by SIGKILL. The usual cause of SIGKILL is too little memory; start the same command "
-        "again to go on"
+        "process 0 was ended by SIGKILL. The usual cause of SIGKILL is too little memory; run the same command "
+        "again to resume"
     ]
 
 
 def test_processes_that_the_agent_ended_are_no_cause() -> None:
-    assert causes({0: 1, 1: -15}) == {0: 1}
-    assert causes({0: -9, 1: -15, 2: -15}) == {0: -9}
-    assert causes({0: -15, 1: -15}) == {0: -15, 1: -15}
+    assert first_failures({0: 1, 1: -15}) == {0: 1}
+    assert first_failures({0: -9, 1: -15, 2: -15}) == {0: -9}
+    assert first_failures({0: -15, 1: -15}) == {0: -15, 1: -15}
 
 
 def test_one_process_that_tells_a_reason_decides_over_those_it_took_along() -> None:

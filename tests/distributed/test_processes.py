@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sslcli.distributed.processes import begun, restarted
+from sslcli.distributed.processes import restarted, start_time
 
 
 def test_a_process_knows_whether_it_was_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,4 +16,4 @@ def test_a_process_knows_whether_it_was_started_again(monkeypatch: pytest.Monkey
     monkeypatch.setenv("SSLCLI_RESTARTS", "2")
     assert restarted()
     monkeypatch.setenv("SSLCLI_BEGUN", "12.5")
-    assert begun() == 12.5
+    assert start_time() == 12.5

@@ -29,10 +29,8 @@ def test_the_process_that_is_behind_is_named_once_with_its_place() -> None:
     found = {0: at(5), 1: at(4, "the images of step 7", pid=71), 2: at(5)}
     stalled = [stall_message(rank, found, set(), 600) for rank in range(3)]
     assert stalled[1:] == ["", ""]
-    assert (
-        "waited 600 s (launcher.timeout) in vain for process 1 (id 71 on node, at the images of step 7)" in stalled[0]
-    )
-    assert "Start the same command again to go on" in stalled[0]
+    assert "waited 600 s (launcher.timeout) for process 1 (id 71 on node, at the images of step 7)" in stalled[0]
+    assert "Run the same command again to resume" in stalled[0]
 
 
 def test_where_the_main_process_is_behind_the_next_one_tells() -> None:
@@ -44,7 +42,9 @@ def test_where_the_main_process_is_behind_the_next_one_tells() -> None:
 
 def test_a_stopped_process_is_named_even_if_it_had_arrived() -> None:
     stalled = stall_message(0, {0: at(5), 1: at(5)}, {1}, 600)
-    assert "process 1 (id 70 on node, at step 7, it does not answer: stopped, or its machine is gone)" in stalled
+    assert (
+        "process 1 (id 70 on node, at step 7, it does not answer: it is stopped, or its machine has failed)" in stalled
+    )
 
 
 def test_where_none_is_behind_no_process_is_named() -> None:
@@ -65,7 +65,7 @@ def test_a_process_alone_that_waits_too_long_for_images_is_ended(
     watchdog.report_progress("the images of step 7")
     store = dist.FileStore(str(tmp_path / "store"), 1) if joined else None
     (message,) = ended_while_at_work(store, monkeypatch)
-    assert message.startswith("the images of step 7 did not come within 0.1 s (launcher.timeout)")
+    assert message.startswith("the images of step 7 did not arrive within 0.1 s (launcher.timeout)")
 
 
 def ended_while_at_work(store: dist.FileStore | None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -79,7 +79,7 @@ def ended_while_at_work(store: dist.FileStore | None, monkeypatch: pytest.Monkey
 
 
 def test_a_store_that_does_not_answer_is_told_by_each() -> None:
-    assert "the meeting place of the processes does not answer" in stall_message(3, {}, {0, 1, 2, 3}, 600)
+    assert "the store of process 0 does not answer" in stall_message(3, {}, {0, 1, 2, 3}, 600)
 
 
 class Other:
@@ -154,7 +154,7 @@ def test_processes_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -
     environment = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(TrainingFailed, match=r"of 3 processes, these have not come within 0\.3 s .*: 1, 2\."):
+    with pytest.raises(TrainingFailed, match=r"of 3 processes, these have not joined within 0\.3 s .*: 1, 2\."):
         watchdog.join(0.3)
 
 

@@ -95,7 +95,7 @@ def test_measure_of_features_that_are_not_finite_is_nan():
 @pytest.mark.parametrize("z", [torch.randn(4), torch.randn(1, 4), torch.ones(4, 4, dtype=torch.int64)])
 def test_wrong_feature_matrices_are_refused(z):
     for function in (feature_std, mean_norm, uniformity, rankme, effective_rank):
-        with pytest.raises(ValueError, match="one row an image"):
+        with pytest.raises(ValueError, match="one row per image"):
             function(z)
 
 
@@ -183,7 +183,7 @@ def test_judge_goes_on_from_its_state_as_if_never_stopped():
 
 
 def test_a_state_of_another_version_is_refused():
-    with pytest.raises(ValueError, match="start afresh"):
+    with pytest.raises(ValueError, match="start a new run"):
         CollapseDetector().load_state_dict({"seen": 1.0})
     with pytest.raises(ValueError, match="grace=0"):
         CollapseDetector(grace=0)

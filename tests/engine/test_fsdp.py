@@ -76,7 +76,7 @@ def trained(plan: Plan) -> tuple[list[float], dict[str, Tensor]]:
         for part in range(plan.accumulate):
             batch = mine(make_batch(8, seed=step * plan.accumulate + part, dtype=plan.dtype))
             enabled = plan.precision == "bf16"
-            with gradient_sync(model, wanted=part == plan.accumulate - 1):
+            with gradient_sync(model, is_last=part == plan.accumulate - 1):
                 with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                     loss = model(batch)["loss"] / plan.accumulate
                 loss.backward()
@@ -233,7 +233,7 @@ def test_computing_again_keeps_less() -> None:
     ("method", "wanted"),
     [
         (lambda: build("simclr", Small(image_size=16, width=4)), "Small has no repeated blocks"),
-        (lambda: DCGAN(vit(), image_size=8, width=8), "other parameters in the place"),
+        (lambda: DCGAN(vit(), image_size=8, width=8), "replaces parameters of its networks"),
     ],
 )
 def test_what_cannot_be_computed_again_is_refused(method: Any, wanted: str) -> None:

@@ -234,7 +234,7 @@ def test_a_record_of_another_job_is_not_taken_for_ones_own(quick_jobs: None, cli
     path.write_text(path.read_text().replace("seed=", "seed=7"))
     ended = cli(*line)
     assert ended.code == 2
-    assert f"holds a job named {path.stem} with other overrides" in ended.err
+    assert f"already has a job named {path.stem} with other overrides" in ended.err
     path.write_text("{}")
     ended = cli(*line)
     assert ended.code == 2
