@@ -94,7 +94,7 @@ def test_a_preempted_run_on_two_nodes_comes_back_and_ends_as_one_that_never_was(
     )
     ask(cluster, "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     history = run_dir / "slurm" / "history.log"
-    while "queued again" not in history.read_text():
+    while "requeued" not in history.read_text():
         assert job.code is None, log.read_text()
         time.sleep(0.1)
     (tmp_path / "hurry").touch()
@@ -106,7 +106,7 @@ def test_a_preempted_run_on_two_nodes_comes_back_and_ends_as_one_that_never_was(
     assert told[1:] == [
         "starts on node[1-2]",
         "asked to stop by preemption",
-        "stopped by signal SIGUSR1 after step N of 24 (preemption); queued again (1 times by now)",
+        "stopped by signal SIGUSR1 after step N of 24 (preemption); requeued (1 times so far)",
         "starts on node[1-2]",
         "ended with exit code 0",
     ]

@@ -36,13 +36,13 @@ def bare_loop(backbone: str) -> Result:
     from sslcli.data.views.views import Views
     from sslcli.engine import precision
     from sslcli.methods.simclr import SimCLR
-    from sslcli.runs.build import made_fast
+    from sslcli.runs.build import accelerate
     from sslcli.system.memory import keep_freed_memory
 
     keep_freed_memory()
     device = torch.device("cpu")
     net = Small(image_size=32) if backbone == "small" else ResNet("resnet18", image_size=32)
-    method = made_fast(SimCLR(net)).train()
+    method = accelerate(SimCLR(net)).train()
     optimizer = torch.optim.SGD(method.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4, fused=True)
     source = Shapes(image_size=32, train_images=IMAGES, test_images=0)
     loader = Loader(source, Views([VIEW]), batch_size=BATCH, accumulate=1, seed=0, device=device)

@@ -62,7 +62,7 @@ def linear(*, baselines: bool) -> Result:
     """
     from sslcli.backbones.resnet import ResNet
     from sslcli.engine import precision
-    from sslcli.runs.build import made_fast
+    from sslcli.runs.build import accelerate
     from sslcli.system.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -70,7 +70,7 @@ def linear(*, baselines: bool) -> Result:
     root = image_folder((32, 32), int(os.environ.get("EVAL_IMAGES", "6000")))
     count = len(file_paths(root))
     torch.manual_seed(0)
-    net = made_fast(ResNet("resnet18", image_size=32)).eval()
+    net = accelerate(ResNet("resnet18", image_size=32)).eval()
     images = torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8)
 
     def forward(number: int) -> None:

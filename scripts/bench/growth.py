@@ -37,7 +37,7 @@ from sslcli.engine import gradient_cache, precision
 from sslcli.methods.base import Batch
 from sslcli.methods.simclr import SimCLR, nt_xent
 from sslcli.nn.contrastive import info_nce
-from sslcli.runs.build import made_fast
+from sslcli.runs.build import accelerate
 from sslcli.system.memory import keep_freed_memory
 
 VIEW = {"crop_scale": [0.2, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1], "jitter_p": 0.8, "grayscale": 0.2, "flip": 0.5}
@@ -67,7 +67,7 @@ def micro_batches(count: int, size: int, part: int) -> list[Batch]:
 def step(count: int, size: int, *, cached: bool = False, resnet: bool = False) -> Result:
     """Measure a training step of SimCLR with `count` images of `size` pixels in the dtype of `precision=auto`."""
     net = ResNet("resnet18", image_size=size) if resnet else Small(image_size=size)
-    method = made_fast(SimCLR(net)).train()
+    method = accelerate(SimCLR(net)).train()
     dtype = precision.resolve("auto", CPU)
     batches = micro_batches(count, size, MICRO_BATCH if cached else count)
     scaler = precision.grad_scaler(CPU, dtype)

@@ -25,7 +25,7 @@ def sslcli_step(method: str, precision: str) -> Result:
     from sslcli.methods.byol import BYOL
     from sslcli.methods.moco import MoCo
     from sslcli.methods.simclr import SimCLR
-    from sslcli.runs.build import made_fast
+    from sslcli.runs.build import accelerate
     from sslcli.system.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -34,7 +34,7 @@ def sslcli_step(method: str, precision: str) -> Result:
         "moco_v2": lambda net: MoCo(net, queue_size=4096, mlp_head=True, bn_group=BATCH),
         "byol": lambda net: BYOL(net, hidden=1024),
     }[method](ResNet("resnet18", image_size=SIZE))
-    built = made_fast(built).train()
+    built = accelerate(built).train()
     optimizer = torch.optim.SGD(built.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
     views = [view.to(memory_format=torch.channels_last) for view in random_views()]
     batch = Batch(views, torch.arange(BATCH), torch.zeros(BATCH, dtype=torch.long))

@@ -36,7 +36,7 @@ from sslcli.config.own_dataset import PREFIX, Change
 from sslcli.config.paths import absolute_paths
 from sslcli.config.plugins import plugin_folders
 from sslcli.errors import ConfigError
-from sslcli.runs.identity import digested
+from sslcli.runs.identity import digest_of
 from sslcli.system.child_processes import find_trusted
 
 # A checkout that is not installed has no sslcli.conf.
@@ -166,7 +166,7 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
         check_hydra(node, job.get("trust", []))
     return absolute_paths(command, job) | {
         "_choices_": OmegaConf.to_container(own.runtime.choices),
-        "_overrides_": digested(lines),
+        "_overrides_": digest_of(lines),
         "_lines_": lines,
         "_params_": dict(OmegaConf.select(own, "sweeper.params") or {}),
         "_sweep_dir_": own.sweep.dir,

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from sslcli.cli.compose import engine_of
 from sslcli.cli.messages import one_line
 from sslcli.errors import ConfigError
-from sslcli.runs.identity import digested
+from sslcli.runs.identity import digest_of
 from sslcli.sweeps.job import FINISHED, Job, Sweep, job_of, read, read_or_create_record, status_of
 from sslcli.sweeps.queue import Slot, forwarded_signals, run_queue
 from sslcli.sweeps.table import value_of
@@ -77,7 +77,9 @@ def composed_job(sweep: Sweep, config: Any) -> Job:
     lines = list(config.hydra.overrides.task)
     choices = OmegaConf.to_container(config.hydra.runtime.choices)
     run_dir = config.get("run_dir")
-    return job_of(sweep, {"_choices_": choices, "_overrides_": digested(lines), "_lines_": lines, "_run_dir_": run_dir})
+    return job_of(
+        sweep, {"_choices_": choices, "_overrides_": digest_of(lines), "_lines_": lines, "_run_dir_": run_dir}
+    )
 
 
 def objective(sweep: Sweep, job: Job) -> float | None:

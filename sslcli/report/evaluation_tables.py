@@ -79,7 +79,7 @@ def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
         low, high = row["interval"]
         random = row.get("baselines", {}).get("random")
         table.add_row(
-            Path(row["home"]).parent.name,
+            Path(row["results_dir"]).parent.name,
             percent(row["top1"]),
             f"{percent(low)} to {percent(high)}",
             percent(random["top1"]) if random else "-",

@@ -1,1 +1,1 @@
-"""From a validated configuration to a run: directory, build, assemble, worker process, launch, evaluation, export."""
+"""Training, evaluation and export from a validated configuration: directory, build, launch, worker process, results."""

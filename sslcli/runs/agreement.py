@@ -1,4 +1,7 @@
-"""All processes of a run must have the same configuration and the same code, else they wait for each other in vain."""
+"""Check that all processes of a run have the same configuration, versions and source code.
+
+Different processes would deadlock in a collective, or train different models without an error.
+"""
 
 from __future__ import annotations
 
@@ -15,47 +18,50 @@ from typing import Any
 from sslcli.config.targets import targets
 from sslcli.distributed import collectives
 from sslcli.errors import ConfigError
-from sslcli.runs.directory import flat
+from sslcli.runs.directory import flatten
 
-MAY_DIFFER = ("about", "device", "trust", "launcher.threads", "dataset.workers")  # between the processes of one run
-SHOWN = 10  # differences a message lists
+MAY_DIFFER = ("about", "device", "trust", "launcher.threads", "dataset.workers")  # keys that processes need not share
+MAX_SHOWN = 10  # maximum number of differences in a message
 
 
 def check_agreement(config: dict[str, Any]) -> None:
-    """Raise ConfigError on every process, naming who differs and in what, unless all are the same.
+    """Raise ConfigError on every process unless all agree. The message has two processes and their differences.
 
-    Digests are compared first; only where they differ are the particulars sent.
+    Digests are compared first; the values are sent only if digests differ.
     """
     if collectives.world_size() == 1:
         return
-    mine = particulars(config)
-    digests = collectives.gather_objects(hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest())
+    own = fingerprint_items(config)
+    digests = collectives.gather_objects(hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest())
     if len(set(digests)) == 1:
         return
     (usual, _), *_ = Counter(digests).most_common(1)
     model = digests.index(usual)
-    everyone = collectives.gather_objects((platform.node(), mine))
-    host, number = next((host, i) for i, (host, _) in enumerate(everyone) if digests[i] != usual)
-    differing = differences(everyone[model][1], everyone[number][1])
-    more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+    gathered = collectives.gather_objects((platform.node(), own))
+    host, number = next((host, i) for i, (host, _) in enumerate(gathered) if digests[i] != usual)
+    differing = differences(gathered[model][1], gathered[number][1])
+    more = f" and {len(differing) - MAX_SHOWN} more" if len(differing) > MAX_SHOWN else ""
     raise ConfigError(
-        f"process {number} (on {host}) is not of the same run as process {model} (on {everyone[model][0]}); what "
-        f"differs: {'; '.join(differing[:SHOWN])}{more}. Start all with the same command and the same installation"
+        f"process {number} (on {host}) differs from process {model} (on {gathered[model][0]}); what "
+        f"differs: {'; '.join(differing[:MAX_SHOWN])}{more}. Start all with the same command and the same installation"
     )
 
 
-def particulars(config: dict[str, Any]) -> dict[str, str]:
-    """What must agree: values of the configuration by dotted key, versions, and a digest of every source file."""
-    found = {f"{key}": repr(value) for key, value in flat(config, leave_out=MAY_DIFFER).items()}
+def fingerprint_items(config: dict[str, Any]) -> dict[str, str]:
+    """Return what must agree by name: configuration values by dotted key, versions, a digest of every source file."""
+    found = {f"{key}": repr(value) for key, value in flatten(config, leave_out=MAY_DIFFER).items()}
     found |= {f"version of {name}": version(name) for name in ("torch", "torchvision")}
     found["version of python"] = platform.python_version()
-    for path, name in sources(target.split(".")[0] for _, target in targets("", config)):
+    for path, name in source_files(target.split(".")[0] for _, target in targets("", config)):
         found[f"file {name}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return found
 
 
-def sources(packages: Iterable[str]) -> list[tuple[Path, str]]:
-    """The source files of sslcli and of these packages, torch's excepted, with their names from the package on."""
+def source_files(packages: Iterable[str]) -> list[tuple[Path, str]]:
+    """Return (path, name) of the source files of sslcli and of these packages, except torch and torchvision.
+
+    Names are relative to the folder that contains the package.
+    """
     found = []
     for package in sorted({"sslcli", *packages} - {"torch", "torchvision"}):
         spec = importlib.util.find_spec(package)
@@ -69,9 +75,9 @@ def sources(packages: Iterable[str]) -> list[tuple[Path, str]]:
 
 
 def differences(usual: dict[str, str], other: dict[str, str]) -> list[str]:
-    """What differs, `name: value of the one -> value of the other`."""
+    """Return the differences as `name: usual value -> other value`."""
     return [
-        f"{name}: {usual.get(name, 'not there')} -> {other.get(name, 'not there')}"
+        f"{name}: {usual.get(name, 'absent')} -> {other.get(name, 'absent')}"
         for name in sorted(usual.keys() | other.keys())
         if usual.get(name) != other.get(name)
     ]

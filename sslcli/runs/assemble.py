@@ -1,4 +1,4 @@
-"""What a run is made of, whether that can be, and what it comes to."""
+"""Assembly of the training loop of a run: loader, monitor, online k-NN, checks of settings, and the startup table."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from sslcli.report.console import Screen
 from sslcli.runs.build import Parts
 
 
-def place(method: Method, settings: TrainSettings, device: torch.device) -> None:
-    """Bring the method to the device, whole or this process's part of it."""
+def move_to_device(method: Method, settings: TrainSettings, device: torch.device) -> None:
+    """Move the method to the device; with train.sharding=fsdp, shard it over the processes."""
     if settings.activation_checkpointing:
         fsdp.recompute(method)
     if settings.sharding == "fsdp" and collectives.world_size() > 1:
         fsdp.shard(method, device, precision.resolve(settings.precision, device))
-    method.to(device)  # buffers, where it is sharded
+    method.to(device)  # if sharded, this moves the buffers
 
 
 def build_loader(config: RunConfig, parts: Parts, device: torch.device) -> Loader:
-    """The loader of a run."""
+    """Return the loader of a run."""
     return Loader(
         parts.source,
         parts.views,
@@ -52,26 +52,26 @@ def build_loader(config: RunConfig, parts: Parts, device: torch.device) -> Loade
 
 
 def check_batch(loader: Loader, parts: Parts) -> None:
-    """Raise ConfigError where a BatchNorm would see a single image."""
+    """Raise ConfigError if a BatchNorm would get a single image."""
     if loader.micro_batch_size < 2 and any(isinstance(module, _BatchNorm) for module in parts.method.modules()):
         raise ConfigError(
-            f"train.batch_size is {loader.batch_size}, which leaves 1 image to a micro-batch of a process, but "
-            f"BatchNorm needs 2: choose at least {2 * loader.batch_size}"
+            f"train.batch_size is {loader.batch_size}, so a micro-batch of a process has 1 image, but BatchNorm needs "
+            f"2: choose at least {2 * loader.batch_size}"
         )
 
 
-def check_cached_gradients(method: Method, wanted: bool) -> None:
-    """Raise ConfigError where the gradient of the method's loss cannot be taken in two halves."""
+def check_cached_gradients(method: Method, enabled: bool) -> None:
+    """Raise ConfigError if train.cached_gradients is true (`enabled`) and the method does not support it."""
     name = type(method).__name__
-    if wanted and not method.uses_in_batch_negatives:
+    if enabled and not method.uses_in_batch_negatives:
         raise ConfigError(
-            f"train.cached_gradients is true, but the loss of {name} does not compare the images of a batch, so "
-            "train.accumulate alone gives its gradient: set train.cached_gradients=false"
+            f"train.cached_gradients is true, but the loss of {name} does not use in-batch negatives, so "
+            "train.accumulate alone gives the same gradient: set train.cached_gradients=false"
         )
-    if wanted and method.mixture is not None:
+    if enabled and method.mixture is not None:
         raise ConfigError(
-            "train.cached_gradients is true, but mixture mixes the images of a whole batch, which is never in memory "
-            "then: choose one of them (mixture=null, or train.cached_gradients=false)"
+            "train.cached_gradients is true, but mixture mixes the images of a whole batch, which cached gradients "
+            "never hold in memory: set mixture=null or train.cached_gradients=false"
         )
 
 
@@ -85,18 +85,30 @@ def assemble(
     device: torch.device,
     screen: Screen,
 ) -> Run:
-    """Everything a run is made of, the method in training mode and the generators at the run's seed."""
-    settings, watched = config.train, config.monitor
+    """Return the training loop of a run and seed torch's generator of this process.
+
+    Args:
+        config: the settings.
+        parts: image set, views and method; the method is already on the device.
+        loader: the loader of the training images.
+        optimizer: the optimizer over the method's parameters.
+        peak_lr: peak learning rate after scaling.
+        run_dir: the run directory.
+        device: the device of this process.
+        screen: the progress display.
+    """
+    settings, monitor_settings = config.train, config.monitor
     resolved = precision.resolve(settings.precision, device)
+    draw = partial(draw_pictures, parts, monitor_settings.pictures, device)
     monitor = Monitor(
-        watched,
+        monitor_settings,
         log_every_steps=settings.log_every_steps,
         batch_size=settings.batch_size,
         steps_per_epoch=loader.steps_per_epoch,
         run_dir=run_dir,
         screen=screen,
-        probe=probe_of(parts, watched, device, resolved, screen),
-        draw=partial(draw_pictures, parts, watched.pictures, device) if draws(parts, watched) else None,
+        probe=build_probe(parts, monitor_settings, device, resolved, screen),
+        draw=draw if has_pictures(parts, monitor_settings) else None,
         together=fsdp.is_sharded(parts.method),
     )
     if settings.compile:
@@ -115,18 +127,18 @@ def assemble(
         config=config.values,
         screen=screen,
         monitor=monitor,
-        stop=StopRequest(seconds("train.max_time", settings.max_time), begun=processes.begun()),
+        stop=StopRequest(seconds("train.max_time", settings.max_time), start_time=processes.start_time()),
     )
 
 
-def probe_of(
+def build_probe(
     parts: Parts, monitor: MonitorSettings, device: torch.device, resolved: str, screen: Screen
 ) -> Callable[[], dict[str, float]] | None:
-    """The online k-NN, or None, saying why, where it cannot be measured."""
+    """Return the online k-NN probe; None if it is turned off, or, with a printed reason, if it cannot be measured."""
     if monitor.knn_every_epochs == 0:
         return None
     if not parts.source.has_labels or len(parts.source.splits["val"]) == 0:
-        screen.say("k-NN is skipped: the images have no labels, or none are held out (dataset.val_fraction)")
+        screen.say("k-NN is skipped: the images have no labels, or there is no held-out split (dataset.val_fraction)")
         return None
     bank = bank_positions(parts.source, monitor.knn_images)
     try:
@@ -134,8 +146,8 @@ def probe_of(
     except ConfigError as error:
         screen.say(f"k-NN is skipped: {error}")
         return None
-    if told := unanswerable(parts.source, bank, parts.source.splits["val"]):
-        screen.warn(f"k-NN: of the held-out images {told}")
+    if warning := unanswerable(parts.source, bank, parts.source.splits["val"]):
+        screen.warn(f"k-NN: of the held-out images {warning}")
     measure = knn_probe(parts.method, parts.source, parts.views, monitor, device=device, precision=resolved)
 
     def probe() -> dict[str, float]:
@@ -145,13 +157,13 @@ def probe_of(
     return probe
 
 
-def draws(parts: Parts, monitor: MonitorSettings) -> bool:
-    """Whether the method has pictures of its own, and they are wanted."""
+def has_pictures(parts: Parts, monitor: MonitorSettings) -> bool:
+    """Return True if the method overrides `pictures` and monitor.pictures is not 0."""
     return monitor.pictures > 0 and type(parts.method).pictures is not Method.pictures
 
 
 def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """The method's own pictures of a few held-out images (training images where none are held out)."""
+    """Return the method's pictures by name, as grids, of `count` held-out images (training images if none)."""
     source, views = parts.source, parts.views
     positions = next(split for name in ("val", "train") if len(split := source.splits.get(name, torch.empty(0))))
     images, _ = next(plain_batches(source, positions[:count], batch_size=count, workers=0))
@@ -167,51 +179,51 @@ def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, t
     return {name: pictures.grid([restore(row.float().cpu()) for row in rows]) for name, rows in found.items()}
 
 
-def effective(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
-    """What the settings come to: learning rate after scaling, steps, negatives, images a step."""
+def startup_table(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
+    """Return the startup table: effective learning rate, steps, images per step, negatives, parameters, device."""
     settings, node = job.settings, config.optimizer
     processes = collectives.world_size()
     trainable = sum(p.numel() for p in parts.method.parameters() if p.requires_grad)
-    held = sum(collectives.local(p).numel() for p in parts.method.parameters())
+    local_parameters = sum(collectives.local(p).numel() for p in parts.method.parameters())
     split = {name: len(positions) for name, positions in parts.source.splits.items()}
     return {
         "training images": split["train"],
         "held-out images": split.get("val", 0),
-        "images a step": settings.batch_size,
+        "images per step": settings.batch_size,
         "processes": processes,
-        "micro-batches a step": settings.accumulate,
-        "steps an epoch": job.loader.steps_per_epoch,
+        "micro-batches per step": settings.accumulate,
+        "steps per epoch": job.loader.steps_per_epoch,
         "steps": job.total_steps,
         "warm-up steps": job.warmup_steps,
         "learning rate": job.peak_lr,
-        "learning rate from": f"{node['lr']:g} for 256 images, scaling {settings.lr_scaling}",
+        "base learning rate": f"{node['lr']:g} at batch size 256, {settings.lr_scaling} scaling",
         "trainable parameters": trainable,
-        **({"parameters a process holds": held} if processes > 1 else {}),
+        **({"parameters per process": local_parameters} if processes > 1 else {}),
         "backbone features": parts.method.backbone.num_features,
         **parts.method.effective(settings.batch_size // (1 if settings.cached_gradients else settings.accumulate)),
         "precision": job.precision,
         "device": str(job.device),
-        "CPU threads a process": torch.get_num_threads(),
+        "CPU threads per process": torch.get_num_threads(),
     }
 
 
 def suspicious_settings(job: Run, parts: Parts) -> list[str]:
-    """Settings that work and are seldom meant."""
+    """Return a warning for each setting that is valid but usually unintended."""
     found = []
     length = parts.method.queue_length
     num_images = len(parts.source.splits["train"])
     if length > num_images:
         found.append(
-            f"the queue holds {length:,} keys but there are {num_images:,} images, so views of one image are "
-            "negatives of each other: method.queue_size=4096 is usual for small sets, with method.momentum=0.99"
+            f"the queue holds {length:,} keys but there are {num_images:,} images, so views of the same image are "
+            "negatives of each other: for small sets, use method.queue_size=4096 and method.momentum=0.99"
         )
     settings = job.settings
     if settings.accumulate > 1 and not settings.cached_gradients and job.method.num_negatives(2):
-        remedy = ": train.cached_gradients=true contrasts them all" if job.method.uses_in_batch_negatives else ""
-        found.append(f"with train.accumulate the negatives within a batch are those of the micro-batch alone{remedy}")
+        remedy = ": train.cached_gradients=true uses the whole batch" if job.method.uses_in_batch_negatives else ""
+        found.append(f"with train.accumulate, in-batch negatives come only from the same micro-batch{remedy}")
     if job.device.type == "mps":
         found.append(
-            "device=mps has not been tried with sslcli, and torch had BatchNorm in channels-last memory wrong there "
+            "device=mps is not tested with sslcli, and BatchNorm of channels-last tensors was wrong there in torch "
             "(pytorch issue 175189): compare a short run with device=cpu"
         )
     return found

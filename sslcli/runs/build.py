@@ -1,4 +1,4 @@
-"""Objects from a checked configuration. The only place where a `_target_` becomes a class."""
+"""Construction of objects from a validated configuration. The only module that imports the class of a `_target_`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sslcli.nn.modes import evaluating
 
 Net = TypeVar("Net", bound=nn.Module)
 Built = TypeVar("Built")
-BASES: dict[str, type] = {  # what the class of each group derives from
+BASES: dict[str, type] = {  # required base class of each group
     "method": Method,
     "dataset": Source,
     "backbone": nn.Module,
@@ -45,23 +45,23 @@ CONTRACTS = (Method, Source, nn.Module, Optimizer, Protocol, Backbone)
 
 @dataclass(frozen=True)
 class Parts:
-    """What the groups of a configuration become."""
+    """Image set, views and method of a run."""
 
     source: Source
     views: Views
     method: Method
 
 
-def find(target: str, *, base: type[Built], trust: list[str], where: str) -> type[Built]:
-    """The class that a `_target_` names. Nothing of it has been called yet.
+def find_class(target: str, *, base: type[Built], trust: list[str], where: str) -> type[Built]:
+    """Return the class that a `_target_` names, without calling it.
 
     Args:
         target: the dotted name of a class.
-        base: what the class must derive from, so that a configuration cannot have anything else called.
-        trust: packages the user trusts, besides ours.
-        where: the path of the `_target_`, for messages.
+        base: required base class, so that a configuration cannot call arbitrary code.
+        trust: further trusted packages, besides sslcli, torch.optim and plug-ins.
+        where: the key of the `_target_`, for messages.
 
-    Raises ConfigError for a name outside trusted packages, one that leads nowhere, a function, and any other class.
+    Raises ConfigError for a name outside trusted packages, a name that does not exist, a function, and any other class.
     """
     check_target(target, trust, where)
     module_name, _, name = target.rpartition(".")
@@ -69,42 +69,42 @@ def find(target: str, *, base: type[Built], trust: list[str], where: str) -> typ
         found = getattr(import_module(module_name), name)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{where} is {target!r}, but {error.name} is neither installed nor in the folder the command is started in"
+            f"{where} is {target!r}, but {error.name} is neither installed nor in the current directory"
         ) from error
     except AttributeError as error:
         known = [n for n in dir(import_module(module_name)) if not n.startswith("_")]
         raise ConfigError(f"{where} is {target!r}, but {module_name} has no {name}.{nearest(name, known)}") from error
-    home = getattr(found, "__module__", "")
-    # A trusted module may itself import os or subprocess; what it did not define stays out of reach.
-    if not callable(found) or not any(f"{home}.".startswith(f"{package}.") for package in trusted_packages(trust)):
+    module = getattr(found, "__module__", "")
+    # A trusted module may import os or subprocess, so objects that it only imports are rejected.
+    if not callable(found) or not any(f"{module}.".startswith(f"{package}.") for package in trusted_packages(trust)):
         raise ConfigError(f"{where} is {target!r}, but that is not a class of a trusted package")
     check_class(found, target, base=base, where=where)
     return found  # type: ignore[no-any-return]
 
 
 def check_class(found: Any, target: str, *, base: type, where: str) -> None:
-    """Raise ConfigError unless what a `_target_` leads to is a class derived from `base`, and not a bare contract."""
+    """Raise ConfigError unless `found` is a class derived from `base`, and not an abstract base class of sslcli."""
     wanted = f"{base.__module__}.{base.__qualname__}"
     if not isinstance(found, type):
         raise ConfigError(
-            f"{where} is {target!r}, which is a function, but only classes derived from {wanted} are built here: "
-            "write a class that calls the function"
+            f"{where} is {target!r}, which is a function, but it must be a class derived from {wanted}: write a "
+            "class that calls the function"
         )
     if not issubclass(found, base):
-        raise ConfigError(f"{where} is {target!r}, but only classes derived from {wanted} are built here")
+        raise ConfigError(f"{where} is {target!r}, but it must be a class derived from {wanted}")
     if found in CONTRACTS:
-        raise ConfigError(f"{where} is {target!r}, which only declares what its classes have: name one of them")
+        raise ConfigError(f"{where} is {target!r}, which is an abstract base class: choose one of its subclasses")
 
 
-def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: str, **given: Any) -> Built:
-    """Call the `_target_` of a node, a class derived from `base`, with its values; nodes inside are built first.
+def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: str, **arguments: Any) -> Built:
+    """Return an instance of the class of a node's `_target_`, derived from `base`; nodes inside are built first.
 
-    A node inside may only be of the class that its parameter is annotated with.
+    The class of a node inside must be the one that its parameter is annotated with, or a subclass.
 
-    Raises ConfigError for keywords the class does not take and for values it refuses.
+    Raises ConfigError for unknown keywords and for values that the constructor rejects.
     """
     check_has_target(where, node)
-    target = find(node["_target_"], base=base, trust=trust, where=f"{where}._target_")
+    target = find_class(node["_target_"], base=base, trust=trust, where=f"{where}._target_")
     values: dict[str, Any] = {}
     for name, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
@@ -116,43 +116,44 @@ def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: s
         for name in values:
             if name not in parameters:
                 raise ConfigError(
-                    f"{where}.{name}: {node['_target_']} takes no such keyword.{nearest(name, parameters)} "
-                    f"It takes: {', '.join(parameters)}"
+                    f"{where}.{name}: {node['_target_']} has no such parameter.{nearest(name, parameters)} "
+                    f"Its parameters are: {', '.join(parameters)}"
                 )
     try:
-        return target(**values, **given)
+        return target(**values, **arguments)
     except ConfigError:
         raise
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # torch's, for lengths below 0 or too large
+    # torch raises the latter two for sizes below 0 or too large.
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
 def build_inner(owner: type, name: str, node: dict[str, Any], *, trust: list[str], where: str) -> Any:
-    """Build the value of one keyword of `owner`, of a class that the keyword is annotated with."""
+    """Return an instance of a node inside a node, whose class must match the annotation of parameter `name`."""
     allowed = annotated_classes(owner, name)
     if not allowed:
         raise ConfigError(
-            f"{where} has a _target_, but {owner.__qualname__} does not say which class {name} takes: annotate it, as "
-            f"in {name}: MyClass"
+            f"{where} has a _target_, but the parameter {name} of {owner.__qualname__} has no annotation with a class: "
+            f"annotate it, as in {name}: MyClass"
         )
     base = allowed[-1]
     for option in allowed[:-1]:
         with suppress(ConfigError):
-            find(node["_target_"], base=option, trust=trust, where=where)
+            find_class(node["_target_"], base=option, trust=trust, where=where)
             base = option
             break
     return build(node, base=base, trust=trust, where=where)
 
 
 def annotated_classes(owner: type, name: str) -> list[type]:
-    """The classes in the annotation of a keyword of a constructor, those of yaml values left out."""
+    """Return the classes in the annotation of a constructor's parameter, without those of plain yaml values."""
     for kind in owner.__mro__:
         try:
             init: Any = kind.__init__  # type: ignore[misc]
-            # This annotation alone: a dataclass repeats those of its bases, whose names its own module need not know.
+            # Only this annotation: a dataclass repeats those of its bases, whose names its module may not import.
             alone = SimpleNamespace(__annotations__={name: init.__annotations__[name]})
             annotation = get_type_hints(alone, globalns=init.__globals__)[name]
-        except (NameError, TypeError, AttributeError, KeyError):  # names that are imported for type checkers alone
+        except (NameError, TypeError, AttributeError, KeyError):  # names that are imported only for type checkers
             continue
         if annotation is not None:
             options = get_args(annotation) or (annotation,)
@@ -161,24 +162,24 @@ def annotated_classes(owner: type, name: str) -> list[type]:
 
 
 def check_classes(nodes: Mapping[str, Any], *, trust: list[str]) -> None:
-    """Raise ConfigError for a group whose class is not one of its kind, before anything is built."""
+    """Raise ConfigError unless the class of each group derives from the group's base class; builds nothing."""
     for group, node in nodes.items():
         check_has_target(group, node)
-        find(node["_target_"], base=BASES[group], trust=trust, where=f"{group}._target_")
+        find_class(node["_target_"], base=BASES[group], trust=trust, where=f"{group}._target_")
 
 
 def build_source(node: Node, *, trust: list[str]) -> Source:
-    """The image set."""
+    """Return the image set."""
     return build(node, base=Source, trust=trust, where="dataset")
 
 
 def build_views(node: Node, *, trust: list[str]) -> Views:
-    """The views of an image."""
+    """Return the views of an image."""
     return build(node, base=Views, trust=trust, where="views")
 
 
 def build_backbone(node: Node, *, image_size: int, trust: list[str]) -> Backbone:
-    """The backbone, its feature width found by a dry forward where its class does not say it."""
+    """Return the backbone; its number of features is found by a forward pass if its class does not declare it."""
     module = build(node, base=nn.Module, trust=trust, where="backbone")
     try:
         return as_backbone(module, image_size=image_size, in_channels=node.get("in_channels", 3))
@@ -189,25 +190,25 @@ def build_backbone(node: Node, *, image_size: int, trust: list[str]) -> Backbone
 def build_method(
     node: Node, backbone_node: Node, *, seed: int, image_size: int, num_images: int, trust: list[str]
 ) -> Method:
-    """The method around its backbone, freshly initialized from the run's seed."""
+    """Return the method with its backbone, initialized from the run's seed."""
     torch.manual_seed(seed)
     backbone = build_backbone(backbone_node, image_size=image_size, trust=trust)
-    target = find(node["_target_"], base=Method, trust=trust, where="method._target_")
+    target = find_class(node["_target_"], base=Method, trust=trust, where="method._target_")
     channels = backbone_node.get("in_channels", 3)
     known = {"backbone": backbone, "num_images": num_images, "image_size": image_size, "channels": channels}
     taken = inspect.signature(target).parameters
-    given = {name: value for name, value in known.items() if name == "backbone" or name in taken}
-    return made_fast(build(node, base=Method, trust=trust, where="method", **given))
+    arguments = {name: value for name, value in known.items() if name == "backbone" or name in taken}
+    return accelerate(build(node, base=Method, trust=trust, where="method", **arguments))
 
 
-def made_fast(net: Net) -> Net:
-    """The same network, in channels-last memory and with Winograd's convolutions where they fit."""
+def accelerate(net: Net) -> Net:
+    """Convert a network in place to channels-last memory and, where applicable, Winograd convolutions; return it."""
     use_winograd(net)
     return net.to(memory_format=torch.channels_last)
 
 
 def build_parts(config: RunConfig) -> Parts:
-    """Image set, views and method. Raises ConfigError where they do not fit together."""
+    """Return image set, views and method. Raises ConfigError if they are incompatible."""
     trust = config.trust
     groups = ("dataset", "views", "method", "backbone", "optimizer")
     check_classes({group: config.values[group] for group in groups}, trust=trust)
@@ -223,13 +224,13 @@ def build_parts(config: RunConfig) -> Parts:
     )
     if method.num_views != views.num_views:
         raise ConfigError(
-            f"method needs {method.num_views} view{'s' * (method.num_views != 1)}, but the chosen views are "
+            f"method needs {method.num_views} view{'s' * (method.num_views != 1)} per image, but the chosen views give "
             f"{views.num_views}: choose others with views=..."
         )
     if method.color_spaces and views.color_space not in method.color_spaces:
         raise ConfigError(
             f"method splits the channels of {' or '.join(method.color_spaces)} images, but views.color_space is "
-            f"{views.color_space}: choose views=lab, or name other parts with method.modalities={{name: channels, ...}}"
+            f"{views.color_space}: choose views=lab, or set other parts with method.modalities={{name: channels, ...}}"
         )
     check_views(method, views, source)
     check_channels(method, source)
@@ -237,7 +238,7 @@ def build_parts(config: RunConfig) -> Parts:
 
 
 def check_views(method: Method, views: Views, source: Source) -> None:
-    """Raise ConfigError unless the method can train on what the views make of the images of the source."""
+    """Raise ConfigError unless the method accepts views of the images of the source."""
     examples = []
     for size in views.sizes(source.image_size):
         images = torch.rand(2, source.channels, size, size, generator=torch.Generator().manual_seed(0)).round()
@@ -250,20 +251,20 @@ def check_views(method: Method, views: Views, source: Source) -> None:
 
 
 def check_channels(method: Method, source: Source) -> None:
-    """Raise ConfigError unless the method makes features of images like those of the source."""
+    """Raise ConfigError unless the method computes features of images with the shape of those of the source."""
     black = torch.zeros(2, source.channels, source.image_size, source.image_size)
     try:
         with evaluating(method), torch.no_grad(), torch.random.fork_rng(devices=[]):
             method.features(black)
     except RuntimeError as error:
         raise ConfigError(
-            f"backbone: it does not take the images of {source.name}, which have {source.channels} channels and "
-            f"{source.image_size} pixels a side: {error}"
+            f"backbone: it does not accept the images of {source.name}, which have {source.channels} channels and "
+            f"{source.image_size}x{source.image_size} pixels: {error}"
         ) from error
 
 
 def build_optimizer(config: RunConfig, method: Method) -> tuple[Optimizer, float]:
-    """The optimizer over the method's parameter groups, and its peak learning rate after scaling."""
+    """Return the optimizer over the method's parameter groups, and the peak learning rate after scaling."""
     node, train = config.optimizer, config.train
     for name in ("lr", "weight_decay"):
         value = node.get(name, 0.0)
@@ -275,6 +276,6 @@ def build_optimizer(config: RunConfig, method: Method) -> tuple[Optimizer, float
     )
     arguments = node | {"lr": peak}
     if node.get("fused") and fsdp.is_sharded(method):
-        arguments["fused"] = None  # torch has no fused SGD of sharded parameters; None leaves the choice to it
+        arguments["fused"] = None  # torch has no fused SGD for sharded parameters; None lets torch choose
     optimizer = build(arguments, base=Optimizer, trust=config.trust, where="optimizer", params=groups)
     return optimizer, peak

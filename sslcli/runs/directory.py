@@ -1,4 +1,4 @@
-"""The run directory: who may use it, what it must agree with, what it tells about its run."""
+"""Run directory: layout checks, lock, comparison with the stored configuration, and the description of the run."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ from sslcli.system import atomic
 from sslcli.system.locks import NO_LOCKS
 from sslcli.system.regular_files import kind_of
 
-WRITTEN = (checkpoint_names.FOLDER, "tensorboard", "metrics.jsonl", "console.log")  # while a run goes on
-
-
+WRITTEN_DURING_RUN = (checkpoint_names.FOLDER, "tensorboard", "metrics.jsonl", "console.log")  # during a run
 FILES = (
     "config.yaml",
     "console.log",
@@ -42,16 +40,16 @@ FOLDERS = (checkpoint_names.FOLDER, "eval", "export", "pictures", "slurm", "tens
 
 
 def check_layout(run_dir: Path) -> None:
-    """Raise ConfigError where something lies in a run directory that would hold up or end whoever opens it.
+    """Raise ConfigError if a path in a run directory has the wrong type, so that opening it would block or fail.
 
-    That is a FIFO, a socket or a device in the place of a file, a file in the place of a folder, and the other way.
-    Only the log, which is never read, may be a device: some want it to go to /dev/null.
+    Wrong types are a FIFO, socket, device or folder instead of a file, and anything else instead of a folder. Only
+    console.log, which is never read, may be a device, so that a link to /dev/null can discard it.
     """
     for name in FILES:
         path = run_dir / name
         is_device = name == "console.log" and path.is_char_device()
         if path.exists() and not path.is_file() and not is_device:
-            raise ConfigError(out_of_place(run_dir / name))
+            raise ConfigError(wrong_type_message(run_dir / name))
     for name in FOLDERS:
         if (run_dir / name).exists() and not (run_dir / name).is_dir():
             raise ConfigError(f"{run_dir / name} is {kind_of(run_dir / name)}, but it must be a folder: remove it")
@@ -59,25 +57,25 @@ def check_layout(run_dir: Path) -> None:
 
 
 def check_below(folder: Path) -> None:
-    """Raise ConfigError where a folder, at any depth, holds what is neither a file nor a folder."""
+    """Raise ConfigError if a folder contains, at any depth, an entry that is neither a file nor a folder."""
     for parent, _, names in os.walk(folder):
         for path in (Path(parent, name) for name in names):
             if path.exists() and not path.is_file():
-                raise ConfigError(out_of_place(path))
+                raise ConfigError(wrong_type_message(path))
 
 
-def out_of_place(path: Path) -> str:
-    """The message for what lies in the place of a file."""
+def wrong_type_message(path: Path) -> str:
+    """Return the error message for an entry that should be a file."""
     return f"{path} is {kind_of(path)}, but it must be a regular file: remove it"
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether the run in this directory came to its end."""
+    """Return True if the run in this directory has finished."""
     return (run_dir / "done").exists()
 
 
-def is_held(run_dir: Path) -> bool:
-    """Whether a run is at work in this directory."""
+def is_locked(run_dir: Path) -> bool:
+    """Return True if a process is running in this directory."""
     try:
         with (run_dir / ".lock").open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -89,7 +87,7 @@ def is_held(run_dir: Path) -> bool:
 
 
 def has_checkpoint(run_dir: Path) -> bool:
-    """Whether there is something to go on from, told without importing torch."""
+    """Return True if the run has a checkpoint; does not import torch."""
     return bool(checkpoint_names.all_of(run_dir))
 
 
@@ -101,15 +99,15 @@ def check_resumable(run_dir: Path, values: dict[str, Any]) -> None:
     check_layout(run_dir)
     if values["resume"] == "never" and started:
         raise ConfigError(
-            f"resume is 'never', but {run_dir} holds a run: choose another run_dir or name, or resume=auto to go on"
+            f"resume is 'never', but {run_dir} contains a run: choose another run_dir or name, or resume=auto to resume"
         )
     if values["resume"] == "must" and not has_checkpoint(run_dir):
         raise ConfigError(
-            f"resume is 'must', but {run_dir} holds no checkpoint: check run_dir, or start with resume=auto"
+            f"resume is 'must', but {run_dir} contains no checkpoint: check run_dir, or start with resume=auto"
         )
     if not started:
         return
-    before, now = (flat(map_paths(each, real_path)) for each in (read_config(run_dir), values))
+    before, now = (flatten(map_paths(each, real_path)) for each in (read_config(run_dir), values))
     changed = [
         f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
         for key in sorted(before.keys() | now.keys())
@@ -118,26 +116,29 @@ def check_resumable(run_dir: Path, values: dict[str, Any]) -> None:
     if changed:
         raise ConfigError(
             f"the run in {run_dir} was started with another configuration; what differs: {'; '.join(changed)}. "
-            "Use the same values to go on, or another run_dir to start anew"
+            "Use the same values to resume, or another run_dir to start a new run"
         )
 
 
-def flat(config: dict[str, Any], prefix: str = "", *, leave_out: tuple[str, ...] = NEUTRAL) -> dict[str, Any]:
-    """Values by dotted key of what makes a run what it is: all but those in `leave_out` and below."""
+def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: tuple[str, ...] = NEUTRAL) -> dict[str, Any]:
+    """Return the values of a configuration by dotted key, without the keys in `leave_out` and those below them.
+
+    By default only the values that affect the results of a run remain.
+    """
     found: dict[str, Any] = {}
     for key, value in config.items():
         path = f"{prefix}{key}"
         if (key.startswith("_") and not prefix) or path in leave_out or path == "effective":
             continue
         if isinstance(value, dict):
-            found |= flat(value, f"{path}.", leave_out=leave_out)
+            found |= flatten(value, f"{path}.", leave_out=leave_out)
         else:
             found[path] = value
     return found
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The configuration a run was started with. Raises ConfigError where there is none."""
+    """Return the configuration of a run with current names. Raises ConfigError if there is none or it is invalid."""
     path = run_dir / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{run_dir} is not a run directory: it has no config.yaml")
@@ -149,10 +150,11 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
-    """Take the run directory for this process until it ends, making it where needed.
+    """Create the run directory if it does not exist, lock it, and return the open lock file.
 
-    Waits a moment for the processes of a run that was just killed. Raises ConfigError when another run holds it. Says
-    so and goes on where the file system has no locks.
+    The lock ends with the process, or when the file is closed. Processes of a run that was just killed may still have
+    it, so another attempt follows until `patience` seconds have passed; then ConfigError is raised. If the file system
+    has no locks, a warning is printed and the run continues without one.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -161,11 +163,11 @@ def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
         raise ConfigError(
             f"run_dir is {run_dir}, but it cannot be written ({error.strerror}): choose another"
         ) from error
-    for path in (run_dir, *(run_dir / name for name in WRITTEN)):
+    for path in (run_dir, *(run_dir / name for name in WRITTEN_DURING_RUN)):
         if path.exists() and not os.access(path, os.W_OK, effective_ids=True):
             raise ConfigError(
-                f"{path} cannot be written ({os.strerror(errno.EACCES)}), where the run would go on: change its "
-                "permissions, or copy the run to a place of your own"
+                f"{path} cannot be written ({os.strerror(errno.EACCES)}), but the run writes to it: change its "
+                "permissions, or copy the run to a directory that you can write to"
             )
     until = time.monotonic() + patience
     while True:
@@ -175,14 +177,14 @@ def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
         except OSError as error:
             if error.errno in NO_LOCKS:
                 print(
-                    f"ssl-train: {run_dir} cannot be locked ({error.strerror}): start no second run in it",
+                    f"ssl-train: {run_dir} cannot be locked ({error.strerror}): do not start a second run in it",
                     file=sys.stderr,
                 )
                 return file
             if time.monotonic() > until:
                 file.seek(0)
                 raise ConfigError(
-                    f"another run ({file.read().strip() or 'unknown'}) is at work in {run_dir}: "
+                    f"another run ({file.read().strip() or 'unknown'}) is running in {run_dir}: "
                     "wait for it, or choose another run_dir"
                 ) from error
             time.sleep(0.1)
@@ -192,7 +194,7 @@ def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
     return file
 
 
-def describe(
+def write_description(
     run_dir: Path,
     values: dict[str, Any],
     *,
@@ -201,8 +203,7 @@ def describe(
     device: str,
     threads: int,
 ) -> None:
-    """Write what explains the run: configuration, command line, environment."""
-
+    """Write the files that describe the run: config.yaml, overrides.txt and environment.json."""
     path = run_dir / "overrides.txt"
     if not path.exists():
         atomic.replace(path, "".join(f"{line}\n" for line in overrides).encode())
@@ -214,7 +215,7 @@ def describe(
 
 
 def environment(*, device: str, threads: int) -> dict[str, Any]:
-    """Versions, machine and code state, as plain values."""
+    """Return time, command, versions, machine and state of the git repository, as plain values."""
     packages = ["sslcli", "torch", "torchvision", "hydra-core", "omegaconf", "numpy", "pillow"]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -225,12 +226,12 @@ def environment(*, device: str, threads: int) -> dict[str, Any]:
         "host": platform.node(),
         "device": device,
         "threads": threads,
-        "git": git(),
+        "git": git_state(),
     }
 
 
-def git() -> dict[str, Any] | None:
-    """Commit and cleanness of the repository the command was started in, None where there is none."""
+def git_state() -> dict[str, Any] | None:
+    """Return commit and number of changed files of the git repository of the working directory, or None."""
     if shutil.which("git") is None:
         return None
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

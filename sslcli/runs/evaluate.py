@@ -1,4 +1,4 @@
-"""Carry out ssl-eval: load, extract once, apply the protocol, set the baselines beside it, write down what was done."""
+"""Execution of ssl-eval: load a network, run the protocol and its baselines, write the result file."""
 
 from __future__ import annotations
 
@@ -25,48 +25,48 @@ from sslcli.evaluation.online import check_answers, unanswerable
 from sslcli.report.console import Screen
 from sslcli.report.evaluation_tables import comparison, details, summary
 from sslcli.runs import fine_tuned
-from sslcli.runs.build import build, find
-from sslcli.runs.evaluation import Evaluation, Starts, check_home
+from sslcli.runs.build import build, find_class
+from sslcli.runs.evaluation import Evaluation, Starts, check_results_dir
 from sslcli.runs.image_changes import warn_of_changes
-from sslcli.runs.result_name import facts_of_set, joined
+from sslcli.runs.result_name import dataset_facts, join_parts
 from sslcli.runs.subject import Subject, load_subject
 from sslcli.system.memory import keep_freed_memory
 
 
-class BySignal(BaseException):
-    """A signal to stop, wherever the evaluation is; no handler of errors may take it for one."""
+class StoppedBySignal(BaseException):
+    """Raised by a signal to stop. Not an Exception, so that no error handler catches it."""
 
 
 def run(config: EvalConfig) -> int:
-    """Carry out a checked configuration of ssl-eval; the exit code."""
+    """Run ssl-eval with a validated configuration, and return the exit code."""
     try:
-        return _listening(config)
-    except BySignal as signalled:
+        return _run_with_signal_handlers(config)
+    except StoppedBySignal as signalled:
         print(
-            f"ssl-eval: stopped by {signalled}; features that were complete are kept: start the same command again",
+            f"ssl-eval: stopped by {signalled}; complete features are cached: run the same command again to resume",
             file=sys.stderr,
         )
         return EXIT_STOPPED
 
 
-def _listening(config: EvalConfig) -> int:
-    """The same, with BySignal raised where a scheduler's signal arrives, or the terminal's when it is closed."""
+def _run_with_signal_handlers(config: EvalConfig) -> int:
+    """Evaluate with handlers that raise StoppedBySignal on signals of a scheduler or of a closed terminal."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise BySignal(signal.Signals(number).name)
+        raise StoppedBySignal(signal.Signals(number).name)
 
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
-    numbers += [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]  # as nohup has it
+    numbers += [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]  # ignored under nohup
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
-        return _answered(config)
+        return _run_with_messages(config)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _answered(config: EvalConfig) -> int:
-    """The same, with a message where the user's configuration is wrong or the machine fails."""
+def _run_with_messages(config: EvalConfig) -> int:
+    """Evaluate, and print a message for errors in the configuration and failures of the machine."""
     try:
         device = devices.pick_device(config.device)
         keep_freed_memory()
@@ -74,10 +74,10 @@ def _answered(config: EvalConfig) -> int:
         with Screen() as screen:
             path = None if config.run is None else Path(config.run)
             if path is not None and not (path / "config.yaml").exists():
-                return _sweep(path, config, device, screen)
+                return _evaluate_folder(path, config, device, screen)
             result = evaluate(config, device, screen)
             details(result, screen)
-            summary(Path(result["home"]), screen)
+            summary(Path(result["results_dir"]), screen)
         return 0
     except ValueError as error:
         print_error("eval", error)
@@ -87,8 +87,8 @@ def _answered(config: EvalConfig) -> int:
         return EXIT_FAILED
 
 
-def _sweep(folder: Path, config: EvalConfig, device: torch.device, screen: Screen) -> int:
-    """Evaluate every run below a folder and print a table of all, best first."""
+def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, screen: Screen) -> int:
+    """Evaluate every run directly below a folder, print a table of all, best first, and return the exit code."""
     runs = sorted(path.parent for path in folder.glob("*/config.yaml") if checkpoint.all_of(path.parent))
     if not runs:
         raise ConfigError(f"{folder} is neither a run directory nor a directory of runs with checkpoints")
@@ -101,77 +101,79 @@ def _sweep(folder: Path, config: EvalConfig, device: torch.device, screen: Scree
 
 
 def evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[str, Any]:
-    """One evaluation, from the configuration to the result, which is also written to the results folder."""
+    """Evaluate one checkpoint or weight file, write the result file, and return the result with its `results_dir`."""
     started = time.perf_counter()
     subject, source = load_subject(config, device)
-    check_home(subject.home)
-    if config.run is not None and not subject.foreign:
+    check_results_dir(subject.results_dir)
+    if config.run is not None and not subject.has_other_images:
         warn_of_changes(Path(config.run), source, screen)
     check_classes(source)
-    node, protocol = protocol_of(config, subject)
+    node, protocol = build_protocol(config, subject)
     splits = {name: part for name, part in source.splits.items() if len(part)}
     splits["train"] = protocol.training_positions(source, subject.monitor)
     check_answers(source, splits["train"])
     for name in protocol.reported_splits(splits):
         if warning := unanswerable(source, splits["train"], splits.get(name, splits["train"])):
             screen.warn(f"of the images of {name} {warning}")
-    this = Evaluation(config, device, screen, subject, source, splits, variant=protocol.variant(subject.monitor))
-    outcome = run_protocol(this, protocol, node)
-    this.variant = joined(outcome.variant, this.variant)
-    result = outcome.result | written(outcome, this)
+    evaluation = Evaluation(config, device, screen, subject, source, splits, variant=protocol.variant(subject.monitor))
+    outcome = run_protocol(evaluation, protocol, node)
+    evaluation.variant = join_parts(outcome.variant, evaluation.variant)
+    result = outcome.result | write_outcome(outcome, evaluation)
     result |= {
-        "measured": this.measured(result["protocol"]),
+        "measured": evaluation.quantity(result["protocol"]),
         **subject.provenance,
         "protocol_settings": {key: value for key, value in node.items() if key != "_target_"},
-        "feature_layer": this.layer,
+        "feature_layer": evaluation.layer,
         "transform": f"test transform at {source.image_size} px, normalized as in pre-training",
-        **facts_of_set(source),
+        **dataset_facts(source),
         "precision": subject.precision,
         "sslcli": __version__,
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    place = this.place(result["protocol"])
-    this.write(place.with_name(f"{place.name}.json"), json.dumps(result, indent=2).encode())
-    return result | {"home": str(subject.home)}
+    path = evaluation.result_path(result["protocol"])
+    evaluation.write(path.with_name(f"{path.name}.json"), json.dumps(result, indent=2).encode())
+    return result | {"results_dir": str(subject.results_dir)}
 
 
 def check_classes(source: Source) -> None:
     """Raise ConfigError unless a source has labels of at least two classes."""
     if not source.has_labels:
-        raise ConfigError(f"{source.name} has no labels, which a probe needs: choose a labeled dataset=...")
+        raise ConfigError(f"{source.name} has no labels, but an evaluation needs them: choose a labeled dataset=...")
     if len(source.classes) < 2:
         raise ConfigError(
-            f"{source.name} has a single class, {source.classes[0]!r}, so every answer would be right: "
-            "a probe needs two or more"
+            f"{source.name} has a single class, {source.classes[0]!r}, so every prediction would be correct: "
+            "choose a dataset=... with at least two classes"
         )
 
 
-def protocol_of(config: EvalConfig, subject: Subject) -> tuple[dict[str, Any], Protocol]:
-    """Return the settings of the chosen protocol, with those that are null filled in, and the protocol."""
+def build_protocol(config: EvalConfig, subject: Subject) -> tuple[dict[str, Any], Protocol]:
+    """Return the settings of the chosen protocol, with defaults for those that are null, and the protocol."""
     node = dict(config.protocol)
-    kind = find(node["_target_"], base=Protocol, trust=config.trust, where="protocol._target_")
+    kind = find_class(node["_target_"], base=Protocol, trust=config.trust, where="protocol._target_")
     node |= {key: value for key, value in kind.defaults(subject.monitor).items() if node.get(key) is None}
-    torch.manual_seed(node.get("seed", 0))  # of a net that is part of the protocol
+    torch.manual_seed(node.get("seed", 0))  # for networks that the protocol initializes
     return node, build(node, base=Protocol, trust=config.trust, where="protocol")
 
 
-def run_protocol(this: Evaluation, protocol: Protocol, node: dict[str, Any]) -> Outcome:
-    """Call the protocol with the networks that it evaluates."""
-    trained = this.subject.net("trained")
-    example = this.task().example()
-    this.layer, this.usual_layer = protocol.choose_layer(this.config.feature_layer, trained, example)
-    this.check_layer(trained)
-    names = ("trained", *(protocol.baselines if this.config.baselines else ()))
-    starts = Starts(this, names, {"trained": trained}, keep=protocol.trains)
-    task = this.task(fine_tuned=partial(fine_tuned.load, this), kept=partial(this.baseline, node))
+def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any]) -> Outcome:
+    """Run the protocol on the trained network and the baselines, and return its outcome."""
+    trained = evaluation.subject.net("trained")
+    example = evaluation.task().example()
+    evaluation.layer, evaluation.default_layer = protocol.choose_layer(
+        evaluation.config.feature_layer, trained, example
+    )
+    evaluation.check_layer(trained)
+    names = ("trained", *(protocol.baselines if evaluation.config.baselines else ()))
+    starts = Starts(evaluation, names, {"trained": trained}, keep=protocol.trains)
+    task = evaluation.task(fine_tuned=partial(fine_tuned.load, evaluation), kept=partial(evaluation.baseline, node))
     return protocol(starts, task)
 
 
-def written(outcome: Outcome, this: Evaluation) -> dict[str, Any]:
-    """Write the files and the network of an outcome; return what the result says of them."""
-    folder = this.place(outcome.result["protocol"])
+def write_outcome(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:
+    """Write the files and the network of an outcome; return the entries of the result that refer to the network."""
+    folder = evaluation.result_path(outcome.result["protocol"])
     for name, text in outcome.files.items():
-        this.write(folder / name, text.encode())
-        this.screen.say(f"picture: {folder / name}")
-    return {} if outcome.net is None else fine_tuned.save(outcome, folder / "net.pt", this)
+        evaluation.write(folder / name, text.encode())
+        evaluation.screen.say(f"picture: {folder / name}")
+    return {} if outcome.net is None else fine_tuned.save(outcome, folder / "net.pt", evaluation)

@@ -1,4 +1,4 @@
-"""One evaluation: what is measured, on which images, where its files go, and the features it needs."""
+"""One evaluation: network, images, names and paths of results, and cached features and baselines."""
 
 from __future__ import annotations
 
@@ -25,20 +25,28 @@ from sslcli.evaluation.task import Start, Task
 from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
 from sslcli.report.console import SUBJECTS, Screen
-from sslcli.runs.result_name import joined, name_of_set
+from sslcli.runs.result_name import dataset_name, join_parts
 from sslcli.runs.subject import Subject
 from sslcli.system import atomic
 
-PLACES = ("run", "weights", "checkpoint")  # of the provenance: where files lie, and not what is in them
-WEIGHTS = ("checkpoint_sha256", "step")  # of the provenance: what a net as initialized does not depend on
+PATH_KEYS = ("run", "weights", "checkpoint")  # keys of the provenance that are paths, independent of the content
+WEIGHT_KEYS = ("checkpoint_sha256", "step")  # keys of the provenance that an untrained network does not depend on
 
 
 @dataclass
 class Evaluation:
     """One evaluation.
 
-    `splits` are the positions of the images in `source`, `layer` is where features are taken, `usual_layer` where they
-    are taken if nobody says so, and `variant` what of the protocol's settings belongs in the name of the result.
+    Attributes:
+        config: the settings.
+        device: the device of all networks.
+        screen: the progress display.
+        subject: the network and its provenance.
+        source: the labeled images.
+        splits: positions of the images of each split in `source`.
+        layer: the layer whose features are evaluated.
+        default_layer: the layer that is evaluated by default; names of results do not mention it.
+        variant: suffix of the result's name for protocol settings that change the measured quantity.
     """
 
     config: EvalConfig
@@ -48,27 +56,27 @@ class Evaluation:
     source: Source
     splits: dict[str, Tensor]
     layer: str = layers.BACKBONE
-    usual_layer: str = layers.BACKBONE
+    default_layer: str = layers.BACKBONE
     variant: str = ""
 
-    def measured(self, protocol: str) -> str:
-        """The protocol and what of its settings and of the layer makes the number another quantity."""
-        return joined(protocol, self.variant, self.layer if self.layer != self.usual_layer else "")
+    def quantity(self, protocol: str) -> str:
+        """Return the name of the measured quantity: protocol, variant, and the layer if it is not the default."""
+        return join_parts(protocol, self.variant, self.layer if self.layer != self.default_layer else "")
 
     @property
-    def measured_on(self) -> str:
-        """The checkpoint and the images, where they are not the last one and those of the run."""
+    def conditions(self) -> str:
+        """Suffix for a checkpoint that is not the last one, and for images that are not those of pre-training."""
         of_run, step = self.config.run is not None, self.config.checkpoint
         checkpoint = f"step-{step}" if of_run and step != "last" else ""
-        images = name_of_set(self.source, image_size=self.subject.image_size) if self.subject.foreign else ""
-        return joined(checkpoint, images)
+        images = dataset_name(self.source, image_size=self.subject.image_size) if self.subject.has_other_images else ""
+        return join_parts(checkpoint, images)
 
-    def place(self, protocol: str) -> Path:
-        """Where the files of the result go, the name without its ending; numbers of different things never share it."""
-        return self.subject.home / joined(self.measured(protocol), self.measured_on)
+    def result_path(self, protocol: str) -> Path:
+        """Return the path of the result without suffix; it differs for different quantities, checkpoints and images."""
+        return self.subject.results_dir / join_parts(self.quantity(protocol), self.conditions)
 
     def task(self, **callbacks: Any) -> Task:
-        """Return what a protocol needs to know of the images, with the `callbacks` of `Task`."""
+        """Return the `Task` of the protocol, with these callbacks."""
         return Task(
             source=self.source,
             views=self.subject.views,
@@ -83,42 +91,47 @@ class Evaluation:
         )
 
     def features(self, name: str, net: nn.Module | None) -> FeatureSet:
-        """Features of all splits by the net `trained` or `random`, or of `pixels`; cached where they cost something."""
+        """Return the features of all splits, from the cache if possible.
+
+        Args:
+            name: "trained", "random" or "pixels".
+            net: the network; None for pixels.
+        """
         if net is not None:
             self.check_layer(net)
 
         def compute() -> dict[str, Tensor]:
-            return self.extracted(name, net)
+            return self.extract(name, net)
 
-        # Pixels that lie in memory are there sooner than their file, which would be the largest of all.
-        free = net is None and self.source.images is not None
+        # Pixels of images in memory are not cached: reading their large file would be slower.
+        is_in_memory = net is None and self.source.images is not None
         with evaluating(net) if net is not None else nullcontext():
-            if free or not self.config.cache:
+            if is_in_memory or not self.config.cache:
                 tensors = compute()
             else:
                 key = json.dumps(self.key(name))
-                path = self.subject.home / "features" / f"{name}_{short(key)}.pt"
+                path = self.subject.results_dir / "features" / f"{name}_{short_digest(key)}.pt"
                 tensors = cached(path, key, compute, warn=self.screen.warn)
         if name == "trained":
-            self.tell_unreadable(tensors)
+            self.warn_unreadable(tensors)
         found = FeatureSet(**tensors, num_classes=len(self.source.classes), classes=tuple(self.source.classes))
         if name != "trained" or self.layer != layers.BANK:
             return found
         assert isinstance(net, Method)
         rows = net.stored()
-        assert rows is not None  # else the layer would not be among those of the net
+        assert rows is not None  # else check_layer raises an error
         return from_bank(found, rows, self.source.splits["train"])
 
     def check_layer(self, net: nn.Module) -> None:
-        """Raise ValueError unless the network has the layer, and ConfigError for the bank and other images."""
-        if self.layer == layers.BANK and self.subject.foreign:
+        """Raise ValueError if the network does not have the layer, ConfigError if it is the bank of other images."""
+        if self.layer == layers.BANK and self.subject.has_other_images:
             raise ConfigError(
-                "feature_layer is 'bank', but its rows are of the images of pre-training: leave out dataset="
+                "feature_layer is 'bank', but its rows are features of the images of pre-training: remove dataset=..."
             )
         layers.check(net, self.layer, self.task().example())
 
-    def tell_unreadable(self, tensors: dict[str, Tensor]) -> None:
-        """Warn of labeled images without features. Raises TooManyBadImages above `dataset.max_bad` of a split."""
+    def warn_unreadable(self, tensors: dict[str, Tensor]) -> None:
+        """Warn about labeled images without features. Raises TooManyBadImages above `dataset.max_bad` of a split."""
         for name, positions in self.splits.items():
             labeled = positions[self.source.labels[positions] >= 0]
             bad = BadImages(max_bad=self.source.max_bad, total=len(labeled))
@@ -131,20 +144,20 @@ class Evaluation:
             if bad.count:
                 first, reason = next(iter(bad.reasons.items()))
                 self.screen.warn(
-                    f"{bad.count} of {bad.total} images of {name} cannot be read and are left out: {first} ({reason})"
+                    f"{bad.count} of {bad.total} images of {name} cannot be read and are skipped: {first} ({reason})"
                     + (", ..." if bad.count > 1 else "")
                 )
 
-    def extracted(self, name: str, net: nn.Module | None) -> dict[str, Tensor]:
-        """The features, computed."""
-        seen: dict[str, int] = {}
+    def extract(self, name: str, net: nn.Module | None) -> dict[str, Tensor]:
+        """Compute and return the features of all splits, as tensors by the name of their `FeatureSet` field."""
+        completed: dict[str, int] = {}
 
         def encode(images: Tensor) -> Tensor:
             return pixels(images) if net is None else layers.read(net, self.layer, images)
 
         def progress(split: str, done: int, total: int) -> None:
-            seen[split] = done
-            self.screen.advance(sum(seen.values()), split)
+            completed[split] = done
+            self.screen.advance(sum(completed.values()), split)
 
         self.screen.start(f"features, {SUBJECTS[name]}", total=sum(len(part) for part in self.splits.values()))
         found = collect(
@@ -154,9 +167,7 @@ class Evaluation:
             prepare=(lambda images: images) if net is None else self.subject.prepare,
             batch_size=self.config.batch_size,
             device=self.device,
-            precision="fp16"
-            if net is None
-            else self.subject.precision,  # a level of 8 bits is 16 steps of fp16 or more
+            precision="fp16" if net is None else self.subject.precision,  # fp16 has at least 16 values per 8-bit level
             workers=self.config.workers,
             progress=progress,
         )
@@ -164,25 +175,30 @@ class Evaluation:
         return {key: value for key, value in vars(found).items() if isinstance(value, Tensor)}
 
     def key(self, name: str) -> list[Any]:
-        """All that the features of one kind depend on."""
+        """Return everything that the features of "trained", "random" or "pixels" depend on, as the cache key."""
         subject, source, views = self.subject, self.source, self.subject.views
         positions = hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.splits.values())).hexdigest()[:16]
         images = [source.version, source.image_size, positions]
         if name == "pixels":
             return [__version__, name, images]
-        left_out = (*PLACES, *(WEIGHTS if name == "random" else ()))
-        facts = {key: value for key, value in subject.provenance.items() if key not in left_out}
-        seen_as = [views.color_space, views.normalize, list(subject.mean), list(subject.std)]
-        how = [self.layer, subject.precision, self.config.batch_size]
-        return [__version__, name, facts, self.config.backbone, how, images, seen_as]
+        excluded = (*PATH_KEYS, *(WEIGHT_KEYS if name == "random" else ()))
+        provenance = {key: value for key, value in subject.provenance.items() if key not in excluded}
+        preprocessing = [views.color_space, views.normalize, list(subject.mean), list(subject.std)]
+        computation = [self.layer, subject.precision, self.config.batch_size]
+        return [__version__, name, provenance, self.config.backbone, computation, images, preprocessing]
 
     def baseline(self, node: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What the protocol of `node` finds of `random` or `pixels`: the same for all checkpoints of a run, so kept."""
+        """Return the numbers of the baseline "random" or "pixels", from the cache or from `measure()`.
+
+        They are cached since they are the same for all checkpoints of a run. `node` has the settings of the protocol.
+        """
         if not self.config.cache:
             return measure()
         key = [torch.__version__, self.device.type, node, self.key(name)]
         path = (
-            self.subject.home / "features" / f"{name}_{node['_target_'].rpartition('.')[2].lower()}_{short(key)}.json"
+            self.subject.results_dir
+            / "features"
+            / f"{name}_{node['_target_'].rpartition('.')[2].lower()}_{short_digest(key)}.json"
         )
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -192,7 +208,7 @@ class Evaluation:
         return found
 
     def write(self, path: Path, content: bytes) -> None:
-        """Write one file of the results. Raises TrainingFailed where that is not possible."""
+        """Write one result file. Raises TrainingFailed if it cannot be written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic.replace(path, content)
@@ -201,9 +217,13 @@ class Evaluation:
 
 
 class Starts(Mapping[str, Start]):
-    """The starts of an evaluation by name; networks are built and features extracted when they are asked for.
+    """Starts of an evaluation by name; accessing one builds its network and extracts its features.
 
-    keep: hold networks and features in memory, for protocols that use them several times.
+    Args:
+        evaluation: the evaluation.
+        names: names of the starts, "trained" and the baselines.
+        nets: networks that exist already, by name.
+        keep: keep networks and features in memory, for protocols that use them several times.
     """
 
     def __init__(self, evaluation: Evaluation, names: Sequence[str], nets: dict[str, nn.Module], *, keep: bool) -> None:
@@ -228,19 +248,19 @@ class Starts(Mapping[str, Start]):
         return len(self.names)
 
 
-def short(key: object) -> str:
-    """Hex digits for the name of a file."""
+def short_digest(key: object) -> str:
+    """Return 12 hex digits of a digest of `key`, for file names."""
     return hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:12]
 
 
-def check_home(home: Path) -> None:
-    """Raise ConfigError unless results can be written to `home`, before hours are spent on them."""
+def check_results_dir(results_dir: Path) -> None:
+    """Raise ConfigError unless files can be written to `results_dir`; called before the evaluation starts."""
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        with atomic.beside(home / "probe") as probe:
+        results_dir.mkdir(parents=True, exist_ok=True)
+        with atomic.beside(results_dir / "probe") as probe:
             probe.touch()
     except OSError as error:
         raise ConfigError(
-            f"results go to {home}, which cannot be written ({error.strerror}): "
-            "change its rights, or copy the run to where you may write"
+            f"results go to {results_dir}, which cannot be written ({error.strerror}): "
+            "change its permissions, or copy the run to a directory that you can write to"
         ) from error

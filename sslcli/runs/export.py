@@ -1,14 +1,16 @@
-"""Carry out ssl-export: the weights of a checkpoint and what made them, in one file for torch.load(weights_only=True).
+"""Execution of ssl-export: weights and settings of a checkpoint in one file for torch.load(weights_only=True).
 
-state_dict    the weights, by their plain names
-what          backbone or method
-backbone      how ssl-eval builds the backbone: its `_target_` and values; `method` likewise
+Keys of the file:
+
+state_dict    the weights, named as in `state_dict()` of the backbone or the method
+what          "backbone" or "method"
+backbone      `_target_` and arguments of the backbone; `method` likewise
 seed, num_images
-              what else the method was built from
+              further arguments of the method
 dataset, image_fingerprint
               the images of pre-training
 image_size, mean, std, views, precision, monitor
-              how images were prepared, in which format was computed, and how k-NN was measured
+              preprocessing, precision of forward passes, and k-NN settings
 provenance    run, checkpoint, its digest, step, image set, seed
 sslcli        the version that wrote the file
 """
@@ -30,16 +32,16 @@ from sslcli.errors import ConfigError
 from sslcli.methods.base import Method
 from sslcli.report.console import Screen
 from sslcli.runs import directory
-from sslcli.runs.build import build_backbone, find
+from sslcli.runs.build import build_backbone, find_class
 from sslcli.runs.subject import find_checkpoint, origin
 from sslcli.system import atomic
 from sslcli.weights.files import load_strictly
 
-BACKBONE = "backbone."  # what names in a method's state begin with
+BACKBONE = "backbone."  # prefix of the backbone's parameters in the state of a method
 
 
 def run(config: ExportSettings) -> int:
-    """Carry out a checked configuration of ssl-export; the exit code."""
+    """Run ssl-export with a validated configuration, and return the exit code."""
     run_dir, what = Path(str(config.run)), config.what
     saved = directory.read_config(run_dir)
     path = find_checkpoint(run_dir, config.checkpoint)
@@ -49,40 +51,37 @@ def run(config: ExportSettings) -> int:
     if what == "backbone":
         weights = {name[len(BACKBONE) :]: value for name, value in weights.items() if name.startswith(BACKBONE)}
         check_backbone_alone(saved, weights, trust=config.trust)
-    write(out, {"state_dict": weights, "what": what, **described(saved, run_dir, path)})
+    write(out, {"state_dict": weights, "what": what, **description(saved, run_dir, path)})
     numbers = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
     with Screen() as screen:
         screen.table(
             f"exported: {out}",
-            {"what": what, "of step": step, "numbers": numbers, "size (MB)": round(out.stat().st_size / 1e6, 1)},
+            {"what": what, "step": step, "parameters": numbers, "size (MB)": round(out.stat().st_size / 1e6, 1)},
         )
-        screen.say(f"to measure it: ssl-eval weights={out} dataset=...")
+        screen.say(f"to evaluate it: ssl-eval weights={out} dataset=...")
     return 0
 
 
 def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trust: list[str]) -> None:
-    """Raise ConfigError unless a backbone with these weights gives the features of the run without its method."""
-    method = find(saved["method"]["_target_"], base=Method, trust=trust, where="method._target_")
+    """Raise ConfigError unless the backbone alone, with these weights, computes the same features as the method."""
+    method = find_class(saved["method"]["_target_"], base=Method, trust=trust, where="method._target_")
     remedy = (
-        "so the backbone alone does not give the numbers of the run: export what=method, which ssl-eval weights=FILE "
-        "measures as well"
+        "so the backbone alone does not give the accuracies of the run: export what=method, which ssl-eval "
+        "weights=FILE evaluates as well"
     )
     if method.features is not Method.features:
-        raise ConfigError(
-            f"what is backbone, but {method.__name__} makes its features in a way of its own (it overrides features), "
-            f"{remedy}"
-        )
+        raise ConfigError(f"what is 'backbone', but {method.__name__} overrides features, {remedy}")
     backbone = build_backbone(saved["backbone"], image_size=saved["dataset"]["image_size"], trust=trust)
     try:
         load_strictly(backbone, weights, "the checkpoint")
     except ConfigError as error:
         raise ConfigError(
-            f"what is backbone, but {method.__name__} makes another net of the backbone, {remedy}"
+            f"what is 'backbone', but {method.__name__} changes the layers of the backbone, {remedy}"
         ) from error
 
 
-def described(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any]:
-    """What made the weights in a checkpoint, as plain values."""
+def description(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any]:
+    """Return the entries of an export that describe how the weights were trained, as plain values."""
     dataset = saved["dataset"]
     return {
         "backbone": saved["backbone"],
@@ -103,7 +102,7 @@ def described(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any
 
 
 def write(out: Path, content: dict[str, Any]) -> None:
-    """Save the file, whole or not at all. Raises ConfigError where it cannot be written."""
+    """Write the file atomically. Raises ConfigError if it cannot be written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(out, partial(torch.save, content))

@@ -1,4 +1,4 @@
-"""Networks that protocols leave beside their results, for protocol=distill to take as teachers."""
+"""Saving and loading of networks that protocols train, which protocol=distill uses as teachers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sslcli.evaluation.network import Classifier
 from sslcli.evaluation.task import FineTuned
 from sslcli.report.evaluation_tables import results
 from sslcli.runs.evaluation import Evaluation
-from sslcli.runs.result_name import joined
+from sslcli.runs.result_name import join_parts
 from sslcli.weights.files import load_strictly, load_weights
 
 
@@ -38,51 +38,56 @@ def save(found: Outcome, path: Path, evaluation: Evaluation) -> dict[str, Any]:
         buffer,
     )
     evaluation.write(path, buffer.getvalue())
-    return {"net": str(path.relative_to(evaluation.subject.home)), "net_sha256": checkpoint.sha256(path)}
+    return {"net": str(path.relative_to(evaluation.subject.results_dir)), "net_sha256": checkpoint.sha256(path)}
 
 
-def load(evaluation: Evaluation, wanted: str) -> FineTuned:
-    """Return the network that the result `wanted` left, of the same checkpoint and on the same images.
+def load(evaluation: Evaluation, requested: str) -> FineTuned:
+    """Return the network saved with the result `requested` of the same checkpoint and the same images.
 
     Raises ConfigError if there is none, or if it is of another checkpoint or was trained on other images.
     """
-    name, result = find_result(evaluation, wanted)
+    name, result = find_result(evaluation, requested)
     subject, source = evaluation.subject, evaluation.source
-    path, protocol = subject.home / result["net"], result["protocol"]
+    path, protocol = subject.results_dir / result["net"], result["protocol"]
     if not path.exists():
         raise ConfigError(f"{name}.json names the network {path}, which does not exist: run protocol={protocol} again")
     state = load_weights(path, device=evaluation.device)
-    version = state.get("dataset_version", source.version)  # older versions stored the fingerprint alone
+    version = state.get("dataset_version", source.version)  # older versions stored only the fingerprint
     if (state["dataset_fingerprint"], version) != (source.fingerprint, source.version):
         raise ConfigError(f"the teacher {path} was trained on other images: run protocol={protocol} again")
     if state["checkpoint_sha256"] != subject.provenance["checkpoint_sha256"]:
-        raise ConfigError(f"the teacher {path} is of another checkpoint: run protocol={protocol} again, or choose that")
+        raise ConfigError(
+            f"the teacher {path} is of another checkpoint: run protocol={protocol} again, or set checkpoint to that one"
+        )
     shape = {"width": state["width"], "num_classes": len(state["classes"])}
     net = Classifier(subject.fresh(), state["layer"], images=evaluation.task().example(), **shape)
     load_strictly(net, state["net"], str(path))
     provenance = {
         "protocol": protocol,
         "measured": result.get("measured", protocol),
-        "net": str(path.relative_to(subject.home)),
+        "net": str(path.relative_to(subject.results_dir)),
         "sha256": checkpoint.sha256(path),
     }
     return FineTuned(net=net, positions=state["positions"].cpu(), provenance=provenance)
 
 
-def find_result(evaluation: Evaluation, wanted: str) -> tuple[str, dict[str, Any]]:
-    """Return name and content of the result `wanted`: a protocol, or a protocol with its variant."""
-    home, found = evaluation.subject.home, {}
-    for name, result in results(home, evaluation.screen).items():
+def find_result(evaluation: Evaluation, requested: str) -> tuple[str, dict[str, Any]]:
+    """Return name and content of the result `requested`: a protocol, or a protocol with a variant.
+
+    Raises ConfigError if there is none, or if there are several.
+    """
+    results_dir, found = evaluation.subject.results_dir, {}
+    for name, result in results(results_dir, evaluation.screen).items():
         measured = result.get("measured", result["protocol"])
-        fits = measured == wanted or measured.startswith(f"{wanted}_") or name == wanted
-        if "net" in result and fits and name == joined(measured, evaluation.measured_on):
+        fits = measured == requested or measured.startswith(f"{requested}_") or name == requested
+        if "net" in result and fits and name == join_parts(measured, evaluation.conditions):
             found[measured] = (name, result)
-    if len(found) > 1 and wanted not in found:
-        raise ConfigError(f"protocol.teacher is {wanted!r}, which may be any of: {', '.join(found)}. Give one of them")
+    if len(found) > 1 and requested not in found:
+        raise ConfigError(f"protocol.teacher is {requested!r}, which matches several: {', '.join(found)}. Choose one")
     if not found:
-        of = f" of {evaluation.measured_on}" if evaluation.measured_on else ""
+        of = f" of {evaluation.conditions}" if evaluation.conditions else ""
         raise ConfigError(
-            f"there is no teacher {wanted!r}{of} in {home}: make it with protocol={wanted.partition('_')[0]} on the "
-            "same run first"
+            f"there is no teacher {requested!r}{of} in {results_dir}: first run "
+            f"protocol={requested.partition('_')[0]} on the same run"
         )
-    return found[wanted] if wanted in found else next(iter(found.values()))
+    return found[requested] if requested in found else next(iter(found.values()))

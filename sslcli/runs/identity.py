@@ -1,4 +1,4 @@
-"""Names of runs: the default run directory, and a digest of the overrides that determine the results."""
+"""Names of runs: the default run directory, and a digest of the overrides that affect the results."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from sslcli.config.settings import NEUTRAL
 
 
 def run_dir_of(config: RunConfig) -> str:
-    """The run directory, absolute: the one given, or runs/<name>."""
-    given = config.run_dir
-    name = config.name or default_name(config.choices, config.digest)
-    return os.path.abspath(given if given is not None else os.path.join("runs", name))
+    """Return the absolute run directory: `run_dir` if it is set, else runs/<name>."""
+    if config.run_dir is not None:
+        return os.path.abspath(config.run_dir)
+    return os.path.abspath(os.path.join("runs", config.name or default_name(config.choices, config.digest)))
 
 
 def default_name(choices: Mapping[str, str], digest: str) -> str:
-    """Method, data set and backbone, and a digest of what the command line changed."""
+    """Return the name METHOD_DATASET_BACKBONE_DIGEST, without the digest if no override affects the results."""
     parts = [choices["method"], choices["dataset"], choices["backbone"], digest]
     return "_".join(part for part in parts if part)
 
 
-def digested(lines: Iterable[str]) -> str:
-    """Six hex digits of the overrides that make a run what it is, so that the same command finds its directory."""
-    found = telling(lines)
+def digest_of(lines: Iterable[str]) -> str:
+    """Return six hex digits of the overrides that affect the results, so that the same command has the same directory.
+
+    Returns "" if there are none.
+    """
+    found = result_overrides(lines)
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:6] if found else ""
 
 
-def telling(lines: Iterable[str]) -> list[str]:
-    """The overrides that make a run what it is, in an order of their own."""
+def result_overrides(lines: Iterable[str]) -> list[str]:
+    """Return the overrides that affect the results, with the names of version 0.1, sorted."""
     return sorted(old_override(line) for line in lines if not _is_neutral(line.partition("=")[0].lstrip("+~")))
 
 

@@ -1,4 +1,4 @@
-"""Where a run happens: in this process, one of several that torchrun started, several of this node, or a job."""
+"""Launch of a training run: in this process, in several processes of this node, or as a Slurm job."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from sslcli.system import child_processes
 
 
 def launch(job: dict[str, Any]) -> int:
-    """Run a checked configuration of ssl-train; the exit code."""
+    """Run ssl-train with a validated configuration, and return the exit code."""
     config = RunConfig.from_plain(job)
     config = config.changed(run_dir=run_dir_of(config))
-    kind = config.launcher.kind if "RANK" not in os.environ else "local"  # an outer launcher was here before
+    kind = config.launcher.kind if "RANK" not in os.environ else "local"  # started by torchrun
     if kind == "slurm":
         from sslcli.runs import slurm_job
 
@@ -41,9 +41,9 @@ def launch(job: dict[str, Any]) -> int:
                 [*child_processes.arguments("sslcli.runs.launch"), str(path)],
                 processes=config.launcher.processes,
                 max_restarts=config.launcher.max_restarts,
-                tell=partial(log_and_print, Path(str(config.run_dir))),
+                on_message=partial(log_and_print, Path(str(config.run_dir))),
             )
-    gc.disable()  # nearly all that is imported and built until the first step stays: searching it is time lost
+    gc.disable()  # until the first step, nearly all objects stay alive: garbage collection would only cost time
     try:
         from sslcli.runs.worker import run
 
@@ -53,11 +53,11 @@ def launch(job: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    """One process of several: `python -m sslcli.runs.launch CONFIG.json`.
+    """Run one process of several: `python -m sslcli.runs.launch CONFIG.json`.
 
-    An error of the program is worth another start only if there is a newer checkpoint than before this one.
+    After an unexpected error the exit code requests a restart only if the process has saved a new checkpoint.
     """
-    # Until the run takes signals over, Ctrl-C ends it without a traceback: there is nothing to save.
+    # Until the run installs its signal handlers, Ctrl-C ends it without a traceback: there is nothing to save.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from sslcli.distributed.processes import EXIT_LOST, die_with_parent
 
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def checkpoints(config: dict[str, Any]) -> set[str]:
-    """The names of what a run has saved so far."""
+    """Return the names of the checkpoints of a run."""
     return {path.name for path in checkpoint_names.all_of(Path(config["run_dir"]))}
 
 

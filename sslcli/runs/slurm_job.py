@@ -1,4 +1,4 @@
-"""launcher=slurm: submit a run from the login shell, and carry it out on a node of its job."""
+"""launcher=slurm: submission of a run from a login node, and its execution on each node of the job."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ from sslcli.system import atomic, child_processes
 
 
 def launch(config: RunConfig) -> int:
-    """Submit a checked configuration with an absolute run_dir; the exit code. Raises ConfigError."""
+    """Submit a run unless its job is queued or running already, and return the exit code.
+
+    `config.run_dir` must be absolute. With launcher.wait, the log is printed until the job ends, and the exit code is
+    that of the job. Raises ConfigError.
+    """
     run_dir, settings = Path(str(config.run_dir)), config.launcher
     assert isinstance(settings, SlurmSettings)
-    text = render(settings, folder=folder_of(run_dir), cwd=Path.cwd(), python=sys.executable)
+    text = render(settings, folder=slurm_dir(run_dir), cwd=Path.cwd(), python=sys.executable)
     if config.dry_run:
         print(text, end="")
         return 0
@@ -37,29 +41,29 @@ def launch(config: RunConfig) -> int:
         print(f"job {job[0]} is {job[1]} for this run already", flush=True)
     else:
         with directory.lock(run_dir):
-            job = active_job(run_dir)  # once more, now that nobody else submits
-            job = job or (submitted(run_dir, config, text), "submitted")
-    introduce(job[0], run_dir)
+            job = active_job(run_dir)  # again, now that no other process can submit
+            job = job or (submit(run_dir, config, text), "submitted")
+    print_job(job[0], run_dir)
     return wait(job[0], run_dir) if settings.wait else 0
 
 
-def folder_of(run_dir: Path) -> Path:
-    """Where script, logs and history of a run's jobs are."""
+def slurm_dir(run_dir: Path) -> Path:
+    """Return the folder of script, logs and history of a run's jobs."""
     return run_dir / "slurm"
 
 
 def active_job(run_dir: Path) -> tuple[str, str] | None:
-    """Number and state of the job of this run that is queued or at work."""
+    """Return ID and state of the run's job that is queued or running, or None."""
     job = queue.submitted_job(run_dir)
     if job is None:
         return None
-    state = queue.state(job, folder_of(run_dir) / "job.sbatch")
+    state = queue.state(job, slurm_dir(run_dir) / "job.sbatch")
     return None if state is None or state in queue.OVER else (job, state)
 
 
-def submitted(run_dir: Path, config: RunConfig, text: str) -> str:
-    """Write what the job needs and hand it in; its number."""
-    folder = folder_of(run_dir)
+def submit(run_dir: Path, config: RunConfig, text: str) -> str:
+    """Write configuration and script of the job, submit it, and return its ID."""
+    folder = slurm_dir(run_dir)
     folder.mkdir(exist_ok=True)
     atomic.replace(folder / "config.json", json.dumps(config.plain()).encode())
     atomic.replace(folder / "job.sbatch", text.encode())
@@ -70,27 +74,30 @@ def submitted(run_dir: Path, config: RunConfig, text: str) -> str:
     return job
 
 
-def introduce(job: str, run_dir: Path) -> None:
-    """Print number and directory of a job, and the commands to follow and to cancel it."""
+def print_job(job: str, run_dir: Path) -> None:
+    """Print ID and run directory of a job, and the commands to follow and to cancel it."""
     print(f"job {job}: {run_dir}")
-    print(f"  follow it: tail -n +1 -F {folder_of(run_dir) / f'{job}.log'}")
+    print(f"  follow it: tail -n +1 -F {slurm_dir(run_dir) / f'{job}.log'}")
     print(f"  cancel it: scancel {job}", flush=True)
 
 
 def wait(job: str, run_dir: Path) -> int:
-    """Print the log of a job until it ends; its exit code."""
+    """Print the log of a job until it ends, and return its exit code."""
     try:
-        return queue.follow(job, folder_of(run_dir) / "job.sbatch")
+        return queue.follow(job, slurm_dir(run_dir) / "job.sbatch")
     except KeyboardInterrupt:
-        print(f"\nssl-train: job {job} goes on without being watched; scancel {job} ends it", file=sys.stderr)
+        print(f"\nssl-train: job {job} continues in the background; scancel {job} cancels it", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
-def carry_out(config: RunConfig, endpoint: str) -> int:
-    """What each node of the job does: start its processes and return their exit code. Raises ConfigError."""
+def run_node(config: RunConfig, endpoint: str) -> int:
+    """Start the processes of this node of the job and return their exit code. Raises ConfigError.
+
+    `endpoint` is HOST:PORT of the rendezvous of all nodes.
+    """
     import torch
 
-    from sslcli.distributed.elastic import Meeting, run_processes
+    from sslcli.distributed.elastic import Rendezvous, run_processes
 
     settings = config.launcher
     assert isinstance(settings, SlurmSettings)
@@ -104,7 +111,7 @@ def carry_out(config: RunConfig, endpoint: str) -> int:
         from sslcli.runs.worker import run
 
         return run(config)
-    meeting = Meeting(
+    rendezvous = Rendezvous(
         name=f"{os.environ['SLURM_JOB_ID']}-{endpoint}",
         nodes=settings.nodes,
         node=int(os.environ["SLURM_NODEID"]),
@@ -112,21 +119,21 @@ def carry_out(config: RunConfig, endpoint: str) -> int:
     )
     run_dir = Path(str(config.run_dir))
     return run_processes(
-        [*child_processes.arguments("sslcli.runs.launch"), str(folder_of(run_dir) / "config.json")],
+        [*child_processes.arguments("sslcli.runs.launch"), str(slurm_dir(run_dir) / "config.json")],
         processes=settings.processes,
-        max_restarts=0,  # of one node alone; the script starts all nodes again
-        tell=partial(log_and_print, run_dir),
-        meeting=meeting,
+        max_restarts=0,  # of a single node; the batch script restarts all nodes
+        on_message=partial(log_and_print, run_dir),
+        rendezvous=rendezvous,
     )
 
 
 def main() -> None:
-    """One node of a job: `python -m sslcli.runs.slurm_job CONFIG.json HOST:PORT`."""
+    """Run one node of a job: `python -m sslcli.runs.slurm_job CONFIG.json HOST:PORT`."""
     guard_terminal()
     path = Path(sys.argv[1])
     try:
         plain, _ = current_config(json.loads(path.read_text(encoding="utf-8")))
-        code = carry_out(RunConfig.from_plain(plain), sys.argv[2])
+        code = run_node(RunConfig.from_plain(plain), sys.argv[2])
     except ConfigError as error:
         print_error("train", error)
         code = EXIT_CONFIG

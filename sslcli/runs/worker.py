@@ -1,4 +1,4 @@
-"""One process of a training run: build everything, train, end with the right exit code."""
+"""One process of a training run: setup, training, messages of errors, and exit codes."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ from sslcli.runs.assemble import (
     build_loader,
     check_batch,
     check_cached_gradients,
-    effective,
-    place,
+    move_to_device,
+    startup_table,
     suspicious_settings,
 )
 from sslcli.runs.build import Parts, build_optimizer, build_parts
@@ -53,15 +53,15 @@ from sslcli.system import atomic
 from sslcli.system.memory import keep_freed_memory
 
 WAIT = 2.0  # seconds, see _end
-LOST_CONTACT = "another process of this run ended; start the same command again to go on"
+LOST_CONTACT = "another process of this run ended; run the same command again to resume"
 
 
 def run(config: RunConfig) -> int:
-    """Carry out a checked configuration in this process; the exit code."""
+    """Run ssl-train with a validated configuration in this process, and return the exit code."""
     run_dir = Path(str(config.run_dir))
-    if processes.restarted():  # what is there is of this very command
+    if processes.restarted():  # the run in the directory was started by this same command
         config = config.changed(resume="auto")
-    threading.excepthook = _leave_to_the_main_thread
+    threading.excepthook = _ignore_disk_error
     try:
         if directory.is_finished(run_dir) and config.resume != "never" and not config.dry_run:
             directory.check_resumable(run_dir, config.values)
@@ -70,12 +70,12 @@ def run(config: RunConfig) -> int:
         directory.check_resumable(run_dir, config.values)
         device = devices.pick_device(config.device)
         keep_freed_memory()
-        devices.share_threads(config.launcher.threads)
+        devices.set_threads(config.launcher.threads)
         devices.prepare(device, deterministic=config.train.deterministic, compiled=config.train.compile)
         limit = config.launcher.timeout_seconds
-        with processes.process_group(device, limit=limit, end=partial(_end_a_hang, run_dir)):
+        with processes.process_group(device, limit=limit, end=partial(_end_stalled_process, run_dir)):
             check_agreement(config.values)
-            return _carry_out(config, run_dir, device)
+            return _train(config, run_dir, device)
     except ConfigError as error:
         return _end(error, EXIT_CONFIG)
     except ProcessLost as error:
@@ -85,38 +85,39 @@ def run(config: RunConfig) -> int:
     except Stopped as error:
         return EXIT_STOPPED if processes.number() > 0 else _end(str(error), EXIT_STOPPED)
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):  # raised wherever the signal of the dying worker finds us
+        if "DataLoader worker" in str(error):  # raised at any point, when the worker's signal arrives
             return _end(str(worker_died_error(error)), processes.exit_lost())
         if processes.lost_contact(error):
-            # The other process has the reason to tell, unless the network itself has.
+            # The other process prints the reason, unless the network failed.
             noticed = str(error).strip().splitlines()[0]
             return _end(f"{LOST_CONTACT} (noticed here: {noticed})", processes.exit_lost(), wait=2 * WAIT)
         raise
     except OSError as error:
-        told = disk_failure(error, run_dir, "run_dir")
-        if told is None:
+        failure = disk_failure(error, run_dir, "run_dir")
+        if failure is None:
             raise
-        return _end(*told)
+        return _end(*failure)
 
 
-def _leave_to_the_main_thread(failure: threading.ExceptHookArgs) -> None:
-    """Say nothing of a full disk that TensorBoard's thread found: the next thing to be written raises it again."""
+def _ignore_disk_error(failure: threading.ExceptHookArgs) -> None:
+    """Ignore disk errors in TensorBoard's thread: the next write of the main thread raises them again."""
     if not isinstance(failure.exc_value, OSError) or failure.exc_value.errno not in DISK_ERRORS:
         threading.__excepthook__(failure)
 
 
 def _end(message: BaseException | str, code: int, *, wait: float | None = None) -> int:
-    """Tell why this process ends; the exit code.
+    """Print why this process ends, and return the exit code.
 
-    What ends all processes is told once: the main one is first, and its launcher ends the others while they wait.
+    If all processes end for the same reason, it is printed once: rank 0 prints first, and the launcher ends the others
+    while they wait.
     """
     time.sleep((WAIT if processes.number() > 0 else 0.0) if wait is None else wait)
     print_error("train", message)
     return code
 
 
-def _end_a_hang(run_dir: Path, message: str) -> None:
-    """End this process from the thread that watches it; one process has the message, which goes first."""
+def _end_stalled_process(run_dir: Path, message: str) -> None:
+    """End this process from its watchdog thread. Only one has a message; the others wait until it is printed."""
     if message:
         log_and_print(run_dir, message)
     else:
@@ -124,31 +125,31 @@ def _end_a_hang(run_dir: Path, message: str) -> None:
     os._exit(EXIT_FAILED)
 
 
-def _carry_out(config: RunConfig, run_dir: Path, device: torch.device) -> int:
+def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
     main, dry = collectives.is_main(), config.dry_run
     parts = build_parts(config)
     loader = build_loader(config, parts, device)
     check_batch(loader, parts)
     check_cached_gradients(parts.method, config.train.cached_gradients)
-    place(parts.method, config.train, device)
+    move_to_device(parts.method, config.train, device)
     optimizer, peak_lr = build_optimizer(config, parts.method)
-    held = hold(run_dir, patience=patience_of(config)) if main and not dry else None
-    if held is not None:
-        directory.check_resumable(run_dir, config.values)  # once more, now that nobody else can change it
+    run_lock = acquire_lock(run_dir, patience=lock_patience(config)) if main and not dry else None
+    if run_lock is not None:
+        directory.check_resumable(run_dir, config.values)  # again, now that no other process can change it
     with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
         check_images(run_dir, parts.source, screen, write=not dry)
         job = assemble(config, parts, loader, optimizer, peak_lr, run_dir, device, screen)
         try:
-            facts = effective(job, parts, config)
+            facts = startup_table(job, parts, config)
             screen.table(f"{config.method['_target_'].rpartition('.')[2]}: {run_dir}", facts)
             for warning in suspicious_settings(job, parts):
                 screen.warn(warning)
             if dry:
-                job.stop.close()  # an interrupt ends it at once
+                job.stop.close()  # so that an interrupt ends the dry run immediately
                 return dry_run(job, parts)
             if main:
                 facts |= {FINGERPRINT: parts.source.fingerprint}
-                directory.describe(
+                directory.write_description(
                     run_dir,
                     config.values,
                     overrides=config.overrides,
@@ -157,12 +158,12 @@ def _carry_out(config: RunConfig, run_dir: Path, device: torch.device) -> int:
                     threads=torch.get_num_threads(),
                 )
                 prepare_monitor(job, parts, config)
-            end_start()
+            enable_garbage_collection()
             train(job)
         except Stopped as error:
             screen.write(str(error))
             if error.by_signal and config.launcher.kind == "slurm":
-                want_requeue(run_dir, error)
+                request_requeue(run_dir, error)
             raise
         except (ConfigError, TrainingFailed) as error:
             screen.write(str(error))
@@ -175,70 +176,70 @@ def _carry_out(config: RunConfig, run_dir: Path, device: torch.device) -> int:
         if main:
             atomic.replace(run_dir / "done", b"")
         screen.say(f"done: {run_dir}{outcome(run_dir)}")
-    if held is not None:
-        held.close()
+    if run_lock is not None:
+        run_lock.close()
     return 0
 
 
-def end_start() -> None:
-    """Collect garbage from here on, where `launch` put that off, but only among what is made from here on.
+def enable_garbage_collection() -> None:
+    """Enable garbage collection if `launch` disabled it, only for objects created from here on.
 
-    What the imports left is a million objects; to search them is most of the time that a process takes to end.
+    Imports create about a million objects, and searching them would be most of the time that a process takes to exit.
     """
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
 
 
-def patience_of(config: RunConfig) -> float:
-    """Seconds to wait for the run directory.
+def lock_patience(config: RunConfig) -> float:
+    """Return how long to wait for the lock of the run directory, in seconds.
 
-    When Slurm starts a job again because a node is lost, the processes on that node hold the directory until they
-    notice, which takes `launcher.timeout` at most.
+    When Slurm restarts a job because a node is lost, the processes on that node keep the lock until they notice, which
+    takes `launcher.timeout` at most.
     """
     return 0.0 if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0 else config.launcher.timeout_seconds + 60
 
 
-def hold(run_dir: Path, *, patience: float) -> IO[str]:
-    """Lock the run directory. Raises ConfigError where another run holds it for longer than `patience`, in seconds."""
-    begun = time.monotonic()
+def acquire_lock(run_dir: Path, *, patience: float) -> IO[str]:
+    """Lock the run directory. Raises ConfigError if another run keeps the lock for more than `patience` seconds."""
+    start = time.monotonic()
     while True:
         try:
             return directory.lock(run_dir)
         except ConfigError:
-            if time.monotonic() - begun > patience:
+            if time.monotonic() - start > patience:
                 raise
             watchdog.report_progress("waiting for the run directory")
 
 
-def want_requeue(run_dir: Path, why: Stopped) -> None:
-    """Leave word for the job's script that the run is saved and wants to go on; no process ends before."""
+def request_requeue(run_dir: Path, why: Stopped) -> None:
+    """Write the file `want_requeue`: the batch script requeues the job, since a checkpoint is saved. A collective."""
     if collectives.is_main():
         atomic.replace(run_dir / "slurm" / "want_requeue", str(why).partition(";")[0].encode())
     collectives.barrier()
 
 
 def prepare_monitor(job: Run, parts: Parts, config: RunConfig) -> None:
-    """At the start of a run, draw its views; give TensorBoard the picture and the configuration."""
-    job.monitor.hyperparameters = directory.flat(config.values)
+    """Pass configuration and, at the start of a run, the picture of its views to the monitor for TensorBoard."""
+    job.monitor.hyperparameters = directory.flatten(config.values)
     if job.monitor.settings.pictures and not checkpoint.all_of(job.run_dir):
         job.monitor.picture = pictures.load(save_views(job.loader, parts, job.monitor.settings.pictures, job.run_dir))
 
 
 def list_bad_images(job: Run) -> None:
-    """Write which images could not be read since the start of this process."""
+    """Write the list of images that this process could not read, and print a warning with its path."""
     if not job.loader.bad.count:
         return
     path = job.run_dir / ("bad_images.txt" if collectives.is_main() else f"bad_images.{collectives.rank()}.txt")
-    with suppress(OSError):  # on a full disk; what ended the run is what counts
+    with suppress(OSError):  # a full disk must not replace the error that ended the run
         job.loader.bad.write(path)
     job.screen.warn(f"{job.loader.bad.count} images could not be read: see {path}")
 
 
 def outcome(run_dir: Path) -> str:
-    """The last figures of a run, for the line that ends it."""
+    """Return the last loss and k-NN accuracy of a run in parentheses, for its last line, or ""."""
     found = newest(run_dir / "metrics.jsonl", "monitor/knn_top1")
     loss = newest(run_dir / "metrics.jsonl", "train/loss")
     parts = [f"loss {show(loss)}" if loss is not None else "", f"k-NN {percent(found)}" if found is not None else ""]
-    told = ", ".join(part for part in parts if part)
-    return f" ({told})" if told else ""
+    numbers = ", ".join(part for part in parts if part)
+    return f" ({numbers})" if numbers else ""

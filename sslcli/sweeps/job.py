@@ -187,7 +187,7 @@ def code_of(folder: Path, record: Record) -> int | None:
 
 def is_running(sweep: Sweep, name: str, record: Record) -> bool:
     """Return True if a process runs the job: of any sweep, left over from a killed sweep, or started by hand."""
-    if record.run_dir is not None and directory.is_held(sweep.folder / record.run_dir):
+    if record.run_dir is not None and directory.is_locked(sweep.folder / record.run_dir):
         return True
     file = lock(lock_path(sweep, name))
     if file is None:
@@ -206,7 +206,7 @@ def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
     if file is None:
         return None
     is_submitted = sweep.submits and job.run_dir is not None and submitted_job(job.run_dir) is not None
-    busy = job.run_dir is not None and not is_submitted and directory.is_held(job.run_dir)
+    busy = job.run_dir is not None and not is_submitted and directory.is_locked(job.run_dir)
     if busy or (not can_lock(sweep.records) and _is_alive(read_or_create_record(sweep, job))):
         file.close()
         return None
@@ -220,7 +220,7 @@ def lock_path(sweep: Sweep, name: str) -> Path:
 
 def describe_runner(sweep: Sweep, job: Job) -> str:
     """Return a phrase for the process that runs a job."""
-    if job.run_dir is not None and directory.is_held(job.run_dir):
+    if job.run_dir is not None and directory.is_locked(job.run_dir):
         owner = (job.run_dir / ".lock").read_text(encoding="utf-8", errors="replace").strip()
         if owner:
             return owner

@@ -18,7 +18,7 @@ from sslcli.config.paths import absolute
 from sslcli.config.settings import SweepSettings
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, disk_failure
 from sslcli.runs.directory import check_below
-from sslcli.runs.identity import digested, telling
+from sslcli.runs.identity import digest_of, result_overrides
 from sslcli.sweeps import table
 from sslcli.sweeps.job import (
     FAILED,
@@ -134,7 +134,7 @@ def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> 
     """Return the `Sweep` of a command line; its default folder has a digest of the overrides in its name."""
     folder = configs[0]["_sweep_dir_"]
     if folder == DEFAULT_FOLDER and not any(override.startswith("hydra.sweep.dir=") for override in line.overrides):
-        folder = f"{folder}_{digested(line.overrides) or 'default'}"
+        folder = f"{folder}_{digest_of(line.overrides) or 'default'}"
     overrides = [config["_lines_"] for config in configs]
     return Sweep(
         command=command,
@@ -198,7 +198,7 @@ def prepare(sweep: Sweep, jobs: list[Job]) -> None:
     check_below(sweep.records)
     for job in jobs:
         known = read_or_create_record(sweep, job).overrides
-        if telling(known) != telling(job.overrides):  # a digest collision
+        if result_overrides(known) != result_overrides(job.overrides):  # a digest collision
             raise ConfigError(
                 f"{sweep.folder} already has a job named {job.name} with other overrides ({' '.join(known)}): choose "
                 "another hydra.sweep.dir"

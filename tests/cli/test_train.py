@@ -48,10 +48,10 @@ def test_config_yaml_holds_every_value_and_what_they_come_to(run_dir: Path) -> N
     effective = config["effective"]
     assert effective["steps"] == 3
     assert effective["training images"] == 200
-    assert effective["images a step"] == 32
+    assert effective["images per step"] == 32
     assert effective["learning rate"] == pytest.approx(config["optimizer"]["lr"] * 32 / 256)
-    assert effective["negatives a query sees"] == 62
-    assert effective["CPU threads a process"] == 1
+    assert effective["negatives per query"] == 62
+    assert effective["CPU threads per process"] == 1
 
 
 def test_environment_json_tells_versions_device_and_code(run_dir: Path) -> None:
@@ -78,7 +78,7 @@ def test_tensorboard_holds_the_same_scalars(run_dir: Path) -> None:
 
 def test_console_log_tells_the_effective_values_and_the_end(run_dir: Path, home: Path) -> None:
     text = (run_dir / "console.log").read_text()
-    for part in ("learning rate: ", "negatives a query sees: 62", "step 3/3", f"done: {run_dir}", "k-NN"):
+    for part in ("learning rate: ", "negatives per query: 62", "step 3/3", f"done: {run_dir}", "k-NN"):
         assert part in text
 
 

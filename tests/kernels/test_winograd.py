@@ -13,7 +13,7 @@ from platforms import needs_avx2
 from sslcli.backbones.resnet import ResNet
 from sslcli.kernels import winograd, winograd_passes, winograd_transforms
 from sslcli.kernels.winograd import Convolution, WinogradConv2d, use_winograd
-from sslcli.runs.build import made_fast
+from sslcli.runs.build import accelerate
 
 SHAPES = [  # images, channels in and out, height, width
     (3, 4, 5, 8, 8),
@@ -203,7 +203,7 @@ def test_other_convolutions_stay(conv: nn.Module) -> None:
 
 
 def test_what_the_commands_train_has_them() -> None:
-    net = made_fast(ResNet("resnet18", image_size=32))
+    net = accelerate(ResNet("resnet18", image_size=32))
     assert sum(isinstance(module, WinogradConv2d) for module in net.modules()) == 13
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from sslcli.errors import ConfigError
-from sslcli.runs.directory import check_resumable, describe, flat, git, is_finished, lock, read_config
+from sslcli.runs.directory import check_resumable, flatten, git_state, is_finished, lock, read_config, write_description
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
@@ -36,7 +36,9 @@ def changed(**changes: Any) -> dict[str, Any]:
 def started(run_dir: Path) -> Path:
     """A directory as a run of CONFIG leaves it, without checkpoint."""
     run_dir.mkdir()
-    describe(run_dir, CONFIG, overrides=["method=byol", "seed=0"], effective={"steps": 3}, device="cpu", threads=1)
+    write_description(
+        run_dir, CONFIG, overrides=["method=byol", "seed=0"], effective={"steps": 3}, device="cpu", threads=1
+    )
     return run_dir
 
 
@@ -59,7 +61,7 @@ def test_a_lock_names_its_holder_and_is_free_after_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         lock(run_dir, patience=0)
     assert str(refused.value) == (
-        f"another run ({holder}) is at work in {run_dir}: wait for it, or choose another run_dir"
+        f"another run ({holder}) is running in {run_dir}: wait for it, or choose another run_dir"
     )
     held.close()
     lock(run_dir, patience=0).close()
@@ -85,7 +87,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
     monkeypatch.setattr(fcntl, "flock", refuse)
     lock(tmp_path, patience=60).close()
     assert capsys.readouterr().err == (
-        f"ssl-train: {tmp_path} cannot be locked (Function not implemented): start no second run in it\n"
+        f"ssl-train: {tmp_path} cannot be locked (Function not implemented): do not start a second run in it\n"
     )
 
 
@@ -110,7 +112,7 @@ def test_what_differs_is_listed_and_what_changes_nothing_is_not(tmp_path: Path) 
     method = {"_target_": "sslcli.methods.moco.MoCo"}
     with pytest.raises(ConfigError) as refused:
         check_resumable(run_dir, changed(**neutral, train=train, method=method, seed=1))
-    told = str(refused.value).partition("what differs: ")[2].partition(". Use the same values to go on")[0]
+    told = str(refused.value).partition("what differs: ")[2].partition(". Use the same values to resume")[0]
     assert told.split("; ") == [
         "method._target_: sslcli.methods.byol.BYOL -> sslcli.methods.moco.MoCo",
         "method.momentum: 0.99 -> not set",
@@ -130,12 +132,12 @@ def test_a_directory_without_a_run_may_be_used_unless_there_must_be_one(tmp_path
     for resume in ("auto", "never"):
         check_resumable(tmp_path, changed(resume=resume))
         check_resumable(tmp_path / "new", changed(resume=resume))
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
+    with pytest.raises(ConfigError, match="contains no checkpoint"):
         check_resumable(tmp_path, changed(resume="must"))
 
 
 def test_keys_are_dotted_without_what_changes_nothing() -> None:
-    assert flat(CONFIG | {"effective": {"steps": 3}, "dataset": {"workers": 2, "root": "x"}, "device": "cpu"}) == {
+    assert flatten(CONFIG | {"effective": {"steps": 3}, "dataset": {"workers": 2, "root": "x"}, "device": "cpu"}) == {
         "seed": 0,
         "method._target_": "sslcli.methods.byol.BYOL",
         "method.momentum": 0.99,
@@ -164,7 +166,7 @@ def test_other_directories_are_not_taken_for_runs(tmp_path: Path, text: str | No
 
 def test_a_continued_run_keeps_its_first_command_line_and_environment_and_adds_the_latest(tmp_path: Path) -> None:
     run_dir = started(tmp_path / "run")
-    describe(run_dir, CONFIG, overrides=["name=other"], effective={"steps": 3}, device="cuda:0", threads=4)
+    write_description(run_dir, CONFIG, overrides=["name=other"], effective={"steps": 3}, device="cuda:0", threads=4)
     assert (run_dir / "overrides.txt").read_text() == "method=byol\nseed=0\n"
     environment = json.loads((run_dir / "environment.json").read_text())
     assert (environment["first"]["device"], environment["first"]["threads"]) == ("cpu", 1)
@@ -180,12 +182,12 @@ def test_a_run_is_finished_once_it_says_so(tmp_path: Path) -> None:
 def test_the_state_of_the_code_is_that_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert git() is None
+    assert git_state() is None
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run(["git", "init", "-q"], check=True)
     subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "one"], check=True)
     (tmp_path / "new").write_text("")
-    state = git()
+    state = git_state()
     assert state is not None
     assert len(state["commit"]) == 40
     assert state["changed_files"] == 1

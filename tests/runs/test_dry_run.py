@@ -20,7 +20,7 @@ def test_a_dry_run_measures_and_trains_nothing(cli: Cli, tmp_path: Path) -> None
         "peak memory",
         "estimated time",
         "view 0",
-        "nothing was train",
+        "the dry run is complete",
     ):
         assert part in ended.out
     assert files(tmp_path / "dry") == ["views.png"]

@@ -69,7 +69,7 @@ def test_a_folder_of_runs_becomes_a_table(trained: Path, cli: Cli, tmp_path: Pat
         ("run=images", ["images is neither a run directory"]),
         ("run={run} device=cuda:77", ["device is 'cuda:77'"]),
         ("run={run} dataset=flat dataset.root=images", ["images", "no labels"]),
-        ("run={run} dataset=folder dataset.root=single", ["single class, 'a'", "two or more"]),
+        ("run={run} dataset=folder dataset.root=single", ["single class, 'a'", "at least two classes"]),
         ("run={run} dataset=folder dataset.root=nowhere", ["dataset.root is ", "nowhere, but"]),
         ("run={run} protocol=knn protocol.k=0", ["k=0", "at least 1"]),
         ("run={run} protocol=finetune protocol.from_layer=1", ["protocol.from_layer is 1", "0 is the backbone"]),

@@ -10,7 +10,7 @@ import pytest
 from command_line import Cli, result
 from small_runs import make_folder
 from sslcli.errors import ConfigError
-from sslcli.runs.evaluation import check_home
+from sslcli.runs.evaluation import check_results_dir
 
 FAST = ["protocol.epochs=2", "protocol.lrs=[0.1,1.0]", "protocol.weight_decays=[0.0,1e-4]"]
 OTHER = ["dataset=shapes", "dataset.seed=1", "dataset.limit=150", "dataset.test_images=80"]
@@ -42,7 +42,7 @@ def test_a_run_directory_that_cannot_be_written_is_refused_before_anything_is_co
     assert ended.err.count("\n") == 1
     assert "features," not in ended.out
     with pytest.raises(ConfigError, match=r"results go to .*, which cannot be written"):
-        check_home(trained / "eval" / "below")
+        check_results_dir(trained / "eval" / "below")
     (trained / "eval").unlink()
 
     def fail(*_: object) -> None:
@@ -71,7 +71,7 @@ def test_what_makes_numbers_incomparable_is_in_the_name_of_the_result(trained: P
     distill = [*line, "protocol=distill", "protocol.steps=2"]
     ended = cli("ssl-eval", *distill, "protocol.teacher=semi")
     assert ended.code == 2
-    assert "protocol.teacher is 'semi', which may be any of: semi_10pct, semi_2-per-class, semi_5pct" in ended.err
+    assert "protocol.teacher is 'semi', which matches several: semi_10pct, semi_2-per-class, semi_5pct" in ended.err
     assert cli("ssl-eval", *distill, "protocol.teacher=semi_5pct").code == 0
     taught = result(home, "distill_semi_5pct")["teacher"]
     assert (taught["measured"], taught["net"]) == ("semi_5pct", "semi_5pct/net.pt")
@@ -94,7 +94,7 @@ def test_images_cut_short_are_named_and_left_out_up_to_a_share(trained: Path, cl
     for protocol in (["protocol=knn"], ["protocol=semi", *QUICK, "protocol.labels_per_class=5"]):
         ended = cli("ssl-eval", *line, *protocol, "dataset.max_bad=0.2")
         assert (ended.code, ended.err) == (0, "")
-        assert "cannot be read and are left out: " in ended.out
+        assert "cannot be read and are skipped: " in ended.out
     found = result(trained / "eval", "knn_images-??????_val-0.5")
     assert found["n_train"] + found["n_test"] == 57
 

@@ -62,7 +62,8 @@ def test_a_file_gives_the_numbers_of_its_run(
 
 
 @pytest.mark.parametrize(
-    ("method", "why"), [("cpc", "overrides features"), ("dcgan", "overrides features"), ("cmc", "another net")]
+    ("method", "why"),
+    [("cpc", "overrides features"), ("dcgan", "overrides features"), ("cmc", "changes the layers of the backbone")],
 )
 def test_a_backbone_that_does_not_give_the_numbers_of_its_run_is_not_exported(
     method: str, why: str, run_of: Callable[[str], Path], cli: Cli, tmp_path: Path
@@ -98,4 +99,4 @@ def test_a_whole_method_of_before_or_of_a_strange_class_is_refused(trained: Path
     assert "export it again" in ended.err
     torch.save(whole, out)
     ended = cli("ssl-eval", f"weights={out}", *SAME, *KNN, "backbone=small")
-    assert (ended.code, "leave out backbone" in ended.err) == (2, True)
+    assert (ended.code, "remove backbone" in ended.err) == (2, True)

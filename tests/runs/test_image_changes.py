@@ -263,6 +263,6 @@ def test_reading_contents_shows_its_progress_and_tells_the_other_processes(
     source = Folder(
         root=str(make_folder(tmp_path, per_class=200, broken=0)), image_size=8, workers=0, verify="contents"
     )
-    image_changes.take(source, Screen(silent=True))
+    image_changes.collect_records(source, Screen(silent=True))
     assert signs
     assert set(signs) == {"reading the images to compare them"}

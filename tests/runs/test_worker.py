@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import time
 from pathlib import Path
 
-from command_line import SMALL, Cli
+import pytest
+
+from command_line import SMALL, Cli, composed
 from small_runs import complete, start_warm
+from sslcli.config.run_config import RunConfig
 from sslcli.engine.loop import Run
+from sslcli.errors import ConfigError, Stopped
+from sslcli.runs import directory
+from sslcli.runs.worker import acquire_lock, lock_patience, outcome, request_requeue
 
 QUICK = [*SMALL, "monitor.knn_every_epochs=0", "monitor.health_every_steps=0", "monitor.pictures=0"]
 
@@ -19,7 +27,7 @@ def test_resume_never_and_must_are_obeyed(run_dir: Path, cli: Cli, tmp_path: Pat
     assert "resume is 'never'" in ended.err
     ended = cli("ssl-train", *QUICK, "run_dir=new", "resume=must")
     assert ended.code == 2
-    assert "holds no checkpoint" in ended.err
+    assert "contains no checkpoint" in ended.err
     assert not (tmp_path / "new").exists()
     ended = cli("ssl-train", *SMALL, "monitor.knn_k=10", f"run_dir={run_dir}", "resume=must")
     assert (ended.code, ended.err) == (0, "")
@@ -45,3 +53,45 @@ def test_training_looks_for_garbage_but_not_among_what_was_imported(tmp_path: Pa
     collects, watched, frozen = json.loads(told.read_text())
     assert collects
     assert frozen > 100_000 > 10_000 > watched
+
+
+def test_only_a_requeued_job_waits_for_the_run_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig.from_plain(composed("train", "launcher.timeout=5m"))
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert lock_patience(config) == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert lock_patience(config) == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert lock_patience(config) == 360
+
+
+def test_a_locked_run_directory_is_waited_for_so_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def lock(run_dir: Path) -> str:
+        tries.append(time.monotonic())
+        if len(tries) < 3:
+            raise ConfigError("another run")
+        return "the lock"
+
+    monkeypatch.setattr(directory, "lock", lock)
+    assert acquire_lock(tmp_path, patience=60) == "the lock"
+    tries.clear()
+    with pytest.raises(ConfigError, match="another run"):
+        acquire_lock(tmp_path, patience=-1)
+    assert len(tries) == 1
+
+
+def test_a_stopped_run_asks_to_be_requeued_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    request_requeue(tmp_path, Stopped("stopped by SIGUSR1 at step 5; run again to resume", by_signal=True))
+    assert (tmp_path / "slurm" / "want_requeue").read_text() == "stopped by SIGUSR1 at step 5"
+    assert os.listdir(tmp_path / "slurm") == ["want_requeue"]
+
+
+def test_the_last_line_has_the_newest_loss_and_accuracy(tmp_path: Path) -> None:
+    assert outcome(tmp_path) == ""
+    lines = [{"step": 1, "train/loss": 4.0, "monitor/knn_top1": 0.125}, {"step": 2, "train/loss": 3.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert "3.5" in outcome(tmp_path)
+    assert "12.5 %" in outcome(tmp_path)

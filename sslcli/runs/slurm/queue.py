@@ -11,7 +11,7 @@ from sslcli.errors import EXIT_FAILED, EXIT_STOPPED, ConfigError
 
 PATIENCE = 60.0  # timeout of a Slurm command in seconds
 ASK_EVERY = 5.0  # seconds between queries, to limit the load on the shared controller
-LOOK_EVERY = 0.3  # seconds between reads of the log
+READ_EVERY = 0.3  # seconds between reads of the log
 OVER = {  # final job states of Slurm, and the exit code if the job recorded none
     "BOOT_FAIL": EXIT_STOPPED,
     "CANCELLED": EXIT_STOPPED,
@@ -27,13 +27,13 @@ OVER = {  # final job states of Slurm, and the exit code if the job recorded non
 
 
 def submit(script: Path) -> str:
-    """Submit the script and return the job ID. Raise ConfigError if Slurm refuses it."""
+    """Submit the script and return the job ID. Raise ConfigError if Slurm rejects it."""
     ended = ask("sbatch", "--parsable", str(script))
     if ended.returncode != 0:
         hint = ""
         if "partition" in ended.stderr.lower():
             hint = f". Partitions here: {', '.join(ask('sinfo', '--noheader', '--format=%R').stdout.split()) or 'none'}"
-        raise ConfigError(f"sbatch refused the job: {in_one_line(ended.stderr)}{hint}. The script is {script}")
+        raise ConfigError(f"sbatch rejected the job: {in_one_line(ended.stderr)}{hint}. The script is {script}")
     return ended.stdout.strip().partition(";")[0]
 
 
@@ -46,7 +46,7 @@ def state(job: str, script: Path) -> str | None:
     if ended.returncode != 0:
         if "Invalid job id" in ended.stderr:
             return None
-        raise ConfigError(f"squeue does not answer: {in_one_line(ended.stderr)}")
+        raise ConfigError(f"squeue failed: {in_one_line(ended.stderr)}")
     found, _, command = ended.stdout.strip().partition(" ")
     return found if command == str(script) else None  # job IDs repeat when a cluster is reinstalled
 
@@ -65,13 +65,13 @@ def recorded_exit_code(run_dir: Path) -> int | None:
 
 def follow(job: str, script: Path) -> int:
     """Print the log of a job until it ends, and return its exit code."""
-    log, told = script.with_name(f"{job}.log"), script.with_name(f"{job}.exit")
+    log, exit_file = script.with_name(f"{job}.log"), script.with_name(f"{job}.exit")
     place, asked = 0, time.monotonic()
     while True:
-        over = told.exists()
+        is_over = exit_file.exists()
         place = show_from(log, place)
-        if over:
-            return int(told.read_text() or EXIT_FAILED)
+        if is_over:
+            return int(exit_file.read_text() or EXIT_FAILED)
         if time.monotonic() - asked > ASK_EVERY:
             asked = time.monotonic()
             try:
@@ -80,13 +80,13 @@ def follow(job: str, script: Path) -> int:
                 continue
             if found is None or found in OVER:
                 time.sleep(
-                    ASK_EVERY if found is None else LOOK_EVERY
+                    ASK_EVERY if found is None else READ_EVERY
                 )  # for an exit code delayed by the shared file system
-                if told.exists():
+                if exit_file.exists():
                     continue
-                print(f"job {job} ended as {found or 'unknown'}, without a word of its own", file=sys.stderr)
+                print(f"job {job} ended in state {found or 'unknown'} without recording an exit code", file=sys.stderr)
                 return OVER[found] if found else EXIT_FAILED
-        time.sleep(LOOK_EVERY)
+        time.sleep(READ_EVERY)
 
 
 def show_from(log: Path, place: int) -> int:
@@ -106,11 +106,11 @@ def ask(*line: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, check=False)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"launcher=slurm needs the command {line[0]}, which is not on this machine: start it on a login node of "
-            "a Slurm cluster, or use launcher=multi"
+            f"launcher=slurm needs the command {line[0]}, which is not installed on this machine: run ssl-train on a "
+            "login node of a Slurm cluster, or use launcher=multi"
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{line[0]} gave no answer within {PATIENCE:g} s: try again later") from error
+        raise ConfigError(f"{line[0]} did not respond within {PATIENCE:g} s: try again later") from error
 
 
 def in_one_line(text: str) -> str:

@@ -27,14 +27,14 @@ def test_a_job_that_ends_without_a_word_has_the_code_of_its_state(site: Site, st
     site.write("squeue", f"echo {state} {site.path}/run/slurm/job.sbatch")
     code, _, err = site.train(*LINE, "launcher.wait=true")
     assert code == expected
-    assert f"job 41 ended as {state}" in err
+    assert f"job 41 ended in state {state}" in err
 
 
 def test_without_slurm_the_message_says_what_to_do(site: Site) -> None:
     site.monkeypatch.setenv("PATH", str(site.path))
     code, out, err = site.train(*LINE)
     assert (code, out) == (2, "")
-    assert err.startswith("ssl-train: launcher=slurm needs the command sbatch, which is not on this machine")
+    assert err.startswith("ssl-train: launcher=slurm needs the command sbatch, which is not installed on this machine")
     assert err.count("\n") == 1
 
 
@@ -45,7 +45,7 @@ def test_a_refused_submission_is_one_line_with_slurms_reason(site: Site) -> None
     code, out, err = site.train(*LINE, "launcher.partition=fast")
     assert (code, out) == (2, "")
     assert err == (
-        "ssl-train: sbatch refused the job: invalid partition specified: fast; Batch job submission failed: Invalid. "
+        "ssl-train: sbatch rejected the job: invalid partition specified: fast; Batch job submission failed: Invalid. "
         f"Partitions here: debug, long. The script is {site.path}/run/slurm/job.sbatch\n"
     )
     site.write("sbatch", "echo 42")
@@ -57,7 +57,7 @@ def test_a_controller_that_does_not_answer_stops_a_second_submission(site: Site)
     site.write("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     code, _, err = site.train(*LINE)
     assert (code, site.submissions) == (2, 1)
-    assert "squeue does not answer" in err
+    assert "squeue failed" in err
 
 
 def test_a_sweep_submits_a_job_for_each_point_and_again_what_failed(site: Site) -> None:
