@@ -230,7 +230,12 @@ def test_a_protocol_of_a_package_evaluates_a_run(with_plugin: Path, run_of_plugi
     output = run(evaluate, f"run={run_of_plugin}", "protocol=centroid", "protocol.sed=1", cwd=tmp_path, code=2)
     assert "Did you mean 'seed'?" in output
     output = run(evaluate, f"run={run_of_plugin}", "protocol=centroid", "protocol.resamples=0", cwd=tmp_path, code=2)
-    assert output.strip() == "ssl-eval: protocol: resamples=0 must be at least 1: 1000 is usual"
+    assert output.startswith("ssl-eval: protocol: resamples=0 must be at least 1: 1000 is usual (SSLCLI_DEBUG=1 ")
+    variables = {"SSLCLI_DEBUG": "1"}
+    line = ["protocol=centroid", "protocol.resamples=0"]
+    output = run(evaluate, f"run={run_of_plugin}", *line, cwd=tmp_path, code=2, **variables)
+    assert "centroid.py" in output
+    assert "Traceback" in output
 
 
 def test_a_protocol_of_a_package_trains(with_plugin: Path, run_of_plugin: Path, tmp_path: Path) -> None:
@@ -258,4 +263,4 @@ def test_a_backbone_of_a_package_is_probed_and_exported(with_plugin: Path, run_o
     output = run(
         *[str(with_plugin / "ssl-train"), "backbone=convmixer", "backbone.patch_size=5", *FEW], cwd=tmp_path, code=2
     )
-    assert output.strip() == "ssl-train: backbone: image_size is 32, but it must be a multiple of patch_size=5"
+    assert output.startswith("ssl-train: backbone: image_size is 32, but it must be a multiple of patch_size=5")
