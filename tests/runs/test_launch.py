@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from command_line import composed
 from sslcli.distributed import processes
 from sslcli.runs import launch as _launch
+from sslcli.runs import slurm_job, worker
 
 pytestmark = pytest.mark.usefixtures("restored_signals")
 
@@ -32,3 +36,46 @@ def test_an_error_of_the_program_is_tried_again_only_from_a_newer_checkpoint(
         _launch.main()
     assert ended.value.code == code
     assert capsys.readouterr().err.count("Traceback") == 1
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """What `launch` hands the configuration to, and the configuration."""
+    found: list[tuple[str, Any]] = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(worker, "run", lambda config: found.append(("worker", config)) or 0)
+    monkeypatch.setattr(slurm_job, "launch", lambda config: found.append(("slurm", config)) or 0)
+
+    def run_processes(arguments: list[str], *, processes: int, **_: Any) -> int:
+        found.append((f"{processes} processes", json.loads(Path(arguments[-1]).read_text())))
+        return 75
+
+    monkeypatch.setattr("sslcli.distributed.elastic.run_processes", run_processes)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("line", "rank", "expected"),
+    [
+        ([], None, "worker"),
+        (["launcher=multi", "launcher.processes=3"], None, "3 processes"),
+        (["launcher=multi", "launcher.processes=3"], "1", "worker"),  # started by torchrun
+        (["launcher=multi", "dry_run=true"], None, "worker"),
+        (["launcher=slurm"], None, "slurm"),
+        (["launcher=slurm"], "0", "worker"),  # inside the job
+    ],
+)
+def test_the_launcher_decides_where_a_run_happens(
+    line: list[str], rank: str | None, expected: str, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    _launch.launch(composed("train", *line))
+    assert [name for name, _ in started] == [expected]
+
+
+def test_processes_get_the_configuration_with_an_absolute_run_directory(started: list[Any]) -> None:
+    assert _launch.launch(composed("train", "launcher=multi", "run_dir=x", "seed=7")) == 75
+    ((_, config),) = started
+    assert config["run_dir"] == os.path.abspath("x")
+    assert (config["seed"], config["_lines_"]) == (7, ["launcher=multi", "run_dir=x", "seed=7"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 
 from command_line import Cli
 from small_runs import make_folder
+from sslcli.data.sources.base import Source
+from sslcli.runs.result_name import MAX_SET_NAME, dataset_facts, dataset_name, join_parts
 
 
 def test_sets_whose_folders_are_called_alike_have_results_of_their_own(
@@ -39,3 +42,51 @@ def test_sets_whose_folders_are_called_alike_have_results_of_their_own(
     assert sorted(found) == sorted(names)
     assert {one["image_size"] for name, one in found.items() if name.endswith("_16px")} == {16}
     assert all(name in ended.out for name in found)  # the table has them all
+
+
+def source_of(*, name: str = "pets", limit: int | None = None, val_fraction: float = 0.1, seed: int = 0) -> Source:
+    source = Source(image_size=32, val_fraction=val_fraction, seed=seed)
+    source.name, source.limit = name, limit
+    source.fingerprint, source.version = "0123456789", "abcdef123456"
+    return source
+
+
+def test_parts_that_are_empty_are_left_out() -> None:
+    assert join_parts("knn", "", "step-5") == "knn_step-5"
+    assert join_parts("", "") == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "image_size", "expected"),
+    [
+        ({}, 32, "pets-abcdef"),
+        ({"limit": 50}, 32, "pets-abcdef_limit-50"),
+        ({"val_fraction": 0.25}, 32, "pets-abcdef_val-0.25"),
+        ({"seed": 3}, 32, "pets-abcdef_seed-3"),
+        ({}, 64, "pets-abcdef_32px"),
+        ({}, None, "pets-abcdef_32px"),
+        ({"limit": 5, "seed": 1}, 64, "pets-abcdef_limit-5_seed-1_32px"),
+        ({"name": "my/pets: 2"}, 32, "my-pets-2-abcdef"),
+    ],
+)
+def test_what_differs_from_the_default_is_in_the_name(changes: dict[str, Any], image_size: int, expected: str) -> None:
+    assert dataset_name(source_of(**changes), image_size=image_size) == expected
+
+
+def test_a_long_name_fits_into_a_file_name() -> None:
+    found = dataset_name(source_of(name="\u732b" * 300), image_size=32)
+    assert found == "\u732b" * MAX_SET_NAME + "-abcdef"
+    assert len(found.encode()) < 200
+
+
+def test_the_result_file_identifies_the_image_set() -> None:
+    facts = dataset_facts(source_of(limit=5))
+    assert facts == {
+        "dataset": "pets",
+        "dataset_fingerprint": "0123456789",
+        "dataset_version": "abcdef123456",
+        "dataset_limit": 5,
+        "val_fraction": 0.1,
+        "split_seed": 0,
+        "image_size": 32,
+    }

@@ -69,6 +69,11 @@ def test_a_state_that_does_not_fit_is_refused_with_what_differs_and_nothing_is_l
     assert torch.equal(net.weight, before)
 
 
+def test_a_tensor_of_another_shape_alone_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"0 keys are missing.*1 differ"):
+        load_strictly(nn.Linear(3, 2), nn.Linear(5, 2).state_dict(), "the file")
+
+
 def test_names_of_older_versions_are_loaded() -> None:
     net = nn.ModuleDict({"momentum_head": nn.Linear(2, 2)})
     state = {f"key_head.{name}": value + 1 for name, value in net["momentum_head"].state_dict().items()}
