@@ -28,7 +28,7 @@ import yaml
 
 from sslcli.report.metrics import newest, read
 
-NEGATIVES = "negatives a query sees"  # key in `effective` of contrastive methods
+NEGATIVES = "negatives per query"  # key in `effective` of contrastive methods
 WIDTH, HEIGHT, LEFT, TOP, GAP = 380, 260, 70, 40, 90  # size and margins of a panel in pixels
 
 

@@ -23,6 +23,6 @@ class Backbone(nn.Module):
         Raises ValueError if the backbone has no feature maps.
         """
         raise ValueError(
-            f"the backbone {type(self).__name__} gives features but no maps by stage: "
-            "take a resnet, small or vit backbone, or define stages(images) in your own"
+            f"the backbone {type(self).__name__} returns features but no feature maps by stage: "
+            "choose a resnet, small or vit backbone, or define stages(images) in your own"
         )

@@ -55,7 +55,8 @@ class Timm(Backbone):
         """Return maps `stage1`, `stage2`, ... from timm's forward_intermediates; for a ViT, one per block."""
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(
-                f"timm gives no maps by stage of {type(self.model).__name__}: take another model, a resnet or small"
+                f"timm has no feature maps by stage for {type(self.model).__name__}: choose another model, a resnet or "
+                "small"
             )
         maps = self.model.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)  # type: ignore[operator]
         return {f"stage{number}": each for number, each in enumerate(maps, start=1)}

@@ -57,7 +57,7 @@ def choose_patch_size(image_size: int) -> int:
     if not divisors:
         raise ValueError(
             f"no patch size of at least 4 divides image_size={image_size} into 4 x 4 patches or more: "
-            "set patch_size, or take an image_size that is a multiple of 16"
+            "set patch_size, or use an image_size that is a multiple of 16"
         )
     return min(divisors, key=lambda size: abs(size - image_size / 14))
 
@@ -246,12 +246,12 @@ def check_values(
         divisors = [size for size in range(2, image_size // 2 + 1) if image_size % size == 0]
         raise ValueError(
             f"image_size={image_size} is not divisible by patch_size={patch_size}: "
-            f"take a patch_size of {', '.join(map(str, divisors)) or image_size}, or null to have one chosen"
+            f"set patch_size to {', '.join(map(str, divisors)) or image_size}, or to null to choose it automatically"
         )
     if width % 4 or width % num_heads:
         raise ValueError(
             f"width={width} must be divisible by 4 (for the position embedding) and by num_heads={num_heads}: "
-            f"take num_heads=4 and a multiple of 4, or change the width"
+            "use num_heads=4 and a multiple of 4, or change the width"
         )
     if not mlp_ratio > 0:
         raise ValueError(f"mlp_ratio is {mlp_ratio}, but it must be greater than 0")

@@ -30,18 +30,18 @@ def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> T
             out = torch.func.functional_call(module, buffers, (images,))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ValueError(
-            f"{name} does not take images of shape {tuple(images.shape)}: {error}; "
+            f"{name} does not accept images of shape {tuple(images.shape)}: {error}; "
             "a backbone is called with one tensor (N, C, H, W), so change image_size, in_channels or the module"
         ) from error
     if not isinstance(out, Tensor):
         raise ValueError(
-            f"{name} gives a {type(out).__name__}, but a backbone gives one tensor (N, D) or (N, C, H, W): "
+            f"{name} returns a {type(out).__name__}, but a backbone must return one tensor (N, D) or (N, C, H, W): "
             "wrap it in a module that returns the tensor"
         )
     if out.ndim not in (2, 4) or len(out) != len(images):
         raise ValueError(
-            f"{name} gives shape {tuple(out.shape)} for images of shape {tuple(images.shape)}, "
-            "but a backbone gives (N, D) or (N, C, H, W): pool or flatten its output"
+            f"{name} returns shape {tuple(out.shape)} for images of shape {tuple(images.shape)}, "
+            "but a backbone must return (N, D) or (N, C, H, W): pool or flatten its output"
         )
     return out
 

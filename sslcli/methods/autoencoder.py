@@ -188,5 +188,5 @@ def check_corruption(kind: str | None, *, strength: float, block_size: int) -> N
     if kind not in CORRUPTIONS:
         raise ValueError(f"corruption is {kind!r}, but it must be null or one of {', '.join(CORRUPTIONS)}")
     if not strength >= 0 or (kind != "gaussian" and strength > 1):
-        allowed = "a standard deviation of at least 0" if kind == "gaussian" else "a share of pixels in [0, 1]"
+        allowed = "a standard deviation of at least 0" if kind == "gaussian" else "a fraction of the pixels in [0, 1]"
         raise ValueError(f"strength is {strength}, but for corruption={kind} it must be {allowed}")

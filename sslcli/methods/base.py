@@ -144,7 +144,7 @@ class Method(nn.Module):
     def effective(self, batch_size: int) -> dict[str, Any]:
         """Return named facts for the startup table, for a micro-batch of `batch_size` images over all processes."""
         negatives = self.num_negatives(batch_size)
-        return {} if negatives is None else {"negatives a query sees": negatives}
+        return {} if negatives is None else {"negatives per query": negatives}
 
 
 def maps_of(backbone: nn.Module, images: Tensor) -> dict[str, Tensor]:

@@ -179,4 +179,4 @@ class BiGAN(Game):
         return {"reconstruction": [images, drawn], "samples": self.samples(self.average_generator, images)}
 
     def effective(self, batch_size: int) -> dict[str, Any]:
-        return {"what is evaluated": f"the average of the encoder, momentum {self.momentum}"}
+        return {"evaluated network": f"the average of the encoder, momentum {self.momentum}"}

@@ -73,8 +73,8 @@ class Encoders(nn.Module):
         for encoder, part in zip(self.encoders.values(), torch.split(images, self.channels, dim=1), strict=True):
             if not hasattr(encoder, "stages"):
                 raise ValueError(
-                    f"the backbone {type(encoder).__name__} gives features but no maps by stage: "
-                    "take a resnet, small or vit backbone, or define stages(images) in your own"
+                    f"the backbone {type(encoder).__name__} returns features but no feature maps by stage: "
+                    "choose a resnet, small or vit backbone, or define stages(images) in your own"
                 )
             maps.append(encoder.stages(part))  # type: ignore[operator]
         return {name: torch.cat([of_one[name] for of_one in maps], dim=1) for name in maps[0]}
@@ -94,19 +94,19 @@ def narrowed(backbone: nn.Module, start: int, channels: int, total: int) -> nn.M
     name, old = next(((n, m) for n, m in twin.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
     if old is None or not name:
         raise ValueError(
-            f"the backbone {type(backbone).__name__} has no nn.Conv2d to be cut down to the channels of a modality: "
-            "take a resnet, small or vit backbone, or begin your own with an nn.Conv2d"
+            f"the backbone {type(backbone).__name__} has no nn.Conv2d to restrict to the channels of a modality: "
+            "choose a resnet, small or vit backbone, or start your own with an nn.Conv2d"
         )
     if old.in_channels != total or old.groups != 1:
         raise ValueError(
             f"the first convolution of the backbone {type(backbone).__name__}, {name}, takes {old.in_channels} "
-            f"channels in {old.groups} groups, but cutting it needs all {total} channels of the images in one group: "
-            "take a resnet, small or vit backbone, or begin your own with such an nn.Conv2d"
+            f"channels in {old.groups} groups, but it must take all {total} channels of the images in one group: "
+            "choose a resnet, small or vit backbone, or start your own with such an nn.Conv2d"
         )
     settings = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
     new = nn.Conv2d(channels, old.out_channels, bias=False, **settings)
-    cut = old.weight.detach()[:, start : start + channels].clone()
-    new.weight = nn.Parameter(cut, requires_grad=old.weight.requires_grad)
+    weight = old.weight.detach()[:, start : start + channels].clone()
+    new.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
     new.bias = old.bias
     parent, _, last = name.rpartition(".")
     setattr(twin.get_submodule(parent), last, new)
@@ -159,7 +159,9 @@ class CMC(Method):
         if loss not in LOSSES:
             raise ValueError(f"loss is {loss!r}, but it must be one of: {', '.join(LOSSES)}")
         if negatives < 1:
-            raise ValueError(f"negatives is {negatives}, but an image needs at least one; loss=batch has the batch's")
+            raise ValueError(
+                f"negatives is {negatives}, but must be at least 1; loss=batch uses the batch as negatives"
+            )
         super().__init__(Encoders(backbone, modalities))
         self.color_spaces = color_spaces
         banks = {} if loss == "batch" else {name: Bank(num_images, dim, momentum=momentum) for name in modalities}
@@ -183,8 +185,8 @@ class CMC(Method):
         return (*self.project(batch.views[0]), batch.index, *present)  # M times (N, D), (N,), (N, M)
 
     def compare(self, rows: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        z, (index, *given) = rows[: len(self.names)], rows[len(self.names) :]
-        present = given[0] if given else None
+        z, (index, *masks) = rows[: len(self.names)], rows[len(self.names) :]
+        present = masks[0] if masks else None
         with torch.autocast(index.device.type, enabled=False):
             v = [F.normalize(full_precision(part), dim=1) for part in z]
             if self.loss == "batch":
@@ -272,18 +274,20 @@ class CMC(Method):
 
 def checked(modalities: Mapping[str, int], channels: int) -> dict[str, int]:
     """Return the modalities as a dict. Raises ValueError for fewer than two, bad names, or a wrong channel count."""
-    told = "{" + ", ".join(f"{name}: {count}" for name, count in modalities.items()) + "}"
+    text = "{" + ", ".join(f"{name}: {count}" for name, count in modalities.items()) + "}"
     if len(modalities) < 2:
-        raise ValueError(f"modalities is {told}, but contrasting needs at least two: name them as in {{L: 1, ab: 2}}")
+        raise ValueError(f"modalities is {text}, but contrasting needs at least two: name them as in {{L: 1, ab: 2}}")
     for name, count in modalities.items():
         if not str(name).isidentifier() or hasattr(nn.ModuleDict, str(name)):
-            raise ValueError(f"modalities has {name!r}, which cannot name a part of a network: take a word like depth")
+            raise ValueError(
+                f"modalities has {name!r}, which is not a valid name of a submodule: use a word such as depth"
+            )
         if count < 1:
-            raise ValueError(f"modalities is {told}, but each needs at least one channel")
+            raise ValueError(f"modalities is {text}, but each needs at least one channel")
     if sum(modalities.values()) != channels:
         raise ValueError(
-            f"modalities is {told}, {sum(modalities.values())} channels in all, but the images have {channels}: "
-            "give modalities={name: number of channels, ...} with all channels of the images in their order"
+            f"modalities is {text}, {sum(modalities.values())} channels in all, but the images have {channels}: "
+            "set modalities={name: number of channels, ...} with all channels of the images in their order"
         )
     return dict(modalities)
 

@@ -153,15 +153,15 @@ class PatchPrediction(Method):
         patches = patchify(views[0], self.patch)
         if patches.shape[1] != self.grid:
             raise ValueError(
-                f"the view has {views[0].shape[-1]} pixels, but the grid is made for images of "
-                f"{self.patch * (self.grid + 1) // 2}: leave views.views.0.size at null"
+                f"the view has {views[0].shape[-1]} pixels, but the grid is for images of "
+                f"{self.patch * (self.grid + 1) // 2}: set views.views.0.size to null"
             )
         try:
             self.encode(patches)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"the backbone {type(self.backbone).__name__} does not take patches of {self.patch} pixels ({error}): "
-                "take a larger dataset.image_size, a smaller method.grid, or backbone=small_layernorm"
+                f"the backbone {type(self.backbone).__name__} does not accept patches of {self.patch} pixels "
+                f"({error}): use a larger dataset.image_size, a smaller method.grid, or backbone=small_layernorm"
             ) from error
 
     def encode(self, patches: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class PatchPrediction(Method):
         rows = f"{self.offsets[0]} to {self.offsets[-1]}" if len(self.offsets) > 1 else str(self.offsets[0])
         return super().effective(batch_size) | {
             "patches": f"{self.grid} x {self.grid} of {self.patch} pixels",
-            "rows below that are predicted": rows,
+            "predicted row offsets": rows,
         }
 
 
@@ -309,6 +309,6 @@ def check_steps(steps: int | None, *, skip: int, grid: int) -> int:
     if not 1 <= steps <= most:
         raise ValueError(
             f"steps is {steps}, but with {grid} rows of patches and skip={skip} it must be 1 to {most}: "
-            "take null for all of them, or a larger grid"
+            "use null for all of them, or a larger grid"
         )
     return steps

@@ -32,14 +32,14 @@ def patch_size(image_size: int, grid: int | None) -> int:
         if not roomy:
             raise ValueError(
                 f"images of {image_size} pixels have no grid of 3 x 3 or more patches of {SMALLEST_PATCH} pixels or "
-                f"more that overlap by half: take a dataset.image_size such as 32, or a method.grid of: {named}"
+                f"more that overlap by half: set dataset.image_size to a size such as 32 (method.grid can be: {named})"
             )
         grid = min(roomy, key=lambda n: abs(n - USUAL_GRID))
     elif grid not in fitting:
         raise ValueError(
-            f"grid is {grid}, but images of {image_size} pixels cannot be cut into {grid} x {grid} patches of 2 * "
-            f"{image_size} / {grid + 1} pixels that overlap by half: take a grid of {named}, or null to have it "
-            f"chosen, or a dataset.image_size that is a multiple of {grid + 1}"
+            f"grid is {grid}, but images of {image_size} pixels cannot be divided into {grid} x {grid} patches of 2 * "
+            f"{image_size} / {grid + 1} pixels that overlap by half: set grid to one of {named}, or to null to choose "
+            f"it automatically, or set dataset.image_size to a multiple of {grid + 1}"
         )
     return 2 * image_size // (grid + 1)
 
@@ -50,7 +50,7 @@ def refuse_batch_norm(backbone: nn.Module) -> None:
     if norms:
         raise ValueError(
             f"the backbone {type(backbone).__name__} has BatchNorm ({len(norms)} layers, the first is {norms[0]}), "
-            "which tells every patch of the others, so that predicting them teaches nothing: take "
+            "which leaks information between patches, so that predicting them becomes trivial: choose "
             "backbone=small_layernorm, or a resnet with backbone.norm=layer, or a vit"
         )
 
@@ -63,8 +63,8 @@ def patchify(images: Tensor, size: int) -> Tensor:
     height, width = images.shape[-2:]
     if height != width or height % (size // 2) or height < size:
         raise ValueError(
-            f"an image of {height} x {width} pixels cannot be cut into patches of {size} pixels that overlap by half: "
-            f"its side must be a multiple of {size // 2}, at least {size}"
+            f"an image of {height} x {width} pixels cannot be divided into patches of {size} pixels that overlap "
+            f"by half: its side must be a multiple of {size // 2}, at least {size}"
         )
     patches = images.unfold(2, size, size // 2).unfold(3, size, size // 2)  # (N, C, g, g, p, p)
     return patches.permute(0, 2, 3, 1, 4, 5)
@@ -99,8 +99,8 @@ class PatchAugmentation(nn.Module):
         shear_p: float = 0.0,
     ) -> None:
         super().__init__()
-        shares = {"jitter_p": jitter_p, "grayscale": grayscale, "drop_colors": drop_colors, "shear_p": shear_p}
-        for name, value in ({"crop": crop, "jitter": jitter, "shear": shear} | shares).items():
+        probabilities = {"jitter_p": jitter_p, "grayscale": grayscale, "drop_colors": drop_colors, "shear_p": shear_p}
+        for name, value in ({"crop": crop, "jitter": jitter, "shear": shear} | probabilities).items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}, but it must lie in [0, 1]")
         self.crop, self.jitter, self.jitter_p, self.grayscale = crop, jitter, jitter_p, grayscale

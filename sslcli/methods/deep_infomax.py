@@ -82,30 +82,30 @@ def map_encoder(channels: int, units: int, *, hidden: int) -> nn.Sequential:
     )
 
 
-def choose_stage(maps: dict[str, Tensor], wanted: str | None) -> str:
+def choose_stage(maps: dict[str, Tensor], name: str | None) -> str:
     """Return the stage that provides the local feature map; None chooses the deepest of those nearest to 8 x 8.
 
     None chooses the last stage only if it is the only one, because the features are the mean of its map and each of
     its positions already contributes to them. Raises ValueError for an unknown stage or one with a single position.
     """
-    sides = {name: math.sqrt(m.shape[2] * m.shape[3]) for name, m in maps.items()}
-    if wanted is not None:
-        if wanted not in maps:
+    sides = {stage: math.sqrt(m.shape[2] * m.shape[3]) for stage, m in maps.items()}
+    if name is not None:
+        if name not in maps:
             raise ValueError(
-                f"local_stage is {wanted!r}, but the backbone has the stages {', '.join(maps)}.{nearest(wanted, maps)}"
+                f"local_stage is {name!r}, but the backbone has the stages {', '.join(maps)}.{nearest(name, maps)}"
             )
-        if sides[wanted] == 1:
+        if sides[name] == 1:
             raise ValueError(
-                f"local_stage is {wanted!r}, whose map has a single place: take an earlier one of {', '.join(maps)}, "
-                "or larger images"
+                f"local_stage is {name!r}, whose map has a single position: choose an earlier one of "
+                f"{', '.join(maps)}, or use larger images"
             )
-        return wanted
-    candidates = [name for name in list(maps)[: max(1, len(maps) - 1)] if sides[name] > 1]
+        return name
+    candidates = [stage for stage in list(maps)[: max(1, len(maps) - 1)] if sides[stage] > 1]
     if not candidates:
         raise ValueError(
-            f"no stage of the backbone ({', '.join(maps)}) has a map of several places: take larger images"
+            f"no stage of the backbone ({', '.join(maps)}) has a map of several positions: use larger images"
         )
-    return min(reversed(candidates), key=lambda name: abs(math.log(sides[name] / 8)))
+    return min(reversed(candidates), key=lambda stage: abs(math.log(sides[stage] / 8)))
 
 
 class DeepInfoMax(Method):
@@ -236,7 +236,7 @@ class DeepInfoMax(Method):
         facts: dict[str, Any] = {"local map": f"{self.local_stage}, {self.places} places"}
         if self.dot:
             images = batch_size if self.gather_negatives else batch_size // world_size()
-            facts["images a vector is contrasted with"] = images - 1
+            facts["negative images per vector"] = images - 1
         return facts
 
 
@@ -244,10 +244,11 @@ def check_weights(**weights: float) -> None:
     """Raise ValueError unless all weights are at least 0 and alpha or beta is positive."""
     for name, weight in weights.items():
         if not weight >= 0:
-            raise ValueError(f"{name} is {weight}, but the weight of a term must be at least 0 (0 leaves it out)")
+            raise ValueError(f"{name} is {weight}, but the weight of a term must be at least 0 (0 disables it)")
     if not weights["alpha"] + weights["beta"] > 0:
         raise ValueError(
-            "alpha and beta are both 0, so nothing tells images apart: set beta=1 (local term) or alpha=1 (global)"
+            "alpha and beta are both 0, so the loss does not distinguish images: set beta=1 (local term) or alpha=1 "
+            "(global)"
         )
 
 
@@ -255,7 +256,8 @@ def check_choices(measure: str, score: str, official_mask: bool) -> None:
     """Raise ValueError, with the remedy, for an invalid measure, score or official_mask."""
     if measure in UNBOUNDED:
         raise ValueError(
-            f"measure is {measure!r}, whose loss falls without end as scores grow: take one of {', '.join(MEASURES)}"
+            f"measure is {measure!r}, whose loss decreases without bound as scores grow: choose one of "
+            f"{', '.join(MEASURES)}"
         )
     if measure not in MEASURES:
         hint = nearest(measure, MEASURES)
@@ -264,6 +266,6 @@ def check_choices(measure: str, score: str, official_mask: bool) -> None:
         raise ValueError(f"score is {score!r}, but it must be one of: {', '.join(SCORES)}")
     if official_mask and (measure != "InfoNCE" or score != "dot"):
         raise ValueError(
-            f"official_mask concerns measure=InfoNCE with score=dot alone, but they are {measure} and {score}: "
-            "leave it false"
+            f"official_mask applies only to measure=InfoNCE with score=dot, but they are {measure} and {score}: "
+            "set it to false"
         )

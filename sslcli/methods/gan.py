@@ -198,7 +198,7 @@ def check_values(*, loss: str, r1: float, r1_every: int, discriminator_lr: float
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}, but it must be one of {', '.join(LOSSES)}")
     if not 0 <= r1 < math.inf:
-        raise ValueError(f"r1 is {r1}, but the weight of a penalty must be at least 0 (0 leaves it out)")
+        raise ValueError(f"r1 is {r1}, but the weight of a penalty must be at least 0 (0 disables it)")
     if not isinstance(r1_every, int) or r1_every < 1:
         raise ValueError(f"r1_every is {r1_every!r}, but it must be an integer of at least 1")
     if not 0 < discriminator_lr < math.inf:

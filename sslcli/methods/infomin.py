@@ -36,7 +36,7 @@ def cells_of(images: Tensor) -> Tensor:
     height, width = images.shape[2:]
     if height != width or height % GRID:
         raise ValueError(
-            f"the jigsaw view has {height} x {width} pixels, but it is cut into {GRID} x {GRID} cells: "
+            f"the jigsaw view has {height} x {width} pixels, but it is divided into {GRID} x {GRID} cells: "
             f"set views.views.1.size to a multiple of {GRID}"
         )
     side = height // GRID
@@ -77,9 +77,14 @@ class InfoMin(MoCo):
     ) -> None:
         super().__init__(backbone, dim=dim, mlp_head=mlp_head, **moco)
         if not 0 <= jigsaw_weight <= 1:
-            raise ValueError(f"jigsaw_weight is {jigsaw_weight}, but it shares the loss out, so it must lie in [0, 1]")
+            raise ValueError(
+                f"jigsaw_weight is {jigsaw_weight}, but it is a fraction of the loss, so it must be in [0, 1]"
+            )
         if not 0 < jigsaw_patch <= 1:
-            raise ValueError(f"jigsaw_patch is {jigsaw_patch}, but a patch is a part of its cell: choose from 0 to 1")
+            raise ValueError(
+                f"jigsaw_patch is {jigsaw_patch}, but it is the side of a patch as a fraction of its cell: choose a "
+                "value above 0 and at most 1"
+            )
         self.jigsaw_weight, self.jigsaw_patch = jigsaw_weight, jigsaw_patch
         self.num_views = 2 if jigsaw_weight == 0 else 3
         if jigsaw_weight > 0:
@@ -107,9 +112,9 @@ class InfoMin(MoCo):
             self.backbone(patches.flatten(0, 1))
         except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"the backbone {type(self.backbone).__name__} does not take the jigsaw's patches of "
-                f"{patches.shape[-1]} pixels ({error}): enlarge the third view with views.views.1.size, take another "
-                "backbone, or leave the jigsaw out with views=infomin method.jigsaw_weight=0"
+                f"the backbone {type(self.backbone).__name__} does not accept the jigsaw patches of "
+                f"{patches.shape[-1]} pixels ({error}): enlarge the third view with views.views.1.size, choose another "
+                "backbone, or disable the jigsaw task with views=infomin method.jigsaw_weight=0"
             ) from error
 
     def jigsaw(self, images: Tensor) -> Tensor:
@@ -144,4 +149,4 @@ class InfoMin(MoCo):
 
     def effective(self, batch_size: int) -> dict[str, Any]:
         facts = super().effective(batch_size)
-        return facts | ({"patches of an image": CELLS} if self.jigsaw_weight > 0 else {})
+        return facts | ({"patches per image": CELLS} if self.jigsaw_weight > 0 else {})

@@ -66,9 +66,9 @@ class MemoryBank(Method):
         if loss not in LOSSES:
             raise ValueError(f"loss is {loss!r}, but it must be one of: {', '.join(LOSSES)}")
         if negatives < 1:
-            raise ValueError(f"negatives is {negatives}, but an image needs at least one noise row; loss=full has all")
+            raise ValueError(f"negatives is {negatives}, but must be at least 1; loss=full uses all rows")
         if proximal < 0:
-            raise ValueError(f"proximal is {proximal}, but it weighs a distance, so it must be at least 0")
+            raise ValueError(f"proximal is {proximal}, but it is the weight of a distance, so it must be at least 0")
         self.bank = Bank(num_images, dim, momentum=momentum, empty=fill)
         self.head = nn.Linear(num_features(backbone), dim, bias=not head_norm)
         self.norm = nn.BatchNorm1d(dim, affine=False) if head_norm else nn.Identity()
@@ -98,14 +98,14 @@ class MemoryBank(Method):
         """
         num_images, known = len(self.bank.rows), self.bank.known(index)
         if self.loss == "full":
-            rows, share = self.bank.rows, 1.0
+            rows, fraction = self.bank.rows, 1.0
             if self.fill:
-                share = float(known.double().mean())
+                fraction = float(known.double().mean())
                 v, index = v[known], index[known]
-            if not share:
+            if not fraction:
                 return {"loss": 0 * v.sum(), "accuracy": v.new_zeros(())}
             own = info_nce(v, rows[index], rows, exclude=index[:, None], temperature=self.temperature)
-            return {"loss": share * own.loss, "accuracy": share * own.accuracy}
+            return {"loss": fraction * own.loss, "accuracy": fraction * own.accuracy}
         others = self.noise.integers(num_images, len(v), self.negatives, device=v.device)
         chosen = torch.cat([index[:, None], others], dim=1)  # (N, K + 1)
         logits = scores(v, self.bank.rows, chosen, temperature=self.temperature)

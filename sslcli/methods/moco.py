@@ -154,7 +154,7 @@ class MoCo(Method):
         return len(self.queue)
 
     def effective(self, batch_size: int) -> dict[str, Any]:
-        return super().effective(batch_size) | {"images BatchNorm sees together": self.groups(batch_size)}
+        return super().effective(batch_size) | {"images per BatchNorm group": self.groups(batch_size)}
 
     def groups(self, batch_size: int) -> str:
         norms = [part for part in self.backbone.modules() if isinstance(part, SplitBatchNorm)]

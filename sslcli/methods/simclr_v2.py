@@ -64,7 +64,7 @@ class SimCLRv2(SimCLR):
         )
         check_momentum(momentum)
         if queue_size < 0:
-            raise ValueError(f"queue_size is {queue_size}, but it must be at least 0, which is no memory")
+            raise ValueError(f"queue_size is {queue_size}, but it must be at least 0; 0 disables the queue")
         if not 0 <= finetune_layer <= layers:
             raise ValueError(
                 f"finetune_layer is {finetune_layer}, but the head has the layers 1 to {layers}; 0 is none"

@@ -200,8 +200,8 @@ def check_values(*, beta: float, free_bits: float, kl_warmup: float, reconstruct
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}, but it must be at least 0")
     if not 0 <= kl_warmup <= 1:
-        raise ValueError(f"kl_warmup is {kl_warmup}, but it is a share of the run, so it must lie in [0, 1]")
+        raise ValueError(f"kl_warmup is {kl_warmup}, but it is a fraction of the run, so it must be in [0, 1]")
     if reconstruction not in ("gaussian", "bernoulli"):
         raise ValueError(f"reconstruction is {reconstruction!r}, but it must be gaussian or bernoulli")
     if sigma is not None and not sigma > 0:
-        raise ValueError(f"sigma is {sigma}, but it must be positive, or null for the best at each step")
+        raise ValueError(f"sigma is {sigma}, but it must be positive, or null for the optimal value at each step")

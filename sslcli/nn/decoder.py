@@ -92,12 +92,12 @@ def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
     """Raise ConfigError unless images (N, C, H, W) have the decoder's output `shape` (C, H, W) and values in [0, 1]."""
     if tuple(images.shape[1:]) != shape:
         raise ConfigError(
-            f"the views have the shape {tuple(images.shape[1:])}, but the decoder draws images of {shape}: leave "
-            "views.views.0.size at null"
+            f"the views have the shape {tuple(images.shape[1:])}, but the decoder generates images of {shape}: set "
+            "views.views.0.size to null"
         )
     lowest, highest = (float(value) for value in images.aminmax())
     if lowest < -1e-3 or highest > 1 + 1e-3:
         raise ConfigError(
-            f"the images have values from {lowest:.3g} to {highest:.3g}, but they are drawn in [0, 1]: set "
-            "views.normalize=false and views.color_space=rgb"
+            f"the images have values from {lowest:.3g} to {highest:.3g}, but the decoder generates values in [0, 1]: "
+            "set views.normalize=false and views.color_space=rgb"
         )

@@ -38,5 +38,5 @@ def scale_lr(lr: float, *, batch_size: int, rule: str) -> float:
 
     `rule` is linear (Goyal et al. 2017), sqrt (SimCLR's alternative, lr * sqrt(batch / 256)) or none.
     """
-    share = batch_size / 256
-    return lr * {"linear": share, "sqrt": math.sqrt(share), "none": 1.0}[rule]
+    ratio = batch_size / 256
+    return lr * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[rule]

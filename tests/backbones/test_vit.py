@@ -186,9 +186,9 @@ def test_no_patch_size_is_chosen_where_none_fits(image_size: int) -> None:
     [
         (
             {"image_size": 30},
-            r"=30 is not divisible by patch_size=8: take a patch_size of 2, 3, 5, 6, 10, 15",
+            r"=30 is not divisible by patch_size=8: set patch_size to 2, 3, 5, 6, 10, 15",
         ),
-        ({"image_size": 31}, r"take a patch_size of 31"),
+        ({"image_size": 31}, r"set patch_size to 31"),
         ({"patch_size": 0}, "patch_size is 0"),
         ({"width": 26, "num_heads": 2}, r"width=26 must be divisible by 4"),
         ({"num_heads": 5}, r"by num_heads=5"),

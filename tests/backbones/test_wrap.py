@@ -108,12 +108,12 @@ def test_a_module_that_says_a_wrong_width_is_wrapped(declared: object) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda x: x.flatten(2), r"Gives gives shape \(2, 3, 64\)"),
-        (lambda x: x.sum(), r"Gives gives shape \(\)"),
+        (lambda x: x.flatten(2), r"Gives returns shape \(2, 3, 64\)"),
+        (lambda x: x.sum(), r"Gives returns shape \(\)"),
         (lambda x: x.flatten(), r"shape \(384,\)"),
         (lambda x: x.reshape(4, -1), r"shape \(4, 96\)"),
-        (lambda x: {"out": x}, r"gives a dict, .*returns the tensor"),
-        (lambda x: (x, x), "gives a tuple"),
+        (lambda x: {"out": x}, r"returns a dict, .*returns the tensor"),
+        (lambda x: (x, x), "returns a tuple"),
     ],
 )
 def test_other_outputs_are_refused_naming_them(make: Callable[[Tensor], object], message: str) -> None:
@@ -123,7 +123,7 @@ def test_other_outputs_are_refused_naming_them(make: Callable[[Tensor], object],
 
 def test_a_module_for_another_image_size_is_refused_and_left_as_it_was() -> None:
     module = vectors().train()
-    with pytest.raises(ValueError, match=r"Sequential does not take images of shape \(2, 3, 32, 32\).*image_size"):
+    with pytest.raises(ValueError, match=r"Sequential does not accept images of shape \(2, 3, 32, 32\).*image_size"):
         as_backbone(module, image_size=32)
     assert all(part.training for part in module.modules())
 

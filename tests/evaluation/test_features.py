@@ -156,7 +156,7 @@ def test_an_empty_split_an_empty_batch_and_unpooled_maps_are_refused():
         run(Net(), torch.arange(0))
     with pytest.raises(ValueError, match="batch_size=0"):
         run(Net(), torch.arange(3), batch_size=0)
-    with pytest.raises(ValueError, match="pool maps first"):
+    with pytest.raises(ValueError, match="pool feature maps first"):
         extract(lambda x: x, source(), torch.arange(3), prepare=halve, batch_size=2, device="cpu", precision="fp32")
 
 

@@ -279,7 +279,7 @@ def test_peak_signal_to_noise_ratio_is_the_mean_over_images() -> None:
     [
         (torch.full((2, 3, 8, 8), -0.5), r"values from -0\.5 to -0\.5.*views\.normalize=false"),
         (torch.full((2, 3, 8, 8), 1.5), r"values from 1\.5 to 1\.5"),
-        (torch.zeros(2, 3, 16, 16), r"shape \(3, 16, 16\), but the decoder draws images of \(3, 8, 8\)"),
+        (torch.zeros(2, 3, 16, 16), r"shape \(3, 16, 16\), but the decoder generates images of \(3, 8, 8\)"),
         (torch.zeros(2, 1, 8, 8), r"shape \(1, 8, 8\)"),
     ],
 )
@@ -298,7 +298,7 @@ def test_images_that_cannot_be_drawn_are_refused_at_the_first_step(images: Tenso
         ({"patch_size": 0}, "patch_size is 0"),
         ({"corruption": "blur"}, "corruption is 'blur'.*pixel_mask"),
         ({"corruption": "gaussian", "strength": -0.1}, r"strength is -0\.1.*standard deviation"),
-        ({"corruption": "pixel_mask", "strength": 1.5}, r"strength is 1\.5.*share of pixels"),
+        ({"corruption": "pixel_mask", "strength": 1.5}, r"strength is 1\.5.*fraction of the pixels"),
         ({"corruption": "salt_pepper", "strength": math.nan}, "strength is nan"),
         ({"corruption": "block_mask", "block_size": 0}, "block_size is 0"),
         ({"dim": 0}, "dim is 0"),

@@ -46,7 +46,7 @@ def test_what_a_method_leaves_out_means_nothing() -> None:
     assert method.effective(8) == {}
     assert torch.equal(method.projection(images), method.features(images))
     assert method.pictures(images) == {}
-    with pytest.raises(ValueError, match="layer is 1, but Method gives no features inside its head"):
+    with pytest.raises(ValueError, match="layer is 1, but Method has no features inside its head"):
         method.head_features(images, 1)
     with pytest.raises(NotImplementedError, match="Method does not define forward"):
         method(Batch([images], torch.arange(2), torch.zeros(2)))

@@ -187,7 +187,7 @@ def refused(images: Tensor) -> None:
 def test_normalized_images_are_refused_at_the_first_step() -> None:
     with pytest.raises(ConfigError, match=r"values from .*views\.normalize=false"):
         refused(2 * torch.rand(2, 3, 8, 8, dtype=torch.float64) - 1)
-    with pytest.raises(ConfigError, match=r"draws images of \(3, 8, 8\)"):
+    with pytest.raises(ConfigError, match=r"generates images of \(3, 8, 8\)"):
         refused(torch.rand(2, 3, 16, 16, dtype=torch.float64))
 
 

@@ -287,7 +287,7 @@ def test_encoders_start_apart_unless_their_weights_were_learned() -> None:
 
 
 def test_a_backbone_without_stages_says_so() -> None:
-    with pytest.raises(ValueError, match="TinyNet gives features but no maps by stage: take a resnet"):
+    with pytest.raises(ValueError, match="TinyNet returns features but no feature maps by stage: choose a resnet"):
         tiny_cmc().backbone.stages(torch.zeros(2, 3, 8, 8))
 
 
@@ -305,7 +305,7 @@ class Flat(nn.Module):
 
 
 def test_a_backbone_that_cannot_be_cut_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Flat has no nn.Conv2d .* take a resnet, small or vit"):
+    with pytest.raises(ValueError, match=r"Flat has no nn.Conv2d .* choose a resnet, small or vit"):
         CMC(Flat(), num_images=N, channels=3)
     grouped = TinyNet()
     grouped.conv = nn.Conv2d(3, 9, 3, groups=3)
@@ -365,8 +365,8 @@ def test_two_processes_compute_what_one_does_with_absent_modalities_too(loss: st
         ({"modalities": {"rgb": 3}}, "contrasting needs at least two"),
         ({"modalities": {"rgb": 3, "depth": 1}}, r"\{rgb: 3, depth: 1\}, 4 channels in all, but the images have 3"),
         ({"modalities": {"rgb": 3, "depth": 0}}, "each needs at least one channel"),
-        ({"modalities": {"r.g": 1, "b": 2}}, "'r.g', which cannot name a part"),
-        ({"modalities": {"keys": 1, "b": 2}}, "'keys', which cannot name a part"),
+        ({"modalities": {"r.g": 1, "b": 2}}, "'r.g', which is not a valid name of a submodule"),
+        ({"modalities": {"keys": 1, "b": 2}}, "'keys', which is not a valid name of a submodule"),
         ({"graph": "star"}, "graph is 'star', but it must be one of: core, full"),
         ({"loss": "nse"}, "loss is 'nse', but it must be one of: nce, softmax, batch"),
         ({"negatives": 0}, "negatives is 0"),

@@ -202,8 +202,8 @@ def test_offsets_are_all_rows_below_the_skipped_ones_or_the_first_of_them() -> N
     assert list(tiny_cpc("v2", image_size=32, grid=7, steps=1, skip=2).offsets) == [3]
     assert tiny_cpc("v2", image_size=32, grid=7, steps=1, skip=2).effective(4) == {
         "patches": "7 x 7 of 8 pixels",
-        "rows below that are predicted": "3",
-        "negatives a query sees": 4 * 49 - 1,
+        "predicted row offsets": "3",
+        "negatives per query": 4 * 49 - 1,
     }
 
 

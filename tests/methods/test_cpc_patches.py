@@ -39,10 +39,10 @@ def test_overlapping_patches_put_back_and_averaged_are_the_image(size: int) -> N
 @pytest.mark.parametrize(
     ("size", "grid", "message"),
     [
-        (32, 6, r"grid is 6, but images of 32 pixels .* take a grid of 3, 7, 15, or null .* multiple of 7"),
+        (32, 6, r"grid is 6, but images of 32 pixels .* set grid to one of 3, 7, 15, or to null .* multiple of 7"),
         (32, 1, "grid is 1, "),
-        (33, None, r"images of 33 pixels have no grid .* method.grid of: 10"),
-        (13, None, r"images of 13 pixels have no grid .* method.grid of: none"),
+        (33, None, r"images of 33 pixels have no grid .*method\.grid can be: 10"),
+        (13, None, r"images of 13 pixels have no grid .*method.grid can be: none"),
     ],
 )
 def test_images_that_no_grid_fits_are_refused_with_what_would(size: int, grid: int | None, message: str) -> None:

@@ -117,7 +117,7 @@ def test_pictures_are_drawn_of_the_same_codes_each_time() -> None:
 
 
 def test_a_backbone_without_maps_and_impossible_values_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"TinyNet has no stages\(images\): take a resnet, small, vit or timm"):
+    with pytest.raises(ValueError, match=r"TinyNet has no stages\(images\): choose a resnet, small, vit or timm"):
         DCGAN(TinyNet(), image_size=16)
     with pytest.raises(ValueError, match="pool is 0"):
         tiny(pool=0)

@@ -121,7 +121,7 @@ def test_the_local_map_is_that_nearest_to_8_by_8(backbone: Backbone, size: int, 
     method = small_deep_infomax(backbone, image_size=size)
     assert (method.local_stage, method.places) == (stage, places)
     assert method.effective(64)["local map"] == f"{stage}, {places} places"
-    assert method.effective(64)["images a vector is contrasted with"] == 63
+    assert method.effective(64)["negative images per vector"] == 63
 
 
 def test_the_last_map_is_not_chosen_where_there_are_others() -> None:
@@ -189,18 +189,18 @@ class OnePlace(Backbone):
 @pytest.mark.parametrize(
     ("backbone", "changes", "message"),
     [
-        (TinyNet(), {}, r"TinyNet has no stages\(images\): take a resnet, small, vit or timm"),
-        (Backbone(), {}, "gives features but no maps by stage: take a resnet, small or vit"),
+        (TinyNet(), {}, r"TinyNet has no stages\(images\): choose a resnet, small, vit or timm"),
+        (Backbone(), {}, "returns features but no feature maps by stage: choose a resnet, small or vit"),
         (None, {"local_stage": "blok2"}, r"stages block1, block2, block3, block4, block5\. Did you mean 'block"),
-        (OnePlace(), {"local_stage": "deep"}, "whose map has a single place: take an earlier one of shallow"),
+        (OnePlace(), {"local_stage": "deep"}, "whose map has a single position: choose an earlier one of shallow"),
         (None, {"alpha": -1.0}, "alpha is -1.0, but the weight"),
         (None, {"beta": 0.0}, "alpha and beta are both 0.*set beta=1"),
         (None, {"measure": "jsd"}, r"must be one of: InfoNCE, DV, .*Did you mean 'JSD'"),
-        (None, {"measure": "W1"}, "'W1', whose loss falls without end"),
-        (None, {"measure": "X2"}, "'X2', whose loss falls without end"),
+        (None, {"measure": "W1"}, "'W1', whose loss decreases without bound"),
+        (None, {"measure": "X2"}, "'X2', whose loss decreases without bound"),
         (None, {"score": "cosine"}, "'cosine', but it must be one of: dot, concat"),
-        (None, {"official_mask": True, "measure": "JSD"}, "measure=InfoNCE with score=dot alone"),
-        (None, {"official_mask": True, "score": "concat"}, "measure=InfoNCE with score=dot alone"),
+        (None, {"official_mask": True, "measure": "JSD"}, "only to measure=InfoNCE with score=dot"),
+        (None, {"official_mask": True, "score": "concat"}, "only to measure=InfoNCE with score=dot"),
         (None, {"dim": 0}, "dim is 0"),
         (None, {"units": 0}, "units is 0"),
         (None, {"map_hidden": 0}, "map_hidden is 0"),

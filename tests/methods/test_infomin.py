@@ -172,7 +172,7 @@ def test_the_heads_are_those_of_pycontrast() -> None:
     assert widths == [(8, 8), (8, 128)]
     assert (method.jigsaw_head.in_features, method.jigsaw_head.out_features) == (9 * 128, 128)
     assert method.num_views == 3
-    assert method.effective(32)["patches of an image"] == 9
+    assert method.effective(32)["patches per image"] == 9
 
 
 @pytest.mark.parametrize(

@@ -253,5 +253,5 @@ def test_impossible_values_are_refused(changes: dict[str, float], message: str) 
 
 
 def test_effective_values_tell_negatives_and_the_images_batchnorm_sees() -> None:
-    assert tiny_moco().effective(32) == {"negatives a query sees": 12, "images BatchNorm sees together": "4"}
-    assert tiny_moco(norm=False).effective(32)["images BatchNorm sees together"] == "no BatchNorm"
+    assert tiny_moco().effective(32) == {"negatives per query": 12, "images per BatchNorm group": "4"}
+    assert tiny_moco(norm=False).effective(32)["images per BatchNorm group"] == "no BatchNorm"

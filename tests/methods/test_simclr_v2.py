@@ -103,7 +103,7 @@ def test_fine_tuning_starts_from_the_first_layer_unless_told_otherwise() -> None
 
 @pytest.mark.parametrize(
     ("changes", "wanted"),
-    [({"queue_size": -1}, "no memory"), ({"finetune_layer": 4}, "1 to 3"), ({"momentum": 1.5}, "momentum")],
+    [({"queue_size": -1}, "disables the queue"), ({"finetune_layer": 4}, "1 to 3"), ({"momentum": 1.5}, "momentum")],
 )
 def test_values_out_of_range_are_refused(changes: dict[str, object], wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted):
@@ -111,4 +111,4 @@ def test_values_out_of_range_are_refused(changes: dict[str, object], wanted: str
 
 
 def test_negatives_are_counted() -> None:
-    assert tiny(queue_size=10).effective(8) == {"negatives a query sees": 24}
+    assert tiny(queue_size=10).effective(8) == {"negatives per query": 24}

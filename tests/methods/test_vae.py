@@ -286,7 +286,7 @@ def test_images_outside_the_scale_are_refused_at_the_first_step() -> None:
         ({"beta": -1.0}, r"beta is -1\.0"),
         ({"beta": math.nan}, "beta is nan"),
         ({"free_bits": -0.1}, r"free_bits is -0\.1"),
-        ({"kl_warmup": 1.5}, r"kl_warmup is 1\.5.*share of the run"),
+        ({"kl_warmup": 1.5}, r"kl_warmup is 1\.5.*fraction of the run"),
         ({"reconstruction": "laplace"}, "reconstruction is 'laplace'"),
         ({"sigma": 0.0}, r"sigma is 0\.0.*positive"),
         ({"dim": 0}, "dim is 0"),

@@ -34,7 +34,7 @@ def make_run(folder: Path, name: str, *, strength: float, knn: float, loss: floa
     run = folder / name
     run.mkdir(parents=True)
     (run / "done").touch()
-    effective = {} if negatives is None else {"negatives a query sees": negatives}
+    effective = {} if negatives is None else {"negatives per query": negatives}
     config = {"views": {"strength": strength, "views": [{"rand_augment": 2}]}, "effective": effective}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     lines: list[dict[str, float]] = [
