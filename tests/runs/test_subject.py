@@ -63,6 +63,14 @@ def test_a_checkpoint_is_found_by_its_step_or_as_the_last(run_dir: Path) -> None
         find_checkpoint(run_dir, 2)
 
 
+def test_the_last_checkpoint_is_the_one_of_the_most_steps(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for step in (100, 9, 20):
+        (tmp_path / "checkpoints" / f"step-{step:08d}.pt").touch()
+    assert find_checkpoint(tmp_path, "last").name == "step-00000100.pt"
+    assert find_checkpoint(tmp_path, 9).name == "step-00000009.pt"
+
+
 def test_a_directory_without_checkpoints_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint is 'last', .*: none$"):
         find_checkpoint(tmp_path, "last")
