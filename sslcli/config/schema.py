@@ -100,14 +100,14 @@ def check_node(where: str, node: dict[str, Any]) -> None:
         return
     if where == "method":
         check_mixture(node, takes_one="mixture" in parameters)
-    given = {name: value for name, value in node.items() if name != "_target_"}
+    values = {name: value for name, value in node.items() if name != "_target_"}
     injected = {"method": METHOD_ARGUMENTS, "optimizer": OPTIMIZER_ARGUMENTS}.get(where, ())
     allowed = {name: parameter.annotation for name, parameter in parameters.items() if name not in injected}
-    check_keys(where, given, allowed)
-    check_types(where, given, allowed)
+    check_keys(where, values, allowed)
+    check_types(where, values, allowed)
     if "seed" in allowed:
-        check_range(f"{where}.seed", given.get("seed"), least=0, most=LARGEST_SEED)
-    missing = [name for name in allowed if parameters[name].required and name not in given]
+        check_range(f"{where}.seed", values.get("seed"), least=0, most=LARGEST_SEED)
+    missing = [name for name in allowed if parameters[name].required and name not in values]
     if missing:
         raise ConfigError(missing_message(where, missing))
 

@@ -36,13 +36,13 @@ def check_agreement(config: dict[str, Any]) -> None:
     if len(set(digests)) == 1:
         return
     (usual, _), *_ = Counter(digests).most_common(1)
-    model = digests.index(usual)
+    reference = digests.index(usual)
     gathered = collectives.gather_objects((platform.node(), own))
     host, number = next((host, i) for i, (host, _) in enumerate(gathered) if digests[i] != usual)
-    differing = differences(gathered[model][1], gathered[number][1])
+    differing = differences(gathered[reference][1], gathered[number][1])
     more = f" and {len(differing) - MAX_SHOWN} more" if len(differing) > MAX_SHOWN else ""
     raise ConfigError(
-        f"process {number} (on {host}) differs from process {model} (on {gathered[model][0]}); what "
+        f"process {number} (on {host}) differs from process {reference} (on {gathered[reference][0]}); what "
         f"differs: {'; '.join(differing[:MAX_SHOWN])}{more}. Start all with the same command and the same installation"
     )
 

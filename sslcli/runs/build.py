@@ -84,14 +84,14 @@ def find_class(target: str, *, base: type[Built], trust: list[str], where: str) 
 
 def check_class(found: Any, target: str, *, base: type, where: str) -> None:
     """Raise ConfigError unless `found` is a class derived from `base`, and not an abstract base class of sslcli."""
-    wanted = f"{base.__module__}.{base.__qualname__}"
+    required = f"{base.__module__}.{base.__qualname__}"
     if not isinstance(found, type):
         raise ConfigError(
-            f"{where} is {target!r}, which is a function, but it must be a class derived from {wanted}: write a "
+            f"{where} is {target!r}, which is a function, but it must be a class derived from {required}: write a "
             "class that calls the function"
         )
     if not issubclass(found, base):
-        raise ConfigError(f"{where} is {target!r}, but it must be a class derived from {wanted}")
+        raise ConfigError(f"{where} is {target!r}, but it must be a class derived from {required}")
     if found in CONTRACTS:
         raise ConfigError(f"{where} is {target!r}, which is an abstract base class: choose one of its subclasses")
 
@@ -196,8 +196,8 @@ def build_method(
     target = find_class(node["_target_"], base=Method, trust=trust, where="method._target_")
     channels = backbone_node.get("in_channels", 3)
     known = {"backbone": backbone, "num_images": num_images, "image_size": image_size, "channels": channels}
-    taken = inspect.signature(target).parameters
-    arguments = {name: value for name, value in known.items() if name == "backbone" or name in taken}
+    parameters = inspect.signature(target).parameters
+    arguments = {name: value for name, value in known.items() if name == "backbone" or name in parameters}
     return accelerate(build(node, base=Method, trust=trust, where="method", **arguments))
 
 

@@ -31,11 +31,11 @@ def dry_run(job: Run, parts: Parts) -> int:
     picture = save_views(job.loader, parts, count, job.run_dir)
     job.method.train()
     for micro_batches in job.loader.steps(0, min(STEPS, job.total_steps)):
-        await_device(job.device)
+        synchronize(job.device)
         start = time.perf_counter()
         scalars = optimize(job, job.method, micro_batches)
         job.method.after_step(0.0)
-        await_device(job.device)
+        synchronize(job.device)
         elapsed = time.perf_counter() - start
     facts = {
         "backbone parameters": sum(p.numel() for p in parts.method.backbone.parameters()),
@@ -53,7 +53,7 @@ def dry_run(job: Run, parts: Parts) -> int:
     return 0
 
 
-def await_device(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until all kernels on a GPU are complete; do nothing for other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

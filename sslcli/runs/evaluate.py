@@ -41,9 +41,9 @@ def run(config: EvalConfig) -> int:
     """Run ssl-eval with a validated configuration, and return the exit code."""
     try:
         return _run_with_signal_handlers(config)
-    except StoppedBySignal as signalled:
+    except StoppedBySignal as stopped:
         print(
-            f"ssl-eval: stopped by {signalled}; complete features are cached: run the same command again to resume",
+            f"ssl-eval: stopped by {stopped}; complete features are cached: run the same command again to resume",
             file=sys.stderr,
         )
         return EXIT_STOPPED

@@ -33,7 +33,7 @@ from sslcli.methods.base import Method
 from sslcli.report.console import Screen
 from sslcli.runs import directory
 from sslcli.runs.build import build_backbone, find_class
-from sslcli.runs.subject import find_checkpoint, origin
+from sslcli.runs.subject import find_checkpoint, provenance_of
 from sslcli.system import atomic
 from sslcli.weights.files import load_strictly
 
@@ -96,7 +96,7 @@ def description(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, A
         "views": saved["views"],
         "precision": saved["effective"]["precision"],
         "monitor": saved["monitor"],
-        "provenance": origin(saved, run_dir, path),
+        "provenance": provenance_of(saved, run_dir, path),
         "sslcli": __version__,
     }
 

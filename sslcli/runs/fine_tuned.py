@@ -19,17 +19,17 @@ from sslcli.runs.result_name import join_parts
 from sslcli.weights.files import load_strictly, load_weights
 
 
-def save(found: Outcome, path: Path, evaluation: Evaluation) -> dict[str, Any]:
+def save(outcome: Outcome, path: Path, evaluation: Evaluation) -> dict[str, Any]:
     """Write the network of an outcome; return its name and checksum for the result file."""
-    assert found.net is not None
-    assert found.positions is not None
+    assert outcome.net is not None
+    assert outcome.positions is not None
     buffer = io.BytesIO()
     torch.save(
         {
-            "net": found.net.state_dict(),
-            "layer": found.net.layer,
-            "width": found.net.classify.in_features,
-            "positions": found.positions,
+            "net": outcome.net.state_dict(),
+            "layer": outcome.net.layer,
+            "width": outcome.net.classify.in_features,
+            "positions": outcome.positions,
             "classes": list(evaluation.source.classes),
             "dataset_fingerprint": evaluation.source.fingerprint,
             "dataset_version": evaluation.source.version,
@@ -60,7 +60,7 @@ def load(evaluation: Evaluation, requested: str) -> FineTuned:
             f"the teacher {path} is of another checkpoint: run protocol={protocol} again, or set checkpoint to that one"
         )
     shape = {"width": state["width"], "num_classes": len(state["classes"])}
-    net = Classifier(subject.fresh(), state["layer"], images=evaluation.task().example(), **shape)
+    net = Classifier(subject.build_untrained(), state["layer"], images=evaluation.task().example(), **shape)
     load_strictly(net, state["net"], str(path))
     provenance = {
         "protocol": protocol,
@@ -76,18 +76,18 @@ def find_result(evaluation: Evaluation, requested: str) -> tuple[str, dict[str, 
 
     Raises ConfigError if there is none, or if there are several.
     """
-    results_dir, found = evaluation.subject.results_dir, {}
+    results_dir, matches = evaluation.subject.results_dir, {}
     for name, result in results(results_dir, evaluation.screen).items():
         measured = result.get("measured", result["protocol"])
         fits = measured == requested or measured.startswith(f"{requested}_") or name == requested
         if "net" in result and fits and name == join_parts(measured, evaluation.conditions):
-            found[measured] = (name, result)
-    if len(found) > 1 and requested not in found:
-        raise ConfigError(f"protocol.teacher is {requested!r}, which matches several: {', '.join(found)}. Choose one")
-    if not found:
+            matches[measured] = (name, result)
+    if len(matches) > 1 and requested not in matches:
+        raise ConfigError(f"protocol.teacher is {requested!r}, which matches several: {', '.join(matches)}. Choose one")
+    if not matches:
         of = f" of {evaluation.conditions}" if evaluation.conditions else ""
         raise ConfigError(
             f"there is no teacher {requested!r}{of} in {results_dir}: first run "
             f"protocol={requested.partition('_')[0]} on the same run"
         )
-    return found[requested] if requested in found else next(iter(found.values()))
+    return matches[requested] if requested in matches else next(iter(matches.values()))

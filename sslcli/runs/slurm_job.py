@@ -58,7 +58,7 @@ def active_job(run_dir: Path) -> tuple[str, str] | None:
     if job is None:
         return None
     state = queue.state(job, slurm_dir(run_dir) / "job.sbatch")
-    return None if state is None or state in queue.OVER else (job, state)
+    return None if state is None or state in queue.FINAL_STATES else (job, state)
 
 
 def submit(run_dir: Path, config: RunConfig, text: str) -> str:

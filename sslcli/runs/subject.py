@@ -30,8 +30,8 @@ EXPORTED = {"state_dict", "what", "backbone", "image_size", "mean", "std", "view
 class Subject:
     """A network to evaluate, its provenance, and the preprocessing of its images."""
 
-    trained: Callable[[], nn.Module]  # returns the network with trained weights
-    fresh: Callable[[], nn.Module]  # returns the network as initialized
+    build_trained: Callable[[], nn.Module]  # returns the network with trained weights
+    build_untrained: Callable[[], nn.Module]  # returns the network as initialized
     views: Views  # of pre-training, for color space and normalization
     mean: Sequence[float]  # of the image set of pre-training
     std: Sequence[float]
@@ -48,7 +48,7 @@ class Subject:
 
     def net(self, name: str) -> nn.Module:
         """Return the network with trained weights for "trained", as initialized for "random"."""
-        return self.trained() if name == "trained" else self.fresh()
+        return self.build_trained() if name == "trained" else self.build_untrained()
 
 
 def load_subject(config: EvalConfig, device: torch.device) -> tuple[Subject, Source]:
@@ -64,7 +64,7 @@ def load_subject(config: EvalConfig, device: torch.device) -> tuple[Subject, Sou
     path = find_checkpoint(run_dir, config.checkpoint)
     mean, std = saved["dataset"]["mean"], saved["dataset"]["std"]
 
-    def method() -> nn.Module:
+    def build_untrained() -> nn.Module:
         return build_method(
             saved["method"],
             saved["backbone"],
@@ -74,20 +74,30 @@ def load_subject(config: EvalConfig, device: torch.device) -> tuple[Subject, Sou
             trust=trust,
         ).to(device)
 
-    def trained() -> nn.Module:
-        net = method()
+    def build_trained() -> nn.Module:
+        net = build_untrained()
         load_strictly(net, checkpoint.load(path, device=device, weights=True)["method"], str(path))
         return net
 
     requested = config.precision if config.precision != "auto" else saved["effective"]["precision"]
-    provenance = origin(saved, run_dir, path)
+    provenance = provenance_of(saved, run_dir, path)
     resolved = precision.resolve(requested, device)
     if not has_other_images:
         provenance["pretrained_on"] = source.name
     results_dir = run_dir / "eval"
     size, monitor = saved["dataset"]["image_size"], saved["monitor"]
     return Subject(
-        trained, method, views, mean, std, resolved, provenance, results_dir, monitor, has_other_images, size
+        build_trained,
+        build_untrained,
+        views,
+        mean,
+        std,
+        resolved,
+        provenance,
+        results_dir,
+        monitor,
+        has_other_images,
+        size,
     ), source
 
 
@@ -128,7 +138,7 @@ def has_other_images_than_run(
     return bool(source.fingerprint != known)
 
 
-def origin(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any]:
+def provenance_of(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any]:
     """Return the provenance of the weights in a checkpoint, as entries of the result file."""
     return {
         "run": str(run_dir.absolute()),
@@ -168,11 +178,11 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
     build_net, facts = _network_builder(config, exported, device)
     source = build_source(config.dataset, trust=trust)
 
-    def fresh() -> nn.Module:
+    def build_untrained() -> nn.Module:
         return build_net(source.image_size)
 
-    def trained() -> nn.Module:
-        net = fresh()
+    def build_trained() -> nn.Module:
+        net = build_untrained()
         load_strictly(net, found["state_dict"] if is_export else found, str(path))
         return net
 
@@ -182,8 +192,8 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
     views = build_views(exported["views"], trust=trust) if is_export else Views([{"crop_scale": None}])
     requested = exported["precision"] if is_export and config.precision == "auto" else config.precision
     subject = Subject(
-        trained=trained,
-        fresh=fresh,
+        build_trained=build_trained,
+        build_untrained=build_untrained,
         views=views,
         mean=exported.get("mean", source.mean),
         std=exported.get("std", source.std),

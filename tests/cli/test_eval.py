@@ -89,7 +89,7 @@ def test_images_of_a_class_that_is_not_trained_on_are_counted(trained: Path, cli
     bank, labels = set(source.labels[source.splits["train"]].tolist()), source.labels[source.splits["val"]].tolist()
     lost = sum(label not in bank for label in labels)
     assert lost >= 1
-    assert f"of the images of val {lost} of {len(labels)} are of classes that no training image has" in ended.out
+    assert f"of the images of val {lost} of {len(labels)} have classes that no training image has" in ended.out
 
 
 QUICK = ["protocol.steps=2", "protocol.batch_size=16", "protocol.lrs=[0.02,0.1]"]
@@ -146,6 +146,6 @@ def test_the_rows_of_a_memory_bank_classify_in_place_of_fresh_features(cli: Cli,
 
 
 def test_the_installed_command_ends_with_a_table_and_the_place_of_the_results(trained: Path, tmp_path: Path) -> None:
-    told = installed(tmp_path, "ssl-eval", f"run={trained}", "protocol=knn")
+    output = installed(tmp_path, "ssl-eval", f"run={trained}", "protocol=knn")
     for part in ("raw pixels", "random initialization", "trained", f"results: {trained / 'eval'}"):
-        assert part in told
+        assert part in output

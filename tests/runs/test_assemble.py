@@ -43,6 +43,6 @@ def test_one_image_a_class_is_warned_of_once(cli: Cli, tmp_path: Path) -> None:
         (tmp_path / "images" / name).rmdir()
     ended = cli("ssl-train", *LINE, f"dataset.root={tmp_path / 'images'}", f"run_dir={tmp_path / 'run'}")
     assert (ended.code, ended.err) == (0, "")
-    told = ended.out.replace("\n", " ")
-    assert told.count("k-NN: of the held-out images 10 of 10 are of classes that no training image has") == 1
+    output = ended.out.replace("\n", " ")
+    assert output.count("k-NN: of the held-out images 10 of 10 have classes that no training image has") == 1
     assert [name for name in metrics(tmp_path / "run") if "knn_top1" in name]

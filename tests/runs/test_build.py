@@ -32,7 +32,7 @@ def parts(*lines: str) -> Parts:
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "expected"),
     [
         (
             ["method=cpc", "backbone=dcgan", "backbone.norm=layer"],
@@ -42,7 +42,7 @@ def parts(*lines: str) -> Parts:
             ["method=cpc", "dataset.image_size=224", "backbone=vit_tiny", "backbone.depth=1"],
             r"VisionTransformer does not accept patches of 56 pixels .*change patch_size.* a larger dataset.image_size",
         ),
-        (["method=cpc", "backbone=small"], r"BatchNorm \(5 layers.*take backbone=small_layernorm"),
+        (["method=cpc", "backbone=small"], r"BatchNorm \(5 layers.*choose backbone=small_layernorm"),
         (["method=cpc", "+views.views.0.size=40"], r"the view has 40 pixels.*set views.views.0.size to null"),
         (["method=cpc", "dataset.image_size=37"], r"no grid of 3 x 3 .* set dataset.image_size to a size such as 32"),
         (["method=infomin", "backbone=dcgan"], r"jigsaw patches of 12 pixels .* views.views.1.size"),
@@ -55,8 +55,8 @@ def parts(*lines: str) -> Parts:
         (["method=cmc", "views=plain"], r"splits the channels of lab or ydbdr images.* views=lab"),
     ],
 )
-def test_views_and_backbones_that_a_method_cannot_train_are_refused(lines: list[str], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_views_and_backbones_that_a_method_cannot_train_are_refused(lines: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
         parts(*lines)
 
 
@@ -84,7 +84,7 @@ def config_with(group: str, node: dict[str, Any], *, trust: Sequence[str] = ()) 
 
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize(
-    ("target", "told"),
+    ("target", "expected"),
     [
         (RUN_A_PROGRAM, "which is a function"),
         ("sslcli.system.atomic.replace", "which is a function"),
@@ -95,12 +95,12 @@ def config_with(group: str, node: dict[str, Any], *, trust: Sequence[str] = ()) 
     ],
 )
 def test_only_classes_of_a_groups_kind_are_built(
-    group: str, target: str, told: str, monkeypatch: pytest.MonkeyPatch
+    group: str, target: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "sslcli.data.sources.base.Shapes.__init__", lambda *args, **given: pytest.fail("built too early")
     )
-    with pytest.raises(ConfigError, match=rf"{group}._target_ is '{target}'.*{told}"):
+    with pytest.raises(ConfigError, match=rf"{group}._target_ is '{target}'.*{expected}"):
         build_parts(config_with(group, {"_target_": target}))
 
 
@@ -111,8 +111,8 @@ def test_a_trusted_package_has_no_more_rights(group: str, tmp_path: Path, monkey
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     name = "acts_when_called"
-    for target, told in (("act", "which is a function"), ("Act", "must be a class derived from")):
-        with pytest.raises(ConfigError, match=told):
+    for target, output in (("act", "which is a function"), ("Act", "must be a class derived from")):
+        with pytest.raises(ConfigError, match=output):
             build_parts(config_with(group, {"_target_": f"{name}.{target}"}, trust=[name]))
 
 
@@ -191,10 +191,10 @@ def test_a_file_of_weights_and_a_run_directory_have_no_more_rights_than_a_comman
     stored = yaml.safe_load(Path("run/config.yaml").read_text())
     for place in ("views", "backbone"):
         torch.save(exported | {place: node}, "changed.pt")
-        told = cli("ssl-eval", "weights=changed.pt", *SMALL, "protocol=knn")
-        assert (told.code, "is a function" in told.err) == (2, True), told.err
+        ended = cli("ssl-eval", "weights=changed.pt", *SMALL, "protocol=knn")
+        assert (ended.code, "is a function" in ended.err) == (2, True), ended.err
     for place in GROUPS[:4]:
         Path("run/config.yaml").write_text(yaml.safe_dump(stored | {place: node}))
-        told = cli("ssl-eval", "run=run", "protocol=knn")
-        assert (told.code, "is a function" in told.err) == (2, True), told.err
+        ended = cli("ssl-eval", "run=run", "protocol=knn")
+        assert (ended.code, "is a function" in ended.err) == (2, True), ended.err
     assert not Path("ran").exists()

@@ -76,7 +76,7 @@ def test_a_folder_of_runs_becomes_a_table(trained: Path, cli: Cli, tmp_path: Pat
         ("run={run} protocol=knn feature_layer=bank", ["'bank', which this net does not have", "It has: backbone"]),
         ("run={run} protocol=finetune protocol.from_layer=1 feature_layer=block1", ["block1", "from_layer 1"]),
         ("run={run} protocol=distill", ["there is no teacher 'finetune'", "protocol=finetune"]),
-        ("run={run}s", ["no such path. Did you mean", "holds:"]),
+        ("run={run}s", ["no such path. Did you mean", "contains:"]),
         ("run={run} protocol=semi protocol.labels_per_class=500", ["labels_per_class is 500", "labeled training"]),
         ("weights=images/a/000.png backbone=small dataset=shapes dataset.limit=50", ["000.png"]),
     ],

@@ -10,9 +10,9 @@ from pathlib import Path
 from sslcli.errors import EXIT_FAILED, EXIT_STOPPED, ConfigError
 
 PATIENCE = 60.0  # timeout of a Slurm command in seconds
-ASK_EVERY = 5.0  # seconds between queries, to limit the load on the shared controller
+QUERY_EVERY = 5.0  # seconds between queries, to limit the load on the shared controller
 READ_EVERY = 0.3  # seconds between reads of the log
-OVER = {  # final job states of Slurm, and the exit code if the job recorded none
+FINAL_STATES = {  # of Slurm jobs, with the exit code if the job recorded none
     "BOOT_FAIL": EXIT_STOPPED,
     "CANCELLED": EXIT_STOPPED,
     "COMPLETED": 0,
@@ -28,11 +28,12 @@ OVER = {  # final job states of Slurm, and the exit code if the job recorded non
 
 def submit(script: Path) -> str:
     """Submit the script and return the job ID. Raise ConfigError if Slurm rejects it."""
-    ended = ask("sbatch", "--parsable", str(script))
+    ended = run_command("sbatch", "--parsable", str(script))
     if ended.returncode != 0:
         hint = ""
         if "partition" in ended.stderr.lower():
-            hint = f". Partitions here: {', '.join(ask('sinfo', '--noheader', '--format=%R').stdout.split()) or 'none'}"
+            partitions = run_command("sinfo", "--noheader", "--format=%R").stdout.split()
+            hint = f". Partitions here: {', '.join(partitions) or 'none'}"
         raise ConfigError(f"sbatch rejected the job: {in_one_line(ended.stderr)}{hint}. The script is {script}")
     return ended.stdout.strip().partition(";")[0]
 
@@ -42,13 +43,13 @@ def state(job: str, script: Path) -> str | None:
 
     Raises ConfigError if Slurm does not respond.
     """
-    ended = ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T %o")
+    ended = run_command("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T %o")
     if ended.returncode != 0:
         if "Invalid job id" in ended.stderr:
             return None
         raise ConfigError(f"squeue failed: {in_one_line(ended.stderr)}")
-    found, _, command = ended.stdout.strip().partition(" ")
-    return found if command == str(script) else None  # job IDs repeat when a cluster is reinstalled
+    job_state, _, command = ended.stdout.strip().partition(" ")
+    return job_state if command == str(script) else None  # job IDs repeat when a cluster is reinstalled
 
 
 def submitted_job(run_dir: Path) -> str | None:
@@ -66,41 +67,43 @@ def recorded_exit_code(run_dir: Path) -> int | None:
 def follow(job: str, script: Path) -> int:
     """Print the log of a job until it ends, and return its exit code."""
     log, exit_file = script.with_name(f"{job}.log"), script.with_name(f"{job}.exit")
-    place, asked = 0, time.monotonic()
+    offset, last_query = 0, time.monotonic()
     while True:
         is_over = exit_file.exists()
-        place = show_from(log, place)
+        offset = show_from(log, offset)
         if is_over:
             return int(exit_file.read_text() or EXIT_FAILED)
-        if time.monotonic() - asked > ASK_EVERY:
-            asked = time.monotonic()
+        if time.monotonic() - last_query > QUERY_EVERY:
+            last_query = time.monotonic()
             try:
-                found = state(job, script)
+                job_state = state(job, script)
             except ConfigError:  # the controller may be down for a while; the job continues
                 continue
-            if found is None or found in OVER:
+            if job_state is None or job_state in FINAL_STATES:
                 time.sleep(
-                    ASK_EVERY if found is None else READ_EVERY
+                    QUERY_EVERY if job_state is None else READ_EVERY
                 )  # for an exit code delayed by the shared file system
                 if exit_file.exists():
                     continue
-                print(f"job {job} ended in state {found or 'unknown'} without recording an exit code", file=sys.stderr)
-                return OVER[found] if found else EXIT_FAILED
+                print(
+                    f"job {job} ended in state {job_state or 'unknown'} without recording an exit code", file=sys.stderr
+                )
+                return FINAL_STATES[job_state] if job_state else EXIT_FAILED
         time.sleep(READ_EVERY)
 
 
-def show_from(log: Path, place: int) -> int:
-    """Print the log from byte offset `place`, and return the new offset."""
+def show_from(log: Path, offset: int) -> int:
+    """Print the log from byte `offset`, and return the new offset."""
     if not log.exists():
-        return place
+        return offset
     with log.open("rb") as file:
-        file.seek(place)
+        file.seek(offset)
         sys.stdout.write(file.read().decode(errors="replace"))
         sys.stdout.flush()
         return file.tell()
 
 
-def ask(*line: str) -> subprocess.CompletedProcess[str]:
+def run_command(*line: str) -> subprocess.CompletedProcess[str]:
     """Run a Slurm command. Raise ConfigError if it is not installed, or times out."""
     try:
         return subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, check=False)

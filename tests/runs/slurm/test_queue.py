@@ -23,7 +23,7 @@ def test_waiting_prints_the_log_and_ends_with_the_code_of_the_job(site: Site) ->
 
 @pytest.mark.parametrize(("state", "expected"), [("CANCELLED", 75), ("TIMEOUT", 75), ("OUT_OF_MEMORY", 3)])
 def test_a_job_that_ends_without_a_word_has_the_code_of_its_state(site: Site, state: str, expected: int) -> None:
-    site.monkeypatch.setattr(queue, "ASK_EVERY", 0.01)
+    site.monkeypatch.setattr(queue, "QUERY_EVERY", 0.01)
     site.write("squeue", f"echo {state} {site.path}/run/slurm/job.sbatch")
     code, _, err = site.train(*LINE, "launcher.wait=true")
     assert code == expected

@@ -166,12 +166,12 @@ def test_a_set_up_that_fails_ends_the_job(tmp_path: Path) -> None:
 
 def test_three_attempts_that_saved_nothing_are_enough(tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
-    folder, told = tmp_path / "slurm", []
+    folder, output = tmp_path / "slurm", []
     for attempt in range(3):
-        told.append(run_node(folder, "kill -USR1 $$; sleep; exit 138", SLURM_RESTART_COUNT=str(attempt)))
-    assert [code for code, _, _ in told] == [0, 0, 75]
-    assert told[2][1].count("requeue 7") == 2
-    assert "3 consecutive attempts saved no checkpoint" in told[2][2][-2]
+        output.append(run_node(folder, "kill -USR1 $$; sleep; exit 138", SLURM_RESTART_COUNT=str(attempt)))
+    assert [code for code, _, _ in output] == [0, 0, 75]
+    assert output[2][1].count("requeue 7") == 2
+    assert "3 consecutive attempts saved no checkpoint" in output[2][2][-2]
 
 
 @pytest.mark.parametrize(
