@@ -1,4 +1,4 @@
-"""Images that tell their number, and sets of shards made of them."""
+"""Images that encode their number, and sets of shards of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sslcli.data.loader import Loader
+from sslcli.data.shards.source import HfStream
 from sslcli.data.sources.base import Source
+from sslcli.data.views.views import Views
+
+SIZES = [13, 20, 7, 24]  # 64 images
+WHOLE = [{"count": 1, "crop_scale": None, "flip": 0.0}]
 
 KINDS = ["cat", "dog", "emu"]
 
@@ -29,7 +35,7 @@ def png(number: int) -> bytes:
 
 
 def number_at(source: Source, position: int) -> int:
-    """The number that the image at a position tells."""
+    """Return the number that the image at a position encodes."""
     return numbers_in(torch.from_numpy(np.array(source.read(position))[None]).permute(0, 3, 1, 2))[0]
 
 
@@ -64,9 +70,9 @@ def write_parquet(path: Path, numbers: Sequence[int], *, group: int = 5, feature
     path.parent.mkdir(parents=True, exist_ok=True)
     cells: list[Any] = [{"bytes": png(number), "path": f"{number}.png"} for number in numbers]
     table = pa.table({"image": cells, "label": [number % 3 for number in numbers]})
-    told = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": KINDS}}
+    output = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": KINDS}}
     if features:
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": told}})})
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": output}})})
     pyarrow.parquet.write_table(table, path, row_group_size=group, compression="none", use_dictionary=False)
     return path
 
@@ -79,3 +85,16 @@ def write_set(folder: Path, sizes: Sequence[int], *, kind: str) -> str:
         write(folder / f"{kind}-{shard:03}.{kind}", range(first, first + size))
         first += size
     return str(folder / f"{kind}-*.{kind}")
+
+
+def stream(path: str | list[str], cache: str, **options: Any) -> HfStream:
+    """A set of shards without a held-out split, of small images."""
+    defaults = {"image_size": 8, "val_fraction": 0.0, "lanes": 4, "buffer": 24, "max_bad": 0.1}
+    return HfStream(path=path, cache=cache, **(defaults | options))
+
+
+def loader(source: HfStream, *, batch_size: int = 16, accumulate: int = 1, seed: int = 0) -> Loader:
+    """Batches of whole images, without normalization."""
+    views = Views(WHOLE, normalize=False)
+    device = torch.device("cpu")
+    return Loader(source, views, batch_size=batch_size, accumulate=accumulate, seed=seed, device=device)

@@ -77,7 +77,7 @@ def test_a_recipe_takes_its_first_steps_at_reduced_size(
     word: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     whole = composed(f"experiment={word}")
-    own, told = whole["dataset"]["image_size"], ""
+    own, output = whole["dataset"]["image_size"], ""
     for size in SIZES if own > SIZES[1] else (own,):
         config = composed(f"experiment={word}", *OVERRIDES, f"dataset.image_size={size}", f"run_dir={tmp_path}")
         for group in ("method", "views", "optimizer"):
@@ -85,5 +85,5 @@ def test_a_recipe_takes_its_first_steps_at_reduced_size(
         config |= {group: smaller(config[group]) for group in ("method", "backbone")}
         if worker.run(config) == 0:
             return
-        told = capfd.readouterr().err
-    pytest.fail(told)
+        output = capfd.readouterr().err
+    pytest.fail(output)

@@ -74,7 +74,7 @@ class Faulty:
         self.run_dir, self.log = folder / "run", folder / "log"
 
     def start(self, *more: str, step: int = 0, action: Action | None = None, full: str = "") -> int:
-        """The exit code of the command, with `action` right after the step, and what it printed in `told`.
+        """Run the command with `action` right after the step; return the exit code and store its output in `output`.
 
         The disk is full for the file named `full`.
         """
@@ -84,13 +84,13 @@ class Faulty:
             prepare, given = fill_the_disk, full
         process = start_warm(*COMMAND, f"run_dir={self.run_dir}", *more, log=self.log, prepare=prepare, given=given)
         code = process.finish()
-        self.told = self.log.read_text()[before:]
-        assert "Traceback" not in self.told
+        self.output = self.log.read_text()[before:]
+        assert "Traceback" not in self.output
         return code
 
     def ends_as(self, reference: Path) -> bool:
         """The same command goes on to the very end that the reference came to."""
-        assert self.start() == 0, self.told
+        assert self.start() == 0, self.output
         assert differences(newest(self.run_dir), newest(reference)) == []
         assert metrics(self.run_dir) == metrics(reference)
         assert not list(self.run_dir.rglob("*.tmp"))
@@ -176,7 +176,7 @@ def test_a_kill_costs_the_steps_since_the_last_checkpoint(
     assert faulty.start(step=step - 1, action=action) == -signal.SIGKILL
     assert newest(faulty.run_dir)["step"] == 6
     assert faulty.ends_as(reference)
-    assert "continuing from step 6" in faulty.told
+    assert "continuing from step 6" in faulty.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
@@ -187,22 +187,23 @@ def test_a_signal_costs_nothing(faulty: Faulty, reference: Path, number: signal.
     assert process.finish() == 75
     stopped = newest(faulty.run_dir)["step"]
     assert (
-        f"stopped by signal {number.name} after step {stopped} of {STEPS}; the checkpoint is saved" in faulty.log.read_text()
+        f"stopped by signal {number.name} after step {stopped} of {STEPS}; the checkpoint is saved"
+        in faulty.log.read_text()
     )
     assert faulty.ends_as(reference)
-    assert f"continuing from step {stopped}" in faulty.told
+    assert f"continuing from step {stopped}" in faulty.output
 
 
 def test_a_signal_while_a_checkpoint_is_written_waits_for_it(faulty: Faulty, reference: Path) -> None:
     assert faulty.start(step=6, action=get_a_signal_in_the_save) == 75
-    assert "stopped by signal SIGTERM after step 7" in faulty.told
+    assert "stopped by signal SIGTERM after step 7" in faulty.output
     assert [int(path.stem[5:]) for path in checkpoint.all_of(faulty.run_dir)] == [3, 6, 7]
     assert faulty.ends_as(reference)
 
 
 def test_the_time_limit_costs_nothing(faulty: Faulty, reference: Path) -> None:
     assert faulty.start("train.max_time=0.01") == 75
-    assert "stopped by the time limit after step 1" in faulty.told
+    assert "stopped by the time limit after step 1" in faulty.output
     assert faulty.ends_as(reference)
 
 
@@ -228,14 +229,14 @@ def test_a_killed_data_worker_ends_the_run_with_a_message_and_the_same_command_g
     os.kill(worker, signal.SIGKILL)
     assert process.finish() == 3
     assert survivors([other], within=5) == []
-    told = log.read_text()
-    assert "a data worker died" in told
-    assert "lower dataset.workers" in told
-    assert "Traceback" not in told
+    output = log.read_text()
+    assert "a data worker died" in output
+    assert "lower dataset.workers" in output
+    assert "Traceback" not in output
     assert not (run_dir / "done").exists()
     before = last_step(run_dir)
     complete(start_warm(*command, "dataset.workers=0", log=log), log)
-    assert "continuing from step" in log.read_text().removeprefix(told)
+    assert "continuing from step" in log.read_text().removeprefix(output)
     assert 5 <= before < last_step(run_dir) == 400
 
 
@@ -302,8 +303,8 @@ def test_a_disk_that_fills_up_costs_the_steps_since_the_last_checkpoint(
     faulty: Faulty, reference: Path, action: Action
 ) -> None:
     assert faulty.start(step=8, action=action) == 3
-    assert "No space left on device" in faulty.told or "could not be written" in faulty.told
-    assert "free space or repair the disk, then run the same command again to resume" in faulty.told
+    assert "No space left on device" in faulty.output or "could not be written" in faulty.output
+    assert "free space or repair the disk, then run the same command again to resume" in faulty.output
     assert newest(faulty.run_dir)["step"] == 6
     assert faulty.ends_as(reference)
 
@@ -314,7 +315,7 @@ def test_a_disk_that_is_full_at_the_start_is_told(faulty: Faulty, name: str) -> 
     if name == "views.png":
         (faulty.run_dir / name).symlink_to(FULL)
     assert faulty.start(full=name) == 3
-    assert "cannot be written (No space left on device): free space or repair the disk" in faulty.told
+    assert "cannot be written (No space left on device): free space or repair the disk" in faulty.output
     assert not checkpoint.all_of(faulty.run_dir)
     assert not list(faulty.run_dir.rglob("*.tmp"))
     (faulty.run_dir / name).unlink(missing_ok=True)
@@ -325,7 +326,7 @@ def test_a_disk_that_is_full_for_the_log_ends_the_log_alone(faulty: Faulty, refe
     faulty.run_dir.mkdir()
     (faulty.run_dir / "console.log").symlink_to(FULL)
     assert faulty.ends_as(reference)
-    assert "console.log cannot be written (No space left on device): the log ends here" in faulty.told
+    assert "console.log cannot be written (No space left on device): the log ends here" in faulty.output
 
 
 def become_nobody(_: Any) -> None:
@@ -370,10 +371,10 @@ def test_a_run_that_may_not_be_written_is_refused_before_it_trains(open_folder: 
     log.chmod(0o666)
     code = start_warm(*command, log=log, prepare=become_nobody).finish()
     assert code == 2, log.read_text()
-    told = log.read_text()
-    assert f"{open_folder / locked}" in told
-    assert "cannot be written (Permission denied)" in told
-    assert "Traceback" not in told
+    output = log.read_text()
+    assert f"{open_folder / locked}" in output
+    assert "cannot be written (Permission denied)" in output
+    assert "Traceback" not in output
     assert newest(run_dir)["step"] == 1
 
 
@@ -382,9 +383,9 @@ def test_a_run_directory_that_cannot_be_made_is_told_before_anything_is_trained(
     log = tmp_path / "log"
     process = start_warm("train.max_steps=2", "dataset.limit=300", f"run_dir={tmp_path / 'file' / 'run'}", log=log)
     assert process.finish() == 2
-    told = log.read_text()
-    assert str(tmp_path / "file") in told
-    assert "Traceback" not in told
+    output = log.read_text()
+    assert str(tmp_path / "file") in output
+    assert "Traceback" not in output
 
 
 # Checkpoints and other files that are not as the run left them
@@ -421,9 +422,9 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(faulty
         assert path == checkpoint.path_of(faulty.run_dir, step - 1)
         damage(path)
         assert faulty.start(step=step - 1, action=die) == -signal.SIGKILL
-        assert f"{path.name}" in faulty.told
-        assert "Falling back to the previous one" in faulty.told
-        assert f"continuing from step {step - 4}" in faulty.told
+        assert f"{path.name}" in faulty.output
+        assert "Falling back to the previous one" in faulty.output
+        assert f"continuing from step {step - 4}" in faulty.output
         assert not Path("ran").exists()
     assert faulty.ends_as(reference)
 
@@ -445,14 +446,14 @@ def test_without_its_checkpoints_a_run_starts_anew_and_says_so(faulty: Faulty, r
     assert faulty.start(step=9, action=die) == -signal.SIGKILL
     shutil.rmtree(checkpoint.folder(faulty.run_dir))
     assert faulty.ends_as(reference)
-    assert "no checkpoint, but metrics up to step 8: the run starts from the beginning" in faulty.told
+    assert "no checkpoint, but metrics up to step 8: the run starts from the beginning" in faulty.output
 
 
 def test_a_finished_run_without_its_checkpoints_stays_finished(faulty: Faulty, reference: Path) -> None:
     shutil.copytree(reference, faulty.run_dir, symlinks=True)
     shutil.rmtree(checkpoint.folder(faulty.run_dir))
     assert faulty.start() == 0
-    assert "this run is finished already" in faulty.told
+    assert "this run is finished already" in faulty.output
     assert metrics(faulty.run_dir) == metrics(reference)
 
 
@@ -466,7 +467,7 @@ def test_a_moved_and_a_copied_run_go_on_where_they_are(faulty: Faulty, reference
         else:
             faulty.run_dir.rename(other.run_dir)
         assert other.ends_as(reference)
-        assert "continuing from step 6" in other.told
+        assert "continuing from step 6" in other.output
 
 
 def test_a_checkpoint_of_an_older_version_goes_on(faulty: Faulty, reference: Path) -> None:
@@ -477,7 +478,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(faulty: Faulty, reference: Pat
     torch.save(state | {"schema": 1}, path)
     path.with_suffix(".sha256").write_text(f"{checkpoint.sha256(path)}  {path.name}\n")
     assert faulty.ends_as(reference)
-    assert "continuing from step 6" in faulty.told
+    assert "continuing from step 6" in faulty.output
     assert newest(faulty.run_dir)["schema"] == checkpoint.SCHEMA
 
 

@@ -73,9 +73,9 @@ def test_a_process_that_hangs_is_named_at_the_time_limit(tmp_path: Path) -> None
     seen = time.monotonic()
     assert finish(ranks) == [3, 3]
     assert time.monotonic() - seen < 90
-    for told in (log.read_text(), (run_dir / "console.log").read_text()):
-        assert told.count("the other processes waited 12 s (launcher.timeout) for") == 1
-        assert f"(launcher.timeout) for process 1 (id {stuck} on {os.uname().nodename}, at step 5)" in told
+    for output in (log.read_text(), (run_dir / "console.log").read_text()):
+        assert output.count("the other processes waited 12 s (launcher.timeout) for") == 1
+        assert f"(launcher.timeout) for process 1 (id {stuck} on {os.uname().nodename}, at step 5)" in output
     assert "Traceback" not in log.read_text()
     complete_both(start_ranks(*SMALL, f"run_dir={run_dir}", log=log), log)
     assert "continuing from step 4" in log.read_text()
@@ -112,9 +112,9 @@ def test_a_stopped_process_is_named_and_one_that_goes_on_in_time_does_no_harm(tm
         assert ranks[0].finish() == 3
     finally:
         os.kill(ranks[1].pid, signal.SIGKILL)
-    told = log.read_text()
-    assert f"process 1 (id {ranks[1].pid} on " in told
-    assert "it does not answer: it is stopped, or its machine has failed" in told
+    output = log.read_text()
+    assert f"process 1 (id {ranks[1].pid} on " in output
+    assert "it does not answer: it is stopped, or its machine has failed" in output
 
 
 def test_a_process_with_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
@@ -123,12 +123,12 @@ def test_a_process_with_another_configuration_is_refused_with_what_differs(tmp_p
         *SMALL, f"run_dir={tmp_path / 'run'}", log=log, other=("optimizer.lr=0.5", "train.save_every_steps=3")
     )
     assert finish(ranks) == [2, 2]
-    told = log.read_text()
+    output = log.read_text()
     assert (
         f"process 1 (on {os.uname().nodename}) differs from process 0 (on {os.uname().nodename}); "
         "what differs: optimizer.lr: 0.03 -> 0.5; train.save_every_steps: 2 -> 3. Start all with the same command"
-    ) in told
-    assert "Traceback" not in told
+    ) in output
+    assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
 
 
@@ -159,9 +159,9 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> N
     run_dir, log = tmp_path / "run", tmp_path / "log"
     ranks = start_ranks(*SMALL, "train.log_every_steps=5", f"run_dir={run_dir}", log=log, prepare=nan_in_the_third_step)
     assert finish(ranks) == [3, 3]
-    told = (run_dir / "console.log").read_text()
-    assert "the loss is not finite since step 3 (" in told
-    assert "step-00000002.pt" in told
+    output = (run_dir / "console.log").read_text()
+    assert "the loss is not finite since step 3 (" in output
+    assert "step-00000002.pt" in output
     assert sorted(path.name for path in (run_dir / "checkpoints").glob("*.pt")) == ["step-00000002.pt"]
 
 
@@ -174,7 +174,7 @@ def test_an_image_that_one_process_cannot_read_stops_all_with_its_path(tmp_path:
     assert 2 in codes
     assert 0 not in codes
     assert time.monotonic() - begun < 60
-    told = log.read_text()
-    assert "1 of 60 images cannot be read, but dataset.max_bad=0.01 allows 0" in told
-    assert str(images / "a" / "000.png") in told
-    assert "Traceback" not in told
+    output = log.read_text()
+    assert "1 of 60 images cannot be read, but dataset.max_bad=0.01 allows 0" in output
+    assert str(images / "a" / "000.png") in output
+    assert "Traceback" not in output

@@ -33,6 +33,19 @@ KNOW_HYDRA = ("cli",)
 KNOW_OMEGACONF = ("cli", "config")
 IMPORTS_BY_NAME = ("sslcli.runs.build", "sslcli.config.moved")
 FORBIDDEN_NAMES = ("util", "utils", "helper", "helpers", "common", "manager", "misc")
+# Modules without a test file of their name, and the file with their tests. `__init__` modules are exempt: they only
+# export names.
+TESTED_ELSEWHERE = {
+    "data/sources/picture.py": "tests/data/test_decode.py",  # declares interfaces; the decoder implements them
+}
+# Test files of packages that cover several modules or the yaml files.
+OTHER_TESTS = {
+    "backbones/test_backbone_conf.py",  # the yaml files of conf/backbone
+    "cli/test_conf.py",  # all yaml files
+    "cli/test_parallel_command.py",  # a command on several processes
+    "cli/test_working_directory.py",  # all commands from other working directories
+    "sweeps/test_sweep_others.py",  # sweeps and jobs of other processes
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 
@@ -152,6 +165,26 @@ def test_an_import_the_wrong_way_is_seen(module: str, line: str) -> None:
 )
 def test_an_import_the_right_way_is_let_through(module: str, line: str) -> None:
     assert faults(line, module) == []
+
+
+def expected_test_file(path: Path) -> Path:
+    """`sslcli/nn/ema.py` -> `tests/nn/test_ema.py`."""
+    inside = path.relative_to(PACKAGE)
+    return ROOT / "tests" / inside.parent / f"test_{inside.name}"
+
+
+def test_every_module_has_a_test_file_of_its_name() -> None:
+    named = [path for path in FILES if path.name != "__init__.py"]
+    without = {str(path.relative_to(PACKAGE)) for path in named if not expected_test_file(path).exists()}
+    assert without == set(TESTED_ELSEWHERE)
+    assert all((ROOT / place).exists() for place in TESTED_ELSEWHERE.values())
+
+
+def test_every_test_file_of_a_package_is_named_after_a_module_or_a_purpose() -> None:
+    packages = {ROOT / "tests" / name for name in ORDER if name != "errors"}
+    modules = {expected_test_file(path) for path in FILES}
+    files = {path for folder in packages for path in folder.rglob("test_*.py")}
+    assert {str(path.relative_to(ROOT / "tests")) for path in files - modules} == OTHER_TESTS
 
 
 def test_no_module_is_named_after_nothing() -> None:

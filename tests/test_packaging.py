@@ -134,8 +134,8 @@ def test_the_installed_command_explains_itself(installed: Path, tmp_path: Path) 
 
 def test_the_installed_command_trains_a_step(installed: Path, tmp_path: Path) -> None:
     line = ["dataset.limit=64", "dataset.test_images=0", "train.batch_size=16", "train.max_steps=1"]
-    told = run(str(installed / "ssl-train"), *line, "monitor.knn_every_epochs=0", "launcher.threads=1", cwd=tmp_path)
-    assert "step 1/1" in told
+    output = run(str(installed / "ssl-train"), *line, "monitor.knn_every_epochs=0", "launcher.threads=1", cwd=tmp_path)
+    assert "step 1/1" in output
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert (run_dir / "done").exists()
 
@@ -168,12 +168,12 @@ def test_the_method_of_a_package_is_found_by_its_name(with_plugin: Path, tmp_pat
     train = str(with_plugin / "ssl-train")
     assert "hypersphere" in run(train, "--help", cwd=tmp_path)
     assert "alpha: 2.0" in run(train, "--help", "method=hypersphere", cwd=tmp_path)
-    told = run(train, "--cfg", "job", "method=hypersphere", "method.t=3", cwd=tmp_path)
-    assert "_target_: hypersphere.Hypersphere" in told
-    assert "t: 3" in told
-    assert "flip" in told  # of the views it chooses
-    told = run(train, "method=hypershere", cwd=tmp_path, code=2)
-    assert "Did you mean 'hypersphere'?" in told
+    output = run(train, "--cfg", "job", "method=hypersphere", "method.t=3", cwd=tmp_path)
+    assert "_target_: hypersphere.Hypersphere" in output
+    assert "t: 3" in output
+    assert "flip" in output  # of the views it chooses
+    output = run(train, "method=hypershere", cwd=tmp_path, code=2)
+    assert "Did you mean 'hypersphere'?" in output
 
 
 def test_the_keys_of_the_method_of_a_package_are_checked(with_plugin: Path, tmp_path: Path) -> None:
@@ -181,10 +181,10 @@ def test_the_keys_of_the_method_of_a_package_are_checked(with_plugin: Path, tmp_
     (dialogue,) = [text for text in blocks("console") if "wieght" in text]
     command, answer = dialogue.rstrip("\n").split("\n")
     assert run(train, *shlex.split(command)[2:], cwd=tmp_path, code=2).strip() == answer
-    told = run(train, "method=hypersphere", "method.dim=wide", cwd=tmp_path, code=2)
-    assert "method.dim is 'wide', but it must be an integer" in told
-    told = run(train, "method=hypersphere", "mixture=unmix", cwd=tmp_path, code=2)
-    assert "hypersphere.Hypersphere does not support a mixture" in told
+    output = run(train, "method=hypersphere", "method.dim=wide", cwd=tmp_path, code=2)
+    assert "method.dim is 'wide', but it must be an integer" in output
+    output = run(train, "method=hypersphere", "mixture=unmix", cwd=tmp_path, code=2)
+    assert "hypersphere.Hypersphere does not support a mixture" in output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -198,8 +198,8 @@ def test_the_method_of_a_package_trains_goes_on_and_is_measured(with_plugin: Pat
     assert newest(half)["step"] == 2
     run(*line, f"run_dir={half}", "resume=must", cwd=tmp_path)
     assert differences(newest(half), newest(whole)) == []
-    told = run(str(with_plugin / "ssl-eval"), f"run={whole}", "protocol=knn", "protocol.k=5", cwd=tmp_path)
-    assert "trained" in told
+    output = run(str(with_plugin / "ssl-eval"), f"run={whole}", "protocol=knn", "protocol.k=5", cwd=tmp_path)
+    assert "trained" in output
     assert any((whole / "eval").iterdir())
 
 

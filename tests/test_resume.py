@@ -135,7 +135,7 @@ def kill_main(process: Started, run_dir: Path, *, step: int) -> None:
 
 
 def kill_itself(process: Started, run_dir: Path) -> None:
-    """The process was told to die inside a checkpoint write."""
+    """The process is killed inside a checkpoint write."""
     assert process.finish() == -signal.SIGKILL
     assert list((run_dir / "checkpoints").glob("*.tmp"))
 
@@ -158,8 +158,8 @@ def restart(process: Started, run_dir: Path, *, steps: list[int]) -> None:
     children = kill_one(process, run_dir, step=steps[0])
     assert survivors(children, within=30) == []
     wait_for_step(process, run_dir, max(steps[1], last_step(run_dir) + 1))
-    told = log_of(run_dir).read_text(), (run_dir / "console.log").read_text()
-    for text in told:
+    output = log_of(run_dir).read_text(), (run_dir / "console.log").read_text()
+    for text in output:
         assert "was ended by SIGKILL; all start again from the last checkpoint (restart 1 of 2)" in text
         assert "continuing from step" in text.partition("restart 1 of 2")[2]
     terminate(process, run_dir)

@@ -177,10 +177,10 @@ def test_other_shards_than_the_run_began_with_are_refused(runs: Runs) -> None:
     path = runs.folder / "shards" / "2.tar"
     path.write_bytes(write_tar(runs.folder / "more.tar", range(50)).read_bytes())
     assert runs.start(run_dir, 1, workers=0).finish() == 2
-    told = log_of(run_dir).read_text()
-    assert "of 4 shards, 1 changed in label, size or contents (2.tar). Restore them, or start another run" in told
+    output = log_of(run_dir).read_text()
+    assert "of 4 shards, 1 changed in label, size or contents (2.tar). Restore them, or start another run" in output
     (run_dir / "images.npz").unlink()  # as in a run of an older version
     assert runs.start(run_dir, 1, workers=0).finish() == 2
-    told = log_of(run_dir).read_text()
-    assert "are not those that the run began with (48 then, 80 now), so it cannot resume" in told
-    assert "at image 24 of epoch 3: restore the images" in told
+    output = log_of(run_dir).read_text()
+    assert "are not those that the run began with (48 then, 80 now), so it cannot resume" in output
+    assert "at image 24 of epoch 3: restore the images" in output

@@ -27,7 +27,7 @@ TINY = [
     "train.log_every_steps=1",
     "monitor.knn_every_epochs=0",
 ]
-# MoCo that takes its time until it is told to hurry, and tells where it was.
+# MoCo that is slow until a file says otherwise, and writes down its node.
 SLOW = """
 import os
 import time
@@ -100,10 +100,10 @@ def test_a_preempted_run_on_two_nodes_comes_back_and_ends_as_one_that_never_was(
     (tmp_path / "hurry").touch()
     complete(job, log)
 
-    told = [
+    lines = [
         re.sub(r"after step \d+", "after step N", line.partition(": ")[2]) for line in history.read_text().splitlines()
     ]
-    assert told[1:] == [
+    assert lines[1:] == [
         "starts on node[1-2]",
         "asked to stop by preemption",
         "stopped by signal SIGUSR1 after step N of 24 (preemption); requeued (1 times so far)",

@@ -90,7 +90,7 @@ class DCGAN(Game):
         real = self.to_logit(features)
         fake = self.to_logit(call_on_buffer_copies(self.backbone, drawn.detach(), learn=True))
         loss_d = discriminator_loss(real, fake, kind=self.loss)
-        penalty = self.penalty(self.judgement, images)
+        penalty = self.penalty(self.logits, images)
 
         # Generator loss: no gradient to the discriminator.
         loss_g = generator_loss(
@@ -105,7 +105,7 @@ class DCGAN(Game):
             "distance": distance(drawn, images),
         }
 
-    def judgement(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
         """Return logits (N, 1) with BatchNorm in evaluation mode; the logit of an image depends on no other image."""
         with evaluating(self.backbone):
             return self.to_logit(self.backbone(images))  # type: ignore[no-any-return]

@@ -27,11 +27,11 @@ def test_help_names_every_group_choice_and_key(cli: Cli) -> None:
     for command, settings in commands.items():
         ended = cli(f"ssl-{command}", "--help")
         assert (ended.code, ended.err) == (0, "")
-        told = {line.split()[0]: re.findall(r"[\w-]+", line) for line in ended.out.splitlines() if line.strip()}
+        results = {line.split()[0]: re.findall(r"[\w-]+", line) for line in ended.out.splitlines() if line.strip()}
         for group in GROUPS[command]:
-            assert set(told[group][1:]) == {path.stem for path in (CONF / group).glob("*.yaml")}, group
+            assert set(results[group][1:]) == {path.stem for path in (CONF / group).glob("*.yaml")}, group
         keys = {field.name for kind in settings for field in fields(kind)}
-        assert {f"{key}:" for key in keys} <= told.keys()
+        assert {f"{key}:" for key in keys} <= results.keys()
 
 
 @pytest.mark.parametrize("program", ["ssl-train", "ssl-eval"])
@@ -83,7 +83,7 @@ PROBE = """
 import contextlib, io, json, os, sys
 from sslcli.cli import eval, export, train
 os.environ |= {"COMP_LINE": "ssl-train method=", "COMP_POINT": "17"}
-told = {}
+results = {}
 for line in sys.argv[1:]:
     program, *arguments = line.split()
     sys.argv = [program, *arguments]
@@ -93,8 +93,8 @@ for line in sys.argv[1:]:
             {"ssl-train": train, "ssl-eval": eval, "ssl-export": export}[program].main()
         except SystemExit as ended:
             code = ended.code
-    told[line] = [code, out.getvalue(), err.getvalue(), "torch" in sys.modules, "hydra" in sys.modules]
-print(json.dumps(told))
+    results[line] = [code, out.getvalue(), err.getvalue(), "torch" in sys.modules, "hydra" in sys.modules]
+print(json.dumps(results))
 """
 
 
@@ -115,14 +115,14 @@ def test_torch_is_imported_by_neither_help_nor_printing_nor_completion_nor_wrong
         "ssl-export run=. what=backbon",
     ]
     ended = subprocess.run([sys.executable, "-c", PROBE, *lines], capture_output=True, text=True, check=True)
-    told = json.loads(ended.stdout)
-    assert [line for line in lines if told[line][3]] == []
-    assert not told[lines[0]][4], "--help imported Hydra"
-    assert [told[line][0] or 0 for line in lines] == [0, 0, 0, 0, 0, 2, 2, 2, 0, 2, 0, 2, 2]
-    assert "queue_size: 65536" in told[lines[1]][1]
-    assert "image_size: 32" in told[lines[2]][1]
-    assert "method=moco_v3" in told[lines[3]][1]
-    assert "pkg://sslcli.conf" in told[lines[4]][1]
+    results = json.loads(ended.stdout)
+    assert [line for line in lines if results[line][3]] == []
+    assert not results[lines[0]][4], "--help imported Hydra"
+    assert [results[line][0] or 0 for line in lines] == [0, 0, 0, 0, 0, 2, 2, 2, 0, 2, 0, 2, 2]
+    assert "queue_size: 65536" in results[lines[1]][1]
+    assert "image_size: 32" in results[lines[2]][1]
+    assert "method=moco_v3" in results[lines[3]][1]
+    assert "pkg://sslcli.conf" in results[lines[4]][1]
 
 
 def test_help_comes_in_under_half_a_second() -> None:

@@ -65,14 +65,14 @@ def test_a_yaml_cannot_have_hydra_call_anything(flag: tuple[str, ...], cli: Cli,
         "  hydra_logging:\n    version: 1\n    handlers:\n      x:\n        class: subprocess.Popen\n"
         f"        args: [touch, {tmp_path}/ran]\n    root:\n      handlers: [x]\n"
     )
-    told = cli("ssl-train", *SMALL, "experiment=evil", "--config-dir", "mine", *flag)
-    assert (told.code, "which Hydra would call" in told.err) == (2, True), told.err
+    ended = cli("ssl-train", *SMALL, "experiment=evil", "--config-dir", "mine", *flag)
+    assert (ended.code, "which Hydra would call" in ended.err) == (2, True), ended.err
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_pickle_is_not_run_again(cli: Cli) -> None:
-    told = cli("ssl-train", "--experimental-rerun", "config.pickle")
-    assert (told.code, "would unpickle a file" in told.err) == (2, True), told.err
+    ended = cli("ssl-train", "--experimental-rerun", "config.pickle")
+    assert (ended.code, "would unpickle a file" in ended.err) == (2, True), ended.err
 
 
 def test_a_reference_that_an_interpolation_makes_is_refused(cli: Cli) -> None:

@@ -84,7 +84,7 @@ def test_a_signal_ends_a_sweep_of_optuna_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "expected"),
     [
         (["hydra/sweeper=optuna", "method=byol,mocooo"], "'moco"),
         (["hydra/sweeper=optuna", "optimizer.lr=interval(-1,0)", "train.epochs=interval(0,4)"], "train.epochs"),
@@ -104,10 +104,10 @@ def test_a_signal_ends_a_sweep_of_optuna_and_the_same_command_goes_on(
     ],
 )
 def test_a_wrong_engine_is_refused_in_one_line(
-    wrong: list[str], told: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    wrong: list[str], expected: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     ended = cli("ssl-train", *HERE, *wrong)
     assert ended.code == 2
-    assert told in ended.err
+    assert expected in ended.err
     assert ended.err.strip().count("\n") == 0

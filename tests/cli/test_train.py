@@ -84,8 +84,8 @@ def test_console_log_tells_the_effective_values_and_the_end(run_dir: Path, home:
 
 def test_the_same_command_finds_its_directory_and_that_it_is_done(run_dir: Path, home: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
-    told = installed(home, "ssl-train", *reversed(SMALL), "monitor.knn_k=10")
-    assert f"this run is finished already: {run_dir}" in told
+    output = installed(home, "ssl-train", *reversed(SMALL), "monitor.knn_k=10")
+    assert f"this run is finished already: {run_dir}" in output
     assert len(list((home / "runs").iterdir())) == 1
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()} == before
 

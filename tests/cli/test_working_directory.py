@@ -115,7 +115,7 @@ def test_an_old_run_with_a_relative_path_means_the_current_directory(
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("dataset.roott=/x", ["dataset.roott", "Did you mean 'root'?"]),
         ("+dataset.roott=/x", ["dataset.roott", "Did you mean 'root'?"]),
@@ -130,11 +130,11 @@ def test_an_old_run_with_a_relative_path_means_the_current_directory(
         ("dataset.root=/nonesuch", ["/nonesuch cannot be opened", "add dataset.root=FOLDER"]),
     ],
 )
-def test_a_wrong_change_of_the_images_is_refused(work: Path, cli: Cli, override: str, told: list[str]) -> None:
+def test_a_wrong_change_of_the_images_is_refused(work: Path, cli: Cli, override: str, expected: list[str]) -> None:
     ended = cli("ssl-eval", f"run={work}/runs/x", *KNN, override)
     assert ended.code == 2
     assert ended.err.count("\n") == 1
-    assert all(part in ended.err for part in told), ended.err
+    assert all(part in ended.err for part in expected), ended.err
     assert not results(work)
 
 

@@ -44,7 +44,7 @@ def test_time_limits_are_read_as_people_and_as_slurm_write_them(value: str | Non
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "expected"),
     [
         ({"nodes": 0}, ["launcher.nodes is 0", "at least 1"]),
         ({"gpus_per_node": -1}, ["launcher.gpus_per_node is -1", "at least 0"]),
@@ -68,7 +68,7 @@ def test_time_limits_are_read_as_people_and_as_slurm_write_them(value: str | Non
         ({"extra": ["--mail-type=END\nrm -rf"]}, ["launcher.extra contains"]),
     ],
 )
-def test_wrong_values_are_refused_by_name(changed: dict[str, Any], told: list[str]) -> None:
+def test_wrong_values_are_refused_by_name(changed: dict[str, Any], expected: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         replace(DEFAULTS, **changed)
-    assert all(part in str(error.value) for part in told), error.value
+    assert all(part in str(error.value) for part in expected), error.value

@@ -87,7 +87,7 @@ def test_workers_end_with_a_reader_that_stops_in_the_midst() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    ("error", "owner", "kind", "told"),
+    ("error", "owner", "kind", "expected"),
     [
         (KeyError("mine"), Failing, ConfigError, r"test_workers.Failing failed while reading images .*KeyError"),
         (RuntimeError("timed out"), Failing, ConfigError, r"RuntimeError: timed out(?s:.)*Traceback"),
@@ -98,9 +98,9 @@ def test_workers_end_with_a_reader_that_stops_in_the_midst() -> None:
     ids=str,
 )
 def test_any_error_reaches_the_user_with_its_traceback(
-    error: Exception, owner: type, kind: type[Exception], told: str, workers: int
+    error: Exception, owner: type, kind: type[Exception], expected: str, workers: int
 ) -> None:
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=expected):
         read(Failing(error), workers=workers, owner=owner)
 
 
@@ -121,7 +121,7 @@ class Room(NamedTuple):
 
 
 @pytest.mark.parametrize(
-    ("workers", "batch", "processes", "told"),
+    ("workers", "batch", "processes", "expected"),
     [
         (2, 8_000_000, 1, None),
         (2, 8_000_001, 1, r"workers is 2, .* 64 MB of shared memory, but /dev/shm has 64 MB: .*--shm-size=1g"),
@@ -131,11 +131,11 @@ class Room(NamedTuple):
     ],
 )
 def test_shared_memory_that_is_too_small_is_told_at_the_start(
-    workers: int, batch: int, processes: int, told: str | None, monkeypatch: pytest.MonkeyPatch
+    workers: int, batch: int, processes: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.statvfs", lambda path: Room(15_625, 4096))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    with pytest.raises(ConfigError, match=told) if told else nullcontext():
+    with pytest.raises(ConfigError, match=expected) if expected else nullcontext():
         check_shared_memory(workers, batch)
 
 

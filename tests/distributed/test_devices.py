@@ -35,8 +35,8 @@ def test_auto_is_what_was_tried(kinds: tuple[str, ...], expected: str, monkeypat
 def test_each_process_of_a_node_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     has(monkeypatch, "cuda", "mps")
     assert str(devices.pick_device("mps")) == "mps"
-    told = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    for name, value in (told | {"MASTER_ADDR": "a", "MASTER_PORT": "1"}).items():
+    variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (variables | {"MASTER_ADDR": "a", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
     assert str(devices.pick_device("auto")) == str(devices.pick_device("cuda")) == "cuda:1"
     with pytest.raises(ConfigError, match="device is 'mps', which does not support several processes"):

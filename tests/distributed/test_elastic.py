@@ -27,7 +27,7 @@ if os.environ["RANK"] == "0":
 
 
 @pytest.mark.parametrize(
-    ("codes", "wanted", "told"),
+    ("codes", "wanted", "expected"),
     [
         ([0], 0, []),
         ([2], 2, []),
@@ -41,14 +41,14 @@ if os.environ["RANK"] == "0":
     ],
 )
 def test_what_may_not_happen_again_is_tried_again(
-    tmp_path: Path, codes: list[int], wanted: int, told: list[str]
+    tmp_path: Path, codes: list[int], wanted: int, expected: list[str]
 ) -> None:
     messages: list[str] = []
     began = time.monotonic()
     starts, before = tmp_path / "starts", dict(os.environ)
     arguments = ["-S", "-c", ENDS, str(starts), repr(codes)]
     assert run_processes(arguments, processes=2, max_restarts=2, on_message=messages.append) == wanted
-    for part, message in zip(told, messages, strict=True):
+    for part, message in zip(expected, messages, strict=True):
         assert part in message
     assert began <= float(starts.read_text().split()[2]) <= time.monotonic()
     lines = [line.split() for line in starts.read_text().splitlines()]

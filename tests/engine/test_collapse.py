@@ -190,7 +190,7 @@ def test_a_state_of_another_version_is_refused():
 
 
 def train_byol(*, predictor: bool, momentum: float) -> bool:
-    """200 steps of BYOL on points in a plane, seen with noise; measured every 50 steps. Whether collapse is told."""
+    """Train BYOL for 200 steps on noisy points in a plane; return True if collapse is reported at any measurement."""
     torch.manual_seed(0)
 
     def mlp(width: int) -> nn.Sequential:
@@ -199,7 +199,7 @@ def train_byol(*, predictor: bool, momentum: float) -> bool:
     online, target, head = mlp(8), mlp(8), mlp(32) if predictor else nn.Identity()
     target.load_state_dict(online.state_dict())
     optimizer = torch.optim.SGD([*online.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
-    detector, told = CollapseDetector(), False
+    detector, has_collapsed = CollapseDetector(), False
     for step in range(201):
         image = torch.randn(128, 8)
         views = [image + 0.2 * torch.randn_like(image) for _ in range(2)]
@@ -207,7 +207,7 @@ def train_byol(*, predictor: bool, momentum: float) -> bool:
         with torch.no_grad():
             y = [target(view) for view in views]
         if step % 50 == 0:
-            told = told or detector.update(measure(z[0], z[1]), dim=32) is not None
+            has_collapsed = has_collapsed or detector.update(measure(z[0], z[1]), dim=32) is not None
         loss = -(F.cosine_similarity(head(z[0]), y[1]) + F.cosine_similarity(head(z[1]), y[0])).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -215,7 +215,7 @@ def train_byol(*, predictor: bool, momentum: float) -> bool:
         with torch.no_grad():
             for p, q in zip(online.parameters(), target.parameters(), strict=True):
                 q.lerp_(p, 1 - momentum)
-    return told
+    return has_collapsed
 
 
 def test_byol_without_predictor_and_momentum_is_told_within_200_steps():

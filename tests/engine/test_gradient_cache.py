@@ -171,23 +171,23 @@ def test_a_single_process_averages_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "told"),
+    ("method", "expected"),
     [
         (lambda: BYOL(TinyNet(), dim=4, hidden=8), "BYOL.*train.accumulate alone"),
         (lambda: CMC(TinyNet(norm=False), num_images=8, channels=3, dim=4, loss="softmax", negatives=4), "CMC"),
         (lambda: SimCLR(TinyNet(), dim=4, mixture=UnMix()), "mixture=null"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(method: Build, told: str) -> None:
+def test_what_cannot_be_divided_is_refused(method: Build, expected: str) -> None:
     check_cached_gradients(method(), False)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=expected):
         check_cached_gradients(method(), True)
 
 
 def test_the_command_contrasts_all_micro_batches(tmp_path: Path) -> None:
     run = ["ssl-train", *SMALL, "train.accumulate=4", "monitor.knn_every_epochs=0"]
     said = installed(tmp_path, *run, "train.cached_gradients=true", "run_dir=cached")
-    assert "negatives per query    62" in said
+    assert "negatives per query        62" in said
     assert "in-batch negatives" not in said
     said = installed(tmp_path, *run, "method=byol", "train.cached_gradients=true", "run_dir=byol", code=EXIT_CONFIG)
     assert "train.cached_gradients is true" in said

@@ -238,7 +238,7 @@ def test_a_save_returns_at_once_and_holds_the_numbers_of_that_moment(tmp_path: P
 
 
 def refused_by_the_disk(run_dir: Path) -> str:
-    """The second of three saves fails on process 1; what the main loop is told at the third."""
+    """The second of three saves fails on process 1; return the message of the error that the third raises."""
     method, optimizer = assembled(seed=0)
     writer, write = checkpoint.Writer(sharded=True), FileSystemWriter.write_data
 
@@ -261,10 +261,10 @@ def refused_by_the_disk(run_dir: Path) -> str:
 
 
 def test_a_full_disk_is_told_to_all_processes_and_leaves_the_earlier_ones(tmp_path: Path, pair: Pair) -> None:
-    for told in pair.run(refused_by_the_disk, tmp_path):
-        assert "step-00000002 could not be written" in told
-        assert "No space left on device" in told
-        assert "step-00000001 is intact" in told
+    for message in pair.run(refused_by_the_disk, tmp_path):
+        assert "step-00000002 could not be written" in message
+        assert "No space left on device" in message
+        assert "step-00000001 is intact" in message
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last", "step-00000001"]
 
 
@@ -354,7 +354,7 @@ def test_a_run_killed_while_it_saves_ends_as_one_never_stopped(tmp_path: Path, p
     left = sorted(folder.glob("step-*"))
     assert [path.stem.partition(".")[0] for path in left] == ["step-00000002", "step-00000004", "step-00000006"]
     assert [path.suffix for path in left] == ["", "", ".tmp"]
-    assert pair.run(worker.run, config_of(resumed) | {"resume": "must"}) == [0, 0]
+    assert pair.run(worker.run, config_of(resumed).changed(resume="must")) == [0, 0]
     assert newest(whole)["step"] == STEPS
     assert differences(newest(resumed), newest(whole)) == []
     assert metrics(resumed) == metrics(whole)
@@ -376,10 +376,11 @@ def test_a_run_of_one_process_goes_on_sharded_and_back(tmp_path: Path, pair: Pai
     plain = config_of(run_dir, "optimizer=sgd", "train.sharding=none", "train.keep=10")
     assert worker.run(plain) == 0
     cut_after(4)
-    assert pair.run(worker.run, plain | {"train": plain["train"] | {"sharding": "fsdp"}, "resume": "must"}) == [0, 0]
+    sharded = plain.changed(train=plain.values["train"] | {"sharding": "fsdp"}, resume="must")
+    assert pair.run(worker.run, sharded) == [0, 0]
     assert newest(run_dir)["step"] == STEPS
     cut_after(6)
-    assert worker.run(plain | {"resume": "must"}) == 0
+    assert worker.run(plain.changed(resume="must")) == 0
     state = newest(run_dir)
     assert state["step"] == STEPS
     assert all(group["fused"] for group in state["optimizer"]["param_groups"])

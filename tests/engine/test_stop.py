@@ -102,15 +102,15 @@ def test_a_repeated_termination_still_waits_for_the_checkpoint(
     assert request_of_this_process.agreed()
 
 
-def steps_until_both_stop(signalled: int | None) -> tuple[list[bool], str, bool]:
+def steps_until_both_stop(signaled: int | None) -> tuple[list[bool], str, bool]:
     """What each process hears at each of four steps: one gets a signal before the second, or its time is over then."""
     stop = StopRequest()
     heard = []
     try:
         for step in range(4):
-            if step == 1 and dist.get_rank() == signalled:
+            if step == 1 and dist.get_rank() == signaled:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            if step == 1 and signalled is None and dist.get_rank() == 1:
+            if step == 1 and signaled is None and dist.get_rank() == 1:
                 stop.deadline = 0.0
             heard.append(stop.agreed())
     finally:
@@ -118,13 +118,13 @@ def steps_until_both_stop(signalled: int | None) -> tuple[list[bool], str, bool]
     return heard, stop.reason, stop.by_signal
 
 
-@pytest.mark.parametrize("signalled", [0, 1])
-def test_processes_stop_at_the_same_step_whichever_got_the_signal(signalled: int, pair: Pair) -> None:
-    answers = pair.run(steps_until_both_stop, signalled)
+@pytest.mark.parametrize("signaled", [0, 1])
+def test_processes_stop_at_the_same_step_whichever_got_the_signal(signaled: int, pair: Pair) -> None:
+    answers = pair.run(steps_until_both_stop, signaled)
     assert [heard for heard, _, _ in answers] == [[False, False, True, True]] * 2
     reasons = [reason for _, reason, _ in answers]
-    assert reasons[signalled] == "signal SIGUSR1"
-    assert reasons[1 - signalled] == ""
+    assert reasons[signaled] == "signal SIGUSR1"
+    assert reasons[1 - signaled] == ""
     assert [by_signal for _, _, by_signal in answers] == [True, True]
 
 

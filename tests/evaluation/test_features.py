@@ -244,13 +244,13 @@ def strange(content: bytes) -> bytes:
     ],
 )
 def test_a_damaged_cache_is_computed_again_with_a_warning(tmp_path, damage):
-    path, compute, told = tmp_path / "features.pt", Compute(), []
+    path, compute, messages = tmp_path / "features.pt", Compute(), []
     cached(path, "key", compute, warn=quiet)
     path.write_bytes(damage(path.read_bytes()))
-    assert torch.equal(cached(path, "key", compute, warn=told.append)["train"], torch.ones(4, 8))
+    assert torch.equal(cached(path, "key", compute, warn=messages.append)["train"], torch.ones(4, 8))
     assert compute.calls == 2
-    assert len(told) == 1
-    assert f"{path} is damaged" in told[0]
+    assert len(messages) == 1
+    assert f"{path} is damaged" in messages[0]
     cached(path, "key", compute, warn=quiet)
     assert compute.calls == 2
 
@@ -259,14 +259,14 @@ def test_features_that_cannot_be_kept_are_given_all_the_same(tmp_path, monkeypat
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    told = []
+    messages = []
     monkeypatch.setattr(os, "replace", fail)
-    assert len(cached(tmp_path / "a.pt", "key", Compute(), warn=told.append)["train"]) == 4
-    assert "disk full" in told[0]
+    assert len(cached(tmp_path / "a.pt", "key", Compute(), warn=messages.append)["train"]) == 4
+    assert "disk full" in messages[0]
     assert os.listdir(tmp_path) == []
     (tmp_path / "file").write_text("no folder")
-    assert len(cached(tmp_path / "file" / "a.pt", "key", Compute(), warn=told.append)["train"]) == 4
-    assert len(told) == 2
+    assert len(cached(tmp_path / "file" / "a.pt", "key", Compute(), warn=messages.append)["train"]) == 4
+    assert len(messages) == 2
 
 
 def valid() -> dict:

@@ -1,4 +1,4 @@
-"""Fine-tuning and few labels on a set that can be learnt in moments."""
+"""Fine-tuning on a set that a tiny network learns in a few steps."""
 
 from __future__ import annotations
 

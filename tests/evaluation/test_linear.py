@@ -193,7 +193,7 @@ def test_a_single_training_image_is_refused():
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_fit_tells_of_as_many_passes_as_it_has(solver):
     linear, data = probe(solver)
-    told: list[int] = []
+    progress: list[int] = []
     silent = linear.fit(*data, num_classes=3)
-    assert linear.fit(*data, num_classes=3, on_progress=told.append) == silent
-    assert sum(told) == linear.progress_units
+    assert linear.fit(*data, num_classes=3, on_progress=progress.append) == silent
+    assert sum(progress) == linear.progress_units

@@ -61,7 +61,7 @@ def test_the_compiled_views_are_those_of_the_operations(
     monkeypatch.setattr(color, "library", lambda: None)
     expected = views.color(0, key, images, **scale)
     assert compiled.shape == expected.shape
-    # Rounding tells some pixels of the threshold to be solarized, and others of equal channels to have a hue.
+    # Rounding solarizes some pixels at the threshold, and gives others of equal channels a hue.
     apart = (compiled - expected).abs() > 2e-5
     assert apart.float().mean() <= (1e-4 if "solarize" in SPECS[name] else 0)
 

@@ -65,7 +65,7 @@ def test_cells_and_whole_patches_tile_the_image() -> None:
 
 def test_a_patch_of_64_pixels_lies_anywhere_in_its_cell_of_85() -> None:
     method = tiny()
-    # The red value tells the line, the green one the column.
+    # The red value is the row, the green one the column.
     line = torch.arange(255.0).view(1, 1, -1, 1).expand(40, 1, 255, 255)
     patches = method.patches(torch.cat((line, line.transpose(2, 3)), 1))
     assert patches.shape == (40, 9, 2, 64, 64)

@@ -41,9 +41,9 @@ def test_without_a_terminal_messages_are_plain_lines_in_the_output_and_the_log(
     with Screen(tmp_path / "log") as screen:
         screen.say(long, style="green")
         screen.warn("too warm")
-    told = capsys.readouterr().out
-    assert told == f"{long}\nwarning: too warm\n"
-    assert (tmp_path / "log").read_text() == told
+    output = capsys.readouterr().out
+    assert output == f"{long}\nwarning: too warm\n"
+    assert (tmp_path / "log").read_text() == output
 
 
 def test_a_table_has_a_row_for_each_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,9 +66,9 @@ def test_without_a_terminal_progress_is_a_line_every_few_seconds_with_the_time_l
         screen.advance(5, "loss 1")
         clock.now += 1
         screen.advance(6, "loss 1")
-    told = capsys.readouterr().out
-    assert told == "step 5/100, 1:35 left  loss 1\n"
-    assert (tmp_path / "log").read_text() == told
+    output = capsys.readouterr().out
+    assert output == "step 5/100, 1:35 left  loss 1\n"
+    assert (tmp_path / "log").read_text() == output
 
 
 def test_the_time_left_is_told_by_what_this_process_did(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
@@ -96,10 +96,10 @@ def test_on_a_terminal_progress_is_a_bar_and_the_lines_are_in_the_log_alone(tmp_
         screen.stop()
         assert screen.bar is None
     assert (tmp_path / "log").read_text() == "step 5/100, 1:35 left  loss 1\na message\n"
-    told = out.getvalue()
-    assert "a message" in told
-    assert "5/100" in told
-    assert "1:35 left" not in told
+    output = out.getvalue()
+    assert "a message" in output
+    assert "5/100" in output
+    assert "1:35 left" not in output
 
 
 def test_a_silent_process_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,8 +112,8 @@ def test_what_differs_is_listed_and_what_changes_nothing_is_not(tmp_path: Path) 
     method = {"_target_": "sslcli.methods.moco.MoCo"}
     with pytest.raises(ConfigError) as refused:
         check_resumable(run_dir, changed(**neutral, train=train, method=method, seed=1))
-    told = str(refused.value).partition("what differs: ")[2].partition(". Use the same values to resume")[0]
-    assert told.split("; ") == [
+    output = str(refused.value).partition("what differs: ")[2].partition(". Use the same values to resume")[0]
+    assert output.split("; ") == [
         "method._target_: sslcli.methods.byol.BYOL -> sslcli.methods.moco.MoCo",
         "method.momentum: 0.99 -> not set",
         "seed: 0 -> 1",

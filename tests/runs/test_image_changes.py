@@ -42,7 +42,7 @@ KNN = ["run=run", "protocol=knn", "baselines=false"]
 def run(cli: Cli, tmp_path: Path) -> Callable[..., Ended]:
     """Start the run again, from its last checkpoint, with these arguments as well; it ran before."""
     for path in make_folder(tmp_path / "images", broken=0).rglob("*.png"):
-        path.write_bytes(path.read_bytes().ljust(4096))  # so that sizes tell nothing
+        path.write_bytes(path.read_bytes().ljust(4096))  # so that all sizes are equal
     assert cli("ssl-train", *LINE).code == 0
 
     def again(*more: str) -> Ended:
@@ -84,7 +84,7 @@ def test_a_run_whose_images_are_as_they_were_goes_on(run: Callable[..., Ended], 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (overwrite, "of 60 images, 4 changed in modification time (a/000.png, a/002.png, a/004.png, ...)"),
         (rename, "of 60 images, 3 appeared (b/new1.png, b/new3.png, b/new5.png), 3 vanished (b/001.png, "),
@@ -94,7 +94,7 @@ def test_a_run_whose_images_are_as_they_were_goes_on(run: Callable[..., Ended], 
 )
 @pytest.mark.parametrize("dry", [False, True])
 def test_a_run_whose_images_changed_is_refused(
-    run: Callable[..., Ended], tmp_path: Path, change: Callable[[Path], object], told: str, dry: bool
+    run: Callable[..., Ended], tmp_path: Path, change: Callable[[Path], object], expected: str, dry: bool
 ) -> None:
     change(tmp_path / "images")
     before = (tmp_path / "run/images.npz").read_bytes()
@@ -102,7 +102,7 @@ def test_a_run_whose_images_changed_is_refused(
         ended = run(f"dry_run={str(dry).lower()}")
         assert ended.code == 2
         assert "the images of images changed since this run began" in ended.err
-        assert told in ended.err
+        assert expected in ended.err
         assert ended.err.count("\n") == 1
     assert (tmp_path / "run/images.npz").read_bytes() == before
     ended = run("run_dir=other")
@@ -128,7 +128,7 @@ def test_contents_are_compared_once_they_are_stored(run: Callable[..., Ended], t
     times = os.stat(path).st_mtime_ns
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     os.utime(path, ns=(times, times))
-    assert run().code == 0  # the one change that only the contents tell
+    assert run().code == 0  # a change that only the contents show
     ended = run("dataset.verify=contents")
     assert ended.code == 2
     assert "of 60 images, 1 changed in label, size or contents (a/000.png)" in ended.err
@@ -175,7 +175,7 @@ def test_a_damaged_file_is_named_with_the_way_out(run: Callable[..., Ended], tmp
 
 
 def refused(folder: Path) -> str:
-    """What a process is told of images that changed; each sees other ones."""
+    """Return the message of a process about changed images; each process has different ones."""
     source = Folder(root=str(folder / f"images{collectives.rank()}"), image_size=8, workers=0)
     try:
         check_images(folder, source, Screen(silent=True), write=True)

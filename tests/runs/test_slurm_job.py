@@ -69,7 +69,7 @@ def test_another_configuration_is_refused_before_it_is_queued(site: Site) -> Non
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("launcher.nodes=0", "launcher.nodes is 0, but it must be at least 1"),
         ("launcher.nodes=two", "launcher.nodes is 'two', but it must be an integer"),
@@ -79,9 +79,9 @@ def test_another_configuration_is_refused_before_it_is_queued(site: Site) -> Non
         ("launcher.extra=--exclusive", "launcher.extra is '--exclusive', but it must be a list of strings"),
     ],
 )
-def test_a_wrong_key_is_refused_before_anything_is_written(site: Site, override: str, told: str) -> None:
+def test_a_wrong_key_is_refused_before_anything_is_written(site: Site, override: str, expected: str) -> None:
     code, out, err = site.train(*LINE, override)
     assert (code, out, site.submissions) == (2, "", 0)
-    assert told in err
+    assert expected in err
     assert err.count("\n") == 1
     assert not (site.path / "run").exists()

@@ -33,24 +33,24 @@ def test_resume_never_and_must_are_obeyed(run_dir: Path, cli: Cli, tmp_path: Pat
     assert (ended.code, ended.err) == (0, "")
 
 
-def note_garbage_collection(told: Path) -> None:
+def note_garbage_collection(report: Path) -> None:
     """Leave in a file whether garbage is looked for when training begins, and among how much of what was there."""
     from sslcli.runs import worker
 
     train = worker.train
 
     def noted(job: Run) -> None:
-        told.write_text(json.dumps([gc.isenabled(), len(gc.get_objects()), gc.get_freeze_count()]))
+        report.write_text(json.dumps([gc.isenabled(), len(gc.get_objects()), gc.get_freeze_count()]))
         train(job)
 
     worker.train = noted
 
 
 def test_training_looks_for_garbage_but_not_among_what_was_imported(tmp_path: Path) -> None:
-    told, log = tmp_path / "told", tmp_path / "log"
+    report, log = tmp_path / "report", tmp_path / "log"
     arguments = [*QUICK, "train.max_steps=1", f"run_dir={tmp_path / 'run'}"]
-    complete(start_warm(*arguments, log=log, prepare=note_garbage_collection, given=told), log)
-    collects, watched, frozen = json.loads(told.read_text())
+    complete(start_warm(*arguments, log=log, prepare=note_garbage_collection, given=report), log)
+    collects, watched, frozen = json.loads(report.read_text())
     assert collects
     assert frozen > 100_000 > 10_000 > watched
 

@@ -44,7 +44,7 @@ def starts(folder: Path, seed: int) -> int:
 
 
 def test_each_job_has_a_directory_of_its_own_and_a_line_in_the_tables(swept: tuple[Path, str]) -> None:
-    folder, told = swept
+    folder, output = swept
     jobs = jobs_of(folder)
     assert all((job / "done").exists() for job in jobs)
     measured = {str(seed): metrics(job)[-1]["monitor/knn_top1"] for seed, job in enumerate(jobs)}
@@ -53,7 +53,7 @@ def test_each_job_has_a_directory_of_its_own_and_a_line_in_the_tables(swept: tup
     assert {row["seed"]: row["run_dir"] for row in rows} == {str(seed): job.name for seed, job in enumerate(jobs)}
     assert [(row["status"], row["exit_code"], row["steps"]) for row in rows] == [("finished", "0", "3")] * 2
     assert rows[0]["train.batch_size"] == "32"
-    for row, line in zip(rows, told.splitlines()[-4:-2], strict=True):
+    for row, line in zip(rows, output.splitlines()[-4:-2], strict=True):
         shown = f"{100 * float(row['monitor/knn_top1']):.1f}"
         assert line.split()[1:] == [row["seed"], "finished", "0", "3", shown, "%", row["run_dir"]]
 
@@ -93,7 +93,7 @@ def test_a_mistake_in_the_last_job_is_found_before_the_first_starts(wrong: str, 
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "expected"),
     [
         ("sweep.metric=monitor/knn_top", "Did you mean 'monitor/knn_top"),
         ("sweep.metric=knn", "scalar of metrics.jsonl"),
@@ -108,12 +108,14 @@ def test_a_mistake_in_the_last_job_is_found_before_the_first_starts(wrong: str, 
         ("hydra.sweep.dir=file/runs", "choose another"),
     ],
 )
-def test_a_wrong_setting_of_the_sweep_is_refused_in_one_line(wrong: str, told: str, cli: Cli, tmp_path: Path) -> None:
+def test_a_wrong_setting_of_the_sweep_is_refused_in_one_line(
+    wrong: str, expected: str, cli: Cli, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     ended = cli("ssl-train", "-m", "seed=0,1", wrong)
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.count("\n") == 1
-    assert told in ended.err
+    assert expected in ended.err
 
 
 def test_jobs_that_would_share_a_run_directory_are_refused(cli: Cli) -> None:
@@ -326,6 +328,6 @@ def test_a_process_that_no_sweep_started_is_left_alone(monkeypatch: pytest.Monke
 def test_a_fifo_in_the_place_of_a_record_is_named_before_anything_waits_for_it(tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "sw/jobs").mkdir(parents=True)
     os.mkfifo(tmp_path / "sw/jobs/old.json")
-    told = cli("ssl-train", *SMALL, "--multirun", "seed=1", f"hydra.sweep.dir={tmp_path}/sw")
-    assert told.code == 2
-    assert "old.json is a FIFO, but it must be a regular file: remove it" in told.err
+    ended = cli("ssl-train", *SMALL, "--multirun", "seed=1", f"hydra.sweep.dir={tmp_path}/sw")
+    assert ended.code == 2
+    assert "old.json is a FIFO, but it must be a regular file: remove it" in ended.err

@@ -41,7 +41,7 @@ def orphan(folder: Path, *more: str) -> int:
 
 
 def when_it_waits(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Act once the sweep of this process has told that it waits."""
+    """Act once the sweep of this process has printed that it waits."""
     who = queue.describe_runner
 
     def describe_runner(sweep: Sweep, job: Job) -> str:

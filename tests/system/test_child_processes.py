@@ -47,8 +47,8 @@ def test_without_the_options_such_a_module_runs(folder: Path) -> None:
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_module_runs_without_those_of_the_current_directory(ours: bool, folder: Path) -> None:
-    told = run(folder, *child_processes.arguments("sslcli.cli.train", ours=ours), "--help")
-    assert told.startswith("ssl-train")
+    output = run(folder, *child_processes.arguments("sslcli.cli.train", ours=ours), "--help")
+    assert output.startswith("ssl-train")
     assert not (folder / "ran").exists()
 
 
@@ -64,8 +64,8 @@ def test_an_older_python_keeps_them_out_as_well(folder: Path, monkeypatch: pytes
 def test_pythonpath_keeps_its_meaning(ours: bool, folder: Path) -> None:
     (folder / "there").mkdir()
     (folder / "there" / "module.py").write_text("import sys\nprint(sys.argv[1:], __name__)\n")
-    told = run(folder, *child_processes.arguments("module", ours=ours), "one", "two", PYTHONPATH="there")
-    assert told == "['one', 'two'] __main__\n"
+    output = run(folder, *child_processes.arguments("module", ours=ours), "one", "two", PYTHONPATH="there")
+    assert output == "['one', 'two'] __main__\n"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_processes_of_a_run_share(processes: str | None, expected: int, monkeypa
     assert cpu.cores_per_process() == expected
 
 
-def told(tmp_path: Path, **environment: str) -> str:
+def reported(tmp_path: Path, **environment: str) -> str:
     """What GNU's OpenMP prints of its settings when `ssl-train` loads it."""
     # Commands that other tests called in this process have set it.
     ours = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
@@ -52,8 +52,8 @@ def told(tmp_path: Path, **environment: str) -> str:
 
 @pytest.mark.parametrize(("environment", "spins"), [({}, "'5000'"), ({"GOMP_SPINCOUNT": "77"}, "'77'")])
 def test_threads_that_wait_sleep_soon_unless_the_user_has_chosen(tmp_path, environment, spins):
-    assert told(tmp_path, **environment).endswith(spins)
+    assert reported(tmp_path, **environment).endswith(spins)
 
 
 def test_the_policy_of_the_user_is_left_alone(tmp_path):
-    assert not told(tmp_path, OMP_WAIT_POLICY="active").endswith("'5000'")
+    assert not reported(tmp_path, OMP_WAIT_POLICY="active").endswith("'5000'")

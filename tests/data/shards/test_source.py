@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -18,45 +17,24 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import Tensor
 
-from small_shards import KINDS, add, number_at, numbers_in, png, write_parquet, write_set, write_tar
+from small_shards import (
+    KINDS,
+    SIZES,
+    add,
+    loader,
+    number_at,
+    numbers_in,
+    png,
+    stream,
+    write_parquet,
+    write_set,
+    write_tar,
+)
 from sslcli.data.crops import ViewCrops
-from sslcli.data.loader import Loader, plain_batches
+from sslcli.data.loader import plain_batches
 from sslcli.data.shards import reader
-from sslcli.data.shards.formats import Index
 from sslcli.data.shards.source import HfStream
-from sslcli.data.views.views import Views
 from sslcli.errors import ConfigError
-
-SIZES = [13, 20, 7, 24]  # 64 images
-WHOLE = [{"count": 1, "crop_scale": None, "flip": 0.0}]
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> str:
-    return str(tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A set of each kind, by the pattern that names its shards."""
-    folder = tmp_path_factory.mktemp("sets")
-    return {kind: write_set(folder, SIZES, kind=kind) for kind in ("tar", "parquet")}
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-def stream(path: str | list[str], cache: str, **options: Any) -> HfStream:
-    defaults = {"image_size": 8, "val_fraction": 0.0, "lanes": 4, "buffer": 24, "max_bad": 0.1}
-    return HfStream(path=path, cache=cache, **(defaults | options))
-
-
-def loader(source: HfStream, *, batch_size: int = 16, accumulate: int = 1, seed: int = 0) -> Loader:
-    views = Views(WHOLE, normalize=False)
-    device = torch.device("cpu")
-    return Loader(source, views, batch_size=batch_size, accumulate=accumulate, seed=seed, device=device)
 
 
 def global_batches(
@@ -190,12 +168,6 @@ def test_the_order_does_not_depend_on_where_the_shards_lie(elsewhere: str, sets:
         assert torch.equal(one.views[0], other.views[0])
 
 
-def test_the_chunks_of_a_tar_archive_are_bounded_in_bytes_and_images() -> None:
-    starts = np.array([0, 100, 7_999_999, 8_000_000, 8_000_512, *range(9_000_000, 9_000_000 + 600)])
-    index = Index([None] * 605, "png", starts=starts, sizes=np.ones(605, np.int64))
-    assert reader.chunk_lengths(index).tolist() == [3, 253, 256, 93]
-
-
 def test_going_on_late_in_an_epoch_fetches_little(elsewhere: str, cache: str) -> None:
     source = stream(elsewhere, cache, lanes=1, buffer=4)
     fetched = []
@@ -265,29 +237,6 @@ def test_bad_images_are_counted_and_replaced(kind: str, cache: str, tmp_path: Pa
     assert torch.equal(*found)
 
 
-def test_a_damaged_row_group_is_so_many_bad_images(cache: str, tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", range(30), group=5)
-    content = bytearray(path.read_bytes())
-    content[4:60] = bytes(56)
-    path.write_bytes(content)
-    source = stream(str(path), cache, max_bad=0.5)
-    made = loader(source, batch_size=30)
-    list(made.steps(0, 1))
-    assert sorted(made.bad.reasons) == [f"{path}[{number}]" for number in range(5)]
-    assert "row group 0 is damaged" in made.bad.reasons[f"{path}[0]"]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_vanishes_ends_the_run_with_one_message(workers: int, cache: str, tmp_path: Path) -> None:
-    source = stream(write_set(tmp_path, SIZES, kind="tar"), cache, workers=workers)
-    steps = loader(source).steps(0, 4)
-    for path in tmp_path.glob("*.tar"):
-        path.unlink()
-    with pytest.raises(ConfigError, match=r"tar cannot be read \(No such file.*start the same command again") as caught:
-        list(steps)
-    assert "Traceback" not in str(caught.value)
-
-
 def test_limit_and_split_follow_the_images_and_not_the_folder(
     sets: dict[str, str], shared: str, tmp_path: Path
 ) -> None:
@@ -317,26 +266,6 @@ def test_a_set_without_labels_holds_nothing_out(cache: str, tmp_path: Path) -> N
     assert not source.has_labels
     assert len(source.splits["val"]) == 0
     assert len(source.splits["train"]) == 9
-
-
-def test_a_source_survives_pickling_and_keeps_no_open_file(sets: dict[str, str], shared: str) -> None:
-    source = stream(sets["parquet"], shared)
-    number_at(source, 3)
-    copy = pickle.loads(pickle.dumps(source))
-    assert copy.reader._states == {}
-    assert number_at(copy, 60) == 60
-
-
-def test_a_forked_process_opens_files_of_its_own(
-    sets: dict[str, str], shared: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = stream(sets["parquet"], shared)
-    number_at(source, 3)
-    before = source.reader.state
-    monkeypatch.setattr("os.getpid", lambda: -1)  # what a fork changes for the code that runs on
-    assert source.reader.state is not before
-    assert source.reader.state.files == {}
-    assert number_at(source, 3) == 3
 
 
 def test_test_shards_must_not_be_training_shards(sets: dict[str, str], shared: str) -> None:

@@ -16,7 +16,7 @@ CONF = Path(__file__).parents[3] / "conf" / "dataset"
 
 
 class Numbered(Source):
-    """n images that are told apart by their position alone."""
+    """n images that are distinguishable by their position only."""
 
     def __init__(self, n: int, *, unlabeled: int = 0, **keywords):
         super().__init__(image_size=8, **keywords)

@@ -1,4 +1,4 @@
-"""What the file system tells of many files, with and without threads."""
+"""Sizes and modification times of many files, with and without threads."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_sizes_and_times_come_in_order_from_fast_and_slow_file_systems(
     files: list[str], slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_status, "_SLOW_CALL", -1.0 if slow else 60.0)
-    told: list[tuple[int, int]] = []
-    sizes, stamps = status_of(len(files), files.__getitem__, lambda done, total: told.append((done, total)))
+    progress: list[tuple[int, int]] = []
+    sizes, stamps = status_of(len(files), files.__getitem__, lambda done, total: progress.append((done, total)))
     wanted = np.arange(600)
     wanted[2] = -1
     assert sizes.tolist() == wanted.tolist()
     assert stamps.tolist() == np.where(wanted < 0, -1, 1000 + wanted).tolist()
-    assert told == [(600, 600)]
+    assert progress == [(600, 600)]
     hashes = hashes_of(len(files), files.__getitem__)
     assert hashes[2] == UNREADABLE
     assert len(set(hashes.tolist())) == 600

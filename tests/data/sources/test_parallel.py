@@ -22,7 +22,7 @@ STRONG = [{"count": 2, "crop_scale": [0.2, 0.6], "jitter": [0.8, 0.8, 0.8, 0.2],
 
 
 def ramp(number: int, width: int = 20, height: int = 24) -> np.ndarray[Any, Any]:
-    """(H, W) 8 bits, other ones for each number, from which a place in the image can be told."""
+    """Return an 8-bit image (H, W) that differs for each number and encodes the position of each pixel."""
     across = np.arange(width)[None] * 5 + np.arange(height)[:, None] * 4
     return ((across + 7 * number) % 256).astype(np.uint8)
 
