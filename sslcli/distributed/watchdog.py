@@ -203,10 +203,10 @@ def stall_message(rank: int, found: dict[int, Progress], silent: set[int], limit
     if not found:
         return f"no process made progress for {limit:g} s, and the store of process 0 does not answer; {remedy}"
     arrived = max(progress.collectives for progress in found.values())
-    to_blame = sorted(silent or {r for r, progress in found.items() if progress.collectives < arrived})
-    if rank != min(set(found) - set(to_blame), default=rank):
+    stalled_ranks = sorted(silent or {r for r, progress in found.items() if progress.collectives < arrived})
+    if rank != min(set(found) - set(stalled_ranks), default=rank):
         return ""
-    if not to_blame:
+    if not stalled_ranks:
         places = ", ".join(sorted({progress.place for progress in found.values()}))
         return (
             f"no process made progress for {limit:g} s (launcher.timeout), and none is behind the others (at "
@@ -215,6 +215,6 @@ def stall_message(rank: int, found: dict[int, Progress], silent: set[int], limit
     stalled = ", ".join(
         f"process {r} (id {found[r].pid} on {found[r].host}, at {found[r].place}"
         + (", it does not answer: it is stopped, or its machine has failed)" if r in silent else ")")
-        for r in to_blame
+        for r in stalled_ranks
     )
     return f"the other processes waited {limit:g} s (launcher.timeout) for {stalled}; {remedy}"

@@ -64,7 +64,7 @@ def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
             make_room(path.parent)
         if "DataLoader worker" in str(error):  # a dying data worker can raise at any point
             raise
-        raise refused(path, error) from error
+        raise write_failure(path, error) from error
     prune(path, keep=keep)
     return path
 
@@ -133,7 +133,7 @@ class Writer:
         except OSError as error:
             with suppress(OSError):
                 sharded_checkpoint.on_main(lambda: make_room(path.parent), group)
-            self.failure = refused(path, error)
+            self.failure = write_failure(path, error)
         except BaseException as error:  # `close` raises it in the training loop
             self.failure = error
 
@@ -156,13 +156,13 @@ def publish(temporary: Path, path: Path) -> None:
     synchronize(path.parent)
 
 
-def refused(path: Path, error: Exception) -> TrainingFailed:
+def write_failure(path: Path, error: Exception) -> TrainingFailed:
     """Return the error for a checkpoint that could not be written."""
     kept = all_of(path.parent.parent)
     return TrainingFailed(
         f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}). "
         + (f"{kept[-1].name} is intact" if kept else "There is no earlier one")
-        + ": make room or mend the disk, then start the same command again to go on"
+        + ": free space or repair the disk, then run the same command again to resume"
     )
 
 

@@ -254,7 +254,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(
-        TrainingFailed, match=r"step-00000002\.pt could not be written .*step-00000001\.pt is intact.*make room"
+        TrainingFailed, match=r"step-00000002\.pt could not be written .*step-00000001\.pt is intact.*free space"
     ) as caught:
         save(tmp_path, 2)
     assert "\n" not in str(caught.value)

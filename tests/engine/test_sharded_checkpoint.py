@@ -26,6 +26,7 @@ from processes import Pair
 from small_runs import differences, last_step, metrics, newest
 from sslcli.cli.compose import checked_jobs
 from sslcli.config.run_config import RunConfig
+from sslcli.config.settings import ExportSettings
 from sslcli.distributed import collectives
 from sslcli.engine import checkpoint, fsdp, sharded_checkpoint
 from sslcli.errors import ConfigError, TrainingFailed
@@ -274,8 +275,7 @@ def exported(run_dir: Path) -> set[str]:
     found = {}
     for what in ("backbone", "method"):
         path = run_dir / f"{what}.pt"
-        config = {"run": str(run_dir), "checkpoint": "last", "what": what, "out": str(path), "trust": []}
-        assert export.run(config) == 0
+        assert export.run(ExportSettings(run=str(run_dir), checkpoint="last", what=what, out=str(path), trust=[])) == 0
         found[what] = torch.load(path, weights_only=True)["state_dict"]
     assert (
         differences(

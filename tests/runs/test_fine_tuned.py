@@ -38,7 +38,7 @@ def test_a_fine_tuned_net_is_kept_and_teaches_a_student(trained: Path, cli: Cli)
     assert taught["student"] == "Small"
     ended = cli("ssl-eval", *line, student.replace("width: 4", "in_channels: 1"))
     assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert "Small does not take images of shape (2, 3, 32, 32)" in ended.err
+    assert "Small does not accept images of shape (2, 3, 32, 32)" in ended.err
     ended = cli("ssl-eval", f"run={trained}", "protocol=finetune", *QUICK)
     clock = {"seconds": 0}
     assert result(trained / "eval", "finetune") | clock == tuned | clock

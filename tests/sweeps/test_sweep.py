@@ -97,7 +97,7 @@ def test_a_mistake_in_the_last_job_is_found_before_the_first_starts(wrong: str, 
     [
         ("sweep.metric=monitor/knn_top", "Did you mean 'monitor/knn_top"),
         ("sweep.metric=knn", "scalar of metrics.jsonl"),
-        ("sweep.metric=train/agreement", "sweep.direction=max or min"),
+        ("sweep.metric=train/agreement", "set sweep.direction to max or min"),
         ("sweep.metric=null", "must be a string"),
         ("sweep.direction=up", "one of: auto, max, min"),
         ("sweep.jobs=0", "at least 1"),
