@@ -1,4 +1,4 @@
-"""Commands as tests call them: in this process, or as the installed console script."""
+"""Calls of the commands in tests: in this process, or as the installed console script."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = [  # a run of a second
 
 
 class Ended(NamedTuple):
-    """How a command ended and what it said."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -39,7 +39,7 @@ class Cli(Protocol):
 
 
 def installed(cwd: Path, program: str, *arguments: str, code: int = 0) -> str:
-    """Run an installed command in `cwd`; what it printed. It must end with `code`."""
+    """Run an installed command in `cwd`; return its output. Fail unless it exits with `code`."""
     ended = subprocess.run(
         [str(Path(sys.executable).with_name(program)), *arguments],
         cwd=cwd,
@@ -55,7 +55,7 @@ def installed(cwd: Path, program: str, *arguments: str, code: int = 0) -> str:
 
 
 def result(home: Path, name: str) -> dict[str, Any]:
-    """The content of the one result file in `home` whose name matches; `?` stands for a digit of a digest."""
+    """Return the content of the one result file in `home` whose name matches; `?` stands for a digit of a digest."""
     (path,) = home.glob(f"{name}.json")
     found = json.loads(path.read_text())
     assert isinstance(found, dict)
@@ -63,7 +63,7 @@ def result(home: Path, name: str) -> dict[str, Any]:
 
 
 def composed(command: str, *overrides: str) -> dict[str, Any]:
-    """The validated plain configuration of a command line, as `ssl-train`, `ssl-eval` and `ssl-export` pass it on."""
+    """Return the validated plain configuration of a command line of `ssl-train`, `ssl-eval` or `ssl-export`."""
     with patch.object(sys, "argv", [f"ssl-{command}", *overrides]), patch.object(sys, "path", list(sys.path)):
         (job,) = compose.checked_jobs(command, read_arguments(command))
     return job

@@ -21,19 +21,19 @@ MAINS = {"ssl-train": ssl_train.main, "ssl-eval": ssl_eval.main, "ssl-export": s
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Tensors here are too small to share out, and waiting threads slow a busy machine down."""
+    """Use one thread: tensors of tests are small, and idle threads slow a busy machine down."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Every test draws the same numbers, alone or after others."""
+    """Seed every test, so that its random numbers do not depend on the tests before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """Two processes joined by gloo: `pair.run(function, *args)` gives what each returned."""
+    """Two processes of a gloo group: `pair.run(function, *args)` returns the results by rank."""
     pair = Pair(tmp_path_factory.mktemp("pair"))
     yield pair
     pair.stop()
@@ -49,7 +49,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
-    """The commands as functions, in an empty folder; what they change in this process is put back."""
+    """Call commands in this process, in an empty folder; changes of the process are undone."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
@@ -67,7 +67,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.fixture
 def quick_jobs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of sweeps are quick ones that train nothing."""
+    """Replace the jobs of sweeps by scripts that do not train."""
     path = tmp_path_factory.mktemp("job") / "job.py"
     path.write_text(JOB)
     monkeypatch.setattr("sslcli.sweeps.sweep.program_of", lambda command: (sys.executable, "-S", str(path)))
@@ -81,7 +81,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_dir(home: Path) -> Path:
-    """A finished run of the installed command, in the directory it chose itself. Read it, and leave it as it is."""
+    """A finished run of the installed command, in its default directory. Tests must not modify it."""
     installed(home, "ssl-train", *SMALL, "monitor.knn_k=10")
     (found,) = (home / "runs").iterdir()
     return found

@@ -1,4 +1,4 @@
-"""Ways to damage a file, and an object whose unpickling leaves a trace."""
+"""Functions that damage a file, and an object that creates a file when unpickled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The golden cases: inputs, and what the methods' official codes made of them. See tests/golden/README.md.
+"""Golden cases: inputs, and outputs of the methods' official code. See tests/golden/README.md.
 
 A case put into the folder is tested by every test that asks for its prefix.
 """

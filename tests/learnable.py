@@ -1,4 +1,4 @@
-"""A labeled set of a few images that a tiny net can learn, ready for the protocols that train."""
+"""A small labeled set that a tiny network can learn, with task and start for the protocols that train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that stay up for the whole test session, since starting one costs seconds."""
+"""Processes that live for the whole test session, since starting one takes seconds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Pair:
         self.pipes: list[Connection] = []
 
     def run(self, function: Callable[..., T], *args: Any) -> list[T]:
-        """`function(*args)` on all at the same time; what each returned, by rank."""
+        """Run `function(*args)` on all processes at the same time; return the results by rank."""
         if not self.workers:
             self.start()
         for pipe in self.pipes:
@@ -75,7 +75,7 @@ class Pair:
             ours, theirs = context.Pipe()
             worker = context.Process(target=serve, args=(rank, self.size, meeting, theirs), daemon=True)
             worker.start()
-            theirs.close()  # so that its death is an end of file here
+            theirs.close()  # so that its death is an end of file in this process
             self.workers.append(worker)
             self.pipes.append(ours)
 
@@ -90,7 +90,7 @@ class Pair:
 
 
 def serve(rank: int, size: int, meeting: Path, pipe: Connection) -> None:
-    """What a process does: carry out tasks until the pipe closes."""
+    """Run tasks until the pipe closes."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
@@ -109,5 +109,5 @@ def serve(rank: int, size: int, meeting: Path, pipe: Connection) -> None:
 
 
 def my_half(rows: Tensor) -> Tensor:
-    """The contiguous part of a global batch that belongs to this process."""
+    """Return the contiguous part of a global batch that belongs to this process."""
     return rows.chunk(collectives.world_size())[collectives.rank()].clone()

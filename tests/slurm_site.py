@@ -17,13 +17,13 @@ class Site:
         self.path, self.monkeypatch, self.capture = path, monkeypatch, capture
 
     def write(self, name: str, text: str) -> None:
-        """Put a shell script in the place of a command."""
+        """Write a shell script that replaces a command."""
         path = self.path / "bin" / name
         path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
 
     def train(self, *arguments: str) -> tuple[int, str, str]:
-        """`ssl-train ARGUMENTS` in this process: its exit code, and what it printed."""
+        """Call `ssl-train ARGUMENTS` in this process; return exit code, stdout and stderr."""
         self.monkeypatch.setattr(sys, "argv", ["ssl-train", *arguments])
         with pytest.raises(SystemExit) as ended:
             ssl_train.main()

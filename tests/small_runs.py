@@ -1,4 +1,4 @@
-"""Runs of `ssl-train` as processes of their own: started, watched, killed, compared."""
+"""Runs of `ssl-train` in separate processes: start, wait, kill, compare."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make_folder(root: Path, *, per_class: int = 30, broken: int = 1) -> Path:
 
 
 class Started:
-    """A process at work. `code` is its exit code once it ended, minus the signal's number where one ended it."""
+    """A started process. `code` is its exit code, negative for a signal, or None while it runs."""
 
     def __init__(self, pid: int, wait: Callable[[float], int | None]) -> None:
         self.pid, self.wait = pid, wait
@@ -50,7 +50,7 @@ class Started:
         return self.wait(0)
 
     def finish(self) -> int:
-        """Wait for the end; the exit code."""
+        """Wait for the end; return the exit code."""
         code = self.wait(PATIENCE)
         if code is None:
             for pid in [self.pid, *family(self.pid)]:
@@ -60,7 +60,7 @@ class Started:
 
 
 def start(*arguments: str, program: tuple[str, ...] = (SSL_TRAIN,), log: Path) -> Started:
-    """`ssl-train ARGUMENTS` with one thread, in a process group of its own; what it prints is appended to `log`."""
+    """Start `ssl-train ARGUMENTS` with one thread, in its own process group; append its output to `log`."""
     with log.open("ab") as file:
         process = subprocess.Popen(
             [*program, *arguments, "launcher.threads=1"],
@@ -79,7 +79,7 @@ def start(*arguments: str, program: tuple[str, ...] = (SSL_TRAIN,), log: Path) -
 
 
 def start_warm(*arguments: str, log: Path, prepare: Callable[..., None] | None = None, given: Any = None) -> Started:
-    """As `start`, without the seconds that imports take: forked from a server that has done them.
+    """As `start`, but forked from a server that has imported everything, which saves seconds.
 
     The process calls `prepare(given)` first.
     """
@@ -100,7 +100,7 @@ def start_warm(*arguments: str, log: Path, prepare: Callable[..., None] | None =
 def start_ranks(
     *arguments: str, log: Path, prepare: Callable[[int], None] | None = None, other: tuple[str, ...] = ()
 ) -> list[Started]:
-    """Two processes of one run, as an outer launcher starts them, each forked from the server of `start_warm`.
+    """Start two processes of one run as an outer launcher does, each forked from the server of `start_warm`.
 
     Each calls `prepare(rank)` first; the second has the arguments `other` as well. Both print to `log`.
     """
@@ -114,7 +114,7 @@ def start_ranks(
 
 
 def become_rank(given: tuple[int, int, Callable[[int], None] | None]) -> None:
-    """What an outer launcher leaves in the environment of a process."""
+    """Set the environment variables of an outer launcher."""
     rank, port, prepare = given
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -123,7 +123,7 @@ def become_rank(given: tuple[int, int, Callable[[int], None] | None]) -> None:
 
 
 def ssl_train(arguments: list[str], log: Path, prepare: Callable[..., None] | None, given: Any) -> None:
-    """The console script, in this process."""
+    """Run the console script in this process."""
     from sslcli.cli.train import main
 
     os.setsid()
@@ -139,13 +139,13 @@ def ssl_train(arguments: list[str], log: Path, prepare: Callable[..., None] | No
 
 
 def complete(process: Started, log: Path) -> None:
-    """Wait for the end, which must be a good one."""
+    """Wait for the end; fail unless the exit code is 0."""
     code = process.finish()
     assert code == 0, f"exit code {code}: {log.read_text()[-3000:]}"
 
 
 def wait_for_step(process: Started, run_dir: Path, step: int) -> None:
-    """Return once metrics.jsonl has `step` and the run is still at work."""
+    """Return once metrics.jsonl has `step`; fail if the run has ended before."""
     until = time.monotonic() + PATIENCE
     while last_step(run_dir) < step:
         assert process.code is None, f"the run ended by itself before step {step}, with code {process.code}"
@@ -159,7 +159,7 @@ def last_step(run_dir: Path) -> int:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, without what a clock decides."""
+    """Return the complete lines of metrics.jsonl, without times."""
     path = run_dir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -167,7 +167,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def newest(run_dir: Path) -> dict[str, Any]:
-    """The newest checkpoint, without what a clock or the place of the run decides."""
+    """Return the newest checkpoint, without times and the configuration."""
     path = checkpoint.all_of(run_dir)[-1]
     state = checkpoint.load(path, device=torch.device("cpu"))
     del state["monitor"]["wall"], state["config"]
@@ -175,7 +175,7 @@ def newest(run_dir: Path) -> dict[str, Any]:
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two checkpoints differ; tensors must be equal bit for bit."""
+    """Return the paths at which two checkpoints differ; tensors must be bit-identical."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return [] if one.dtype == other.dtype and torch.equal(one, other) else [path]
     if isinstance(one, dict) and isinstance(other, dict):
@@ -190,12 +190,12 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 def family(pid: int) -> list[int]:
-    """The processes a process started, and those that they started."""
+    """Return the ids of all descendants of a process."""
     parents = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = status.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended while we looked
+        except OSError:  # it ended meanwhile
             continue
         if fields[0] != "Z":
             parents[int(status.parent.name)] = int(fields[1])
@@ -206,7 +206,7 @@ def family(pid: int) -> list[int]:
 
 
 def survivors(pids: list[int], *, within: float) -> list[int]:
-    """Which of these processes still run after `within` seconds."""
+    """Return the processes that still run after `within` seconds."""
     until = time.monotonic() + within
     left = pids
     while left and time.monotonic() < until:

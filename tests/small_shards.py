@@ -53,7 +53,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def write_tar(path: Path, numbers: Sequence[int], *, label: str | None = "cls") -> Path:
-    """A shard laid out as WebDataset does, the label in a file of its own (`cls`), a field (`json`) or nowhere."""
+    """Write a WebDataset shard, with the label in a separate file (`cls`), in a field (`json`) or without label."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for number in numbers:
@@ -78,7 +78,7 @@ def write_parquet(path: Path, numbers: Sequence[int], *, group: int = 5, feature
 
 
 def write_set(folder: Path, sizes: Sequence[int], *, kind: str) -> str:
-    """Shards of these numbers of images, `tar` or `parquet`, numbered through; the pattern that names them."""
+    """Write `tar` or `parquet` shards of the given sizes; return the pattern of their names."""
     first = 0
     for shard, size in enumerate(sizes):
         write = write_tar if kind == "tar" else write_parquet

@@ -1,4 +1,4 @@
-"""Sweeps whose jobs are processes without torch: a job does what its seed says, and leaves what a run leaves."""
+"""Sweeps whose jobs are processes without torch: the seed decides how a job ends; it writes the files of a run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ train.main()
 
 
 def signal_when_started(number: int, folder: Path, *, starts: int) -> None:
-    """From another thread, send this process a signal once so many jobs below a folder were started."""
+    """Send this process a signal, from another thread, once `starts` jobs below a folder were started."""
     test = threading.current_thread()
 
     def send() -> None:
@@ -90,14 +90,14 @@ def signal_when_started(number: int, folder: Path, *, starts: int) -> None:
 
 
 def start_sweep(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
-    """`ssl-train ARGUMENTS` with quick jobs as a process of its own, which can be killed."""
+    """Start `ssl-train ARGUMENTS` with quick jobs in a separate process, which can be killed."""
     (cwd / "job.py").write_text(JOB)
     line = [sys.executable, "-c", SWEEP, str(cwd / "job.py"), *arguments]
     return subprocess.Popen(line, cwd=cwd, stdout=subprocess.DEVNULL)
 
 
 def wait_until(there: Callable[[], bool], what: str) -> None:
-    """Return once something is so."""
+    """Return once the condition is true."""
     until = time.monotonic() + 60
     while not there():
         assert time.monotonic() < until, f"never: {what}"

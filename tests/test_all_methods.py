@@ -1,4 +1,4 @@
-"""What every method must do, whichever conf/method/*.yaml there are."""
+"""Requirements that every method of conf/method/*.yaml meets."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SMALLER = {"queue_size": 40, "hidden": 32, "dim": 16, "width": 4}  # of the keys
 
 @cache
 def composed(word: str) -> RunConfig:
-    """A run of the method that takes moments, not to be changed."""
+    """A very short run of the method; tests must not modify it."""
     job = checked_jobs("train", get_args_parser().parse_args([f"method={word}", *OVERRIDES]))[0]
     for group in ("method", "backbone"):
         job[group] |= {key: value for key, value in SMALLER.items() if job[group].get(key) is not None}
@@ -67,7 +67,7 @@ def iterate_batches(word: str) -> list[Batch]:
 
 @dataclass
 class Trace:
-    """What training did."""
+    """Outcome of a training."""
 
     method: Method
     scalars: list[dict[str, Tensor]]  # by step

@@ -1,4 +1,4 @@
-"""The documentation agrees with what there is: files, choices, keys, defaults and command lines."""
+"""The documentation agrees with the code: files, choices, keys, defaults and command lines."""
 
 from __future__ import annotations
 

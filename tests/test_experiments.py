@@ -1,4 +1,4 @@
-"""Every recipe in conf/experiment: whole, and able to take its first steps."""
+"""Every recipe in conf/experiment composes and trains its first steps."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def composed(*lines: str) -> dict[str, Any]:
 
 
 def smaller(node: dict[str, Any]) -> dict[str, Any]:
-    """The same node with nets and banks of little cost."""
+    """Return the node with small networks and banks."""
     found = {}
     for key, value in node.items():
         if isinstance(value, dict):

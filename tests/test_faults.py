@@ -1,6 +1,6 @@
-"""What goes wrong around a run: it ends with one message and the right exit code, and the same command goes on.
+"""Faults around a run: it ends with one message and the right exit code, and the same command resumes it.
 
-After every fault that leaves something to go on from, the run ends bit for bit as the one of `reference`, which had
+After every fault from which a run can resume, it ends bit-identical to the run of `reference`, which had
 none, metrics included. `tests/test_faults_of_processes.py` has the faults of runs of several processes.
 """
 
@@ -61,7 +61,7 @@ Action = Callable[[Monitor], None]
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run to which nothing happened."""
+    """A run without faults."""
     folder = tmp_path_factory.mktemp("reference")
     complete(start_warm(*COMMAND, f"run_dir={folder / 'run'}", log=folder / "log"), folder / "log")
     return folder / "run"
@@ -89,7 +89,7 @@ class Faulty:
         return code
 
     def ends_as(self, reference: Path) -> bool:
-        """The same command goes on to the very end that the reference came to."""
+        """Resume with the same command; the end must be bit-identical to that of the reference."""
         assert self.start() == 0, self.output
         assert differences(newest(self.run_dir), newest(reference)) == []
         assert metrics(self.run_dir) == metrics(reference)
@@ -103,7 +103,7 @@ def faulty(tmp_path: Path) -> Faulty:
 
 
 def at_step(given: tuple[int, Action]) -> None:
-    """Make `action(watch)` happen when `step` is done, before anything is measured, written or saved of it."""
+    """Call `action(watch)` after `step`, before its metrics and checkpoint are written."""
     step, action = given
     real = Monitor.after_step
 
@@ -116,7 +116,7 @@ def at_step(given: tuple[int, Action]) -> None:
 
 
 def fill_the_disk(name: str) -> None:
-    """Let every write of a new file of this name fail as on a full disk."""
+    """Make every write of a new file of this name fail as on a full disk."""
     real = atomic.temporary_name
 
     def temporary_name(path: Path) -> Path:
@@ -330,7 +330,7 @@ def test_a_disk_that_is_full_for_the_log_ends_the_log_alone(faulty: Faulty, refe
 
 
 def become_nobody(_: Any) -> None:
-    """Take the run directory as another user where this one is root, who may write everywhere.
+    """Lock the run directory as another user if this one is root, who may write everywhere.
 
     For no longer than that: the code may be where only root can read it.
     """
@@ -349,7 +349,7 @@ def become_nobody(_: Any) -> None:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that every user may enter."""
+    """A folder that every user can access."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)

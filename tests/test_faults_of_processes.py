@@ -1,4 +1,4 @@
-"""What goes wrong in one of several processes: all end soon, by themselves, with one message that says where."""
+"""Faults in one of several processes: all end soon, by themselves, with one message that names the process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def finish(ranks: list[Started]) -> list[int]:
 
 
 class AtStep:
-    """`train.optimize`, but in its nth call something else happens before what it returns."""
+    """Return `optimize` with an action before its nth call."""
 
     def __init__(self, nth: int) -> None:
         self.real, self.left = loop.optimize, nth

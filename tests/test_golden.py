@@ -1,4 +1,4 @@
-"""No golden case lies about untested."""
+"""Every golden case is used by a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGHUP, which a closed terminal sends: a run saves and stops as after SIGTERM, and under nohup it goes on."""
+"""SIGHUP, which a closed terminal sends: a run saves and stops as after SIGTERM; under nohup it continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports go one way, as the order of the packages says; no two modules import each other."""
+"""Imports follow the order of the packages, there are no import cycles, and every module has a test file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is installed is complete: the wheel works in an empty environment, and so does a package of somebody else's."""
+"""The wheel is complete: it works in an empty environment, and so does a plug-in package."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FEW = [
 
 
 def run(*line: str, cwd: Path, code: int = 0, **variables: str) -> str:
-    """What a command prints; it must end with `code`, and sees no path of ours."""
+    """Run a command without our paths; return its output. Fail unless it exits with `code`."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1"} | variables
     ended = subprocess.run(

@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends bit for bit as one that was never stopped."""
+"""A run that is killed and resumed ends bit-identical to one that was never stopped."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def reference(command: list[str], run_dir: Path, processes: int) -> Path:
 
 
 def killed(command: list[str], run_dir: Path, processes: int) -> Path:
-    """Stopped several times, each start with another number of workers."""
+    """Stopped several times; each start has another number of workers."""
     chance = random.Random(run_dir.name)
     early, *steps = sorted(chance.sample(range(2, STEPS - 12), 4))
     killers: list[Killer] = [partial(kill_main, step=early)]
@@ -126,7 +126,7 @@ def killed(command: list[str], run_dir: Path, processes: int) -> Path:
 
 
 def kill_main(process: Started, run_dir: Path, *, step: int) -> None:
-    """SIGKILL to the process that the user started; those it started must end with it, and leave the lock."""
+    """Send SIGKILL to the process that the user started; its children must end with it and release the lock."""
     wait_for_step(process, run_dir, step)
     children = family(process.pid)
     os.kill(process.pid, signal.SIGKILL)
@@ -141,7 +141,7 @@ def kill_itself(process: Started, run_dir: Path) -> None:
 
 
 def die_while_saving(step: int) -> None:
-    """Half of the first checkpoint at or after `step` reaches the disk, then SIGKILL."""
+    """Send SIGKILL when half of the first checkpoint at or after `step` is written."""
     whole = torch.save
 
     def torn(state: dict[str, Any], path: Path) -> None:

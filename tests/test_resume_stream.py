@@ -1,4 +1,4 @@
-"""Runs over shards that are killed and started again: every image once an epoch, and the same end to the last bit.
+"""Runs over shards that are killed and resumed: every image once per epoch, and a bit-identical end.
 
 The method of these runs counts, in a buffer that the checkpoints hold, how often it sees each image in each epoch.
 """

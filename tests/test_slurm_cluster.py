@@ -1,4 +1,4 @@
-"""Runs on a throw-away Slurm of two nodes. Skipped only where it cannot be: no root, or no packages."""
+"""Runs on a disposable Slurm cluster of two nodes. Skipped only without root or the packages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class SlowMoCo(MoCo):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What must be in the environment to use the cluster."""
+    """Return the environment variables that the cluster needs."""
     folder = tmp_path_factory.mktemp("cluster")
     started = subprocess.run([CLUSTER, "start", str(folder)], capture_output=True, text=True)
     if started.returncode == CANNOT_BE:
@@ -64,7 +64,7 @@ def go_there(given: tuple[Path, dict[str, str]]) -> None:
 
 
 def ask(cluster: dict[str, str], *line: str) -> str:
-    """What a command of Slurm answers."""
+    """Return the output of a command of Slurm."""
     return subprocess.run(line, env=os.environ | cluster, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
@@ -117,7 +117,7 @@ def test_a_preempted_run_on_two_nodes_comes_back_and_ends_as_one_that_never_was(
 
 
 def refused_on_node2(cluster: dict[str, str], run_dir: Path) -> str:
-    """What a second run in the directory hears on the other node."""
+    """Return the message of a second run in the same directory on the other node."""
     code = f"from pathlib import Path; from sslcli.runs.directory import lock; lock(Path({str(run_dir)!r}), patience=0)"
     line = ["srun", "--nodelist=node2", sys.executable, "-c", code]
     ended = subprocess.run(line, env=os.environ | cluster, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Networks and batches small enough to compute anything about them."""
+"""Networks and batches for fast tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TinyNet(nn.Module):
 def make_batch(
     num_images: int = 8, *, views: int = 2, size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Batch:
-    """`views` noisy copies of random images, so that views of one image resemble each other."""
+    """Return a batch of `views` noisy copies of random images, so that views of one image are similar."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(num_images, 3, size, size, generator=generator, dtype=torch.float64)
     noisy = [images + torch.randn(images.shape, generator=generator, dtype=torch.float64) / 2 for _ in range(views)]

@@ -18,7 +18,7 @@ REAL = importlib.util.find_spec("timm") is not None
 
 
 class FakeNet(nn.Module):
-    num_features = 999  # not what it gives, as in timm's mobilenets
+    num_features = 999  # differs from the actual output width, as in timm's mobilenets
 
     def __init__(self, channels: int, maps: bool) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ if REAL:
 def test_a_file_of_weights_that_holds_code_runs_none(
     option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where timm asks torch to unpickle it whole, as its older versions do."""
+    """A damaged file is refused although older versions of timm ask torch to unpickle it without weights_only."""
     path, mark = tmp_path / "net.pth", tmp_path / "ran"
     path.write_bytes(pickle.dumps(Act(str(mark))))
     load = torch.load

@@ -1,4 +1,4 @@
-"""What the command line refuses, and in which words; nothing here starts a run."""
+"""Command lines that are rejected, with their messages; no test here starts a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METHODS = ", ".join(sorted(path.stem for path in (CONF / "method").glob("*.yaml"
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The configurations that would have been run."""
+    """Record the configurations that would be run."""
     jobs: list[dict[str, Any]] = []
 
     def note(config: dict[str, Any]) -> int:
@@ -34,7 +34,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def refused(cli: Cli, started: list[dict[str, Any]]) -> Any:
-    """Calls a command that must end with code 2 and one line on stderr, and returns that line."""
+    """Call a command that must exit with code 2 and one line on stderr; return that line."""
 
     def call(*arguments: str, program: str = "ssl-train") -> str:
         ended = cli(program, *arguments)
@@ -220,7 +220,7 @@ def test_what_is_right_is_understood(
 
 
 def write(folder: Path, text: str) -> None:
-    """An experiment of the user's own, named `mine`."""
+    """Write an experiment of a user, named `mine`."""
     folder.joinpath("experiment").mkdir()
     folder.joinpath("experiment/mine.yaml").write_text(text)
 

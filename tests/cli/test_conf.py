@@ -1,4 +1,4 @@
-"""Every yaml file: it composes, shows all its class takes, and fits every other."""
+"""Every yaml file: it composes, lists all parameters of its class, and combines with every other choice."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def read(name: str) -> dict[str, Any]:
 
 
 def node_of(name: str) -> dict[str, Any]:
-    """The part of a yaml that its own group is made of."""
+    """Return the node of a yaml file's own group."""
     found = read(name)
     inner = found.get(name.partition("/")[0])
     return inner if isinstance(inner, dict) else found
 
 
 def given(name: str) -> list[str]:
-    """The choice of a yaml, and something for what it leaves to be given."""
+    """Return the override that chooses a yaml file, and values for its mandatory keys."""
     group, _, choice = name.partition("/")
     return [f"{group}={choice}", *(f"{group}.{key}=x" for key, value in node_of(name).items() if value == "???")]
 

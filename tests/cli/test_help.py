@@ -1,4 +1,4 @@
-"""What answers at once: help, version, completion, printing; none of it may import torch, and help not even Hydra."""
+"""Fast answers: help, version, completion, printing. None imports torch, and help does not import Hydra."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_help_names_every_group_choice_and_key(cli: Cli) -> None:
 @pytest.mark.parametrize("program", ["ssl-train", "ssl-eval"])
 def test_a_reader_that_has_seen_enough_is_no_error(program: str) -> None:
     there, here = os.pipe()
-    os.close(there)  # as `head -1` does, but before and not while we write
+    os.close(there)  # as `head -1` does, but before anything is written
     ended = subprocess.run(
         [str(Path(sys.executable).with_name(program)), "--help"], stdout=here, stderr=subprocess.PIPE, check=False
     )

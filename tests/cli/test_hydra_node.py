@@ -1,4 +1,4 @@
-"""sslcli/cli/hydra_node.py: what a configuration may have Hydra itself call."""
+"""Callables that a configuration may name for Hydra itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are started, continued, evaluated and exported from other working directories, and whose images move."""
+"""Runs that are started, resumed, evaluated and exported from other working directories, and whose images are moved."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KNN = ["protocol=knn", "baselines=false"]
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images and the run that was trained on them by a relative path. Copy it, and leave it as it is."""
+    """A folder with images and a run trained on them by a relative path. Tests copy it and must not modify it."""
     work = tmp_path_factory.mktemp("original")
     make_folder(work / "images", broken=0)
     installed(work, "ssl-train", *FOLDER, "name=x", *SHORT)
@@ -43,7 +43,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def work(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> Path:
-    """A copy of the folder, the run naming the images in the copy; the working directory is another one."""
+    """A copy of the folder, whose run has the path of the copied images; the working directory is another folder."""
     copy = Path(shutil.copytree(original, tmp_path / "work", symlinks=True))
     rewrite(copy, root=str(copy / "images"))
     (tmp_path / "elsewhere").mkdir()

@@ -1,4 +1,4 @@
-"""Which values of a configuration are paths, and their absolute form."""
+"""Values of a configuration that are paths, and their absolute form."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_parent_behind_a_link_is_the_parent_of_where_the_link_leads(here: Path
     (here / "link").symlink_to(here.parent / "far" / "inside")
     assert os.path.samefile(absolute("link/../data"), here.parent / "far" / "data")
     assert real_path("link/../data") == str(here.parent / "far" / "data")
-    # What does not exist yet is made where the shell would make it, and no later abspath changes that.
+    # A path that does not exist yet is created where the shell would create it, and a later abspath does not change it.
     assert absolute("link/../runs/new") == str(here.parent / "far" / "runs" / "new")
     assert os.path.abspath(absolute("link/../data")) == str(here.parent / "far" / "data")
 

@@ -16,7 +16,7 @@ DELETED = object()
 
 @pytest.fixture(scope="module")
 def valid() -> dict[str, Any]:
-    """A configuration as Hydra composes it. Copy it, and leave it as it is."""
+    """A configuration as Hydra composes it. Tests copy it and must not modify it."""
     job = composed("train", "launcher=slurm")
     return {key: value for key, value in job.items() if not key.startswith("_")}
 

@@ -26,7 +26,7 @@ FIXED = {"sslcli.data.sources.files.ImageNet": {"test"}}  # keywords of a base t
 
 
 def keywords(kind: type) -> dict[str, bool]:
-    """Name of each keyword of a class and whether it must be given, as Python sees them, `**common` resolved."""
+    """Return name and requiredness of each keyword of a class, from `inspect`, with `**common` resolved."""
     found: dict[str, bool] = {}
     for base in reversed(kind.__mro__[:-1]):
         if "__init__" not in vars(base):

@@ -1,4 +1,4 @@
-"""The crops that data workers make, against one image after the other decoded whole and cut by Pillow."""
+"""Crops of the data workers, compared with crops of fully decoded images by Pillow."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def crops(made: Flat, views: list[Mapping[str, Any]], index: Tensor | None = Non
 
 
 def slow(made: Flat, views: list[Mapping[str, Any]]) -> list[Tensor]:
-    """The same, the obvious way."""
+    """The same crops, computed one image at a time by Pillow."""
     kinds = Views(views)
     found: list[list[Tensor]] = [[] for _ in range(kinds.num_views)]
     for index in range(COUNT):

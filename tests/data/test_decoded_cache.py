@@ -1,4 +1,4 @@
-"""Decoded images that are kept: the same bits as without, whatever happens to them."""
+"""Cache of decoded images: the images are bit-identical with and without it, also if it is damaged."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_changed_image_is_decoded_anew(photos: Path) -> None:
 
 
 def test_an_image_replaced_by_one_of_the_same_size_is_decoded_anew(photos: Path) -> None:
-    """Neither the file of another image nor its place may be taken for the new one."""
+    """A cached image must not be used for another file at the same path."""
     for number in (6, 7):
         Image.new("RGB", (30, 30), (number * 30,) * 3).save(photos / f"{number:02d}.bmp")
     before = source(photos, "disk")

@@ -1,4 +1,4 @@
-"""sslcli/data/workers.py: how many data workers there are, and how they end."""
+"""Number of data workers, and their end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Deadly(Dataset[int]):
 
 
 class Stuck(Dataset[int]):
-    """Item 1 never comes."""
+    """Blocks forever at item 1."""
 
     def __getitem__(self, item: int) -> int:
         while item == 1:
@@ -38,7 +38,7 @@ class Stuck(Dataset[int]):
 
 
 class Failing(Dataset[int]):
-    """Item 1 raises what it is given."""
+    """Raises the given exception at item 1."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -55,7 +55,7 @@ def read(dataset: Dataset[int], *, workers: int = 2, owner: type = Source, timeo
 
 @pytest.fixture(autouse=True)
 def _no_worker_stays() -> Iterator[None]:
-    """However a reader ends, its workers have ended with it."""
+    """Fail unless the workers of a reader end with it."""
     before = set(multiprocessing.active_children())
     yield
     assert set(multiprocessing.active_children()) <= before
@@ -114,7 +114,7 @@ def test_workers_that_cannot_be_started_are_told(monkeypatch: pytest.MonkeyPatch
 
 
 class Room(NamedTuple):
-    """What the system says of /dev/shm."""
+    """Replace the reported free space of /dev/shm."""
 
     f_bavail: int
     f_frsize: int

@@ -41,7 +41,7 @@ def test_one_process_gathers_its_own_rows() -> None:
 
 
 def pairwise_loss(mine: Tensor, everyone: Tensor) -> Tensor:
-    """The mean over own rows of something that couples them to all rows."""
+    """Return the mean over local rows of a function that couples each row to all rows."""
     return torch.logsumexp((mine @ everyone.T).square(), dim=1).mean()
 
 

@@ -1,4 +1,4 @@
-"""Which device a process takes; what launchers do is tested with the processes they start."""
+"""Device of a process. Launchers are tested together with the processes they start."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_device_that_is_not_there_is_refused(
 
 @pytest.fixture
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """This machine as one with a GPU, as far as choosing and preparing a device goes; the devices that became current.
+    """Simulate one GPU for the choice and preparation of a device; return the devices that became current.
 
     torch's own check of the device runs; only the call into the driver is replaced.
     """
@@ -111,7 +111,7 @@ def test_processes_with_gpus_meet_over_nccl(one_gpu: list[int], monkeypatch: pyt
 
 
 def test_a_method_is_placed_on_the_gpu_whole(one_gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors go to `meta` where they would go to the GPU."""
+    """Move tensors to `meta` instead of the GPU."""
     to, given = nn.Module.to, []
 
     def to_meta(module: nn.Module, device: torch.device) -> nn.Module:

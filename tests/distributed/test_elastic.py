@@ -1,4 +1,4 @@
-"""Restarts of processes, with programs that only end."""
+"""Restarts of processes, with programs that only exit."""
 
 from __future__ import annotations
 

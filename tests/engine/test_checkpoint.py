@@ -184,11 +184,11 @@ def test_another_dictionary_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """As SIGKILL does, it leaves no chance to clean up."""
+    """Simulated SIGKILL: no cleanup runs."""
 
 
 class DiesAt:
-    """A function that kills at its nth call, before or after doing its work."""
+    """Wrap a function so that its nth call kills, before or after its work."""
 
     def __init__(self, real: Callable[..., Any], nth: int, *, after: bool) -> None:
         self.real, self.left, self.after = real, nth, after

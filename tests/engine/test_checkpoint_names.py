@@ -1,4 +1,4 @@
-"""The one rule by which checkpoints are named, which the script of a Slurm job gets as well."""
+"""Naming rule of checkpoints, which the script of a Slurm job uses as well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A method spread over processes computes what one process does, and so does one whose blocks are computed again."""
+"""FSDP and activation checkpointing give the results of one process without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gradient in two halves is that of the whole batch, bit for bit where nothing is rounded differently."""
+"""The cached gradient of two halves equals that of the whole batch, bit-identical where rounding is the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop from outside: what ends a run, what a step is, and what a collapse looks like."""
+"""Training loop: ends of a run, steps, and reports of collapse."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_diverging_run_ends_with_exit_code_3_and_one_message(tmp_path: Path) -
 def test_a_run_that_diverges_between_two_lines_of_metrics_measures_nothing_of_it(
     more: list[str], tmp_path: Path
 ) -> None:
-    """The k-NN of an epoch that ends off `train.log_every_steps` meets the weights first."""
+    """k-NN runs at the end of an epoch that is not a multiple of `train.log_every_steps`, before the next step."""
     lines = ["dataset.limit=500", "train.batch_size=64", "train.epochs=2", "optimizer.lr=1e20", "backbone.width=8"]
     said = installed(tmp_path, "ssl-train", *lines, "launcher.threads=1", "run_dir=r", *more, code=EXIT_FAILED)
     assert "not finite" in said

@@ -32,7 +32,7 @@ def _files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_monitor(run_dir: Path, *, log_every_steps: int = 1, steps_per_epoch: int = 4, **changes: Any) -> Monitor:
-    """A monitor that measures nothing but what `changes` ask for."""
+    """Return a monitor that measures only what `changes` enable."""
     settings = {
         "knn_every_epochs": 0,
         "knn_k": 5,
@@ -120,7 +120,7 @@ def test_values_that_are_not_finite_are_null_in_the_lines_and_absent_in_tensorbo
 
 
 class Said(Screen):
-    """Keeps warnings."""
+    """A screen that records warnings."""
 
     def __init__(self) -> None:
         super().__init__(silent=True)
@@ -268,7 +268,7 @@ def test_a_collapse_is_acted_on_as_asked(tmp_path: Path, capsys: pytest.CaptureF
     monitor.detector = Verdict()  # type: ignore[assignment]
     with pytest.raises(TrainingFailed, match=r"collapsed at step 1: std .* of 4"):
         follow(monitor, [1.0, 1.0])
-    assert [line["step"] for line in lines_of(tmp_path)] == [1]  # what it was judged by is written
+    assert [line["step"] for line in lines_of(tmp_path)] == [1]  # the metrics behind the decision are written
 
 
 def test_a_loss_that_is_not_finite_is_told_with_its_first_step(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_scale_of_gradients_changes_excluded_tensors_alone() -> None:
 
 
 def one_step(weight: Tensor, grad: Tensor, *, lr: float = 0.5, **values: Any) -> Tensor:
-    """How far the first step moves `weight`."""
+    """Return the size of the first step of `weight`."""
     parameter = nn.Parameter(weight.clone())
     parameter.grad = grad.clone()
     LARS([parameter], lr=lr, **values).step()

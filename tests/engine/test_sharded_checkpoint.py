@@ -1,4 +1,4 @@
-"""Checkpoints that several processes write together, while training goes on."""
+"""Checkpoints that several processes write together, in the background of training."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def state_of(method: Method, optimizer: Optimizer, step: int) -> dict[str, Any]:
 
 
 def digest(state: dict[str, Any]) -> str:
-    """Of all tensors, whole."""
+    """Return the digest of all tensors, gathered."""
     found = hashlib.sha256()
 
     def add(node: Any) -> None:
@@ -92,7 +92,7 @@ def saved(run_dir: Path, steps: int, keep: int = 10) -> list[str]:
 
 
 def loaded(run_dir: Path) -> tuple[int, str, list[str]]:
-    """What another start makes of the newest checkpoint: step, digest and warnings."""
+    """Load the newest checkpoint in another start; return step, digest and warnings."""
     method, optimizer = assembled(seed=1)
     method(mine(make_batch(12)))["loss"].backward()
     warnings: list[str] = []

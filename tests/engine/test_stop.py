@@ -103,7 +103,7 @@ def test_a_repeated_termination_still_waits_for_the_checkpoint(
 
 
 def steps_until_both_stop(signaled: int | None) -> tuple[list[bool], str, bool]:
-    """What each process hears at each of four steps: one gets a signal before the second, or its time is over then."""
+    """Return the decisions of a process at four steps; before the second, one gets a signal or its time is over."""
     stop = StopRequest()
     heard = []
     try:

@@ -1,4 +1,4 @@
-"""What the tests of the protocols that train begin with."""
+"""Fixtures of the tests of protocols that train."""
 
 from __future__ import annotations
 

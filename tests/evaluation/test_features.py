@@ -19,7 +19,7 @@ from sslcli.nn.modes import evaluating
 
 
 class Net(nn.Module):
-    """BatchNorm has statistics and dropout draws random numbers: both show when a net is not in eval mode."""
+    """A network with BatchNorm and dropout, whose output differs outside of evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def test_pixels_of_small_images_are_the_images_and_of_large_ones_their_means():
 
 
 class Compute:
-    """Counts how often it is asked."""
+    """Counts its calls."""
 
     def __init__(self, value: float = 1.0, dtype: torch.dtype = torch.float32) -> None:
         self.calls = 0
@@ -220,7 +220,7 @@ def cut(content: bytes) -> bytes:
 
 
 def turned(content: bytes) -> bytes:
-    """One bit of the features is another."""
+    """Flip one bit of the features."""
     place = content.index(torch.full((4, 8), 1.0).numpy().tobytes())
     return content[: place + 9] + bytes([content[place + 9] ^ 1]) + content[place + 10 :]
 

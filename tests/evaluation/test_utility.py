@@ -1,4 +1,4 @@
-"""How many labels pre-training saves: isotonic regression, inversion, bounds, and the study as a whole."""
+"""Utility of pre-training in labels: isotonic regression, inversion, bounds, and the whole study."""
 
 from __future__ import annotations
 

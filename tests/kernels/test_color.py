@@ -1,4 +1,4 @@
-"""sslcli/kernels/color.c: the views that torch's operations make, which other tests hold to torchvision's."""
+"""The compiled color operations give the views of the torch operations, which other tests compare with torchvision."""
 
 from __future__ import annotations
 

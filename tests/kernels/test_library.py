@@ -1,4 +1,4 @@
-"""sslcli/kernels/library.py: what is compiled is found, and passed over where it does not fit."""
+"""Compiled libraries are found, and not used if they do not fit the processor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sslcli/kernels/resize.c: the crops of torch's operations, which tests/data/test_augment.py holds to torchvision's."""
+"""The compiled resize gives the crops of the torch operations, which other tests compare with torchvision."""
 
 from __future__ import annotations
 

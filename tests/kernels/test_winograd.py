@@ -1,4 +1,4 @@
-"""Winograd's convolutions are those of torch: values, gradients, gradients of gradients, and where they are taken."""
+"""Winograd convolutions equal those of torch in values, gradients and second gradients; and where they are used."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_only_gradients_that_are_wanted() -> None:
 
 
 def test_a_module_is_the_one_that_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its path is taken where it pays, and nowhere else; names, parameters and results stay."""
+    """The Winograd path is used only where it is faster; names, parameters and results do not change."""
     conv = nn.Conv2d(64, 64, 3, padding=1, bias=True)
     names = list(conv.state_dict())
     use_winograd(conv)

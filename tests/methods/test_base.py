@@ -1,4 +1,4 @@
-"""sslcli/methods/base.py: the contract of a method is declared whole, and nothing is found by probing."""
+"""The contract of a method is declared completely; no member is found by probing."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_sampled_loss_is_the_explicit_cross_entropy_over_what_was_drawn() -> Non
 
 
 def test_full_loss_is_the_explicit_cross_entropy_over_all_patches() -> None:
-    """2 images, a 4 x 4 grid, the paper's i = 1: two rows below."""
+    """Return 2 images on a 4 x 4 grid with the paper's i = 1, i.e. targets two rows below."""
     offset, targets = 2, torch.randn(2, 4, 4, 5, dtype=torch.float64)
     prediction = torch.randn(2, 4 - offset, 4, 5, dtype=torch.float64)
     pool = [targets[b, r, x] for b in range(2) for r in range(4) for x in range(4)]

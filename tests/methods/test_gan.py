@@ -124,7 +124,7 @@ def test_the_penalty_of_a_linear_discriminator_is_half_its_squared_length() -> N
 
 
 def energy(x: list[float], y: list[float]) -> float:
-    """The same by the definition, of single numbers."""
+    """The same by the definition, element by element."""
     between = sum(abs(a - b) for a in x for b in y) / (len(x) * len(y))
     within = [sum(abs(a - b) for a in v for b in v) / (len(v) * (len(v) - 1)) for v in (x, y)]
     return 2 * between - sum(within)

@@ -91,7 +91,7 @@ def test_crops_are_those_of_plain_slices() -> None:
 
 
 class Ordered(nn.Module):
-    """Concatenated codes as they come, in place of the last linear layer."""
+    """Return the concatenated codes unchanged, instead of the last linear layer."""
 
     def forward(self, codes: Tensor) -> Tensor:
         self.seen = codes
@@ -114,7 +114,7 @@ def test_patches_are_shuffled_within_their_image_alone_and_differently_in_each()
         orders.append(cell)
     assert len(orders[0].unique(dim=0)) > 195
     assert not torch.equal(*orders)
-    # Each cell comes to each place.
+    # Every cell appears at every position.
     assert all(len(orders[0][:, place].unique()) == 9 for place in range(9))
 
 

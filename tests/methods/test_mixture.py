@@ -1,4 +1,4 @@
-"""Un-Mix: the mixtures themselves, their term in a loss, and every method that takes them."""
+"""Un-Mix: mixtures, their loss term, and every method that supports them."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_the_term_weighs_both_orders_of_the_mixtures_against_the_clean_targets(w
 
 
 def loss_of(method: Method, images: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
-    """What the papers' losses make of `images` as queries, for the targets of the views."""
+    """Return the papers' losses with `images` as queries and the targets of the views."""
     if isinstance(method, SimCLR):
         settings = {"temperature": method.temperature, "memory": getattr(method, "queue", None)}
         return nt_xent(method.projection(images), method.projection(x2), **settings).loss

@@ -20,7 +20,7 @@ def unit_rows(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def explicit_info_nce(
     query: Tensor, positive: Tensor, negatives: Tensor, temperature: float, exclude: Tensor | None = None
 ) -> Contrast:
-    """The same by the whole matrix and a loop."""
+    """The same loss, from the full matrix and a loop."""
     rows, hits = [], 0
     for i in range(len(query)):
         left_out = set() if exclude is None else set(exclude[i].tolist())
@@ -105,7 +105,7 @@ def test_excluded_columns_might_as_well_hold_anything() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the most elements any result held."""
+    """Records the number of elements of the largest result."""
 
     largest = 0
 
@@ -128,7 +128,7 @@ def test_no_tensor_is_as_large_as_the_matrix_of_similarities(monkeypatch: pytest
     with LargestTensor() as seen:
         logits = torch.cat([(query * positive).sum(1, keepdim=True), query @ negatives.T], 1)
         F.cross_entropy(logits, torch.zeros(64, dtype=torch.long)).backward()
-    assert seen.largest >= 32768  # the measure sees what it should
+    assert seen.largest >= 32768  # the measurement itself works
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

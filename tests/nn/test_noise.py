@@ -1,4 +1,4 @@
-"""Numbers of a method's noise belong to images and not to processes."""
+"""Random numbers of a method depend on the image and not on the process."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def on_a_terminal(screen: Screen) -> StringIO:
-    """Make the screen take what it prints to for a terminal; what it prints."""
+    """Make the screen treat its output as a terminal; return the output."""
     out = StringIO()
     screen.console = Console(file=out, force_terminal=True, width=200, highlight=False)
     return out

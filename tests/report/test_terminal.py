@@ -1,4 +1,4 @@
-"""sslcli/report/terminal.py: what becomes of printed lines when nobody reads them, and that a run goes on."""
+"""Printed lines without a reader: the run continues."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_reader_that_is_gone_is_written_to_no_more(pipe: tuple[int, TextIO]) -
     for _ in range(3):
         print("unread", file=guarded, flush=True)
     assert guarded.is_broken
-    stream.flush()  # as Python does when it ends: what is left goes nowhere
+    stream.flush()  # as Python does at exit: the remaining output is discarded
 
 
 def test_a_full_disk_is_written_to_no_more() -> None:

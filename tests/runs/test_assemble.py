@@ -1,4 +1,4 @@
-"""What a run is made of: whether k-NN during training means anything."""
+"""Parts of a run: k-NN during training, with labels that do not allow it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be trained is refused when the parts of a run are built, with the reason and a remedy."""
+"""Combinations that cannot be trained are rejected when a run is built, with reason and remedy."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_node_without_a_class_is_refused(node: Any) -> None:
 
 
 class Inner:
-    """What a keyword may be."""
+    """Base class of a keyword's values."""
 
 
 class Outer(nn.Module):

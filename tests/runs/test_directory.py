@@ -34,7 +34,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 
 def started(run_dir: Path) -> Path:
-    """A directory as a run of CONFIG leaves it, without checkpoint."""
+    """Create the directory of a run of CONFIG, without checkpoint."""
     run_dir.mkdir()
     write_description(
         run_dir, CONFIG, overrides=["method=byol", "seed=0"], effective={"steps": 3}, device="cpu", threads=1
@@ -44,7 +44,7 @@ def started(run_dir: Path) -> Path:
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """As a user whom the permissions of files bind."""
+    """Run the block as a user without root's rights."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)

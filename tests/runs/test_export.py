@@ -19,7 +19,7 @@ KNN = ["protocol=knn", "baselines=false"]
 
 
 def numbers(path: Path) -> dict[str, Any]:
-    """What must be equal wherever the same net is measured."""
+    """Return the entries that must be equal wherever the same network is evaluated."""
     found = json.loads(path.read_text())
     return {key: found[key] for key in found if "top" in key or "interval" in key or key in ("baselines", "n_train")}
 

@@ -1,4 +1,4 @@
-"""A run goes on with the images it began with and no others, and an evaluation measures the images that there are."""
+"""Changed images: a run resumes only with the images it started with; an evaluation uses the current ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KNN = ["run=run", "protocol=knn", "baselines=false"]
 
 @pytest.fixture
 def run(cli: Cli, tmp_path: Path) -> Callable[..., Ended]:
-    """Start the run again, from its last checkpoint, with these arguments as well; it ran before."""
+    """Resume the run from its last checkpoint, with additional arguments."""
     for path in make_folder(tmp_path / "images", broken=0).rglob("*.png"):
         path.write_bytes(path.read_bytes().ljust(4096))  # so that all sizes are equal
     assert cli("ssl-train", *LINE).code == 0
@@ -60,7 +60,7 @@ def overwrite(images: Path) -> None:
 
 
 def later(path: Path) -> None:
-    """Give a file another time, which a write within the same tick of the clock does not."""
+    """Change the time of a file, which a write within the same clock tick does not."""
     found = os.stat(path)
     os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 10**6))
 
@@ -191,7 +191,7 @@ def test_all_processes_refuse_what_the_main_one_refuses(pair: Pair, tmp_path: Pa
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/step-00000001.pt").touch()
     later(tmp_path / "images1/a/000.png")
-    assert pair.run(refused, tmp_path) == ["", ""]  # the main process looks, and its images are the same
+    assert pair.run(refused, tmp_path) == ["", ""]  # the main process compares, and its images are the same
     later(tmp_path / "images0/a/000.png")
     first, second = pair.run(refused, tmp_path)
     assert first == second

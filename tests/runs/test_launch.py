@@ -40,7 +40,7 @@ def test_an_error_of_the_program_is_tried_again_only_from_a_newer_checkpoint(
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """What `launch` hands the configuration to, and the configuration."""
+    """Record the function that `launch` calls, and its configuration."""
     found: list[tuple[str, Any]] = []
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(worker, "run", lambda config: found.append(("worker", config)) or 0)

@@ -34,7 +34,7 @@ def test_resume_never_and_must_are_obeyed(run_dir: Path, cli: Cli, tmp_path: Pat
 
 
 def note_garbage_collection(report: Path) -> None:
-    """Leave in a file whether garbage is looked for when training begins, and among how much of what was there."""
+    """Write whether garbage collection is on when training starts, and the numbers of tracked and frozen objects."""
     from sslcli.runs import worker
 
     train = worker.train

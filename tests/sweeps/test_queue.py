@@ -1,4 +1,4 @@
-"""How a machine is shared out to jobs, and what signals do to them."""
+"""Cores and GPUs of parallel jobs, and signals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--multirun`: every job a process of its own, in a folder that outlives the sweep."""
+"""`--multirun`: every job runs in a separate process; records of the jobs outlive the sweep."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def jobs_of(folder: Path) -> list[Path]:
 
 
 def starts(folder: Path, seed: int) -> int:
-    """How often the job with a seed was started."""
+    """Return how often the job with a seed was started."""
     path = folder / column(folder, "run_dir")[str(seed)] / "starts"
     return len(path.read_text().splitlines()) if path.exists() else 0
 

@@ -1,4 +1,4 @@
-"""Jobs of a sweep that somebody else is at work on: an orphan of a killed sweep, another sweep, a run by hand."""
+"""Jobs of a sweep that another process runs: an orphan of a killed sweep, another sweep, a run started by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def starts(folder: Path) -> int:
 
 
 def orphan(folder: Path, *more: str) -> int:
-    """The process of a job that waits for a signal, and whose sweep was killed."""
+    """Kill a sweep whose job waits for a signal; return the process id of the job."""
     sweep = start_sweep(*HERE, "seed=5", *more, cwd=folder)
     wait_until(lambda: starts(folder / "here") == 1, "the job is at work")
     (record,) = (folder / "here/jobs").glob("*.json")

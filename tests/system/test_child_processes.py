@@ -1,4 +1,4 @@
-"""What processes that we start import: nothing that lies in the current directory by chance."""
+"""Imports of child processes: no module of the current directory is imported by accident."""
 
 from __future__ import annotations
 

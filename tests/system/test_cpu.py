@@ -1,4 +1,4 @@
-"""Cores that a process may use, and the spin count that OpenMP reads, which is set before torch is loaded."""
+"""CPU cores of a process, and the spin count of OpenMP, which is set before torch is loaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_processes_of_a_run_share(processes: str | None, expected: int, monkeypa
 
 
 def reported(tmp_path: Path, **environment: str) -> str:
-    """What GNU's OpenMP prints of its settings when `ssl-train` loads it."""
+    """Return the settings that GNU OpenMP prints when `ssl-train` loads it."""
     # Commands that other tests called in this process have set it.
     ours = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     ended = subprocess.run(

@@ -1,4 +1,4 @@
-"""Measured in processes of their own, since the advice cannot be taken back."""
+"""Page faults, measured in separate processes, since the setting cannot be undone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def page_faults(mode: str) -> int:
-    """Of the third of three equal steps."""
+    """Return the page faults of the third of three equal steps."""
     return int(subprocess.run([sys.executable, "-c", PROGRAM, mode], check=True, capture_output=True).stdout)
 
 

@@ -1,4 +1,4 @@
-"""sslcli/system/regular_files.py: what may be opened, and that nothing else holds up a process."""
+"""Only regular files are opened; a FIFO does not block a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found in shards, and what is said of those that are not as they should be."""
+"""Indices of tar archives and parquet files, and messages for damaged ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sets of shards, from the files to the batches. How whole runs go on is in tests/test_resume_stream.py."""
+"""Sets of shards, from files to batches. Resuming of whole runs is tested in tests/test_resume_stream.py."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_more_workers_than_images_of_a_process_work(sets: dict[str, str], shared
 
 
 class Counted(MemoryFileSystem):  # type: ignore[misc]
-    """A place elsewhere that knows what was read of it."""
+    """A remote file system that records which bytes were read."""
 
     protocol = "counted"
     ranges: ClassVar[list[tuple[str, int, int]]] = []
@@ -197,7 +197,7 @@ def test_no_more_is_kept_than_the_buffer_needs(elsewhere: str, cache: str, monke
 def test_every_worker_lets_go_of_what_it_has_read(
     elsewhere: str, cache: str, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    """The workers in one process, one after another, so that one can look into them."""
+    """Run the workers one after another in this process, so that tests can inspect them."""
     monkeypatch.setattr("sslcli.data.loader.world_size", lambda: 2)
     made = loader(stream(elsewhere, cache, workers=workers, lanes=8, buffer=16))
     requests = list(made.requests(0, 8))

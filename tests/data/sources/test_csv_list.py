@@ -1,4 +1,4 @@
-"""CSV files of paths and labels: what is read, and what is refused with its line."""
+"""CSV files of paths and labels: valid files, and errors with their line."""
 
 from __future__ import annotations
 

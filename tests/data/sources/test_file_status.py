@@ -15,7 +15,7 @@ from sslcli.data.sources.file_status import UNREADABLE, hashes_of, status_of
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
-    """600 files, the third of which is not there."""
+    """600 files, of which the third does not exist."""
     paths = [tmp_path / f"{number}.bin" for number in range(600)]
     for number, path in enumerate(paths):
         path.write_bytes(bytes([number % 256]) * number)

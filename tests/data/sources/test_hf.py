@@ -1,4 +1,4 @@
-"""Sets that Hugging Face `datasets` reads."""
+"""Image sets read by Hugging Face `datasets`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels as numbers, and what is refused as a label."""
+"""Conversion of labels to class numbers, and invalid labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def labels(*values: Any, classes: tuple[str, ...] = ()) -> tuple[list[int], list
 
 
 def merged(*parts: tuple[list[Any], tuple[str, ...]], tests: int = 0) -> tuple[list[int], list[str]]:
-    """Labels of several parts, the last `tests` of which are the official test split."""
+    """Return the labels of several parts; the last `tests` parts are the official test split."""
     train = len(parts) - tests
     found, names = as_labels([Labels(*part, f"part {i}", is_test=i >= train) for i, part in enumerate(parts)])
     return found.tolist(), names

@@ -1,4 +1,4 @@
-"""What is noted of images: every change of the files is seen, in every kind of set, and nothing else is."""
+"""Records of images: every change of the files is detected, in every kind of set, and nothing else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(path: Path, number: int) -> None:
 
 
 def age(path: Path, seconds: int) -> None:
-    """Make a file, or every file of a folder, older; the time of two writes in a test may be the same otherwise."""
+    """Set back the time of a file, or of all files of a folder; two writes in a test may have the same time."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         found = os.stat(file)
         os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns - seconds * SECOND))
@@ -372,7 +372,7 @@ def test_a_value_of_verify_that_is_unknown_is_named(root: Path) -> None:
 
 
 class OfAUser(Source):
-    """A set that reads files and is none of ours."""
+    """A set of another package that reads files."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(image_size=8)

@@ -1,4 +1,4 @@
-"""Submitting and following without a cluster: the commands of Slurm are short scripts here."""
+"""State and log of submitted jobs, with short scripts instead of the commands of Slurm."""
 
 from __future__ import annotations
 

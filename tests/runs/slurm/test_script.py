@@ -1,4 +1,4 @@
-"""The batch script: what may be set, what is refused, and that the file is a script that does what it should."""
+"""The batch script: its directives, and its handling of signals, restarts and requeues."""
 
 from __future__ import annotations
 
