@@ -90,7 +90,7 @@ def test_processes_that_do_not_reach_each_other_end_at_the_time_limit(tmp_path: 
     log = tmp_path / "log"
     command = [*SMALL, "launcher.timeout=8s", f"run_dir={tmp_path / 'run'}"]
     assert finish(start_ranks(*command, log=log, prepare=never_join)) == [3, 3]
-    assert log.read_text().count("they do not reach each other over the network, or a device hangs") == 1
+    assert log.read_text().count("they cannot reach each other over the network, or a device hangs") == 1
 
 
 def complete_both(ranks: list[Started], log: Path) -> None:
@@ -169,11 +169,11 @@ def test_an_image_that_one_process_cannot_read_stops_all_with_its_path(tmp_path:
     images = make_folder(tmp_path / "images", broken=1)
     run_dir, log = tmp_path / "run", tmp_path / "log"
     command = [*SMALL, "dataset=folder", f"dataset.root={images}", "dataset.image_size=16", "dataset.workers=0"]
-    begun = time.monotonic()
+    start = time.monotonic()
     codes = finish(start_ranks(*command, "dataset.val_fraction=0", f"run_dir={run_dir}", log=log))
     assert 2 in codes
     assert 0 not in codes
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - start < 60
     output = log.read_text()
     assert "1 of 60 images cannot be read, but dataset.max_bad=0.01 allows 0" in output
     assert str(images / "a" / "000.png") in output
