@@ -134,9 +134,9 @@ def test_a_process_with_another_configuration_is_refused_with_what_differs(tmp_p
 
 def install_other_code(rank: int) -> None:
     """One file of the package is another one on the second process, as is the version of torch."""
-    real, versions = agreement.sources, agreement.version
+    real, versions = agreement.source_files, agreement.version
     if rank == 1:
-        agreement.sources = lambda packages: [
+        agreement.source_files = lambda packages: [
             (Path(__file__) if name == "sslcli/engine/loop.py" else path, name) for path, name in real(packages)
         ]
         agreement.version = lambda name: "1.0" if name == "torch" else versions(name)
