@@ -26,7 +26,7 @@ def launch(job: dict[str, Any]) -> int:
     """Run ssl-train with a validated configuration, and return the exit code."""
     config = RunConfig.from_plain(job)
     config = config.changed(run_dir=run_dir_of(config))
-    kind = config.launcher.kind if "RANK" not in os.environ else "local"  # started by torchrun
+    kind = config.launcher.kind if "RANK" not in os.environ else "local"  # an outer launcher sets RANK
     if kind == "slurm":
         from sslcli.runs import slurm_job
 
