@@ -283,9 +283,9 @@ def test_a_run_that_waits_for_images_can_be_stopped_and_goes_on(tmp_path: Path, 
     if how == "signal":
         time.sleep(1)
         os.kill(process.pid, signal.SIGTERM)
-    begun = time.monotonic()
+    start = time.monotonic()
     assert process.finish() == (3 if how == "patience" else 75), log.read_text()[-2000:]
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - start < 30
     assert newest(run_dir)["step"] == (3 if how == "patience" else 5)
     assert "Traceback" not in log.read_text()
     complete(start_warm(*command, f"run_dir={run_dir}", log=log), log)
@@ -474,7 +474,10 @@ def test_a_checkpoint_of_an_older_version_goes_on(faulty: Faulty, reference: Pat
     assert faulty.start(step=8, action=die) == -signal.SIGKILL
     path = checkpoint.all_of(faulty.run_dir)[-1]
     state = torch.load(path, weights_only=True)
-    del state["environment_fingerprint"]  # as version 1 was
+    del state["environment"]  # absent in version 1, which had other names as well
+    monitor = state.pop("monitor")
+    state["watch"] = monitor | {"judge": monitor.pop("detector")}
+    state["processes"] = [{"rng": each["rng"], "window": each["metric_means"]} for each in state["processes"]]
     torch.save(state | {"schema": 1}, path)
     path.with_suffix(".sha256").write_text(f"{checkpoint.sha256(path)}  {path.name}\n")
     assert faulty.ends_as(reference)
