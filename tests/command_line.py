@@ -54,9 +54,9 @@ def installed(cwd: Path, program: str, *arguments: str, code: int = 0) -> str:
     return ended.stdout
 
 
-def result(home: Path, name: str) -> dict[str, Any]:
+def result(results_dir: Path, name: str) -> dict[str, Any]:
     """Return the content of the one result file in `home` whose name matches; `?` stands for a digit of a digest."""
-    (path,) = home.glob(f"{name}.json")
+    (path,) = results_dir.glob(f"{name}.json")
     found = json.loads(path.read_text())
     assert isinstance(found, dict)
     return found

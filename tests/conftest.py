@@ -74,16 +74,16 @@ def quick_jobs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the run of `run_dir` was started in."""
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="session")
-def run_dir(home: Path) -> Path:
+def run_dir(work_dir: Path) -> Path:
     """A finished run of the installed command, in its default directory. Tests must not modify it."""
-    installed(home, "ssl-train", *SMALL, "monitor.knn_k=10")
-    (found,) = (home / "runs").iterdir()
+    installed(work_dir, "ssl-train", *SMALL, "monitor.knn_k=10")
+    (found,) = (work_dir / "runs").iterdir()
     return found
 
 

@@ -69,11 +69,11 @@ class Pair:
     def start(self) -> None:
         multiprocessing.set_forkserver_preload(PRELOAD)
         context = multiprocessing.get_context("forkserver")
-        meeting = self.folder / f"meeting{self.starts}"
+        rendezvous = self.folder / f"rendezvous{self.starts}"
         self.starts += 1
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=serve, args=(rank, self.size, meeting, theirs), daemon=True)
+            worker = context.Process(target=serve, args=(rank, self.size, rendezvous, theirs), daemon=True)
             worker.start()
             theirs.close()  # so that its death is an end of file in this process
             self.workers.append(worker)
@@ -89,11 +89,11 @@ class Pair:
         self.pipes.clear()
 
 
-def serve(rank: int, size: int, meeting: Path, pipe: Connection) -> None:
+def serve(rank: int, size: int, rendezvous: Path, pipe: Connection) -> None:
     """Run tasks until the pipe closes."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
     )
     while True:
         try:

@@ -79,16 +79,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of commands of an environment that holds the wheel, and borrows what it depends on."""
-    home = tmp_path_factory.mktemp("environment")
-    venv.create(home, with_pip=False)
-    python = home / "bin/python"
-    run(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", str(wheel), cwd=home)
-    (packages,) = home.glob("lib/python*/site-packages")
+    environment = tmp_path_factory.mktemp("environment")
+    venv.create(environment, with_pip=False)
+    python = environment / "bin/python"
+    run(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", str(wheel), cwd=environment)
+    (packages,) = environment.glob("lib/python*/site-packages")
     # The .pth files in there are not followed, and so neither is an editable installation.
     (packages / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    where = run(str(python), "-c", "import sslcli; print(sslcli.__file__)", cwd=home).strip()
+    where = run(str(python), "-c", "import sslcli; print(sslcli.__file__)", cwd=environment).strip()
     assert Path(where).is_relative_to(packages)
-    return home / "bin"
+    return environment / "bin"
 
 
 def test_setup_cfg_names_every_package() -> None:

@@ -32,7 +32,10 @@ def test_the_backbone_of_a_run_becomes_a_file_that_measures_the_same(trained: Pa
     for backbone in ([], ["backbone=small"]):
         ended = cli("ssl-eval", f"weights={path}", *SAME, *KNN, *backbone)
         assert (ended.code, ended.err) == (0, "")
-        one, other = (json.loads((home / "knn.json").read_text()) for home in (trained / "eval", Path(f"{path}.eval")))
+        one, other = (
+            json.loads((results_dir / "knn.json").read_text())
+            for results_dir in (trained / "eval", Path(f"{path}.eval"))
+        )
         for key in ("top1", "top5", "test_top1", "k", "precision", "n_test"):
             assert other[key] == one[key]
         assert other["exported_from"]["checkpoint_sha256"] == one["checkpoint_sha256"]

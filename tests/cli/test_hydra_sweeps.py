@@ -52,9 +52,9 @@ def test_optuna_gets_the_metric_as_its_objective_and_draws_the_same_again(
     rows = table(here)
     assert len(rows) == 4
     best = yaml.safe_load((here / "optimization_results.yaml").read_text())
-    shares = [row["optimizer.lr"] for row in rows if row["monitor/knn_top1"] == rows[0]["monitor/knn_top1"]]
+    best_rates = [row["optimizer.lr"] for row in rows if row["monitor/knn_top1"] == rows[0]["monitor/knn_top1"]]
     assert best["best_value"] == float(rows[0]["monitor/knn_top1"])
-    assert str(best["best_params"]["optimizer.lr"]) in shares
+    assert str(best["best_params"]["optimizer.lr"]) in best_rates
     assert cli(*line).code == 0
     assert table(here) == rows
     assert all(len(path.read_text().splitlines()) == 1 for path in here.glob("*/starts"))

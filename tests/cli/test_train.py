@@ -76,17 +76,17 @@ def test_tensorboard_holds_the_same_scalars(run_dir: Path) -> None:
     assert seen == [(line["step"], pytest.approx(line["train/loss"])) for line in lines]
 
 
-def test_console_log_tells_the_effective_values_and_the_end(run_dir: Path, home: Path) -> None:
+def test_console_log_tells_the_effective_values_and_the_end(run_dir: Path, work_dir: Path) -> None:
     text = (run_dir / "console.log").read_text()
     for part in ("learning rate: ", "negatives per query: 62", "step 3/3", f"done: {run_dir}", "k-NN"):
         assert part in text
 
 
-def test_the_same_command_finds_its_directory_and_that_it_is_done(run_dir: Path, home: Path) -> None:
+def test_the_same_command_finds_its_directory_and_that_it_is_done(run_dir: Path, work_dir: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
-    output = installed(home, "ssl-train", *reversed(SMALL), "monitor.knn_k=10")
+    output = installed(work_dir, "ssl-train", *reversed(SMALL), "monitor.knn_k=10")
     assert f"this run is finished already: {run_dir}" in output
-    assert len(list((home / "runs").iterdir())) == 1
+    assert len(list((work_dir / "runs").iterdir())) == 1
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()} == before
 
 

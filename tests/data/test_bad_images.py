@@ -180,12 +180,12 @@ def test_write_gives_one_line_a_path(tmp_path):
     assert (tmp_path / "bad.txt").read_bytes() == b"a\xff.jpg\tempty\nb.jpg\ttwo lines and a tab\n"
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_share_outside_its_range_is_refused(share):
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
+def test_share_outside_its_range_is_refused(fraction):
     with pytest.raises(ValueError, match="max_bad"):
-        BadImages(max_bad=share, total=10)
+        BadImages(max_bad=fraction, total=10)
     with pytest.raises(ValueError, match="max_bad"):
-        Numbered(4, max_bad=share)
+        Numbered(4, max_bad=fraction)
 
 
 class Numbered(Source):

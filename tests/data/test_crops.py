@@ -43,21 +43,23 @@ def request(index: Tensor) -> Request:
     return Request(index, torch.zeros_like(index), torch.zeros(len(index), dtype=torch.bool))
 
 
-def crops(made: Flat, views: list[Mapping[str, Any]], index: Tensor | None = None) -> list[Tensor]:
-    _, found, read, bad = ViewCrops(made, Views(views), SEED)[request(torch.arange(COUNT) if index is None else index)]
+def crops(photo_set: Flat, views: list[Mapping[str, Any]], index: Tensor | None = None) -> list[Tensor]:
+    _, found, read, bad = ViewCrops(photo_set, Views(views), SEED)[
+        request(torch.arange(COUNT) if index is None else index)
+    ]
     assert not bad
     assert len(read) == len(found[0])
     return found
 
 
-def slow(made: Flat, views: list[Mapping[str, Any]]) -> list[Tensor]:
+def slow(photo_set: Flat, views: list[Mapping[str, Any]]) -> list[Tensor]:
     """The same crops, computed one image at a time by Pillow."""
     kinds = Views(views)
     found: list[list[Tensor]] = [[] for _ in range(kinds.num_views)]
     for index in range(COUNT):
-        image = made.read(int(made.splits["train"][index]))
+        image = photo_set.read(int(photo_set.splits["train"][index]))
         key = rng.mix(SEED, 0, torch.tensor([index]))
-        for view, size in enumerate(kinds.sizes(made.image_size)):
+        for view, size in enumerate(kinds.sizes(photo_set.image_size)):
             box = kinds.boxes(view, key, torch.tensor([image.height]), torch.tensor([image.width]))
             top, left, height, width = box[0].tolist()
             part = image.crop((left, top, left + width, top + height))
@@ -69,9 +71,9 @@ def slow(made: Flat, views: list[Mapping[str, Any]]) -> list[Tensor]:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [48, 224])
 def test_crops_of_whole_images_are_those_of_pillow(photos: Path, interpolation: str, size: int) -> None:
-    made = source(photos, image_size=size, scaled_decode=False)
+    photo_set = source(photos, image_size=size, scaled_decode=False)
     views = [{"count": 2, "crop_scale": [0.08, 1.0], "interpolation": interpolation}]
-    for one, other in zip(crops(made, views), slow(made, views), strict=True):
+    for one, other in zip(crops(photo_set, views), slow(photo_set, views), strict=True):
         difference = (one.int() - other.int()).abs()
         # Rounded between the passes, which torch may take in the other order: then bicubic overshoots at other pixels.
         assert difference.max() <= (1 if interpolation == "bilinear" else 12)
@@ -82,8 +84,8 @@ def test_crops_of_whole_images_are_those_of_pillow(photos: Path, interpolation: 
 @pytest.mark.parametrize("views", [[{"count": 2}], [{"crop_scale": None}, {"size": 24, "crop_scale": [0.3, 0.5]}]])
 def test_scaled_decoding_changes_little(photos: Path, views: list[dict[str, Any]], interpolation: str) -> None:
     views = [view | {"interpolation": interpolation} for view in views]
-    made = source(photos, image_size=40)
-    found, wanted = crops(made, views), slow(made, views)
+    photo_set = source(photos, image_size=40)
+    found, wanted = crops(photo_set, views), slow(photo_set, views)
     for one, other in zip(found, wanted, strict=True):
         assert not torch.equal(one, other)
         # Of 255. A box that is off by half a pixel of the smaller image gives 1.5 and more.
@@ -92,23 +94,23 @@ def test_scaled_decoding_changes_little(photos: Path, views: list[dict[str, Any]
 
 @pytest.mark.parametrize("size", [16, 40, 90, 300])
 def test_no_crop_has_fewer_pixels_than_its_result_because_of_scaled_decoding(photos: Path, size: int) -> None:
-    made = source(photos)
+    photo_set = source(photos)
     views = Views([{"count": 2, "size": size}, {"size": 8, "crop_scale": [0.05, 0.2]}])
-    worker = ViewCrops(made, views, SEED)
+    worker = ViewCrops(photo_set, views, SEED)
     index = torch.arange(COUNT)
-    opened = [made.open(int(position)) for position in made.splits["train"]]
+    opened = [photo_set.open(int(position)) for position in photo_set.splits["train"]]
     boxes, divisors = worker.boxes(opened, rng.mix(SEED, 0, index))
     for image_boxes, divisor in zip(boxes, divisors, strict=True):
-        shares = [side / out for (*_, h, w), out in zip(image_boxes, (size, size, 8), strict=True) for side in (h, w)]
-        assert divisor == 1 or min(shares) >= divisor
-        assert divisor == 8 or min(shares) < 2 * divisor
+        ratios = [side / out for (*_, h, w), out in zip(image_boxes, (size, size, 8), strict=True) for side in (h, w)]
+        assert divisor == 1 or min(ratios) >= divisor
+        assert divisor == 8 or min(ratios) < 2 * divisor
     assert (max(divisors) > 1) == (size < 300)
 
 
 def test_crops_do_not_depend_on_what_else_is_asked_for(photos: Path) -> None:
-    made, views = source(photos, image_size=40), [{"count": 2}, {"size": 20, "crop_scale": [0.05, 0.3]}]
+    photo_set, views = source(photos, image_size=40), [{"count": 2}, {"size": 20, "crop_scale": [0.05, 0.3]}]
     index = torch.tensor([7, 2, 11])
-    for whole, few in zip(crops(made, views), crops(made, views, index), strict=True):
+    for whole, few in zip(crops(photo_set, views), crops(photo_set, views, index), strict=True):
         assert torch.equal(whole[index], few)
 
 

@@ -41,12 +41,12 @@ def source(root: Path, kind: str, **options: Any) -> Flat:
     return Flat(root=str(root), **({"image_size": 24, "max_bad": 0.5} | where | options))
 
 
-def epochs(made: Flat, *, stop: int = 6) -> Tensor:
+def epochs(photo_set: Flat, *, stop: int = 6) -> Tensor:
     """The views of three epochs and the images of an evaluation, as one tensor."""
     views = Views([{"count": 2, "jitter": [0.4, 0.4, 0.4, 0.1]}, {"size": 8, "crop_scale": [0.3, 1.0]}])
-    loader = Loader(made, views, batch_size=6, accumulate=1, seed=0, device=torch.device("cpu"))
+    loader = Loader(photo_set, views, batch_size=6, accumulate=1, seed=0, device=torch.device("cpu"))
     seen = [view.flatten() for (batch,) in loader.steps(0, stop) for view in batch.views]
-    seen += [images.flatten().float() for images, _ in plain_batches(made, torch.arange(COUNT), batch_size=8)]
+    seen += [images.flatten().float() for images, _ in plain_batches(photo_set, torch.arange(COUNT), batch_size=8)]
     return torch.cat(seen)
 
 
@@ -61,13 +61,13 @@ def test_batches_are_the_same_and_each_file_is_decoded_whole_once(
     photos: Path, kind: str, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = epochs(source(photos, "none"))
-    made = source(photos, kind, workers=workers)
-    assert torch.equal(epochs(made), wanted)
+    photo_set = source(photos, kind, workers=workers)
+    assert torch.equal(epochs(photo_set), wanted)
     # What the workers decoded is here as well.
-    assert made.decoded_cache is not None
-    assert made.decoded_cache.checksums.astype(bool).tolist() == [number not in (2, 3) for number in range(COUNT)]
+    assert photo_set.decoded_cache is not None
+    assert photo_set.decoded_cache.checksums.astype(bool).tolist() == [number not in (2, 3) for number in range(COUNT)]
     monkeypatch.setattr(decode.Encoded, "decode", None)
-    assert all(np.asarray(made.read(number)).any() for number in range(4, COUNT))
+    assert all(np.asarray(photo_set.read(number)).any() for number in range(4, COUNT))
 
 
 def test_another_process_goes_on_with_the_file(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,10 +78,10 @@ def test_another_process_goes_on_with_the_file(photos: Path, monkeypatch: pytest
         epochs(source(photos, "disk"), stop=1)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    made = source(photos, "disk")
-    assert made.decoded_cache is not None
-    assert made.decoded_cache.checksums.any()
-    assert torch.equal(epochs(made), wanted)
+    photo_set = source(photos, "disk")
+    assert photo_set.decoded_cache is not None
+    assert photo_set.decoded_cache.checksums.any()
+    assert torch.equal(epochs(photo_set), wanted)
 
 
 def test_two_that_make_the_file_at_the_same_time_share_it(photos: Path) -> None:

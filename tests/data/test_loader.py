@@ -47,13 +47,13 @@ def loader(source: Source, *, batch_size: int = 8, accumulate: int = 1, seed: in
     return Loader(source, Views(VIEWS), batch_size=batch_size, accumulate=accumulate, seed=seed, device=device)
 
 
-def by_image(made: Loader, start: int, stop: int) -> dict[tuple[int, int], torch.Tensor]:
+def by_image(train_loader: Loader, start: int, stop: int) -> dict[tuple[int, int], torch.Tensor]:
     """The views of each image, by step's epoch and index."""
     found = {}
-    for step, batches in enumerate(made.steps(start, stop), start=start):
+    for step, batches in enumerate(train_loader.steps(start, stop), start=start):
         for batch in batches:
             for row, index in enumerate(batch.index.tolist()):
-                found[step // made.steps_per_epoch, index] = torch.stack([view[row] for view in batch.views])
+                found[step // train_loader.steps_per_epoch, index] = torch.stack([view[row] for view in batch.views])
     return found
 
 
@@ -68,9 +68,9 @@ def test_workers_change_no_pixel_and_no_order(images: Path, workers: int) -> Non
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 1), (20, 1), (8, 4)])
 def test_a_view_does_not_depend_on_the_batch_it_comes_in(batch_size: int, accumulate: int) -> None:
-    made = loader(shapes(val_fraction=0.0))
+    train_loader = loader(shapes(val_fraction=0.0))
     other = loader(shapes(val_fraction=0.0), batch_size=batch_size, accumulate=accumulate)
-    one, two = by_image(made, 0, 5), by_image(other, 0, other.steps_per_epoch)
+    one, two = by_image(train_loader, 0, 5), by_image(other, 0, other.steps_per_epoch)
     common = one.keys() & two.keys()
     assert len(common) >= 32
     for key in common:
@@ -81,11 +81,11 @@ def test_a_view_does_not_depend_on_the_batch_it_comes_in(batch_size: int, accumu
 def test_each_view_is_that_of_its_number_though_two_are_made_together(images: Path, files: bool) -> None:
     source = folder(images) if files else shapes(val_fraction=0.0)
     views = Views([VIEWS[0] | {"count": 3}, {"size": 12, "flip": 0.5}])
-    made = Loader(source, views, batch_size=6, accumulate=1, seed=0, device=torch.device("cpu"))
-    request = next(made.requests(0, 1))
-    ((batch,),) = made.steps(0, 1)
+    train_loader = Loader(source, views, batch_size=6, accumulate=1, seed=0, device=torch.device("cpu"))
+    request = next(train_loader.requests(0, 1))
+    ((batch,),) = train_loader.steps(0, 1)
     assert len(batch.views) == 4
-    key = made.key(request)
+    key = train_loader.key(request)
     if files:
         _, alone, _, _ = ViewCrops(source, views, 0)[request]
         crops = [view.float().div(255) for view in alone]
@@ -124,12 +124,12 @@ def test_a_run_resumed_within_an_epoch_sees_what_is_left_of_it() -> None:
 
 
 def test_views_differ_between_epochs_and_seeds() -> None:
-    made = loader(shapes(val_fraction=0.0))
+    train_loader = loader(shapes(val_fraction=0.0))
     first, second = (
-        by_image(made, 0, made.steps_per_epoch),
-        by_image(made, made.steps_per_epoch, 2 * made.steps_per_epoch),
+        by_image(train_loader, 0, train_loader.steps_per_epoch),
+        by_image(train_loader, train_loader.steps_per_epoch, 2 * train_loader.steps_per_epoch),
     )
-    other = by_image(loader(shapes(val_fraction=0.0), seed=1), 0, made.steps_per_epoch)
+    other = by_image(loader(shapes(val_fraction=0.0), seed=1), 0, train_loader.steps_per_epoch)
     index = next(i for _, i in first if (1, i) in second and (0, i) in other)
     assert not torch.equal(first[0, index], second[1, index])
     assert not torch.equal(first[0, index], other[0, index])

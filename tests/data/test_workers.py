@@ -69,20 +69,20 @@ def test_a_worker_that_died_is_told_once() -> None:
 
 
 def test_a_batch_that_never_comes_ends_in_time_and_its_worker_with_it() -> None:
-    begun = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(
         TrainingFailed, match=r"no images arrived from the data workers within 1 s \(launcher.timeout\)"
     ):
         read(Stuck(), timeout=1)
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - start < 15
 
 
 def test_workers_end_with_a_reader_that_stops_in_the_midst() -> None:
     batches = iterate_batches(Stuck(), RequestSampler(iter(range(8))), 2, owner=Source)
     assert next(batches) == 0
-    begun = time.monotonic()
+    start = time.monotonic()
     batches.close()
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("workers", [0, 2])

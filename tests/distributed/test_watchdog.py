@@ -113,14 +113,14 @@ def test_a_process_that_beats_and_does_nothing_is_noticed_at_the_limit_and_not_b
     other = Other(tmp_path)
     watchdog.publish(other.store, 0, Progress())
     watchdog.record_collective()
-    begun = time.monotonic()
+    start = time.monotonic()
     with watchdog.watched(
         other.store, rank=0, size=2, limit=0.6, end=lambda message: (ended.append(message), over.set())
     ):
         while not over.wait(0.02):
             other.publish()
-            assert time.monotonic() - begun < 30
-    assert time.monotonic() - begun >= 0.6
+            assert time.monotonic() - start < 30
+    assert time.monotonic() - start >= 0.6
     assert len(ended) == 1
     assert "process 1 (id 2 on elsewhere, at the start)" in ended[0]
 

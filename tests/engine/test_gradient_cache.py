@@ -66,7 +66,7 @@ def built(build: Build) -> Method:
     return build().double()
 
 
-def cut(batch: Batch, parts: int) -> list[Batch]:
+def divided(batch: Batch, parts: int) -> list[Batch]:
     size = len(batch.index) // parts
     return [
         Batch([view[rows] for view in batch.views], batch.index[rows], batch.label[rows])
@@ -95,7 +95,7 @@ def test_gradient_and_scalars_are_those_of_the_whole_batch(build: Build, parts: 
     batch = batch_for(whole)
     expected = whole(batch)
     expected["loss"].backward()
-    found = in_parts(parted, cut(batch, parts))
+    found = in_parts(parted, divided(batch, parts))
     torch.testing.assert_close(
         found, {name: value.detach() for name, value in expected.items()}, rtol=1e-12, atol=1e-12
     )
@@ -112,7 +112,7 @@ def test_the_mean_over_micro_batches_is_another_gradient() -> None:
     parted = copy.deepcopy(whole)
     batch = batch_for(whole)
     whole(batch)["loss"].backward()
-    for part in cut(batch, 4):
+    for part in divided(batch, 4):
         (parted(part)["loss"] / 4).backward()
     differs = [not torch.allclose(one, gradients(whole)[name], rtol=1e-2) for name, one in gradients(parted).items()]
     assert any(differs)
@@ -122,7 +122,7 @@ def test_batch_norm_counts_each_micro_batch_once() -> None:
     torch.manual_seed(1)
     parted = SimCLR(TinyNet(), dim=4).double()
     once = copy.deepcopy(parted)
-    parts = cut(batch_for(parted), 4)
+    parts = divided(batch_for(parted), 4)
     in_parts(parted, parts)
     for part in parts:
         once.embed(part)
@@ -136,7 +136,7 @@ def test_random_numbers_of_the_first_pass_come_again_in_the_second() -> None:
     torch.manual_seed(1)
     method = SimCLR(Dropping(norm=False), dim=4, norm=False).double()
     twin = copy.deepcopy(method)
-    parts = cut(batch_for(method), 4)
+    parts = divided(batch_for(method), 4)
     torch.manual_seed(5)
     in_parts(method, parts)
     follows = torch.rand(3)
@@ -149,7 +149,7 @@ def test_random_numbers_of_the_first_pass_come_again_in_the_second() -> None:
 
 def share_of_two(name: str) -> dict[str, Tensor]:
     method = built(next(build for build in METHODS if build.__name__ == name))
-    parts = cut(batch_for(method), 4)
+    parts = divided(batch_for(method), 4)
     in_parts(method, parts[rank() :: world_size()])
     return gradients(method)
 

@@ -235,7 +235,7 @@ def test_a_step_is_computed_as_this_run_does_it(
 ) -> None:
     """Steps of other processes, sharded or not, go on: the state of each fits the other, in the order of its memory."""
 
-    def made(fused: bool | None, layout: torch.memory_format) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    def built(fused: bool | None, layout: torch.memory_format) -> tuple[nn.Parameter, torch.optim.Optimizer]:
         weight = torch.linspace(-1, 1, 4 * 6 * 3 * 3).view(4, 6, 3, 3).contiguous(memory_format=layout)
         parameter = nn.Parameter(weight)
         options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
@@ -245,8 +245,8 @@ def test_a_step_is_computed_as_this_run_does_it(
         parameter.grad = (parameter.detach() + torch.arange(3.0)).clone(memory_format=torch.preserve_format)
         optimizer.step()
 
-    one, first = made(before, torch.contiguous_format)
-    other, second = made(now, torch.channels_last)
+    one, first = built(before, torch.contiguous_format)
+    other, second = built(now, torch.channels_last)
     step(one, first)
     with torch.no_grad():
         other.copy_(one)

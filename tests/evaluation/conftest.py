@@ -17,8 +17,8 @@ def task() -> Task:
 
 @pytest.fixture(scope="module")
 def starts(task: Task) -> dict[str, Start]:
-    made = {}
+    found = {}
     for seed, name in enumerate(("trained", "random")):
         torch.manual_seed(seed)
-        made[name] = start_of(TinyNet(), task)
-    return made
+        found[name] = start_of(TinyNet(), task)
+    return found

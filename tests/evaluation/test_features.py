@@ -215,7 +215,7 @@ def test_cache_of_another_key_is_replaced(tmp_path):
     assert unused.calls == 0
 
 
-def cut(content: bytes) -> bytes:
+def truncated(content: bytes) -> bytes:
     return content[:-200]
 
 
@@ -238,7 +238,7 @@ def strange(content: bytes) -> bytes:
         lambda _: b"not a checkpoint",
         lambda _: b"PK\x03\x04 cut",
         lambda _: pickle.dumps(os.getcwd, protocol=2),
-        cut,
+        truncated,
         turned,
         strange,
     ],

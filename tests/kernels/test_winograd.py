@@ -29,13 +29,13 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, *, last: bool = True) -> t
     """Images and a weight."""
     n, channels, out_channels, height, width = shape
     generator = torch.Generator().manual_seed(0)
-    made = (
+    tensors = (
         torch.randn(n, channels, height, width, dtype=dtype, generator=generator),
         torch.randn(out_channels, channels, 3, 3, dtype=dtype, generator=generator) / channels**0.5,
     )
     if last:
-        made = (made[0].to(memory_format=torch.channels_last), made[1].to(memory_format=torch.channels_last))
-    return made[0].requires_grad_(), made[1].requires_grad_()
+        tensors = (tensors[0].to(memory_format=torch.channels_last), tensors[1].to(memory_format=torch.channels_last))
+    return tensors[0].requires_grad_(), tensors[1].requires_grad_()
 
 
 def with_gradients(convolve: object, images: Tensor, weight: Tensor) -> list[Tensor]:

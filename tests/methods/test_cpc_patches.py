@@ -72,8 +72,8 @@ def test_patches_change_one_by_one_and_as_often_as_asked() -> None:
     for strengths in ({"jitter": 0.4, "jitter_p": 0.8}, {"grayscale": 0.25}, {"shear": 0.3, "shear_p": 0.2}):
         out = augmented(patches, **strengths)  # type: ignore[arg-type]
         changed = (out != patches).flatten(3).any(3).double().mean()
-        share = next(value for name, value in strengths.items() if name in ("jitter_p", "grayscale", "shear_p"))
-        assert float(changed) == pytest.approx(share, abs=0.03), strengths
+        fraction = next(value for name, value in strengths.items() if name in ("jitter_p", "grayscale", "shear_p"))
+        assert float(changed) == pytest.approx(fraction, abs=0.03), strengths
     first, second = augmented(patches, jitter=0.4, jitter_p=1.0)[0, 0, :2]
     assert not torch.equal(first, second)
 

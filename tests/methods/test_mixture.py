@@ -144,8 +144,8 @@ def test_kinds_and_weights_are_drawn_as_told() -> None:
         pasted = [bool(((mixed == 0) | (mixed == 1)).all()) for mixed, _ in pairs]
         return 1 - sum(pasted) / 1000, torch.tensor([weight for _, weight in pairs])
 
-    share, weights = drawn(probability=1.0)
-    assert share == 1.0
+    fraction, weights = drawn(probability=1.0)
+    assert fraction == 1.0
     # The mean and variance of a uniform number, within four standard errors.
     assert abs(float(weights.mean()) - 0.5) < 0.037
     assert abs(float(weights.var()) - 1 / 12) < 0.010
@@ -164,8 +164,8 @@ def test_the_term_weighs_both_orders_of_the_mixtures_against_the_clean_targets(w
     base, found = plain(batch)["loss"], method(batch)
     mixed = mix_global(x1, weight)
     expected = 0.0
-    for share, images in ((weight, mixed), (1 - weight, mixed.flip(0))):
-        expected = expected + share * loss_of(plain, images, x1, x2)
+    for fraction, images in ((weight, mixed), (1 - weight, mixed.flip(0))):
+        expected = expected + fraction * loss_of(plain, images, x1, x2)
     torch.testing.assert_close(found["mixture_loss"], expected)
     torch.testing.assert_close(found["loss"], base + expected)
 

@@ -13,11 +13,11 @@ from sslcli.nn.schedule import ema_momentum, scale_lr, warmup_cosine, warmup_ste
 def test_learning_rate_equals_the_official_one_at_every_step(case: Case) -> None:
     params = case.params
     base, total = params["base_lr"], params["total"]
-    shares = [
+    factors = [
         warmup_cosine(int(step), total=total, warmup=params["warmup"], final=params["final"] / base)
         for step in case.inputs["step"]
     ]
-    rates = torch.tensor(shares, dtype=case.dtype) * base
+    rates = torch.tensor(factors, dtype=case.dtype) * base
     case.check(rates, "lr")
     if "lr_byol" in case.outputs:  # BYOL's ends at 0
         case.check(rates, "lr_byol")
@@ -38,10 +38,10 @@ def test_target_momentum_equals_that_of_moco_v3(case: Case) -> None:
 
 
 def test_warmup_starts_at_nothing_and_reaches_the_peak_at_its_end() -> None:
-    shares = [warmup_cosine(step, total=20, warmup=5) for step in range(20)]
-    assert shares[:6] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert shares[5:] == sorted(shares[5:], reverse=True)
-    assert 0 < shares[-1] < 0.02
+    factors = [warmup_cosine(step, total=20, warmup=5) for step in range(20)]
+    assert factors[:6] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[5:] == sorted(factors[5:], reverse=True)
+    assert 0 < factors[-1] < 0.02
 
 
 def test_without_warmup_the_first_step_has_the_peak_rate() -> None:
@@ -58,8 +58,8 @@ def test_a_run_that_is_all_warmup_still_has_a_rate() -> None:
 
 
 def test_steps_fall_by_ten_at_every_milestone() -> None:
-    shares = [warmup_steps_down(step, total=10, milestones=[0.6, 0.8]) for step in range(10)]
-    assert shares == pytest.approx([1.0] * 6 + [0.1] * 2 + [0.01] * 2)
+    factors = [warmup_steps_down(step, total=10, milestones=[0.6, 0.8]) for step in range(10)]
+    assert factors == pytest.approx([1.0] * 6 + [0.1] * 2 + [0.01] * 2)
 
 
 def test_steps_without_milestones_stay_after_their_warmup() -> None:

@@ -74,10 +74,10 @@ def test_a_reader_that_does_not_read_is_waited_for_once(
 ) -> None:
     monkeypatch.setattr(terminal, "PATIENCE", 0.2)
     reader, stream = pipe
-    guarded, begun = Terminal(stream), time.monotonic()
+    guarded, start = Terminal(stream), time.monotonic()
     for _ in range(300):
         print("x" * 999, file=guarded, flush=True)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - start < 5
     assert guarded.is_blocked
     while os.read(reader, 1 << 20):
         if not terminal.select.select([reader], [], [], 0)[0]:

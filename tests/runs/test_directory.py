@@ -215,9 +215,9 @@ def test_a_fifo_in_a_run_directory_is_named_before_anything_waits_for_it(name: s
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     os.mkfifo(path)
-    for look in (lambda: check_resumable(run_dir, CONFIG), lambda: read_config(run_dir)):
+    for read in (lambda: check_resumable(run_dir, CONFIG), lambda: read_config(run_dir)):
         with pytest.raises(ConfigError, match=rf"{name} is a FIFO, but it must be a regular file: remove it"):
-            look()
+            read()
 
 
 def test_a_file_in_the_place_of_a_folder_and_the_other_way_are_refused(tmp_path: Path) -> None:

@@ -55,32 +55,32 @@ def test_a_run_directory_that_cannot_be_written_is_refused_before_anything_is_co
 
 
 def test_what_makes_numbers_incomparable_is_in_the_name_of_the_result(trained: Path, cli: Cli) -> None:
-    home = trained / "eval"
+    results_dir = trained / "eval"
     line = [f"run={trained}", "baselines=false"]
-    home.mkdir(exist_ok=True)
+    results_dir.mkdir(exist_ok=True)
     for extra in ([], ["protocol.k=3"], ["protocol.temperature=0.1"], ["protocol.k=10"], ["checkpoint=3"]):
         assert cli("ssl-eval", *line, "protocol=knn", *extra).code == 0
     names = {"knn", "knn_k-3", "knn_temperature-0.1", "knn_step-3"}
     for extra in (["protocol.fraction=0.05"], ["protocol.labels_per_class=2"], ["protocol.fraction=0.1"]):
         assert cli("ssl-eval", *line, "protocol=semi", *QUICK, "protocol.seeds=1", *extra).code == 0
     semi = {"semi_5pct", "semi_2-per-class", "semi_10pct"}
-    assert {path.stem for path in home.glob("*.json")} == names | semi
-    assert {path.parent.name for path in home.glob("*/net.pt")} == semi
-    assert result(home, "semi_5pct")["measured"] == "semi_5pct"
+    assert {path.stem for path in results_dir.glob("*.json")} == names | semi
+    assert {path.parent.name for path in results_dir.glob("*/net.pt")} == semi
+    assert result(results_dir, "semi_5pct")["measured"] == "semi_5pct"
 
     distill = [*line, "protocol=distill", "protocol.steps=2"]
     ended = cli("ssl-eval", *distill, "protocol.teacher=semi")
     assert ended.code == 2
     assert "protocol.teacher is 'semi', which matches several: semi_10pct, semi_2-per-class, semi_5pct" in ended.err
     assert cli("ssl-eval", *distill, "protocol.teacher=semi_5pct").code == 0
-    taught = result(home, "distill_semi_5pct")["teacher"]
+    taught = result(results_dir, "distill_semi_5pct")["teacher"]
     assert (taught["measured"], taught["net"]) == ("semi_5pct", "semi_5pct/net.pt")
     for name in ("semi_10pct", "semi_2-per-class"):
-        (home / f"{name}.json").unlink()
+        (results_dir / f"{name}.json").unlink()
     student = "protocol.student={_target_: sslcli.backbones.small.Small, image_size: 32, width: 4}"
     ended = cli("ssl-eval", *distill, "protocol.teacher=semi", student)
     assert (ended.code, ended.err) == (0, "")
-    assert result(home, "distill_semi_5pct_student-Small-??????")["student"] == "Small"
+    assert result(results_dir, "distill_semi_5pct_student-Small-??????")["student"] == "Small"
 
 
 def test_images_cut_short_are_named_and_left_out_up_to_a_share(trained: Path, cli: Cli, tmp_path: Path) -> None:

@@ -42,11 +42,11 @@ def orphan(folder: Path, *more: str) -> int:
 
 def when_it_waits(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Act once the sweep of this process has printed that it waits."""
-    who = queue.describe_runner
+    describe = queue.describe_runner
 
     def describe_runner(sweep: Sweep, job: Job) -> str:
         threading.Timer(0.2, act).start()
-        return who(sweep, job)
+        return describe(sweep, job)
 
     monkeypatch.setattr(queue, "describe_runner", describe_runner)
 
@@ -117,8 +117,8 @@ def test_a_file_system_without_locks_runs_the_jobs_all_the_same(
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert cli("ssl-train", *HERE, "seed=0,1,2", "sweep.jobs=2").code == 0
     locks.can_lock.cache_clear()
-    begun = [json.loads(path.read_text())["cores"] for path in tmp_path.glob("here/*/starts")]
-    assert len(begun) == 3
+    cores = [json.loads(path.read_text())["cores"] for path in tmp_path.glob("here/*/starts")]
+    assert len(cores) == 3
 
 
 def test_the_table_has_the_steps_of_sharded_runs(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_a_regular_file_and_a_link_to_one_are_read(tmp_path: Path) -> None:
 
 def test_anything_else_is_refused_at_once(fifo: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(fifo)
-    begun = time.monotonic()
+    start = time.monotonic()
     for path, kind in [(fifo, "FIFO"), (tmp_path / "link", "FIFO"), ("/dev/zero", "device"), (tmp_path, "folder")]:
         with pytest.raises(OSError, match=f"it is a {kind}, not a regular file"):
             open_regular(path)
@@ -46,7 +46,7 @@ def test_anything_else_is_refused_at_once(fifo: Path, tmp_path: Path) -> None:
         server.bind(os.path.relpath(tmp_path / "s"))
         with pytest.raises(OSError):  # noqa: PT011  # the system itself refuses to open it
             open_regular(tmp_path / "s")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - start < 5
 
 
 def test_a_fifo_among_images_is_a_bad_image(fifo: Path) -> None:

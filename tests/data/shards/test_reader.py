@@ -26,10 +26,10 @@ def test_a_damaged_row_group_is_so_many_bad_images(cache: str, tmp_path: Path) -
     content[4:60] = bytes(56)
     path.write_bytes(content)
     source = stream(str(path), cache, max_bad=0.5)
-    made = loader(source, batch_size=30)
-    list(made.steps(0, 1))
-    assert sorted(made.bad.reasons) == [f"{path}[{number}]" for number in range(5)]
-    assert "row group 0 is damaged" in made.bad.reasons[f"{path}[0]"]
+    train_loader = loader(source, batch_size=30)
+    list(train_loader.steps(0, 1))
+    assert sorted(train_loader.bad.reasons) == [f"{path}[{number}]" for number in range(5)]
+    assert "row group 0 is damaged" in train_loader.bad.reasons[f"{path}[0]"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

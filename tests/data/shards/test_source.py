@@ -110,8 +110,8 @@ def test_a_run_resumed_within_an_epoch_sees_what_is_left_of_it(
 
 
 def test_more_workers_than_images_of_a_process_work(sets: dict[str, str], shared: str) -> None:
-    made = loader(stream(sets["tar"], shared, workers=3), batch_size=2)
-    index = torch.cat([batch.index for (batch,) in made.steps(0, 32)])
+    train_loader = loader(stream(sets["tar"], shared, workers=3), batch_size=2)
+    index = torch.cat([batch.index for (batch,) in train_loader.steps(0, 32)])
     assert sorted(index.tolist()) == list(range(64))
 
 
@@ -199,16 +199,16 @@ def test_every_worker_lets_go_of_what_it_has_read(
 ) -> None:
     """Run the workers one after another in this process, so that tests can inspect them."""
     monkeypatch.setattr("sslcli.data.loader.world_size", lambda: 2)
-    made = loader(stream(elsewhere, cache, workers=workers, lanes=8, buffer=16))
-    requests = list(made.requests(0, 8))
+    train_loader = loader(stream(elsewhere, cache, workers=workers, lanes=8, buffer=16))
+    requests = list(train_loader.requests(0, 8))
     assert len(requests) == 8 * workers
-    whole = sum(shard.size for shard in made.source.reader.shards)  # type: ignore[attr-defined]
+    whole = sum(shard.size for shard in train_loader.source.reader.shards)  # type: ignore[attr-defined]
     fetched = 0
     for number in range(workers):
-        source = pickle.loads(pickle.dumps(made.source))
+        source = pickle.loads(pickle.dumps(train_loader.source))
         Counted.ranges.clear()
         for request in requests[number::workers]:
-            ViewCrops(source, made.views, seed=0)[request]
+            ViewCrops(source, train_loader.views, seed=0)[request]
         assert source.reader.state.held == {}
         fetched += sum(end - start for _, start, end in Counted.ranges)
     assert fetched < 2 * 0.8 * whole  # two epochs of one of two processes
@@ -223,11 +223,11 @@ def test_bad_images_are_counted_and_replaced(kind: str, cache: str, tmp_path: Pa
     found = []
     for workers in (0, 2):
         source = stream(str(tmp_path / f"*.{kind}"), cache, workers=workers)
-        made = loader(source)
-        (batches,) = zip(*made.steps(0, 4), strict=True)
+        train_loader = loader(source)
+        (batches,) = zip(*train_loader.steps(0, 4), strict=True)
         found.append(torch.cat([batch.views[0] for batch in batches]))
-        assert made.bad.count == 1
-        (bad,) = made.bad.reasons
+        assert train_loader.bad.count == 1
+        (bad,) = train_loader.bad.reasons
         position = int(bad.rpartition("[")[2].rstrip("]")) + SIZES[0]
         assert source.path(position) == bad
         index, numbers = torch.cat([batch.index for batch in batches]).tolist(), numbers_in(found[-1])
@@ -292,12 +292,14 @@ def test_parquet_without_the_package_names_the_extra(
 def write_classes(path: Path, names: list[str] | None, values: list[Any]) -> None:
     """A parquet shard with these labels, and a list of class names unless that is None."""
     cells = [{"bytes": png(number), "path": None} for number in range(len(values))]
-    made = pa.table({"image": cells, "label": values})
+    train_loader = pa.table({"image": cells, "label": values})
     if names is not None:
         features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
-        made = made.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        train_loader = train_loader.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
     path.parent.mkdir(exist_ok=True)
-    pyarrow.parquet.write_table(made, path)
+    pyarrow.parquet.write_table(train_loader, path)
 
 
 def test_shards_with_other_class_lists_are_merged_by_name(tmp_path: Path) -> None:

@@ -47,13 +47,13 @@ def test_a_slow_file_system_is_asked_by_many_threads_at_once() -> None:
         time.sleep(0.002)
         return os.devnull
 
-    begun = time.monotonic()
+    start = time.monotonic()
     status_of(2048, slow)
-    assert time.monotonic() - begun < 2.5  # one after the other takes 4.1 s
+    assert time.monotonic() - start < 2.5  # one after the other takes 4.1 s
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    begun = time.monotonic()
+    start = time.monotonic()
     assert hashes_of(1, lambda _: str(tmp_path / "pipe")).tolist() == [UNREADABLE]
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - start < 5

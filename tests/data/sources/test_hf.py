@@ -107,9 +107,9 @@ def test_cells_without_an_image_are_bad_and_replaced(tmp_path: Path) -> None:
     with pytest.raises(BadImage, match=r"set/train\[5\]: the content has no known image format"):
         source.read(5)
     views = Views([{"count": 1, "crop_scale": None, "flip": 0.0}], normalize=False)
-    made = Loader(source, views, batch_size=8, accumulate=1, seed=0, device=torch.device("cpu"))
-    ((batch,),) = list(made.steps(0, 1))
-    assert made.bad.count == 2
+    train_loader = Loader(source, views, batch_size=8, accumulate=1, seed=0, device=torch.device("cpu"))
+    ((batch,),) = list(train_loader.steps(0, 1))
+    assert train_loader.bad.count == 2
     shown = (batch.views[0][:, 0, 0, 0] * 255).round().int()
     assert sorted(batch.index.tolist()) == list(range(8))
     for index, red in zip(batch.index.tolist(), shown.tolist(), strict=True):
@@ -132,8 +132,8 @@ def test_workers_read_the_same(tmp_path: Path) -> None:
     for workers in (0, 2):
         source = Hf(path=str(parquet(tmp_path / f"set{workers}")), image_size=8, workers=workers)
         views = Views([{"count": 2}])
-        made = Loader(source, views, batch_size=9, accumulate=1, seed=0, device=torch.device("cpu"))
-        batches.append(list(made.steps(0, 6)))
+        train_loader = Loader(source, views, batch_size=9, accumulate=1, seed=0, device=torch.device("cpu"))
+        batches.append(list(train_loader.steps(0, 6)))
     for (one,), (other,) in zip(*batches, strict=True):
         assert torch.equal(one.index, other.index)
         assert torch.equal(torch.stack(one.views), torch.stack(other.views))

@@ -52,8 +52,8 @@ def parallel(root: Path, modalities: dict[str, Any] | None = None, **options: An
 
 
 def batches(source: Parallel, views: list[dict[str, Any]], *, normalize: bool = False, steps: int = 2) -> list[Any]:
-    made = Views(views, normalize=normalize)
-    loader = Loader(source, made, batch_size=8, accumulate=1, seed=0, device=torch.device("cpu"))
+    parsed = Views(views, normalize=normalize)
+    loader = Loader(source, parsed, batch_size=8, accumulate=1, seed=0, device=torch.device("cpu"))
     return [batch for (batch,) in loader.steps(0, steps)]
 
 

@@ -188,20 +188,20 @@ def test_every_modality_of_an_image_is_looked_at(tmp_path: Path) -> None:
     age(tmp_path, 1000)
     modalities = {"rgb": {}, "ir": {"optional": True}}
 
-    def made() -> Parallel:
+    def build() -> Parallel:
         options: dict[str, Any] = {"image_size": 8, "workers": 0, "mean": [0.5] * 6, "std": [0.2] * 6}
         return Parallel(root=str(tmp_path), modalities=modalities, **options)
 
-    source = made()
+    source = build()
     then, version = source.records(), source.version
     assert (len(then), then.unit) == (17, "files")
     write(tmp_path / "ir/a/3.bmp", 200)
-    found = changes(then, made())
+    found = changes(then, build())
     assert found.times_changed == ["ir/a/3.bmp"]
-    assert made().version != version
+    assert build().version != version
     assert "of 17 files, 1 changed in modification time" in found.describe()
     (tmp_path / "ir/a/5.bmp").unlink()
-    assert changes(then, made()).vanished == ["ir/a/5.bmp"]
+    assert changes(then, build()).vanished == ["ir/a/5.bmp"]
 
 
 class InMemory(Source):
@@ -302,14 +302,14 @@ def test_files_that_a_table_only_names_are_looked_at(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_a_shard_that_is_written_anew_is_seen(tmp_path: Path, kind: str) -> None:
-    def made() -> HfStream:
+    def build() -> HfStream:
         return HfStream(path=str(tmp_path / f"{kind}-*.{kind}"), cache=str(tmp_path / "cache"), image_size=8, workers=0)
 
     write_set(tmp_path, [5, 6, 7], kind=kind)
-    source = made()
+    source = build()
     then, version = source.records(contents=True), source.version
     assert (len(then), then.unit) == (3, "shards")
-    assert not changes(then, made())
+    assert not changes(then, build())
     path = tmp_path / f"{kind}-001.{kind}"
     content = bytearray(path.read_bytes())
     place = content.index(png(7))
@@ -318,11 +318,11 @@ def test_a_shard_that_is_written_anew_is_seen(tmp_path: Path, kind: str) -> None
     stale = os.stat(path).st_mtime_ns
     path.write_bytes(content)
     os.utime(path, ns=(stale + SECOND, stale + SECOND))
-    found = changes(source.records(), made())
+    found = changes(source.records(), build())
     assert found.times_changed == [path.name]
     assert "of 3 shards, 1 changed in modification time" in found.describe()
-    assert made().version != version
-    assert changes(then, made(), contents=True).changed == [path.name]
+    assert build().version != version
+    assert changes(then, build(), contents=True).changed == [path.name]
 
 
 def test_records_come_back_from_their_file_and_damage_is_seen(root: Path) -> None:
@@ -394,7 +394,7 @@ def test_files_of_a_set_that_is_not_ours_are_found_by_their_paths(root: Path) ->
 
 def test_the_index_of_a_shard_that_is_replaced_by_one_of_the_same_size_is_made_anew(tmp_path: Path) -> None:
     path = write_set(tmp_path, [6], kind="tar")
-    made = [HfStream(path=path, cache=str(tmp_path / "cache"), image_size=8, workers=0)]
+    sources = [HfStream(path=path, cache=str(tmp_path / "cache"), image_size=8, workers=0)]
     file = tmp_path / "tar-000.tar"
     content, found = file.read_bytes(), os.stat(file)
     first, second = content.index(b"0" + b"\0" * 511), content.index(b"1" + b"\0" * 511)
@@ -402,6 +402,6 @@ def test_the_index_of_a_shard_that_is_replaced_by_one_of_the_same_size_is_made_a
     other[first], other[second] = ord("1"), ord("0")
     file.write_bytes(other)
     os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns + SECOND))
-    made.append(HfStream(path=path, cache=str(tmp_path / "cache"), image_size=8, workers=0))
-    assert [source.labels.tolist() for source in made] == [[0, 1, 2, 0, 1, 2], [1, 0, 2, 0, 1, 2]]
-    assert compare(made[0].records(), made[1].records(), times=False).changed == [file.name]
+    sources.append(HfStream(path=path, cache=str(tmp_path / "cache"), image_size=8, workers=0))
+    assert [source.labels.tolist() for source in sources] == [[0, 1, 2, 0, 1, 2], [1, 0, 2, 0, 1, 2]]
+    assert compare(sources[0].records(), sources[1].records(), times=False).changed == [file.name]

@@ -71,14 +71,14 @@ COLORS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 
 
 def _moved(name: str, image: Image.Image, level: float, resample: Image.Resampling) -> Image.Image:
-    share, (width, height) = level / 10, image.size
+    fraction, (width, height) = level / 10, image.size
     if name == "rotate":
-        return image.rotate(share * 30, resample=resample, fillcolor=BYTES)
+        return image.rotate(fraction * 30, resample=resample, fillcolor=BYTES)
     matrix = {
-        "shear_x": (1, share * 0.3, 0, 0, 1, 0),
-        "shear_y": (1, 0, 0, share * 0.3, 1, 0),
-        "translate_x": (1, 0, share * 0.45 * width, 0, 1, 0),
-        "translate_y": (1, 0, 0, 0, 1, share * 0.45 * height),
+        "shear_x": (1, fraction * 0.3, 0, 0, 1, 0),
+        "shear_y": (1, 0, 0, fraction * 0.3, 1, 0),
+        "translate_x": (1, 0, fraction * 0.45 * width, 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, fraction * 0.45 * height),
     }[name]
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=BYTES)
 

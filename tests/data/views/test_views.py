@@ -59,8 +59,8 @@ def _ks_to_uniform(values: Tensor, low: float, high: float) -> float:
 
 def _ks_of_two(first: Tensor, second: Tensor) -> float:
     points = torch.cat((first, second)).double().unique()
-    shares = [torch.searchsorted(x.double().sort().values, points, right=True) / len(x) for x in (first, second)]
-    return float((shares[0] - shares[1]).abs().max())
+    distributions = [torch.searchsorted(x.double().sort().values, points, right=True) / len(x) for x in (first, second)]
+    return float((distributions[0] - distributions[1]).abs().max())
 
 
 def _captured_jitter(monkeypatch: pytest.MonkeyPatch, view: View, count: int) -> tuple[Tensor, Tensor]:
