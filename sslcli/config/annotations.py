@@ -23,22 +23,22 @@ WORDS = {
 
 def fits(value: Any, annotation: str) -> bool:
     """Return True if a value fits the annotation of a parameter; an unknown annotation accepts every value."""
-    return _fits(value, _parsed(annotation)) is not False
+    return _fits(value, _parse(annotation)) is not False
 
 
 def words(annotation: str) -> str:
     """Return an annotation in plain words: `int | None` -> `an integer or null`."""
-    return _words(_parsed(annotation), many=False)
+    return _words(_parse(annotation), many=False)
 
 
 @lru_cache
-def _parsed(annotation: str) -> ast.expr:
+def _parse(annotation: str) -> ast.expr:
     try:
         tree = ast.parse(annotation, mode="eval").body
     except SyntaxError:
         return ast.Name("Any")
     if isinstance(tree, ast.Constant) and isinstance(tree.value, str):  # a quoted annotation
-        return _parsed(tree.value)
+        return _parse(tree.value)
     return tree
 
 
@@ -49,7 +49,7 @@ def _options(node: ast.expr) -> list[ast.expr]:
     if isinstance(node, ast.Subscript) and _name(node) == "Optional":
         return [*_options(node.slice), ast.Constant(None)]
     if isinstance(node, ast.Subscript) and _name(node) == "Union":
-        return [option for part in _inside(node) for option in _options(part)]
+        return [option for part in _arguments(node) for option in _options(part)]
     return [node]
 
 
@@ -59,7 +59,7 @@ def _name(node: ast.expr) -> str:
     return "None" if isinstance(node, ast.Constant) else ast.unparse(node).rpartition(".")[2]
 
 
-def _inside(node: ast.expr) -> list[ast.expr]:
+def _arguments(node: ast.expr) -> list[ast.expr]:
     if not isinstance(node, ast.Subscript):
         return []
     return list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
@@ -76,7 +76,7 @@ def _fits(value: Any, node: ast.expr) -> bool | None:
 
 
 def _fits_one(value: Any, node: ast.expr) -> bool | None:
-    name, inside = _name(node), _inside(node)
+    name, inside = _name(node), _arguments(node)
     if name in ("Any", "object"):
         return True
     if name == "None":
@@ -123,7 +123,7 @@ def _words(node: ast.expr, *, many: bool) -> str:
 
 
 def _words_of_one(node: ast.expr, *, many: bool) -> str:
-    name, inside = _name(node), _inside(node)
+    name, inside = _name(node), _arguments(node)
     if name in WORDS:
         return WORDS[name][many]
     if name == "Literal":

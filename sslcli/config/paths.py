@@ -57,7 +57,7 @@ def map_paths(value: Any, convert: Convert) -> Any:
         return value
     keys = path_keys(value)
     return {
-        key: _converted(inner, _for_hub(convert) if keys.get(key) else convert)
+        key: _convert(inner, _for_hub(convert) if keys.get(key) else convert)
         if key in keys
         else map_paths(inner, convert)
         for key, inner in value.items()
@@ -75,7 +75,7 @@ def paths_of(node: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (key, path) for every path in a node and in the nodes inside it."""
     for key in path_keys(node):
         found: list[str] = []
-        _converted(node[key], lambda text, found=found: found.append(text) or text)  # type: ignore[misc]
+        _convert(node[key], lambda text, found=found: found.append(text) or text)  # type: ignore[misc]
         yield from ((key, path) for path in found)
 
 
@@ -131,14 +131,14 @@ def _for_hub(convert: Convert) -> Convert:
     return local
 
 
-def _converted(value: Any, convert: Convert) -> Any:
+def _convert(value: Any, convert: Convert) -> Any:
     """Convert a path, the paths of a list, or the values of a mapping; in a mapping path -> weight, the keys."""
     if isinstance(value, str):
         return convert(value)
     if isinstance(value, list):
-        return [_converted(inner, convert) for inner in value]
+        return [_convert(inner, convert) for inner in value]
     if not isinstance(value, dict) or "_target_" in value:
         return map_paths(value, convert)
     if any(isinstance(inner, (str, list)) for inner in value.values()):
-        return {key: _converted(inner, convert) for key, inner in value.items()}
+        return {key: _convert(inner, convert) for key, inner in value.items()}
     return {convert(str(key)): inner for key, inner in value.items()}

@@ -143,7 +143,7 @@ def _find(module: str, name: str, depth: int) -> Parameters | None:
         return None
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            return None if node.decorator_list or _open(node.args) else _arguments(node.args, skip=0)
+            return None if node.decorator_list or _accepts_any(node.args) else _arguments(node.args, skip=0)
         if isinstance(node, ast.ClassDef) and node.name == name:
             return _class(module, node, depth)
         if isinstance(node, ast.ImportFrom):
@@ -166,7 +166,7 @@ def _absolute(module: str, node: ast.ImportFrom) -> str:
 
 def _class(module: str, node: ast.ClassDef, depth: int) -> Parameters | None:
     init = next((part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"), None)
-    if init is not None and not _open(init.args):
+    if init is not None and not _accepts_any(init.args):
         return _arguments(init.args, skip=1)
     if init is not None and (not node.bases or module.split(".")[0] != "sslcli"):
         return None  # classes of other packages may read keywords from **kwargs
@@ -177,7 +177,7 @@ def _class(module: str, node: ast.ClassDef, depth: int) -> Parameters | None:
             return None
         found |= inherited
     if init is not None:
-        passed = _passed_on(init)
+        passed = _set_keywords(init)
         return {name: found[name] for name in found if name not in passed} | _arguments(init.args, skip=1)
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         for part in node.body:
@@ -190,14 +190,14 @@ def _class(module: str, node: ast.ClassDef, depth: int) -> Parameters | None:
     return found
 
 
-def _passed_on(init: ast.FunctionDef) -> set[str]:
+def _set_keywords(init: ast.FunctionDef) -> set[str]:
     """Return the keywords that a constructor sets itself in its call of `super().__init__`."""
     calls = [node for node in ast.walk(init) if isinstance(node, ast.Call)]
     above = [call for call in calls if ast.unparse(call.func) == "super().__init__"]
     return {keyword.arg for call in above for keyword in call.keywords if keyword.arg is not None}
 
 
-def _open(arguments: ast.arguments) -> bool:
+def _accepts_any(arguments: ast.arguments) -> bool:
     """Return True if the arguments include `*args` or `**kwargs`."""
     return arguments.kwarg is not None or arguments.vararg is not None
 
