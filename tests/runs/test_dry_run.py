@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+
 from command_line import SMALL, Cli
+from sslcli.runs import dry_run
+from sslcli.runs.dry_run import STEPS, peak_memory
 
 
 def files(folder: Path) -> list[str]:
@@ -24,3 +29,29 @@ def test_a_dry_run_measures_and_trains_nothing(cli: Cli, tmp_path: Path) -> None
     ):
         assert part in ended.out
     assert files(tmp_path / "dry") == ["views.png"]
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused(cli: Cli) -> None:
+    ended = cli("ssl-train", *SMALL, "run_dir=/proc/dry", "dry_run=true")
+    assert (ended.code, "run_dir is /proc/dry" in ended.err) == (2, True)
+
+
+def test_a_few_steps_are_optimized(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step also pays for the setup of kernels and memory, so the time of the last is shown."""
+    calls = []
+    optimize = dry_run.optimize
+
+    def counted(*arguments: object) -> object:
+        calls.append(len(calls))
+        return optimize(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dry_run, "optimize", counted)
+    assert cli("ssl-train", *SMALL, "run_dir=dry", "dry_run=true").code == 0
+    assert calls == list(range(STEPS))
+    calls.clear()
+    assert cli("ssl-train", *SMALL, "train.max_steps=1", "run_dir=dry", "dry_run=true").code == 0
+    assert len(calls) == 1
+
+
+def test_the_peak_memory_of_this_process_is_in_gigabytes() -> None:
+    assert 0.05 < peak_memory(torch.device("cpu")) < 500

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from command_line import Cli, result
+from sslcli.errors import ConfigError
+from sslcli.report.console import Screen
+from sslcli.runs.fine_tuned import find_result
 
 QUICK = ["protocol.steps=2", "protocol.batch_size=16", "protocol.lrs=[0.02,0.1]"]
 
@@ -43,3 +51,39 @@ def test_a_fine_tuned_net_is_kept_and_teaches_a_student(trained: Path, cli: Cli)
     clock = {"seconds": 0}
     assert result(trained / "eval", "finetune") | clock == tuned | clock
     assert kept.read_bytes()
+
+
+def evaluation_in(results_dir: Path, *, conditions: str = "") -> Any:
+    """What `find_result` reads of an evaluation."""
+    subject = SimpleNamespace(results_dir=results_dir)
+    return SimpleNamespace(subject=subject, screen=Screen(silent=True), conditions=conditions)
+
+
+def write_results(results_dir: Path, *names: str, net: bool = True) -> None:
+    for name in names:
+        content = {"protocol": name.partition("_")[0], "measured": name, "split": "test", "top1": 0.5}
+        content |= {"interval": [0.4, 0.6], **({"net": f"{name}/net.pt"} if net else {})}
+        (results_dir / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_a_teacher_is_found_by_its_protocol_or_with_its_variant(tmp_path: Path) -> None:
+    write_results(tmp_path, "finetune", "semi_5pct")
+    evaluation = evaluation_in(tmp_path)
+    assert find_result(evaluation, "finetune")[0] == "finetune"
+    assert find_result(evaluation, "semi")[0] == find_result(evaluation, "semi_5pct")[0] == "semi_5pct"
+
+
+def test_several_teachers_of_a_protocol_need_a_choice(tmp_path: Path) -> None:
+    write_results(tmp_path, "semi_5pct", "semi_10pct")
+    with pytest.raises(ConfigError, match=r"'semi', .*: semi_10pct, semi_5pct"):
+        find_result(evaluation_in(tmp_path), "semi")
+    write_results(tmp_path, "finetune", "finetune_layer3")
+    assert find_result(evaluation_in(tmp_path), "finetune")[0] == "finetune"
+
+
+def test_results_without_a_network_or_of_other_conditions_are_no_teachers(tmp_path: Path) -> None:
+    write_results(tmp_path, "knn", net=False)
+    write_results(tmp_path, "finetune")
+    for requested, conditions in (("knn", ""), ("finetune", "step-5"), ("semi", "")):
+        with pytest.raises(ConfigError, match=f"there is no teacher '{requested}'"):
+            find_result(evaluation_in(tmp_path, conditions=conditions), requested)
