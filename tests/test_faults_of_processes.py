@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from small_runs import Started, complete, last_step, make_folder, metrics, start_ranks, wait_for_step
 from sslcli.engine import loop
+from sslcli.engine.run import Run
 from sslcli.methods.base import Batch
 from sslcli.runs import agreement
 
@@ -40,7 +41,7 @@ class AtStep:
     def __init__(self, nth: int) -> None:
         self.real, self.left = loop.optimize, nth
 
-    def __call__(self, run: loop.Run, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
+    def __call__(self, run: Run, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
         self.left -= 1
         scalars = self.real(run, model, batches) if self.left else self.fail(run, model, batches)
         return scalars

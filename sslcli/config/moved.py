@@ -70,7 +70,7 @@ MODULES = {
     "sslcli.evaluate.subsets": "sslcli.evaluation.subsets",
     "sslcli.evaluate.training": "sslcli.evaluation.training",
     "sslcli.evaluate.utility": "sslcli.evaluation.utility",
-    "sslcli.health": "sslcli.engine.collapse",
+    "sslcli.health": "sslcli.engine.health",
     "sslcli.heartbeat": "sslcli.distributed.watchdog",
     "sslcli.idle_threads": "sslcli.system.cpu",
     "sslcli.interpreter": "sslcli.system.child_processes",

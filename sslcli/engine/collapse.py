@@ -1,24 +1,9 @@
-"""Label-free quality metrics of representations, and detection of representation collapse.
-
-    feature_std, mean_norm    SimSiam, arXiv:2011.10566, fig. 2: 1/sqrt(d) and 0 when spread, 0 and 1 when collapsed
-    alignment, uniformity     Wang and Isola, arXiv:2005.10242, eq. 2 and 3
-    rankme                    Garrido et al., arXiv:2210.02885, eq. 2 and 3
-    effective_rank            Roy and Vetterli 2007 (EUSIPCO), of centered features
-
-All are pure functions of finite float32 or float64 features. N images, d dimensions. In a distributed
-run, gather the features first: no metric is the mean of its values on shards.
-"""
+"""Detection of representation collapse from the health metrics, with a likely cause and remedy."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from sslcli.nn.modes import full_precision
 
 _REMEDY = {
     "point": (
@@ -37,109 +22,6 @@ _REMEDY = {
         "too small a weight. Lower the learning rate, then weaken the augmentations."
     ),
 }
-
-
-def _matrix(z: Tensor, name: str = "z") -> Tensor:
-    """Validate that `z` is a floating-point (N >= 2, d) matrix; return it in at least float32, for exp and SVD."""
-    if z.ndim != 2 or len(z) < 2 or not z.is_floating_point():
-        raise ValueError(
-            f"{name} has shape {tuple(z.shape)} and dtype {z.dtype}, but features must be a floating matrix "
-            "(N, d) of at least 2 rows: pass one row per image"
-        )
-    return full_precision(z)
-
-
-def feature_std(z: Tensor, *, biased: bool = False) -> Tensor:
-    """Return the mean over dimensions of the standard deviation of the L2-normalized rows of `z` (N, d), in [0, 1].
-
-    About 1/sqrt(d) if the rows are spread over the sphere, 0 if they are a single point. `biased` divides by N instead
-    of N - 1.
-    """
-    std: Tensor = F.normalize(_matrix(z), dim=1).std(dim=0, correction=0 if biased else 1)
-    return std.mean()
-
-
-def mean_norm(z: Tensor) -> Tensor:
-    """Return the norm of the mean L2-normalized row of `z` (N, d): 0 for a centered cloud, 1 for a single point."""
-    norm: Tensor = torch.linalg.vector_norm(F.normalize(_matrix(z), dim=1).mean(dim=0))
-    return norm
-
-
-def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
-    """Return the mean of |x - y|^alpha over positive pairs, the rows of `z1` and `z2` (N, d), normalized here.
-
-    0 if the views of each image coincide; the mean of 2 - 2 cos for alpha 2 (Wang and Isola, eq. 2).
-    """
-    if z1.shape != z2.shape:
-        raise ValueError(
-            f"z1 {tuple(z1.shape)} and z2 {tuple(z2.shape)} differ in shape: pass two views of the same images"
-        )
-    x, y = F.normalize(_matrix(z1, "z1"), dim=1), F.normalize(_matrix(z2, "z2"), dim=1)
-    return (x - y).square().sum(dim=1).pow(alpha / 2).mean()
-
-
-def uniformity(z: Tensor, *, t: float = 2.0, chunk: int = 1024) -> Tensor:
-    """Return the log of the mean over pairs i < j of exp(-t |x_i - x_j|^2), with rows of `z` (N, d) normalized here.
-
-    0 if collapsed, about -2t + 2t^2/d if uniform on the sphere (Wang and Isola, eq. 3). Differentiable; at most
-    chunk x N similarities in memory at once.
-    """
-    x = F.normalize(_matrix(z), dim=1)
-    n = len(x)
-    sums = []
-    for start in range(0, n - 1, chunk):
-        rows = x[start : start + chunk]
-        exponent = -t * (2 - 2 * rows @ x[start:].T).clamp_min(0)
-        # Row r of the chunk is column r of the remaining images; pairs i < j are the strict upper triangle.
-        below = torch.ones_like(exponent, dtype=torch.bool).tril()
-        sums.append(torch.logsumexp(exponent.masked_fill(below, -math.inf).flatten(), dim=0))
-    return torch.logsumexp(torch.stack(sums), dim=0) - math.log(n * (n - 1) / 2)
-
-
-def rankme(z: Tensor, *, eps: float = 1e-7) -> Tensor:
-    """Return exp of the entropy of the singular values of `z` (N, d), not centered: a smooth rank in [1, min(N, d)].
-
-    p = sigma / sum(sigma) + eps (Garrido et al., eq. 2). Values are comparable only for the same N; the paper uses
-    25,600.
-    """
-    sigma = torch.linalg.svdvals(_matrix(z))
-    p = sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny) + eps
-    return torch.exp(-(p * p.log()).sum())
-
-
-def effective_rank(z: Tensor) -> Tensor:
-    """Return exp of the entropy of the singular values of centered `z` (N, d), without eps (Roy and Vetterli, 2007).
-
-    Unlike `rankme`, it does not count the common mean as a direction. Scalar in [1, min(N - 1, d)].
-    """
-    z = _matrix(z)
-    sigma = torch.linalg.svdvals(z - z.mean(dim=0))
-    p = sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny)
-    return torch.exp(-torch.xlogy(p, p).sum())
-
-
-@torch.no_grad()
-def measure(z: Tensor, other: Tensor | None = None) -> dict[str, float]:
-    """Return the logged metrics of a batch of embeddings `z` (N, d) as floats.
-
-    These are std, mean_norm, uniformity, rankme and effective_rank. With `other` (N, d), the second view of the same
-    images, also alignment. All are NaN if `z` is not finite. Synchronizes with the device; call it only in steps that
-    are logged.
-    """
-    z = _matrix(z.detach())
-    if not bool(torch.isfinite(z).all()):
-        names = ["std", "mean_norm", "uniformity", "rankme", "effective_rank"]
-        return dict.fromkeys(names + (["alignment"] if other is not None else []), math.nan)
-    values = {
-        "std": float(feature_std(z)),
-        "mean_norm": float(mean_norm(z)),
-        "uniformity": float(uniformity(z)),
-        "rankme": float(rankme(z)),
-        "effective_rank": float(effective_rank(z)),
-    }
-    if other is not None:
-        values["alignment"] = float(alignment(z, other.detach()))
-    return values
 
 
 class CollapseDetector:

@@ -4,70 +4,20 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from sslcli.config.settings import TrainSettings
-from sslcli.data.loader import Loader
 from sslcli.distributed import collectives, watchdog
 from sslcli.engine import checkpoint, fsdp, gradient_cache, precision
-from sslcli.engine.monitor import Monitor
-from sslcli.engine.optim import load_optimizer
-from sslcli.engine.stop import StopRequest
-from sslcli.errors import ConfigError, Stopped, TrainingFailed
-from sslcli.kernels import library
+from sslcli.engine.resume import resume, save_good
+from sslcli.engine.run import Run
+from sslcli.errors import Stopped
 from sslcli.methods.base import Batch, Method
-from sslcli.nn import schedule
-from sslcli.report.console import Screen
-from sslcli.weights.renamed import with_current_names
-
-
-@dataclass
-class Run:
-    """All objects and settings of a run."""
-
-    method: Method
-    optimizer: Optimizer
-    loader: Loader
-    settings: TrainSettings
-    peak_lr: float
-    seed: int
-    device: torch.device
-    precision: str  # fp32, bf16 or fp16
-    run_dir: Path
-    config: dict[str, Any]  # plain values, saved in every checkpoint
-    screen: Screen
-    monitor: Monitor
-    stop: StopRequest
-    scaler: torch.amp.GradScaler = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.scaler = precision.grad_scaler(self.device, self.precision)
-
-    @property
-    def total_steps(self) -> int:
-        return self.settings.max_steps or self.settings.epochs * self.loader.steps_per_epoch
-
-    @property
-    def warmup_steps(self) -> int:
-        """Number of warmup steps, at most a quarter of the run, so that a short run reaches its peak learning rate."""
-        return min(round(self.settings.warmup_epochs * self.loader.steps_per_epoch), self.total_steps // 4)
-
-    def lr_at(self, step: int) -> float:
-        """Return the learning rate of the 0-based `step`."""
-        settings = self.settings
-        length = {"total": self.total_steps, "warmup": self.warmup_steps}
-        if settings.schedule == "cosine":
-            return self.peak_lr * schedule.warmup_cosine(step, final=settings.final_lr, **length)
-        milestones = settings.milestones if settings.schedule == "step" else ()
-        return self.peak_lr * schedule.warmup_steps_down(step, milestones=milestones, **length)
 
 
 def train(run: Run) -> None:
@@ -191,78 +141,3 @@ def stopped(run: Run, step: int) -> Stopped:
         "again to resume",
         by_signal=run.stop.by_signal,
     )
-
-
-def save_good(run: Run, step: int, writer: checkpoint.Writer) -> None:
-    """Write a checkpoint. Raise TrainingFailed if a loss so far or a weight is not finite."""
-    run.monitor.check_finite()
-    run.monitor.check_weights(step, run.method)
-    save(run, step, writer)
-
-
-def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
-    """Write a checkpoint, on rank 0, or each rank its shards in the background. All processes must call this."""
-    watchdog.report_progress(f"the checkpoint after step {step}")
-    mine = {"rng": checkpoint.rng_state(run.device), "metric_means": run.monitor.metric_means.state_dict()}
-    processes = collectives.gather_objects(mine)
-    run.monitor.synchronize()
-    state = {
-        "step": step,
-        "loader": run.loader.position(step),
-        "method": run.method.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "processes": processes,
-        "monitor": run.monitor.state_dict(),
-        "config": run.config,
-        "environment": environment_fingerprint(run),
-    }
-    writer.save(run.run_dir, state, keep=run.settings.keep)
-
-
-def resume(run: Run) -> int:
-    """Load the newest checkpoint into the run and return its step, or 0 without a checkpoint."""
-    like = fsdp.placement(run.method, run.optimizer) if fsdp.is_sharded(run.method) else None
-    state = checkpoint.load_newest(run.run_dir, device=run.device, warn=run.screen.warn, like=like)
-    run.method.train()
-    found = collectives.gather_objects(0 if state is None else state["step"])
-    if len(set(found)) > 1:
-        raise TrainingFailed(
-            f"the processes found checkpoints of different steps ({', '.join(map(str, found))}) in {run.run_dir}: "
-            "every process must see the same directory; check it, and run the same command again to resume"
-        )
-    if state is None:
-        return 0
-    run.loader.check_position(state["step"], state.get("loader"))
-    try:
-        run.method.load_state_dict(with_current_names(state["method"], run.method.state_dict()))
-        load_optimizer(run.optimizer, state["optimizer"])
-        run.scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ConfigError(f"the checkpoint in {run.run_dir} does not fit this method or backbone: {error}") from error
-    run.monitor.load_state_dict(state["monitor"])
-    processes = state["processes"]
-    if len(processes) == collectives.world_size():
-        checkpoint.set_rng_state(processes[collectives.rank()]["rng"], run.device)
-        run.monitor.metric_means.load_state_dict(processes[collectives.rank()]["metric_means"])
-    else:  # different world size: the same images and views, different noise
-        run.monitor.metric_means.load_mean([process["metric_means"] for process in processes])
-        torch.manual_seed(run.seed + 1_000_003 * (collectives.rank() + 1) + state["step"])
-    before, now = state["environment"], environment_fingerprint(run)
-    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
-    if changed:
-        run.screen.warn(f"images and views are the same, but results will not be bit-identical: {', '.join(changed)}")
-    run.screen.say(f"continuing from step {state['step']:,} in {run.run_dir}")
-    return int(state["step"])
-
-
-def environment_fingerprint(run: Run) -> dict[str, str | int]:
-    """Return the environment, besides the configuration, that bit-identical results require."""
-    return {
-        "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
-        "precision": run.precision,
-        "processes": collectives.world_size(),
-        "threads": torch.get_num_threads(),
-        "compiled parts": ", ".join(library.present()) or "none",
-    }

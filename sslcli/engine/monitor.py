@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sslcli.config.settings import MonitorSettings
 from sslcli.distributed import collectives, watchdog
-from sslcli.engine import checkpoint, collapse
+from sslcli.engine import checkpoint, collapse, health
 from sslcli.errors import NotFinite, TrainingFailed
 from sslcli.methods.base import Batch, Method
 from sslcli.report import pictures
@@ -212,7 +212,7 @@ class Monitor:
     def measure_health(self, embeddings: tuple[Tensor, ...]) -> tuple[dict[str, float], str | None]:
         """Return the health metrics of the embeddings of all processes, and the reason for a collapse or None."""
         views = [collectives.all_gather(view)[:HEALTH_ROWS] for view in embeddings[:2]]
-        values = collapse.measure(*views)
+        values = health.measure(*views)
         verdict = self.detector.update(values, dim=views[0].shape[1])
         return {f"health/{name}": value for name, value in values.items()}, verdict
 

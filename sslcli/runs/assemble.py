@@ -16,8 +16,8 @@ from sslcli.config.settings import MonitorSettings, TrainSettings, seconds
 from sslcli.data.loader import Loader, plain_batches
 from sslcli.distributed import collectives, processes
 from sslcli.engine import fsdp, precision
-from sslcli.engine.loop import Run
 from sslcli.engine.monitor import Monitor
+from sslcli.engine.run import Run
 from sslcli.engine.stop import StopRequest
 from sslcli.errors import ConfigError
 from sslcli.evaluation.knn import bank_positions

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from sslcli.data.loader import Loader, plain_batches
-from sslcli.engine.loop import Run, optimize
+from sslcli.engine.loop import optimize
+from sslcli.engine.run import Run
 from sslcli.errors import ConfigError
 from sslcli.report import pictures
 from sslcli.report.console import duration

@@ -18,7 +18,8 @@ from sslcli.config.run_config import RunConfig
 from sslcli.data.workers import worker_died_error
 from sslcli.distributed import collectives, devices, processes, watchdog
 from sslcli.engine import checkpoint
-from sslcli.engine.loop import Run, train
+from sslcli.engine.loop import train
+from sslcli.engine.run import Run
 from sslcli.errors import (
     DISK_ERRORS,
     EXIT_CONFIG,

@@ -9,43 +9,15 @@ import pytest
 import torch
 
 from command_line import SMALL, installed
-from sslcli.config.run_config import RunConfig
+from one_run import finish, make_run
 from sslcli.data.loader import Loader
-from sslcli.engine.loop import Run, optimize, train
+from sslcli.engine.loop import optimize
 from sslcli.errors import EXIT_FAILED, TrainingFailed
 from sslcli.methods.moco import MoCo
-from sslcli.report.console import Screen
 from sslcli.report.metrics import read
-from sslcli.runs.assemble import assemble, build_loader
-from sslcli.runs.build import build_optimizer, build_parts
 from tiny import TinyNet, make_batch
 
 HEALTHY = ["moco", "moco_v2", "moco_v3", "simclr", "byol"]
-
-
-def make_run(run_dir: Path, *overrides: str) -> Run:
-    """A run of this process, from a command line."""
-    from hydra._internal.utils import get_args_parser
-
-    from sslcli.cli.compose import checked_jobs
-
-    small = ["dataset.limit=96", "dataset.test_images=0", "train.batch_size=32", "monitor.knn_every_epochs=0"]
-    arguments = get_args_parser().parse_args([*small, "backbone.width=8", *overrides])
-    config = RunConfig.from_plain(checked_jobs("train", arguments)[0])
-    parts = build_parts(config)
-    device = torch.device("cpu")
-    loader = build_loader(config, parts, device)
-    optimizer, peak = build_optimizer(config, parts.method)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return assemble(config, parts, loader, optimizer, peak, run_dir, device, Screen(silent=True))
-
-
-def finish(run: Run) -> None:
-    try:
-        train(run)
-    finally:
-        run.stop.close()
-        run.monitor.close()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_checkpoint(tmp_path: Path) -> None:
@@ -113,18 +85,6 @@ def test_accumulated_gradients_are_those_of_the_big_batch_and_all_keys_are_queue
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(whole.queue, parted.queue)
     assert int(parted.queue_head) == 16
-
-
-def test_the_learning_rate_of_each_step_is_that_of_the_schedule(tmp_path: Path) -> None:
-    run = make_run(
-        tmp_path, "train.max_steps=8", "train.log_every_steps=1", "train.warmup_epochs=0.67", "optimizer.lr=0.8"
-    )
-    finish(run)
-    rates = [line["train/lr"] for line in read(tmp_path / "metrics.jsonl") if "train/lr" in line]
-    assert run.warmup_steps == 2
-    assert rates[:3] == pytest.approx([0.0, 0.05, 0.1])
-    assert rates == pytest.approx([run.lr_at(step) for step in range(8)])
-    assert rates[-1] < rates[3] < rates[2]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

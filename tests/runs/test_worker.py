@@ -13,7 +13,7 @@ import pytest
 from command_line import SMALL, Cli, composed
 from small_runs import complete, start_warm
 from sslcli.config.run_config import RunConfig
-from sslcli.engine.loop import Run
+from sslcli.engine.run import Run
 from sslcli.errors import ConfigError, Stopped
 from sslcli.runs import directory
 from sslcli.runs.worker import acquire_lock, lock_patience, outcome, request_requeue

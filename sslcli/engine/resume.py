@@ -1,0 +1,88 @@
+"""Saving the state of a run in a checkpoint, and resuming from it: every field that a checkpoint has."""
+
+from __future__ import annotations
+
+import torch
+
+from sslcli.distributed import collectives, watchdog
+from sslcli.engine import checkpoint, fsdp
+from sslcli.engine.optim import load_optimizer
+from sslcli.engine.run import Run
+from sslcli.errors import ConfigError, TrainingFailed
+from sslcli.kernels import library
+from sslcli.weights.renamed import with_current_names
+
+
+def save_good(run: Run, step: int, writer: checkpoint.Writer) -> None:
+    """Write a checkpoint. Raise TrainingFailed if a loss so far or a weight is not finite."""
+    run.monitor.check_finite()
+    run.monitor.check_weights(step, run.method)
+    save(run, step, writer)
+
+
+def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
+    """Write a checkpoint, on rank 0, or each rank its shards in the background. All processes must call this."""
+    watchdog.report_progress(f"the checkpoint after step {step}")
+    mine = {"rng": checkpoint.rng_state(run.device), "metric_means": run.monitor.metric_means.state_dict()}
+    processes = collectives.gather_objects(mine)
+    run.monitor.synchronize()
+    state = {
+        "step": step,
+        "loader": run.loader.position(step),
+        "method": run.method.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "processes": processes,
+        "monitor": run.monitor.state_dict(),
+        "config": run.config,
+        "environment": environment_fingerprint(run),
+    }
+    writer.save(run.run_dir, state, keep=run.settings.keep)
+
+
+def resume(run: Run) -> int:
+    """Load the newest checkpoint into the run and return its step, or 0 without a checkpoint."""
+    like = fsdp.placement(run.method, run.optimizer) if fsdp.is_sharded(run.method) else None
+    state = checkpoint.load_newest(run.run_dir, device=run.device, warn=run.screen.warn, like=like)
+    run.method.train()
+    found = collectives.gather_objects(0 if state is None else state["step"])
+    if len(set(found)) > 1:
+        raise TrainingFailed(
+            f"the processes found checkpoints of different steps ({', '.join(map(str, found))}) in {run.run_dir}: "
+            "every process must see the same directory; check it, and run the same command again to resume"
+        )
+    if state is None:
+        return 0
+    run.loader.check_position(state["step"], state.get("loader"))
+    try:
+        run.method.load_state_dict(with_current_names(state["method"], run.method.state_dict()))
+        load_optimizer(run.optimizer, state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(f"the checkpoint in {run.run_dir} does not fit this method or backbone: {error}") from error
+    run.monitor.load_state_dict(state["monitor"])
+    processes = state["processes"]
+    if len(processes) == collectives.world_size():
+        checkpoint.set_rng_state(processes[collectives.rank()]["rng"], run.device)
+        run.monitor.metric_means.load_state_dict(processes[collectives.rank()]["metric_means"])
+    else:  # different world size: the same images and views, different noise
+        run.monitor.metric_means.load_mean([process["metric_means"] for process in processes])
+        torch.manual_seed(run.seed + 1_000_003 * (collectives.rank() + 1) + state["step"])
+    before, now = state["environment"], environment_fingerprint(run)
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if changed:
+        run.screen.warn(f"images and views are the same, but results will not be bit-identical: {', '.join(changed)}")
+    run.screen.say(f"continuing from step {state['step']:,} in {run.run_dir}")
+    return int(state["step"])
+
+
+def environment_fingerprint(run: Run) -> dict[str, str | int]:
+    """Return the environment, besides the configuration, that bit-identical results require."""
+    return {
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
+        "precision": run.precision,
+        "processes": collectives.world_size(),
+        "threads": torch.get_num_threads(),
+        "compiled parts": ", ".join(library.present()) or "none",
+    }
