@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from sslcli.cli.compose import CONF, checked_jobs
 from sslcli.cli.help import MULTIRUNS
-from sslcli.cli.messages import print_note
+from sslcli.cli.hydra_errors import print_note
 from sslcli.config.moved import current_override
 from sslcli.config.paths import absolute, quote_home_paths
 from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, print_error

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from sslcli.cli import messages
+from sslcli.cli import hydra_errors
 from sslcli.cli.hydra_node import SECTIONS, check_hydra, resolved
 from sslcli.config import schema
 from sslcli.config.folders import conf_folder
@@ -93,7 +93,7 @@ def _values(override: Override) -> list[str]:
     try:
         return [f"{key}={value}" for value in override.sweep_string_iterator()]
     except (HydraException, ValueError) as error:
-        raise ConfigError(f"cannot expand the jobs of --multirun: {messages.one_line(error)}") from error
+        raise ConfigError(f"cannot expand the jobs of --multirun: {hydra_errors.one_line(error)}") from error
 
 
 def _points(overrides: list[Override]) -> list[list[str]]:
@@ -101,7 +101,7 @@ def _points(overrides: list[Override]) -> list[list[str]]:
     try:
         return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
     except (HydraException, ValueError) as error:
-        raise ConfigError(f"cannot expand the jobs of --multirun: {messages.one_line(error)}") from error
+        raise ConfigError(f"cannot expand the jobs of --multirun: {hydra_errors.one_line(error)}") from error
 
 
 def _samples(overrides: list[Override]) -> list[list[str]]:
@@ -133,32 +133,32 @@ def _parsed(engine: Hydra, lines: list[str]) -> list[Override]:
         try:
             override = parser.parse_overrides([line])[0]
         except HydraException as error:
-            raise ConfigError(messages.unreadable(line, error)) from error
+            raise ConfigError(hydra_errors.unreadable(line, error)) from error
         if not override.key_or_group:
-            raise ConfigError(messages.unreadable(line))
+            raise ConfigError(hydra_errors.unreadable(line))
         found.append(override)
     return found
 
 
 def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dict[str, Any]:
     overrides = _parsed(engine, lines)
-    messages.check_choices(command, overrides, engine)
+    hydra_errors.check_choices(command, overrides, engine)
     changes = _changes_of_dataset(engine, command, config_name, overrides)
     overrides = [each for each in overrides if each not in changes]
     try:
         config = _composed(engine, command, config_name, [each.input_line or "" for each in overrides])
     except ConfigError as error:
-        choices = [override.input_line or "" for override in overrides if messages.is_choice(override, engine)]
+        choices = [override.input_line or "" for override in overrides if hydra_errors.is_choice(override, engine)]
         base = _composed(engine, command, config_name, choices)
         find_trusted(
-            base.get("trust") or [str(each.input_line) for each in overrides if messages.group_of(each) == "trust"]
+            base.get("trust") or [str(each.input_line) for each in overrides if hydra_errors.group_of(each) == "trust"]
         )
-        messages.check_overrides(command, [o for o in overrides if o.input_line not in choices], base)
+        hydra_errors.check_overrides(command, [o for o in overrides if o.input_line not in choices], base)
         raise error
-    messages.check_deletions(overrides, config)
-    job, notes = current_config(_plain(config), overridden=[messages.group_of(each) for each in overrides])
+    hydra_errors.check_deletions(overrides, config)
+    job, notes = current_config(_plain(config), overridden=[hydra_errors.group_of(each) for each in overrides])
     for note in notes:
-        messages.print_note(command, note)
+        hydra_errors.print_note(command, note)
     find_trusted(job.get("trust") or [])
     schema.check(command, job)
     own = config.hydra
@@ -178,11 +178,11 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
 def _changes_of_dataset(engine: Hydra, command: str, config_name: str, overrides: list[Override]) -> list[Override]:
     """Return the overrides that change the data set of the run if none is chosen; Hydra cannot apply these."""
     changes = [each for each in overrides if command == "eval" and is_change(each)]
-    if not changes or any(messages.group_of(each) == "dataset" for each in overrides):
+    if not changes or any(hydra_errors.group_of(each) == "dataset" for each in overrides):
         return []
-    if any(messages.group_of(each) == "weights" for each in overrides):
+    if any(hydra_errors.group_of(each) == "weights" for each in overrides):
         raise ConfigError(
-            f"{messages.group_of(changes[0])} is set, but weights=FILE has no data set to change: choose one with "
+            f"{hydra_errors.group_of(changes[0])} is set, but weights=FILE has no data set to change: choose one with "
             "dataset=..."
         )
     others = [each.input_line or "" for each in overrides if each not in changes]
@@ -202,13 +202,15 @@ def _composed(engine: Hydra, command: str, name: str, lines: list[str]) -> DictC
                 with_log_configuration=False,
             )
     except MissingConfigException as error:
-        raise ConfigError(messages.missing(error)) from error
+        raise ConfigError(hydra_errors.missing(error)) from error
     except (YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"a configuration file cannot be read: {messages.one_line(error)}") from error
+        raise ConfigError(f"a configuration file cannot be read: {hydra_errors.one_line(error)}") from error
     except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ConfigError(messages.readable(error, groups=schema.GROUPS[command])) from error
+        raise ConfigError(hydra_errors.readable(error, groups=schema.GROUPS[command])) from error
     except UserWarning as error:
-        raise ConfigError(f"hydra.searchpath has a folder that does not exist: {messages.one_line(error)}") from error
+        raise ConfigError(
+            f"hydra.searchpath has a folder that does not exist: {hydra_errors.one_line(error)}"
+        ) from error
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -225,12 +227,12 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 def is_change(override: Override) -> bool:
     """Return True if an override sets a key of `dataset` and does not choose a data set."""
-    return messages.group_of(override).startswith(PREFIX)
+    return hydra_errors.group_of(override).startswith(PREFIX)
 
 
 def change_of(override: Override) -> Change:
     """Return the `Change` of an override. Raises ConfigError for an interpolation that cannot be resolved."""
-    key = messages.group_of(override)
+    key = hydra_errors.group_of(override)
     prefix = "++" if override.is_force_add() else "+" if override.is_add() else "~" if override.is_delete() else ""
     try:
         value = OmegaConf.to_container(OmegaConf.create({"value": override.value()}), resolve=True)

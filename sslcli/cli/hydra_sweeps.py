@@ -25,7 +25,7 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from sslcli.cli.compose import engine_of
-from sslcli.cli.messages import one_line
+from sslcli.cli.hydra_errors import one_line
 from sslcli.errors import ConfigError
 from sslcli.runs.identity import digest_of
 from sslcli.sweeps.job import FINISHED, Job, Sweep, job_of, read, read_or_create_record, status_of

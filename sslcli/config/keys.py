@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sslcli.config import schema
+from sslcli.config.messages import unknown_message
 from sslcli.config.signatures import METHOD_ARGUMENTS, OPTIMIZER_ARGUMENTS, parameters_of
 from sslcli.errors import ConfigError
 
@@ -57,4 +58,4 @@ def check_name(command: str, name: str, node: DictConfig, where: str) -> None:
     known |= set(parameters or ()) - {*METHOD_ARGUMENTS, *OPTIMIZER_ARGUMENTS}
     free = where and target is None and where.partition(".")[0] in schema.BUILT
     hint = f". To add a key that is not in the yaml, write +{where}.{name}=..." if free else ""
-    raise ConfigError(schema.unknown_message(where, name, known - {"_target_"}) + hint)
+    raise ConfigError(unknown_message(where, name, known - {"_target_"}) + hint)

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sslcli.config import schema
 from sslcli.config.keys import check_path
+from sslcli.config.messages import unknown_message
 from sslcli.config.paths import absolute, map_paths, paths_of, same_paths, without_paths
 from sslcli.config.targets import check_target, targets
 from sslcli.errors import ConfigError
@@ -72,7 +73,7 @@ def _delete(node: Any, key: str) -> None:
     if not isinstance(inside, DictConfig):
         raise ConfigError(f"~{PREFIX}{key}: a setting cannot be deleted: set it with {PREFIX}{key}=...")
     if name not in inside:
-        raise ConfigError(schema.unknown_message(PREFIX + where, name, map(str, inside)))
+        raise ConfigError(unknown_message(PREFIX + where, name, map(str, inside)))
     del inside[name]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from sslcli.config.annotations import fits, words
 from sslcli.config.folders import conf_folder
+from sslcli.config.messages import missing_message, unknown_message
 from sslcli.config.run_config import LAUNCHERS
 from sslcli.config.settings import (
     LARGEST_SEED,
@@ -24,7 +25,7 @@ from sslcli.config.settings import (
 from sslcli.config.signatures import METHOD_ARGUMENTS, OPTIMIZER_ARGUMENTS, parameters_of
 from sslcli.config.slurm import SlurmSettings
 from sslcli.config.targets import check_target, targets, trust_list
-from sslcli.errors import ConfigError, nearest
+from sslcli.errors import ConfigError
 
 GROUPS = {  # config groups of each command; OPTIONAL lists those that may be omitted
     "train": ("method", "dataset", "backbone", "views", "optimizer", "launcher", "monitor", "mixture", "experiment"),
@@ -126,22 +127,6 @@ def check_mixture(method: dict[str, Any], *, takes_one: bool) -> None:
         raise ConfigError(
             f"method.mixture is {mixture!r}, but a mixture is chosen by its group: write mixture={mixture}"
         )
-
-
-def missing_message(where: str, names: list[str]) -> str:
-    """Return the error message for missing keys."""
-    path = f"{where}.{names[0]}" if where else names[0]
-    return f"{where or 'the configuration'} lacks {', '.join(names)}: set it with {path}=..."
-
-
-def unknown_message(where: str, key: str, known: Iterable[str]) -> str:
-    """Return the error message for a key that does not exist."""
-    names = sorted(str(name) for name in known)
-    path = f"{where}.{key}" if where else key
-    return (
-        f"{path}: there is no such key.{nearest(key, names)} "
-        f"Known keys{f' in {where}' if where else ''}: {', '.join(names) or 'none'}"
-    )
 
 
 def check_keys(where: str, node: dict[str, Any], known: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 
-from sslcli.cli.messages import check_deletions, group_of, missing, one_line, print_note, readable, unreadable
+from sslcli.cli.hydra_errors import check_deletions, group_of, missing, one_line, print_note, readable, unreadable
 from sslcli.errors import ConfigError
 
 GROUPS = ("method", "dataset", "backbone")
