@@ -19,7 +19,8 @@ from gloo import run_processes
 from sslcli.cli.compose import checked_jobs
 from sslcli.config.run_config import RunConfig
 from sslcli.distributed import collectives
-from sslcli.engine.loop import Run, optimize, parallel
+from sslcli.engine.loop import optimize, parallel
+from sslcli.engine.run import Run
 from sslcli.methods.base import Batch
 from sslcli.report.console import Screen
 from sslcli.runs import assemble

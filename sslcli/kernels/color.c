@@ -1,4 +1,4 @@
-/* The operations of large_images.py on one image after the other, each thread with images of its own. */
+/* Flip, color operations and normalization of a view, one image after the other; each thread has images of its own. */
 
 #include <math.h>
 #include <omp.h>
