@@ -20,7 +20,7 @@ INLINE float limited(float value) {
 
 INLINE float luma(float red, float green, float blue) { return 0.2989f * red + 0.587f * green + 0.114f * blue; }
 
-/* The gray of pixel i of an image of one channel or three, planes being `pixels` apart. */
+/* Gray value of pixel i of an image with one or three channels; planes are `pixels` apart. */
 INLINE float gray_of(const float *image, long channels, long pixels, long i) {
     return channels == 1 ? image[i] : luma(image[i], image[pixels + i], image[2 * pixels + i]);
 }
@@ -36,7 +36,7 @@ static float mean_gray(const float *image, long channels, long pixels) {
     return sum / pixels;
 }
 
-/* Rotate the hue in HSV; see `rotate_hue` of color.py for the formulae. */
+/* Rotate the hue in HSV, with the formulas of `rotate_hue` in data/views/color.py. */
 static void rotate_hue(float *restrict image, long pixels, float turns) {
     float *restrict reds = image, *restrict greens = image + pixels, *restrict blues = image + 2 * pixels;
     for (long i = 0; i < pixels; i++) {
@@ -91,7 +91,7 @@ static void to_gray(float *image, long channels, long pixels) {
     memcpy(image + 2 * pixels, image, sizeof(float) * pixels);
 }
 
-/* Of a plane reflected at its edges, first in the columns, then in the rows. `scratch` has a plane and a row with edges. */
+/* Gaussian blur of a plane with reflected borders, columns first, then rows. `scratch` holds a plane and a padded row. */
 static void blur(float *restrict plane, long height, long width, float sigma, long taps, float *restrict scratch) {
     long radius = taps / 2;
     float kernel[taps], sum = 0, *restrict row = scratch + height * width;
@@ -128,10 +128,10 @@ static void copy(const float *restrict from, float *restrict to, long rows, long
             for (long x = 0; x < width; x++) to[y * width + x] = from[y * width + width - 1 - x];
 }
 
-/* Images (n, channels, height, width) in [0, 1], of one channel or three -> (n, height, width, channels), normalized
-   with one `mean` and `std` a channel. `flags` is (5, n), `factors` and `order` (n, 4), `sigma` (n,).
-   `scratch` has (channels + 1) x height x width + width + taps numbers a thread. */
-void change(const float *images, float *out, float *scratch, const uint8_t *flags, const float *factors,
+/* Images (n, channels, height, width) in [0, 1] with one or three channels -> (n, height, width, channels), normalized
+   with `mean` and `std` per channel. `flags` is (5, n), `factors` and `order` (n, 4), `sigma` (n,).
+   `scratch` holds (channels + 1) x height x width + width + taps floats per thread. */
+void color_operations(const float *images, float *out, float *scratch, const uint8_t *flags, const float *factors,
             const int64_t *order, const float *sigma, const float *mean, const float *std, long n, long channels,
             long height, long width, long taps, float threshold, int gray_first, int threads) {
     long pixels = height * width, place = (channels + 1) * pixels + width + taps;

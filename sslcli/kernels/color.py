@@ -40,10 +40,12 @@ class Parameters:
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernel, or None if it is not available."""
-    return compiled.load(PART, {"change": [POINTER] * 9 + [LONG] * 5 + [ctypes.c_float] + [INT] * 2})
+    return compiled.load(PART, {"color_operations": [POINTER] * 9 + [LONG] * 5 + [ctypes.c_float] + [INT] * 2})
 
 
-def change(images: Tensor, chosen: Parameters, *, mean: Sequence[float], std: Sequence[float]) -> Tensor | None:
+def color_operations(
+    images: Tensor, chosen: Parameters, *, mean: Sequence[float], std: Sequence[float]
+) -> Tensor | None:
     """Flip, jitter, gray, blur and solarize images, then normalize; return None if the kernel does not support them.
 
     Args:
@@ -75,5 +77,5 @@ def change(images: Tensor, chosen: Parameters, *, mean: Sequence[float], std: Se
         torch.tensor(std, dtype=torch.float32),
     ]
     sizes = (count, channels, height, width, chosen.taps, chosen.threshold, chosen.gray_first, threads)
-    passes.change(*(each.data_ptr() for each in given), *sizes)
+    passes.color_operations(*(each.data_ptr() for each in given), *sizes)
     return out.permute(0, 3, 1, 2)

@@ -1,5 +1,5 @@
-/* Crops of bytes resized with antialiasing, as `resized_crop` of augment.py defines them: the same weights, without the
-   products with those that are 0. */
+/* Crops of uint8 images, resized with antialiasing: the same weights as `resized_crop` in data/views/augment.py, without
+   the products with zero weights. */
 
 #include <math.h>
 #include <omp.h>
@@ -19,14 +19,14 @@ INLINE float limited(float value) {
     return value > 1 ? 1 : value;
 }
 
-/* Keys' cubic with a = -0.5, or a triangle, at a distance of at least 0. */
+/* Keys' cubic filter with a = -0.5, or the triangle filter, at a distance >= 0. */
 INLINE float filter(float distance, int cubic) {
     if (!cubic) return distance < 1 ? 1 - distance : 0;
     if (distance < 1) return (1.5f * distance - 2.5f) * distance * distance + 1;
     return distance < 2 ? ((2.5f - 0.5f * distance) * distance - 4) * distance + 2 : 0;
 }
 
-/* Of each of `size` results: the first of the pixels it is made of, and the weights of so many as are returned. */
+/* First source pixel and weights of each of `size` output pixels; returns the number of weights per output pixel. */
 INLINE long weigh(long length, long size, int cubic, long *first, float *weights) {
     float scale = (float)length / size, narrow = scale > 1 ? 1 / scale : 1, reach = (cubic ? 2 : 1) / narrow;
     long taps = (long)ceilf(2 * reach);
@@ -44,7 +44,7 @@ INLINE long weigh(long length, long size, int cubic, long *first, float *weights
     return taps;
 }
 
-/* A row of results, from the bytes of rows that are `stride` apart. */
+/* One output row, from uint8 rows that are `stride` apart. */
 INLINE void down(const uint8_t *bytes, long stride, long used, const float *weights, long taps, float *row) {
     float once = weights[0] / 255;
     for (long x = 0; x < used; x++) row[x] = once * bytes[x];
@@ -55,12 +55,12 @@ INLINE void down(const uint8_t *bytes, long stride, long used, const float *weig
     }
 }
 
-/* Results in [0, 1] from a row of one channel. */
+/* Output pixels in [0, 1] from a row of one channel. */
 INLINE void across(const float *row, long size, const long *first, const float *weights, long taps, float *out) {
     for (long i = 0; i < size; i++) {
         const float *from = row + first[i];
         float sum = weights[i * taps] * from[0];
-        if (taps == 2) /* enlarged, as most crops of small images are: no loop */
+        if (taps == 2) /* upsampling, as for most crops of small images: no loop */
             sum += weights[i * taps + 1] * from[1];
         else
             for (long k = 1; k < taps; k++) sum += weights[i * taps + k] * from[k];
@@ -68,7 +68,7 @@ INLINE void across(const float *row, long size, const long *first, const float *
     }
 }
 
-/* The same from a row with three channels side by side, which are summed at once; the fourth lane is another pixel's. */
+/* The same for three interleaved channels, summed in one vector; its fourth lane belongs to the next pixel. */
 INLINE void three_across(const float *row, long size, const long *first, const float *weights, long taps, float *quads,
                          float *out) {
     for (long i = 0; i < size; i++) {
@@ -81,10 +81,10 @@ INLINE void three_across(const float *row, long size, const long *first, const f
         for (long i = 0; i < size; i++) out[c * size + i] = limited(quads[4 * i + c]);
 }
 
-/* Images are (n, planes, height, width, together) bytes: `together` is 1 where each channel is a plane; where those of a
-   pixel lie together it is 3, and there is one plane. Boxes are (n, 4): top, left, height, width. Results are
-   (n, channels, size, size): numbers in [0, 1], or bytes where `numbers` is null. `scratch` has width x together + 1 +
-   size x (together + 4 + height + width) numbers a thread. */
+/* Images are (n, planes, height, width, together) uint8: `together` is 1 if each channel is a plane, and 3, with one
+   plane, if channels are interleaved. Boxes are (n, 4): top, left, height, width. The output is (n, channels, size, size):
+   floats in [0, 1], or uint8 if `numbers` is null. `scratch` holds width x together + 1 + size x (together + 4 + height +
+   width) floats per thread. */
 void resized_crops(const uint8_t *images, const int64_t *boxes, float *numbers, uint8_t *bytes, float *scratch, long n,
                    long planes, long height, long width, long together, long size, int cubic, int threads) {
     long stride = width * together, place = stride + 1 + size * (together + 4 + height + width);

@@ -1,5 +1,5 @@
-/* Winograd's convolutions of winograd.py: each transform in one pass over the memory, and all of a convolution tile by
-   tile, so that points never leave the cache of a core.
+/* Compiled Winograd convolutions for winograd.py: each transform is one pass over memory, and a convolution processes
+   blocks of tiles, whose points stay in the cache of a core.
 
    Maps are (n, height, width, channels), points (36, tiles, channels), all contiguous; channels fill cache lines. The
    transforms are those of winograd_transforms.py: the same operations in the same order, and factors that are powers of
@@ -7,9 +7,9 @@
 
 #include <omp.h>
 
-#define LANES 8   /* numbers that are computed at once: half a cache line */
-#define LINE 16   /* numbers of a cache line, and columns of a product that is held in registers */
-#define POINTS 36 /* of a tile */
+#define LANES 8   /* floats per vector: half a cache line */
+#define LINE 16   /* floats per cache line, and columns of a product that is held in registers */
+#define POINTS 36 /* per tile */
 #define BLOCK 24  /* tiles whose points a core holds */
 #define ROWS 6    /* of a product that is held in registers; divides BLOCK */
 #define WEIGHT_ROWS 4
@@ -40,7 +40,7 @@ INLINE long top_of(shape s, long tile) { return tile / wide(s) % high(s) * 4; }
 
 INLINE long left_of(shape s, long tile) { return tile % wide(s) * 4; }
 
-/* One dimension of a tile; results are `step` apart, so that two calls of each make rows of columns and columns of rows. */
+/* One-dimensional transforms of a tile; outputs are `step` apart, so that rows and columns use the same functions. */
 
 INLINE void evaluate(const lanes *d, lanes *out, int step) {
     lanes even = d[4] - 4 * d[2], odd = d[3] - 4 * d[1];
@@ -74,9 +74,10 @@ INLINE void spread(const lanes *y, lanes *out, int step) {
     out[5 * step] = y[3];
 }
 
-/* One tile. Points are `stride` apart. Lines are written whole: half of one would be fetched again for the other half. */
+/* Transforms of one tile; points are `stride` apart. Whole cache lines are written, because half a line would be fetched
+   again for the other half. */
 
-/* Where the `side` x `side` numbers lie, zeros outside of the map; `moves` is 0 there, so that zeros stay. */
+/* Addresses of the `side` x `side` values of a tile; outside of the map the address of zeros, with `moves` = 0. */
 INLINE void find(const float *maps, shape s, long tile, int border, int side, const float **at, long *moves) {
     const float *map = maps + image_of(s, tile);
     for (int y = 0; y < side; y++)
@@ -95,7 +96,7 @@ INLINE void store_points(float *to, long stride, lanes values[2][POINTS]) {
     }
 }
 
-/* A tile of 6 x 6 numbers evaluated at its points, or one of 4 x 4 spread to them; `side` is known to the compiler. */
+/* Points of a tile of 6 x 6 values, or the transposed transform of 4 x 4 values; `side` is a compile-time constant. */
 INLINE void tile_to_points(const float *maps, shape s, long tile, int side, float *points, long stride) {
     const float *at[36];
     long moves[36];
@@ -118,7 +119,7 @@ INLINE void tile_to_points(const float *maps, shape s, long tile, int side, floa
     }
 }
 
-/* A line of channels. */
+/* Output values of one tile for a cache line of channels. */
 INLINE void tile_from_points(const float *points, long stride, float *maps, shape s, long tile, long channel) {
     lanes values[2][16];
     for (int half = 0; half < 2; half++) {
@@ -141,7 +142,7 @@ INLINE void tile_from_points(const float *points, long stride, float *maps, shap
         }
 }
 
-/* The transforms alone. */
+/* Transforms without the products. */
 
 void to_points(const float *maps, float *points, long n, long height, long width, long channels, int threads) {
     shape s = {n, height, width, channels};
@@ -165,7 +166,7 @@ void from_points(const float *points, float *maps, long n, long height, long wid
             tile_from_points(points + tile * channels + c, tiles(s) * channels, maps, s, tile, c);
 }
 
-/* Products that are held in registers: each row has two vectors, named so that the compiler keeps them there. */
+/* Matrix products held in registers: each row is two named vectors, which the compiler keeps in registers. */
 
 #define FOUR(f) f(0) f(1) f(2) f(3)
 #define SIX(f) FOUR(f) f(4) f(5)
@@ -180,7 +181,7 @@ void from_points(const float *points, float *maps, long n, long height, long wid
     store(out + r * stride, load(out + r * stride) + left##r);                 \
     store(out + r * stride + LANES, load(out + r * stride + LANES) + right##r);
 
-/* (6, depth) times (depth, 16): a row of the former's numbers lies together, the latter is whole. */
+/* (6, depth) times (depth, 16): rows of the first matrix are contiguous, the second matrix is contiguous. */
 INLINE void six_rows(const float *a, long row, const float *lines, long depth, float *out, long stride) {
     const long column = 1;
     SIX(BEGIN)
@@ -191,7 +192,7 @@ INLINE void six_rows(const float *a, long row, const float *lines, long depth, f
     SIX(SET)
 }
 
-/* (depth, 4) transposed times (depth, 16), added to what is there; `column` and `step` are between the rows of each. */
+/* (depth, 4) transposed times (depth, 16), added to `out`; `column` and `step` are the row strides. */
 INLINE void four_columns(const float *a, long column, const float *lines, long step, long depth, float *out,
                          long stride) {
     const long row = 1;
@@ -203,8 +204,8 @@ INLINE void four_columns(const float *a, long column, const float *lines, long s
     FOUR(INCREASE)
 }
 
-/* The convolution of maps with kernels (outs / 16, 36, channels, 16), each core with the tiles of one block at a time.
-   `scratch` has 36 x 24 x (channels + 16) numbers for each thread. */
+/* Convolution of maps with kernels (outs / 16, 36, channels, 16); each thread processes one block of tiles at a time.
+   `scratch` holds 36 x 24 x (channels + 16) floats per thread. */
 void convolve(const float *maps, const float *kernels, float *out, float *scratch, long n, long height, long width,
               long channels, long outs, int threads) {
     shape s = {n, height, width, channels}, o = {n, height, width, outs};
@@ -229,8 +230,8 @@ void convolve(const float *maps, const float *kernels, float *out, float *scratc
     }
 }
 
-/* The products of the gradient's points and the maps', summed over tiles, added to `sums` (threads, 36, outs, channels).
-   `scratch` has 36 x 24 x (channels + outs) numbers for each thread. */
+/* Products of the points of the gradient and of the maps, summed over tiles, added to `sums` (threads, 36, outs,
+   channels). `scratch` holds 36 x 24 x (channels + outs) floats per thread. */
 void weight_sums(const float *maps, const float *gradient, float *sums, float *scratch, long n, long height, long width,
                  long channels, long outs, int threads) {
     shape s = {n, height, width, channels}, o = {n, height, width, outs};

@@ -25,7 +25,7 @@ from sslcli.data.views import augment, rand_augment
 from sslcli.data.views.color import LAB_MEAN, LAB_STD, YDBDR_MEAN, YDBDR_STD, lab_to_rgb, ydbdr_to_rgb
 from sslcli.data.views.spec import View, is_number
 from sslcli.data.views.spec import parse as parse_view
-from sslcli.kernels.color import Parameters, change
+from sslcli.kernels.color import Parameters, color_operations
 
 COLOR_SPACES = ("rgb", "lab", "ydbdr")
 
@@ -243,7 +243,7 @@ def _in_one_pass(
         augment.check_taps(parameters.taps, *images.shape[2:])
     mean, std = scale or ([0.0] * images.shape[1], [1.0] * images.shape[1])
     augment.check_scale(mean, std, images.shape[1])
-    return change(images, parameters, mean=mean, std=std)
+    return color_operations(images, parameters, mean=mean, std=std)
 
 
 def _photometric(spec: View, parameters: Parameters, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
