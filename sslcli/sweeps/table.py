@@ -9,11 +9,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from sslcli.engine import checkpoint_names
 from sslcli.report.metrics import newest
 from sslcli.sweeps.job import FINISHED, Record, Sweep, code_of, read, status_of
 from sslcli.system import atomic
 from sslcli.system.locks import locked
+
+MAX_WIDTH = 10_000  # characters; a terminal wraps the lines, a file keeps them
 
 
 @dataclass(frozen=True)
@@ -105,15 +111,18 @@ def as_text(rows: list[Row], metric: str | None) -> str:
     """Return the table as aligned text, without the overrides that are equal in all jobs."""
     keys = dict.fromkeys(key for row in rows for key in row.overrides)
     varied = [key for key in keys if len({row.overrides.get(key) for row in rows}) > 1]
-    lines = [["", *varied, "status", "exit", *([] if metric is None else ["steps", metric, "run_dir"])]]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("", *varied, "status", "exit", *([] if metric is None else ["steps", metric, "run_dir"])):
+        table.add_column(Text(title), no_wrap=True)
     for place, row in enumerate(rows, start=1):
         rank = f"{place}." if row.value is not None else ""
         of_run = [] if metric is None else [row.steps, shown(metric, row.value), row.run_dir]
         cells = [rank, *(row.overrides.get(key) for key in varied), row.status, row.code, *of_run]
-        lines.append(["-" if cell is None else str(cell) for cell in cells])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join(line.rstrip() for line in padded)
+        table.add_row(*(Text("-" if cell is None else str(cell)) for cell in cells))
+    console = Console(file=io.StringIO(), width=MAX_WIDTH, color_system=None)
+    with console.capture() as text:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in text.get().splitlines())
 
 
 def shown(metric: str, value: float | None) -> str:
