@@ -108,8 +108,13 @@ def check_keys(where: str, keys: Iterable[object], known: Sequence[str]) -> None
             )
 
 
+def check_integer(name: str, value: object, *, minimum: int, hint: str = "") -> None:
+    """Raise ValueError unless `value` is an integer of at least `minimum`; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} is {value!r}, but it must be an integer of at least {minimum}{hint}")
+
+
 def check_positive(**values: int) -> None:
     """Raise ValueError unless every named value is an integer of at least 1."""
     for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}, but it must be an integer of at least 1")
+        check_integer(name, value, minimum=1)

@@ -34,7 +34,7 @@ from sslcli.data.sources.picture import OpenedImage as OpenedImage
 from sslcli.data.sources.picture import Picture as Picture
 from sslcli.data.sources.records import ProgressCallback, Records, check_verify, digest, label_codes, make_records
 from sslcli.data.workers import default_workers
-from sslcli.errors import ConfigError
+from sslcli.errors import ConfigError, check_integer
 
 _FINGERPRINT_IMAGES = 512
 
@@ -102,11 +102,11 @@ class Source:
         std: Sequence[float] = (0.25, 0.25, 0.25),
         seed: int = 0,
     ) -> None:
-        _check_count("image_size", image_size, minimum=1)
+        check_integer("dataset.image_size", image_size, minimum=1)
         if limit is not None:
-            _check_count("limit", limit, minimum=1, remedy="; null means all images")
+            check_integer("dataset.limit", limit, minimum=1, hint="; null means all images")
         if workers is not None:
-            _check_count("workers", workers, minimum=0, remedy="; null chooses a number for this machine")
+            check_integer("dataset.workers", workers, minimum=0, hint="; null chooses a number for this machine")
         check_fraction("max_bad", max_bad)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"dataset.val_fraction is {val_fraction}, but it must be at least 0 and below 1")
@@ -258,8 +258,8 @@ class Shapes(Source):
         **common: Any,
     ) -> None:
         super().__init__(image_size=image_size, **common)
-        _check_count("train_images", train_images, minimum=1)
-        _check_count("test_images", test_images, minimum=0)
+        check_integer("dataset.train_images", train_images, minimum=1)
+        check_integer("dataset.test_images", test_images, minimum=0)
         self.nuisances = _nuisances(nuisances or {})
         self.name, self.classes = "shapes", list(shapes.CLASSES)
         pool = torch.arange(train_images)
@@ -340,8 +340,3 @@ def _nuisances(strengths: Mapping[str, float]) -> shapes.Nuisances:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"dataset.nuisances.{key} is {value!r}, but it must be a number from 0 to 1")
     return shapes.Nuisances(**strengths)
-
-
-def _check_count(name: str, value: int, *, minimum: int, remedy: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"dataset.{name} is {value!r}, but it must be an integer of at least {minimum}{remedy}")
