@@ -1,6 +1,6 @@
 """Check that all processes of a run have the same configuration, versions and source code.
 
-Different processes would deadlock in a collective, or train different models without an error.
+Processes that differ would deadlock in a collective operation, or train different models without an error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from sslcli.distributed import collectives
 from sslcli.errors import ConfigError
 from sslcli.runs.directory import flatten
 
-MAY_DIFFER = ("about", "device", "trust", "launcher.threads", "dataset.workers")  # keys that processes need not share
+# Keys whose values may differ between processes.
+MAY_DIFFER = ("about", "device", "trust", "launcher.threads", "dataset.workers")
 MAX_SHOWN = 10  # maximum number of differences in a message
 
 
 def check_agreement(config: dict[str, Any]) -> None:
-    """Raise ConfigError on every process unless all agree. The message has two processes and their differences.
+    """Raise ConfigError on every process unless all agree. The message lists the differences of two processes.
 
-    Digests are compared first; the values are sent only if digests differ.
+    Processes first compare digests; they exchange the values only if the digests differ.
     """
     if collectives.world_size() == 1:
         return
@@ -48,7 +49,7 @@ def check_agreement(config: dict[str, Any]) -> None:
 
 
 def fingerprint_items(config: dict[str, Any]) -> dict[str, str]:
-    """Return what must agree by name: configuration values by dotted key, versions, a digest of every source file."""
+    """Return everything that must agree, by name: configuration values, versions, and a digest of every source file."""
     found = {f"{key}": repr(value) for key, value in flatten(config, leave_out=MAY_DIFFER).items()}
     found |= {f"version of {name}": version(name) for name in ("torch", "torchvision")}
     found["version of python"] = platform.python_version()

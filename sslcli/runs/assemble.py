@@ -89,7 +89,7 @@ def assemble(
 
     Args:
         config: the settings.
-        parts: image set, views and method; the method is already on the device.
+        parts: dataset, views and method; the method is already on the device.
         loader: the loader of the training images.
         optimizer: the optimizer over the method's parameters.
         peak_lr: peak learning rate after scaling.
@@ -134,7 +134,7 @@ def assemble(
 def build_probe(
     parts: Parts, monitor: MonitorSettings, device: torch.device, resolved: str, screen: Screen
 ) -> Callable[[], dict[str, float]] | None:
-    """Return the online k-NN probe; None if it is turned off, or, with a printed reason, if it cannot be measured."""
+    """Return the online k-NN probe, or None if it is turned off or not possible (then the reason is printed)."""
     if monitor.knn_every_epochs == 0:
         return None
     if not parts.source.has_labels or len(parts.source.splits["val"]) == 0:
@@ -163,7 +163,7 @@ def has_pictures(parts: Parts, monitor: MonitorSettings) -> bool:
 
 
 def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the method's pictures by name, as grids, of `count` held-out images (training images if none)."""
+    """Return the method's pictures by name, as grids, for `count` held-out images (else training images)."""
     source, views = parts.source, parts.views
     positions = next(split for name in ("val", "train") if len(split := source.splits.get(name, torch.empty(0))))
     images, _ = next(plain_batches(source, positions[:count], batch_size=count, workers=0))

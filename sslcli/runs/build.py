@@ -45,7 +45,7 @@ CONTRACTS = (Method, Source, nn.Module, Optimizer, Protocol, Backbone)
 
 @dataclass(frozen=True)
 class Parts:
-    """Image set, views and method of a run."""
+    """Dataset, views and method of a run."""
 
     source: Source
     views: Views
@@ -61,7 +61,8 @@ def find_class(target: str, *, base: type[Built], trust: list[str], where: str) 
         trust: further trusted packages, besides sslcli, torch.optim and plug-ins.
         where: the key of the `_target_`, for messages.
 
-    Raises ConfigError for a name outside trusted packages, a name that does not exist, a function, and any other class.
+    Raises ConfigError for a name outside of trusted packages, for a name that does not exist, for a function, and for a
+    class that is not derived from `base`.
     """
     check_target(target, trust, where)
     module_name, _, name = target.rpartition(".")
@@ -75,7 +76,7 @@ def find_class(target: str, *, base: type[Built], trust: list[str], where: str) 
         known = [n for n in dir(import_module(module_name)) if not n.startswith("_")]
         raise ConfigError(f"{where} is {target!r}, but {module_name} has no {name}.{nearest(name, known)}") from error
     module = getattr(found, "__module__", "")
-    # A trusted module may import os or subprocess, so objects that it only imports are rejected.
+    # A trusted module may import os or subprocess, so an object must also be defined in a trusted package.
     if not callable(found) or not any(f"{module}.".startswith(f"{package}.") for package in trusted_packages(trust)):
         raise ConfigError(f"{where} is {target!r}, but that is not a class of a trusted package")
     check_class(found, target, base=base, where=where)
@@ -97,9 +98,9 @@ def check_class(found: Any, target: str, *, base: type, where: str) -> None:
 
 
 def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: str, **arguments: Any) -> Built:
-    """Return an instance of the class of a node's `_target_`, derived from `base`; nodes inside are built first.
+    """Return an instance of the class that a node's `_target_` names, derived from `base`; inner nodes are built first.
 
-    The class of a node inside must be the one that its parameter is annotated with, or a subclass.
+    The class of an inner node must be the class in the annotation of its parameter, or a subclass of it.
 
     Raises ConfigError for unknown keywords and for values that the constructor rejects.
     """
@@ -123,7 +124,7 @@ def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: s
         return target(**values, **arguments)
     except ConfigError:
         raise
-    # torch raises the latter two for sizes below 0 or too large.
+    # torch raises RuntimeError and OverflowError for sizes that are negative or too large.
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"{where}: {error}") from error
 
@@ -146,11 +147,12 @@ def build_inner(owner: type, name: str, node: dict[str, Any], *, trust: list[str
 
 
 def annotated_classes(owner: type, name: str) -> list[type]:
-    """Return the classes in the annotation of a constructor's parameter, without those of plain yaml values."""
+    """Return the classes in the annotation of a constructor's parameter, except the types of plain yaml values."""
     for kind in owner.__mro__:
         try:
             init: Any = kind.__init__  # type: ignore[misc]
-            # Only this annotation: a dataclass repeats those of its bases, whose names its module may not import.
+            # Resolve only this annotation: a dataclass also has the annotations of its base classes, and its module may
+            # not import the names in them.
             alone = SimpleNamespace(__annotations__={name: init.__annotations__[name]})
             annotation = get_type_hints(alone, globalns=init.__globals__)[name]
         except (NameError, TypeError, AttributeError, KeyError):  # names that are imported only for type checkers
@@ -169,7 +171,7 @@ def check_classes(nodes: Mapping[str, Any], *, trust: list[str]) -> None:
 
 
 def build_source(node: Node, *, trust: list[str]) -> Source:
-    """Return the image set."""
+    """Return the dataset."""
     return build(node, base=Source, trust=trust, where="dataset")
 
 
@@ -179,7 +181,7 @@ def build_views(node: Node, *, trust: list[str]) -> Views:
 
 
 def build_backbone(node: Node, *, image_size: int, trust: list[str]) -> Backbone:
-    """Return the backbone; its number of features is found by a forward pass if its class does not declare it."""
+    """Return the backbone; if its class does not declare the number of features, a forward pass determines it."""
     module = build(node, base=nn.Module, trust=trust, where="backbone")
     try:
         return as_backbone(module, image_size=image_size, in_channels=node.get("in_channels", 3))
@@ -208,7 +210,7 @@ def accelerate(net: Net) -> Net:
 
 
 def build_parts(config: RunConfig) -> Parts:
-    """Return image set, views and method. Raises ConfigError if they are incompatible."""
+    """Return dataset, views and method. Raises ConfigError if they are incompatible."""
     trust = config.trust
     groups = ("dataset", "views", "method", "backbone", "optimizer")
     check_classes({group: config.values[group] for group in groups}, trust=trust)
@@ -251,7 +253,7 @@ def check_views(method: Method, views: Views, source: Source) -> None:
 
 
 def check_channels(method: Method, source: Source) -> None:
-    """Raise ConfigError unless the method computes features of images with the shape of those of the source."""
+    """Raise ConfigError unless the method computes features of images with the shape of the source's images."""
     black = torch.zeros(2, source.channels, source.image_size, source.image_size)
     try:
         with evaluating(method), torch.no_grad(), torch.random.fork_rng(devices=[]):

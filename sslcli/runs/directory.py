@@ -25,7 +25,8 @@ from sslcli.system import atomic
 from sslcli.system.locks import NO_LOCKS
 from sslcli.system.regular_files import kind_of
 
-WRITTEN_DURING_RUN = (checkpoint_names.FOLDER, "tensorboard", "metrics.jsonl", "console.log")  # during a run
+# Files and folders that are written while the run trains.
+WRITTEN_DURING_RUN = (checkpoint_names.FOLDER, "tensorboard", "metrics.jsonl", "console.log")
 FILES = (
     "config.yaml",
     "console.log",
@@ -42,8 +43,8 @@ FOLDERS = (checkpoint_names.FOLDER, "eval", "export", "pictures", "slurm", "tens
 def check_layout(run_dir: Path) -> None:
     """Raise ConfigError if a path in a run directory has the wrong type, so that opening it would block or fail.
 
-    Wrong types are a FIFO, socket, device or folder instead of a file, and anything else instead of a folder. Only
-    console.log, which is never read, may be a device, so that a link to /dev/null can discard it.
+    Where a file is expected, a FIFO, socket, device or folder is rejected; where a folder is expected, anything else is
+    rejected. Only console.log may be a device, since it is never read: a link to /dev/null discards the log.
     """
     for name in FILES:
         path = run_dir / name
@@ -152,9 +153,9 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
     """Create the run directory if it does not exist, lock it, and return the open lock file.
 
-    The lock ends with the process, or when the file is closed. Processes of a run that was just killed may still have
-    it, so another attempt follows until `patience` seconds have passed; then ConfigError is raised. If the file system
-    has no locks, a warning is printed and the run continues without one.
+    The lock is released when the file is closed or the process exits. Processes of a run that was just killed may still
+    hold the lock, so locking is retried for `patience` seconds before ConfigError is raised. If the file system does
+    not support locks, a warning is printed and the run continues without a lock.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -215,7 +216,7 @@ def write_description(
 
 
 def environment(*, device: str, threads: int) -> dict[str, Any]:
-    """Return time, command, versions, machine and state of the git repository, as plain values."""
+    """Return date and time, command, versions, machine and state of the git repository, as plain values."""
     packages = ["sslcli", "torch", "torchvision", "hydra-core", "omegaconf", "numpy", "pillow"]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

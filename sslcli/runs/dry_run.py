@@ -1,4 +1,4 @@
-"""`ssl-train dry_run=true`: cost of a run, measured on two steps, and the picture of its views."""
+"""`ssl-train dry_run=true`: measures time and memory of a run on two steps, and draws the views."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sslcli.report import pictures
 from sslcli.report.console import duration
 from sslcli.runs.build import Parts
 
-STEPS = 2  # the first step includes the setup of kernels and memory, so the second is timed
+STEPS = 2  # the first step also sets up kernels and memory, so only the second one is timed
 
 
 def dry_run(job: Run, parts: Parts) -> int:
@@ -61,7 +61,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the peak memory in GB: of the GPU if the device is one, else of this process."""
+    """Return the peak memory in GB: that of the GPU on a CUDA device, else that of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in kilobytes on Linux
@@ -71,7 +71,7 @@ def peak_memory(device: torch.device) -> float:
 def save_views(loader: Loader, parts: Parts, count: int, run_dir: Path) -> Path:
     """Write views.png, with `count` original images in the top row and their views below; return its path.
 
-    If the image set has several modalities, each has its own row.
+    If the dataset has several modalities, each has its own row.
     """
     batches = loader.steps(0, 1)
     batch = next(batches)[0]

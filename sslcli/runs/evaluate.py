@@ -34,7 +34,7 @@ from sslcli.system.memory import keep_freed_memory
 
 
 class StoppedBySignal(BaseException):
-    """Raised by a signal to stop. Not an Exception, so that no error handler catches it."""
+    """Raised by the signal handler to stop. Not derived from Exception, so that no error handler catches it."""
 
 
 def run(config: EvalConfig) -> int:

@@ -29,8 +29,8 @@ from sslcli.runs.result_name import dataset_name, join_parts
 from sslcli.runs.subject import Subject
 from sslcli.system import atomic
 
-PATH_KEYS = ("run", "weights", "checkpoint")  # keys of the provenance that are paths, independent of the content
-WEIGHT_KEYS = ("checkpoint_sha256", "step")  # keys of the provenance that an untrained network does not depend on
+PATH_KEYS = ("run", "weights", "checkpoint")  # keys of the provenance that are paths; features do not depend on them
+WEIGHT_KEYS = ("checkpoint_sha256", "step")  # keys of the provenance on which an untrained network does not depend
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Evaluation:
         splits: positions of the images of each split in `source`.
         layer: the layer whose features are evaluated.
         default_layer: the layer that is evaluated by default; names of results do not mention it.
-        variant: suffix of the result's name for protocol settings that change the measured quantity.
+        variant: suffix of the result's name that identifies protocol settings that change the measured quantity.
     """
 
     config: EvalConfig
@@ -65,14 +65,14 @@ class Evaluation:
 
     @property
     def conditions(self) -> str:
-        """Suffix for a checkpoint that is not the last one, and for images that are not those of pre-training."""
+        """Suffix of the result's name: a checkpoint that is not the last one, and images not used in pre-training."""
         of_run, step = self.config.run is not None, self.config.checkpoint
         checkpoint = f"step-{step}" if of_run and step != "last" else ""
         images = dataset_name(self.source, image_size=self.subject.image_size) if self.subject.has_other_images else ""
         return join_parts(checkpoint, images)
 
     def result_path(self, protocol: str) -> Path:
-        """Return the path of the result without suffix; it differs for different quantities, checkpoints and images."""
+        """Return the path of the result without file extension: one path per quantity, checkpoint and dataset."""
         return self.subject.results_dir / join_parts(self.quantity(protocol), self.conditions)
 
     def task(self, **callbacks: Any) -> Task:
@@ -103,7 +103,7 @@ class Evaluation:
         def compute() -> dict[str, Tensor]:
             return self.extract(name, net)
 
-        # Pixels of images in memory are not cached: reading their large file would be slower.
+        # Pixels of images in memory are not cached: reading the large cache file would be slower than computing them.
         is_in_memory = net is None and self.source.images is not None
         with evaluating(net) if net is not None else nullcontext():
             if is_in_memory or not self.config.cache:
@@ -119,11 +119,15 @@ class Evaluation:
             return found
         assert isinstance(net, Method)
         rows = net.stored()
-        assert rows is not None  # else check_layer raises an error
+        assert rows is not None  # otherwise check_layer has raised an error
         return from_bank(found, rows, self.source.splits["train"])
 
     def check_layer(self, net: nn.Module) -> None:
-        """Raise ValueError if the network does not have the layer, ConfigError if it is the bank of other images."""
+        """Check the feature layer.
+
+        Raises ValueError if the network does not have the layer, and ConfigError for the memory bank if the images are
+        not those of pre-training.
+        """
         if self.layer == layers.BANK and self.subject.has_other_images:
             raise ConfigError(
                 "feature_layer is 'bank', but its rows are features of the images of pre-training: remove dataset=..."
@@ -131,7 +135,7 @@ class Evaluation:
         layers.check(net, self.layer, self.task().example())
 
     def warn_unreadable(self, tensors: dict[str, Tensor]) -> None:
-        """Warn about labeled images without features. Raises TooManyBadImages above `dataset.max_bad` of a split."""
+        """Warn about unreadable labeled images. Raises TooManyBadImages if they exceed `dataset.max_bad` of a split."""
         for name, positions in self.splits.items():
             labeled = positions[self.source.labels[positions] >= 0]
             bad = BadImages(max_bad=self.source.max_bad, total=len(labeled))
@@ -167,7 +171,8 @@ class Evaluation:
             prepare=(lambda images: images) if net is None else self.subject.prepare,
             batch_size=self.config.batch_size,
             device=self.device,
-            precision="fp16" if net is None else self.subject.precision,  # fp16 has at least 16 values per 8-bit level
+            # fp16 is precise enough for pixels: it has at least 16 values per 8-bit level.
+            precision="fp16" if net is None else self.subject.precision,
             workers=self.config.workers,
             progress=progress,
         )
@@ -175,7 +180,7 @@ class Evaluation:
         return {key: value for key, value in vars(found).items() if isinstance(value, Tensor)}
 
     def key(self, name: str) -> list[Any]:
-        """Return everything that the features of "trained", "random" or "pixels" depend on, as the cache key."""
+        """Return the cache key: everything on which the features of "trained", "random" or "pixels" depend."""
         subject, source, views = self.subject, self.source, self.subject.views
         positions = hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.splits.values())).hexdigest()[:16]
         images = [source.version, source.image_size, positions]
@@ -190,7 +195,7 @@ class Evaluation:
     def baseline(self, node: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the numbers of the baseline "random" or "pixels", from the cache or from `measure()`.
 
-        They are cached since they are the same for all checkpoints of a run. `node` has the settings of the protocol.
+        Baselines are cached because they are the same for all checkpoints of a run. `node` has the protocol's settings.
         """
         if not self.config.cache:
             return measure()
@@ -217,12 +222,12 @@ class Evaluation:
 
 
 class Starts(Mapping[str, Start]):
-    """Starts of an evaluation by name; accessing one builds its network and extracts its features.
+    """Mapping from a name to its `Start`; accessing an item builds the network and extracts its features.
 
     Args:
         evaluation: the evaluation.
         names: names of the starts, "trained" and the baselines.
-        nets: networks that exist already, by name.
+        nets: networks that are already built, by name.
         keep: keep networks and features in memory, for protocols that use them several times.
     """
 

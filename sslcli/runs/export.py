@@ -11,7 +11,7 @@ dataset, image_fingerprint
               the images of pre-training
 image_size, mean, std, views, precision, monitor
               preprocessing, precision of forward passes, and k-NN settings
-provenance    run, checkpoint, its digest, step, image set, seed
+provenance    run, checkpoint, its digest, step, dataset, seed
 sslcli        the version that wrote the file
 """
 
@@ -106,5 +106,5 @@ def write(out: Path, content: dict[str, Any]) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(out, partial(torch.save, content))
-    except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
         raise ConfigError(f"out is {out}, but it cannot be written ({str(error).splitlines()[0]})") from error

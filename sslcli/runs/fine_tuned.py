@@ -42,9 +42,10 @@ def save(outcome: Outcome, path: Path, evaluation: Evaluation) -> dict[str, Any]
 
 
 def load(evaluation: Evaluation, requested: str) -> FineTuned:
-    """Return the network saved with the result `requested` of the same checkpoint and the same images.
+    """Return the network that was saved with the result `requested`.
 
-    Raises ConfigError if there is none, or if it is of another checkpoint or was trained on other images.
+    Raises ConfigError if there is no such network, if it was fine-tuned from another checkpoint, or if it was trained
+    on other images.
     """
     name, result = find_result(evaluation, requested)
     subject, source = evaluation.subject, evaluation.source
@@ -72,9 +73,9 @@ def load(evaluation: Evaluation, requested: str) -> FineTuned:
 
 
 def find_result(evaluation: Evaluation, requested: str) -> tuple[str, dict[str, Any]]:
-    """Return name and content of the result `requested`: a protocol, or a protocol with a variant.
+    """Return name and content of the result that `requested` names: a protocol, or a protocol with a variant.
 
-    Raises ConfigError if there is none, or if there are several.
+    Raises ConfigError if no result or more than one has this name.
     """
     results_dir, matches = evaluation.subject.results_dir, {}
     for name, result in results(results_dir, evaluation.screen).items():

@@ -25,9 +25,9 @@ def default_name(choices: Mapping[str, str], digest: str) -> str:
 
 
 def digest_of(lines: Iterable[str]) -> str:
-    """Return six hex digits of the overrides that affect the results, so that the same command has the same directory.
+    """Return a digest (six hex digits) of the overrides that affect the results, or "" if there are none.
 
-    Returns "" if there are none.
+    The digest is part of the default run directory, so that the same command uses the same directory.
     """
     found = result_overrides(lines)
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:6] if found else ""

@@ -1,6 +1,7 @@
-"""Detection of changed images: records in `images.npz` of a run, compared when the run resumes or is evaluated.
+"""Detection of changed images: `images.npz` of a run records the images, and later commands compare them.
 
-Only rank 0 compares and broadcasts the outcome, so that all processes continue or all raise an error.
+The comparison is made when the run resumes and when it is evaluated. Only rank 0 compares; it broadcasts the outcome,
+so that either all processes continue or all raise an error.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def check_images(run_dir: Path, source: Source, screen: Screen, *, write: bool) 
     Raises ConfigError on all processes if the images changed; `dataset.verify` selects what is compared.
 
     Args:
-        run_dir: the run directory. Without a checkpoint or without records, nothing is compared.
+        run_dir: the run directory. If it has no checkpoint or no records, nothing is compared.
         source: the current images.
         screen: the progress display.
         write: False in a dry run, which must not write records.
@@ -63,7 +64,7 @@ def _records_to_write(run_dir: Path, source: Source, screen: Screen) -> Records 
     changes = compare(before, now, times=source.verify != "sizes")
     if changes:
         raise changed_images_error(changes, name=source.name, known=bool((before.contents != UNKNOWN).all()))
-    # Keep the current times, and the known digests of contents.
+    # Store the current modification times, and the known digests if none were computed now.
     merged = now if (now.contents != UNKNOWN).any() else replace(now, contents=before.contents)
     return None if list(merged.columns()) == list(before.columns()) else merged
 
@@ -81,7 +82,7 @@ def changes_since(run_dir: Path, source: Source, screen: Screen) -> Changes | No
 
 
 def warn_of_changes(run_dir: Path, source: Source, screen: Screen) -> None:
-    """Print a one-line warning if the images of a run are not those it was trained on."""
+    """Print a one-line warning if the images have changed since the run was trained."""
     changes = changes_since(run_dir, source, screen)
     if changes and changes.only_times_differ:
         screen.warn(

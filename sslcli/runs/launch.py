@@ -43,7 +43,7 @@ def launch(job: dict[str, Any]) -> int:
                 max_restarts=config.launcher.max_restarts,
                 on_message=partial(log_and_print, Path(str(config.run_dir))),
             )
-    gc.disable()  # until the first step, nearly all objects stay alive: garbage collection would only cost time
+    gc.disable()  # nearly all objects created before the first step stay alive: collecting would only cost time
     try:
         from sslcli.runs.worker import run
 
@@ -55,9 +55,9 @@ def launch(job: dict[str, Any]) -> int:
 def main() -> None:
     """Run one process of several: `python -m sslcli.runs.launch CONFIG.json`.
 
-    After an unexpected error the exit code requests a restart only if the process has saved a new checkpoint.
+    After an unexpected error, the exit code requests a restart only if this process has saved a new checkpoint.
     """
-    # Until the run installs its signal handlers, Ctrl-C ends it without a traceback: there is nothing to save.
+    # Before the run installs its signal handlers there is nothing to save, so Ctrl-C ends it without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from sslcli.distributed.processes import EXIT_LOST, die_with_parent
 

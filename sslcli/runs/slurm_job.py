@@ -21,10 +21,10 @@ from sslcli.system import atomic, child_processes
 
 
 def launch(config: RunConfig) -> int:
-    """Submit a run unless its job is queued or running already, and return the exit code.
+    """Submit a run unless its job is already queued or running, and return the exit code.
 
-    `config.run_dir` must be absolute. With launcher.wait, the log is printed until the job ends, and the exit code is
-    that of the job. Raises ConfigError.
+    `config.run_dir` must be absolute. With launcher.wait, this function prints the log until the job ends, and returns
+    the exit code of the job. Raises ConfigError.
     """
     run_dir, settings = Path(str(config.run_dir)), config.launcher
     assert isinstance(settings, SlurmSettings)
@@ -41,7 +41,7 @@ def launch(config: RunConfig) -> int:
         print(f"job {job[0]} is {job[1]} for this run already", flush=True)
     else:
         with directory.lock(run_dir):
-            job = active_job(run_dir)  # again, now that no other process can submit
+            job = active_job(run_dir)  # check again: with the lock held, no other process can submit the run
             job = job or (submit(run_dir, config, text), "submitted")
     print_job(job[0], run_dir)
     return wait(job[0], run_dir) if settings.wait else 0
@@ -121,7 +121,7 @@ def run_node(config: RunConfig, endpoint: str) -> int:
     return run_processes(
         [*child_processes.arguments("sslcli.runs.launch"), str(slurm_dir(run_dir) / "config.json")],
         processes=settings.processes,
-        max_restarts=0,  # of a single node; the batch script restarts all nodes
+        max_restarts=0,  # a single node is never restarted; the batch script restarts all nodes
         on_message=partial(log_and_print, run_dir),
         rendezvous=rendezvous,
     )

@@ -1,4 +1,4 @@
-"""Networks that ssl-eval evaluates, of a run or of a weight file, trained and as initialized, and their images."""
+"""Network that ssl-eval evaluates, from a run or a weight file: trained and untrained weights, and the images."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from sslcli.runs import directory
 from sslcli.runs.build import accelerate, build_backbone, build_method, build_source, build_views, check_classes
 from sslcli.weights.files import load_strictly, load_weights
 
-NETWORK_GROUPS = ("views", "method", "backbone")  # groups that a network and its input are built from
-# Keys by which a file of ssl-export is recognized, see sslcli/runs/export.py.
+NETWORK_GROUPS = ("views", "method", "backbone")  # config groups from which a network and its input are built
+# A file that has all of these keys was written by ssl-export, see sslcli/runs/export.py.
 EXPORTED = {"state_dict", "what", "backbone", "image_size", "mean", "std", "views", "precision", "provenance"}
 
 
@@ -31,23 +31,23 @@ class Subject:
     """A network to evaluate, its provenance, and the preprocessing of its images."""
 
     build_trained: Callable[[], nn.Module]  # returns the network with trained weights
-    build_untrained: Callable[[], nn.Module]  # returns the network as initialized
-    views: Views  # of pre-training, for color space and normalization
-    mean: Sequence[float]  # of the image set of pre-training
+    build_untrained: Callable[[], nn.Module]  # returns the network before training
+    views: Views  # views of pre-training; only their color space and normalization are used
+    mean: Sequence[float]  # channel means of the dataset of pre-training
     std: Sequence[float]
     precision: str
     provenance: dict[str, Any]
     results_dir: Path
     monitor: dict[str, Any]  # values of monitor.* of the run; {} for a weight file without them
-    has_other_images: bool  # evaluated on other images than those of pre-training
-    image_size: int | None  # of pre-training; None if unknown
+    has_other_images: bool  # True if the images to evaluate on are not those of pre-training
+    image_size: int | None  # image size of pre-training in pixels; None if unknown
 
     def prepare(self, images: Tensor) -> Tensor:
         """Apply the color space and normalization of pre-training to images in [0, 1]."""
         return self.views.finish(images, mean=self.mean, std=self.std)
 
     def net(self, name: str) -> nn.Module:
-        """Return the network with trained weights for "trained", as initialized for "random"."""
+        """Return the network: with trained weights for the name "trained", before training for "random"."""
         return self.build_trained() if name == "trained" else self.build_untrained()
 
 
@@ -102,9 +102,10 @@ def load_subject(config: EvalConfig, device: torch.device) -> tuple[Subject, Sou
 
 
 def images_for(config: EvalConfig, saved: dict[str, Any]) -> tuple[Source, bool]:
-    """Return the images to evaluate a run on, and True if they are not those it was trained on.
+    """Return the images to evaluate on, and True if the run was not trained on them.
 
-    They are those of the chosen `dataset`, or else those of the run with the overrides of the command line.
+    If a `dataset` is chosen, its images are returned. Otherwise, the images are those of the run's dataset, with the
+    overrides of the command line applied.
     """
     trust = config.trust
     own = dataset_of_run(saved, [], trust=trust)
@@ -120,10 +121,11 @@ def images_for(config: EvalConfig, saved: dict[str, Any]) -> tuple[Source, bool]
 def has_other_images_than_run(
     source: Source, node: dict[str, Any], own: dict[str, Any], effective: dict[str, Any], *, trust: list[str]
 ) -> bool:
-    """Return True if the images of `source`, built from `node`, are not those of the image set `own` of a run.
+    """Return True if the images of `source`, built from `node`, are not those of the dataset `own` of a run.
 
-    The same images in another folder are the run's own: fingerprints are compared. If the run did not store one, it is
-    computed from the images at the old path, or if they do not exist, numbers of training images are compared.
+    If the paths differ, fingerprints are compared, since the images may have been moved. If the run did not store a
+    fingerprint, it is computed from the images at the old path. If these do not exist, only the numbers of training
+    images are compared.
     """
     if not has_same_keys(node, own):
         return True
@@ -163,12 +165,12 @@ def find_checkpoint(run_dir: Path, which: str | int) -> Path:
 
 
 def type_name(node: dict[str, Any]) -> str:
-    """Return the name of an image set without building it: its setting `name`, or its class in lower case."""
+    """Return the name of a dataset without building it: its setting `name`, or the name of its class in lower case."""
     return str(node.get("name") or node["_target_"].rpartition(".")[2].lower())
 
 
 def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject, Source]:
-    """Return the network of a weight file, and the images; a file of ssl-export has the settings of its run."""
+    """Return the network of a weight file, and the images; a file from ssl-export contains the settings of its run."""
     path, trust = Path(str(config.weights)), config.trust
     found = load_weights(path, device=device)
     is_export = found.keys() >= EXPORTED
@@ -210,7 +212,7 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
 def _has_other_images_than_export(source: Source, node: dict[str, Any], exported: dict[str, Any]) -> bool:
     """Return True if the images are not those of the run from which a file was exported.
 
-    Always True for a file that does not store its image set.
+    Always True for a file that does not store the settings of its dataset.
     """
     own, known = exported.get("dataset"), exported.get("image_fingerprint")
     if own is None or not has_same_keys(node, own):
@@ -221,7 +223,7 @@ def _has_other_images_than_export(source: Source, node: dict[str, Any], exported
 def _network_builder(
     config: EvalConfig, exported: dict[str, Any], device: torch.device
 ) -> tuple[Callable[[int], nn.Module], dict[str, Any]]:
-    """Return a function that builds the untrained network of a file for an image size, and its provenance."""
+    """Return a function from an image size to the untrained network of a file, and the network's provenance."""
     trust, chosen = config.trust, config.backbone
     if exported.get("what", "backbone") == "method":
         _check_whole_method(config, exported)
@@ -247,7 +249,7 @@ def _network_builder(
 
 
 def _check_whole_method(config: EvalConfig, exported: dict[str, Any]) -> None:
-    """Raise ConfigError unless a file with a whole method stores everything that the method is built from."""
+    """Raise ConfigError unless a file that was exported with what=method has all settings to build the method."""
     path = config.weights
     if config.backbone:
         raise ConfigError(f"weights is {path}, which contains a whole method with its backbone: remove backbone=...")

@@ -1,4 +1,4 @@
-"""One process of a training run: setup, training, messages of errors, and exit codes."""
+"""One process of a training run: setup, training, error messages and exit codes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ LOST_CONTACT = "another process of this run ended; run the same command again to
 def run(config: RunConfig) -> int:
     """Run ssl-train with a validated configuration in this process, and return the exit code."""
     run_dir = Path(str(config.run_dir))
-    if processes.restarted():  # the run in the directory was started by this same command
+    if processes.restarted():  # an earlier attempt of this same command started the run in the directory
         config = config.changed(resume="auto")
     threading.excepthook = _ignore_disk_error
     try:
@@ -86,10 +86,10 @@ def run(config: RunConfig) -> int:
     except Stopped as error:
         return EXIT_STOPPED if processes.number() > 0 else _end(str(error), EXIT_STOPPED)
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):  # raised at any point, when the worker's signal arrives
+        if "DataLoader worker" in str(error):  # raised at any point in this process, when a data worker dies
             return _end(str(worker_died_error(error)), processes.exit_lost())
         if processes.lost_contact(error):
-            # The other process prints the reason, unless the network failed.
+            # The process that was lost prints the reason, unless the network failed.
             noticed = str(error).strip().splitlines()[0]
             return _end(f"{LOST_CONTACT} (noticed here: {noticed})", processes.exit_lost(), wait=2 * WAIT)
         raise
@@ -101,7 +101,7 @@ def run(config: RunConfig) -> int:
 
 
 def _ignore_disk_error(failure: threading.ExceptHookArgs) -> None:
-    """Ignore disk errors in TensorBoard's thread: the next write of the main thread raises them again."""
+    """Ignore disk errors in TensorBoard's thread, since the next write of the main thread raises the same error."""
     if not isinstance(failure.exc_value, OSError) or failure.exc_value.errno not in DISK_ERRORS:
         threading.__excepthook__(failure)
 
@@ -109,8 +109,8 @@ def _ignore_disk_error(failure: threading.ExceptHookArgs) -> None:
 def _end(message: BaseException | str, code: int, *, wait: float | None = None) -> int:
     """Print why this process ends, and return the exit code.
 
-    If all processes end for the same reason, it is printed once: rank 0 prints first, and the launcher ends the others
-    while they wait.
+    Ranks other than 0 wait before they print. If all processes end for the same reason, rank 0 prints it, and the
+    launcher ends the other processes during their wait, so that the reason is printed only once.
     """
     time.sleep((WAIT if processes.number() > 0 else 0.0) if wait is None else wait)
     print_error("train", message)
@@ -118,7 +118,7 @@ def _end(message: BaseException | str, code: int, *, wait: float | None = None) 
 
 
 def _end_stalled_process(run_dir: Path, message: str) -> None:
-    """End this process from its watchdog thread. Only one has a message; the others wait until it is printed."""
+    """End this process from its watchdog thread; without a message, first wait until another process prints its own."""
     if message:
         log_and_print(run_dir, message)
     else:
@@ -136,7 +136,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
     optimizer, peak_lr = build_optimizer(config, parts.method)
     run_lock = acquire_lock(run_dir, patience=lock_patience(config)) if main and not dry else None
     if run_lock is not None:
-        directory.check_resumable(run_dir, config.values)  # again, now that no other process can change it
+        # Check again: now that this process holds the lock, no other process can change the directory.
+        directory.check_resumable(run_dir, config.values)
     with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
         check_images(run_dir, parts.source, screen, write=not dry)
         job = assemble(config, parts, loader, optimizer, peak_lr, run_dir, device, screen)
@@ -183,9 +184,10 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
 
 
 def enable_garbage_collection() -> None:
-    """Enable garbage collection if `launch` disabled it, only for objects created from here on.
+    """Enable garbage collection if `launch` disabled it, only for objects created after this call.
 
-    Imports create about a million objects, and searching them would be most of the time that a process takes to exit.
+    Imports create about a million objects. Without the restriction, most of the time that a process takes to exit would
+    be spent on scanning them.
     """
     if not gc.isenabled():
         gc.freeze()
@@ -193,10 +195,10 @@ def enable_garbage_collection() -> None:
 
 
 def lock_patience(config: RunConfig) -> float:
-    """Return how long to wait for the lock of the run directory, in seconds.
+    """Return the maximum wait for the lock of the run directory, in seconds.
 
-    When Slurm restarts a job because a node is lost, the processes on that node keep the lock until they notice, which
-    takes `launcher.timeout` at most.
+    When Slurm restarts a job after it lost contact with a node, processes on that node may still run and hold the lock.
+    They detect the lost connection and exit after at most `launcher.timeout`.
     """
     return 0.0 if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0 else config.launcher.timeout_seconds + 60
 
@@ -214,14 +216,17 @@ def acquire_lock(run_dir: Path, *, patience: float) -> IO[str]:
 
 
 def request_requeue(run_dir: Path, why: Stopped) -> None:
-    """Write the file `want_requeue`: the batch script requeues the job, since a checkpoint is saved. A collective."""
+    """Write the file `want_requeue`, so that the batch script requeues the job; the checkpoint is already saved.
+
+    A collective: all processes call it.
+    """
     if collectives.is_main():
         atomic.replace(run_dir / "slurm" / "want_requeue", str(why).partition(";")[0].encode())
     collectives.barrier()
 
 
 def prepare_monitor(job: Run, parts: Parts, config: RunConfig) -> None:
-    """Pass configuration and, at the start of a run, the picture of its views to the monitor for TensorBoard."""
+    """Pass to the monitor, for TensorBoard, the configuration and (at the start of a run) the picture of the views."""
     job.monitor.hyperparameters = directory.flatten(config.values)
     if job.monitor.settings.pictures and not checkpoint.all_of(job.run_dir):
         job.monitor.picture = pictures.load(save_views(job.loader, parts, job.monitor.settings.pictures, job.run_dir))

@@ -12,7 +12,7 @@ from sslcli.errors import EXIT_FAILED, EXIT_STOPPED, ConfigError
 PATIENCE = 60.0  # timeout of a Slurm command in seconds
 QUERY_EVERY = 5.0  # seconds between queries, to limit the load on the shared controller
 READ_EVERY = 0.3  # seconds between reads of the log
-FINAL_STATES = {  # of Slurm jobs, with the exit code if the job recorded none
+FINAL_STATES = {  # final states of Slurm jobs, and the exit code to return if the job recorded none
     "BOOT_FAIL": EXIT_STOPPED,
     "CANCELLED": EXIT_STOPPED,
     "COMPLETED": 0,
@@ -39,7 +39,7 @@ def submit(script: Path) -> str:
 
 
 def state(job: str, script: Path) -> str | None:
-    """Return the Slurm state of the job of that script, or None if Slurm no longer knows it.
+    """Return the Slurm state of a job, or None if Slurm no longer knows the job or the ID has another script now.
 
     Raises ConfigError if Slurm does not respond.
     """
@@ -49,7 +49,7 @@ def state(job: str, script: Path) -> str | None:
             return None
         raise ConfigError(f"squeue failed: {in_one_line(ended.stderr)}")
     job_state, _, command = ended.stdout.strip().partition(" ")
-    return job_state if command == str(script) else None  # job IDs repeat when a cluster is reinstalled
+    return job_state if command == str(script) else None  # a reinstalled cluster reuses job IDs
 
 
 def submitted_job(run_dir: Path) -> str | None:
@@ -59,7 +59,7 @@ def submitted_job(run_dir: Path) -> str | None:
 
 
 def recorded_exit_code(run_dir: Path) -> int | None:
-    """Return the exit code of the newest job of a run, or None if it has recorded none."""
+    """Return the exit code that the newest job of a run recorded, or None if there is none."""
     path = run_dir / "slurm" / f"{submitted_job(run_dir)}.exit"
     return int(path.read_text(encoding="utf-8") or EXIT_FAILED) if path.exists() else None
 
@@ -77,7 +77,7 @@ def follow(job: str, script: Path) -> int:
             last_query = time.monotonic()
             try:
                 job_state = state(job, script)
-            except ConfigError:  # the controller may be down for a while; the job continues
+            except ConfigError:  # the Slurm controller may be down for a while; the job itself continues
                 continue
             if job_state is None or job_state in FINAL_STATES:
                 time.sleep(
@@ -117,6 +117,6 @@ def run_command(*line: str) -> subprocess.CompletedProcess[str]:
 
 
 def in_one_line(text: str) -> str:
-    """Return an error message on one line, without the command's name as prefix of each line."""
+    """Join the lines of an error message, without the command's name that begins each line."""
     lines = [line.partition(": error: ")[2] or line for line in text.strip().splitlines() if line.strip()]
     return "; ".join(line.strip().rstrip(".") for line in lines) or "no reason given"

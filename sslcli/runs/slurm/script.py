@@ -24,7 +24,7 @@ def render(settings: SlurmSettings, *, folder: Path, cwd: Path, python: str) -> 
     agent = shlex.join([settings.python or python, *start, str(config)])
     step = ["srun", f"--nodes={settings.nodes}", f"--ntasks={settings.nodes}", "--ntasks-per-node=1", "--wait=60"]
     if settings.cpus_per_node:
-        step.append(f"--cpus-per-task={settings.cpus_per_node}")  # not inherited by steps since Slurm 22.05
+        step.append(f"--cpus-per-task={settings.cpus_per_node}")  # steps do not inherit it since Slurm 22.05
     lines = [
         "#!/bin/bash",
         *directives(settings, folder=folder, cwd=cwd),
