@@ -1,1 +1,1 @@
-"""Command-line entry points: composition with Hydra, help and messages; this package does not import torch."""
+"""Command-line entry points: composition with Hydra, help and messages. This package does not import torch."""

@@ -33,7 +33,7 @@ def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
     try:
         arguments = read_arguments(name)
         if any(getattr(arguments, flag) for flag in ANSWERED_BY_HYDRA):
-            if arguments.hydra_help:  # Hydra configures logging for it, so the configuration must be validated
+            if arguments.hydra_help:  # for its help, Hydra sets up logging from the configuration: validate it first
                 checked_jobs(name, arguments)
             hand_over(name, lambda config: None, arguments)
             return 0
@@ -76,7 +76,7 @@ def read_arguments(name: str) -> Namespace:
 
 
 def _with_current_names(name: str, line: str) -> str:
-    """Return an override with current names, and print a note if it had old ones."""
+    """Return an override with current names; print a note if it used old names."""
     current = current_override(line)
     if current != line:
         print_note(name, f"{line} is now {current}")
@@ -84,14 +84,14 @@ def _with_current_names(name: str, line: str) -> str:
 
 
 def hand_over(name: str, task: Callable[[DictConfig], Any], arguments: Namespace) -> None:
-    """Run Hydra's main function, for shell completion, Hydra's own help, and printing of the configuration."""
-    # Hydra parses sys.argv itself, and needs all overrides to be adjacent.
+    """Run Hydra's main function, for shell completion, Hydra's own help, and printing the configuration."""
+    # Hydra parses sys.argv itself, and accepts overrides only if no flag stands between them.
     sys.argv = [sys.argv[0], *arguments.overrides, *flags_of(arguments)]
     hydra.main(version_base="1.3", config_path=CONF, config_name=name)(task)()
 
 
 def flags_of(arguments: Namespace, *, only: tuple[str, ...] = ()) -> list[str]:
-    """Return the flags of the command line as text; only those named in `only`, if it is not empty."""
+    """Return the flags of the command line as text; if `only` is not empty, return only the flags that it names."""
     flags = []
     for name, value in vars(arguments).items():
         if name == "overrides" or not value or (only and name not in only):

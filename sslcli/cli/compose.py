@@ -1,8 +1,7 @@
 """Composition of validated configurations from a command line.
 
-Hydra composes them, but stops at the first error without a suggestion, accepts any key after a plus sign and does not
-check ranges. Every job of a command is therefore composed and validated here, before any job runs and before torch is
-imported.
+Hydra alone stops at the first error without a suggestion, accepts any key after a plus sign and does not check ranges.
+This module therefore composes and validates every job of a command before any job runs and before torch is imported.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ from sslcli.errors import ConfigError
 from sslcli.runs.identity import digest_of
 from sslcli.system.child_processes import find_trusted
 
-# A checkout that is not installed has no sslcli.conf.
+# The package sslcli.conf exists only in an installation; in a checkout, use the path of the folder.
 CONF = "pkg://sslcli.conf" if conf_folder(installed=True) else str(conf_folder())
 
 
 class ConfOfPlugins(SearchPathPlugin):
-    """Hydra plugin that appends the yaml folders of plug-in packages to the search path, after that of sslcli."""
+    """Hydra plugin that appends the yaml folders of plug-in packages to the search path, after the folder of sslcli."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("sslcli.renamed", f"file://{FOLDER}")
@@ -84,7 +83,7 @@ def _first(overrides: list[Override]) -> list[str]:
 
 
 def _values(override: Override) -> list[str]:
-    """Return an override once per value; for an interval, which is continuous, once for each end."""
+    """Return one override per swept value; for a continuous interval, one for each end."""
     key = override.get_key_element()
     if override.is_interval_sweep():
         interval = override.value()
@@ -105,7 +104,10 @@ def _points(overrides: list[Override]) -> list[list[str]]:
 
 
 def _samples(overrides: list[Override]) -> list[list[str]]:
-    """Return examples of the jobs that a sweeper may sample: each value once, with the first value of the others."""
+    """Return examples of the jobs that a sweeper may sample.
+
+    Each value of an override occurs in one job, with the first value of all other overrides.
+    """
     lines = [_first(overrides)]
     for place, override in enumerate(overrides):
         if override.is_sweep_override():
@@ -121,7 +123,7 @@ def engine_of(arguments: Namespace) -> Hydra:
     path = CONF if arguments.config_path is None else arguments.config_path
     search = create_automatic_config_search_path(None, None, path)
     if arguments.config_dir is not None:
-        before_schema = SearchPathQuery(provider="schema")  # must stay last in Hydra's search path
+        before_schema = SearchPathQuery(provider="schema")  # "schema" must stay the last entry of Hydra's search path
         search.prepend("command-line", f"file://{arguments.config_dir}", before_schema)
     return Hydra.create_main_hydra2(task_name="sslcli", config_search_path=search)
 
@@ -176,7 +178,10 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
 
 
 def _changes_of_dataset(engine: Hydra, command: str, config_name: str, overrides: list[Override]) -> list[Override]:
-    """Return the overrides that change the data set of the run if none is chosen; Hydra cannot apply these."""
+    """Return the overrides that change the dataset of a run, if the command line chooses no dataset.
+
+    They are applied later to the run's own configuration, since Hydra composes no dataset here.
+    """
     changes = [each for each in overrides if command == "eval" and is_change(each)]
     if not changes or any(hydra_errors.group_of(each) == "dataset" for each in overrides):
         return []
@@ -226,7 +231,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 def is_change(override: Override) -> bool:
-    """Return True if an override sets a key of `dataset` and does not choose a data set."""
+    """Return True if an override sets a key of `dataset`; False if it chooses a dataset."""
     return hydra_errors.group_of(override).startswith(PREFIX)
 
 

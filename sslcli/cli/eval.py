@@ -36,7 +36,7 @@ def evaluate(config: dict[str, Any]) -> int:
 
 
 def check_changes(config: dict[str, Any]) -> None:
-    """Raise ConfigError for a `dataset.KEY=value` that the data set of the run does not accept; no torch import."""
+    """Raise ConfigError for a `dataset.KEY=value` that the run's dataset does not accept. Does not import torch."""
     changes = config["_dataset_changes_"]
     if not changes:
         return
@@ -49,7 +49,7 @@ def check_changes(config: dict[str, Any]) -> None:
 
 
 def _suggestions(path: str) -> str:
-    """Return the name closest to a missing path, and the content of its folder, as text for an error message."""
+    """Return a hint for the error message on a missing path: the closest name, and the content of the folder."""
     folder = os.path.dirname(path.rstrip("/")) or "."
     there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     listed = ", ".join(there[:10]) + (", ..." if len(there) > 10 else "")

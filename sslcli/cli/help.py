@@ -53,7 +53,7 @@ EXITS = {
 
 
 def answer(name: str, arguments: list[str]) -> str | None:
-    """Return the text for `--help` or `--version`, or None if the command line has neither."""
+    """Return the text for `--help` or `--version`; None if the command line has neither flag."""
     if "--version" in arguments:
         return f"sslcli {__version__}"
     if not {"--help", "-h"} & set(arguments):
@@ -85,13 +85,13 @@ def overview(name: str, folders: list[Path]) -> str:
 
 
 def listed(folders: list[Path], group: str, default: str) -> str:
-    """Return the choices of a group on one line, the default in brackets."""
+    """Return the choices of a group on one line, with the default in brackets."""
     names = sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
     return "  ".join(f"[{name}]" if name == default else name for name in names)
 
 
 def find_choice(folders: list[Path], group: str, choice: str) -> Path | None:
-    """Return the yaml file of a choice from the last folder that has it (a user's, else sslcli's, else a plug-in's)."""
+    """Return the yaml file of a choice: the user's, else sslcli's, else a plug-in's (the last of `folders` wins)."""
     paths = [folder / group / f"{choice}.yaml" for folder in reversed(folders)]
     return next((path for path in paths if re.fullmatch(r"\w+/[\w-]+", f"{group}/{choice}") and path.is_file()), None)
 
@@ -102,7 +102,7 @@ def indented(text: str) -> str:
 
 
 def show_and_exit(name: str) -> None:
-    """Print the text for `--help` or `--version` and exit; return if the command line has neither."""
+    """Print the text for `--help` or `--version` and exit; do nothing if the command line has neither flag."""
     text = answer(name, sys.argv[1:])
     if text is not None:
         guard_terminal()

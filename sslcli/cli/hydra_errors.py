@@ -95,7 +95,7 @@ def group_of(override: Override) -> str:
 def check_choices(command: str, overrides: list[Override], engine: Hydra) -> None:
     """Raise ConfigError for a group of another command, and for a group without a choice.
 
-    For these, Hydra raises unclear errors or prints a traceback.
+    Hydra itself reports these two errors unclearly, or with a traceback.
     """
     own, others = schema.GROUPS[command], {group for groups in schema.GROUPS.values() for group in groups}
     for override in overrides:
@@ -109,7 +109,10 @@ def check_choices(command: str, overrides: list[Override], engine: Hydra) -> Non
 
 
 def check_overrides(command: str, overrides: list[Override], base: DictConfig) -> None:
-    """Raise ConfigError for the first invalid override; `base` is the configuration of the choices without values."""
+    """Raise ConfigError for the first invalid override.
+
+    `base` is the configuration composed from the chosen files only, without the overrides that set values.
+    """
     values = [override.value() for override in overrides if group_of(override) == "trust"]
     trust = trust_list(values[-1] if values else OmegaConf.to_container(base).get("trust", []))  # type: ignore[union-attr]
     for override in overrides:
@@ -123,7 +126,10 @@ def check_overrides(command: str, overrides: list[Override], base: DictConfig) -
 
 
 def check_deletions(overrides: list[Override], config: DictConfig) -> None:
-    """Raise ConfigError for a deleted hyperparameter: the constructor's default would apply, which no yaml shows."""
+    """Raise ConfigError for a deleted hyperparameter.
+
+    Without the key, the constructor's default would apply, which is in no yaml file.
+    """
     for override in overrides:
         where, _, name = group_of(override).rpartition(".")
         target = OmegaConf.select(config, f"{where}._target_") if override.is_delete() and where else None

@@ -1,7 +1,7 @@
 """Validation of the `hydra` node of a configuration: it may name only trusted code.
 
-Hydra instantiates the classes named in `hydra.callbacks`, Optuna's sweeper its `sampler`, and Python's logging its
-handlers. The checks of `_target_` elsewhere do not cover these.
+Hydra instantiates the classes that `hydra.callbacks` names. Optuna's sweeper instantiates the class of its `sampler`,
+and Python's logging instantiates its handlers. The other checks of `_target_` do not cover these classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sslcli.config.plugins import plugins
 from sslcli.errors import ConfigError
 
-ALLOWED = (  # (path inside `hydra`, names that are allowed there without trust), as regular expressions
+ALLOWED = (  # regular expressions: (path inside `hydra`, names allowed there in addition to trusted packages)
     (r"(launcher|sweeper)\._target_", r"hydra_plugins\.[\w.]+|hydra\._internal\.core_plugins\.[\w.]+"),
     (r"sweeper\.(sampler|pruner)\._target_", r"optuna\.(samplers|pruners)\.\w+"),
     (
@@ -41,7 +41,7 @@ def check_hydra(own: Any, trust: Iterable[str]) -> None:
 
 
 def resolved(node: Any, only: Iterable[str] | None = None) -> Any:
-    """Return a node as plain values, its interpolations resolved; those that cannot be resolved yet stay as written.
+    """Return a node as plain values, with interpolations resolved where possible; the others are left unchanged.
 
     Args:
         node: OmegaConf node, or a plain value.
@@ -61,7 +61,10 @@ def resolved(node: Any, only: Iterable[str] | None = None) -> Any:
 
 
 def is_reference(path: str, text: str) -> bool:
-    """Return True if logging would import the object that `text` names, or a callback is still an interpolation."""
+    """Return True if `text` can name an object to be called.
+
+    These are `ext://` references, which logging imports, and unresolved interpolations in callbacks.
+    """
     if path.partition(".")[0] == "callbacks":
         return "${" in text
     return path.startswith(("job_logging.", "hydra_logging.")) and text.startswith("ext://")

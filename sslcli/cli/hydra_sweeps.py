@@ -1,4 +1,4 @@
-"""Sweeps with Hydra plugins: jobs sampled by another sweeper, or run by another launcher."""
+"""Sweeps with Hydra plugins: a sweeper plugin samples the jobs, or a launcher plugin runs them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from sslcli.system.child_processes import safe_children
 
 
 class SweepStopped(Exception):
-    """Raised to end a sweeper that would sample more jobs."""
+    """Raised in the launcher to end a sweeper, which would otherwise sample further jobs."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ class Task:
 
 
 class QueueLauncher(Launcher):
-    """Hydra launcher that runs the jobs of a sweeper in parallel in the local queue (Hydra's default: one by one)."""
+    """Hydra launcher that runs the jobs of a sweeper in parallel in the local job queue.
+
+    Hydra's own default launcher runs them one after another.
+    """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         assert isinstance(task_function, Task)
@@ -83,7 +86,7 @@ def composed_job(sweep: Sweep, config: Any) -> Job:
 
 
 def objective(sweep: Sweep, job: Job) -> float | None:
-    """Return the metric of a job, which a sweeper optimizes; None if the job is not finished."""
+    """Return the value of the job's metric, which a sweeper optimizes; None if the job is not finished."""
     if (
         job.run_dir is None
         or sweep.metric is None
@@ -94,7 +97,7 @@ def objective(sweep: Sweep, job: Job) -> float | None:
 
 
 def launch_jobs(arguments: Namespace, sweep: Sweep, jobs: list[Job], slots: list[Slot] | None) -> tuple[bool, bool]:
-    """Run the jobs with the chosen launcher; return True if the sweep was stopped, and True if the launcher failed."""
+    """Run the jobs with the chosen launcher; return (sweep was stopped, launcher failed)."""
 
     def launch(engine: Hydra) -> None:
         config = composed(engine, sweep, arguments, [])
@@ -109,7 +112,7 @@ def launch_jobs(arguments: Namespace, sweep: Sweep, jobs: list[Job], slots: list
 
 
 def draw_jobs(arguments: Namespace, sweep: Sweep, launcher: str, slots: list[Slot] | None) -> tuple[bool, bool]:
-    """Run the jobs that the chosen sweeper samples; return the same as `launch_jobs`, for the sweeper."""
+    """Run the jobs that the chosen sweeper samples; return (sweep was stopped, sweeper failed)."""
     if launcher == "basic":  # Hydra instantiates only its own launchers, so QueueLauncher replaces one of them
         Plugins.instance().class_name_to_class[f"{BasicLauncher.__module__}.BasicLauncher"] = QueueLauncher
 
@@ -127,7 +130,7 @@ def draw_jobs(arguments: Namespace, sweep: Sweep, launcher: str, slots: list[Slo
 
 
 def lines_of(sweep: Sweep, arguments: Namespace, more: list[str]) -> list[str]:
-    """Return the overrides for Hydra: those of the command line with the sweep's folder, and `more`."""
+    """Return the overrides for Hydra: those of the command line, the sweep's folder, and `more`."""
     overrides = [line for line in arguments.overrides if not line.startswith("hydra.sweep.dir=")]
     quoted = str(sweep.folder).replace("\\", "\\\\").replace('"', '\\"')
     return [*overrides, f'hydra.sweep.dir="{quoted}"', *more]
@@ -144,9 +147,9 @@ def composed(engine: Hydra, sweep: Sweep, arguments: Namespace, more: list[str])
 
 
 def optuna_overrides(sweeper: Any, sweep: Sweep, slots: list[Slot] | None, arguments: Namespace) -> list[str]:
-    """Return defaults for Optuna that the command line does not set: direction, number of parallel jobs, and seed.
+    """Return Optuna's direction, number of parallel jobs and seed as overrides, unless the command line sets them.
 
-    With a fixed seed, the same command samples the same jobs and reuses the results of the finished ones.
+    With a fixed seed, the same command samples the same jobs again and reuses the results of the finished jobs.
     """
     if "optuna" not in sweeper._target_:
         return []
@@ -169,14 +172,15 @@ def optuna_overrides(sweeper: Any, sweep: Sweep, slots: list[Slot] | None, argum
 
 
 def run_hydra(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]) -> tuple[bool, bool]:
-    """Call `start`, which runs a Hydra plugin until all jobs have ended; return (sweep stopped, plugin failed).
+    """Call `start`, which runs a Hydra plugin until all jobs have ended; return (sweep was stopped, plugin failed).
 
-    Errors of the plugin are not raised if jobs were started: the table is written from the records of the jobs.
+    If the plugin fails after jobs were started, its error is printed and not raised, so that the caller can still write
+    the table from the records of the jobs.
     """
     before = started(sweep)
     with signal_file(sweep) as received:
         try:
-            version.setbase("1.3")  # as in hydra.main; without it jobs change their working directory
+            version.setbase("1.3")  # as in hydra.main; otherwise jobs change their working directory
             start(engine_of(arguments))
         except (SweepStopped, KeyboardInterrupt):
             return True, False
@@ -197,15 +201,15 @@ def run_hydra(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]
 
 
 def started(sweep: Sweep) -> dict[str, str | None]:
-    """Return the last start time of each job, by its name."""
+    """Return the last start time of each job, by the name of the job."""
     return {path.stem: read(path).started for path in sweep.records.glob("*.json")}
 
 
 @contextmanager
 def signal_file(sweep: Sweep) -> Iterator[list[int]]:
-    """On a signal within the block, create `jobs/stop` in the sweep's folder, which jobs on all nodes check.
+    """On a signal within the block, create the file `jobs/stop` in the sweep's folder; jobs on all nodes check for it.
 
-    A second interrupt (SIGINT) ends the block immediately. Yields the list of received signals.
+    If a signal was received before, SIGINT ends the block immediately. Yields the list of received signals.
     """
     received: list[int] = []
 

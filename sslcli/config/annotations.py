@@ -1,4 +1,4 @@
-"""Type checks of yaml values against annotations given as text, and descriptions of annotations for messages."""
+"""Type checks of yaml values against annotations, which are given as text, and descriptions of annotations."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _fits(value: Any, node: ast.expr) -> bool | None:
     found = [_fits_one(value, option) for option in _options(node)]
     if True in found:
         return True
-    if False in found:  # an unknown annotation is a class, and yaml describes an instance only by a mapping
+    if False in found:  # an unknown annotation is a class; in yaml, only a mapping describes an instance
         return None if None in found and isinstance(value, dict) else False
     return None
 
@@ -103,7 +103,7 @@ def _is_plain(value: Any, name: str) -> bool:
 
 
 def _fit_all(values: list[Any], name: str, inside: list[ast.expr]) -> bool:
-    """Return True if the elements of a list fit the annotations in its brackets."""
+    """Return True if all values of a list fit the annotations `inside` the brackets of `name`, such as list[int]."""
     if not inside:
         return True
     if name.lower() != "tuple" or (len(inside) == 2 and ast.unparse(inside[1]) == "..."):
@@ -114,7 +114,7 @@ def _fit_all(values: list[Any], name: str, inside: list[ast.expr]) -> bool:
 
 
 def _words(node: ast.expr, *, many: bool) -> str:
-    """Describe an annotation; classes are omitted if another option can be given on a command line."""
+    """Describe an annotation in words; a class in a union is omitted if another type can be given on a command line."""
     options = _options(node)
     plain = [option for option in options if _name(option) in (*WORDS, *LISTS, *MAPPINGS, "Literal")]
     has_paths = any(_name(option) in PATHS for option in options)

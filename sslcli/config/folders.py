@@ -1,4 +1,4 @@
-"""Folders of yaml files: the one of sslcli and the one that `--config-dir` names."""
+"""Folders of yaml files: the folder of sslcli, and the user's folder from `--config-dir`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def user_folders(arguments: list[str]) -> list[Path]:
-    """Return the folder given by --config-dir as a list of one, or an empty list."""
+    """Return a list with the folder given by --config-dir, or an empty list."""
     for position, part in enumerate(arguments):
         flag, _, value = part.partition("=")
         if flag in ("--config-dir", "-cd"):
@@ -18,7 +18,7 @@ def user_folders(arguments: list[str]) -> list[Path]:
 def conf_folder(*, installed: bool = False) -> Path | None:
     """Return the folder of the yaml files: in the package if it is installed, else in the checkout.
 
-    With installed=True, return None instead of the folder in the checkout.
+    With installed=True, the folder in the checkout is not used: if the package is not installed, return None.
     """
     spec = find_spec("sslcli.conf")
     if spec is not None and spec.origin is not None:

@@ -1,4 +1,4 @@
-"""Validation of dotted keys against a composed configuration and the constructors that it names."""
+"""Validation of dotted keys against a composed configuration and the constructors of its `_target_` entries."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sslcli.errors import ConfigError
 
 
 def check_path(command: str, path: str, base: DictConfig, *, may_add: bool) -> None:
-    """Raise ConfigError for a dotted key that neither the yaml nor the constructor has.
+    """Raise ConfigError for a dotted key that is neither in the yaml nor a parameter of the constructor.
 
     Args:
         command: "train", "eval" or "export".
         path: the dotted key.
         base: the composed configuration.
-        may_add: True if the override has a sign, so that a parameter absent from the yaml is valid.
+        may_add: True if the override begins with a sign (`+`, `++`, `~`): then a parameter may be absent from the yaml.
     """
     node: Any = base
     walked = ""
@@ -41,7 +41,7 @@ def check_path(command: str, path: str, base: DictConfig, *, may_add: bool) -> N
             first = ". Choose a mixture first: mixture=..." if walked == "method.mixture" else ""
             raise ConfigError(f"{path}: {walked} is a single value and has no keys{first}")
         if OmegaConf.is_missing(inside, part) or OmegaConf.is_interpolation(inside, part):
-            return  # unknown until the values are set
+            return  # a mandatory value (???) or an interpolation: its keys are not known yet
         node = inside._get_node(part)
         walked = f"{walked}.{part}" if walked else str(part)
 
@@ -52,7 +52,7 @@ def check_name(command: str, name: str, node: DictConfig, where: str) -> None:
     target = node.get("_target_") if where else None
     parameters = parameters_of(target) if isinstance(target, str) else None
     if name in known or name in (parameters or ()) or (target is not None and parameters is None):
-        return  # if the signature of a class cannot be read, its keywords are checked when it is built
+        return  # valid, or the signature of the class cannot be read: then its keywords are checked when it is built
     if not where:
         known |= set(schema.GROUPS[command])
     known |= set(parameters or ()) - {*METHOD_ARGUMENTS, *OPTIMIZER_ARGUMENTS}

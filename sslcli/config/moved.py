@@ -1,7 +1,7 @@
 """Names of version 0.1 that are still accepted: modules, classes, choices of groups, and keys of settings.
 
-Old names are in the configurations of runs, in exported files, in records of sweeps, and in yaml files and plug-ins of
-users. Everything that reads one of these calls a function of this module.
+Old names occur in configurations of runs, exported files, records of sweeps, and users' yaml files and plug-ins. All
+code that reads one of these calls a function of this module to get current names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from sslcli.errors import ConfigError
 
-# Module names before 0.2 and now.
+# Module name before version 0.2 -> current name.
 MODULES = {
     "sslcli.allocator": "sslcli.system.memory",
     "sslcli.atomic": "sslcli.system.atomic",
@@ -96,14 +96,14 @@ MODULES = {
     "sslcli.winograd_passes": "sslcli.kernels.winograd_passes",
     "sslcli.winograd_transforms": "sslcli.kernels.winograd_transforms",
 }
-# Packages that were modules; the module that has most of their classes now.
+# Current packages whose name was a module before -> the module that has most of its classes now.
 PACKAGES = {
     "sslcli.data.shards": "sslcli.data.shards.formats",
     "sslcli.data.sources": "sslcli.data.sources.base",
     "sslcli.data.views": "sslcli.data.views.views",
 }
-FOLDER = Path(__file__).parent / "renamed"  # yaml files of old choices, which the defaults lists of users may have
-# Old names of functions that plug-ins import, by the new module name.
+FOLDER = Path(__file__).parent / "renamed"  # yaml files with old names of choices, for the defaults lists of users
+# New module name -> {old name: new name} of functions that plug-ins import.
 FUNCTIONS = {"sslcli.nn.contrastive": {"mutual_info_nce": "nt_xent_symmetric"}}
 CHOICES = {"views": {"mocov1": "moco_v1", "mocov2": "moco_v2"}}
 KEYS = {
@@ -115,7 +115,7 @@ KEYS = {
 
 
 def reject_old_attributes(kind: type, renamed: dict[str, str]) -> None:
-    """Raise ConfigError if a class sets an attribute or overrides a method by its old name, which nothing reads."""
+    """Raise ConfigError if a class defines an attribute or a method under its old name, which would have no effect."""
     for old, new in renamed.items():
         if old in vars(kind):
             raise ConfigError(f"{kind.__module__}.{kind.__qualname__} sets {old}, which is now {new}: rename it")
@@ -136,7 +136,7 @@ def current_override(line: str) -> str:
 
 
 def old_override(line: str) -> str:
-    """Return an override with the names of version 0.1, from which the default run directory is derived."""
+    """Return an override with the names of version 0.1, which determine the name of the default run directory."""
     prefix, key, rest = _parts(line)
     key = next((old for old, new in KEYS.items() if new == key), key)
     choices = {new: old for old, new in CHOICES.get(key.split("@")[0], {}).items()}
@@ -151,11 +151,11 @@ def _parts(line: str) -> tuple[str, str, str]:
 
 
 def current_config(config: dict[str, Any], *, overridden: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
-    """Return a configuration with current names, and a note for each old name that it had.
+    """Return a configuration with current names, and a note for each old name that was replaced.
 
     Args:
         config: plain values, as in the `config.yaml` of a run or composed from yaml files.
-        overridden: keys that the command line sets; they keep their value if the old key has one as well.
+        overridden: current keys that the command line sets. They keep this value, even if the old key is set as well.
     """
     notes: list[str] = []
     renamed: dict[str, Any] = _current_targets(config, notes)
@@ -208,7 +208,7 @@ class MovedModules:
         sys.modules[module.__name__] = found
 
     def get_code(self, fullname: str) -> CodeType | None:
-        """Return the code of the new module, for `python -m`; batch scripts in a queue have the old name."""
+        """Return the code of the new module, for `python -m OLD_NAME` in batch scripts that are still queued."""
         spec = find_spec(MODULES[fullname])
         if spec is None or spec.loader is None:
             return None

@@ -1,4 +1,4 @@
-"""Image set of a training run, with the overrides of an `ssl-eval dataset.KEY=value` command line applied."""
+"""Dataset of a training run, with the overrides of an `ssl-eval dataset.KEY=value` command line applied."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sslcli.errors import ConfigError
 
 PREFIX = "dataset."
 FINGERPRINT = "image fingerprint"  # the key of `effective` in a run's configuration
-# Keys that affect how images are read, but not which images a set contains.
+# Keys that affect how images are read, but not which images a dataset contains.
 READING = (
     "workers",
     "max_bad",
@@ -32,7 +32,7 @@ READING = (
 
 
 class Change(NamedTuple):
-    """One `dataset.KEY=value` of a command line, as plain values."""
+    """One override `dataset.KEY=value` of a command line, as plain values."""
 
     prefix: str  # "", "+" (add), "++" (set or add) or "~" (delete)
     key: str  # without the leading `dataset.`
@@ -67,7 +67,7 @@ def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[
 
 
 def _delete(node: Any, key: str) -> None:
-    """Delete a key inside one of the values of the image set. Raises ConfigError if it does not exist."""
+    """Delete a key inside one of the dataset's settings. Raises ConfigError if the key does not exist."""
     where, _, name = key.rpartition(".")
     inside = OmegaConf.select(node, PREFIX + where) if where else None
     if not isinstance(inside, DictConfig):
@@ -78,22 +78,22 @@ def _delete(node: Any, key: str) -> None:
 
 
 def has_same_keys(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return True if two image sets differ at most in their paths and in how images are read."""
+    """Return True if two datasets differ at most in their paths and in how images are read."""
     return bool(without_paths(image_settings(one)) == without_paths(image_settings(other)))
 
 
 def has_same_paths(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return True if two image sets differ at most in how images are read, and their paths are the same."""
+    """Return True if two datasets have the same paths and differ at most in how images are read."""
     return same_paths(image_settings(one), image_settings(other))
 
 
 def image_settings(node: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that determine which images a set contains, without those of reading."""
+    """Return the settings that determine which images a dataset contains, without the keys in `READING`."""
     return {key: value for key, value in node.items() if key not in READING}
 
 
 def missing_path_hint(node: dict[str, Any]) -> str:
-    """Return a sentence for error messages on the first path of an image set that does not exist, or ""."""
+    """Return a hint for error messages about the first path of a dataset that does not exist; "" if all exist."""
     absent = [(key, path) for key, path in paths_of(node) if os.path.isabs(path) and not os.path.exists(path)]
     if not absent:
         return ""

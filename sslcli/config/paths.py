@@ -1,6 +1,7 @@
-"""Conversion and comparison of paths in a composed configuration, so that it does not depend on the working directory.
+"""Conversion of paths in a composed configuration to absolute paths, and comparison of paths.
 
-Which values are paths is known from the annotations of the constructors.
+With absolute paths, a configuration does not depend on the working directory. The annotations of the constructors
+determine which values are paths.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sslcli.config.signatures import names_in_annotations
 from sslcli.errors import ConfigError
 
 PLAIN = {"train": ("run_dir",), "eval": ("run", "weights"), "export": ("run", "out")}  # path keys outside of groups
-PATH_TYPES = frozenset(["Path", "PurePath", "PosixPath", "PathLike", "Root"])  # names that make a parameter a path
+PATH_TYPES = frozenset(["Path", "PurePath", "PosixPath", "PathLike", "Root"])  # types of path parameters
 HUB_NAME = "HubName"  # in an annotation: a name on the Hugging Face hub, unless a folder or file of that name exists
 
 _HOME = re.compile(r"(?:^|(?<=[\[{,\s]))~[\w./@%+*?-]*(?: +[\w./@%+*?-]+)*(?=$|[\]},\s])")  # a path may have spaces
@@ -38,9 +39,9 @@ def absolute_paths(command: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def quote_home_paths(line: str) -> str:
-    """Return an override with quotes around every path that begins with `~`, since Hydra rejects it unquoted.
+    """Return an override with quotes around every path that begins with `~`; Hydra rejects an unquoted `~`.
 
-    In keys of mappings, where Hydra rejects quotes, `~` is expanded.
+    In keys of mappings, Hydra rejects quotes, so there `~` is expanded instead.
     """
     key, equals, value = line.partition("=")
     if '"' in value or "'" in value:
@@ -50,7 +51,7 @@ def quote_home_paths(line: str) -> str:
 
 
 def map_paths(value: Any, convert: Convert) -> Any:
-    """Return a copy of a configuration with `convert` applied to the path parameters of every `_target_`."""
+    """Return a copy of a configuration with `convert` applied to all path parameters of nodes with a `_target_`."""
     if isinstance(value, list):
         return [map_paths(inner, convert) for inner in value]
     if not isinstance(value, dict):
@@ -65,7 +66,7 @@ def map_paths(value: Any, convert: Convert) -> Any:
 
 
 def path_keys(node: dict[str, Any]) -> dict[str, bool]:
-    """Return the keys of a node that are paths, each with True if it may be a hub name instead."""
+    """Return the keys of a node that are paths; the value of a key is True if it may be a hub name instead."""
     target = node.get("_target_")
     names = names_in_annotations(target) if isinstance(target, str) else {}
     return {key: HUB_NAME in found for key, found in names.items() if key in node and found & PATH_TYPES}
@@ -85,7 +86,7 @@ def same_paths(one: Any, other: Any) -> bool:
 
 
 def without_paths(config: Any) -> Any:
-    """Return the configuration with each path replaced by its number, to compare everything except paths."""
+    """Return the configuration with each path replaced by a number, so that comparisons ignore paths."""
     number = itertools.count()
     return map_paths(config, lambda text: f"path {next(number)}")
 
@@ -93,8 +94,8 @@ def without_paths(config: Any) -> Any:
 def absolute(path: str) -> str:
     """Return the absolute form of a path, `~` and `~user` expanded; URLs, fsspec chains and "" stay unchanged.
 
-    `..` after a symbolic link is the parent of the link's target, even if the end of the path does not exist yet. The
-    result has no `..`, since much code removes it together with the preceding name.
+    `..` after a symbolic link means the parent of the link's target, also if the path does not exist yet. The result
+    contains no `..`, because much code resolves `..` by removing the preceding name, which is wrong after a link.
     """
     if not path or "://" in path or "::" in path:
         return path
@@ -122,7 +123,7 @@ def real_path(path: str) -> str:
 
 
 def _for_hub(convert: Convert) -> Convert:
-    """Return `convert` restricted to paths: a hub name stays unchanged."""
+    """Return `convert` for values that may be hub names: it converts only paths and leaves hub names unchanged."""
 
     def local(text: str) -> str:
         is_path = text.startswith(("/", ".", "~")) or os.path.exists(text)
@@ -132,7 +133,7 @@ def _for_hub(convert: Convert) -> Convert:
 
 
 def _convert(value: Any, convert: Convert) -> Any:
-    """Convert a path, the paths of a list, or the values of a mapping; in a mapping path -> weight, the keys."""
+    """Convert a path, or the paths in a list or mapping: the values, or the keys if it maps paths to weights."""
     if isinstance(value, str):
         return convert(value)
     if isinstance(value, list):

@@ -17,7 +17,7 @@ def plugins() -> tuple[str, ...]:
 
 
 def plugin_folders() -> dict[str, Path]:
-    """Return the folder `conf` of every plug-in that has one; its subfolders are named like the config groups."""
+    """Return the folder `conf` of each plug-in that has one. Its subfolders have the names of the config groups."""
     found = {}
     for name in plugins():
         try:

@@ -1,4 +1,4 @@
-"""Typed configurations of the commands, made from composed and validated plain values."""
+"""Typed configurations of the commands, created from composed and validated plain values."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class RunConfig(RunSettings):
     Attributes:
         values: all settings as plain values, for `config.yaml`, checkpoints and comparisons.
         choices: the chosen file of each group.
-        digest: of the overrides that determine the results; part of the default run directory.
-        overrides: of the command line.
+        digest: digest of the overrides that affect the results; part of the default run directory.
+        overrides: overrides of the command line.
     """
 
     train: TrainSettings
@@ -52,7 +52,7 @@ class RunConfig(RunSettings):
 
     @classmethod
     def from_plain(cls, config: dict[str, Any]) -> RunConfig:
-        """Return the typed configuration of a validated job, or of `plain()`."""
+        """Return the typed configuration of a validated job, or of the values that `plain()` returned."""
         values = {key: value for key, value in config.items() if not key.startswith("_")}
         nodes = {key: values[key] for key in ("method", "dataset", "backbone", "views", "optimizer")}
         return cls(
@@ -69,11 +69,11 @@ class RunConfig(RunSettings):
         )
 
     def plain(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold, for other processes."""
+        """Return JSON-serializable values, to pass the configuration to other processes."""
         return self.values | {"_choices_": self.choices, "_overrides_": self.digest, "_lines_": self.overrides}
 
     def changed(self, **values: Any) -> RunConfig:
-        """Return a copy with other values of top-level keys."""
+        """Return a copy in which the given top-level keys have new values."""
         return self.from_plain(self.plain() | values)
 
 
@@ -82,9 +82,9 @@ class EvalConfig(EvalSettings):
     """Configuration of ssl-eval: the top-level keys of `EvalSettings` and one node per built group.
 
     Attributes:
-        dataset: the chosen data set; None = that of the run, with `dataset_changes`.
-        backbone: the chosen backbone of a weight file; None = the one that the file names.
-        dataset_changes: overrides of the run's data set, see `sslcli.config.own_dataset.Change`.
+        dataset: the chosen dataset; None = the run's dataset, with `dataset_changes` applied.
+        backbone: the chosen backbone of a weight file; None = the backbone that the file records.
+        dataset_changes: overrides of the run's dataset, see `sslcli.config.own_dataset.Change`.
     """
 
     protocol: Node

@@ -1,4 +1,4 @@
-"""Validation of composed configurations that Hydra does not do: unknown keys, types, ranges and missing values."""
+"""Validation of composed configurations beyond Hydra's own: unknown keys, types, ranges and missing values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ HEADER = "a yaml that sets keys outside its own group begins with the line: # @p
 
 
 def check(command: str, config: dict[str, Any]) -> None:
-    """Raise ConfigError unless the configuration is valid; the message has the key, the allowed values and a guess."""
+    """Raise ConfigError unless the configuration is valid.
+
+    The message names the key, the allowed values, and the closest valid name.
+    """
     plain = [f.name for f in fields(PLAIN[command])]
     sections = ["train", "sweep"] if command == "train" else []
     if "experiment" in config:
@@ -70,7 +73,7 @@ def check(command: str, config: dict[str, Any]) -> None:
 
 
 def check_group(group: str, node: Any) -> None:
-    """Raise ConfigError unless a group is a mapping; a group that is built needs a valid `_target_` and keywords."""
+    """Raise ConfigError unless a group is a mapping; a group in `BUILT` also needs a valid `_target_` and keywords."""
     if node is None:
         raise ConfigError(f"{group} is missing: choose one with {group}=...")
     if group in BUILT:
@@ -114,7 +117,7 @@ def check_node(where: str, node: dict[str, Any]) -> None:
 
 
 def check_mixture(method: dict[str, Any], *, takes_one: bool) -> None:
-    """Raise ConfigError if a method has a mixture that it does not support, or one that is only a name."""
+    """Raise ConfigError if the method does not support its mixture, or if the mixture is a name and not a mapping."""
     mixture = method.get("mixture")
     if mixture is not None and not takes_one:
         files = sorted((conf_folder() or Path()).glob("method/*.yaml"))
@@ -169,7 +172,7 @@ def check_launcher(node: dict[str, Any]) -> None:
 
 
 def check_split(train: dict[str, Any], node: dict[str, Any]) -> None:
-    """Raise ConfigError unless the batch splits evenly over the processes of a Slurm job, before it is submitted."""
+    """Raise ConfigError unless the batch of a Slurm job splits evenly over its processes and micro-batches."""
     if node["kind"] == "slurm":
         job = SlurmSettings(**node)
         processes = job.nodes * job.processes

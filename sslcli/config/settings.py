@@ -1,4 +1,4 @@
-"""Settings of the commands outside of config groups: types and valid ranges. Does not import torch.
+"""Settings of the commands outside of config groups: types and valid ranges. This module does not import torch.
 
 The yaml files hold the values, these classes validate them. A test checks that `conf/train.yaml` and `TrainSettings`
 have the same keys.
@@ -22,7 +22,7 @@ COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
 EXPORTS = ("backbone", "method")
 RESUME = ("auto", "never", "must")
 DIRECTIONS = ("auto", "max", "min")
-# Scalars of a run, and whether the minimum or the maximum is best.
+# Scalars of a run, each with "max" if the highest value is best, "min" if the lowest value is best.
 KNOWN_METRICS = {
     "monitor/knn_top1": "max",
     "monitor/knn_top5": "max",
@@ -32,7 +32,7 @@ KNOWN_METRICS = {
     "train/images_per_s": "max",
     "train/data_wait": "min",
 }
-# Keys, including all keys below them, that affect the execution of a run but not its results.
+# Keys that affect the execution of a run but not its results; all keys below them are included.
 NEUTRAL = (
     "about",
     "sweep",
@@ -93,7 +93,7 @@ def check_device(device: str) -> None:
 
 
 def check_checkpoint(checkpoint: str | int) -> None:
-    """Raise ConfigError unless the value is "last" or a step; its existence is checked later."""
+    """Raise ConfigError unless the value is "last" or a step; whether the checkpoint exists is checked later."""
     if isinstance(checkpoint, int):
         check_range("checkpoint", checkpoint, least=0)
     elif checkpoint != "last":
@@ -133,8 +133,8 @@ class TrainSettings:
     lr_scaling: str
     schedule: str
     warmup_epochs: float
-    final_lr: float  # end of the cosine schedule, as a fraction of the peak learning rate
-    milestones: list[float]  # for schedule=step, as fractions of the run
+    final_lr: float  # final learning rate of the cosine schedule, as a fraction of the peak learning rate
+    milestones: list[float]  # for schedule=step: steps at which the rate drops, as fractions of the run
     decay_norm_and_bias: bool
 
     def __post_init__(self) -> None:
@@ -179,11 +179,11 @@ class TrainSettings:
 class MonitorSettings:
     """Keys `monitor.*`."""
 
-    knn_every_epochs: int  # epochs; 0 = never, not even at the end
+    knn_every_epochs: int  # epochs between measurements; 0 = never, not even at the end
     knn_k: int
     knn_temperature: float
     knn_images: int | None  # at most this many training images form the bank; None = all
-    health_every_steps: int  # steps; 0 = never
+    health_every_steps: int  # steps between measurements; 0 = never
     on_collapse: str
     pictures: int  # images in the picture of the augmented views; 0 = none
 

@@ -15,8 +15,8 @@ METHOD_ARGUMENTS = (
     "num_images",
     "image_size",
     "channels",
-)  # passed to a method by the commands, not by the yaml
-OPTIMIZER_ARGUMENTS = ("params",)  # passed to an optimizer by the commands
+)  # the commands pass these to a method; they are not in the yaml
+OPTIMIZER_ARGUMENTS = ("params",)  # the commands pass these to an optimizer
 DEPTH = 8  # maximum number of imports and base classes to follow
 
 Parameters = dict[str, "Parameter"]
@@ -24,7 +24,7 @@ Parameters = dict[str, "Parameter"]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One keyword of a constructor: the text of its annotation, and whether it has no default."""
+    """One keyword of a constructor: the text of its annotation, and whether it is required (has no default)."""
 
     annotation: str
     required: bool
@@ -32,7 +32,10 @@ class Parameter:
 
 @lru_cache
 def parameters_of(target: str) -> Parameters | None:
-    """Return the keywords of a class or function by its dotted name; None if its source does not declare them all."""
+    """Return the keywords of the class or function with this dotted name.
+
+    Returns None if its source text does not declare all keywords.
+    """
     module, _, name = target.rpartition(".")
     return _find(module, name, DEPTH)
 
@@ -41,7 +44,7 @@ def parameters_of(target: str) -> Parameters | None:
 def names_in_annotations(target: str) -> dict[str, frozenset[str]]:
     """Return the names in the annotation of each keyword, including those of type aliases and base classes.
 
-    Constructors with `**kwargs` are included, with the keywords that their source text declares.
+    For a constructor with `**kwargs`, only the keywords that its source text declares are included.
     """
     module, _, name = target.rpartition(".")
     found: dict[str, frozenset[str]] = {}
@@ -73,7 +76,7 @@ def _annotations(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _names(annotation: ast.expr, module: str, depth: int) -> frozenset[str]:
-    """Return the names in an annotation in `module`, including those in the definitions of type aliases."""
+    """Return the names in an annotation in `module`; type aliases are followed to their definitions."""
     found: set[str] = set()
     for node in ast.walk(annotation):
         if isinstance(node, ast.Attribute):
@@ -90,7 +93,7 @@ def _names(annotation: ast.expr, module: str, depth: int) -> frozenset[str]:
 
 
 def _definition(module: str, name: str, depth: int) -> tuple[str, ast.stmt] | None:
-    """Return the module and the statement that define `name` of `module`, following imports, or None."""
+    """Return the module and the statement that define `name` of `module`, or None. Imports are followed."""
     tree = _tree(module)
     if tree is None or depth <= 0:
         return None
@@ -109,7 +112,7 @@ def _definition(module: str, name: str, depth: int) -> tuple[str, ast.stmt] | No
 
 
 def source_of(module: str) -> Path | None:
-    """Return the file of a module without importing it or its parent packages; None if it is not found."""
+    """Return the source file of a module, or None if it is not found. Imports neither the module nor its parents."""
     package, *rest = module.split(".")
     try:
         spec = find_spec(package) if package else None
@@ -137,7 +140,7 @@ def _tree(module: str) -> ast.Module | None:
 
 
 def _find(module: str, name: str, depth: int) -> Parameters | None:
-    """Return the keywords of `name` of `module`, following imports; None if they are unknown."""
+    """Return the keywords of `name` of `module`, or None if they are unknown. Imports are followed."""
     tree = _tree(module)
     if tree is None or depth == 0:
         return None

@@ -9,7 +9,7 @@ from sslcli.config.settings import LauncherSettings, check_range, seconds
 from sslcli.errors import ConfigError
 
 LONGEST_WARNING = 65535  # seconds, the maximum of sbatch --signal
-SET_BY_US = {  # directives required by the script, and the key that sets each
+SET_BY_US = {  # directives that the batch script writes itself -> the key that sets the value
     "nodes": "launcher.nodes",
     "ntasks": "launcher.processes_per_node",
     "ntasks-per-node": "launcher.processes_per_node",
@@ -98,9 +98,10 @@ class SlurmSettings(LauncherSettings):
 
 
 def time_limit(name: str, value: str | int | None) -> int | None:
-    """Return a time limit in seconds, from `90m`, `1.5h` or Slurm's D-HH:MM:SS, HH:MM:SS, MM:SS; None is no limit.
+    """Return a time limit in seconds, or None for no limit.
 
-    A number without a unit is rejected, since it means minutes in Slurm and seconds in train.max_time.
+    Accepted are `90m`, `1.5h` and Slurm's D-HH:MM:SS, HH:MM:SS, MM:SS. A number without a unit is rejected, since it
+    means minutes in Slurm and seconds in train.max_time.
     """
     if value is None:
         return None
@@ -108,7 +109,7 @@ def time_limit(name: str, value: str | int | None) -> int | None:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match and (match[1] or match[3]):
         days, *parts = (int(part) for part in match.groups(default="0"))
-        if match[1] is None and match[4] is None:  # minutes and seconds
+        if match[1] is None and match[4] is None:  # only minutes and seconds
             parts = [0, *parts[:2]]
         return days * 86400 + parts[0] * 3600 + parts[1] * 60 + parts[2]
     if re.fullmatch(r"\d+(\.\d+)?[smhd]", text):
@@ -120,7 +121,7 @@ def time_limit(name: str, value: str | int | None) -> int | None:
 
 
 def check_directive(line: str) -> None:
-    """Raise ConfigError unless a line of launcher.extra is an sbatch option that no other key sets."""
+    """Raise ConfigError unless a line of launcher.extra is an sbatch option, and no other key sets this option."""
     match = re.match(r"--([\w-]+)|-(\w)", line)
     if match is None or not line.isprintable():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Search for `_target_` entries in a configuration, and the packages whose classes they may name."""
+"""Search for `_target_` entries in a configuration, and checks that they name classes of trusted packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sslcli.errors import ConfigError
 
 
 def trust_list(value: Any) -> list[str]:
-    """Return the value of `trust` as a list of package names. Raises ConfigError if it is not such a list."""
+    """Return the value of `trust` as a list of package names. Raises ConfigError for any other value."""
     if not fits(value, "list[str]") or not all(value):
         raise ConfigError(f"trust is {value!r}, but it must be a list of package names, as in trust=[torch,mypackage]")
     return list(value)
