@@ -1,13 +1,14 @@
-"""Reading and writing of checkpoints, together with `sharded_checkpoint`.
+"""Reading and writing of checkpoints. The module `sharded_checkpoint` does the same for sharded parameters.
 
     <run_dir>/checkpoints/
         step-00001234.pt       tensors and plain values, readable with torch.load(weights_only=True)
         step-00001234.sha256   its checksum, in the format of sha256sum
-        step-00001234/         instead of these two if parameters are sharded, see sharded_checkpoint.py
-        last                   link to the newest
+        step-00001234/         replaces these two files if parameters are sharded, see sharded_checkpoint.py
+        last                   link to the newest checkpoint
 
-A checkpoint gets its name only when it is complete and on disk: it is written to a temporary name, synchronized (fsync)
-and renamed, checksum first. A process killed at any moment leaves earlier checkpoints intact.
+A checkpoint is written under a temporary name, synchronized to disk (fsync), and then renamed. Its checksum file is
+renamed first. Its final name therefore exists only if the checkpoint is complete. If the process is killed at any
+moment, earlier checkpoints remain intact.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ if TYPE_CHECKING:  # the import takes seconds and is only needed for sharded run
 
 
 class NewerCheckpoint(ConfigError):
-    """A checkpoint of a newer version of sslcli: it is intact, so no older one may be used instead."""
+    """Raised for a checkpoint of a newer version of sslcli. It is intact, so no older checkpoint replaces it."""
 
 
 def digest(path: Path) -> str:
-    """Return the SHA-256 hex digest of a checkpoint; for a folder that of its SHA256SUMS."""
+    """Return the SHA-256 hex digest of a checkpoint file; for a folder, the digest of its file SHA256SUMS."""
     return sha256(path / "SHA256SUMS" if path.is_dir() else path)
 
 
 def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `state`, which holds "step", as the last checkpoint, and delete all but the newest `keep`.
+    """Write `state` as the checkpoint of its step, `state["step"]`; then delete all checkpoints but the newest `keep`.
 
     Raises TrainingFailed on a disk error; earlier checkpoints remain untouched.
     """
@@ -73,7 +74,8 @@ class Writer:
     """Checkpoint writer of a run; all processes must create one and make the same calls.
 
     Args:
-        sharded: parameters are sharded over the processes. Each writes its own shards, in the background.
+        sharded: True if parameters are sharded over the processes. Each process then writes its own shards in the
+            background.
     """
 
     def __init__(self, *, sharded: bool) -> None:
@@ -84,9 +86,10 @@ class Writer:
         self.failure: BaseException | None = None
 
     def save(self, run_dir: Path, state: dict[str, Any], *, keep: int) -> None:
-        """Write `state` as `save` does; if sharded, wait for the previous write and start this one.
+        """Write `state` as the function `save` does.
 
-        Raises TrainingFailed on all processes on a disk error in this write, or in the previous one.
+        If sharded, wait for the previous write, start this one in the background and return.
+        Raises TrainingFailed, on all processes, if this write or the previous one fails with a disk error.
         """
         if self.group is not None:
             from sslcli.engine.sharded_checkpoint import Snapshot
@@ -108,7 +111,7 @@ class Writer:
             raise TrainingFailed(failure[0])
 
     def close(self) -> None:
-        """Wait until the pending write is on disk. Raise its error; TrainingFailed on a disk error."""
+        """Wait until the pending write is on disk. If it failed, raise its error: TrainingFailed for a disk error."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -127,7 +130,7 @@ class Writer:
             sharded_checkpoint.on_main(lambda: make_room(path.parent), group)
             temporary = sharded_checkpoint.together(lambda: temporary_name(path), group)[
                 0
-            ]  # the name from the main process
+            ]  # all processes use the temporary name that the main process chose
             sharded_checkpoint.write(temporary, snapshot, group=group)
             sharded_checkpoint.on_main(finish, group)
         except OSError as error:
@@ -147,7 +150,7 @@ def make_room(parent: Path) -> None:
 
 def publish(temporary: Path, path: Path) -> None:
     """Rename a complete checkpoint to its final name, and update the link `last`."""
-    if path.is_dir():  # it was unreadable, else this step would not be repeated
+    if path.is_dir():  # an unreadable checkpoint of this step; otherwise the run would not repeat the step
         discard(path)
     os.replace(temporary, path)
     with beside(path.parent / "last") as link:
@@ -167,10 +170,10 @@ def write_failure(path: Path, error: Exception) -> TrainingFailed:
 
 
 def prune(newest: Path, *, keep: int) -> None:
-    """Delete all checkpoints except the last `keep` up to `newest`, and checksums without a checkpoint.
+    """Delete all checkpoints except `newest` and the `keep` - 1 before it. Also delete checksums without a checkpoint.
 
-    Later checkpoints exist only if they were unreadable and the run resumed from an earlier one. They would otherwise
-    always count as the newest.
+    Checkpoints after `newest` exist only if they were unreadable and the run resumed from an earlier one. They are
+    deleted because they would always count as the newest.
     """
     paths = all_of(newest.parent.parent)
     before = [path for path in paths if step_of(path) < step_of(newest)]
@@ -187,11 +190,11 @@ def prune(newest: Path, *, keep: int) -> None:
 def load_newest(
     run_dir: Path, *, device: torch.device, warn: Callable[[str], None], like: Placement | None = None
 ) -> dict[str, Any] | None:
-    """Load the newest readable checkpoint, or return None without checkpoints.
+    """Load the newest readable checkpoint; return None if there are no checkpoints.
 
-    Truncated, altered or unreadable ones are skipped with a warning. `like` selects the tensors to shard, see
-    `sharded_checkpoint.Placement`. Raises ConfigError if there are checkpoints but none is readable, or one is of a
-    newer version.
+    Truncated, altered or unreadable checkpoints are skipped with a warning. `like` selects the tensors to shard, see
+    `sharded_checkpoint.Placement`. Raises ConfigError if no checkpoint is readable although there are some, or if the
+    newest readable one was written by a newer version.
     """
     paths = all_of(run_dir)
     for path in reversed(paths):
@@ -210,9 +213,9 @@ def load_newest(
 
 
 def load(path: Path, *, device: torch.device, like: Placement | None = None, weights: bool = False) -> dict[str, Any]:
-    """Load one checkpoint without executing code from it. Raise ConfigError, with the reason, if it is invalid.
+    """Load one checkpoint without executing code from it. Raises ConfigError, with the reason, if it is invalid.
 
-    With `weights`, optimizer tensors may be skipped.
+    If `weights` is True, only the weights are needed, and the tensors of the optimizer may be skipped.
     """
     if not path.exists():
         raise ConfigError(f"there is no checkpoint {path}")
@@ -238,7 +241,7 @@ def load(path: Path, *, device: torch.device, like: Placement | None = None, wei
 
 
 def load_file(path: Path, *, device: torch.device) -> dict[str, Any]:
-    """Load an unsharded checkpoint, and verify its checksum if there is one. Raise ConfigError if invalid."""
+    """Load an unsharded checkpoint, and verify its checksum if there is one. Raises ConfigError if it is invalid."""
     recorded = path.with_suffix(".sha256")
     try:
         intact = not recorded.exists() or recorded.read_bytes().split()[:1] == [sha256(path).encode()]

@@ -1,4 +1,4 @@
-"""Folder and file names of checkpoints, without importing torch. No other module knows them."""
+"""Folder and file names of checkpoints. Only this module defines these names; it does not import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def folder(run_dir: Path) -> Path:
 
 
 def path_of(run_dir: Path, step: int) -> Path:
-    """Return the path of the checkpoint after `step` optimizer steps; the folder of shards has no suffix."""
+    """Return the path of the checkpoint after `step` optimizer steps. A folder of shards has no suffix."""
     return folder(run_dir) / f"step-{step:08d}.pt"
 
 

@@ -27,18 +27,19 @@ _REMEDY = {
 class CollapseDetector:
     """Detector of representation collapse from the metrics of the embeddings.
 
-    Call `update` at the first step, for the values of the random initialization, then at fixed intervals: alarms
-    compare with the peak so far, and a severe collapse can be complete after 50 steps. An alarm fires if a metric is
-    low *and* far below its peak. A low value alone also occurs in healthy networks without BatchNorm, whose embeddings
-    nearly coincide in early training.
+    Call `update` at the first step, then at fixed intervals. An alarm fires if a metric is low *and* far below its peak
+    so far. The first step is needed as the reference, because a severe collapse can be complete after 50 steps. A low
+    value alone is no alarm: it also occurs in healthy networks without BatchNorm, whose embeddings nearly coincide in
+    early training.
 
         std         < 0.2 / sqrt(d)                        and < half its largest value so far
         uniformity  > -0.5                                 and |.| < a quarter of its largest (a squared distance)
         rankme      < 10 % of its largest value so far     and < 5 (ten tight classes are not a collapse)
         std         < 0.02 / sqrt(d) in `patience` consecutive measurements, whatever its peak
 
-    Collapse is reported after more than `grace` measurements and two consecutive alarms, because a single batch is not
-    reliable. `state_dict` contains the complete state; a resumed run gives the same results as an uninterrupted one.
+    A collapse is reported after two consecutive alarms, because a single batch is not reliable. Alarms in the first
+    `grace` measurements do not count. `state_dict` contains the complete state, so a resumed run gives the same results
+    as an uninterrupted one.
     """
 
     def __init__(self, *, grace: int = 2, patience: int = 10) -> None:
@@ -49,9 +50,10 @@ class CollapseDetector:
         self._state = {"seen": 0.0, "alarms": 0.0, "stuck": 0.0, "std": 0.0, "spread": 0.0, "rankme": 0.0}
 
     def update(self, values: Mapping[str, float], *, dim: int) -> str | None:
-        """Add the output of `measure` for embeddings of width `dim`; return an explanation on collapse, else None.
+        """Add one measurement; return an explanation if the representation has collapsed, else None.
 
-        Measurements with a non-finite value are ignored, because they are a different failure.
+        `values` are the metrics that `health.measure` returns for embeddings of width `dim`. A measurement with a
+        non-finite value is ignored, because that is a different failure.
         """
         std, spread, rank = values["std"], -values["uniformity"], values["rankme"]
         if not all(math.isfinite(v) for v in (std, spread, rank)):

@@ -1,8 +1,8 @@
 """Sharding of methods over processes (FSDP2) and activation checkpointing, for models that exceed device memory.
 
-With sharding, every process holds a shard of each parameter, of its gradient and of the optimizer state. A block of the
-backbone is unsharded only while it computes, all other parameters during the entire `forward`. Buffers (statistics,
-queues, banks) are not sharded.
+With sharding, every process holds a shard of each parameter, of its gradient and of the optimizer state. The parameters
+of a backbone block are gathered only while the block computes; all other parameters are gathered during the entire
+`forward`. Buffers (running statistics, queues of negatives, memory banks) are not sharded.
 
 Zhao et al. 2023  https://arxiv.org/abs/2304.11277     Chen et al. 2016  https://arxiv.org/abs/1604.06174
 """
@@ -29,8 +29,8 @@ from sslcli.weights.renamed import current_names
 def blocks(net: nn.Module) -> list[nn.Module]:
     """Return the repeated blocks of a network, in order (transformer blocks, residual blocks, stages); [] if none.
 
-    These are the members of the innermost containers (nn.Sequential, nn.ModuleList) of two or more modules that have
-    the same class and each have submodules.
+    A block is a member of an nn.Sequential or nn.ModuleList of two or more modules, all of the same class and all with
+    submodules. Of nested containers, the innermost one counts.
     """
     inner = [block for child in net.children() for block in blocks(child)]
     members = list(net.children())
@@ -43,8 +43,8 @@ def blocks(net: nn.Module) -> list[nn.Module]:
 def shard(method: Method, device: torch.device, precision: str) -> None:
     """Shard the parameters of a method over all processes, in place; call it before the optimizer is built.
 
-    With precision bf16, blocks without BatchNorm are gathered and computed in bfloat16, and their gradients are
-    averaged in float32; the other modules use autocast.
+    With precision bf16, the blocks without BatchNorm gather their parameters in bfloat16 and compute in bfloat16; their
+    gradients are averaged in float32. All other modules use autocast.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -71,7 +71,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def gathered(method: nn.Module) -> Iterator[None]:
-    """Unshard a method within the block, for calls of its parts outside `forward`; all processes must enter it."""
+    """Gather the parameters of a method within the block, to call its submodules directly and not through `forward`.
+
+    All processes must enter the block.
+    """
     if not is_sharded(method):
         yield
         return
@@ -83,9 +86,10 @@ def gathered(method: nn.Module) -> Iterator[None]:
 
 
 def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, ...], torch.Size], Tensor | None]:
-    """Return a function (path, shape) -> tensor with the sharding of that checkpoint entry, or None if not sharded.
+    """Return a function that maps an entry of a checkpoint to a tensor with the sharding to use for it.
 
-    A path is ("method", name) or ("optimizer", "state", number, name).
+    Its arguments are the path and the shape of the entry. A path is ("method", name) or ("optimizer", "state", number,
+    name). The function returns None for an entry that is not sharded.
     """
     named = {name: value for name, value in method.state_dict().items() if hasattr(value, "to_local")}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -102,9 +106,9 @@ def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, .
 
 
 def recompute(method: Method) -> None:
-    """Enable activation checkpointing: keep only inputs and outputs of backbone blocks, recompute the rest in backward.
+    """Enable activation checkpointing: store only inputs and outputs of backbone blocks; backward recomputes the rest.
 
-    Raises ConfigError if the backbone has no blocks or the method has `supports_block_wrapping` False.
+    Raises ConfigError if the backbone has no blocks, or if the method's `supports_block_wrapping` is False.
     """
     found = blocks(method.backbone)
     if not method.supports_block_wrapping:
@@ -135,7 +139,7 @@ def _contexts(block: nn.Module) -> tuple[Any, Any]:
 
 @contextmanager
 def _buffer_copies(block: nn.Module) -> Iterator[None]:
-    """Replace the block's buffers by copies within the context: running statistics are updated only once per step."""
+    """Replace the buffers by copies within the context, so that recomputation does not update statistics again."""
     kept = [(part, name, value) for part in block.modules() for name, value in part._buffers.items()]
     for part, name, value in kept:
         part._buffers[name] = None if value is None else value.clone()

@@ -2,9 +2,9 @@
 
 Gao et al. 2021  https://arxiv.org/abs/2101.06983   train.cached_gradients
 
-    rows = embed(x) for every micro-batch x, without graph
+    rows = embed(x) for every micro-batch x, without an autograd graph
     loss = compare(all rows);  gradients = d loss / d rows
-    for every micro-batch x:  backward through embed(x), with gradient gradients
+    for every micro-batch x:  embed(x).backward(the part of `gradients` for x)
 
 The second `embed` uses the same random numbers as the first, so the accumulated gradient is that of the loss.
 """
@@ -29,10 +29,10 @@ def backward(
     dtype_name: str,
     scaler: torch.amp.GradScaler,
 ) -> dict[str, Tensor]:
-    """Accumulate the gradient of one loss over all micro-batches; return the detached scalars of `compare`.
+    """Compute the gradient of one loss over the images of all micro-batches; return the detached scalars of `compare`.
 
-    BatchNorm uses the statistics of each micro-batch. `dtype_name` is fp32, bf16 or fp16. Gradients are averaged
-    over processes.
+    Gradients are accumulated in the parameters and averaged over processes. BatchNorm normalizes each micro-batch
+    separately. `dtype_name` is fp32, bf16 or fp16.
     """
     states, parts = [], []
     with torch.no_grad(), unchanged_statistics(method):

@@ -1,12 +1,13 @@
 """Health metrics: label-free quality metrics of representations, logged as `health/*` during training.
 
-    feature_std, mean_norm    SimSiam, arXiv:2011.10566, fig. 2: 1/sqrt(d) and 0 when spread, 0 and 1 when collapsed
+    feature_std               SimSiam, arXiv:2011.10566, fig. 2: 1/sqrt(d) for spread features, 0 if collapsed
+    mean_norm                 the same figure: 0 for spread features, 1 if collapsed
     alignment, uniformity     Wang and Isola, arXiv:2005.10242, eq. 2 and 3
     rankme                    Garrido et al., arXiv:2210.02885, eq. 2 and 3
     effective_rank            Roy and Vetterli 2007 (EUSIPCO), of centered features
 
-All are pure functions of finite float32 or float64 features. N images, d dimensions. In a distributed
-run, gather the features first: no metric is the mean of its values on shards.
+All are pure functions of finite float32 or float64 features (N, d): N images, d dimensions. In a distributed run,
+gather the features of all processes first, because a metric is not the mean of its values on the single processes.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def _matrix(z: Tensor, name: str = "z") -> Tensor:
 
 
 def feature_std(z: Tensor, *, biased: bool = False) -> Tensor:
-    """Return the mean over dimensions of the standard deviation of the L2-normalized rows of `z` (N, d), in [0, 1].
+    """Return the standard deviation of the L2-normalized rows of `z` (N, d), averaged over dimensions, in [0, 1].
 
-    About 1/sqrt(d) if the rows are spread over the sphere, 0 if they are a single point. `biased` divides by N instead
-    of N - 1.
+    It is about 1/sqrt(d) if the rows are spread over the sphere, and 0 if they are a single point. If `biased`, the
+    variance is divided by N instead of N - 1.
     """
     std: Tensor = F.normalize(_matrix(z), dim=1).std(dim=0, correction=0 if biased else 1)
     return std.mean()
@@ -47,9 +48,10 @@ def mean_norm(z: Tensor) -> Tensor:
 
 
 def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
-    """Return the mean of |x - y|^alpha over positive pairs, the rows of `z1` and `z2` (N, d), normalized here.
+    """Return the mean of |x - y|^alpha over positive pairs (x, y): row i of `z1` and row i of `z2`, both (N, d).
 
-    0 if the views of each image coincide; the mean of 2 - 2 cos for alpha 2 (Wang and Isola, eq. 2).
+    The function normalizes the rows. The result is 0 if the two views of each image coincide. For alpha = 2 it is the
+    mean of 2 - 2 cos(x, y) (Wang and Isola, eq. 2).
     """
     if z1.shape != z2.shape:
         raise ValueError(
@@ -60,10 +62,10 @@ def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
 
 
 def uniformity(z: Tensor, *, t: float = 2.0, chunk: int = 1024) -> Tensor:
-    """Return the log of the mean over pairs i < j of exp(-t |x_i - x_j|^2), with rows of `z` (N, d) normalized here.
+    """Return the log of the mean over pairs i < j of exp(-t |x_i - x_j|^2), with the normalized rows x of `z` (N, d).
 
-    0 if collapsed, about -2t + 2t^2/d if uniform on the sphere (Wang and Isola, eq. 3). Differentiable; at most
-    chunk x N similarities in memory at once.
+    The result is 0 if collapsed, and about -2t + 2t^2/d if uniform on the sphere (Wang and Isola, eq. 3). The function
+    normalizes the rows and is differentiable. At most chunk x N similarities are in memory at the same time.
     """
     x = F.normalize(_matrix(z), dim=1)
     n = len(x)
@@ -71,17 +73,18 @@ def uniformity(z: Tensor, *, t: float = 2.0, chunk: int = 1024) -> Tensor:
     for start in range(0, n - 1, chunk):
         rows = x[start : start + chunk]
         exponent = -t * (2 - 2 * rows @ x[start:].T).clamp_min(0)
-        # Row r of the chunk is column r of the remaining images; pairs i < j are the strict upper triangle.
+        # The chunk is compared with itself and all later images, so row r and column r are the same image. The entries
+        # above the diagonal are the pairs i < j.
         below = torch.ones_like(exponent, dtype=torch.bool).tril()
         sums.append(torch.logsumexp(exponent.masked_fill(below, -math.inf).flatten(), dim=0))
     return torch.logsumexp(torch.stack(sums), dim=0) - math.log(n * (n - 1) / 2)
 
 
 def rankme(z: Tensor, *, eps: float = 1e-7) -> Tensor:
-    """Return exp of the entropy of the singular values of `z` (N, d), not centered: a smooth rank in [1, min(N, d)].
+    """Return exp of the entropy of the singular values of `z` (N, d): a smooth rank in [1, min(N, d)].
 
-    p = sigma / sum(sigma) + eps (Garrido et al., eq. 2). Values are comparable only for the same N; the paper uses
-    25,600.
+    `z` is not centered. The entropy is that of p = sigma / sum(sigma) + eps, with the singular values sigma (Garrido et
+    al., eq. 2). Values are comparable only for the same N; the paper uses 25,600.
     """
     sigma = torch.linalg.svdvals(_matrix(z))
     p = sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny) + eps
@@ -91,7 +94,8 @@ def rankme(z: Tensor, *, eps: float = 1e-7) -> Tensor:
 def effective_rank(z: Tensor) -> Tensor:
     """Return exp of the entropy of the singular values of centered `z` (N, d), without eps (Roy and Vetterli, 2007).
 
-    Unlike `rankme`, it does not count the common mean as a direction. Scalar in [1, min(N - 1, d)].
+    The result is in [1, min(N - 1, d)]. Because of the centering, the mean does not count as a direction, unlike in
+    `rankme`.
     """
     z = _matrix(z)
     sigma = torch.linalg.svdvals(z - z.mean(dim=0))
@@ -103,9 +107,9 @@ def effective_rank(z: Tensor) -> Tensor:
 def measure(z: Tensor, other: Tensor | None = None) -> dict[str, float]:
     """Return the logged metrics of a batch of embeddings `z` (N, d) as floats.
 
-    These are std, mean_norm, uniformity, rankme and effective_rank. With `other` (N, d), the second view of the same
-    images, also alignment. All are NaN if `z` is not finite. Synchronizes with the device; call it only in steps that
-    are logged.
+    The metrics are std, mean_norm, uniformity, rankme and effective_rank. If `other` (N, d) has the embeddings of a
+    second view of the same images, alignment is added. All are NaN if `z` is not finite. The call synchronizes with the
+    device, so use it only in steps that are logged.
     """
     z = _matrix(z.detach())
     if not bool(torch.isfinite(z).all()):

@@ -1,4 +1,4 @@
-"""The training loop: all steps of a run between two checkpoints."""
+"""The training loop: optimizer steps, gradient accumulation and synchronization, and checkpoints on schedule."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[s
 
 
 def gradient_sync(model: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
-    """Synchronize gradients across processes in the backward pass within the block only for the last micro-batch."""
+    """Return a context in which backward synchronizes gradients over processes only if `is_last` is True."""
     if fsdp.is_sharded(model):
         model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
     elif isinstance(model, DistributedDataParallel) and not is_last:
@@ -97,7 +97,8 @@ def gradient_sync(model: nn.Module, *, is_last: bool) -> AbstractContextManager[
 def parallel(method: Method, device: torch.device) -> nn.Module:
     """Return the method, wrapped in DistributedDataParallel if there are several processes and it is not sharded.
 
-    Buffers are not broadcast: every process computes the same queue and the same synchronized statistics.
+    Buffers are not broadcast, because every process computes the same queue of negatives and the same synchronized
+    statistics.
     """
     if collectives.world_size() == 1 or fsdp.is_sharded(method):
         return method
@@ -111,10 +112,11 @@ def parallel(method: Method, device: torch.device) -> nn.Module:
 
 
 def average_each(bucket: Any) -> torch.futures.Future[Tensor]:
-    """Average a bucket of gradients over the processes, each parameter separately.
+    """Average the gradients in a bucket over the processes, each parameter separately.
 
-    The last bit of a sum over three or more processes depends on the offset within the reduced tensor, and
-    DistributedDataParallel rebuilds its buckets after the first step, also after the first step of a resumed run.
+    With three or more processes, the last bit of a sum depends on the offset of the parameter in the reduced tensor.
+    DistributedDataParallel changes these offsets: it rebuilds its buckets after the first step of every start, also
+    when a run is resumed. Separate reductions do not depend on the buckets.
     """
     watchdog.record_collective()
     whole = bucket.buffer().div_(collectives.world_size())
@@ -134,7 +136,7 @@ def save_is_due(settings: TrainSettings, step: int, steps_per_epoch: int) -> boo
 
 
 def stopped(run: Run, step: int) -> Stopped:
-    """Return the exception for a run that was asked to stop, with `step` saved."""
+    """Return the exception for a run that stops on request, after the checkpoint of `step` was saved."""
     reason = run.stop.reason or "another process's " + ("signal" if run.stop.by_signal else "time limit")
     return Stopped(
         f"stopped by {reason} after step {step} of {run.total_steps}; the checkpoint is saved: run the same command "

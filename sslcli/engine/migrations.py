@@ -1,8 +1,8 @@
 """Migration of checkpoints of older versions to the current schema, version by version, at load time.
 
-A change of the checkpoint content increments SCHEMA and adds a function here that converts a state of the previous
-version. Files are not rewritten: the next checkpoint of the run has the newest version. Names of parameters and
-buffers are those of a method, not of the schema: see `sslcli.weights.renamed`.
+To change the content of checkpoints, increment SCHEMA and add a function here that converts a state of the previous
+version. Existing files are not rewritten; the next checkpoint of the run has the newest version. The schema does not
+cover the names of parameters and buffers, which belong to the methods: see `sslcli.weights.renamed`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SCHEMA = 3
 
 
 def upgrade(state: dict[str, Any]) -> dict[str, Any]:
-    """Convert a checkpoint state of any version up to SCHEMA to version SCHEMA; without a version it is 1."""
+    """Convert a checkpoint state of any version up to SCHEMA to version SCHEMA. Without a number, it has version 1."""
     for version in range(state.get("schema", 1), SCHEMA):
         state = STEPS[version](state) | {"schema": version + 1}
     return state

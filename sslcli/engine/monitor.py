@@ -29,7 +29,7 @@ HEALTH_ROWS = 1024  # embeddings per batch used by the health metrics
 
 
 class MetricMeans:
-    """Means of the scalars since the last log, kept on the device so that a step never synchronizes with it."""
+    """Means of the scalars since the last log. They are kept on the device, so a step does not synchronize with it."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -52,12 +52,18 @@ class MetricMeans:
         self.sums, self.count = dict(state["sums"]), state["count"]
 
     def load_mean(self, states: list[dict[str, Any]]) -> None:
-        """Load the mean of the sums of a different number of processes, which preserves the next logged means."""
+        """Load the states of a run that had a different number of processes.
+
+        Each process gets the mean of their sums, so the next logged means do not change.
+        """
         self.count = states[0]["count"]
         self.sums = {name: torch.stack([state["sums"][name] for state in states]).mean(0) for name in states[0]["sums"]}
 
     def bad_step(self) -> tuple[int, str]:
-        """Return the first step with a loss that is not finite, or -1, and the means on that process."""
+        """Return the first step at which the loss of any process was not finite, and the means on that process.
+
+        Without such a step, return -1 and "".
+        """
         mine = -1 if self.first_bad is None else int(self.first_bad)
         means_text = ", ".join(f"{name} {float(value) / self.count:g}" for name, value in self.sums.items())
         found = [(step, means) for step, means in collectives.gather_objects((mine, means_text)) if step >= 0]
@@ -76,14 +82,14 @@ class Monitor:
 
     Args:
         settings: which metrics to compute, and when.
-        log_every_steps: steps between lines of `train/*`.
-        batch_size: images per step, for images per second.
-        steps_per_epoch: to convert steps to epochs.
-        run_dir: output directory of the main process.
+        log_every_steps: number of steps between two lines of `train/*` metrics.
+        batch_size: images per step; used to compute images per second.
+        steps_per_epoch: used to convert steps to epochs.
+        run_dir: the run directory, in which the main process writes.
         screen: progress display.
-        probe: evaluates the representation and returns scalars by name; None without labels.
-        draw: returns the method's pictures, (3, H, W) in [0, 1] by name.
-        together: all processes run `probe` and `draw`, because parameters are sharded.
+        probe: function that evaluates the representation and returns scalars by name; None without labels.
+        draw: function that returns the method's pictures by name, each (3, H, W) in [0, 1].
+        together: True if all processes must run `probe` and `draw`, because parameters are sharded.
     """
 
     def __init__(
@@ -106,7 +112,7 @@ class Monitor:
         self.evaluates = self.writes or together
         self.metric_means = MetricMeans()
         self.detector = collapse.CollapseDetector()
-        self.wall = 0.0  # seconds of training before this process
+        self.wall = 0.0  # seconds of training before this process started (in earlier starts of the run)
         self.waited = 0.0  # seconds the loop waited for data since the last log
         self.seconds_evaluating = 0.0  # seconds spent on evaluation since the last log
         self.has_diverged = False  # True once the user was warned
@@ -125,7 +131,7 @@ class Monitor:
             if step == 0 and self.metrics.dropped is not None:
                 found = f"{self.run_dir} has no checkpoint, but metrics up to step {self.metrics.dropped}"
                 self.screen.warn(f"{found}: the run starts from the beginning")
-            # Hide what a killed run wrote after its last checkpoint.
+            # Hide the entries that a killed run wrote after its last checkpoint.
             purge = step + 1 if step else 0
             self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
             if step == 0:
@@ -147,7 +153,7 @@ class Monitor:
             self.tensorboard.add_image("views", self.picture, 0)
 
     def timed_next(self, batches: Iterator[list[Batch]]) -> list[Batch]:
-        """Return the next batches, and add the waiting time to `waited`."""
+        """Return the micro-batches of the next step, and add the time spent waiting for them to `waited`."""
         before = time.perf_counter()
         result = next(batches)
         self.waited += time.perf_counter() - before
@@ -166,7 +172,7 @@ class Monitor:
             self.facts["data"] = percent(line["train/data_wait"])
         before, verdict = time.perf_counter(), None
         is_measured = last or self.epoch_ends(step)
-        if is_measured or self.health_is_due(step):  # metrics of values that are not finite are meaningless
+        if is_measured or self.health_is_due(step):  # metrics computed from values that are not finite are meaningless
             self.check_finite()
             self.check_weights(step, method)
         if is_measured:
@@ -190,7 +196,7 @@ class Monitor:
             self.screen.stop()
 
     def health_is_due(self, step: int) -> bool:
-        """Return True every `health_every_steps` steps, and after step 1, the reference for a decrease."""
+        """Return True every `health_every_steps` steps, and after step 1, which gives the reference for later steps."""
         return self.settings.health_every_steps > 0 and (step == 1 or step % self.settings.health_every_steps == 0)
 
     def epoch_ends(self, step: int) -> bool:
@@ -210,7 +216,7 @@ class Monitor:
         return values
 
     def measure_health(self, embeddings: tuple[Tensor, ...]) -> tuple[dict[str, float], str | None]:
-        """Return the health metrics of the embeddings of all processes, and the reason for a collapse or None."""
+        """Return the health metrics over all processes, and the explanation of a collapse, or None without collapse."""
         views = [collectives.all_gather(view)[:HEALTH_ROWS] for view in embeddings[:2]]
         values = health.measure(*views)
         verdict = self.detector.update(values, dim=views[0].shape[1])
@@ -225,9 +231,10 @@ class Monitor:
             self.screen.warn(message)
 
     def measure_probe(self, step: int) -> dict[str, float]:
-        """Return the scalars of the probe, which runs on the main process, or on all if `together`.
+        """Run the probe on the main process, or on all processes if `together`; return its scalars.
 
-        Raises TrainingFailed on all processes if the weights are finite but so large that features are not finite.
+        Raises TrainingFailed, on all processes, if features are not finite because the weights, although finite, are
+        too large.
         """
         assert self.probe is not None
         watchdog.report_progress("the k-NN")
@@ -244,7 +251,7 @@ class Monitor:
         return found
 
     def show_pictures(self, step: int, found: dict[str, Tensor]) -> None:
-        """Write the pictures to the run directory (the newest ones only) and to TensorBoard."""
+        """Write the pictures to TensorBoard, and to the run directory, where they replace the previous ones."""
         for name, picture in found.items() if self.writes else ():
             path = self.run_dir / "pictures" / f"{name}.png"
             path.parent.mkdir(exist_ok=True)
@@ -258,9 +265,9 @@ class Monitor:
             raise TrainingFailed(f"the loss is not finite since step {step} ({means}); {self.remedy()}")
 
     def check_weights(self, step: int, method: Method) -> None:
-        """Raise TrainingFailed if a weight is not finite, because such a checkpoint must not count as a good one.
+        """Raise TrainingFailed if a weight is not finite. Call it before saving, so that every checkpoint is usable.
 
-        Each process checks its own weights or shards, and all raise if one fails.
+        Each process checks its own weights or shards. If one process finds such a weight, all processes raise.
         """
         finite = {name: collectives.local(weight).isfinite().all() for name, weight in method.named_parameters()}
         broken: list[str] = []
@@ -290,7 +297,7 @@ class Monitor:
             )
 
     def remedy(self) -> str:
-        """Return the last good checkpoint and the usual remedies, for error messages."""
+        """Return the part of an error message that names the last good checkpoint and the usual remedies."""
         saved = checkpoint.all_of(self.run_dir)
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         return f"{kept}. {REMEDIES}"
@@ -317,14 +324,14 @@ class Monitor:
         """Close the files."""
         self.screen.stop()
         if self.writes and hasattr(self, "metrics"):
-            with suppress(OSError):  # a full disk, already reported by the error that ended the run
+            with suppress(OSError):  # the disk is full; the error that ended the run already reported it
                 self.metrics.close()
             if hasattr(self, "tensorboard"):  # missing if metrics.jsonl could not be opened
                 with suppress(OSError):
                     self.tensorboard.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs to write the same lines; identical on all processes."""
+        """Return the state that a resumed run needs to log the same values. It is identical on all processes."""
         return {"detector": self.detector.state_dict(), "wall": self.seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

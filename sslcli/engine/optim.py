@@ -18,18 +18,19 @@ NEVER_DECAYED = ("bias", "pos_embed", "cls_token", "mask_token")
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, https://arxiv.org/abs/1708.03888) with momentum.
 
-    The default form is that of MoCo v3, DINO, VISSL and BYOL: with g the gradient plus weight decay,
-    q = eta |w| / |g|, m <- momentum m + q g, w <- w - lr m. If a norm is zero, q = 1.
+    The default form is that of MoCo v3, DINO, VISSL and BYOL: q = eta |w| / |g|, m <- momentum m + q g, w <- w - lr m.
+    Here w is a weight tensor, g its gradient plus weight decay, and m its momentum buffer. If a norm is zero, q = 1.
 
     Args:
         params: parameter groups; a group with `adapt=False` takes SGD steps with momentum, without weight decay.
         lr: learning rate.
-        weight_decay: of groups with `adapt=True`.
-        momentum: of the momentum buffer.
+        weight_decay: weight decay of the groups with `adapt=True`.
+        momentum: factor of the momentum buffer.
         eta: trust coefficient.
-        separate_norms: q = eta |w| / (|grad| + weight_decay |w| + 1e-8), as in lightly and solo-learn.
-        lr_in_buffer: m <- momentum m + lr q g, w <- w - m, as in Google's SimCLR; differs only if lr changes.
-        clip_lr: q <- min(q / lr, 1), which makes lr an upper bound, as in solo-learn's CIFAR recipes.
+        separate_norms: use q = eta |w| / (|grad| + weight_decay |w| + 1e-8), as in lightly and solo-learn.
+        lr_in_buffer: use m <- momentum m + lr q g, w <- w - m, as in Google's SimCLR. The result differs from the
+            default only if lr changes.
+        clip_lr: use q <- min(q / lr, 1), as in solo-learn's CIFAR recipes. The step size lr q is then at most lr.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class LARS(Optimizer):
             of_gradient = whole(torch.linalg.vector_norm(grad))
             divisor = of_gradient + group["weight_decay"] * length + 1e-8
             usable = (length > 0) & (of_gradient > 0)
-            decayed = torch.where(usable, decayed, grad)  # in this form, no weight decay if a norm is zero
+            decayed = torch.where(usable, decayed, grad)  # with `separate_norms`, no weight decay if a norm is zero
         else:
             divisor = whole(torch.linalg.vector_norm(decayed))
             usable = (length > 0) & (divisor > 0)
@@ -98,10 +99,11 @@ class LARS(Optimizer):
 def parameter_groups(
     method: nn.Module, *, weight_decay: float, decay_norm_and_bias: bool = False
 ) -> list[dict[str, Any]]:
-    """Return two groups of trainable parameters: with weight decay, and without (biases, norms and tokens).
+    """Return two groups of trainable parameters: one with weight decay, one without (biases, norms and tokens).
 
-    The second group has `adapt=False` for LARS. With `decay_norm_and_bias`, all parameters are in the first group, as
-    in MoCo v1 and v2. If a method's `param_groups()` is not None, its groups are returned unchanged.
+    The group without weight decay has `adapt=False` for LARS. If `decay_norm_and_bias` is True, all parameters are in
+    the first group, as in MoCo v1 and v2. If the method's `param_groups()` is not None, its groups are returned
+    unchanged.
     """
     own = method.param_groups() if isinstance(method, Method) else None
     if own is not None:
@@ -119,9 +121,9 @@ def parameter_groups(
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer state, but keep the `fused` setting of `optimizer`.
 
-    The setting depends on the current run: torch has no fused SGD for sharded parameters, and a fused optimizer itself
-    undoes the fp16 loss scale. State tensors are copied to the memory layout of their parameters, as fused steps
-    require.
+    The `fused` setting depends on the current run: torch has no fused SGD for sharded parameters, and with fp16 a fused
+    optimizer divides the gradients by the loss scale itself. State tensors are copied to the memory layout of their
+    parameters, because fused steps require it.
     """
     fused = [group.get("fused") for group in optimizer.param_groups]
     optimizer.load_state_dict(state)

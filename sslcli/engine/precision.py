@@ -12,7 +12,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve(name: str, device: torch.device) -> str:
     """Resolve "auto" to bf16 if the hardware supports it natively, else fp32; return other names unchanged.
 
-    Depends only on the hardware; a run that resumes on the same hardware uses the same dtype.
+    The choice depends only on the hardware, so a run that resumes on the same hardware uses the same dtype.
     """
     if name != "auto":
         return name
@@ -25,10 +25,10 @@ def resolve(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Return an autocast context for `precision`; disabled for "fp32"."""
+    """Return an autocast context for `precision`. With "fp32", autocast is disabled."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
-    """Return a gradient scaler, which is enabled only for fp16."""
+    """Return a gradient scaler. It is enabled only for fp16."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

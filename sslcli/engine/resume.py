@@ -1,4 +1,4 @@
-"""Saving the state of a run in a checkpoint, and resuming from it: every field that a checkpoint has."""
+"""Saving the state of a run in a checkpoint, and resuming from it. All fields of a checkpoint are set and read here."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from sslcli.weights.renamed import with_current_names
 
 
 def save_good(run: Run, step: int, writer: checkpoint.Writer) -> None:
-    """Write a checkpoint. Raise TrainingFailed if a loss so far or a weight is not finite."""
+    """Write a checkpoint if all weights and all losses so far are finite; otherwise raise TrainingFailed."""
     run.monitor.check_finite()
     run.monitor.check_weights(step, run.method)
     save(run, step, writer)
 
 
 def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
-    """Write a checkpoint, on rank 0, or each rank its shards in the background. All processes must call this."""
+    """Write a checkpoint. All processes must call this function.
+
+    Rank 0 writes it. With sharded parameters, each rank writes its own shards, in the background.
+    """
     watchdog.report_progress(f"the checkpoint after step {step}")
     mine = {"rng": checkpoint.rng_state(run.device), "metric_means": run.monitor.metric_means.state_dict()}
     processes = collectives.gather_objects(mine)
@@ -65,7 +68,7 @@ def resume(run: Run) -> int:
     if len(processes) == collectives.world_size():
         checkpoint.set_rng_state(processes[collectives.rank()]["rng"], run.device)
         run.monitor.metric_means.load_state_dict(processes[collectives.rank()]["metric_means"])
-    else:  # different world size: the same images and views, different noise
+    else:  # with a different world size, images and views are the same, but torch's random numbers differ
         run.monitor.metric_means.load_mean([process["metric_means"] for process in processes])
         torch.manual_seed(run.seed + 1_000_003 * (collectives.rank() + 1) + state["step"])
     before, now = state["environment"], environment_fingerprint(run)
@@ -77,7 +80,10 @@ def resume(run: Run) -> int:
 
 
 def environment_fingerprint(run: Run) -> dict[str, str | int]:
-    """Return the environment, besides the configuration, that bit-identical results require."""
+    """Return the properties of the environment that must not change if results are to be bit-identical.
+
+    The configuration must not change either, but is not included here.
+    """
     return {
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,

@@ -4,7 +4,7 @@
         .metadata           names and shapes of the tensors, and the location of each shard
         __0_0.distcp ...    the tensors of method and optimizer, one file per process
         rest.pt             everything else, readable with torch.load(weights_only=True)
-        SHA256SUMS          checksums of all these, in the format of sha256sum
+        SHA256SUMS          checksums of all these files, in the format of sha256sum
 
 A checkpoint can be loaded with any number of processes, including one. No code from a file is executed.
 """
@@ -37,7 +37,7 @@ INDEX = ".metadata"
 REST = "rest.pt"
 SUMS = "SHA256SUMS"
 PARTS = ("method", "optimizer")  # the keys of a state whose tensors are written in shards
-OF_AN_INDEX = (  # modules of the classes that an index may contain
+OF_AN_INDEX = (  # an index may contain only classes from these modules
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
     "pathlib",
@@ -47,12 +47,12 @@ OF_AN_INDEX = (  # modules of the classes that an index may contain
 Place = tuple[Any, ...]  # path of keys to a tensor in a nested state
 Placement = Callable[
     [Place, torch.Size], Tensor | None
-]  # the sharded tensor with the placement to use, or None: not sharded
+]  # returns a sharded tensor whose placement is to be used, or None if the tensor is not sharded
 T = TypeVar("T")
 
 
 class Snapshot:
-    """Copy of the current state in main memory: the local shards of sharded tensors, and everything else.
+    """Copy of the current state in main memory. Of a sharded tensor, it contains the shard of this process.
 
     Args:
         state: nested dictionaries; tensors below the keys `PARTS` may be sharded.
@@ -81,9 +81,9 @@ class Snapshot:
 
 
 def write(folder: Path, snapshot: Snapshot, *, group: dist.ProcessGroup) -> None:
-    """Write a complete checkpoint and fsync it; all processes of `group` must call this.
+    """Write a complete checkpoint and synchronize it to disk (fsync). All processes of `group` must call this function.
 
-    Raises OSError on all processes if one of them cannot write.
+    Raises OSError, on all processes, if one of them cannot write.
     """
     on_main(folder.mkdir, group)
     try:
@@ -105,7 +105,7 @@ def write(folder: Path, snapshot: Snapshot, *, group: dist.ProcessGroup) -> None
 
 
 def together(act: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
-    """Return the results of `act` on all processes; raise OSError on all if it fails on one."""
+    """Call `act` on every process and return all results by rank. If one call fails, raise OSError on all processes."""
     watchdog.report_progress()
     mine: tuple[T | None, str] = (None, "")
     try:
@@ -121,12 +121,12 @@ def together(act: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
 
 
 def on_main(act: Callable[[], object], group: dist.ProcessGroup) -> None:
-    """Call `act` on the main process while the others wait; raise OSError on all if it fails."""
+    """Call `act` on the main process while the others wait. If the call fails, raise OSError on all processes."""
     together(lambda: act() if collectives.is_main() else None, group)
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason of a torch error on one line."""
+    """Return the reason for a torch error, on one line."""
     reasons = [str(cause) for cause, _ in getattr(error, "failures", {}).values()]
     return ((reasons or [str(error)])[0].strip() or type(error).__name__).splitlines()[0]
 
@@ -134,13 +134,16 @@ def reason_of(error: BaseException) -> str:
 def read(
     folder: Path, *, device: torch.device, only: Collection[str] = PARTS, like: Placement | None = None
 ) -> dict[str, Any]:
-    """Load the state of a checkpoint. All processes must call this; all raise ConfigError if one finds damage.
+    """Load the state of a checkpoint. All processes must call this function.
 
     Args:
         folder: folder of the checkpoint.
         device: device of tensors that are not sharded.
-        only: the subset of `PARTS` whose tensors to load.
-        like: if it returns a sharded tensor, each process loads the shard with the same placement.
+        only: subset of `PARTS`; only the tensors of these parts are loaded.
+        like: function that returns a sharded tensor for an entry to shard. Each process then loads only its own shard,
+            with the same placement. None loads all tensors whole.
+
+    Raises ConfigError, on all processes, if one of them finds damage.
     """
     wrong, index, rest = damage(folder), None, {}
     if not wrong:
@@ -165,7 +168,7 @@ def read(
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "torch.distributed is disabled", UserWarning
-            )  # a single process is intended
+            )  # the warning is that no process group exists; loading in a single process is intended
             load(tensors, storage_reader=Reader(folder, index))
     except CheckpointException as error:
         raise ConfigError(f"the checkpoint {folder} cannot be read ({reason_of(error)})") from error
@@ -178,7 +181,7 @@ def read(
 
 
 def damage(folder: Path) -> str:
-    """Return what is wrong with the files of a checkpoint, or ""; each process verifies a part of the files."""
+    """Describe the damage to the files of a checkpoint, or return "". Each process verifies a part of the files."""
     try:
         sums = {name: digest for digest, name in map(str.split, (folder / SUMS).read_text("utf-8").splitlines())}
     except (OSError, ValueError) as error:
@@ -196,7 +199,7 @@ def damage(folder: Path) -> str:
 
 
 def empty(index: Metadata, name: str, place: Place, *, device: torch.device, like: Placement | None) -> Tensor:
-    """Return an empty tensor to load the named tensor into: whole, or sharded as `like` requires."""
+    """Return an uninitialized tensor to load the named tensor into. It is whole, or sharded as `like` requires."""
     entry = index.state_dict_metadata[name]
     assert isinstance(entry, TensorStorageMetadata)
     dtype, model = entry.properties.dtype, None if like is None else like(place, entry.size)
@@ -206,7 +209,7 @@ def empty(index: Metadata, name: str, place: Place, *, device: torch.device, lik
 
 
 def spread(state: dict[Any, Any], like: Placement, place: Place = ()) -> dict[Any, Any]:
-    """Return a state with the tensors sharded for which `like` returns a sharded tensor."""
+    """Shard every tensor of a state for which `like` returns a sharded tensor, and return the new state."""
 
     def placed(value: Any, here: Place) -> Any:
         if isinstance(value, dict):
@@ -220,7 +223,7 @@ def spread(state: dict[Any, Any], like: Placement, place: Place = ()) -> dict[An
 
 
 class Reader(FileSystemReader):
-    """Reader with a preloaded index, because torch would execute code from an index file."""
+    """Reader with an index that is already loaded. torch itself would execute code from an index file."""
 
     def __init__(self, folder: Path, index: Metadata) -> None:
         super().__init__(folder)
@@ -231,7 +234,7 @@ class Reader(FileSystemReader):
 
 
 def index_of(folder: Path) -> Metadata:
-    """Load the index of a checkpoint. Raise UnpicklingError if it contains any other object."""
+    """Load the index of a checkpoint. Raise UnpicklingError if it contains an object that no index has."""
     with (folder / INDEX).open("rb") as file:
         index = _Plain(file).load()
     if not isinstance(index, Metadata):
@@ -240,7 +243,7 @@ def index_of(folder: Path) -> Metadata:
 
 
 class _Plain(pickle.Unpickler):
-    """Unpickler restricted to the classes of an index."""
+    """Unpickler that loads only the classes an index may contain."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.serialization", "_get_layout"):

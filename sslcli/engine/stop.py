@@ -16,26 +16,27 @@ from sslcli.distributed import watchdog
 from sslcli.distributed.collectives import world_size
 
 TIME_LIMIT = "the time limit"
-GRACE = 10.0  # seconds that a wait for images may last after the time limit, so that every start completes a step
+GRACE = 10.0  # seconds to wait for images after the time limit, so that every start of a run completes a step
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 
 T = TypeVar("T")
 
 
 class Interrupted(BaseException):
-    """Raised by the signal handler while the run waits for images; not an Exception, so no error handler catches it."""
+    """Raised by the signal handler while the run waits for images. `except Exception` does not catch it."""
 
 
 class StopRequest:
-    """Handler of signals and the time limit: requests that the run saves and stops after the current step.
+    """Handler of signals and of the time limit. Both request that the run saves and stops after the current step.
 
-    SIGHUP, which a closing terminal sends, also counts, unless it is ignored, as under `nohup`.
+    SIGHUP, which a closing terminal sends, is one of these signals. It is not handled if it is already ignored, e.g.
+    under `nohup`.
 
     Args:
-        max_seconds: time limit, counted from `start_time`, or None.
-        start_time: start time of the command by `time.monotonic`; None is now.
+        max_seconds: time limit in seconds, counted from `start_time`; None = no limit.
+        start_time: start time of the command by `time.monotonic`; None = now.
 
-    After `agreed` returned True, `by_signal` is True if any process received a signal.
+    After `agreed` has returned True, `by_signal` is True if any process received a signal.
     """
 
     def __init__(self, max_seconds: float | None = None, *, start_time: float | None = None) -> None:
@@ -55,7 +56,8 @@ class StopRequest:
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Record the signal, and interrupt a wait for images. A second Ctrl-C ends the process immediately.
 
-        Under an agent one Ctrl-C arrives twice within moments, from the terminal and from the agent.
+        Under an agent, one Ctrl-C arrives twice, from the terminal and from the agent. A repeated SIGINT within 2
+        seconds therefore does not count as a second Ctrl-C.
         """
         now = time.monotonic()
         if self.reason and number == signal.SIGINT and now - self.received > 2:
@@ -71,26 +73,30 @@ class StopRequest:
             raise Interrupted
 
     def check_time(self) -> None:
-        """Set the time limit as the reason to stop if it has passed and there is no other reason."""
+        """If the time limit has passed and no other reason to stop is set, set the time limit as the reason."""
         if self.deadline is not None and time.monotonic() > self.deadline and not self.reason:
             self.reason = TIME_LIMIT
 
     def set_alarm(self, seconds: float) -> threading.Timer:
-        """Start and return a timer that interrupts this thread after `seconds`, also in a system call."""
+        """Start and return a timer that interrupts the calling thread after `seconds`.
+
+        The timer also interrupts a thread that is blocked in a system call.
+        """
         timer = threading.Timer(max(0.0, seconds), self.ring, (threading.get_ident(),))
         timer.daemon = True
         timer.start()
         return timer
 
     def ring(self, thread: int) -> None:
-        """Interrupt a thread by a signal, the only way to reach one that blocks in a system call."""
+        """Interrupt a thread by a signal. Nothing else interrupts a thread that is blocked in a system call."""
         self.has_rung = True
         signal.pthread_kill(thread, signal.SIGUSR1)
 
     def unless_stopped(self, get: Callable[[], T]) -> T | None:
-        """Return `get()`, or None if a signal interrupts it, or it takes too long after the time limit.
+        """Return `get()`, or None if the call was interrupted.
 
-        With several processes it is never interrupted: they can only stop together, after a common step.
+        A signal interrupts it. After the time limit, it is also interrupted if it takes more than `GRACE` seconds.
+        With several processes, `get` is never interrupted, because all must stop after the same step.
         """
         if world_size() > 1:
             return get()
@@ -109,9 +115,9 @@ class StopRequest:
                 late.cancel()
 
     def agreed(self) -> bool:
-        """Return True if all processes stop now. Call once per step on every process.
+        """Return True if all processes stop now. Every process must call this method once per step.
 
-        With several processes the result is that of the previous step, so that the call does not block.
+        With several processes, the call returns the decision of the previous step, so it does not wait for the others.
         """
         self.check_time()
         mine = 0 if not self.reason else 1 if self.reason == TIME_LIMIT else 2
@@ -128,7 +134,7 @@ class StopRequest:
         return stop
 
     def close(self) -> None:
-        """Restore the previous signal handlers."""
+        """Cancel the alarm and restore the previous signal handlers."""
         if self.alarm is not None:
             self.alarm.cancel()
             self.alarm.join()
