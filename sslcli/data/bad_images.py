@@ -12,7 +12,7 @@ class BadImage(Exception):
     """Raised when the image at `path` cannot be read; `reason` says why."""
 
     def __init__(self, path: str, reason: str) -> None:
-        # Both are args because pickle rebuilds an exception of a worker process from its args.
+        # Both values are passed to Exception, because pickle creates an exception of a worker process again from them.
         super().__init__(path, reason)
         self.path, self.reason = path, reason
 
@@ -28,7 +28,7 @@ class BadImages:
     """Collection of the images that cannot be read, one entry per path.
 
     Args:
-        max_bad: the largest fraction in [0, 1] of `total` that may be bad; 0 stops at the first one.
+        max_bad: the largest fraction in [0, 1] of the images that may be bad; 0 stops at the first bad image.
         total: the number of images in the dataset.
     """
 

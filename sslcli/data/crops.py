@@ -1,8 +1,9 @@
 """Datasets that run in the data workers: decode each image once, crop and resize all of its views, return uint8.
 
 Crop boxes are drawn in pixels of the full-size image. If every crop of a JPEG is downscaled at least by 2, 4 or 8, the
-JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster, and the boxes are scaled down accordingly. A crop
-therefore never has fewer pixels than its result. docs/performance.md has the speed and the differences in pixels.
+JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster, and the boxes are scaled down by the same factor.
+Therefore a crop is never smaller than the view it is resized to. docs/performance.md reports the speed and how much the
+pixels differ from those of full-size decoding.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from sslcli.errors import ConfigError
 from sslcli.kernels import resize
 
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-BadImageList = list[tuple[str, str]]  # path and reason of each
-PictureAndBoxes = tuple[Picture, list[list[int]]]  # the boxes of its views: top, left, height, width
+BadImageList = list[tuple[str, str]]  # path and reason of each bad image
+PictureAndBoxes = tuple[Picture, list[list[int]]]  # a picture and one crop box per view: top, left, height, width
 
 _MAX_REPLACEMENTS = 20  # replacement images tried for one that cannot be read
 _MAX_FILES_IN_MEMORY = 128
-_SMALL_SIDE = 64  # pixels; up to this side images are cropped in one call, since call overhead exceeds pixel work
+_SMALL_SIDE = 64  # pixels; images up to this side are cropped together in one call, which saves call overhead
 
 
 @dataclass(frozen=True)
 class Request:
-    """Images of one micro-batch of one process, or of one part of that micro-batch."""
+    """The images of one process's micro-batch, or of a part of it."""
 
-    index: Tensor  # (n,) in the training split
+    index: Tensor  # (n,) index of each image in the training split
     occurrence: Tensor  # (n,) epoch and repetition, see epoch_order
-    is_last_read: Tensor  # (n,) bool, see last_read_mask; all False for sets that are not read in chunks
+    is_last_read: Tensor  # (n,) bool, see last_read_mask; all False for datasets that are not read in chunks
 
 
 def concat_requests(requests: Sequence[Request]) -> Request:
@@ -54,7 +55,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
     """Dataset of views for training, indexed by requests.
 
     An item is (request, views, positions, bad images). Each view is (n, C, S, S) uint8. The positions (n,) are those of
-    the images that were read, which include the replacements of bad images.
+    the images that were read: of the requested image, or of its replacement if the requested image is bad.
     """
 
     def __init__(self, source: Source, views: Views, seed: int) -> None:
@@ -79,7 +80,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
     ) -> BadImageList:
         """Write the crops of some rows into `views`. An image that cannot be read is replaced, see `replacement`.
 
-        read: receives the position that each row is read from.
+        read: output; the position of the image that was read for each row.
 
         Returns the path and reason of each image that cannot be read.
 
@@ -122,9 +123,9 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
         ) from failed[-1][1]
 
     def boxes(self, images: list[OpenedImage], key: Tensor) -> tuple[list[list[list[int]]], list[int]]:
-        """Return the boxes (top, left, height, width) of the views of each image, and the divisor to decode it with.
+        """Return for each image the boxes (top, left, height, width) of its views, and the divisor for `decode`.
 
-        The divisor is the largest for which no crop has fewer pixels than its result.
+        The divisor is the largest one for which no crop is smaller than the view it is resized to.
         """
         if not images:
             return [], []
@@ -136,7 +137,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
         return boxes.tolist(), [max(d for d in DIVISORS if d <= max(1, factor)) for factor in factors.tolist()]
 
     def crop_together(self, group: dict[int, PictureAndBoxes], views: list[Tensor]) -> None:
-        """Write the crops of full-size pictures, all of one size, into the rows of `views` with one call per view."""
+        """Crop full-size pictures that all have the same size, with one call per view; write the crops into `views`."""
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in group.values()]))
         boxes = torch.tensor([boxes for _, boxes in group.values()])
         for number, (out, size, view) in enumerate(zip(views, self.sizes, self.views.views, strict=True)):
@@ -165,15 +166,15 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
 
 
 def is_small(picture: Picture) -> bool:
-    """Return whether a picture is an RGB image so small that it is cropped together with others."""
+    """Return whether a picture is an RGB image that is small enough to be cropped together with others in one call."""
     return isinstance(picture, (Image.Image, Pixels)) and max(picture.size) <= _SMALL_SIDE
 
 
 def crop_and_resize(pixels: Tensor, box: Sequence[int], size: int, interpolation: str) -> Tensor:
     """Crop a box (top, left, height, width) of (C, H, W) uint8 and resize it to (size, size), antialiased.
 
-    The result equals Pillow's up to a rounding of 1 in 255 and takes less than half of the time, because torch has
-    vectorized code for uint8 in channels-last layout.
+    The result differs from Pillow's by at most 1 in 255, due to rounding. It takes less than half of the time, because
+    torch has vectorized code for uint8 in channels-last layout.
     """
     top, left, height, width = box
     part = pixels[None, :, top : top + height, left : left + width]
@@ -181,7 +182,7 @@ def crop_and_resize(pixels: Tensor, box: Sequence[int], size: int, interpolation
 
 
 def crop_and_resize_fractional(picture: Image.Image, box: Sequence[float], size: int, interpolation: str) -> Tensor:
-    """Crop a box with fractional coordinates and resize it to (C, size, size) uint8. Pixels outside are not used."""
+    """Crop a box with fractional coordinates and resize it to (C, size, size) uint8, without pixels outside the box."""
     top, left, height, width = box
     x, y = math.floor(left), math.floor(top)
     right, bottom = min(left + width, picture.width), min(top + height, picture.height)
@@ -191,7 +192,10 @@ def crop_and_resize_fractional(picture: Image.Image, box: Sequence[float], size:
 
 
 class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
-    """Dataset of images for evaluation, indexed by positions: uint8 (n, C, S, S), and (n,) bool, True if readable."""
+    """Dataset of images for evaluation, indexed by positions (n,).
+
+    An item is the images, (n, C, S, S) uint8, and a mask (n,) bool, True for images that could be read.
+    """
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -211,7 +215,7 @@ class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
 def center_crop(image: Picture, size: int) -> Picture:
     """Resize the shorter side to size * 8 / 7 and crop the center to size x size.
 
-    An image that is size x size already is returned unchanged.
+    An image of exactly size x size is returned unchanged.
     """
     if image.size == (size, size):
         return image

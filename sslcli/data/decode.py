@@ -1,4 +1,4 @@
-"""Decoding of image files to RGB, for JPEG optionally at 1/2, 1/4 or 1/8 of the size.
+"""Decoding of image files to RGB. JPEGs can be decoded at 1/2, 1/4 or 1/8 of their size.
 
 Common JPEGs are decoded by simplejpeg, which returns the same pixels as PIL in three quarters of the time (small ones
 in a sixth). PIL decodes everything else.
@@ -20,7 +20,7 @@ from sslcli.data.bad_images import BadImage
 from sslcli.system.regular_files import read_regular
 
 DIVISORS = (1, 2, 4, 8)
-MAX_FILE_BYTES = 512 * 10**6  # the largest photographs have a tenth of it
+MAX_FILE_BYTES = 512 * 10**6  # files of the largest photographs have a tenth of this size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -64,16 +64,17 @@ class Pixels:
 
 
 class Encoded:
-    """An encoded image: the header has been read, so the size is known, and the pixels are decoded on request.
+    """An encoded image of known size. Its header has been read; the pixels are decoded on request.
 
     Transparent images are composited over white. 16-bit grayscale and floats in [0, 1] are scaled to 8 bits, not
-    clipped. Integers and floats outside of these ranges are scaled from their minimum and maximum to [0, 255]. Of
-    several frames the first is used. The EXIF orientation of a JPEG is ignored, as in the usual ImageNet loaders.
+    clipped. If integers or floats exceed these ranges, their minimum is mapped to 0 and their maximum to 255. If an
+    image has several frames, the first is used. The EXIF orientation of a JPEG is ignored, as in the usual ImageNet
+    loaders.
 
     Args:
         content: the bytes of the file.
-        path: of the file, for messages.
-        convert: conversion of the image that PIL decodes.
+        path: path of the file, for messages.
+        convert: function that converts the image that PIL has decoded.
 
     Attributes:
         size: width and height in pixels of the full-size image.
@@ -85,7 +86,7 @@ class Encoded:
         self.content, self.path, self.convert = content, path, convert
         if not content:
             raise BadImage(path, "the file is empty")
-        self.image: Image.Image | None = None  # opened by PIL; None if `decode_jpeg` decodes it
+        self.image: Image.Image | None = None  # the image that PIL opened; None if `decode_jpeg` decodes it
         size = jpeg_size(content) if convert is to_rgb else None
         if size is None:
             self.image = self.open_with_pil()
@@ -98,15 +99,15 @@ class Encoded:
             return Image.open(io.BytesIO(self.content))
         except UnidentifiedImageError as error:
             raise BadImage(self.path, "the content has no known image format") from error
-        # For damaged files PIL's decoders raise nearly any exception type, here and below.
+        # PIL's decoders raise nearly any exception type for damaged files, here and in `decode`.
         except Exception as error:
             raise BadImage(self.path, str(error) or type(error).__name__) from error
 
     def decode(self, divisor: int = 1) -> Image.Image | Pixels:
-        """Decode the pixels. Call it once.
+        """Decode the pixels. This method can be called only once.
 
-        divisor: 1, 2, 4 or 8. A JPEG of at least `divisor` pixels a side is decoded at 1/divisor of its size, rounded
-            up. Other formats ignore it.
+        divisor: 1, 2, 4 or 8. A JPEG is decoded at 1/divisor of its size, rounded up, if each side has at least
+            `divisor` pixels. For other formats, the divisor has no effect.
 
         Raises BadImage if the file is damaged or truncated.
         """
@@ -114,12 +115,12 @@ class Encoded:
             try:
                 return decode_jpeg(self.content, self.size, divisor)
             except ValueError:
-                # PIL reads some files for which libjpeg warns, and describes the damage of the others.
+                # PIL can decode some files that `decode_jpeg` rejects. For other files, its error names the damage.
                 self.image = self.open_with_pil()
         try:
             with self.image as image:
                 if divisor > 1:
-                    # PIL picks the largest divisor whose result has at least the requested size, which is `divisor`.
+                    # PIL selects the largest divisor with which the image has at least the requested size: `divisor`.
                     image.draft(None, (max(1, image.width // divisor), max(1, image.height // divisor)))
                 return self.convert(image)
         except Exception as error:
@@ -147,13 +148,13 @@ def decode_jpeg(content: bytes, size: tuple[int, int], divisor: int) -> Image.Im
         return Pixels(simplejpeg.decode_jpeg(content, "RGB"))
     if max(size) < 8:
         raise ValueError(f"the image size {size} is too small to select the scale 1/{divisor} by its result's size")
-    # libjpeg scales by eighths and picks the smallest scale whose result has at least this size.
+    # libjpeg scales by multiples of 1/8, and selects the smallest scale with which the image has at least this size.
     width, height = (-(-side // divisor) for side in size)
     return Image.fromarray(simplejpeg.decode_jpeg(content, "RGB", min_width=width, min_height=height))
 
 
 def open_file(path: str, *, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Encoded:
-    """Open an image file; see `Encoded`. All datasets of files open their images with this function.
+    """Open an image file; see `Encoded`. All datasets of image files use this function.
 
     Raises BadImage for a file that cannot be read, is not a regular file, or has more than `MAX_FILE_BYTES`.
     """

@@ -1,9 +1,9 @@
-"""Cache of decoded images in memory or in a file, so that each image is decoded once and not once per epoch.
+"""Cache of decoded images in memory or in a file. With it, an image is decoded only once and not in every epoch.
 
-The cache reserves a slot for each image, computed from the image sizes. A slot is filled when its image is first
-decoded. There are no locks: all processes write the same bytes into a slot and then their checksum, which every read
-verifies. Processes can therefore share the cache and be killed at any moment, and the file may be damaged: an image
-whose slot is empty or does not match its checksum is decoded again.
+The cache reserves a slot for the pixels of each image, computed from the image sizes. A slot is filled when its image
+is first decoded: the process writes the pixels and then their checksum, which every read verifies. An image whose slot
+is empty or does not match its checksum is decoded again. Therefore processes can share the cache without locks, a
+process may be killed at any moment, and a damaged file does no harm.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ def cache_folder(keep_dir: str | os.PathLike[str] | None) -> Path:
     """Return the folder of the cache files: `dataset.keep_dir`, or by default a folder in the user's cache."""
     if keep_dir is not None:
         return Path(keep_dir).expanduser()
-    from sslcli.data.shards.index import default_cache  # late, because the module imports packages for shards
+    from sslcli.data.shards.index import default_cache  # imported here, because that module imports packages for shards
 
     return default_cache() / "decoded"
 
 
 class DecodedCache:
-    """Cache of the decoded images of a dataset of files. Create it before the data workers, which share it.
+    """Cache of the decoded images of a dataset of files. Create it before the data workers start: they share it.
 
     Args:
         path: function that returns the path of the image at a position.
-        positions: (n,) int64, ascending: the images that have a slot.
+        positions: (n,) int64, ascending: the images to cache.
         folder: folder of the cache file, or None to cache in memory.
-        name: name of the dataset, which the file name begins with.
-        gigabytes: the largest size in GB (10**9 bytes).
+        name: name of the dataset; the name of the cache file begins with it.
+        gigabytes: the largest size of the cache in GB (10**9 bytes).
 
-    Raises ConfigError if the images exceed that size or the free space.
+    Raises ConfigError if the images need more than `gigabytes` or than the free space.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class DecodedCache:
                 yield os.fsencode(path)
 
     def open_existing(self) -> mmap.mmap | None:
-        """Open the file of an earlier run. Return None if there is no file or its header is damaged."""
+        """Open the cache file of an earlier run. Return None if there is no such file or its header is damaged."""
         assert self.file is not None
         if not self.file.exists():
             return None
@@ -114,7 +114,7 @@ class DecodedCache:
         count = len(self.positions)
         sample = self.positions[:: max(1, count // _SAMPLE)]
         estimate = int(np.mean([3.0 * np.prod(self.size_of(position)) for position in sample.tolist()]) * count)
-        # Reading a million headers takes minutes. A dataset that is far too large is rejected before that.
+        # Reading the headers of a million images takes minutes, so a dataset that is far too large is rejected first.
         if estimate > 1.5 * gigabytes * _GB:
             raise _too_large_error(count, f"about {estimate / _GB:.2f}", gigabytes)
         sizes = np.array([self.size_of(position) for position in self.positions.tolist()], np.int32)
@@ -135,7 +135,10 @@ class DecodedCache:
         return self.create_file(header, total)
 
     def create_file(self, header: bytes, total: int) -> mmap.mmap:
-        """Create an empty file with all of its space allocated. Open the file of another process if that was faster."""
+        """Create an empty file with all of its space allocated, and open it.
+
+        If another process has created the file in the meantime, open that one instead.
+        """
         assert self.file is not None
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +166,7 @@ class DecodedCache:
             return (0, 0)
 
     def open(self, position: int) -> CachedImage | Encoded:
-        """Open the image at `position`: a cached image if it has a slot, else its file."""
+        """Open the image at `position`, as a `CachedImage` if it has a slot, else from its file."""
         slot = int(np.searchsorted(self.positions, position))
         if slot == len(self.positions) or self.positions[slot] != position or not self.sizes[slot].all():
             return open_file(self.path(position))
@@ -186,12 +189,12 @@ class CachedImage:
         self.size: tuple[int, int] = (width, height)
 
     def decode(self, divisor: int = 1) -> Image.Image | Pixels:
-        """Decode as `Encoded.decode`. Only full-size pixels are cached; with a divisor the file is decoded."""
+        """Decode as `Encoded.decode`. Only full-size pixels are cached; with a divisor above 1 the file is decoded."""
         path = self.cache.path(int(self.cache.positions[self.slot]))
         if divisor > 1:
             return open_file(path).decode(divisor)
         stored, checksums = self.cache.pixels(self.slot), self.cache.checksums
-        # The lowest bit is 1 in a slot that is filled.
+        # The lowest bit of a checksum is 1, so the checksum of a filled slot is never 0.
         if checksums[self.slot] and int(checksums[self.slot]) == zlib.crc32(stored) << 1 | 1:
             width, height = self.size
             return Pixels(np.frombuffer(stored, np.uint8).reshape(height, width, 3))
@@ -204,7 +207,7 @@ class CachedImage:
 
 
 def _header(sizes: bytes, total: int) -> bytes:
-    """Return the header of a file of `total` bytes for images of these sizes."""
+    """Return the header of a cache file of `total` bytes for images of these sizes."""
     content = {"sslcli": "decoded images", "version": 1, "bytes": total, "sizes": hashlib.sha256(sizes).hexdigest()}
     return json.dumps(content).encode().ljust(_HEADER)
 

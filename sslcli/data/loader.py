@@ -2,8 +2,9 @@
 
     source -> [worker: decode once, crop each view, uint8] -> device -> batched color operations -> Batch
 
-The images of step t are a function of (seed, t), and their views a function of (seed, epoch, index). The loader has no
-state that a checkpoint would need, and its batches do not depend on the number of workers or processes.
+The images of step t are a function of (seed, t); the views of an image are a function of (seed, epoch, index).
+Therefore a checkpoint need not save any state of the loader, and the batches do not depend on the number of workers or
+processes.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ class Loader:
 
     Args:
         source: the dataset.
-        views: the views to draw of each image.
+        views: the distributions from which the views of each image are drawn.
         batch_size: images per step, over all processes and micro-batches.
         accumulate: micro-batches per step.
         seed: seed of the order and the views.
         device: device of the batches.
         timeout: seconds to wait for the images of a batch.
 
-    Raises ConfigError if the batch size is not a multiple of processes times micro-batches, or exceeds an epoch.
+    Raises ConfigError if the batch size is not a multiple of processes times micro-batches, or if an epoch has fewer
+    images than a batch.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Loader:
         self.batch_size, self.accumulate, self.micro_batch_size = batch_size, accumulate, batch_size // divisor
         self.steps_per_epoch = num_images // batch_size
         self.bad = BadImages(max_bad=source.max_bad, total=len(source.splits["train"]))
-        # Every worker reads its own lanes of the shards, so each micro-batch is split into one request per worker.
+        # With shards, every worker reads its own lanes, so each micro-batch is split into one request per worker.
         self.layout = source.layout
         self.workers = source.workers if self.layout is None else min(source.workers, self.micro_batch_size)
         self.requests_per_batch = 1 if self.layout is None else max(1, self.workers)
@@ -85,8 +87,9 @@ class Loader:
     def position(self, step: int) -> dict[str, Any]:
         """Return the position of a run after `step` steps, as plain values for a checkpoint.
 
-        Its keys: "epoch"; "image", the number of images seen in it; "images", the size of the training split; "shards",
-        the fingerprint of a dataset of shards, "" for others, whose fingerprint takes long to compute.
+        The keys are "epoch"; "image", the number of images used so far in this epoch; "images", the size of the
+        training split; and "shards", the fingerprint of a dataset of shards. For other datasets "shards" is "", because
+        computing their fingerprint takes long.
         """
         epoch, done = divmod(step, self.steps_per_epoch)
         shards = "" if self.layout is None else self.source.fingerprint
@@ -123,7 +126,7 @@ class Loader:
                 yield from (Request(*row) for row in zip(*rows, strict=True))
 
     def request_columns(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return all that this process reads in an epoch, as the fields of `Request`.
+        """Return all images that this process reads in an epoch, as the three fields of `Request`.
 
         Each field has the shape (steps, accumulate, micro_batch_size).
         """
@@ -160,7 +163,7 @@ class Loader:
             yield self.batch(request, crops, position)
 
     def crop(self, images: Tensor, key: Tensor, numbers: range) -> Tensor:
-        """Crop (n, C, H, W) images for some views: (len(numbers) * n, C, S, S), ordered by view."""
+        """Crop images (n, C, H, W) for the views `numbers`; return (len(numbers) * n, C, S, S), ordered by view."""
         view, key = repeat_for_views(numbers, key)
         height, width = (torch.full((len(key),), side) for side in images.shape[2:])
         boxes = self.views.boxes(view, key, height, width).to(self.device, non_blocking=True)
@@ -188,8 +191,8 @@ class Loader:
 
         Args:
             request: the images of this process.
-            crops: float in [0, 1], one tensor for each of `Views.groups`, as `crop` returns it.
-            read: (n,) positions that the crops are read from, including replacements of bad images.
+            crops: one tensor for each of `Views.groups`, as `crop` returns it, float in [0, 1].
+            read: (n,) positions of the images that were read: bad images are replaced, see `ViewCrops`.
         """
         source, views = self.source, list[Tensor]()
         for numbers, images in zip(self.views.groups, crops, strict=True):
@@ -203,21 +206,22 @@ class Loader:
         return Batch(views, request.index, label, present).to(self.device)
 
     def key(self, request: Request) -> Tensor:
-        """Return the key (n,) int64 of each image, from which its views are drawn."""
+        """Return the keys (n,) int64 of the images. The random numbers of an image's views depend on its key."""
         return rng.mix(self.seed, request.occurrence, request.index)
 
 
 def repeat_for_views(numbers: range, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the view number and the key of each image of a batch that is repeated once per view."""
+    """Return the view number and the key of each row of a batch that contains all images once per view."""
     return torch.tensor(numbers).repeat_interleave(len(key)), key.repeat(len(numbers))
 
 
 def plain_batches(
     source: Source, positions: Tensor, *, batch_size: int, workers: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches for evaluation in the order of `positions`: uint8 (n, C, S, S), and (n,) bool, True if readable.
+    """Yield batches for evaluation, in the order of `positions`.
 
-    The test transform resizes the shorter side to S * 8 / 7 and crops the center. Images of S x S are not changed.
+    A batch is the images, (n, C, S, S) uint8, and a mask (n,) bool, True for images that could be read. The test
+    transform resizes the shorter side to S * 8 / 7 and crops the center. Images of S x S are not changed.
     """
     chunks = list(torch.split(positions, batch_size))
     if source.images is None:

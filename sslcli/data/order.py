@@ -1,13 +1,13 @@
 """Order of the training images in an epoch: a pure function of the seed and the epoch.
 
-A dataset with random access is permuted. A dataset of shards has a `Layout` and is read in lanes:
+The images of a dataset with random access are permuted. A dataset of shards has a `Layout` and is read in lanes:
 
     shards, concatenated in random order  | shard 3 | shard 0      | shard 4  | shard 1 | shard 2     |
     split into lanes of equal length      | lane 0         | lane 1         | lane 2         | lane 3  |
-    each lane has a shuffle buffer, and a batch takes the same number of images from each lane: 0 0 1 1 2 2 3 3
+    each lane has a shuffle buffer; a batch has the same number of images from each lane:  0 0 1 1 2 2 3 3
 
-A process takes a contiguous part of every batch and therefore reads its own lanes. The order does not depend on the
-number of processes or workers.
+A process gets a contiguous part of every batch, so it reads only the lanes of this part. The order does not depend on
+the number of processes or workers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sslcli.data import rng
 
-_MIN_SEGMENTS = 8  # per lane, if the chunks are small enough
+_MIN_SEGMENTS = 8  # minimum number of segments per lane, if the chunks are small enough
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Layout:
 
     Attributes:
         segment: (n,) number of the segment of each image, from 0, non-decreasing. A segment is a shard or a part of a
-            large shard; its images are read in sequence, apart from the shuffle buffer.
-        chunk: (n,) number of the chunk of each image, non-decreasing. A chunk is read at once, within a segment.
+            large shard. Its images are read in sequence; the shuffle buffer then changes their order.
+        chunk: (n,) number of the chunk of each image, non-decreasing. A chunk is a part of a segment that is fetched
+            with one read.
         lanes: number of segments that are read in parallel, at least 1.
         buffer: total number of images in all shuffle buffers, at least 1.
     """
@@ -67,8 +68,9 @@ def epoch_length(num_images: int, weights: Tensor | None) -> int:
 def epoch_order(num_images: int, weights: Tensor | None, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
     """Return the training images of an epoch in order: (M,) index in the training split, and (M,) occurrence.
 
-    The images of weight w occur w times on average; the sum over these images is exact up to rounding to an integer.
-    The occurrence is epoch + repetition * 2**32, so that repetitions within an epoch get different views.
+    An image of weight w occurs w times on average. Together, all images of this weight occur w times their number,
+    rounded to an integer. The occurrence is epoch + repetition * 2**32, so that the repetitions of an image within an
+    epoch get different views.
     """
     index, repeat = torch.arange(num_images), torch.zeros(num_images, dtype=torch.long)
     if weights is not None:
@@ -86,11 +88,11 @@ def epoch_order(num_images: int, weights: Tensor | None, *, seed: int, epoch: in
 
 
 def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Tensor:
-    """Return the images of an epoch of a dataset of shards: (steps * batch_size,) of range(n), each at most once.
+    """Return the images of an epoch of a dataset of shards: (steps * batch_size,) indices in range(n), without repeats.
 
-    The shuffle buffer is computed as a sort: the i-th image that a lane reads gets the sort key i + buffer * u, with u
-    uniform in [0, 1). Thus no image is used before it is read, and at most `buffer` images are read and not yet used.
-    The content of the buffer at any step is computed without replaying the steps before it.
+    The shuffle buffer is simulated by sorting: the i-th image that a lane reads gets the sort key i + buffer * u, with
+    u uniform in [0, 1). With this order, an image is never used before it is read, and at most `buffer` images have
+    been read but not yet used. The images of any step are known without replaying the steps before it.
     """
     num_images = len(layout.segment)
     steps, lanes = num_images // batch_size, min(layout.lanes, batch_size)
@@ -101,7 +103,7 @@ def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Te
     sequence = used[rank[layout.segment[used]].argsort(stable=True)]
     delay = rng.uniform(rng.mix(seed, epoch, sequence), 2).double()
     order = torch.empty(steps, batch_size, dtype=torch.int64)
-    edges = [lane * batch_size // lanes for lane in range(lanes + 1)]  # where the lanes begin within a batch
+    edges = [lane * batch_size // lanes for lane in range(lanes + 1)]  # index in a batch at which each lane begins
     for left, right in pairwise(edges):
         lane = slice(steps * left, steps * right)
         buffer = layout.buffer * (right - left) / batch_size
@@ -111,9 +113,9 @@ def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Te
 
 
 def last_read_mask(chunk: Tensor, reader: Tensor) -> Tensor:
-    """Return a mask (n,) bool of the images that are the last of their chunk to be read by their reader.
+    """Return a mask (n,) bool that is True where a reader reads its last image of a chunk and can free the chunk.
 
-    chunk, reader: (n,) numbers of the chunk and of the reader of each image, in the order of reading.
+    chunk, reader: (n,) the chunk number and the reader number of each image, in the order of reading.
     """
     key = (chunk * (int(reader.max()) + 1) + reader).numpy()[::-1]
     _, found = np.unique(key, return_index=True)

@@ -1,8 +1,9 @@
 """Stateless random numbers: pure functions of integer keys.
 
 A random number is a 64-bit hash of integer keys: the seed, the epoch and repetition, the position of the image, the
-view and the operation. There is no generator with a state. The numbers do not depend on the number of workers or
-processes, the split into batches, the device or resuming, and a few tensor operations draw those of a whole batch.
+view and the operation. No generator with a state is involved. Therefore the numbers do not depend on the number of
+workers or processes, on the split into batches, on the device, or on whether a run was resumed. The numbers of a whole
+batch are drawn with a few tensor operations.
 
 The hash is the finalizer of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 OOPSLA 2014), chained over the keys. It is not cryptographic.
@@ -20,7 +21,7 @@ _MULTIPLY_2 = 0x94D049BB133111EB - (1 << 64)
 
 def _avalanche(x: Tensor) -> Tensor:
     """Bijection of int64 in which each input bit flips about half of the output bits."""
-    # >> on int64 copies the sign bit; the mask turns it into the logical shift of the hash's definition.
+    # The hash is defined with logical shifts. On int64, >> copies the sign bit; the mask removes the copies.
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MULTIPLY_1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MULTIPLY_2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
@@ -33,8 +34,8 @@ def mix(*keys: int | Tensor) -> Tensor:
         keys: one or more integers in [-2**63, 2**63) or integer tensors, which are broadcast together.
 
     Returns:
-        int64 of the broadcast shape (0-d if all keys are ints), on the device of the tensors. With all other keys
-        fixed it is a bijection of the last key: different last keys never collide.
+        int64 of the broadcast shape (0-d if all keys are ints), on the device of the tensors. If two calls differ only
+        in the last key, their results always differ.
 
     Raises:
         ValueError: no key, or a key that is not an integer.
@@ -61,8 +62,8 @@ def uniform(key: Tensor, stream: int | Tensor, low: float = 0.0, high: float = 1
 
     Args:
         key: int64 of any shape, usually from `mix`.
-        stream: number of the draw for this key; each purpose has its own. A tensor is broadcast with `key`: many
-            streams in one call cost little more than one.
+        stream: number of the draw for this key; each purpose uses another number. A tensor is broadcast with `key`;
+            many streams in one call cost little more than one.
         low, high: the range, low <= high.
 
     Returns:
@@ -77,7 +78,7 @@ def uniform(key: Tensor, stream: int | Tensor, low: float = 0.0, high: float = 1
     if low == 0.0 and high == 1.0:
         return fraction
     values = fraction * (high - low) + low
-    # Rounding may produce `high` itself, which is excluded.
+    # Rounding may give `high` itself, which is not in the interval.
     top = torch.nextafter(torch.tensor(high, dtype=torch.float32), torch.tensor(low, dtype=torch.float32))
     return values.clamp(min=low, max=float(top))
 
@@ -97,5 +98,5 @@ def permutation(n: int, *keys: int) -> Tensor:
     """
     if n < 0:
         raise ValueError(f"permutation() got n={n}, but n must be at least 0")
-    # All hashes differ (see mix), so the order does not depend on how the sort treats ties.
+    # All hashes are different (see mix), so the sort has no ties.
     return torch.argsort(mix(mix(*keys), torch.arange(n, dtype=torch.int64)))

@@ -24,23 +24,24 @@ from sslcli.system import cpu
 from sslcli.system.child_processes import kill_with_parent
 
 MAX_GPU_WORKERS, CPU_WORKERS = 8, 2
-SMALL_SIDE, FEW_CORES = 64, 2  # pixels a side, cores of a process
-PREFETCH_FACTOR = 4  # batches that a worker reads ahead
+SMALL_SIDE, FEW_CORES = 64, 2  # pixels per side, cores per process; see default_workers
+PREFETCH_FACTOR = 4  # number of batches that a worker prefetches
 DEFAULT_TIMEOUT = 600.0  # seconds to wait for a batch
 POLL_INTERVAL = 1.0  # seconds between checks of the workers while waiting
-GRACE_PERIOD = 1.0  # seconds that workers get to end by themselves
+GRACE_PERIOD = 1.0  # seconds to wait for workers to end by themselves, before they are killed
 SHARED_MEMORY = "/dev/shm"
 END = object()
 LIVE_WORKERS: set[BaseProcess] = set()
-# At exit Python waits for its child processes, and a worker may hang in a read.
+# At exit, Python waits for its child processes. A worker that hangs in a read would block it forever.
 atexit.register(lambda: kill_processes(LIVE_WORKERS))
 
 
 def default_workers(image_size: int) -> int:
-    """Return the number of data workers if `dataset.workers` is null; docs/performance.md has the measurements.
+    """Return the number of data workers to use if `dataset.workers` is null.
 
-    With a GPU: all cores of this process but one, at most 8. On the CPU, where workers take cores from the network: 2,
-    or 0 if images have at most 64 pixels a side and the process has at most 2 cores.
+    With a GPU, it is the number of cores of this process minus one, at least 1 and at most 8. Without a GPU, where
+    training needs the cores too, it is 2, or 0 if images have at most 64 pixels per side and the process has at most 2
+    cores. docs/performance.md has the measurements.
     """
     if torch.cuda.is_available():
         return min(MAX_GPU_WORKERS, max(1, cpu.cores_per_process() - 1))
@@ -50,11 +51,13 @@ def default_workers(image_size: int) -> int:
 class ErrorReturningDataset(Dataset[Any]):
     """Dataset that returns an exception as a value instead of raising it.
 
-    An exception that is raised in a worker would arrive as text and in another class.
+    If a worker raised an exception, the main process would receive an exception of another class, with the traceback as
+    text.
 
     Args:
         dataset: the dataset to read.
-        owner: the class of the `Source`. If it is not part of sslcli, its errors are reported as those of user code.
+        owner: the class of the `Source`. If this class is not part of sslcli, its errors are reported as errors in user
+            code.
     """
 
     def __init__(self, dataset: Dataset[Any], owner: type) -> None:
@@ -82,9 +85,10 @@ class ErrorReturningDataset(Dataset[Any]):
 
 
 def check_shared_memory(workers: int, batch_bytes: int) -> None:
-    """Raise ConfigError if the shared memory is too small for the batches of `workers`, which would crash or hang.
+    """Raise ConfigError if the shared memory is too small for the batches of `workers`.
 
-    Batches are passed through /dev/shm (Linux). Containers have 64 MB of it by default.
+    Batches are passed through /dev/shm (Linux), which has only 64 MB in a container by default. Without this check, the
+    workers would crash or hang.
     """
     try:
         state = os.statvfs(SHARED_MEMORY)
@@ -102,7 +106,7 @@ def check_shared_memory(workers: int, batch_bytes: int) -> None:
 
 
 class RequestSampler:
-    """Sampler that yields the requests of an iterator, once."""
+    """Sampler that yields the requests of an iterator. It can be used only once."""
 
     def __init__(self, requests: Iterator[Any]) -> None:
         self.requests = requests
@@ -114,13 +118,13 @@ class RequestSampler:
 def iterate_batches(
     dataset: Dataset[Any], sampler: Iterable[Any], workers: int, *, owner: type, timeout: float = DEFAULT_TIMEOUT
 ) -> Generator[Any, None, None]:
-    """Yield `dataset[request]` for each request, in order, read by worker processes.
+    """Yield `dataset[request]` for each request, in order. Worker processes read the items.
 
-    The workers end with the generator, also if it is closed or raises.
+    The workers end when the generator is exhausted or closed, or raises an exception.
 
     Args:
         dataset: the dataset to read.
-        sampler: the requests.
+        sampler: yields the requests.
         workers: number of worker processes; 0 reads in this process.
         owner: the class of the `Source`, see `ErrorReturningDataset`.
         timeout: seconds to wait for a batch.
@@ -138,7 +142,7 @@ def iterate_batches(
         timeout=POLL_INTERVAL if workers else 0,
         worker_init_fn=partial(init_worker, os.getpid()),
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # see init_worker
-        generator=torch.Generator(),  # by default a seed is drawn from the global one, again in every resumed run
+        generator=torch.Generator(),  # the default changes the global generator at each start, so a resumed run differs
     )
     with loader_iterator(loader, workers) as iterator:
         while (item := next_item(iterator, timeout)) is not END:
@@ -149,7 +153,7 @@ def iterate_batches(
 
 @contextmanager
 def loader_iterator(loader: DataLoader[Any], workers: int) -> Iterator[Iterator[Any]]:
-    """Return an iterator over a loader, and end its workers on exit. Raises as `iterate_batches`."""
+    """Return an iterator over a loader, and end its workers on exit. Raises the errors of `iterate_batches`."""
     others = set(multiprocessing.active_children())
     try:
         iterator = iter(loader)
@@ -172,9 +176,10 @@ def loader_iterator(loader: DataLoader[Any], workers: int) -> Iterator[Iterator[
 
 
 def next_item(iterator: Iterator[Any], timeout: float) -> Any:
-    """Return the next item, or END. Raises TrainingFailed if none arrives within `timeout` seconds.
+    """Return the next item, or END after the last. Raises TrainingFailed if no item arrives within `timeout` seconds.
 
-    It waits in intervals of `POLL_INTERVAL`: between them torch checks that all workers live, and signals are handled.
+    The function waits in intervals of `POLL_INTERVAL`. Between intervals, torch checks that all workers are alive, and
+    Python handles signals.
     """
     start = time.monotonic()
     while True:
@@ -194,9 +199,10 @@ def next_item(iterator: Iterator[Any], timeout: float) -> Any:
 def init_worker(parent: int, number: int) -> None:
     """Make a data worker ignore signals and end with its parent process.
 
-    Schedulers and terminals signal the whole process group, and a worker killed by a signal would turn a graceful stop
-    into a failure. A worker that outlives its run would hold the lock of the run directory, which it inherits by fork.
-    Workers are forked because Python's newer start methods use a server process that does not end with the run.
+    Schedulers and terminals send signals to the whole process group. If a signal killed a worker, a graceful stop would
+    become a failure. If a worker outlived its run, it would keep the lock of the run directory, which it inherits
+    through fork. Workers are started by fork, because Python's newer start methods use a server process that does not
+    end with the run.
     """
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
@@ -224,13 +230,16 @@ def end_workers(iterator: Any, workers: list[BaseProcess]) -> None:
 def kill_processes(processes: Iterable[BaseProcess]) -> None:
     """Kill the processes that are alive."""
     for process in list(processes):
-        with suppress(ValueError, OSError):  # it is closed, or has just ended
+        with suppress(ValueError, OSError):  # the process object is closed, or the process has just ended
             process.kill()
 
 
 @contextmanager
 def default_sigchld() -> Iterator[None]:
-    """Disable torch's SIGCHLD handler, which raises at an arbitrary point of the program when a worker ends."""
+    """Disable torch's SIGCHLD handler within the block.
+
+    When a worker ends, that handler raises an exception at an arbitrary point of the program.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
