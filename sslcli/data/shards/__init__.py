@@ -1,1 +1,1 @@
-"""Datasets in tar or parquet shards: formats, index, reader, and the streaming source."""
+"""Datasets in tar or parquet shards: shard formats, indices, the reader, and the streaming dataset."""

@@ -3,8 +3,8 @@
     cats-0000.tar   a/001.jpg a/001.cls a/002.jpg a/002.cls ...   files of one image share the name up to the first dot
     cats-0000.parquet   a column of images and a column of labels, in row groups
 
-Shards are read through fsspec, from a local disk or any address that fsspec supports. The index of a shard has the byte
-range of each image, so that a process reads only the images it needs.
+Shards are read through fsspec, from a local disk or any address that fsspec supports. The index of a shard contains the
+byte range of each image (tar) or the row groups (parquet), so a process reads only the parts of a shard that it needs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sslcli.errors import ConfigError
 
 SHARD_EXTENSIONS = (".tar", ".parquet")
 _BLOCK = 512  # block size of a tar archive in bytes
-Sample = dict[str, tuple[int, int]]  # start and size in bytes of the files of an image, by the name after the first dot
+Sample = dict[str, tuple[int, int]]  # files of an image: name after the first dot -> start and size in bytes
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Index:
     """Index of one shard of n images.
 
     Attributes:
-        labels: (n,) as stored; None = unknown. classes: the class names, empty if the shard has none.
-        starts, sizes: (n,) bytes, of the images of a tar archive; empty for parquet.
+        labels: (n,) labels as stored; None = unknown.
+        classes: the class names; empty if the shard has none.
+        starts, sizes: (n,) first byte and number of bytes of each image in a tar archive; empty for parquet.
         groups: (g,) number of rows of each row group of a parquet file; empty for tar.
         image: the column or file extension of the images.
     """
@@ -67,7 +68,7 @@ class Index:
 
 
 def build_index(file: IO[bytes], shard: Shard, *, image: str, label: str | None) -> Index:
-    """Read a shard and return its index. `image`, `label`: as in `HfStream`.
+    """Read a shard and return its index. `image` and `label` are the arguments of `HfStream`.
 
     Raises ConfigError for a shard that is truncated, damaged, empty or lacks the requested column.
     """
@@ -97,7 +98,7 @@ def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else the list grows with the archive
+                tar.members.clear()  # type: ignore[attr-defined]  # otherwise the list keeps all members in memory
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 if not (member.isfile() and stem and extension):
@@ -112,14 +113,14 @@ def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
             end = file.read(_BLOCK)
     except (tarfile.TarError, EOFError) as error:
         raise _damaged_error(shard, str(error)) from error
-    if len(end) < _BLOCK or any(end):  # tarfile does not verify the end of the archive
+    if len(end) < _BLOCK or any(end):  # tarfile does not check that the archive has its end marker
         raise _damaged_error(shard, "the end of the archive is missing")
     if sample:
         yield previous, sample
 
 
 def _columns(sample: Sample, file: IO[bytes]) -> dict[str, Column]:
-    """Return the files of an image as columns, plus the fields of its JSON if no file is the label."""
+    """Return the files of an image as columns. If none of them is a label, add the fields of its JSON file."""
     columns = {name: Column(image=name.rpartition(".")[2] in EXTENSIONS) for name in sample}
     if "json" in sample and not any(name in sample for name in LABEL_NAMES):
         columns |= {name: Column() for name in _read_json(sample, file) if name not in columns}

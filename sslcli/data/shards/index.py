@@ -1,4 +1,4 @@
-"""Discovery of the shards of a dataset, and their indices, which are built once and cached in a folder."""
+"""Discovery of the shards of a dataset, and loading of their indices. An index is built once and cached in a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", 
 
 
 def expand_ranges(pattern: str) -> list[str]:
-    """Expand numeric ranges: `a-{08..10}.tar` -> `a-08.tar`, `a-09.tar`, `a-10.tar`; several ranges give all pairs."""
+    """Expand numeric ranges: `a-{08..10}.tar` -> `a-08.tar`, `a-09.tar`, `a-10.tar`.
+
+    If the pattern has several ranges, all combinations of their numbers are returned.
+    """
     match = _RANGE.search(pattern)
     if match is None:
         return [pattern]
@@ -43,9 +46,11 @@ def expand_ranges(pattern: str) -> list[str]:
 
 
 def find_shards(path: str | os.PathLike[str] | Sequence[str], *, key: str) -> list[Shard]:
-    """Return the shards that paths, folders, patterns and ranges name, sorted by address, without duplicates.
+    """Return the shards at `path`, sorted by address, without duplicates.
 
-    Raises ConfigError for a missing file, a pattern without matches, and an address that cannot be reached.
+    Each path is a file, a folder, a pattern or a numeric range. `key` is the configuration key, for error messages.
+
+    Raises ConfigError for a missing file, a pattern without matches, or an address that cannot be reached.
     """
     found: dict[str, Shard] = {}
     for pattern in [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else path:
@@ -67,7 +72,7 @@ def _shards_at(url: str, *, key: str) -> list[Shard]:
                 infos = system.ls(path, detail=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{key} is {url}, but there is no such file or folder: create it, or change {key}") from error
-    # Any error is possible: no package for the protocol, no network, no permission.
+    # Nearly any exception type is possible: no package for the protocol, no network, no permission.
     except Exception as error:
         raise ConfigError(
             f"{key} is {url}, which cannot be reached ({type(error).__name__}: {error}): check the address, the "
@@ -75,7 +80,7 @@ def _shards_at(url: str, *, key: str) -> list[Shard]:
         ) from error
     found = [info for info in infos if info["name"].endswith(SHARD_EXTENSIONS)]
     for info in found:
-        if info["type"] == "other":  # a FIFO or a device, which would block on opening
+        if info["type"] == "other":  # a FIFO or a device; opening it would block
             raise ConfigError(f"{key} has {info['name']}, which is not a regular file: remove it")
     shards = [_shard(info, url, system) for info in found]
     if not shards:
@@ -110,8 +115,9 @@ def default_cache() -> Path:
 def load_indices(shards: Sequence[Shard], cache: Path, *, image: str, label: str | None) -> list[Index]:
     """Return the index of each shard. An index that is not in `cache` is built from the shard and stored there.
 
-    A lock on `cache` makes concurrent processes wait, so that each index is built once. Raises ConfigError as
-    `build_index`, for a shard that cannot be read, and if the cache cannot be written.
+    A lock on `cache` makes concurrent processes wait for each other, so that each index is built only once.
+
+    Raises ConfigError if `build_index` does, if a shard cannot be read, or if the cache cannot be written.
     """
 
     def load(shard: Shard) -> Index:

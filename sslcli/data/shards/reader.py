@@ -1,4 +1,4 @@
-"""Reader of the encoded images of a dataset of shards, by position, with a cache of the chunks in use."""
+"""Reader that returns the encoded image at a position of a dataset of shards. It caches the chunks in use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sslcli.data.shards.formats import Index, Shard, open_parquet
 from sslcli.data.shards.index import is_local, read_error
 from sslcli.errors import ConfigError
 
-CHUNK_LIMITS = 8_000_000, 256  # approximate bytes, and images, of a chunk of a tar archive
+CHUNK_LIMITS = 8_000_000, 256  # limits of a chunk of a tar archive: approximate bytes, and number of images
 MAX_OPEN_FILES = 32  # parquet files that a process keeps open
 RETRY_DELAYS = (1.0, 4.0)  # seconds before a read over the network is retried
 
@@ -30,7 +30,7 @@ class ShardReader:
     """Reader of the images of indexed shards.
 
     A chunk is a row group of a parquet file, or up to 256 images within about 8 MB of a tar archive. A chunk is fetched
-    with one read, but images of local tar archives are read one by one.
+    with one read. Only local tar archives are read image by image.
     """
 
     def __init__(self, shards: Sequence[Shard], indices: Sequence[Index]) -> None:
@@ -40,7 +40,7 @@ class ShardReader:
         chunks = [chunk_lengths(index) for index in indices]
         self.chunk_ends = np.cumsum(np.concatenate(chunks))  # end of each chunk, in positions
         self.first_chunks = np.cumsum([0, *map(len, chunks[:-1])])  # first chunk of each shard
-        # Parquet has no byte offsets of images; zeros take their place, so that all shards share one position space.
+        # Parquet files have no byte offsets of images. Zeros replace them, so that `starts` has a value per position.
         unknown = [np.zeros(len(index) - len(index.starts), np.int64) for index in indices]
         self.starts, self.sizes = (
             np.concatenate([part for pair in zip(known, unknown, strict=True) for part in pair])
@@ -58,7 +58,7 @@ class ShardReader:
         return np.searchsorted(self.chunk_ends, positions, "right")
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Return the number of the shard, and the number of the image in it."""
+        """Return the number of the shard that contains `position`, and the number of the image in this shard."""
         shard = int(self.shard_of(np.int64(position)))
         return shard, position - (int(self.ends[shard - 1]) if shard else 0)
 
@@ -77,7 +77,7 @@ class ShardReader:
     def content(self, position: int) -> bytes:
         """Return the encoded image at `position`.
 
-        Raises BadImage if the cell has no image, ConfigError if the shard cannot be read.
+        Raises BadImage if the cell has no image, and ConfigError if the shard cannot be read.
         """
         chunk, (shard, number) = int(self.chunk_of(np.int64(position))), self.locate(position)
         first = int(self.chunk_ends[chunk - 1]) if chunk else 0
@@ -95,7 +95,7 @@ class ShardReader:
         return image_in_cell(data[position - first].as_py(), path)
 
     def fetch(self, chunk: int) -> Any:
-        """Return a chunk: bytes of a tar archive, an Arrow column, or the reason why it cannot be decoded."""
+        """Return a chunk: bytes of a tar archive, an Arrow column, or an error text if the chunk cannot be decoded."""
         first, last = int(self.chunk_ends[chunk - 1]) if chunk else 0, int(self.chunk_ends[chunk]) - 1
         number, _ = self.locate(first)
         shard, state = self.shards[number], self.state
@@ -121,7 +121,7 @@ class ShardReader:
 
     @property
     def state(self) -> ReadState:
-        """State of this process, which must not share file positions with the process that forked it."""
+        """State of this process. A forked process gets a new one, because it must not share its parent's open files."""
         if os.getpid() not in self._states:
             self._states = {os.getpid(): ReadState()}
         return self._states[os.getpid()]
@@ -140,26 +140,26 @@ class ReadState:
         self.systems: dict[str, tuple[Any, str]] = {}
 
     def file_system(self, shard: Shard) -> tuple[Any, str]:
-        """Return the file system of a shard, and its path there."""
+        """Return the file system of a shard, and the path of the shard in this file system."""
         if shard.url not in self.systems:
             self.systems[shard.url] = fsspec.core.url_to_fs(shard.url)
         return self.systems[shard.url]
 
     def cached_chunk(self, chunk: int, fetch: Callable[[int], Any]) -> Any:
-        """Return a chunk that is not held. The last one is cached, because evaluation reads chunks in order."""
+        """Return a chunk that `hold` did not fetch. The last one is cached, because evaluation reads chunks in order."""
         if self.last[0] != chunk:
             self.last = (chunk, fetch(chunk))
         return self.last[1]
 
     def read_group(self, shard: Shard, group: int, column: str) -> Any:
-        """Return the image column of a row group, or the reason why it cannot be decoded."""
+        """Return the image column of a row group, or an error text if it cannot be decoded."""
         parquet = self.files.pop(shard.url, None)
         if parquet is None:
             parquet = open_parquet(fsspec.open(shard.url, "rb", cache_type="none").open(), shard)
         try:
             result = parquet.read_row_group(group, columns=[column], use_threads=False).column(0)
         except (ValueError, OSError) as error:
-            # pyarrow raises a plain OSError without errno for invalid data; errors of the system have an errno.
+            # For invalid data, pyarrow raises a plain OSError without errno. Errors of the file system have an errno.
             if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
                 raise
             result = f"row group {group} is damaged: {str(error).splitlines()[0]}"
@@ -172,7 +172,7 @@ class ReadState:
 def chunk_lengths(index: Index) -> Integers:
     """Return the number of images of each chunk of a shard.
 
-    It is the same for local and remote shards, because the order of an epoch depends on it.
+    The chunks are the same for local and remote shards, because the order of an epoch depends on them.
     """
     if len(index.groups):
         return index.groups
@@ -190,7 +190,7 @@ def image_in_cell(value: Any, path: str) -> bytes:
 
 
 def read_with_retries(shard: Shard, read: Callable[[], T]) -> T:
-    """Return the result of `read`, with retries for remote shards. Raises ConfigError if the last attempt fails."""
+    """Return the result of `read`. For a remote shard, retry after an error. Raise ConfigError if all attempts fail."""
     for delay in (*(() if is_local(shard) else RETRY_DELAYS), None):
         try:
             return read()

@@ -1,8 +1,8 @@
 """Streaming datasets of shards, local or remote: parquet files and WebDataset tar archives.
 
-conf/dataset/hf_stream.yaml. Shards need not fit on the disk. An index (`sslcli.data.shards.index`) puts the images of
-all shards into one position space, so labels, splits and resuming work as for other datasets. A layout
-(`sslcli.data.order`) lets each process and worker read its own shards sequentially.
+The configuration is conf/dataset/hf_stream.yaml. The shards need not fit on the local disk. An index
+(`sslcli.data.shards.index`) gives each image of all shards a position, so labels, splits and resuming work as for other
+datasets. With a layout (`sslcli.data.order`), each process and worker reads its own shards sequentially.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ class HfStream(Source):
     """A dataset of shards.
 
     Args:
-        path: shards, folders of shards, patterns such as "data/train-*.tar", ranges such as "train-{000..127}.tar", or
-            addresses such as "s3://bucket/train-*.parquet"; one or a list.
-        test: the same for the official test split, or None.
-        image, label: the columns of parquet, or the part of the file names after the first dot in a tar archive; the
-            label may also be a field of the JSON file. "auto" detects them. label None: no labels.
+        path: a shard, a folder of shards, a pattern such as "data/train-*.tar", a range such as
+            "train-{000..127}.tar", an address such as "s3://bucket/train-*.parquet", or a list of these.
+        test: the shards of the official test split, in the same form as `path`; None = no test split.
+        image, label: the columns of parquet files. In a tar archive, the part of the file names after the first dot;
+            the label may also be a field of the JSON file. "auto" detects them. label=None: no labels.
         lanes: number of shards that all processes and workers together read in parallel, at least 1.
         buffer: total number of images in all shuffle buffers, at least 1.
         cache: the folder of the index files; None = a folder in the user's cache.
-        scaled_decode: see `Source`. common: the arguments of `Source`.
+        scaled_decode: see `Source`.
+        common: the arguments of `Source`.
 
-    Positions follow the shards sorted by address; those of `test` are last.
+    The positions follow the order of the shards, sorted by address. The shards of `test` are last.
 
     Raises ConfigError for shards that are missing, unreadable or damaged, or lack a column.
     """
@@ -86,7 +87,7 @@ class HfStream(Source):
 
     @property
     def layout(self) -> Layout:
-        """Layout of the training images, whose positions are in ascending order."""
+        """Layout of the training images, in ascending order of their positions."""
         train = self.splits["train"].numpy()
         shard, chunk = (torch.from_numpy(of(train)) for of in (self.reader.shard_of, self.reader.chunk_of))
         return layout_of(shard, chunk, lanes=self.lanes, buffer=self.buffer)
@@ -100,23 +101,26 @@ class HfStream(Source):
         self.reader.release(positions)
 
     def open(self, position: int) -> Encoded:
-        """Open the image at `position`. Raises BadImage if it is not an image, ConfigError for an unreadable shard."""
+        """Open the image at `position`. Raises BadImage for an invalid image, ConfigError for an unreadable shard."""
         return Encoded(self.reader.content(position), self.path(position))
 
     def path(self, position: int) -> str:
-        """Return the address of the shard and the number of the image in it."""
+        """Return the address of the shard, and the number of the image in this shard."""
         shard, number = self.reader.locate(position)
         return f"{self.reader.shards[shard].url}[{number}]"
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity in 16 hex digits: sha256 of the name, size and number of images of each shard, and of the labels."""
+        """Identity of the dataset in 16 hex digits.
+
+        It is the sha256 of the labels of all images and of the name, size and number of images of each shard.
+        """
         counts = np.diff(self.reader.ends, prepend=0).tolist()
         rows = [repr((s.name, s.size, count)).encode() for s, count in zip(self.reader.shards, counts, strict=True)]
         return digest((*rows, repr(self.classes).encode(), self.labels.numpy().tobytes()))
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return one record per shard, labeled with the labels of all its images."""
+        """Return one record per shard. The label of a record is a hash of the labels of all images in the shard."""
         shards, ends = self.reader.shards, self.reader.ends.tolist()
         codes = label_codes(self.labels, self.classes)
         labels = [code_of(codes[a:b].tobytes()) for a, b in zip([0, *ends], ends, strict=False)]
@@ -164,9 +168,9 @@ def hash_of_shard(shard: Shard) -> int:
 
 
 def image_hashes(shards: Sequence[Shard], lengths: Sequence[int]) -> Tensor:
-    """Return a hash of the shard's name and the number in the shard of each image. The folder has no effect.
+    """Return one hash per image, of the name of its shard and its number in this shard.
 
-    Shards of the same name are numbered, so that they count as different names.
+    The folder of a shard has no effect. If several shards have the same name, a counter distinguishes them.
     """
     counts: Counter[str] = Counter()
     parts = []
