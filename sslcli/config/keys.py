@@ -19,7 +19,7 @@ def check_path(command: str, path: str, base: DictConfig, *, may_add: bool) -> N
         command: "train", "eval" or "export".
         path: the dotted key.
         base: the composed configuration.
-        may_add: True if the override begins with a sign (`+`, `++`, `~`): then a parameter may be absent from the yaml.
+        may_add: True if a parameter may be absent from the yaml, as for an override that begins with `+`, `++` or `~`.
     """
     node: Any = base
     walked = ""

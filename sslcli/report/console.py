@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.table import Table
 from rich.text import Text
 
-SUBJECTS = {"pixels": "raw pixels", "random": "random initialization", "trained": "trained"}  # of an evaluation
-PLAIN_SECONDS = 5.0  # between plain progress lines
+SUBJECTS = {"pixels": "raw pixels", "random": "random initialization", "trained": "trained"}  # names in results
+PLAIN_SECONDS = 5.0  # minimum time between two plain progress lines
 
 
 class Screen:
@@ -23,7 +23,7 @@ class Screen:
 
     Args:
         log: file to which every plain line is appended, or None.
-        silent: print and log nothing, as on all ranks except 0.
+        silent: if True, print and log nothing; set on all ranks except 0.
     """
 
     def __init__(self, log: Path | None = None, *, silent: bool = False) -> None:
@@ -50,7 +50,7 @@ class Screen:
         self.console.print(table)
 
     def write(self, line: str) -> None:
-        """Append a line to the log; after a disk error the log ends with a warning, and the run continues."""
+        """Append a line to the log. After a disk error, print a warning, close the log and let the run continue."""
         if self.log is None:
             return
         try:
@@ -81,7 +81,7 @@ class Screen:
             self.bar.start()
 
     def advance(self, done: int, facts: str = "", *, always: bool = False) -> None:
-        """Update the progress; print a plain line at most every `PLAIN_SECONDS`, or at each call if `always`."""
+        """Update the progress display; plain lines are printed every `PLAIN_SECONDS`, or at each call if `always`."""
         if self.bar is not None:
             self.bar.update(self.task, completed=done, facts=facts)
         now = time.monotonic()
@@ -133,7 +133,7 @@ def percent(fraction: float) -> str:
 
 
 class Progress:
-    """Progress bar over work that is reported in parts, such as the steps of several trainings."""
+    """Progress bar for several pieces of work, such as several trainings; each call adds completed units."""
 
     def __init__(self, screen: Screen, title: str, *, total: int) -> None:
         self.screen, self.done = screen, 0

@@ -12,7 +12,7 @@ from sslcli.report.console import SUBJECTS, Screen, percent
 
 
 def details(result: dict[str, Any], screen: Screen) -> None:
-    """Print results of a protocol that the top-1 table does not show: linear probe, teacher, utility curve."""
+    """Print the results that the top-1 table does not contain: linear probe, teacher, utility curve."""
     if "linear" in result:
         others = [("trained", result), *result.get("baselines", {}).items()]
         found = ", ".join(f"{SUBJECTS[name]} {percent(one['linear']['top1'])}" for name, one in others)
@@ -24,7 +24,7 @@ def details(result: dict[str, Any], screen: Screen) -> None:
 
 
 def utility_table(curve: list[dict[str, Any]]) -> Table:
-    """Return the table of the utility of pre-training at each number of labels; bounds are marked as such."""
+    """Return the table of the utility of pre-training at each number of labels; lower and upper bounds are marked."""
     table = Table("labels", SUBJECTS["random"], SUBJECTS["trained"], "utility: labels saved / labels")
     prefixes = {None: "", "lower": "at least ", "upper": "at most "}
     for point in curve:
@@ -70,7 +70,7 @@ def cell(found: dict[str, Any] | None) -> str:
 
 
 def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
-    """Print one row per run, best first; long names wrap to several lines and are never truncated."""
+    """Print one row per run, best first. Long names are wrapped, never truncated."""
     table = Table(title=rows[0]["measured"])
     table.add_column("run", overflow="fold")
     for title in ("top-1", "95 % interval", "random initialization"):
@@ -88,5 +88,5 @@ def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
 
 
 def show(table: Table, screen: Screen) -> None:
-    """Print a table. Its cells must be wrapped here, although the console leaves other lines to the terminal."""
+    """Print a table with its cells wrapped to the width of the terminal (the console does not wrap other lines)."""
     screen.console.print(table, soft_wrap=False)

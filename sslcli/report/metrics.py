@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object per line, without duplicate or missing steps after a resume."""
+"""File `metrics.jsonl`: one JSON object per line, without duplicate or missing steps after a run is resumed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Metrics:
     """Writer of the metrics of a run.
 
     Args:
-        path: metrics file. Lines of steps after `step`, which a killed run wrote after its last checkpoint, and an
-            incomplete last line are dropped.
+        path: metrics file. Lines of steps after `step` are dropped: a killed run wrote them after its last checkpoint.
+            An incomplete last line is dropped as well.
         step: step from which the run resumes.
     """
 
@@ -28,7 +28,7 @@ class Metrics:
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line; it survives a crash of the process, and after `synchronize` one of the machine."""
+        """Append one line. It is not lost if the process crashes, and after `synchronize`, if the machine crashes."""
         self.file.write(encode(line))
         self.file.flush()
 
@@ -41,13 +41,13 @@ class Metrics:
 
 
 def encode(line: dict[str, Any]) -> str:
-    """Return a line of JSON; values that are not finite become null, because JSON has no NaN."""
+    """Return a line of JSON; NaN and infinite values become null, because JSON has neither."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     return json.dumps(finite) + "\n"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file, without an incomplete last line; [] if there is no file."""
+    """Return the lines of a metrics file, without an incomplete last line; [] if the file does not exist."""
     if not path.exists():
         return []
     lines = []
@@ -60,6 +60,6 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def newest(path: Path, name: str) -> float | None:
-    """Return the newest value of a scalar in a metrics file, or None if there is none."""
+    """Return the newest value of a scalar in a metrics file, or None if the file has no value."""
     values = [line[name] for line in read(path) if line.get(name) is not None]
     return values[-1] if values else None

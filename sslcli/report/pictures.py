@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def grid(rows: list[Tensor], *, gap: int = 2, smallest: int = 64) -> Tensor:
-    """Return images as a grid: each element of `rows` is (n, C, H, W) in [0, 1] -> one (3, H', W') picture.
+    """Return one picture (3, H', W') with the images in a grid; each element of `rows` is (n, C, H, W) in [0, 1].
 
-    With fewer than three channels the first is shown in gray, with more than three the first three in color. Rows may
-    differ in size; all are resized to the largest size, at least `smallest` px.
+    Images with one or two channels show the first channel in gray; images with more than three show the first three in
+    color. Image sizes may differ between rows: all are resized to the largest size, at least `smallest` px.
     """
     side = max(smallest, *(row.shape[-1] for row in rows))
     lines = []

@@ -1,4 +1,7 @@
-"""SVG plot of the utility study: accuracy over the number of labels for both arms, and utility below."""
+"""SVG plot of the utility study, over the number of labels: accuracy of both arms above, utility below.
+
+The two arms are the pre-trained network and training from scratch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ Scale = Callable[[float], float]
 
 
 def curves(points: Sequence[dict[str, Any]]) -> str:
-    """Return the SVG text for the points of a utility result; censored values are open circles with an upward arrow."""
+    """Return the SVG text for the points of a utility result; open circles are bounds, see `utility_curve`."""
     counts = [point["labels"] for point in points]
     low, high = math.log(counts[0]), math.log(counts[-1])
 
@@ -40,7 +43,7 @@ def curves(points: Sequence[dict[str, Any]]) -> str:
 
 
 def axis(low: float, high: float, top: float) -> Scale:
-    """Return the map from values to y coordinates in the panel that starts at `top`, with a small margin."""
+    """Return the function from values to y coordinates of the panel that starts at `top`, with a small margin."""
     air = 0.06 * (high - low)
     return lambda value: top + PANEL * (1 - (value - low + air) / (high - low + 2 * air))
 

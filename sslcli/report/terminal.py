@@ -1,4 +1,4 @@
-"""Standard output and standard error that neither fail nor block, and messages to the terminal and the log."""
+"""Standard output and standard error without errors and blocking writes; messages to the terminal and the log."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PATIENCE = 10.0  # seconds to wait for a reader that has stopped reading
 class Terminal:
     """Text stream that drops text if it cannot be written.
 
-    A write to a pipe without a reader, to a full disk or to a closed terminal raises an error. A write to a reader that
-    has stopped reading (a pager, a terminal after Ctrl-S) blocks, and signals are not handled meanwhile. Neither may
-    stop a training run: after an error nothing more is written, and while the reader does not read, text is dropped.
-    The output of a run is also in its `console.log`.
+    A training run must not stop because its output cannot be written. Two cases are handled. A write to a pipe without
+    a reader, to a full disk or to a closed terminal raises an error: after the first error, all text is dropped. A
+    write to a reader that has stopped reading (a pager, a terminal after Ctrl-S) blocks, and signals are not handled
+    until it returns: while the reader does not read, text is dropped. `console.log` has the whole output of a run.
 
     Args:
-        stream: stream to write to; all other attributes are those of this stream.
+        stream: stream to write to. Attributes that this class does not define are those of the stream.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -55,14 +55,17 @@ class Terminal:
                 self.give_up()
 
     def has_room(self) -> bool:
-        """Return True if the stream accepts a write; wait up to `PATIENCE` seconds, but not while it stays blocked."""
+        """Return True if the stream accepts a write.
+
+        The first call on a blocked stream waits up to `PATIENCE` seconds; further calls do not wait.
+        """
         if self.poll is not None:
             with suppress(OSError):
                 self.is_blocked = not self.poll.poll(0 if self.is_blocked else 1000 * PATIENCE)
         return not self.is_blocked
 
     def give_up(self) -> None:
-        """Stop writing, and redirect the stream to the null device, so that buffered text raises no error at exit."""
+        """Stop writing. Redirects the stream to the null device, so that buffered text raises no error at exit."""
         self.is_broken = True
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -74,7 +77,7 @@ class Terminal:
 
 
 def guard_terminal() -> None:
-    """Replace standard output and standard error of this process by a `Terminal` each."""
+    """Wrap standard output and standard error of this process in a `Terminal` each."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Terminal):

@@ -1,4 +1,4 @@
-"""A job of a sweep: its command line, its status, and the record on disk that remains after the sweep exits."""
+"""Jobs of a sweep: command line, status, and the record on disk, which remains after the sweep exits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FINISHED, STOPPED, INTERRUPTED, FAILED = "finished", "stopped", "interrupted", "
 
 @dataclass(frozen=True)
 class Sweep:
-    """Settings that all jobs of a sweep have in common; picklable, so that other processes and nodes can use it."""
+    """Settings that all jobs of a sweep have in common. Picklable, so that it can be sent to other processes."""
 
     command: str  # train or eval
     program: tuple[str, ...]  # beginning of the command line of a job
@@ -40,7 +40,7 @@ class Sweep:
     settings: SweepSettings
     flags: tuple[str, ...]  # flags for every job, such as --config-dir=...
     shared: tuple[str, ...]  # overrides of all jobs
-    submits: bool = False  # True if the process of a job submits the run to Slurm and does not train itself
+    submits: bool = False  # True if a job's process only submits its run to Slurm
 
     @property
     def records(self) -> Path:
@@ -53,7 +53,7 @@ class Sweep:
         return None if self.command == "eval" else self.settings.metric
 
     def title(self, job: Job) -> str:
-        """Return the display name of a job: its overrides that are not common to all jobs."""
+        """Return the display name of a job: the overrides in which it differs from other jobs."""
         return " ".join(line for line in job.overrides if line not in self.shared) or "defaults"
 
 
@@ -61,7 +61,7 @@ class Sweep:
 class Job:
     """One combination of values of a sweep."""
 
-    name: str  # name of its record, and of its run directory unless run_dir is set
+    name: str  # name of the job's record, and of its run directory unless the user sets run_dir
     overrides: tuple[str, ...]  # as on the command line
     run_dir: Path | None  # None for a job of ssl-eval
 
@@ -79,7 +79,7 @@ class Record:
 
 
 def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
-    """Return the job for a validated configuration, which was composed from the overrides of one job."""
+    """Return the `Job` for a validated configuration, which is composed from the overrides of one job."""
     overrides = tuple(line for line in config["_lines_"] if not is_sweep_setting(line))
     if sweep.command == "eval":
         return Job(hashlib.sha256("\n".join(map(old_override, overrides)).encode()).hexdigest()[:8], overrides, None)
@@ -91,7 +91,7 @@ def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
 
 
 def is_sweep_setting(line: str) -> bool:
-    """Return True if an override concerns the sweep and not the job: `sweep.*`, and `hydra.*` except searchpath."""
+    """Return True if an override applies to the sweep, not to a job: `sweep.*`, and `hydra.*` except searchpath."""
     key = line.partition("=")[0].lstrip("+~")
     return key.startswith(("sweep.", "hydra.", "hydra/")) and key != "hydra.searchpath"
 
@@ -106,7 +106,7 @@ def command_line(sweep: Sweep, job: Job) -> list[str]:
 
 
 def log_of(sweep: Sweep, job: Job) -> Path:
-    """Return the log file of a job, which gets its output if several jobs run in parallel."""
+    """Return the log file of a job. The job prints into this file if several jobs run in parallel."""
     return sweep.records / f"{job.name}.log"
 
 
@@ -124,7 +124,7 @@ def read_or_create_record(sweep: Sweep, job: Job) -> Record:
 
 
 def record_start(sweep: Sweep, job: Job, process: int) -> None:
-    """Record that a job runs, with its process ID on this machine."""
+    """Record the start of a job: its process ID on this machine."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     changes: dict[str, Any] = {"started": now, "host": platform.node(), "process": process, "code": None}
     write(sweep.records / f"{job.name}.json", replace(read_or_create_record(sweep, job), **changes))
@@ -136,7 +136,7 @@ def record_end(sweep: Sweep, job: Job, code: int) -> None:
 
 
 def read(path: Path) -> Record:
-    """Read a record. Raises ConfigError if the file is not one."""
+    """Read a record. Raises ConfigError if the file is not a valid record."""
     try:
         return Record(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -152,7 +152,10 @@ def write(path: Path, record: Record) -> None:
 
 
 def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = False) -> str:
-    """Return the status of a job, from its run directory, else from running processes, else from its exit code.
+    """Return the status of a job.
+
+    The status is determined by the first of these that applies: a finished run directory, a running process, the exit
+    code in the record.
 
     Args:
         sweep: sweep of the job.
@@ -179,14 +182,17 @@ def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = Fal
 
 
 def code_of(folder: Path, record: Record) -> int | None:
-    """Return the exit code of a job of the sweep in `folder`; of the Slurm job, if its process submitted one."""
+    """Return the exit code of a job of the sweep in `folder`; if it submitted a Slurm job, that of the Slurm job."""
     if record.code == 0 and record.run_dir is not None:
         return recorded_exit_code(folder / record.run_dir) or 0
     return record.code
 
 
 def is_running(sweep: Sweep, name: str, record: Record) -> bool:
-    """Return True if a process runs the job: of any sweep, left over from a killed sweep, or started by hand."""
+    """Return True if any process runs the job.
+
+    The process may belong to another sweep, be left over from a killed sweep, or be started by hand.
+    """
     if record.run_dir is not None and directory.is_locked(sweep.folder / record.run_dir):
         return True
     file = lock(lock_path(sweep, name))
@@ -197,10 +203,10 @@ def is_running(sweep: Sweep, name: str, record: Record) -> bool:
 
 
 def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
-    """Lock a job, so that only this process may run it; return the lock file, or None if another process runs the job.
+    """Lock a job, so that no other process runs it; return the lock file, or None if another process runs the job.
 
-    The lock is held until the file and its copies in child processes are closed. If the run was submitted to Slurm, the
-    process of the job itself checks whether it runs.
+    The lock is held until the file and its copies in child processes are closed. A run that was submitted to Slurm may
+    be claimed while it trains: the job's process itself checks whether the Slurm job is still queued or running.
     """
     file = lock(lock_path(sweep, job.name))
     if file is None:
@@ -214,12 +220,12 @@ def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
 
 
 def lock_path(sweep: Sweep, name: str) -> Path:
-    """Return the file that both the sweep and the process of the job lock, so that it is locked while either runs."""
+    """Return the lock file of a job. Sweep and job process share the lock, so it is held while one of them runs."""
     return sweep.records / f"{name}.lock"
 
 
 def describe_runner(sweep: Sweep, job: Job) -> str:
-    """Return a phrase for the process that runs a job."""
+    """Return a phrase for messages that names the process that runs a job."""
     if job.run_dir is not None and directory.is_locked(job.run_dir):
         owner = (job.run_dir / ".lock").read_text(encoding="utf-8", errors="replace").strip()
         if owner:
@@ -229,7 +235,7 @@ def describe_runner(sweep: Sweep, job: Job) -> str:
 
 
 def _is_alive(record: Record) -> bool:
-    """Return True if the process of a job runs on this machine, and its ID was not reused by another process."""
+    """Return True if the process of a job still runs on this machine; False if another process reuses its ID."""
     if record.process is None or record.host != platform.node() or not atomic.is_alive(record.process):
         return False
     try:
@@ -254,7 +260,10 @@ def is_due(sweep: Sweep, job: Job, *, is_claimed: bool = False) -> bool:
 
 
 def stop_with_sweep() -> None:
-    """If a sweep started this process, make it save and stop when the sweep ends, even by SIGKILL (Linux only)."""
+    """If a sweep started this process, let the kernel send SIGTERM when the sweep ends, even by SIGKILL (Linux only).
+
+    A run that receives SIGTERM saves and stops.
+    """
     parent = os.environ.pop(PARENT, None)
     if parent is None or sys.platform != "linux":
         return

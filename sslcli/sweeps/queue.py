@@ -32,8 +32,8 @@ from sslcli.sweeps.job import (
 from sslcli.system.cpu import usable
 from sslcli.system.locks import lock
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # a job that receives one saves and stops
-SENT_AS_SIGTERM = (signal.SIGUSR2, signal.SIGHUP)  # jobs receive SIGTERM instead of these
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # on any of these, jobs save and stop
+SENT_AS_SIGTERM = (signal.SIGUSR2, signal.SIGHUP)  # forwarded to the jobs as SIGTERM
 POLL_SECONDS = 0.05  # between two checks of the jobs of this process
 BUSY_POLL_SECONDS = 0.5  # between two checks of a job that another process runs
 CORES_PER_JOB = 4  # more threads make a single-process run only slightly faster
@@ -43,8 +43,8 @@ CORES_PER_JOB = 4  # more threads make a single-process run only slightly faster
 class Slot:
     """Devices and CPU cores for one job at a time."""
 
-    devices: tuple[str, ...] | None = None  # CUDA devices visible to the job; None: those visible to this process
-    cores: tuple[int, ...] | None = None  # CPU cores that it runs on; None: any
+    devices: tuple[str, ...] | None = None  # CUDA devices visible to the job; None: the same as for this process
+    cores: tuple[int, ...] | None = None  # CPU cores on which the job runs; None: any
 
     def __str__(self) -> str:
         parts = [] if self.devices is None else [f"GPU {','.join(self.devices)}"]
@@ -55,15 +55,15 @@ class Slot:
 
 
 def slots_of(config: dict[str, Any], *, jobs: int | None, wanted: int | None) -> list[Slot]:
-    """Divide this machine into slots: `wanted` slots, else one per device, or on the CPU one per `CORES_PER_JOB` cores.
+    """Divide this machine into `wanted` slots; if None, one per device, or on the CPU one per `CORES_PER_JOB` cores.
 
     Args:
         config: configuration of a job, with its device, threads and processes.
         jobs: maximum number of slots; None: no maximum.
-        wanted: number of slots, from `sweep.jobs`; None: chosen from the devices and cores.
+        wanted: number of slots, from `sweep.jobs`; None: determined by the devices and cores.
     """
     launcher = config.get("launcher", {"kind": "local"})
-    if launcher["kind"] == "slurm":  # the job only submits the run, which takes no resources of this machine
+    if launcher["kind"] == "slurm":  # a job only submits its run, which needs no resources of this machine
         return [Slot()] * min(jobs or 1, wanted or jobs or 1)
     devices = cuda_devices(config["device"])
     cores = usable()
@@ -87,7 +87,7 @@ def cores_of_slot(cores: list[int], index: int, count: int) -> tuple[int, ...]:
 
 
 def cuda_devices(device: str) -> list[str]:
-    """Return the CUDA devices available to jobs with this `device` setting, as named in CUDA_VISIBLE_DEVICES."""
+    """Return the CUDA devices that jobs with this `device` setting may use, as named in CUDA_VISIBLE_DEVICES."""
     if device not in ("auto", "cuda"):
         return []
     import torch
@@ -104,12 +104,12 @@ class Running:
     job: Job
     process: subprocess.Popen[bytes]
     slot: int  # index of its slot
-    locks: tuple[IO[str], ...]  # lock files of its slot and of the job, locked until they are closed
-    is_signaled: bool = False  # a process that already exits may have no handler left for a second signal
+    locks: tuple[IO[str], ...]  # lock files of the slot and of the job; closing them releases the locks
+    is_signaled: bool = False  # True if it was sent a signal: a second one could kill it, if its handlers are removed
 
 
 def forwarded_signals() -> list[signal.Signals]:
-    """Return the signals that stop a sweep, without SIGHUP if it is ignored (nohup); jobs inherit that setting."""
+    """Return the signals that stop a sweep, without SIGHUP if it is ignored (nohup); jobs then ignore it as well."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in FORWARDED if number != signal.SIGHUP or not ignored]
 
@@ -117,8 +117,8 @@ def forwarded_signals() -> list[signal.Signals]:
 class Relay:
     """Context manager that forwards signals to the running jobs, which then save and stop.
 
-    The previous signal handlers are called after the block, when the jobs have saved. Such a handler may belong to an
-    enclosing sweep that would start further jobs, or to a scheduler that requeues its job on SIGUSR2.
+    After the block, when the jobs have saved, the previous handlers of the received signals are called. They may belong
+    to an enclosing sweep, which must not start further jobs, or to a scheduler that requeues its job on SIGUSR2.
     """
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class Relay:
                 handler(number, None)
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Handle a signal."""
+        """Handle a signal: record it and stop the jobs."""
         self.received.append(number)
         self.stop_jobs(signal.SIGTERM if number in SENT_AS_SIGTERM else number)
 
@@ -154,7 +154,7 @@ class Relay:
             one.process.send_signal(number)
 
     def add(self, one: Running) -> None:
-        """Forward signals to this job too, including those that arrived during its start."""
+        """Forward signals to this job as well; if one arrived while the job was started, send SIGTERM now."""
         self.running.append(one)
         if self.is_stopping and not one.is_signaled:
             one.process.send_signal(signal.SIGTERM)
@@ -174,7 +174,7 @@ class PendingJobs:
         self.next_poll = 0.0  # by time.monotonic
 
     def is_poll_due(self) -> bool:
-        """Return True, at most once per `BUSY_POLL_SECONDS`, if busy jobs must be checked again."""
+        """Return True if busy jobs are to be checked again: at most once per `BUSY_POLL_SECONDS`."""
         now = time.monotonic()
         is_due = now >= self.next_poll
         if is_due:
@@ -182,7 +182,7 @@ class PendingJobs:
         return is_due
 
     def poll_busy(self) -> None:
-        """Check which jobs other processes run, without claiming one."""
+        """Check which jobs other processes run, without claiming a job."""
         for job in self.jobs if self.is_poll_due() else ():
             if is_running(self.sweep, job.name, read_or_create_record(self.sweep, job)):
                 self._count_busy(job)
@@ -204,18 +204,19 @@ class PendingJobs:
         return None
 
     def _count_busy(self, job: Job) -> None:
-        """Count a check that found a job busy, and print a message at the second one."""
+        """Count a check that found a job busy; print a message at the second such check."""
         self.busy_counts[job.name] = self.busy_counts.get(job.name, 0) + 1
         if self.busy_counts[job.name] == 2:
             print(f"waiting     {self.sweep.title(job)}: {describe_runner(self.sweep, job)} is running it", flush=True)
 
 
 def run_queue(sweep: Sweep, jobs: list[Job], slots: list[Slot] | None, *, quiet: bool) -> bool:
-    """Run the jobs that are due, each as soon as a slot is free (None: at once); return True if the sweep was stopped.
+    """Run the jobs that are due, each as soon as a slot is free; return True if the sweep was stopped.
 
-    A job that another process runs is waited for, and resumed if it ends unfinished. Slots are claimed by locks in the
-    sweep's folder, so that several processes on this machine can use them together. If `quiet`, jobs print into their
-    log files. The table is written whenever a job ends.
+    If `slots` is None, all jobs start immediately. If another process runs a job, the queue waits until that process
+    ends, and resumes the job if it is unfinished. Slots are claimed by locks in the sweep's folder, so that several
+    processes on this machine can share them. If `quiet`, jobs print into their log files. The table is rewritten
+    whenever a job ends.
     """
     pending = PendingJobs(sweep, jobs)
     with Relay() as relay:
@@ -233,7 +234,7 @@ def run_queue(sweep: Sweep, jobs: list[Job], slots: list[Slot] | None, *, quiet:
 
 
 def wait_for(sweep: Sweep, jobs: list[Job]) -> bool:
-    """Wait until no other process runs any of the jobs; return True if the sweep was stopped meanwhile."""
+    """Wait until no other process runs any of the jobs; return True if the sweep was stopped during the wait."""
     pending = PendingJobs(sweep, jobs)
     with Relay() as relay:
         while pending.jobs and not relay.is_stopping:
@@ -248,12 +249,12 @@ def wait_for(sweep: Sweep, jobs: list[Job]) -> bool:
 def claim_slot(
     sweep: Sweep, slots: list[Slot] | None, *, used: Sequence[int]
 ) -> tuple[int, tuple[IO[str], ...]] | None:
-    """Lock a free slot; return its index and its lock file, or None if all slots are in use.
+    """Lock a free slot; return its index and its lock files, or None if all slots are in use.
 
     Args:
         sweep: sweep whose folder has the lock files.
         slots: all slots; None: unlimited.
-        used: indices of the slots that this process uses, for a file system without locks.
+        used: indices of the slots that this process uses; needed on file systems that do not support locks.
     """
     if slots is None:
         return -1, ()
@@ -268,7 +269,7 @@ def _start_next(pending: PendingJobs, slots: list[Slot] | None, relay: Relay, *,
     """Start the first job that is due and not busy, if a slot is free; return True if one was started."""
     claimed = claim_slot(pending.sweep, slots, used=[one.slot for one in relay.running])
     if claimed is None:
-        if not relay.running:  # another sweep uses all slots
+        if not relay.running:  # then another sweep uses all slots
             pending.poll_busy()
         return False
     number, slot_locks = claimed
@@ -285,7 +286,7 @@ def _start_next(pending: PendingJobs, slots: list[Slot] | None, relay: Relay, *,
 
 
 def _start(sweep: Sweep, job: Job, slot: Slot, job_lock: IO[str], *, quiet: bool) -> subprocess.Popen[bytes]:
-    """Start the process of a job; it inherits the lock of the job and keeps it if this process is killed."""
+    """Start the process of a job. It inherits the job's lock, so the lock is held even if this process is killed."""
     print(f"started     {sweep.title(job)} on {slot}" if quiet else f"\n=== {sweep.title(job)}", flush=True)
     environment = os.environ | {PARENT: str(os.getpid())}
     if slot.devices is not None:
@@ -312,7 +313,7 @@ def _end(sweep: Sweep, one: Running, *, quiet: bool) -> int:
 
 @contextmanager
 def pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
-    """Restrict processes started within the block to these cores, which also sets the size of their thread pools."""
+    """Restrict processes that are started within the block to these cores; this also sets their number of threads."""
     if cores is None or not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -326,7 +327,7 @@ def pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
 
 @contextmanager
 def output(path: Path | None) -> Iterator[IO[bytes] | None]:
-    """Open the output file of a process for appending; None: the output of this process."""
+    """Open the output file of a process for appending. For None, yield None: the process inherits this one's output."""
     if path is None:
         yield None
         return

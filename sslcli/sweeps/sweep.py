@@ -1,7 +1,7 @@
 """`--multirun`: runs the jobs of a sweep, each in a separate process, with records in a folder.
 
-All jobs are known before the first one starts, unless another Hydra sweeper samples them while the sweep runs. They run
-in a queue on this machine, unless another Hydra launcher runs them elsewhere.
+By default, all jobs are known before the first one starts, and the local job queue of this machine runs them. With a
+Hydra sweeper plugin, the jobs are sampled while the sweep runs. A Hydra launcher plugin can run them elsewhere.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from sslcli.system import child_processes
 
 EVAL_SETTINGS = SweepSettings(metric="monitor/knn_top1", direction="auto", jobs=None, retry_failed=True)
 DEFAULT_FOLDER = "runs/sweep"  # hydra.sweep.dir of the yaml files
-LOCAL_LAUNCHERS = ("basic", "joblib", "submitit_local")  # launchers that do not assign devices to jobs themselves
+# Launchers that run jobs on this machine and do not assign devices to them.
+LOCAL_LAUNCHERS = ("basic", "joblib", "submitit_local")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandLine:
-    """Command line of a sweep, and the functions that call Hydra for it.
+    """Command line of a sweep, and the functions that call Hydra plugins.
 
     Attributes:
         overrides: overrides as given on the command line.
         flags: flags for every job, such as --config-dir=...
-        launch: function that runs jobs with the chosen Hydra launcher; returns True if the sweep was stopped, and True
-            if the launcher failed.
+        launch: function that runs jobs with the chosen Hydra launcher; returns (sweep was stopped, launcher failed).
         draw: function that samples jobs with the chosen Hydra sweeper and runs them with the named launcher; returns
-            the same.
+            (sweep was stopped, sweeper failed).
     """
 
     overrides: tuple[str, ...]
@@ -65,7 +65,7 @@ class CommandLine:
 def run_sweep(command: str, configs: list[dict[str, Any]], line: CommandLine) -> int:
     """Run the jobs of validated configurations; return the exit code.
 
-    75: a job was stopped, and the same command resumes it. 2 or 3: all jobs were started and at least one failed.
+    75: a job was stopped; the same command resumes it. 2 or 3: all jobs were started, and at least one of them failed.
     """
     sweep = sweep_of(command, configs, line)
     try:
@@ -112,10 +112,10 @@ def _run(sweep: Sweep, configs: list[dict[str, Any]], line: CommandLine) -> int:
 
 
 def _launch(sweep: Sweep, due: list[Job], line: CommandLine, slots: list[Slot] | None) -> tuple[bool, bool]:
-    """Run the jobs with a Hydra launcher; return True if the sweep was stopped, and True if the launcher failed.
+    """Run the jobs with a Hydra launcher; return (sweep was stopped, launcher failed).
 
-    Jobs that other processes run are waited for here, because waiting in a launched job would occupy a place in a
-    queue.
+    Jobs that other processes run are not launched before these processes end: a launched job that only waits would
+    occupy a place in the launcher's queue.
     """
     while due:
         busy = [job for job in due if is_running(sweep, job.name, read_or_create_record(sweep, job))]
@@ -131,7 +131,7 @@ def _launch(sweep: Sweep, due: list[Job], line: CommandLine, slots: list[Slot] |
 
 
 def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> Sweep:
-    """Return the `Sweep` of a command line; its default folder has a digest of the overrides in its name."""
+    """Return the `Sweep` of a command line. The name of its default folder contains a digest of the overrides."""
     folder = configs[0]["_sweep_dir_"]
     if folder == DEFAULT_FOLDER and not any(override.startswith("hydra.sweep.dir=") for override in line.overrides):
         folder = f"{folder}_{digest_of(line.overrides) or 'default'}"
@@ -148,12 +148,12 @@ def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> 
 
 
 def program_of(command: str) -> tuple[str, ...]:
-    """Return the beginning of the command line that runs a command with this interpreter, independent of PATH."""
+    """Return the program part of a command line that runs a command with this interpreter, independent of PATH."""
     return sys.executable, *child_processes.arguments(f"sslcli.cli.{command}")
 
 
 def check_plugins(sweep: Sweep, configs: list[dict[str, Any]], *, drawn: bool, launcher: str) -> None:
-    """Raise ConfigError if the chosen sweeper or launcher cannot work."""
+    """Raise ConfigError if the chosen sweeper or launcher cannot run this sweep."""
     if launcher == "submitit_slurm" and shutil.which("sbatch") is None:
         raise ConfigError(
             "hydra/launcher=submitit_slurm needs Slurm, but sbatch is not installed on this machine: use submitit_local"
@@ -187,7 +187,7 @@ def check_distinct(jobs: list[Job]) -> None:
 
 
 def prepare(sweep: Sweep, jobs: list[Job]) -> None:
-    """Create the folder of a sweep and the records of its jobs. Raises ConfigError if that is not possible."""
+    """Create the folder of a sweep and the records of its jobs. Raises ConfigError if they cannot be created."""
     try:
         sweep.records.mkdir(parents=True, exist_ok=True)
         (sweep.records / "stop").unlink(missing_ok=True)

@@ -19,14 +19,14 @@ from sslcli.sweeps.job import FINISHED, Record, Sweep, code_of, read, status_of
 from sslcli.system import atomic
 from sslcli.system.locks import locked
 
-MAX_WIDTH = 10_000  # characters; a terminal wraps the lines, a file keeps them
+MAX_WIDTH = 10_000  # characters per line, so that only the terminal wraps lines
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of the table: one job."""
 
-    name: str  # name of its record
+    name: str  # name of the job's record
     overrides: dict[str, str]
     status: str
     code: int | None  # exit code
@@ -35,13 +35,13 @@ class Row:
     run_dir: str  # "" for a job of ssl-eval
 
     def metric_text(self, metric: str | None) -> str:
-        """Return name and value of the metric in parentheses, or "" if there is no value."""
+        """Return name and value of the metric in parentheses; "" if the job has no value."""
         return "" if metric is None or self.value is None else f" ({metric} {shown(metric, self.value)})"
 
 
 def update(sweep: Sweep) -> list[Row]:
-    """Read the records of all jobs ever part of this sweep, rewrite `sweep.csv`, and return its rows, best first."""
-    with locked(sweep.records / "table.lock"):  # else a slower process could overwrite a newer table
+    """Read all job records in the sweep's folder, rewrite `sweep.csv`, and return its rows, best first."""
+    with locked(sweep.records / "table.lock"):  # otherwise a slower process could overwrite a newer table
         rows = ranked(rows_of(sweep), lowest=sweep.settings.is_minimized)
         atomic.replace(sweep.folder / "sweep.csv", as_csv(rows, sweep.metric).encode())
     return rows
@@ -79,12 +79,15 @@ def value_of(run_dir: Path, metric: str) -> float | None:
 
 @cache
 def _newest(path: Path, metric: str, _: int) -> float | None:
-    """Cached `newest`: a file is read again only after its modification time has changed."""
+    """Return `newest(path, metric)`, cached: a file is read again only if its modification time has changed."""
     return newest(path, metric)
 
 
 def ranked(rows: Iterable[Row], *, lowest: bool) -> list[Row]:
-    """Sort rows: finished jobs first; among equals the best metric value first, jobs without a value last."""
+    """Return the rows sorted: finished jobs before all others, and within both parts by metric, best value first.
+
+    Jobs without a value are last in their part.
+    """
 
     def place(row: Row) -> tuple[bool, bool, float]:
         value = 0.0 if row.value is None else row.value if lowest else -row.value

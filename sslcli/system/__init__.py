@@ -1,1 +1,1 @@
-"""The operating system: atomic and regular files, locks, memory, CPU cores, child processes."""
+"""Operating-system functions: atomic writes, regular files, locks, memory, CPU cores, child processes."""

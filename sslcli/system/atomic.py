@@ -1,7 +1,8 @@
 """Atomic file writes and checksums.
 
-New content is written to a temporary file next to the target, under a unique name, and renamed. Any number of processes
-may write the same file at once. Temporary files of killed writers are removed by the next writer in that folder.
+New content is written to a temporary file with a unique name next to the target. This file is then renamed to the
+target, so any number of processes may write the same file simultaneously. If a writer is killed, the next writer in the
+same folder removes its temporary file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from sslcli.system.regular_files import open_regular
 
 TEMPORARY = re.compile(r".+\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]{8}\.tmp", re.DOTALL)
-ABANDONED = 86400.0  # seconds without a change after which a temporary file of any machine is abandoned
+ABANDONED = 86400.0  # seconds without a change after which a temporary file of another machine counts as abandoned
 
 
 def sha256(path: Path) -> str:
@@ -39,7 +40,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:
-    """Replace a file atomically by the content that `fill(temporary)` writes.
+    """Replace a file atomically; `fill(temporary)` writes the new content.
 
     Args:
         path: file to replace.
@@ -61,22 +62,22 @@ def beside(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        with suppress(OSError):  # keep the error of the block; the next writer removes the file
+        with suppress(OSError):  # do not hide an error of the block; the next writer removes the file
             if os.path.lexists(temporary):
                 discard(temporary)
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a unique path next to `path`, with machine and process ID of the writer in its name, ending in `.tmp`."""
+    """Return a unique path next to `path`; its name has machine and process ID of the writer, and ends in `.tmp`."""
     name = path.name[:40]  # at most 160 bytes; the limit of the whole name is 255
     return path.with_name(f"{name}.{machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @cache
 def machine() -> str:
-    """Return an ID of machine, boot and container, within which process IDs are unique."""
+    """Return an ID of this machine, boot and container: process IDs are unique only within these."""
     parts = [platform.node()]
-    with suppress(OSError):  # there is no /proc outside of Linux
+    with suppress(OSError):  # only Linux has /proc
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
         parts.append(os.readlink("/proc/self/ns/pid"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
@@ -84,13 +85,13 @@ def machine() -> str:
 
 @cache
 def remove_abandoned(folder: Path) -> None:
-    """Remove temporary files of killed writers from a folder, once per process."""
+    """Remove temporary files of killed writers from a folder; each process does this only once per folder."""
     try:
         names = [name for name in os.listdir(folder) if name.endswith(".tmp")]
     except OSError:  # the write itself reports the error
         return
     for name in names:
-        with suppress(OSError):  # removed by another writer, or no permission
+        with suppress(OSError):  # another writer has removed the file, or this process has no permission
             if is_abandoned(folder / name):
                 discard(folder / name)
 
@@ -111,7 +112,7 @@ def is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # a process of another user
+    except OSError:  # the process belongs to another user
         return True
     return True
 
@@ -126,7 +127,7 @@ def synchronize(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a file or folder if it exists. A folder is renamed first, so it is never visible half deleted."""
+    """Delete a file or folder if it exists. A folder is renamed first, so that no reader sees it partly deleted."""
     if path.is_dir() and not path.is_symlink():
         doomed = path if path.suffix == ".tmp" else temporary_name(path)
         os.rename(path, doomed)

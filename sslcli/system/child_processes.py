@@ -1,4 +1,4 @@
-"""Child processes: Python that imports nothing from the current directory, and children that end with their parent.
+"""Child processes that import nothing from the current directory, and that end when their parent ends.
 
 `python -m` and `python -c` search the current directory before the standard library, so an unrelated `yaml.py` there
 would be executed. Option -P prevents that since Python 3.11.
@@ -21,8 +21,8 @@ def arguments(module: str, *, ours: bool = True) -> list[str]:
     """Return the Python arguments that run a module without importing from the current directory.
 
     Args:
-        module: its name; append its own arguments after these.
-        ours: True if the process uses this interpreter; another one may have any version.
+        module: name of the module; append the module's own arguments to the result.
+        ours: True if this interpreter runs the process; False if its Python version is unknown.
     """
     if ours and sys.version_info >= SAFE_PATH:
         return ["-P", "-m", module]
@@ -33,7 +33,7 @@ def arguments(module: str, *, ours: bool = True) -> list[str]:
 def safe_children() -> Iterator[None]:
     """Set PYTHONSAFEPATH within the block, for Python subprocesses started by other packages.
 
-    It has the effect of -P in `arguments`, since Python 3.11.
+    PYTHONSAFEPATH has the same effect as option -P, since Python 3.11.
     """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
@@ -47,13 +47,13 @@ def safe_children() -> Iterator[None]:
 
 
 def find_trusted(trust: Sequence[str]) -> None:
-    """Append the current directory to sys.path if `trust` is not empty; installed packages come first."""
+    """Append the current directory to the end of sys.path if `trust` is not empty: installed packages are preferred."""
     if trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
 
 def kill_with_parent(parent: int) -> None:
-    """Kill this process when its `parent` exits or is killed, so that no orphan holds a run (Linux only)."""
+    """Kill this process when its `parent` exits or is killed, so that no orphan keeps a run locked (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # the parent exited before prctl was called

@@ -1,17 +1,18 @@
-"""CPU cores available to this process, and how long its idle OpenMP threads spin."""
+"""CPU cores available to this process, and the time for which its idle OpenMP threads spin."""
 
 from __future__ import annotations
 
 import os
 
-# Spin count of an idle thread before it sleeps: about fifty microseconds. GNU OpenMP's default is 300,000, which takes
-# milliseconds. With 1,000 or 0, threads sleep and wake up around operations on small tensors, such as Winograd's.
+# Number of times that an idle thread spins before it sleeps: takes about fifty microseconds. GNU OpenMP's default,
+# 300,000, takes milliseconds. With 1,000 or 0, threads sleep and wake up between operations on small tensors, such as
+# those of Winograd convolutions.
 SPINS = {"GOMP_SPINCOUNT": "5000"}
 _CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def usable() -> list[int]:
-    """Return the core numbers in this process's CPU affinity; all cores on systems without affinity, such as macOS."""
+    """Return the numbers of the cores that this process may use (its affinity); all cores on systems such as macOS."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
@@ -25,8 +26,8 @@ def cores_per_process() -> int:
 def limit_spinning() -> None:
     """Set the spin count of GNU OpenMP unless the user has set it; effective only before torch is imported.
 
-    On two cores with two data workers, spinning threads of the training process took a third of the workers' time, see
-    docs/performance.md.
+    Spinning threads slow down other processes: on two cores with two data workers, they took a third of the workers'
+    time, see docs/performance.md.
     """
     if not any(name in os.environ for name in _CHOICES):
         os.environ.update(SPINS)

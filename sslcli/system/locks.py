@@ -10,15 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-# Errors of flock on file systems without locks, such as Lustre without the flock mount option.
+# Errors that flock raises on file systems without locks, such as Lustre without the flock mount option.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def lock(path: Path) -> IO[str] | None:
-    """Lock a file, which is created if it does not exist, and return it; None if another process has locked it.
+    """Lock a file and return the open file; None if another process holds the lock.
 
-    The lock is held until the file is closed here and in all processes that inherited it. On a file system without
-    locks, every call succeeds.
+    The file is created if it does not exist. The lock is held until the file is closed in this process and in all
+    processes that inherited it. On a file system without locks, every call succeeds.
     """
     file = path.open("a", encoding="utf-8")
     try:
@@ -32,7 +32,7 @@ def lock(path: Path) -> IO[str] | None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait for the lock of a file, which is created if it does not exist, and hold it within the block."""
+    """Wait for the lock of a file, and hold it within the block. The file is created if it does not exist."""
     with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -44,7 +44,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @cache
 def can_lock(folder: Path) -> bool:
-    """Return True if files in a folder can be locked."""
+    """Return True if the file system of a folder supports locks."""
     with (folder / "table.lock").open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

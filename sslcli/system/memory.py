@@ -14,10 +14,10 @@ _OPTIONS = (
 
 
 def keep_freed_memory() -> bool:
-    """Configure malloc to keep freed memory; return True if it accepted all options (glibc on Linux does).
+    """Configure malloc to keep freed memory; return True if malloc accepts all options (glibc on Linux does).
 
-    Every training step frees and allocates the same blocks; in steady state there are no page faults. The memory usage
-    of the process stays at the peak of its largest step.
+    Every training step frees and allocates blocks of the same sizes. With these options, the steps reuse memory, and
+    after the first steps no page faults occur. The memory usage of the process stays at its peak.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,7 +1,7 @@
-"""Opening of regular files only.
+"""Functions that open regular files and reject all others.
 
-Opening a FIFO blocks until a process writes to it, and reading a device may never end. A process blocked by either
-does not react to signals.
+Opening a FIFO blocks until a process writes to it, and reading a device may never end. A process that is blocked in
+one of these calls does not react to signals.
 """
 
 from __future__ import annotations
@@ -41,6 +41,6 @@ def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
 
 
 def kind_of(path: Path) -> str:
-    """Return the kind of file at a path, as a phrase."""
+    """Return the kind of file at a path as a phrase for messages."""
     kind = stat.S_IFMT(path.stat().st_mode)
     return "a file" if kind == stat.S_IFREG else KINDS.get(kind, "something else")

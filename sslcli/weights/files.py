@@ -15,7 +15,7 @@ from sslcli.weights.renamed import with_current_names
 
 
 def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
-    """Load a dictionary saved by torch, without executing code from it. Raise ConfigError if invalid."""
+    """Load a dictionary that torch.save wrote, without executing code from the file. Raises ConfigError if invalid."""
     try:
         with open_regular(path) as file:
             state = torch.load(file, map_location=device, weights_only=True)
@@ -30,7 +30,7 @@ def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
 
 
 def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:
-    """Load a state whose keys and shapes all match. Raises ConfigError, naming what does not, otherwise."""
+    """Load a state dict into `net`. Raises ConfigError, with the differences, unless all keys and shapes match."""
     own = net.state_dict()
     state = with_current_names(state, own)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

@@ -1,11 +1,11 @@
-"""Names of parameters and buffers in checkpoints and exports of version 0.1, read as today's."""
+"""Conversion of the names of parameters and buffers in checkpoints and exports of version 0.1 to current names."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from typing import Any
 
-# Today's part of a dotted name, and the older ones.
+# Current part of a dotted name -> older names of this part.
 OLDER = {
     "momentum_backbone": ("key_backbone", "target_backbone"),
     "momentum_head": ("key_head",),
@@ -15,7 +15,7 @@ OLDER = {
 
 
 def older_names(name: str) -> Iterator[str]:
-    """The names that a parameter or buffer may have had in older versions."""
+    """Yield the names that a parameter or buffer may have in older versions."""
     parts = name.split(".")
     for place, part in enumerate(parts):
         for older in OLDER.get(part, ()):
@@ -23,7 +23,7 @@ def older_names(name: str) -> Iterator[str]:
 
 
 def current_names(name: str) -> Iterator[str]:
-    """The names of today that a parameter or buffer with an older name may have."""
+    """Yield the current names that a parameter or buffer with an older name may have."""
     parts = name.split(".")
     for place, part in enumerate(parts):
         for new, olds in OLDER.items():
@@ -32,9 +32,10 @@ def current_names(name: str) -> Iterator[str]:
 
 
 def with_current_names(state: dict[str, Any], wanted: Collection[str]) -> dict[str, Any]:
-    """Return a state dict in which entries with an older name of a `wanted` entry have that one.
+    """Return a state dict in which older names of the entries in `wanted` are replaced by the current names.
 
-    Only names that `wanted`, the state dict of a module, lacks are changed, so those of other packages are safe.
+    `wanted` has the names in the state dict of a module. An entry whose name is in `wanted` keeps its name, so a module
+    of another package that uses one of the older names can still be loaded.
     """
     current = {
         older: name for name in wanted if name not in state for older in older_names(name) if older not in wanted
