@@ -39,7 +39,7 @@ from sslcli.errors import ConfigError, check_integer
 _FINGERPRINT_IMAGES = 512
 
 
-RENAMED = {"place": "modality_channels", "labelled": "has_labels"}  # class attributes of version 0.1
+RENAMED = {"place": "modality_channels"}  # class attributes of version 0.1
 
 
 class Source:
