@@ -1,4 +1,4 @@
-"""Networks from images to features, one file per family; each has a `conf/backbone/<name>.yaml`."""
+"""Backbones: networks from images to features, one file per family, each with `conf/backbone/<name>.yaml` files."""
 
 from __future__ import annotations
 

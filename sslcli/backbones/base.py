@@ -1,4 +1,4 @@
-"""Base class of all backbones: the network that pre-training produces."""
+"""Base class of all backbones. The backbone is the network that pre-training produces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class Backbone(nn.Module):
     """Network from images (N, C, H, W) to features (N, num_features).
 
-    A subclass sets `num_features` and defines `forward`; if it has feature maps, also `stages`.
+    A subclass sets `num_features` and defines `forward`. If it has feature maps, it also defines `stages`.
     """
 
     num_features: int

@@ -1,7 +1,7 @@
-"""DCGAN discriminator without its last layer: convolutions of stride 2, with a flattened last feature map.
+"""DCGAN discriminator without its last layer: convolutions of stride 2; the last feature map is flattened.
 
 Radford et al. 2016  https://arxiv.org/abs/1511.06434  https://github.com/Newmu/dcgan_code  conf/backbone/dcgan.yaml
-Kernels are 4 x 4 instead of 5 x 5 as in the official code.
+Kernels are 4 x 4; the official code has 5 x 5.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from sslcli.backbones.base import Backbone
 from sslcli.backbones.norm import norm_layer
 from sslcli.errors import check_positive
 
-SLOPE = 0.2  # of LeakyReLU (section 4)
-INIT_STD = 0.02  # of weights, and of BatchNorm's scales around 1 (section 4 and the official code)
+SLOPE = 0.2  # negative slope of LeakyReLU (section 4)
+INIT_STD = 0.02  # initial standard deviation of weights, and of BatchNorm's scales around 1 (section 4, official code)
 SMALLEST_IMAGE = 16
 DEEPEST = 8  # maximum number of channels, as a multiple of `width`
 
 
 class DCGANNet(Backbone):
-    """4x4 convolutions of stride 2 with LeakyReLU, and normalization after all but the first.
+    """4x4 convolutions of stride 2 with LeakyReLU, and with normalization after all but the first.
 
-    The last feature map has a side of 4 to 7 pixels for images of 64 pixels or more, and 2 or 3 for smaller images,
-    which have one more convolution than that rule gives. num_features = channels * positions of the last map.
+    For images of 64 pixels or more, convolutions are added until the last feature map has a side of 4 to 7 pixels.
+    Smaller images get one more convolution, so that the side is 2 or 3 pixels. num_features = channels * positions of
+    the last map.
 
     Args:
         image_size: side of the training images in pixels, at least 16.
@@ -59,7 +60,7 @@ class DCGANNet(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         """Return the flattened last map: (N, in_channels, H, W) -> (N, num_features).
 
-        For other image sizes than in training, the map is first average-pooled to the side it has in training.
+        If the image size differs from that in training, the map is first average-pooled to its side in training.
         """
         *_, last = self.stages(images).values()
         if last.shape[2:] != (self.side, self.side):

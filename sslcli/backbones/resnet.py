@@ -1,7 +1,7 @@
-"""torchvision's residual networks without classifier, optionally with a stem for small images.
+"""Residual networks of torchvision without the classifier, optionally with a stem for small images.
 
 He et al. 2016  https://arxiv.org/abs/1512.03385     wide: Zagoruyko & Komodakis 2016  https://arxiv.org/abs/1605.07146
-conf/backbone/resnet18.yaml and its siblings
+conf/backbone/resnet*.yaml, conf/backbone/wide_resnet*.yaml
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class ResNet(Backbone):
         stem: "imagenet" (7x7 convolution of stride 2, max-pool), "cifar" (3x3 of stride 1, no max-pool; SimCLR
             appendix B.9) or "auto": cifar up to 64 px, imagenet above.
         in_channels: image channels; a value other than 3 changes only the first convolution.
-        zero_init_residual: initialize every residual branch to zero (Goyal et al. 2017, section 5.1); needs a norm.
-        norm: batch, layer or none, see `norm_layer`. With none, the initial scale of the L residual branches is divided
-            by sqrt(L), which keeps their sum bounded (after Zhang et al. 2019, arXiv:1901.09321).
+        zero_init_residual: initialize every residual branch to zero (Goyal et al. 2017, section 5.1); not with
+            norm="none".
+        norm: batch, layer or none, see `norm_layer`. With none, the initial outputs of the L residual branches are
+            scaled by 1 / sqrt(L), which keeps their sum bounded (after Zhang et al. 2019, arXiv:1901.09321).
 
     Raises ValueError for an unknown arch, stem or norm.
     """
@@ -69,7 +70,7 @@ class ResNet(Backbone):
 
         from torchvision import models
 
-        # num_classes=1 avoids the initialization of a large classifier, which is discarded here.
+        # The classifier is discarded; num_classes=1 keeps its initialization cheap.
         net = getattr(models, arch)(
             weights=None,
             num_classes=1,
@@ -103,7 +104,7 @@ class ResNet(Backbone):
 
 
 def shrink_branches(net: ResNet) -> None:
-    """Divide the last convolution of each of the L residual branches by sqrt(L)."""
+    """Divide the weights of the last convolution in each of the L residual branches by sqrt(L)."""
     blocks = [block for stage in (net.layer1, net.layer2, net.layer3, net.layer4) for block in stage.children()]
     for block in blocks:
         last = block.get_submodule("conv3" if hasattr(block, "conv3") else "conv2")

@@ -2,8 +2,8 @@
 
 conf/backbone/small.yaml
 
-Two early strides reduce a 32-pixel image to 8 x 8 maps before the layers get wide, because convolutions on large maps
-are the most expensive. The network needs a few percent of the arithmetic of resnet18.
+Convolutions on large feature maps are the most expensive. Two early strides therefore reduce a 32-pixel image to 8 x 8
+maps before the number of channels increases. The network needs a few percent of the arithmetic of resnet18.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Small(Backbone):
     """Five 3x3 convolutions with normalization and ReLU, and global average pooling; num_features = 8 * width.
 
     Args:
-        image_size: side of the training images in pixels, at least 16; maps after block 5 have an eighth of it.
+        image_size: side of the training images in pixels, at least 16; maps after block 5 have an eighth of this side.
         width: channels of block 1; the five blocks have 1, 2, 2, 4 and 8 times `width` channels.
         in_channels: image channels.
         norm: batch, layer or none, see `norm_layer`.

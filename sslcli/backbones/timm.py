@@ -1,4 +1,4 @@
-"""Models of the timm library (https://github.com/huggingface/pytorch-image-models) without classifier.
+"""Models of the timm library (https://github.com/huggingface/pytorch-image-models) without the classifier.
 
 conf/backbone/timm.yaml; timm is an extra: pip install "sslcli[timm]"
 """
@@ -18,10 +18,10 @@ from sslcli.backbones.wrap import dry_output, pooled
 
 
 class Timm(Backbone):
-    """The timm model `name`; parameters have timm's names with the prefix `model.`.
+    """Backbone from the timm model `name`; parameters have timm's names with the prefix `model.`.
 
     Args:
-        name: as in timm.list_models(), with or without a weights tag, or "hf-hub:owner/model".
+        name: a name from timm.list_models(), with or without a weights tag, or "hf-hub:owner/model".
         image_size: image side in pixels; passed to models that are built for a fixed size (ViT, Swin ...).
         in_channels: image channels.
         pretrained: load timm's weights instead of random initialization; downloads them on first use.
@@ -44,7 +44,7 @@ class Timm(Backbone):
             name, image_size=image_size, in_channels=in_channels, pretrained=pretrained, options=dict(options or {})
         )
         self.pretrained = pretrained
-        # timm's own num_features is not the width of the output in models with a layer before the classifier.
+        # For models with a further layer before the classifier, timm's num_features is not the width of the output.
         self.num_features = dry_output(self.model, image_size=image_size, in_channels=in_channels).shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Timm(Backbone):
 
 
 def create(name: str, *, image_size: int, in_channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    """Call timm.create_model without classifier, for images of `image_size`; raises ValueError as `Timm`."""
+    """Create the timm model without classifier for images of `image_size`. Raises the ValueErrors of `Timm`."""
     try:
         import timm
     except ImportError as error:
@@ -78,7 +78,7 @@ def create(name: str, *, image_size: int, in_channels: int, pretrained: bool, op
     try:
         with without_pickles():
             model = _built(timm, name, image_size, arguments)
-    except Exception as error:  # any cause (download, option, size) is reported with the user's settings
+    except Exception as error:  # report any cause (download, option, size) together with the user's settings
         raise ValueError(
             f"timm cannot build {name!r} with image_size={image_size}, {arguments}: {type(error).__name__}: {error}"
         ) from error
@@ -89,7 +89,7 @@ def _built(timm: Any, name: str, image_size: int, arguments: dict[str, Any]) -> 
     try:
         model: nn.Module = timm.create_model(name, img_size=image_size, **arguments)
     except TypeError as error:
-        if "img_size" not in str(error):  # convolutional models take any size and no such argument
+        if "img_size" not in str(error):  # convolutional models accept any size and have no argument img_size
             raise
         model = timm.create_model(name, **arguments)
     return model

@@ -3,8 +3,8 @@
 Dosovitskiy et al. 2021  https://arxiv.org/abs/2010.11929     Chen, Xie, He 2021  https://arxiv.org/abs/2104.02057
 conf/backbone/vit_tiny.yaml, vit_small.yaml, vit_base.yaml
 
-Parameter names are those of timm's VisionTransformer; weights can be loaded in both directions, and from the official
-MoCo v3.
+Parameter names are those of timm's VisionTransformer: weights can be loaded in both directions. Weights of the official
+MoCo v3 can be loaded as well.
 
 Shapes: N images, P patches, T = 1 + P tokens, D width, H heads, K width of a head.
 """
@@ -34,8 +34,9 @@ def position_embedding(
     """Return the sin-cos embedding of a patch grid, (height * width, dim) float32, rows first (MoCo v3, section 3).
 
     Sine and cosine of the row and of the column take a quarter of `dim` each, at frequencies 10000^(-i / (dim / 4)).
-    `trained` = (rows, columns) is the grid used in training: the new grid is scaled to its coordinates, with half-pixel
-    centers as in interpolation of the trained embedding, but without interpolation error. `dim` must be divisible by 4.
+    `trained` = (rows, columns) is the grid used in training: the coordinates of the new grid are scaled to this grid,
+    with half-pixel centers. This corresponds to interpolation of the trained embedding, but has no interpolation error.
+    `dim` must be divisible by 4.
     """
     quarter = dim // 4
     frequency = 10000.0 ** (-torch.arange(quarter, device=device) / quarter)
@@ -142,8 +143,8 @@ class VisionTransformer(Backbone):
     """Vision Transformer with num_features = `width`.
 
     Args:
-        image_size: side of the training images in pixels, a multiple of `patch_size`. For other multiples of it
-            (multi-crop), the position embedding is scaled.
+        image_size: side of the training images in pixels, a multiple of `patch_size`. Images of other sizes
+            (multi-crop) must also be multiples of `patch_size`; the position embedding is scaled to them.
         patch_size: side of a patch in pixels; None chooses about image_size / 14, see `choose_patch_size`.
         width: token width, divisible by 4 and by `num_heads`.
         depth: number of blocks.
@@ -153,7 +154,7 @@ class VisionTransformer(Backbone):
         frozen_patch_projection: do not train the randomly initialized patch projection (MoCo v3, section 4.2: improves
             stability).
         pool: "cls" uses the class token, "mean" the mean over patches, both after the final LayerNorm.
-        drop_path: stochastic depth rate in [0, 1) of the last block; the rate increases linearly from 0 in the first.
+        drop_path: stochastic depth rate in [0, 1) of the last block; it increases linearly from 0 in the first block.
 
     Raises ValueError for arguments out of range.
     """
@@ -241,7 +242,7 @@ class VisionTransformer(Backbone):
 def check_values(
     image_size: int, patch_size: int, width: int, num_heads: int, mlp_ratio: float, pool: str, drop_path: float
 ) -> None:
-    """Raise ValueError, with the remedy, for incompatible or out-of-range arguments."""
+    """Raise ValueError for incompatible or out-of-range arguments; the message states what to change."""
     if image_size % patch_size:
         divisors = [size for size in range(2, image_size // 2 + 1) if image_size % size == 0]
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Wrapper that turns any module with vector or feature-map output into a backbone."""
+"""Wrapper that converts any module with vector or feature-map output to a backbone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sslcli.nn.modes import evaluating
 def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> Tensor:
     """Return the output of `module` for two all-zero images (2, in_channels, image_size, image_size).
 
-    Runs in evaluation mode, without gradient, on copies of the buffers; random state and module mode are restored.
-    Device and dtype are those of the first parameter. Raises ValueError if the module rejects the images or returns
-    neither (2, D) nor (2, C, H, W).
+    The module runs in evaluation mode, without gradient, on copies of its buffers; afterwards, the random state and the
+    module's mode are restored. Images have the device and dtype of the module's first parameter. Raises ValueError if
+    the module rejects the images, or returns neither (2, D) nor (2, C, H, W).
     """
     check_positive(image_size=image_size, in_channels=in_channels)
     name = type(module).__name__
@@ -60,17 +60,18 @@ class Wrapped(Backbone):
         self.num_features = num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return features, averaged over positions for maps: (N, C, H, W) -> (N, num_features)."""
+        """Return features: (N, C, H, W) -> (N, num_features); feature maps are averaged over positions."""
         return pooled(self.module(images))
 
 
 def as_backbone(module: nn.Module, *, image_size: int, in_channels: int = 3) -> Backbone:
-    """Convert `module` to a backbone for images of `image_size` pixels; a trial forward pass finds the feature width.
+    """Convert `module` to a backbone for images of `image_size` pixels.
 
-    A module that returns (N, num_features) and has this integer as attribute `num_features` is returned unchanged, with
-    its parameter names; it has `stages` only if it defines them. Any other module is wrapped: an output (N, D) is used
-    as features, (N, C, H, W) is averaged over positions. The module's mode, its buffers and the random state do not
-    change. Raises ValueError, with the shape, for any other output.
+    A trial forward pass determines the number of features. A module that returns (N, num_features) and has an attribute
+    `num_features` with this integer is returned unchanged, with its parameter names; it has `stages` only if it defines
+    them. Any other module is wrapped: an output (N, D) is used as features, an output (N, C, H, W) is averaged over
+    positions. The module's mode, its buffers and the random state do not change. Raises ValueError, with the shape, for
+    any other output.
     """
     out = dry_output(module, image_size=image_size, in_channels=in_channels)
     declared = getattr(module, "num_features", None)

@@ -1,1 +1,1 @@
-"""Evaluation protocols, one per file, with the features and label subsets they share."""
+"""Evaluation protocols, one per file, and the code that they share: features, label subsets, training."""

@@ -1,7 +1,7 @@
-"""Contract of evaluation protocols: what a protocol gets, what it returns, and the base classes to derive from.
+"""Interface of evaluation protocols: the base classes of protocols, and the outcome that a protocol returns.
 
 Protocol            called once with all networks; may train copies of them
-FeatureProtocol     sees frozen features only; define `measure`
+FeatureProtocol     uses only frozen features; a subclass defines `measure`
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OnProgress = Callable[[int], None]  # called with the number of units of work co
 
 
 def ignore_progress(done: int) -> None:
-    """Do nothing with progress."""
+    """Ignore a progress report; the default of `on_progress`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,10 @@ class Outcome:
     Attributes:
         result: JSON-serializable values, among them protocol (its name), split, top1, interval [low, high] at 95 %,
             n_train, n_test, num_classes, and baselines (by name, with at least top1 and interval).
-        net: a trained network to save, which protocol=distill can take as its teacher, or None.
-        positions: (n,) positions in their source of the labeled images that `net` was trained on.
+        net: a trained network to save, or None. protocol=distill can use it as the teacher.
+        positions: (n,) indices in the source of the labeled images on which `net` was trained.
         files: further text files of the result: name -> content.
-        variant: first part of the suffix of the result's name, if only the evaluation finds it out.
+        variant: first part of the suffix of the result's name, if it is known only after the evaluation.
     """
 
     result: dict[str, Any]
@@ -50,15 +50,15 @@ class Outcome:
 class Protocol:
     """Base class of a protocol, selected by `protocol=...` and instantiated from its yaml file.
 
-    Every member that `ssl-eval` uses is declared here. The commands instantiate only subclasses of this class, so a
+    This class declares every member that `ssl-eval` uses. The commands instantiate only subclasses of it, so a
     configuration cannot call arbitrary code. Invalid settings raise ValueError in the constructor.
 
     Attributes:
-        title: the name of the work for the progress bar.
-        baselines: the starts besides "trained" that the protocol evaluates if baselines=true: "random" is the network
-            as initialized, "pixels" the images as features (a start without a network).
-        trains: True if the protocol trains copies of the networks, so that several uses of a start's features follow
-            one another and they are kept in memory.
+        title: the name of the protocol in the progress bar.
+        baselines: the starts that the protocol evaluates in addition to "trained" if baselines=true: "random" is the
+            network before training, "pixels" uses the images as features (a start without a network).
+        trains: True if the protocol trains copies of the networks. Networks and features are then kept in memory,
+            because the protocol uses them several times.
     """
 
     title: ClassVar[str] = "evaluation"
@@ -68,19 +68,19 @@ class Protocol:
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Evaluate "trained" and the baselines that are present in `starts`.
 
-        The split to report (`FeatureSet.reported`) is used once, after all hyperparameters are selected.
+        The split to report (`FeatureSet.reported`) may be used only after all hyperparameters are selected.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
     @classmethod
     def defaults(cls, monitor: Mapping[str, Any]) -> dict[str, Any]:
-        """Return values of settings that are null, from the settings `monitor.*` of the run."""
+        """Return the values of settings that are null in the yaml, from the settings `monitor.*` of the run."""
         return {}
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix for the name of the result if settings make it another quantity than usual, else "".
+        """Return a suffix for the result's name if the settings change the measured quantity, else "".
 
-        Two results with the same suffix have the same name, and the second replaces the first.
+        A result with the same suffix has the same name, and replaces the older result.
         """
         return ""
 
@@ -89,13 +89,14 @@ class Protocol:
         return source.splits["train"]
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Return the names of the splits, of those present, on which accuracies are reported."""
+        """Return the names of those of the given splits on which accuracies are reported."""
         return ("test" if "test" in splits else "val",)
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
-        """Return the layer to use for the setting `feature_layer`, and the usual one, which no name mentions.
+        """Return the layer to use for the setting `feature_layer`, and the default layer.
 
-        `images` (2, C, H, W) are an example input of `net`. Raises ConfigError for a layer that cannot be used.
+        Names of results mention the layer only if it is not the default. `images` (2, C, H, W) are an example input of
+        `net`. Raises ConfigError for a layer that the protocol cannot use.
         """
         return feature_layer, layers.BACKBONE
 
@@ -104,7 +105,7 @@ class FeatureProtocol(Protocol):
     """Base class of a protocol that computes its result from frozen features: define `measure`.
 
     Attributes:
-        progress_units: number of units of work that `measure` reports, for a progress bar; 0 = none.
+        progress_units: number of units of work that `measure` reports to the progress bar; 0 = no progress bar.
     """
 
     baselines = ("pixels", "random")
@@ -115,11 +116,11 @@ class FeatureProtocol(Protocol):
         return 0
 
     def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:
-        """Return the result of one network's features, as `Outcome.result` without baselines."""
+        """Return the result for the features of one network: `Outcome.result` without baselines."""
         raise NotImplementedError(f"{type(self).__name__} does not define measure")
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Measure the features of every start. Baselines are the same for all checkpoints of a run, so kept."""
+        """Measure the features of every start. Numbers of baselines are cached: all checkpoints of a run share them."""
 
         def numbers(name: str) -> dict[str, Any]:
             found = self._measured(name, starts[name], task)

@@ -1,7 +1,8 @@
 """Distillation: train a student on the predictions of a fine-tuned teacher, without labels.
 
 The third stage of SimCLR v2 (arXiv:2006.10029, section 2): cross-entropy against the teacher's probabilities at a
-temperature, on all training images. Yaml: conf/protocol/distill.yaml. N is the number of images, C of classes.
+temperature, on all training images. Yaml: conf/protocol/distill.yaml. N is the number of images, C the number of
+classes.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Distill(Recipe):
             raise ValueError(f"alpha={self.alpha} must be above 0 and at most 1; 1 uses no labels")
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return the class of `student` and a digest of its layers, or "" for the run's own network."""
+        """Return the name of the class of `student` with a digest of its layers; "" if the run's network is used."""
         if self.student is None:
             return ""
         digest = hashlib.sha256(repr(self.student).encode()).hexdigest()[:6]
@@ -116,14 +117,14 @@ class Distill(Recipe):
         return Outcome(result=result, net=student, positions=teacher.positions, variant=variant)
 
     def fresh(self, start: Start, task: Task) -> Classifier:
-        """Return the configured student at its initialization. Raise ValueError unless it accepts the images."""
+        """Return the configured student, randomly initialized. Raises ValueError unless it accepts the images."""
         assert self.student is not None
         dry_output(self.student, image_size=task.source.image_size, in_channels=task.source.channels)
         student = Start(net=self.student.to(task.device), layer=BACKBONE, features=start.features)
         return student.classifier(task, width=num_features(self.student))
 
     def distil(self, student: Classifier, teacher: FineTuned, task: Task, progress: Progress) -> None:
-        """Train the student on all training images; both networks get the same views."""
+        """Train the student on all training images. Student and teacher get the same views."""
         with evaluating(teacher.net), closing(self.labeled(teacher, task)) as labeled:
 
             def loss(net: Classifier, batch: Batch) -> Tensor:

@@ -2,11 +2,11 @@
 
     source -> plain_batches (uint8) -> device, [0, 1] -> prepare (color, normalize) -> encode -> CPU
 
-Features keep the dtype of the forward pass. Convolutions and matrix products in bfloat16 return 16-bit numbers, which
-are stored without loss; the 32-bit output of a last norm layer is rounded to 16 bits. float16 has more digits, but its
-range is 6e-8 to 65,504, and the scale of features is arbitrary.
+Features are stored in the dtype of the forward pass. With bfloat16, the output of convolutions and matrix products has
+16 bits and is stored without loss; if the last layer is a norm layer, its 32-bit output is rounded to 16 bits. float16
+is more precise, but its range is 6e-8 to 65,504, and features may have any scale.
 
-The monitor during training and `ssl-eval` both call `extract`, and therefore report the same number.
+The monitor during training and `ssl-eval` both call `extract`, so both report the same accuracy.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSet:
-    """Features and labels of the splits of one data set. `val` is held out of training, `test` is the official split.
+    """Features and labels of the splits of one dataset.
 
-    Features are finite (n, d) floats of 16 or 32 bits, labels are (n,) int64 in [0, num_classes). val or test may be
-    None, but not both. Positions (n,) int64 are the indices of the images in their source, for protocols that read the
-    images again. Raises ValueError, with the name of the split, for invalid input.
+    `val` is the part of the training images that is held out, `test` is the official test split. One of them may be
+    None. Features are finite (n, d) floats of 16 or 32 bits, labels are (n,) int64 in [0, num_classes). Positions (n,)
+    int64 are the indices of the images in their source, for protocols that read the images again. Raises ValueError,
+    with the name of the split, for invalid input.
     """
 
     train: Tensor
@@ -70,7 +71,7 @@ class FeatureSet:
         return name, getattr(self, name), getattr(self, f"{name}_labels")
 
     def to(self, device: torch.device | str) -> FeatureSet:
-        """Return the set with all tensors on `device`. Protocols compute on the device of the features."""
+        """Return a copy with all tensors on `device`. Protocols compute on the device of the features."""
         moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return FeatureSet(**moved)
 
@@ -78,7 +79,7 @@ class FeatureSet:
 def computed(
     protocol: Callable[..., dict[str, Any]], features: FeatureSet, device: torch.device, **given: Any
 ) -> dict[str, Any]:
-    """Return `protocol(features, ...)`, computed on the GPU if there is one with enough memory, else on the CPU."""
+    """Return `protocol(features, ...)`; it is computed on the GPU if one has enough memory, else on the CPU."""
     if device.type == "cuda":
         try:
             return protocol(features.to(device), **given)
@@ -88,11 +89,11 @@ def computed(
 
 
 def from_bank(features: FeatureSet, rows: Tensor, split: Tensor) -> FeatureSet:
-    """Return the set with the rows of a memory bank in place of the train features.
+    """Return a copy of `features` in which the rows of a memory bank replace the train features.
 
     Args:
         features: features of a layer as wide as the rows.
-        rows: (n, d), one for each image of the training split. All-zero rows are not filled yet and are dropped.
+        rows: (n, d), one row per image of the training split. All-zero rows are dropped: they are not filled yet.
         split: (n,) positions of the training images in their source.
 
     Raises ValueError if the bank has a different number of images.
@@ -149,13 +150,13 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """Extract the features of the images of `source` at `positions` (n,) int64.
 
-    Returns the features (n, d) in the order of `positions`, and a mask (n,) bool that is False for unreadable images
-    (their features are those of a blank image: drop them). Both are on the CPU. Features are float32, bfloat16 or
-    float16 for a `precision` of fp32, bf16 or fp16.
+    Returns the features (n, d) in the order of `positions`, and a mask (n,) bool that is False for unreadable images.
+    Both are on the CPU. The caller must drop the features of unreadable images, which are those of a blank image.
+    Features are float32, bfloat16 or float16 for a `precision` of fp32, bf16 or fp16.
 
-    `prepare` maps float images (N, C, S, S) in [0, 1] to the network's input (`Views.finish`), and `encode` maps these
-    to (N, d). Put the network in eval mode with `evaluating` around the call. `progress(done, total)` is called after
-    each batch. No parameter, buffer or random state changes, so training with this call and without it is identical.
+    `prepare` maps float images (N, C, S, S) in [0, 1] to the network's input (`Views.finish`), and `encode` maps this
+    input to (N, d). Put the network in eval mode with `evaluating` around the call. `progress(done, total)` is called
+    after each batch. The call changes no parameter, buffer or random state, so it has no effect on training.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1: 256 is usual")
@@ -167,7 +168,7 @@ def extract(
     readable = torch.empty(total, dtype=torch.bool)
     done = 0
     watchdog.report_progress(f"{watchdog.IMAGES} of an evaluation")
-    # A DataLoader draws the base seed of its workers from the global generator: fork it.
+    # A DataLoader draws the base seed of its workers from the global generator, so fork the generator's state.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for images, whole in plain_batches(source, positions, batch_size=batch_size, workers=workers):
             batch = _encode_batch(encode, images, prepare=prepare, device=device, precision=precision)
@@ -207,7 +208,7 @@ def _encode_batch(
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Return the pixels of images (N, C, H, W) as features (N, d), the baseline of any representation.
+    """Return the pixels of images (N, C, H, W) as features (N, d), a baseline for learned features.
 
     If the longer side exceeds 32 pixels, images are resized to 32 (area average), so d is at most C * 1024.
     """
@@ -223,15 +224,15 @@ def cached(
 ) -> dict[str, Tensor]:
     """Return the tensors cached at `path` under `key`, memory-mapped, or compute and cache them.
 
-    `key` must identify everything that the tensors depend on (weights, data fingerprint, transform, layer, precision).
+    `key` must identify everything on which the tensors depend (weights, data fingerprint, transform, layer, precision).
     Tensors keep their dtype, so cached and recomputed numbers are bit-identical. The file is read with
     `weights_only=True` and written atomically (temporary file, then rename). A file with another key is replaced. A
-    damaged file is replaced after a call of `warn`, which is also called if the file cannot be written.
+    damaged file is replaced as well, with a warning. If the file cannot be written, only a warning is printed.
     """
     stored = _load(path, key, warn)
     if stored is not None:
         return stored
-    # clone: torch.save of a slice writes the whole storage that it is a view of
+    # clone: for a slice, torch.save would write the whole storage that the slice is a view of
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in compute().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """Fine-tuning of the whole network on labels, from pre-trained weights and, as a baseline, from scratch.
 
 SimCLR (arXiv:2002.05709, appendix B.8) and SimCLR v2 (arXiv:2006.10029, section 3: from a middle layer of the head);
-layer-wise decay as in MAE (arXiv:2111.06377). The linear head is initialized with zeros, as in SimCLR v2, or with
-`warm_start` with a linear probe of the frozen features, as in LP-FT (arXiv:2202.10054). Yaml:
-conf/protocol/finetune.yaml. S is the number of label subsets, m of images in the reported split.
+layer-wise decay as in MAE (arXiv:2111.06377). The linear classifier is initialized with zeros, as in SimCLR v2. If
+`warm_start` is true, it is initialized with a linear probe of the frozen features, as in LP-FT (arXiv:2202.10054).
+Yaml: conf/protocol/finetune.yaml. S is the number of label subsets, m the number of images in the reported split.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Choice = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Networks trained on S label subsets: rank (S, m) of the true class of each image, and the first network."""
+    """Result of training on S label subsets: rank (S, m) of the true class of each image, and the first network."""
 
     place: Tensor
     net: Classifier
@@ -40,12 +40,12 @@ class Trained:
     grid: list[Choice]
 
     def top(self, k: int) -> list[float]:
-        """Return the top-k accuracy of each run, a fraction; with fewer than k classes k is the number of classes."""
+        """Return the top-k accuracy of each training as a fraction; k is capped at the number of classes."""
         return [accuracy(place, min(k, self.net.classify.out_features)) for place in self.place]
 
 
 def reported_positions(features: FeatureSet) -> Tensor:
-    """Return the positions of the images of the reported split in their source."""
+    """Return the indices in the source of the images of the reported split."""
     positions = features.val_positions if features.test is None else features.test_positions
     assert positions is not None
     return positions
@@ -70,9 +70,10 @@ class Tuned(Recipe):
             raise ValueError(f"from_layer={self.from_layer} must be at least 0; 0 is the backbone")
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
-        """Return `feature_layer`, or the layer of the head chosen by `from_layer` or by the method.
+        """Return the layer to train from, and the default layer.
 
-        A layer of the head takes the place of the backbone's output only.
+        If `feature_layer` is the backbone's output, `from_layer` or else the method can replace it by a layer of the
+        projection head. Any other `feature_layer` is returned unchanged.
         """
         feature_layer, _ = super().choose_layer(feature_layer, net, images)
         usual = net.finetune_layer if isinstance(net, Method) else 0
@@ -92,13 +93,14 @@ class Tuned(Recipe):
         return chosen, f"head{usual}" if usual else layers.BACKBONE
 
     def trainings(self, subsets: int, *, choosing: int) -> int:
-        """Return the number of trainings in `learn`, with `choosing` subsets for the learning rate."""
+        """Return the number of trainings in `learn` if `choosing` subsets are used to select the learning rate."""
         return subsets + (choosing * len(self.lrs) if len(self.lrs) > 1 else 0)
 
     def learn(self, start: Start, task: Task, subsets: list[Tensor], *, choosing: int, progress: Progress) -> Trained:
-        """Train on each of `subsets` (rows of start.features.train), after selecting the rate on the first `choosing`.
+        """Select the learning rate on the first `choosing` of `subsets`, then train on each of the subsets.
 
-        The reported split is used once per subset, after the selection.
+        A subset contains row numbers of start.features.train. The reported split is used once per subset, after the
+        selection.
         """
         grid, chosen = self.choose(start, task, subsets[:choosing], progress)
         labels = start.features.reported()[2]
@@ -114,9 +116,10 @@ class Tuned(Recipe):
     def choose(
         self, start: Start, task: Task, subsets: list[Tensor], progress: Progress
     ) -> tuple[list[Choice], Choice]:
-        """Return the grid and the learning rate with the best pooled held-out accuracy.
+        """Return the results of all learning rates, and the rate with the best pooled held-out accuracy.
 
-        If a class has a single label, nothing can be held out, and the first rate is used.
+        The first rate is returned without training if it is the only one, or if nothing can be held out of a subset
+        because each of its classes has a single image.
         """
         data = start.features
         splits = [

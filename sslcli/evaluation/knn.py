@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbor classification of frozen features.
 
-Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978, section 3.4;
-the form of DINO, arXiv:2104.14294, appendix F.1. Yaml: conf/protocol/knn.yaml. n is the size of the bank, m the
+Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978, section 3.4,
+in the form of DINO, arXiv:2104.14294, appendix F.1. Yaml: conf/protocol/knn.yaml. n is the size of the bank, m the
 number of queries, d the feature dimension.
 """
 
@@ -47,9 +47,10 @@ def knn(
 ) -> KnnResult:
     """Classify `query` (m, d) by the k most similar rows of `train` (n, d), each voting exp(cos / temperature).
 
-    Features are L2-normalized here, in float32 or float64. k is capped at n. Ties go to the lowest class index. A query
-    without a neighbor of its own class counts as wrong, also in top-5 however few classes got votes. At most chunk x n
-    similarities are in memory. A query must not be in the bank. Raises ValueError for values out of range.
+    This function L2-normalizes the features, in float32 or float64. k is capped at n. Among classes with equal votes,
+    the one with the lowest index is ranked first. A query without a neighbor of its own class counts as wrong, also for
+    top-5, even if fewer than five classes got votes. At most chunk x n similarities are in memory. A query must not be
+    in the bank. Raises ValueError for values out of range.
     """
     _check(k=k, temperature=temperature, chunk=chunk)
     check_features(train, train_labels, num_classes=num_classes, width=train.shape[-1], name="train")
@@ -78,9 +79,9 @@ def _votes(
 ) -> tuple[Tensor, Tensor]:
     """Return normalized class votes (rows, C) of unit-norm features, and a mask (rows, C) of classes with votes."""
     similarity, neighbor = (rows @ bank.T).topk(k, dim=1)
-    # softmax subtracts the largest exponent; exp(1 / temperature) would overflow float32 below 0.0113
+    # softmax subtracts the largest exponent; exp(1 / temperature) would overflow float32 for temperatures below 0.0113
     weight = (similarity / temperature).softmax(dim=1)
-    # A vote may underflow to 0, so votes > 0 does not identify the classes with votes.
+    # A vote may underflow to 0, so `votes > 0` would miss some classes that have neighbors.
     near = torch.zeros(len(rows), num_classes, dtype=torch.bool, device=rows.device)
     near.scatter_(1, labels[neighbor], True)
     votes = weight.new_zeros(len(rows), num_classes)
@@ -97,7 +98,7 @@ def _check(*, k: int, temperature: float, chunk: int) -> None:
 
 
 def bank_positions(source: Source, limit: int | None) -> Tensor:
-    """Return the positions of the bank: all training images, or `limit` of them, selected by a fixed hash."""
+    """Return the positions of the bank's images: all training images, or `limit` of them, selected by a fixed hash."""
     positions = source.splits["train"]
     if limit is None or limit >= len(positions):
         return positions
@@ -107,14 +108,14 @@ def bank_positions(source: Source, limit: int | None) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(FeatureProtocol):
-    """The k-NN protocol: the bank is train, the queries are val (and also test, if there is one).
+    """The k-NN protocol: the bank is the train split, the queries are val and, if there is one, also test.
 
-    `top1` is the accuracy on val, which the monitor uses during training: nothing may be selected on test.
-    `test_top1` is the number to report.
+    `top1` is the accuracy on val, which the monitor measures during training and which may be used for selection.
+    `test_top1` is the number to report; nothing may be selected on test.
     """
 
-    k: int | None = None  # None: what the run's monitor uses, else 200
-    temperature: float | None = None  # None: what the run's monitor uses, else 0.07
+    k: int | None = None  # None: the value of the run's monitor, or 200 without a run
+    temperature: float | None = None  # None: the value of the run's monitor, or 0.07 without a run
     chunk: int = 1024
     seed: int = 0
     resamples: int = 1000
@@ -136,19 +137,19 @@ class Knn(FeatureProtocol):
 
     @classmethod
     def defaults(cls, monitor: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values that the run was monitored with."""
+        """Return the settings of the run's monitor."""
         return {"k": monitor.get("knn_k"), "temperature": monitor.get("knn_temperature")}
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
-        """Return the positions of the bank that the run was monitored with."""
+        """Return the positions of the images in the bank of the run's monitor."""
         return bank_positions(source, monitor.get("knn_images"))
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Return val and test, as far as they are present."""
+        """Return the names val and test, without those of absent splits."""
         return tuple(name for name in ("val", "test") if name in splits) or ("val",)
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return the number of neighbors and the temperature if they differ from the monitor's."""
+        """Return a suffix with k and temperature if they differ from the settings of the run's monitor."""
         parts = []
         if self.num_neighbors != monitor.get("knn_k", 200):
             parts.append(f"k-{self.num_neighbors}")

@@ -1,8 +1,8 @@
 """Feature layers of a network: backbone output, projection, a layer of the projection head, or a backbone stage.
 
-backbone     `features` of a method; the output of a bare backbone
+backbone     `features` of a method, or the output of a backbone without a method
 projection   the input of the method's loss
-bank         as projection, but for training images the rows of the method's memory bank (`stored`)
+bank         as projection; training images have the rows of the method's memory bank (`stored`) instead
 head1, ...   a layer of the projection head, if the method provides them (`head_features`)
 layer3, ...  a stage of the backbone, averaged over positions
 """
@@ -33,7 +33,7 @@ def names(net: nn.Module, images: Tensor) -> list[str]:
     try:
         with evaluating(net), torch.no_grad():
             found += list(_stages(net, images))
-    except (AttributeError, ValueError):  # a backbone need not have stages
+    except (AttributeError, ValueError):  # the backbone has no stages
         pass
     return found
 

@@ -1,7 +1,8 @@
-"""Linear probe: multinomial logistic regression on frozen features, with all grid entries trained at once.
+"""Linear probe: multinomial logistic regression on frozen features, trained for all grid entries simultaneously.
 
-Two solvers: SGD with momentum and cosine schedule (the common probe without augmentation, hence 0 to 1.5 points lower),
-and L-BFGS along a regularization path (as in DINOv2, arXiv:2304.07193), deterministic and run to convergence.
+There are two solvers. "sgd" is SGD with momentum and cosine schedule, the common linear probe but without augmentation:
+its accuracy is 0 to 1.5 points lower than with augmentation. "lbfgs" is L-BFGS along a regularization path (as in
+DINOv2, arXiv:2304.07193), deterministic and run to convergence.
 Yaml: conf/protocol/linear.yaml. n images, d dimensions, C classes, G hyperparameter choices ("heads").
 """
 
@@ -28,7 +29,7 @@ Heads = tuple[Tensor, Tensor]  # weights (d, G*C) and biases (G*C,): one matrix 
 class LinearResult:
     """Result of one probe. Accuracies are fractions; `interval` is the 95 % bootstrap interval of `top1`.
 
-    `chosen` and the entries of `grid` hold lr and weight_decay (sgd) or c (lbfgs), with val_top1 and val_loss.
+    `chosen` and the entries of `grid` have the keys lr and weight_decay (sgd) or c (lbfgs), val_top1 and val_loss.
     """
 
     top1: float
@@ -49,14 +50,14 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Standardize:
-    """Standardization to zero mean and unit standard deviation, with the statistics of given features."""
+    """Standardization of features to zero mean and unit standard deviation, with statistics from `of`."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
     def of(cls, features: Tensor) -> Standardize:
-        """Return the statistics over the rows of (n, d); deviations are clamped to 1e-6, for constant dimensions."""
+        """Return the statistics over the rows of (n, d); standard deviations are at least 1e-6 (constant features)."""
         return cls(mean=features.mean(dim=0), std=features.std(dim=0, correction=0).clamp_min(1e-6))
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -77,16 +78,17 @@ def fit_sgd(
     seed: int,
     on_progress: OnProgress = ignore_progress,
 ) -> Heads:
-    """Train one head per pair (lrs[g], weight_decays[g]) on x (n, d) and y (n,), from zeros, all on the same batches.
+    """Train one head per pair (lrs[g], weight_decays[g]) on x (n, d) and y (n,), all on the same batches.
 
-    Softmax cross-entropy, SGD with momentum, cosine schedule to 0 per step, no weight decay on the bias. Heads are
-    independent: one that diverges to NaN does not affect the others. Deterministic for a given seed. Matrix products
-    have the dtype of x, which may have 16 bits; weights and their updates are accumulated in 32 bits.
+    Weights start at zero. The loss is softmax cross-entropy, the optimizer SGD with momentum; a cosine schedule
+    decreases the learning rate to 0 step by step, and biases have no weight decay. A head that diverges to NaN does not
+    affect the others. The result is deterministic for a given seed. Matrix products are computed in the dtype of x,
+    which may have 16 bits; weights and their updates are accumulated in 32 bits.
     `on_progress(1)` is called after each epoch.
     """
     n, d = x.shape
-    # Everything is transposed, with rows ordered by class, then head: products with a narrow matrix on the right
-    # take several times as long, and a softmax over ten adjacent elements takes longer than the products.
+    # All matrices are transposed, with rows ordered by class, then head. Otherwise, products with a narrow matrix on
+    # the right would take several times as long, and a softmax over ten adjacent elements longer than the products.
     rows = num_classes * len(lrs)
     full = torch.promote_types(x.dtype, torch.float32)
     weight, bias = x.new_zeros(rows, d, dtype=full), x.new_zeros(rows, 1, dtype=full)
@@ -131,9 +133,9 @@ def fit_lbfgs(
 ) -> Heads:
     """Minimize cross-entropy + |W|^2 / (2 c n) for each c of `cs` by L-BFGS, on x (n, d) and y (n,).
 
-    c is the inverse regularization strength C of scikit-learn's LogisticRegression. Solved from strong to weak
-    regularization, each initialized with the previous solution. Stops at a gradient below 1e-5 or after
-    `max_iterations`. `on_progress(1)` is called after each c.
+    c is the inverse regularization strength C of scikit-learn's LogisticRegression. The problems are solved from strong
+    to weak regularization, each initialized with the previous solution. The solver stops at a gradient below 1e-5 or
+    after `max_iterations`. `on_progress(1)` is called after each c.
     """
     n, d = x.shape
     theta = x.new_zeros(num_classes, d + 1, requires_grad=True)  # the last column is the bias
@@ -167,7 +169,7 @@ def fit_lbfgs(
 def score(x: Tensor, y: Tensor, heads: Heads, *, num_classes: int) -> tuple[Tensor, Tensor]:
     """Return the rank of the true class (G, m) int64 (see `label_rank`) and the mean cross-entropy (G,) on x (m, d).
 
-    A row with logits that are not finite counts as wrong; a loss that is NaN or infinite is set to the largest float.
+    A row with NaN or infinite logits counts as wrong; a NaN or infinite loss is replaced by the largest float.
     """
     weight, bias = heads
     count = len(bias) // num_classes
@@ -184,7 +186,9 @@ def score(x: Tensor, y: Tensor, heads: Heads, *, num_classes: int) -> tuple[Tens
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(FeatureProtocol):
-    """The linear protocol: choose hyperparameters on a part of train, refit on all of train, report on test or val.
+    """The linear protocol: select hyperparameters on a held-out part of train, refit on all of train, then report.
+
+    The result is reported on test if there is one, else on val.
 
     The reported split is used once, after the selection. Raises ValueError for values out of range.
     """
@@ -254,7 +258,7 @@ class Linear(FeatureProtocol):
         num_classes: int,
         on_progress: OnProgress = ignore_progress,
     ) -> LinearResult:
-        """Return the probe of train features x (n, d), labels y (n,), evaluated on x_test (m, d), y_test (m,)."""
+        """Fit a probe to features x (n, d) and labels y (n,); return its result on x_test (m, d) and y_test (m,)."""
         x, x_test = x.float(), x_test.float()
         grid, chosen = self.choose(x, y, num_classes=num_classes, on_progress=on_progress)
         scale = Standardize.of(x)
@@ -281,7 +285,7 @@ class Linear(FeatureProtocol):
         rows = x[kept]
         scale = Standardize.of(rows)
         rows = scale(rows)
-        if self.solver == "sgd":  # only for the selection; the reported probe is fitted in 32 bits
+        if self.solver == "sgd":  # 16 bits only for the selection; the reported probe is fitted in 32 bits
             rows = rows.to(DTYPES[resolve("auto", rows.device)])
         heads = self._heads(rows, y[kept], self._choices(), num_classes=num_classes, on_progress=on_progress)
         place, loss = score(scale(x[held_out]), y[held_out], heads, num_classes=num_classes)
@@ -289,11 +293,11 @@ class Linear(FeatureProtocol):
             {**choice, "val_top1": accuracy(p, 1), "val_loss": float(v)}
             for choice, p, v in zip(self._choices(), place, loss, strict=True)
         ]
-        # A small held-out split has many ties, which the loss breaks.
+        # With a small held-out split, many entries have the same accuracy; among these the lowest loss wins.
         return grid, max(grid, key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
 
     def head(self, x: Tensor, y: Tensor, *, num_classes: int) -> Head:
-        """Return the probe of x (n, d), y (n,) for raw features: standardization is folded into the weights."""
+        """Fit a probe to x (n, d) and y (n,); its weights include the standardization, so it accepts raw features."""
         x = x.float()
         _, chosen = self.choose(x, y, num_classes=num_classes)
         scale = Standardize.of(x)

@@ -1,7 +1,7 @@
 """A network with a linear classifier on top, and its parameter groups with layer-wise learning rates.
 
-Layer-wise learning rate decay as in BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377, appendix A.2): level l of L
-below the classifier has the learning rate lr * decay ** (L + 1 - l).
+Layer-wise learning rate decay as in BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377, appendix A.2): of L levels below
+the classifier, numbered from 1 at the input, level l has the learning rate lr * decay ** (L + 1 - l).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from sslcli.methods.base import Method
 from sslcli.nn.batch_norm import SplitBatchNorm, SyncBatchNorm
 from sslcli.nn.modes import evaluating
 
-Level = dict[str, nn.Parameter]  # by name
+Level = dict[str, nn.Parameter]  # parameters of one level, by name
 
 
 class Classifier(nn.Module):
     """Linear classifier, initialized with zeros, on the features of `net` at `layer`: (N, width) -> (N, num_classes).
 
-    Parameters that the features do not depend on, such as those of a predictor, do not require gradients. All others
-    do, including those frozen in pre-training. Raises ValueError if the features carry no gradient.
+    Parameters on which the features do not depend, such as those of a predictor, do not require gradients. All other
+    parameters do, including those that were frozen in pre-training. Raises ValueError if no gradient can flow through
+    the features.
     """
 
     def __init__(self, net: nn.Module, layer: str, *, width: int, num_classes: int, images: Tensor) -> None:
@@ -35,7 +36,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.classify.weight)
         nn.init.zeros_(self.classify.bias)
         for part in net.modules():
-            if isinstance(part, SplitBatchNorm):  # groups hide keys from queries, not needed here
+            if isinstance(part, SplitBatchNorm):  # its groups separate keys from queries, which labels do not need
                 part.__class__ = SyncBatchNorm  # type: ignore[assignment]
         self._open(images)
 
@@ -43,7 +44,7 @@ class Classifier(nn.Module):
         return self.classify(layers.read(self.net, self.layer, images))  # type: ignore[no-any-return]
 
     def _open(self, images: Tensor) -> None:
-        """Set requires_grad for exactly the parameters that the features of `images` (any two) depend on."""
+        """Set requires_grad for exactly the parameters on which the features depend; `images` are any two images."""
         parameters = list(self.net.requires_grad_(True).parameters())
         with evaluating(self.net), torch.random.fork_rng(devices=[]), torch.enable_grad():
             total = layers.read(self.net, self.layer, images).sum()
@@ -60,9 +61,10 @@ class Classifier(nn.Module):
 def levels(net: nn.Module) -> list[Level]:
     """Return the trainable parameters from input to output, in levels with one learning rate each.
 
-    The levels of a backbone are its children; in a list of blocks (ViT) each block is a level. A child with only norm
-    layers belongs to the previous level; parameters of the backbone itself (tokens) belong to the first. The parts of a
-    method other than its backbone (or else its largest part), such as the projection head, are one further level.
+    Each child module of a backbone is a level; in a list of blocks (ViT), each block is a level. A child that has only
+    norm layers belongs to the previous level. Parameters of the backbone module itself (tokens) belong to the first
+    level. The other parts of a method, such as the projection head, are together one more level. If a method has no
+    backbone attribute, its largest part takes that role.
     """
     if not isinstance(net, Method):
         return _levels_of(net, "")
@@ -81,7 +83,7 @@ def levels(net: nn.Module) -> list[Level]:
 def _levels_of(trunk: nn.Module, prefix: str) -> list[Level]:
     own = {f"{prefix}{name}": p for name, p in trunk.named_parameters(recurse=False) if p.requires_grad}
     children = [(name, child) for name, child in trunk.named_children() if _trainable(child, "")]
-    if not own and len(children) == 1:  # a wrapper
+    if not own and len(children) == 1:  # only a wrapper around its child
         name, child = children[0]
         return _levels_of(child, f"{prefix}{name}.")
     found: list[Level] = []
@@ -104,9 +106,10 @@ def _trainable(module: nn.Module, prefix: str) -> Level:
 
 
 def parameter_groups(classifier: Classifier, *, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimizer groups; `lr_scale` is 1 at the classifier and is multiplied by `layer_decay` per level below.
+    """Return the parameter groups for the optimizer, with a factor `lr_scale` for the learning rate of each level.
 
-    Biases, norms and tokens have no weight decay.
+    `lr_scale` is 1 for the classifier and is multiplied by `layer_decay` from each level to the level below. Biases,
+    norms and tokens have no weight decay.
     """
     stack = [*levels(classifier.net), dict(classifier.classify.named_parameters())]
     groups = []
@@ -121,7 +124,7 @@ def parameter_groups(classifier: Classifier, *, layer_decay: float, weight_decay
 
 
 def set_mode(classifier: nn.Module, *, batch_norm: str) -> None:
-    """Set training mode; with `batch_norm` "eval" BatchNorm layers use their running statistics, unchanged."""
+    """Set training mode; with `batch_norm` "eval", BatchNorm layers use their running statistics without updates."""
     classifier.train()
     if batch_norm == "eval":
         for part in classifier.modules():

@@ -9,8 +9,8 @@ from torch import Tensor
 def label_rank(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the rank (0 = best) of the true class among the scores (m, C) of each row, as (m,) int64.
 
-    Ties are ordered by class index, independent of any sort. A row with a score that is not finite gets rank C: it
-    counts as wrong for every k.
+    Classes with equal scores are ranked by class index. A row with a NaN or infinite score has rank C, which counts as
+    wrong for every k.
     """
     num_classes = scores.shape[1]
     own = scores.gather(1, labels[:, None])
@@ -25,7 +25,7 @@ def accuracy(place: Tensor, k: int) -> float:
 
 
 def top5(place: Tensor, num_classes: int) -> float:
-    """Return the top-5 accuracy in [0, 1], or top-C for C < 5 classes, so that a rank of C counts as wrong."""
+    """Return the top-5 accuracy in [0, 1]; for C < 5 classes the top-C accuracy, for which rank C counts as wrong."""
     return accuracy(place, min(5, num_classes))
 
 
@@ -34,8 +34,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval (low, high), as fractions, of the mean of `correct` (m,) bool.
 
-    The mean depends only on the number of hits of a resample of size m, which is Binomial(m, mean). It is drawn
-    directly, which has the same distribution as `resamples` draws of m indices (Efron and Tibshirani, 1993, ch. 13).
+    The mean of a resample of size m depends only on the number of correct images in it, which has the distribution
+    Binomial(m, mean). This number is drawn directly, which is equivalent to drawing m indices for each of `resamples`
+    resamples (Efron and Tibshirani, 1993, ch. 13).
     """
     if correct.ndim != 1 or len(correct) == 0:
         raise ValueError(f"correct has shape {tuple(correct.shape)}, but must be (m,) with at least one image")
@@ -59,8 +60,8 @@ def bootstrap_interval(
 def bootstrap_runs(correct: Tensor, *, seed: int, resamples: int = 1000, level: float = 0.95) -> tuple[float, float]:
     """Return the percentile bootstrap interval (low, high) of the mean of `correct` (S runs, m images) bool.
 
-    Runs and images are both resampled, with the same images for all runs, so the interval covers both sources of
-    variance. With few runs it is still too narrow.
+    Both runs and images are resampled, with the same images for all runs, so the interval covers both sources of
+    variance. With few runs, the interval is still too narrow.
     """
     if correct.ndim != 2 or correct.numel() == 0:
         raise ValueError(f"correct has shape {tuple(correct.shape)}, but must be (runs, images), at least one of each")

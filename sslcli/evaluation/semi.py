@@ -1,8 +1,8 @@
 """Semi-supervised evaluation: fine-tuning on few labels, in class-balanced nested subsets, with several seeds.
 
-1 % and 10 % of ImageNet's labels: SimCLR (arXiv:2002.05709, section 6), SimCLR v2 (arXiv:2006.10029, from the first
-layer of the head). Yaml: conf/protocol/semi.yaml. S is the number of seeds, m of images in the
-reported split.
+The papers use 1 % and 10 % of ImageNet's labels: SimCLR (arXiv:2002.05709, section 6), SimCLR v2 (arXiv:2006.10029,
+which fine-tunes from the first layer of the head). Yaml: conf/protocol/semi.yaml. S is the number of seeds, m the
+number of images in the reported split.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from sslcli.report.console import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class Semi(Tuned):
-    """The protocol `semi`: fine-tuning on few labels, and with `linear` also the linear probe of frozen features.
+    """The protocol `semi`: fine-tuning on few labels; if `linear` is true, also a linear probe of frozen features.
 
-    Set either `fraction`, of the labels of every class, or `labels_per_class`, and the other one to null.
+    Set `fraction` (fraction of the labels of each class) or `labels_per_class`, and set the other one to null.
     """
 
     fraction: float | None = 0.01
@@ -49,11 +49,11 @@ class Semi(Tuned):
 
     @property
     def label_fraction(self) -> float | None:
-        """The fraction of labels, or None if `labels_per_class` is set."""
+        """Fraction of the labels of each class; None if `labels_per_class` is set."""
         return None if self.labels_per_class is not None else self.fraction
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return the number of labels per class, or their percentage."""
+        """Return a suffix with the number of labels per class, or the percentage of labels."""
         return (
             f"{self.labels_per_class}-per-class"
             if self.label_fraction is None
@@ -61,7 +61,7 @@ class Semi(Tuned):
         )
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Train from each start, on the same subsets."""
+        """Train from each start; all starts use the same label subsets."""
         data = starts["trained"].features
         assert data.train_positions is not None
         subsets = [
@@ -104,7 +104,10 @@ class Semi(Tuned):
         return Outcome(result=result, net=trained.net, positions=data.train_positions[subsets[0]])
 
     def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
-        """Return mean and standard deviation over seeds, and an interval over seeds and images, from ranks (S, m)."""
+        """Return accuracies from the ranks `place` (S, m): mean and standard deviation over seeds, and an interval.
+
+        The interval covers the sampling of both seeds and images.
+        """
         top1 = [accuracy(row, 1) for row in place]
         interval = bootstrap_runs(place == 0, seed=self.seed, resamples=self.resamples)
         return {
@@ -115,13 +118,13 @@ class Semi(Tuned):
         }
 
     def runs(self, trained: Trained) -> list[dict[str, float]]:
-        """Return the accuracies of each seed."""
+        """Return the accuracies for each seed."""
         pairs = zip(trained.top(1), trained.top(5), strict=True)
         return [{"seed": self.seed + n, "top1": one, "top5": five} for n, (one, five) in enumerate(pairs)]
 
 
 def probed(start: Start, subsets: list[Tensor], *, seed: int) -> Tensor:
-    """Return the ranks (S, m) of the true classes under a linear probe of frozen features, fitted on each subset."""
+    """Fit a linear probe of frozen features on each of S subsets; return the ranks (S, m) of the true classes."""
     data = start.features
     _, x, y = data.reported()
     places = []

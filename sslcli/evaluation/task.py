@@ -1,4 +1,4 @@
-"""What a protocol works on: the images and their preprocessing, and the networks to start from."""
+"""Input of evaluation protocols: images with their preprocessing, and the networks to start from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sslcli.report.console import Screen
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuned:
-    """A fine-tuned network, the positions of its labeled training images, and its provenance."""
+    """A fine-tuned network, the positions of the labeled images it was trained on, and its provenance."""
 
     net: Classifier
     positions: Tensor
@@ -28,12 +28,12 @@ class FineTuned:
 
 
 def no_fine_tuned(name: str) -> FineTuned:
-    """Raise ConfigError, because there is no earlier result."""
+    """Raise ConfigError, since there is no earlier result; the default of `Task.fine_tuned`."""
     raise ConfigError(f"there is no fine-tuned network {name!r}")
 
 
 def compute(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return `measure()`, without a cache."""
+    """Return `measure()` without caching it; the default of `Task.kept`."""
     return measure()
 
 
@@ -45,12 +45,13 @@ class Task:
         source: the labeled images.
         views: the views of pre-training, for color space and normalization.
         mean, std: normalization constants of pre-training, one value per channel.
-        device, precision: of forward passes.
+        device, precision: device and precision of forward passes.
         batch_size: images per forward pass without gradient.
-        workers: data workers; None = those of the source.
+        workers: number of data workers; None = as set in the source.
         screen: progress display.
-        fine_tuned: returns the network that an earlier protocol left, by the name of its result; raises ConfigError.
-        kept: returns the numbers of a baseline, by its name, from a cache or from the function it is given.
+        fine_tuned: function from the name of an earlier result to the network saved with it; raises ConfigError.
+        kept: function of a baseline's name and a function that measures it; returns the numbers, if possible from a
+            cache.
     """
 
     source: Source
@@ -70,16 +71,16 @@ class Task:
         return self.views.finish(images, mean=self.mean, std=self.std)
 
     def example(self) -> Tensor:
-        """Return two black preprocessed images, to inspect the network's outputs and gradients."""
+        """Return two preprocessed black images, an example input to inspect the network's outputs and gradients."""
         side = self.source.image_size
         return self.prepare(torch.zeros(2, self.source.channels, side, side, device=self.device))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A network to evaluate or to start training from, and its frozen features of all labeled images at a layer."""
+    """A network that is evaluated or from which training starts, and its frozen features at a layer."""
 
-    net: nn.Module | None  # copied, never modified; None: the features are pixels
+    net: nn.Module | None  # protocols train copies of it and never modify it; None: the features are pixels
     layer: str
     features: FeatureSet
 

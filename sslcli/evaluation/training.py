@@ -1,9 +1,9 @@
-"""Shared parts of the protocols that train a network: task, recipe, training loop and predictions.
+"""Shared parts of the protocols that train a network: recipe, training loop and predictions.
 
     labeled positions -> Loader (crop, flip) -> Classifier -> loss -> SGD or AdamW, cosine by step
 
-Every training starts from a copy of the same network, and its images, views and noise depend only on the seed. The same
-seed gives bit-identical results on the same machine with the same number of threads.
+Every training starts from a copy of the same network. The order of the images, their views and the network's noise
+depend only on the seed. The same seed gives bit-identical results on the same machine with the same number of threads.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ class Recipe(Protocol):
             raise ValueError(
                 f"layer_decay={self.layer_decay} must be above 0 and at most 1: 0.65 to 0.75 for a ViT, 1 is off"
             )
-        self.view()  # validate its arguments now, before features are extracted
+        self.view()  # raises an error for invalid settings now, before features are extracted
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
-        """Return the layer to train from, which cannot be the memory bank, and the usual one."""
+        """Return the layer to train from, and the default layer. Raises ConfigError for the memory bank."""
         if feature_layer == layers.BANK:
             raise ConfigError("feature_layer is 'bank', which cannot be trained: use protocol=knn or linear")
         return feature_layer, layers.BACKBONE
@@ -91,20 +91,20 @@ class Recipe(Protocol):
         return View(crop_scale=scale, flip=self.flip)  # type: ignore[arg-type]
 
     def views(self, task: Task) -> Views:
-        """Return the training augmentation, with color space and normalization of pre-training."""
+        """Return the training augmentation with the color space and normalization of pre-training."""
         views = copy.copy(task.views)
         views.entries = views.views = [self.view()]
         return views
 
     def solver(self, classifier: Classifier, *, lr: float) -> Optimizer:
-        """Return the optimizer over all levels of a classifier."""
+        """Return the optimizer for the parameters of all levels of a classifier."""
         groups = parameter_groups(classifier, layer_decay=self.layer_decay, weight_decay=self.weight_decay)
         if self.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=lr, betas=(self.momentum, 0.999))
         return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, nesterov=self.momentum > 0)
 
     def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
-        """Return accuracies, and the interval of top-1, from the ranks (m,) of the true classes of m images."""
+        """Return accuracies and the interval of top-1; `place` (m,) has the rank of the true class of each image."""
         interval = bootstrap_interval(place == 0, seed=self.seed, resamples=self.resamples)
         return {"top1": accuracy(place, 1), "top5": top5(place, num_classes), "interval": list(interval)}
 
@@ -114,7 +114,7 @@ class Recipe(Protocol):
 
 
 def batches(task: Task, positions: Tensor, recipe: Recipe, *, seed: int) -> Loader:
-    """Return the loader of training batches of the images at `positions`; batch size is at most their number."""
+    """Return the loader of training batches of the images at `positions`; their number limits the batch size."""
     part = copy.copy(task.source)
     part.splits, part.weights = {"train": positions}, None
     part.mean, part.std = tuple(task.mean), tuple(task.std)
@@ -124,7 +124,7 @@ def batches(task: Task, positions: Tensor, recipe: Recipe, *, seed: int) -> Load
 
 
 def cross_entropy(classifier: Classifier, batch: Batch) -> Tensor:
-    """Return the mean cross-entropy over a labeled batch."""
+    """Return the mean cross-entropy of a labeled batch."""
     return F.cross_entropy(classifier(batch.views[0]).float(), batch.label)
 
 
@@ -140,7 +140,7 @@ def fit(
     loss: Loss = cross_entropy,
     facts: str = "",
 ) -> None:
-    """Train `classifier` in place on the images at `positions` (n,), n >= 2; stop early if it diverges."""
+    """Train `classifier` in place on the images at `positions` (n,), n >= 2; stop early if the loss diverges."""
     if len(positions) < 2:
         raise ValueError(f"training needs at least 2 labeled images, got {len(positions)}: use more labels")
     optimizer = recipe.solver(classifier, lr=lr)
@@ -170,7 +170,7 @@ def fit(
 
 
 def predict(classifier: Classifier, task: Task, positions: Tensor) -> Tensor:
-    """Return logits (n, num_classes) float32 of the images at `positions`, with the test transform, in eval mode."""
+    """Return logits (n, num_classes) float32 of the images at `positions`, in eval mode with the test transform."""
     with evaluating(classifier):
         return extract(
             classifier,
@@ -185,7 +185,7 @@ def predict(classifier: Classifier, task: Task, positions: Tensor) -> Tensor:
 
 
 def warm(classifier: Classifier, features: Tensor, labels: Tensor, *, seed: int) -> dict[str, float]:
-    """Initialize the linear layer with a linear probe of frozen features (n, d); return its hyperparameters."""
+    """Initialize the linear layer with a linear probe of frozen features (n, d); return the probe's hyperparameters."""
     found = Linear(seed=seed).head(features, labels, num_classes=classifier.classify.out_features)
     with torch.no_grad():
         classifier.classify.weight.copy_(found.weight)

@@ -1,11 +1,12 @@
-"""Utility of pre-training: relative number of labels it saves, as a function of the number of labels.
+"""Utility of pre-training: the relative number of labels that it saves, as a function of the number of labels.
 
 Newell and Deng 2020, "How Useful is Self-Supervised Pretraining for Visual Tasks?", arXiv:2003.14323, section 3.
 A_p(n) is the accuracy after pre-training, A_s(n) from scratch, both on n labels:
 
     n_hat(n) = the fewest labels with which scratch reaches A_p(n)         U(n) = n_hat / n - 1
 
-0 means no benefit, 1 that scratch needs twice the labels, a negative value that pre-training hurts.
+A utility of 0 means no benefit. With 1, training from scratch needs twice as many labels. A negative value means that
+pre-training reduces the accuracy.
 Yaml: conf/protocol/utility.yaml.
 """
 
@@ -46,7 +47,10 @@ def isotonic(values: Sequence[float], weights: Sequence[float] | None = None) ->
 
 @dataclass(frozen=True)
 class Need:
-    """Number of labels that scratch needs for an accuracy; a lower or upper bound if `bound` is "lower" or "upper"."""
+    """Number of labels that training from scratch needs for an accuracy.
+
+    It is only a lower or upper bound if `bound` is "lower" or "upper".
+    """
 
     labels: float
     bound: str | None = None
@@ -55,7 +59,8 @@ class Need:
 def needed(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> Need:
     """Return inf{n : A_s(n) >= accuracy} of a non-decreasing A_s given at `counts`, linear in (ln n, A) between them.
 
-    Outside the measured range it is a bound: above the best accuracy the largest count, below the first the smallest.
+    Outside of the measured range, the result is a bound. For an accuracy above the best one, it is the largest count, a
+    lower bound. For an accuracy below the first one, it is the smallest count, an upper bound.
     """
     if accuracy > scratch[-1]:
         return Need(float(counts[-1]), "lower")
@@ -68,7 +73,7 @@ def needed(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> 
 
 
 def utilities(counts: Sequence[int], trained: Sequence[float], scratch: Sequence[float]) -> list[tuple[float, Need]]:
-    """Return U(n) and its `Need` at every count, from mean accuracies; scratch is made monotone first."""
+    """Return U(n) and its `Need` at every count, from mean accuracies; `scratch` is first made non-decreasing."""
     monotone = isotonic(scratch)
     needs = [needed(accuracy, counts, monotone) for accuracy in trained]
     return [(need.labels / n - 1, need) for n, need in zip(counts, needs, strict=True)]
@@ -79,8 +84,8 @@ def bootstrap_utilities(
 ) -> list[list[float | None]]:
     """Return 95 % bootstrap intervals [low, high] of U at every count, from accuracies (counts, seeds).
 
-    Seeds are resampled, jointly for both arms, which have the same labels for a seed. `high` is None if U is only a
-    lower bound in more than 2.5 % of the resamples.
+    Seeds are resampled. Both arms use the same resampled seeds, since they have the same labels for a seed. `high` is
+    None if U is only a lower bound in more than 2.5 % of the resamples.
     """
     generator = torch.Generator().manual_seed(seed)
     seeds = trained.shape[1]
@@ -100,7 +105,10 @@ def bootstrap_utilities(
 
 @dataclass(frozen=True, kw_only=True)
 class Utility(Tuned):
-    """The protocol `utility`: both arms on nested subsets of log-spaced sizes, with the same steps and rates."""
+    """The protocol `utility`: fine-tuning and training from scratch (the two arms) on nested label subsets.
+
+    The sizes of the subsets are log-spaced. Both arms have the same number of steps and the same learning rate grid.
+    """
 
     smallest: int = 90
     points: int = 4
@@ -113,13 +121,13 @@ class Utility(Tuned):
             raise ValueError(f"seeds={self.seeds} must be at least 1: 3 to 5 are usual")
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return the smallest label count and the number of points of the curve, if not the default."""
+        """Return a suffix with the smallest label count and the number of points, if they are not the defaults."""
         smallest = f"from-{self.smallest}" if self.smallest != Utility.smallest else ""
         points = f"{self.points}-points" if self.points != Utility.points else ""
         return "_".join(part for part in (smallest, points) if part)
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Evaluate both arms at every label count. Raise ValueError without the arm from scratch."""
+        """Evaluate both arms at every label count. Raises ValueError if the arm from scratch is missing."""
         if "random" not in starts:
             raise ValueError("utility compares with training from scratch, so it needs baselines=true")
         data = starts["trained"].features
@@ -163,7 +171,7 @@ class Utility(Tuned):
         return list(bootstrap_runs(place == 0, seed=self.seed, resamples=self.resamples))
 
     def add_utilities(self, points: list[dict[str, Any]]) -> None:
-        """Add U, its bound and its interval to every point."""
+        """Add the utility U, its bound and its interval to every point of the curve."""
         counts = [point["labels"] for point in points]
         runs = {
             arm: torch.tensor([p[arm]["runs"] for p in points], dtype=torch.float64) for arm in ("trained", "random")
