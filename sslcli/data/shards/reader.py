@@ -146,7 +146,7 @@ class ReadState:
         return self.systems[shard.url]
 
     def cached_chunk(self, chunk: int, fetch: Callable[[int], Any]) -> Any:
-        """Return a chunk that `hold` did not fetch. The last one is cached, because evaluation reads chunks in order."""
+        """Return a chunk that `hold` did not fetch. The last chunk is cached: evaluation reads images in order."""
         if self.last[0] != chunk:
             self.last = (chunk, fetch(chunk))
         return self.last[1]

@@ -1,9 +1,9 @@
 """Base class of all datasets (images, labels and splits), and the datasets in memory.
 
-A source has one position space: position i identifies image i. Datasets in memory are one uint8 tensor and need no
-workers; datasets of files (`sslcli.data.sources.files`) are decoded by workers. A hash of its name or number decides
-whether an image is held out for validation. The held-out split therefore does not depend on the order of a directory,
-and other images affect it only for a few images at the threshold.
+All images of a source, of all splits, are numbered: position i identifies image i. Datasets in memory are one uint8
+tensor and need no workers; workers decode datasets of files (`sslcli.data.sources.files`). A hash of an image's name or
+number decides whether the image is held out for validation. Therefore the held-out split does not depend on the order
+of the files in a directory. If images are added or removed, only a few other images change their split.
 """
 
 from __future__ import annotations
@@ -43,31 +43,34 @@ RENAMED = {"place": "modality_channels"}  # class attributes of version 0.1
 
 
 class Source:
-    """Base class of all datasets, and complete implementation of a dataset in memory.
+    """Base class of all datasets. It implements datasets in memory completely.
 
     Args:
         image_size: side in pixels of views and evaluation crops, at least 1.
-        limit: use only this many training images (the first in hash order, so that smaller limits are subsets of
-            larger ones) and at most as many for validation; None or a larger number = all.
+        limit: use only this many training images, and at most as many validation images; None or a larger number = all.
+            Images are selected in hash order, so the images of a smaller limit are a subset of those of a larger one.
         val_fraction: fraction in [0, 1) of the labeled training images that is held out as "val".
-        workers: number of processes that decode; 0 = this process; None = `default_workers`. Datasets in memory use
-            none.
+        workers: number of worker processes that decode images; 0 = decode in this process; None = `default_workers`.
+            Datasets in memory use no workers.
         max_bad: the largest fraction in [0, 1] of images that may fail to decode before the run stops.
-        verify: what a resumed run compares with the images it began with: "times" compares names, labels, sizes and
-            modification times; "sizes" all but the times; "contents" the contents of the files; "none" nothing.
-        mean, std: of each channel of images in [0, 1]; std positive.
+        verify: what a resumed run compares, to detect images that changed since its start. "times": names, labels,
+            sizes and modification times; "sizes": names, labels and sizes; "contents": names, labels, sizes and hashes
+            of the contents; "none": nothing.
+        mean, std: mean and standard deviation of each channel, for images in [0, 1]; std positive.
         seed: seed of the split, and of the images of generated datasets.
 
     Attributes:
         images: (M, C, H, W) uint8, or None for a dataset of files.
-        labels: (M,) int64, -1 = unknown. classes: their names, [] without labels.
-        splits: sorted int64 positions: "train", "val" (empty without labels), and "test" if there is an official one.
-        weights: (len(train),) number of times an epoch shows each training image; None = once each.
+        labels: (M,) int64, -1 = unknown.
+        classes: the class names; [] without labels.
+        splits: the sorted int64 positions of "train", of "val" (empty without labels), and of "test" if the dataset has
+            an official test split.
+        weights: (len(train),) how many times each training image occurs in an epoch; None = once each.
         present: (M, modalities) bool, True if an image has a modality; None = all True.
         modality_channels: the channels of each modality, in order.
         photometric: the channels that the color operations of views change.
-        scaled_decode: whether a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if every training crop of it is
-            downscaled at least by that factor.
+        scaled_decode: True if JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size. This is done if every training
+            crop of the JPEG is downscaled by at least 2, 4 or 8.
 
     Raises ValueError for a value out of range.
     """
@@ -85,7 +88,7 @@ class Source:
     name: str
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Raise ConfigError if a subclass sets an attribute by its name of version 0.1, which nothing reads."""
+        """Raise ConfigError if a subclass sets an attribute under its name of version 0.1, which has no effect now."""
         super().__init_subclass__(**keywords)
         reject_old_attributes(cls, RENAMED)
 
@@ -124,7 +127,7 @@ class Source:
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
 
     def __len__(self) -> int:
-        """Number of positions M, including images that `limit` and the splits leave out."""
+        """Number of positions M, including images that are in no split because of `limit`."""
         return len(self.labels)
 
     @property
@@ -134,7 +137,7 @@ class Source:
 
     @property
     def layout(self) -> Layout | None:
-        """Layout of the training images in shards; None for random access."""
+        """Layout of the training images in shards; None for datasets with random access."""
         return None
 
     def hold(self, positions: Tensor) -> None:
@@ -149,7 +152,7 @@ class Source:
         return DecodedImage(Image.fromarray(self.images[position].permute(1, 2, 0).numpy()))
 
     def read(self, position: int) -> Picture:
-        """Return the image at `position`, RGB, of any size. Raises BadImage if it cannot be read."""
+        """Return the RGB image at `position`, at its full size. Raises BadImage if it cannot be read."""
         return self.open(position).decode()
 
     def blank(self, size: int) -> Picture:
@@ -173,9 +176,10 @@ class Source:
         )
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return the records that detect changed images (`sslcli.data.sources.records`). Files are at `path`.
+        """Return the records with which changed images are detected, see `sslcli.data.sources.records`.
 
-        contents: also hash the contents, which reads all files. on_progress: called from time to time if it takes long.
+        contents: whether to hash the contents of the files, which this method expects at `path`, too.
+        on_progress: called from time to time if the call takes long.
         """
         labels = label_codes(self.labels, self.classes)
         if self.images is None:
@@ -183,17 +187,17 @@ class Source:
             hashes = hashes_of(len(self), self.path, on_progress) if contents else None
             names = (self.path(i).encode("utf-8", "surrogateescape") for i in range(len(self)))
             return make_records(names, labels, sizes=sizes, stamps=stamps, contents=hashes)
-        # The lowest bit marks a hash as known. The pixels are in memory, so they are always hashed.
+        # The lowest bit is 1, so no hash equals `UNKNOWN`. The pixels are in memory, so they are always hashed.
         sums = (zlib.crc32(np.ascontiguousarray(image).data) << 1 | 1 for image in self.images.numpy())
         names = (f"{self.name}[{i}]".encode("utf-8", "surrogateescape") for i in range(len(self)))
         return make_records(names, labels, contents=np.fromiter(sums, np.uint64, len(self)))
 
     @cached_property
     def version(self) -> str:
-        """Version of the images in 16 hex digits, the cache key of everything that is computed from the images.
+        """Version of the images in 16 hex digits. It is the cache key of all results that are computed from the images.
 
-        It changes with any image, and also with modification times unless the contents are compared. It does not
-        depend on the location of the dataset.
+        The version changes if any image changes. Unless the contents are hashed, it also changes with the modification
+        times. It does not depend on the location of the dataset.
         """
         records = self.records(contents=self.verify == "contents")
         return digest((repr(self.classes).encode(), *records.digested()))
@@ -201,8 +205,9 @@ class Source:
     def split(self, hashes: Tensor, *, labeled: Tensor, num_test: int = 0) -> None:
         """Set `splits`. The last `num_test` positions are the official test split.
 
-        hashes: (M - num_test,) int64 of the training pool; the lowest are held out. Ties are ordered by position.
-        labeled: (M - num_test,) bool; only labeled images are held out, because a probe needs labels.
+        hashes: (M - num_test,) int64, one per image of the training pool. Images are ordered by a hash of the seed and
+            this value; the first ones are held out. Equal values are ordered by position.
+        labeled: (M - num_test,) bool. Only labeled images are held out, because a probe needs labels.
         """
         num_pool = len(hashes)
         order = rng.mix(self.seed, hashes).argsort(stable=True)
@@ -222,9 +227,10 @@ class Source:
 
 
 def replacement(source: Source, position: int, attempt: int) -> int:
-    """Return the training position that replaces a bad one: a pure function of its arguments, never `position` itself.
+    """Return the position of the training image that replaces the bad image at `position`; never `position` itself.
 
-    attempt: 1, 2, ... until a readable image is found. Raises ConfigError if there is no other image.
+    The result depends only on the arguments. Callers try attempt = 1, 2, ... until an image is readable. Raises
+    ConfigError if there is no other training image.
     """
     train = source.splits["train"]
     index = int(rng.mix(source.seed, position, attempt)) % len(train)
@@ -237,15 +243,15 @@ def replacement(source: Source, position: int, attempt: int) -> int:
 
 
 class Shapes(Source):
-    """Built-in dataset of generated shapes with nuisances, without download. See `sslcli.data.sources.shapes`.
+    """Built-in dataset of generated shapes with nuisances. It needs no download. See `sslcli.data.sources.shapes`.
 
     Args:
         train_images: number of images in train and val together, at least 1.
-        test_images: number of test images, generated with the indices that follow; 0 = no test split.
+        test_images: number of test images; 0 = no test split. Their indices follow those of the training images.
         nuisances: strength in [0, 1] of each field of `shapes.Nuisances`; default 1.
-        common: the arguments of `Source`; image_size at least 16.
+        common: the arguments of `Source`; image_size must be at least 16.
 
-    Images that `limit` leaves out are not generated: their pixels are 0 and their labels -1.
+    Images that are in no split because of `limit` are not generated: their pixels are 0 and their labels -1.
     """
 
     def __init__(
@@ -272,33 +278,33 @@ class Shapes(Source):
         self.recipe = f"{train_images} {test_images} {image_size} {self.seed} {self.nuisances}"
 
     def draw(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Generate images (n, 3, S, S) uint8 and labels (n,) at `positions`, also of images outside of `limit`."""
+        """Generate the images (n, 3, S, S) uint8 and labels (n,) at `positions`. `limit` has no effect on them."""
         return shapes.draw(positions, seed=self.seed, size=self.image_size, nuisances=self.nuisances)
 
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the dataset in 16 hex digits, independent of `limit`."""
-        # Some images are included, so that it changes with the code that draws them.
+        # Some images are included, so that the fingerprint changes if the code that draws them changes.
         images, _ = self.draw(torch.arange(min(len(self), 64)))
         return digest((self.recipe.encode(), images.numpy().tobytes()))
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return one record, of the fingerprint, since there are no files that could change."""
+        """Return a single record, which contains the fingerprint. There are no files that could change."""
         return make_records(
             [self.name.encode()], np.zeros(1, np.int64), contents=np.array([int(self.fingerprint, 16) | 1], np.uint64)
         )
 
 
 class TorchvisionSet(Source):
-    """CIFAR10, CIFAR100, STL10 or SVHN with the official test split, as one uint8 tensor.
+    """CIFAR10, CIFAR100, STL10 or SVHN with the official test split, in memory.
 
     Args:
-        name: one of these, in torchvision's spelling.
-        root: the folder of the dataset's files, also for the download.
+        name: one of these four names, in torchvision's spelling.
+        root: the folder of the dataset's files. Downloaded files are written there.
         download: whether to download missing files.
-        unlabeled: STL10 only: add its 100,000 unlabeled images to the training pool.
-        memory_gb: raise an error if the pixels take more than this many GB (10**9 bytes). Reading temporarily needs
-            twice as much.
+        unlabeled: whether to add the 100,000 unlabeled images of STL10 to the training pool. Only for STL10.
+        memory_gb: the largest size of the pixels in GB (10**9 bytes); a larger dataset is an error. While the files are
+            read, twice this memory is needed.
         common: the arguments of `Source`.
 
     Raises ValueError if files are missing and cannot be downloaded, or are damaged.

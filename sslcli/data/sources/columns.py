@@ -19,8 +19,8 @@ class Column:
     """Metadata of one column of a table.
 
     Attributes:
-        image: whether it contains encoded images.
-        classes: the class names that its numbers index; empty if unknown.
+        image: whether the column contains encoded images.
+        classes: the class names, indexed by the numbers in the column; empty if unknown.
     """
 
     image: bool = False
@@ -30,8 +30,8 @@ class Column:
 def columns_of(schema: Any) -> dict[str, Column]:
     """Return the columns of an Arrow schema by name.
 
-    `datasets` stores in the schema which columns are images, and the class names. If it names no image column, columns
-    of bytes, and of a struct that begins with `bytes`, are assumed to be images.
+    The library `datasets` stores in the schema which columns are images, and the class names. If the schema names no
+    image column, every column of bytes, or of a struct whose first field is `bytes`, is taken for an image column.
     """
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     features = {name: feature for name, feature in metadata.items() if isinstance(feature, dict)}
@@ -43,7 +43,7 @@ def columns_of(schema: Any) -> dict[str, Column]:
 
 
 def image_column(columns: Mapping[str, Column], wanted: str, *, where: str) -> str:
-    """Return the image column: `wanted`, or with "auto" the only column that contains images.
+    """Return the name of the image column: `wanted`, or with "auto" the only column that contains images.
 
     Raises ConfigError, whose message names the table `where` and its columns.
     """
@@ -59,7 +59,9 @@ def image_column(columns: Mapping[str, Column], wanted: str, *, where: str) -> s
 
 
 def label_column(columns: Mapping[str, Column], wanted: str | None, *, where: str) -> str | None:
-    """Return the label column: `wanted`, or with "auto" a column with a usual name or class names; None without labels.
+    """Return the name of the label column, or None if there are no labels.
+
+    It is `wanted`. With "auto", it is the column with a usual name of labels, else the column with class names.
 
     Raises ConfigError, whose message names the table `where` and its columns.
     """

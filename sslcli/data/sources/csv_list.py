@@ -15,9 +15,9 @@ DELIMITERS = (",", ";", "\t", "|")
 
 
 def read_csv(file: str) -> tuple[list[str], list[str]]:
-    """Return the columns `path` and `label` (all "" if it is missing) of a CSV file.
+    """Return the columns `path` and `label` of a CSV file. Without a column `label`, all labels are "".
 
-    The delimiter is the first of comma, semicolon, tab and vertical bar with which the header has a column `path`.
+    Comma, semicolon, tab and vertical bar are tried as the delimiter, until the header has a column `path`.
     Spaces around values are removed, and values in double quotes may contain delimiters.
 
     Raises ConfigError for an invalid file. The message names the line.
@@ -87,7 +87,7 @@ def _check_header(header: list[str], file: str) -> None:
 
 
 def _rows(content: str, delimiter: str, file: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows that are not empty: the number of the last line, and the stripped fields."""
+    """Yield each row that is not empty, as the number of its last line and its stripped fields."""
     reader = csv.reader(StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         for row in reader:

@@ -1,4 +1,4 @@
-"""Sizes, modification times and content hashes of many files, in parallel on slow file systems."""
+"""Sizes, modification times and content hashes of many files. On slow file systems, they are read in parallel."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from sslcli.data.sources.records import ProgressCallback
 from sslcli.system.regular_files import open_regular
 
-UNREADABLE = 1  # in place of the hash of a file that cannot be read
-_PROBES = 256  # files that measure the speed of the file system
-_SLOW_CALL = 1e-4  # seconds; above, threads are faster (network file systems)
+UNREADABLE = 1  # value that replaces the hash of a file that cannot be read
+_PROBES = 256  # number of files with which the speed of the file system is measured
+_SLOW_CALL = 1e-4  # seconds per file; if a call takes longer (network file systems), threads are faster
 _THREADS = 32
 _FILES_PER_REPORT = 2048  # files between two calls of the progress callback
-_FILES_PER_TASK = 16  # files per task of a thread
+_FILES_PER_TASK = 16  # number of files that a thread processes per task
 _READ_SIZE = 1 << 20  # bytes
 
 
@@ -54,7 +54,7 @@ def hashes_of(
 
 
 def hash_of(read: Callable[[], bytes]) -> int:
-    """Return a hash of the bytes that calls of `read` return until it returns b""; neither 0 nor `UNREADABLE`."""
+    """Call `read` until it returns b"", and return a hash of all bytes. The hash is never 0 or `UNREADABLE`."""
     state = hashlib.blake2b(digest_size=8)
     while part := read():
         state.update(part)

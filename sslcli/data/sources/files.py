@@ -1,6 +1,7 @@
 """Datasets of image files: class folders, ImageNet, flat folders and CSV lists.
 
-A file is identified by its path below its root, so moving a root changes neither the split nor the fingerprint.
+A root is a folder that contains the images of a dataset. A file is identified by its path relative to its root, so
+moving a root changes neither the split nor the fingerprint.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ _SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "te
 
 @dataclass
 class Listing:
-    """Files of a dataset under construction, in position order."""
+    """List of the files of a dataset, in position order."""
 
-    names: list[str] = field(default_factory=list)  # below the root, with "/"
-    labels: list[int] = field(default_factory=list)  # -1 = unknown
-    roots: list[int] = field(default_factory=list)  # number of the root
+    names: list[str] = field(default_factory=list)  # path of each file relative to its root, with "/"
+    labels: list[int] = field(default_factory=list)  # label of each file, -1 = unknown
+    roots: list[int] = field(default_factory=list)  # number of each file's root
 
     def add(self, names: Sequence[str], *, label: int, root: int) -> None:
         """Append files that share a label and a root."""
@@ -54,7 +55,7 @@ class Listing:
 
 
 class Files(Source):
-    """Base class of datasets of files. Names are packed in arrays, which worker processes share without copying."""
+    """Base class of datasets of files. File names are stored in arrays, which workers can share without copying."""
 
     _status: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
     _hashes: NDArray[np.uint64] | None = None
@@ -69,14 +70,15 @@ class Files(Source):
         classes: list[str],
         weights: Sequence[float] = (),
     ) -> None:
-        """Set the files: `pool` is split into train and val, `test` is the official test split (may be empty).
+        """Set the files of the dataset, and its splits.
 
         Args:
-            pool, test: the files.
-            name: of the dataset.
-            roots: the roots that the listings refer to by number.
+            pool: the files that are split into train and val.
+            test: the files of the official test split; may be empty.
+            name: name of the dataset.
+            roots: the root folders. `pool` and `test` refer to them by number.
             classes: the class names.
-            weights: weight of the images of each root; empty = all 1.
+            weights: the weight of the images of each root; empty = all 1.
         """
         names = [os.fsencode(file) for file in pool.names + test.names]
         self.name, self.classes, self.roots = name, classes, list(roots)
@@ -91,7 +93,7 @@ class Files(Source):
             self.weights = torch.tensor(weights)[torch.from_numpy(self._root_of)[self.splits["train"]]]
 
     def relative(self, position: int) -> str:
-        """Return the path of the file at `position` below its root."""
+        """Return the path of the file at `position`, relative to its root."""
         start = self._ends[position - 1] if position else 0
         return os.fsdecode(self._names[start : self._ends[position]])
 
@@ -101,9 +103,10 @@ class Files(Source):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity in 16 hex digits: sha256 of the relative path, size in bytes (-1 = unknown) and label of every file.
+        """Identity of the dataset in 16 hex digits.
 
-        It calls `stat` for each file, which takes a while for a million files.
+        It is the sha256 of every file's relative path, size in bytes (-1 = unknown) and label. This needs a `stat` call
+        per file, which takes a while for a million files.
         """
         return digest(self._rows())
 
@@ -113,7 +116,7 @@ class Files(Source):
             yield os.fsencode(self.relative(position)) + f"\0{size}\0{label}".encode()
 
     def status(self, on_progress: ProgressCallback | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return size and modification time of every file, cached at the first call."""
+        """Return the sizes and the modification times of all files. The first call caches them."""
         if self._status is None:
             self._status = status_of(self.num_files, self.file, on_progress)
         return self._status
@@ -128,7 +131,7 @@ class Files(Source):
         return self.path(number)
 
     def file_names(self) -> Iterator[bytes]:
-        """Yield the path of every file below its root, prefixed with the number of the root if there are several."""
+        """Yield the path of every file relative to its root, after the number of the root if there are several."""
         for position, root in enumerate(self._root_of.tolist()):
             name = os.fsencode(self.relative(position))
             yield name if len(self.roots) == 1 else b"%d:%b" % (root, name)
@@ -151,8 +154,8 @@ class ImageFiles(Files):
 
     Args:
         scaled_decode: see `Source`.
-        keep_decoded: "ram" caches full-size decoded images in memory, "disk" in a file, "none" does not cache; see
-            `sslcli.data.decoded_cache`.
+        keep_decoded: where to cache decoded full-size images: "ram" = in memory, "disk" = in a file, "none" = no cache.
+            See `sslcli.data.decoded_cache`.
         keep_gb: the largest size of the cache in GB (10**9 bytes).
         keep_dir: the folder of the cache file; None = a folder in the user's cache.
         common: the arguments of `Source`.
@@ -176,7 +179,7 @@ class ImageFiles(Files):
         self.keep_dir = keep_dir
 
     def fill(self, pool: Listing, test: Listing, **options: Any) -> None:
-        """Set the files as `Files.fill`, and create the cache of decoded images."""
+        """Set the files as `Files.fill` does, and create the cache of decoded images."""
         super().fill(pool, test, **options)
         if self.keep_decoded != "none":
             used = torch.cat(list(self.splits.values())).sort().values
@@ -189,16 +192,17 @@ class ImageFiles(Files):
 
 
 class Folder(ImageFiles):
-    """Class folders: `root/<class>/**/<image>`; the label is the name of the folder.
+    """Dataset of class folders, `root/<class>/**/<image>`. The label of an image is the name of its class folder.
 
     Args:
-        root: a folder, a list of folders, or a mapping from folder to weight: 2.0 shows each of its training images
-            twice per epoch, 0.5 half of them. The classes of several roots are merged by name.
-        test: a folder of class folders that is the official test split, or None.
+        root: a folder, a list of folders, or a mapping from folder to weight. With weight 2.0, an epoch contains each
+            training image of the folder twice; with 0.5, it contains half of these images. The classes of several roots
+            are merged by name.
+        test: a folder of class folders with the official test split, or None.
         common: the arguments of `ImageFiles`.
 
-    Raises ValueError for a root that is missing, not a folder, unreadable or without images. Class folders without
-    images are skipped, and images outside of class folders are ignored, both with a warning.
+    Raises ValueError for a root that is missing, not a folder, unreadable or without images. With a warning, class
+    folders without images are skipped, and images outside of class folders are ignored.
     """
 
     def __init__(self, *, root: Root, test: str | os.PathLike[str] | None = None, **common: Any) -> None:
@@ -234,12 +238,15 @@ class Folder(ImageFiles):
 
 
 class ImageNet(Folder):
-    """ImageNet-1k as class folders: `root/train/<wnid>/`, and the official validation set, `root/val/<wnid>/`, as test.
+    """ImageNet-1k as class folders, `root/train/<wnid>/` and `root/val/<wnid>/`.
+
+    The official validation set, `val`, is used as the test split.
 
     Args:
-        root: the folder that contains both. common: the arguments of `ImageFiles`.
+        root: the folder that contains `train` and `val`.
+        common: the arguments of `ImageFiles`.
 
-    Raises ValueError if either is missing; torchvision cannot download this dataset.
+    Raises ValueError if `train` or `val` is missing; torchvision cannot download this dataset.
     """
 
     def __init__(self, *, root: str | os.PathLike[str], **common: Any) -> None:
@@ -257,12 +264,13 @@ class ImageNet(Folder):
 
 
 class Flat(ImageFiles):
-    """Unlabeled images at any depth below one or several roots; no images are held out.
+    """Unlabeled images at any depth below one or several roots. No images are held out.
 
     Args:
-        root: as for `Folder`. common: the arguments of `ImageFiles`.
+        root: as for `Folder`.
+        common: the arguments of `ImageFiles`.
 
-    Raises ValueError as `Folder`.
+    Raises ValueError in the same cases as `Folder`.
     """
 
     def __init__(self, *, root: Root, **common: Any) -> None:
@@ -280,14 +288,16 @@ class Flat(ImageFiles):
 
 
 class ListFile(ImageFiles):
-    """A CSV file with a header and the column `path`, and optionally `label` (text or integers; see `as_labels`).
+    """Images listed in a CSV file with a header, a column `path` and optionally a column `label`.
+
+    Labels are text or integers, see `as_labels`. Other columns are ignored.
 
     Args:
-        file: the CSV file, UTF-8. Positions are its rows; other columns are ignored.
+        file: the CSV file, in UTF-8. Position i is its row i.
         root: the folder that paths are relative to; None = the folder of the CSV file.
         common: the arguments of `ImageFiles`.
 
-    Raises ValueError for a file that is missing or not a CSV file, lacks the column or rows, or whose paths do not
+    Raises ValueError if the CSV file is missing or invalid, has no column `path` or no rows, or lists paths that do not
     exist.
     """
 

@@ -1,7 +1,8 @@
-"""Datasets that Hugging Face `datasets` reads, from the hub or from local folders and files.
+"""Datasets that are read with the library `datasets` of Hugging Face, from the hub or from local folders and files.
 
-conf/dataset/hf.yaml; `datasets` is an optional dependency: pip install "sslcli[hf]". The tables are memory-mapped, so
-they need not fit in memory. For datasets that do not fit on the disk, see `sslcli.data.shards.source`.
+The configuration is conf/dataset/hf.yaml. `datasets` is an optional dependency: pip install "sslcli[hf]". The tables
+are memory-mapped, so they need not fit in memory. For datasets that do not fit on the disk, see
+`sslcli.data.shards.source`.
 """
 
 from __future__ import annotations
@@ -27,29 +28,31 @@ from sslcli.data.sources.records import UNKNOWN, ProgressCallback, Records, code
 from sslcli.errors import ConfigError, nearest
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
-HubName = str  # a name on the hub, unless a file or folder of that name exists
+HubName = str  # a path if a file or folder of this name exists, else a name on the hub
 _FINGERPRINT_IMAGES = 512
 _ROWS_PER_READ = 1 << 16
-SAVED_FILES = ("dataset_dict.json", "state.json")  # in a folder of `save_to_disk`
+SAVED_FILES = ("dataset_dict.json", "state.json")  # a folder that `save_to_disk` wrote has one of these files
 
 
 class Hf(Source):
-    """A dataset that `datasets.load_dataset` or `datasets.load_from_disk` reads.
+    """A dataset that is read with `datasets.load_dataset` or `datasets.load_from_disk`.
 
     Args:
         path: a folder of parquet files, a folder that `save_to_disk` wrote, a .parquet, .arrow or .tar file, or a name
             on the hub such as "uoft-cs/cifar10".
-        name: the configuration of the dataset, if it has several.
-        split: the split to train on. test: the official test split, or None.
-        image, label: the columns; "auto" detects them. label None: no labels.
-        data_files: paths or patterns below `path`, instead of all its files.
+        name: the name of the configuration, for a dataset with several configurations.
+        split: the split to train on.
+        test: the official test split, or None.
+        image, label: the names of the image and label columns; "auto" detects them. label=None: no labels.
+        data_files: paths or patterns relative to `path`, to read only these files.
         revision: a branch, tag or commit on the hub.
-        cache: the folder of prepared copies; None = the cache of `datasets`, which is in HF_HOME.
-        scaled_decode: see `Source`. common: the arguments of `Source`.
+        cache: the folder for the copies that `datasets` prepares; None = its own cache, which is in HF_HOME.
+        scaled_decode: see `Source`.
+        common: the arguments of `Source`.
 
-    Position i is row i of `split`; the rows of `test` follow.
+    Position i is row i of `split`. The rows of `test` have the positions after those of `split`.
 
-    Raises ConfigError if `datasets` is not installed, or cannot find or read the dataset.
+    Raises ConfigError if `datasets` is not installed, or if it cannot find or read the dataset.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Hf(Source):
     def open(self, position: int) -> Encoded:
         """Open the image at `position`. Raises BadImage for a cell that is empty or not an image."""
         value, path = self.cell(position), self.path(position)
-        if isinstance(value, dict):  # the image columns of `datasets`
+        if isinstance(value, dict):  # `datasets` stores an image as a struct of bytes and path
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
             return open_file(value)
@@ -94,7 +97,7 @@ class Hf(Source):
         return Encoded(value, path)
 
     def cell(self, position: int) -> Any:
-        """Return the cell of the image column at `position`, not decoded."""
+        """Return the content of the image column at `position`, without decoding it."""
         test = position >= self._num_pool
         column = self._tables[test][position - test * self._num_pool].column(0)
         return column[0].as_py()
@@ -106,15 +109,18 @@ class Hf(Source):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity in 16 hex digits: sha256 of the labels and of a strided sample of the cells."""
+        """Identity of the dataset in 16 hex digits: sha256 of all labels and of the images at every n-th position."""
         sample = range(0, len(self), max(1, len(self) // _FINGERPRINT_IMAGES))
         cells = (repr(self.cell(position)).encode() for position in sample)
         return digest((repr([len(self), self.classes]).encode(), self.labels.numpy().tobytes(), *cells))
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return one record per row: the size of its cell, and the modification time of the files of its table."""
+        """Return one record per row, with the size of its image and the modification time of the files of the table.
+
+        If a row contains the path of an image file instead of an image, the size and time of this file are used too.
+        """
         paths, sizes, stamps = self._cells()
-        external = np.flatnonzero([path is not None for path in paths])  # rows that name a file
+        external = np.flatnonzero([path is not None for path in paths])  # rows that contain the path of an image file
         if len(external):
             sizes[external], times = status_of(len(external), lambda number: str(paths[external[number]]), on_progress)
             stamps[external] = [
@@ -132,7 +138,7 @@ class Hf(Source):
         return make_records(names, labels, sizes=sizes, stamps=stamps, contents=hashes)
 
     def _cells(self) -> tuple[list[str | None], NDArray[np.int64], NDArray[np.int64]]:
-        """Return for every row the path of its image file (None if the table contains the image), size, and stamp."""
+        """Return the path, the size and the stamp of every row. The path is None if the table contains the image."""
         paths: list[str | None] = []
         sizes, stamps = [], []
         for table in self._tables:
@@ -147,9 +153,10 @@ class Hf(Source):
 
 
 def cell_sizes(column: Any) -> tuple[NDArray[np.int64], list[str | None]]:
-    """Return the number of bytes in each cell of an image column, and the path in each cell without bytes.
+    """Return two values per cell of an image column: its number of bytes, and its path if it has no bytes.
 
-    Only the offsets of the cells are read, not the images.
+    The number of bytes is -1 for a cell without bytes; the path is None for a cell with bytes. Only the offsets of the
+    cells are read, not the images.
     """
     import pyarrow
     import pyarrow.compute
@@ -171,8 +178,9 @@ def cell_sizes(column: Any) -> tuple[NDArray[np.int64], list[str | None]]:
 def stamp_of(table: Any, is_saved: bool) -> int:
     """Return a number that changes when the files of a table are rewritten.
 
-    is_saved: whether `save_to_disk` wrote the files, whose times are then used. Other files are prepared by `datasets`
-        on every machine, in a folder whose name depends on the times of the original files.
+    is_saved: whether `save_to_disk` wrote the files. If True, the number depends on the sizes and times of the files.
+        If False, `datasets` prepares the files anew on every machine, in a folder whose name depends on the times of
+        the original files; the number then depends on the name of this folder.
     """
     parts = []
     for file in sorted(entry["filename"] for entry in table.cache_files):
@@ -186,7 +194,7 @@ def stamp_of(table: Any, is_saved: bool) -> int:
 
 
 def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
-    """Return the wanted splits as `datasets.Dataset`. See `Hf`."""
+    """Return the splits named in `wanted`, each as a `datasets.Dataset`. See `Hf` for the arguments."""
     try:
         import datasets
     except ImportError as error:
@@ -198,7 +206,7 @@ def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised as exceptions as well
     try:
         found = _load(datasets, path, options)
-    # Any error is possible: network, builder, damaged file.
+    # Nearly any exception type is possible: network, code that builds the dataset, damaged file.
     except Exception as error:
         raise ConfigError(_failure(path, options, error)) from error
     if isinstance(found, datasets.Dataset):  # a folder of `save_to_disk` may be a single split
@@ -233,7 +241,7 @@ def _load(datasets: Any, path: str, options: dict[str, Any]) -> Any:
 
 
 def _failure(path: str, options: dict[str, Any], error: Exception) -> str:
-    """Return an error message in one line: the dataset, the reason, and what to do."""
+    """Return a one-line error message that names the dataset, the reason, and a remedy."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     arguments = "".join(f", dataset.{key}={value}" for key, value in options.items() if value and key != "cache_dir")
     if os.path.exists(path):
@@ -253,5 +261,5 @@ def _failure(path: str, options: dict[str, Any], error: Exception) -> str:
 
 
 def _images(table: Any, name: str) -> Any:
-    """Return the image column only, with rows as Arrow tables, so that nothing is decoded."""
+    """Return the table with only its image column. Its rows are Arrow tables, so that no image is decoded."""
     return table.select_columns([name]).with_format("arrow")

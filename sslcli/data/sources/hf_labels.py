@@ -1,4 +1,4 @@
-"""Labels of Hugging Face datasets, with the class names of every file."""
+"""Labels of Hugging Face datasets. The class numbers of a file are matched to the class names in the same file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ def labels_of(
     """Return the labels of the training split and, if there are two tables, of the test split.
 
     Args:
-        tables: `datasets.Dataset`, one per split; names: of the splits.
-        wanted: the column, "auto" or None, as in `Hf`.
-        where: the dataset, for messages; path, options: the arguments of `datasets.load_dataset`.
+        tables: the splits, each a `datasets.Dataset`.
+        names: the names of the splits.
+        wanted: the label column, "auto" or None, as in `Hf`.
+        where: the name of the dataset, for messages.
+        path, options: the arguments of `datasets.load_dataset`.
 
-    Raises ConfigError if one of the splits lacks the column.
+    Raises ConfigError if a split lacks the label column.
     """
     parts: list[Labels] = []
     files: Mapping[str, Sequence[str]] = {}
@@ -37,7 +39,7 @@ def labels_of(
         if number == 0 and name is not None:
             wanted, files = name, parquet_files(path, options)
         if number > 0 and wanted == AUTO and name is not None:
-            name = None  # the training split has no labels that a probe could learn from
+            name = None  # without training labels, a probe cannot be trained, so test labels are ignored
         is_test = number > 0
         if name is None:
             parts.append(Labels([None] * len(table), (), where, is_test=is_test))
@@ -57,8 +59,8 @@ def labels_of(
 def parquet_files(path: str, options: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the local parquet files of each split, in order; {} for a dataset in another format.
 
-    `datasets` applies the class names of the first file to the class numbers of all files. The correct names of each
-    file are only in the file itself.
+    The library `datasets` applies the class names of the first file to the class numbers of all files. The correct
+    class names of each file are stored only in the file itself.
     """
     import datasets
 

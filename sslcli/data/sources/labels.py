@@ -31,11 +31,11 @@ class Labels:
     """The labels of one split, shard or file.
 
     Attributes:
-        values: one per image, as stored. None, -1, -1.0, NaN and the texts in `UNKNOWN` mean unknown.
-        classes: class names that integers index; empty if the data have none.
-        where: location of the labels, for messages.
-        is_test: whether they belong to the official test split, which must not add classes.
-        remedy: what to do about values that are not class labels, for messages.
+        values: one label per image, as stored. None, -1, -1.0, NaN and the texts in `UNKNOWN` mean unknown.
+        classes: class names; an integer label is an index into them. Empty if the data have no class names.
+        where: where the labels are stored, for messages.
+        is_test: True for the labels of the official test split, which must not add classes.
+        remedy: what the user can do about values that are not class labels, for messages.
     """
 
     values: Sequence[object]
@@ -48,11 +48,12 @@ class Labels:
 def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
     """Return the labels (n,) int64 of all parts in order, -1 = unknown, and the names of their classes.
 
-    If any part has class names, parts are merged by name and never by number. Without names the classes are the
-    distinct values of the training parts, in numerical order if all are numbers, else in alphabetical order.
+    If any part has class names, the classes of all parts are merged by name, never by number. If no part has class
+    names, the classes are the distinct values of the training parts, in numerical order if all are numbers, else in
+    alphabetical order.
 
-    Raises ConfigError for values that are not class labels, for a part with numbers but no names if another part has
-    names, and for a test part with a class that the training parts lack.
+    Raises ConfigError in three cases: a value is not a class label; a part has numbers without class names although
+    another part has class names; or a test part has a class that the training parts lack.
     """
     cleaned = [_cleaned(part) for part in parts]
     if any(part.classes for part in parts):
@@ -66,12 +67,12 @@ def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
 
 
 def plain_label(value: object, *, where: str) -> Value:
-    """Return a label as a value that JSON supports. Raises ConfigError for a value that cannot be a label."""
+    """Convert a label to a type that JSON supports. Raises ConfigError for a value that cannot be a label."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0):
         return plain_label(value.item(), where=where)
-    # A pyarrow scalar requires that pyarrow is imported; another thread may be importing it at this moment.
+    # The value can be a pyarrow scalar only if pyarrow is imported. Another thread may be importing it at this moment.
     scalar = getattr(sys.modules.get("pyarrow"), "Scalar", None)
     if scalar is not None and isinstance(value, scalar):
         return plain_label(value.as_py(), where=where)
@@ -95,7 +96,7 @@ def plain_label(value: object, *, where: str) -> Value:
 
 
 def _cleaned(part: Labels) -> list[int | str | None]:
-    """Return the values as integers and stripped texts, None = unknown."""
+    """Return the values of a part as integers or stripped texts; None = unknown."""
     values: Sequence[object] = part.values
     if not set(map(type, values)) <= {int, float, str, type(None)}:
         values = [_without_bool(plain_label(value, where=part.where), part) for value in values]
@@ -105,7 +106,7 @@ def _cleaned(part: Labels) -> list[int | str | None]:
 
 
 def _without_bool(value: Value, part: Labels) -> Value:
-    """Convert a boolean to the number of a class if the part has class names, else to text."""
+    """Convert a boolean to a class number if the part has class names, else to text. Return other values unchanged."""
     if not isinstance(value, bool):
         return value
     return int(value) if part.classes else str(value)
@@ -143,7 +144,7 @@ Numbers = dict[int | str, int]
 
 
 def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]) -> tuple[list[str], list[Numbers]]:
-    """Return the merged class names, and the class numbers of each part's labels."""
+    """Return the merged class names, and for each part a mapping from its labels to class numbers."""
     known = [{value for value in values if value is not None} for values in cleaned]
     named = [part for part in parts if part.classes]
     is_trained = any(values and not part.is_test for part, values in zip(parts, known, strict=True))
@@ -161,7 +162,7 @@ def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]])
     same = {} if differ else _indices(pool[0].classes)
     tables = []
     for part, values in zip(parts, known, strict=True):
-        if part.classes and not differ:  # numbers are kept, even if two classes have the same name
+        if part.classes and not differ:  # all parts have the same class names, so their numbers need no change
             tables.append(same)
         elif part.classes:
             indices = _indices(part.classes).items()
@@ -172,7 +173,10 @@ def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]])
 
 
 def _indices(names: Sequence[str]) -> Numbers:
-    """Return class numbers by number, by numeric text, and by name. A name has precedence over a numeric text."""
+    """Return a mapping to class numbers from three kinds of keys: the number, the number as text, and the class name.
+
+    If a class name is also the number of a class as text, it counts as a name.
+    """
     table: Numbers = {number: number for number in range(len(names))}
     table |= {str(number): number for number in range(len(names))}
     table |= {name: number for number, name in reversed(list(enumerate(names)))}
@@ -191,7 +195,7 @@ def _check_names(part: Labels, values: Iterable[int | str], named: Labels) -> No
 
 
 def _check_unique(part: Labels) -> None:
-    """Raise ConfigError if two classes of a part have the same name, because merging by name would join them."""
+    """Raise ConfigError if two classes of a part have the same name, because merging by name would make them one."""
     name, count = Counter(part.classes).most_common(1)[0]
     if count > 1:
         raise ConfigError(
@@ -201,7 +205,10 @@ def _check_unique(part: Labels) -> None:
 
 
 def _by_value(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]) -> tuple[list[str], list[Numbers]]:
-    """Return the classes of labels without class names: the distinct labels of the training parts."""
+    """Return the classes of parts without class names, and for each part a mapping from its labels to class numbers.
+
+    The classes are the distinct labels of the training parts.
+    """
     known = [{value for value in values if value is not None} for values in cleaned]
     _check_kinds(parts, known)
     everything = set().union(*known)
@@ -220,7 +227,7 @@ def _by_value(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]
 
 
 def _number_name(value: int | str, part: Labels) -> str:
-    """Return the class name of a number. A float with an integer value such as "3.0" is the class "3"."""
+    """Return the class name for a numeric label. A float with an integer value such as "3.0" is the class "3"."""
     text = str(value)
     if not text.isdecimal():
         number = float(text)
@@ -236,7 +243,7 @@ def _number_name(value: int | str, part: Labels) -> str:
 
 
 def _check_spelling(classes: Sequence[str], part: Labels) -> None:
-    """Raise ConfigError for a number that is written in two ways, which would be two classes."""
+    """Raise ConfigError if the same number is written in two ways, because each way would be a class of its own."""
     for one, other in pairwise(classes):
         if int(one) == int(other):
             raise ConfigError(

@@ -1,7 +1,7 @@
 """Datasets with several modalities per image (color, depth, infrared, ...), each in its own folder.
 
-The modalities of an image are cropped and flipped together and stacked along the channels in the declared order, so an
-image is one tensor for all following code. Color operations change only the modality that is declared photometric.
+The modalities of an image are cropped and flipped together, then stacked along the channels in the configured order.
+After that, an image is a single tensor. Color operations change only the modality that is configured as photometric.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class Modality:
         channels: 1 or 3.
         interpolation: "smooth" uses the interpolation of the views; "nearest" never mixes pixels, which depth and
             segmentation maps require.
-        photometric: whether the color operations of the views change it; at most one modality.
-        optional: whether images may lack it. A missing modality is filled with the mean and marked in `Batch.present`.
-        span: the values that are mapped to 0 and 1; values outside are clipped. For one channel only: [0, 10000] for a
-            depth in millimeters up to 10 m. None: 0 and 255, or 65535 for 16 bits.
+        photometric: whether the color operations of the views change this modality. At most one modality can have True.
+        optional: whether images may lack this modality. A missing modality is filled with the mean of each channel;
+            `Batch.present` is False for it.
+        span: the values that are mapped to 0 and 1; other values are clipped to this range. Only for one channel, e.g.
+            [0, 10000] for a depth in millimeters up to 10 m. None: 0 and 255, or 0 and 65535 for 16 bits.
 
     Raises ValueError for a value out of range; the message names the field.
     """
@@ -76,14 +77,14 @@ class Modality:
         return Image.fromarray(np.rint(scaled.clip(0, 1) * 255).astype(np.uint8))
 
     def blank(self, size: tuple[int, int], mean: Sequence[float]) -> Image.Image:
-        """Return an image with the mean of each channel in all pixels, which is about 0 after normalization."""
+        """Return an image in which all pixels are the mean of each channel. After normalization, they are about 0."""
         color = tuple(round(255 * min(max(value, 0.0), 1.0)) for value in mean)
         return Image.new(_MODES[self.channels], size, color if self.channels > 1 else color[0])
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The modalities of an image, all of one size, with the interface of a PIL image."""
+    """The modalities of an image, all of the same size, with the interface of a PIL image."""
 
     layers: list[Image.Image]
     nearest: list[bool]
@@ -106,13 +107,13 @@ class Layers:
         return Layers([layer.crop(box) for layer in self.layers], self.nearest)
 
     def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Layers:
-        """Resize all modalities, those in `nearest` with nearest-neighbor interpolation."""
+        """Resize all modalities. Where `nearest` is True, use nearest-neighbor instead of `resample`."""
         filters = [Image.Resampling.NEAREST if nearest else resample for nearest in self.nearest]
         layers = [layer.resize(size, filter) for layer, filter in zip(self.layers, filters, strict=True)]
         return Layers(layers, self.nearest)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        """Return (H, W, C), the channels of all modalities in order."""
+        """Return an array (H, W, C) with the channels of all modalities in order."""
         shape = (self.height, self.width, -1)
         stacked = np.concatenate([np.asarray(layer).reshape(shape) for layer in self.layers], 2)
         return stacked if dtype is None else stacked.astype(dtype)
@@ -123,18 +124,18 @@ class Parallel(Files):
 
     Args:
         root: the folder that contains one folder per modality.
-        modalities: the fields of `Modality` for each folder name; channels are stacked in this order.
-        test: a folder with the layout of `root` that is the official test split, or None.
-        common: the arguments of `Source`; mean and std have a number for each channel of all modalities, in order.
+        modalities: for each modality, its folder name and the fields of `Modality`. Channels are stacked in this order.
+        test: a folder with the official test split, with the same layout as `root`; or None.
+        common: the arguments of `Source`. mean and std have one number per channel of all modalities, in order.
 
-    The modalities of an image must have the same aspect ratio; those of another size are resized to the size of the
-    first.
+    The modalities of an image must have the same aspect ratio. A modality of another size is resized to the size of
+    the first one.
 
     Attributes:
-        present: (M, number of modalities) bool, True if the file exists.
+        present: (M, number of modalities) bool, True if the file of this image and modality exists.
         modality_channels: the channels of each modality.
 
-    Raises ValueError for missing folders or files, or an invalid modality.
+    Raises ValueError for a missing folder or file, or an invalid modality.
     """
 
     present: torch.Tensor
@@ -186,7 +187,7 @@ class Parallel(Files):
         self._file_positions = np.argwhere(self._extension >= 0)  # position and modality of each file
 
     def match(self, root: str, *, key: str) -> dict[str, list[str | None]]:
-        """Return the file extension of each modality, None for a missing file, by `<class>/<stem>`."""
+        """Return a mapping from `<class>/<stem>` to the file extension of each modality, None for a missing file."""
         check_folder(root, key=key)
         found: dict[str, list[str | None]] = {}
         for number, name in enumerate(self.modalities):
@@ -211,16 +212,16 @@ class Parallel(Files):
         return found
 
     def path(self, position: int) -> str:
-        """Return the path of the first modality that the image at `position` has."""
+        """Return the path of the image at `position`: the file of its first modality that is not missing."""
         return self.path_of(position, int(self.present[position].int().argmax()))
 
     def path_of(self, position: int, modality: int) -> str:
-        """Return the path of one modality, which must be present."""
+        """Return the path of the file of one modality, which must not be missing."""
         name, extension = list(self.modalities)[modality], self.extensions[self._extension[position, modality]]
         return os.path.join(self.roots[self._root_of[position]], name, self.relative(position) + extension)
 
     def open(self, position: int) -> DecodedImage:
-        """Open all modalities at `position`, decoded at full size, since not all formats support scaled decoding."""
+        """Open and decode all modalities at `position`, at full size: not all formats support scaled decoding."""
         return DecodedImage(self.read(position))
 
     def read(self, position: int) -> Layers:
@@ -239,13 +240,13 @@ class Parallel(Files):
         return Layers(resized, self.nearest)
 
     def fit_to_size(self, position: int, number: int, layer: Image.Image | None, size: tuple[int, int]) -> Image.Image:
-        """Return the layer of modality `number`, resized to `size`; a blank one if the modality is missing."""
+        """Return the image of modality `number`, resized to `size`; if the modality is missing, a blank image."""
         modality = list(self.modalities.values())[number]
         if layer is None:
             return modality.blank(size, self.mean[self.modality_channels[number]])
         if layer.size == size:
             return layer
-        # Tolerates half a pixel on either side, from rounding the sizes.
+        # Sizes are rounded, so a difference of half a pixel per side is allowed.
         if abs(layer.width * size[1] - layer.height * size[0]) > max(size) + max(layer.size):
             raise BadImage(
                 self.path_of(position, number),
@@ -274,7 +275,7 @@ class Parallel(Files):
 
     @property
     def num_files(self) -> int:
-        """Number of files. An image has one file per modality that is present."""
+        """Number of files. An image has one file for each modality that is not missing."""
         return len(self._file_positions)
 
     def file(self, number: int) -> str:
@@ -283,7 +284,7 @@ class Parallel(Files):
         return self.path_of(position, modality)
 
     def file_names(self) -> Iterator[bytes]:
-        """Yield the path of every file below its root, prefixed with the number of the root if there are several."""
+        """Yield the path of every file relative to its root, after the number of the root if there are several."""
         modalities = list(self.modalities)
         for position, modality in self._file_positions.tolist():
             root = self._root_of[position]
@@ -302,7 +303,7 @@ class Parallel(Files):
 
 
 def parse(modalities: Mapping[str, Mapping[str, Any]]) -> dict[str, Modality]:
-    """Return the modalities of a yaml file. Error messages name the modality."""
+    """Return the modalities that a yaml file defines, by name. Error messages name the modality."""
     if not isinstance(modalities, Mapping) or not modalities:
         raise ValueError(f"dataset.modalities is {modalities!r}, but it must have at least one folder of images")
     known = [field.name for field in fields(Modality)]

@@ -1,4 +1,4 @@
-"""Interfaces of images between file and crops: opened images, whose size is known, and decoded pictures."""
+"""Protocols for images: an opened image, whose size is known, and a decoded picture, from which views are cropped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 class Picture(Protocol):
-    """Decoded image to crop from: a PIL image, or several aligned images (`sslcli.data.sources.parallel`)."""
+    """Decoded image from which views are cropped: a PIL image, or several modalities as `parallel.Layers`."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -35,11 +35,11 @@ class OpenedImage(Protocol):
         """Width and height of the full-size image."""
 
     def decode(self, divisor: int = 1, /) -> Picture:
-        """Decode the image, at 1/divisor of its size if the format supports it. Raises BadImage if it is unreadable."""
+        """Decode the image, at 1/divisor of its size if its format supports it. Raises BadImage if it is unreadable."""
 
 
 class DecodedImage:
-    """An opened image that is decoded already."""
+    """An opened image that is already decoded."""
 
     def __init__(self, picture: Picture) -> None:
         self.picture, self.size = picture, picture.size

@@ -1,4 +1,4 @@
-"""Records of the images of a dataset, which detect changed images when a run is started again.
+"""Records of the images of a dataset. A resumed run compares them to detect images that changed since its start.
 
 A record is a name and a row of integers. Records are cheap: they need the list of the files and one `stat` call per
 file. The contents of the files are read only on request.
@@ -21,15 +21,15 @@ from torch import Tensor
 from sslcli.errors import ConfigError, nearest
 
 VERIFY = ("times", "sizes", "contents", "none")
-UNKNOWN = 0  # in place of a hash that was not computed, so that there is nothing to compare
+UNKNOWN = 0  # value that replaces a hash that was not computed; it is not compared
 FORMAT = 1
-MAX_NAMES = 3  # names that a message lists per kind of change
+MAX_NAMES = 3  # number of names that a message lists for each kind of change
 
 ProgressCallback = Callable[[int, int], None]  # called with the number of items done and the total
 
 
 def check_verify(value: str) -> str:
-    """Return the value of `dataset.verify`. Raises ValueError for an unknown value."""
+    """Return `value`, which is `dataset.verify`. Raises ValueError for an unknown value."""
     if value not in VERIFY:
         raise ValueError(
             f"dataset.verify is {value!r}, but it must be one of {', '.join(VERIFY)}.{nearest(value, VERIFY)}"
@@ -39,15 +39,17 @@ def check_verify(value: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Records of a dataset: one row per image in position order, or per shard, or per file if an image has several.
+    """Records of a dataset, in position order.
+
+    A row is an image; for a dataset of shards, a shard; if an image has several files, a file.
 
     Attributes:
-        names: the names of all rows in bytes, joined by NUL, which no file name contains.
+        names: the names of all rows as bytes, joined by NUL, which no file name contains.
         labels: (n,) int64, a hash of the class name; 0 = no label.
         sizes: (n,) int64, bytes; -1 = unknown.
-        stamps: (n,) int64, the modification time in nanoseconds, or a hash that changes with it; 0 = none.
+        stamps: (n,) int64, the modification time in nanoseconds, or a hash that changes with this time; 0 = none.
         contents: (n,) uint64, a hash of the contents, or `UNKNOWN`.
-        unit: plural noun for the rows, for messages.
+        unit: plural noun for the rows, such as "images" or "shards", for messages.
     """
 
     names: bytes
@@ -74,7 +76,7 @@ class Records:
             yield np.ascontiguousarray(column).tobytes()
 
     def digested(self) -> Iterator[bytes]:
-        """Yield all columns as bytes. Modification times are zeroed in the rows whose contents are known."""
+        """Yield all columns as bytes. In rows with a hash of the contents, the modification time is set to 0."""
         known = self.contents != UNKNOWN
         yield from replace(self, stamps=np.where(known, 0, self.stamps)).columns()
 
@@ -88,7 +90,7 @@ def make_records(
     contents: NDArray[np.uint64] | None = None,
     unit: str = "images",
 ) -> Records:
-    """Return records. Columns that are None are filled with 0."""
+    """Return the records with these columns. A column that is None is filled with 0."""
     zeros = np.zeros(len(labels), np.int64)
     return Records(
         names=b"\0".join(names),
@@ -101,7 +103,7 @@ def make_records(
 
 
 def label_codes(labels: Tensor, classes: Sequence[str]) -> NDArray[np.int64]:
-    """Return a hash of the class name of each label, so that adding a class does not change the other labels."""
+    """Return a hash of the class name of each label. Unlike class numbers, it does not change if a class is added."""
     numbers = labels.numpy()
     count = max(int(numbers.max(initial=-1)) + 1, len(classes))
     names = [*classes, *map(str, range(len(classes), count))]
@@ -122,7 +124,7 @@ def pack(records: Records) -> bytes:
     """Serialize records to the bytes of an .npz file."""
     header = json.dumps({"sslcli": "image records", "format": FORMAT, "unit": records.unit}).encode()
     file = io.BytesIO()
-    # NumPy's own compression level takes four times as long and saves a tenth of the size.
+    # NumPy's default compression level takes four times as long and saves only a tenth of the size.
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, column in [
             ("told", np.frombuffer(header, np.uint8)),  # "told" is the name in the file format
@@ -135,7 +137,7 @@ def pack(records: Records) -> bytes:
 
 
 def unpack(content: bytes) -> Records:
-    """Deserialize the records in an .npz file. Raises ValueError if it contains no records or is damaged."""
+    """Deserialize the records in an .npz file. Raises ValueError if the file contains no records or is damaged."""
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             header = json.loads(arrays["told"].tobytes())
@@ -151,22 +153,22 @@ def unpack(content: bytes) -> Records:
 
 @dataclass(frozen=True)
 class Changes:
-    """Differences between two records of a dataset, as lists of names."""
+    """Differences between the records of a dataset at two times, as lists of names."""
 
-    total: int  # number of rows before
+    total: int  # number of rows in the older records
     unit: str
-    changed: list[str]  # label, size or contents differ
-    times_changed: list[str]  # only the modification time differs
+    changed: list[str]  # rows whose label, size or contents differ
+    times_changed: list[str]  # rows of which only the modification time differs
     appeared: list[str]
     vanished: list[str]
-    order: int  # number of rows with another position in the order
+    order: int  # number of rows whose place in the order changed
 
     def __bool__(self) -> bool:
         return any(getattr(self, field.name) for field in fields(self) if field.name not in ("total", "unit"))
 
     @property
     def only_times_differ(self) -> bool:
-        """Whether only modification times differ."""
+        """Whether the only changes between the two records are the modification times of files."""
         return bool(self.times_changed) and not (self.changed or self.appeared or self.vanished or self.order)
 
     def describe(self) -> str:
@@ -187,9 +189,10 @@ class Changes:
 
 
 def compare(then: Records, now: Records, *, times: bool) -> Changes:
-    """Return the changes from `then` to `now`.
+    """Return the changes from the older records `then` to the newer records `now`.
 
-    Contents are compared if both records have their hashes; otherwise modification times are compared, if `times`.
+    The contents of a row are compared if both records have a hash of them. If not, the modification times are compared,
+    unless `times` is False.
     """
     if then.names == now.names:
         before = after = np.arange(len(then))
@@ -220,7 +223,7 @@ def compare(then: Records, now: Records, *, times: bool) -> Changes:
 
 
 def _positions(records: Records) -> dict[tuple[bytes, int], int]:
-    """Return the position of each row by its name and the number of earlier rows with the same name."""
+    """Return a mapping from (name, number of earlier rows with the same name) to the position of each row."""
     counts: dict[bytes, int] = {}
     positions = {}
     for position, name in enumerate(records.names.split(b"\0")):
@@ -238,7 +241,8 @@ def _printable(name: bytes) -> str:
 def changed_images_error(changes: Changes, *, name: str, known: bool) -> ConfigError:
     """Return the error for a run that would resume with changed images.
 
-    name: of the dataset. known: whether the hashes of the contents were stored, so that they can be compared.
+    name: name of the dataset.
+    known: whether hashes of the contents were stored, so that the contents can be compared.
     """
     remedy = "Restore them, or start another run"
     if changes.only_times_differ:

@@ -13,9 +13,9 @@ Root = str | os.PathLike[str] | Sequence[str] | Mapping[str, float]
 
 
 def parse_roots(root: Root) -> dict[str, float]:
-    """Return the folders and their weights.
+    """Return a mapping from each root folder to its weight.
 
-    Raises ValueError without folders, and for a folder that is missing or a duplicate, or a weight that is not above 0.
+    Raises ValueError if there are no folders, a folder is missing or occurs twice, or a weight is not above 0.
     """
     if not isinstance(root, (str, os.PathLike, Sequence, Mapping)):
         raise ValueError(f"dataset.root is {root!r}, but it must be a folder, a list of folders, or {{folder: weight}}")
@@ -72,7 +72,10 @@ def list_entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def folder_identity(folder: str) -> tuple[int, int]:
-    """Return device and inode of a folder, which are the same via any link. Raises ValueError if `stat` fails."""
+    """Return the device and inode of a folder, which identify it even if its path contains links.
+
+    Raises ValueError if `stat` fails.
+    """
     try:
         status = os.stat(folder)
     except OSError as error:
@@ -88,7 +91,7 @@ def listing_error(folder: str, error: OSError) -> ValueError:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether it is a folder or a link to one. Broken links and links to themselves are not folders."""
+    """Return whether `entry` is a folder or a link to a folder. A broken link or a link to itself is not a folder."""
     try:
         return entry.is_dir()
     except OSError:
@@ -96,15 +99,18 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_image(entry: os.DirEntry[str]) -> bool:
-    """Return whether the file extension is that of an image. Broken links count, so that they are reported as bad."""
+    """Return whether the file extension is that of an image.
+
+    A broken link with such an extension counts as an image, so that it is later reported as a bad image.
+    """
     stem, _, extension = entry.name.rpartition(".")
     return bool(stem) and extension.lower() in EXTENSIONS and not is_folder(entry)
 
 
 def scan(folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> list[str]:
-    """Return the paths, with `prefix`, of the images at any depth below `folder`. Links are followed, except in loops.
+    """Return the paths of the images at any depth below `folder`, each with `prefix` before its relative path.
 
-    above: the identities of the parent folders.
+    Links are followed, unless they lead back to a parent folder. above: the identities of the parent folders.
     """
     current = folder_identity(folder)
     if current in above:
@@ -119,7 +125,10 @@ def scan(folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ())
 
 
 def scan_classes(root: str) -> dict[str, list[str]]:
-    """Return the files of each class folder of `root`, as paths below `root`. Raises ValueError if there are none."""
+    """Return the files of each class folder of `root`, as paths relative to `root`.
+
+    Raises ValueError if there are no class folders.
+    """
     found = list_entries(root)
     groups = {e.name: scan(e.path, f"{e.name}/") for e in found if is_folder(e)}
     loose = sum(map(is_image, found))

@@ -1,16 +1,17 @@
-"""Built-in dataset of generated images: the label is a shape, everything else is a nuisance.
+"""Built-in dataset of generated images. The label is a shape; all other properties are nuisances.
 
-Each image shows two to four instances of one shape on a cluttered background. Fill color, texture, scale,
-rotation and position differ between the instances of an image, so two random crops have only the shape in common;
-the background varies across the image, and one crop contains little information about the background of another.
-Each nuisance has a strength in [0, 1].
+Each image shows two to four instances of one shape on a cluttered background. Fill color, texture, scale, rotation and
+position differ between the instances of an image, so two random crops have only the shape in common. The background
+varies across the image, so a crop contains little information about the background of another crop. Each nuisance has a
+strength in [0, 1].
 
-Image i is a pure function of (seed, i, size, nuisances), bit for bit: the random numbers are stateless and the
-renderer uses only correctly rounded operations (+ - * / sqrt min max floor), so the batch split, the number of threads
-and the vector width of the CPU do not change any pixel. Edges are anti-aliased with signed distance functions
+Image i is bit for bit a pure function of (seed, i, size, nuisances). The random numbers are stateless, and the renderer
+uses only correctly rounded operations (+ - * / sqrt min max floor). Therefore no pixel depends on the split into
+batches, the number of threads or the vector width of the CPU. Edges are anti-aliased with signed distance functions
 (negative inside, unit slope near the edge; see https://iquilezles.org/articles/distfunctions2d/).
 
-Shape letters: n images, S side in pixels. Lengths are in half image sides: x and y run from -1 to 1, y downwards.
+Tensor shapes: n images, side S in pixels. Lengths are in units of half the image side: x and y are in [-1, 1], and y
+points down.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from torch import Tensor
 
 from sslcli.data.rng import mix, uniform
 
-_SLOTS = ((-0.5, -0.5), (0.5, 0.5), (0.5, -0.5), (-0.5, 0.5))  # the first two are always filled
-_CHUNK_PIXELS = 1 << 17  # planes of half a MiB fit in the CPU cache
-_TURNS = 4096  # size of the sine table; libm's sin and cos differ between CPUs, and between SIMD and scalar code
+_SLOTS = ((-0.5, -0.5), (0.5, 0.5), (0.5, -0.5), (-0.5, 0.5))  # centers of instances; the first two are always used
+_CHUNK_PIXELS = 1 << 17  # pixels rendered in one call; a float32 plane of them has half a MiB and fits in the CPU cache
+_TURNS = 4096  # size of the sine table; sin and cos of libm give other last bits on other CPUs and in SIMD code
 _COSINE = torch.tensor([math.cos(2 * math.pi * i / _TURNS) for i in range(_TURNS)], dtype=torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nuisances:
-    """Strength in [0, 1] of the variation of everything but the shape; 0 disables a variation.
+    """Strength in [0, 1] of each nuisance, that is, of the variation of each property but the shape; 0 disables it.
 
     color: hue, saturation and lightness of each instance (0: the same light gray).
     texture: stripes and checks inside the instances (0: uniform fill).
@@ -85,7 +86,7 @@ def draw(indices: Tensor, *, seed: int, size: int, nuisances: Nuisances = Nuisan
 
 
 # Signed distances to the shapes: coordinates (n, S, S) in units of the instance's radius -> (n, S, S), negative inside.
-# The areas and extents of the shapes overlap over the range of scales, so size carries little information on the label.
+# Because of the random scales, the sizes of different shapes overlap, so the size says little about the label.
 
 
 def _disc(x: Tensor, y: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    # Three reflections fold the plane onto a tenth of the star, where its border is one line from a tip to a notch.
+    # Three reflections map the plane to a tenth of the star, in which the border is one line from a tip to a notch.
     cos, sin, notch = math.cos(math.pi / 5), math.sin(math.pi / 5), 0.5
     x, y = x.abs(), -y
     for side in (cos, -cos):
@@ -129,7 +130,7 @@ def _crescent(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
-    # A square on its corner with discs on its two upper sides.
+    # The heart is a square that stands on a corner, plus a disc on each of its two upper sides.
     side = 0.55
     x, y = x.abs(), y - 0.15
     diagonal, other = (x + y) * math.sqrt(0.5), (x - y) * math.sqrt(0.5)
@@ -166,9 +167,9 @@ def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
 
 
 class _RandomNumbers:
-    """Random numbers for one part of n images. Each call returns the next (n,) numbers.
+    """Random numbers for one element of n images, such as the background. Each call returns the next (n,) numbers.
 
-    All are hashed at once, which makes generating a few images fast.
+    All `count` numbers per image are computed in one call when the object is created, which is faster for few images.
     """
 
     def __init__(self, key: Tensor, count: int = 20) -> None:
@@ -218,7 +219,7 @@ def _background(numbers: _RandomNumbers, x: Tensor, y: Tensor, lightness: Tensor
 
 
 def _fill_color(numbers: _RandomNumbers, background: Tensor, strength: float) -> Tensor:
-    """Return colors (n, 3) that differ from the lightness (n,) of the background also in grayscale."""
+    """Return colors (n, 3) whose lightness differs from that of the background (n,), also after conversion to gray."""
     darker = (background > 0.37) & (numbers() < 0.6)
     contrast = numbers(0.35, 0.5)
     lightness = torch.where(darker, background - contrast, background + contrast)
@@ -267,7 +268,7 @@ def _noise(key: Tensor, x: Tensor, y: Tensor, cells: int = 5) -> Tensor:
 
 
 def _chroma(numbers: _RandomNumbers) -> Tensor:
-    """Return RGB offsets (n, 3) of random hue and saturation that keep the lightness (ITU-R BT.601 luma)."""
+    """Return RGB offsets (n, 3) of random hue and saturation. They do not change the lightness (ITU-R BT.601 luma)."""
     hue, saturation = numbers(), numbers()
     red, green, blue = (((hue + shift) % 1 * 6 - 3).abs() - 1 for shift in (0.0, 2 / 3, 1 / 3))
     rgb = torch.stack([red, green, blue], dim=1).clamp(0, 1)
@@ -276,7 +277,7 @@ def _chroma(numbers: _RandomNumbers) -> Tensor:
 
 
 def _direction(turn: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of angles in turns."""
+    """Return the cosine and sine of angles, which are given in turns (1 turn = 360 degrees)."""
     step = (turn * _TURNS).floor().long()
     return _COSINE[step % _TURNS], _COSINE[(step - _TURNS // 4) % _TURNS]
 

@@ -1,4 +1,4 @@
-"""Reader of torchvision's datasets, with downloads and error messages that name the missing files."""
+"""Reader of torchvision's datasets. It downloads missing files, and its error messages name them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 _TIMEOUT = 20.0  # seconds without data before a download fails
 
-# Number of images without and with the unlabeled ones, side in pixels.
+# Number of images without the unlabeled ones, number with them, and side in pixels.
 _SIZES = {
     "CIFAR10": (60_000, 60_000, 32),
     "CIFAR100": (60_000, 60_000, 32),
@@ -29,7 +29,7 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class Parts:
-    """Pixels and labels of the splits: the training pool first, the test split last."""
+    """Pixels and labels of the splits. The training pool is first, the test split last."""
 
     pixels: list[NDArray[np.uint8]]  # each (n, 3, S, S)
     labels: list[NDArray[np.int64]]  # each (n,), -1 = unknown
@@ -84,7 +84,7 @@ def _build(kind: Any, root: Path, part: str, **options: bool) -> Any:
 
 
 def _files(kind: Any, root: Path) -> list[Path]:
-    """Return the files of the dataset, all of which are required."""
+    """Return the files that the dataset needs."""
     if kind.__name__ == "SVHN":
         return [root / kind.split_list[part][1] for part in ("train", "test")]
     names = [name for name, _ in kind.train_list + kind.test_list]
@@ -94,12 +94,12 @@ def _files(kind: Any, root: Path) -> list[Path]:
 
 
 def _download_missing(kind: Any, root: Path, files: list[Path], *, download: bool) -> None:
-    """Download missing files. Raises ValueError, naming the files and the folder, if that fails or is disabled."""
+    """Download missing files. Raises ValueError if the download fails or is disabled; it names the files and folder."""
     reason = "dataset.download is false"
     if download:
         try:
             with exclusive_lock(root), _timeout(_TIMEOUT):
-                # Another process may have downloaded them while this one waited for the lock.
+                # Another process may have downloaded the files while this process waited for the lock.
                 if not all(path.is_file() for path in files):
                     for part in ("train", "test"):
                         _build(kind, root, part, download=True)
@@ -117,7 +117,7 @@ def _download_missing(kind: Any, root: Path, files: list[Path], *, download: boo
 
 @contextmanager
 def exclusive_lock(root: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder, so that processes of a run or a sweep do not write its files concurrently."""
+    """Hold an exclusive lock on a folder within the block, so that other processes do not write to it concurrently."""
     import fcntl
 
     root.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,10 @@ def exclusive_lock(root: Path) -> Iterator[None]:
 
 @contextmanager
 def _timeout(seconds: float) -> Iterator[None]:
-    """Set the default socket timeout. torchvision sets none and would hang behind a firewall that drops packets."""
+    """Set the default socket timeout within the block.
+
+    torchvision sets no timeout, so a download would hang behind a firewall that drops packets.
+    """
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
