@@ -1,9 +1,10 @@
 """Counts of the collectives in a step: `python scripts/count_communication.py [--json FILE] [NAME ...]`
 
-Runs a step of the training loop and counts every collective of torch.distributed, as one of 2 processes with N and with
-2 N images. From these counts it derives a formula for the bytes, verifies it as one of 1,024 processes and in 2 and 4
-real processes connected by gloo, and prints the table of docs/scaling.md. Other processes are simulated by torch's fake
-process group, whose collectives do nothing; no count depends on values. N: images per process, W: processes.
+The script runs a step of the training loop as one of 2 processes, with N and with 2 N images per process, and counts
+every collective of torch.distributed. From these counts it derives a formula for the bytes with any number of
+processes W. It verifies the formula as one of 1,024 processes and in 2 and 4 real processes connected by gloo, and
+prints the table of docs/scaling.md. The other processes are simulated by torch's fake process group, whose collectives
+do nothing; the counts do not depend on the values of tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from sslcli.distributed import collectives
 from sslcli.engine.loop import optimize, parallel
 
 PACKAGE = Path(sslcli.__file__).parent
-# Purpose of a collective, by the innermost function (module, name) of the call stack that is in this table.
+# The purpose of a collective is that of the innermost function (module, name) of the call stack in this table.
 PURPOSES = {
     ("engine.loop", "average_each"): "gradients",
     ("engine.gradient_cache", "average_gradients"): "gradients",
@@ -57,7 +58,7 @@ PURPOSES = {
 
 @dataclass
 class CollectiveCount:
-    """Number of calls and input bytes of the collectives of one process with one purpose."""
+    """Number of calls and input bytes of one process's collectives with one purpose."""
 
     collective: str
     calls: int = 0
@@ -88,7 +89,7 @@ class CollectiveCounter:
         self.originals.clear()
 
     def replace(self, module: Any, name: str, collective: str, size: Callable[..., int]) -> None:
-        """Replace a function of a module by one that counts; `size` computes its bytes from the same arguments."""
+        """Replace a function of a module by a wrapper that counts calls; `size` returns the bytes of a call."""
         original = getattr(module, name)
 
         def counting(*args: Any, **keywords: Any) -> Any:
@@ -110,7 +111,7 @@ def bytes_of(tensor: Tensor) -> int:
 
 
 def purpose_of(frame: FrameType | None) -> str:
-    """Return the purpose of the collective that `frame` calls, or the name of the calling function if it has none."""
+    """Return the purpose of the collective that `frame` calls; without one, the name of the calling function."""
     names = []
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -124,7 +125,7 @@ def purpose_of(frame: FrameType | None) -> str:
 
 
 def compose_config(overrides: tuple[str, ...], batch_size: int) -> RunConfig:
-    """Return the configuration of a run on a CPU with these overrides and `batch_size` images per step."""
+    """Return the configuration of a CPU run with these overrides and `batch_size` images per step."""
     fixed = [
         "dataset=shapes",
         f"dataset.train_images={batch_size}",
@@ -167,7 +168,7 @@ def count_steps(configs: list[RunConfig]) -> list[tuple[int, dict[str, Collectiv
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one process with one purpose per step: input of fixed + per_image * N bytes, for any W."""
+    """Collectives of one process with one purpose in a step: fixed + per_image * N input bytes for any W."""
 
     collective: str
     calls: int
@@ -179,7 +180,7 @@ class Traffic:
         return self.fixed + self.per_image * num_images
 
     def link_bytes(self, num_images: int, processes: int) -> float:
-        """Return the bytes that each process sends (and receives) with ring algorithms, which is the minimum."""
+        """Return the bytes that each process sends (and receives) with ring algorithms, the minimum."""
         others, local = processes - 1, self.sent(num_images)
         factor = {"all-reduce": 2 * others / processes, "all-to-all": others / processes, "barrier": 0}
         return local * factor.get(self.collective, others)
@@ -234,8 +235,8 @@ def measure(
     Args:
         cases: name and overrides of each case.
         num_images: N, images per process; the formulas are derived from N and 2 N.
-        simulated: numbers of processes to verify in this process.
-        real: numbers of processes to verify in as many processes, connected by gloo.
+        simulated: numbers of processes for which the formulas are verified in this process, with simulated others.
+        real: numbers of processes for which they are verified in real processes, connected by gloo.
     """
 
     def configs_of(batch_size: int) -> list[RunConfig]:

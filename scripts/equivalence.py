@@ -1,7 +1,7 @@
 """Comparison of training in 1, 2 and 4 processes: `python scripts/equivalence.py [NAME ...]`
 
-Trains every case with the step of the training loop, in float64 and float32, and prints the table of
-docs/reliability.md: the largest relative differences between 2 processes and 1, and between 4 and 2.
+The script trains every case with the step of the training loop, in float64 and float32. It prints the table of
+docs/reliability.md, which has the largest relative differences between runs with 1 and 2 processes, and with 2 and 4.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OVERRIDES = [
     "monitor.knn_every_epochs=0",
     "monitor.pictures=0",
 ]
-# Values for the keys that a method or backbone has. One of 4 processes has 4 images, hence groups of 4.
+# Values for those keys that a method or backbone has. With 4 processes, each has 4 images, hence groups of 4.
 SMALLER = {"queue_size": 40, "hidden": 32, "dim": 16, "width": 4, "units": 32, "map_hidden": 32, "bn_group": 4}
 FLOOR = 1e-3  # minimum of a tensor's largest value, for tensors that are zero except for rounding
 
@@ -53,11 +53,11 @@ class Case:
 
     name: str
     overrides: tuple[str, ...]
-    reason: str = ""  # why several processes compute something else than one, if they do
-    rounding: str = ""  # why float32 differs by more than its last digits, if it does
+    reason: str = ""  # reason, if several processes do not compute the same as one process
+    rounding: str = ""  # reason, if float32 results differ by more than rounding
 
 
-TWO_EPOCHS = "dataset.train_images=32"  # for memory banks, whose first epoch fills the bank without training
+TWO_EPOCHS = "dataset.train_images=32"  # for memory banks: the first epoch fills the bank without training
 NORM = "BatchNorm of one process in float32 (1)"
 ADAM = "Adam in float32 (2)"
 LOCAL_NORM = "BatchNorm statistics come from one process, here 4 to 16 images"
@@ -99,7 +99,7 @@ VARIANTS = [
     Case("bigan, hinge, R1", ("method=bigan", "method.loss=hinge", "method.unary=true", "method.r1=1"), rounding=ADAM),
     Case("dcgan, R1", ("method=dcgan", "method.r1=1"), rounding=NORM),
 ]
-ROUNDING = {"dcgan": NORM, "deep_infomax": ADAM}  # of the methods with their default settings
+ROUNDING = {"dcgan": NORM, "deep_infomax": ADAM}  # cases of the methods with their default settings
 MORE_OVERRIDES = {"memory_bank": (TWO_EPOCHS,)}
 CASES = [
     *(
@@ -111,7 +111,7 @@ CASES = [
 
 
 def compose_config(case: Case) -> RunConfig:
-    """Return the configuration of a case with small networks, except for keys that the case sets."""
+    """Return the configuration of a case with small networks, except for values that the case sets."""
     keys = {override.partition("=")[0] for override in case.overrides}
     overrides = [override for override in OVERRIDES if override.partition("=")[0] not in keys]
     config = checked_jobs("train", get_args_parser().parse_args([*overrides, *case.overrides]))[0]
@@ -173,7 +173,7 @@ class Difference:
 
     loss: float  # over all steps
     gradient: float  # of the first step with a nonzero gradient, over all parameters
-    state: float  # after the last step: weights, statistics, queue, bank; relative to each tensor's largest value
+    state: float  # weights, statistics, queue, bank after the last step; relative to each tensor's largest value
     integers: list[str]  # names of integer tensors that differ: counters, positions in queues, random draws
 
     @property

@@ -1,4 +1,4 @@
-"""Processes on this machine that are connected by gloo, in which the other scripts run functions."""
+"""Functions of the other scripts in several processes on this machine, connected by gloo."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_processes(size: int, function: Callable[..., T], *args: Any, timeout: fl
                 target=_run_rank, args=(Path(folder) / "rendezvous", rank, size, child_end, function, args), daemon=True
             )
             worker.start()
-            child_end.close()  # then the end of the child process is an EOFError here
+            child_end.close()  # so that recv raises EOFError here when the child process ends
             workers.append(worker)
             pipes.append(parent_end)
         try:
@@ -78,4 +78,4 @@ def _run_rank(
         result = (None, function(*args))
     except Exception:
         result = (traceback.format_exc(), None)
-    pipe.send_bytes(pickle.dumps(result))  # by value: tensors that torch shares would end with this process
+    pipe.send_bytes(pickle.dumps(result))  # pickle the values: tensors in shared memory would end with this process

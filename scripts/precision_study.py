@@ -3,9 +3,9 @@
     python scripts/precision_study.py --dir runs/precision_study
     python scripts/precision_study.py --seeds 0,1,2,3,4 dataset=cifar10 method=moco_v2
 
-Further arguments are passed to ssl-train. If the processor does not support bfloat16 natively, the script computes the
-products like one that does: factors are rounded to bfloat16, sums are in float32, and the result is rounded. (torch's
-emulation is hundreds of times slower.)
+Further arguments are passed to ssl-train. If the processor does not support bfloat16 natively, the script simulates its
+products: factors are rounded to bfloat16, sums are computed in float32, and the result is rounded. (torch's emulation
+is hundreds of times slower.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PRODUCTS = (F.conv2d, F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, 
 
 
 class RoundedProducts(TorchFunctionMode):
-    """Mode that computes products under autocast in float32, from factors rounded to bfloat16.
+    """Mode that computes the products of autocast in float32, from factors rounded to bfloat16.
 
     A product of two bfloat16 numbers is exact in float32.
     """

@@ -1,10 +1,10 @@
 """Validation of the communication model: `python scripts/replay_communication.py COUNTS.json [--processes 2,4,8]`
 
-Times single gloo collectives on this machine, and fits a latency, a cost per message and a cost per byte to all numbers
-of processes except the last. With these it predicts the time of all collectives of a step, as counted by
-count_communication.py, for every number of processes; then it replays these collectives and prints both times. The
-processes share the cores of one machine, so the cost per byte applies to the bytes of all processes together. Times are
-means of several repeats.
+The script times single gloo collectives on this machine and fits a latency, a cost per message and a cost per byte to
+the times with all numbers of processes except the last. From these costs it predicts, for every number of processes,
+the time of all collectives of a step that count_communication.py counted. Then it replays these collectives and prints
+the predicted and the measured time. The processes share the cores of one machine, so the cost per byte applies to the
+sum of the bytes of all processes. Times are means of several repeats.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def mean_seconds(function: Callable[[], object], repeats: int = REPEATS) -> floa
 
 
 def time_collectives() -> dict[tuple[str, int], float]:
-    """Return the seconds of every kind of collective for every size."""
+    """Return the seconds of each collective for each size."""
     return {(kind, size): mean_seconds(collective_of(kind, size)) for kind in KINDS for size in SIZES}
 
 
 def time_steps(steps: list[dict[str, Traffic]]) -> list[float]:
-    """Return the seconds of all collectives of each step, called one after the other."""
+    """Return the seconds of each step's collectives, called one after the other."""
     times = []
     for step in steps:
         calls = []
@@ -76,7 +76,7 @@ def time_steps(steps: list[dict[str, Traffic]]) -> list[float]:
 
 
 def features(kind: str, size: int, processes: int) -> tuple[float, float, float]:
-    """Return the terms of the time of a collective: 1 (start), sequential messages, and bytes of all processes."""
+    """Return the terms of a collective's time: 1 (start), number of sequential messages, bytes of all processes."""
     traffic = Traffic(kind, 1, size, 0)
     messages = {"all-reduce": 2 * (processes - 1)}.get(kind, processes - 1)
     return 1.0, float(messages), processes * traffic.link_bytes(0, processes)

@@ -1,12 +1,12 @@
-"""Short runs of all methods with the same CPU time on the training images of CIFAR-10, and their evaluation.
+"""Short runs of all methods on the training images of CIFAR-10, with the same CPU time, and their evaluation.
 
     python scripts/short_runs.py IMAGES OUT [METHOD ...]
     python scripts/short_runs.py --table OUT
 
 IMAGES contains one folder per class (50,000 images; a tenth is held out by hash). A run has as many steps as fit into
-`--minutes` on two cores. The CPU time of a step, including data workers, is measured first; therefore the learning rate
-schedule is complete and other load on the machine does not shorten a run. Results are in OUT/METHOD/eval/*.json. The
-same command resumes where it was stopped.
+`--minutes` on two cores. To compute this number, the script first measures the CPU time of a step, including data
+workers. The learning rate schedule is therefore complete, and other load on the machine does not shorten a run. Results
+are in OUT/METHOD/eval/*.json. If the script was stopped, the same command resumes it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CORES = 2
 PROTOCOLS = ("knn", "linear", "semi")
 PILOT_STEPS = (20, 80)  # steps of the two runs whose difference gives the CPU time of a step
 
-# Differences from the recipes, which are for hundreds of epochs: smaller heads, learning rates for short runs.
+# Overrides of the recipes, which are for hundreds of epochs: smaller heads, and learning rates for short runs.
 OVERRIDES: dict[str, list[str]] = {
     "simclr": ["experiment=cifar10_simclr"],
     "byol": ["experiment=cifar10_byol"],
@@ -44,7 +44,7 @@ OVERRIDES: dict[str, list[str]] = {
     "deep_infomax": [
         "method=deep_infomax",
         "train.batch_size=64",
-        "optimizer.lr=1.0e-3",  # the code's 1e-4 is for 1000 epochs
+        "optimizer.lr=1.0e-3",  # the official 1e-4 is for 1000 epochs
         "train.schedule=cosine",
     ],
     "bigan": [

@@ -1,7 +1,7 @@
 """Model of the time of a training step on many GPUs: `python scripts/step_time.py COUNTS.json [--plot FILE.svg]`
 
-COUNTS.json is the output of `count_communication.py --json`. Prints the tables of docs/scaling.md. Nothing here was
-measured on GPUs: the values of `Machine` come from data sheets, or are assumptions and marked as such.
+COUNTS.json is the output of `count_communication.py --json`. The script prints the tables of docs/scaling.md. Nothing
+was measured on GPUs: the values of `Machine` come from data sheets or are assumptions, which the comments mark.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Machine:
     latency_between_nodes: float = 5e-6  # assumption: s between nodes
     float32: float = 0.5 * 19.5e12  # operations/s: data sheet; assumption: 50 % is reached
     memory: float = 0.8 * 1.555e12  # bytes/s: data sheet; assumption: 80 % is reached
-    bucket: float = 25 * MB  # of gradients; default of DistributedDataParallel
+    bucket: float = 25 * MB  # bytes of a gradient bucket; default of DistributedDataParallel
     trees: bool = False  # True: all-gather and reduce-scatter use trees as well, instead of rings
 
     def layout(self, processes: int) -> tuple[int, int]:
@@ -40,7 +40,7 @@ class Machine:
         return math.ceil(processes / self.gpus), min(processes, self.gpus)
 
     def seconds(self, collective: str, calls: int, link_bytes: float, processes: int) -> float:
-        """Return the time of `calls` collectives that send `link_bytes` bytes in total through the link of a GPU.
+        """Return the time of `calls` collectives in which each GPU sends `link_bytes` bytes in total.
 
         All-reduce uses trees, whose latency grows with the logarithm of the number of nodes; all-gather and
         reduce-scatter use rings, whose latency grows with the number of processes. A ring enters a node through one
@@ -66,14 +66,14 @@ class Machine:
 class Workload:
     """Computation of a GPU per image, and the size of the similarity matrix of the loss."""
 
-    name: str  # of the case in COUNTS.json
+    name: str  # name of the case in COUNTS.json
     images_per_s: float  # training throughput of the network on one GPU, mixed precision
     trained_views: int  # views with forward and backward pass
     forward_views: int  # views with forward pass only
     anchors: int  # rows of the matrix per local image
     candidates: int  # columns of the matrix per image of the global batch
     fixed: int  # additional columns
-    dim: int  # of the embeddings
+    dim: int  # width of the embeddings
     products: int  # matrix products of the loss: 1 for the similarities and 1 per gradient
 
     def compute(self, images: int) -> float:
@@ -118,7 +118,7 @@ class Step:
 
 
 def at_224(purpose: str, traffic: Traffic) -> Traffic:
-    """Return the traffic for images of 224 pixels, given that for 64 pixels; only the shuffle sends images."""
+    """Return the traffic with images of 224 pixels, given the traffic with 64; only the shuffle sends images."""
     if purpose != "shuffle":
         return traffic
     return Traffic(traffic.collective, traffic.calls, traffic.fixed, traffic.per_image - COUNTED_IMAGE + IMAGE)
@@ -156,7 +156,7 @@ STRONG = 4096  # images per step
 
 
 def efficiency(load: Workload, traffic: dict[str, Traffic], machine: Machine, processes: int, images: int) -> float:
-    """Return images/s per GPU as a fraction of those of one GPU with the same images and no communication."""
+    """Return images/s per GPU as a fraction of one GPU's images/s with the same batch and no communication."""
     single = load.compute(images) + load.loss(machine, images, 1)
     return single / step(load, traffic, machine, images, processes).total
 
@@ -219,7 +219,7 @@ def plot(cases: dict[str, dict[str, Traffic]], machine: Machine, path: Path) -> 
         lines.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"{dashes}/>')
         ends.append((position(1024, fractions[-1])[1], load.name, color))
     label_y = 0.0
-    for y, name, color in sorted(ends):  # from the top, at least 15 pixels apart
+    for y, name, color in sorted(ends):  # positions from the top, at least 15 pixels apart
         label_y = max(y, label_y + 15)
         lines.append(f'<text x="{width - right + 8}" y="{label_y + 4:.1f}" fill="{color}">{name}</text>')
     path.write_text("\n".join([*lines, "</svg>"]) + "\n")

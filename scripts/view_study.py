@@ -1,4 +1,4 @@
-"""Study of view strength: one run per strength, and plots of k-NN accuracy against strength and shared information.
+"""Study of view strength: one run per strength, and plots of k-NN accuracy against strength and mutual information.
 
     python scripts/view_study.py
     python scripts/view_study.py --values 0,0.5,1,2 dataset=cifar10 backbone=resnet18 train.epochs=50
@@ -6,11 +6,11 @@
     python scripts/view_study.py --plot runs/view_study
 
 The runs are those of `ssl-train --multirun experiment=view_study KEY=VALUES`, with any further overrides. The same
-command again resumes unfinished runs. The results are view_study.csv and view_study.svg in the directory of the runs.
+command resumes unfinished runs. The results are view_study.csv and view_study.svg in the directory of the runs.
 
-A contrastive loss L over K candidates gives a lower bound of the information that two views share (CPC,
-arXiv:1807.03748): I >= I_NCE = ln K - L, in nats, which cannot exceed ln K. Values for different K or temperature are
-not comparable.
+A contrastive loss L over K candidates gives a lower bound on the mutual information I of two views (CPC,
+arXiv:1807.03748): I >= I_NCE = ln K - L, in nats. The bound cannot exceed ln K. Values for different K or different
+temperatures are not comparable.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Point(NamedTuple):
 
     value: float
     knn: float  # top-1 accuracy in [0, 1]
-    loss: float  # mean over the last epoch
+    loss: float  # loss, mean over the last epoch
     candidates: int  # K: one positive and all negatives
 
     @property
     def information(self) -> float:
-        """Lower bound I_NCE of the shared information in nats."""
+        """Lower bound I_NCE on the mutual information of the views, in nats."""
         return math.log(self.candidates) - self.loss
 
 
@@ -129,7 +129,7 @@ def write_csv(points: list[Point], path: Path) -> None:
 
 
 def picture(points: list[Point], key: str) -> str:
-    """Return an SVG with two panels: k-NN against the value, and against I_NCE, with its maximum ln K in the title."""
+    """Return an SVG with two panels: k-NN against the value, and against I_NCE. One title has its maximum, ln K."""
     accuracy = [100 * point.knn for point in points]
     labels = [f"{point.value:g}" for point in points]
     bound = f"I_NCE in nats, at most ln {points[0].candidates} = {math.log(points[0].candidates):.2f}"

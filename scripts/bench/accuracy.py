@@ -1,12 +1,12 @@
-"""k-NN accuracy over training time: sslcli and lightly train the same backbone on the same images for the same time.
+"""k-NN accuracy over training time: sslcli and lightly, with the same backbone, images and training time.
 
     python scripts/bench/accuracy.py IMAGES OUT [--minutes 10] [--methods simclr moco_v2]
 
 IMAGES contains one folder of 32-pixel images per class. Both libraries use the same training split, 128 images per
 step, the recipe of `experiment=cifar10_METHOD`, bfloat16 if the processor supports it natively, channels-last memory,
-an allocator that keeps freed memory, and a cosine schedule that ends with the training time. k-NN accuracy is computed
-by sslcli for both, on the held-out tenth. The time of lightly excludes k-NN, that of sslcli includes it. The script
-writes OUT/curves.json and OUT/curves.svg.
+an allocator that keeps freed memory, and a cosine schedule that ends with the training time. sslcli computes the k-NN
+accuracy for both, on the held-out tenth of the images. The time of sslcli includes k-NN; the time of lightly does not.
+The script writes OUT/curves.json and OUT/curves.svg.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from workload import BATCH
 POINTS = 8  # k-NN evaluations per run
 STEP_FRACTION = 0.93  # fraction of the time for training steps; the rest is for k-NN and startup
 PILOT_STEPS = 150
-BANK = 10_000  # training images that k-NN compares with
+BANK = 10_000  # number of training images that k-NN compares with
 TEMPERATURE, LR = {"simclr": 0.5, "moco_v2": 0.1}, {"simclr": 0.06, "moco_v2": 0.015}  # lr for BATCH images per step
 Curve = list[tuple[float, float, int]]  # seconds of training, k-NN top-1, images seen
 

@@ -35,7 +35,7 @@ def sslcli_training(method: str, backbone: str, precision: str) -> Result:
 
 
 def lightly_training(method: str, backbone: str, *, best: bool) -> Result:
-    """Measure lightly's example: SimCLRTransform without blur in two workers, and a plain loop."""
+    """Measure lightly's example: a plain loop, and SimCLRTransform without blur in two workers."""
     net, width = small_backbone() if backbone == "small" else (cifar_resnet18(), 512)
     step = build_lightly_step(method, net, width, best=best)
     data = TransformedImages(file_paths(image_folder(*FILES)), lightly_transform(32, blur=0.0))

@@ -1,4 +1,4 @@
-"""Benchmark of the overhead of `ssl-train`, compared with the same step and views in a bare loop."""
+"""Benchmark of the overhead of `ssl-train`: the same step and views in `ssl-train` and in a bare loop."""
 
 from __future__ import annotations
 

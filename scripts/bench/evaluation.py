@@ -58,7 +58,7 @@ def lightly_knn() -> Result:
 def linear(*, baselines: bool) -> Result:
     """Time `ssl-eval` from JPEG files to the report, without imports, relative to a forward pass of the same images.
 
-    `multiple` is the ratio of wall-clock times, `cpu_multiple` that of CPU times, which depends little on other load.
+    `multiple` is the ratio of wall-clock times. `cpu_multiple` is the ratio of CPU times; it depends little on other load.
     """
     from sslcli.backbones.resnet import ResNet
     from sslcli.engine import precision
@@ -106,14 +106,14 @@ def ssl_eval(*arguments: str) -> None:
 
 
 def elapsed(function: Callable[[], object]) -> tuple[float, float]:
-    """Return the wall-clock time and the CPU time of a function in seconds, including ended child processes."""
+    """Return wall-clock time and CPU time of a function in seconds, including child processes that have ended."""
     before = time.perf_counter(), cpu_time()
     function()
     return time.perf_counter() - before[0], cpu_time() - before[1]
 
 
 def cpu_time() -> float:
-    """Return the CPU time of this process and its ended child processes in seconds."""
+    """Return the CPU time of this process and its child processes that have ended, in seconds."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 

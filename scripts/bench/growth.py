@@ -2,8 +2,8 @@
 
     python scripts/bench/growth.py --plot growth.svg [--only WORD ...]
 
-Each point is a separate process. The last column of the table is the exponent p in "grows as n^p", from the last two
-points of a curve.
+Each point is a separate process. The last column of the table is the exponent p in "grows as n^p", computed
+from the last two points of a curve.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MICRO_BATCH = 32  # images per micro-batch with cached gradients
 
 
 class BlackImages(Source):
-    """An in-memory image set of `count` black images of 32 pixels, with labels of two classes."""
+    """In-memory dataset of `count` black images of 32 pixels, with labels of two classes."""
 
     def __init__(self, count: int) -> None:
         super().__init__(image_size=32)
@@ -171,7 +171,7 @@ def rows(name: str, sizes: Sequence[int], results: Sequence[Result]) -> list[str
 
 
 def plot(curves: dict[str, list[Result]], out: Path) -> None:
-    """Plot time and memory of all curves on logarithmic axes as SVG; cached and plain steps share a panel."""
+    """Plot time and memory of all curves as SVG, log-log; one panel has the steps with and without cached gradients."""
     import matplotlib
 
     matplotlib.use("svg")

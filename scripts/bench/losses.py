@@ -23,7 +23,7 @@ def resident_mb() -> float:
 
 
 def extra_mb(step: Callable[[], object]) -> float:
-    """Run `step` and return by how many MB the resident memory rises above its value before."""
+    """Run `step` and return the increase of the resident memory in MB at its peak."""
     ctypes.CDLL(None).malloc_trim(0)
     before, highest, done = resident_mb(), 0.0, threading.Event()
 

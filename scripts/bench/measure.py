@@ -1,4 +1,4 @@
-"""Timing of benchmarks: each runs in its own process and prints one JSON object with its results."""
+"""Functions for benchmarks, each of which runs in its own process and prints its results as one JSON object."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 Result = dict[str, float]
 Benchmark = Callable[[], Result]
 
-# Allocator settings (glibc) of the variants called "best": freed memory is kept. sslcli sets its own.
+# Allocator settings (glibc) of the variants called "best": keep freed memory. sslcli has its own settings.
 ALLOCATOR_ENV = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "67108864"}
 
 
@@ -69,7 +69,7 @@ def command(name: str) -> str:
 def train_throughput(*overrides: str, steps: int) -> Result:
     """Run `ssl-train` for `steps` steps and return the median of its `train/images_per_s`.
 
-    It is logged six times; the first value is ignored.
+    This scalar is logged six times; the first value is ignored.
     """
     with tempfile.TemporaryDirectory() as run_dir:
         line = [command("ssl-train"), *overrides, "monitor.knn_every_epochs=0", f"run_dir={run_dir}"]

@@ -1,4 +1,4 @@
-"""JPEG files for the benchmarks: synthetic, or real ones from the folders in IMAGES_32 and IMAGES_375."""
+"""JPEG files for the benchmarks: synthetic images, or real ones from the folders in IMAGES_32 and IMAGES_375."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from PIL import Image
 def image_folder(size: tuple[int, int], count: int) -> Path:
     """Return a directory with one folder of JPEGs per class.
 
-    It is the value of the environment variable IMAGES_<shorter side> if set; otherwise `count` synthetic images of
-    `size` (width, height), written to BENCH_FOLDER or the temporary directory unless they exist.
+    If the environment variable IMAGES_<shorter side> is set, its value is the directory. Otherwise the directory has
+    `count` synthetic images of `size` (width, height); they are written to BENCH_FOLDER or the temporary directory
+    unless they exist.
     """
     real_images = os.environ.get(f"IMAGES_{min(size)}")
     if real_images:

@@ -3,8 +3,8 @@
     python scripts/bench/run.py [--only WORD ...] [--repeats 3] [--json FILE]
     python scripts/bench/run.py --profile training.py simclr/sslcli
 
-Each measurement is a fresh process, and the libraries alternate. The table shows medians over the repeats, with their
-range, and the ratio of the medians of sslcli and the other library: above 1, sslcli is better.
+Each measurement runs in a new process, and the libraries alternate. The table shows the median and the range over the
+repeats, and the ratio of the medians of sslcli and the other library. If the ratio is above 1, sslcli is better.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def environment(variant: str, *, trace: bool = False) -> dict[str, str]:
 def measure(task: Task, repeats: int) -> Iterator[dict[str, object]]:
     """Run all variants of a task alternately, `repeats` times, and yield their results.
 
-    Libraries that are not installed are skipped, and so is `sslcli fp32` if `precision=auto` selects fp32.
+    Libraries that are not installed are skipped. `sslcli fp32` is skipped if `precision=auto` selects fp32.
     """
     skipped = [name for peer, package in PEERS.items() if not find_spec(package) for name in (peer, f"{peer} best")]
     skipped += ["sslcli fp32"] if precision.resolve("auto", torch.device("cpu")) == "fp32" else []

@@ -1,8 +1,9 @@
-"""Time saved by scaled decoding, and the difference in pixels: two random crops of each JPEG of a folder, by crop size.
+"""Benchmark of scaled decoding: time saved and difference in pixels, for two random crops of each JPEG of a folder.
 
     python scripts/bench/scaled_decode.py FOLDER [--sizes 32 64 96 128 224]
 
-The difference is the mean absolute difference to crops from images decoded at full size, on a scale of 255.
+The results are listed by crop size. The difference is the mean absolute difference from crops of images that are
+decoded at full size, on a scale of 0 to 255.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def cropper(folder: Path, size: int, *, scaled: bool) -> ViewCrops:
-    """Return a data set of two random crops of `size` pixels of each image, with or without scaled decoding."""
+    """Return a dataset of two random crops of `size` pixels of each image, with or without scaled decoding."""
     source = Flat(root=str(folder), image_size=size, scaled_decode=scaled)
     return ViewCrops(source, Views([{"count": 2}]), seed=0)
 

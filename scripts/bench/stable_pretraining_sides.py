@@ -1,18 +1,20 @@
-"""Training steps of stable-pretraining for SimCLR, MoCo v2 and BYOL: its Module, fitted by a Lightning Trainer.
+"""Training steps of stable-pretraining for SimCLR, MoCo v2 and BYOL, run by a Lightning Trainer.
 
-SimCLR and BYOL use its forward functions with its Module, as documented; MoCo v2 uses its method class, since it has no
-such function. The network, the widths of the heads and the optimizer are the same as for the other libraries. Callbacks
-that write, print or check are disabled. The remaining ones register the module for logging, update the momentum
-networks, and read the hardware counters every ten seconds, which cannot be disabled.
+SimCLR and BYOL use the package's forward functions with its Module, as documented. MoCo v2 uses the package's method
+class, since there is no forward function for MoCo v2. The network, the widths of the heads and the optimizer are the
+same as for the other libraries. Callbacks that write, print or check are disabled. The remaining ones register the
+module for logging, update the momentum networks, and read the hardware counters every ten seconds, which cannot be
+disabled.
 
-What its steps compute in addition to the others:
+In addition to the steps of the other libraries, its steps compute the following:
 
-- MoCo v2 also passes the first view through the momentum network, for an embedding that probes would use.
-- The momentum networks also average the buffers of BatchNorm.
-- The Trainer runs its loop and hooks, and values are logged although there is no logger.
-- The memory of its processes includes everything that the package imports, most of which a step does not need.
+- MoCo v2 passes the first view through the momentum network, to compute an embedding for probes.
+- The buffers of BatchNorm are averaged in the momentum networks.
+- The Trainer runs its loop and hooks, and metrics are logged although there is no logger.
 
-`best` adds the same as `lightly best`. The package's own `make_it_fast()` has no effect without a GPU.
+The memory of its processes includes everything that the package imports, most of which a step does not need.
+
+`best` adds the same settings as `lightly best`. The package's own `make_it_fast()` has no effect without a GPU.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class Clock(pl.Callback):
 def fit(method: str, *, best: bool, seconds: float = 12.0, warmup: int = 1) -> Result:
     """Fit a method for about `seconds` after `warmup` steps, and return the results as `measure.timed` does."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    # Without this it logs to standard output, which contains the results.
+    # Without this, the package logs to standard output, which must contain only the results.
     spt.set(verbose="ERROR", default_callbacks=dict.fromkeys(OFF.split(), False))
     backbone = cifar_resnet18()
     if best:

@@ -24,7 +24,7 @@ fit("simclr", best=False, seconds=0.0, warmup=0)
 
 
 def duration(line: list[str]) -> Result:
-    """Run a command and return its wall-clock time in seconds, as `s`."""
+    """Run a command and return its wall-clock time in seconds under the key `s`."""
     before = time.perf_counter()
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
     return {"s": time.perf_counter() - before}

@@ -73,7 +73,7 @@ def build_lightly_step(
         backbone: network that returns `width` features.
         width: number of features.
         best: use bfloat16 if the processor supports it natively, and channels-last memory.
-        temperature: of SimCLR and MoCo v2.
+        temperature: temperature of the losses of SimCLR and MoCo v2.
         lr: function that returns the learning rate of the next step.
     """
     from lightly.models.utils import deactivate_requires_grad, update_momentum

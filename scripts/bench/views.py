@@ -21,11 +21,11 @@ ONE_CORE = "ONE_CORE" in os.environ
 SMALL, LARGE, WORKERS = 32, 224, 0 if ONE_CORE else 2
 COLOR: dict[str, Any] = {"jitter": [0.4, 0.4, 0.4, 0.1], "jitter_p": 0.8, "grayscale": 0.2, "flip": 0.5}
 CROP: dict[str, Any] = {"count": 2, "crop_scale": [0.08, 1.0]}
-PHOTO = ((500, 375), 600)  # (width, height), about that of ImageNet's photographs, and number of files
+PHOTO = ((500, 375), 600)  # (width, height), about the size of ImageNet's images, and number of files
 
 
 def throughput(batches: Iterator[Any], size: int) -> Result:
-    """Time 8 batches of `size` images at once: a single one may have been prefetched and take no time."""
+    """Time 8 batches of `size` images together, since a single batch may have been prefetched and take no time."""
     clock = time.process_time if ONE_CORE else time.perf_counter
     return timed(lambda: [next(batches) for _ in range(8)], images=8 * size, seconds=15.0, warmup=1, clock=clock)
 
@@ -48,7 +48,7 @@ def sslcli_views(view: dict[str, Any], *, files: bool, batch: int, normalize: bo
 
 
 class TransformedImages(Dataset[Any]):
-    """An endless data set of PIL images or image files with a transform of another library."""
+    """Endless dataset of PIL images or image files with a transform of another library."""
 
     def __init__(self, images: list[Image.Image] | list[Path], transform: Any) -> None:
         self.images, self.transform = images, transform

@@ -1,4 +1,4 @@
-"""Work that the training benchmarks of all libraries share: batch size, random views and the backbone."""
+"""Batch size, random views and backbone of the training benchmarks of all libraries."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@
 #   scripts/slurm/cluster.sh unplug DIR NODE     disconnect a node from the network; plug DIR NODE connects it again
 #   scripts/slurm/cluster.sh stop DIR            stop all daemons and jobs; the logs in DIR are kept
 #
-# Exit code 77: not possible on this machine (not root, or no packages). Missing Debian packages are installed.
+# Exit code 77: a cluster is not possible on this machine (not root, or no packages). Installs missing Debian packages.
 # Each node has its own network, host name and /etc/hosts, so a rendezvous on localhost fails as on a real cluster.
-# Outside DIR only network namespaces and one bridge are created, which `stop` removes.
+# Outside DIR, only network namespaces and one bridge are created; `stop` removes them.
 # Partitions: debug (the default); low, whose jobs are preempted by those of high, with a grace time of 30 s.
 set -euo pipefail
 PACKAGES="slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge iproute2"
@@ -42,7 +42,7 @@ make_network() {
   ip addr add "10.77.$K.1/24" dev "sslbr$K"; ip link set "sslbr$K" up
   { echo "127.0.0.1 localhost"; echo "10.77.$K.1 $(hostname -s)"
     for i in $(seq "$N"); do echo "10.77.$K.$((10 + i)) node$i"; done; } >"$D/hosts"
-  echo "nameserver 127.0.0.1" >"$D/resolv.conf"  # fails at once; other addresses time out after seconds
+  echo "nameserver 127.0.0.1" >"$D/resolv.conf"  # fails immediately; other addresses time out after seconds
   for i in $(seq "$N"); do
     ip netns add "ssl$K-node$i"
     ip link add "ssl$K-h$i" type veth peer name eth0 netns "ssl$K-node$i"
@@ -54,7 +54,7 @@ make_network() {
 }
 
 configure() {
-  # Slurm sets CUDA_VISIBLE_DEVICES only if the GPUs are character devices. No process opens these.
+  # Slurm sets CUDA_VISIBLE_DEVICES only if the GPUs are character devices. No process opens these devices.
   local gpus=""
   if mknod "$D/gpu0" c 1 3 2>/dev/null && mknod "$D/gpu1" c 1 3; then
     printf 'Name=gpu File=%s\n' "$D/gpu0" "$D/gpu1" >"$D/gres.conf"; gpus="Gres=gpu:2"
