@@ -23,17 +23,19 @@ from sslcli.nn.noise import Noise
 
 CORRUPTIONS = ("gaussian", "pixel_mask", "block_mask", "salt_pepper")
 LOSSES = ("mse", "l1", "bce", "patch")
-PICTURE_SEED = 0  # of the corruption in saved images, which makes images of different epochs comparable
+PICTURE_SEED = 0  # seed of the corruption in saved images; fixed, so that images of different epochs are comparable
 
 
 def corrupt(images: Tensor, numbers: Tensor, *, kind: str, strength: float) -> Tensor:
-    """Return a corrupted copy of images (N, C, S, S) in [0, 1]: the corruptions of Vincent et al. 2010, and block_mask.
+    """Return a corrupted copy of images (N, C, S, S) in [0, 1].
+
+    The kinds are those of Vincent et al. 2010, and block_mask.
 
     Args:
         images: not modified.
         numbers: (N, C, S, S) standard normal for gaussian; otherwise (N, 1, S, S) uniform in [0, 1), one per pixel.
-        kind: gaussian adds noise without clamping; pixel_mask and block_mask set pixels to black; salt_pepper sets
-            equal numbers of pixels to white and black, in expectation.
+        kind: gaussian adds noise without clamping; pixel_mask and block_mask set pixels to black; salt_pepper sets each
+            corrupted pixel to white or black with equal probability.
         strength: standard deviation of the noise, or the expected fraction of corrupted pixels.
     """
     numbers = numbers.to(images.dtype)
@@ -48,7 +50,8 @@ def corrupt(images: Tensor, numbers: Tensor, *, kind: str, strength: float) -> T
 def patch_statistics(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each patch over pixels and channels: (N, C, S, S) -> two (N, 1, S, S).
 
-    The variance is unbiased, plus 1e-6 (MAE, arXiv:2111.06377, as in the official code).
+    The standard deviation is the square root of the unbiased variance plus 1e-6 (official code of MAE,
+    arXiv:2111.06377).
     """
     patches = torch.unflatten(torch.unflatten(images, 3, (-1, patch_size)), 2, (-1, patch_size))  # (N, C, h, p, w, p)
     variance, mean = torch.var_mean(patches, dim=(1, 3, 5))  # (N, h, w)
@@ -85,8 +88,9 @@ class Autoencoder(Method):
         width: channels of the decoder's smallest feature map.
         loss: mse, l1, bce (the decoder outputs logits), or patch: mse of pixels standardized per patch.
         patch_size: side of the patches of loss=patch in pixels, at least 2; divides image_size.
-        corruption: of the backbone's input in training: gaussian, pixel_mask, block_mask, salt_pepper, or None.
-        strength: standard deviation of gaussian noise, at least 0; for the others, fraction of corrupted pixels in
+        corruption: how the backbone's input is corrupted in training: gaussian, pixel_mask, block_mask, salt_pepper,
+            or None.
+        strength: for gaussian, standard deviation of the noise, at least 0; else fraction of corrupted pixels in
             [0, 1].
         block_size: side of the blocks of block_mask in pixels.
 

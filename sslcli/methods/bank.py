@@ -18,8 +18,8 @@ from sslcli.distributed.collectives import all_gather
 from sslcli.errors import check_positive
 from sslcli.nn.contrastive import check_momentum
 
-EPS = 1e-7  # added to the noise mass in the denominators, as in the official implementations
-DENSE = 8  # gathering one row of the bank takes at least as long as this many rows of a matrix product
+EPS = 1e-7  # added to the noise mass c in the denominators of `nce`, as in the official implementations
+DENSE = 8  # gathering one row of the bank takes as long as computing 8 or more rows in a matrix product
 
 
 class Bank(nn.Module):
@@ -29,11 +29,10 @@ class Bank(nn.Module):
         num_images: number of rows n.
         dim: row width D.
         momentum: weight of the old row in an update, in [0, 1].
-        empty: initialize rows with zeros, which mark them as empty; the first embedding of an image then becomes its
-            row.
+        empty: start with an empty bank: all rows are zero, and the first embedding of an image becomes its row. False:
+            rows are initialized uniformly in +-sqrt(3 / D), which gives a mean squared norm of 1.
 
-    Otherwise rows are initialized uniformly in +-sqrt(3 / D), which gives a mean squared norm of 1. Updated rows have
-    unit norm. Raises ValueError for arguments out of range.
+    Updated rows have unit norm. Raises ValueError for arguments out of range.
     """
 
     rows: Tensor  # (n, D), row i belongs to position i of the training split
@@ -48,13 +47,13 @@ class Bank(nn.Module):
         self.new: list[tuple[Tensor, Tensor]] = []  # index and embeddings of the micro-batches of this step
 
     def known(self, index: Tensor) -> Tensor:
-        """Return which images `index` (N,) have a row: (N,) bool, False for zero rows of an initially empty bank."""
+        """Return for each image of `index` (N,) whether it has a row: (N,) bool, False for rows that are still zero."""
         return self.rows[index].any(1)
 
     def remember(self, index: Tensor, embeddings: Tensor, present: Tensor | None = None) -> None:
         """Gather index (N,) and unit embeddings (N, D) from all processes and keep them until `update`.
 
-        Rows of images for which `present` (N,) is False are not updated.
+        Images for which `present` (N,) is False are skipped.
         """
         index, embeddings = all_gather(index), all_gather(embeddings)
         if present is not None:
@@ -63,7 +62,7 @@ class Bank(nn.Module):
         self.new.append((index, embeddings))
 
     def update(self) -> None:
-        """Write all embeddings kept by `remember` since the last update."""
+        """Update the rows with all embeddings that `remember` has stored since the last update."""
         if self.new:
             index, embeddings = (torch.cat(parts) for parts in zip(*self.new, strict=True))
             write(self.rows, index, embeddings, momentum=self.momentum)
@@ -74,11 +73,11 @@ class Bank(nn.Module):
 def write(rows: Tensor, index: Tensor, embeddings: Tensor, *, momentum: float) -> None:
     """Set rows[index] to normalize(momentum * rows[index] + (1 - momentum) * embeddings), in place.
 
-    `rows` (n, D), `index` (G,), `embeddings` (G, D). For an image that occurs more than once, its last embedding is
-    used for all writes, which makes the result independent of the write order.
+    `rows` (n, D), `index` (G,), `embeddings` (G, D). If an image occurs more than once, only its last embedding is
+    used, which makes the result independent of the write order.
     """
     ordered, places = index.sort(stable=True)
-    last = places[torch.searchsorted(ordered, index, right=True) - 1]  # (G,) where each image comes last
+    last = places[torch.searchsorted(ordered, index, right=True) - 1]  # (G,) last occurrence of each image
     mixed = rows[index].lerp(embeddings[last].to(rows.dtype), 1 - momentum)
     rows.index_copy_(0, index, F.normalize(mixed, dim=1))
 
@@ -97,7 +96,7 @@ def scores(query: Tensor, rows: Tensor, chosen: Tensor, *, temperature: float) -
 def log_normalizer(logits: Tensor, num_images: int, present: Tensor | None = None) -> float | None:
     """Return log Z with Z = n * mean(exp(logits)) over the (N, K + 1) logits of all processes (1805.01978, eq. 8).
 
-    Only images for which `present` (N,) is True are included; returns None if there are none.
+    Only images for which `present` (N,) is True are included. Returns None if no process has such an image.
     """
     rows = all_gather(logits.detach().double().logsumexp(1))  # (WN,)
     if present is not None:

@@ -12,7 +12,7 @@ from sslcli.config.moved import reject_old_attributes
 from sslcli.methods.mixture import UnMix
 from sslcli.nn.modes import evaluating
 
-RENAMED = {  # class attributes of version 0.1
+RENAMED = {  # old name of a class attribute in version 0.1 -> current name
     "in_batch": "uses_in_batch_negatives",
     "falling": "decreasing_metric",
     "by_block": "supports_block_wrapping",
@@ -25,7 +25,7 @@ class Batch:
 
     views: list[Tensor]  # one (N, C, H, W) tensor per view
     index: Tensor  # (N,) position in the training set, for memory banks
-    label: Tensor  # (N,) only for probes; methods must not read it
+    label: Tensor  # (N,) class labels, only for probes; methods must not read them
     present: Tensor | None = None  # (N, M) bool, which of M modalities an image has; None = all
 
     def to(self, device: torch.device) -> Batch:
@@ -37,11 +37,11 @@ class Batch:
 
 
 class Method(nn.Module):
-    """A backbone plus one self-supervised objective. Every member that the rest of sslcli uses is declared here.
+    """A backbone plus one self-supervised objective. This class declares every member that the rest of sslcli uses.
 
-    A subclass takes the backbone and keyword hyperparameters and computes its loss in `forward`. It updates its own
-    state (momentum encoder, queue, memory bank) only in `after_step`; the loss therefore always reads the state from
-    before the step. `forward` and `num_views` are the only members that a subclass must define.
+    The constructor of a subclass takes the backbone and keyword hyperparameters; `forward` computes the loss. A
+    subclass updates its own state (momentum encoder, queue, memory bank) only in `after_step`, so the loss always uses
+    the state from before the step. `forward` and `num_views` are the only members that a subclass must define.
 
     Attributes:
         num_views: the number of views per image that `forward` takes.
@@ -49,11 +49,11 @@ class Method(nn.Module):
         color_spaces: the color spaces that the views may have; empty = any.
         decreasing_metric: the name of a scalar that is expected to decrease during training (adversarial losses need
             not).
-        supports_block_wrapping: True if FSDP and activation checkpointing may wrap single blocks of the backbone; False
-            if the method calls the backbone with other weights than its own.
+        supports_block_wrapping: True if FSDP and activation checkpointing may wrap single blocks of the backbone. Must
+            be False if the method calls the backbone with weights other than the backbone's own parameters.
         embeddings: detached embeddings of the last forward pass, one (N, D) per view; input of the health metrics.
         head_layers: the number of projection head layers available from `head_features`; 0 = none.
-        finetune_layer: the layer of the head that fine-tuning starts from; 0 = the backbone.
+        finetune_layer: the layer of the head from which fine-tuning starts; 0 = the backbone.
         mixture: the self-mixture of views passed to the method, or None.
     """
 
@@ -68,7 +68,7 @@ class Method(nn.Module):
     mixture: UnMix | None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Raise ConfigError if a subclass sets an attribute by its name of version 0.1, which nothing reads."""
+        """Raise ConfigError if a subclass sets an attribute under its name in version 0.1, which has no effect now."""
         super().__init_subclass__(**keywords)
         reject_old_attributes(cls, RENAMED)
 
@@ -78,13 +78,14 @@ class Method(nn.Module):
         self.mixture = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return a dict of named scalars; the training loop differentiates `loss` and logs all of them."""
+        """Return named scalars. The training loop backpropagates the scalar `loss` and logs all scalars."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the inputs of `compare`: tensors with one row per image, each computed from that image alone.
 
-        Only methods with `uses_in_batch_negatives` implement it. It changes no state except that of BatchNorm.
+        Only methods with `uses_in_batch_negatives` implement it. The call may change BatchNorm statistics, but no other
+        state.
         """
         raise NotImplementedError(f"{type(self).__name__} does not divide its loss")
 
@@ -98,7 +99,8 @@ class Method(nn.Module):
     def check_views(self, views: list[Tensor]) -> None:
         """Raise ValueError unless the method can train on views of this shape and range, one (2, C, H, W) per view.
 
-        Called once before training, in evaluation mode, with noise images of black, white and fully saturated colors.
+        Called once before training, in evaluation mode, with noise images whose pixels are black, white or fully
+        saturated colors.
         """
 
     def features(self, images: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class Method(nn.Module):
         return self.backbone(images)  # type: ignore[no-any-return]
 
     def projection(self, images: Tensor) -> Tensor:
-        """Return the input of the loss before normalization: (N, C, H, W) -> (N, D); the features by default."""
+        """Return the input of the loss, before normalization: (N, C, H, W) -> (N, D). By default, the features."""
         return self.features(images)
 
     def head_features(self, images: Tensor, layer: int) -> Tensor:
@@ -136,8 +138,8 @@ class Method(nn.Module):
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
         """Return named image grids to save during training: lists of rows, each (n, C, H, W) like `images`.
 
-        `images` are a few held-out images with the transform of the probes. Called in evaluation mode; the method must
-        not draw from its noise.
+        `images` are a few held-out images with the transform of the probes. Called in evaluation mode. The method must
+        not draw random numbers from `self.noise`, since this would change the training.
         """
         return {}
 

@@ -23,18 +23,18 @@ from sslcli.nn.contrastive import check_momentum
 from sslcli.nn.ema import ema_update, frozen_copy
 from sslcli.nn.modes import full_precision
 
-SLOPE = 0.2  # of LeakyReLU, as in DCGAN
+SLOPE = 0.2  # negative slope of LeakyReLU, as in DCGAN
 
 
 class Discriminator(nn.Module):
-    """Discriminator of (image, code) pairs, with spectral normalization of every weight and no batch statistics.
+    """Discriminator of (image, code) pairs, with spectral normalization of every weight and without BatchNorm.
 
     Args:
         dim: code size D.
         image_size: image side S in pixels.
         channels: image channels C.
-        width: channels of the first 4 x 4 convolution of stride 2; each further one doubles them, up to 8 * width.
-            The number of convolutions is chosen to give a feature map with a side of 2 or 3 pixels.
+        width: channels of the first 4 x 4 convolution of stride 2; each further convolution doubles them, up to
+            8 * width. The number of convolutions is chosen so that the last feature map has a side of 2 or 3 pixels.
         hidden: embedding width of image and code; the layers of the pair have 2 * hidden units.
         unary: also score the image alone and the code alone (BigBiGAN, section 2).
     """
@@ -67,8 +67,8 @@ class Discriminator(nn.Module):
 class BiGAN(Game):
     """Adversarial feature learning with a deterministic encoder: a backbone and a linear layer.
 
-    `encoder` is trained; `backbone` and `to_code` are its exponential moving average, which is evaluated and exported.
-    The running statistics of the average are copied from the trained encoder.
+    `encoder` is trained. `backbone` and `to_code` are the exponential moving average of its weights; this average is
+    evaluated and exported. BatchNorm statistics are not averaged but copied from the trained encoder.
 
     Args:
         image_size, channels, dim, width, loss, r1, r1_every, discriminator_lr: see `Game`.
@@ -158,7 +158,7 @@ class BiGAN(Game):
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         super().after_step(progress)
-        # Smaller momentum in early steps: with 0.999, short runs would retain the random initialization.
+        # Use a smaller momentum in early steps: with 0.999, short runs would retain the random initialization.
         momentum = min(self.momentum, (1 + self.steps) / (10 + self.steps))
         pairs = [
             (self.backbone, self.encoder[0]),

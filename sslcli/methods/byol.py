@@ -36,7 +36,7 @@ class BYOL(Method):
         momentum: initial momentum of the target network; follows a cosine schedule to 1. 0.996 for 1000 epochs, 0.99
             for 100 to 300.
         predictor: False removes the predictor; the representation then collapses (the paper's ablation).
-        mixture: None, or mixtures of view 1 whose predictions are compared with the targets of both views.
+        mixture: None, or a mixture of view 1; its predictions are compared with the targets of both views.
     """
 
     num_views = 2

@@ -1,4 +1,4 @@
-"""CMC: contrast the channel groups (modalities) of an image, each with its own encoder.
+"""CMC: contrast groups of channels (modalities) of an image; each modality has its own encoder.
 
 Tian et al. 2020  https://arxiv.org/abs/1906.05849   conf/method/cmc.yaml
 
@@ -35,9 +35,9 @@ LUMA_FIRST = ("lab", "ydbdr")  # color spaces with one luma and two chroma chann
 class Encoders(nn.Module):
     """One copy of a backbone per modality, applied to the channels of that modality.
 
-    The first copy has the weights of the backbone. In the other copies the values of each trainable tensor are
-    shuffled, which is equivalent to independent initialization. Weights of a backbone with a true attribute
-    `pretrained` are not shuffled.
+    The first copy has the weights of the backbone. In the other copies, the values of each trainable tensor are
+    shuffled, which is equivalent to independent initialization. If the backbone has an attribute `pretrained` that is
+    true, its weights are not shuffled.
 
     Args:
         backbone: a backbone for images with all channels. The first convolution of each copy is reduced to the
@@ -60,7 +60,7 @@ class Encoders(nn.Module):
         self.num_features = len(modalities) * num_features(backbone)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the concatenated, equally wide features of all modalities: (N, C, H, W) -> (N, num_features)."""
+        """Return the features of all modalities, of equal width, concatenated: (N, C, H, W) -> (N, num_features)."""
         parts = torch.split(images, self.channels, dim=1)
         return torch.cat([encoder(part) for encoder, part in zip(self.encoders.values(), parts, strict=True)], dim=1)
 
@@ -121,8 +121,8 @@ class CMC(Method):
         channels: number of image channels; set by the command.
         modalities: number of channels by name, in the channel order of the images; None is {L: 1, ab: 2}. The columns
             of `Batch.present` have the same order; an image that lacks a modality is excluded from its pairs.
-        graph: "core" pairs the first modality with each other one (eq. 7), "full" all with all (eq. 8). Each pair is
-            contrasted in both directions.
+        graph: "core" pairs the first modality with each other modality (eq. 7), "full" uses all pairs (eq. 8). Each
+            pair is contrasted in both directions.
         dim: embedding size D.
         loss: "nce" is noise-contrastive estimation and "softmax" the cross-entropy, both over the own row and K other
             rows of the other modality's memory bank; "batch" is the cross-entropy over the other modality's embeddings
@@ -175,7 +175,8 @@ class CMC(Method):
         self.num_images, self.dim, self.negatives = num_images, dim, negatives
         self.loss, self.temperature = loss, temperature
         self.uses_in_batch_negatives = loss == "batch"
-        self.log_z: dict[tuple[int, int], float] = {}  # normalizer of "nce" by direction, fixed after the first batch
+        # Normalizer of "nce" for each direction; constant after the first batch.
+        self.log_z: dict[tuple[int, int], float] = {}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return self.compare(self.embed(batch))
@@ -203,8 +204,8 @@ class CMC(Method):
     def contrast(self, v: list[Tensor], present: Tensor | None, chosen: Tensor | None = None) -> dict[str, Tensor]:
         """Return the loss, summed over pairs and directions, and the mean accuracy of M unit embeddings (N, D).
 
-        `present` (N, M) is True where an image has a modality; None means all. `chosen` (N, K + 1) are the bank rows
-        that each image is compared with, its own row first.
+        `present` (N, M) is True where an image has a modality; None means all. `chosen` (N, K + 1) are the bank rows to
+        which each image is compared; its own row is first.
         """
         loss, accuracy = v[0].new_zeros(()), v[0].new_zeros(())
         for i, j in self.pairs:
@@ -234,7 +235,7 @@ class CMC(Method):
             return sampled_softmax(logits), hits
         if direction not in self.log_z:
             found = log_normalizer(logits, self.num_images, both)
-            if found is None:  # no image of this batch has both modalities: the caller masks all losses
+            if found is None:  # no image of this batch has both modalities; the caller then masks all losses
                 return logits.sum(1), hits
             self.log_z[direction] = found
         return nce(logits, log_z=self.log_z[direction], num_images=self.num_images), hits
@@ -293,10 +294,11 @@ def checked(modalities: Mapping[str, int], channels: int) -> dict[str, int]:
 
 
 def in_batch_loss(query: Tensor, other: Tensor, present: Tensor | None, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of identifying the own row of `other` among all processes' rows, and hits, (N,) each.
+    """Return cross-entropy and hits, (N,) each, of identifying the row of `other` that belongs to the same image.
 
-    `query` and `other` are unit rows (N, D) of the same images, with gradient to both on every process. Images without
-    the other modality, for which `present` (N,) is False, are not used as negatives; the caller masks their losses.
+    The candidates are the rows of all processes. `query` and `other` are unit rows (N, D) of the same images; gradients
+    flow to both on every process. Images for which `present` (N,) is False lack the other modality: they are not used
+    as negatives, and the caller masks their losses.
     """
     logits = query @ all_gather_with_grad(other).T / temperature  # (N, WN)
     if present is not None:
@@ -310,10 +312,10 @@ def in_batch_loss(query: Tensor, other: Tensor, present: Tensor | None, *, tempe
 
 
 def mean_where(values: Tensor, rows: Tensor | None) -> Tensor:
-    """Return the scalar mean of `values` (N,) over images for which `rows` (N,) is True (None = all); 0 if none is.
+    """Return the mean of `values` (N,) over the images for which `rows` (N,) is True, as a scalar; 0 if there are none.
 
-    With several processes, each returns its contribution, scaled such that the mean over processes equals the mean
-    over all such images; the same holds for the gradient.
+    `rows` None means all images. With several processes, each returns its contribution, scaled such that the mean over
+    processes equals the mean over the selected images of all processes; the same holds for the gradient.
     """
     if rows is None:
         return values.mean()

@@ -1,4 +1,4 @@
-"""CPC: predict the encodings of lower patches of an image from the patches above, by contrast with negatives.
+"""CPC: predict the encodings of patches of an image from the patches above them, with a contrastive loss.
 
 v1  van den Oord, Li, Vinyals 2018  https://arxiv.org/abs/1807.03748  conf/method/cpc.yaml
 v2  Henaff et al. 2020              https://arxiv.org/abs/1905.09272  conf/method/cpc_v2.yaml (all other patches are
@@ -31,20 +31,19 @@ def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Cont
     Args:
         context: (N, R, g, E).
         targets: (N, R, g, E), W_k z of the patch that each context predicts.
-        negative: (N, R, g, M) int64, indices into the targets of all processes, flattened to (W N R g, E). The own
-            target may be included, as in public implementations; the loss therefore does not reach 0.
+        negative: (N, R, g, M) int64, indices into the targets of all processes, flattened to (W N R g, E). They may
+            include the own target, as in public implementations, so the loss does not reach 0.
 
-    Computed in float32 (or float64 if given) even under autocast. Uses the exact log-softmax: log(softmax + 1e-11), as
-    in public implementations, has a vanishing gradient where the probability of the target is smallest.
+    Computed in float32 (or float64 if given) even under autocast. The log-softmax is exact. Public implementations use
+    log(softmax + 1e-11), whose gradient vanishes where the probability of the target is smallest.
     """
     with torch.autocast(context.device.type, enabled=False):
         dtype = torch.promote_types(context.dtype, torch.float32)
         context, targets = context.to(dtype), targets.to(dtype)
         pool = all_gather_with_grad(targets.contiguous()).flatten(0, 2)
         own = (context * targets).sum(3, keepdim=True)  # (N, R, g, 1)
-        drawn = pool.index_select(0, negative.flatten()).view(
-            *negative.shape, -1
-        )  # backward takes half the time of that of pool[negative]
+        # The backward pass of index_select takes half the time of that of pool[negative].
+        drawn = pool.index_select(0, negative.flatten()).view(*negative.shape, -1)
         others = torch.einsum("nrge,nrgme->nrgm", context, drawn)
         loss = -F.log_softmax(torch.cat([own, others], 3), dim=3)[..., 0].mean()
         mine = own_places(*negative.shape[:3], offset=0, device=negative.device).view(negative.shape[:3])
@@ -57,7 +56,7 @@ def full_contrast(prediction: Tensor, targets: Tensor, *, offset: int) -> Contra
     """Return the cross-entropy of the patch `offset` rows below among all patches of all images (CPC v2, appendix).
 
     Args:
-        prediction: (N, R, g, E), R = g - offset, from the contexts that have a row `offset` below them.
+        prediction: (N, R, g, E), R = g - offset, from the contexts that have a patch `offset` rows below them.
         targets: (N, g, g, E).
         offset: rows between a context and its target.
 
@@ -87,10 +86,11 @@ class PatchPrediction(Method):
         context: gru, pixelcnn_gated or pixelcnn_v2.
         hidden: channels of the context network's hidden layers.
         steps: number of rows predicted from one context; None: all available rows below.
-        skip: number of rows below a context that are not predicted, because the next row shares half of its pixels.
-        directions: number of directions, 1 to 4: from the top, then with the grid rotated by 90 degrees each time. The
-            context network is shared, the prediction layers are not.
-        augmentation: applied to each patch independently, or None.
+        skip: number of rows directly below a context that are not predicted; the first of them shares half of its
+            pixels with the context's row.
+        directions: number of directions, 1 to 4. The first one predicts from top to bottom; for each further one, the
+            grid is rotated by 90 degrees. All directions share the context network and have separate prediction layers.
+        augmentation: augmentation that is applied to each patch independently, or None.
 
     Raises ValueError for a backbone with BatchNorm and for incompatible arguments.
     """
@@ -180,8 +180,8 @@ class PatchPrediction(Method):
     def features(self, images: Tensor) -> Tensor:
         """Return the mean encoding over the grid: (N, C, S, S) -> (N, D).
 
-        The backbone is trained only on patches, so the image is divided into patches here too; the number of patches
-        depends on S. The context network is not used.
+        The backbone is trained only on patches, so this method divides the image into patches as well. The number of
+        patches depends on S. The context network is not used.
         """
         return self.encode(patchify(images, self.patch)).mean((1, 2))
 
@@ -282,7 +282,7 @@ class CPCv2(PatchPrediction):
             augmentation=augmentation,
         )
         self.scale = scale
-        self.target = nn.Linear(self.dim, dim, bias=False)  # a bias adds a constant to all logits of a row
+        self.target = nn.Linear(self.dim, dim, bias=False)  # a bias would only add a constant to all logits of a row
         self.predict = self.predictors(self.context.out_channels, dim, bias=True)
 
     def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:

@@ -1,4 +1,4 @@
-"""Context networks of CPC: summaries of the patch rows of an image down to row i.
+"""Context networks of CPC: for each row i of patches, a summary of the rows from the top down to row i.
 
 v1     van den Oord, Li, Vinyals 2018  https://arxiv.org/abs/1807.03748
 v2     Henaff et al. 2020              https://arxiv.org/abs/1905.09272
@@ -45,7 +45,7 @@ class GruContext(Context):
 class GatedLayer(nn.Module):
     """Gated convolution tanh(a) * sigmoid(b) over three columns of the current row and the row above.
 
-    Equivalent to a 3x3 convolution with a masked last row, which would need 50 % more arithmetic.
+    A 3x3 convolution with a masked last row is equivalent, but needs 50 % more arithmetic.
     """
 
     def __init__(self, in_channels: int, hidden: int) -> None:
@@ -76,7 +76,10 @@ class GatedContext(Context):
 
 
 class ResidualContext(Context):
-    """Five residual blocks and a ReLU (CPC v2, appendix); a block covers two rows (current, above), three columns."""
+    """Five residual blocks and a ReLU (CPC v2, appendix).
+
+    Each block covers two rows (the current row and the row above it) and three columns.
+    """
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()

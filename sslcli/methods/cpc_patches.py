@@ -19,11 +19,11 @@ DRAWS = 12  # random numbers per patch
 
 
 def patch_size(image_size: int, grid: int | None) -> int:
-    """Return the patch side p = 2 S / (g + 1) in pixels, for patches that overlap by half; None chooses the grid.
+    """Return the patch side p = 2 S / (g + 1) in pixels, for patches that overlap by half.
 
-    The default is the grid nearest to 7 with patches of at least 8 pixels: 7 x 7 patches of 8 pixels for 32 px, of 16
-    for 64 px, of 24 for 96 px, of 56 for 224 px. Raises ValueError, with the valid grids, for a grid below 3 or one
-    that does not divide the image into whole pixels.
+    With grid=None, the grid nearest to 7 with patches of at least 8 pixels is used: 7 x 7 patches of 8 pixels for
+    images of 32 px, of 16 for 64 px, of 24 for 96 px, of 56 for 224 px. Raises ValueError, with the valid grids, for a
+    grid below 3, and for a grid whose patch side is not an even whole number of pixels.
     """
     fitting = [n for n in range(3, image_size) if image_size % (n + 1) == 0 and 2 * image_size // (n + 1) >= 4]
     named = ", ".join(map(str, fitting)) or "none"
@@ -71,7 +71,7 @@ def patchify(images: Tensor, size: int) -> Tensor:
 
 
 class PatchAugmentation(nn.Module):
-    """Independent random augmentation of each patch, which removes continuity of color and edges between patches.
+    """Independent random augmentation of each patch, so that color and edges do not continue between patches.
 
     Args:
         crop: fraction of the side removed by a random crop, at least one pixel; the crop is padded with zeros. 0: no
@@ -83,8 +83,8 @@ class PatchAugmentation(nn.Module):
         shear: maximum shear along each axis, in pixels per pixel.
         shear_p: probability of shear per patch.
 
-    For images without exactly three channels, only brightness and contrast of the color operations apply. Values are
-    not clamped; inputs may be normalized or not. Raises ValueError for arguments outside [0, 1].
+    Of the color operations, only brightness and contrast are applied to images that do not have three channels. Values
+    are not clamped; inputs may be normalized or not. Raises ValueError for arguments outside [0, 1].
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""DCGAN: a GAN whose discriminator is the backbone; features are its feature maps of all stages, pooled.
+"""DCGAN: a GAN whose discriminator is the backbone; features are the pooled feature maps of all stages.
 
 Radford et al. 2016  https://arxiv.org/abs/1511.06434  https://github.com/Newmu/dcgan_code  conf/method/dcgan.yaml
 
@@ -19,7 +19,7 @@ from sslcli.methods.gan import Game, call_on_buffer_copies, discriminator_loss, 
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.modes import evaluating
 
-INIT_STD = 0.02  # of all weights (section 4)
+INIT_STD = 0.02  # initial standard deviation of all weights (section 4)
 
 
 def pooled_maps(maps: dict[str, Tensor], side: int) -> Tensor:

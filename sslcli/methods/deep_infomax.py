@@ -83,10 +83,11 @@ def map_encoder(channels: int, units: int, *, hidden: int) -> nn.Sequential:
 
 
 def choose_stage(maps: dict[str, Tensor], name: str | None) -> str:
-    """Return the stage that provides the local feature map; None chooses the deepest of those nearest to 8 x 8.
+    """Return the name of the stage that provides the local feature map.
 
-    None chooses the last stage only if it is the only one, because the features are the mean of its map and each of
-    its positions already contributes to them. Raises ValueError for an unknown stage or one with a single position.
+    If `name` is None, this is the stage whose map is nearest to 8 x 8, or the deepest of several such stages. The last
+    stage is excluded unless it is the only one: the features are the mean of its map, so each of its positions already
+    contributes to them. Raises ValueError for an unknown stage or a stage with a single position.
     """
     sides = {stage: math.sqrt(m.shape[2] * m.shape[3]) for stage, m in maps.items()}
     if name is not None:
@@ -112,14 +113,14 @@ class DeepInfoMax(Method):
     """Deep InfoMax loss: alpha * global + beta * local + gamma * prior, plus the discriminator loss.
 
     Args:
-        image_size, channels: of the training images; set by the command.
+        image_size, channels: image size in pixels and number of channels of the training images; set by the command.
         alpha: weight of the global term, which pairs the vector with an encoding of the whole local feature map.
         beta: weight of the local term, which pairs the vector with each position of the local feature map.
         gamma: weight of the prior term, which matches the vectors to a uniform distribution; 0 removes it and the
             discriminator.
         measure: one of MEASURES.
-        score: "dot": dot products of two embeddings, with all other images as negatives; "concat": a network on the
-            concatenated pair, with only the next image of the batch as the negative.
+        score: "dot" scores pairs by the dot product of two embeddings, with all other images as negatives; "concat"
+            scores them by a network on the concatenated pair, with only the next image of the batch as the negative.
         dim: vector size D.
         hidden: width of a hidden layer between the features and the vector; None is one linear layer.
         units: u for "dot"; the width of the hidden layers for "concat".
@@ -206,7 +207,7 @@ class DeepInfoMax(Method):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return local feature maps (N, C, H, W) and features (N, num_features).
 
-        Takes one forward pass if the features are the mean of the last map, else two.
+        This takes one forward pass if the features are the mean of the last map, else two.
         """
         maps = self.backbone.stages(images)  # type: ignore[operator]
         features = maps[self.last_stage].mean((2, 3)) if self.one_pass else self.backbone(images)
@@ -253,7 +254,7 @@ def check_weights(**weights: float) -> None:
 
 
 def check_choices(measure: str, score: str, official_mask: bool) -> None:
-    """Raise ValueError, with the remedy, for an invalid measure, score or official_mask."""
+    """Raise ValueError for an invalid measure, score or official_mask; the message states what to change."""
     if measure in UNBOUNDED:
         raise ValueError(
             f"measure is {measure!r}, whose loss decreases without bound as scores grow: choose one of "

@@ -24,7 +24,7 @@ from sslcli.nn.modes import full_precision
 from sslcli.nn.noise import Noise
 
 LOSSES = ("logistic", "hinge")
-PICTURE_SEED = 0  # of the codes of saved samples, which makes samples of different epochs comparable
+PICTURE_SEED = 0  # seed of the codes of saved samples; fixed, so that samples of different epochs are comparable
 SAMPLE_ROWS = 4
 SQUARES = 4  # per side; `distance` compares the means of SQUARES x SQUARES image regions
 
@@ -45,17 +45,17 @@ def generator_loss(fake: Tensor, *, kind: str) -> Tensor:
     """Return the generator loss for the discriminator's logits (N, K): summed over K, mean over N.
 
     logistic is the non-saturating -log sigmoid(fake) (Goodfellow et al., section 3); hinge is -fake (Miyato et al.,
-    eq. 17). With negated logits of real inputs it is the loss of an encoder, whose pairs should be classified as
-    generated.
+    eq. 17). For negated logits of real inputs, the result is the loss of an encoder, whose pairs should be classified
+    as generated.
     """
     fake = full_precision(fake)
     return -fake.sum(1).mean() if kind == "hinge" else F.softplus(-fake).sum(1).mean()
 
 
 def call_on_buffer_copies(module: nn.Module, *inputs: Tensor, learn: bool = False) -> Any:
-    """Call `module(*inputs)` on copies of its buffers, which leaves running statistics and singular vectors unchanged.
+    """Call `module(*inputs)` on copies of its buffers, so that running statistics and singular vectors do not change.
 
-    Unless `learn`, the parameters are detached: only the inputs receive a gradient.
+    Unless `learn` is true, the parameters are detached: only the inputs receive a gradient.
     """
     state = {name: buffer.clone() for name, buffer in module.named_buffers()}
     if not learn:
@@ -74,12 +74,13 @@ def gradient_penalty(discriminate: Callable[[Tensor], Tensor], images: Tensor) -
 
 @torch.no_grad()
 def distance(drawn: Tensor, images: Tensor) -> Tensor:
-    """Return the energy distance of generated and real images (N, C, S, S) of all processes, 0 in expectation if equal.
+    """Return the energy distance of generated and real images (N, C, S, S) of all processes.
 
-    2 E|x - y| - E|x - x'| - E|y - y'| over distinct pairs (Szekely and Rizzo 2013, doi:10.1016/j.jspi.2013.03.018). x
-    and y are images average-pooled to 4 x 4; the result is divided by the square root of their number of values, which
-    puts it on the scale of pixel values. The estimate is unbiased and can be slightly negative. Each process compares
-    its own images with those of all processes.
+    The distance is 2 E|x - y| - E|x - x'| - E|y - y'| over distinct pairs (Szekely and Rizzo 2013,
+    doi:10.1016/j.jspi.2013.03.018), where x and y are images average-pooled to 4 x 4. It is divided by the square root
+    of the number of values of x, so that it has the scale of pixel values. The estimate is unbiased: it is 0 in
+    expectation for equal distributions, and can be slightly negative. Each process compares its own images with those
+    of all processes.
     """
     x, y = (F.adaptive_avg_pool2d(full_precision(part), SQUARES).flatten(1) for part in (images, drawn))
     all_x, all_y = all_gather(x), all_gather(y)
@@ -95,9 +96,9 @@ def distance(drawn: Tensor, images: Tensor) -> Tensor:
 class Game(Method):
     """Base class with a generator; subclasses add the discriminator. The loss is the sum of both players' losses.
 
-    Each player's loss treats the other's parameters as constants; one backward pass of the sum therefore gives each
-    player its own gradient. Real and generated images are in [0, 1] (views.normalize=false); the first step raises
-    ConfigError for other real images.
+    The loss of each player treats the parameters of the other player as constants. One backward pass of the sum
+    therefore gives each player the gradient of its own loss. Real and generated images are in [0, 1]
+    (views.normalize=false); the first step raises ConfigError for real images outside of this range.
 
     Args:
         image_size: image side S in pixels.
@@ -145,7 +146,7 @@ class Game(Method):
         return self.noise.normal(len(images), self.dim, device=images.device).to(images.dtype)
 
     def penalty(self, discriminate: Callable[[Tensor], Tensor], images: Tensor) -> dict[str, Tensor]:
-        """Return {"r1": weighted R1 penalty of this step}, 0 between penalties; {} if R1 is disabled."""
+        """Return {"r1": weighted R1 penalty}, which is 0 in steps without a penalty; {} if R1 is disabled."""
         if not self.r1:
             return {}
         if self.steps % self.r1_every:
@@ -156,7 +157,7 @@ class Game(Method):
         self.steps += 1
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Return two groups per player: parameters with weight decay, and biases and norms without."""
+        """Return two groups per player: parameters with weight decay; biases and norms without weight decay."""
         others = [name for name, _ in self.named_children() if name not in self.discriminator_parts]
         return [
             *groups_of((self.get_submodule(name) for name in self.discriminator_parts), self.discriminator_lr),

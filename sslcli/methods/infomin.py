@@ -58,11 +58,12 @@ class InfoMin(MoCo):
 
     Args:
         jigsaw_weight: beta in [0, 1]; the loss is (1 - beta) * MoCo loss + beta * jigsaw loss. 0 disables the jigsaw
-            branch: two views, identical to MoCo.
+            branch; the method is then identical to MoCo and takes two views.
         jigsaw_patch: side of a patch as a fraction of its cell, in (0, 1]; its position in the cell is random.
         moco: the arguments of `MoCo`.
 
-    Views: query, key and, with the jigsaw branch, the image that is divided; its side is a multiple of 3.
+    The views are query and key. With the jigsaw branch, a third view is divided into patches; its side must be a
+    multiple of 3.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class InfoMin(MoCo):
 
     @contextmanager
     def grouped_by_image(self) -> Iterator[None]:
-        """Multiply BatchNorm's group size by 9 within the block: a group holds the patches of `bn_group` images."""
+        """Multiply BatchNorm's group size by 9 within the block: a group has all patches of `bn_group` images."""
         norms = [part for part in self.backbone.modules() if isinstance(part, SplitBatchNorm)]
         for norm in norms:
             norm.group *= CELLS

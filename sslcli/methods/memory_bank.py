@@ -29,8 +29,8 @@ class MemoryBank(Method):
     Args:
         num_images: number of training images n; set by the command.
         dim: embedding size D.
-        loss: "full" is the cross-entropy over all n rows (eq. 2), "nce" noise-contrastive estimation with K noise rows
-            (eq. 7), "softmax" the cross-entropy over the own row and K others (the later official release).
+        loss: "full" is the cross-entropy over all n rows (eq. 2), "nce" is noise-contrastive estimation with K noise
+            rows (eq. 7), "softmax" is the cross-entropy over the own row and K other rows (the later official release).
         negatives: K, drawn uniformly with replacement, possibly including the own row; unused with "full".
         momentum: weight of the old row in an update; 0.5 in the official code.
         temperature: divides the similarities.
@@ -38,9 +38,9 @@ class MemoryBank(Method):
             momentum instead.
         head_norm: add BatchNorm without affine parameters after the head, which removes the common mean of all
             embeddings; not in the paper.
-        fill: start with an empty bank. An image without a row fills its row and contributes 0 to the loss, so the
-            first epoch fills the bank with embeddings of the initial network. False: random rows, as in the official
-            code.
+        fill: start with an empty bank. The first embedding of an image becomes its row, and the image contributes 0 to
+            the loss in this step. The first epoch therefore fills the bank with embeddings of the initial network.
+            False: start with random rows, as in the official code.
 
     Raises ValueError for arguments out of range.
     """
@@ -76,7 +76,7 @@ class MemoryBank(Method):
         self.noise = Noise()
         self.loss, self.negatives, self.temperature, self.proximal = loss, negatives, temperature, proximal
         self.fill = fill
-        self.log_z: float | None = None  # normalizer of "nce", fixed after the first batch
+        self.log_z: float | None = None  # normalizer of "nce"; constant after the first batch
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         z = self.projection(batch.views[0])
@@ -128,9 +128,9 @@ class MemoryBank(Method):
     def stored(self) -> Tensor:
         """Return the bank rows (n, D), in the order of the training split.
 
-        Unit rows; each is a moving average of embeddings of past augmented views, computed with past weights. For k-NN
-        on these rows, queries are outputs of `projection`; the accuracy differs from k-NN on features of images
-        without augmentation.
+        Rows have unit norm. Each row is a moving average of embeddings of past augmented views, computed with past
+        weights. For k-NN on these rows, the queries are outputs of `projection`. The accuracy therefore differs from
+        k-NN on features of images without augmentation.
         """
         return self.bank.rows
 

@@ -1,9 +1,10 @@
-"""Un-Mix: self-mixture of a batch with its reverse, with a loss weighted by the mixing fractions of both sources.
+"""Un-Mix: each image of a batch is mixed with an image of the same batch in reverse order.
 
 Shen et al. 2022  https://arxiv.org/abs/2003.05438   conf/mixture/unmix.yaml
 
-It adds a term to the loss of a two-view method, which passes functions for encoding and comparison. Shapes: N images
-per process.
+The mixtures add a term to the loss of a two-view method. In this term, the loss against each of the two source images
+is weighted by the fraction of this image in the mixture. The method passes functions for encoding and comparison.
+Shapes: N images per process.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ def mix_global(images: Tensor, weight: float) -> Tensor:
 
 
 def mix_region(images: Tensor, weight: float, center: tuple[int, int]) -> tuple[Tensor, float]:
-    """Paste a box of the reversed batch into each image, as in CutMix; return images and the fraction they kept.
+    """Paste a box of the reversed batch into each image, as in CutMix.
 
-    The box has an area fraction of about 1 - `weight`, or less if clipped at the border; the returned fraction is
-    computed from the clipped box.
+    Returns the mixed images, and the area fraction of each image outside the box. The area fraction of the box is about
+    1 - `weight`, or less if the box is clipped at the border; the returned fraction is that for the clipped box.
     """
     height, width = images.shape[-2:]
     top, bottom = _span(height, weight, center[0])
@@ -45,11 +46,11 @@ def _span(side: int, weight: float, center: int) -> tuple[int, int]:
 class UnMix(nn.Module):
     """Self-mixture as an option of two-view methods.
 
-    One mixing weight per step, the same on all processes. Images are mixed only within a process; the mixed pairs, and
-    with them the results, therefore depend on the number of processes.
+    Each step draws one mixing weight, the same for all processes. Images are mixed only within a process, so the mixed
+    pairs, and therefore the results, depend on the number of processes.
 
     Args:
-        probability: of mixing whole images; otherwise a box is pasted.
+        probability: probability of mixing whole images; otherwise a box is pasted.
         beta: the weight is drawn from Beta(beta, beta); 1 is uniform.
     """
 
@@ -77,7 +78,7 @@ class UnMix(nn.Module):
         """Return the loss of the mixtures: weight L(q(mix)) + (1 - weight) L(q(mix) in reverse order)."""
         mixed, weight = self.mix(images)
         queries = query(mixed)
-        # Row i of the reversed mixtures contains the fraction 1 - weight of image i, so one encoding is enough.
+        # In reverse order, mixture i contains the fraction 1 - weight of image i, so one encoding of them is enough.
         return weight * compare(queries) + (1 - weight) * compare(queries.flip(0))
 
 

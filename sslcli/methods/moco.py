@@ -43,14 +43,14 @@ class MoCo(Method):
     Args:
         dim: embedding size D.
         queue_size: number of keys in the queue of negatives, K.
-        momentum: of the momentum (key) encoder.
+        momentum: momentum of the momentum (key) encoder.
         temperature: divides the cosine similarities.
         mlp_head: use v2's head (one hidden layer as wide as the features) instead of one linear layer.
         symmetric: also use view 2 as the query and view 1 as the key; the loss is the mean of both.
         bn_group: number of images that BatchNorm normalizes together. Keys are shuffled before grouping (sec. 3.3),
             which prevents batch statistics from identifying the key of a query; 32 is the batch size per GPU in the
             paper (8 GPUs).
-        mixture: None, or mixtures of view 1 as additional queries; keys of mixtures are not enqueued.
+        mixture: None, or a mixture of view 1; mixed images are additional queries, and are never enqueued as keys.
     """
 
     num_views = 2
@@ -90,8 +90,8 @@ class MoCo(Method):
         self.mixture = mixture
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("queue_head", torch.zeros((), dtype=torch.long))
-        self.draws = 0  # number of shuffles so far; determines the order of the next one
-        self.new_keys: list[Tensor] = []  # of the micro-batches of this step; enqueued by after_step
+        self.draws = 0  # number of shuffles so far; determines the order of the next shuffle
+        self.new_keys: list[Tensor] = []  # keys of this step's micro-batches; after_step enqueues them
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         x1, x2 = batch.views

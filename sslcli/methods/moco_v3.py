@@ -25,7 +25,8 @@ from sslcli.nn.schedule import ema_momentum
 def contrast(query: Tensor, key: Tensor, *, temperature: float) -> Contrast:
     """Return 2 tau times the cross-entropy of key i among all processes' keys, for each query i (Alg. 1, `ctr`).
 
-    `query` and `key` are (N, D), normalized here; the negatives are the other images' keys of the same view.
+    `query` and `key` are (N, D) and are normalized in this function. The negatives of a query are the keys of all other
+    images, from the same view as its own key.
     """
     query = F.normalize(full_precision(query), dim=1)
     key = F.normalize(key.to(query.dtype), dim=1).detach()
@@ -45,7 +46,7 @@ class MoCoV3(Method):
             not with ResNet.
         momentum: initial momentum of the momentum encoder; follows a cosine schedule to 1.
         temperature: tau, 1.0 for ResNet-50 and 0.2 for ViT and CIFAR.
-        mixture: None, or mixtures of view 1 as additional queries, against the keys of both views.
+        mixture: None, or a mixture of view 1; mixed images are additional queries against the keys of both views.
     """
 
     num_views = 2

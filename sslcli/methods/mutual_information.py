@@ -22,11 +22,11 @@ from sslcli.nn.contrastive import CHUNK_VALUES
 from sslcli.nn.modes import full_precision
 
 LOG2 = math.log(2)
-UNBOUNDED = ("X2", "W1")  # losses without a lower bound: they decrease as scores grow
+UNBOUNDED = ("X2", "W1")  # measures whose loss has no lower bound: it decreases without limit as scores grow
 OFFICIAL_MASK = -10.0
 
-# The functions of positive and negative scores in each measure: the variational bounds of Nowozin et al. 2016,
-# https://arxiv.org/abs/1606.00709. The signs of X2 follow the official code and differ from the papers.
+# For each measure, the functions of positive and of negative scores. They are the variational bounds of Nowozin et al.
+# 2016, https://arxiv.org/abs/1606.00709. The signs of X2 follow the official code and differ from the papers.
 _ELEMENTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "GAN": (lambda p: -F.softplus(-p), F.softplus),
     "JSD": (lambda p: LOG2 - F.softplus(-p), lambda q: F.softplus(q) - LOG2),
@@ -42,7 +42,7 @@ MEASURES = ("InfoNCE", "DV", *(name for name in _ELEMENTWISE if name not in UNBO
 def expectations(positive: Tensor, negative: Tensor, measure: str) -> tuple[Tensor, Tensor]:
     """Return the expectations over positive and negative scores of any shape.
 
-    First minus second is a lower bound of a divergence; the loss is second minus first (sec. 3.1).
+    The first expectation minus the second one is a lower bound of a divergence; the loss is its negative (sec. 3.1).
     """
     if measure == "DV":
         return positive.mean(), negative.flatten().logsumexp(0) - math.log(negative.numel())
@@ -60,7 +60,7 @@ def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str
         measure: one of MEASURES.
         gather: with DV, normalize over the vectors of all processes.
     """
-    if measure == "InfoNCE":  # one log-sum-exp for all positions of an image, as they share their negatives
+    if measure == "InfoNCE":  # all positions of an image share their negatives, and therefore one log-sum-exp
         return (torch.logaddexp(positive, rows[..., None]) - positive).mean()
     if measure == "DV":
         everyone = (all_gather_with_grad(rows) if gather else rows).flatten()
@@ -88,10 +88,10 @@ def dot_loss(
 ) -> Tensor:
     """Return the loss with dot-product scores, without temperature or normalization; all other images are negatives.
 
-    `places` is (N, u, n), `vectors` (N, u, k). With `gather`, the negatives are positions of the images of all
-    processes, else those of this process; there must be at least 2 images, else ValueError. Computed in float32 (or
-    float64 if given). Memory beyond the gradients is about `CHUNK_VALUES` scores, because blocks of rows are recomputed
-    in the backward pass.
+    `places` is (N, u, n), `vectors` (N, u, k). The negatives are positions of the images of all processes, or without
+    `gather`, of this process only. Raises ValueError for fewer than 2 images. Computed in float32 (or float64 if
+    given). The backward pass recomputes blocks of rows, so in addition to the gradients, memory is needed for only
+    about `CHUNK_VALUES` scores.
     """
     with torch.autocast(places.device.type, enabled=False):
         places, vectors = full_precision(places), full_precision(vectors)
@@ -142,8 +142,8 @@ def concat_loss(score: nn.Module, maps: Tensor, vectors: Tensor, *, measure: str
 def prior_losses(discriminator: nn.Module, vectors: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
     """Return encoder and discriminator losses of matching sigmoid(vectors) to prior samples, both (N, D) (sec. 3.3).
 
-    The encoder loss is non-saturating. Neither loss has a gradient for the other player's weights; one backward pass of
-    their sum therefore gives each player its own gradient.
+    The encoder loss is non-saturating. Each loss has no gradient for the weights of the other network, so one backward
+    pass of the sum gives each network the gradient of its own loss.
     """
     with torch.autocast(vectors.device.type, enabled=False):
         code = full_precision(vectors).sigmoid()

@@ -23,9 +23,9 @@ from sslcli.nn.modes import full_precision
 def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None = None) -> Contrast:
     """Return the normalized temperature-scaled cross-entropy (eq. 1), mean over this process's 2N anchors.
 
-    `z1` and `z2` are (N, D), normalized here; row i of both is the same image. The negatives are the 2(WN - 1) views of
-    all other images on all processes; gradients flow through them on every process. The unit rows of `memory` (K, D),
-    if given, are additional negatives of every anchor.
+    `z1` and `z2` are (N, D) and are normalized in this function; row i of both belongs to the same image. The negatives
+    are the 2(WN - 1) views of all other images on all processes; gradients flow through the negatives on every process.
+    If `memory` (K, D) is given, its unit rows are additional negatives of every anchor.
     """
     rows = F.normalize(full_precision(torch.cat([z1, z2])), dim=1)
     if world_size() == 1 and memory is None and temperature >= MIN_TEMPERATURE:
@@ -48,10 +48,10 @@ class SimCLR(Method):
         layers: number of linear layers of the head, 2 in v1.
         norm: use BatchNorm in the head, without beta after the last layer, as in the official code.
         init_std: standard deviation of the head's initial weights, 0.01 in the official code; None is torch's default.
-            The output of a layer with BatchNorm does not depend on the weight scale, but its effective learning rate
-            does: it is higher for small weights. LARS compensates for this, SGD does not.
+            The scale of the weights has no effect on the output of a layer with BatchNorm, but on its effective
+            learning rate, which is higher for small weights. LARS compensates for this, SGD does not.
         temperature: 0.1 on ImageNet with large batches, 0.5 on CIFAR-10.
-        mixture: None, or mixtures of view 1 that replace it in a second loss.
+        mixture: None, or a mixture of view 1; mixed images replace view 1 in a second loss.
     """
 
     num_views = 2

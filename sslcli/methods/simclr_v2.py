@@ -1,8 +1,9 @@
-"""SimCLR v2: SimCLR with a deeper head, fine-tuning from a middle layer of it, and optionally MoCo's queue.
+"""SimCLR v2: SimCLR with a deeper head, fine-tuning from a middle layer of this head, and optionally MoCo's queue.
 
 Chen et al. 2020  https://arxiv.org/abs/2006.10029   conf/method/simclr_v2.yaml
 
-The other two stages are `ssl-eval protocol=semi` (or finetune) and `protocol=distill`.
+This module is the first stage of SimCLR v2, pre-training. The other two stages are `ssl-eval protocol=semi` (or
+finetune) and `protocol=distill`.
 Shapes: N images per process, W processes, D embedding size, K queue length.
 """
 
@@ -27,9 +28,9 @@ class SimCLRv2(SimCLR):
 
     Args:
         layers: number of linear layers of the head, 3 in v2.
-        finetune_layer: layer of the head that fine-tuning starts from; 0 is the backbone.
+        finetune_layer: layer of the head from which fine-tuning starts; 0 is the backbone.
         queue_size: number K of embeddings of a momentum encoder used as additional negatives; 0 disables it (sec. 2).
-        momentum: of the momentum encoder.
+        momentum: momentum of the momentum encoder.
 
     The other arguments are those of `SimCLR`.
     """
@@ -72,7 +73,7 @@ class SimCLRv2(SimCLR):
         self.head_layers = layers
         self.finetune_layer = finetune_layer
         self.queue_size, self.momentum = queue_size, momentum
-        self.new_keys: list[Tensor] = []  # of the micro-batches of this step; enqueued by after_step
+        self.new_keys: list[Tensor] = []  # keys of this step's micro-batches; after_step enqueues them
         if queue_size:
             self.momentum_backbone = frozen_copy(self.backbone)
             self.momentum_head = frozen_copy(self.head)
@@ -89,7 +90,7 @@ class SimCLRv2(SimCLR):
         return super().compare((z1, z2))
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Contrast:
-        """Return NT-Xent with the queue, if any, as additional negatives of every anchor."""
+        """Return the NT-Xent loss; if there is a queue, its rows are additional negatives of every anchor."""
         return nt_xent(z1, z2, temperature=self.temperature, memory=self.queue if self.queue_size else None)
 
     @torch.no_grad()
@@ -108,9 +109,10 @@ class SimCLRv2(SimCLR):
         self.new_keys.clear()
 
     def head_features(self, images: Tensor, layer: int) -> Tensor:
-        """Return the output of a head layer, after BatchNorm and ReLU for hidden layers; the features for layer 0.
+        """Return the output of a head layer, (N, C, H, W) -> (N, width of the layer); the features for layer 0.
 
-        (N, C, H, W) -> (N, width of the layer). Raises ValueError for a layer that does not exist.
+        The output of a hidden layer is that after BatchNorm and ReLU. Raises ValueError for a layer that does not
+        exist.
         """
         if not 0 <= layer <= self.head_layers:
             raise ValueError(

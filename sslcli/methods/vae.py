@@ -27,8 +27,8 @@ from sslcli.nn.noise import Noise
 
 LOG_VARIANCE = (-10.0, 10.0)  # clamping range, which prevents overflow of exp
 SMALLEST_MSE = 1e-6  # about the quantization error of 8-bit images, below which there is nothing to model
-ACTIVE = 0.01  # variance of a unit's mean over images (Burda et al. 2016, arXiv:1509.00519)
-PICTURE_SEED = 0  # of the saved samples, which makes samples of different epochs comparable
+ACTIVE = 0.01  # a unit is active if its mean has a larger variance over images (Burda et al. 2016, arXiv:1509.00519)
+PICTURE_SEED = 0  # seed of the saved samples; fixed, so that samples of different epochs are comparable
 
 
 class Posterior(NamedTuple):
@@ -64,8 +64,9 @@ def over_processes(local: Tensor) -> Tensor:
 def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, sigma: float | None) -> Tensor:
     """Return -log p(x | z) in nats without constants, summed over the values of an image, mean over images.
 
-    For bernoulli, `drawn` are logits. gaussian is |x^ - x|^2 / (2 sigma^2); with sigma None, the sigma with maximum
-    likelihood for the step is used, which gives M/2 log(mean squared error) with M values per image (Rybkin et al.).
+    For bernoulli, `drawn` are logits. gaussian is |x^ - x|^2 / (2 sigma^2). If sigma is None, the sigma that maximizes
+    the likelihood of the step is used; the loss is then M/2 log(mean squared error) for M values per image (Rybkin et
+    al.).
     """
     if kind == "bernoulli":
         return bernoulli_nll(drawn, images).mean()
@@ -77,17 +78,18 @@ def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, sigma: floa
 
 
 def divergence_loss(posterior: Posterior, *, free_bits: float = 0.0) -> Tensor:
-    """Return KL(q(z|x) || p(z)) in nats: mean over images, each dimension clamped to at least `free_bits`, then summed.
+    """Return KL(q(z|x) || p(z)) in nats, with free bits.
 
-    The mean over the images of all processes is taken before clamping; the bits of a dimension may therefore be
-    concentrated in a few images.
+    For each dimension, the mean over the images of all processes is computed and then clamped to at least `free_bits`;
+    the result is the sum over dimensions. Since the mean is clamped, not the value of each image, the free bits of a
+    dimension may be concentrated in a few images.
     """
     units = over_processes(posterior.divergence().mean(0))  # (D,)
     return units.clamp_min(free_bits).sum() if free_bits else units.sum()
 
 
 def active_units(means: Tensor) -> Tensor:
-    """Return the number of active code dimensions, a scalar in [0, D], of means (N, D); 0 is posterior collapse."""
+    """Return the number of active code dimensions for posterior means (N, D): in [0, D]; 0 is posterior collapse."""
     return (means.var(0, correction=0) > ACTIVE).sum().to(means.dtype)
 
 
@@ -99,15 +101,15 @@ class VAE(Method):
         channels: image channels C.
         dim: code size D.
         width: channels of the decoder's smallest feature map.
-        beta: weight of the KL divergence, at least 0; 1 gives a bound of the likelihood, larger values favor
-            disentangled codes.
-        free_bits: nats per code dimension without KL penalty, at least 0.
+        beta: weight of the KL divergence, at least 0. With 1, the loss is a bound of the likelihood; larger values
+            favor disentangled codes.
+        free_bits: KL divergence per code dimension, in nats, that is not penalized; at least 0.
         kl_warmup: fraction of the run over which the KL weight increases from 0 to beta, in [0, 1].
         reconstruction: gaussian, or bernoulli, for which the decoder outputs logits.
-        sigma: standard deviation of the gaussian on the scale of the images; None: the optimum of each step.
+        sigma: standard deviation of gaussian, on the scale of the images; None: the optimal value of each step.
 
     Images must be in [0, 1] (views.normalize=false); the first step raises ConfigError otherwise. The posterior is
-    sampled only in training: features come from the backbone, projection and saved images from the posterior mean.
+    sampled only in training. Features are the backbone's output; `projection` and saved images use the posterior mean.
     Raises ValueError for arguments out of range.
     """
 
@@ -153,7 +155,7 @@ class VAE(Method):
         fidelity = reconstruction_loss(drawn, images, kind=self.reconstruction, sigma=self.sigma)
         divergence = divergence_loss(posterior, free_bits=self.free_bits)
         self.embeddings = (posterior.mean.detach(),)
-        # Dividing by the number of values makes the learning rate independent of image size, without effect on beta.
+        # Dividing by the number of values makes the learning rate independent of the image size; beta is not affected.
         loss = (fidelity + self.beta * self.kl_fraction * divergence) / images[0].numel()
         return {
             "loss": loss,
