@@ -27,7 +27,7 @@ from sslcli.config.slurm import SlurmSettings
 from sslcli.config.targets import check_target, targets, trust_list
 from sslcli.errors import ConfigError
 
-GROUPS = {  # config groups of each command; OPTIONAL lists those that may be omitted
+GROUPS = {  # config groups of each command; OPTIONAL lists the groups that may be omitted
     "train": ("method", "dataset", "backbone", "views", "optimizer", "launcher", "monitor", "mixture", "experiment"),
     "eval": ("protocol", "dataset", "backbone"),
     "export": (),

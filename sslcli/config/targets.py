@@ -18,7 +18,7 @@ def trust_list(value: Any) -> list[str]:
 
 
 def trusted_packages(trust: Iterable[str]) -> list[str]:
-    """Return the packages whose classes a `_target_` may name: sslcli, torch.optim, plug-ins, and those of `trust`."""
+    """Return the packages whose classes a `_target_` may name: sslcli, torch.optim, plug-ins, and those in `trust`."""
     return ["sslcli", "torch.optim", *plugins(), *trust]
 
 

@@ -89,7 +89,7 @@ class Protocol:
         return source.splits["train"]
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Return the names of those of the given splits on which accuracies are reported."""
+        """Return the names of the splits on which accuracies are reported; `splits` has all splits of the dataset."""
         return ("test" if "test" in splits else "val",)
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:

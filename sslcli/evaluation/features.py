@@ -151,7 +151,8 @@ def extract(
     """Extract the features of the images of `source` at `positions` (n,) int64.
 
     Returns the features (n, d) in the order of `positions`, and a mask (n,) bool that is False for unreadable images.
-    Both are on the CPU. The caller must drop the features of unreadable images, which are those of a blank image.
+    Both are on the CPU. The caller must drop the features of unreadable images, since they are computed from a blank
+    image.
     Features are float32, bfloat16 or float16 for a `precision` of fp32, bf16 or fp16.
 
     `prepare` maps float images (N, C, S, S) in [0, 1] to the network's input (`Views.finish`), and `encode` maps this

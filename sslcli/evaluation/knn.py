@@ -145,7 +145,7 @@ class Knn(FeatureProtocol):
         return bank_positions(source, monitor.get("knn_images"))
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Return the names val and test, without those of absent splits."""
+        """Return the names val and test, or only one of them if the other split does not exist."""
         return tuple(name for name in ("val", "test") if name in splits) or ("val",)
 
     def variant(self, monitor: Mapping[str, Any]) -> str:

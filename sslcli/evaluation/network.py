@@ -24,7 +24,7 @@ Level = dict[str, nn.Parameter]  # parameters of one level, by name
 class Classifier(nn.Module):
     """Linear classifier, initialized with zeros, on the features of `net` at `layer`: (N, width) -> (N, num_classes).
 
-    Parameters on which the features do not depend, such as those of a predictor, do not require gradients. All other
+    Parameters on which the features do not depend (for example, of a predictor) do not require gradients. All other
     parameters do, including those that were frozen in pre-training. Raises ValueError if no gradient can flow through
     the features.
     """

@@ -29,7 +29,7 @@ PICTURE_SEED = 0  # seed of the corruption in saved images; fixed, so that image
 def corrupt(images: Tensor, numbers: Tensor, *, kind: str, strength: float) -> Tensor:
     """Return a corrupted copy of images (N, C, S, S) in [0, 1].
 
-    The kinds are those of Vincent et al. 2010, and block_mask.
+    All kinds except block_mask are from Vincent et al. 2010.
 
     Args:
         images: not modified.

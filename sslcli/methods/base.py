@@ -132,7 +132,7 @@ class Method(nn.Module):
         return None
 
     def param_groups(self) -> list[dict[str, Any]] | None:
-        """Return the optimizer's parameter groups in torch's format; None = those of `sslcli.engine.optim`."""
+        """Return the optimizer's parameter groups in torch's format; None = groups from `sslcli.engine.optim`."""
         return None
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:

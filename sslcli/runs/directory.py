@@ -122,7 +122,7 @@ def check_resumable(run_dir: Path, values: dict[str, Any]) -> None:
 
 
 def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: tuple[str, ...] = NEUTRAL) -> dict[str, Any]:
-    """Return the values of a configuration by dotted key, without the keys in `leave_out` and those below them.
+    """Return the values of a configuration by dotted key, without the keys in `leave_out` and all keys below them.
 
     By default only the values that affect the results of a run remain.
     """

@@ -148,7 +148,7 @@ def check_classes(source: Source) -> None:
 
 
 def build_protocol(config: EvalConfig, subject: Subject) -> tuple[dict[str, Any], Protocol]:
-    """Return the settings of the chosen protocol, with defaults for those that are null, and the protocol."""
+    """Return the settings of the chosen protocol, in which null is replaced by the default, and the protocol."""
     node = dict(config.protocol)
     kind = find_class(node["_target_"], base=Protocol, trust=config.trust, where="protocol._target_")
     node |= {key: value for key, value in kind.defaults(subject.monitor).items() if node.get(key) is None}

@@ -4,7 +4,8 @@ Keys of the file:
 
 state_dict    the weights, named as in `state_dict()` of the backbone or the method
 what          "backbone" or "method"
-backbone      `_target_` and arguments of the backbone; `method` likewise
+backbone      `_target_` and arguments of the backbone
+method        `_target_` and arguments of the method
 seed, num_images
               further arguments of the method
 dataset, image_fingerprint

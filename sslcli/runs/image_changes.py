@@ -114,7 +114,7 @@ def collect_records(source: Source, screen: Screen) -> Records:
         if not started:
             screen.start(title, total=total)
             started = True
-        watchdog.report_progress(title)  # the other processes wait meanwhile
+        watchdog.report_progress(title)  # the other processes wait for this one
         screen.advance(done)
 
     try:

@@ -182,7 +182,7 @@ def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = Fal
 
 
 def code_of(folder: Path, record: Record) -> int | None:
-    """Return the exit code of a job of the sweep in `folder`; if it submitted a Slurm job, that of the Slurm job."""
+    """Return the exit code of a job of the sweep in `folder`, or of the Slurm job that it submitted."""
     if record.code == 0 and record.run_dir is not None:
         return recorded_exit_code(folder / record.run_dir) or 0
     return record.code

@@ -327,7 +327,7 @@ def pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
 
 @contextmanager
 def output(path: Path | None) -> Iterator[IO[bytes] | None]:
-    """Open the output file of a process for appending. For None, yield None: the process inherits this one's output."""
+    """Open the output file of a job for appending. For None, yield None: the job prints to the output of the sweep."""
     if path is None:
         yield None
         return
