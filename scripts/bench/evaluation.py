@@ -58,7 +58,7 @@ def lightly_knn() -> Result:
 def linear(*, baselines: bool) -> Result:
     """Time `ssl-eval` from JPEG files to the report, without imports, relative to a forward pass of the same images.
 
-    `multiple` is the ratio of wall-clock times. `cpu_multiple` is the ratio of CPU times; it depends little on other load.
+    `multiple` is the ratio of wall-clock times. `cpu_multiple` is that of CPU times; it depends little on other load.
     """
     from sslcli.backbones.resnet import ResNet
     from sslcli.engine import precision

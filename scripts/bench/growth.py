@@ -1,4 +1,4 @@
-"""Growth of time and memory of a step with batch size, queue size, image size, number of views and data set size.
+"""Growth of time and memory of a step with batch size, queue size, image size, number of views and dataset size.
 
     python scripts/bench/growth.py --plot growth.svg [--only WORD ...]
 

@@ -2,9 +2,9 @@
 
 SimCLR and BYOL use the package's forward functions with its Module, as documented. MoCo v2 uses the package's method
 class, since there is no forward function for MoCo v2. The network, the widths of the heads and the optimizer are the
-same as for the other libraries. Callbacks that write, print or check are disabled. The remaining ones register the
-module for logging, update the momentum networks, and read the hardware counters every ten seconds, which cannot be
-disabled.
+same as for the other libraries. Callbacks that write, print or check are disabled. The remaining callbacks cannot be
+disabled: they register the module for logging, update the momentum networks, and read the hardware counters every ten
+seconds.
 
 In addition to the steps of the other libraries, its steps compute the following:
 
