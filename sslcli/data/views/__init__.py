@@ -4,7 +4,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """Return a class of `sslcli.data.views.views`, which this package was before 0.2; plug-ins import it from here."""
+    """Return a class of `sslcli.data.views.views`. Before 0.2, plug-ins imported these classes from this package."""
     if not name[:1].isupper():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import sslcli.data.views.views as module

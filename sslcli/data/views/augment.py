@@ -1,6 +1,6 @@
-"""Batched augmentations of images (N, C, H, W): geometry and blur, and the color operations of `color` (re-exported).
+"""Batched augmentations of images (N, C, H, W): crop, flip and blur. The color operations of `color` are re-exported.
 
-Each parameter has one value per image; there is no loop over images. No function modifies its input.
+Each parameter has one value per image. There is no loop over images, and no function modifies its input.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 def crop_boxes(
     area: Tensor, ratio: Tensor, offset: Tensor, height: Tensor, width: Tensor, *, ratio_range: tuple[float, float]
 ) -> Tensor:
-    """Return the first of several candidate boxes that fits the image, as torchvision's RandomResizedCrop.get_params.
+    """Return for each image its first candidate box that fits, as torchvision's RandomResizedCrop.get_params does.
 
     Args:
         area: (N, T) float, area of each of T candidates as a fraction of the image.
         ratio: (N, T) float, width / height of each candidate.
-        offset: (N, 2) float in [0, 1), vertical and horizontal position; 0 is at the top and the left.
+        offset: (N, 2) float in [0, 1), vertical and horizontal position; 0 places the box at the top or left edge.
         height, width: (N,) int64 size of each image in pixels.
-        ratio_range: if no candidate fits, the largest centered box with width / height in this range is returned.
+        ratio_range: allowed range of width / height. If no candidate fits an image, its largest centered box with an
+            allowed ratio is returned.
 
     Returns:
         (N, 4) int64 top, left, height, width.
@@ -88,14 +89,15 @@ def _centered_boxes(height: Tensor, width: Tensor, ratio_range: tuple[float, flo
 def resized_crop(images: Tensor, boxes: Tensor, size: int, *, interpolation: str = "bilinear") -> Tensor:
     """Crop a box from each image and resize it to (size, size), with antialiasing.
 
-    Equals `torchvision.transforms.v2.functional.resized_crop(..., antialias=True)`: pixels outside of the box are not
-    used. Resampling is separable and linear, so each image is multiplied by two matrices of filter weights.
+    The result equals that of `torchvision.transforms.v2.functional.resized_crop(..., antialias=True)`: pixels outside
+    of the box have no effect. Resampling is separable and linear, so it is computed as a multiplication of each image
+    by two matrices of filter weights.
 
     Args:
         images: (N, C, H, W), uint8 (divided by 255) or float in [0, 1].
         boxes: (N, 4) int64 top, left, height, width, inside the image, height and width at least 1.
         size: side of the result in pixels.
-        interpolation: "bilinear", or "bicubic" (Keys, a = -0.5, as Pillow), whose overshoot is clamped to [0, 1].
+        interpolation: "bilinear" or "bicubic" (Keys, a = -0.5, as Pillow). Bicubic results are clamped to [0, 1].
 
     Returns:
         (N, C, size, size) float in [0, 1]; float32 for uint8 images, else the dtype of the images.
@@ -118,12 +120,12 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, *, interpolation: str
     horizontal = _resize_weights(left, box_width, width, size, interpolation, work)
     if images.dtype == torch.uint8:
         vertical = vertical.div_(255)
-    # With the channels concatenated along the width, each product is one matrix product per image.
+    # The channels are concatenated along the width, so that each of the two products is one matrix product per image.
     rows = images.transpose(1, 2).to(work, memory_format=torch.contiguous_format)
     rows = torch.bmm(vertical, rows.reshape(count, height, channels * width))
     out = torch.bmm(rows.view(count, size * channels, width), horizontal.transpose(1, 2))
     out = out.view(count, size, channels, size).transpose(1, 2).contiguous()
-    # Rows of weights sum to 1 only up to rounding; the clamp ensures [0, 1] for the following operations.
+    # Because of rounding, a row of weights may sum to slightly more than 1. The clamp ensures values in [0, 1].
     return out.clamp_(0, 1).to(dtype)
 
 
@@ -132,14 +134,14 @@ def _resize_weights(
 ) -> Tensor:
     """Return the weight (N, size, pixels) of each input pixel in each output pixel.
 
-    Rows sum to 1; weights outside of the window are 0.
+    Each row sums to 1. The weights of pixels outside of the box are 0.
     """
     position = torch.arange(pixels, device=start.device) - start.unsqueeze(1)
     inside = (position >= 0) & (position < length.unsqueeze(1))
     scale = (length.to(dtype) / size).unsqueeze(1)
-    # Downscaling widens the filter to cover all pixels; upscaling keeps it one pixel wide.
+    # For downscaling, the filter is widened so that it covers all pixels. For upscaling, its width is not changed.
     inverse_width = 1 / scale.clamp(min=1)
-    # A pixel outside of the window gets a distance at which the filter is 0.
+    # A pixel outside of the box gets a position so far away that its filter weight is 0.
     pixel = torch.where(inside, (position + 0.5) * inverse_width, 1e4)
     center = (torch.arange(size, device=start.device) + 0.5) * (scale * inverse_width)
     distance = (pixel.unsqueeze(1) - center.unsqueeze(2)).abs_()
@@ -166,12 +168,13 @@ def flip(images: Tensor, mask: Tensor) -> Tensor:
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int, mask: Tensor) -> Tensor:
     """Blur the images of a mask, each with its own standard deviation.
 
-    Equals torchvision's gaussian_blur: a normalized kernel of `kernel_size` taps over the image with reflected edges.
-    The blur is separable and linear, so each image is multiplied by a banded matrix from both sides.
+    The result equals that of torchvision's gaussian_blur: the image is padded by reflection and convolved with a
+    normalized kernel of `kernel_size` taps. The blur is separable and linear, so it is computed as a multiplication of
+    each image by a banded matrix from both sides.
 
     Args:
         images: (N, C, H, W).
-        sigma: (N,) standard deviation in pixels, above 0 where the mask is set.
+        sigma: (N,) standard deviation in pixels, above 0 where the mask is True.
         kernel_size: odd, at most twice the shorter side minus 1.
         mask: (N,) bool.
 

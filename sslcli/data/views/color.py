@@ -1,9 +1,9 @@
 """Batched color operations on float images (N, C, H, W) in [0, 1].
 
-Each operation equals the function of the same name in `torchvision.transforms.v2.functional`, but takes one parameter
-per image and has no loop over images. No function modifies its input. Parameters and masks may be on the device of the
-images or on the CPU; the CPU is preferred, because rows are then selected without waiting for the device. float16 and
-bfloat16 images are computed in float32 and rounded once at the end.
+Each operation gives the same result as the function of the same name in `torchvision.transforms.v2.functional`, but
+takes one parameter per image and has no loop over images. No function modifies its input. Parameters and masks may be
+on the device of the images or on the CPU. The CPU is preferred, because rows are then selected without waiting for the
+device. For float16 and bfloat16 images, all computations are in float32, and only the result is rounded.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
-# Ranges of skimage's Lab over the sRGB cube, which CMC uses to map each channel to [-1, 1] (CMC/train_CMC.py).
+# CMC maps each channel of Lab to [-1, 1] with these ranges, which skimage's Lab has for sRGB colors (CMC/train_CMC.py).
 _LAB_RANGE = ((0.0, 100.0), (-86.183, 98.233), (-107.857, 94.478))
 LAB_MEAN = tuple((high + low) / 2 for low, high in _LAB_RANGE)
 LAB_STD = tuple((high - low) / 2 for low, high in _LAB_RANGE)
 
-# PyContrast's constants for normalizing YDbDr: the mean color of ImageNet, and half of the width of each range.
+# PyContrast normalizes YDbDr with these constants: the mean color of ImageNet, and half the width of each range.
 YDBDR_MEAN, YDBDR_STD = (0.457, -0.082, -0.052), (0.5, 1.331, 1.333)
 _YDBDR_FROM_RGB = ((0.299, 0.587, 0.114), (-0.45, -0.883, 1.333), (-1.333, 1.116, 0.217))  # as skimage.color
 
-# As skimage.color: sRGB primaries, and the D65 white point of the 2 degree observer.
+# The same values as in skimage.color: sRGB primaries, and the D65 white point of the 2 degree observer.
 _XYZ_FROM_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 _WHITE = (0.95047, 1.0, 1.08883)
 
@@ -35,7 +35,10 @@ def in_working_precision(images: Tensor) -> Tensor:
 
 
 def apply_to_rows(images: Tensor, mask: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Replace the images of `mask` by `operation(images[rows], rows)`, with int64 `rows` on the device of the mask."""
+    """Replace the images of `mask` by `operation(images[rows], rows)`.
+
+    `rows` are the int64 indices of the mask's True values, on the device of the mask.
+    """
     rows = mask.nonzero().squeeze(1)
     if rows.numel() == 0:
         return images
@@ -43,7 +46,8 @@ def apply_to_rows(images: Tensor, mask: Tensor, operation: Callable[[Tensor, Ten
         return operation(images, rows)
     target = rows.to(images.device, non_blocking=True)
     changed = operation(images.index_select(0, target), rows)
-    # Zeroing rows and adding the new ones is exact, and several times faster on the CPU than index_copy or where.
+    # The rows are set to 0, then the new rows are added. This is exact, and on the CPU several times faster than
+    # index_copy or where.
     return (images * column(~mask, images)).index_add_(0, target, changed)
 
 
@@ -64,8 +68,8 @@ def to_luma(images: Tensor) -> Tensor:
 
 def _mean(gray: Tensor) -> Tensor:
     """Return the mean of each image, (N, 1, 1, 1)."""
-    # In two steps, because the sum over a whole image is split among threads if the batch has a single image, and the
-    # last bits would then depend on the batch size.
+    # The mean is computed in two steps. In one step, torch would split the sum over an image among threads if the batch
+    # has a single image, so the last bits would depend on the batch size.
     return gray.mean(3, keepdim=True).mean(2, keepdim=True)
 
 
@@ -76,21 +80,21 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean of the gray image. Factor (N,) 0 gives that mean, 1 the image, above 1 more contrast."""
+    """Blend with the mean of the gray image: factor (N,) 0 gives the mean, 1 the image, above 1 more contrast."""
     work = in_working_precision(images)
     weight = column(factor, work)
     return (work * weight).add_(_mean(to_luma(work)) * (1 - weight)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the gray image. Factor (N,) 0 gives the gray image, 1 the image, above 1 more saturation."""
+    """Blend with the gray image: factor (N,) 0 gives the gray image, 1 the image, above 1 more saturation."""
     work = in_working_precision(images)
     weight = column(factor, work)
     return (work * weight).add_(to_luma(work) * (1 - weight)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
-    """Rotate the hue in HSV by factor (N,) turns, in [-0.5, 0.5]. Factor 0 and one channel leave an image unchanged."""
+    """Rotate the hue in HSV by factor (N,) turns, in [-0.5, 0.5]. Images with factor 0 or one channel do not change."""
     if images.shape[1] == 1:
         return images
     work = in_working_precision(images)
@@ -99,17 +103,18 @@ def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
 
 def rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
     """Rotate the hue of (N, 3, H, W) images in HSV by (N,) turns."""
-    # Only arithmetic, because on the CPU comparisons and `where` cost several times as much.
+    # Only arithmetic is used, because comparisons and `where` take several times as long on the CPU.
     red, green, blue = images.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     least = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - least
-    # The hue in sectors of 60 degrees is +-(1 + (g + b - r - min) / chroma), negative if b > g: all six branches of the
-    # usual definition in one. A gray pixel has numerator 0 and chroma 0, so its hue has no effect.
+    # The usual definition of the hue has six branches. In sectors of 60 degrees, all of them are equal to
+    # +-(1 + (g + b - r - min) / chroma), negative if b > g. The chroma of a gray pixel is 0, so its hue has no effect.
     hue = (green + blue).sub_(red).sub_(least).div_(chroma.clamp(min=torch.finfo(images.dtype).tiny))
     hue = hue.add_(1).copysign_(green - blue).add_(column(turns, images)[:, 0] * 6)
     hue.sub_((hue / 6).floor_().mul_(6))
-    # v - c * clamp(min(k, 4 - k), 0, 1) with k = (n + hue) mod 6 for n = 5, 3, 1; the mod is resolved analytically.
+    # The channels are v - c * clamp(min(k, 4 - k), 0, 1) with k = (n + hue) mod 6 for n = 5, 3, 1. The code below is an
+    # equivalent form without the mod.
     out = torch.empty_like(images)
     for channel, center in enumerate((3, 2, 4)):
         distance = (hue - center).abs_()
@@ -119,20 +124,23 @@ def rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
 
 
 def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue in a separate order for each image, with a clamp after each.
+    """Change brightness, contrast, saturation and hue, in a separate order for each image.
+
+    The values are clamped to [0, 1] after each operation.
 
     Args:
-        images: (N, C, H, W), C = 1 or 3; with one channel saturation and hue have no effect.
-        factors: (N, 4) factor of brightness, contrast, saturation and hue; (1, 1, 1, 0) leaves an image unchanged.
-        order: (N, 4) int64, each row a permutation of 0..3 (the columns of `factors`), first operation first.
+        images: (N, C, H, W), C = 1 or 3; with one channel, saturation and hue have no effect.
+        factors: (N, 4) factors of brightness, contrast, saturation and hue; (1, 1, 1, 0) leaves an image unchanged.
+        order: (N, 4) int64. Row i has the columns of `factors`, 0 to 3, in the order of the operations on image i.
 
     Returns:
         (N, C, H, W) of the dtype of `images`.
     """
     work = in_working_precision(images)
-    # Images are grouped by the slot of their hue rotation, so that each group is one slice of the batch in which every
-    # slot is one operation. The fifth group has no rotation, and a blend by 1 in that slot. The images after the groups
-    # are not changed.
+    # The slot of an operation is its place in the order, 0 to 3. Images are sorted into groups by the slot of their hue
+    # rotation. A group is one slice of the sorted batch, and in each slot all of its images are either rotated or
+    # blended. The images of the fifth group have no hue rotation; a blend with factor 1 replaces it. Images whose
+    # factors are all neutral are sorted after the groups and are not changed.
     is_rotation = (order == HUE) & (factors[:, HUE : HUE + 1] != 0) & (images.shape[1] == 3)
     slot = torch.where(is_rotation.any(1), is_rotation.long().argmax(1), 4)
     slot = torch.where((factors[:, :HUE] == 1).all(1) & (factors[:, HUE] == 0), 5, slot)
@@ -148,12 +156,12 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def _jitter_group(images: Tensor, factors: Tensor, order: Tensor, hue_slot: int) -> Tensor:
-    """Jitter images whose hue is rotated in the same slot. Modifies `images`."""
+    """Apply the jitter to images whose hue rotations are in the same slot. Modifies `images`."""
     for slot in range(4):
         if slot == hue_slot:
             images = rotate_hue(images, factors[:, HUE])
             continue
-        # Brightness, contrast and saturation all are a blend f * image + (1 - f) * reference.
+        # Brightness, contrast and saturation are all computed as a blend f * image + (1 - f) * reference.
         operation = order[:, slot]
         factor = factors.gather(1, operation.unsqueeze(1)).squeeze(1)
         factor = torch.where(operation == HUE, 1.0, factor)
@@ -179,11 +187,11 @@ def solarize(images: Tensor, threshold: float, mask: Tensor) -> Tensor:
 
 
 def rgb_to_lab(images: Tensor) -> Tensor:
-    """Convert sRGB images to CIE Lab, as `skimage.color.rgb2lab` (D65, 2 degree observer).
+    """Convert sRGB images to CIE Lab, as `skimage.color.rgb2lab` does (D65, 2 degree observer).
 
     Returns:
-        (N, 3, H, W): L in [0, 100], a in about [-86.2, 98.2], b in about [-107.9, 94.5]; normalize with
-        LAB_MEAN and LAB_STD for [-1, 1].
+        (N, 3, H, W): L in [0, 100], a in about [-86.2, 98.2], b in about [-107.9, 94.5]. Normalization with LAB_MEAN
+        and LAB_STD maps each channel to [-1, 1].
 
     Raises:
         ValueError: not three channels.
@@ -196,7 +204,7 @@ def rgb_to_lab(images: Tensor) -> Tensor:
     for coefficients, white in zip(_XYZ_FROM_RGB, _WHITE, strict=True):
         weights = [coefficient / white for coefficient in coefficients]
         tone = linear[:, 0] * weights[0] + linear[:, 1] * weights[1] + linear[:, 2] * weights[2]
-        # The clamp keeps the unused branch of `where` above 0, where its derivative is infinite.
+        # `where` computes both branches. The derivative of the unused one is infinite at 0, so it is clamped above 0.
         root = tone.clamp(min=0.008856) ** (1 / 3)
         rows.append(torch.where(tone > 0.008856, root, 7.787 * tone + 16.0 / 116.0))
     x, y, z = rows
@@ -204,10 +212,12 @@ def rgb_to_lab(images: Tensor) -> Tensor:
 
 
 def rgb_to_ydbdr(images: Tensor) -> Tensor:
-    """Convert sRGB images to YDbDr, the color space of SECAM, as `skimage.color.rgb2ydbdr`: linear in the values.
+    """Convert sRGB images to YDbDr, the color space of SECAM, as `skimage.color.rgb2ydbdr` does.
+
+    The conversion is linear in the sRGB values.
 
     Returns:
-        (N, 3, H, W): Y in [0, 1], Db and Dr in [-1.333, 1.333]; normalize with YDBDR_MEAN and YDBDR_STD.
+        (N, 3, H, W): Y in [0, 1], Db and Dr in [-1.333, 1.333]. Normalize them with YDBDR_MEAN and YDBDR_STD.
 
     Raises:
         ValueError: not three channels.
@@ -219,7 +229,7 @@ def rgb_to_ydbdr(images: Tensor) -> Tensor:
 
 
 def lab_to_rgb(images: Tensor) -> Tensor:
-    """Invert `rgb_to_lab`, for display. Colors outside of sRGB have values outside of [0, 1]."""
+    """Apply the inverse of `rgb_to_lab`, for display. Colors that sRGB lacks get values outside of [0, 1]."""
     lightness, a, b = in_working_precision(images).unbind(1)
     y = (lightness + 16) / 116
     tones = []
@@ -230,7 +240,7 @@ def lab_to_rgb(images: Tensor) -> Tensor:
 
 
 def ydbdr_to_rgb(images: Tensor) -> Tensor:
-    """Invert `rgb_to_ydbdr`, for display."""
+    """Apply the inverse of `rgb_to_ydbdr`, for display."""
     return _apply_inverse(_YDBDR_FROM_RGB, in_working_precision(images))
 
 
@@ -252,7 +262,7 @@ def check_scale(mean: Sequence[float], std: Sequence[float], channels: int) -> N
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return (images - mean) / std, with one pair per channel.
+    """Return (images - mean) / std, with one mean and one std per channel.
 
     Raises:
         ValueError: the number of values is not the number of channels, or a std is not above 0.

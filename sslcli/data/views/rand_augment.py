@@ -1,9 +1,9 @@
-"""Batched RandAugment: applies a few of fifteen operations to each view, drawn for each image.
+"""Batched RandAugment. For each view of each image, a few of fifteen operations are drawn and applied.
 
-Cubuk et al. 2020, https://arxiv.org/abs/1909.13719, with the operations, the magnitudes and the probability of 0.5 that
-PyContrast uses to train InfoMin (pycontrast/datasets/RandAugment.py, after timm's auto_augment.py). The images of a
-batch are sorted by operation, so that each operation runs once. The operations that are defined on 8 bits (equalize,
-posterize, solarize, solarize_add) first round the values to 8 bits; all others keep the precision.
+Source: Cubuk et al. 2020, https://arxiv.org/abs/1909.13719. The operations, the magnitudes and the probability of 0.5
+are those that PyContrast uses to train InfoMin (pycontrast/datasets/RandAugment.py, after timm's auto_augment.py). The
+images of a batch are sorted by operation, so that each operation runs once. The operations that are defined on 8 bits
+(equalize, posterize, solarize, solarize_add) first round the values to 8 bits; the other operations do not round.
 
 Shapes: N images, C = 1 or 3 channels, H x W pixels; images are float in [0, 1].
 """
@@ -23,16 +23,16 @@ from sslcli.data.views.color import (
     in_working_precision,
 )
 
-# The geometric operations are last, so that they form one slice of the sorted images.
+# The geometric operations are last, so that their images form one slice of the sorted batch.
 OPERATIONS = (
     *("auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add"),
     *("color", "contrast", "brightness", "sharpness"),
     *("rotate", "shear_x", "shear_y", "translate_x", "translate_y"),
 )
 MAX_MAGNITUDE = 10.0
-STREAMS = 6  # uniform numbers per operation and image
+STREAMS = 6  # uniform random numbers per operation and image
 _GEOMETRIC = OPERATIONS.index("rotate")
-_CUBIC = -1.0  # coefficient of PIL's bicubic transforms; PIL's resize uses another one
+_CUBIC = -1.0  # coefficient of Keys' kernel in PIL's transforms; PIL's resize uses another coefficient
 
 
 def rand_augment(
@@ -42,10 +42,11 @@ def rand_augment(
 
     Args:
         images: (N, C, H, W).
-        draws: (L, STREAMS, N) uniform in [0, 1), for L operations per image; preferably on the CPU. L = 0 returns the
-            images unchanged.
-        magnitude: mean of the normal distribution of the magnitude, in [0, 10]. The drawn value is clipped to [0, 10].
-        std: standard deviation of the magnitude, at least 0.
+        draws: (L, STREAMS, N) uniform random numbers in [0, 1), for L operations per image; preferably on the CPU. With
+            L = 0, the images are returned unchanged.
+        magnitude: mean of the normal distribution from which the magnitude is drawn, in [0, 10]. The drawn value is
+            clipped to [0, 10].
+        std: standard deviation of this distribution, at least 0.
         probability: probability that each of the L operations is applied.
         fill: (C,) color in [0, 1] of the area that geometric operations uncover.
 
@@ -76,9 +77,9 @@ def rand_augment(
 
 
 def apply_operation(name: str, images: Tensor, level: Tensor, *, bicubic: Tensor, fill: Tensor) -> Tensor:
-    """Apply the operation `name` at level (N,), in [0, 10] or, for geometric operations, [-10, 10].
+    """Apply the operation `name` with magnitude `level` (N,), in [0, 10]; for geometric operations, in [-10, 10].
 
-    bicubic: (N,) bool, for geometric operations: bicubic instead of bilinear interpolation.
+    bicubic: (N,) bool. Geometric operations use bicubic interpolation where it is True, else bilinear.
     """
     number = OPERATIONS.index(name)
     if number < _GEOMETRIC:
@@ -114,12 +115,12 @@ def _recolor(name: str, images: Tensor, level: Tensor) -> Tensor:
 
 
 def _levels(images: Tensor) -> Tensor:
-    """Round values to 8 bits: float whole numbers in [0, 255]."""
+    """Round values to 8 bits. The result is whole numbers in [0, 255], as floats."""
     return (images * 255).round_()
 
 
 def auto_contrast(images: Tensor) -> Tensor:
-    """Scale each channel of each image so that its minimum is 0 and its maximum is 1. A constant channel is kept."""
+    """Scale each channel of each image to minimum 0 and maximum 1. A constant channel does not change."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     spread = high - low
     flat = spread <= 0
@@ -129,7 +130,7 @@ def auto_contrast(images: Tensor) -> Tensor:
 def equalize(images: Tensor) -> Tensor:
     """Equalize the histogram of each channel of each image, over 256 levels.
 
-    As in PIL, a channel with too few pixels below its maximum is kept.
+    As in PIL, a channel with fewer than 255 pixels below its maximum does not change.
     """
     count, channels, height, width = images.shape
     level = _levels(images).long().flatten(2)  # (N, C, H * W)
@@ -144,7 +145,7 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """Keep the `bits` (N,) highest of the 8 bits of each value; 0 bits give black."""
+    """Keep only the highest `bits` (N,) of the 8 bits of each value. With 0 bits, the image is black."""
     step = column(2 ** (8 - bits), images)
     return (_levels(images) / step).floor_() * step / 255
 
@@ -159,14 +160,17 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
     inner = images[:, :, 1:-1, 1:-1]
     rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     smooth = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner) / 13
-    out = images.clone()  # pixels at the edge lack neighbors and are kept
+    out = images.clone()  # pixels at the edge do not change, because they lack neighbors
     weight = column(factor, images)
     out[:, :, 1:-1, 1:-1] = (inner * weight + smooth * (1 - weight)).clamp_(0, 1)
     return out
 
 
 def _matrices(operation: Tensor, level: Tensor, height: int, width: int) -> Tensor:
-    """Return matrices (N, 6) that map a pixel of the result to the image: x' = a x + b y + c, y' = d x + e y + f."""
+    """Return the matrices (N, 6) that map a pixel (x, y) of the result to a point of the image.
+
+    The point is (a x + b y + c, d x + e y + f).
+    """
     strength = level / MAX_MAGNITUDE
     names = [OPERATIONS[number] for number in operation.tolist()]
 
@@ -176,7 +180,7 @@ def _matrices(operation: Tensor, level: Tensor, height: int, width: int) -> Tens
     angle = torch.deg2rad(30 * strength) * mask("rotate")
     cos, sin = torch.cos(angle), torch.sin(angle)
     a, b, d, e = cos, -sin + 0.3 * strength * mask("shear_x"), sin + 0.3 * strength * mask("shear_y"), cos
-    # Rotations are about the center, and counter-clockwise as in PIL, since y points down.
+    # Images are rotated about the center and, because y points down, counterclockwise, as in PIL.
     rotated = mask("rotate")
     c = 0.45 * width * strength * mask("translate_x") + rotated * (width - cos * width + sin * height) / 2
     f = 0.45 * height * strength * mask("translate_y") + rotated * (height - sin * width - cos * height) / 2
@@ -184,7 +188,7 @@ def _matrices(operation: Tensor, level: Tensor, height: int, width: int) -> Tens
 
 
 def affine(images: Tensor, matrix: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
-    """Resample each image with an affine transformation, as PIL's Image.transform with AFFINE.
+    """Resample each image with an affine transformation, as PIL's Image.transform does with AFFINE.
 
     Args:
         images: (N, C, H, W).
@@ -204,7 +208,7 @@ def affine(images: Tensor, matrix: Tensor, bicubic: Tensor, fill: Tensor) -> Ten
 
 
 def _sample(images: Tensor, matrix: Tensor, radius: int, fill: Tensor) -> Tensor:
-    """Apply `affine` with one filter: bilinear has a radius of 1 pixel, bicubic of 2."""
+    """Resample all images with the same filter: radius 1 pixel is bilinear, radius 2 is bicubic. See `affine`."""
     count, channels, height, width = images.shape
     y = (torch.arange(height, device=images.device) + 0.5).to(images.dtype).view(1, -1, 1)
     x = (torch.arange(width, device=images.device) + 0.5).to(images.dtype).view(1, 1, -1)
@@ -226,7 +230,7 @@ def _sample(images: Tensor, matrix: Tensor, radius: int, fill: Tensor) -> Tensor
 
 
 def _taps(position: Tensor, length: int, radius: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return index and weight of the pixels around `position`, with repeated edges."""
+    """Return the indices and weights of the pixels around `position`. Beyond the edge, the edge pixel is repeated."""
     first = (position - 0.5).floor()
     fraction = position - 0.5 - first
     index, weights = [], []
@@ -238,7 +242,7 @@ def _taps(position: Tensor, length: int, radius: int) -> tuple[list[Tensor], lis
 
 
 def _cubic(distance: Tensor) -> Tensor:
-    """Return Keys' kernel at distances from 0 to 2, with the coefficient of PIL's transforms."""
+    """Return the values of Keys' kernel at distances from 0 to 2, with the coefficient of PIL's transforms."""
     near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance * distance + 1
     far = ((_CUBIC * distance - 5 * _CUBIC) * distance + 8 * _CUBIC) * distance - 4 * _CUBIC
     return torch.where(distance < 1, near, far)

@@ -1,4 +1,4 @@
-"""Settings of a view: one distribution of random crops and color changes, as a yaml file describes it."""
+"""Settings of a view: a distribution of random crops and color changes, defined by an entry of a yaml file."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ class View:
     """One distribution of views. Probabilities are per image; pairs are inclusive ranges (low, high).
 
     Attributes:
-        count: number of views drawn from it.
+        count: number of views of an image that are drawn from this distribution.
         size: side in pixels; None uses the image size of the run.
         crop_scale: area of the crop as a fraction of the image, uniform; None uses the whole image.
         crop_ratio: width / height of the crop, log-uniform.
         interpolation: "bilinear" or "bicubic", both antialiased.
         flip: probability of a left-right flip.
-        jitter: strength of (brightness, contrast, saturation, hue). The first three draw a factor from
-            [max(0, 1 - strength), 1 + strength], hue draws turns from [-strength, strength]; the order is random.
-        jitter_p: probability of jitter.
+        jitter: strengths of (brightness, contrast, saturation, hue). For each of the first three, a factor is drawn
+            from [max(0, 1 - strength), 1 + strength]; for the hue, turns from [-strength, strength]. The four are
+            applied in random order.
+        jitter_p: probability of the jitter.
         grayscale: probability of conversion to grayscale.
-        grayscale_first: grayscale before jitter (InstDisc) instead of after it.
+        grayscale_first: convert to grayscale before the jitter (InstDisc) instead of after it.
         blur: probability of a Gaussian blur.
         blur_sigma: standard deviation of the blur in pixels, uniform.
         blur_kernel: kernel size of the blur, odd; None uses about a tenth of the side, at least 3 (SimCLR).
         solarize: probability of inverting the values >= `solarize_threshold`, which is in [0, 1].
         rand_augment: number of RandAugment operations, see `sslcli.data.views.rand_augment`; 0 for none.
-        rand_augment_magnitude: mean of their magnitude, in [0, 10]. The drawn value is clipped to [0, 10].
+        rand_augment_magnitude: mean of the magnitude of these operations, in [0, 10]. The drawn value is clipped to
+            [0, 10].
         rand_augment_std: standard deviation of the magnitude.
-        rand_augment_p: probability that each of the operations is applied.
+        rand_augment_p: probability that each of these operations is applied.
 
     Raises:
         ValueError: a value is out of range; the message names the field.
@@ -61,7 +63,7 @@ class View:
     rand_augment_p: float = 0.5
 
     def __post_init__(self) -> None:
-        """Validate every field and convert the lists of yaml to tuples."""
+        """Validate every field, and convert lists from the yaml file to tuples."""
         self._check_integer("count", minimum=1)
         if self.size is not None:
             self._check_integer("size", minimum=1)
@@ -117,11 +119,11 @@ class View:
         return self.jitter_p > 0 and any(strength > 0 for strength in self.jitter)
 
     def kernel_size(self, size: int) -> int:
-        """Return the kernel size of the blur for images of `size` pixels: `blur_kernel` if it is set."""
+        """Return the kernel size of the blur: `blur_kernel`, or if it is None, the default for `size` pixels a side."""
         return self.blur_kernel if self.blur_kernel is not None else max(3, size // 10 // 2 * 2 + 1)
 
     def describe(self) -> str:
-        """Return a description in one line, without operations of probability 0."""
+        """Return a one-line description, which leaves out operations of probability 0."""
         parts = [f"{self.count} x {self.size or 'image size'}"]
         parts.append("no crop" if self.crop_scale is None else "crop {:g}-{:g}".format(*self.crop_scale))
         if self.interpolation != "bilinear":

@@ -1,8 +1,8 @@
 """Views of an image: random crops and color changes, drawn and applied in batches.
 
-`Views` draws from a list of distributions, see `spec`. Every parameter is a pure function of (image key, view number,
-operation), see `rng`, so a view of an image does not depend on the batch that contains it. The operations have this
-order, and each is optional (with `grayscale_first`, grayscale precedes the jitter):
+`Views` has a list of distributions, see `spec`, from which the views of each image are drawn. Every parameter is a pure
+function of (image key, view number, operation), see `rng`, so a view does not depend on the other images of the batch.
+The operations run in this order, and each is optional (with `grayscale_first`, grayscale precedes the jitter):
 
     crop and resize -> flip -> color jitter -> grayscale -> blur -> solarize -> color space -> normalize
 
@@ -29,7 +29,7 @@ from sslcli.kernels.color import Parameters, color_operations
 
 COLOR_SPACES = ("rgb", "lab", "ydbdr")
 
-# Streams of rng.uniform, one per purpose of a draw. Changing a number changes the results of every run.
+# Streams of rng.uniform, one for each kind of parameter. Changing a number changes the results of every run.
 _FLIP, _JITTER, _ORDER, _FACTORS, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE, _COLOR_STREAMS = 0, 1, 2, 3, 7, 8, 9, 10, 11
 _TRIES = 10
 _TOP, _LEFT, _AREA, _RATIO, _CROP_STREAMS = 0, 1, 2, 2 + _TRIES, 2 + 2 * _TRIES
@@ -43,10 +43,10 @@ class Views:
     """All views of an image, in order. An entry with `count` n defines n views.
 
     Args:
-        views: the distributions, as mappings of the fields of `View`, or as `View`.
-        normalize: whether to subtract the mean and divide by the standard deviation at the end. With color_space "lab"
-            and "ydbdr" these are the constants of CMC, which map each channel to about [-1, 1], not those of the
-            dataset.
+        views: the distributions, each a `View` or a mapping with its fields.
+        normalize: whether to subtract the mean and divide by the standard deviation at the end. They are those of the
+            dataset, except with color_space "lab" or "ydbdr": then they are the constants of CMC, which map each
+            channel to about [-1, 1].
         color_space: color space of the result: "rgb", "lab" (CIE Lab) or "ydbdr" (YDbDr).
 
     Raises:
@@ -72,7 +72,10 @@ class Views:
 
     @property
     def groups(self) -> list[range]:
-        """Numbers of the views that are computed together: up to two of an entry, since more would need more memory."""
+        """Groups of views that are computed in one batch, as view numbers.
+
+        A group has at most two views of the same entry, because larger batches would need more memory.
+        """
         ends = itertools.accumulate(entry.count for entry in self.entries)
         entries = [range(end - entry.count, end) for entry, end in zip(self.entries, ends, strict=True)]
         return [numbers[start : start + 2] for numbers in entries for start in range(0, len(numbers), 2)]
@@ -86,7 +89,7 @@ class Views:
         return [entry.describe() for entry in self.entries]
 
     def boxes(self, view: int | Tensor, key: Tensor, height: Tensor, width: Tensor) -> Tensor:
-        """Draw crop boxes as torchvision's RandomResizedCrop.get_params.
+        """Draw crop boxes as torchvision's RandomResizedCrop.get_params does.
 
         A box is the first of ten candidates that fits the image. If none fits, it is the largest centered box with an
         allowed ratio.
@@ -103,7 +106,7 @@ class Views:
         if spec.crop_scale is None:
             return torch.stack((torch.zeros_like(height), torch.zeros_like(height), height, width), 1)
         streams = torch.arange(_FIRST_CROP_STREAM, _FIRST_CROP_STREAM + _CROP_STREAMS, device=key.device)
-        # float64, so that rounding in sqrt or exp almost never moves a box by a pixel.
+        # With float64, rounding errors of sqrt and exp almost never move a box by a pixel.
         draws = uniform(mix(key, view).unsqueeze(1), streams).double()
         area = _between(draws[:, _AREA : _AREA + _TRIES], *spec.crop_scale)
         low, high = spec.crop_ratio
@@ -127,14 +130,14 @@ class Views:
             view: number of the view, in range(num_views), or (N,) one for each image, all of the same entry.
             key: (N,) int64, the key of each image; preferably on the CPU, where the parameters are drawn.
             images: (N, C, S, S) float in [0, 1], the crops.
-            mean, std: of the dataset, one value per channel, on the scale [0, 1].
+            mean, std: mean and standard deviation of the dataset, one value per channel, for values in [0, 1].
             photometric: the channels that the operations between flip and `finish` change; may be empty.
 
         Returns:
             (N, C, S, S) of the dtype of `images`.
 
         Raises:
-            ValueError: integer images, or RandAugment for a part of the channels.
+            ValueError: the images are integers, or RandAugment is set but `photometric` is only a part of the channels.
         """
         if not images.is_floating_point():
             raise ValueError(f"color() got images of dtype {images.dtype}: divide by 255 to get floats in [0, 1]")
@@ -163,11 +166,12 @@ class Views:
         return self.views[view if isinstance(view, int) else int(view[0])]
 
     def finish(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Convert to the color space and normalize. Evaluation applies only this.
+        """Convert images to the color space and normalize them. In evaluation, this is the only operation.
 
         Args:
             images: (N, C, H, W) float in [0, 1].
-            mean, std: of the dataset; not used if the color space has its own constants, or if `normalize` is False.
+            mean, std: mean and standard deviation of the dataset. Not used if the color space has its own constants, or
+                if `normalize` is False.
         """
         if self.color_space == "lab":
             images, mean, std = augment.rgb_to_lab(images), LAB_MEAN, LAB_STD
@@ -176,7 +180,7 @@ class Views:
         return augment.normalize(images, mean, std) if self.normalize else images
 
     def restore(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Invert `finish`, clamped to [0, 1], for display. Arguments and shapes are those of `finish`."""
+        """Apply the inverse of `finish` and clamp to [0, 1], for display. Arguments and shapes are as in `finish`."""
         if self.color_space == "lab":
             mean, std = LAB_MEAN, LAB_STD
         elif self.color_space == "ydbdr":
@@ -189,14 +193,14 @@ class Views:
 
 
 class ScaledViews(Views):
-    """Views whose jitter is multiplied by one number, for studies of the strength of views.
+    """Views whose jitter strengths are all multiplied by the same number, for studies of augmentation strength.
 
     Args:
         views, normalize, color_space: as for `Views`.
-        strength: at least 0; hue times strength must be at most 0.5.
+        strength: the factor, at least 0. The hue strength times this factor must be at most 0.5.
 
     Raises:
-        ValueError: as `Views`, and for a strength out of range.
+        ValueError: `Views` raises it, or the strength is out of range.
     """
 
     def __init__(
@@ -231,9 +235,9 @@ def _in_one_pass(
     images: Tensor,
     scale: tuple[Sequence[float], Sequence[float]] | None,
 ) -> Tensor | None:
-    """Return the images after all operations in one compiled pass; None if the kernel does not support them.
+    """Apply all operations with one call of the compiled kernel. Return None if the kernel does not support them.
 
-    scale: the mean and standard deviation of each channel, by which images are normalized at the end, or None.
+    scale: the mean and the standard deviation of each channel, for normalization at the end; None = do not normalize.
 
     Raises ValueError for a blur kernel that is too large for the images, even if no image is blurred.
     """
@@ -247,7 +251,7 @@ def _in_one_pass(
 
 
 def _photometric(spec: View, parameters: Parameters, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
-    """Apply jitter, RandAugment, grayscale, blur and solarize, in the order of the module's docstring."""
+    """Apply jitter, RandAugment, grayscale, blur and solarize, in the order that the module docstring gives."""
     unflipped = replace(parameters, flipped=torch.zeros_like(parameters.flipped))
     changed = _in_one_pass(spec, unflipped, images, None)
     if changed is not None:
@@ -271,7 +275,7 @@ def _photometric(spec: View, parameters: Parameters, key: Tensor, images: Tensor
 
 
 def _draw_parameters(spec: View, draws: Tensor, images: Tensor) -> Parameters:
-    """Return the parameters of each image from the draws (streams, N)."""
+    """Return the parameters of each image, computed from uniform random numbers (streams, N)."""
     factors = []
     for number, strength in enumerate(spec.jitter):
         low, high = (max(0.0, 1 - strength), 1 + strength) if number < 3 else (-strength, strength)
@@ -292,7 +296,7 @@ def _draw_parameters(spec: View, draws: Tensor, images: Tensor) -> Parameters:
 
 
 def _blur(spec: View, parameters: Parameters, images: Tensor) -> Tensor:
-    """Blur the images that are selected for it."""
+    """Blur the images for which the parameters select a blur."""
     if spec.blur == 0:
         return images
     return augment.gaussian_blur(images, parameters.sigma, parameters.taps, parameters.blurred)
