@@ -1,6 +1,6 @@
 """Collectives, device selection, process launch and the watchdog for stalled ranks.
 
-Methods of other packages may import the collectives from here.
+Methods in other packages may import the collectives from here.
 """
 
 from sslcli.distributed.batch_shuffle import BatchShuffle as BatchShuffle

@@ -11,8 +11,9 @@ from sslcli.distributed.collectives import exchange, rank, world_size
 class BatchShuffle:
     """Random permutation of the W * N images of a step, identical on all processes (shuffling BN, MoCo sec. 3.3).
 
-    The permutation depends only on `draw` and W * N; it is the same after resuming and for another number of processes.
-    Each row is sent only to its new process, so the traffic does not grow with W.
+    W is the number of processes, N the number of images per process. The permutation depends only on `draw` and W * N,
+    so it does not change if a run is resumed, or if the same batch is split over another number of processes. Each row
+    is sent only to the process that needs it, so the traffic per process does not grow with W.
     """
 
     def __init__(self, num_rows: int, draw: int, device: torch.device) -> None:
@@ -20,18 +21,21 @@ class BatchShuffle:
         order = torch.randperm(world_size() * num_rows, generator=generator).view(world_size(), num_rows)
         owner = order // num_rows  # source rank of each row, by destination rank and position
         taken = owner == rank()
-        leaving = order[taken] - rank() * num_rows  # own rows, by destination rank and position
+        leaving = order[taken] - rank() * num_rows  # indices of own rows, by destination rank and position
         arriving = owner[rank()].argsort(stable=True)  # positions in the shuffled part, by source rank
         self.sent = taken.sum(1).tolist()  # number of rows to each rank
         self.received = owner[rank()].bincount(minlength=world_size()).tolist()
         self.leaving, self.arriving = leaving.to(device), arriving.to(device)
 
     def shuffle(self, rows: Tensor) -> Tensor:
-        """Return this process's part (N, ...) of the shuffled batch, from rows in batch order, without gradient."""
+        """Return this process's part (N, ...) of the shuffled batch, without gradient.
+
+        rows: (N, ...) this process's part of the batch in its original order.
+        """
         there = exchange(rows.detach()[self.leaving], self.sent, self.received)
         return there[self.arriving.argsort()]
 
     def restore(self, rows: Tensor) -> Tensor:
-        """Apply the inverse of `shuffle`."""
+        """Return this process's part (N, ...) of the batch in its original order: the inverse of `shuffle`."""
         back = exchange(rows.detach()[self.arriving], self.received, self.sent)
         return back[self.leaving.argsort()]

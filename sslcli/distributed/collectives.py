@@ -1,7 +1,7 @@
-"""Distributed helpers: rank and world size, collectives with and without gradient, batch shuffling over processes.
+"""Distributed functions: rank, world size, collectives with and without gradient, and exchange of rows.
 
-With a single process, all collectives are the identity. Rows of a gathered tensor are in rank order; a global batch
-that was split into contiguous parts is therefore restored in its original order. Shapes: N rows per process, W
+With a single process, all collectives return their input. Rows of a gathered tensor are in rank order. Therefore, if a
+global batch was split into contiguous parts, gathering the parts restores its order. Shapes: N rows per process, W
 processes.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from sslcli.distributed import watchdog
 
 T = TypeVar("T")
-# Prefer the newer names of the same functions; torch 2.14 warns about the old ones.
+# Use the new names of these functions if they exist, because torch 2.14 warns about the old names.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -32,7 +32,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Return True on rank 0, which writes files and prints."""
+    """Return True on rank 0, the main process, which writes files and prints."""
     return rank() == 0
 
 
@@ -45,7 +45,7 @@ def barrier() -> None:
 
 @torch.no_grad()
 def all_gather(rows: Tensor) -> Tensor:
-    """Gather (N, ...) of every process to (W * N, ...), without gradient; N must be equal on all processes."""
+    """Gather the rows (N, ...) of all processes to (W * N, ...), without gradient. N must be equal on all processes."""
     if world_size() == 1:
         return rows.detach()
     gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
@@ -68,10 +68,10 @@ class _GatherWithGrad(torch.autograd.Function):
 
 
 def all_gather_with_grad(rows: Tensor) -> Tensor:
-    """Gather (N, ...) to (W * N, ...), with the gradient of the sum of all processes' losses.
+    """Gather the rows (N, ...) of all processes to (W * N, ...). The gradient is that of the sum of all their losses.
 
-    If each process computes the mean loss over its own rows, and gradients are averaged over processes (as in
-    DistributedDataParallel), the result is exactly the gradient of one process with the global batch.
+    Let each process compute the mean loss over its own rows, and let the gradients be averaged over processes, as in
+    DistributedDataParallel. Then the result is exactly the gradient of a single process with the global batch.
     """
     return rows if world_size() == 1 else _GatherWithGrad.apply(rows)
 
@@ -88,18 +88,18 @@ def all_reduce_mean(value: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's shard of a sharded tensor; any other tensor unchanged."""
-    # hasattr instead of isinstance, because importing DTensor takes seconds.
+    """Return this process's shard of a sharded tensor. Return any other tensor unchanged."""
+    # hasattr replaces isinstance, because importing DTensor takes seconds.
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor gathered from all processes; any other tensor unchanged."""
+    """Gather a sharded tensor from all processes. Return any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gather_objects(mine: T) -> list[T]:
-    """Return the picklable objects of all processes, in rank order."""
+    """Gather one picklable object from each process; return all of them, in rank order."""
     if world_size() == 1:
         return [mine]
     everyone: list[Any] = [None] * world_size()
@@ -117,7 +117,10 @@ def broadcast_objects(values: list[Any]) -> None:
 
 @torch.no_grad()
 def exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-    """Send `sent[r]` consecutive rows of (N, ...) to each rank r; return the `received[r]` rows from each, by rank."""
+    """Send `sent[r]` consecutive rows of `rows` to each rank r; return the rows received from all ranks, by rank.
+
+    rows: (N, ...), with N = sum(sent). The result is (sum(received), ...), with `received[r]` rows from rank r.
+    """
     if world_size() == 1:
         return rows
     arrived = rows.new_empty(sum(received), *rows.shape[1:])

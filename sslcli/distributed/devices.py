@@ -1,4 +1,4 @@
-"""Device of a process, deterministic kernels, and CPU threads."""
+"""Selection of a process's device, deterministic kernels, and the number of CPU threads."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from sslcli.system import cpu
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of this process, with an index for CUDA. "auto" is CUDA or the CPU (MPS is untested).
+    """Return the device of this process, for CUDA with an index.
 
-    Raises ConfigError, with the available kinds of device, if it is not available.
+    "auto" selects CUDA if it is available, else the CPU (never MPS, which is untested). Raises ConfigError if the
+    device is not available; the message lists the available kinds of devices.
     """
     if name == "auto":
         name = "cuda" if "cuda" in available() else "cpu"
@@ -25,7 +26,7 @@ def pick_device(name: str) -> torch.device:
     kind = name.partition(":")[0]
     if kind not in available():
         raise ConfigError(f"device is {name!r}, but this machine has only: {', '.join(available())}")
-    if name == "cuda":  # torch sets no current device without an index
+    if name == "cuda":  # torch.cuda.set_device needs an index
         rank = int(os.environ.get("LOCAL_RANK", 0)) if is_launched() else 0
         name = f"cuda:{rank % torch.cuda.device_count()}"
     elif name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and is_launched():
@@ -39,7 +40,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def available() -> list[str]:
-    """Return the kinds of device of this machine."""
+    """Return the kinds of devices that this machine has."""
     kinds = ["cpu"]
     if torch.cuda.is_available():
         kinds.append("cuda")
@@ -49,10 +50,10 @@ def available() -> list[str]:
 
 
 def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False) -> None:
-    """Set the device of this process, and deterministic kernels if `deterministic`.
+    """Set the device of this process, and enable deterministic kernels if `deterministic` is True.
 
-    A warning names operations without a deterministic kernel. `compiled` also applies the setting to torch.compile,
-    whose import takes seconds.
+    torch then warns about operations without a deterministic kernel. If `compiled` is True, the setting also applies to
+    torch.compile, whose import takes seconds.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -61,10 +62,10 @@ def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False
     torch.set_deterministic_debug_mode("warn" if deterministic else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:  # older versions of torch warn about every matrix product without it
+    if deterministic:  # without this variable, older versions of torch warn about every matrix product
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def set_threads(threads: int | None) -> None:
-    """Set the number of CPU threads to `threads`, or to an equal fraction of the cores per process on the machine."""
+    """Set the number of CPU threads to `threads`. With None, each process gets an equal fraction of the cores."""
     torch.set_num_threads(threads or cpu.cores_per_process())

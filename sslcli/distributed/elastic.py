@@ -1,4 +1,4 @@
-"""Start of N processes per node under torch's elastic agent, with restarts."""
+"""Start of several processes per node under torch's elastic agent, with restarts after a crash."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ HINT = "The usual cause of SIGKILL is too little memory"
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Rendezvous of the agents of a run."""
+    """Address and name with which the agents of all nodes find each other."""
 
-    name: str  # the same on all nodes, unique per start
+    name: str  # the same on all nodes, and different for each start
     nodes: int = 1
     node: int = 0  # rank of this node
-    endpoint: str = "localhost:0"  # host:port, on node 0
+    endpoint: str = "localhost:0"  # host:port of node 0
 
 
 def run_processes(
@@ -38,15 +38,17 @@ def run_processes(
     on_message: Callable[[str], None],
     rendezvous: Rendezvous | None = None,
 ) -> int:
-    """Run `python ARGUMENTS` in `processes` processes on this node (None: one per device) and return their exit code.
+    """Run `python ARGUMENTS` in several processes on this node and return one exit code for all of them.
 
-    If one crashes or is killed, all are restarted, up to `max_restarts` times. Failures that would repeat (an invalid
-    configuration, a failed training) are not retried. torch's agent does not distinguish exit codes when it restarts,
-    so each start has its own agent. `on_message(message)` is called with the reason of each restart and final crash.
-
-    With a `rendezvous`, call this function on all its nodes to start all processes. SIGUSR1 and SIGUSR2, which a
-    scheduler sends to every process of a job, are then handled by the processes, which agree on the step to stop after.
-    After a crash the return value is EXIT_LOST.
+    Args:
+        processes: number of processes; None = one per device.
+        max_restarts: if a process crashes or is killed, all processes are restarted, at most this many times. A failure
+            that would repeat (an invalid configuration, a failed training) does not cause a restart. Each start has its
+            own agent, because torch's agent restarts processes after any exit code.
+        on_message: called with the reason for each restart, and with the reason for the last crash.
+        rendezvous: for a run on several nodes. Call this function on all of them. After a crash, it returns EXIT_LOST.
+            The agent then ignores SIGUSR1 and SIGUSR2, because the scheduler sends them to every process of the job;
+            the processes handle them and agree on the step after which they stop.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -55,10 +57,10 @@ def run_processes(
         raise ConfigError(f"launcher.processes is {count}, but this node has {torch.cuda.device_count()} CUDA devices")
 
     def forward(signum: int, frame: FrameType | None) -> None:
-        raise SignalException(f"got signal {signum}", signal.SIGTERM)  # as the agent itself does on SIGTERM
+        raise SignalException(f"got signal {signum}", signal.SIGTERM)  # the agent itself does this on SIGTERM
 
     schedulers = (signal.SIGUSR1, signal.SIGUSR2)
-    # torch's agent replaces the SIGHUP handler, so its processes lose what nohup set. A blocked signal stays blocked.
+    # nohup makes the command ignore SIGHUP, but torch's agent installs its own handler. Therefore block SIGHUP, too.
     nohup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, nohup)
     before = {number: signal.signal(number, forward if rendezvous is None else signal.SIG_IGN) for number in schedulers}
@@ -81,10 +83,10 @@ def run_processes(
         os.environ |= environment
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in nohup:  # else torch's handler would receive signals that arrived meanwhile
+        for number in nohup:  # otherwise torch's handler would receive the signals that arrived while blocked
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if crashed(codes) and rendezvous is not None:  # the launcher of the nodes may restart all of them
+    if crashed(codes) and rendezvous is not None:  # the command that started the nodes may restart all of them
         on_message(f"{describe_exits(codes)}. {HINT}")
         return EXIT_LOST
     if crashed(codes):
@@ -94,7 +96,7 @@ def run_processes(
 
 
 def run_once(arguments: list[str], count: int, rendezvous: Rendezvous) -> dict[int, int]:
-    """Run `python ARGUMENTS` in `count` processes; return the exit codes by rank of those that failed first, or {}."""
+    """Run `python ARGUMENTS` in `count` processes. Return the exit codes, by rank, of the first failures or {}."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -124,30 +126,33 @@ def run_once(arguments: list[str], count: int, rendezvous: Rendezvous) -> dict[i
 
 
 def first_failures(codes: dict[int, int]) -> dict[int, int]:
-    """Return `codes` without the processes that the agent ended by SIGTERM, unless there are no others."""
+    """Remove the processes that the agent ended by SIGTERM from `codes`, unless no other process remains."""
     return {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes
 
 
 def crashed(codes: dict[int, int]) -> bool:
-    """Return True if the failure may not repeat, so a restart is useful; `codes` by rank, negative for a signal."""
+    """Return True if a restart is useful, because the failure may not repeat.
+
+    codes: the exit codes by rank. A negative code is the number of the signal that ended the process.
+    """
     is_final = bool({EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED} & set(codes.values()))
     return not is_final and any(code < 0 or code == EXIT_LOST for code in codes.values())
 
 
 def describe_exits(codes: dict[int, int]) -> str:
-    """Return a message with how each process ended, by rank."""
+    """Return a message that says for each rank how its process ended."""
     return ", ".join(f"process {rank} {describe_exit(code)}" for rank, code in sorted(codes.items()))
 
 
 def describe_exit(code: int) -> str:
-    """Return an exit code as a phrase."""
+    """Return a phrase that describes an exit code."""
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
     return "lost contact with the others" if code == EXIT_LOST else f"ended with exit code {code}"
 
 
 def exit_code(codes: dict[int, int]) -> int:
-    """Return one exit code for the exit codes of the processes by rank."""
+    """Combine the exit codes of the processes, by rank, into one exit code."""
     if not codes:
         return 0
     known = (code for code in (EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED) if code in codes.values())

@@ -1,6 +1,7 @@
-"""Rank, process group and start time of a process of a run, for any launcher.
+"""Rank, process group and start time of a process, for any launcher.
 
-Only RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are read, which every launcher sets.
+This module reads only RANK, LOCAL_RANK, WORLD_SIZE and MASTER_*, which every launcher sets, and optional variables of
+our own agent and torchrun.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from sslcli.errors import EXIT_FAILED
 from sslcli.system import child_processes
 
 # Environment variables that our agent sets for its processes.
-AGENT = "SSLCLI_AGENT"  # its process id
-START_TIME = "SSLCLI_BEGUN"  # its start time, by time.monotonic
-RESTARTS = "SSLCLI_RESTARTS"  # number of earlier starts
-EXIT_LOST = 4  # exit code of a process to our agent: worth a restart. The user sees EXIT_FAILED
+AGENT = "SSLCLI_AGENT"  # process id of the agent
+START_TIME = "SSLCLI_BEGUN"  # start time of the agent, by time.monotonic
+RESTARTS = "SSLCLI_RESTARTS"  # number of earlier starts of the processes
+EXIT_LOST = 4  # exit code with which a process requests a restart from our agent; the user sees EXIT_FAILED
 
 
 def is_launched() -> bool:
@@ -36,7 +37,7 @@ def number() -> int:
 
 
 def lost_contact(error: RuntimeError) -> bool:
-    """Return True if torch raises this error when another process of the run has ended."""
+    """Return True if `error` is one that torch raises after another process of the run has ended."""
     return is_launched() and (
         isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed" in str(error)
     )
@@ -53,37 +54,40 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
             yield
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        child_processes.kill_with_parent(os.getppid())  # the agent, ours or torchrun's
+        child_processes.kill_with_parent(os.getppid())  # the parent is the agent, either ours or that of torchrun
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = watchdog.join(limit)
     with watchdog.watched(store, rank=number(), size=int(os.environ["WORLD_SIZE"]), limit=limit, end=end):
         watchdog.record_collective()
-        # The watchdog distinguishes a hang from a long wait; this timeout is a fallback.
+        # Normally the watchdog ends a run that hangs. This longer timeout is a fallback.
         dist.init_process_group(backend, timeout=timedelta(seconds=max(10 * limit, 3600)))
         try:
             yield
         except BaseException:
-            if device.type != "cuda":  # NCCL would wait for the others before the error here is reported
+            if device.type != "cuda":  # with NCCL, this call would wait for the other processes and delay the error
                 dist.destroy_process_group()
             raise
         dist.destroy_process_group()
 
 
 def die_with_parent() -> None:
-    """Make this process end when our agent, which started it, ends, even by SIGKILL."""
+    """Make this process end together with our agent, which started it, even if the agent is killed by SIGKILL."""
     child_processes.kill_with_parent(int(os.environ[AGENT]))
 
 
 def restarted() -> bool:
-    """Return True if these processes were restarted, by our agent, by torchrun, or by the Slurm job script."""
+    """Return True if our agent, torchrun or the Slurm job script has restarted the processes of this run."""
     return int(os.environ.get(RESTARTS, 0)) + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def start_time() -> float:
-    """Return the start time of the command by `time.monotonic`; with our agent, that of the first start."""
+    """Return the start time of the command by `time.monotonic`. Restarts by our agent do not change it."""
     return float(os.environ.get(START_TIME, time.monotonic()))
 
 
 def exit_lost() -> int:
-    """Return the exit code of a process that lost another: EXIT_LOST under our agent, which may then restart all."""
+    """Return the exit code for a process that lost contact with another process of the run.
+
+    Under our agent it is EXIT_LOST, after which the agent may restart all processes.
+    """
     return EXIT_LOST if AGENT in os.environ else EXIT_FAILED

@@ -1,8 +1,8 @@
-"""Watchdog: ranks publish their progress, so that a stalled rank is named and the run ends.
+"""Watchdog that ends a run if a rank stalls, and reports which rank.
 
-A rank that does not join a collective blocks the others inside it, where they can neither check anything nor stop.
-Therefore each rank counts its actions, and a thread publishes the counts in a store shared by all ranks. If no rank
-makes progress for the time limit, the threads find the stalled ranks, report them, and end the processes.
+If a rank does not join a collective, all other ranks wait in this collective and cannot check for a timeout. Therefore
+each rank counts its actions, and a separate thread publishes the counts in a store that all ranks share. If no rank
+makes progress within the time limit, the threads find the stalled ranks, report them, and end the processes.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from sslcli.errors import TrainingFailed
 
 SLOWEST = 10.0  # maximum seconds between two checks
-CHECKS = 20  # checks within the time limit
-SLACK = 5.0  # seconds after the time limit, for a wait with a timeout of its own
-IMAGES = "the images"  # prefix of the place of a process that waits for images
-SILENCE = 3  # checks without a beat after which a process counts as stopped
+CHECKS = 20  # minimum number of checks within the time limit
+SLACK = 5.0  # seconds added to the time limit, so that the timeout of data workers expires first
+IMAGES = "the images"  # prefix of `Progress.place` while a process waits for images
+SILENCE = 3  # number of checks without a new heartbeat after which a process counts as stopped
 
 
 @dataclass
 class Progress:
     """Published state of a process."""
 
-    collectives: int = 0  # collectives that it has entered
-    actions: int = 0  # all recorded actions
+    collectives: int = 0  # number of collectives that the process has entered
+    actions: int = 0  # number of all recorded actions
     place: str = "the start"
-    beats: int = 0  # messages of its thread, which also runs while the process waits
+    beats: int = 0  # number of heartbeats of its watchdog thread, which also runs while the process waits
     host: str = ""
     pid: int = 0
 
@@ -45,7 +45,7 @@ _own = Progress()
 
 
 def report_progress(place: str = "") -> None:
-    """Record progress of this process, and its new `place` if given."""
+    """Record an action of this process. If `place` is given, also record what the process does now."""
     _own.actions += 1
     _own.place = place or _own.place
 
@@ -63,14 +63,14 @@ def join(limit: float) -> Store:
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the agent hosts the store
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # if "True", the agent hosts it
     try:
         store: Store = TCPStore(
             host,
             port,
             is_master=serves,
             timeout=timedelta(seconds=limit),
-            wait_for_workers=False,  # its error would not name the missing ranks
+            wait_for_workers=False,  # the timeout error of TCPStore would not name the missing ranks
             multi_tenant=True,  # torch uses the same port for its own store
         )
     except RuntimeError as error:
@@ -97,9 +97,9 @@ def join(limit: float) -> Store:
 def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[str], None]) -> Iterator[None]:
     """Call `end(message)` from a thread if no process makes progress for `limit` seconds within the block.
 
-    `message` is empty on all processes but the one that reports.
+    `end` is called on every process. The message is empty on all processes except the one that reports the stall.
     """
-    if size == 1:  # no other rank waits for it
+    if size == 1:  # there is no other rank to watch
         with watched_alone(limit=limit, end=end):
             yield
         return
@@ -111,8 +111,9 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
 def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]:
     """Call `end(message)` from a thread if a single-process run waits too long for images within the block.
 
-    This covers images that the process reads itself, `SLACK` seconds after `limit`: data workers have a timeout of
-    their own, which ends the run more gracefully. No other action of a process has a known maximum duration.
+    The wait is too long after `limit` + `SLACK` seconds. This watches images that the process reads itself. If data
+    workers read them, their own timeout expires first and ends the run more gracefully. Other actions of a process are
+    not watched, because they have no known maximum duration.
     """
     with in_thread(watch_image_waits, limit, end):
         yield
@@ -120,7 +121,10 @@ def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]
 
 @contextmanager
 def in_thread(act: Callable[..., None], *arguments: object) -> Iterator[None]:
-    """Run `act(*arguments, closing)` in a thread; the event `closing` is set and the thread joined after the block."""
+    """Run `act(*arguments, closing)` in a thread during the block.
+
+    After the block, the event `closing` is set and the thread is joined.
+    """
     closing = threading.Event()
     thread = threading.Thread(target=act, args=(*arguments, closing), daemon=True)
     thread.start()
@@ -132,7 +136,7 @@ def in_thread(act: Callable[..., None], *arguments: object) -> Iterator[None]:
 
 
 def watch_image_waits(limit: float, end: Callable[[str], None], closing: threading.Event) -> None:
-    """Call `end` if this process waits for the same images for `limit` + `SLACK` seconds."""
+    """Call `end` if this process waits for one batch of images for `limit` + `SLACK` seconds."""
     interval = min(limit / CHECKS, SLOWEST)
     still, before = 0.0, _own.actions
     while not closing.wait(interval):
@@ -153,13 +157,13 @@ def watch_ranks(
 ) -> None:
     """Publish the progress of this process and, while it makes none, check the progress of the others.
 
-    Waiting time is counted in checks and not by a clock, so that time in which this process itself was suspended,
-    possibly with its machine, does not count against the others.
+    The waiting time is the number of checks times their interval, not the time of a clock. Otherwise the time in which
+    this process itself, or its machine, was suspended would count as waiting for the others.
     """
     interval = min(limit / CHECKS, SLOWEST)
     still, beats, before = 0.0, 0, _own.actions
     known: dict[int, Progress] = {}
-    silent: Counter[int] = Counter()  # checks since the last beat
+    silent: Counter[int] = Counter()  # by rank: number of checks since its last heartbeat
     while not closing.wait(interval):
         beats += 1
         own = replace(_own, beats=beats)
@@ -181,7 +185,7 @@ def watch_ranks(
 
 def publish(store: Store, rank: int, own: Progress) -> None:
     """Publish the progress of this process."""
-    with suppress(RuntimeError):  # if the store does not respond, `read` detects it
+    with suppress(RuntimeError):  # `read` detects a store that does not respond
         store.set(str(rank), json.dumps(asdict(own)))
 
 
@@ -195,7 +199,7 @@ def read(store: Store, size: int) -> dict[int, Progress]:
 
 
 def stall_message(rank: int, found: dict[int, Progress], silent: set[int], limit: float) -> str:
-    """Return the message that names the stalled processes, or "" if another process reports it."""
+    """Return the message that names the stalled processes, or "" if another process reports them."""
     remedy = (
         "the steps since the last checkpoint are lost. Run the same command again to resume, with a larger "
         "launcher.timeout if the step was only slow"

@@ -1,1 +1,1 @@
-"""Compiled C kernels and their Python wrappers; each has a fallback written with torch operations."""
+"""Compiled C kernels and their Python wrappers. For each kernel, there is a fallback in torch operations."""

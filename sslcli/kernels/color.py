@@ -1,6 +1,7 @@
-"""Color operations of a view in one compiled pass per image (`color.c`); `Views.color` calls it first.
+"""Color operations of a view in one compiled pass per image (`color.c`).
 
-Without it, `sslcli.data.views.augment` does the same, batch by batch.
+`Views.color` uses this kernel if it is available and supports the images. Otherwise it uses the torch operations of
+`sslcli.data.views.augment`, which give the same result and process whole batches.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ PART = Path(__file__).with_suffix(".c")
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Operations for each of N images, applied in the order of the fields; gray before the jitter if `gray_first`."""
+    """Operations for each of N images, in the order of the fields. If `gray_first`, gray precedes the jitter."""
 
-    flipped: Tensor  # (N,) bool, left to right
+    flipped: Tensor  # (N,) bool, left-right flip
     jittered: Tensor  # (N,) bool
     factors: Tensor  # (N, 4), see color_jitter
     order: Tensor  # (N, 4) int64, see color_jitter
@@ -46,12 +47,12 @@ def library() -> ctypes.CDLL | None:
 def color_operations(
     images: Tensor, chosen: Parameters, *, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor | None:
-    """Flip, jitter, gray, blur and solarize images, then normalize; return None if the kernel does not support them.
+    """Flip, jitter, gray, blur, solarize and normalize images. Return None if the kernel does not support the images.
 
     Args:
         images: (N, C, H, W) float32 in [0, 1] on the CPU, C = 1 or 3.
-        chosen: the operations. The taps of a blur must fit the images, see `augment.check_taps`.
-        mean, std: one value a channel, std above 0.
+        chosen: the operations. The blur kernel must fit the images, see `augment.check_taps`.
+        mean, std: one value per channel, std above 0.
 
     Returns:
         (N, C, H, W) in channels-last memory.

@@ -1,4 +1,4 @@
-"""Crops of bytes resized with antialiasing, compiled: `resize.c`. `augment.resized_crop` asks here first."""
+"""Compiled cropping and antialiased resizing of uint8 images (`resize.c`), used by `augment.resized_crop`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ PART = Path(__file__).with_suffix(".c")
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled pass, or None."""
+    """Return the compiled library, or None if it is not available."""
     return compiled.load(PART, {"resized_crops": [POINTER] * 5 + [LONG] * 6 + [INT] * 2})
 
 
 def resized_crops(images: Tensor, boxes: Tensor, size: int, *, cubic: bool) -> Tensor | None:
-    """A box of each image at (size, size), in one pass over its pixels; None where there is no pass for such images.
+    """Crop a box from each image and resize it to (size, size). Return None if the kernel does not support the images.
 
     Args:
         images: (N, C, H, W) uint8 on the CPU.
-        boxes: (N, 4) int64 top, left, height, width, inside of the image, height and width at least 1.
+        boxes: (N, 4) int64 top, left, height, width, inside the image, height and width at least 1.
+        size: side of the result in pixels.
+        cubic: True for bicubic, False for bilinear interpolation.
 
     Returns:
         (N, C, size, size) float32 in [0, 1].
@@ -40,7 +42,10 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int, *, cubic: bool) -> T
 
 
 def resized_bytes(pictures: Tensor, boxes: Tensor, size: int, *, cubic: bool) -> Tensor:
-    """The same of pictures (N, H, W, 3) uint8, as bytes (N, 3, size, size); only where there is a `library`."""
+    """Crop a box from each picture (N, H, W, 3) uint8 and resize it: (N, 3, size, size) uint8.
+
+    Call this function only if `library()` is not None. The other arguments are those of `resized_crops`.
+    """
     count, height, width, channels = pictures.shape
     assert channels == 3
     out = torch.empty(count, channels, size, size, dtype=torch.uint8)
@@ -49,7 +54,7 @@ def resized_bytes(pictures: Tensor, boxes: Tensor, size: int, *, cubic: bool) ->
 
 
 def _cut(images: Tensor, boxes: Tensor, out: Tensor, shape: tuple[int, int, int, int], size: int, cubic: bool) -> None:
-    """Fill `out`; `shape` is planes, height, width and channels that lie together."""
+    """Write the resized crops into `out`. `shape` is (planes, height, width, channels per plane) of an image."""
     passes = library()
     assert passes is not None
     assert boxes.dtype == torch.int64

@@ -3,14 +3,15 @@
 Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the points 0, 1, -1, 2, -2 and infinity
 
 Shapes: N images, C input and O output channels, H x W maps; T tiles of 4 x 4 outputs, each computed from 6 x 6 inputs.
-The polynomial of a tile is evaluated at 6 x 6 points, where the convolution is an independent matrix product per point:
-36 products of (T, C) with (C, O) instead of one of (16 T, 9 C) with (9 C, O). The gradient of the images is also a
-convolution; that of the weight consists of the same products, transposed.
+The inputs of a tile and the kernel are treated as polynomials and evaluated at 6 x 6 points. At each point, the
+convolution is a separate matrix product. So there are 36 products of (T, C) with (C, O), instead of one product of
+(16 T, 9 C) with (9 C, O). The gradient with respect to the images is also a convolution. The gradient with respect to
+the weight consists of the same products, transposed.
 
-`winograd_passes.c` processes a few tiles at a time, which keeps the points in the cache of a core. The implementation
-with torch operations is for wide layers, for which the C part would have to read the kernels repeatedly, and for
-installations without a compiler. By default, torch uses direct convolutions from oneDNN; on CPUs with AVX2, their
-weight gradient in channels-last memory format reaches half the speed of the other passes.
+`winograd_passes.c` processes a few tiles at a time, so that their values at the points stay in the cache of a core. The
+implementation in torch operations is used for wide layers, for which the C part would have to read the kernels
+repeatedly, and for installations without a compiler. Without this module, torch uses direct convolutions of oneDNN. On
+CPUs with AVX2, their weight gradient in channels-last memory format reaches only half the speed of the other passes.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from sslcli.kernels.winograd_transforms import POINTS, TILE, from_points, gradie
 LEAST_CHANNELS = 64  # with fewer, the transforms take more time than the products save
 LEAST_TILES = 32  # with fewer, the transform of the weight takes more time than the products save
 MOST_PADDING = 1.4  # maximum of (values in padded tiles) / (values in the maps)
-CHUNK_BYTES = 4 * 2**20  # size of the points of a chunk of images per thread, which fits its fraction of the caches
+CHUNK_BYTES = 4 * 2**20  # bytes per thread for the points of a chunk of images; this fits a thread's part of the caches
 
-# Evaluation of the three kernel values at each point: the paper's G.
+# Matrix that evaluates the three kernel values at each point: G in the paper.
 KERNEL_AT_POINTS = (
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
@@ -41,10 +42,10 @@ KERNEL_AT_POINTS = (
 
 
 class WinogradConv2d(nn.Conv2d):
-    """3x3 convolution of stride 1 that uses Winograd where it is faster: CPU, float32, sufficiently large maps."""
+    """3x3 convolution with stride 1 that uses Winograd if it is faster: on the CPU, in float32, for large maps."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve (N, C, H, W) -> (N, O, H, W)."""
+        """Return the convolution: (N, C, H, W) -> (N, O, H, W)."""
         if not pays(input, self.weight):
             return super().forward(input)
         out: Tensor = Convolution.apply(input, self.weight)
@@ -52,7 +53,10 @@ class WinogradConv2d(nn.Conv2d):
 
 
 def use_winograd(net: nn.Module) -> None:
-    """Convert all eligible convolutions of `net` to `WinogradConv2d`, in place; names and parameters do not change."""
+    """Convert all convolutions of `net` for which `fits` is True to `WinogradConv2d`, in place.
+
+    Names and parameters do not change.
+    """
     if torch.backends.cpu.get_cpu_capability() not in library.CAPABLE:
         return
     for module in net.modules():
@@ -81,7 +85,7 @@ def pays(images: Tensor, weight: Tensor) -> bool:
 
 
 def watched() -> bool:
-    """Return whether torch.compile or an exporter is tracing; these use their own convolutions."""
+    """Return whether torch.compile or an exporter is tracing the network. They use their own convolutions."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
@@ -141,7 +145,11 @@ def channels_last(images: Tensor) -> Tensor:
 
 
 def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
-    """Divide images into slices whose points fit the caches, but are no fewer than the kernel points read per slice."""
+    """Divide the images into slices, for processing slice by slice.
+
+    The points of a slice should fit the caches. They are also at least as many as those of the kernels, which are read
+    once per slice.
+    """
     n, high, wide = tiles(maps)
     image_bytes = 4 * POINTS**2 * maps.shape[3] * high * wide
     size = max(CHUNK_BYTES * torch.get_num_threads(), 4 * kernels.numel()) // image_bytes + 1
@@ -155,7 +163,7 @@ def evaluation(like: Tensor) -> Tensor:
 
 
 def kernel_points(weight: Tensor) -> Tensor:
-    """Evaluate kernels at the points: (O, C, 3, 3) -> (36, C, O), a view whose memory order follows the weight."""
-    if weight.stride(0) < weight.stride(1):  # gradient of the images: input and output channels are swapped
+    """Evaluate kernels at the points: (O, C, 3, 3) -> (36, C, O). The channel order in memory is that of the weight."""
+    if weight.stride(0) < weight.stride(1):  # for the gradient of the images, input and output channels are swapped
         return torch.matmul(evaluation(weight), weight.permute(1, 2, 3, 0).flatten(1, 2)).transpose(0, 1)
     return torch.matmul(evaluation(weight), weight.permute(0, 2, 3, 1).flatten(1, 2)).permute(1, 2, 0)

@@ -1,7 +1,8 @@
 """Python interface of the compiled Winograd convolutions in `winograd_passes.c`, loaded by `sslcli.kernels.library`.
 
-`sslcli.kernels.winograd` calls these functions first and falls back to torch operations if there is no compiled pass:
-for dtypes other than float32, channels that do not fill cache lines, or an installation without a compiler.
+`sslcli.kernels.winograd` calls these functions first. They return None or False if there is no compiled pass: for
+dtypes other than float32, for numbers of channels that are not a multiple of 16 (a cache line), for wide layers, and in
+an installation without a compiler. Then torch operations are used.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from sslcli.kernels import library as compiled
 from sslcli.kernels.library import INT, LONG, POINTER
 
 PART = Path(__file__).with_suffix(".c")
-POINTS, BLOCK, LINE = 36, 24, 16  # same values as in winograd_passes.c
-MOST_KERNELS = 2**18 // 4  # maximum of input x output channels; beyond it, each block waits for reads of kernel points
-MOST_SUMS = 2**16 // 4  # the same limit for the weight gradient, of which each thread has its own copy
+POINTS, BLOCK, LINE = 36, 24, 16  # must be equal to the values in winograd_passes.c
+MOST_KERNELS = 2**18 // 4  # maximum of input x output channels; above it, reading the kernel points limits the speed
+MOST_SUMS = 2**16 // 4  # the same maximum for the weight gradient; it is lower, because each thread has its own copy
 ARGUMENTS = {
     "to_points": [POINTER] * 2 + [LONG] * 4 + [INT],
     "from_points": [POINTER] * 2 + [LONG] * 4 + [INT],
@@ -36,16 +37,19 @@ def library() -> ctypes.CDLL | None:
 
 
 def passes_for(*tensors: Tensor) -> ctypes.CDLL | None:
-    """Return the compiled library if it supports dtype and channels of all these channels-last maps, else None."""
+    """Return the compiled library if it supports the dtype and channels of all these tensors, else None.
+
+    The last dimension of each tensor is that of the channels.
+    """
     if all(each.dtype == torch.float32 and each.shape[-1] % LINE == 0 for each in tensors):
         return library()
     return None
 
 
 def transform(name: str, given: Tensor, out: Tensor, maps: Tensor) -> bool:
-    """Fill `out` from `given` with the compiled transform `name`; return False if there is none.
+    """Apply the compiled transform `name` to `given` and write the result into `out`. Return False if there is none.
 
-    `maps` (n, H, W, C) is either `given` or `out`.
+    `maps` (n, H, W, C) is either `given` or `out`, depending on the transform.
     """
     passes = passes_for(maps)
     if passes is None:
@@ -57,9 +61,9 @@ def transform(name: str, given: Tensor, out: Tensor, maps: Tensor) -> bool:
 
 
 def convolve(maps: Tensor, kernels: Tensor) -> Tensor | None:
-    """Return the convolution of (n, H, W, C) with the kernel points (36, C, O); None if there is no compiled pass.
+    """Return the convolution (n, H, W, O) of `maps` (n, H, W, C) with kernel points `kernels` (36, C, O).
 
-    Each thread processes a few tiles at a time.
+    Each thread processes a few tiles at a time. Returns None if there is no compiled pass.
     """
     channels, outs = kernels.shape[1:]
     passes = passes_for(maps, kernels)

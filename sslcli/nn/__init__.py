@@ -1,6 +1,6 @@
 """Building blocks of methods: heads, EMA, BatchNorm variants, decoder, random numbers, losses, schedules.
 
-Methods of other packages may import all of them from here.
+Methods in other packages may import all of these from here.
 """
 
 from sslcli.nn.batch_norm import SplitBatchNorm as SplitBatchNorm

@@ -1,4 +1,4 @@
-"""BatchNorm variants: over groups of images (as on several GPUs) and over all processes."""
+"""BatchNorm variants: statistics over groups of images (as on several GPUs), and statistics over all processes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sslcli.nn.modes import full_precision
 class SplitBatchNorm(_BatchNorm):
     """BatchNorm that normalizes contiguous groups of about `group` images, each with its own statistics.
 
-    Equivalent to BatchNorm on several processes without synchronization: one process with two groups gives the same
-    result as two processes with one group each. Running statistics are the mean over the groups.
+    It is equivalent to BatchNorm on several processes without synchronization: one process with two groups gives the
+    same result as two processes with one group each. The running statistics are the mean over the groups.
     """
 
     group = 32
@@ -29,7 +29,10 @@ class SplitBatchNorm(_BatchNorm):
             raise ValueError(f"expected (N, C, ...) but got {tuple(input.shape)}")
 
     def num_groups(self, num_images: int) -> int:
-        """Return the number of groups of a local batch; at least 2 over all processes, else shuffling has no effect."""
+        """Return the number of groups of a local batch.
+
+        There are at least 2 groups over all processes, because shuffling has no effect with a single group.
+        """
         fewest = 2 if collectives.world_size() == 1 else 1
         return max(fewest, round(num_images / self.group))
 
@@ -38,7 +41,7 @@ class SplitBatchNorm(_BatchNorm):
         if not self.training or len(input) < 4:
             return super().forward(input)
         sizes = [len(rows) for rows in torch.arange(len(input)).tensor_split(self.num_groups(len(input)))]
-        chunks = torch.split(input, sizes)  # backward is one concatenation, not a sum of zero-padded parts
+        chunks = torch.split(input, sizes)  # its backward is one concatenation; that of slices sums zero-padded parts
         means = self.running_mean.repeat(len(chunks), 1)  # type: ignore[union-attr]
         variances = self.running_var.repeat(len(chunks), 1)  # type: ignore[union-attr]
         out = torch.cat(
@@ -57,7 +60,7 @@ class SplitBatchNorm(_BatchNorm):
 def average_statistics(module: nn.Module) -> None:
     """Replace the running statistics of all SplitBatchNorm layers by their mean over processes, in one all-reduce.
 
-    Running statistics are linear in the batch statistics; the result therefore equals that of a single process.
+    Running statistics are linear in the batch statistics. Therefore the result equals that of a single process.
     """
     parts = [part for part in module.modules() if isinstance(part, SplitBatchNorm)]
     if collectives.world_size() == 1 or not parts:
@@ -69,7 +72,7 @@ def average_statistics(module: nn.Module) -> None:
 
 
 class _SyncNormalize(torch.autograd.Function):
-    """Normalization by the statistics of the global batch; all processes must have the same local batch size."""
+    """Normalization by the statistics of the global batch. All processes must have the same local batch size."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
@@ -105,7 +108,7 @@ class _SyncNormalize(torch.autograd.Function):
 class SyncBatchNorm(_BatchNorm):
     """BatchNorm over the global batch on any device (torch.nn.SyncBatchNorm supports only GPUs).
 
-    Not a subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel rejects on the CPU.
+    It is not a subclass of torch.nn.SyncBatchNorm, because DistributedDataParallel rejects those on the CPU.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -128,9 +131,10 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def convert_batch_norm(module: nn.Module, kind: type[_BatchNorm]) -> Any:
-    """Convert every BatchNorm inside `module` to the class `kind`, in place, keeping parameters and buffers.
+    """Convert every BatchNorm inside `module` to the class `kind`, in place.
 
-    The classes differ only in `forward`; the conversion assigns the class and does not change names or state.
+    The classes differ only in `forward`. The conversion assigns the new class; parameters, buffers and names do not
+    change.
     """
     for part in module.modules():
         if type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):

@@ -1,4 +1,4 @@
-"""Losses shared by two or more methods.
+"""Losses that two or more methods use, most of them contrastive.
 
 Shapes: N anchors, M negatives, D embedding size.
 """
@@ -26,7 +26,10 @@ class Contrast(NamedTuple):
 
 
 class _InfoNCE(torch.autograd.Function):
-    """InfoNCE loss and gradients in one pass over blocks of similarities, without the full (N, M) matrix."""
+    """InfoNCE loss and its gradients, computed in one pass over blocks of similarities.
+
+    The full (N, M) matrix of similarities is never in memory.
+    """
 
     @staticmethod
     def forward(
@@ -71,11 +74,12 @@ def _by_rows(
     exclude: Tensor | None,
     grad_negatives: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the largest negative logit (N,), log-sum-exp over candidates (N,) and softmax-weighted negatives (N, D).
+    """Return three values per query, computed in blocks of queries, each with all negatives.
 
-    Processes blocks of queries against all negatives; `scaled_query` is query / temperature. Adds to `grad_negatives`
-    (M, D) the gradient of the summed losses with respect to the negatives: scaled queries, weighted by softmax
-    probabilities.
+    These are the largest negative logit (N,), the log-sum-exp over positive and negatives (N,), and the mean of the
+    negatives, weighted by softmax probabilities (N, D). `scaled_query` is query / temperature. If `grad_negatives`
+    (M, D) is given, the gradient of the summed losses with respect to the negatives is added to it. This gradient is
+    the sum of the scaled queries, weighted by softmax probabilities.
     """
     found = []
     step = max(1, CHUNK_VALUES // len(negatives))
@@ -96,11 +100,11 @@ def _by_rows(
 
 
 def _by_columns(scaled_query: Tensor, positive_logit: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same as `_by_rows` for negatives without gradient, in blocks of negatives.
+    """Return the same values as `_by_rows`, computed in blocks of negatives, for negatives without gradient.
 
-    Uses online softmax: partial sums are rescaled when the maximum changes (Milakov and Gimelshein 2018,
-    https://arxiv.org/abs/1805.02867). Blocks can therefore be small enough for the CPU caches, where matrix products
-    are fastest.
+    It uses online softmax: partial sums are rescaled when the maximum changes (Milakov and Gimelshein 2018,
+    https://arxiv.org/abs/1805.02867). Therefore the blocks can be small enough for the CPU caches, where matrix
+    products are fastest.
     """
     found = []
     rows, columns = CPU_BLOCK if scaled_query.is_cpu else (len(scaled_query), max(1, CHUNK_VALUES // len(scaled_query)))
@@ -128,11 +132,11 @@ def info_nce(
         query: (N, D), unit rows.
         positive: (N, D), unit rows.
         negatives: (M, D), unit rows, shared by all queries.
-        temperature: divides the cosine similarities, > 0.
-        exclude: (N, E) indices into `negatives` that are ignored for row i, or None.
+        temperature: divisor of the cosine similarities, above 0.
+        exclude: (N, E) indices into `negatives`; row i has those to ignore for query i. None = ignore none.
 
-    Returns the mean over the N rows. Computed in float32 (or float64 if given) even under autocast; memory beyond the
-    gradients is at most `CHUNK_VALUES` similarities. Not twice differentiable.
+    The loss is the mean over the N rows. It is computed in float32 (float64 for float64 inputs), even under autocast.
+    Besides the gradients, it needs memory for at most `CHUNK_VALUES` similarities. It is not twice differentiable.
     """
     check_temperature(temperature)
     with torch.autocast(query.device.type, enabled=False):
@@ -142,7 +146,7 @@ def info_nce(
 
 
 class _Mutual(torch.autograd.Function):
-    """Symmetric InfoNCE over one set of rows, which computes only similarity blocks on and above the diagonal."""
+    """Symmetric InfoNCE over one set of rows. It computes only the blocks of similarities on and above the diagonal."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -180,7 +184,10 @@ class _Mutual(torch.autograd.Function):
 
 
 def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield blocks of logits on and above the diagonal, with -inf for pairs of a row with itself or its partner."""
+    """Yield the blocks of logits on and above the diagonal.
+
+    The logits of a row with itself and with its positive are -inf.
+    """
     num_rows, side = len(rows), math.isqrt(math.prod(CPU_BLOCK) if rows.is_cpu else CHUNK_VALUES)
     scaled_query = rows / temperature
     for start in range(0, num_rows, side):
@@ -194,11 +201,11 @@ def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, sli
 
 
 def nt_xent_symmetric(rows: Tensor, *, temperature: float) -> Contrast:
-    """Return InfoNCE over unit rows (2N, D), with positive pairs (i, N + i) and all other rows as negatives.
+    """Return the InfoNCE loss over unit rows (2N, D), with positive pairs (i, N + i) and all other rows as negatives.
 
-    Each similarity is computed once and used for both of its rows, which saves a third of the products. The temperature
-    must be at least `MIN_TEMPERATURE`, because exponentials are summed without subtracting a maximum; raises ValueError
-    otherwise. Not twice differentiable.
+    Each similarity is computed once and used for both of its rows, which saves a third of the products. Exponentials
+    are summed without subtracting a maximum. Therefore the temperature must be at least `MIN_TEMPERATURE`; otherwise
+    ValueError is raised. The loss is not twice differentiable.
     """
     if temperature < MIN_TEMPERATURE:
         raise ValueError(f"temperature is {temperature}, but sums of exp(1 / temperature) must stay finite")
@@ -209,9 +216,10 @@ def nt_xent_symmetric(rows: Tensor, *, temperature: float) -> Contrast:
 
 
 def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean over rows of |p - z|^2 = 2 - 2 cos(p, z), L2-normalized (BYOL eq. 2); no gradient to `target`.
+    """Return the mean of |p - z|^2 = 2 - 2 cos(p, z) over L2-normalized rows p and z (BYOL eq. 2), in [0, 4].
 
-    `prediction` and `target` are (N, D), normalized here; the result is in [0, 4].
+    p is a row of `prediction` and z the same row of `target`, both (N, D). The function normalizes them. There is no
+    gradient to `target`.
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     with torch.autocast(prediction.device.type, enabled=False):

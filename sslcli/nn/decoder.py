@@ -1,4 +1,4 @@
-"""Convolutional decoder from codes to images, PSNR and image checks, for autoencoders and GAN generators.
+"""Convolutional decoder from codes to images, for autoencoders and GAN generators; PSNR, and validation of images.
 
     (N, dim) -> Linear -> (N, width, s, s) -> per octave [upsample x 2, 3x3 conv, BatchNorm, ReLU] -> 3x3 conv -> image
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sslcli.errors import ConfigError, check_positive
 from sslcli.nn.modes import full_precision
 
-NARROWEST = 64  # channels of the last block, as in the 512-256-128-64 of 32-pixel images
+NARROWEST = 64  # minimum number of channels of a block, e.g. 512-256-128-64 for images of 32 pixels
 
 
 class Decoder(nn.Module):
@@ -28,8 +28,9 @@ class Decoder(nn.Module):
         channels: image channels.
         width: channels of the smallest feature map, halved by each block down to 64.
 
-    The smallest map has a side of 4 to 7 pixels. If `image_size` is not such a side times a power of two (e.g. 100),
-    the next larger image is decoded and center-cropped.
+    The smallest feature map has a side of 4 to 7 pixels, and each block doubles it. If `image_size` cannot be reached
+    in this way (e.g. 100), the next larger image is decoded and center-cropped.
+
     Raises ValueError for arguments out of range.
     """
 
@@ -68,16 +69,16 @@ def up_block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def psnr(drawn: Tensor, images: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB of images (N, C, H, W) in [0, 1], mean over images.
+    """Return the peak signal-to-noise ratio in dB between images (N, C, H, W) in [0, 1], averaged over images.
 
-    Computed per image as -10 log10 of the mean squared error, at most 100 dB.
+    For each image, it is -10 log10 of the mean squared error, at most 100 dB.
     """
     error = (full_precision(drawn) - full_precision(images)).square().flatten(1).mean(1)  # (N,)
     return -10 * error.clamp_min(1e-10).log10().mean()
 
 
 class FirstLook:
-    """Call `check_images` only in the first step, because reading tensor values synchronizes with the device."""
+    """Callable that runs `check_images` only in the first step, because the check synchronizes with the device."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.shape, self.passed = shape, False

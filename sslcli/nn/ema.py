@@ -14,8 +14,8 @@ from sslcli.distributed import collectives
 def frozen_copy(module: nn.Module) -> Any:
     """Return a copy with requires_grad=False and without dropout or stochastic depth.
 
-    The copy has its own buffers, initialized from the original, and switches between training and evaluation mode as
-    usual.
+    The copy has its own buffers, whose initial values are those of the original. Its training mode can be changed as
+    usual with `train` and `eval`.
     """
     twin = copy.deepcopy(module).requires_grad_(False)
     for part in twin.modules():
@@ -28,9 +28,10 @@ def frozen_copy(module: nn.Module) -> Any:
 
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """Update target <- momentum * target + (1 - momentum) * online, parameters only (BYOL eq. 1, MoCo eq. 2).
+    """Update target <- momentum * target + (1 - momentum) * online (BYOL eq. 1, MoCo eq. 2).
 
-    Sharded networks must be sharded in the same way; each process then updates its own shard.
+    Only parameters are updated, not buffers. If the networks are sharded, both must be sharded in the same way; each
+    process updates its own shard.
     """
     averaged = [collectives.local(parameter) for parameter in target.parameters()]
     if averaged:  # a module may have no parameters

@@ -18,8 +18,8 @@ def mlp(
 ) -> nn.Sequential:
     """Build linear layers of the given `widths` (input first), with [BatchNorm and] ReLU after all but the last.
 
-    `last_norm` is the BatchNorm after the last layer: None, "affine", "scale" (without beta, as SimCLR) or "plain"
-    (without gamma and beta, as MoCo v3). `bias` applies to the hidden linear layers, `last_bias` to the last.
+    `last_norm` is the BatchNorm after the last layer: None, "affine", "scale" (without beta, as in SimCLR) or "plain"
+    (without gamma and beta, as in MoCo v3). `bias` is for the hidden linear layers, `last_bias` for the last one.
     """
     if len(widths) < 2 or min(widths) < 1:
         raise ValueError(f"a head needs at least an input and an output width, all positive, but got {list(widths)}")

@@ -1,4 +1,4 @@
-"""Temporary evaluation mode, unchanged BatchNorm statistics, and conversion to full precision."""
+"""Context managers for evaluation mode and for BatchNorm statistics, and conversion to full precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def full_precision(values: Tensor) -> Tensor:
-    """Convert to float32; float64 stays float64."""
+    """Convert to float32, except float64, which is returned unchanged."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -29,7 +29,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged_statistics(module: nn.Module) -> Iterator[None]:
-    """Restore the running statistics of every BatchNorm after the block."""
+    """Save the running statistics of every BatchNorm before the block, and restore them after it."""
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:

@@ -1,8 +1,8 @@
-"""Random numbers for the images of a step, independent of the number of processes.
+"""Random numbers for the images of a step. They do not depend on the number of processes.
 
-torch's global generator has a different state on each process, so results would depend on the number of processes.
-Here the numbers of an image depend only on (seed, draw, index in the global batch), and the checkpoint contains the
-number of draws. Shapes: N images per process, W processes.
+torch's global generator has a different state on each process, so with it, results would depend on the number of
+processes. With this module, the numbers of an image depend only on (seed, draw, index in the global batch). The
+checkpoint contains the number of draws so far. Shapes: N images per process, W processes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from sslcli.distributed.collectives import rank
 
-_SHARED = -1  # the index for numbers that are the same on all processes
+_SHARED = -1  # index that replaces the image's index for numbers that are the same on all processes
 _MASK = (1 << 64) - 1
 
 
 class Noise(nn.Module):
-    """Random number source that is part of a method's state; its seed is drawn from torch's global generator.
+    """Source of random numbers that is part of a method's state. Its seed is drawn from torch's global generator.
 
-    Each call of a method below is one draw. All processes must make the same calls in the same order.
+    Each call of one of its methods is one draw. All processes must make the same calls in the same order.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Noise(nn.Module):
         return self._rows(shape, device, lambda row, generator: row.random_(high, generator=generator), torch.int64)
 
     def shared(self) -> torch.Generator:
-        """Return a CPU generator for one draw per global batch, with the same seed on all processes."""
+        """Return a CPU generator with the same seed on all processes, for numbers that the global batch needs once."""
         self.draws += 1
         return torch.Generator().manual_seed(_seed(self.seed, self.draws, _SHARED))
 
@@ -69,7 +69,7 @@ class Noise(nn.Module):
 
 
 def _seed(seed: int, draw: int, place: int) -> int:
-    """Return a generator seed, mixed by splitmix64 because CPU generators use only the low 32 bits."""
+    """Hash the arguments to a generator seed, with splitmix64, because CPU generators use only the low 32 bits."""
     value = 0
     for part in (seed, draw, place):
         value = (value + part + 0x9E3779B97F4A7C15) & _MASK
