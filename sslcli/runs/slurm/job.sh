@@ -1,9 +1,10 @@
-# The rest is the same for every job: start one agent per node; on Slurm's warning, let the run save, then requeue it.
+# From here on, the script is the same for every job. It starts one agent per node. When Slurm sends the warning signal,
+# the run saves a checkpoint and the job is requeued.
 attempt=${SLURM_RESTART_COUNT:-0}
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 warned="" over=""
 trap 'warned=${warned:-now}' USR1
-trap 'over=${over:-now}' TERM # job canceled or time limit reached; the run gets this signal as well, and saves
+trap 'over=${over:-now}' TERM # canceled, or time limit reached; the run also receives this signal and saves
 
 note() { echo "$(date +%Y-%m-%dT%H:%M:%S) job $SLURM_JOB_ID attempt $attempt: $*" | tee -a "$folder/history.log"; }
 field() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oE "(^| )$1=[^ ]*" | cut -d = -f 2-; }
@@ -14,7 +15,7 @@ finish() {
   exit "$1"
 }
 
-# Print why Slurm warned; only the times of the job show it.
+# Print why Slurm sent the warning signal. Only the preemption time and the end time of the job show the reason.
 cause() {
   case $(field PreemptTime) in "" | None | Unknown) ;; *) echo "preemption" && return ;; esac
   local end
@@ -25,7 +26,7 @@ cause() {
 requeue() { # REASON
   local state reason idle=0
   state=$(field JobState) reason=$(field Reason)
-  if [ "$state" != RUNNING ] && [ "$reason" != TimeLimit ]; then # canceled, or requeued by Slurm already
+  if [ "$state" != RUNNING ] && [ "$reason" != TimeLimit ]; then # the job is canceled, or Slurm has already requeued it
     note "$1; the job is $state"
     finish 75
   fi
@@ -45,7 +46,7 @@ requeue() { # REASON
   exit 0
 }
 
-# The exit code that the run recorded, if any: srun returns only the largest one.
+# Print the exit code that the processes of the run recorded, or else the given one: srun returns only the largest code.
 exit_code() {
   for code in 2 3 75; do
     if grep -qsx "$code" "$folder"/codes/*; then echo "$code" && return; fi
@@ -59,12 +60,12 @@ fi
 note "starts on $SLURM_JOB_NODELIST"
 [ "$attempt" -gt 0 ] || rm -f "$folder/idle"
 before=$(newest)
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # no warnings about host names and closed stores
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # suppress warnings about host names and closed stores
 prepare || { note "launcher.setup ended with exit code $?" && finish 2; }
 [ -z "$warned" ] || requeue "stopped by $(cause) before it started"
 
-# USR1 reaches every process of the step. It must not kill the agents, nor a run that is still importing: an ignored
-# signal stays ignored until the run installs its handler.
+# USR1 is sent to every process of the step. It must not kill the agents, nor a run that is still importing modules.
+# Child processes also ignore USR1, until the run installs its handler.
 start_step() {
   export SSLCLI_RESTARTS=$((attempt + restarts))
   port=$((10000 + (SLURM_JOB_ID + 7919 * attempt + 104729 * restarts) % 20000))
@@ -101,7 +102,7 @@ for ((restarts = 0; ; restarts++)); do
   watch
   if [ -e "$folder/want_requeue" ]; then requeue "$(cat "$folder/want_requeue")${warned:+ ($warned)}"; fi
   case $code in 0 | 2 | 3 | 75) finish "$code" ;; esac
-  # The signal can kill a step that does not ignore it yet; the run then resumes from the newest checkpoint.
+  # The signal kills a step that does not ignore it yet; after the requeue, the run resumes from the newest checkpoint.
   if [ -n "$warned" ]; then requeue "ended with exit code $code ($warned)"; fi
   if [ -n "$over" ] || [ "$restarts" -ge "$max_restarts" ]; then finish 3; fi
   note "a process crashed or was killed (exit code $code); all restart from the last checkpoint" \
