@@ -54,8 +54,8 @@ def concat_requests(requests: Sequence[Request]) -> Request:
 class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
     """Dataset of views for training, indexed by requests.
 
-    An item is (request, views, positions, bad images). Each view is (n, C, S, S) uint8. The positions (n,) are those of
-    the images that were read: of the requested image, or of its replacement if the requested image is bad.
+    An item is (request, views, positions, bad images). Each view is (n, C, S, S) uint8. `positions` (n,) has the
+    position of each image that was read: the requested image, or its replacement if the requested image is bad.
     """
 
     def __init__(self, source: Source, views: Views, seed: int) -> None:

@@ -1,7 +1,7 @@
 """Decoding of image files to RGB. JPEGs can be decoded at 1/2, 1/4 or 1/8 of their size.
 
-Common JPEGs are decoded by simplejpeg, which returns the same pixels as PIL in three quarters of the time (small ones
-in a sixth). PIL decodes everything else.
+Common JPEGs are decoded by simplejpeg. It returns the same pixels as PIL in three quarters of the time; for small
+JPEGs, in a sixth of the time. PIL decodes all other files.
 """
 
 from __future__ import annotations

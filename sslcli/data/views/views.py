@@ -95,7 +95,7 @@ class Views:
         allowed ratio.
 
         Args:
-            view: number of the view, in range(num_views), or (N,) one for each image, all of the same entry.
+            view: number of the view, in range(num_views); or (N,) one number per image, all of the same entry.
             key: (N,) int64, the key of each image, the same for all of its views.
             height, width: (N,) int64 size of each image in pixels.
 
@@ -127,7 +127,7 @@ class Views:
         """Apply all operations after the crop: flip, photometric operations, then `finish`.
 
         Args:
-            view: number of the view, in range(num_views), or (N,) one for each image, all of the same entry.
+            view: number of the view, in range(num_views); or (N,) one number per image, all of the same entry.
             key: (N,) int64, the key of each image; preferably on the CPU, where the parameters are drawn.
             images: (N, C, S, S) float in [0, 1], the crops.
             mean, std: mean and standard deviation of the dataset, one value per channel, for values in [0, 1].
