@@ -134,7 +134,7 @@ class Trace:
 def job_of(config: RunConfig, *, dtype: torch.dtype = torch.float32) -> Run:
     """Build the run of a configuration in this process as `ssl-train` does, without a run directory."""
     parts = build_parts(config)
-    assemble.place(parts.method.train().to(dtype), config.train, torch.device("cpu"))
+    assemble.move_to_device(parts.method.train().to(dtype), config.train, torch.device("cpu"))
     loader = assemble.build_loader(config, parts, torch.device("cpu"))
     optimizer, peak_lr = build_optimizer(config, parts.method)
     screen = Screen(None, silent=True)

@@ -136,12 +136,12 @@ def _determinism_as_before() -> Iterator[None]:
 @pytest.mark.usefixtures("_determinism_as_before")
 def test_ten_steps_are_five_and_five_more_after_loading_bit_for_bit(word: str, tmp_path: Path) -> None:
     whole, half = tmp_path / "whole", tmp_path / "half"
-    assert worker.run(config_of(word) | {"run_dir": str(whole)}) == 0
+    assert worker.run(config_of(word).changed(run_dir=str(whole))) == 0
     (half / "checkpoints").mkdir(parents=True)
     for path in (whole / "checkpoints").glob("step-00000005.*"):
         shutil.copy(path, half / "checkpoints")
     assert newest(half)["step"] == 5
-    assert worker.run(config_of(word) | {"run_dir": str(half), "resume": "must"}) == 0
+    assert worker.run(config_of(word).changed(run_dir=str(half), resume="must")) == 0
     assert newest(half)["step"] == newest(whole)["step"] == 10
     assert differences(newest(half), newest(whole)) == []
 
@@ -149,7 +149,7 @@ def test_ten_steps_are_five_and_five_more_after_loading_bit_for_bit(word: str, t
 @pytest.mark.parametrize("word", METHODS)
 def test_the_loss_falls_on_a_small_fixed_set(word: str) -> None:
     config = config_of(word)
-    config["train"]["lr_scaling"] = "none"
+    config = config.changed(train=config.values["train"] | {"lr_scaling": "none"})
     batches = iterate_batches(word)
     for num_epochs in (10, 60):  # a choice among hundreds of candidates is learned slowly at first
         trace = take_steps(config, batches * num_epochs)

@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -69,15 +70,16 @@ def read_arguments(name: str) -> Namespace:
     for flag in ("config_dir", "config_path"):
         if getattr(arguments, flag) is not None:
             setattr(arguments, flag, absolute(getattr(arguments, flag)))
-    arguments.overrides = [_with_current_names(name, quote_home_paths(line)) for line in arguments.overrides]
+    own = None if arguments.config_dir is None else Path(arguments.config_dir)
+    arguments.overrides = [_with_current_names(name, quote_home_paths(line), own) for line in arguments.overrides]
     if arguments.multirun and arguments.cfg:
         raise ConfigError("--cfg prints one configuration, but --multirun composes several: remove one of the flags")
     return arguments
 
 
-def _with_current_names(name: str, line: str) -> str:
+def _with_current_names(name: str, line: str, own_folder: Path | None) -> str:
     """Return an override with current names; print a note if it used old names."""
-    current = current_override(line)
+    current = current_override(line, own_folder=own_folder)
     if current != line:
         print_note(name, f"{line} is now {current}")
     return current

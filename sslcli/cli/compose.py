@@ -30,7 +30,7 @@ from sslcli.cli import hydra_errors
 from sslcli.cli.hydra_node import SECTIONS, check_hydra, resolved
 from sslcli.config import schema
 from sslcli.config.folders import conf_folder
-from sslcli.config.moved import FOLDER, current_config
+from sslcli.config.moved import FOLDER, current_config, current_override, forced_override
 from sslcli.config.own_dataset import PREFIX, Change
 from sslcli.config.paths import absolute_paths
 from sslcli.config.plugins import plugin_folders
@@ -68,7 +68,8 @@ def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
         file = arguments.config_name or name
         if arguments.multirun:
             first = _job(engine, name, file, _first(overrides))
-            overrides = [*_parsed(engine, [f"{key}={value}" for key, value in first["_params_"].items()]), *overrides]
+            drawn = [current_override(f"{key}={value}") for key, value in first["_params_"].items()]
+            overrides = [*_parsed(engine, drawn), *overrides]
             lines = _samples(overrides) if first["_choices_"]["hydra/sweeper"] != "basic" else _points(overrides)
         else:
             lines = [_first(overrides)]
@@ -200,7 +201,7 @@ def _composed(engine: Hydra, command: str, name: str, lines: list[str]) -> DictC
             warnings.filterwarnings("error", message=".*is not available", category=UserWarning)
             return engine.compose_config(
                 config_name=name,
-                overrides=lines,
+                overrides=[forced_override(line) for line in lines],
                 run_mode=RunMode.RUN,
                 from_shell=True,
                 validate_sweep_overrides=False,
@@ -210,7 +211,7 @@ def _composed(engine: Hydra, command: str, name: str, lines: list[str]) -> DictC
         raise ConfigError(hydra_errors.missing(error)) from error
     except (YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"a configuration file cannot be read: {hydra_errors.one_line(error)}") from error
-    except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, TypeError, ValueError, AssertionError, AttributeError) as error:
         raise ConfigError(hydra_errors.readable(error, groups=schema.GROUPS[command])) from error
     except UserWarning as error:
         raise ConfigError(

@@ -114,6 +114,14 @@ KEYS = {
 }
 
 
+DEFAULTS = {  # of the renamed keys, in the yaml files of sslcli
+    "dataset.unlabeled": False,
+    "monitor.health_every_steps": 50,
+    "monitor.knn_every_epochs": 1,
+    "train.log_every_steps": 10,
+}
+
+
 def reject_old_attributes(kind: type, renamed: dict[str, str]) -> None:
     """Raise ConfigError if a class defines an attribute or a method under its old name, which would have no effect."""
     for old, new in renamed.items():
@@ -127,12 +135,27 @@ def current_target(target: str) -> str:
     return f"{PACKAGES.get(module) or MODULES.get(module, module)}.{name}" if module else target
 
 
-def current_override(line: str) -> str:
-    """Return an override of a command line with the current names of its key and of the choices in its value."""
+def current_override(line: str, *, own_folder: Path | None = None) -> str:
+    """Return an override of a command line with the current names of its key and of the choices in its value.
+
+    A choice that has a file in `own_folder`, the user's --config-dir, is the user's own and keeps its name.
+    """
     prefix, key, rest = _parts(line)
     key = KEYS.get(key, key)
-    choices = CHOICES.get(key.split("@")[0], {})
-    return prefix + key + re.sub(r"[\w-]+", lambda word: choices.get(word[0], word[0]), rest)
+    group = key.split("@")[0]
+    choices = CHOICES.get(group, {})
+
+    def current(word: re.Match[str]) -> str:
+        is_own = own_folder is not None and (own_folder / group / f"{word[0]}.yaml").exists()
+        return word[0] if is_own else choices.get(word[0], word[0])
+
+    return prefix + key + re.sub(r"[\w-]+", current, rest)
+
+
+def forced_override(line: str) -> str:
+    """Return an override that also sets a renamed key if a yaml file of the user has only its old name."""
+    prefix, key, rest = _parts(line)
+    return f"++{line}" if prefix == "" and rest and key in KEYS.values() else line
 
 
 def old_override(line: str) -> str:
@@ -164,9 +187,10 @@ def current_config(config: dict[str, Any], *, overridden: Iterable[str] = ()) ->
         node = renamed.get(group)
         if not isinstance(node, dict) or name not in node:
             continue
-        value = node.pop(name)
-        if new not in overridden:
-            node[new.partition(".")[2]] = value
+        value, name = node.pop(name), new.partition(".")[2]
+        # Both are set if a file has the old name: the new one has its default, or was set by a file or an override.
+        if new not in overridden and node.get(name, DEFAULTS[new]) == DEFAULTS[new]:
+            node[name] = value
         notes.append(f"{old} is now {new}")
     return renamed, notes
 

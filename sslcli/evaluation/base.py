@@ -6,6 +6,8 @@ FeatureProtocol     uses only frozen features; a subclass defines `measure`
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sslcli.data.sources.base import Source
+from sslcli.errors import ConfigError
 from sslcli.evaluation import layers
 from sslcli.evaluation.features import FeatureSet, computed
 from sslcli.evaluation.network import Classifier
@@ -45,6 +48,27 @@ class Outcome:
     positions: Tensor | None = None
     files: dict[str, str] = field(default_factory=dict)
     variant: str = ""
+
+
+def check_outcome(outcome: Outcome, protocol: object) -> None:
+    """Raise ConfigError, with the name of the protocol's class, unless an outcome has what `Outcome` promises."""
+    who = f"{type(protocol).__module__}.{type(protocol).__qualname__}"
+    if not isinstance(outcome, Outcome) or not isinstance(outcome.result, dict):
+        raise ConfigError(f"{who} returned {outcome!r}, but it must return an Outcome with a result dictionary")
+    result = outcome.result
+    for name in ("protocol", "split", "top1", "interval"):
+        if name not in result:
+            raise ConfigError(f"the result of {who} has no {name!r}: it needs protocol, split, top1 and interval")
+    for name in (result["protocol"], outcome.variant or "x", *outcome.files):
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+            raise ConfigError(f"the result of {who} is named {name!r}, but a name has only letters, digits and . _ + -")
+    numbers = [result["top1"], *result["interval"]]
+    if not all(isinstance(number, (int, float)) and 0 <= number <= 1 for number in numbers):
+        raise ConfigError(f"the result of {who} has the accuracy and interval {numbers}, but they must be in [0, 1]")
+    try:
+        json.dumps(result)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the result of {who} cannot be written as JSON: {error}") from error
 
 
 class Protocol:
@@ -132,9 +156,16 @@ class FeatureProtocol(Protocol):
 
     def _measured(self, name: str, start: Start, task: Task) -> dict[str, Any]:
         if not self.progress_units:
-            return computed(self.measure, start.features, task.device)
+            return self._checked(computed(self.measure, start.features, task.device))
         progress = Progress(task.screen, f"{self.title}, {SUBJECTS[name]}", total=self.progress_units)
         try:
-            return computed(self.measure, start.features, task.device, on_progress=progress)
+            return self._checked(computed(self.measure, start.features, task.device, on_progress=progress))
         finally:
             task.screen.stop()
+
+    def _checked(self, found: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(found, dict):
+            raise ConfigError(
+                f"measure of {type(self).__qualname__} returned {found!r}, but it must return a dictionary"
+            )
+        return found

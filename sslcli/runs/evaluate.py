@@ -20,7 +20,7 @@ from sslcli.data.sources.base import Source
 from sslcli.distributed import devices
 from sslcli.engine import checkpoint
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, TrainingFailed, print_error
-from sslcli.evaluation.base import Outcome, Protocol
+from sslcli.evaluation.base import Outcome, Protocol, check_outcome
 from sslcli.evaluation.online import check_answers, unanswerable
 from sslcli.report.console import Screen
 from sslcli.report.evaluation_tables import comparison, details, summary
@@ -167,7 +167,9 @@ def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any
     names = ("trained", *(protocol.baselines if evaluation.config.baselines else ()))
     starts = Starts(evaluation, names, {"trained": trained}, keep=protocol.trains)
     task = evaluation.task(fine_tuned=partial(fine_tuned.load, evaluation), kept=partial(evaluation.baseline, node))
-    return protocol(starts, task)
+    outcome = protocol(starts, task)
+    check_outcome(outcome, protocol)
+    return outcome
 
 
 def write_outcome(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:

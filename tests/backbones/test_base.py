@@ -12,7 +12,7 @@ class Bare(Backbone):
 
 
 def test_a_backbone_without_maps_says_which_one_it_is() -> None:
-    with pytest.raises(ValueError, match=r"Bare .*no maps.*define stages"):
+    with pytest.raises(ValueError, match=r"backbone Bare .*no feature maps.*define stages"):
         Bare().stages(torch.zeros(1, 3, 8, 8))
 
 

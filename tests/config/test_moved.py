@@ -8,9 +8,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sslcli.config import moved
-from sslcli.config.moved import CHOICES, KEYS, MODULES, current_config, current_override, current_target
+from sslcli.config.moved import (
+    CHOICES,
+    DEFAULTS,
+    KEYS,
+    MODULES,
+    current_config,
+    current_override,
+    current_target,
+    forced_override,
+)
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -87,9 +97,9 @@ def test_a_configuration_is_renamed_in_depth_with_a_note_for_each_old_name() -> 
 
 
 def test_a_key_of_the_command_line_has_precedence_over_an_old_key_of_a_yaml() -> None:
-    config = {"train": {"log_every": 3, "log_every_steps": 7}}
+    config = {"train": {"log_every": 3, "log_every_steps": 10}}
     assert current_config(config)[0] == {"train": {"log_every_steps": 3}}
-    assert current_config(config, overridden=["train.log_every_steps"])[0] == {"train": {"log_every_steps": 7}}
+    assert current_config(config, overridden=["train.log_every_steps"])[0] == {"train": {"log_every_steps": 10}}
 
 
 IMPORTS = """
@@ -113,3 +123,36 @@ def test_old_imports_give_the_new_modules_and_functions_with_a_warning() -> None
 def test_an_old_module_runs_as_a_program() -> None:
     assert moved.MovedModules().get_code("sslcli.slurm.queue") is not None
     assert moved.MovedModules().find_spec("sslcli.nonesuch", None) is None
+
+
+def test_a_new_key_with_another_value_than_its_default_wins_over_the_old_key() -> None:
+    assert current_config({"monitor": {"knn_every": 3, "knn_every_epochs": 1}})[0] == {
+        "monitor": {"knn_every_epochs": 3}
+    }
+    assert current_config({"monitor": {"knn_every": 3, "knn_every_epochs": 9}})[0] == {
+        "monitor": {"knn_every_epochs": 9}
+    }
+
+
+def test_the_defaults_of_renamed_keys_are_those_of_the_yaml_files() -> None:
+    conf = CONF
+    assert set(DEFAULTS) == set(KEYS.values())
+    found = {"monitor": yaml.safe_load((conf / "monitor/default.yaml").read_text())}
+    found |= {"train": yaml.safe_load((conf / "train.yaml").read_text())["train"]}
+    found |= {"dataset": yaml.safe_load((conf / "dataset/cifar10.yaml").read_text())}
+    for key, value in DEFAULTS.items():
+        group, _, name = key.partition(".")
+        assert found[group][name] == value
+
+
+def test_a_choice_of_the_user_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "views").mkdir()
+    (tmp_path / "views/mocov2.yaml").write_text("normalize: true\n")
+    assert current_override("views=mocov2", own_folder=tmp_path) == "views=mocov2"
+    assert current_override("views=mocov1,mocov2", own_folder=tmp_path) == "views=moco_v1,mocov2"
+
+
+def test_an_override_of_a_renamed_key_is_forced() -> None:
+    assert forced_override("monitor.knn_every_epochs=3") == "++monitor.knn_every_epochs=3"
+    assert forced_override("~monitor.knn_every_epochs") == "~monitor.knn_every_epochs"
+    assert forced_override("seed=3") == "seed=3"

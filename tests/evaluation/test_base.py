@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from learnable import Colors, start_of, task_of
+from sslcli.errors import ConfigError
 from sslcli.evaluation import layers
-from sslcli.evaluation.base import FeatureProtocol, OnProgress, Outcome, Protocol, ignore_progress
+from sslcli.evaluation.base import (
+    FeatureProtocol,
+    OnProgress,
+    Outcome,
+    Protocol,
+    check_outcome,
+    ignore_progress,
+)
 from sslcli.evaluation.features import FeatureSet
 from sslcli.evaluation.task import Start, Task
 from sslcli.report import console
@@ -107,3 +115,24 @@ def test_outcomes_do_not_share_their_files() -> None:
     one, other = Outcome(result={}), Outcome(result={})
     one.files["a"] = "b"
     assert other.files == {}
+
+
+GOOD = {"protocol": "mine", "split": "test", "top1": 0.5, "interval": [0.4, 0.6]}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        (None, "returned None, but it must return an Outcome"),
+        (Outcome(result={"protocol": "mine"}), "has no 'split'"),
+        (Outcome(result=GOOD | {"protocol": "../../x"}), r"named '\.\./\.\./x'"),
+        (Outcome(result=GOOD, files={"/etc/x": ""}), "named '/etc/x'"),
+        (Outcome(result=GOOD, variant="a/b"), "named 'a/b'"),
+        (Outcome(result=GOOD | {"top1": float("nan")}), "must be in"),
+        (Outcome(result=GOOD | {"extra": {1, 2}}), "cannot be written as JSON"),
+    ],
+)
+def test_an_outcome_that_breaks_the_contract_is_rejected_with_the_class(outcome: Any, expected: str) -> None:
+    check_outcome(Outcome(result=GOOD, variant="a-b", files={"curve.svg": ""}), Protocol())
+    with pytest.raises(ConfigError, match=rf"sslcli\.evaluation\.base\.Protocol.*{expected}"):
+        check_outcome(outcome, Protocol())

@@ -2,7 +2,7 @@
 
 Wang, Isola 2020  https://arxiv.org/abs/2005.10242   conf/method/hypersphere.yaml
 
-Shapes: N images a process, D embedding size.
+Shapes: N images per process, D embedding dimension.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Hypersphere(Method):
     """Alignment plus weighted uniformity.
 
     Args:
-        dim: embedding size D.
+        dim: embedding dimension D.
         alpha: exponent of the distance between two views.
-        t: the larger, the more near neighbors count.
-        weight: of uniformity.
+        t: scale of the squared distances; with a larger t, near neighbors have more influence.
+        weight: weight of uniformity in the loss.
     """
 
     num_views = 2

@@ -35,8 +35,8 @@ class Centroid(FeatureProtocol):
     """The protocol `centroid`.
 
     Args:
-        seed: of the bootstrap.
-        resamples: of the bootstrap, at least 1.
+        seed: seed of the bootstrap.
+        resamples: number of bootstrap resamples, at least 1.
     """
 
     seed: int = 0

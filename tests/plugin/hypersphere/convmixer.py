@@ -36,9 +36,9 @@ class ConvMixer(Backbone):
         image_size: side of the training images in pixels, a multiple of `patch_size`.
         width: channels of all feature maps.
         depth: number of blocks.
-        kernel_size: of the depthwise convolutions, odd.
+        kernel_size: kernel size of the depthwise convolutions, odd.
         patch_size: side of a patch in pixels.
-        in_channels: image channels.
+        in_channels: number of image channels.
 
     Raises ValueError for arguments out of range.
     """
