@@ -111,7 +111,7 @@ class Loader:
     def requests(self, start: int, stop: int) -> Iterator[Request]:
         """Yield the requests of this process for steps start to stop - 1.
 
-        A step has `accumulate` micro-batches, and a micro-batch `requests_per_batch` requests.
+        A step has `accumulate` micro-batches, and each micro-batch has `requests_per_batch` requests.
         """
         epoch = -1
         for step in range(start, stop):

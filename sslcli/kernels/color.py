@@ -23,7 +23,10 @@ PART = Path(__file__).with_suffix(".c")
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Operations for each of N images, in the order of the fields. If `gray_first`, gray precedes the jitter."""
+    """Parameters of the color operations for each of N images.
+
+    The operations are applied in the order of the fields. If `gray_first`, gray is applied before the jitter.
+    """
 
     flipped: Tensor  # (N,) bool, left-right flip
     jittered: Tensor  # (N,) bool

@@ -1,4 +1,7 @@
-"""One evaluation: network, images, names and paths of results, and cached features and baselines."""
+"""The network and the images of one evaluation.
+
+`Evaluation` also determines the names and paths of the result files, and caches features and results of baselines.
+"""
 
 from __future__ import annotations
 

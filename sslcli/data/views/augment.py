@@ -166,7 +166,7 @@ def flip(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int, mask: Tensor) -> Tensor:
-    """Blur the images of a mask, each with its own standard deviation.
+    """Blur the images for which `mask` is True, each with its own standard deviation.
 
     The result equals that of torchvision's gaussian_blur: the image is padded by reflection and convolved with a
     normalized kernel of `kernel_size` taps. The blur is separable and linear, so it is computed as a multiplication of
@@ -175,7 +175,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int, mask: Tensor)
     Args:
         images: (N, C, H, W).
         sigma: (N,) standard deviation in pixels, above 0 where the mask is True.
-        kernel_size: odd, at most twice the shorter side minus 1.
+        kernel_size: odd, at most 2 * min(H, W) - 1.
         mask: (N,) bool.
 
     Raises:
