@@ -24,16 +24,17 @@ from sslcli.nn.modes import full_precision
 from sslcli.nn.noise import Noise
 
 LOSSES = ("logistic", "hinge")
-PICTURE_SEED = 0  # seed of the codes of saved samples; fixed, so that samples of different epochs are comparable
+PICTURE_SEED = 0  # seed of the codes of saved samples; it is fixed to make the samples of different epochs comparable
 SAMPLE_ROWS = 4
-SQUARES = 4  # per side; `distance` compares the means of SQUARES x SQUARES image regions
+SQUARES = 4  # regions per side: `distance` compares the means of SQUARES x SQUARES image regions
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, *, kind: str) -> Tensor:
     """Return the discriminator loss for logits (N, K) of real and generated inputs: summed over K, mean over N.
 
-    logistic is -log sigmoid(real) - log(1 - sigmoid(fake)) (Goodfellow et al., eq. 1), 2 K log 2 for logits of 0;
-    hinge is relu(1 - real) + relu(1 + fake) (Miyato et al. 2018, arXiv:1802.05957, eq. 16).
+    kind="logistic": -log sigmoid(real) - log(1 - sigmoid(fake)) (Goodfellow et al., eq. 1). If all logits are 0, the
+    loss is 2 K log 2.
+    kind="hinge": relu(1 - real) + relu(1 + fake) (Miyato et al. 2018, arXiv:1802.05957, eq. 16).
     """
     real, fake = full_precision(real), full_precision(fake)
     if kind == "hinge":
@@ -42,20 +43,22 @@ def discriminator_loss(real: Tensor, fake: Tensor, *, kind: str) -> Tensor:
 
 
 def generator_loss(fake: Tensor, *, kind: str) -> Tensor:
-    """Return the generator loss for the discriminator's logits (N, K): summed over K, mean over N.
+    """Return the generator loss for the discriminator's logits (N, K) of generated inputs: summed over K, mean over N.
 
-    logistic is the non-saturating -log sigmoid(fake) (Goodfellow et al., section 3); hinge is -fake (Miyato et al.,
-    eq. 17). For negated logits of real inputs, the result is the loss of an encoder, whose pairs should be classified
-    as generated.
+    kind="logistic": -log sigmoid(fake), the non-saturating loss (Goodfellow et al., section 3).
+    kind="hinge": -fake (Miyato et al., eq. 17).
+    To compute the loss of an encoder, pass the negated logits of real inputs. The encoder is trained so that the
+    discriminator classifies its pairs as generated.
     """
     fake = full_precision(fake)
     return -fake.sum(1).mean() if kind == "hinge" else F.softplus(-fake).sum(1).mean()
 
 
 def call_on_buffer_copies(module: nn.Module, *inputs: Tensor, learn: bool = False) -> Any:
-    """Call `module(*inputs)` on copies of its buffers, so that running statistics and singular vectors do not change.
+    """Call `module(*inputs)` on copies of the module's buffers.
 
-    Unless `learn` is true, the parameters are detached: only the inputs receive a gradient.
+    The running statistics and singular vectors of the module therefore do not change. If `learn` is False, the
+    parameters are detached, and only the inputs receive a gradient.
     """
     state = {name: buffer.clone() for name, buffer in module.named_buffers()}
     if not learn:
@@ -74,19 +77,20 @@ def gradient_penalty(discriminate: Callable[[Tensor], Tensor], images: Tensor) -
 
 @torch.no_grad()
 def distance(drawn: Tensor, images: Tensor) -> Tensor:
-    """Return the energy distance of generated and real images (N, C, S, S) of all processes.
+    """Return the energy distance between generated and real images (N, C, S, S) of all processes.
 
     The distance is 2 E|x - y| - E|x - x'| - E|y - y'| over distinct pairs (Szekely and Rizzo 2013,
-    doi:10.1016/j.jspi.2013.03.018), where x and y are images average-pooled to 4 x 4. It is divided by the square root
-    of the number of values of x, so that it has the scale of pixel values. The estimate is unbiased: it is 0 in
-    expectation for equal distributions, and can be slightly negative. Each process compares its own images with those
-    of all processes.
+    doi:10.1016/j.jspi.2013.03.018). x and y are images, average-pooled to 4 x 4. The distance is divided by the square
+    root of the number of values of x, so that it has the scale of pixel values. The estimate is unbiased: for equal
+    distributions, its expectation is 0, and single estimates can be slightly negative. Each process compares its own
+    images with the images of all processes.
     """
     x, y = (F.adaptive_avg_pool2d(full_precision(part), SQUARES).flatten(1) for part in (images, drawn))
     all_x, all_y = all_gather(x), all_gather(y)
 
     def lengths(a: Tensor, b: Tensor) -> Tensor:
-        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # exact: zero self-distances
+        # In this mode, the distance of an image to itself is exactly 0.
+        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
     pairs = max(len(x) * (len(all_x) - 1), 1)
     within = (lengths(x, all_x).sum() + lengths(y, all_y).sum()) / pairs
@@ -98,7 +102,7 @@ class Game(Method):
 
     The loss of each player treats the parameters of the other player as constants. One backward pass of the sum
     therefore gives each player the gradient of its own loss. Real and generated images are in [0, 1]
-    (views.normalize=false); the first step raises ConfigError for real images outside of this range.
+    (views.normalize=false). The first step raises ConfigError if real images are outside this range.
 
     Args:
         image_size: image side S in pixels.
@@ -106,11 +110,13 @@ class Game(Method):
         dim: size of the generator's input code.
         width: channels of the generator's smallest feature map.
         loss: logistic or hinge.
-        r1: weight of R1, at least 0; 0 disables it.
-        r1_every: compute R1 every this many steps, multiplied by the same number (lazy regularization).
-        discriminator_lr: factor of the discriminator's learning rate relative to the other parameters, positive.
+        r1: weight of the R1 penalty, at least 0; 0 disables the penalty.
+        r1_every: number of steps between two R1 penalties. Each penalty is multiplied by this number (lazy
+            regularization).
+        discriminator_lr: positive factor by which the learning rate of the other parameters is multiplied to get the
+            learning rate of the discriminator.
 
-    Raises ValueError for arguments out of range.
+    Raises ValueError if an argument is out of range.
     """
 
     num_views = 1
@@ -142,11 +148,11 @@ class Game(Method):
         self.first_look(views[0])
 
     def codes(self, images: Tensor) -> Tensor:
-        """Draw one code per image from the prior, (N, dim), with new random numbers in each call."""
+        """Draw one code per image from the prior. The codes (N, dim) use new random numbers in each call."""
         return self.noise.normal(len(images), self.dim, device=images.device).to(images.dtype)
 
     def penalty(self, discriminate: Callable[[Tensor], Tensor], images: Tensor) -> dict[str, Tensor]:
-        """Return {"r1": weighted R1 penalty}, which is 0 in steps without a penalty; {} if R1 is disabled."""
+        """Return {"r1": weighted R1 penalty}, or {} if R1 is disabled. In steps without a penalty, the value is 0."""
         if not self.r1:
             return {}
         if self.steps % self.r1_every:
@@ -157,7 +163,7 @@ class Game(Method):
         self.steps += 1
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Return two groups per player: parameters with weight decay; biases and norms without weight decay."""
+        """Return two groups per player. The group of biases and norm parameters has no weight decay."""
         others = [name for name, _ in self.named_children() if name not in self.discriminator_parts]
         return [
             *groups_of((self.get_submodule(name) for name in self.discriminator_parts), self.discriminator_lr),
@@ -165,7 +171,7 @@ class Game(Method):
         ]
 
     def samples(self, generator: nn.Module, images: Tensor) -> list[Tensor]:
-        """Generate rows of images, each (n, C, S, S) like `images`, from the same fixed codes in every call."""
+        """Generate rows of images from fixed codes. Each row has the shape of `images`, (n, C, S, S)."""
         numbers = torch.Generator().manual_seed(PICTURE_SEED)
         codes = torch.randn(SAMPLE_ROWS * len(images), self.dim, generator=numbers)
         return list(pixels(generator(codes.to(images))).chunk(SAMPLE_ROWS))
@@ -183,7 +189,7 @@ def pixels(drawn: Tensor) -> Tensor:
 
 
 def groups_of(parts: Iterable[nn.Module], lr_scale: float) -> list[dict[str, Any]]:
-    """Return the trainable parameters of one player as optimizer groups, without empty groups."""
+    """Return the trainable parameters of one player as optimizer groups. Empty groups are left out."""
     trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim > 1]
     plain = [parameter for parameter in trained if parameter.ndim <= 1]
@@ -195,7 +201,7 @@ def groups_of(parts: Iterable[nn.Module], lr_scale: float) -> list[dict[str, Any
 
 
 def check_values(*, loss: str, r1: float, r1_every: int, discriminator_lr: float) -> None:
-    """Raise ValueError for an unknown loss or a number out of range."""
+    """Raise ValueError if the loss is unknown or a number is out of range."""
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}, but it must be one of {', '.join(LOSSES)}")
     if not 0 <= r1 < math.inf:

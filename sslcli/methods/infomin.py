@@ -31,7 +31,7 @@ CELLS = GRID * GRID
 def cells_of(images: Tensor) -> Tensor:
     """Divide images into 3 x 3 cells, row by row: (N, C, S, S) -> (N, 9, C, S / 3, S / 3).
 
-    Raises ValueError unless S is a multiple of 3.
+    Raises ValueError if S is not a multiple of 3.
     """
     height, width = images.shape[2:]
     if height != width or height % GRID:
@@ -45,7 +45,10 @@ def cells_of(images: Tensor) -> Tensor:
 
 
 def crops_of(cells: Tensor, corner: Tensor, side: int) -> Tensor:
-    """Crop a square from each cell: (N, 9, C, s, s), `corner` (N, 9, 2) top and left -> (N, 9, C, side, side)."""
+    """Crop a square of `side` pixels from each cell: `cells` (N, 9, C, s, s) -> (N, 9, C, side, side).
+
+    `corner` (N, 9, 2) holds the top and left coordinates of each square in its cell.
+    """
     channels, height = cells.shape[2:4]
     place = corner[..., None] + torch.arange(side, device=cells.device)  # (N, 9, 2, side)
     rows = place[:, :, 0, None, :, None].expand(-1, -1, channels, -1, height)
@@ -57,13 +60,14 @@ class InfoMin(MoCo):
     """Momentum contrast with two queries per key: the whole image and its shuffled patches.
 
     Args:
-        jigsaw_weight: beta in [0, 1]; the loss is (1 - beta) * MoCo loss + beta * jigsaw loss. 0 disables the jigsaw
-            branch; the method is then identical to MoCo and takes two views.
-        jigsaw_patch: side of a patch as a fraction of its cell, in (0, 1]; its position in the cell is random.
+        jigsaw_weight: beta in [0, 1]. The loss is (1 - beta) * MoCo loss + beta * jigsaw loss. 0 disables the jigsaw
+            branch, and the method is then identical to MoCo and takes two views.
+        jigsaw_patch: side of a patch as a fraction of the side of its cell, in (0, 1]. The position of the patch in
+            the cell is random.
         moco: the arguments of `MoCo`.
 
-    The views are query and key. With the jigsaw branch, a third view is divided into patches; its side must be a
-    multiple of 3.
+    The first view is the query, the second view is the key. With the jigsaw branch, a third view is divided into
+    patches. The side of the third view must be a multiple of 3.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class InfoMin(MoCo):
             return super().forward(batch)
         x1, x2, whole = batch.views
         scalars = super().forward(replace(batch, views=[x1, x2]))
-        key = self.embeddings[1]  # (N, D) of view 2, also the key of the patches
+        key = self.embeddings[1]  # (N, D) keys of view 2; the patches are compared with these keys too
         jigsaw = self.contrast(self.jigsaw(whole), key)
         loss = (1 - self.jigsaw_weight) * scalars["loss"] + self.jigsaw_weight * jigsaw.loss
         return scalars | {"loss": loss, "jigsaw_loss": jigsaw.loss.detach(), "jigsaw_accuracy": jigsaw.accuracy}
@@ -119,7 +123,7 @@ class InfoMin(MoCo):
             ) from error
 
     def jigsaw(self, images: Tensor) -> Tensor:
-        """Return unit queries from the nine patches of each image in random order: (N, C, S, S) -> (N, D)."""
+        """Return one unit query per image from its nine patches in random order: (N, C, S, S) -> (N, D)."""
         patches = self.patches(images)
         with self.grouped_by_image():
             features = self.backbone(patches.flatten(0, 1))  # (9N, F)
@@ -138,7 +142,7 @@ class InfoMin(MoCo):
 
     @contextmanager
     def grouped_by_image(self) -> Iterator[None]:
-        """Multiply BatchNorm's group size by 9 within the block: a group has all patches of `bn_group` images."""
+        """Multiply the group size of BatchNorm by 9, so that a group is all patches of `bn_group` images."""
         norms = [part for part in self.backbone.modules() if isinstance(part, SplitBatchNorm)]
         for norm in norms:
             norm.group *= CELLS

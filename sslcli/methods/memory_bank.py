@@ -1,4 +1,4 @@
-"""Instance discrimination with a memory bank: each image is a class, represented by its past embedding.
+"""Instance discrimination with a memory bank: each image is a class, represented by the image's past embedding.
 
 Wu et al. 2018  https://arxiv.org/abs/1805.01978   conf/method/memory_bank.yaml
 
@@ -24,25 +24,27 @@ LOSSES = ("full", "nce", "softmax")
 
 
 class MemoryBank(Method):
-    """Instance discrimination: classify each image among all training images by a bank of past embeddings.
+    """Instance discrimination: compare each image with a bank that holds past embeddings of all training images.
 
     Args:
-        num_images: number of training images n; set by the command.
+        num_images: number of training images n; `ssl-train` sets this argument.
         dim: embedding size D.
-        loss: "full" is the cross-entropy over all n rows (eq. 2), "nce" is noise-contrastive estimation with K noise
-            rows (eq. 7), "softmax" is the cross-entropy over the own row and K other rows (the later official release).
-        negatives: K, drawn uniformly with replacement, possibly including the own row; unused with "full".
+        loss: "full" is the cross-entropy over all n rows (eq. 2). "nce" is noise-contrastive estimation with K noise
+            rows (eq. 7). "softmax" is the cross-entropy over the image's own row and K other rows (the later official
+            release).
+        negatives: number K of noise rows. They are drawn uniformly with replacement and may include the image's own
+            row. Unused with loss="full".
         momentum: weight of the old row in an update; 0.5 in the official code.
         temperature: divides the similarities.
         proximal: weight of the squared distance between an embedding and its row (eq. 10). The official code uses
             momentum instead.
-        head_norm: add BatchNorm without affine parameters after the head, which removes the common mean of all
-            embeddings; not in the paper.
-        fill: start with an empty bank. The first embedding of an image becomes its row, and the image contributes 0 to
-            the loss in this step. The first epoch therefore fills the bank with embeddings of the initial network.
-            False: start with random rows, as in the official code.
+        head_norm: add BatchNorm without affine parameters after the head. This removes the common mean of all
+            embeddings. It is not in the paper.
+        fill: if True, start with an empty bank. The first embedding of an image becomes its row, and the image
+            contributes 0 to the loss in this step. The first epoch therefore fills the bank with embeddings of the
+            initial network. If False, start with random rows, as in the official code.
 
-    Raises ValueError for arguments out of range.
+    Raises ValueError if an argument is out of range.
     """
 
     num_views = 1
@@ -76,7 +78,7 @@ class MemoryBank(Method):
         self.noise = Noise()
         self.loss, self.negatives, self.temperature, self.proximal = loss, negatives, temperature, proximal
         self.fill = fill
-        self.log_z: float | None = None  # normalizer of "nce"; constant after the first batch
+        self.log_z: float | None = None  # log of the normalizer Z of "nce"; constant after the first batch
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         z = self.projection(batch.views[0])
@@ -91,10 +93,10 @@ class MemoryBank(Method):
         return scalars
 
     def contrast(self, v: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """Return loss and accuracy of unit embeddings `v` (N, D) of the images `index` (N,).
+        """Return loss and accuracy for unit embeddings `v` (N, D) of the images with positions `index` (N,).
 
-        Accuracy is the fraction of images whose own row has the largest logit. Both are means over all N; an image
-        without a row contributes 0.
+        Accuracy is the fraction of images whose own row has the largest logit. Loss and accuracy are means over all N
+        images. An image without a row contributes 0.
         """
         num_images, known = len(self.bank.rows), self.bank.known(index)
         if self.loss == "full":
@@ -128,9 +130,9 @@ class MemoryBank(Method):
     def stored(self) -> Tensor:
         """Return the bank rows (n, D), in the order of the training split.
 
-        Rows have unit norm. Each row is a moving average of embeddings of past augmented views, computed with past
-        weights. For k-NN on these rows, the queries are outputs of `projection`. The accuracy therefore differs from
-        k-NN on features of images without augmentation.
+        Rows have unit norm. Each row is a moving average of embeddings of augmented views, computed with past weights
+        of the network. For k-NN on these rows, the queries are outputs of `projection`. The accuracy therefore differs
+        from the accuracy of k-NN on features of images without augmentation.
         """
         return self.bank.rows
 

@@ -1,9 +1,11 @@
-"""Un-Mix: each image of a batch is mixed with an image of the same batch in reverse order.
+"""Un-Mix: image i of a batch of N images is mixed with image N-1-i.
 
 Shen et al. 2022  https://arxiv.org/abs/2003.05438   conf/mixture/unmix.yaml
 
-The mixtures add a term to the loss of a two-view method. In this term, the loss against each of the two source images
-is weighted by the fraction of this image in the mixture. The method passes functions for encoding and comparison.
+The mixtures add a term to the loss of a two-view method. A mixture is compared with each of its two source images, and
+each of the two losses is weighted by the fraction of the source image in the mixture. The two-view method passes
+functions that encode and compare images.
+
 Shapes: N images per process.
 """
 
@@ -20,15 +22,16 @@ from sslcli.nn.noise import Noise
 
 
 def mix_global(images: Tensor, weight: float) -> Tensor:
-    """Return weight x_i + (1 - weight) x_(N-1-i) for images (N, C, H, W), as in mixup."""
+    """Mix whole images as in mixup: return weight * x_i + (1 - weight) * x_(N-1-i) for images x (N, C, H, W)."""
     return weight * images + (1 - weight) * images.flip(0)
 
 
 def mix_region(images: Tensor, weight: float, center: tuple[int, int]) -> tuple[Tensor, float]:
-    """Paste a box of the reversed batch into each image, as in CutMix.
+    """Paste a box of image N-1-i into image i, as in CutMix.
 
-    Returns the mixed images, and the area fraction of each image outside the box. The area fraction of the box is about
-    1 - `weight`, or less if the box is clipped at the border; the returned fraction is that for the clipped box.
+    Returns the mixed images and the fraction of an image's area outside the box. The box has about 1 - `weight` of the
+    area. If the image border clips the box, the box is smaller, and the returned fraction is computed from the clipped
+    box.
     """
     height, width = images.shape[-2:]
     top, bottom = _span(height, weight, center[0])
@@ -44,14 +47,14 @@ def _span(side: int, weight: float, center: int) -> tuple[int, int]:
 
 
 class UnMix(nn.Module):
-    """Self-mixture as an option of two-view methods.
+    """Option of two-view methods: mix the images of a batch with each other.
 
-    Each step draws one mixing weight, the same for all processes. Images are mixed only within a process, so the mixed
-    pairs, and therefore the results, depend on the number of processes.
+    Each step draws one mixing weight, which is the same for all processes. Images are mixed only with images of the
+    same process. The mixed pairs, and therefore the results, depend on the number of processes.
 
     Args:
-        probability: probability of mixing whole images; otherwise a box is pasted.
-        beta: the weight is drawn from Beta(beta, beta); 1 is uniform.
+        probability: probability that a step mixes whole images. In the other steps, a box is pasted.
+        beta: the mixing weight is drawn from the distribution Beta(beta, beta). With 1, this distribution is uniform.
     """
 
     def __init__(self, *, probability: float = 0.5, beta: float = 1.0) -> None:
@@ -65,7 +68,7 @@ class UnMix(nn.Module):
         self.noise = Noise()
 
     def mix(self, images: Tensor) -> tuple[Tensor, float]:
-        """Return mixtures (N, C, H, W) and the fraction in [0, 1] of image i in mixture i; the rest is image N-1-i."""
+        """Return mixtures (N, C, H, W) of images i and N-1-i, and the fraction of image i in mixture i, in [0, 1]."""
         numbers = random.Random(int(torch.randint(2**62, (), generator=self.noise.shared())))
         is_global = numbers.random() < self.probability
         weight = numbers.betavariate(self.beta, self.beta)
@@ -75,10 +78,13 @@ class UnMix(nn.Module):
         return mix_region(images, weight, (numbers.randrange(height), numbers.randrange(width)))
 
     def forward(self, images: Tensor, query: Callable[[Tensor], Tensor], compare: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the loss of the mixtures: weight L(q(mix)) + (1 - weight) L(q(mix) in reverse order)."""
+        """Return weight * L(q) + (1 - weight) * L(q in reverse order).
+
+        q are the queries of the mixtures, L is the loss `compare`, and weight is the fraction of image i in mixture i.
+        """
         mixed, weight = self.mix(images)
         queries = query(mixed)
-        # In reverse order, mixture i contains the fraction 1 - weight of image i, so one encoding of them is enough.
+        # In reverse order, mixture i contains the fraction 1 - weight of image i. Encoding the mixtures once is enough.
         return weight * compare(queries) + (1 - weight) * compare(queries.flip(0))
 
 
@@ -90,14 +96,15 @@ def add_mixture(
     query: Callable[[Tensor], Tensor],
     compare: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Add the loss of mixtures of `images` to the `loss` of a step; return `scalars` unchanged if `mixture` is None.
+    """Return `scalars` after adding the loss of mixtures of `images` to "loss"; unchanged if `mixture` is None.
 
     Args:
         mixture: the method's mixture option.
-        scalars: scalars of the step on the unmixed views.
+        scalars: scalars of the step for the unmixed views.
         images: (N, C, H, W), the first view.
         query: the method's query encoder: (N, C, H, W) -> (N, D).
-        compare: scalar loss of queries (N, D), row i against the unmixed targets of image i.
+        compare: function that returns the scalar loss of queries (N, D). It compares query i with the targets of the
+            unmixed image i.
     """
     if mixture is None:
         return scalars

@@ -27,9 +27,10 @@ from sslcli.nn.modes import full_precision
 
 @torch.no_grad()
 def enqueue(queue: Tensor, head: Tensor, keys: Tensor) -> None:
-    """Overwrite the oldest rows of `queue` (K, D) with `keys` (G, D) and advance `head`, in place, for any G and K.
+    """Overwrite the oldest rows of `queue` (K, D) with `keys` (G, D) and advance `head`. Both change in place.
 
-    `head` () is the next row to overwrite. If G > K, only the last K keys are kept.
+    `head` is a scalar tensor, the index of the next row to overwrite. G and K can be any numbers. If G > K, only the
+    last K keys are kept.
     """
     size = len(queue)
     rows = (head + torch.arange(len(keys), device=queue.device)) % size
@@ -42,20 +43,20 @@ class MoCo(Method):
 
     Args:
         dim: embedding size D.
-        queue_size: number of keys in the queue of negatives, K.
-        momentum: momentum of the momentum (key) encoder.
-        temperature: divides the cosine similarities.
+        queue_size: number K of keys in the queue of negatives.
+        momentum: momentum of the momentum encoder, which computes the keys.
+        temperature: divisor of the cosine similarities.
         mlp_head: use v2's head (one hidden layer as wide as the features) instead of one linear layer.
         symmetric: also use view 2 as the query and view 1 as the key; the loss is the mean of both.
-        bn_group: number of images that BatchNorm normalizes together. Keys are shuffled before grouping (sec. 3.3),
-            which prevents batch statistics from identifying the key of a query; 32 is the batch size per GPU in the
-            paper (8 GPUs).
-        mixture: None, or a mixture of view 1; mixed images are additional queries, and are never enqueued as keys.
+        bn_group: number of images that BatchNorm normalizes together. Keys are shuffled before they are grouped
+            (sec. 3.3). Otherwise, batch statistics could identify the key of a query. 32 is the batch size per GPU in
+            the paper, which uses 8 GPUs.
+        mixture: None, or a mixture of view 1. Mixed images are additional queries and are never enqueued as keys.
     """
 
     num_views = 2
     queue: Tensor  # (K, D), oldest rows are overwritten first
-    queue_head: Tensor  # () next row to overwrite
+    queue_head: Tensor  # scalar tensor: index of the next row to overwrite
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class MoCo(Method):
         self.mixture = mixture
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("queue_head", torch.zeros((), dtype=torch.long))
-        self.draws = 0  # number of shuffles so far; determines the order of the next shuffle
+        self.draws = 0  # number of shuffles so far; this number determines the order of the next shuffle
         self.new_keys: list[Tensor] = []  # keys of this step's micro-batches; after_step enqueues them
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -122,7 +123,7 @@ class MoCo(Method):
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor) -> Tensor:
-        """Return unit keys: (N, C, H, W) -> (N, D), with other BatchNorm groups than the queries (shuffling BN)."""
+        """Return unit keys: (N, C, H, W) -> (N, D). Keys and queries have different BatchNorm groups (sec. 3.3)."""
         order = BatchShuffle(len(images), self.draws, images.device)
         self.draws += 1
         keys = self.momentum_head(self.momentum_backbone(order.shuffle(images)))

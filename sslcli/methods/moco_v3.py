@@ -23,10 +23,10 @@ from sslcli.nn.schedule import ema_momentum
 
 
 def contrast(query: Tensor, key: Tensor, *, temperature: float) -> Contrast:
-    """Return 2 tau times the cross-entropy of key i among all processes' keys, for each query i (Alg. 1, `ctr`).
+    """Return the contrastive loss of Algorithm 1 (`ctr`): cross-entropy, multiplied by 2 tau.
 
-    `query` and `key` are (N, D) and are normalized in this function. The negatives of a query are the keys of all other
-    images, from the same view as its own key.
+    `query` and `key` are (N, D) and are normalized in this function. Query i must identify key i among the keys of
+    all processes. The negatives of query i are the keys of all other images. All keys are from the same view.
     """
     query = F.normalize(full_precision(query), dim=1)
     key = F.normalize(key.to(query.dtype), dim=1).detach()
@@ -42,11 +42,12 @@ class MoCoV3(Method):
         dim: embedding size D.
         hidden: width of the hidden layers of projector and predictor.
         projector_layers: number of projector layers; 2 for convolutional networks, 3 for ViT.
-        predictor_norm: add BatchNorm without affine parameters after the predictor; used in the official runs with ViT,
-            not with ResNet.
-        momentum: initial momentum of the momentum encoder; follows a cosine schedule to 1.
+        predictor_norm: add BatchNorm without affine parameters after the predictor. The official runs with ViT use it;
+            the official runs with ResNet do not.
+        momentum: initial momentum of the momentum encoder. The momentum rises to 1 with a cosine schedule.
         temperature: tau, 1.0 for ResNet-50 and 0.2 for ViT and CIFAR.
-        mixture: None, or a mixture of view 1; mixed images are additional queries against the keys of both views.
+        mixture: None, or a mixture of view 1. Mixed images are additional queries. They are compared with the keys
+            of both views.
     """
 
     num_views = 2

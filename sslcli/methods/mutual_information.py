@@ -1,9 +1,9 @@
-"""Losses of Deep InfoMax: bounds on mutual information from scores of pairs, and adversarial prior matching.
+"""Losses of Deep InfoMax: bounds on mutual information, and adversarial prior matching.
 
 Hjelm et al. 2019  https://arxiv.org/abs/1808.06670   used by sslcli/methods/deep_infomax.py
 
-Shapes: N images per process, W processes, M images whose maps are compared (WN, or N without gathering), n positions
-of a map, k vectors per image (1 in the paper), u embedding width of the comparison, D vector size.
+Shapes: N images per process, W processes, M images whose maps are compared (WN, or N without gathering), n positions of
+a feature map, k vectors per image (1 in the paper), u size of the embeddings that are compared, D vector size.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from sslcli.nn.contrastive import CHUNK_VALUES
 from sslcli.nn.modes import full_precision
 
 LOG2 = math.log(2)
-UNBOUNDED = ("X2", "W1")  # measures whose loss has no lower bound: it decreases without limit as scores grow
+UNBOUNDED = ("X2", "W1")  # measures with an unbounded loss: it decreases without limit as scores grow
 OFFICIAL_MASK = -10.0
 
-# For each measure, the functions of positive and of negative scores. They are the variational bounds of Nowozin et al.
-# 2016, https://arxiv.org/abs/1606.00709. The signs of X2 follow the official code and differ from the papers.
+# For each measure: the function applied to positive scores, and the function applied to negative scores. They implement
+# the variational bounds of Nowozin et al. 2016, https://arxiv.org/abs/1606.00709. The signs of X2 are those of the
+# official code; the papers have other signs.
 _ELEMENTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "GAN": (lambda p: -F.softplus(-p), F.softplus),
     "JSD": (lambda p: LOG2 - F.softplus(-p), lambda q: F.softplus(q) - LOG2),
@@ -40,9 +41,10 @@ MEASURES = ("InfoNCE", "DV", *(name for name in _ELEMENTWISE if name not in UNBO
 
 
 def expectations(positive: Tensor, negative: Tensor, measure: str) -> tuple[Tensor, Tensor]:
-    """Return the expectations over positive and negative scores of any shape.
+    """Return the expectation over positive scores and the expectation over negative scores, for scores of any shape.
 
-    The first expectation minus the second one is a lower bound of a divergence; the loss is its negative (sec. 3.1).
+    The first expectation minus the second one is a lower bound of a divergence. The loss is the negative of this bound
+    (sec. 3.1).
     """
     if measure == "DV":
         return positive.mean(), negative.flatten().logsumexp(0) - math.log(negative.numel())
@@ -51,16 +53,16 @@ def expectations(positive: Tensor, negative: Tensor, measure: str) -> tuple[Tens
 
 
 def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str, gather: bool = True) -> Tensor:
-    """Return the negative mutual information bound, or the cross-entropy for InfoNCE (sec. 3.1).
+    """Return the negative of the bound on mutual information; for InfoNCE, the cross-entropy (sec. 3.1).
 
     Args:
         positive: (N, k, n) scores of vectors and positions of the same image.
-        rows: (N, k) output of `reduce_negatives` for each vector's scores with other images.
-        count: number of scores reduced into each element of `rows`.
+        rows: (N, k) output of `reduce_negatives` for the scores of each vector with other images.
+        count: number of scores that are reduced to one element of `rows`.
         measure: one of MEASURES.
-        gather: with DV, normalize over the vectors of all processes.
+        gather: if True, the measure DV normalizes over the vectors of all processes. Other measures ignore it.
     """
-    if measure == "InfoNCE":  # all positions of an image share their negatives, and therefore one log-sum-exp
+    if measure == "InfoNCE":  # all positions of an image have the same negatives: one log-sum-exp suffices
         return (torch.logaddexp(positive, rows[..., None]) - positive).mean()
     if measure == "DV":
         everyone = (all_gather_with_grad(rows) if gather else rows).flatten()
@@ -69,10 +71,10 @@ def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str
 
 
 def reduce_negatives(scores: Tensor, own: Tensor | None, *, measure: str, official_mask: bool = False) -> Tensor:
-    """Reduce the scores (..., C) of each vector with positions of other images to (...), by sum or log-sum-exp.
+    """Reduce the scores of each vector with C positions, by sum or log-sum-exp: (..., C) -> (...).
 
-    `own` marks the scores with positions of the same image, which are excluded; with `official_mask`, InfoNCE includes
-    each as a score of -10, as the official code does.
+    `own` is True for positions of the vector's own image. Their scores are excluded. With `official_mask`, InfoNCE
+    replaces each of these scores with -10 instead, as in the official code.
     """
     if measure in ("InfoNCE", "DV"):
         mask = OFFICIAL_MASK if official_mask and measure == "InfoNCE" else -torch.inf
@@ -86,12 +88,14 @@ def reduce_negatives(scores: Tensor, own: Tensor | None, *, measure: str, offici
 def dot_loss(
     places: Tensor, vectors: Tensor, *, measure: str, official_mask: bool = False, gather: bool = True
 ) -> Tensor:
-    """Return the loss with dot-product scores, without temperature or normalization; all other images are negatives.
+    """Return the loss for dot-product scores, without temperature and normalization. All other images are negatives.
 
-    `places` is (N, u, n), `vectors` (N, u, k). The negatives are positions of the images of all processes, or without
-    `gather`, of this process only. Raises ValueError for fewer than 2 images. Computed in float32 (or float64 if
-    given). The backward pass recomputes blocks of rows, so in addition to the gradients, memory is needed for only
-    about `CHUNK_VALUES` scores.
+    `places` (N, u, n) are embeddings of map positions, `vectors` (N, u, k) are embeddings of vectors. If `gather` is
+    True, the negatives are positions of images of all processes. If it is False, they are positions of images of this
+    process. The loss is computed in float32, or in float64 for float64 inputs. The backward pass recomputes blocks of
+    rows. In addition to the gradients, it therefore needs memory for only about `CHUNK_VALUES` scores.
+
+    Raises ValueError if there are fewer than 2 images.
     """
     with torch.autocast(places.device.type, enabled=False):
         places, vectors = full_precision(places), full_precision(vectors)
@@ -124,9 +128,10 @@ def dot_loss(
 
 
 def concat_loss(score: nn.Module, maps: Tensor, vectors: Tensor, *, measure: str, gather: bool = True) -> Tensor:
-    """Return the loss with scores from a network on concatenated vector and position; the next image is the negative.
+    """Return the loss for scores that a network computes from a vector, concatenated with each position of a map.
 
-    `maps` is (N, C, H, W), `vectors` (N, D); `score` maps (N, D + C, H, W) to (N, 1, H, W).
+    `maps` is (N, C, H, W), `vectors` is (N, D). The network `score` maps (N, D + C, H, W) to (N, 1, H, W). The
+    negatives of an image are the positions of the next image. `gather` is described in `dot_loss`.
     """
     maps, vectors = full_precision(maps), full_precision(vectors)
     everyone, first = (all_gather_with_grad(maps), rank() * len(maps)) if gather else (maps, 0)
@@ -140,10 +145,11 @@ def concat_loss(score: nn.Module, maps: Tensor, vectors: Tensor, *, measure: str
 
 
 def prior_losses(discriminator: nn.Module, vectors: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Return encoder and discriminator losses of matching sigmoid(vectors) to prior samples, both (N, D) (sec. 3.3).
+    """Return the losses of encoder and discriminator for matching sigmoid(`vectors`) to the prior (sec. 3.3).
 
-    The encoder loss is non-saturating. Each loss has no gradient for the weights of the other network, so one backward
-    pass of the sum gives each network the gradient of its own loss.
+    `vectors` and the samples `prior` are (N, D). The encoder loss is non-saturating. The encoder loss has no gradient
+    for the discriminator, and the discriminator loss has no gradient for the encoder. One backward pass of the sum
+    therefore gives each network the gradient of its own loss.
     """
     with torch.autocast(vectors.device.type, enabled=False):
         code = full_precision(vectors).sigmoid()

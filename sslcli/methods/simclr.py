@@ -21,11 +21,11 @@ from sslcli.nn.modes import full_precision
 
 
 def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None = None) -> Contrast:
-    """Return the normalized temperature-scaled cross-entropy (eq. 1), mean over this process's 2N anchors.
+    """Return the normalized temperature-scaled cross-entropy (eq. 1), as the mean over this process's 2N anchors.
 
-    `z1` and `z2` are (N, D) and are normalized in this function; row i of both belongs to the same image. The negatives
-    are the 2(WN - 1) views of all other images on all processes; gradients flow through the negatives on every process.
-    If `memory` (K, D) is given, its unit rows are additional negatives of every anchor.
+    `z1` and `z2` are (N, D) and are normalized in this function. Row i of `z1` and row i of `z2` are embeddings of the
+    same image. The negatives are the 2(WN - 1) views of all other images on all processes. Gradients flow through the
+    negatives of all processes. If `memory` (K, D) is given, its unit rows are additional negatives of every anchor.
     """
     rows = F.normalize(full_precision(torch.cat([z1, z2])), dim=1)
     if world_size() == 1 and memory is None and temperature >= MIN_TEMPERATURE:
@@ -40,18 +40,18 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None
 
 
 class SimCLR(Method):
-    """NT-Xent between two views over the global batch.
+    """SimCLR: NT-Xent loss between two views, with the views of the global batch as negatives.
 
     Args:
         dim: embedding size D.
-        hidden: width of the head's hidden layers; None is the width of the features, as in the official code.
+        hidden: width of the head's hidden layers. None selects the width of the features, as in the official code.
         layers: number of linear layers of the head, 2 in v1.
-        norm: use BatchNorm in the head, without beta after the last layer, as in the official code.
-        init_std: standard deviation of the head's initial weights, 0.01 in the official code; None is torch's default.
-            The scale of the weights has no effect on the output of a layer with BatchNorm, but on its effective
-            learning rate, which is higher for small weights. LARS compensates for this, SGD does not.
-        temperature: 0.1 on ImageNet with large batches, 0.5 on CIFAR-10.
-        mixture: None, or a mixture of view 1; mixed images replace view 1 in a second loss.
+        norm: use BatchNorm in the head, as in the official code. The BatchNorm after the last layer has no beta.
+        init_std: standard deviation of the head's initial weights, 0.01 in the official code. None selects torch's
+            default initialization. In a layer with BatchNorm, the scale of the weights does not change the output.
+            However, small weights have a higher effective learning rate. LARS compensates for this; SGD does not.
+        temperature: divisor of the similarities: 0.1 on ImageNet with large batches, 0.5 on CIFAR-10.
+        mixture: None, or a mixture of view 1. Mixed images replace view 1 in a second loss term.
     """
 
     num_views = 2

@@ -1,9 +1,10 @@
-"""SimCLR v2: SimCLR with a deeper head, fine-tuning from a middle layer of this head, and optionally MoCo's queue.
+"""SimCLR v2: SimCLR with a deeper head, whose first layers are used for fine-tuning, and an optional MoCo queue.
 
 Chen et al. 2020  https://arxiv.org/abs/2006.10029   conf/method/simclr_v2.yaml
 
-This module is the first stage of SimCLR v2, pre-training. The other two stages are `ssl-eval protocol=semi` (or
-finetune) and `protocol=distill`.
+This module implements the first of the three stages of SimCLR v2, pre-training. The second stage is fine-tuning, with
+`ssl-eval protocol=semi` or `protocol=finetune`. The third stage is distillation, with `ssl-eval protocol=distill`.
+
 Shapes: N images per process, W processes, D embedding size, K queue length.
 """
 
@@ -24,19 +25,20 @@ from sslcli.nn.modes import full_precision
 
 
 class SimCLRv2(SimCLR):
-    """SimCLR with a three-layer head, whose first layer is kept for fine-tuning.
+    """SimCLR with a three-layer head. Fine-tuning starts from the first layer of the head.
 
     Args:
         layers: number of linear layers of the head, 3 in v2.
         finetune_layer: layer of the head from which fine-tuning starts; 0 is the backbone.
-        queue_size: number K of embeddings of a momentum encoder used as additional negatives; 0 disables it (sec. 2).
+        queue_size: number K of embeddings in the queue (sec. 2). They are computed by a momentum encoder and are
+            additional negatives. 0 disables the queue and the momentum encoder.
         momentum: momentum of the momentum encoder.
 
     The other arguments are those of `SimCLR`.
     """
 
     queue: Tensor  # (K, D), oldest rows are overwritten first
-    queue_head: Tensor  # () next row to overwrite
+    queue_head: Tensor  # scalar tensor: index of the next row to overwrite
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class SimCLRv2(SimCLR):
         return super().compare((z1, z2))
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Contrast:
-        """Return the NT-Xent loss; if there is a queue, its rows are additional negatives of every anchor."""
+        """Return the NT-Xent loss. The rows of the queue, if there is one, are additional negatives of every anchor."""
         return nt_xent(z1, z2, temperature=self.temperature, memory=self.queue if self.queue_size else None)
 
     @torch.no_grad()
@@ -109,10 +111,10 @@ class SimCLRv2(SimCLR):
         self.new_keys.clear()
 
     def head_features(self, images: Tensor, layer: int) -> Tensor:
-        """Return the output of a head layer, (N, C, H, W) -> (N, width of the layer); the features for layer 0.
+        """Return the output of the head layer number `layer`: (N, C, H, W) -> (N, width of the layer).
 
-        The output of a hidden layer is that after BatchNorm and ReLU. Raises ValueError for a layer that does not
-        exist.
+        Layer 0 is the backbone: its output is the features. The output of a hidden layer is taken after BatchNorm and
+        ReLU. Raises ValueError if the head has no such layer.
         """
         if not 0 <= layer <= self.head_layers:
             raise ValueError(

@@ -25,48 +25,53 @@ from sslcli.nn.decoder import Decoder, FirstLook, psnr
 from sslcli.nn.modes import full_precision
 from sslcli.nn.noise import Noise
 
-LOG_VARIANCE = (-10.0, 10.0)  # clamping range, which prevents overflow of exp
-SMALLEST_MSE = 1e-6  # about the quantization error of 8-bit images, below which there is nothing to model
-ACTIVE = 0.01  # a unit is active if its mean has a larger variance over images (Burda et al. 2016, arXiv:1509.00519)
-PICTURE_SEED = 0  # seed of the saved samples; fixed, so that samples of different epochs are comparable
+LOG_VARIANCE = (-10.0, 10.0)  # range to which log-variances are clamped; prevents overflow of exp
+SMALLEST_MSE = 1e-6  # lower bound of the mean squared error, about the quantization error of 8-bit images
+ACTIVE = (
+    0.01  # a unit is active if the variance of its mean over images is larger (Burda et al. 2016, arXiv:1509.00519)
+)
+PICTURE_SEED = 0  # seed of the saved samples; it is fixed to make the samples of different epochs comparable
 
 
 class Posterior(NamedTuple):
-    """q(z | x) per image: a normal distribution with independent dimensions; mean and log-variance are (N, D)."""
+    """Posterior q(z | x) of each image: a normal distribution with independent dimensions.
+
+    Mean and log-variance are (N, D).
+    """
 
     mean: Tensor
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Return mean + standard deviation * noise, with `noise` (N, D) standard normal (eq. 10)."""
+        """Return mean + standard deviation * `noise` (eq. 10). `noise` (N, D) is standard normal."""
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def divergence(self) -> Tensor:
-        """Return the KL divergence from the standard normal distribution in nats, (N, D) (appendix B)."""
+        """Return the KL divergence of each dimension from the standard normal, (N, D) in nats (appendix B)."""
         return -0.5 * (1 + self.logvar - self.mean.square() - self.logvar.exp())
 
 
 def squared_error(drawn: Tensor, images: Tensor) -> Tensor:
-    """Return the squared error per image (N,), summed over all its values."""
+    """Return the squared error per image (N,), summed over all values of the image."""
     return (drawn - images).square().flatten(1).sum(1)
 
 
 def bernoulli_nll(logits: Tensor, images: Tensor) -> Tensor:
-    """Return -log p(x | z) per image in [0, 1], (N,), summed over independent Bernoulli values."""
+    """Return -log p(x | z) per image (N,), summed over independent Bernoulli values. Images x are in [0, 1]."""
     return F.binary_cross_entropy_with_logits(logits, images, reduction="none").flatten(1).sum(1)
 
 
 def over_processes(local: Tensor) -> Tensor:
-    """Return the mean of `local` over all processes, with the gradient of this process's value."""
+    """Return the mean of `local` over all processes. Its gradient is that of this process's value."""
     return local + (all_reduce_mean(local.detach()) - local.detach())
 
 
 def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, sigma: float | None) -> Tensor:
     """Return -log p(x | z) in nats without constants, summed over the values of an image, mean over images.
 
-    For bernoulli, `drawn` are logits. gaussian is |x^ - x|^2 / (2 sigma^2). If sigma is None, the sigma that maximizes
-    the likelihood of the step is used; the loss is then M/2 log(mean squared error) for M values per image (Rybkin et
-    al.).
+    kind="bernoulli": `drawn` are logits, and the loss is the binary cross-entropy.
+    kind="gaussian": the loss is |x^ - x|^2 / (2 sigma^2). If `sigma` is None, the sigma that maximizes the likelihood
+    of the step is used (Rybkin et al.). The loss is then M/2 log(mean squared error) for M values per image.
     """
     if kind == "bernoulli":
         return bernoulli_nll(drawn, images).mean()
@@ -80,37 +85,38 @@ def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, sigma: floa
 def divergence_loss(posterior: Posterior, *, free_bits: float = 0.0) -> Tensor:
     """Return KL(q(z|x) || p(z)) in nats, with free bits.
 
-    For each dimension, the mean over the images of all processes is computed and then clamped to at least `free_bits`;
-    the result is the sum over dimensions. Since the mean is clamped, not the value of each image, the free bits of a
-    dimension may be concentrated in a few images.
+    For each dimension, the mean over the images of all processes is computed and then clamped to at least `free_bits`.
+    The result is the sum over dimensions. The mean is clamped, not the value of each image. A few images may therefore
+    use all free bits of a dimension.
     """
     units = over_processes(posterior.divergence().mean(0))  # (D,)
     return units.clamp_min(free_bits).sum() if free_bits else units.sum()
 
 
 def active_units(means: Tensor) -> Tensor:
-    """Return the number of active code dimensions for posterior means (N, D): in [0, D]; 0 is posterior collapse."""
+    """Return the number of active code dimensions, 0 to D, for posterior means (N, D). 0 is posterior collapse."""
     return (means.var(0, correction=0) > ACTIVE).sum().to(means.dtype)
 
 
 class VAE(Method):
-    """Variational autoencoder with beta, free bits and optionally a calibrated decoder variance.
+    """Variational autoencoder with the weight beta of the KL divergence, free bits, and an optimal or a fixed sigma.
 
     Args:
         image_size: image side S in pixels.
         channels: image channels C.
         dim: code size D.
         width: channels of the decoder's smallest feature map.
-        beta: weight of the KL divergence, at least 0. With 1, the loss is a bound of the likelihood; larger values
+        beta: weight of the KL divergence, at least 0. With 1, the loss is a bound of the likelihood. Larger values
             favor disentangled codes.
-        free_bits: KL divergence per code dimension, in nats, that is not penalized; at least 0.
+        free_bits: KL divergence per code dimension that is not penalized, in nats, at least 0.
         kl_warmup: fraction of the run over which the KL weight increases from 0 to beta, in [0, 1].
-        reconstruction: gaussian, or bernoulli, for which the decoder outputs logits.
-        sigma: standard deviation of gaussian, on the scale of the images; None: the optimal value of each step.
+        reconstruction: "gaussian" or "bernoulli". With "bernoulli", the decoder outputs logits.
+        sigma: standard deviation of "gaussian", on the scale of the images. None selects the optimal value in each
+            step.
 
-    Images must be in [0, 1] (views.normalize=false); the first step raises ConfigError otherwise. The posterior is
-    sampled only in training. Features are the backbone's output; `projection` and saved images use the posterior mean.
-    Raises ValueError for arguments out of range.
+    Images must be in [0, 1] (views.normalize=false). The first step raises ConfigError if they are not. The posterior
+    is sampled only in training. The features are the output of the backbone. `projection` and saved images use the
+    posterior mean. Raises ValueError if an argument is out of range.
     """
 
     num_views = 1
@@ -140,7 +146,7 @@ class VAE(Method):
         self.first_look = FirstLook((channels, image_size, image_size))
         self.beta, self.free_bits, self.kl_warmup = beta, free_bits, kl_warmup
         self.reconstruction, self.sigma = reconstruction, sigma
-        self.kl_fraction: Tensor  # () current KL weight as a fraction of beta, in [0, 1]
+        self.kl_fraction: Tensor  # scalar tensor: current KL weight as a fraction of beta, in [0, 1]
         self.register_buffer("kl_fraction", torch.tensor(0.0 if kl_warmup else 1.0))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -155,7 +161,8 @@ class VAE(Method):
         fidelity = reconstruction_loss(drawn, images, kind=self.reconstruction, sigma=self.sigma)
         divergence = divergence_loss(posterior, free_bits=self.free_bits)
         self.embeddings = (posterior.mean.detach(),)
-        # Dividing by the number of values makes the learning rate independent of the image size; beta is not affected.
+        # The division by the number of values makes the learning rate independent of the image size. Both terms are
+        # divided, so the meaning of beta does not change.
         loss = (fidelity + self.beta * self.kl_fraction * divergence) / images[0].numel()
         return {
             "loss": loss,
@@ -170,7 +177,7 @@ class VAE(Method):
             self.kl_fraction.fill_(min(1.0, progress / self.kl_warmup))
 
     def posterior(self, images: Tensor) -> Posterior:
-        """Return q(z | x) of images (N, C, S, S)."""
+        """Return the posterior q(z | x) of images x (N, C, S, S)."""
         features = self.backbone(images)
         mean, logvar = full_precision(self.to_mean(features)), full_precision(self.to_logvar(features))
         return Posterior(mean, logvar.clamp(*LOG_VARIANCE))
@@ -197,7 +204,7 @@ class VAE(Method):
 
 
 def check_values(*, beta: float, free_bits: float, kl_warmup: float, reconstruction: str, sigma: float | None) -> None:
-    """Raise ValueError for a value out of range."""
+    """Raise ValueError if a value is out of range."""
     for name, value in {"beta": beta, "free_bits": free_bits}.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}, but it must be at least 0")
