@@ -1,1 +1,1 @@
-"""The training loop and what it needs: monitor, collapse detection, checkpoints, FSDP, optimizers, precision."""
+"""Training loop, monitor, collapse detection, checkpoints, FSDP, optimizers and mixed precision."""

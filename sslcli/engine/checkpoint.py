@@ -2,13 +2,13 @@
 
     <run_dir>/checkpoints/
         step-00001234.pt       tensors and plain values, readable with torch.load(weights_only=True)
-        step-00001234.sha256   its checksum, in the format of sha256sum
-        step-00001234/         replaces these two files if parameters are sharded, see sharded_checkpoint.py
+        step-00001234.sha256   checksum of this file, in the format of sha256sum
+        step-00001234/         replaces both files if parameters are sharded, see sharded_checkpoint.py
         last                   link to the newest checkpoint
 
-A checkpoint is written under a temporary name, synchronized to disk (fsync), and then renamed. Its checksum file is
-renamed first. Its final name therefore exists only if the checkpoint is complete. If the process is killed at any
-moment, earlier checkpoints remain intact.
+A checkpoint is written under a temporary name, synchronized to disk (fsync), and then renamed. The checksum file is
+renamed before the checkpoint. The final name of a checkpoint therefore exists only if the checkpoint is complete. If
+the process is killed at any moment, earlier checkpoints remain intact.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ if TYPE_CHECKING:  # the import takes seconds and is only needed for sharded run
 
 
 class NewerCheckpoint(ConfigError):
-    """Raised for a checkpoint of a newer version of sslcli. It is intact, so no older checkpoint replaces it."""
+    """Raised for a checkpoint that a newer version of sslcli wrote. No older checkpoint is loaded in its place."""
 
 
 def digest(path: Path) -> str:
-    """Return the SHA-256 hex digest of a checkpoint file; for a folder, the digest of its file SHA256SUMS."""
+    """Return the SHA-256 hex digest of a checkpoint file. For a folder, return the digest of its file SHA256SUMS."""
     return sha256(path / "SHA256SUMS" if path.is_dir() else path)
 
 
 def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `state` as the checkpoint of its step, `state["step"]`; then delete all checkpoints but the newest `keep`.
+    """Write `state` as the checkpoint of step `state["step"]`. Then delete all checkpoints except the newest `keep`.
 
-    Raises TrainingFailed on a disk error; earlier checkpoints remain untouched.
+    Raises TrainingFailed on a disk error. Earlier checkpoints then remain untouched.
     """
     path = path_of(run_dir, state["step"])
     make_room(path.parent)
@@ -71,7 +71,7 @@ def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
 
 
 class Writer:
-    """Checkpoint writer of a run; all processes must create one and make the same calls.
+    """Checkpoint writer of a run. Every process must create a `Writer`, and all processes must make the same calls.
 
     Args:
         sharded: True if parameters are sharded over the processes. Each process then writes its own shards in the
@@ -86,10 +86,10 @@ class Writer:
         self.failure: BaseException | None = None
 
     def save(self, run_dir: Path, state: dict[str, Any], *, keep: int) -> None:
-        """Write `state` as the function `save` does.
+        """Write `state`, like the function `save`.
 
-        If sharded, wait for the previous write, start this one in the background and return.
-        Raises TrainingFailed, on all processes, if this write or the previous one fails with a disk error.
+        If sharded, wait for the previous write, start this write in the background, and return.
+        Raises TrainingFailed on all processes if this write or the previous write fails with a disk error.
         """
         if self.group is not None:
             from sslcli.engine.sharded_checkpoint import Snapshot
@@ -111,7 +111,7 @@ class Writer:
             raise TrainingFailed(failure[0])
 
     def close(self) -> None:
-        """Wait until the pending write is on disk. If it failed, raise its error: TrainingFailed for a disk error."""
+        """Wait until the pending write is on disk. If it failed, raise its error. A disk error is a TrainingFailed."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -137,7 +137,7 @@ class Writer:
             with suppress(OSError):
                 sharded_checkpoint.on_main(lambda: make_room(path.parent), group)
             self.failure = write_failure(path, error)
-        except BaseException as error:  # `close` raises it in the training loop
+        except BaseException as error:  # `close` raises this error in the training loop
             self.failure = error
 
 
@@ -150,7 +150,7 @@ def make_room(parent: Path) -> None:
 
 def publish(temporary: Path, path: Path) -> None:
     """Rename a complete checkpoint to its final name, and update the link `last`."""
-    if path.is_dir():  # an unreadable checkpoint of this step; otherwise the run would not repeat the step
+    if path.is_dir():  # this old checkpoint is unreadable; otherwise the run would not repeat the step
         discard(path)
     os.replace(temporary, path)
     with beside(path.parent / "last") as link:
@@ -170,10 +170,10 @@ def write_failure(path: Path, error: Exception) -> TrainingFailed:
 
 
 def prune(newest: Path, *, keep: int) -> None:
-    """Delete all checkpoints except `newest` and the `keep` - 1 before it. Also delete checksums without a checkpoint.
+    """Delete all checkpoints except `newest` and the `keep` - 1 before it. Delete checksums without a checkpoint.
 
-    Checkpoints after `newest` exist only if they were unreadable and the run resumed from an earlier one. They are
-    deleted because they would always count as the newest.
+    Checkpoints after `newest` exist only if they were unreadable and the run resumed from an earlier checkpoint. They
+    are deleted because otherwise they would always count as the newest.
     """
     paths = all_of(newest.parent.parent)
     before = [path for path in paths if step_of(path) < step_of(newest)]
@@ -190,11 +190,11 @@ def prune(newest: Path, *, keep: int) -> None:
 def load_newest(
     run_dir: Path, *, device: torch.device, warn: Callable[[str], None], like: Placement | None = None
 ) -> dict[str, Any] | None:
-    """Load the newest readable checkpoint; return None if there are no checkpoints.
+    """Load the newest readable checkpoint. Return None if there are no checkpoints.
 
     Truncated, altered or unreadable checkpoints are skipped with a warning. `like` selects the tensors to shard, see
-    `sharded_checkpoint.Placement`. Raises ConfigError if no checkpoint is readable although there are some, or if the
-    newest readable one was written by a newer version.
+    `sharded_checkpoint.Placement`. Raises ConfigError if there are checkpoints but none is readable, or if a newer
+    version of sslcli wrote the newest readable checkpoint.
     """
     paths = all_of(run_dir)
     for path in reversed(paths):
@@ -213,7 +213,7 @@ def load_newest(
 
 
 def load(path: Path, *, device: torch.device, like: Placement | None = None, weights: bool = False) -> dict[str, Any]:
-    """Load one checkpoint without executing code from it. Raises ConfigError, with the reason, if it is invalid.
+    """Load one checkpoint without executing code from the file. Raises ConfigError if the checkpoint is invalid.
 
     If `weights` is True, only the weights are needed, and the tensors of the optimizer may be skipped.
     """
@@ -241,7 +241,7 @@ def load(path: Path, *, device: torch.device, like: Placement | None = None, wei
 
 
 def load_file(path: Path, *, device: torch.device) -> dict[str, Any]:
-    """Load an unsharded checkpoint, and verify its checksum if there is one. Raises ConfigError if it is invalid."""
+    """Load an unsharded checkpoint. Verify the checksum if there is one. Raises ConfigError if the file is invalid."""
     recorded = path.with_suffix(".sha256")
     try:
         intact = not recorded.exists() or recorded.read_bytes().split()[:1] == [sha256(path).encode()]
@@ -253,7 +253,7 @@ def load_file(path: Path, *, device: torch.device) -> dict[str, Any]:
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the states of torch's generators in this process."""
+    """Return the states of torch's random number generators in this process."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -261,7 +261,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Restore the states of torch's generators."""
+    """Restore the states of torch's random number generators."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

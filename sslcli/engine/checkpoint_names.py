@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 FOLDER = "checkpoints"  # in the run directory
-PATTERN = r"step-[0-9]+(\.pt)?"  # a file, or a folder of shards; temporary names have another suffix
+PATTERN = r"step-[0-9]+(\.pt)?"  # a file, or a folder of shards; temporary names do not match
 
 
 def folder(run_dir: Path) -> Path:
@@ -15,7 +15,7 @@ def folder(run_dir: Path) -> Path:
 
 
 def path_of(run_dir: Path, step: int) -> Path:
-    """Return the path of the checkpoint after `step` optimizer steps. A folder of shards has no suffix."""
+    """Return the path of the checkpoint file after `step` optimizer steps. A folder of shards has no suffix `.pt`."""
     return folder(run_dir) / f"step-{step:08d}.pt"
 
 
@@ -26,5 +26,5 @@ def all_of(run_dir: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Return the step of a checkpoint from its file name."""
+    """Read the step of a checkpoint from its file name."""
     return int(path.stem.removeprefix("step-"))

@@ -28,18 +28,19 @@ class CollapseDetector:
     """Detector of representation collapse from the metrics of the embeddings.
 
     Call `update` at the first step, then at fixed intervals. An alarm fires if a metric is low *and* far below its peak
-    so far. The first step is needed as the reference, because a severe collapse can be complete after 50 steps. A low
-    value alone is no alarm: it also occurs in healthy networks without BatchNorm, whose embeddings nearly coincide in
-    early training.
+    so far. The first step is the reference, because a severe collapse can be complete after 50 steps. A low value alone
+    does not fire an alarm: in early training, embeddings of healthy networks without BatchNorm nearly coincide.
 
-        std         < 0.2 / sqrt(d)                        and < half its largest value so far
-        uniformity  > -0.5                                 and |.| < a quarter of its largest (a squared distance)
-        rankme      < 10 % of its largest value so far     and < 5 (ten tight classes are not a collapse)
-        std         < 0.02 / sqrt(d) in `patience` consecutive measurements, whatever its peak
+    Any one of these conditions fires an alarm (d is the width of the embeddings):
+
+        std         < 0.2 / sqrt(d)                        and < half of its peak
+        uniformity  > -0.5                                 and |uniformity| < a quarter of its peak
+        rankme      < 10 % of its peak                     and < 5 (ten tight classes are not a collapse)
+        std         < 0.02 / sqrt(d) in `patience` consecutive measurements, for any peak
 
     A collapse is reported after two consecutive alarms, because a single batch is not reliable. Alarms in the first
-    `grace` measurements do not count. `state_dict` contains the complete state, so a resumed run gives the same results
-    as an uninterrupted one.
+    `grace` measurements are ignored. `state_dict` contains the complete state. A resumed run therefore gives the same
+    results as an uninterrupted run.
     """
 
     def __init__(self, *, grace: int = 2, patience: int = 10) -> None:
@@ -52,8 +53,8 @@ class CollapseDetector:
     def update(self, values: Mapping[str, float], *, dim: int) -> str | None:
         """Add one measurement; return an explanation if the representation has collapsed, else None.
 
-        `values` are the metrics that `health.measure` returns for embeddings of width `dim`. A measurement with a
-        non-finite value is ignored, because that is a different failure.
+        `values` holds the metrics that `health.measure` returns for embeddings of width `dim`. A measurement with a
+        non-finite value is ignored, because non-finite values are not a collapse.
         """
         std, spread, rank = values["std"], -values["uniformity"], values["rankme"]
         if not all(math.isfinite(v) for v in (std, spread, rank)):
@@ -71,7 +72,7 @@ class CollapseDetector:
         return verdict if state["alarms"] >= 2 else None
 
     def _alarm(self, std: float, spread: float, rank: float, dim: int) -> str | None:
-        """Return the alarm message of one measurement, given the peaks so far, or None."""
+        """Compare one measurement with the peaks so far. Return the message of the alarm, or None if no alarm fires."""
         peak = self._state
         limit = 0.2 / math.sqrt(dim)
         if (std < limit and std < 0.5 * peak["std"]) or peak["stuck"] >= self.patience:
@@ -84,11 +85,11 @@ class CollapseDetector:
         return None
 
     def state_dict(self) -> dict[str, float]:
-        """Return peaks and counters as floats."""
+        """Return the peaks and the counters as floats."""
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore a `state_dict`. Raises ValueError if its keys are not those of this version."""
+        """Restore the result of `state_dict`. Raises ValueError if the keys of `state` differ from this version's."""
         if set(state) != set(self._state):
             raise ValueError(
                 f"collapse detector state has {sorted(state)}, but needs {sorted(self._state)}: start a new run"

@@ -1,8 +1,8 @@
 """Sharding of methods over processes (FSDP2) and activation checkpointing, for models that exceed device memory.
 
-With sharding, every process holds a shard of each parameter, of its gradient and of the optimizer state. The parameters
-of a backbone block are gathered only while the block computes; all other parameters are gathered during the entire
-`forward`. Buffers (running statistics, queues of negatives, memory banks) are not sharded.
+With sharding, every process holds one shard of each parameter, of each gradient and of the optimizer state. The
+parameters of a backbone block are gathered only while the block computes. All other parameters are gathered during the
+entire `forward`. Buffers (running statistics, queues of negatives, memory banks) are not sharded.
 
 Zhao et al. 2023  https://arxiv.org/abs/2304.11277     Chen et al. 2016  https://arxiv.org/abs/1604.06174
 """
@@ -27,10 +27,11 @@ from sslcli.weights.renamed import current_names
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks of a network, in order (transformer blocks, residual blocks, stages); [] if none.
+    """Return the repeated blocks of a network in order: transformer blocks, residual blocks or stages.
 
-    A block is a member of an nn.Sequential or nn.ModuleList of two or more modules, all of the same class and all with
-    submodules. Of nested containers, the innermost one counts.
+    Blocks are the members of an nn.Sequential or nn.ModuleList with at least two members. All members must have the
+    same class and must have submodules. Of nested containers, the innermost container counts. The result is [] if there
+    are no blocks.
     """
     inner = [block for child in net.children() for block in blocks(child)]
     members = list(net.children())
@@ -41,10 +42,10 @@ def blocks(net: nn.Module) -> list[nn.Module]:
 
 
 def shard(method: Method, device: torch.device, precision: str) -> None:
-    """Shard the parameters of a method over all processes, in place; call it before the optimizer is built.
+    """Shard the parameters of a method over all processes, in place. Call this before the optimizer is built.
 
-    With precision bf16, the blocks without BatchNorm gather their parameters in bfloat16 and compute in bfloat16; their
-    gradients are averaged in float32. All other modules use autocast.
+    With precision bf16, blocks without BatchNorm gather their parameters in bfloat16 and compute in bfloat16. The
+    gradients of these blocks are averaged in float32. All other modules use autocast.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -65,15 +66,15 @@ def shard(method: Method, device: torch.device, precision: str) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether `shard` was applied to `model`."""
+    """Return True if `shard` was applied to `model`."""
     return hasattr(model, "set_requires_gradient_sync")
 
 
 @contextmanager
 def gathered(method: nn.Module) -> Iterator[None]:
-    """Gather the parameters of a method within the block, to call its submodules directly and not through `forward`.
+    """Gather the parameters of a method within the `with` block, so that submodules can be called directly.
 
-    All processes must enter the block.
+    All processes must enter the `with` block.
     """
     if not is_sharded(method):
         yield
@@ -86,10 +87,11 @@ def gathered(method: nn.Module) -> Iterator[None]:
 
 
 def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, ...], torch.Size], Tensor | None]:
-    """Return a function that maps an entry of a checkpoint to a tensor with the sharding to use for it.
+    """Return a function that selects the sharding of each checkpoint entry.
 
-    Its arguments are the path and the shape of the entry. A path is ("method", name) or ("optimizer", "state", number,
-    name). The function returns None for an entry that is not sharded.
+    The arguments of the function are the path and the shape of an entry. A path is ("method", name) or ("optimizer",
+    "state", number, name). The function returns a tensor whose sharding the entry gets, or None if the entry is not
+    sharded.
     """
     named = {name: value for name, value in method.state_dict().items() if hasattr(value, "to_local")}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -106,9 +108,10 @@ def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, .
 
 
 def recompute(method: Method) -> None:
-    """Enable activation checkpointing: store only inputs and outputs of backbone blocks; backward recomputes the rest.
+    """Enable activation checkpointing of backbone blocks.
 
-    Raises ConfigError if the backbone has no blocks, or if the method's `supports_block_wrapping` is False.
+    Only the inputs and outputs of blocks are stored. The backward pass recomputes all other activations. Raises
+    ConfigError if the backbone has no blocks, or if `method.supports_block_wrapping` is False.
     """
     found = blocks(method.backbone)
     if not method.supports_block_wrapping:
@@ -139,7 +142,7 @@ def _contexts(block: nn.Module) -> tuple[Any, Any]:
 
 @contextmanager
 def _buffer_copies(block: nn.Module) -> Iterator[None]:
-    """Replace the buffers by copies within the context, so that recomputation does not update statistics again."""
+    """Replace the buffers by copies within the context. Recomputation then does not update the statistics again."""
     kept = [(part, name, value) for part in block.modules() for name, value in part._buffers.items()]
     for part, name, value in kept:
         part._buffers[name] = None if value is None else value.clone()

@@ -1,4 +1,4 @@
-"""Gradient cache: the gradient of a batch contrastive loss with the activations of only one micro-batch in memory.
+"""Gradient cache for contrastive losses over a large batch: only one micro-batch has its activations in memory.
 
 Gao et al. 2021  https://arxiv.org/abs/2101.06983   train.cached_gradients
 
@@ -6,7 +6,8 @@ Gao et al. 2021  https://arxiv.org/abs/2101.06983   train.cached_gradients
     loss = compare(all rows);  gradients = d loss / d rows
     for every micro-batch x:  embed(x).backward(the part of `gradients` for x)
 
-The second `embed` uses the same random numbers as the first, so the accumulated gradient is that of the loss.
+The second call of `embed` uses the same random numbers as the first. The accumulated gradient therefore equals the
+gradient of `loss`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def backward(
     dtype_name: str,
     scaler: torch.amp.GradScaler,
 ) -> dict[str, Tensor]:
-    """Compute the gradient of one loss over the images of all micro-batches; return the detached scalars of `compare`.
+    """Compute the gradient of one loss over all micro-batches. Return the detached scalars of `method.compare`.
 
     Gradients are accumulated in the parameters and averaged over processes. BatchNorm normalizes each micro-batch
     separately. `dtype_name` is fp32, bf16 or fp16.

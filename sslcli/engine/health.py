@@ -1,13 +1,14 @@
 """Health metrics: label-free quality metrics of representations, logged as `health/*` during training.
 
     feature_std               SimSiam, arXiv:2011.10566, fig. 2: 1/sqrt(d) for spread features, 0 if collapsed
-    mean_norm                 the same figure: 0 for spread features, 1 if collapsed
+    mean_norm                 SimSiam, arXiv:2011.10566, fig. 2: 0 for spread features, 1 if collapsed
     alignment, uniformity     Wang and Isola, arXiv:2005.10242, eq. 2 and 3
     rankme                    Garrido et al., arXiv:2210.02885, eq. 2 and 3
-    effective_rank            Roy and Vetterli 2007 (EUSIPCO), of centered features
+    effective_rank            Roy and Vetterli 2007 (EUSIPCO), for centered features
 
-All are pure functions of finite float32 or float64 features (N, d): N images, d dimensions. In a distributed run,
-gather the features of all processes first, because a metric is not the mean of its values on the single processes.
+All metrics are pure functions of finite float32 or float64 features (N, d): N images, d dimensions. In a distributed
+run, gather the features of all processes first. The mean of the metrics of single processes is not the metric of all
+features.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sslcli.nn.modes import full_precision
 
 
 def _matrix(z: Tensor, name: str = "z") -> Tensor:
-    """Validate that `z` is a floating-point (N >= 2, d) matrix; return it in at least float32, for exp and SVD."""
+    """Validate that `z` is a floating-point (N >= 2, d) matrix. Return `z` in float32 or float64, for exp and SVD."""
     if z.ndim != 2 or len(z) < 2 or not z.is_floating_point():
         raise ValueError(
             f"{name} has shape {tuple(z.shape)} and dtype {z.dtype}, but features must be a floating matrix "
@@ -34,8 +35,8 @@ def _matrix(z: Tensor, name: str = "z") -> Tensor:
 def feature_std(z: Tensor, *, biased: bool = False) -> Tensor:
     """Return the standard deviation of the L2-normalized rows of `z` (N, d), averaged over dimensions, in [0, 1].
 
-    It is about 1/sqrt(d) if the rows are spread over the sphere, and 0 if they are a single point. If `biased`, the
-    variance is divided by N instead of N - 1.
+    The result is about 1/sqrt(d) if the rows are spread over the sphere, and 0 if all rows are equal. If `biased` is
+    True, the sum of squares is divided by N instead of N - 1.
     """
     std: Tensor = F.normalize(_matrix(z), dim=1).std(dim=0, correction=0 if biased else 1)
     return std.mean()
@@ -48,10 +49,10 @@ def mean_norm(z: Tensor) -> Tensor:
 
 
 def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
-    """Return the mean of |x - y|^alpha over positive pairs (x, y): row i of `z1` and row i of `z2`, both (N, d).
+    """Return the mean of |x - y|^alpha over positive pairs. A pair is row i of `z1` and row i of `z2`, both (N, d).
 
-    The function normalizes the rows. The result is 0 if the two views of each image coincide. For alpha = 2 it is the
-    mean of 2 - 2 cos(x, y) (Wang and Isola, eq. 2).
+    The function normalizes the rows to x and y. The result is 0 if x = y for every pair. For alpha = 2, the result is
+    the mean of 2 - 2 cos(x, y) (Wang and Isola, eq. 2).
     """
     if z1.shape != z2.shape:
         raise ValueError(
@@ -62,10 +63,10 @@ def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
 
 
 def uniformity(z: Tensor, *, t: float = 2.0, chunk: int = 1024) -> Tensor:
-    """Return the log of the mean over pairs i < j of exp(-t |x_i - x_j|^2), with the normalized rows x of `z` (N, d).
+    """Return log(mean of exp(-t |x_i - x_j|^2) over pairs i < j). The x_i are the L2-normalized rows of `z` (N, d).
 
-    The result is 0 if collapsed, and about -2t + 2t^2/d if uniform on the sphere (Wang and Isola, eq. 3). The function
-    normalizes the rows and is differentiable. At most chunk x N similarities are in memory at the same time.
+    The result is 0 if all rows are equal, and about -2t + 2t^2/d if rows are uniform on the sphere (Wang and Isola,
+    eq. 3). The function normalizes the rows and is differentiable. At most chunk x N similarities are in memory.
     """
     x = F.normalize(_matrix(z), dim=1)
     n = len(x)
@@ -73,8 +74,8 @@ def uniformity(z: Tensor, *, t: float = 2.0, chunk: int = 1024) -> Tensor:
     for start in range(0, n - 1, chunk):
         rows = x[start : start + chunk]
         exponent = -t * (2 - 2 * rows @ x[start:].T).clamp_min(0)
-        # The chunk is compared with itself and all later images, so row r and column r are the same image. The entries
-        # above the diagonal are the pairs i < j.
+        # The columns are the images of the chunk and all later images. Row r and column r are the same image, so the
+        # entries above the diagonal are the pairs i < j.
         below = torch.ones_like(exponent, dtype=torch.bool).tril()
         sums.append(torch.logsumexp(exponent.masked_fill(below, -math.inf).flatten(), dim=0))
     return torch.logsumexp(torch.stack(sums), dim=0) - math.log(n * (n - 1) / 2)
@@ -83,8 +84,8 @@ def uniformity(z: Tensor, *, t: float = 2.0, chunk: int = 1024) -> Tensor:
 def rankme(z: Tensor, *, eps: float = 1e-7) -> Tensor:
     """Return exp of the entropy of the singular values of `z` (N, d): a smooth rank in [1, min(N, d)].
 
-    `z` is not centered. The entropy is that of p = sigma / sum(sigma) + eps, with the singular values sigma (Garrido et
-    al., eq. 2). Values are comparable only for the same N; the paper uses 25,600.
+    `z` is not centered. With the singular values sigma, the entropy is computed for p = sigma / sum(sigma) + eps
+    (Garrido et al., eq. 2). Compare results only for equal N. The paper uses N = 25,600.
     """
     sigma = torch.linalg.svdvals(_matrix(z))
     p = sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny) + eps
@@ -94,8 +95,7 @@ def rankme(z: Tensor, *, eps: float = 1e-7) -> Tensor:
 def effective_rank(z: Tensor) -> Tensor:
     """Return exp of the entropy of the singular values of centered `z` (N, d), without eps (Roy and Vetterli, 2007).
 
-    The result is in [1, min(N - 1, d)]. Because of the centering, the mean does not count as a direction, unlike in
-    `rankme`.
+    The result is in [1, min(N - 1, d)]. Centering removes the direction of the mean; `rankme` includes this direction.
     """
     z = _matrix(z)
     sigma = torch.linalg.svdvals(z - z.mean(dim=0))
@@ -107,9 +107,9 @@ def effective_rank(z: Tensor) -> Tensor:
 def measure(z: Tensor, other: Tensor | None = None) -> dict[str, float]:
     """Return the logged metrics of a batch of embeddings `z` (N, d) as floats.
 
-    The metrics are std, mean_norm, uniformity, rankme and effective_rank. If `other` (N, d) has the embeddings of a
-    second view of the same images, alignment is added. All are NaN if `z` is not finite. The call synchronizes with the
-    device, so use it only in steps that are logged.
+    The metrics are std, mean_norm, uniformity, rankme and effective_rank. `other` (N, d) holds the embeddings of a
+    second view of the same images. If `other` is given, alignment is added. All metrics are NaN if `z` is not finite.
+    The function synchronizes with the device. Call it only in steps that are logged.
     """
     z = _matrix(z.detach())
     if not bool(torch.isfinite(z).all()):

@@ -1,4 +1,4 @@
-"""The training loop: optimizer steps, gradient accumulation and synchronization, and checkpoints on schedule."""
+"""Training loop: optimizer steps, gradient accumulation, gradient synchronization and scheduled checkpoints."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from sslcli.methods.base import Batch, Method
 
 
 def train(run: Run) -> None:
-    """Train until the last step, resuming from the newest checkpoint if there is one.
+    """Train until the last step. If there are checkpoints, resume from the newest one.
 
-    Raises Stopped after a signal or at the time limit, with a checkpoint saved. Raises TrainingFailed if the loss is
-    not finite, the representation has collapsed, or the disk or a data worker fails.
+    Raises Stopped after a signal or at the time limit; a checkpoint is saved before. Raises TrainingFailed if the loss
+    is not finite, if the representation has collapsed, or if the disk or a data worker fails.
     """
     step, total, monitor = resume(run), run.total_steps, run.monitor
     model = run.method if run.settings.cached_gradients else parallel(run.method, run.device)
@@ -55,7 +55,7 @@ def train(run: Run) -> None:
 
 
 def optimize(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
-    """Run one optimizer step on the micro-batches, and return the detached scalars of the step."""
+    """Run one optimizer step on the micro-batches. Return the detached scalars of the step."""
     if run.settings.cached_gradients:
         means = gradient_cache.backward(
             run.method, micro_batches, device=run.device, dtype_name=run.precision, scaler=run.scaler
@@ -72,7 +72,7 @@ def optimize(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str
 
 
 def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
-    """Accumulate the gradient of the mean loss of the micro-batches, and return the mean of each scalar."""
+    """Accumulate the gradient of the mean loss of the micro-batches. Return the mean of each scalar."""
     means: dict[str, Tensor] = {}
     fraction = 1 / len(micro_batches)
     for number, batch in enumerate(micro_batches, start=1):
@@ -86,7 +86,7 @@ def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[s
 
 
 def gradient_sync(model: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
-    """Return a context in which backward synchronizes gradients over processes only if `is_last` is True."""
+    """Return a context for `backward`. Within it, gradients are averaged over processes only if `is_last` is True."""
     if fsdp.is_sharded(model):
         model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
     elif isinstance(model, DistributedDataParallel) and not is_last:
@@ -95,16 +95,17 @@ def gradient_sync(model: nn.Module, *, is_last: bool) -> AbstractContextManager[
 
 
 def parallel(method: Method, device: torch.device) -> nn.Module:
-    """Return the method, wrapped in DistributedDataParallel if there are several processes and it is not sharded.
+    """Return `method`. With several processes and unsharded parameters, wrap it in DistributedDataParallel.
 
-    Buffers are not broadcast, because every process computes the same queue of negatives and the same synchronized
-    statistics.
+    Buffers are not broadcast, because the queue of negatives and the synchronized statistics are identical on all
+    processes.
     """
     if collectives.world_size() == 1 or fsdp.is_sharded(method):
         return method
     ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # its replacement is new
+        # Older torch versions do not have the new argument that replaces `broadcast_buffers`.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model = DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     if device.type == "cpu":
         model.register_comm_hook(None, lambda _, bucket: average_each(bucket))  # torch rejects string annotations
@@ -112,11 +113,11 @@ def parallel(method: Method, device: torch.device) -> nn.Module:
 
 
 def average_each(bucket: Any) -> torch.futures.Future[Tensor]:
-    """Average the gradients in a bucket over the processes, each parameter separately.
+    """Average the gradients in a bucket over the processes, separately for each parameter.
 
     With three or more processes, the last bit of a sum depends on the offset of the parameter in the reduced tensor.
-    DistributedDataParallel changes these offsets: it rebuilds its buckets after the first step of every start, also
-    when a run is resumed. Separate reductions do not depend on the buckets.
+    DistributedDataParallel changes these offsets, because it rebuilds its buckets after the first step. A resumed run
+    rebuilds them again. Separate reductions do not depend on the buckets.
     """
     watchdog.record_collective()
     whole = bucket.buffer().div_(collectives.world_size())
@@ -129,14 +130,14 @@ def average_each(bucket: Any) -> torch.futures.Future[Tensor]:
 
 
 def save_is_due(settings: TrainSettings, step: int, steps_per_epoch: int) -> bool:
-    """Return True if the settings require a checkpoint after `step`."""
+    """Return True if `settings` require a checkpoint after `step`."""
     by_steps = settings.save_every_steps is not None and step % settings.save_every_steps == 0
     every = settings.save_every_epochs * steps_per_epoch
     return by_steps or (every > 0 and step % every == 0)
 
 
 def stopped(run: Run, step: int) -> Stopped:
-    """Return the exception for a run that stops on request, after the checkpoint of `step` was saved."""
+    """Return the exception for a run that stops on request. Call this function after the checkpoint is saved."""
     reason = run.stop.reason or "another process's " + ("signal" if run.stop.by_signal else "time limit")
     return Stopped(
         f"stopped by {reason} after step {step} of {run.total_steps}; the checkpoint is saved: run the same command "

@@ -1,8 +1,8 @@
-"""Migration of checkpoints of older versions to the current schema, version by version, at load time.
+"""Conversion of checkpoints of older versions to the current schema, version by version, at load time.
 
-To change the content of checkpoints, increment SCHEMA and add a function here that converts a state of the previous
-version. Existing files are not rewritten; the next checkpoint of the run has the newest version. The schema does not
-cover the names of parameters and buffers, which belong to the methods: see `sslcli.weights.renamed`.
+To change the content of checkpoints, increment SCHEMA and add a function to this module. The function converts a state
+of the previous version. Existing files are not rewritten. The next checkpoint of the run has the newest version. The
+schema does not cover the names of parameters and buffers, see `sslcli.weights.renamed`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SCHEMA = 3
 
 
 def upgrade(state: dict[str, Any]) -> dict[str, Any]:
-    """Convert a checkpoint state of any version up to SCHEMA to version SCHEMA. Without a number, it has version 1."""
+    """Convert a checkpoint state to version SCHEMA. A state without a version number has version 1."""
     for version in range(state.get("schema", 1), SCHEMA):
         state = STEPS[version](state) | {"schema": version + 1}
     return state
@@ -27,7 +27,7 @@ def add_environment(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def rename_fields(state: dict[str, Any]) -> dict[str, Any]:
-    """Convert to version 3, in which fields, compiled parts and settings have the names of sslcli 0.2."""
+    """Convert to version 3. In version 3, fields, compiled parts and settings have the names of sslcli 0.2."""
     state = dict(state)
     state["environment"] = state.pop("circumstances")
     if "compiled parts" in state["environment"]:
@@ -43,4 +43,4 @@ def rename_fields(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-STEPS = {1: add_environment, 2: rename_fields}  # from each version to the next
+STEPS = {1: add_environment, 2: rename_fields}  # version -> function that converts it to the next version

@@ -21,7 +21,7 @@ from sslcli.report import pictures
 from sslcli.report.console import Screen, percent
 from sslcli.report.metrics import Metrics
 
-LARGE_WEIGHTS = 30.0  # root mean square of one tensor; it stays below 3 for our methods and recipes
+LARGE_WEIGHTS = 30.0  # limit on the root mean square of a weight tensor; our methods and recipes stay below 3
 REMEDIES = (
     "Usual remedies: a lower optimizer.lr, a longer train.warmup_epochs, train.clip_grad=1, or train.precision=fp32"
 )
@@ -29,7 +29,7 @@ HEALTH_ROWS = 1024  # embeddings per batch used by the health metrics
 
 
 class MetricMeans:
-    """Means of the scalars since the last log. They are kept on the device, so a step does not synchronize with it."""
+    """Means of the scalars since the last log. They stay on the device, so a step needs no host synchronization."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -45,24 +45,24 @@ class MetricMeans:
         self.first_bad = torch.where(finite | (before >= 0), before, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums of this process, on the CPU because they are sent to processes on other devices."""
+        """Return the sums of this process on the CPU. They are sent to processes that use other devices."""
         return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums, self.count = dict(state["sums"]), state["count"]
 
     def load_mean(self, states: list[dict[str, Any]]) -> None:
-        """Load the states of a run that had a different number of processes.
+        """Load `states`, one per process of a run that had a different number of processes.
 
-        Each process gets the mean of their sums, so the next logged means do not change.
+        Each process gets the mean of the sums in `states`. The next logged means therefore do not change.
         """
         self.count = states[0]["count"]
         self.sums = {name: torch.stack([state["sums"][name] for state in states]).mean(0) for name in states[0]["sums"]}
 
     def bad_step(self) -> tuple[int, str]:
-        """Return the first step at which the loss of any process was not finite, and the means on that process.
+        """Return the first step with a non-finite loss on any process, and the means of that process as text.
 
-        Without such a step, return -1 and "".
+        If all losses are finite, return -1 and "".
         """
         mine = -1 if self.first_bad is None else int(self.first_bad)
         means_text = ", ".join(f"{name} {float(value) / self.count:g}" for name, value in self.sums.items())
@@ -70,7 +70,7 @@ class MetricMeans:
         return min(found, default=(-1, ""))
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each scalar over steps and processes, and reset."""
+        """Return the mean of each scalar over steps and processes, and reset the sums to zero."""
         names = sorted(self.sums)
         values = collectives.all_reduce_mean(torch.stack([self.sums[name].float() for name in names]) / self.count)
         self.sums, self.count = {}, 0
@@ -81,15 +81,15 @@ class Monitor:
     """Monitor of a run: writes metrics.jsonl and TensorBoard, prints progress, computes health and k-NN on schedule.
 
     Args:
-        settings: which metrics to compute, and when.
+        settings: select the metrics and how often they are computed.
         log_every_steps: number of steps between two lines of `train/*` metrics.
-        batch_size: images per step; used to compute images per second.
+        batch_size: number of images per step; used to compute images per second.
         steps_per_epoch: used to convert steps to epochs.
-        run_dir: the run directory, in which the main process writes.
+        run_dir: the run directory. Only the main process writes to it.
         screen: progress display.
-        probe: function that evaluates the representation and returns scalars by name; None without labels.
+        probe: function that evaluates the representation and returns scalars by name; None if there are no labels.
         draw: function that returns the method's pictures by name, each (3, H, W) in [0, 1].
-        together: True if all processes must run `probe` and `draw`, because parameters are sharded.
+        together: True if parameters are sharded. All processes must then run `probe` and `draw`.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class Monitor:
         self.evaluates = self.writes or together
         self.metric_means = MetricMeans()
         self.detector = collapse.CollapseDetector()
-        self.wall = 0.0  # seconds of training before this process started (in earlier starts of the run)
+        self.wall = 0.0  # seconds of training in earlier starts of the run
         self.waited = 0.0  # seconds the loop waited for data since the last log
         self.seconds_evaluating = 0.0  # seconds spent on evaluation since the last log
-        self.has_diverged = False  # True once the user was warned
+        self.has_diverged = False  # True after the warning about divergence
         self.facts: dict[str, str] = {}
         self.hyperparameters: dict[str, Any] = {}  # for TensorBoard, by dotted name
         self.picture: Tensor | None = None  # for TensorBoard, (3, H, W) in [0, 1]
@@ -131,7 +131,7 @@ class Monitor:
             if step == 0 and self.metrics.dropped is not None:
                 found = f"{self.run_dir} has no checkpoint, but metrics up to step {self.metrics.dropped}"
                 self.screen.warn(f"{found}: the run starts from the beginning")
-            # Hide the entries that a killed run wrote after its last checkpoint.
+            # TensorBoard hides the entries that a killed run wrote after its last checkpoint.
             purge = step + 1 if step else 0
             self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
             if step == 0:
@@ -139,7 +139,7 @@ class Monitor:
         self.screen.start("step", total=total, done=step)
 
     def add_run_facts(self) -> None:
-        """Add the hyperparameters, with the final scalars, and the picture of the views to TensorBoard."""
+        """Write the hyperparameters, the final scalars and the picture of the views to TensorBoard."""
         from torch.utils.tensorboard.summary import hparams
 
         values = {name: plain(value) for name, value in sorted(self.hyperparameters.items())}
@@ -153,14 +153,14 @@ class Monitor:
             self.tensorboard.add_image("views", self.picture, 0)
 
     def timed_next(self, batches: Iterator[list[Batch]]) -> list[Batch]:
-        """Return the micro-batches of the next step, and add the time spent waiting for them to `waited`."""
+        """Return the micro-batches of the next step. Add the time spent waiting for them to `self.waited`."""
         before = time.perf_counter()
         result = next(batches)
         self.waited += time.perf_counter() - before
         return result
 
     def after_step(self, step: int, scalars: dict[str, Tensor], *, lr: float, method: Method) -> None:
-        """Run everything that is due after `step` steps; write at most one line of metrics."""
+        """Compute and log everything that is due after `step` steps. Write at most one line of metrics."""
         self.metric_means.add(step, scalars)
         last = step == self.total
         line: dict[str, float] = {}
@@ -172,7 +172,7 @@ class Monitor:
             self.facts["data"] = percent(line["train/data_wait"])
         before, verdict = time.perf_counter(), None
         is_measured = last or self.epoch_ends(step)
-        if is_measured or self.health_is_due(step):  # metrics computed from values that are not finite are meaningless
+        if is_measured or self.health_is_due(step):  # non-finite values would make the metrics meaningless
             self.check_finite()
             self.check_weights(step, method)
         if is_measured:
@@ -196,7 +196,7 @@ class Monitor:
             self.screen.stop()
 
     def health_is_due(self, step: int) -> bool:
-        """Return True every `health_every_steps` steps, and after step 1, which gives the reference for later steps."""
+        """Return True every `health_every_steps` steps and after step 1. Step 1 is the reference for later steps."""
         return self.settings.health_every_steps > 0 and (step == 1 or step % self.settings.health_every_steps == 0)
 
     def epoch_ends(self, step: int) -> bool:
@@ -204,7 +204,7 @@ class Monitor:
         return every > 0 and step % every == 0
 
     def speed(self, step: int) -> dict[str, float]:
-        """Return images per second, and the fraction of time spent waiting for data, since the last log."""
+        """Return two scalars since the last log: images per second, and the fraction of time spent waiting for data."""
         now = time.perf_counter()
         (then, last_step), self.last_log = self.last_log, (now, step)
         spent = max(now - then - self.seconds_evaluating, 1e-9)
@@ -216,14 +216,14 @@ class Monitor:
         return values
 
     def measure_health(self, embeddings: tuple[Tensor, ...]) -> tuple[dict[str, float], str | None]:
-        """Return the health metrics over all processes, and the explanation of a collapse, or None without collapse."""
+        """Return the health metrics over all processes, and an explanation if the model has collapsed, else None."""
         views = [collectives.all_gather(view)[:HEALTH_ROWS] for view in embeddings[:2]]
         values = health.measure(*views)
         verdict = self.detector.update(values, dim=views[0].shape[1])
         return {f"health/{name}": value for name, value in values.items()}, verdict
 
     def act_on_collapse(self, step: int, verdict: str) -> None:
-        """Handle a collapse as `monitor.on_collapse` requires: ignore, warn or stop."""
+        """Ignore a collapse, warn about it, or stop the run, as `monitor.on_collapse` requires."""
         message = f"the representation has probably collapsed at step {step}: {verdict}"
         if self.settings.on_collapse == "stop":
             raise TrainingFailed(message)
@@ -231,10 +231,10 @@ class Monitor:
             self.screen.warn(message)
 
     def measure_probe(self, step: int) -> dict[str, float]:
-        """Run the probe on the main process, or on all processes if `together`; return its scalars.
+        """Run the probe and return its scalars. If `together` is False, only the main process runs the probe.
 
-        Raises TrainingFailed, on all processes, if features are not finite because the weights, although finite, are
-        too large.
+        Raises TrainingFailed on all processes if features are not finite. In this case, the weights are finite but too
+        large.
         """
         assert self.probe is not None
         watchdog.report_progress("the k-NN")
@@ -251,7 +251,7 @@ class Monitor:
         return found
 
     def show_pictures(self, step: int, found: dict[str, Tensor]) -> None:
-        """Write the pictures to TensorBoard, and to the run directory, where they replace the previous ones."""
+        """Write the pictures to TensorBoard and to the run directory. They replace the files of earlier pictures."""
         for name, picture in found.items() if self.writes else ():
             path = self.run_dir / "pictures" / f"{name}.png"
             path.parent.mkdir(exist_ok=True)
@@ -265,9 +265,9 @@ class Monitor:
             raise TrainingFailed(f"the loss is not finite since step {step} ({means}); {self.remedy()}")
 
     def check_weights(self, step: int, method: Method) -> None:
-        """Raise TrainingFailed if a weight is not finite. Call it before saving, so that every checkpoint is usable.
+        """Raise TrainingFailed if a weight is not finite. Call this method before each checkpoint is saved.
 
-        Each process checks its own weights or shards. If one process finds such a weight, all processes raise.
+        Each process checks its own weights or shards. If one process finds a non-finite weight, all processes raise.
         """
         finite = {name: collectives.local(weight).isfinite().all() for name, weight in method.named_parameters()}
         broken: list[str] = []
@@ -324,14 +324,14 @@ class Monitor:
         """Close the files."""
         self.screen.stop()
         if self.writes and hasattr(self, "metrics"):
-            with suppress(OSError):  # the disk is full; the error that ended the run already reported it
+            with suppress(OSError):  # if the disk is full, the error that ended the run has already been reported
                 self.metrics.close()
             if hasattr(self, "tensorboard"):  # missing if metrics.jsonl could not be opened
                 with suppress(OSError):
                     self.tensorboard.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs to log the same values. It is identical on all processes."""
+        """Return the monitor state to save in a checkpoint. The state is identical on all processes."""
         return {"detector": self.detector.state_dict(), "wall": self.seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

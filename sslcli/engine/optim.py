@@ -18,19 +18,21 @@ NEVER_DECAYED = ("bias", "pos_embed", "cls_token", "mask_token")
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, https://arxiv.org/abs/1708.03888) with momentum.
 
-    The default form is that of MoCo v3, DINO, VISSL and BYOL: q = eta |w| / |g|, m <- momentum m + q g, w <- w - lr m.
-    Here w is a weight tensor, g its gradient plus weight decay, and m its momentum buffer. If a norm is zero, q = 1.
+    MoCo v3, DINO, VISSL and BYOL use the default form: q = eta |w| / |g|, m <- momentum m + q g, w <- w - lr m.
+    w is a weight tensor, g is the gradient of w plus weight decay, and m is the momentum buffer of w. If |w| or |g| is
+    zero, q = 1.
 
     Args:
-        params: parameter groups; a group with `adapt=False` takes SGD steps with momentum, without weight decay.
+        params: parameter groups. A group with `adapt=False` is updated by SGD with momentum and without weight decay.
         lr: learning rate.
-        weight_decay: weight decay of the groups with `adapt=True`.
+        weight_decay: weight decay of groups with `adapt=True`.
         momentum: factor of the momentum buffer.
         eta: trust coefficient.
         separate_norms: use q = eta |w| / (|grad| + weight_decay |w| + 1e-8), as in lightly and solo-learn.
-        lr_in_buffer: use m <- momentum m + lr q g, w <- w - m, as in Google's SimCLR. The result differs from the
-            default only if lr changes.
-        clip_lr: use q <- min(q / lr, 1), as in solo-learn's CIFAR recipes. The step size lr q is then at most lr.
+        lr_in_buffer: use m <- momentum m + lr q g, w <- w - m, as in Google's SimCLR. If lr is constant, the result is
+            that of the default form.
+        clip_lr: use q <- min(q / lr, 1), as in solo-learn's CIFAR recipes. The step size (lr times q) is then at most
+            lr.
     """
 
     def __init__(
@@ -76,9 +78,9 @@ class LARS(Optimizer):
         weight.sub_(buffer, alpha=outside)
 
     def adapted(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return q * (gradient + weight decay), where q makes the step proportional to the norm of `weight`.
+        """Return q * (gradient + weight decay). The factor q makes the step proportional to the norm of `weight`.
 
-        Norms of sharded tensors are computed over all shards. There is no synchronization with the device.
+        Norms of sharded tensors are computed over all shards. The host does not wait for the device.
         """
         length = whole(torch.linalg.vector_norm(weight))
         decayed = grad.add(weight, alpha=group["weight_decay"])
@@ -86,7 +88,7 @@ class LARS(Optimizer):
             of_gradient = whole(torch.linalg.vector_norm(grad))
             divisor = of_gradient + group["weight_decay"] * length + 1e-8
             usable = (length > 0) & (of_gradient > 0)
-            decayed = torch.where(usable, decayed, grad)  # with `separate_norms`, no weight decay if a norm is zero
+            decayed = torch.where(usable, decayed, grad)  # if a norm is zero, `separate_norms` turns off weight decay
         else:
             divisor = whole(torch.linalg.vector_norm(decayed))
             usable = (length > 0) & (divisor > 0)
@@ -99,11 +101,11 @@ class LARS(Optimizer):
 def parameter_groups(
     method: nn.Module, *, weight_decay: float, decay_norm_and_bias: bool = False
 ) -> list[dict[str, Any]]:
-    """Return two groups of trainable parameters: one with weight decay, one without (biases, norms and tokens).
+    """Return two groups of trainable parameters: one with weight decay and one without.
 
-    The group without weight decay has `adapt=False` for LARS. If `decay_norm_and_bias` is True, all parameters are in
-    the first group, as in MoCo v1 and v2. If the method's `param_groups()` is not None, its groups are returned
-    unchanged.
+    The group without weight decay contains biases, normalization parameters and tokens. For LARS, this group has
+    `adapt=False`. If `decay_norm_and_bias` is True, all parameters are in the first group, as in MoCo v1 and v2. If
+    `method.param_groups()` is not None, the function returns these groups unchanged.
     """
     own = method.param_groups() if isinstance(method, Method) else None
     if own is not None:
@@ -121,9 +123,9 @@ def parameter_groups(
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer state, but keep the `fused` setting of `optimizer`.
 
-    The `fused` setting depends on the current run: torch has no fused SGD for sharded parameters, and with fp16 a fused
+    The `fused` setting depends on the current run. torch has no fused SGD for sharded parameters. With fp16, a fused
     optimizer divides the gradients by the loss scale itself. State tensors are copied to the memory layout of their
-    parameters, because fused steps require it.
+    parameters, because fused optimizers require this layout.
     """
     fused = [group.get("fused") for group in optimizer.param_groups]
     optimizer.load_state_dict(state)

@@ -10,9 +10,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """Resolve "auto" to bf16 if the hardware supports it natively, else fp32; return other names unchanged.
+    """Resolve "auto" to bf16 if the hardware supports bf16 natively, else to fp32. Return other names unchanged.
 
-    The choice depends only on the hardware, so a run that resumes on the same hardware uses the same dtype.
+    The choice depends only on the hardware. A run that resumes on the same hardware therefore uses the same dtype.
     """
     if name != "auto":
         return name

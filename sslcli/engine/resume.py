@@ -1,4 +1,7 @@
-"""Saving the state of a run in a checkpoint, and resuming from it. All fields of a checkpoint are set and read here."""
+"""Saving the state of a run in a checkpoint, and resuming from a checkpoint.
+
+Only this module sets and reads the fields of a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def save_good(run: Run, step: int, writer: checkpoint.Writer) -> None:
 def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
     """Write a checkpoint. All processes must call this function.
 
-    Rank 0 writes it. With sharded parameters, each rank writes its own shards, in the background.
+    Rank 0 writes the checkpoint. With sharded parameters, each rank writes its own shards in the background.
     """
     watchdog.report_progress(f"the checkpoint after step {step}")
     mine = {"rng": checkpoint.rng_state(run.device), "metric_means": run.monitor.metric_means.state_dict()}
@@ -44,7 +47,7 @@ def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
 
 
 def resume(run: Run) -> int:
-    """Load the newest checkpoint into the run and return its step, or 0 without a checkpoint."""
+    """Load the newest checkpoint into the run. Return its step, or 0 if there is no checkpoint."""
     like = fsdp.placement(run.method, run.optimizer) if fsdp.is_sharded(run.method) else None
     state = checkpoint.load_newest(run.run_dir, device=run.device, warn=run.screen.warn, like=like)
     run.method.train()
@@ -68,7 +71,7 @@ def resume(run: Run) -> int:
     if len(processes) == collectives.world_size():
         checkpoint.set_rng_state(processes[collectives.rank()]["rng"], run.device)
         run.monitor.metric_means.load_state_dict(processes[collectives.rank()]["metric_means"])
-    else:  # with a different world size, images and views are the same, but torch's random numbers differ
+    else:  # a different world size does not change images and views, but it changes torch's random numbers
         run.monitor.metric_means.load_mean([process["metric_means"] for process in processes])
         torch.manual_seed(run.seed + 1_000_003 * (collectives.rank() + 1) + state["step"])
     before, now = state["environment"], environment_fingerprint(run)
@@ -80,9 +83,9 @@ def resume(run: Run) -> int:
 
 
 def environment_fingerprint(run: Run) -> dict[str, str | int]:
-    """Return the properties of the environment that must not change if results are to be bit-identical.
+    """Return the properties of the environment that bit-identical results require to be unchanged.
 
-    The configuration must not change either, but is not included here.
+    Bit-identical results also require the same configuration, which is not part of the returned properties.
     """
     return {
         "torch": str(torch.__version__),

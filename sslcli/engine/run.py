@@ -47,7 +47,7 @@ class Run:
 
     @property
     def warmup_steps(self) -> int:
-        """Number of warmup steps, at most a quarter of the run, so that a short run reaches its peak learning rate."""
+        """Number of warmup steps: at most a quarter of the run, so that a short run reaches the peak learning rate."""
         return min(round(self.settings.warmup_epochs * self.loader.steps_per_epoch), self.total_steps // 4)
 
     def lr_at(self, step: int) -> float:

@@ -3,10 +3,10 @@
     step-00001234/
         .metadata           names and shapes of the tensors, and the location of each shard
         __0_0.distcp ...    the tensors of method and optimizer, one file per process
-        rest.pt             everything else, readable with torch.load(weights_only=True)
-        SHA256SUMS          checksums of all these files, in the format of sha256sum
+        rest.pt             all other values, readable with torch.load(weights_only=True)
+        SHA256SUMS          checksums of the files above, in the format of sha256sum
 
-A checkpoint can be loaded with any number of processes, including one. No code from a file is executed.
+A checkpoint can be loaded with any number of processes, including one. Loading executes no code from the files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sslcli.system.atomic import sha256, synchronize
 INDEX = ".metadata"
 REST = "rest.pt"
 SUMS = "SHA256SUMS"
-PARTS = ("method", "optimizer")  # the keys of a state whose tensors are written in shards
+PARTS = ("method", "optimizer")  # the tensors below these keys of a state are written in shards
 OF_AN_INDEX = (  # an index may contain only classes from these modules
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 
 class Snapshot:
-    """Copy of the current state in main memory. Of a sharded tensor, it contains the shard of this process.
+    """Copy of the current state in main memory. For a sharded tensor, it contains only the shard of this process.
 
     Args:
         state: nested dictionaries; tensors below the keys `PARTS` may be sharded.
@@ -83,7 +83,7 @@ class Snapshot:
 def write(folder: Path, snapshot: Snapshot, *, group: dist.ProcessGroup) -> None:
     """Write a complete checkpoint and synchronize it to disk (fsync). All processes of `group` must call this function.
 
-    Raises OSError, on all processes, if one of them cannot write.
+    Raises OSError on all processes if one process cannot write.
     """
     on_main(folder.mkdir, group)
     try:
@@ -105,7 +105,7 @@ def write(folder: Path, snapshot: Snapshot, *, group: dist.ProcessGroup) -> None
 
 
 def together(act: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
-    """Call `act` on every process and return all results by rank. If one call fails, raise OSError on all processes."""
+    """Call `act` on every process. Return all results by rank. If one call fails, raise OSError on all processes."""
     watchdog.report_progress()
     mine: tuple[T | None, str] = (None, "")
     try:
@@ -121,12 +121,12 @@ def together(act: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
 
 
 def on_main(act: Callable[[], object], group: dist.ProcessGroup) -> None:
-    """Call `act` on the main process while the others wait. If the call fails, raise OSError on all processes."""
+    """Call `act` on the main process; the other processes wait. If the call fails, raise OSError on all processes."""
     together(lambda: act() if collectives.is_main() else None, group)
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason for a torch error, on one line."""
+    """Return the reason of an error from torch as one line."""
     reasons = [str(cause) for cause, _ in getattr(error, "failures", {}).values()]
     return ((reasons or [str(error)])[0].strip() or type(error).__name__).splitlines()[0]
 
@@ -140,17 +140,17 @@ def read(
         folder: folder of the checkpoint.
         device: device of tensors that are not sharded.
         only: subset of `PARTS`; only the tensors of these parts are loaded.
-        like: function that returns a sharded tensor for an entry to shard. Each process then loads only its own shard,
-            with the same placement. None loads all tensors whole.
+        like: function that returns, for each entry to shard, a tensor with the wanted sharding. Each process then loads
+            only its own shard of the entry. None = load all tensors whole.
 
-    Raises ConfigError, on all processes, if one of them finds damage.
+    Raises ConfigError on all processes if one process finds damaged files.
     """
     wrong, index, rest = damage(folder), None, {}
     if not wrong:
         try:
             index = index_of(folder)
             rest = torch.load(folder / REST, map_location=device, weights_only=True)
-        except Exception as error:  # damaged files raise nearly any type
+        except Exception as error:  # damaged files can cause nearly any type of exception
             wrong = f"cannot be read ({reason_of(error)})"
     found = collectives.gather_objects((folder.name, wrong))
     if len({name for name, _ in found}) > 1:
@@ -168,7 +168,7 @@ def read(
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "torch.distributed is disabled", UserWarning
-            )  # the warning is that no process group exists; loading in a single process is intended
+            )  # torch warns if there is no process group, but loading in a single process is intended
             load(tensors, storage_reader=Reader(folder, index))
     except CheckpointException as error:
         raise ConfigError(f"the checkpoint {folder} cannot be read ({reason_of(error)})") from error
@@ -181,7 +181,7 @@ def read(
 
 
 def damage(folder: Path) -> str:
-    """Describe the damage to the files of a checkpoint, or return "". Each process verifies a part of the files."""
+    """Describe damage to the files of a checkpoint; return "" if there is none. Each process verifies some files."""
     try:
         sums = {name: digest for digest, name in map(str.split, (folder / SUMS).read_text("utf-8").splitlines())}
     except (OSError, ValueError) as error:
@@ -199,7 +199,7 @@ def damage(folder: Path) -> str:
 
 
 def empty(index: Metadata, name: str, place: Place, *, device: torch.device, like: Placement | None) -> Tensor:
-    """Return an uninitialized tensor to load the named tensor into. It is whole, or sharded as `like` requires."""
+    """Return an uninitialized tensor for the entry `name`. The tensor is sharded if `like` returns a sharded tensor."""
     entry = index.state_dict_metadata[name]
     assert isinstance(entry, TensorStorageMetadata)
     dtype, model = entry.properties.dtype, None if like is None else like(place, entry.size)
@@ -223,7 +223,7 @@ def spread(state: dict[Any, Any], like: Placement, place: Place = ()) -> dict[An
 
 
 class Reader(FileSystemReader):
-    """Reader with an index that is already loaded. torch itself would execute code from an index file."""
+    """Reader with an already loaded index. The base class would load the index file, which can execute code."""
 
     def __init__(self, folder: Path, index: Metadata) -> None:
         super().__init__(folder)
@@ -234,7 +234,7 @@ class Reader(FileSystemReader):
 
 
 def index_of(folder: Path) -> Metadata:
-    """Load the index of a checkpoint. Raise UnpicklingError if it contains an object that no index has."""
+    """Load the index of a checkpoint. Raises UnpicklingError if the file contains a class that no index needs."""
     with (folder / INDEX).open("rb") as file:
         index = _Plain(file).load()
     if not isinstance(index, Metadata):
@@ -243,7 +243,7 @@ def index_of(folder: Path) -> Metadata:
 
 
 class _Plain(pickle.Unpickler):
-    """Unpickler that loads only the classes an index may contain."""
+    """Unpickler that loads only the classes allowed in an index."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.serialization", "_get_layout"):

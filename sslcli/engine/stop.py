@@ -16,7 +16,7 @@ from sslcli.distributed import watchdog
 from sslcli.distributed.collectives import world_size
 
 TIME_LIMIT = "the time limit"
-GRACE = 10.0  # seconds to wait for images after the time limit, so that every start of a run completes a step
+GRACE = 10.0  # seconds to wait for images after the time limit; every start of a run can then complete a step
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 
 T = TypeVar("T")
@@ -27,16 +27,16 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Handler of signals and of the time limit. Both request that the run saves and stops after the current step.
+    """Handler of signals and of the time limit. After either event, the run finishes the current step, saves and stops.
 
-    SIGHUP, which a closing terminal sends, is one of these signals. It is not handled if it is already ignored, e.g.
-    under `nohup`.
+    A closing terminal sends SIGHUP, which is one of the handled signals. If SIGHUP is already ignored (e.g. under
+    `nohup`), it is not handled.
 
     Args:
         max_seconds: time limit in seconds, counted from `start_time`; None = no limit.
         start_time: start time of the command by `time.monotonic`; None = now.
 
-    After `agreed` has returned True, `by_signal` is True if any process received a signal.
+    After `agreed` has returned True, the attribute `by_signal` is True if any process received a signal.
     """
 
     def __init__(self, max_seconds: float | None = None, *, start_time: float | None = None) -> None:
@@ -56,8 +56,8 @@ class StopRequest:
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Record the signal, and interrupt a wait for images. A second Ctrl-C ends the process immediately.
 
-        Under an agent, one Ctrl-C arrives twice, from the terminal and from the agent. A repeated SIGINT within 2
-        seconds therefore does not count as a second Ctrl-C.
+        Under an agent, one Ctrl-C arrives twice: from the terminal and from the agent. Therefore a repeated SIGINT
+        within 2 seconds does not count as a second Ctrl-C.
         """
         now = time.monotonic()
         if self.reason and number == signal.SIGINT and now - self.received > 2:
@@ -73,7 +73,7 @@ class StopRequest:
             raise Interrupted
 
     def check_time(self) -> None:
-        """If the time limit has passed and no other reason to stop is set, set the time limit as the reason."""
+        """Set the time limit as the reason to stop, if it has passed and no other reason is set."""
         if self.deadline is not None and time.monotonic() > self.deadline and not self.reason:
             self.reason = TIME_LIMIT
 
@@ -88,15 +88,15 @@ class StopRequest:
         return timer
 
     def ring(self, thread: int) -> None:
-        """Interrupt a thread by a signal. Nothing else interrupts a thread that is blocked in a system call."""
+        """Send a signal to a thread. Only a signal interrupts a thread that is blocked in a system call."""
         self.has_rung = True
         signal.pthread_kill(thread, signal.SIGUSR1)
 
     def unless_stopped(self, get: Callable[[], T]) -> T | None:
         """Return `get()`, or None if the call was interrupted.
 
-        A signal interrupts it. After the time limit, it is also interrupted if it takes more than `GRACE` seconds.
-        With several processes, `get` is never interrupted, because all must stop after the same step.
+        A received signal interrupts the call. After the time limit, a call that takes more than `GRACE` seconds is also
+        interrupted. With several processes, `get` is never interrupted, because all must stop after the same step.
         """
         if world_size() > 1:
             return get()
@@ -115,9 +115,10 @@ class StopRequest:
                 late.cancel()
 
     def agreed(self) -> bool:
-        """Return True if all processes stop now. Every process must call this method once per step.
+        """Return True if all processes must stop now. Every process must call this method once per step.
 
-        With several processes, the call returns the decision of the previous step, so it does not wait for the others.
+        With several processes, the method returns the decision of the previous step. It then does not wait for the
+        other processes.
         """
         self.check_time()
         mine = 0 if not self.reason else 1 if self.reason == TIME_LIMIT else 2
