@@ -1,1 +1,1 @@
-"""Datasets, augmented views and the data loader, which turn image files into batches on the device."""
+"""Datasets, augmented views and the data loader. The loader turns image files into batches on the device."""

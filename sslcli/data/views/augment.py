@@ -1,6 +1,7 @@
-"""Batched augmentations of images (N, C, H, W): crop, flip and blur. The color operations of `color` are re-exported.
+"""Batched augmentations of images (N, C, H, W): crop, flip and blur.
 
-Each parameter has one value per image. There is no loop over images, and no function modifies its input.
+The color operations of `sslcli.data.views.color` are re-exported. Each parameter has one value per image. There is no
+loop over images. No function modifies its input.
 """
 
 from __future__ import annotations
@@ -51,12 +52,13 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 def crop_boxes(
     area: Tensor, ratio: Tensor, offset: Tensor, height: Tensor, width: Tensor, *, ratio_range: tuple[float, float]
 ) -> Tensor:
-    """Return for each image its first candidate box that fits, as torchvision's RandomResizedCrop.get_params does.
+    """Return the first candidate box that fits each image, as torchvision's RandomResizedCrop.get_params does.
 
     Args:
         area: (N, T) float, area of each of T candidates as a fraction of the image.
         ratio: (N, T) float, width / height of each candidate.
-        offset: (N, 2) float in [0, 1), vertical and horizontal position; 0 places the box at the top or left edge.
+        offset: (N, 2) float in [0, 1), the vertical and the horizontal position. 0 places the box at the top or
+            left edge.
         height, width: (N,) int64 size of each image in pixels.
         ratio_range: allowed range of width / height. If no candidate fits an image, its largest centered box with an
             allowed ratio is returned.
@@ -89,21 +91,22 @@ def _centered_boxes(height: Tensor, width: Tensor, ratio_range: tuple[float, flo
 def resized_crop(images: Tensor, boxes: Tensor, size: int, *, interpolation: str = "bilinear") -> Tensor:
     """Crop a box from each image and resize it to (size, size), with antialiasing.
 
-    The result equals that of `torchvision.transforms.v2.functional.resized_crop(..., antialias=True)`: pixels outside
-    of the box have no effect. Resampling is separable and linear, so it is computed as a multiplication of each image
-    by two matrices of filter weights.
+    The result equals that of `torchvision.transforms.v2.functional.resized_crop(..., antialias=True)`. Pixels outside
+    of the box have no effect. Resampling is separable and linear. Therefore each image is multiplied by two matrices
+    of filter weights, one per direction.
 
     Args:
         images: (N, C, H, W), uint8 (divided by 255) or float in [0, 1].
         boxes: (N, 4) int64 top, left, height, width, inside the image, height and width at least 1.
         size: side of the result in pixels.
-        interpolation: "bilinear" or "bicubic" (Keys, a = -0.5, as Pillow). Bicubic results are clamped to [0, 1].
+        interpolation: "bilinear" or "bicubic" (Keys' kernel with a = -0.5, as in Pillow). Bicubic results are clamped
+            to [0, 1].
 
     Returns:
-        (N, C, size, size) float in [0, 1]; float32 for uint8 images, else the dtype of the images.
+        (N, C, size, size) in [0, 1]. The dtype is float32 for uint8 images, else the dtype of the images.
 
     Raises:
-        ValueError: size below 1 or an unknown interpolation.
+        ValueError: `size` is below 1, or the interpolation is unknown.
     """
     if size < 1:
         raise ValueError(f"size is {size}, but it must be at least 1 pixel")
@@ -120,7 +123,7 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, *, interpolation: str
     horizontal = _resize_weights(left, box_width, width, size, interpolation, work)
     if images.dtype == torch.uint8:
         vertical = vertical.div_(255)
-    # The channels are concatenated along the width, so that each of the two products is one matrix product per image.
+    # The channels are concatenated along the width, so that each matrix product resizes all channels of an image.
     rows = images.transpose(1, 2).to(work, memory_format=torch.contiguous_format)
     rows = torch.bmm(vertical, rows.reshape(count, height, channels * width))
     out = torch.bmm(rows.view(count, size * channels, width), horizontal.transpose(1, 2))
@@ -132,7 +135,7 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, *, interpolation: str
 def _resize_weights(
     start: Tensor, length: Tensor, pixels: int, size: int, interpolation: str, dtype: torch.dtype
 ) -> Tensor:
-    """Return the weight (N, size, pixels) of each input pixel in each output pixel.
+    """Return the weights (N, size, pixels) with which the input pixels are summed to each output pixel.
 
     Each row sums to 1. The weights of pixels outside of the box are 0.
     """
@@ -161,25 +164,25 @@ def _keys_cubic(distance: Tensor) -> Tensor:
 
 
 def flip(images: Tensor, mask: Tensor) -> Tensor:
-    """Flip the images of mask (N,) bool horizontally."""
+    """Flip the images for which `mask` (N,) is True horizontally."""
     return apply_to_rows(images, mask, lambda part, rows: part.flip(3))
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int, mask: Tensor) -> Tensor:
     """Blur the images for which `mask` is True, each with its own standard deviation.
 
-    The result equals that of torchvision's gaussian_blur: the image is padded by reflection and convolved with a
-    normalized kernel of `kernel_size` taps. The blur is separable and linear, so it is computed as a multiplication of
-    each image by a banded matrix from both sides.
+    The result equals that of torchvision's gaussian_blur. The image is padded by reflection and convolved with a
+    normalized kernel of `kernel_size` taps. The blur is separable and linear. Therefore each image is multiplied by a
+    banded matrix from the left (vertical blur) and from the right (horizontal blur).
 
     Args:
         images: (N, C, H, W).
-        sigma: (N,) standard deviation in pixels, above 0 where the mask is True.
+        sigma: (N,) standard deviation in pixels. It must be above 0 for images that are blurred.
         kernel_size: odd, at most 2 * min(H, W) - 1.
-        mask: (N,) bool.
+        mask: (N,) bool, True for images that are blurred.
 
     Raises:
-        ValueError: kernel_size even, below 1, or too large for the images.
+        ValueError: kernel_size is even, below 1, or too large for the images.
     """
     channels, height, width = images.shape[1:]
     check_taps(kernel_size, height, width)
@@ -200,7 +203,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int, mask: Tensor)
 
 
 def check_taps(kernel_size: int, height: int, width: int) -> None:
-    """Raise ValueError unless a blur kernel of this size is odd and fits the images."""
+    """Raise ValueError unless `kernel_size` is odd, at least 1, and small enough for images of height x width."""
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size is {kernel_size}, but it must be an odd number of at least 1")
     if kernel_size // 2 >= min(height, width):
@@ -219,7 +222,7 @@ def _gaussian_kernels(sigma: Tensor, kernel_size: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _reflected_shifts(kernel_size: int, pixels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return one matrix per tap that shifts an image with reflected edges: (kernel_size, pixels * pixels)."""
+    """Return one matrix per tap, (kernel_size, pixels * pixels), that shifts an image with reflected edges."""
     index = torch.arange(pixels)
     source = index + (torch.arange(kernel_size) - kernel_size // 2).unsqueeze(1)
     source = source.abs()

@@ -1,9 +1,10 @@
 """Batched color operations on float images (N, C, H, W) in [0, 1].
 
-Each operation gives the same result as the function of the same name in `torchvision.transforms.v2.functional`, but
-takes one parameter per image and has no loop over images. No function modifies its input. Parameters and masks may be
-on the device of the images or on the CPU. The CPU is preferred, because rows are then selected without waiting for the
-device. For float16 and bfloat16 images, all computations are in float32, and only the result is rounded.
+Each operation gives the same result as the function of the same name in `torchvision.transforms.v2.functional`. Unlike
+torchvision's function, it takes one parameter per image and has no loop over images. Public functions do not modify
+their input. Parameters and masks may be on the device of the images or on the CPU. The CPU is preferred, because rows
+are then selected without waiting for the device. For float16 and bfloat16 images, all computations are in float32, and
+only the result is rounded.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
-# CMC maps each channel of Lab to [-1, 1] with these ranges, which skimage's Lab has for sRGB colors (CMC/train_CMC.py).
+# Ranges of the channels of Lab for sRGB colors in skimage. CMC uses them to map each channel to [-1, 1]
+# (CMC/train_CMC.py).
 _LAB_RANGE = ((0.0, 100.0), (-86.183, 98.233), (-107.857, 94.478))
 LAB_MEAN = tuple((high + low) / 2 for low, high in _LAB_RANGE)
 LAB_STD = tuple((high - low) / 2 for low, high in _LAB_RANGE)
 
-# PyContrast normalizes YDbDr with these constants: the mean color of ImageNet, and half the width of each range.
+# PyContrast normalizes YDbDr with these constants: the mean color of ImageNet, and half the width of each channel's
+# range.
 YDBDR_MEAN, YDBDR_STD = (0.457, -0.082, -0.052), (0.5, 1.331, 1.333)
-_YDBDR_FROM_RGB = ((0.299, 0.587, 0.114), (-0.45, -0.883, 1.333), (-1.333, 1.116, 0.217))  # as skimage.color
+_YDBDR_FROM_RGB = ((0.299, 0.587, 0.114), (-0.45, -0.883, 1.333), (-1.333, 1.116, 0.217))  # as in skimage.color
 
 # The same values as in skimage.color: sRGB primaries, and the D65 white point of the 2 degree observer.
 _XYZ_FROM_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
@@ -30,14 +33,14 @@ _WHITE = (0.95047, 1.0, 1.08883)
 
 
 def in_working_precision(images: Tensor) -> Tensor:
-    """Convert float16 and bfloat16 images to float32, because their precision is too low; return others unchanged."""
+    """Convert float16 and bfloat16 images to float32, which has enough precision. Return other images unchanged."""
     return images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
 
 
 def apply_to_rows(images: Tensor, mask: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Replace the images of `mask` by `operation(images[rows], rows)`.
+    """Replace the images for which `mask` is True by `operation(images[rows], rows)`.
 
-    `rows` are the int64 indices of the mask's True values, on the device of the mask.
+    `rows` are the int64 indices of the images for which `mask` is True, on the device of `mask`.
     """
     rows = mask.nonzero().squeeze(1)
     if rows.numel() == 0:
@@ -46,8 +49,8 @@ def apply_to_rows(images: Tensor, mask: Tensor, operation: Callable[[Tensor, Ten
         return operation(images, rows)
     target = rows.to(images.device, non_blocking=True)
     changed = operation(images.index_select(0, target), rows)
-    # The rows are set to 0, then the new rows are added. This is exact, and on the CPU several times faster than
-    # index_copy or where.
+    # The changed rows are set to 0, then the new rows are added. The result is exact. On the CPU, this is several times
+    # faster than index_copy or where.
     return (images * column(~mask, images)).index_add_(0, target, changed)
 
 
@@ -57,7 +60,7 @@ def column(values: Tensor, images: Tensor) -> Tensor:
 
 
 def to_luma(images: Tensor) -> Tensor:
-    """Return the ITU-R 601-2 luma (N, 1, H, W), with torchvision's rounded weights; always a new tensor."""
+    """Return the ITU-R 601-2 luma (N, 1, H, W) as a new tensor, with torchvision's rounded weights."""
     if images.shape[1] == 1:
         return images.clone()
     if images.shape[1] != 3:
@@ -68,26 +71,26 @@ def to_luma(images: Tensor) -> Tensor:
 
 def _mean(gray: Tensor) -> Tensor:
     """Return the mean of each image, (N, 1, 1, 1)."""
-    # The mean is computed in two steps. In one step, torch would split the sum over an image among threads if the batch
-    # has a single image, so the last bits would depend on the batch size.
+    # The mean is computed in two steps. With a single step and a batch of one image, torch would split the sum among
+    # threads. Then the last bits would depend on the batch size.
     return gray.mean(3, keepdim=True).mean(2, keepdim=True)
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Multiply by factor (N,) >= 0 and clamp to [0, 1]; factor 1 leaves an image unchanged."""
+    """Multiply by factor (N,) >= 0 and clamp to [0, 1]. Factor 1 leaves an image unchanged."""
     work = in_working_precision(images)
     return (work * column(factor, work)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean of the gray image: factor (N,) 0 gives the mean, 1 the image, above 1 more contrast."""
+    """Blend with the mean of the gray image. Factor (N,) 0 gives this mean, 1 the image, above 1 more contrast."""
     work = in_working_precision(images)
     weight = column(factor, work)
     return (work * weight).add_(_mean(to_luma(work)) * (1 - weight)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the gray image: factor (N,) 0 gives the gray image, 1 the image, above 1 more saturation."""
+    """Blend with the gray image. Factor (N,) 0 gives the gray image, 1 the image, above 1 more saturation."""
     work = in_working_precision(images)
     weight = column(factor, work)
     return (work * weight).add_(to_luma(work) * (1 - weight)).clamp_(0, 1).to(images.dtype)
@@ -103,13 +106,14 @@ def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
 
 def rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
     """Rotate the hue of (N, 3, H, W) images in HSV by (N,) turns."""
-    # Only arithmetic is used, because comparisons and `where` take several times as long on the CPU.
+    # Only arithmetic is used, because comparisons and `where` are several times slower on the CPU.
     red, green, blue = images.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     least = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - least
-    # The usual definition of the hue has six branches. In sectors of 60 degrees, all of them are equal to
-    # +-(1 + (g + b - r - min) / chroma), negative if b > g. The chroma of a gray pixel is 0, so its hue has no effect.
+    # The usual definition of the hue has six branches. In units of 60 degrees, all branches are equal to
+    # +-(1 + (g + b - r - min) / chroma), where the sign is negative if b > g. The chroma of a gray pixel is 0, so the
+    # hue of a gray pixel has no effect.
     hue = (green + blue).sub_(red).sub_(least).div_(chroma.clamp(min=torch.finfo(images.dtype).tiny))
     hue = hue.add_(1).copysign_(green - blue).add_(column(turns, images)[:, 0] * 6)
     hue.sub_((hue / 6).floor_().mul_(6))
@@ -124,23 +128,24 @@ def rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
 
 
 def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue, in a separate order for each image.
+    """Change brightness, contrast, saturation and hue. Each image has its own order of these four operations.
 
     The values are clamped to [0, 1] after each operation.
 
     Args:
         images: (N, C, H, W), C = 1 or 3; with one channel, saturation and hue have no effect.
         factors: (N, 4) factors of brightness, contrast, saturation and hue; (1, 1, 1, 0) leaves an image unchanged.
-        order: (N, 4) int64. Row i has the columns of `factors`, 0 to 3, in the order of the operations on image i.
+        order: (N, 4) int64. Row i lists the columns of `factors` (0 to 3) in the order in which they are applied to
+            image i.
 
     Returns:
         (N, C, H, W) of the dtype of `images`.
     """
     work = in_working_precision(images)
     # The slot of an operation is its place in the order, 0 to 3. Images are sorted into groups by the slot of their hue
-    # rotation. A group is one slice of the sorted batch, and in each slot all of its images are either rotated or
-    # blended. The images of the fifth group have no hue rotation; a blend with factor 1 replaces it. Images whose
-    # factors are all neutral are sorted after the groups and are not changed.
+    # rotation. A group is one slice of the sorted batch. In each slot, either all images of a group are rotated in hue,
+    # or all of them are blended. The images of the fifth group have no hue rotation. A blend with factor 1 replaces it.
+    # Images whose factors are all neutral are sorted after the groups and are not changed.
     is_rotation = (order == HUE) & (factors[:, HUE : HUE + 1] != 0) & (images.shape[1] == 3)
     slot = torch.where(is_rotation.any(1), is_rotation.long().argmax(1), 4)
     slot = torch.where((factors[:, :HUE] == 1).all(1) & (factors[:, HUE] == 0), 5, slot)
@@ -156,7 +161,7 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def _jitter_group(images: Tensor, factors: Tensor, order: Tensor, hue_slot: int) -> Tensor:
-    """Apply the jitter to images whose hue rotations are in the same slot. Modifies `images`."""
+    """Apply the jitter to images whose hue rotations are all in slot `hue_slot`. This function modifies `images`."""
     for slot in range(4):
         if slot == hue_slot:
             images = rotate_hue(images, factors[:, HUE])
@@ -173,7 +178,7 @@ def _jitter_group(images: Tensor, factors: Tensor, order: Tensor, hue_slot: int)
 
 
 def to_grayscale(images: Tensor, mask: Tensor) -> Tensor:
-    """Convert the images of mask (N,) bool to grayscale, with the same number of channels."""
+    """Convert the images for which `mask` (N,) is True to grayscale. The number of channels does not change."""
 
     def operation(part: Tensor, rows: Tensor) -> Tensor:
         return to_luma(in_working_precision(part)).to(part.dtype).expand_as(part)
@@ -182,7 +187,7 @@ def to_grayscale(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor, threshold: float, mask: Tensor) -> Tensor:
-    """Invert the values >= `threshold`, in [0, 1], of the images of mask (N,) bool."""
+    """Invert the values >= `threshold` of the images for which `mask` (N,) is True. `threshold` is in [0, 1]."""
     return apply_to_rows(images, mask, lambda part, rows: torch.where(part >= threshold, 1 - part, part))
 
 
@@ -194,7 +199,7 @@ def rgb_to_lab(images: Tensor) -> Tensor:
         and LAB_STD maps each channel to [-1, 1].
 
     Raises:
-        ValueError: not three channels.
+        ValueError: the images do not have three channels.
     """
     if images.shape[1] != 3:
         raise ValueError(f'color_space "lab" needs images of 3 channels, but these have {images.shape[1]}: use "rgb"')
@@ -204,7 +209,7 @@ def rgb_to_lab(images: Tensor) -> Tensor:
     for coefficients, white in zip(_XYZ_FROM_RGB, _WHITE, strict=True):
         weights = [coefficient / white for coefficient in coefficients]
         tone = linear[:, 0] * weights[0] + linear[:, 1] * weights[1] + linear[:, 2] * weights[2]
-        # `where` computes both branches. The derivative of the unused one is infinite at 0, so it is clamped above 0.
+        # `where` also computes the unused branch. The derivative of this branch is infinite at 0, so `tone` is clamped.
         root = tone.clamp(min=0.008856) ** (1 / 3)
         rows.append(torch.where(tone > 0.008856, root, 7.787 * tone + 16.0 / 116.0))
     x, y, z = rows
@@ -220,7 +225,7 @@ def rgb_to_ydbdr(images: Tensor) -> Tensor:
         (N, 3, H, W): Y in [0, 1], Db and Dr in [-1.333, 1.333]. Normalize them with YDBDR_MEAN and YDBDR_STD.
 
     Raises:
-        ValueError: not three channels.
+        ValueError: the images do not have three channels.
     """
     if images.shape[1] != 3:
         raise ValueError(f'color_space "ydbdr" needs images of 3 channels, but these have {images.shape[1]}: use "rgb"')
@@ -229,7 +234,7 @@ def rgb_to_ydbdr(images: Tensor) -> Tensor:
 
 
 def lab_to_rgb(images: Tensor) -> Tensor:
-    """Apply the inverse of `rgb_to_lab`, for display. Colors that sRGB lacks get values outside of [0, 1]."""
+    """Apply the inverse of `rgb_to_lab`, for display. Colors outside of sRGB get values outside of [0, 1]."""
     lightness, a, b = in_working_precision(images).unbind(1)
     y = (lightness + 16) / 116
     tones = []
@@ -265,7 +270,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """Return (images - mean) / std, with one mean and one std per channel.
 
     Raises:
-        ValueError: the number of values is not the number of channels, or a std is not above 0.
+        ValueError: `mean` or `std` does not have one value per channel, or a std is not above 0.
     """
     check_scale(mean, std, images.shape[1])
     work = in_working_precision(images)

@@ -2,8 +2,9 @@
 
 Source: Cubuk et al. 2020, https://arxiv.org/abs/1909.13719. The operations, the magnitudes and the probability of 0.5
 are those that PyContrast uses to train InfoMin (pycontrast/datasets/RandAugment.py, after timm's auto_augment.py). The
-images of a batch are sorted by operation, so that each operation runs once. The operations that are defined on 8 bits
-(equalize, posterize, solarize, solarize_add) first round the values to 8 bits; the other operations do not round.
+images of a batch are sorted by operation, so that each operation runs once per batch. Four operations are defined on
+8 bits: equalize, posterize, solarize and solarize_add. They first round the values to 8 bits. The other operations do
+not round.
 
 Shapes: N images, C = 1 or 3 channels, H x W pixels; images are float in [0, 1].
 """
@@ -23,7 +24,7 @@ from sslcli.data.views.color import (
     in_working_precision,
 )
 
-# The geometric operations are last, so that their images form one slice of the sorted batch.
+# The geometric operations are last, so that the images with a geometric operation form one slice of the sorted batch.
 OPERATIONS = (
     *("auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add"),
     *("color", "contrast", "brightness", "sharpness"),
@@ -32,23 +33,23 @@ OPERATIONS = (
 MAX_MAGNITUDE = 10.0
 STREAMS = 6  # uniform random numbers per operation and image
 _GEOMETRIC = OPERATIONS.index("rotate")
-_CUBIC = -1.0  # coefficient of Keys' kernel in PIL's transforms; PIL's resize uses another coefficient
+_CUBIC = -1.0  # coefficient of Keys' kernel in PIL's Image.transform; Image.resize uses -0.5
 
 
 def rand_augment(
     images: Tensor, draws: Tensor, *, magnitude: float, std: float, probability: float, fill: Tensor
 ) -> Tensor:
-    """Apply L random operations to each image, one after the other.
+    """Draw L operations for each image and apply them one after the other.
 
     Args:
         images: (N, C, H, W).
         draws: (L, STREAMS, N) uniform random numbers in [0, 1), for L operations per image; preferably on the CPU. With
             L = 0, the images are returned unchanged.
-        magnitude: mean of the normal distribution from which the magnitude is drawn, in [0, 10]. The drawn value is
-            clipped to [0, 10].
-        std: standard deviation of this distribution, at least 0.
+        magnitude: mean of the normal distribution of the magnitude, in [0, 10]. Drawn magnitudes are clipped to
+            [0, 10].
+        std: standard deviation of this normal distribution, at least 0.
         probability: probability that each of the L operations is applied.
-        fill: (C,) color in [0, 1] of the area that geometric operations uncover.
+        fill: (C,) color in [0, 1]. Geometric operations fill the area outside of the original image with this color.
 
     Returns:
         (N, C, H, W) of the dtype of `images`, in [0, 1].
@@ -77,9 +78,11 @@ def rand_augment(
 
 
 def apply_operation(name: str, images: Tensor, level: Tensor, *, bicubic: Tensor, fill: Tensor) -> Tensor:
-    """Apply the operation `name` with magnitude `level` (N,), in [0, 10]; for geometric operations, in [-10, 10].
+    """Apply the operation `name` to images (N, C, H, W).
 
-    bicubic: (N,) bool. Geometric operations use bicubic interpolation where it is True, else bilinear.
+    level: (N,) magnitudes, in [-10, 10] for geometric operations and in [0, 10] for the other operations.
+    bicubic: (N,) bool. Geometric operations use bicubic interpolation for images with True, else bilinear.
+    fill: (C,) color, see `rand_augment`.
     """
     number = OPERATIONS.index(name)
     if number < _GEOMETRIC:
@@ -115,12 +118,12 @@ def _recolor(name: str, images: Tensor, level: Tensor) -> Tensor:
 
 
 def _levels(images: Tensor) -> Tensor:
-    """Round values to 8 bits. The result is whole numbers in [0, 255], as floats."""
+    """Round values in [0, 1] to 8 bits. Return them as floats with integer values in [0, 255]."""
     return (images * 255).round_()
 
 
 def auto_contrast(images: Tensor) -> Tensor:
-    """Scale each channel of each image to minimum 0 and maximum 1. A constant channel does not change."""
+    """Scale each channel of each image to the range [0, 1]. Leave constant channels unchanged."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     spread = high - low
     flat = spread <= 0
@@ -153,14 +156,14 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the image smoothed by PIL's SMOOTH filter.
 
-    Factor (N,) 0 gives the smoothed image, 1 the image, above 1 a sharper one.
+    Factor (N,) 0 gives the smoothed image, 1 the unchanged image, above 1 a sharper image.
     """
     if min(images.shape[2:]) < 3:
         return images
     inner = images[:, :, 1:-1, 1:-1]
     rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     smooth = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner) / 13
-    out = images.clone()  # pixels at the edge do not change, because they lack neighbors
+    out = images.clone()  # edge pixels do not change, because some of their neighbors are missing
     weight = column(factor, images)
     out[:, :, 1:-1, 1:-1] = (inner * weight + smooth * (1 - weight)).clamp_(0, 1)
     return out
@@ -169,7 +172,7 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
 def _matrices(operation: Tensor, level: Tensor, height: int, width: int) -> Tensor:
     """Return the matrices (N, 6) that map a pixel (x, y) of the result to a point of the image.
 
-    The point is (a x + b y + c, d x + e y + f).
+    The six columns are a, b, c, d, e, f. The point is (a x + b y + c, d x + e y + f).
     """
     strength = level / MAX_MAGNITUDE
     names = [OPERATIONS[number] for number in operation.tolist()]
@@ -180,7 +183,7 @@ def _matrices(operation: Tensor, level: Tensor, height: int, width: int) -> Tens
     angle = torch.deg2rad(30 * strength) * mask("rotate")
     cos, sin = torch.cos(angle), torch.sin(angle)
     a, b, d, e = cos, -sin + 0.3 * strength * mask("shear_x"), sin + 0.3 * strength * mask("shear_y"), cos
-    # Images are rotated about the center and, because y points down, counterclockwise, as in PIL.
+    # Images are rotated counterclockwise about their center, as in PIL. The y axis points down.
     rotated = mask("rotate")
     c = 0.45 * width * strength * mask("translate_x") + rotated * (width - cos * width + sin * height) / 2
     f = 0.45 * height * strength * mask("translate_y") + rotated * (height - sin * width - cos * height) / 2
@@ -192,8 +195,9 @@ def affine(images: Tensor, matrix: Tensor, bicubic: Tensor, fill: Tensor) -> Ten
 
     Args:
         images: (N, C, H, W).
-        matrix: (N, 6) a, b, c, d, e, f. The pixel centered at (x, y) is read from (a x + b y + c, d x + e y + f).
-        bicubic: (N,) bool, True for bicubic, False for bilinear interpolation.
+        matrix: (N, 6) a, b, c, d, e, f. The pixel of the result with the center (x, y) is read from the image at
+            (a x + b y + c, d x + e y + f).
+        bicubic: (N,) bool. True selects bicubic interpolation, False bilinear interpolation.
         fill: (C,) color of the area outside of the image.
     """
     out = torch.empty_like(images)
@@ -242,7 +246,7 @@ def _taps(position: Tensor, length: int, radius: int) -> tuple[list[Tensor], lis
 
 
 def _cubic(distance: Tensor) -> Tensor:
-    """Return the values of Keys' kernel at distances from 0 to 2, with the coefficient of PIL's transforms."""
+    """Return the values of Keys' kernel with the coefficient `_CUBIC`, at distances from 0 to 2."""
     near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance * distance + 1
     far = ((_CUBIC * distance - 5 * _CUBIC) * distance + 8 * _CUBIC) * distance - 4 * _CUBIC
     return torch.where(distance < 1, near, far)

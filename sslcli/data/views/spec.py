@@ -1,4 +1,4 @@
-"""Settings of a view: a distribution of random crops and color changes, defined by an entry of a yaml file."""
+"""Settings of a view: a distribution of random crops and color changes. An entry of a yaml file defines a view."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ class View:
         interpolation: "bilinear" or "bicubic", both antialiased.
         flip: probability of a left-right flip.
         jitter: strengths of (brightness, contrast, saturation, hue). For each of the first three, a factor is drawn
-            from [max(0, 1 - strength), 1 + strength]; for the hue, turns from [-strength, strength]. The four are
-            applied in random order.
+            from [max(0, 1 - strength), 1 + strength]. The hue is rotated by a number of turns, which is drawn from
+            [-strength, strength]. The four operations are applied in random order.
         jitter_p: probability of the jitter.
         grayscale: probability of conversion to grayscale.
         grayscale_first: convert to grayscale before the jitter (InstDisc) instead of after it.
         blur: probability of a Gaussian blur.
         blur_sigma: standard deviation of the blur in pixels, uniform.
-        blur_kernel: kernel size of the blur, odd; None uses about a tenth of the side, at least 3 (SimCLR).
-        solarize: probability of inverting the values >= `solarize_threshold`, which is in [0, 1].
+        blur_kernel: kernel size of the blur, an odd number of pixels. None uses about a tenth of the side of the view,
+            at least 3 (SimCLR).
+        solarize: probability of solarization, which inverts the values >= `solarize_threshold`.
+        solarize_threshold: threshold of the solarization, in [0, 1].
         rand_augment: number of RandAugment operations, see `sslcli.data.views.rand_augment`; 0 for none.
-        rand_augment_magnitude: mean of the magnitude of these operations, in [0, 10]. The drawn value is clipped to
-            [0, 10].
-        rand_augment_std: standard deviation of the magnitude.
-        rand_augment_p: probability that each of these operations is applied.
+        rand_augment_magnitude: mean of the normal distribution of the magnitude, in [0, 10]. Drawn magnitudes are
+            clipped to [0, 10].
+        rand_augment_std: standard deviation of this normal distribution, at least 0.
+        rand_augment_p: probability that a RandAugment operation is applied, drawn separately for each operation.
 
     Raises:
-        ValueError: a value is out of range; the message names the field.
+        ValueError: a value is out of range. The message names the field.
     """
 
     count: int = 1
@@ -119,11 +121,11 @@ class View:
         return self.jitter_p > 0 and any(strength > 0 for strength in self.jitter)
 
     def kernel_size(self, size: int) -> int:
-        """Return the kernel size of the blur: `blur_kernel`, or if it is None, the default for `size` pixels a side."""
+        """Return `blur_kernel` if it is not None, else the default kernel size for a side of `size` pixels."""
         return self.blur_kernel if self.blur_kernel is not None else max(3, size // 10 // 2 * 2 + 1)
 
     def describe(self) -> str:
-        """Return a one-line description, which leaves out operations of probability 0."""
+        """Return a one-line description. Operations of probability 0 are left out."""
         parts = [f"{self.count} x {self.size or 'image size'}"]
         parts.append("no crop" if self.crop_scale is None else "crop {:g}-{:g}".format(*self.crop_scale))
         if self.interpolation != "bilinear":
@@ -154,7 +156,7 @@ def _field_error(name: str, value: object, constraint: str) -> ValueError:
 
 
 def parse(number: int, entry: Mapping[str, Any] | View) -> View:
-    """Return the View of entry `number` of the yaml list. Error messages name the entry."""
+    """Return the View that entry `number` of the yaml list defines. Error messages name the entry."""
     if isinstance(entry, View):
         return entry
     if not isinstance(entry, Mapping):

@@ -1,12 +1,13 @@
 """Views of an image: random crops and color changes, drawn and applied in batches.
 
-`Views` has a list of distributions, see `spec`, from which the views of each image are drawn. Every parameter is a pure
-function of (image key, view number, operation), see `rng`, so a view does not depend on the other images of the batch.
-The operations run in this order, and each is optional (with `grayscale_first`, grayscale precedes the jitter):
+`Views` has a list of distributions, see `spec`. It draws the views of each image from these distributions. Every
+parameter is a pure function of (image key, view number, operation), see `rng`. Therefore a view does not depend on the
+other images of the batch. The operations run in this order, and each operation is optional:
 
     crop and resize -> flip -> color jitter -> grayscale -> blur -> solarize -> color space -> normalize
 
-With RandAugment the order is jitter -> blur -> RandAugment -> grayscale; blur and grayscale commute.
+With `grayscale_first`, grayscale runs before the jitter. With RandAugment, the order is
+jitter -> blur -> RandAugment -> grayscale. Blur and grayscale commute if no RandAugment runs between them.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ _IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])
 
 
 class Views:
-    """All views of an image, in order. An entry with `count` n defines n views.
+    """List of the views of an image. An entry with `count` n defines n consecutive views.
 
     Args:
         views: the distributions, each a `View` or a mapping with its fields.
-        normalize: whether to subtract the mean and divide by the standard deviation at the end. They are those of the
-            dataset, except with color_space "lab" or "ydbdr": then they are the constants of CMC, which map each
-            channel to about [-1, 1].
+        normalize: whether to subtract a mean and divide by a standard deviation at the end. With color_space "rgb",
+            they are the mean and standard deviation of the dataset. With "lab" and "ydbdr", they are the constants of
+            CMC, which map each channel to about [-1, 1].
         color_space: color space of the result: "rgb", "lab" (CIE Lab) or "ydbdr" (YDbDr).
 
     Raises:
-        ValueError: no views, an unknown key or color space, or a value out of range.
+        ValueError: the list of views is empty, a key or the color space is unknown, or a value is out of range.
     """
 
     def __init__(
@@ -91,12 +92,12 @@ class Views:
     def boxes(self, view: int | Tensor, key: Tensor, height: Tensor, width: Tensor) -> Tensor:
         """Draw crop boxes as torchvision's RandomResizedCrop.get_params does.
 
-        A box is the first of ten candidates that fits the image. If none fits, it is the largest centered box with an
-        allowed ratio.
+        Ten candidate boxes are drawn, and the first candidate that fits the image is returned. If no candidate fits,
+        the largest centered box with an allowed ratio is returned.
 
         Args:
             view: number of the view, in range(num_views); or (N,) one number per image, all of the same entry.
-            key: (N,) int64, the key of each image, the same for all of its views.
+            key: (N,) int64, the key of each image. All views of an image have the same key.
             height, width: (N,) int64 size of each image in pixels.
 
         Returns:
@@ -131,13 +132,13 @@ class Views:
             key: (N,) int64, the key of each image; preferably on the CPU, where the parameters are drawn.
             images: (N, C, S, S) float in [0, 1], the crops.
             mean, std: mean and standard deviation of the dataset, one value per channel, for values in [0, 1].
-            photometric: the channels that the operations between flip and `finish` change; may be empty.
+            photometric: the channels that the operations between flip and `finish` change. The slice may be empty.
 
         Returns:
             (N, C, S, S) of the dtype of `images`.
 
         Raises:
-            ValueError: the images are integers, or RandAugment is set but `photometric` is only a part of the channels.
+            ValueError: the images are integers, or RandAugment is set but `photometric` does not contain all channels.
         """
         if not images.is_floating_point():
             raise ValueError(f"color() got images of dtype {images.dtype}: divide by 255 to get floats in [0, 1]")
@@ -166,12 +167,12 @@ class Views:
         return self.views[view if isinstance(view, int) else int(view[0])]
 
     def finish(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Convert images to the color space and normalize them. In evaluation, this is the only operation.
+        """Convert images to the color space and normalize them. Evaluation applies only this function, not `color`.
 
         Args:
             images: (N, C, H, W) float in [0, 1].
-            mean, std: mean and standard deviation of the dataset. Not used if the color space has its own constants, or
-                if `normalize` is False.
+            mean, std: mean and standard deviation of the dataset. They are used only if the color space is "rgb" and
+                `normalize` is True.
         """
         if self.color_space == "lab":
             images, mean, std = augment.rgb_to_lab(images), LAB_MEAN, LAB_STD
@@ -180,7 +181,7 @@ class Views:
         return augment.normalize(images, mean, std) if self.normalize else images
 
     def restore(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Apply the inverse of `finish` and clamp to [0, 1], for display. Arguments and shapes are as in `finish`."""
+        """Apply the inverse of `finish` and clamp to [0, 1], for display. The arguments are those of `finish`."""
         if self.color_space == "lab":
             mean, std = LAB_MEAN, LAB_STD
         elif self.color_space == "ydbdr":
@@ -193,14 +194,14 @@ class Views:
 
 
 class ScaledViews(Views):
-    """Views whose jitter strengths are all multiplied by the same number, for studies of augmentation strength.
+    """Views with all jitter strengths multiplied by the same factor, for studies of augmentation strength.
 
     Args:
         views, normalize, color_space: as for `Views`.
-        strength: the factor, at least 0. The hue strength times this factor must be at most 0.5.
+        strength: the factor, at least 0. The product of the factor and each hue strength must be at most 0.5.
 
     Raises:
-        ValueError: `Views` raises it, or the strength is out of range.
+        ValueError: in the same cases as `Views`, and if `strength` is out of range.
     """
 
     def __init__(
@@ -237,9 +238,9 @@ def _in_one_pass(
 ) -> Tensor | None:
     """Apply all operations with one call of the compiled kernel. Return None if the kernel does not support them.
 
-    scale: the mean and the standard deviation of each channel, for normalization at the end; None = do not normalize.
+    scale: the mean and the standard deviation of each channel, for normalization at the end. None = do not normalize.
 
-    Raises ValueError for a blur kernel that is too large for the images, even if no image is blurred.
+    Raises ValueError if the blur kernel is too large for the images, even if no image is blurred.
     """
     if spec.rand_augment > 0:
         return None
@@ -251,7 +252,7 @@ def _in_one_pass(
 
 
 def _photometric(spec: View, parameters: Parameters, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
-    """Apply jitter, RandAugment, grayscale, blur and solarize, in the order that the module docstring gives."""
+    """Apply jitter, RandAugment, grayscale, blur and solarize, in the order given in the module docstring."""
     unflipped = replace(parameters, flipped=torch.zeros_like(parameters.flipped))
     changed = _in_one_pass(spec, unflipped, images, None)
     if changed is not None:
@@ -259,7 +260,7 @@ def _photometric(spec: View, parameters: Parameters, key: Tensor, images: Tensor
     if spec.grayscale_first:
         images = augment.to_grayscale(images, parameters.gray)
     if spec.has_jitter:
-        # Images without jitter get identity factors, which color_jitter skips.
+        # Images without jitter get neutral factors. color_jitter skips images with neutral factors.
         factors = torch.where(parameters.jittered.unsqueeze(1), parameters.factors, _IDENTITY)
         images = augment.color_jitter(images, factors, parameters.order)
     if spec.rand_augment > 0:
@@ -275,7 +276,7 @@ def _photometric(spec: View, parameters: Parameters, key: Tensor, images: Tensor
 
 
 def _draw_parameters(spec: View, draws: Tensor, images: Tensor) -> Parameters:
-    """Return the parameters of each image, computed from uniform random numbers (streams, N)."""
+    """Compute the parameters of N images from uniform random numbers `draws` (streams, N)."""
     factors = []
     for number, strength in enumerate(spec.jitter):
         low, high = (max(0.0, 1 - strength), 1 + strength) if number < 3 else (-strength, strength)
@@ -296,14 +297,14 @@ def _draw_parameters(spec: View, draws: Tensor, images: Tensor) -> Parameters:
 
 
 def _blur(spec: View, parameters: Parameters, images: Tensor) -> Tensor:
-    """Blur the images for which the parameters select a blur."""
+    """Blur the images for which `parameters.blurred` is True."""
     if spec.blur == 0:
         return images
     return augment.gaussian_blur(images, parameters.sigma, parameters.taps, parameters.blurred)
 
 
 def _rand_augment(spec: View, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
-    """Apply RandAugment. Uncovered areas get the mean color of the dataset."""
+    """Apply RandAugment. Areas outside of the original image get the mean color of the dataset."""
     number = spec.rand_augment * rand_augment.STREAMS
     streams = torch.arange(_FIRST_RAND_AUGMENT_STREAM, _FIRST_RAND_AUGMENT_STREAM + number)
     draws = uniform(key.unsqueeze(0), streams.unsqueeze(1)).view(spec.rand_augment, rand_augment.STREAMS, -1)
