@@ -1,4 +1,4 @@
-"""Record of the images that cannot be decoded, and the error that stops a run with too many of them."""
+"""Record of the images that cannot be decoded. A run with too many bad images stops with an error."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from sslcli.errors import ConfigError
 
 
 class BadImage(Exception):
-    """Raised when the image at `path` cannot be read; `reason` says why."""
+    """Raised when the image at `path` cannot be read. `reason` is a text with the cause."""
 
     def __init__(self, path: str, reason: str) -> None:
-        # Both values are passed to Exception, because pickle creates an exception of a worker process again from them.
+        # Both values are passed to Exception, because pickle needs them to restore an exception from a worker process.
         super().__init__(path, reason)
         self.path, self.reason = path, reason
 
@@ -47,7 +47,7 @@ class BadImages:
         self.reasons.setdefault(path, reason)
 
     def check(self) -> None:
-        """Raise TooManyBadImages, listing up to 20 paths and reasons, if more than max_bad * total images are bad."""
+        """Raise TooManyBadImages if more than max_bad * total images are bad. The message lists up to 20 of them."""
         if self.count <= self.max_bad * self.total:
             return
         lines = [f"  {path}: {reason}" for path, reason in list(self.reasons.items())[:20]]
@@ -60,7 +60,7 @@ class BadImages:
         )
 
     def write(self, path: Path) -> None:
-        """Write one line "path<TAB>reason" per bad image, sorted by path. Without bad images the file is empty."""
+        """Write one line "path<TAB>reason" per bad image, sorted by path. Without bad images, the file is empty."""
         lines = [f"{name}\t{' '.join(reason.split())}\n" for name, reason in sorted(self.reasons.items())]
         path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 

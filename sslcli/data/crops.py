@@ -1,9 +1,9 @@
 """Datasets that run in the data workers: decode each image once, crop and resize all of its views, return uint8.
 
 Crop boxes are drawn in pixels of the full-size image. If every crop of a JPEG is downscaled at least by 2, 4 or 8, the
-JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster, and the boxes are scaled down by the same factor.
-Therefore a crop is never smaller than the view it is resized to. docs/performance.md reports the speed and how much the
-pixels differ from those of full-size decoding.
+JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster. The boxes are then scaled down by the same factor.
+After the reduction, every crop is still at least as large as its view. docs/performance.md reports the speed, and the
+difference between the pixels of reduced and full-size decoding.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 BadImageList = list[tuple[str, str]]  # path and reason of each bad image
 PictureAndBoxes = tuple[Picture, list[list[int]]]  # a picture and one crop box per view: top, left, height, width
 
-_MAX_REPLACEMENTS = 20  # replacement images tried for one that cannot be read
+_MAX_REPLACEMENTS = 20  # number of replacement images that are tried for an image that cannot be read
 _MAX_FILES_IN_MEMORY = 128
-_SMALL_SIDE = 64  # pixels; images up to this side are cropped together in one call, which saves call overhead
+_SMALL_SIDE = 64  # pixels; images whose sides do not exceed it are cropped together in one call, which is faster
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Request:
     """The images of one process's micro-batch, or of a part of it."""
 
     index: Tensor  # (n,) index of each image in the training split
-    occurrence: Tensor  # (n,) epoch and repetition, see epoch_order
+    occurrence: Tensor  # (n,) epoch and repetition of each image, see epoch_order
     is_last_read: Tensor  # (n,) bool, see last_read_mask; all False for datasets that are not read in chunks
 
 
@@ -54,8 +54,9 @@ def concat_requests(requests: Sequence[Request]) -> Request:
 class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
     """Dataset of views for training, indexed by requests.
 
-    An item is (request, views, positions, bad images). Each view is (n, C, S, S) uint8. `positions` (n,) has the
-    position of each image that was read: the requested image, or its replacement if the requested image is bad.
+    An item is (request, views, positions, bad images). Each view is (n, C, S, S) uint8. `positions` (n,) contains the
+    position of the image that was read for each row. If the requested image is bad, it is the position of the
+    replacement.
     """
 
     def __init__(self, source: Source, views: Views, seed: int) -> None:
@@ -78,9 +79,10 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
     def write_crops(
         self, rows: list[int], positions: Tensor, key: Tensor, views: list[Tensor], read: Tensor
     ) -> BadImageList:
-        """Write the crops of some rows into `views`. An image that cannot be read is replaced, see `replacement`.
+        """Write the crops of some rows into `views`. Unreadable images are replaced, see `replacement`.
 
-        read: output; the position of the image that was read for each row.
+        rows: the rows of the request to process.
+        read: (n,) output. The position of the image that was read is written into each row.
 
         Returns the path and reason of each image that cannot be read.
 
@@ -125,7 +127,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
     def boxes(self, images: list[OpenedImage], key: Tensor) -> tuple[list[list[list[int]]], list[int]]:
         """Return for each image the boxes (top, left, height, width) of its views, and the divisor for `decode`.
 
-        The divisor is the largest one for which no crop is smaller than the view it is resized to.
+        The divisor is the largest one with which every crop is at least as large as its view.
         """
         if not images:
             return [], []
@@ -137,7 +139,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
         return boxes.tolist(), [max(d for d in DIVISORS if d <= max(1, factor)) for factor in factors.tolist()]
 
     def crop_together(self, group: dict[int, PictureAndBoxes], views: list[Tensor]) -> None:
-        """Crop full-size pictures that all have the same size, with one call per view; write the crops into `views`."""
+        """Crop full-size pictures that all have the same size into `views`, with one call per view."""
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in group.values()]))
         boxes = torch.tensor([boxes for _, boxes in group.values()])
         for number, (out, size, view) in enumerate(zip(views, self.sizes, self.views.views, strict=True)):
@@ -166,15 +168,15 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
 
 
 def is_small(picture: Picture) -> bool:
-    """Return whether a picture is an RGB image that is small enough to be cropped together with others in one call."""
+    """Return whether a picture is an RGB image whose sides have at most `_SMALL_SIDE` pixels."""
     return isinstance(picture, (Image.Image, Pixels)) and max(picture.size) <= _SMALL_SIDE
 
 
 def crop_and_resize(pixels: Tensor, box: Sequence[int], size: int, interpolation: str) -> Tensor:
     """Crop a box (top, left, height, width) of (C, H, W) uint8 and resize it to (size, size), antialiased.
 
-    The result differs from Pillow's by at most 1 in 255, due to rounding. It takes less than half of the time, because
-    torch has vectorized code for uint8 in channels-last layout.
+    Due to rounding, the result differs from the result of Pillow by at most 1 in 255. This function takes less than
+    half of Pillow's time, because torch has vectorized code for uint8 in channels-last layout.
     """
     top, left, height, width = box
     part = pixels[None, :, top : top + height, left : left + width]
@@ -182,7 +184,10 @@ def crop_and_resize(pixels: Tensor, box: Sequence[int], size: int, interpolation
 
 
 def crop_and_resize_fractional(picture: Image.Image, box: Sequence[float], size: int, interpolation: str) -> Tensor:
-    """Crop a box with fractional coordinates and resize it to (C, size, size) uint8, without pixels outside the box."""
+    """Crop a box with fractional coordinates and resize it to (C, size, size) uint8.
+
+    Pixels outside of the box have no effect.
+    """
     top, left, height, width = box
     x, y = math.floor(left), math.floor(top)
     right, bottom = min(left + width, picture.width), min(top + height, picture.height)
@@ -194,7 +199,8 @@ def crop_and_resize_fractional(picture: Image.Image, box: Sequence[float], size:
 class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
     """Dataset of images for evaluation, indexed by positions (n,).
 
-    An item is the images, (n, C, S, S) uint8, and a mask (n,) bool, True for images that could be read.
+    An item is a tuple of the images (n, C, S, S) uint8 and a mask (n,) bool. The mask is True for images that could be
+    read.
     """
 
     def __init__(self, source: Source) -> None:
@@ -213,7 +219,7 @@ class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
 
 
 def center_crop(image: Picture, size: int) -> Picture:
-    """Resize the shorter side to size * 8 / 7 and crop the center to size x size.
+    """Resize the shorter side to size * 8 / 7 pixels and crop the center to size x size.
 
     An image of exactly size x size is returned unchanged.
     """

@@ -1,7 +1,7 @@
 """Decoding of image files to RGB. JPEGs can be decoded at 1/2, 1/4 or 1/8 of their size.
 
-Common JPEGs are decoded by simplejpeg. It returns the same pixels as PIL in three quarters of the time; for small
-JPEGs, in a sixth of the time. PIL decodes all other files.
+Common JPEGs are decoded by simplejpeg. It returns the same pixels as PIL and takes three quarters of PIL's time, or a
+sixth for small JPEGs. PIL decodes all other files.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from sslcli.data.bad_images import BadImage
 from sslcli.system.regular_files import read_regular
 
 DIVISORS = (1, 2, 4, 8)
-MAX_FILE_BYTES = 512 * 10**6  # files of the largest photographs have a tenth of this size
+MAX_FILE_BYTES = 512 * 10**6  # the largest photographs have files of about a tenth of this size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image of any mode to RGB; see `Encoded`. Raises ValueError for a mode that has no conversion."""
+    """Convert a PIL image to RGB; see `Encoded`. Raises ValueError if its mode cannot be converted to RGB."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         values = np.nan_to_num(np.asarray(image, np.float64))
         low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
@@ -39,7 +39,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class Pixels:
-    """A picture as a NumPy array (H, W, 3) uint8. `crop` returns a view, `resize` a PIL image."""
+    """A picture as a NumPy array (H, W, 3) uint8. `crop` returns a view of the array, `resize` a PIL image."""
 
     def __init__(self, values: NDArray[np.uint8]) -> None:
         self.values = values
@@ -51,7 +51,7 @@ class Pixels:
         return self.width, self.height
 
     def crop(self, box: tuple[int, int, int, int]) -> Pixels:
-        """Return the box (left, top, right, bottom), which must lie inside the picture."""
+        """Crop the box (left, top, right, bottom). The box must lie inside the picture."""
         left, top, right, bottom = box
         return Pixels(self.values[top:bottom, left:right])
 
@@ -64,17 +64,18 @@ class Pixels:
 
 
 class Encoded:
-    """An encoded image of known size. Its header has been read; the pixels are decoded on request.
+    """An encoded image of known size. The header has been read, and the pixels are decoded on request.
 
-    Transparent images are composited over white. 16-bit grayscale and floats in [0, 1] are scaled to 8 bits, not
-    clipped. If integers or floats exceed these ranges, their minimum is mapped to 0 and their maximum to 255. If an
-    image has several frames, the first is used. The EXIF orientation of a JPEG is ignored, as in the usual ImageNet
-    loaders.
+    - Transparent images are composited over white.
+    - 16-bit grayscale and floats in [0, 1] are scaled to 8 bits, not clipped. If an image exceeds the range of 16 bits
+      or [0, 1], its minimum is mapped to 0 and its maximum to 255.
+    - If an image has several frames, the first frame is used.
+    - The EXIF orientation of a JPEG is ignored, as in the usual ImageNet loaders.
 
     Args:
         content: the bytes of the file.
-        path: path of the file, for messages.
-        convert: function that converts the image that PIL has decoded.
+        path: path of the file, for error messages.
+        convert: function that converts the image after PIL has decoded it.
 
     Attributes:
         size: width and height in pixels of the full-size image.
@@ -94,7 +95,7 @@ class Encoded:
         self.size = size
 
     def open_with_pil(self) -> Image.Image:
-        """Open the file with PIL, without decoding it."""
+        """Open the file with PIL, without decoding it. Raises BadImage if `content` is not an image."""
         try:
             return Image.open(io.BytesIO(self.content))
         except UnidentifiedImageError as error:
@@ -106,8 +107,8 @@ class Encoded:
     def decode(self, divisor: int = 1) -> Image.Image | Pixels:
         """Decode the pixels. This method can be called only once.
 
-        divisor: 1, 2, 4 or 8. A JPEG is decoded at 1/divisor of its size, rounded up, if each side has at least
-            `divisor` pixels. For other formats, the divisor has no effect.
+        divisor: 1, 2, 4 or 8. If each side of a JPEG has at least `divisor` pixels, the JPEG is decoded at 1/divisor of
+            its size, rounded up. For other formats, the divisor has no effect.
 
         Raises BadImage if the file is damaged or truncated.
         """
@@ -115,12 +116,13 @@ class Encoded:
             try:
                 return decode_jpeg(self.content, self.size, divisor)
             except ValueError:
-                # PIL can decode some files that `decode_jpeg` rejects. For other files, its error names the damage.
+                # PIL can decode some files that `decode_jpeg` rejects. For other files, PIL's error names the damage.
                 self.image = self.open_with_pil()
         try:
             with self.image as image:
                 if divisor > 1:
-                    # PIL selects the largest divisor with which the image has at least the requested size: `divisor`.
+                    # PIL selects the largest divisor with which the result has at least the requested size. It is
+                    # `divisor`.
                     image.draft(None, (max(1, image.width // divisor), max(1, image.height // divisor)))
                 return self.convert(image)
         except Exception as error:
@@ -128,9 +130,9 @@ class Encoded:
 
 
 def jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """Return width and height of a JPEG that `decode_jpeg` supports, else None.
+    """Return width and height of a JPEG, or None if `decode_jpeg` does not support it.
 
-    Supported are YCbCr and grayscale images that do not exceed PIL's limit on pixels.
+    YCbCr and grayscale images are supported if they do not exceed PIL's limit on the number of pixels.
     """
     if not content.startswith(b"\xff\xd8\xff"):
         return None
@@ -143,12 +145,15 @@ def jpeg_size(content: bytes) -> tuple[int, int] | None:
 
 
 def decode_jpeg(content: bytes, size: tuple[int, int], divisor: int) -> Image.Image | Pixels:
-    """Decode a JPEG of `size` (width, height) to RGB at 1/divisor of its size. Raises ValueError if it is damaged."""
+    """Decode a JPEG of `size` (width, height) to RGB at 1/divisor of its size.
+
+    Raises ValueError if the JPEG is damaged, or if `divisor` is above 1 and both sides have less than 8 pixels.
+    """
     if divisor == 1:
         return Pixels(simplejpeg.decode_jpeg(content, "RGB"))
     if max(size) < 8:
         raise ValueError(f"the image size {size} is too small to select the scale 1/{divisor} by its result's size")
-    # libjpeg scales by multiples of 1/8, and selects the smallest scale with which the image has at least this size.
+    # libjpeg scales by multiples of 1/8. It selects the smallest scale with which the result has at least this size.
     width, height = (-(-side // divisor) for side in size)
     return Image.fromarray(simplejpeg.decode_jpeg(content, "RGB", min_width=width, min_height=height))
 
@@ -156,7 +161,8 @@ def decode_jpeg(content: bytes, size: tuple[int, int], divisor: int) -> Image.Im
 def open_file(path: str, *, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Encoded:
     """Open an image file; see `Encoded`. All datasets of image files use this function.
 
-    Raises BadImage for a file that cannot be read, is not a regular file, or has more than `MAX_FILE_BYTES`.
+    Raises BadImage if the file cannot be read, is not a regular file, has more than `MAX_FILE_BYTES`, or is not an
+    image.
     """
     try:
         content = read_regular(path, most=MAX_FILE_BYTES)

@@ -2,7 +2,7 @@
 
     source -> [worker: decode once, crop each view, uint8] -> device -> batched color operations -> Batch
 
-The images of step t are a function of (seed, t); the views of an image are a function of (seed, epoch, index).
+The images of step t are a function of (seed, t). The views of an image are a function of (seed, epoch, index).
 Therefore a checkpoint need not save any state of the loader, and the batches do not depend on the number of workers or
 processes.
 """
@@ -37,14 +37,14 @@ class Loader:
     Args:
         source: the dataset.
         views: the distributions from which the views of each image are drawn.
-        batch_size: images per step, over all processes and micro-batches.
-        accumulate: micro-batches per step.
-        seed: seed of the order and the views.
-        device: device of the batches.
+        batch_size: number of images per step, summed over all processes and micro-batches.
+        accumulate: number of micro-batches per step.
+        seed: seed of the order of the images and of the views.
+        device: device to which the batches are copied.
         timeout: seconds to wait for the images of a batch.
 
-    Raises ConfigError if the batch size is not a multiple of processes times micro-batches, or if an epoch has fewer
-    images than a batch.
+    Raises ConfigError if the batch size is not a multiple of the number of processes times `accumulate`, or if an epoch
+    has fewer images than a batch.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class Loader:
         self.batch_size, self.accumulate, self.micro_batch_size = batch_size, accumulate, batch_size // divisor
         self.steps_per_epoch = num_images // batch_size
         self.bad = BadImages(max_bad=source.max_bad, total=len(source.splits["train"]))
-        # With shards, every worker reads its own lanes, so each micro-batch is split into one request per worker.
+        # For a dataset of shards, every worker reads its own lanes. Therefore each micro-batch is split into one
+        # request per worker.
         self.layout = source.layout
         self.workers = source.workers if self.layout is None else min(source.workers, self.micro_batch_size)
         self.requests_per_batch = 1 if self.layout is None else max(1, self.workers)
@@ -87,9 +88,12 @@ class Loader:
     def position(self, step: int) -> dict[str, Any]:
         """Return the position of a run after `step` steps, as plain values for a checkpoint.
 
-        The keys are "epoch"; "image", the number of images used so far in this epoch; "images", the size of the
-        training split; and "shards", the fingerprint of a dataset of shards. For other datasets "shards" is "", because
-        computing their fingerprint takes long.
+        The keys are:
+        - "epoch": the number of the epoch
+        - "image": the number of images used so far in this epoch
+        - "images": the number of images in the training split
+        - "shards": the fingerprint of a dataset of shards; "" for other datasets, whose fingerprints take long to
+          compute
         """
         epoch, done = divmod(step, self.steps_per_epoch)
         shards = "" if self.layout is None else self.source.fingerprint
@@ -97,7 +101,7 @@ class Loader:
         return {"epoch": epoch, "image": done * self.batch_size, "images": images, "shards": shards}
 
     def check_position(self, step: int, saved: dict[str, Any] | None) -> None:
-        """Raise ConfigError if `saved` is not None and differs from the position after `step` steps of this loader."""
+        """Raise ConfigError unless `saved` is None or equals the position after `step` steps of this loader."""
         current = self.position(step)
         if saved is None or saved == current:
             return
@@ -126,7 +130,7 @@ class Loader:
                 yield from (Request(*row) for row in zip(*rows, strict=True))
 
     def request_columns(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return all images that this process reads in an epoch, as the three fields of `Request`.
+        """Return the three fields of `Request` for all images that this process reads in an epoch.
 
         Each field has the shape (steps, accumulate, micro_batch_size).
         """
@@ -144,7 +148,7 @@ class Loader:
         return index, torch.full_like(index, epoch), is_last_read.view_as(index)
 
     def steps(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
-        """Yield the micro-batches of each of the steps start to stop - 1. Closing the generator ends the workers."""
+        """Yield the micro-batches of each step from start to stop - 1. Closing the generator ends the workers."""
         batches = self.from_memory(start, stop) if self.source.images is not None else self.from_files(start, stop)
         for first in batches:
             yield [first, *(next(batches) for _ in range(self.accumulate - 1))]
@@ -163,7 +167,7 @@ class Loader:
             yield self.batch(request, crops, position)
 
     def crop(self, images: Tensor, key: Tensor, numbers: range) -> Tensor:
-        """Crop images (n, C, H, W) for the views `numbers`; return (len(numbers) * n, C, S, S), ordered by view."""
+        """Crop images (n, C, H, W) for the views `numbers`. Return (len(numbers) * n, C, S, S), ordered by view."""
         view, key = repeat_for_views(numbers, key)
         height, width = (torch.full((len(key),), side) for side in images.shape[2:])
         boxes = self.views.boxes(view, key, height, width).to(self.device, non_blocking=True)
@@ -191,8 +195,8 @@ class Loader:
 
         Args:
             request: the images of this process.
-            crops: one tensor for each of `Views.groups`, as `crop` returns it, float in [0, 1].
-            read: (n,) positions of the images that were read: bad images are replaced, see `ViewCrops`.
+            crops: one tensor for each group of `Views.groups`, float in [0, 1], with the shape that `crop` returns.
+            read: (n,) positions of the images that were read. Bad images are replaced, see `ViewCrops`.
         """
         source, views = self.source, list[Tensor]()
         for numbers, images in zip(self.views.groups, crops, strict=True):
@@ -206,12 +210,12 @@ class Loader:
         return Batch(views, request.index, label, present).to(self.device)
 
     def key(self, request: Request) -> Tensor:
-        """Return the keys (n,) int64 of the images. The random numbers of an image's views depend on its key."""
+        """Return the keys (n,) int64 of the images. The random numbers of the views of an image depend on its key."""
         return rng.mix(self.seed, request.occurrence, request.index)
 
 
 def repeat_for_views(numbers: range, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the view number and the key of each row of a batch that contains all images once per view."""
+    """Return the view number and the key of each row of a batch. The batch contains all images once per view."""
     return torch.tensor(numbers).repeat_interleave(len(key)), key.repeat(len(numbers))
 
 
@@ -220,8 +224,9 @@ def plain_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches for evaluation, in the order of `positions`.
 
-    A batch is the images, (n, C, S, S) uint8, and a mask (n,) bool, True for images that could be read. The test
-    transform resizes the shorter side to S * 8 / 7 and crops the center. Images of S x S are not changed.
+    A batch is a tuple of the images (n, C, S, S) uint8 and a mask (n,) bool. The mask is True for images that could be
+    read. The shorter side of each image is resized to S * 8 / 7 pixels, and the center is cropped to S x S pixels.
+    Images of S x S pixels are not changed.
     """
     chunks = list(torch.split(positions, batch_size))
     if source.images is None:

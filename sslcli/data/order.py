@@ -1,13 +1,13 @@
 """Order of the training images in an epoch: a pure function of the seed and the epoch.
 
-The images of a dataset with random access are permuted. A dataset of shards has a `Layout` and is read in lanes:
+The images of a dataset with random access are permuted. A dataset of shards has a `Layout`. It is read in lanes:
 
     shards, concatenated in random order  | shard 3 | shard 0      | shard 4  | shard 1 | shard 2     |
     split into lanes of equal length      | lane 0         | lane 1         | lane 2         | lane 3  |
     each lane has a shuffle buffer; a batch has the same number of images from each lane:  0 0 1 1 2 2 3 3
 
-A process gets a contiguous part of every batch, so it reads only the lanes of this part. The order does not depend on
-the number of processes or workers.
+A process gets a contiguous part of every batch. Therefore it reads only the lanes from which this part is taken. The
+order does not depend on the number of processes or workers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sslcli.data import rng
 
-_MIN_SEGMENTS = 8  # minimum number of segments per lane, if the chunks are small enough
+_MIN_SEGMENTS = 8  # minimum number of segments per lane; if the chunks are large, there may be fewer segments
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Layout:
 
     Attributes:
         segment: (n,) number of the segment of each image, from 0, non-decreasing. A segment is a shard or a part of a
-            large shard. Its images are read in sequence; the shuffle buffer then changes their order.
+            large shard. The images of a segment are read in sequence. The shuffle buffer then changes their order.
         chunk: (n,) number of the chunk of each image, non-decreasing. A chunk is a part of a segment that is fetched
             with one read.
         lanes: number of segments that are read in parallel, at least 1.
@@ -46,8 +46,8 @@ class Layout:
 def layout_of(shard: Tensor, chunk: Tensor, *, lanes: int, buffer: int) -> Layout:
     """Return the layout of images from the numbers of their shards (n,) and chunks (n,), both non-decreasing.
 
-    A shard with more than 1 / (8 lanes) of the images is split into segments at chunk boundaries, so that a few large
-    shards are shuffled as well as many small ones.
+    A shard with more than 1 / (8 * lanes) of the images is split into segments at chunk boundaries. Therefore a few
+    large shards are shuffled as well as many small shards.
     """
     position = torch.arange(len(shard))
     first_of_shard = torch.searchsorted(shard, shard)
@@ -58,7 +58,7 @@ def layout_of(shard: Tensor, chunk: Tensor, *, lanes: int, buffer: int) -> Layou
 
 
 def epoch_length(num_images: int, weights: Tensor | None) -> int:
-    """Return the number of images of an epoch, including those at its end that do not fill a batch."""
+    """Return the number of images of an epoch, including the last images, which may not fill a batch."""
     if weights is None:
         return num_images
     values = weights.tolist()
@@ -66,11 +66,11 @@ def epoch_length(num_images: int, weights: Tensor | None) -> int:
 
 
 def epoch_order(num_images: int, weights: Tensor | None, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-    """Return the training images of an epoch in order: (M,) index in the training split, and (M,) occurrence.
+    """Return the order of the training images of an epoch: (M,) index in the training split, and (M,) occurrence.
 
-    An image of weight w occurs w times on average. Together, all images of this weight occur w times their number,
-    rounded to an integer. The occurrence is epoch + repetition * 2**32, so that the repetitions of an image within an
-    epoch get different views.
+    An image of weight w occurs w times per epoch on average. The k images of weight w occur round(k * w) times in
+    total. The occurrence is epoch + repetition * 2**32, so that the repetitions of an image within an epoch get
+    different views.
     """
     index, repeat = torch.arange(num_images), torch.zeros(num_images, dtype=torch.long)
     if weights is not None:
@@ -88,11 +88,13 @@ def epoch_order(num_images: int, weights: Tensor | None, *, seed: int, epoch: in
 
 
 def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Tensor:
-    """Return the images of an epoch of a dataset of shards: (steps * batch_size,) indices in range(n), without repeats.
+    """Return the order of the images of an epoch of a dataset of shards, without repeats.
+
+    The result is (steps * batch_size,) int64 indices into the n images of the layout.
 
     The shuffle buffer is simulated by sorting: the i-th image that a lane reads gets the sort key i + buffer * u, with
-    u uniform in [0, 1). With this order, an image is never used before it is read, and at most `buffer` images have
-    been read but not yet used. The images of any step are known without replaying the steps before it.
+    u uniform in [0, 1). With this order, an image is never used before it is read. At most `buffer` images have been
+    read but not yet used. The images of any step are known without a replay of the earlier steps.
     """
     num_images = len(layout.segment)
     steps, lanes = num_images // batch_size, min(layout.lanes, batch_size)
@@ -113,7 +115,9 @@ def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Te
 
 
 def last_read_mask(chunk: Tensor, reader: Tensor) -> Tensor:
-    """Return a mask (n,) bool that is True where a reader reads its last image of a chunk and can free the chunk.
+    """Return a mask (n,) bool. It is True for the last image that a reader reads from a chunk.
+
+    After this image, the reader can free the chunk.
 
     chunk, reader: (n,) the chunk number and the reader number of each image, in the order of reading.
     """

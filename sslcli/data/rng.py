@@ -1,9 +1,9 @@
 """Stateless random numbers: pure functions of integer keys.
 
 A random number is a 64-bit hash of integer keys: the seed, the epoch and repetition, the position of the image, the
-view and the operation. No generator with a state is involved. Therefore the numbers do not depend on the number of
-workers or processes, on the split into batches, on the device, or on whether a run was resumed. The numbers of a whole
-batch are drawn with a few tensor operations.
+view and the operation. No generator with a state is involved. Therefore the numbers are the same for any number of
+workers or processes, any split into batches, any device, and any number of resumes. The numbers of a whole batch are
+drawn with a few tensor operations.
 
 The hash is the finalizer of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 OOPSLA 2014), chained over the keys. It is not cryptographic.
@@ -21,7 +21,7 @@ _MULTIPLY_2 = 0x94D049BB133111EB - (1 << 64)
 
 def _avalanche(x: Tensor) -> Tensor:
     """Bijection of int64 in which each input bit flips about half of the output bits."""
-    # The hash is defined with logical shifts. On int64, >> copies the sign bit; the mask removes the copies.
+    # The hash is defined with logical shifts. On int64, >> copies the sign bit. The masks remove these copies.
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MULTIPLY_1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MULTIPLY_2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
@@ -31,14 +31,14 @@ def mix(*keys: int | Tensor) -> Tensor:
     """Hash keys to one int64 tensor. The result depends on the order and the number of the keys.
 
     Args:
-        keys: one or more integers in [-2**63, 2**63) or integer tensors, which are broadcast together.
+        keys: one or more keys, each an integer in [-2**63, 2**63) or an integer tensor. Tensors are broadcast together.
 
     Returns:
-        int64 of the broadcast shape (0-d if all keys are ints), on the device of the tensors. If two calls differ only
-        in the last key, their results always differ.
+        int64 tensor of the broadcast shape (0-d if all keys are ints), on the device of the tensors. If two calls
+        differ only in the last key, their results always differ.
 
     Raises:
-        ValueError: no key, or a key that is not an integer.
+        ValueError: there is no key, or a key is not an integer in the range.
     """
     if not keys:
         raise ValueError("mix() got no keys: pass at least one integer, such as the seed")
@@ -62,12 +62,12 @@ def uniform(key: Tensor, stream: int | Tensor, low: float = 0.0, high: float = 1
 
     Args:
         key: int64 of any shape, usually from `mix`.
-        stream: number of the draw for this key; each purpose uses another number. A tensor is broadcast with `key`;
-            many streams in one call cost little more than one.
-        low, high: the range, low <= high.
+        stream: number of the draw for this key. Use a different number for each purpose. A tensor is broadcast with
+            `key`. One call with many streams takes little more time than a call with one stream.
+        low, high: the range of the numbers, low <= high.
 
     Returns:
-        float32 of the broadcast shape, in [low, high) on a grid of 2**24 values; `low` where low == high.
+        float32 of the broadcast shape, in [low, high) on a grid of 2**24 values. If low == high, all values are `low`.
 
     Raises:
         ValueError: low > high.
@@ -78,7 +78,7 @@ def uniform(key: Tensor, stream: int | Tensor, low: float = 0.0, high: float = 1
     if low == 0.0 and high == 1.0:
         return fraction
     values = fraction * (high - low) + low
-    # Rounding may give `high` itself, which is not in the interval.
+    # Rounding may give `high`, which is not in the interval.
     top = torch.nextafter(torch.tensor(high, dtype=torch.float32), torch.tensor(low, dtype=torch.float32))
     return values.clamp(min=low, max=float(top))
 
@@ -94,7 +94,7 @@ def permutation(n: int, *keys: int) -> Tensor:
         (n,) int64, on the CPU.
 
     Raises:
-        ValueError: n < 0 or no keys.
+        ValueError: n < 0, or there are no keys.
     """
     if n < 0:
         raise ValueError(f"permutation() got n={n}, but n must be at least 0")

@@ -1,4 +1,4 @@
-"""Data workers: start, ordered requests, error reporting and shutdown of the processes that read images."""
+"""Data workers, the processes that read images: start, ordered requests, error reporting and shutdown."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ atexit.register(lambda: kill_processes(LIVE_WORKERS))
 def default_workers(image_size: int) -> int:
     """Return the number of data workers to use if `dataset.workers` is null.
 
-    With a GPU, it is the number of cores of this process minus one, at least 1 and at most 8. Without a GPU, where
-    training needs the cores too, it is 2, or 0 if images have at most 64 pixels per side and the process has at most 2
-    cores. docs/performance.md has the measurements.
+    - With a GPU, the number is the cores of this process minus one, at least 1 and at most 8.
+    - Without a GPU, training also needs the cores, so the number is 2.
+    - Without a GPU, if images have at most 64 pixels per side and the process has at most 2 cores, the number is 0.
+
+    docs/performance.md has the measurements.
     """
     if torch.cuda.is_available():
         return min(MAX_GPU_WORKERS, max(1, cpu.cores_per_process() - 1))
@@ -51,13 +53,13 @@ def default_workers(image_size: int) -> int:
 class ErrorReturningDataset(Dataset[Any]):
     """Dataset that returns an exception as a value instead of raising it.
 
-    If a worker raised an exception, the main process would receive an exception of another class, with the traceback as
-    text.
+    If a worker raised an exception, the main process would receive an exception of another class. The message of that
+    exception would contain the traceback as text.
 
     Args:
         dataset: the dataset to read.
-        owner: the class of the `Source`. If this class is not part of sslcli, its errors are reported as errors in user
-            code.
+        owner: the class of the `Source`. If this class is not part of sslcli, its exceptions are reported as errors in
+            user code.
     """
 
     def __init__(self, dataset: Dataset[Any], owner: type) -> None:
@@ -77,7 +79,10 @@ class ErrorReturningDataset(Dataset[Any]):
             return self.failure(error)
 
     def failure(self, error: Exception) -> ConfigError | TrainingFailed:
-        """Return the error that ends the command, with traceback: ConfigError for user code, else TrainingFailed."""
+        """Return the error that ends the command. It is ConfigError for user code, else TrainingFailed.
+
+        The message contains the traceback of `error`.
+        """
         name = f"{self.owner.__module__}.{self.owner.__qualname__}"
         summary = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         text = f"{name} failed while reading images ({summary})\n{''.join(traceback.format_exception(error)).rstrip()}"
@@ -85,10 +90,13 @@ class ErrorReturningDataset(Dataset[Any]):
 
 
 def check_shared_memory(workers: int, batch_bytes: int) -> None:
-    """Raise ConfigError if the shared memory is too small for the batches of `workers`.
+    """Raise ConfigError if the shared memory is too small for the prefetched batches of all workers.
 
-    Batches are passed through /dev/shm (Linux), which has only 64 MB in a container by default. Without this check, the
-    workers would crash or hang.
+    workers: number of workers per process.
+    batch_bytes: bytes of one batch.
+
+    On Linux, batches are passed through /dev/shm, which has only 64 MB in a container by default. Without this check,
+    the workers would crash or hang.
     """
     try:
         state = os.statvfs(SHARED_MEMORY)
@@ -120,17 +128,19 @@ def iterate_batches(
 ) -> Generator[Any, None, None]:
     """Yield `dataset[request]` for each request, in order. Worker processes read the items.
 
-    The workers end when the generator is exhausted or closed, or raises an exception.
+    The workers end when the generator is exhausted, is closed, or raises an exception.
 
     Args:
         dataset: the dataset to read.
         sampler: yields the requests.
-        workers: number of worker processes; 0 reads in this process.
+        workers: number of worker processes; 0 = read in this process.
         owner: the class of the `Source`, see `ErrorReturningDataset`.
         timeout: seconds to wait for a batch.
 
-    Raises ConfigError for invalid data and for an error in user code, ProcessLost if a worker dies, and TrainingFailed
-    if no batch arrives within `timeout` seconds.
+    Raises:
+        ConfigError: the data is invalid, or user code raised an error.
+        ProcessLost: a worker died.
+        TrainingFailed: no batch arrived within `timeout` seconds, the workers cannot be started, or memory is insufficient.
     """
     loader = DataLoader(
         ErrorReturningDataset(dataset, owner),
@@ -142,7 +152,8 @@ def iterate_batches(
         timeout=POLL_INTERVAL if workers else 0,
         worker_init_fn=partial(init_worker, os.getpid()),
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # see init_worker
-        generator=torch.Generator(),  # the default changes the global generator at each start, so a resumed run differs
+        # By default, every start draws from the global generator. A resumed run would then get other random numbers.
+        generator=torch.Generator(),
     )
     with loader_iterator(loader, workers) as iterator:
         while (item := next_item(iterator, timeout)) is not END:
@@ -153,7 +164,7 @@ def iterate_batches(
 
 @contextmanager
 def loader_iterator(loader: DataLoader[Any], workers: int) -> Iterator[Iterator[Any]]:
-    """Return an iterator over a loader, and end its workers on exit. Raises the errors of `iterate_batches`."""
+    """Return an iterator over a loader, and end the workers of the loader on exit. See `iterate_batches` for errors."""
     others = set(multiprocessing.active_children())
     try:
         iterator = iter(loader)
@@ -176,7 +187,9 @@ def loader_iterator(loader: DataLoader[Any], workers: int) -> Iterator[Iterator[
 
 
 def next_item(iterator: Iterator[Any], timeout: float) -> Any:
-    """Return the next item, or END after the last. Raises TrainingFailed if no item arrives within `timeout` seconds.
+    """Return the next item, or END after the last item.
+
+    Raises TrainingFailed if no item arrives within `timeout` seconds.
 
     The function waits in intervals of `POLL_INTERVAL`. Between intervals, torch checks that all workers are alive, and
     Python handles signals.
@@ -200,9 +213,9 @@ def init_worker(parent: int, number: int) -> None:
     """Make a data worker ignore signals and end with its parent process.
 
     Schedulers and terminals send signals to the whole process group. If a signal killed a worker, a graceful stop would
-    become a failure. If a worker outlived its run, it would keep the lock of the run directory, which it inherits
-    through fork. Workers are started by fork, because Python's newer start methods use a server process that does not
-    end with the run.
+    become a failure. A worker inherits the lock of the run directory through fork. If the worker outlived its run, it
+    would keep this lock. Workers are started by fork, because Python's newer start methods use a server process that
+    does not end with the run.
     """
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
@@ -212,8 +225,8 @@ def init_worker(parent: int, number: int) -> None:
 def end_workers(iterator: Any, workers: list[BaseProcess]) -> None:
     """End data workers, including those that hang in a read.
 
-    torch requests them to end, waits, and sends SIGTERM, which they ignore. Workers that still run after `GRACE_PERIOD`
-    are killed.
+    torch requests the workers to end, waits, and sends SIGTERM, which the workers ignore. Workers that still run after
+    `GRACE_PERIOD` are killed.
     """
     killer = threading.Timer(GRACE_PERIOD, kill_processes, [workers])
     killer.daemon = True
@@ -238,7 +251,7 @@ def kill_processes(processes: Iterable[BaseProcess]) -> None:
 def default_sigchld() -> Iterator[None]:
     """Disable torch's SIGCHLD handler within the block.
 
-    When a worker ends, that handler raises an exception at an arbitrary point of the program.
+    When a worker ends, torch's handler raises an exception at an arbitrary point of the program.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
