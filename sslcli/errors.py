@@ -1,6 +1,6 @@
 """Exceptions and exit codes of the commands. The CLI maps each exception to a message and an exit code.
 
-A plain `ValueError` from a constructor while a run is built also means an invalid configuration.
+A plain `ValueError` that a constructor raises while a run is built also reports an invalid configuration.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ DISK_ERRORS = (*PERMISSION_ERRORS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errn
 EXIT_CONFIG = 2
 EXIT_FAILED = 3
 EXIT_STOPPED = 75
-EXIT_INTERRUPTED = 130  # by Ctrl-C, with nothing saved
+EXIT_INTERRUPTED = 130  # interrupted by Ctrl-C; no checkpoint was saved
 
 
 class ConfigError(ValueError):
-    """Invalid configuration or data: exit code 2, message without traceback."""
+    """Invalid configuration or data. The command prints the message without a traceback; the exit code is 2."""
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot continue (NaN loss, collapse, a dead worker, a full disk): exit code 3."""
+    """Training cannot continue, for example after a NaN loss, a collapse or a full disk. The exit code is 3."""
 
 
 class ProcessLost(TrainingFailed):
-    """A data worker or another process of the run ended unexpectedly: exit code 3; a restart may succeed."""
+    """A data worker or another process of the run ended unexpectedly. The exit code is 3; a restart may succeed."""
 
 
 class NotFinite(ValueError):
-    """Features are NaN or infinite, so metrics of them are meaningless."""
+    """Features are NaN or infinite, so metrics computed from these features are meaningless."""
 
 
 class Stopped(Exception):
-    """The run stopped with a checkpoint saved: exit code 75; run again to resume.
+    """The run saved a checkpoint and stopped. The exit code is 75; the same command resumes the run.
 
     Args:
-        by_signal: True if stopped by a signal, False if by the time limit.
+        by_signal: True if a signal stopped the run, False if the time limit did.
     """
 
     def __init__(self, message: str, *, by_signal: bool) -> None:
@@ -48,15 +48,15 @@ class Stopped(Exception):
         self.by_signal = by_signal
 
 
-DEBUG = "SSLCLI_DEBUG"  # environment variable: 1 = print tracebacks of errors that are reported in one line
+DEBUG = "SSLCLI_DEBUG"  # environment variable; 1 = print the traceback after each error message
 _NOT_OF_THE_USER = ("sslcli", "torch", "torchvision", "hydra", "omegaconf", "numpy", "PIL", "yaml", "datasets", "timm")
 
 
 def print_error(command: str, error: BaseException | str) -> None:
-    """Print the one-line message of an error of `ssl-COMMAND` to standard error.
+    """Print an error of `ssl-COMMAND` on one line of standard error.
 
-    With SSLCLI_DEBUG=1 the traceback follows. Without it, a message of an error that was raised in code of the user or
-    of a plug-in names the variable.
+    With SSLCLI_DEBUG=1, the traceback is printed after the message. Otherwise, if code of the user or of a plug-in
+    raised the error, the message mentions SSLCLI_DEBUG.
     """
     hint = ""
     if isinstance(error, BaseException) and os.environ.get(DEBUG) != "1" and _raised_in_user_code(error):
@@ -67,7 +67,7 @@ def print_error(command: str, error: BaseException | str) -> None:
 
 
 def _raised_in_user_code(error: BaseException) -> bool:
-    """Return True if a frame of the first cause of `error` belongs to neither sslcli nor the libraries it uses."""
+    """Return True if the traceback of the first cause of `error` contains code outside of sslcli and its libraries."""
     while error.__cause__ is not None:
         error = error.__cause__
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
@@ -79,7 +79,7 @@ def disk_failure(error: OSError, path: object, key: str) -> tuple[str, int] | No
     """Return the message and exit code of a failed write, or None if the error is not a disk error.
 
     Args:
-        path: the path that was written, if the error has no file name.
+        path: path for the message if `error` has no file name.
         key: the configuration key of the output location.
     """
     if error.errno not in DISK_ERRORS:
@@ -91,7 +91,7 @@ def disk_failure(error: OSError, path: object, key: str) -> tuple[str, int] | No
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` for the closest known name, ignoring case, or ""."""
+    """Return `" Did you mean 'x'?"` with the known name closest to `name`, or "" if none is close. Ignore case."""
     from difflib import get_close_matches
 
     names = {option.lower(): option for option in known}
@@ -100,7 +100,10 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 
 def check_keys(where: str, keys: Iterable[object], known: Sequence[str]) -> None:
-    """Raise ValueError unless all keys are known. The message has `where`, the key, the closest and all known keys."""
+    """Raise ValueError unless all keys are known.
+
+    The message contains `where`, the unknown key, the closest known key, and the list of known keys.
+    """
     for key in keys:
         if key not in known:
             raise ValueError(
@@ -109,7 +112,7 @@ def check_keys(where: str, keys: Iterable[object], known: Sequence[str]) -> None
 
 
 def check_integer(name: str, value: object, *, minimum: int, hint: str = "") -> None:
-    """Raise ValueError unless `value` is an integer of at least `minimum`; True and False are none."""
+    """Raise ValueError unless `value` is an integer of at least `minimum`. True and False are rejected."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} is {value!r}, but it must be an integer of at least {minimum}{hint}")
 

@@ -1,4 +1,4 @@
-"""Type checks of yaml values against annotations, which are given as text, and descriptions of annotations."""
+"""Type checks of yaml values against annotations, and descriptions of annotations. The annotations are text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = {
 
 
 def fits(value: Any, annotation: str) -> bool:
-    """Return True if a value fits the annotation of a parameter; an unknown annotation accepts every value."""
+    """Return True if a value fits the annotation of a parameter. Every value fits an unknown annotation."""
     return _fits(value, _parse(annotation)) is not False
 
 
@@ -43,7 +43,7 @@ def _parse(annotation: str) -> ast.expr:
 
 
 def _options(node: ast.expr) -> list[ast.expr]:
-    """Return the parts of a union, or the annotation itself if it is not a union."""
+    """Return the types in a union. If the annotation is not a union, return a list with the annotation."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return [*_options(node.left), *_options(node.right)]
     if isinstance(node, ast.Subscript) and _name(node) == "Optional":
@@ -66,7 +66,7 @@ def _arguments(node: ast.expr) -> list[ast.expr]:
 
 
 def _fits(value: Any, node: ast.expr) -> bool | None:
-    """Return True or False, or None if the annotation is unknown."""
+    """Return True if the value fits the annotation, False if not, and None if the annotation is unknown."""
     found = [_fits_one(value, option) for option in _options(node)]
     if True in found:
         return True
@@ -103,7 +103,10 @@ def _is_plain(value: Any, name: str) -> bool:
 
 
 def _fit_all(values: list[Any], name: str, inside: list[ast.expr]) -> bool:
-    """Return True if all values of a list fit the annotations `inside` the brackets of `name`, such as list[int]."""
+    """Return True if all values of a list fit `inside`, the annotations in the brackets of `name`.
+
+    Example: for list[int], `name` is "list", and `inside` contains the annotation int.
+    """
     if not inside:
         return True
     if name.lower() != "tuple" or (len(inside) == 2 and ast.unparse(inside[1]) == "..."):
@@ -114,7 +117,7 @@ def _fit_all(values: list[Any], name: str, inside: list[ast.expr]) -> bool:
 
 
 def _words(node: ast.expr, *, many: bool) -> str:
-    """Describe an annotation in words; a class in a union is omitted if another type can be given on a command line."""
+    """Describe an annotation in words. Omit a class in a union if a command line can give a value of another type."""
     options = _options(node)
     plain = [option for option in options if _name(option) in (*WORDS, *LISTS, *MAPPINGS, "Literal")]
     has_paths = any(_name(option) in PATHS for option in options)

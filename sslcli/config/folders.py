@@ -16,9 +16,9 @@ def user_folders(arguments: list[str]) -> list[Path]:
 
 
 def conf_folder(*, installed: bool = False) -> Path | None:
-    """Return the folder of the yaml files: in the package if it is installed, else in the checkout.
+    """Return the folder of the yaml files: the one in the installed package, or else the one in the checkout.
 
-    With installed=True, the folder in the checkout is not used: if the package is not installed, return None.
+    With installed=True, return None if the package is not installed.
     """
     spec = find_spec("sslcli.conf")
     if spec is not None and spec.origin is not None:

@@ -13,13 +13,13 @@ from sslcli.errors import ConfigError
 
 
 def check_path(command: str, path: str, base: DictConfig, *, may_add: bool) -> None:
-    """Raise ConfigError for a dotted key that is neither in the yaml nor a parameter of the constructor.
+    """Raise ConfigError if a dotted key is neither in the yaml nor a parameter of the constructor.
 
     Args:
         command: "train", "eval" or "export".
         path: the dotted key.
         base: the composed configuration.
-        may_add: True if a parameter may be absent from the yaml, as for an override that begins with `+`, `++` or `~`.
+        may_add: True if the yaml may lack the key. This is allowed for overrides that begin with `+`, `++` or `~`.
     """
     node: Any = base
     walked = ""
@@ -41,18 +41,18 @@ def check_path(command: str, path: str, base: DictConfig, *, may_add: bool) -> N
             first = ". Choose a mixture first: mixture=..." if walked == "method.mixture" else ""
             raise ConfigError(f"{path}: {walked} is a single value and has no keys{first}")
         if OmegaConf.is_missing(inside, part) or OmegaConf.is_interpolation(inside, part):
-            return  # a mandatory value (???) or an interpolation: its keys are not known yet
+            return  # the keys of a mandatory value (???) or an interpolation are not known yet
         node = inside._get_node(part)
         walked = f"{walked}.{part}" if walked else str(part)
 
 
 def check_name(command: str, name: str, node: DictConfig, where: str) -> None:
-    """Raise ConfigError unless the mapping has the key, or its constructor has a parameter of that name."""
+    """Raise ConfigError unless `name` is a key of the mapping `node` or a parameter of its constructor."""
     known = {str(key) for key in node} - {"hydra"}
     target = node.get("_target_") if where else None
     parameters = parameters_of(target) if isinstance(target, str) else None
     if name in known or name in (parameters or ()) or (target is not None and parameters is None):
-        return  # valid, or the signature of the class cannot be read: then its keywords are checked when it is built
+        return  # valid or unknown; if the signature cannot be read, keywords are checked later
     if not where:
         known |= set(schema.GROUPS[command])
     known |= set(parameters or ()) - {*METHOD_ARGUMENTS, *OPTIMIZER_ARGUMENTS}

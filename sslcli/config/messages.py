@@ -1,4 +1,4 @@
-"""Messages about missing and unknown keys, with the nearest known one."""
+"""Messages about missing and unknown keys. A message about an unknown key suggests the closest known key."""
 
 from __future__ import annotations
 

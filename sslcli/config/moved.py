@@ -1,7 +1,7 @@
 """Names of version 0.1 that are still accepted: modules, classes, choices of groups, and keys of settings.
 
-Old names occur in configurations of runs, exported files, records of sweeps, and users' yaml files and plug-ins. All
-code that reads one of these calls a function of this module to get current names.
+Old names occur in configurations of runs, exported files, records of sweeps, yaml files of users, and plug-ins. Code
+that reads such a file calls a function of this module to convert old names to current names.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ MODULES = {
     "sslcli.winograd_passes": "sslcli.kernels.winograd_passes",
     "sslcli.winograd_transforms": "sslcli.kernels.winograd_transforms",
 }
-# Current packages whose name was a module before -> the module that has most of its classes now.
+# Package that was a module before version 0.2 -> the module that now contains most of its classes.
 PACKAGES = {
     "sslcli.data.shards": "sslcli.data.shards.formats",
     "sslcli.data.sources": "sslcli.data.sources.base",
     "sslcli.data.views": "sslcli.data.views.views",
 }
-FOLDER = Path(__file__).parent / "renamed"  # yaml files with old names of choices, for the defaults lists of users
+FOLDER = Path(__file__).parent / "renamed"  # yaml files with old names of choices
 # New module name -> {old name: new name} of functions that plug-ins import.
 FUNCTIONS = {"sslcli.nn.contrastive": {"mutual_info_nce": "nt_xent_symmetric"}}
 CHOICES = {"views": {"mocov1": "moco_v1", "mocov2": "moco_v2"}}
@@ -114,7 +114,7 @@ KEYS = {
 }
 
 
-DEFAULTS = {  # of the renamed keys, in the yaml files of sslcli
+DEFAULTS = {  # default values of the renamed keys, as in the yaml files of sslcli
     "dataset.unlabeled": False,
     "monitor.health_every_steps": 50,
     "monitor.knn_every_epochs": 1,
@@ -123,22 +123,25 @@ DEFAULTS = {  # of the renamed keys, in the yaml files of sslcli
 
 
 def reject_old_attributes(kind: type, renamed: dict[str, str]) -> None:
-    """Raise ConfigError if a class defines an attribute or a method under its old name, which would have no effect."""
+    """Raise ConfigError if a class defines an attribute or a method under its old name.
+
+    An attribute or a method with an old name would have no effect.
+    """
     for old, new in renamed.items():
         if old in vars(kind):
             raise ConfigError(f"{kind.__module__}.{kind.__qualname__} sets {old}, which is now {new}: rename it")
 
 
 def current_target(target: str) -> str:
-    """Return the current name of a class, or `target` itself if it was not moved."""
+    """Return the current name of a class, or `target` itself if the class was not moved."""
     module, _, name = target.rpartition(".")
     return f"{PACKAGES.get(module) or MODULES.get(module, module)}.{name}" if module else target
 
 
 def current_override(line: str, *, own_folder: Path | None = None) -> str:
-    """Return an override of a command line with the current names of its key and of the choices in its value.
+    """Replace old names in an override of a command line by current names, in the key and in the value.
 
-    A choice that has a file in `own_folder`, the user's --config-dir, is the user's own and keeps its name.
+    `own_folder` is the user's --config-dir. If this folder has a file for a choice, the name of the choice is kept.
     """
     prefix, key, rest = _parts(line)
     key = KEYS.get(key, key)
@@ -153,13 +156,13 @@ def current_override(line: str, *, own_folder: Path | None = None) -> str:
 
 
 def forced_override(line: str) -> str:
-    """Return an override that also sets a renamed key if a yaml file of the user has only its old name."""
+    """Return an override that sets a renamed key even if the user's yaml file has only the old name of this key."""
     prefix, key, rest = _parts(line)
     return f"++{line}" if prefix == "" and rest and key in KEYS.values() else line
 
 
 def old_override(line: str) -> str:
-    """Return an override with the names of version 0.1, which determine the name of the default run directory."""
+    """Return an override with the names of version 0.1. The default run directory is named after these."""
     prefix, key, rest = _parts(line)
     key = next((old for old, new in KEYS.items() if new == key), key)
     choices = {new: old for old, new in CHOICES.get(key.split("@")[0], {}).items()}
@@ -178,7 +181,7 @@ def current_config(config: dict[str, Any], *, overridden: Iterable[str] = ()) ->
 
     Args:
         config: plain values, as in the `config.yaml` of a run or composed from yaml files.
-        overridden: current keys that the command line sets. They keep this value, even if the old key is set as well.
+        overridden: current keys that the command line sets. Values of their old names are ignored.
     """
     notes: list[str] = []
     renamed: dict[str, Any] = _current_targets(config, notes)
@@ -188,7 +191,7 @@ def current_config(config: dict[str, Any], *, overridden: Iterable[str] = ()) ->
         if not isinstance(node, dict) or name not in node:
             continue
         value, name = node.pop(name), new.partition(".")[2]
-        # Both are set if a file has the old name: the new one has its default, or was set by a file or an override.
+        # Both keys are set if a file has the old name. The old value is used if the new key has its default value.
         if new not in overridden and node.get(name, DEFAULTS[new]) == DEFAULTS[new]:
             node[name] = value
         notes.append(f"{old} is now {new}")
@@ -208,15 +211,15 @@ def _current_targets(value: Any, notes: list[str]) -> Any:
 
 
 class MovedModules:
-    """Finder and loader that import modules by their old names, with a DeprecationWarning that states the new name.
+    """Finder and loader that import modules by their old names. A DeprecationWarning states the new name.
 
-    It implements the protocols of `importlib.abc` without importing that module, which would take 8 ms per command.
+    It implements the protocols of `importlib.abc` without importing this module, since the import takes 8 ms.
     """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec for an old name, None for any other."""
+        """Return a spec if `fullname` is an old name, else None."""
         return ModuleSpec(fullname, self) if fullname in MODULES else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:

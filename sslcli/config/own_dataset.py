@@ -16,7 +16,7 @@ from sslcli.config.targets import check_target, targets
 from sslcli.errors import ConfigError
 
 PREFIX = "dataset."
-FINGERPRINT = "image fingerprint"  # the key of `effective` in a run's configuration
+FINGERPRINT = "image fingerprint"  # a key in the section `effective` of a run's configuration
 # Keys that affect how images are read, but not which images a dataset contains.
 READING = (
     "workers",
@@ -40,9 +40,11 @@ class Change(NamedTuple):
 
 
 def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[str]) -> dict[str, Any]:
-    """Return the node `dataset` of a run's configuration with `changes` applied and validated; paths are absolute.
+    """Return the node `dataset` of a run's configuration after applying and validating `changes`.
 
-    Raises ConfigError for an unknown key and for an invalid value.
+    Paths in the returned node are absolute.
+
+    Raises ConfigError if a key is unknown or a value is invalid.
     """
     node = OmegaConf.create({"dataset": saved["dataset"]})
     for change in map(Change._make, changes):
@@ -67,7 +69,7 @@ def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[
 
 
 def _delete(node: Any, key: str) -> None:
-    """Delete a key inside one of the dataset's settings. Raises ConfigError if the key does not exist."""
+    """Delete a key of a nested setting of the dataset. Raises ConfigError if the key does not exist."""
     where, _, name = key.rpartition(".")
     inside = OmegaConf.select(node, PREFIX + where) if where else None
     if not isinstance(inside, DictConfig):
@@ -78,12 +80,12 @@ def _delete(node: Any, key: str) -> None:
 
 
 def has_same_keys(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return True if two datasets differ at most in their paths and in how images are read."""
+    """Return True if two datasets are equal except for their paths and the keys in `READING`."""
     return bool(without_paths(image_settings(one)) == without_paths(image_settings(other)))
 
 
 def has_same_paths(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return True if two datasets have the same paths and differ at most in how images are read."""
+    """Return True if two datasets have the same paths and are equal except for the keys in `READING`."""
     return same_paths(image_settings(one), image_settings(other))
 
 
@@ -93,7 +95,7 @@ def image_settings(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def missing_path_hint(node: dict[str, Any]) -> str:
-    """Return a hint for error messages about the first path of a dataset that does not exist; "" if all exist."""
+    """Return a hint about the first path of a dataset that does not exist, or "" if all paths exist."""
     absent = [(key, path) for key, path in paths_of(node) if os.path.isabs(path) and not os.path.exists(path)]
     if not absent:
         return ""

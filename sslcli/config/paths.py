@@ -18,7 +18,7 @@ from sslcli.errors import ConfigError
 
 PLAIN = {"train": ("run_dir",), "eval": ("run", "weights"), "export": ("run", "out")}  # path keys outside of groups
 PATH_TYPES = frozenset(["Path", "PurePath", "PosixPath", "PathLike", "Root"])  # types of path parameters
-HUB_NAME = "HubName"  # in an annotation: a name on the Hugging Face hub, unless a folder or file of that name exists
+HUB_NAME = "HubName"  # annotation of a Hugging Face hub name; the value may also be a path that exists
 
 _HOME = re.compile(r"(?:^|(?<=[\[{,\s]))~[\w./@%+*?-]*(?: +[\w./@%+*?-]+)*(?=$|[\]},\s])")  # a path may have spaces
 _HOME_KEY = re.compile(r"(?<=[{,\s])~[\w./@%+-]*(?=\s*:)")
@@ -27,9 +27,9 @@ Convert = Callable[[str], str]
 
 
 def absolute_paths(command: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with `~` expanded and every path absolute; URLs and hub names stay unchanged.
+    """Return the configuration with `~` expanded and every path absolute. URLs and hub names are not changed.
 
-    Raises ConfigError for a `~` that cannot be expanded.
+    Raises ConfigError if a `~` cannot be expanded.
     """
     changed: dict[str, Any] = map_paths(config, absolute)
     for key in PLAIN[command]:
@@ -39,9 +39,9 @@ def absolute_paths(command: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def quote_home_paths(line: str) -> str:
-    """Return an override with quotes around every path that begins with `~`; Hydra rejects an unquoted `~`.
+    """Return an override with quotes around every path that begins with `~`, since Hydra rejects an unquoted `~`.
 
-    In keys of mappings, Hydra rejects quotes, so there `~` is expanded instead.
+    In a key of a mapping, `~` is expanded instead, since Hydra rejects quotes in keys.
     """
     key, equals, value = line.partition("=")
     if '"' in value or "'" in value:
@@ -66,7 +66,7 @@ def map_paths(value: Any, convert: Convert) -> Any:
 
 
 def path_keys(node: dict[str, Any]) -> dict[str, bool]:
-    """Return the keys of a node that are paths; the value of a key is True if it may be a hub name instead."""
+    """Return the keys of a node whose values are paths, mapped to True if the value may also be a hub name."""
     target = node.get("_target_")
     names = names_in_annotations(target) if isinstance(target, str) else {}
     return {key: HUB_NAME in found for key, found in names.items() if key in node and found & PATH_TYPES}
@@ -81,7 +81,7 @@ def paths_of(node: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def same_paths(one: Any, other: Any) -> bool:
-    """Return True if two configurations are equal; paths are equal if they refer to the same file or folder."""
+    """Return True if two configurations are equal. Two paths are equal if they refer to the same file or folder."""
     return bool(map_paths(one, real_path) == map_paths(other, real_path))
 
 
@@ -92,10 +92,10 @@ def without_paths(config: Any) -> Any:
 
 
 def absolute(path: str) -> str:
-    """Return the absolute form of a path, `~` and `~user` expanded; URLs, fsspec chains and "" stay unchanged.
+    """Return the absolute form of a path, with `~` and `~user` expanded. URLs, fsspec chains and "" are not changed.
 
-    `..` after a symbolic link means the parent of the link's target, also if the path does not exist yet. The result
-    contains no `..`, because much code resolves `..` by removing the preceding name, which is wrong after a link.
+    `..` after a symbolic link means the parent of the link's target, even if the path does not exist yet. The result
+    contains no `..`: much code resolves `..` by removing the preceding name. This is wrong after a link.
     """
     if not path or "://" in path or "::" in path:
         return path
@@ -123,7 +123,7 @@ def real_path(path: str) -> str:
 
 
 def _for_hub(convert: Convert) -> Convert:
-    """Return `convert` for values that may be hub names: it converts only paths and leaves hub names unchanged."""
+    """Return a function that applies `convert` to paths and returns hub names unchanged."""
 
     def local(text: str) -> str:
         is_path = text.startswith(("/", ".", "~")) or os.path.exists(text)
@@ -133,7 +133,10 @@ def _for_hub(convert: Convert) -> Convert:
 
 
 def _convert(value: Any, convert: Convert) -> Any:
-    """Convert a path, or the paths in a list or mapping: the values, or the keys if it maps paths to weights."""
+    """Convert a path, or all paths in a list or a mapping.
+
+    The paths in a mapping are its values. If a mapping maps paths to weights, its keys are the paths.
+    """
     if isinstance(value, str):
         return convert(value)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Installed plug-in packages, found by the entry point `sslcli.plugins` without importing them."""
+"""Installed plug-in packages. They are found by the entry point `sslcli.plugins` and not imported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def plugins() -> tuple[str, ...]:
 
 
 def plugin_folders() -> dict[str, Path]:
-    """Return the folder `conf` of each plug-in that has one. Its subfolders have the names of the config groups."""
+    """Return the folder `conf` of each plug-in that has one. Its subfolders are named after the config groups."""
     found = {}
     for name in plugins():
         try:

@@ -17,7 +17,7 @@ from sslcli.config.settings import (
 )
 from sslcli.config.slurm import SlurmSettings
 
-Node = dict[str, Any]  # the plain values of a group, with the name of its class in `_target_`
+Node = dict[str, Any]  # plain values of a config group; `_target_` names the class
 LAUNCHERS: dict[str, type[LauncherSettings]] = {  # by `launcher.kind`
     "local": LauncherSettings,
     "multi": MultiSettings,
@@ -27,12 +27,13 @@ LAUNCHERS: dict[str, type[LauncherSettings]] = {  # by `launcher.kind`
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(RunSettings):
-    """Configuration of ssl-train: the top-level keys of `RunSettings`, the sections, and one node per built group.
+    """Configuration of ssl-train: top-level keys, sections, and one node for each group with a `_target_`.
 
     Attributes:
         values: all settings as plain values, for `config.yaml`, checkpoints and comparisons.
-        choices: the chosen file of each group.
-        digest: digest of the overrides that affect the results; part of the default run directory.
+        choices: the name of the chosen yaml file of each group.
+        digest: digest of the overrides that affect the results. The name of the default run directory contains the
+            digest.
         overrides: overrides of the command line.
     """
 
@@ -79,11 +80,11 @@ class RunConfig(RunSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(EvalSettings):
-    """Configuration of ssl-eval: the top-level keys of `EvalSettings` and one node per built group.
+    """Configuration of ssl-eval: top-level keys, and one node for each group with a `_target_`.
 
     Attributes:
-        dataset: the chosen dataset; None = the run's dataset, with `dataset_changes` applied.
-        backbone: the chosen backbone of a weight file; None = the backbone that the file records.
+        dataset: the chosen dataset. None = the run's dataset, with `dataset_changes` applied.
+        backbone: the chosen backbone for a weight file. None = the backbone that is stored in the file.
         dataset_changes: overrides of the run's dataset, see `sslcli.config.own_dataset.Change`.
     """
 

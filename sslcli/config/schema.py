@@ -1,4 +1,4 @@
-"""Validation of composed configurations beyond Hydra's own: unknown keys, types, ranges and missing values."""
+"""Validation of composed configurations: unknown keys, types, ranges and missing values. Hydra does not check these."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from sslcli.config.slurm import SlurmSettings
 from sslcli.config.targets import check_target, targets, trust_list
 from sslcli.errors import ConfigError
 
-GROUPS = {  # config groups of each command; OPTIONAL lists the groups that may be omitted
+GROUPS = {  # config groups of each command; groups in OPTIONAL may be omitted
     "train": ("method", "dataset", "backbone", "views", "optimizer", "launcher", "monitor", "mixture", "experiment"),
     "eval": ("protocol", "dataset", "backbone"),
     "export": (),
 }
 OPTIONAL = {"train": ("mixture", "experiment"), "eval": ("dataset", "backbone"), "export": ()}
-BUILT = ("method", "dataset", "backbone", "views", "optimizer", "protocol")  # have a `_target_`
+BUILT = ("method", "dataset", "backbone", "views", "optimizer", "protocol")  # groups with a `_target_`
 PLAIN: dict[str, type] = {
     "train": RunSettings,
     "eval": EvalSettings,
@@ -73,7 +73,7 @@ def check(command: str, config: dict[str, Any]) -> None:
 
 
 def check_group(group: str, node: Any) -> None:
-    """Raise ConfigError unless a group is a mapping; a group in `BUILT` also needs a valid `_target_` and keywords."""
+    """Raise ConfigError unless a group is a mapping. If it is in `BUILT`, also check its `_target_` and keywords."""
     if node is None:
         raise ConfigError(f"{group} is missing: choose one with {group}=...")
     if group in BUILT:
@@ -92,7 +92,7 @@ def check_has_target(where: str, node: Any) -> None:
 
 
 def check_node(where: str, node: dict[str, Any]) -> None:
-    """Raise ConfigError unless the keys and types of a node with a `_target_`, and of nodes inside it, are valid."""
+    """Raise ConfigError unless the keys and types of a node with a `_target_`, and of its inner nodes, are valid."""
     for name, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
             check_node(f"{where}.{name}", value)
@@ -117,7 +117,7 @@ def check_node(where: str, node: dict[str, Any]) -> None:
 
 
 def check_mixture(method: dict[str, Any], *, takes_one: bool) -> None:
-    """Raise ConfigError if the method does not support its mixture, or if the mixture is a name and not a mapping."""
+    """Raise ConfigError if the method does not support a mixture, or if `method.mixture` is not a mapping."""
     mixture = method.get("mixture")
     if mixture is not None and not takes_one:
         files = sorted((conf_folder() or Path()).glob("method/*.yaml"))
@@ -133,7 +133,7 @@ def check_mixture(method: dict[str, Any], *, takes_one: bool) -> None:
 
 
 def check_keys(where: str, node: dict[str, Any], known: Iterable[str]) -> None:
-    """Raise ConfigError for a key that is not in `known`."""
+    """Raise ConfigError if a key of `node` is not in `known`."""
     names = set(known)
     for key in node:
         if key not in names:
@@ -141,7 +141,7 @@ def check_keys(where: str, node: dict[str, Any], known: Iterable[str]) -> None:
 
 
 def check_types(where: str, node: dict[str, Any], annotations: dict[str, str]) -> None:
-    """Raise ConfigError for a value that does not fit its annotation."""
+    """Raise ConfigError if a value does not fit its annotation."""
     for key, value in node.items():
         path = f"{where}.{key}" if where else key
         if key in annotations and not fits(value, annotations[key]):
@@ -151,7 +151,7 @@ def check_types(where: str, node: dict[str, Any], annotations: dict[str, str]) -
 
 
 def build_settings(kind: type, node: Any, where: str) -> Any:
-    """Return an instance of a settings class. Raises ConfigError for unknown, missing and invalid keys."""
+    """Return an instance of a settings class. Raises ConfigError if a key is unknown, missing or invalid."""
     annotations = {f.name: str(f.type) for f in fields(kind)}
     if not isinstance(node, dict):
         raise ConfigError(f"{where} is {node!r}, but it must be a mapping with the keys: {', '.join(annotations)}")

@@ -1,7 +1,7 @@
-"""Settings of the commands outside of config groups: types and valid ranges. This module does not import torch.
+"""Types and valid ranges of the settings that belong to no config group. This module does not import torch.
 
-The yaml files hold the values, these classes validate them. A test checks that `conf/train.yaml` and `TrainSettings`
-have the same keys.
+The yaml files contain the values, and the classes of this module validate the values. A test checks that
+`conf/train.yaml` and `TrainSettings` have the same keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
 EXPORTS = ("backbone", "method")
 RESUME = ("auto", "never", "must")
 DIRECTIONS = ("auto", "max", "min")
-# Scalars of a run, each with "max" if the highest value is best, "min" if the lowest value is best.
+# Scalars of a run. "max" means that the highest value is best, "min" that the lowest value is best.
 KNOWN_METRICS = {
     "monitor/knn_top1": "max",
     "monitor/knn_top5": "max",
@@ -32,7 +32,7 @@ KNOWN_METRICS = {
     "train/images_per_s": "max",
     "train/data_wait": "min",
 }
-# Keys that affect the execution of a run but not its results; all keys below them are included.
+# Keys that affect the execution of a run but not its results. A section stands for all of its keys.
 NEUTRAL = (
     "about",
     "sweep",
@@ -66,7 +66,7 @@ def check_range(
     least: float | None = None,
     most: float | None = None,
 ) -> None:
-    """Raise ConfigError unless `value` is None, or finite, > `above`, >= `least` and <= `most`."""
+    """Raise ConfigError unless `value` is None, or finite and > `above`, >= `least` and <= `most`."""
     if value is None:
         return
     if not math.isfinite(value):
@@ -87,13 +87,13 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise ConfigError unless the device name is valid; its availability is checked later."""
+    """Raise ConfigError unless the device name is valid. Whether the device is available is checked later."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise ConfigError(f"device is {device!r}, but it must be one of: auto, cpu, cuda, cuda:N (N = 0, 1, ...), mps")
 
 
 def check_checkpoint(checkpoint: str | int) -> None:
-    """Raise ConfigError unless the value is "last" or a step; whether the checkpoint exists is checked later."""
+    """Raise ConfigError unless the value is "last" or a step. Whether the checkpoint exists is checked later."""
     if isinstance(checkpoint, int):
         check_range("checkpoint", checkpoint, least=0)
     elif checkpoint != "last":
@@ -101,7 +101,7 @@ def check_checkpoint(checkpoint: str | int) -> None:
 
 
 def seconds(name: str, value: str | float | None) -> float | None:
-    """Return a duration in seconds from `90`, `"90s"`, `"10m"`, `"1.5h"`, `"2d"`; None stays None."""
+    """Convert a duration such as `90`, `"90s"`, `"10m"`, `"1.5h"` or `"2d"` to seconds. Return None for None."""
     if value is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))
@@ -116,10 +116,10 @@ class TrainSettings:
 
     epochs: int
     max_steps: int | None  # overrides `epochs`
-    max_time: str | float | None  # time limit: stop with exit code 75; run again to resume
+    max_time: str | float | None  # time limit; the run then stops with exit code 75
     batch_size: int  # images per optimizer step, over all processes and micro-batches
     accumulate: int  # micro-batches per optimizer step
-    cached_gradients: bool  # one loss over all micro-batches, for methods with in-batch negatives
+    cached_gradients: bool  # compute one loss over all micro-batches, for in-batch negatives
     precision: str
     compile: bool
     sharding: str  # fsdp: shard parameters, gradients and optimizer state over the processes
@@ -179,11 +179,11 @@ class TrainSettings:
 class MonitorSettings:
     """Keys `monitor.*`."""
 
-    knn_every_epochs: int  # epochs between measurements; 0 = never, not even at the end
+    knn_every_epochs: int  # epochs between k-NN evaluations; 0 = never, not even at the end
     knn_k: int
     knn_temperature: float
-    knn_images: int | None  # at most this many training images form the bank; None = all
-    health_every_steps: int  # steps between measurements; 0 = never
+    knn_images: int | None  # maximum number of training images in the bank; None = all
+    health_every_steps: int  # steps between health checks; 0 = never
     on_collapse: str
     pictures: int  # images in the picture of the augmented views; 0 = none
 
@@ -198,11 +198,11 @@ class MonitorSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LauncherSettings:
-    """Keys `launcher.*` of every launcher; `launcher=local` has no others."""
+    """Keys `launcher.*` that all launchers have. `launcher=local` has only these keys."""
 
     kind: str
     timeout: str | float
-    threads: int | None  # CPU threads per process; None: the cores divided equally
+    threads: int | None  # CPU threads per process; None: an equal part of the cores
 
     def __post_init__(self) -> None:
         check_range("launcher.threads", self.threads, least=1)

@@ -1,4 +1,7 @@
-"""Parameters of the class of a `_target_`, read from its source text without importing torch or user code."""
+"""Parameters of the class that a `_target_` names.
+
+They are read from the source text of the class, without importing torch or code of the user.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +45,9 @@ def parameters_of(target: str) -> Parameters | None:
 
 @lru_cache
 def names_in_annotations(target: str) -> dict[str, frozenset[str]]:
-    """Return the names in the annotation of each keyword, including those of type aliases and base classes.
+    """Return the names in the annotation of each keyword. Type aliases and base classes are included.
 
-    For a constructor with `**kwargs`, only the keywords that its source text declares are included.
+    If a constructor has `**kwargs`, the result contains only the keywords that the source text declares.
     """
     module, _, name = target.rpartition(".")
     found: dict[str, frozenset[str]] = {}
@@ -76,7 +79,7 @@ def _annotations(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _names(annotation: ast.expr, module: str, depth: int) -> frozenset[str]:
-    """Return the names in an annotation in `module`; type aliases are followed to their definitions."""
+    """Return the names in an annotation in `module`. Type aliases are replaced by their definitions."""
     found: set[str] = set()
     for node in ast.walk(annotation):
         if isinstance(node, ast.Attribute):
@@ -93,7 +96,7 @@ def _names(annotation: ast.expr, module: str, depth: int) -> frozenset[str]:
 
 
 def _definition(module: str, name: str, depth: int) -> tuple[str, ast.stmt] | None:
-    """Return the module and the statement that define `name` of `module`, or None. Imports are followed."""
+    """Return the module and the statement that define `name`, as seen from `module`, or None. Imports are followed."""
     tree = _tree(module)
     if tree is None or depth <= 0:
         return None
@@ -112,7 +115,7 @@ def _definition(module: str, name: str, depth: int) -> tuple[str, ast.stmt] | No
 
 
 def source_of(module: str) -> Path | None:
-    """Return the source file of a module, or None if it is not found. Imports neither the module nor its parents."""
+    """Return the source file of a module, or None if the file is not found. Nothing is imported."""
     package, *rest = module.split(".")
     try:
         spec = find_spec(package) if package else None
@@ -140,7 +143,7 @@ def _tree(module: str) -> ast.Module | None:
 
 
 def _find(module: str, name: str, depth: int) -> Parameters | None:
-    """Return the keywords of `name` of `module`, or None if they are unknown. Imports are followed."""
+    """Return the keywords of `name` in `module`, or None if the keywords are unknown. Imports are followed."""
     tree = _tree(module)
     if tree is None or depth == 0:
         return None
@@ -174,7 +177,7 @@ def _class(module: str, node: ast.ClassDef, depth: int) -> Parameters | None:
     if init is not None and (not node.bases or module.split(".")[0] != "sslcli"):
         return None  # classes of other packages may read keywords from **kwargs
     found: Parameters = {}
-    for base in node.bases:  # **kwargs are passed on to the base classes
+    for base in node.bases:  # the constructor passes **kwargs to its base classes
         inherited = _find(module, base.id, depth - 1) if isinstance(base, ast.Name) else None
         if inherited is None:
             return None
@@ -194,7 +197,7 @@ def _class(module: str, node: ast.ClassDef, depth: int) -> Parameters | None:
 
 
 def _set_keywords(init: ast.FunctionDef) -> set[str]:
-    """Return the keywords that a constructor sets itself in its call of `super().__init__`."""
+    """Return the keywords that a constructor passes to `super().__init__`."""
     calls = [node for node in ast.walk(init) if isinstance(node, ast.Call)]
     above = [call for call in calls if ast.unparse(call.func) == "super().__init__"]
     return {keyword.arg for call in above for keyword in call.keywords if keyword.arg is not None}

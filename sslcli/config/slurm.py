@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from sslcli.config.settings import LauncherSettings, check_range, seconds
 from sslcli.errors import ConfigError
 
-LONGEST_WARNING = 65535  # seconds, the maximum of sbatch --signal
-SET_BY_US = {  # directives that the batch script writes itself -> the key that sets the value
+LONGEST_WARNING = 65535  # seconds; maximum time that sbatch --signal accepts
+SET_BY_US = {  # sbatch option in the batch script -> key that sets the option
     "nodes": "launcher.nodes",
     "ntasks": "launcher.processes_per_node",
     "ntasks-per-node": "launcher.processes_per_node",
@@ -76,7 +76,7 @@ class SlurmSettings(LauncherSettings):
             check_directive(line)
 
     def check_times(self) -> None:
-        """Raise ConfigError unless the time limit exceeds the time reserved for stopping."""
+        """Raise ConfigError unless the time limit of the job is longer than the time reserved for stopping."""
         limit, before = time_limit("launcher.time", self.time), self.warning
         if not 0 < before <= LONGEST_WARNING:
             raise ConfigError(f"launcher.stop_before is {self.stop_before!r}, but it must be between 1s and 18h")
@@ -93,15 +93,15 @@ class SlurmSettings(LauncherSettings):
 
     @property
     def warning(self) -> int:
-        """Seconds between the signal and the end of the time limit."""
+        """Seconds between the warning signal and the end of the time limit."""
         return round(seconds("launcher.stop_before", self.stop_before) or 0)
 
 
 def time_limit(name: str, value: str | int | None) -> int | None:
     """Return a time limit in seconds, or None for no limit.
 
-    Accepted are `90m`, `1.5h` and Slurm's D-HH:MM:SS, HH:MM:SS, MM:SS. A number without a unit is rejected, since it
-    means minutes in Slurm and seconds in train.max_time.
+    The accepted formats are `90m`, `1.5h`, and Slurm's D-HH:MM:SS, HH:MM:SS and MM:SS. A number without a unit is
+    rejected, since Slurm reads it as minutes, but train.max_time reads it as seconds.
     """
     if value is None:
         return None
@@ -121,7 +121,7 @@ def time_limit(name: str, value: str | int | None) -> int | None:
 
 
 def check_directive(line: str) -> None:
-    """Raise ConfigError unless a line of launcher.extra is an sbatch option, and no other key sets this option."""
+    """Raise ConfigError if a line of launcher.extra is not an sbatch option, or if another key sets the option."""
     match = re.match(r"--([\w-]+)|-(\w)", line)
     if match is None or not line.isprintable():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Search for `_target_` entries in a configuration, and checks that they name classes of trusted packages."""
+"""Search for `_target_` entries in a configuration, and checks that they name classes in trusted packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sslcli.errors import ConfigError
 
 
 def trust_list(value: Any) -> list[str]:
-    """Return the value of `trust` as a list of package names. Raises ConfigError for any other value."""
+    """Return the value of `trust` as a list of package names. Raises ConfigError if the value has another type."""
     if not fits(value, "list[str]") or not all(value):
         raise ConfigError(f"trust is {value!r}, but it must be a list of package names, as in trust=[torch,mypackage]")
     return list(value)
@@ -35,7 +35,7 @@ def check_target(target: Any, trust: Iterable[str], where: str) -> None:
 
 
 def targets(where: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (path, target) for every `_target_` at any depth. Raises ConfigError for a mandatory value (???)."""
+    """Yield (path, target) for every `_target_` at any depth. Raises ConfigError if a mandatory value is not set."""
     if value == "???":
         raise ConfigError(f"{where} has no value, but it is mandatory: set it with {where}=...")
     if isinstance(value, dict):

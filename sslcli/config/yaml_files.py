@@ -1,4 +1,4 @@
-"""Reading and writing of yaml files with OmegaConf, for packages that do not import it."""
+"""Reading and writing of yaml files, for packages that must not import OmegaConf."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from sslcli.errors import ConfigError
 
 
 def load_yaml(path: Path) -> Any:
-    """Return the content of a yaml file as plain values, interpolations unresolved. Raise ConfigError if unreadable."""
+    """Return the content of a yaml file as plain values, without resolving interpolations.
+
+    Raises ConfigError if the file cannot be read.
+    """
     try:
         return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
