@@ -11,9 +11,9 @@ from sslcli.distributed.collectives import exchange, rank, world_size
 class BatchShuffle:
     """Random permutation of the W * N images of a step, identical on all processes (shuffling BN, MoCo sec. 3.3).
 
-    W is the number of processes, N the number of images per process. The permutation depends only on `draw` and W * N,
-    so it does not change if a run is resumed, or if the same batch is split over another number of processes. Each row
-    is sent only to the process that needs it, so the traffic per process does not grow with W.
+    W is the number of processes, and N is the number of images per process. The permutation depends only on `draw` and
+    W * N. It does not change if a run is resumed, or if the batch is split over another number of processes. Each row
+    is sent only to the process that needs the row. Therefore the traffic per process does not grow with W.
     """
 
     def __init__(self, num_rows: int, draw: int, device: torch.device) -> None:
@@ -30,12 +30,12 @@ class BatchShuffle:
     def shuffle(self, rows: Tensor) -> Tensor:
         """Return this process's part (N, ...) of the shuffled batch, without gradient.
 
-        rows: (N, ...) this process's part of the batch in its original order.
+        `rows` (N, ...) is this process's part of the batch in the original order.
         """
         there = exchange(rows.detach()[self.leaving], self.sent, self.received)
         return there[self.arriving.argsort()]
 
     def restore(self, rows: Tensor) -> Tensor:
-        """Return this process's part (N, ...) of the batch in its original order: the inverse of `shuffle`."""
+        """Invert `shuffle`: return this process's part (N, ...) of the batch in the original order."""
         back = exchange(rows.detach()[self.arriving], self.received, self.sent)
         return back[self.leaving.argsort()]

@@ -1,8 +1,9 @@
 """Distributed functions: rank, world size, collectives with and without gradient, and exchange of rows.
 
-With a single process, all collectives return their input. Rows of a gathered tensor are in rank order. Therefore, if a
-global batch was split into contiguous parts, gathering the parts restores its order. Shapes: N rows per process, W
-processes.
+With a single process, all collectives return their input. Rows of a gathered tensor are in rank order. If a global
+batch was split into contiguous parts, gathering the parts therefore restores the original order.
+
+Shapes: N rows per process, W processes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Return True on rank 0, the main process, which writes files and prints."""
+    """Return True on rank 0. Rank 0 is the main process: it writes files and prints."""
     return rank() == 0
 
 
@@ -68,10 +69,11 @@ class _GatherWithGrad(torch.autograd.Function):
 
 
 def all_gather_with_grad(rows: Tensor) -> Tensor:
-    """Gather the rows (N, ...) of all processes to (W * N, ...). The gradient is that of the sum of all their losses.
+    """Gather the rows (N, ...) of all processes to (W * N, ...), with gradient.
 
-    Let each process compute the mean loss over its own rows, and let the gradients be averaged over processes, as in
-    DistributedDataParallel. Then the result is exactly the gradient of a single process with the global batch.
+    The backward pass computes the gradient of the sum of the losses of all processes. Assume that each process computes
+    the mean loss over its own rows, and that DistributedDataParallel averages the gradients over processes. Then the
+    averaged gradient is exactly the gradient of a single process with the global batch.
     """
     return rows if world_size() == 1 else _GatherWithGrad.apply(rows)
 
@@ -99,7 +101,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gather_objects(mine: T) -> list[T]:
-    """Gather one picklable object from each process; return all of them, in rank order."""
+    """Gather one picklable object from each process. Return the list of all objects in rank order."""
     if world_size() == 1:
         return [mine]
     everyone: list[Any] = [None] * world_size()
@@ -117,9 +119,10 @@ def broadcast_objects(values: list[Any]) -> None:
 
 @torch.no_grad()
 def exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-    """Send `sent[r]` consecutive rows of `rows` to each rank r; return the rows received from all ranks, by rank.
+    """Send `sent[r]` consecutive rows of `rows` to each rank r. Return the rows received from all ranks in rank order.
 
-    rows: (N, ...), with N = sum(sent). The result is (sum(received), ...), with `received[r]` rows from rank r.
+    `rows` has shape (N, ...), with N = sum(sent). The result has shape (sum(received), ...) and contains `received[r]`
+    rows from rank r.
     """
     if world_size() == 1:
         return rows

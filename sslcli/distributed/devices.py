@@ -1,4 +1,4 @@
-"""Selection of a process's device, deterministic kernels, and the number of CPU threads."""
+"""Device of a process, deterministic kernels, and number of CPU threads."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sslcli.system import cpu
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of this process, for CUDA with an index.
+    """Return the device of this process. A CUDA device has an index.
 
-    "auto" selects CUDA if it is available, else the CPU (never MPS, which is untested). Raises ConfigError if the
-    device is not available; the message lists the available kinds of devices.
+    "auto" selects CUDA if CUDA is available, else the CPU. "auto" never selects MPS, because MPS is untested. Raises
+    ConfigError if the device is not available. The message lists the available kinds of devices.
     """
     if name == "auto":
         name = "cuda" if "cuda" in available() else "cpu"
@@ -40,7 +40,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def available() -> list[str]:
-    """Return the kinds of devices that this machine has."""
+    """Return the kinds of devices of this machine."""
     kinds = ["cpu"]
     if torch.cuda.is_available():
         kinds.append("cuda")
@@ -52,8 +52,8 @@ def available() -> list[str]:
 def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False) -> None:
     """Set the device of this process, and enable deterministic kernels if `deterministic` is True.
 
-    torch then warns about operations without a deterministic kernel. If `compiled` is True, the setting also applies to
-    torch.compile, whose import takes seconds.
+    With `deterministic`, torch warns about operations that have no deterministic kernel. If `compiled` is True, the
+    setting also applies to torch.compile. This case imports torch.compile, which takes seconds.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -67,5 +67,5 @@ def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False
 
 
 def set_threads(threads: int | None) -> None:
-    """Set the number of CPU threads to `threads`. With None, each process gets an equal fraction of the cores."""
+    """Set the number of CPU threads of torch. With None, each process gets an equal fraction of the cores."""
     torch.set_num_threads(threads or cpu.cores_per_process())

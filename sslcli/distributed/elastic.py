@@ -1,4 +1,4 @@
-"""Start of several processes per node under torch's elastic agent, with restarts after a crash."""
+"""Launch of several processes per node with torch's elastic agent, with restarts after a crash."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ HINT = "The usual cause of SIGKILL is too little memory"
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Address and name with which the agents of all nodes find each other."""
+    """Address and name that the agents of all nodes use to find each other."""
 
-    name: str  # the same on all nodes, and different for each start
+    name: str  # identical on all nodes, different for each start
     nodes: int = 1
     node: int = 0  # rank of this node
     endpoint: str = "localhost:0"  # host:port of node 0
@@ -38,17 +38,17 @@ def run_processes(
     on_message: Callable[[str], None],
     rendezvous: Rendezvous | None = None,
 ) -> int:
-    """Run `python ARGUMENTS` in several processes on this node and return one exit code for all of them.
+    """Run `python ARGUMENTS` in several processes on this node. Return one exit code for all processes.
 
     Args:
         processes: number of processes; None = one per device.
-        max_restarts: if a process crashes or is killed, all processes are restarted, at most this many times. A failure
-            that would repeat (an invalid configuration, a failed training) does not cause a restart. Each start has its
-            own agent, because torch's agent restarts processes after any exit code.
+        max_restarts: maximum number of restarts. If a process crashes or is killed, all processes are restarted. A
+            failure that would repeat (an invalid configuration, a failed training) does not cause a restart. Each start
+            has its own agent, because torch's agent restarts processes after any exit code.
         on_message: called with the reason for each restart, and with the reason for the last crash.
-        rendezvous: for a run on several nodes. Call this function on all of them. After a crash, it returns EXIT_LOST.
-            The agent then ignores SIGUSR1 and SIGUSR2, because the scheduler sends them to every process of the job;
-            the processes handle them and agree on the step after which they stop.
+        rendezvous: for a run on several nodes. Call this function on all nodes. After a crash, this function returns
+            EXIT_LOST. With `rendezvous`, the agent ignores SIGUSR1 and SIGUSR2, because the scheduler sends these
+            signals to every process of the job. The processes handle the signals and stop after the same step.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -60,14 +60,14 @@ def run_processes(
         raise SignalException(f"got signal {signum}", signal.SIGTERM)  # the agent itself does this on SIGTERM
 
     schedulers = (signal.SIGUSR1, signal.SIGUSR2)
-    # nohup makes the command ignore SIGHUP, but torch's agent installs its own handler. Therefore block SIGHUP, too.
+    # nohup makes the command ignore SIGHUP, but torch's agent installs its own handler. Therefore SIGHUP is blocked.
     nohup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, nohup)
     before = {number: signal.signal(number, forward if rendezvous is None else signal.SIG_IGN) for number in schedulers}
     environment = dict(os.environ)
     # The agent kills processes that take longer than this timeout to save and exit.
     os.environ |= {AGENT: str(os.getpid()), START_TIME: str(time.monotonic()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print why they end
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print their own errors
     try:
         for restart in range(max_restarts + 1):
             os.environ[RESTARTS] = str(int(environment.get(RESTARTS, 0)) + restart)
@@ -83,7 +83,7 @@ def run_processes(
         os.environ |= environment
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in nohup:  # otherwise torch's handler would receive the signals that arrived while blocked
+        for number in nohup:  # otherwise torch's handler would receive signals that arrived while they were blocked
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if crashed(codes) and rendezvous is not None:  # the command that started the nodes may restart all of them
@@ -96,7 +96,7 @@ def run_processes(
 
 
 def run_once(arguments: list[str], count: int, rendezvous: Rendezvous) -> dict[int, int]:
-    """Run `python ARGUMENTS` in `count` processes. Return the exit codes, by rank, of the first failures or {}."""
+    """Run `python ARGUMENTS` in `count` processes. Return the exit codes of the first failures by rank; {} if none."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -126,21 +126,21 @@ def run_once(arguments: list[str], count: int, rendezvous: Rendezvous) -> dict[i
 
 
 def first_failures(codes: dict[int, int]) -> dict[int, int]:
-    """Remove the processes that the agent ended by SIGTERM from `codes`, unless no other process remains."""
+    """Remove from `codes` the processes that the agent ended by SIGTERM, unless no other process would remain."""
     return {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes
 
 
 def crashed(codes: dict[int, int]) -> bool:
-    """Return True if a restart is useful, because the failure may not repeat.
+    """Return True if a restart is useful because the failure may not repeat.
 
-    codes: the exit codes by rank. A negative code is the number of the signal that ended the process.
+    `codes` holds the exit codes by rank. A code -n means that signal n ended the process.
     """
     is_final = bool({EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED} & set(codes.values()))
     return not is_final and any(code < 0 or code == EXIT_LOST for code in codes.values())
 
 
 def describe_exits(codes: dict[int, int]) -> str:
-    """Return a message that says for each rank how its process ended."""
+    """Return a message that describes the exit code of each rank."""
     return ", ".join(f"process {rank} {describe_exit(code)}" for rank, code in sorted(codes.items()))
 
 

@@ -1,7 +1,7 @@
 """Rank, process group and start time of a process, for any launcher.
 
-This module reads only RANK, LOCAL_RANK, WORLD_SIZE and MASTER_*, which every launcher sets, and optional variables of
-our own agent and torchrun.
+This module reads the environment variables RANK, LOCAL_RANK, WORLD_SIZE and MASTER_*. Every launcher sets these
+variables. The module also reads optional variables of our own agent and of torchrun.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sslcli.system import child_processes
 AGENT = "SSLCLI_AGENT"  # process id of the agent
 START_TIME = "SSLCLI_BEGUN"  # start time of the agent, by time.monotonic
 RESTARTS = "SSLCLI_RESTARTS"  # number of earlier starts of the processes
-EXIT_LOST = 4  # exit code with which a process requests a restart from our agent; the user sees EXIT_FAILED
+EXIT_LOST = 4  # a process requests a restart from our agent with this exit code; the user sees EXIT_FAILED
 
 
 def is_launched() -> bool:
@@ -32,12 +32,12 @@ def is_launched() -> bool:
 
 
 def number() -> int:
-    """Return the rank of this process, also before the process group is initialized; 0 is the main process."""
+    """Return the rank of this process; 0 is the main process. This works before the process group is initialized."""
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def lost_contact(error: RuntimeError) -> bool:
-    """Return True if `error` is one that torch raises after another process of the run has ended."""
+    """Return True if torch raised `error` because another process of the run has ended."""
     return is_launched() and (
         isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed" in str(error)
     )
@@ -45,16 +45,16 @@ def lost_contact(error: RuntimeError) -> bool:
 
 @contextmanager
 def process_group(device: torch.device, *, limit: float, end: Callable[[str], None]) -> Iterator[None]:
-    """Initialize the process group for the duration of the block, if the run has several processes.
+    """Initialize the process group for the duration of the `with` block, if the run has several processes.
 
-    `end(message)` is called on each process, from a thread, after `limit` seconds without progress; see `watchdog`.
+    After `limit` seconds without progress, a thread of each process calls `end(message)`; see the module `watchdog`.
     """
     if not is_launched():
         with watchdog.watched_alone(limit=limit, end=end):
             yield
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        child_processes.kill_with_parent(os.getppid())  # the parent is the agent, either ours or that of torchrun
+        child_processes.kill_with_parent(os.getppid())  # the parent is our agent or the agent of torchrun
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = watchdog.join(limit)
     with watchdog.watched(store, rank=number(), size=int(os.environ["WORLD_SIZE"]), limit=limit, end=end):
@@ -71,7 +71,7 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
 
 
 def die_with_parent() -> None:
-    """Make this process end together with our agent, which started it, even if the agent is killed by SIGKILL."""
+    """End this process when our agent ends, even if SIGKILL ends the agent. The agent has started this process."""
     child_processes.kill_with_parent(int(os.environ[AGENT]))
 
 
@@ -88,6 +88,6 @@ def start_time() -> float:
 def exit_lost() -> int:
     """Return the exit code for a process that lost contact with another process of the run.
 
-    Under our agent it is EXIT_LOST, after which the agent may restart all processes.
+    Under our agent, the exit code is EXIT_LOST. The agent may then restart all processes.
     """
     return EXIT_LOST if AGENT in os.environ else EXIT_FAILED

@@ -1,8 +1,8 @@
-"""Watchdog that ends a run if a rank stalls, and reports which rank.
+"""Watchdog that ends a run if a rank stalls, and reports the stalled rank.
 
 If a rank does not join a collective, all other ranks wait in this collective and cannot check for a timeout. Therefore
-each rank counts its actions, and a separate thread publishes the counts in a store that all ranks share. If no rank
-makes progress within the time limit, the threads find the stalled ranks, report them, and end the processes.
+each rank counts its actions. A watchdog thread of each rank publishes the counts in a store that all ranks share. If no
+rank makes progress within the time limit, the watchdog threads report the stalled ranks and end the processes.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from sslcli.errors import TrainingFailed
 
 SLOWEST = 10.0  # maximum seconds between two checks
 CHECKS = 20  # minimum number of checks within the time limit
-SLACK = 5.0  # seconds added to the time limit, so that the timeout of data workers expires first
+SLACK = 5.0  # seconds added to the time limit; the timeout of data workers then expires first
 IMAGES = "the images"  # prefix of `Progress.place` while a process waits for images
 SILENCE = 3  # number of checks without a new heartbeat after which a process counts as stopped
 
 
 @dataclass
 class Progress:
-    """Published state of a process."""
+    """State of a process, as published in the store."""
 
     collectives: int = 0  # number of collectives that the process has entered
-    actions: int = 0  # number of all recorded actions
+    actions: int = 0  # number of recorded actions, including collectives
     place: str = "the start"
     beats: int = 0  # number of heartbeats of its watchdog thread, which also runs while the process waits
     host: str = ""
@@ -45,7 +45,7 @@ _own = Progress()
 
 
 def report_progress(place: str = "") -> None:
-    """Record an action of this process. If `place` is given, also record what the process does now."""
+    """Record an action of this process. If `place` is not empty, record it as the current activity of the process."""
     _own.actions += 1
     _own.place = place or _own.place
 
@@ -59,11 +59,11 @@ def record_collective() -> None:
 def join(limit: float) -> Store:
     """Wait until all processes of the run have joined, and return the store that they share.
 
-    Raises TrainingFailed, with the missing ranks, after `limit` seconds.
+    Raises TrainingFailed if a process has not joined after `limit` seconds. The message contains the missing ranks.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # if "True", the agent hosts it
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # "True": the agent hosts the store
     try:
         store: Store = TCPStore(
             host,
@@ -95,9 +95,10 @@ def join(limit: float) -> Store:
 
 @contextmanager
 def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[str], None]) -> Iterator[None]:
-    """Call `end(message)` from a thread if no process makes progress for `limit` seconds within the block.
+    """Watch all processes within the `with` block. A thread calls `end(message)` if no process makes progress.
 
-    `end` is called on every process. The message is empty on all processes except the one that reports the stall.
+       `end` is called after `limit` seconds without progress, on every process. One process reports the stall and passes a
+    message. All other processes pass an empty string.
     """
     if size == 1:  # there is no other rank to watch
         with watched_alone(limit=limit, end=end):
@@ -109,11 +110,11 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
 
 @contextmanager
 def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]:
-    """Call `end(message)` from a thread if a single-process run waits too long for images within the block.
+    """Watch a single-process run within the `with` block. A thread calls `end(message)` after a long wait for images.
 
-    The wait is too long after `limit` + `SLACK` seconds. This watches images that the process reads itself. If data
-    workers read them, their own timeout expires first and ends the run more gracefully. Other actions of a process are
-    not watched, because they have no known maximum duration.
+    A wait is too long if it exceeds `limit` + `SLACK` seconds. This function is for images that the process itself
+    reads. If data workers read the images, the timeout of the workers expires first and ends the run more gracefully.
+    Other actions of a process are not watched, because their maximum duration is not known.
     """
     with in_thread(watch_image_waits, limit, end):
         yield
@@ -121,9 +122,9 @@ def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]
 
 @contextmanager
 def in_thread(act: Callable[..., None], *arguments: object) -> Iterator[None]:
-    """Run `act(*arguments, closing)` in a thread during the block.
+    """Run `act(*arguments, closing)` in a thread during the `with` block.
 
-    After the block, the event `closing` is set and the thread is joined.
+    At the end of the `with` block, the event `closing` is set and the thread is joined.
     """
     closing = threading.Event()
     thread = threading.Thread(target=act, args=(*arguments, closing), daemon=True)
@@ -155,15 +156,15 @@ def watch_image_waits(limit: float, end: Callable[[str], None], closing: threadi
 def watch_ranks(
     store: Store, rank: int, size: int, limit: float, end: Callable[[str], None], closing: threading.Event
 ) -> None:
-    """Publish the progress of this process and, while it makes none, check the progress of the others.
+    """Publish the progress of this process. While it makes no progress, check the progress of the other processes.
 
-    The waiting time is the number of checks times their interval, not the time of a clock. Otherwise the time in which
-    this process itself, or its machine, was suspended would count as waiting for the others.
+    The waiting time is the number of checks times the interval between checks. It is not measured by a clock, because
+    a clock would also count the time in which this process or its machine was suspended.
     """
     interval = min(limit / CHECKS, SLOWEST)
     still, beats, before = 0.0, 0, _own.actions
     known: dict[int, Progress] = {}
-    silent: Counter[int] = Counter()  # by rank: number of checks since its last heartbeat
+    silent: Counter[int] = Counter()  # rank -> number of checks since the last heartbeat of this rank
     while not closing.wait(interval):
         beats += 1
         own = replace(_own, beats=beats)
@@ -199,7 +200,7 @@ def read(store: Store, size: int) -> dict[int, Progress]:
 
 
 def stall_message(rank: int, found: dict[int, Progress], silent: set[int], limit: float) -> str:
-    """Return the message that names the stalled processes, or "" if another process reports them."""
+    """Return the message that names the stalled processes. Return "" if another process reports the stall."""
     remedy = (
         "the steps since the last checkpoint are lost. Run the same command again to resume, with a larger "
         "launcher.timeout if the step was only slow"

@@ -1,4 +1,4 @@
-"""BatchNorm variants: statistics over groups of images (as on several GPUs), and statistics over all processes."""
+"""BatchNorm variants with statistics over groups of images (as on several GPUs) or over all processes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sslcli.nn.modes import full_precision
 
 
 class SplitBatchNorm(_BatchNorm):
-    """BatchNorm that normalizes contiguous groups of about `group` images, each with its own statistics.
+    """BatchNorm that normalizes contiguous groups of about `group` images. Each group has its own statistics.
 
-    It is equivalent to BatchNorm on several processes without synchronization: one process with two groups gives the
-    same result as two processes with one group each. The running statistics are the mean over the groups.
+    The layer is equivalent to BatchNorm on several processes without synchronization. For example, one process with two
+    groups gives the same result as two processes with one group each. The running statistics are the mean over groups.
     """
 
     group = 32
@@ -31,17 +31,17 @@ class SplitBatchNorm(_BatchNorm):
     def num_groups(self, num_images: int) -> int:
         """Return the number of groups of a local batch.
 
-        There are at least 2 groups over all processes, because shuffling has no effect with a single group.
+        The number of groups over all processes is at least 2, because shuffling has no effect with a single group.
         """
         fewest = 2 if collectives.world_size() == 1 else 1
         return max(fewest, round(num_images / self.group))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, C, ...) over the batch; returns the same shape."""
+        """Normalize (N, C, ...) over each group of the batch. The output has the shape of the input."""
         if not self.training or len(input) < 4:
             return super().forward(input)
         sizes = [len(rows) for rows in torch.arange(len(input)).tensor_split(self.num_groups(len(input)))]
-        chunks = torch.split(input, sizes)  # its backward is one concatenation; that of slices sums zero-padded parts
+        chunks = torch.split(input, sizes)  # faster than slices: backward of split is one concatenation
         means = self.running_mean.repeat(len(chunks), 1)  # type: ignore[union-attr]
         variances = self.running_var.repeat(len(chunks), 1)  # type: ignore[union-attr]
         out = torch.cat(
@@ -60,7 +60,8 @@ class SplitBatchNorm(_BatchNorm):
 def average_statistics(module: nn.Module) -> None:
     """Replace the running statistics of all SplitBatchNorm layers by their mean over processes, in one all-reduce.
 
-    Running statistics are linear in the batch statistics. Therefore the result equals that of a single process.
+    Running statistics are linear in the batch statistics. Therefore the mean equals the statistics that a single
+    process would compute.
     """
     parts = [part for part in module.modules() if isinstance(part, SplitBatchNorm)]
     if collectives.world_size() == 1 or not parts:
@@ -106,13 +107,14 @@ class _SyncNormalize(torch.autograd.Function):
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm over the global batch on any device (torch.nn.SyncBatchNorm supports only GPUs).
+    """BatchNorm over the global batch on any device. (torch.nn.SyncBatchNorm supports only GPUs.)
 
-    It is not a subclass of torch.nn.SyncBatchNorm, because DistributedDataParallel rejects those on the CPU.
+    This class is not a subclass of torch.nn.SyncBatchNorm, because DistributedDataParallel rejects such subclasses on
+    the CPU.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, C, ...) over the batch; returns the same shape."""
+        """Normalize (N, C, ...) over the global batch. The output has the shape of the input."""
         world_size, momentum = collectives.world_size(), self.momentum or 0.0
         state = (self.running_mean, self.running_var)
         if self.training:
@@ -133,8 +135,8 @@ class SyncBatchNorm(_BatchNorm):
 def convert_batch_norm(module: nn.Module, kind: type[_BatchNorm]) -> Any:
     """Convert every BatchNorm inside `module` to the class `kind`, in place.
 
-    The classes differ only in `forward`. The conversion assigns the new class; parameters, buffers and names do not
-    change.
+    The BatchNorm classes differ only in `forward`. The conversion only changes the class of each layer. Parameters,
+    buffers and names do not change.
     """
     for part in module.modules():
         if type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):

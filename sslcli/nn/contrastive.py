@@ -1,4 +1,4 @@
-"""Losses that two or more methods use, most of them contrastive.
+"""Losses that two or more methods use. Most of these losses are contrastive.
 
 Shapes: N anchors, M negatives, D embedding size.
 """
@@ -14,12 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_VALUES = 1 << 22  # maximum number of similarities in memory at once: 16 MB in float32
-MIN_TEMPERATURE = 0.05  # minimum temperature at which sums of exp(1 / temperature) stay far below the float32 maximum
-CPU_BLOCK = (256, 4096)  # queries and negatives per block of similarities, small enough for the CPU caches
+MIN_TEMPERATURE = 0.05  # at this temperature, sums of exp(1 / temperature) are still far below the float32 maximum
+CPU_BLOCK = (256, 4096)  # (queries, negatives) per block of similarities; such a block fits the CPU caches
 
 
 class Contrast(NamedTuple):
-    """Result of a contrastive loss: mean loss, and the fraction of anchors whose positive has the largest logit."""
+    """Result of a contrastive loss.
+
+    The fields are the mean loss, and the fraction of anchors whose positive has the largest logit.
+    """
 
     loss: Tensor
     accuracy: Tensor
@@ -74,12 +77,16 @@ def _by_rows(
     exclude: Tensor | None,
     grad_negatives: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three values per query, computed in blocks of queries, each with all negatives.
+    """Compute three values per query, in blocks of queries. Each block uses all negatives.
 
-    These are the largest negative logit (N,), the log-sum-exp over positive and negatives (N,), and the mean of the
-    negatives, weighted by softmax probabilities (N, D). `scaled_query` is query / temperature. If `grad_negatives`
-    (M, D) is given, the gradient of the summed losses with respect to the negatives is added to it. This gradient is
-    the sum of the scaled queries, weighted by softmax probabilities.
+    Returns:
+        The largest negative logit (N,).
+        The log-sum-exp over the positive and the negatives (N,).
+        The mean of the negatives, weighted by softmax probabilities (N, D).
+
+    `scaled_query` is query / temperature. If `grad_negatives` (M, D) is given, the gradient of the summed losses with
+    respect to the negatives is added to `grad_negatives`. This gradient is the sum of the scaled queries, weighted by
+    softmax probabilities.
     """
     found = []
     step = max(1, CHUNK_VALUES // len(negatives))
@@ -100,11 +107,11 @@ def _by_rows(
 
 
 def _by_columns(scaled_query: Tensor, positive_logit: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same values as `_by_rows`, computed in blocks of negatives, for negatives without gradient.
+    """Compute the values of `_by_rows` in blocks of negatives. Use this function for negatives without gradient.
 
-    It uses online softmax: partial sums are rescaled when the maximum changes (Milakov and Gimelshein 2018,
-    https://arxiv.org/abs/1805.02867). Therefore the blocks can be small enough for the CPU caches, where matrix
-    products are fastest.
+    The function uses online softmax: partial sums are rescaled when the maximum changes (Milakov and Gimelshein 2018,
+    https://arxiv.org/abs/1805.02867). Therefore the blocks can be small enough for the CPU caches. Matrix products are
+    fastest in the CPU caches.
     """
     found = []
     rows, columns = CPU_BLOCK if scaled_query.is_cpu else (len(scaled_query), max(1, CHUNK_VALUES // len(scaled_query)))
@@ -126,17 +133,18 @@ def _by_columns(scaled_query: Tensor, positive_logit: Tensor, negatives: Tensor)
 def info_nce(
     query: Tensor, positive: Tensor, negatives: Tensor, *, temperature: float, exclude: Tensor | None = None
 ) -> Contrast:
-    """Return the InfoNCE loss of `query[i]` with `positive[i]` and shared `negatives` (CPC eq. 4, MoCo eq. 1).
+    """Return the InfoNCE loss of each `query[i]` with `positive[i]` and all `negatives` (CPC eq. 4, MoCo eq. 1).
 
     Args:
         query: (N, D), unit rows.
         positive: (N, D), unit rows.
         negatives: (M, D), unit rows, shared by all queries.
         temperature: divisor of the cosine similarities, above 0.
-        exclude: (N, E) indices into `negatives`; row i has those to ignore for query i. None = ignore none.
+        exclude: (N, E) indices into `negatives`; row i lists the negatives to ignore for query i. None = ignore none.
 
     The loss is the mean over the N rows. It is computed in float32 (float64 for float64 inputs), even under autocast.
-    Besides the gradients, it needs memory for at most `CHUNK_VALUES` similarities. It is not twice differentiable.
+    In addition to the gradients, at most `CHUNK_VALUES` similarities are in memory. The loss is not twice
+    differentiable.
     """
     check_temperature(temperature)
     with torch.autocast(query.device.type, enabled=False):
@@ -146,7 +154,7 @@ def info_nce(
 
 
 class _Mutual(torch.autograd.Function):
-    """Symmetric InfoNCE over one set of rows. It computes only the blocks of similarities on and above the diagonal."""
+    """Symmetric InfoNCE over one set of rows. Only similarities in blocks on and above the diagonal are computed."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -186,7 +194,7 @@ class _Mutual(torch.autograd.Function):
 def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield the blocks of logits on and above the diagonal.
 
-    The logits of a row with itself and with its positive are -inf.
+    The logit of a row with itself and the logit of a row with its positive are -inf.
     """
     num_rows, side = len(rows), math.isqrt(math.prod(CPU_BLOCK) if rows.is_cpu else CHUNK_VALUES)
     scaled_query = rows / temperature
@@ -201,11 +209,11 @@ def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, sli
 
 
 def nt_xent_symmetric(rows: Tensor, *, temperature: float) -> Contrast:
-    """Return the InfoNCE loss over unit rows (2N, D), with positive pairs (i, N + i) and all other rows as negatives.
+    """Return the InfoNCE loss over unit rows (2N, D). Rows i and N + i are positive pairs; other rows are negatives.
 
-    Each similarity is computed once and used for both of its rows, which saves a third of the products. Exponentials
-    are summed without subtracting a maximum. Therefore the temperature must be at least `MIN_TEMPERATURE`; otherwise
-    ValueError is raised. The loss is not twice differentiable.
+    Each similarity is computed once and used for both rows of the pair. This saves a third of the products.
+    Exponentials are summed without subtracting a maximum. Therefore the temperature must be at least `MIN_TEMPERATURE`.
+    Raises ValueError if the temperature is lower. The loss is not twice differentiable.
     """
     if temperature < MIN_TEMPERATURE:
         raise ValueError(f"temperature is {temperature}, but sums of exp(1 / temperature) must stay finite")
@@ -218,8 +226,8 @@ def nt_xent_symmetric(rows: Tensor, *, temperature: float) -> Contrast:
 def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
     """Return the mean of |p - z|^2 = 2 - 2 cos(p, z) over L2-normalized rows p and z (BYOL eq. 2), in [0, 4].
 
-    p is a row of `prediction` and z the same row of `target`, both (N, D). The function normalizes them. There is no
-    gradient to `target`.
+    p is row i of `prediction` and z is row i of `target`, both (N, D). The function normalizes the rows. `target` gets
+    no gradient.
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     with torch.autocast(prediction.device.type, enabled=False):

@@ -1,4 +1,6 @@
-"""Convolutional decoder from codes to images, for autoencoders and GAN generators; PSNR, and validation of images.
+"""Convolutional decoder from codes to images, PSNR, and validation of images.
+
+Autoencoders and GAN generators use the decoder:
 
     (N, dim) -> Linear -> (N, width, s, s) -> per octave [upsample x 2, 3x3 conv, BatchNorm, ReLU] -> 3x3 conv -> image
 
@@ -28,8 +30,8 @@ class Decoder(nn.Module):
         channels: image channels.
         width: channels of the smallest feature map, halved by each block down to 64.
 
-    The smallest feature map has a side of 4 to 7 pixels, and each block doubles it. If `image_size` cannot be reached
-    in this way (e.g. 100), the next larger image is decoded and center-cropped.
+    The smallest feature map has a side of 4 to 7 pixels, and each block doubles the side. If doubling cannot give
+    `image_size` (e.g. 100), the next larger image is decoded and center-cropped.
 
     Raises ValueError for arguments out of range.
     """
@@ -71,14 +73,14 @@ def up_block(in_channels: int, out_channels: int) -> nn.Sequential:
 def psnr(drawn: Tensor, images: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio in dB between images (N, C, H, W) in [0, 1], averaged over images.
 
-    For each image, it is -10 log10 of the mean squared error, at most 100 dB.
+    The ratio of one image is -10 log10(mean squared error), at most 100 dB.
     """
     error = (full_precision(drawn) - full_precision(images)).square().flatten(1).mean(1)  # (N,)
     return -10 * error.clamp_min(1e-10).log10().mean()
 
 
 class FirstLook:
-    """Callable that runs `check_images` only in the first step, because the check synchronizes with the device."""
+    """Callable that runs `check_images` only at the first call, because the check synchronizes with the device."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.shape, self.passed = shape, False
@@ -90,7 +92,7 @@ class FirstLook:
 
 
 def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
-    """Raise ConfigError unless images (N, C, H, W) have the decoder's output `shape` (C, H, W) and values in [0, 1]."""
+    """Raise ConfigError unless all images have the decoder's output `shape` (C, H, W) and values in [0, 1]."""
     if tuple(images.shape[1:]) != shape:
         raise ConfigError(
             f"the views have the shape {tuple(images.shape[1:])}, but the decoder generates images of {shape}: set "

@@ -1,4 +1,4 @@
-"""Momentum encoders: frozen copies of modules, and their update by an exponential moving average."""
+"""Momentum encoders: frozen copies of modules that are updated by an exponential moving average."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sslcli.distributed import collectives
 
 
 def frozen_copy(module: nn.Module) -> Any:
-    """Return a copy with requires_grad=False and without dropout or stochastic depth.
+    """Return a copy of `module` with requires_grad=False, without dropout and without stochastic depth.
 
-    The copy has its own buffers, whose initial values are those of the original. Its training mode can be changed as
-    usual with `train` and `eval`.
+    The copy has its own buffers. The initial values of the buffers are those of `module`. `train` and `eval` change the
+    mode of the copy as usual.
     """
     twin = copy.deepcopy(module).requires_grad_(False)
     for part in twin.modules():
@@ -30,8 +30,8 @@ def frozen_copy(module: nn.Module) -> Any:
 def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """Update target <- momentum * target + (1 - momentum) * online (BYOL eq. 1, MoCo eq. 2).
 
-    Only parameters are updated, not buffers. If the networks are sharded, both must be sharded in the same way; each
-    process updates its own shard.
+    Parameters are updated; buffers are not updated. If the networks are sharded, both must be sharded in the same way.
+    Each process then updates its own shards.
     """
     averaged = [collectives.local(parameter) for parameter in target.parameters()]
     if averaged:  # a module may have no parameters

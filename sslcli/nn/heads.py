@@ -16,10 +16,15 @@ def mlp(
     last_norm: str | None = None,
     last_bias: bool = False,
 ) -> nn.Sequential:
-    """Build linear layers of the given `widths` (input first), with [BatchNorm and] ReLU after all but the last.
+    """Build linear layers with ReLU in between.
 
-    `last_norm` is the BatchNorm after the last layer: None, "affine", "scale" (without beta, as in SimCLR) or "plain"
-    (without gamma and beta, as in MoCo v3). `bias` is for the hidden linear layers, `last_bias` for the last one.
+    Args:
+        widths: input width, then the output width of each linear layer.
+        norm: add BatchNorm before each ReLU.
+        bias: add a bias to each linear layer except the last.
+        last_norm: BatchNorm after the last layer: None, "affine", "scale" (without beta, as in SimCLR) or "plain"
+            (without gamma and beta, as in MoCo v3).
+        last_bias: add a bias to the last linear layer.
     """
     if len(widths) < 2 or min(widths) < 1:
         raise ValueError(f"a head needs at least an input and an output width, all positive, but got {list(widths)}")

@@ -1,4 +1,4 @@
-"""Context managers for evaluation mode and for BatchNorm statistics, and conversion to full precision."""
+"""Context managers for evaluation mode and BatchNorm statistics, and a conversion to full precision."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def full_precision(values: Tensor) -> Tensor:
-    """Convert to float32, except float64, which is returned unchanged."""
+    """Convert a tensor to float32. A float64 tensor is returned unchanged."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Set `module` to evaluation mode within the block, then restore the mode of every submodule."""
+    """Set `module` to evaluation mode within the `with` block, then restore the mode of every submodule."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
@@ -29,7 +29,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged_statistics(module: nn.Module) -> Iterator[None]:
-    """Save the running statistics of every BatchNorm before the block, and restore them after it."""
+    """Save the running statistics of every BatchNorm before the `with` block, and restore them after the block."""
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:

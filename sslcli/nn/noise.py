@@ -1,8 +1,10 @@
-"""Random numbers for the images of a step. They do not depend on the number of processes.
+"""Random numbers for the images of a step. The numbers do not depend on the number of processes.
 
-torch's global generator has a different state on each process, so with it, results would depend on the number of
-processes. With this module, the numbers of an image depend only on (seed, draw, index in the global batch). The
-checkpoint contains the number of draws so far. Shapes: N images per process, W processes.
+torch's global generator has a different state on each process. Its numbers would make results depend on the number of
+processes. In this module, the random numbers of an image depend only on (seed, draw, index in the global batch). The
+checkpoint contains the number of draws so far.
+
+Shapes: N images per process, W processes.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ from torch import Tensor, nn
 
 from sslcli.distributed.collectives import rank
 
-_SHARED = -1  # index that replaces the image's index for numbers that are the same on all processes
+_SHARED = -1  # replaces the index of the image if all processes draw identical numbers
 _MASK = (1 << 64) - 1
 
 
 class Noise(nn.Module):
-    """Source of random numbers that is part of a method's state. Its seed is drawn from torch's global generator.
+    """Random number generator that is part of a method's state. Its seed is drawn from torch's global generator.
 
-    Each call of one of its methods is one draw. All processes must make the same calls in the same order.
+    Each call of `normal`, `uniform`, `integers` or `shared` is one draw. All processes must make the same calls in the
+    same order.
     """
 
     def __init__(self) -> None:
@@ -42,7 +45,7 @@ class Noise(nn.Module):
         return self._rows(shape, device, lambda row, generator: row.random_(high, generator=generator), torch.int64)
 
     def shared(self) -> torch.Generator:
-        """Return a CPU generator with the same seed on all processes, for numbers that the global batch needs once."""
+        """Return a CPU generator with the same seed on all processes, e.g. to draw one number for the global batch."""
         self.draws += 1
         return torch.Generator().manual_seed(_seed(self.seed, self.draws, _SHARED))
 
@@ -69,7 +72,7 @@ class Noise(nn.Module):
 
 
 def _seed(seed: int, draw: int, place: int) -> int:
-    """Hash the arguments to a generator seed, with splitmix64, because CPU generators use only the low 32 bits."""
+    """Hash the arguments to a generator seed with splitmix64. CPU generators use only the low 32 bits of a seed."""
     value = 0
     for part in (seed, draw, place):
         value = (value + part + 0x9E3779B97F4A7C15) & _MASK

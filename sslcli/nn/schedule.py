@@ -1,4 +1,4 @@
-"""Schedules of learning rate and momentum. They are pure functions of step or progress, without state to be saved."""
+"""Schedules of learning rate and momentum. They are pure functions of step or progress and have no state."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 def warmup_cosine(step: int, *, total: int, warmup: int = 0, final: float = 0.0) -> float:
     """Return the fraction of the peak learning rate at the 0-based `step` of `total` (SimCLR, BYOL, MoCo v3).
 
-    It increases linearly from 0 during `warmup` steps (the first step has learning rate 0), then decreases along half a
-    cosine toward `final`, which step `total` would have; the last step is `total` - 1.
+    During `warmup` steps, the fraction increases linearly from 0; the first step has learning rate 0. Then the fraction
+    decreases along half a cosine. It would reach `final` at step `total`, but the last step is `total` - 1.
     """
     if step < warmup:
         return step / warmup
@@ -21,8 +21,8 @@ def warmup_cosine(step: int, *, total: int, warmup: int = 0, final: float = 0.0)
 def warmup_steps_down(step: int, *, total: int, warmup: int = 0, milestones: Sequence[float] = ()) -> float:
     """Return the fraction of the peak learning rate at the 0-based `step` of `total`.
 
-    It increases linearly during `warmup` steps, then is multiplied by 0.1 at each milestone. Milestones are fractions
-    of the run.
+    During `warmup` steps, the fraction increases linearly. Then it is multiplied by 0.1 at each milestone. Milestones
+    are given as fractions of `total`.
     """
     if step < warmup:
         return step / warmup
@@ -32,16 +32,18 @@ def warmup_steps_down(step: int, *, total: int, warmup: int = 0, milestones: Seq
 def ema_momentum(progress: float, *, base: float) -> float:
     """Return the momentum of a target network (BYOL app. A).
 
-    It follows half a cosine from `base`, at progress 0, to 1, at progress 1.
+    The momentum increases along half a cosine from `base` (at progress 0) to 1 (at progress 1).
     """
     return 1 - (1 - base) * 0.5 * (math.cos(math.pi * progress) + 1)
 
 
 def scale_lr(lr: float, *, batch_size: int, rule: str) -> float:
-    """Return the learning rate for `batch_size` images per step, given the base learning rate at batch size 256.
+    """Return the learning rate for `batch_size` images per step. `lr` is the base learning rate at batch size 256.
 
-    `rule` is "linear" (lr * batch / 256, Goyal et al. 2017), "sqrt" (lr * sqrt(batch / 256), an alternative in SimCLR)
-    or "none" (lr).
+    `rule` is one of:
+        "linear": lr * batch_size / 256 (Goyal et al. 2017).
+        "sqrt": lr * sqrt(batch_size / 256) (an alternative in SimCLR).
+        "none": lr.
     """
     ratio = batch_size / 256
     return lr * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[rule]
