@@ -1,1 +1,1 @@
-"""Evaluation protocols, one per file, and the code that they share: features, label subsets, training."""
+"""Evaluation protocols (one file each), and their shared code: features, label subsets and training."""

@@ -23,11 +23,11 @@ from sslcli.evaluation.network import Classifier
 from sslcli.evaluation.task import Start, Task
 from sslcli.report.console import SUBJECTS, Progress
 
-OnProgress = Callable[[int], None]  # called with the number of units of work completed since the last call
+OnProgress = Callable[[int], None]  # argument: units of work completed since the last call
 
 
 def ignore_progress(done: int) -> None:
-    """Ignore a progress report; the default of `on_progress`."""
+    """Ignore a progress report. This function is the default of `on_progress`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,12 @@ class Outcome:
     """Outcome of a protocol.
 
     Attributes:
-        result: JSON-serializable values, among them protocol (its name), split, top1, interval [low, high] at 95 %,
-            n_train, n_test, num_classes, and baselines (by name, with at least top1 and interval).
+        result: JSON-serializable values. The keys include protocol (name), split, top1, interval ([low, high] at 95 %),
+            n_train, n_test, num_classes, and baselines (name -> values with at least top1 and interval).
         net: a trained network to save, or None. protocol=distill can use it as the teacher.
-        positions: (n,) indices in the source of the labeled images on which `net` was trained.
-        files: further text files of the result: name -> content.
-        variant: first part of the suffix of the result's name, if it is known only after the evaluation.
+        positions: (n,) indices, in the source, of the labeled images on which `net` was trained.
+        files: further text files to write: name -> content.
+        variant: first part of the suffix of the result's name. Set it only if it is not known before the evaluation.
     """
 
     result: dict[str, Any]
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def check_outcome(outcome: Outcome, protocol: object) -> None:
-    """Raise ConfigError, with the name of the protocol's class, unless an outcome has what `Outcome` promises."""
+    """Raise ConfigError unless the fields of an outcome are as `Outcome` describes. The message names the protocol."""
     who = f"{type(protocol).__module__}.{type(protocol).__qualname__}"
     if not isinstance(outcome, Outcome) or not isinstance(outcome.result, dict):
         raise ConfigError(f"{who} returned {outcome!r}, but it must return an Outcome with a result dictionary")
@@ -74,13 +74,13 @@ def check_outcome(outcome: Outcome, protocol: object) -> None:
 class Protocol:
     """Base class of a protocol, selected by `protocol=...` and instantiated from its yaml file.
 
-    This class declares every member that `ssl-eval` uses. The commands instantiate only subclasses of it, so a
-    configuration cannot call arbitrary code. Invalid settings raise ValueError in the constructor.
+    This class declares every member that `ssl-eval` uses. The commands instantiate only subclasses of this class, so a
+    configuration cannot call arbitrary code. The constructor raises ValueError if a setting is invalid.
 
     Attributes:
         title: the name of the protocol in the progress bar.
-        baselines: the starts that the protocol evaluates in addition to "trained" if baselines=true: "random" is the
-            network before training, "pixels" uses the images as features (a start without a network).
+        baselines: names of the starts to evaluate in addition to "trained" if baselines=true. "random" is the network
+            before training. "pixels" has no network and uses the pixels as features.
         trains: True if the protocol trains copies of the networks. Networks and features are then kept in memory,
             because the protocol uses them several times.
     """
@@ -90,21 +90,24 @@ class Protocol:
     trains: ClassVar[bool] = True
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Evaluate "trained" and the baselines that are present in `starts`.
+        """Evaluate all of `starts`: "trained" and baselines.
 
-        The split to report (`FeatureSet.reported`) may be used only after all hyperparameters are selected.
+        Select all hyperparameters before using the split to report (`FeatureSet.reported`).
         """
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
     @classmethod
     def defaults(cls, monitor: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of settings that are null in the yaml, from the settings `monitor.*` of the run."""
+        """Return default values for settings that are null in the yaml.
+
+        `monitor` contains the settings `monitor.*` of the run.
+        """
         return {}
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return a suffix for the result's name if the settings change the measured quantity, else "".
 
-        A result with the same suffix has the same name, and replaces the older result.
+        A new result replaces an older result of the same name.
         """
         return ""
 
@@ -113,20 +116,20 @@ class Protocol:
         return source.splits["train"]
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Return the names of the splits on which accuracies are reported; `splits` has all splits of the dataset."""
+        """Return the names of the splits on which accuracies are reported. `splits` has all splits of the dataset."""
         return ("test" if "test" in splits else "val",)
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
         """Return the layer to use for the setting `feature_layer`, and the default layer.
 
-        Names of results mention the layer only if it is not the default. `images` (2, C, H, W) are an example input of
-        `net`. Raises ConfigError for a layer that the protocol cannot use.
+        The name of a result contains the layer only if it is not the default layer. `images` (2, C, H, W) is an example
+        input of `net`. Raises ConfigError if the protocol cannot use the layer.
         """
         return feature_layer, layers.BACKBONE
 
 
 class FeatureProtocol(Protocol):
-    """Base class of a protocol that computes its result from frozen features: define `measure`.
+    """Base class of a protocol that computes its result from frozen features. Subclasses define `measure`.
 
     Attributes:
         progress_units: number of units of work that `measure` reports to the progress bar; 0 = no progress bar.
@@ -140,11 +143,14 @@ class FeatureProtocol(Protocol):
         return 0
 
     def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:
-        """Return the result for the features of one network: `Outcome.result` without baselines."""
+        """Return the result for the features of one network, with the keys of `Outcome.result` except baselines."""
         raise NotImplementedError(f"{type(self).__name__} does not define measure")
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Measure the features of every start. Numbers of baselines are cached: all checkpoints of a run share them."""
+        """Measure the features of every start.
+
+        Results of baselines are cached, since they are equal for all checkpoints of a run.
+        """
 
         def numbers(name: str) -> dict[str, Any]:
             found = self._measured(name, starts[name], task)

@@ -1,8 +1,8 @@
 """Distillation: train a student on the predictions of a fine-tuned teacher, without labels.
 
-The third stage of SimCLR v2 (arXiv:2006.10029, section 2): cross-entropy against the teacher's probabilities at a
-temperature, on all training images. Yaml: conf/protocol/distill.yaml. N is the number of images, C the number of
-classes.
+This is the third stage of SimCLR v2 (arXiv:2006.10029, section 2). The loss is the cross-entropy against the teacher's
+probabilities at a temperature, on all training images. Yaml: conf/protocol/distill.yaml. N is the number of images, C
+the number of classes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ TEACHERS = ("finetune", "semi")
 def distillation(student: Tensor, teacher: Tensor, *, temperature: float, scale: bool = True) -> Tensor:
     """Return the cross-entropy of the student's logits (N, C) and the teacher's probabilities, both at `temperature`.
 
-    This is the mean over N of -sum p_teacher log p_student (SimCLR v2, eq. 2). With `scale` it is multiplied by
-    temperature squared, as in the official notebook, to keep the gradient magnitude independent of the temperature.
-    No gradient flows to the teacher.
+    The loss is the mean over N of -sum p_teacher log p_student (SimCLR v2, eq. 2). If `scale` is True, the loss is
+    multiplied by temperature squared, as in the official notebook. The gradient magnitude is then independent of the
+    temperature. No gradient flows to the teacher.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
     target = (teacher.detach().to(dtype) / temperature).softmax(1)
@@ -46,10 +46,10 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float, scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Recipe):
-    """The protocol `distill`, with a fixed learning rate (no grid).
+    """The protocol `distill`. The learning rate is fixed; there is no grid.
 
-    The baseline `random` is the student trained from random initialization for the same number of steps, on the
-    teacher's labeled images and without the teacher.
+    The baseline `random` is a randomly initialized student. It is trained on the teacher's labeled images, without the
+    teacher, for the same number of steps as the distilled student.
     """
 
     teacher: str = "finetune"
@@ -72,14 +72,17 @@ class Distill(Recipe):
             raise ValueError(f"alpha={self.alpha} must be above 0 and at most 1; 1 uses no labels")
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return the name of the class of `student` with a digest of its layers; "" if the run's network is used."""
+        """Return the class name of `student` with a digest of its layers, or "" if the student is the run's network."""
         if self.student is None:
             return ""
         digest = hashlib.sha256(repr(self.student).encode()).hexdigest()[:6]
         return f"student-{type(self.student).__name__}-{digest}"
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Distill into a copy of the run's network, or into a randomly initialized `student`."""
+        """Distill the teacher into a copy of the run's network.
+
+        If `student` is set, distill into this randomly initialized network instead.
+        """
         teacher = task.fine_tuned(self.teacher)
         data = starts["trained"].features
         split, _, labels = data.reported()
@@ -117,14 +120,17 @@ class Distill(Recipe):
         return Outcome(result=result, net=student, positions=teacher.positions, variant=variant)
 
     def fresh(self, start: Start, task: Task) -> Classifier:
-        """Return the configured student, randomly initialized. Raises ValueError unless it accepts the images."""
+        """Return the configured student, randomly initialized.
+
+        Raises ValueError if the student does not accept the images.
+        """
         assert self.student is not None
         dry_output(self.student, image_size=task.source.image_size, in_channels=task.source.channels)
         student = Start(net=self.student.to(task.device), layer=BACKBONE, features=start.features)
         return student.classifier(task, width=num_features(self.student))
 
     def distil(self, student: Classifier, teacher: FineTuned, task: Task, progress: Progress) -> None:
-        """Train the student on all training images. Student and teacher get the same views."""
+        """Train the student on all training images. The student and the teacher get the same views."""
         with evaluating(teacher.net), closing(self.labeled(teacher, task)) as labeled:
 
             def loss(net: Classifier, batch: Batch) -> Tensor:

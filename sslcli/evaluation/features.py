@@ -2,9 +2,9 @@
 
     source -> plain_batches (uint8) -> device, [0, 1] -> prepare (color, normalize) -> encode -> CPU
 
-Features are stored in the dtype of the forward pass. With bfloat16, the output of convolutions and matrix products has
-16 bits and is stored without loss; if the last layer is a norm layer, its 32-bit output is rounded to 16 bits. float16
-is more precise, but its range is 6e-8 to 65,504, and features may have any scale.
+Features are stored in the dtype of the forward pass. With bfloat16, convolutions and matrix products have 16-bit
+outputs, which are stored without loss. If the last layer is a norm layer, its 32-bit output is rounded to 16 bits.
+float16 is more precise, but its range is only 6e-8 to 65,504, and features may have any scale.
 
 The monitor during training and `ssl-eval` both call `extract`, so both report the same accuracy.
 """
@@ -37,10 +37,14 @@ if TYPE_CHECKING:
 class FeatureSet:
     """Features and labels of the splits of one dataset.
 
-    `val` is the part of the training images that is held out, `test` is the official test split. One of them may be
-    None. Features are finite (n, d) floats of 16 or 32 bits, labels are (n,) int64 in [0, num_classes). Positions (n,)
-    int64 are the indices of the images in their source, for protocols that read the images again. Raises ValueError,
-    with the name of the split, for invalid input.
+    `val` is the held-out part of the training images, and `test` is the official test split. Either `val` or `test` may
+    be None.
+
+    - Features are (n, d) floats of 16 or 32 bits, all finite.
+    - Labels are (n,) int64 in [0, num_classes).
+    - Positions are (n,) int64, the indices of the images in their source. Protocols that read the images need them.
+
+    Raises ValueError, with the name of the split, if the tensors of a split are invalid.
     """
 
     train: Tensor
@@ -66,7 +70,7 @@ class FeatureSet:
             raise ValueError("a feature set needs a val or a test split: set dataset.val_fraction above 0")
 
     def reported(self) -> tuple[str, Tensor, Tensor]:
-        """Return name, features and labels of the split to report: test if there is one, else val."""
+        """Return name, features and labels of the split to report: test if it exists, else val."""
         name = "val" if self.test is None else "test"
         return name, getattr(self, name), getattr(self, f"{name}_labels")
 
@@ -79,7 +83,7 @@ class FeatureSet:
 def computed(
     protocol: Callable[..., dict[str, Any]], features: FeatureSet, device: torch.device, **given: Any
 ) -> dict[str, Any]:
-    """Return `protocol(features, ...)`; it is computed on the GPU if one has enough memory, else on the CPU."""
+    """Return `protocol(features, ...)`, computed on the GPU if it has enough memory, else on the CPU."""
     if device.type == "cuda":
         try:
             return protocol(features.to(device), **given)
@@ -92,11 +96,11 @@ def from_bank(features: FeatureSet, rows: Tensor, split: Tensor) -> FeatureSet:
     """Return a copy of `features` in which the rows of a memory bank replace the train features.
 
     Args:
-        features: features of a layer as wide as the rows.
-        rows: (n, d), one row per image of the training split. All-zero rows are dropped: they are not filled yet.
+        features: features of a layer with d dimensions.
+        rows: (n, d), one row per image of the training split. All-zero rows were never written and are dropped.
         split: (n,) positions of the training images in their source.
 
-    Raises ValueError if the bank has a different number of images.
+    Raises ValueError if the numbers of rows and of training images differ.
     """
     if len(rows) != len(split):
         raise ValueError(f"the memory bank has {len(rows):,} rows, but the training split {len(split):,} images")
@@ -151,13 +155,12 @@ def extract(
     """Extract the features of the images of `source` at `positions` (n,) int64.
 
     Returns the features (n, d) in the order of `positions`, and a mask (n,) bool that is False for unreadable images.
-    Both are on the CPU. The caller must drop the features of unreadable images, since they are computed from a blank
-    image.
-    Features are float32, bfloat16 or float16 for a `precision` of fp32, bf16 or fp16.
+    Both tensors are on the CPU. The features of an unreadable image are computed from a blank image, so the caller must
+    drop them. The features are float32 if `precision` is fp32, bfloat16 if it is bf16, and float16 if it is fp16.
 
     `prepare` maps float images (N, C, S, S) in [0, 1] to the network's input (`Views.finish`), and `encode` maps this
-    input to (N, d). Put the network in eval mode with `evaluating` around the call. `progress(done, total)` is called
-    after each batch. The call changes no parameter, buffer or random state, so it has no effect on training.
+    input to (N, d). The caller must put the network in eval mode with `evaluating`. `progress(done, total)` is called
+    after each batch. `extract` changes no parameter, buffer or random state, so it has no effect on training.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1: 256 is usual")
@@ -196,7 +199,7 @@ def _encode_batch(
     device: torch.device,
     precision: str,
 ) -> Tensor:
-    """Return features (N, d) of uint8 images (N, C, S, S) on the CPU, in the dtype of `precision`."""
+    """Return the features (N, d) of uint8 images (N, C, S, S), on the CPU and in the dtype of `precision`."""
     prepared = prepare(images.to(device, non_blocking=True).float() / 255)
     with autocast(device, precision):
         features = encode(prepared.contiguous(memory_format=torch.channels_last))
@@ -209,9 +212,9 @@ def _encode_batch(
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Return the pixels of images (N, C, H, W) as features (N, d), a baseline for learned features.
+    """Return the pixels of images (N, C, H, W) as features (N, d). They are a baseline for learned features.
 
-    If the longer side exceeds 32 pixels, images are resized to 32 (area average), so d is at most C * 1024.
+    If the longer side exceeds 32 pixels, it is resized to 32 pixels (area average). d is therefore at most C * 1024.
     """
     height, width = images.shape[-2:]
     if (longest := max(height, width)) > 32:
@@ -223,17 +226,20 @@ def pixels(images: Tensor) -> Tensor:
 def cached(
     path: Path, key: str, compute: Callable[[], dict[str, Tensor]], *, warn: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """Return the tensors cached at `path` under `key`, memory-mapped, or compute and cache them.
+    """Return the tensors that are cached at `path` under `key`. If there are none, compute and cache them.
 
     `key` must identify everything on which the tensors depend (weights, data fingerprint, transform, layer, precision).
-    Tensors keep their dtype, so cached and recomputed numbers are bit-identical. The file is read with
-    `weights_only=True` and written atomically (temporary file, then rename). A file with another key is replaced. A
-    damaged file is replaced as well, with a warning. If the file cannot be written, only a warning is printed.
+    Tensors keep their dtype, so cached and recomputed tensors are bit-identical. The file is read memory-mapped with
+    `weights_only=True`, and written atomically (temporary file, then rename).
+
+    - A file with another key is replaced.
+    - A damaged file is replaced with a warning.
+    - If the file cannot be written, a warning is printed, and the tensors are still returned.
     """
     stored = _load(path, key, warn)
     if stored is not None:
         return stored
-    # clone: for a slice, torch.save would write the whole storage that the slice is a view of
+    # clone: torch.save writes the whole storage of a tensor, even if the tensor is only a slice of it
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in compute().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +250,7 @@ def cached(
 
 
 def _load(path: Path, key: str, warn: Callable[[str], None]) -> dict[str, Tensor] | None:
-    """Return the tensors of a cache file, or None if it is absent, damaged or has another key."""
+    """Return the tensors of a cache file, or None if the file is absent, is damaged or has another key."""
     try:
         with ZipFile(path) as archive:  # torch.load with mmap does not verify checksums
             broken = archive.testzip()

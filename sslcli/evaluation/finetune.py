@@ -1,9 +1,10 @@
 """Fine-tuning of the whole network on labels, from pre-trained weights and, as a baseline, from scratch.
 
-SimCLR (arXiv:2002.05709, appendix B.8) and SimCLR v2 (arXiv:2006.10029, section 3: from a middle layer of the head);
-layer-wise decay as in MAE (arXiv:2111.06377). The linear classifier is initialized with zeros, as in SimCLR v2. If
-`warm_start` is true, it is initialized with a linear probe of the frozen features, as in LP-FT (arXiv:2202.10054).
-Yaml: conf/protocol/finetune.yaml. S is the number of label subsets, m the number of images in the reported split.
+Fine-tuning follows SimCLR (arXiv:2002.05709, appendix B.8) and SimCLR v2 (arXiv:2006.10029, section 3), which
+fine-tunes from a middle layer of the head. Layer-wise learning rate decay is as in MAE (arXiv:2111.06377). The linear
+classifier is initialized with zeros, as in SimCLR v2. If `warm_start` is true, the classifier is initialized with a
+linear probe of the frozen features, as in LP-FT (arXiv:2202.10054). Yaml: conf/protocol/finetune.yaml. S is the number
+of label subsets, m the number of images in the reported split.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ Choice = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Result of training on S label subsets: rank (S, m) of the true class of each image, and the first network."""
+    """Result of training on S label subsets.
+
+    It contains the rank (S, m) of the true class of each image, and the network trained on the first subset.
+    """
 
     place: Tensor
     net: Classifier
@@ -40,12 +44,12 @@ class Trained:
     grid: list[Choice]
 
     def top(self, k: int) -> list[float]:
-        """Return the top-k accuracy of each training as a fraction; k is capped at the number of classes."""
+        """Return the top-k accuracy for each label subset, as fractions. k is capped at the number of classes."""
         return [accuracy(place, min(k, self.net.classify.out_features)) for place in self.place]
 
 
 def reported_positions(features: FeatureSet) -> Tensor:
-    """Return the indices in the source of the images of the reported split."""
+    """Return the indices, in the source, of the images of the reported split."""
     positions = features.val_positions if features.test is None else features.test_positions
     assert positions is not None
     return positions
@@ -53,7 +57,7 @@ def reported_positions(features: FeatureSet) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned(Recipe):
-    """A recipe that starts from the network of a run and selects the learning rate on held-out labels."""
+    """Base class of recipes that start from the network of a run and select the learning rate on held-out labels."""
 
     lrs: Sequence[float] = (0.02, 0.1)
     val_fraction: float = 0.1
@@ -72,8 +76,9 @@ class Tuned(Recipe):
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
         """Return the layer to train from, and the default layer.
 
-        If `feature_layer` is the backbone's output, `from_layer` or else the method can replace it by a layer of the
-        projection head. Any other `feature_layer` is returned unchanged.
+        If `feature_layer` is the backbone's output, training may start from a layer of the projection head instead.
+        `from_layer` selects this layer, or the method if `from_layer` is None. Any other `feature_layer` is returned
+        unchanged.
         """
         feature_layer, _ = super().choose_layer(feature_layer, net, images)
         usual = net.finetune_layer if isinstance(net, Method) else 0
@@ -93,14 +98,14 @@ class Tuned(Recipe):
         return chosen, f"head{usual}" if usual else layers.BACKBONE
 
     def trainings(self, subsets: int, *, choosing: int) -> int:
-        """Return the number of trainings in `learn` if `choosing` subsets are used to select the learning rate."""
+        """Return how many networks `learn` trains if it uses `choosing` subsets to select the learning rate."""
         return subsets + (choosing * len(self.lrs) if len(self.lrs) > 1 else 0)
 
     def learn(self, start: Start, task: Task, subsets: list[Tensor], *, choosing: int, progress: Progress) -> Trained:
-        """Select the learning rate on the first `choosing` of `subsets`, then train on each of the subsets.
+        """Select the learning rate on the first `choosing` elements of `subsets`, then train on each element.
 
-        A subset contains row numbers of start.features.train. The reported split is used once per subset, after the
-        selection.
+        Each element of `subsets` contains row numbers of start.features.train. The reported split is used once per
+        element, after the selection.
         """
         grid, chosen = self.choose(start, task, subsets[:choosing], progress)
         labels = start.features.reported()[2]
@@ -116,10 +121,10 @@ class Tuned(Recipe):
     def choose(
         self, start: Start, task: Task, subsets: list[Tensor], progress: Progress
     ) -> tuple[list[Choice], Choice]:
-        """Return the results of all learning rates, and the rate with the best pooled held-out accuracy.
+        """Return the results of all learning rates, and the learning rate with the best pooled held-out accuracy.
 
-        The first rate is returned without training if it is the only one, or if nothing can be held out of a subset
-        because each of its classes has a single image.
+        The first learning rate is returned without training in two cases: the grid has only one learning rate, or no
+        image can be held out because each class of a subset has a single image.
         """
         data = start.features
         splits = [
@@ -159,7 +164,7 @@ class Finetune(Tuned):
     """The protocol `finetune`: all labels of the training split."""
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Fine-tune from each start: "trained" and, if present, "random"."""
+        """Fine-tune from each start: "trained", and "random" if `starts` contains it."""
         data = starts["trained"].features
         rows = torch.arange(len(data.train))
         total = len(starts) * self.trainings(1, choosing=1) * self.steps

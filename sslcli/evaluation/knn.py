@@ -1,8 +1,8 @@
 """Weighted k-nearest-neighbor classification of frozen features.
 
-Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978, section 3.4,
-in the form of DINO, arXiv:2104.14294, appendix F.1. Yaml: conf/protocol/knn.yaml. n is the size of the bank, m the
-number of queries, d the feature dimension.
+The method is from Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination",
+arXiv:1805.01978, section 3.4. This implementation follows DINO, arXiv:2104.14294, appendix F.1. Yaml:
+conf/protocol/knn.yaml. n is the size of the bank, m the number of queries, d the feature dimension.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sslcli.evaluation.result import accuracy, bootstrap_interval, label_rank, t
 
 @dataclass(frozen=True, kw_only=True)
 class KnnResult:
-    """Accuracies as fractions, predictions (m,) int64, votes (m, C) with row sums of 1, correct (m,) bool."""
+    """Accuracies (fractions), predictions (m,) int64, votes (m, C) whose rows sum to 1, and correct (m,) bool."""
 
     top1: float
     top5: float
@@ -45,12 +45,17 @@ def knn(
     num_classes: int,
     chunk: int = 1024,
 ) -> KnnResult:
-    """Classify `query` (m, d) by the k most similar rows of `train` (n, d), each voting exp(cos / temperature).
+    """Classify `query` (m, d) by votes of the k most similar rows of `train` (n, d), of weight exp(cos / temperature).
 
-    This function L2-normalizes the features, in float32 or float64. k is capped at n. Among classes with equal votes,
-    the one with the lowest index is ranked first. A query without a neighbor of its own class counts as wrong, also for
-    top-5, even if fewer than five classes got votes. At most chunk x n similarities are in memory. A query must not be
-    in the bank. Raises ValueError for values out of range.
+    - The features are L2-normalized, in float32 or float64.
+    - k is capped at n.
+    - Among classes with equal votes, the class with the lowest index is ranked first.
+    - A query without a neighbor of its own class counts as wrong for top-1 and top-5, even if fewer than five classes
+      got votes.
+    - At most chunk x n similarities are in memory.
+    - A query must not be in the bank.
+
+    Raises ValueError if a value is out of range.
     """
     _check(k=k, temperature=temperature, chunk=chunk)
     check_features(train, train_labels, num_classes=num_classes, width=train.shape[-1], name="train")
@@ -77,9 +82,12 @@ def knn(
 def _votes(
     rows: Tensor, bank: Tensor, labels: Tensor, k: int, temperature: float, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Return normalized class votes (rows, C) of unit-norm features, and a mask (rows, C) of classes with votes."""
+    """Return class votes (rows, C) with row sums of 1, and a mask (rows, C) of classes that have neighbors.
+
+    `rows` and `bank` contain L2-normalized features.
+    """
     similarity, neighbor = (rows @ bank.T).topk(k, dim=1)
-    # softmax subtracts the largest exponent; exp(1 / temperature) would overflow float32 for temperatures below 0.0113
+    # softmax avoids overflow: exp(1 / temperature) exceeds the range of float32 for temperatures below 0.0113
     weight = (similarity / temperature).softmax(dim=1)
     # A vote may underflow to 0, so `votes > 0` would miss some classes that have neighbors.
     near = torch.zeros(len(rows), num_classes, dtype=torch.bool, device=rows.device)
@@ -98,7 +106,7 @@ def _check(*, k: int, temperature: float, chunk: int) -> None:
 
 
 def bank_positions(source: Source, limit: int | None) -> Tensor:
-    """Return the positions of the bank's images: all training images, or `limit` of them, selected by a fixed hash."""
+    """Return the positions of the bank's images: all training images, or `limit` images selected by a fixed hash."""
     positions = source.splits["train"]
     if limit is None or limit >= len(positions):
         return positions
@@ -108,10 +116,10 @@ def bank_positions(source: Source, limit: int | None) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(FeatureProtocol):
-    """The k-NN protocol: the bank is the train split, the queries are val and, if there is one, also test.
+    """The k-NN protocol. The bank is the train split; the queries are the splits val and test.
 
-    `top1` is the accuracy on val, which the monitor measures during training and which may be used for selection.
-    `test_top1` is the number to report; nothing may be selected on test.
+    `top1` is the accuracy on val. The monitor measures the same accuracy during training, and it may be used to select
+    hyperparameters. `test_top1` is the accuracy to report; it must not be used for any selection.
     """
 
     k: int | None = None  # None: the value of the run's monitor, or 200 without a run
@@ -137,19 +145,19 @@ class Knn(FeatureProtocol):
 
     @classmethod
     def defaults(cls, monitor: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings of the run's monitor."""
+        """Return k and temperature from the settings of the run's monitor."""
         return {"k": monitor.get("knn_k"), "temperature": monitor.get("knn_temperature")}
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
-        """Return the positions of the images in the bank of the run's monitor."""
+        """Return the positions of the images that the run's monitor uses as the bank."""
         return bank_positions(source, monitor.get("knn_images"))
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Return the names val and test, or only one of them if the other split does not exist."""
+        """Return the names of the query splits that exist: val, test or both."""
         return tuple(name for name in ("val", "test") if name in splits) or ("val",)
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with k and temperature if they differ from the settings of the run's monitor."""
+        """Return a suffix with the values of k and temperature that differ from the run's monitor."""
         parts = []
         if self.num_neighbors != monitor.get("knn_k", 200):
             parts.append(f"k-{self.num_neighbors}")
@@ -158,7 +166,7 @@ class Knn(FeatureProtocol):
         return "_".join(parts)
 
     def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:
-        """Return a JSON-serializable result; accuracies are fractions, intervals are [low, high] at 95 %."""
+        """Return a JSON-serializable result. Accuracies are fractions, and intervals are [low, high] at 95 %."""
         split, queries, labels = features.reported()
         if features.val is not None and features.val_labels is not None:
             split, queries, labels = "val", features.val, features.val_labels

@@ -2,8 +2,8 @@
 
 backbone     `features` of a method, or the output of a backbone without a method
 projection   the input of the method's loss
-bank         as projection; training images have the rows of the method's memory bank (`stored`) instead
-head1, ...   a layer of the projection head, if the method provides them (`head_features`)
+bank         for training images, the rows of the method's memory bank (`stored`); else as projection
+head1, ...   a layer of the projection head, only for methods with `head_features`
 layer3, ...  a stage of the backbone, averaged over positions
 """
 
@@ -24,7 +24,7 @@ BANK = "bank"
 
 
 def names(net: nn.Module, images: Tensor) -> list[str]:
-    """Return the names of the feature layers of a network with input `images` (N, C, H, W)."""
+    """Return the names of the feature layers of a network. `images` (N, C, H, W) is an example input."""
     found = [BACKBONE]
     if isinstance(net, Method):
         found += ["projection"] if type(net).projection is not Method.projection else []
@@ -39,7 +39,7 @@ def names(net: nn.Module, images: Tensor) -> list[str]:
 
 
 def check(net: nn.Module, layer: str, images: Tensor) -> None:
-    """Raise ValueError, with the available layers, unless the network has the layer."""
+    """Raise ValueError unless the network has the layer. The message lists the available layers."""
     known = names(net, images)
     if layer not in known:
         raise ValueError(
@@ -49,7 +49,7 @@ def check(net: nn.Module, layer: str, images: Tensor) -> None:
 
 
 def read(net: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """Return features (N, d) of images (N, C, H, W) at an existing layer; for `bank` this is the projection."""
+    """Return the features (N, d) of images (N, C, H, W) at an existing layer. For `bank`, return the projection."""
     if layer == BACKBONE:
         found: Tensor = net.features(images) if isinstance(net, Method) else net(images)
     elif layer in ("projection", BANK) and isinstance(net, Method):

@@ -1,9 +1,13 @@
 """Linear probe: multinomial logistic regression on frozen features, trained for all grid entries simultaneously.
 
-There are two solvers. "sgd" is SGD with momentum and cosine schedule, the common linear probe but without augmentation:
-its accuracy is 0 to 1.5 points lower than with augmentation. "lbfgs" is L-BFGS along a regularization path (as in
-DINOv2, arXiv:2304.07193), deterministic and run to convergence.
-Yaml: conf/protocol/linear.yaml. n images, d dimensions, C classes, G hyperparameter choices ("heads").
+There are two solvers:
+
+- "sgd" is SGD with momentum and cosine schedule, as in the common linear probe, but without augmentation. The accuracy
+  is 0 to 1.5 points lower than with augmentation.
+- "lbfgs" is L-BFGS along a regularization path (as in DINOv2, arXiv:2304.07193). It is deterministic and runs to
+  convergence.
+
+Yaml: conf/protocol/linear.yaml. Sizes: n images, d dimensions, C classes, G hyperparameter choices ("heads").
 """
 
 from __future__ import annotations
@@ -57,7 +61,7 @@ class Standardize:
 
     @classmethod
     def of(cls, features: Tensor) -> Standardize:
-        """Return the statistics over the rows of (n, d); standard deviations are at least 1e-6 (constant features)."""
+        """Return the statistics of features (n, d) over n. Standard deviations are clamped to at least 1e-6."""
         return cls(mean=features.mean(dim=0), std=features.std(dim=0, correction=0).clamp_min(1e-6))
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -78,17 +82,17 @@ def fit_sgd(
     seed: int,
     on_progress: OnProgress = ignore_progress,
 ) -> Heads:
-    """Train one head per pair (lrs[g], weight_decays[g]) on x (n, d) and y (n,), all on the same batches.
+    """Train one head per pair (lrs[g], weight_decays[g]) on x (n, d) and y (n,). All heads use the same batches.
 
-    Weights start at zero. The loss is softmax cross-entropy, the optimizer SGD with momentum; a cosine schedule
-    decreases the learning rate to 0 step by step, and biases have no weight decay. A head that diverges to NaN does not
-    affect the others. The result is deterministic for a given seed. Matrix products are computed in the dtype of x,
-    which may have 16 bits; weights and their updates are accumulated in 32 bits.
+    Weights are initialized with zeros. The loss is softmax cross-entropy, and the optimizer is SGD with momentum. A
+    cosine schedule, updated at every step, decreases the learning rate to 0. Biases have no weight decay. A head that
+    diverges to NaN does not affect the other heads. The result is deterministic for a given seed. Matrix products are
+    computed in the dtype of x, which may have 16 bits. Weights and their updates are accumulated in 32 bits.
     `on_progress(1)` is called after each epoch.
     """
     n, d = x.shape
-    # All matrices are transposed, with rows ordered by class, then head. Otherwise, products with a narrow matrix on
-    # the right would take several times as long, and a softmax over ten adjacent elements longer than the products.
+    # All matrices are transposed, with rows ordered by class, then head. This layout is faster: products with a narrow
+    # right matrix take several times as long, and a softmax over ten adjacent elements takes longer than the products.
     rows = num_classes * len(lrs)
     full = torch.promote_types(x.dtype, torch.float32)
     weight, bias = x.new_zeros(rows, d, dtype=full), x.new_zeros(rows, 1, dtype=full)
@@ -133,9 +137,9 @@ def fit_lbfgs(
 ) -> Heads:
     """Minimize cross-entropy + |W|^2 / (2 c n) for each c of `cs` by L-BFGS, on x (n, d) and y (n,).
 
-    c is the inverse regularization strength C of scikit-learn's LogisticRegression. The problems are solved from strong
-    to weak regularization, each initialized with the previous solution. The solver stops at a gradient below 1e-5 or
-    after `max_iterations`. `on_progress(1)` is called after each c.
+    c is the inverse regularization strength, called C in scikit-learn's LogisticRegression. The problems are solved
+    from strong to weak regularization, and each solution initializes the next problem. The solver stops if the gradient
+    is below 1e-5 or after `max_iterations`. `on_progress(1)` is called after each c.
     """
     n, d = x.shape
     theta = x.new_zeros(num_classes, d + 1, requires_grad=True)  # the last column is the bias
@@ -167,9 +171,9 @@ def fit_lbfgs(
 
 @torch.no_grad()
 def score(x: Tensor, y: Tensor, heads: Heads, *, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return the rank of the true class (G, m) int64 (see `label_rank`) and the mean cross-entropy (G,) on x (m, d).
+    """Return the rank of the true class (G, m) int64, see `label_rank`, and the mean cross-entropy (G,) on x (m, d).
 
-    A row with NaN or infinite logits counts as wrong; a NaN or infinite loss is replaced by the largest float.
+    A row with NaN or infinite logits counts as wrong. A NaN or infinite loss is replaced by the largest float.
     """
     weight, bias = heads
     count = len(bias) // num_classes
@@ -186,11 +190,11 @@ def score(x: Tensor, y: Tensor, heads: Heads, *, num_classes: int) -> tuple[Tens
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(FeatureProtocol):
-    """The linear protocol: select hyperparameters on a held-out part of train, refit on all of train, then report.
+    """The linear protocol: select hyperparameters on a held-out part of train, then refit on all of train.
 
-    The result is reported on test if there is one, else on val.
+    The reported split is test if it exists, else val. It is used once, after the selection.
 
-    The reported split is used once, after the selection. Raises ValueError for values out of range.
+    Raises ValueError if a value is out of range.
     """
 
     title: ClassVar[str] = "linear probe"
@@ -227,7 +231,7 @@ class Linear(FeatureProtocol):
         return 2 * self.epochs if self.solver == "sgd" else len(self.cs) + 1
 
     def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:
-        """Return a JSON-serializable result; accuracies are fractions, the interval is [low, high] at 95 %."""
+        """Return a JSON-serializable result. Accuracies are fractions, and the interval is [low, high] at 95 %."""
         split, x_test, y_test = features.reported()
         num_classes, x, y = features.num_classes, features.train, features.train_labels
         found = self.fit(x, y, x_test, y_test, num_classes=num_classes, on_progress=on_progress)
@@ -258,7 +262,7 @@ class Linear(FeatureProtocol):
         num_classes: int,
         on_progress: OnProgress = ignore_progress,
     ) -> LinearResult:
-        """Fit a probe to features x (n, d) and labels y (n,); return its result on x_test (m, d) and y_test (m,)."""
+        """Fit a probe to features x (n, d) and labels y (n,), and evaluate it on x_test (m, d) and y_test (m,)."""
         x, x_test = x.float(), x_test.float()
         grid, chosen = self.choose(x, y, num_classes=num_classes, on_progress=on_progress)
         scale = Standardize.of(x)
@@ -275,7 +279,7 @@ class Linear(FeatureProtocol):
     def choose(
         self, x: Tensor, y: Tensor, *, num_classes: int, on_progress: OnProgress = ignore_progress
     ) -> tuple[list[dict[str, float]], dict[str, float]]:
-        """Return the held-out accuracy and loss of every grid entry for x (n, d), y (n,), and the best entry."""
+        """Return the grid with the held-out accuracy and loss of every entry, and the best entry."""
         n = len(x)
         if n < 2:
             raise ValueError(f"the linear protocol needs at least 2 training images, got {n}: raise dataset.limit")
@@ -285,7 +289,7 @@ class Linear(FeatureProtocol):
         rows = x[kept]
         scale = Standardize.of(rows)
         rows = scale(rows)
-        if self.solver == "sgd":  # 16 bits only for the selection; the reported probe is fitted in 32 bits
+        if self.solver == "sgd":  # 16 bits for the selection, 32 bits for the reported probe
             rows = rows.to(DTYPES[resolve("auto", rows.device)])
         heads = self._heads(rows, y[kept], self._choices(), num_classes=num_classes, on_progress=on_progress)
         place, loss = score(scale(x[held_out]), y[held_out], heads, num_classes=num_classes)
@@ -293,11 +297,11 @@ class Linear(FeatureProtocol):
             {**choice, "val_top1": accuracy(p, 1), "val_loss": float(v)}
             for choice, p, v in zip(self._choices(), place, loss, strict=True)
         ]
-        # With a small held-out split, many entries have the same accuracy; among these the lowest loss wins.
+        # With a small held-out split, many entries have the same accuracy. Among these, select the lowest loss.
         return grid, max(grid, key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
 
     def head(self, x: Tensor, y: Tensor, *, num_classes: int) -> Head:
-        """Fit a probe to x (n, d) and y (n,); its weights include the standardization, so it accepts raw features."""
+        """Return a probe for raw features, fitted to x (n, d) and y (n,). Its weights include the standardization."""
         x = x.float()
         _, chosen = self.choose(x, y, num_classes=num_classes)
         scale = Standardize.of(x)

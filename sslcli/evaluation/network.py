@@ -1,7 +1,7 @@
 """A network with a linear classifier on top, and its parameter groups with layer-wise learning rates.
 
-Layer-wise learning rate decay as in BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377, appendix A.2): of L levels below
-the classifier, numbered from 1 at the input, level l has the learning rate lr * decay ** (L + 1 - l).
+The layer-wise learning rate decay is as in BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377, appendix A.2). The L
+levels below the classifier are numbered from 1 at the input. Level l has the learning rate lr * decay ** (L + 1 - l).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Level = dict[str, nn.Parameter]  # parameters of one level, by name
 
 
 class Classifier(nn.Module):
-    """Linear classifier, initialized with zeros, on the features of `net` at `layer`: (N, width) -> (N, num_classes).
+    """Network `net` with a linear classifier on its features at `layer`: (N, width) -> (N, num_classes).
 
-    Parameters on which the features do not depend (for example, of a predictor) do not require gradients. All other
-    parameters do, including those that were frozen in pre-training. Raises ValueError if no gradient can flow through
-    the features.
+    The classifier is initialized with zeros. Parameters on which the features do not depend, such as those of a
+    predictor, do not require gradients. All other parameters require gradients, including those that were frozen in
+    pre-training. Raises ValueError if no gradient can flow through the features.
     """
 
     def __init__(self, net: nn.Module, layer: str, *, width: int, num_classes: int, images: Tensor) -> None:
@@ -36,7 +36,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.classify.weight)
         nn.init.zeros_(self.classify.bias)
         for part in net.modules():
-            if isinstance(part, SplitBatchNorm):  # its groups separate keys from queries, which labels do not need
+            if isinstance(part, SplitBatchNorm):  # training with labels has no keys and queries
                 part.__class__ = SyncBatchNorm  # type: ignore[assignment]
         self._open(images)
 
@@ -44,7 +44,7 @@ class Classifier(nn.Module):
         return self.classify(layers.read(self.net, self.layer, images))  # type: ignore[no-any-return]
 
     def _open(self, images: Tensor) -> None:
-        """Set requires_grad for exactly the parameters on which the features depend; `images` are any two images."""
+        """Set requires_grad for exactly the parameters on which the features depend. `images` may be any two images."""
         parameters = list(self.net.requires_grad_(True).parameters())
         with evaluating(self.net), torch.random.fork_rng(devices=[]), torch.enable_grad():
             total = layers.read(self.net, self.layer, images).sum()
@@ -59,12 +59,12 @@ class Classifier(nn.Module):
 
 
 def levels(net: nn.Module) -> list[Level]:
-    """Return the trainable parameters from input to output, in levels with one learning rate each.
+    """Return the trainable parameters in levels, from input to output. Each level has one learning rate.
 
     Each child module of a backbone is a level; in a list of blocks (ViT), each block is a level. A child that has only
     norm layers belongs to the previous level. Parameters of the backbone module itself (tokens) belong to the first
-    level. The other parts of a method, such as the projection head, are together one more level. If a method has no
-    backbone attribute, its largest part takes that role.
+    level. All other parts of a method, such as the projection head, form one further level. If a method has no
+    attribute `backbone`, its largest part is treated as the backbone.
     """
     if not isinstance(net, Method):
         return _levels_of(net, "")
@@ -83,7 +83,7 @@ def levels(net: nn.Module) -> list[Level]:
 def _levels_of(trunk: nn.Module, prefix: str) -> list[Level]:
     own = {f"{prefix}{name}": p for name, p in trunk.named_parameters(recurse=False) if p.requires_grad}
     children = [(name, child) for name, child in trunk.named_children() if _trainable(child, "")]
-    if not own and len(children) == 1:  # only a wrapper around its child
+    if not own and len(children) == 1:  # the module only wraps its child
         name, child = children[0]
         return _levels_of(child, f"{prefix}{name}.")
     found: list[Level] = []
@@ -106,10 +106,10 @@ def _trainable(module: nn.Module, prefix: str) -> Level:
 
 
 def parameter_groups(classifier: Classifier, *, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the parameter groups for the optimizer, with a factor `lr_scale` for the learning rate of each level.
+    """Return the parameter groups for the optimizer. `lr_scale` is the factor for the learning rate of a group.
 
-    `lr_scale` is 1 for the classifier and is multiplied by `layer_decay` from each level to the level below. Biases,
-    norms and tokens have no weight decay.
+    `lr_scale` is 1 for the classifier. Each level has the `lr_scale` of the level above, multiplied by `layer_decay`.
+    Biases, norms and tokens have no weight decay.
     """
     stack = [*levels(classifier.net), dict(classifier.classify.named_parameters())]
     groups = []
@@ -124,7 +124,7 @@ def parameter_groups(classifier: Classifier, *, layer_decay: float, weight_decay
 
 
 def set_mode(classifier: nn.Module, *, batch_norm: str) -> None:
-    """Set training mode; with `batch_norm` "eval", BatchNorm layers use their running statistics without updates."""
+    """Set training mode, except for BatchNorm layers if `batch_norm` is "eval": these use their running statistics."""
     classifier.train()
     if batch_norm == "eval":
         for part in classifier.modules():

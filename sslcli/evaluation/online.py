@@ -1,4 +1,4 @@
-"""k-NN evaluation during training, computed by the same code as `ssl-eval protocol=knn`."""
+"""k-NN evaluation during training. `ssl-eval protocol=knn` uses the same code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sslcli.evaluation.knn import Knn, bank_positions
 from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
 
-BATCH = 512  # images per forward pass, here and in ssl-eval: results of kernels may depend on the batch size
+BATCH = 512  # images per forward pass; equal in ssl-eval, since kernels may round differently for other batch sizes
 
 
 def classes_of(source: Source, positions: Tensor) -> list[int]:
@@ -26,7 +26,7 @@ def classes_of(source: Source, positions: Tensor) -> list[int]:
 
 
 def check_answers(source: Source, bank: Tensor) -> None:
-    """Raise ConfigError unless the training images at the positions `bank` have at least two classes."""
+    """Raise ConfigError unless the training images at positions `bank` (n,) have at least two classes."""
     found = [source.classes[label] for label in classes_of(source, bank)]
     if len(found) < 2:
         has = f"a single class, {found[0]!r}" if found else "no labels"
@@ -37,7 +37,10 @@ def check_answers(source: Source, bank: Tensor) -> None:
 
 
 def unanswerable(source: Source, bank: Tensor, queries: Tensor) -> str | None:
-    """Return a warning if queries have classes that are absent from the bank, else None; both are position tensors."""
+    """Return a warning if queries have classes that are absent from the bank, else None.
+
+    `bank` and `queries` contain the positions of images in `source`.
+    """
     labels = source.labels[queries]
     labels = labels[labels >= 0]
     lost = labels[~torch.isin(labels, torch.tensor(classes_of(source, bank), dtype=torch.int64))]
@@ -63,7 +66,7 @@ def collect(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> FeatureSet:
-    """Return features and labels of the given splits; unreadable and unlabeled images are left out."""
+    """Return features and labels of the given splits, without unreadable and unlabeled images."""
     found: dict[str, Tensor] = {}
     for name, positions in splits.items():
         labeled = positions[source.labels[positions] >= 0]
@@ -88,7 +91,7 @@ def collect(
 def knn_probe(
     method: Method, source: Source, views: Views, monitor: MonitorSettings, *, device: torch.device, precision: str
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that measures k-NN top-1 and top-5 accuracy, in [0, 1], of `method` on the held-out split."""
+    """Return a function that measures k-NN top-1 and top-5 accuracy of `method` on the held-out split, as fractions."""
     protocol = Knn(k=monitor.knn_k, temperature=monitor.knn_temperature)
     splits = {"train": bank_positions(source, monitor.knn_images), "val": source.splits["val"]}
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def label_rank(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the rank (0 = best) of the true class among the scores (m, C) of each row, as (m,) int64.
+    """Return the rank of the true class in each row of `scores` (m, C), as (m,) int64. The best rank is 0.
 
-    Classes with equal scores are ranked by class index. A row with a NaN or infinite score has rank C, which counts as
+    Classes with equal scores are ranked by class index. A row with a NaN or infinite score gets rank C, so it counts as
     wrong for every k.
     """
     num_classes = scores.shape[1]
@@ -25,18 +25,18 @@ def accuracy(place: Tensor, k: int) -> float:
 
 
 def top5(place: Tensor, num_classes: int) -> float:
-    """Return the top-5 accuracy in [0, 1]; for C < 5 classes the top-C accuracy, for which rank C counts as wrong."""
+    """Return the top-5 accuracy in [0, 1], or the top-C accuracy if there are C < 5 classes. Rank C counts as wrong."""
     return accuracy(place, min(5, num_classes))
 
 
 def bootstrap_interval(
     correct: Tensor, *, seed: int, resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap interval (low, high), as fractions, of the mean of `correct` (m,) bool.
+    """Return the percentile bootstrap interval (low, high) of the mean of `correct` (m,) bool, as fractions.
 
-    The mean of a resample of size m depends only on the number of correct images in it, which has the distribution
-    Binomial(m, mean). This number is drawn directly, which is equivalent to drawing m indices for each of `resamples`
-    resamples (Efron and Tibshirani, 1993, ch. 13).
+    The mean of a resample of size m depends only on its number of correct images. This number has the distribution
+    Binomial(m, mean), and it is drawn directly from this distribution. Drawing m indices for each of `resamples`
+    resamples would be equivalent (Efron and Tibshirani, 1993, ch. 13).
     """
     if correct.ndim != 1 or len(correct) == 0:
         raise ValueError(f"correct has shape {tuple(correct.shape)}, but must be (m,) with at least one image")
@@ -60,8 +60,8 @@ def bootstrap_interval(
 def bootstrap_runs(correct: Tensor, *, seed: int, resamples: int = 1000, level: float = 0.95) -> tuple[float, float]:
     """Return the percentile bootstrap interval (low, high) of the mean of `correct` (S runs, m images) bool.
 
-    Both runs and images are resampled, with the same images for all runs, so the interval covers both sources of
-    variance. With few runs, the interval is still too narrow.
+    Runs and images are resampled; all runs of a resample use the same images. The interval therefore covers the
+    variance over runs and over images. With few runs, the interval is still too narrow.
     """
     if correct.ndim != 2 or correct.numel() == 0:
         raise ValueError(f"correct has shape {tuple(correct.shape)}, but must be (runs, images), at least one of each")

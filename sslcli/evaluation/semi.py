@@ -1,8 +1,8 @@
 """Semi-supervised evaluation: fine-tuning on few labels, in class-balanced nested subsets, with several seeds.
 
-The papers use 1 % and 10 % of ImageNet's labels: SimCLR (arXiv:2002.05709, section 6), SimCLR v2 (arXiv:2006.10029,
-which fine-tunes from the first layer of the head). Yaml: conf/protocol/semi.yaml. S is the number of seeds, m the
-number of images in the reported split.
+SimCLR (arXiv:2002.05709, section 6) and SimCLR v2 (arXiv:2006.10029) use 1 % and 10 % of ImageNet's labels. SimCLR v2
+fine-tunes from the first layer of the head. Yaml: conf/protocol/semi.yaml. S is the number of seeds, m the number of
+images in the reported split.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from sslcli.report.console import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class Semi(Tuned):
-    """The protocol `semi`: fine-tuning on few labels; if `linear` is true, also a linear probe of frozen features.
+    """The protocol `semi`: fine-tuning on few labels. If `linear` is true, a linear probe is evaluated as well.
 
-    Set `fraction` (fraction of the labels of each class) or `labels_per_class`, and set the other one to null.
+    Set either `fraction`, the fraction of the labels of each class, or `labels_per_class`, and leave the other null.
     """
 
     fraction: float | None = 0.01
@@ -61,7 +61,7 @@ class Semi(Tuned):
         )
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Train from each start; all starts use the same label subsets."""
+        """Train from each start. All starts use the same label subsets."""
         data = starts["trained"].features
         assert data.train_positions is not None
         subsets = [
@@ -104,9 +104,10 @@ class Semi(Tuned):
         return Outcome(result=result, net=trained.net, positions=data.train_positions[subsets[0]])
 
     def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
-        """Return accuracies from the ranks `place` (S, m): mean and standard deviation over seeds, and an interval.
+        """Return mean and standard deviation of the accuracy over seeds, and an interval.
 
-        The interval covers the sampling of both seeds and images.
+        `place` (S, m) contains the ranks of the true classes. The interval covers the sampling of seeds and the
+        sampling of images.
         """
         top1 = [accuracy(row, 1) for row in place]
         interval = bootstrap_runs(place == 0, seed=self.seed, resamples=self.resamples)
@@ -124,7 +125,7 @@ class Semi(Tuned):
 
 
 def probed(start: Start, subsets: list[Tensor], *, seed: int) -> Tensor:
-    """Fit a linear probe of frozen features on each of S subsets; return the ranks (S, m) of the true classes."""
+    """Fit a linear probe of frozen features on each of S subsets, and return the ranks (S, m) of the true classes."""
     data = start.features
     _, x, y = data.reported()
     places = []

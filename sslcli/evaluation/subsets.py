@@ -1,7 +1,7 @@
 """Nested, class-balanced subsets of labeled images.
 
-The images of a class are ordered by a hash of (seed, position), which depends on no random generator and on no other
-image.
+The images of a class are ordered by a hash of (seed, position). The hash of an image depends on no random generator and
+on no other image.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from sslcli.data import rng
 def subset(
     positions: Tensor, labels: Tensor, *, seed: int, fraction: float | None = None, per_class: int | None = None
 ) -> Tensor:
-    """Return a subset of the images at `positions` (n,) with `labels` (n,), as ascending row numbers (k,) int64.
+    """Return a subset of the images at `positions` (n,) with `labels` (n,), as row numbers (k,) int64.
 
-    Set either `fraction` in (0, 1], the fraction of each class (rounded, at least one image), or `per_class`, the
-    number of images of each class. Subsets with the same seed are nested. Raises ValueError for values out of range,
-    and if a class has fewer than `per_class` images.
+    The row numbers are in ascending order.
+
+    Set either `fraction` in (0, 1], the fraction of each class, or `per_class`, the number of images of each class.
+    With `fraction`, the number of images of a class is rounded and at least one. Subsets with the same seed are nested.
+    Raises ValueError if a value is out of range or a class has fewer than `per_class` images.
     """
     if (fraction is None) == (per_class is None):
         raise ValueError(f"fraction is {fraction} and labels_per_class {per_class}, but exactly one must be given")
@@ -43,7 +45,7 @@ def subset(
 def held_out(rows: Tensor, labels: Tensor, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split `rows` (k,) of the images with `labels` (n,) into (kept, held out), stratified by class.
 
-    If a class has only one image, it is kept. Of any other class, at least one image is held out.
+    If a class has only one image, this image is kept. At least one image of every other class is held out.
     """
     out = []
     for label in sorted(set(labels[rows].tolist())):

@@ -1,4 +1,4 @@
-"""Input of evaluation protocols: images with their preprocessing, and the networks to start from."""
+"""Inputs of evaluation protocols: images, their preprocessing, and the networks to evaluate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sslcli.report.console import Screen
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuned:
-    """A fine-tuned network, the positions of the labeled images it was trained on, and its provenance."""
+    """A fine-tuned network, its provenance, and the positions of the labeled images of its training."""
 
     net: Classifier
     positions: Tensor
@@ -28,12 +28,12 @@ class FineTuned:
 
 
 def no_fine_tuned(name: str) -> FineTuned:
-    """Raise ConfigError, since there is no earlier result; the default of `Task.fine_tuned`."""
+    """Raise ConfigError, since there is no earlier result. This function is the default of `Task.fine_tuned`."""
     raise ConfigError(f"there is no fine-tuned network {name!r}")
 
 
 def compute(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return `measure()` without caching it; the default of `Task.kept`."""
+    """Return `measure()` without caching the result. This function is the default of `Task.kept`."""
     return measure()
 
 
@@ -43,15 +43,16 @@ class Task:
 
     Attributes:
         source: the labeled images.
-        views: the views of pre-training, for color space and normalization.
+        views: the views of pre-training. Only their color space and normalization are used.
         mean, std: normalization constants of pre-training, one value per channel.
         device, precision: device and precision of forward passes.
         batch_size: images per forward pass without gradient.
         workers: number of data workers; None = as set in the source.
         screen: progress display.
-        fine_tuned: function from the name of an earlier result to the network saved with it; raises ConfigError.
-        kept: function of a baseline's name and a function that measures it; returns the numbers, if possible from a
-            cache.
+        fine_tuned: function that takes the name of an earlier result and returns the network saved with that result. It
+            raises ConfigError if there is no such network.
+        kept: function that takes the name of a baseline and a function that measures the baseline. It returns the
+            cached numbers if possible, else it calls the function.
     """
 
     source: Source
@@ -71,21 +72,21 @@ class Task:
         return self.views.finish(images, mean=self.mean, std=self.std)
 
     def example(self) -> Tensor:
-        """Return two preprocessed black images, an example input to inspect the network's outputs and gradients."""
+        """Return two preprocessed black images, as an example input to inspect the network's outputs and gradients."""
         side = self.source.image_size
         return self.prepare(torch.zeros(2, self.source.channels, side, side, device=self.device))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A network that is evaluated or from which training starts, and its frozen features at a layer."""
+    """A network to evaluate or to train from, and its frozen features at one layer."""
 
-    net: nn.Module | None  # protocols train copies of it and never modify it; None: the features are pixels
+    net: nn.Module | None  # protocols train only copies of it; None: the features are pixels
     layer: str
     features: FeatureSet
 
     def classifier(self, task: Task, *, width: int | None = None) -> Classifier:
-        """Return a copy of the network with a linear layer of zeros; `width` overrides the feature dimension."""
+        """Return a copy of the network with a linear classifier of zeros. `width` overrides the feature dimension."""
         assert self.net is not None
         return Classifier(
             copy.deepcopy(self.net),

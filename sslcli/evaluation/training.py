@@ -1,9 +1,9 @@
 """Shared parts of the protocols that train a network: recipe, training loop and predictions.
 
-    labeled positions -> Loader (crop, flip) -> Classifier -> loss -> SGD or AdamW, cosine by step
+    labeled positions -> Loader (crop, flip) -> Classifier -> loss -> SGD or AdamW, cosine schedule per step
 
 Every training starts from a copy of the same network. The order of the images, their views and the network's noise
-depend only on the seed. The same seed gives bit-identical results on the same machine with the same number of threads.
+depend only on the seed. With the same seed, machine and number of threads, results are bit-identical.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Loss = Callable[[Classifier, Batch], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Protocol):
-    """Base class of the protocols that train, with their hyperparameters. Raises ValueError for values out of range."""
+    """Base class of protocols that train, with their hyperparameters. Raises ValueError if a value is out of range."""
 
     optimizer: str = "sgd"
     weight_decay: float = 0.0
@@ -77,10 +77,13 @@ class Recipe(Protocol):
             raise ValueError(
                 f"layer_decay={self.layer_decay} must be above 0 and at most 1: 0.65 to 0.75 for a ViT, 1 is off"
             )
-        self.view()  # raises an error for invalid settings now, before features are extracted
+        self.view()  # check the settings before features are extracted
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
-        """Return the layer to train from, and the default layer. Raises ConfigError for the memory bank."""
+        """Return the layer to train from, and the default layer.
+
+        Raises ConfigError if `feature_layer` is the memory bank.
+        """
         if feature_layer == layers.BANK:
             raise ConfigError("feature_layer is 'bank', which cannot be trained: use protocol=knn or linear")
         return feature_layer, layers.BACKBONE
@@ -104,7 +107,7 @@ class Recipe(Protocol):
         return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, nesterov=self.momentum > 0)
 
     def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
-        """Return accuracies and the interval of top-1; `place` (m,) has the rank of the true class of each image."""
+        """Return accuracies and the interval of top-1. `place` (m,) has the rank of each image's true class."""
         interval = bootstrap_interval(place == 0, seed=self.seed, resamples=self.resamples)
         return {"top1": accuracy(place, 1), "top5": top5(place, num_classes), "interval": list(interval)}
 
@@ -114,7 +117,7 @@ class Recipe(Protocol):
 
 
 def batches(task: Task, positions: Tensor, recipe: Recipe, *, seed: int) -> Loader:
-    """Return the loader of training batches of the images at `positions`; their number limits the batch size."""
+    """Return the loader of training batches of the images at `positions` (n,). The batch size is at most n."""
     part = copy.copy(task.source)
     part.splits, part.weights = {"train": positions}, None
     part.mean, part.std = tuple(task.mean), tuple(task.std)
@@ -140,7 +143,7 @@ def fit(
     loss: Loss = cross_entropy,
     facts: str = "",
 ) -> None:
-    """Train `classifier` in place on the images at `positions` (n,), n >= 2; stop early if the loss diverges."""
+    """Train `classifier` in place on the images at `positions` (n,), n >= 2. Stop early if the loss diverges."""
     if len(positions) < 2:
         raise ValueError(f"training needs at least 2 labeled images, got {len(positions)}: use more labels")
     optimizer = recipe.solver(classifier, lr=lr)
@@ -170,7 +173,7 @@ def fit(
 
 
 def predict(classifier: Classifier, task: Task, positions: Tensor) -> Tensor:
-    """Return logits (n, num_classes) float32 of the images at `positions`, in eval mode with the test transform."""
+    """Return the logits (n, num_classes) float32 of the images at `positions`. Use eval mode and the test transform."""
     with evaluating(classifier):
         return extract(
             classifier,
@@ -185,7 +188,7 @@ def predict(classifier: Classifier, task: Task, positions: Tensor) -> Tensor:
 
 
 def warm(classifier: Classifier, features: Tensor, labels: Tensor, *, seed: int) -> dict[str, float]:
-    """Initialize the linear layer with a linear probe of frozen features (n, d); return the probe's hyperparameters."""
+    """Initialize the classifier with a linear probe of frozen features (n, d). Return the probe's hyperparameters."""
     found = Linear(seed=seed).head(features, labels, num_classes=classifier.classify.out_features)
     with torch.no_grad():
         classifier.classify.weight.copy_(found.weight)

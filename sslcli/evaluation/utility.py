@@ -1,13 +1,13 @@
-"""Utility of pre-training: the relative number of labels that it saves, as a function of the number of labels.
+"""Utility of pre-training: the relative number of labels that pre-training saves, for each number of labels.
 
-Newell and Deng 2020, "How Useful is Self-Supervised Pretraining for Visual Tasks?", arXiv:2003.14323, section 3.
-A_p(n) is the accuracy after pre-training, A_s(n) from scratch, both on n labels:
+The definition is from Newell and Deng 2020, "How Useful is Self-Supervised Pretraining for Visual Tasks?",
+arXiv:2003.14323, section 3. With n labels, A_p(n) is the accuracy after pre-training, and A_s(n) is the accuracy of
+training from scratch:
 
-    n_hat(n) = the fewest labels with which scratch reaches A_p(n)         U(n) = n_hat / n - 1
+    n_hat(n) = smallest number of labels with A_s >= A_p(n)         U(n) = n_hat(n) / n - 1
 
-A utility of 0 means no benefit. With 1, training from scratch needs twice as many labels. A negative value means that
-pre-training reduces the accuracy.
-Yaml: conf/protocol/utility.yaml.
+A utility of 0 means no benefit. A utility of 1 means that training from scratch needs twice as many labels. A negative
+value means that pre-training reduces the accuracy. Yaml: conf/protocol/utility.yaml.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from sslcli.report.svg_plot import curves
 
 
 def isotonic(values: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
-    """Return the weighted least-squares non-decreasing fit to `values`, by pool adjacent violators (PAVA).
+    """Return the non-decreasing weighted least-squares fit to `values`, computed by pool adjacent violators (PAVA).
 
-    Barlow, Bartholomew, Bremner and Brunk 1972. `weights` are positive, 1 each by default.
+    The algorithm is from Barlow, Bartholomew, Bremner and Brunk 1972. `weights` must be positive (default: all 1).
     """
     pools: list[tuple[float, float, int]] = []  # mean, weight, length
     for value, weight in zip(values, weights or [1.0] * len(values), strict=True):
@@ -47,9 +47,9 @@ def isotonic(values: Sequence[float], weights: Sequence[float] | None = None) ->
 
 @dataclass(frozen=True)
 class Need:
-    """Number of labels that training from scratch needs for an accuracy.
+    """Number of labels that training from scratch needs to reach an accuracy.
 
-    It is only a lower or upper bound if `bound` is "lower" or "upper".
+    If `bound` is "lower" or "upper", the number is only a lower or upper bound.
     """
 
     labels: float
@@ -57,10 +57,11 @@ class Need:
 
 
 def needed(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> Need:
-    """Return inf{n : A_s(n) >= accuracy} of a non-decreasing A_s given at `counts`, linear in (ln n, A) between them.
+    """Return inf{n : A_s(n) >= accuracy} for a non-decreasing A_s. `scratch` contains A_s at each of `counts`.
 
-    Outside of the measured range, the result is a bound. For an accuracy above the best one, it is the largest count, a
-    lower bound. For an accuracy below the first one, it is the smallest count, an upper bound.
+    Between two counts, A_s is interpolated linearly in (ln n, A). Outside of the measured range, the result is a bound.
+    If `accuracy` is above the best value of A_s, the result is the largest count, a lower bound. If `accuracy` is below
+    the first value, the result is the smallest count, an upper bound.
     """
     if accuracy > scratch[-1]:
         return Need(float(counts[-1]), "lower")
@@ -73,7 +74,7 @@ def needed(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> 
 
 
 def utilities(counts: Sequence[int], trained: Sequence[float], scratch: Sequence[float]) -> list[tuple[float, Need]]:
-    """Return U(n) and its `Need` at every count, from mean accuracies; `scratch` is first made non-decreasing."""
+    """Return U(n) and its `Need` at every count, from mean accuracies. `scratch` is first made non-decreasing."""
     monotone = isotonic(scratch)
     needs = [needed(accuracy, counts, monotone) for accuracy in trained]
     return [(need.labels / n - 1, need) for n, need in zip(counts, needs, strict=True)]
@@ -82,10 +83,10 @@ def utilities(counts: Sequence[int], trained: Sequence[float], scratch: Sequence
 def bootstrap_utilities(
     counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor, *, seed: int, resamples: int
 ) -> list[list[float | None]]:
-    """Return 95 % bootstrap intervals [low, high] of U at every count, from accuracies (counts, seeds).
+    """Return the 95 % bootstrap intervals [low, high] of U at every count. Accuracies have shape (counts, seeds).
 
-    Seeds are resampled. Both arms use the same resampled seeds, since they have the same labels for a seed. `high` is
-    None if U is only a lower bound in more than 2.5 % of the resamples.
+    Seeds are resampled. Pre-training and training from scratch use the same resampled seeds, since a seed determines
+    the labels. `high` is None if U is only a lower bound in more than 2.5 % of the resamples.
     """
     generator = torch.Generator().manual_seed(seed)
     seeds = trained.shape[1]
@@ -105,9 +106,10 @@ def bootstrap_utilities(
 
 @dataclass(frozen=True, kw_only=True)
 class Utility(Tuned):
-    """The protocol `utility`: fine-tuning and training from scratch (the two arms) on nested label subsets.
+    """The protocol `utility`: fine-tuning and training from scratch on nested label subsets.
 
-    The sizes of the subsets are log-spaced. Both arms have the same number of steps and the same learning rate grid.
+    Fine-tuning and training from scratch are the two arms. Both arms have the same number of steps and the same
+    learning rate grid. The sizes of the subsets are log-spaced.
     """
 
     smallest: int = 90
@@ -121,7 +123,7 @@ class Utility(Tuned):
             raise ValueError(f"seeds={self.seeds} must be at least 1: 3 to 5 are usual")
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with the smallest label count and the number of points, if they are not the defaults."""
+        """Return a suffix with the smallest label count and the number of points, without default values."""
         smallest = f"from-{self.smallest}" if self.smallest != Utility.smallest else ""
         points = f"{self.points}-points" if self.points != Utility.points else ""
         return "_".join(part for part in (smallest, points) if part)
