@@ -1,9 +1,9 @@
-"""Cache of decoded images in memory or in a file. With it, an image is decoded only once and not in every epoch.
+"""Cache of decoded images in memory or in a file. With the cache, an image is decoded only once and not in every epoch.
 
-The cache reserves a slot for the pixels of each image, computed from the image sizes. A slot is filled when its image
-is first decoded: the process writes the pixels and then their checksum, which every read verifies. An image whose slot
-is empty or does not match its checksum is decoded again. Therefore processes can share the cache without locks, a
-process may be killed at any moment, and a damaged file does no harm.
+The cache reserves a slot for the pixels of each image. The slot size is computed from the image size. When an image
+is first decoded, the process writes its pixels and then their checksum. Every read verifies the checksum. If a slot is
+empty or does not match its checksum, the image is decoded again. Therefore processes can share the cache without locks,
+a process may be killed at any moment, and a damaged cache file does no harm.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _GB = 10**9
 
 
 def check_cache_options(kind: str, gigabytes: float) -> None:
-    """Raise ValueError unless these are valid values of `dataset.keep_decoded` and `dataset.keep_gb`."""
+    """Raise ValueError unless `kind` is valid for `dataset.keep_decoded`, and `gigabytes` for `dataset.keep_gb`."""
     if kind not in KINDS:
         near = nearest(kind, KINDS)
         raise ValueError(f"dataset.keep_decoded is {kind!r}, but it must be one of {', '.join(KINDS)}.{near}")
@@ -48,7 +48,7 @@ def check_cache_options(kind: str, gigabytes: float) -> None:
 
 
 def cache_folder(keep_dir: str | os.PathLike[str] | None) -> Path:
-    """Return the folder of the cache files: `dataset.keep_dir`, or by default a folder in the user's cache."""
+    """Return the folder of the cache files: `dataset.keep_dir`, or a folder in the user's cache if it is None."""
     if keep_dir is not None:
         return Path(keep_dir).expanduser()
     from sslcli.data.shards.index import default_cache  # imported here, because that module imports packages for shards
@@ -57,16 +57,18 @@ def cache_folder(keep_dir: str | os.PathLike[str] | None) -> Path:
 
 
 class DecodedCache:
-    """Cache of the decoded images of a dataset of files. Create it before the data workers start: they share it.
+    """Cache of the decoded images of a dataset of files.
+
+    Create the cache before the data workers start, so that they share it.
 
     Args:
         path: function that returns the path of the image at a position.
-        positions: (n,) int64, ascending: the images to cache.
+        positions: (n,) int64, the positions of the images to cache, in ascending order.
         folder: folder of the cache file, or None to cache in memory.
         name: name of the dataset; the name of the cache file begins with it.
         gigabytes: the largest size of the cache in GB (10**9 bytes).
 
-    Raises ConfigError if the images need more than `gigabytes` or than the free space.
+    Raises ConfigError if the images need more than `gigabytes` or more than the free space.
     """
 
     def __init__(
@@ -110,11 +112,12 @@ class DecodedCache:
         return None
 
     def create(self, gigabytes: float) -> mmap.mmap:
-        """Create an empty cache in memory or in a file."""
+        """Create an empty cache in memory or in a file. Raises ConfigError if the images need too much space."""
         count = len(self.positions)
         sample = self.positions[:: max(1, count // _SAMPLE)]
         estimate = int(np.mean([3.0 * np.prod(self.size_of(position)) for position in sample.tolist()]) * count)
-        # Reading the headers of a million images takes minutes, so a dataset that is far too large is rejected first.
+        # Reading the headers of a million images takes minutes. Therefore a dataset that is far too large is rejected
+        # before all headers are read.
         if estimate > 1.5 * gigabytes * _GB:
             raise _too_large_error(count, f"about {estimate / _GB:.2f}", gigabytes)
         sizes = np.array([self.size_of(position) for position in self.positions.tolist()], np.int32)
@@ -137,7 +140,7 @@ class DecodedCache:
     def create_file(self, header: bytes, total: int) -> mmap.mmap:
         """Create an empty file with all of its space allocated, and open it.
 
-        If another process has created the file in the meantime, open that one instead.
+        If another process has created the file in the meantime, open the file of that process instead.
         """
         assert self.file is not None
         try:
@@ -159,14 +162,14 @@ class DecodedCache:
             ) from error
 
     def size_of(self, position: int) -> tuple[int, int]:
-        """Return width and height from the header of the file; (0, 0) for a file that cannot be read."""
+        """Return width and height from the header of the file. Return (0, 0) if the file cannot be read."""
         try:
             return open_file(self.path(position)).size
         except BadImage:
             return (0, 0)
 
     def open(self, position: int) -> CachedImage | Encoded:
-        """Open the image at `position`, as a `CachedImage` if it has a slot, else from its file."""
+        """Open the image at `position`: as a `CachedImage` if the image has a slot, else from its file."""
         slot = int(np.searchsorted(self.positions, position))
         if slot == len(self.positions) or self.positions[slot] != position or not self.sizes[slot].all():
             return open_file(self.path(position))
@@ -189,12 +192,15 @@ class CachedImage:
         self.size: tuple[int, int] = (width, height)
 
     def decode(self, divisor: int = 1) -> Image.Image | Pixels:
-        """Decode as `Encoded.decode`. Only full-size pixels are cached; with a divisor above 1 the file is decoded."""
+        """Decode the pixels as `Encoded.decode` does. Only full-size pixels are cached.
+
+        If the divisor is above 1, the file is decoded.
+        """
         path = self.cache.path(int(self.cache.positions[self.slot]))
         if divisor > 1:
             return open_file(path).decode(divisor)
         stored, checksums = self.cache.pixels(self.slot), self.cache.checksums
-        # The lowest bit of a checksum is 1, so the checksum of a filled slot is never 0.
+        # The lowest bit of a checksum is set to 1. Therefore the checksum of a filled slot is never 0.
         if checksums[self.slot] and int(checksums[self.slot]) == zlib.crc32(stored) << 1 | 1:
             width, height = self.size
             return Pixels(np.frombuffer(stored, np.uint8).reshape(height, width, 3))

@@ -140,7 +140,7 @@ def iterate_batches(
     Raises:
         ConfigError: the data is invalid, or user code raised an error.
         ProcessLost: a worker died.
-        TrainingFailed: no batch arrived within `timeout` seconds, the workers cannot be started, or memory is insufficient.
+        TrainingFailed: no batch arrived within `timeout` seconds, or the workers cannot be started or lack memory.
     """
     loader = DataLoader(
         ErrorReturningDataset(dataset, owner),

@@ -1,9 +1,9 @@
 """Base class of all datasets (images, labels and splits), and the datasets in memory.
 
-All images of a source, of all splits, are numbered: position i identifies image i. Datasets in memory are one uint8
-tensor and need no workers; workers decode datasets of files (`sslcli.data.sources.files`). A hash of an image's name or
-number decides whether the image is held out for validation. Therefore the held-out split does not depend on the order
-of the files in a directory. If images are added or removed, only a few other images change their split.
+The images of all splits of a source are numbered together: position i identifies image i. A dataset in memory is one
+uint8 tensor and needs no workers. Datasets of files (`sslcli.data.sources.files`) are decoded by workers. A hash of an
+image's name or number decides whether the image is held out for validation. Therefore the order of the files in a
+directory has no effect on the held-out split. If images are added or removed, few other images change their split.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class Source:
 
     Args:
         image_size: side in pixels of views and evaluation crops, at least 1.
-        limit: use only this many training images, and at most as many validation images; None or a larger number = all.
-            Images are selected in hash order, so the images of a smaller limit are a subset of those of a larger one.
+        limit: the largest number of training images, and of validation images; None = no limit. Images are selected in
+            hash order. Therefore the images of a smaller limit are a subset of the images of a larger limit.
         val_fraction: fraction in [0, 1) of the labeled training images that is held out as "val".
         workers: number of worker processes that decode images; 0 = decode in this process; None = `default_workers`.
             Datasets in memory use no workers.
         max_bad: the largest fraction in [0, 1] of images that may fail to decode before the run stops.
-        verify: what a resumed run compares, to detect images that changed since its start. "times": names, labels,
-            sizes and modification times; "sizes": names, labels and sizes; "contents": names, labels, sizes and hashes
-            of the contents; "none": nothing.
-        mean, std: mean and standard deviation of each channel, for images in [0, 1]; std positive.
+        verify: properties that a resumed run compares, to detect images that changed since its start. All values but
+            "none" compare names, labels and sizes. "times" also compares modification times; "contents" also compares
+            hashes of the contents; "sizes" compares nothing else; "none" compares nothing.
+        mean, std: mean and standard deviation of each channel, for images in [0, 1]. Each std must be above 0.
         seed: seed of the split, and of the images of generated datasets.
 
     Attributes:
@@ -65,12 +65,12 @@ class Source:
         classes: the class names; [] without labels.
         splits: the sorted int64 positions of "train", of "val" (empty without labels), and of "test" if the dataset has
             an official test split.
-        weights: (len(train),) how many times each training image occurs in an epoch; None = once each.
+        weights: (len(train),) number of times that each training image occurs in an epoch; None = once.
         present: (M, modalities) bool, True if an image has a modality; None = all True.
         modality_channels: the channels of each modality, in order.
         photometric: the channels that the color operations of views change.
-        scaled_decode: True if JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size. This is done if every training
-            crop of the JPEG is downscaled by at least 2, 4 or 8.
+        scaled_decode: True if JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size. A JPEG is decoded at a reduced
+            size only if every training crop of the JPEG is downscaled by at least 2, 4 or 8.
 
     Raises ValueError for a value out of range.
     """
@@ -88,7 +88,7 @@ class Source:
     name: str
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Raise ConfigError if a subclass sets an attribute under its name of version 0.1, which has no effect now."""
+        """Raise ConfigError if a subclass sets an attribute under its old name of version 0.1."""
         super().__init_subclass__(**keywords)
         reject_old_attributes(cls, RENAMED)
 
@@ -176,10 +176,10 @@ class Source:
         )
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return the records with which changed images are detected, see `sslcli.data.sources.records`.
+        """Return the records of the images, see `sslcli.data.sources.records`.
 
-        contents: whether to hash the contents of the files, which this method expects at `path`, too.
-        on_progress: called from time to time if the call takes long.
+        contents: whether to hash the contents of the files. The file of position i must be at `path(i)`.
+        on_progress: callback that reports the progress of long calls.
         """
         labels = label_codes(self.labels, self.classes)
         if self.images is None:
@@ -187,7 +187,7 @@ class Source:
             hashes = hashes_of(len(self), self.path, on_progress) if contents else None
             names = (self.path(i).encode("utf-8", "surrogateescape") for i in range(len(self)))
             return make_records(names, labels, sizes=sizes, stamps=stamps, contents=hashes)
-        # The lowest bit is 1, so no hash equals `UNKNOWN`. The pixels are in memory, so they are always hashed.
+        # The lowest bit of a hash is 1, so no hash equals `UNKNOWN`. Pixels in memory are always hashed.
         sums = (zlib.crc32(np.ascontiguousarray(image).data) << 1 | 1 for image in self.images.numpy())
         names = (f"{self.name}[{i}]".encode("utf-8", "surrogateescape") for i in range(len(self)))
         return make_records(names, labels, contents=np.fromiter(sums, np.uint64, len(self)))
@@ -196,8 +196,8 @@ class Source:
     def version(self) -> str:
         """Version of the images in 16 hex digits. It is the cache key of all results that are computed from the images.
 
-        The version changes if any image changes. Unless the contents are hashed, it also changes with the modification
-        times. It does not depend on the location of the dataset.
+        The version changes if any image changes. Unless the contents are hashed, it also changes if the modification
+        times change. It does not depend on the location of the dataset.
         """
         records = self.records(contents=self.verify == "contents")
         return digest((repr(self.classes).encode(), *records.digested()))
@@ -206,8 +206,8 @@ class Source:
         """Set `splits`. The last `num_test` positions are the official test split.
 
         hashes: (M - num_test,) int64, one per image of the training pool. Images are ordered by a hash of the seed and
-            this value; the first ones are held out. Equal values are ordered by position.
-        labeled: (M - num_test,) bool. Only labeled images are held out, because a probe needs labels.
+            this value. The first images are held out. Images with equal values are ordered by position.
+        labeled: (M - num_test,) bool, True for labeled images. Only they are held out, because a probe needs labels.
         """
         num_pool = len(hashes)
         order = rng.mix(self.seed, hashes).argsort(stable=True)
@@ -227,10 +227,11 @@ class Source:
 
 
 def replacement(source: Source, position: int, attempt: int) -> int:
-    """Return the position of the training image that replaces the bad image at `position`; never `position` itself.
+    """Return the position of the training image that replaces the bad image at `position`. It is never `position`.
 
-    The result depends only on the arguments. Callers try attempt = 1, 2, ... until an image is readable. Raises
-    ConfigError if there is no other training image.
+    The result depends only on the arguments. Callers try attempt = 1, 2, ... until an image is readable.
+
+    Raises ConfigError if there is no other training image.
     """
     train = source.splits["train"]
     index = int(rng.mix(source.seed, position, attempt)) % len(train)
@@ -243,15 +244,15 @@ def replacement(source: Source, position: int, attempt: int) -> int:
 
 
 class Shapes(Source):
-    """Built-in dataset of generated shapes with nuisances. It needs no download. See `sslcli.data.sources.shapes`.
+    """Built-in dataset of generated images of shapes, without download. See `sslcli.data.sources.shapes`.
 
     Args:
         train_images: number of images in train and val together, at least 1.
-        test_images: number of test images; 0 = no test split. Their indices follow those of the training images.
-        nuisances: strength in [0, 1] of each field of `shapes.Nuisances`; default 1.
-        common: the arguments of `Source`; image_size must be at least 16.
+        test_images: number of test images; 0 = no test split. The test images have the last positions.
+        nuisances: mapping from fields of `shapes.Nuisances` to strengths in [0, 1]. The default strength is 1.
+        common: the arguments of `Source`. `image_size` must be at least 16.
 
-    Images that are in no split because of `limit` are not generated: their pixels are 0 and their labels -1.
+    If `limit` excludes an image from all splits, it is not generated: its pixels are 0 and its label is -1.
     """
 
     def __init__(
@@ -278,18 +279,18 @@ class Shapes(Source):
         self.recipe = f"{train_images} {test_images} {image_size} {self.seed} {self.nuisances}"
 
     def draw(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Generate the images (n, 3, S, S) uint8 and labels (n,) at `positions`. `limit` has no effect on them."""
+        """Generate the images (n, 3, S, S) uint8 and labels (n,) at `positions`. `limit` has no effect."""
         return shapes.draw(positions, seed=self.seed, size=self.image_size, nuisances=self.nuisances)
 
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the dataset in 16 hex digits, independent of `limit`."""
-        # Some images are included, so that the fingerprint changes if the code that draws them changes.
+        # The fingerprint includes some images, so that it changes if the code that draws images changes.
         images, _ = self.draw(torch.arange(min(len(self), 64)))
         return digest((self.recipe.encode(), images.numpy().tobytes()))
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return a single record, which contains the fingerprint. There are no files that could change."""
+        """Return a single record with the fingerprint. The dataset has no files."""
         return make_records(
             [self.name.encode()], np.zeros(1, np.int64), contents=np.array([int(self.fingerprint, 16) | 1], np.uint64)
         )
@@ -299,15 +300,15 @@ class TorchvisionSet(Source):
     """CIFAR10, CIFAR100, STL10 or SVHN with the official test split, in memory.
 
     Args:
-        name: one of these four names, in torchvision's spelling.
+        name: "CIFAR10", "CIFAR100", "STL10" or "SVHN".
         root: the folder of the dataset's files. Downloaded files are written there.
         download: whether to download missing files.
         unlabeled: whether to add the 100,000 unlabeled images of STL10 to the training pool. Only for STL10.
-        memory_gb: the largest size of the pixels in GB (10**9 bytes); a larger dataset is an error. While the files are
-            read, twice this memory is needed.
+        memory_gb: the largest size of the pixels in GB (10**9 bytes). Reading the files takes twice the memory of the
+            pixels.
         common: the arguments of `Source`.
 
-    Raises ValueError if files are missing and cannot be downloaded, or are damaged.
+    Raises ValueError if the pixels exceed `memory_gb`, or if files are damaged or missing and cannot be downloaded.
     """
 
     def __init__(

@@ -15,12 +15,12 @@ DELIMITERS = (",", ";", "\t", "|")
 
 
 def read_csv(file: str) -> tuple[list[str], list[str]]:
-    """Return the columns `path` and `label` of a CSV file. Without a column `label`, all labels are "".
+    """Return the columns `path` and `label` of a CSV file. If there is no column `label`, all labels are "".
 
-    Comma, semicolon, tab and vertical bar are tried as the delimiter, until the header has a column `path`.
-    Spaces around values are removed, and values in double quotes may contain delimiters.
+    The delimiter may be a comma, semicolon, tab or vertical bar. The first delimiter with which the header has a column
+    `path` is used. Spaces around values are removed. Values in double quotes may contain delimiters.
 
-    Raises ConfigError for an invalid file. The message names the line.
+    Raises ConfigError if the file cannot be read or is not a valid CSV file. The message names the line.
     """
     try:
         with TextIOWrapper(open_regular(file), newline="", encoding="utf-8-sig") as text:
@@ -56,7 +56,7 @@ def read_csv(file: str) -> tuple[list[str], list[str]]:
 
 
 def _delimiter(content: str, file: str) -> str:
-    """Return the delimiter with which the header has a column `path`."""
+    """Return the first delimiter with which the header has a column `path`."""
     headers = []
     for delimiter in DELIMITERS:
         reader = csv.reader(StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True)
@@ -73,7 +73,7 @@ def _delimiter(content: str, file: str) -> str:
 
 
 def _check_header(header: list[str], file: str) -> None:
-    """Raise ConfigError for a duplicate column, and warn if the labels seem to have another column name."""
+    """Raise ConfigError if a column occurs twice. Warn if the labels seem to be in a column with another name."""
     for name in ("path", "label"):
         if header.count(name) > 1:
             raise ConfigError(f"{file} has {header.count(name)} columns named {name}: rename or remove all but one")
@@ -87,7 +87,7 @@ def _check_header(header: list[str], file: str) -> None:
 
 
 def _rows(content: str, delimiter: str, file: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield each row that is not empty, as the number of its last line and its stripped fields."""
+    """Yield a pair for each row that is not empty: the number of its last line, and its fields without outer spaces."""
     reader = csv.reader(StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         for row in reader:
@@ -110,7 +110,7 @@ def _check_row(file: str, number: int, name: str, label: str) -> None:
 
 
 def _check_labels(file: str, labels: list[str]) -> None:
-    """Raise ConfigError if there is a single class and its name contains a delimiter."""
+    """Raise ConfigError if there is only one class and its name contains a delimiter."""
     found = {label for label in labels if label}
     if len(found) == 1 and len(labels) > 1:
         (label,) = found

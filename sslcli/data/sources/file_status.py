@@ -1,4 +1,4 @@
-"""Sizes, modification times and content hashes of many files. On slow file systems, they are read in parallel."""
+"""Sizes, modification times and content hashes of many files. On slow file systems, files are read in parallel."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from sslcli.data.sources.records import ProgressCallback
 from sslcli.system.regular_files import open_regular
 
-UNREADABLE = 1  # value that replaces the hash of a file that cannot be read
-_PROBES = 256  # number of files with which the speed of the file system is measured
-_SLOW_CALL = 1e-4  # seconds per file; if a call takes longer (network file systems), threads are faster
+UNREADABLE = 1  # placeholder for the hash of a file that cannot be read
+_PROBES = 256  # number of files that are used to measure the speed of the file system
+_SLOW_CALL = 1e-4  # seconds per file; if calls take longer (network file systems), threads are faster
 _THREADS = 32
 _FILES_PER_REPORT = 2048  # files between two calls of the progress callback
 _FILES_PER_TASK = 16  # number of files that a thread processes per task
@@ -26,7 +26,10 @@ _READ_SIZE = 1 << 20  # bytes
 def status_of(
     count: int, path: Callable[[int], str], on_progress: ProgressCallback | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return sizes in bytes and modification times in nanoseconds of `count` files; -1 if `stat` fails."""
+    """Return the sizes in bytes and the modification times in nanoseconds of `count` files.
+
+    Both are -1 for a file for which `stat` fails.
+    """
     sizes, stamps = np.full(count, -1, np.int64), np.full(count, -1, np.int64)
 
     def read_status(number: int) -> None:
@@ -43,7 +46,7 @@ def status_of(
 def hashes_of(
     count: int, path: Callable[[int], str], on_progress: ProgressCallback | None = None
 ) -> NDArray[np.uint64]:
-    """Return a hash of the contents of `count` files; `UNREADABLE` for a file that cannot be read."""
+    """Return the content hashes of `count` files. The hash of a file that cannot be read is `UNREADABLE`."""
     hashes = np.zeros(count, np.uint64)
 
     def read(number: int) -> None:
@@ -70,7 +73,7 @@ def _hash_of_file(path: str) -> int:
 
 
 def _for_each(work: Callable[[int], None], count: int, on_progress: ProgressCallback | None) -> None:
-    """Call `work` for every number below `count`, in many threads if the calls are slow."""
+    """Call `work` for every number in range(count). If the calls are slow, use many threads."""
     start = time.perf_counter()
     probes = min(count, _PROBES)
     for number in range(probes):

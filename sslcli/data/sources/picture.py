@@ -1,4 +1,4 @@
-"""Protocols for images: an opened image, whose size is known, and a decoded picture, from which views are cropped."""
+"""Protocols for images: opened images of known size, and decoded pictures from which views are cropped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Picture(Protocol):
     def height(self) -> int: ...
 
     def crop(self, box: tuple[int, int, int, int], /) -> Picture:
-        """Return the box (left, top, right, bottom)."""
+        """Crop the box (left, top, right, bottom)."""
 
     def resize(self, size: tuple[int, int], resample: Image.Resampling, /) -> Picture:
         """Return the whole picture resized to (width, height)."""
@@ -35,7 +35,7 @@ class OpenedImage(Protocol):
         """Width and height of the full-size image."""
 
     def decode(self, divisor: int = 1, /) -> Picture:
-        """Decode the image, at 1/divisor of its size if its format supports it. Raises BadImage if it is unreadable."""
+        """Decode the image, at 1/divisor of its size if the format supports it. Raises BadImage for a damaged image."""
 
 
 class DecodedImage:

@@ -1,7 +1,7 @@
-"""Records of the images of a dataset. A resumed run compares them to detect images that changed since its start.
+"""Records of the images of a dataset. A resumed run compares records to detect images that changed since its start.
 
-A record is a name and a row of integers. Records are cheap: they need the list of the files and one `stat` call per
-file. The contents of the files are read only on request.
+A record is a name and a row of integers. Records are cheap. They are computed from the list of the files and one `stat`
+call per file. The contents of the files are read only on request.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import Tensor
 from sslcli.errors import ConfigError, nearest
 
 VERIFY = ("times", "sizes", "contents", "none")
-UNKNOWN = 0  # value that replaces a hash that was not computed; it is not compared
+UNKNOWN = 0  # placeholder for a hash that was not computed; placeholders are not compared
 FORMAT = 1
-MAX_NAMES = 3  # number of names that a message lists for each kind of change
+MAX_NAMES = 3  # maximum number of names in a message for each kind of change
 
 ProgressCallback = Callable[[int, int], None]  # called with the number of items done and the total
 
 
 def check_verify(value: str) -> str:
-    """Return `value`, which is `dataset.verify`. Raises ValueError for an unknown value."""
+    """Return `value`, the value of `dataset.verify`. Raises ValueError if it is unknown."""
     if value not in VERIFY:
         raise ValueError(
             f"dataset.verify is {value!r}, but it must be one of {', '.join(VERIFY)}.{nearest(value, VERIFY)}"
@@ -41,15 +41,17 @@ def check_verify(value: str) -> str:
 class Records:
     """Records of a dataset, in position order.
 
-    A row is an image; for a dataset of shards, a shard; if an image has several files, a file.
+    A row describes an image. For a dataset of shards, a row describes a shard. If images have several files each, a row
+    describes a file.
 
     Attributes:
-        names: the names of all rows as bytes, joined by NUL, which no file name contains.
+        names: the names of all rows as bytes, joined by NUL. No file name contains NUL.
         labels: (n,) int64, a hash of the class name; 0 = no label.
         sizes: (n,) int64, bytes; -1 = unknown.
-        stamps: (n,) int64, the modification time in nanoseconds, or a hash that changes with this time; 0 = none.
+        stamps: (n,) int64, the modification time in nanoseconds, or a hash that depends on the modification time;
+            0 = none.
         contents: (n,) uint64, a hash of the contents, or `UNKNOWN`.
-        unit: plural noun for the rows, such as "images" or "shards", for messages.
+        unit: plural noun that messages use for the rows, such as "images" or "shards".
     """
 
     names: bytes
@@ -76,7 +78,7 @@ class Records:
             yield np.ascontiguousarray(column).tobytes()
 
     def digested(self) -> Iterator[bytes]:
-        """Yield all columns as bytes. In rows with a hash of the contents, the modification time is set to 0."""
+        """Yield all columns as bytes. The modification time is set to 0 in rows with a hash of the contents."""
         known = self.contents != UNKNOWN
         yield from replace(self, stamps=np.where(known, 0, self.stamps)).columns()
 
@@ -90,7 +92,7 @@ def make_records(
     contents: NDArray[np.uint64] | None = None,
     unit: str = "images",
 ) -> Records:
-    """Return the records with these columns. A column that is None is filled with 0."""
+    """Return records with the given columns. If a column is None, it is filled with 0."""
     zeros = np.zeros(len(labels), np.int64)
     return Records(
         names=b"\0".join(names),
@@ -113,7 +115,7 @@ def label_codes(labels: Tensor, classes: Sequence[str]) -> NDArray[np.int64]:
 
 
 def code_of(*parts: bytes) -> int:
-    """Return a 63-bit hash of the parts, never 0."""
+    """Return a 63-bit hash of the parts. The hash is never 0."""
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
         state.update(len(part).to_bytes(8, "little") + part)
@@ -124,7 +126,7 @@ def pack(records: Records) -> bytes:
     """Serialize records to the bytes of an .npz file."""
     header = json.dumps({"sslcli": "image records", "format": FORMAT, "unit": records.unit}).encode()
     file = io.BytesIO()
-    # NumPy's default compression level takes four times as long and saves only a tenth of the size.
+    # NumPy's default compression level takes four times as long as level 1 and saves only a tenth of the size.
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, column in [
             ("told", np.frombuffer(header, np.uint8)),  # "told" is the name in the file format
@@ -158,17 +160,17 @@ class Changes:
     total: int  # number of rows in the older records
     unit: str
     changed: list[str]  # rows whose label, size or contents differ
-    times_changed: list[str]  # rows of which only the modification time differs
+    times_changed: list[str]  # rows that differ only in the modification time
     appeared: list[str]
     vanished: list[str]
-    order: int  # number of rows whose place in the order changed
+    order: int  # number of rows whose position in the order changed
 
     def __bool__(self) -> bool:
         return any(getattr(self, field.name) for field in fields(self) if field.name not in ("total", "unit"))
 
     @property
     def only_times_differ(self) -> bool:
-        """Whether the only changes between the two records are the modification times of files."""
+        """Whether the two records differ only in the modification times of files."""
         return bool(self.times_changed) and not (self.changed or self.appeared or self.vanished or self.order)
 
     def describe(self) -> str:
@@ -191,8 +193,8 @@ class Changes:
 def compare(then: Records, now: Records, *, times: bool) -> Changes:
     """Return the changes from the older records `then` to the newer records `now`.
 
-    The contents of a row are compared if both records have a hash of them. If not, the modification times are compared,
-    unless `times` is False.
+    If both records have a hash of the contents of a row, the hashes are compared. If not, the modification times of the
+    row are compared, unless `times` is False.
     """
     if then.names == now.names:
         before = after = np.arange(len(then))
@@ -223,7 +225,7 @@ def compare(then: Records, now: Records, *, times: bool) -> Changes:
 
 
 def _positions(records: Records) -> dict[tuple[bytes, int], int]:
-    """Return a mapping from (name, number of earlier rows with the same name) to the position of each row."""
+    """Return the position of each row. The key of a row is its name and the number of earlier rows with this name."""
     counts: dict[bytes, int] = {}
     positions = {}
     for position, name in enumerate(records.names.split(b"\0")):
@@ -233,7 +235,7 @@ def _positions(records: Records) -> dict[tuple[bytes, int], int]:
 
 
 def _printable(name: bytes) -> str:
-    """Return the name as text, with control characters escaped so that a terminal does not interpret them."""
+    """Return the name as text. Control characters are escaped, so that a terminal does not interpret them."""
     text = name.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
