@@ -27,9 +27,8 @@ from sslcli.nn.noise import Noise
 
 LOG_VARIANCE = (-10.0, 10.0)  # range to which log-variances are clamped; prevents overflow of exp
 SMALLEST_MSE = 1e-6  # lower bound of the mean squared error, about the quantization error of 8-bit images
-ACTIVE = (
-    0.01  # a unit is active if the variance of its mean over images is larger (Burda et al. 2016, arXiv:1509.00519)
-)
+# A code dimension is active if its mean has a larger variance over images (Burda et al. 2016, arXiv:1509.00519).
+ACTIVE = 0.01
 PICTURE_SEED = 0  # seed of the saved samples; it is fixed to make the samples of different epochs comparable
 
 
