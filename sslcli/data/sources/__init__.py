@@ -1,4 +1,4 @@
-"""Datasets: folders, lists, torchvision, Hugging Face, generated shapes and several modalities, with their labels."""
+"""Datasets and their labels: folders, lists, torchvision, Hugging Face, generated shapes and several modalities."""
 
 from typing import Any
 

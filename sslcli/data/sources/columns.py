@@ -30,8 +30,9 @@ class Column:
 def columns_of(schema: Any) -> dict[str, Column]:
     """Return the columns of an Arrow schema by name.
 
-    The library `datasets` stores in the schema which columns are images, and the class names. If the schema names no
-    image column, every column of bytes, or of a struct whose first field is `bytes`, is taken for an image column.
+    The library `datasets` stores the names of the image columns and the class names in the schema. If the schema has no
+    such image column, two kinds of columns count as image columns: columns of bytes, and columns of structs whose first
+    field is `bytes`.
     """
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     features = {name: feature for name, feature in metadata.items() if isinstance(feature, dict)}
@@ -43,9 +44,12 @@ def columns_of(schema: Any) -> dict[str, Column]:
 
 
 def image_column(columns: Mapping[str, Column], wanted: str, *, where: str) -> str:
-    """Return the name of the image column: `wanted`, or with "auto" the only column that contains images.
+    """Return the name of the image column.
 
-    Raises ConfigError, whose message names the table `where` and its columns.
+    If `wanted` is a column name, this name is returned. If `wanted` is "auto", the only image column is returned.
+
+    Raises ConfigError if there is no column `wanted`, or if "auto" finds no image column or several. The message
+    contains `where` (the name of the table) and the columns.
     """
     if wanted != AUTO:
         return _named(columns, wanted, key="dataset.image", where=where)
@@ -61,9 +65,11 @@ def image_column(columns: Mapping[str, Column], wanted: str, *, where: str) -> s
 def label_column(columns: Mapping[str, Column], wanted: str | None, *, where: str) -> str | None:
     """Return the name of the label column, or None if there are no labels.
 
-    It is `wanted`. With "auto", it is the column with a usual name of labels, else the column with class names.
+    If `wanted` is a column name, this name is returned. If `wanted` is "auto", the column with a name in `LABEL_NAMES`
+    is returned. If there is none, the column with class names is returned. If `wanted` is None, None is returned.
 
-    Raises ConfigError, whose message names the table `where` and its columns.
+    Raises ConfigError if there is no column `wanted`, or if "auto" finds several columns. The message contains `where`
+    (the name of the table) and the columns.
     """
     if wanted is None:
         return None

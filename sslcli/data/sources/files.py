@@ -1,7 +1,7 @@
 """Datasets of image files: class folders, ImageNet, flat folders and CSV lists.
 
-A root is a folder that contains the images of a dataset. A file is identified by its path relative to its root, so
-moving a root changes neither the split nor the fingerprint.
+A root is a folder that contains the images of a dataset. A file is identified by its path relative to its root.
+Therefore the split and the fingerprint do not change if a root is moved.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class Listing:
     """List of the files of a dataset, in position order."""
 
     names: list[str] = field(default_factory=list)  # path of each file relative to its root, with "/"
-    labels: list[int] = field(default_factory=list)  # label of each file, -1 = unknown
-    roots: list[int] = field(default_factory=list)  # number of each file's root
+    labels: list[int] = field(default_factory=list)  # label of each file; -1 = unknown
+    roots: list[int] = field(default_factory=list)  # number of the root of each file
 
     def add(self, names: Sequence[str], *, label: int, root: int) -> None:
-        """Append files that share a label and a root."""
+        """Append files with the same label and the same root."""
         self.names += names
         self.labels += [label] * len(names)
         self.roots += [root] * len(names)
 
     def sort(self) -> None:
-        """Sort by name, then root."""
+        """Sort the files by name. Sort files with the same name by root."""
         order = sorted(range(len(self.names)), key=lambda i: (self.names[i], self.roots[i]))
         self.names = [self.names[i] for i in order]
         self.labels = [self.labels[i] for i in order]
@@ -55,7 +55,7 @@ class Listing:
 
 
 class Files(Source):
-    """Base class of datasets of files. File names are stored in arrays, which workers can share without copying."""
+    """Base class of datasets of files. File names are stored in arrays, which workers share without copies."""
 
     _status: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
     _hashes: NDArray[np.uint64] | None = None
@@ -70,15 +70,15 @@ class Files(Source):
         classes: list[str],
         weights: Sequence[float] = (),
     ) -> None:
-        """Set the files of the dataset, and its splits.
+        """Set the files and the splits of the dataset.
 
         Args:
             pool: the files that are split into train and val.
             test: the files of the official test split; may be empty.
             name: name of the dataset.
-            roots: the root folders. `pool` and `test` refer to them by number.
+            roots: the root folders. `pool` and `test` contain the numbers of the roots.
             classes: the class names.
-            weights: the weight of the images of each root; empty = all 1.
+            weights: the weight of the images of each root. Empty = all weights are 1.
         """
         names = [os.fsencode(file) for file in pool.names + test.names]
         self.name, self.classes, self.roots = name, classes, list(roots)
@@ -105,8 +105,8 @@ class Files(Source):
     def fingerprint(self) -> str:
         """Identity of the dataset in 16 hex digits.
 
-        It is the sha256 of every file's relative path, size in bytes (-1 = unknown) and label. This needs a `stat` call
-        per file, which takes a while for a million files.
+        The fingerprint is the sha256 of the relative path, the size in bytes (-1 = unknown) and the label of every
+        file. It needs one `stat` call per file, which takes a while for a million files.
         """
         return digest(self._rows())
 
@@ -116,7 +116,7 @@ class Files(Source):
             yield os.fsencode(self.relative(position)) + f"\0{size}\0{label}".encode()
 
     def status(self, on_progress: ProgressCallback | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the sizes and the modification times of all files. The first call caches them."""
+        """Return the sizes and the modification times of all files. The result is cached."""
         if self._status is None:
             self._status = status_of(self.num_files, self.file, on_progress)
         return self._status
@@ -127,11 +127,14 @@ class Files(Source):
         return len(self)
 
     def file(self, number: int) -> str:
-        """Return the path of a file by its number, in the order of the positions."""
+        """Return the path of file `number`. Files are numbered in the order of the positions."""
         return self.path(number)
 
     def file_names(self) -> Iterator[bytes]:
-        """Yield the path of every file relative to its root, after the number of the root if there are several."""
+        """Yield the path of every file relative to its root.
+
+        If there are several roots, the number of the root precedes it.
+        """
         for position, root in enumerate(self._root_of.tolist()):
             name = os.fsencode(self.relative(position))
             yield name if len(self.roots) == 1 else b"%d:%b" % (root, name)
@@ -154,8 +157,8 @@ class ImageFiles(Files):
 
     Args:
         scaled_decode: see `Source`.
-        keep_decoded: where to cache decoded full-size images: "ram" = in memory, "disk" = in a file, "none" = no cache.
-            See `sslcli.data.decoded_cache`.
+        keep_decoded: cache of decoded full-size images: "ram" = in memory, "disk" = in a file, "none" = no cache. See
+            `sslcli.data.decoded_cache`.
         keep_gb: the largest size of the cache in GB (10**9 bytes).
         keep_dir: the folder of the cache file; None = a folder in the user's cache.
         common: the arguments of `Source`.
@@ -179,7 +182,7 @@ class ImageFiles(Files):
         self.keep_dir = keep_dir
 
     def fill(self, pool: Listing, test: Listing, **options: Any) -> None:
-        """Set the files as `Files.fill` does, and create the cache of decoded images."""
+        """Set the files as `Files.fill` does. Also create the cache of decoded images."""
         super().fill(pool, test, **options)
         if self.keep_decoded != "none":
             used = torch.cat(list(self.splits.values())).sort().values
@@ -196,13 +199,14 @@ class Folder(ImageFiles):
 
     Args:
         root: a folder, a list of folders, or a mapping from folder to weight. With weight 2.0, an epoch contains each
-            training image of the folder twice; with 0.5, it contains half of these images. The classes of several roots
-            are merged by name.
-        test: a folder of class folders with the official test split, or None.
+            training image of the folder twice. With weight 0.5, an epoch contains half of the training images of the
+            folder. The classes of several roots are merged by name.
+        test: the folder of the official test split, which contains class folders; None = no test split.
         common: the arguments of `ImageFiles`.
 
-    Raises ValueError for a root that is missing, not a folder, unreadable or without images. With a warning, class
-    folders without images are skipped, and images outside of class folders are ignored.
+    Class folders without images, and images outside of class folders, are ignored with a warning.
+
+    Raises ValueError if a root is missing, is not a folder, cannot be read, or has no images in class folders.
     """
 
     def __init__(self, *, root: Root, test: str | os.PathLike[str] | None = None, **common: Any) -> None:
@@ -240,13 +244,13 @@ class Folder(ImageFiles):
 class ImageNet(Folder):
     """ImageNet-1k as class folders, `root/train/<wnid>/` and `root/val/<wnid>/`.
 
-    The official validation set, `val`, is used as the test split.
+    `val`, the official validation set, is used as the test split.
 
     Args:
         root: the folder that contains `train` and `val`.
         common: the arguments of `ImageFiles`.
 
-    Raises ValueError if `train` or `val` is missing; torchvision cannot download this dataset.
+    Raises ValueError if `train` or `val` is missing. torchvision cannot download ImageNet.
     """
 
     def __init__(self, *, root: str | os.PathLike[str], **common: Any) -> None:
@@ -264,7 +268,7 @@ class ImageNet(Folder):
 
 
 class Flat(ImageFiles):
-    """Unlabeled images at any depth below one or several roots. No images are held out.
+    """Unlabeled images at any depth below one or several roots. No images are held out for validation.
 
     Args:
         root: as for `Folder`.
@@ -290,15 +294,15 @@ class Flat(ImageFiles):
 class ListFile(ImageFiles):
     """Images listed in a CSV file with a header, a column `path` and optionally a column `label`.
 
-    Labels are text or integers, see `as_labels`. Other columns are ignored.
+    The labels are text or integers, see `as_labels`. Other columns are ignored.
 
     Args:
         file: the CSV file, in UTF-8. Position i is its row i.
-        root: the folder that paths are relative to; None = the folder of the CSV file.
+        root: the folder to which the paths are relative; None = the folder of the CSV file.
         common: the arguments of `ImageFiles`.
 
-    Raises ValueError if the CSV file is missing or invalid, has no column `path` or no rows, or lists paths that do not
-    exist.
+    Raises ConfigError if the CSV file is missing or invalid, has no column `path`, or has no rows. Raises ValueError if
+    `root` is not a folder, or if none of a sample of the listed files exists.
     """
 
     def __init__(
@@ -321,5 +325,5 @@ class ListFile(ImageFiles):
 
 
 def base_name(roots: Iterable[str]) -> str:
-    """Return the last part of each root, joined by "+", as the name of the dataset."""
+    """Return the name of the dataset: the last part of each root, joined by "+"."""
     return "+".join(Path(root).absolute().name for root in roots)

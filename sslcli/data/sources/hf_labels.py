@@ -1,4 +1,4 @@
-"""Labels of Hugging Face datasets. The class numbers of a file are matched to the class names in the same file."""
+"""Labels of Hugging Face datasets. The class numbers in a file are matched to the class names in the same file."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def labels_of(
     """Return the labels of the training split and, if there are two tables, of the test split.
 
     Args:
-        tables: the splits, each a `datasets.Dataset`.
+        tables: one or two splits, each a `datasets.Dataset`.
+        wanted: the argument `label` of `Hf`: the name of the label column, "auto" or None.
         names: the names of the splits.
-        wanted: the label column, "auto" or None, as in `Hf`.
         where: the name of the dataset, for messages.
         path, options: the arguments of `datasets.load_dataset`.
 
@@ -39,7 +39,7 @@ def labels_of(
         if number == 0 and name is not None:
             wanted, files = name, parquet_files(path, options)
         if number > 0 and wanted == AUTO and name is not None:
-            name = None  # without training labels, a probe cannot be trained, so test labels are ignored
+            name = None  # a probe cannot be trained without training labels, so test labels are ignored
         is_test = number > 0
         if name is None:
             parts.append(Labels([None] * len(table), (), where, is_test=is_test))
@@ -57,7 +57,7 @@ def labels_of(
 
 
 def parquet_files(path: str, options: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the local parquet files of each split, in order; {} for a dataset in another format.
+    """Return the local parquet files of each split, in order. Return {} for a dataset in another format.
 
     The library `datasets` applies the class names of the first file to the class numbers of all files. The correct
     class names of each file are stored only in the file itself.

@@ -15,7 +15,7 @@ Root = str | os.PathLike[str] | Sequence[str] | Mapping[str, float]
 def parse_roots(root: Root) -> dict[str, float]:
     """Return a mapping from each root folder to its weight.
 
-    Raises ValueError if there are no folders, a folder is missing or occurs twice, or a weight is not above 0.
+    Raises ValueError if `root` contains no folder, a folder is missing or occurs twice, or a weight is not above 0.
     """
     if not isinstance(root, (str, os.PathLike, Sequence, Mapping)):
         raise ValueError(f"dataset.root is {root!r}, but it must be a folder, a list of folders, or {{folder: weight}}")
@@ -44,7 +44,7 @@ def parse_roots(root: Root) -> dict[str, float]:
 
 
 def check_folder(folder: str, *, key: str) -> None:
-    """Raise ValueError unless `folder` is a folder."""
+    """Raise ValueError unless `folder` is a folder. `key` is the configuration key, for the message."""
     try:
         mode = os.stat(folder).st_mode
     except OSError as error:
@@ -63,7 +63,10 @@ def no_images(folder: str) -> str:
 
 
 def list_entries(folder: str) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder sorted by name, without hidden files. Raises ValueError if it cannot be listed."""
+    """Return the entries of a folder, sorted by name, without hidden entries.
+
+    Raises ValueError if the folder cannot be listed.
+    """
     try:
         with os.scandir(folder) as found:
             return sorted((e for e in found if not e.name.startswith(".")), key=lambda entry: entry.name)
@@ -72,7 +75,7 @@ def list_entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def folder_identity(folder: str) -> tuple[int, int]:
-    """Return the device and inode of a folder, which identify it even if its path contains links.
+    """Return the device and inode of a folder. They identify the folder even if its path contains links.
 
     Raises ValueError if `stat` fails.
     """
@@ -91,7 +94,7 @@ def listing_error(folder: str, error: OSError) -> ValueError:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether `entry` is a folder or a link to a folder. A broken link or a link to itself is not a folder."""
+    """Return whether `entry` is a folder or a link to a folder. Return False for a broken link or a link to itself."""
     try:
         return entry.is_dir()
     except OSError:
@@ -99,18 +102,21 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_image(entry: os.DirEntry[str]) -> bool:
-    """Return whether the file extension is that of an image.
+    """Return whether `entry` has the extension of an image file and is not a folder.
 
-    A broken link with such an extension counts as an image, so that it is later reported as a bad image.
+    A broken link with the extension of an image counts as an image, so that it is later reported as a bad image.
     """
     stem, _, extension = entry.name.rpartition(".")
     return bool(stem) and extension.lower() in EXTENSIONS and not is_folder(entry)
 
 
 def scan(folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> list[str]:
-    """Return the paths of the images at any depth below `folder`, each with `prefix` before its relative path.
+    """Return the paths of the images at any depth below `folder`.
 
-    Links are followed, unless they lead back to a parent folder. above: the identities of the parent folders.
+    A path is `prefix` plus the path relative to `folder`.
+
+    Links are followed, unless a link leads back to a parent folder. `above` contains the identities of the parent
+    folders.
     """
     current = folder_identity(folder)
     if current in above:
@@ -127,7 +133,7 @@ def scan(folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ())
 def scan_classes(root: str) -> dict[str, list[str]]:
     """Return the files of each class folder of `root`, as paths relative to `root`.
 
-    Raises ValueError if there are no class folders.
+    Raises ValueError if there are no class folders with images.
     """
     found = list_entries(root)
     groups = {e.name: scan(e.path, f"{e.name}/") for e in found if is_folder(e)}

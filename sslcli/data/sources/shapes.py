@@ -1,17 +1,17 @@
-"""Built-in dataset of generated images. The label is a shape; all other properties are nuisances.
+"""Built-in dataset of generated images. The label of an image is a shape. All other properties are nuisances.
 
 Each image shows two to four instances of one shape on a cluttered background. Fill color, texture, scale, rotation and
-position differ between the instances of an image, so two random crops have only the shape in common. The background
-varies across the image, so a crop contains little information about the background of another crop. Each nuisance has a
-strength in [0, 1].
+position differ between the instances of an image. Therefore two random crops have only the shape in common. The
+background varies across the image, so a crop contains little information about the background of another crop. Each
+nuisance has a strength in [0, 1].
 
-Image i is bit for bit a pure function of (seed, i, size, nuisances). The random numbers are stateless, and the renderer
-uses only correctly rounded operations (+ - * / sqrt min max floor). Therefore no pixel depends on the split into
-batches, the number of threads or the vector width of the CPU. Edges are anti-aliased with signed distance functions
-(negative inside, unit slope near the edge; see https://iquilezles.org/articles/distfunctions2d/).
+Image i is a bit-exact, pure function of (seed, i, size, nuisances). The random numbers are stateless. The renderer uses
+only correctly rounded operations (+ - * / sqrt min max floor). Therefore no pixel depends on the split into batches,
+the number of threads or the vector width of the CPU. Edges are anti-aliased with signed distance functions (negative
+inside, unit slope near the edge; see https://iquilezles.org/articles/distfunctions2d/).
 
-Tensor shapes: n images, side S in pixels. Lengths are in units of half the image side: x and y are in [-1, 1], and y
-points down.
+Tensor shapes: n images, side S in pixels. Lengths are in units of half the image side: x and y are in [-1, 1]. The y
+axis points down.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from sslcli.data.rng import mix, uniform
 
 _SLOTS = ((-0.5, -0.5), (0.5, 0.5), (0.5, -0.5), (-0.5, 0.5))  # centers of instances; the first two are always used
 _CHUNK_PIXELS = 1 << 17  # pixels rendered in one call; a float32 plane of them has half a MiB and fits in the CPU cache
-_TURNS = 4096  # size of the sine table; sin and cos of libm give other last bits on other CPUs and in SIMD code
+_TURNS = 4096  # size of the cosine table; the last bits of libm's cos differ between CPUs and in SIMD code
 _COSINE = torch.tensor([math.cos(2 * math.pi * i / _TURNS) for i in range(_TURNS)], dtype=torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nuisances:
-    """Strength in [0, 1] of each nuisance, that is, of the variation of each property but the shape; 0 disables it.
+    """Strength in [0, 1] of each nuisance.
+
+    A nuisance is the variation of a property other than the shape; 0 disables it.
 
     color: hue, saturation and lightness of each instance (0: the same light gray).
     texture: stripes and checks inside the instances (0: uniform fill).
@@ -64,9 +66,13 @@ class Nuisances:
 def draw(indices: Tensor, *, seed: int, size: int, nuisances: Nuisances = Nuisances()) -> tuple[Tensor, Tensor]:
     """Generate images of the dataset.
 
-    indices: (n,) int64 on the CPU, any order, repeats allowed. size: side in pixels, at least 16.
-    Returns images (n, 3, size, size) uint8 and labels (n,) int64, indices into `CLASSES`, uniform in expectation.
-    Raises ValueError if indices are not a vector of int64 or size is below 16.
+    indices: (n,) int64 on the CPU, in any order; repeats are allowed.
+    size: side in pixels, at least 16.
+
+    Returns images (n, 3, size, size) uint8 and labels (n,) int64. Labels are indices into `CLASSES` and are uniformly
+    distributed.
+
+    Raises ValueError if `indices` is not a vector of int64, or if `size` is below 16.
     """
     if indices.ndim != 1 or indices.dtype != torch.int64:
         raise ValueError(
@@ -86,7 +92,8 @@ def draw(indices: Tensor, *, seed: int, size: int, nuisances: Nuisances = Nuisan
 
 
 # Signed distances to the shapes: coordinates (n, S, S) in units of the instance's radius -> (n, S, S), negative inside.
-# Because of the random scales, the sizes of different shapes overlap, so the size says little about the label.
+# The scales are random, so the sizes of different shapes overlap. Therefore the size contains little information about
+# the label.
 
 
 def _disc(x: Tensor, y: Tensor) -> Tensor:
@@ -115,7 +122,7 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    # Three reflections map the plane to a tenth of the star, in which the border is one line from a tip to a notch.
+    # Three reflections map the plane to a tenth of the star. In this part, the border is a line from a tip to a notch.
     cos, sin, notch = math.cos(math.pi / 5), math.sin(math.pi / 5), 0.5
     x, y = x.abs(), -y
     for side in (cos, -cos):
@@ -169,7 +176,7 @@ def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
 class _RandomNumbers:
     """Random numbers for one element of n images, such as the background. Each call returns the next (n,) numbers.
 
-    All `count` numbers per image are computed in one call when the object is created, which is faster for few images.
+    All `count` numbers per image are computed together when the object is created. This is faster for few images.
     """
 
     def __init__(self, key: Tensor, count: int = 20) -> None:
@@ -207,7 +214,7 @@ def _render(keys: Tensor, distance: Callable[[Tensor, Tensor], Tensor], size: in
 
 
 def _background(numbers: _RandomNumbers, x: Tensor, y: Tensor, lightness: Tensor, strength: float) -> Tensor:
-    """Return a colored background (n, 3, S, S) with two half planes of other colors."""
+    """Return a colored background (n, 3, S, S). Two half planes have other colors."""
     ground = lightness[:, None] + _chroma(numbers) * (0.15 * strength)
     image = ground[:, :, None, None].expand(-1, -1, y.shape[1], x.shape[2]).clone()
     for _ in range(2):
@@ -219,7 +226,7 @@ def _background(numbers: _RandomNumbers, x: Tensor, y: Tensor, lightness: Tensor
 
 
 def _fill_color(numbers: _RandomNumbers, background: Tensor, strength: float) -> Tensor:
-    """Return colors (n, 3) whose lightness differs from that of the background (n,), also after conversion to gray."""
+    """Return colors (n, 3). Their lightness differs from the lightness of the background (n,), even in grayscale."""
     darker = (background > 0.37) & (numbers() < 0.6)
     contrast = numbers(0.35, 0.5)
     lightness = torch.where(darker, background - contrast, background + contrast)
@@ -228,7 +235,7 @@ def _fill_color(numbers: _RandomNumbers, background: Tensor, strength: float) ->
 
 
 def _texture(numbers: _RandomNumbers, u: Tensor, v: Tensor) -> Tensor:
-    """Return stripes or checks (n, S, S) in [-1, 1], in the coordinates of the instance."""
+    """Return a texture (n, S, S) in [-1, 1] of stripes or checks. u and v are the coordinates of the instance."""
     cos, sin = _direction(numbers())
     frequency = numbers(0.4, 1.4)
     amount = numbers()
@@ -239,7 +246,7 @@ def _texture(numbers: _RandomNumbers, u: Tensor, v: Tensor) -> Tensor:
 
 
 def _light(numbers: _RandomNumbers, x: Tensor, y: Tensor, strength: float) -> Tensor:
-    """Return the gain (n, 3, S, S) of the light: overall brightness, a gradient across the image, and a tint."""
+    """Return the factor (n, 3, S, S) of the light: overall brightness, a gradient across the image, and a tint."""
     cos, sin = _direction(numbers())
     slope = numbers(0.0, 0.15)
     gain = (x * _field(cos) + y * _field(sin)) * _field(slope) + _field(numbers(-0.2, 0.1))
@@ -248,7 +255,7 @@ def _light(numbers: _RandomNumbers, x: Tensor, y: Tensor, strength: float) -> Te
 
 
 def _noise(key: Tensor, x: Tensor, y: Tensor, cells: int = 5) -> Tensor:
-    """Return value noise (n, S, S) in [-1, 1]: a random lattice, smoothly interpolated and randomly shifted."""
+    """Return value noise (n, S, S) in [-1, 1]: a random lattice that is smoothly interpolated and randomly shifted."""
     nodes = torch.arange(cells + 1)
     lattice = uniform(mix(key[:, None, None], nodes[:, None], nodes), 0, -1.0, 1.0)
 
@@ -277,7 +284,7 @@ def _chroma(numbers: _RandomNumbers) -> Tensor:
 
 
 def _direction(turn: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosine and sine of angles, which are given in turns (1 turn = 360 degrees)."""
+    """Return the cosine and sine of angles in turns (1 turn = 360 degrees)."""
     step = (turn * _TURNS).floor().long()
     return _COSINE[step % _TURNS], _COSINE[(step - _TURNS // 4) % _TURNS]
 

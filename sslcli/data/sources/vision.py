@@ -1,4 +1,4 @@
-"""Reader of torchvision's datasets. It downloads missing files, and its error messages name them."""
+"""Reader of torchvision's datasets. It downloads missing files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 _TIMEOUT = 20.0  # seconds without data before a download fails
 
-# Number of images without the unlabeled ones, number with them, and side in pixels.
+# Number of images without unlabeled images, number of images with unlabeled images, and side in pixels.
 _SIZES = {
     "CIFAR10": (60_000, 60_000, 32),
     "CIFAR100": (60_000, 60_000, 32),
@@ -38,10 +38,10 @@ class Parts:
 
 
 def read_parts(name: str, root: str | os.PathLike[str], *, download: bool, unlabeled: bool, memory_gb: float) -> Parts:
-    """Read a dataset, and download it first if `download` is True and files are missing. See `TorchvisionSet`.
+    """Read a dataset. If files are missing and `download` is True, download it first. See `TorchvisionSet`.
 
-    Raises ValueError for an unknown name, too little memory, missing files that cannot be downloaded, and damaged
-    files.
+    Raises ValueError if the name is unknown, the images exceed `memory_gb`, files are missing and cannot be downloaded,
+    or files are damaged.
     """
     if name not in _SIZES:
         raise ValueError(f"dataset.name is {name!r}, but it must be one of: {', '.join(_SIZES)}")
@@ -94,7 +94,10 @@ def _files(kind: Any, root: Path) -> list[Path]:
 
 
 def _download_missing(kind: Any, root: Path, files: list[Path], *, download: bool) -> None:
-    """Download missing files. Raises ValueError if the download fails or is disabled; it names the files and folder."""
+    """Download missing files.
+
+    Raises ValueError if the download fails or is disabled. The message names the folder and the missing files.
+    """
     reason = "dataset.download is false"
     if download:
         try:
@@ -117,7 +120,10 @@ def _download_missing(kind: Any, root: Path, files: list[Path], *, download: boo
 
 @contextmanager
 def exclusive_lock(root: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder within the block, so that other processes do not write to it concurrently."""
+    """Hold an exclusive lock on a folder within the block.
+
+    Other processes wait for the lock before they write to it.
+    """
     import fcntl
 
     root.mkdir(parents=True, exist_ok=True)
@@ -130,7 +136,7 @@ def exclusive_lock(root: Path) -> Iterator[None]:
 def _timeout(seconds: float) -> Iterator[None]:
     """Set the default socket timeout within the block.
 
-    torchvision sets no timeout, so a download would hang behind a firewall that drops packets.
+    torchvision sets no timeout. Without a timeout, a download would hang behind a firewall that drops packets.
     """
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
