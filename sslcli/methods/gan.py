@@ -48,7 +48,7 @@ def generator_loss(fake: Tensor, *, kind: str) -> Tensor:
     kind="logistic": -log sigmoid(fake), the non-saturating loss (Goodfellow et al., section 3).
     kind="hinge": -fake (Miyato et al., eq. 17).
     To compute the loss of an encoder, pass the negated logits of real inputs. The encoder is trained so that the
-    discriminator classifies its pairs as generated.
+    discriminator classifies the pairs of the encoder as generated.
     """
     fake = full_precision(fake)
     return -fake.sum(1).mean() if kind == "hinge" else F.softplus(-fake).sum(1).mean()

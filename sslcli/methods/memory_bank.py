@@ -35,11 +35,11 @@ class MemoryBank(Method):
         negatives: number K of noise rows. They are drawn uniformly with replacement and may include the image's own
             row. Unused with loss="full".
         momentum: weight of the old row in an update; 0.5 in the official code.
-        temperature: divides the similarities.
-        proximal: weight of the squared distance between an embedding and its row (eq. 10). The official code uses
-            momentum instead.
+        temperature: divisor of the similarities.
+        proximal: weight of the squared distance between an embedding and the row of its image (eq. 10). The official
+            code uses momentum instead.
         head_norm: add BatchNorm without affine parameters after the head. This removes the common mean of all
-            embeddings. It is not in the paper.
+            embeddings. The paper has no such BatchNorm.
         fill: if True, start with an empty bank. The first embedding of an image becomes its row, and the image
             contributes 0 to the loss in this step. The first epoch therefore fills the bank with embeddings of the
             initial network. If False, start with random rows, as in the official code.

@@ -47,7 +47,7 @@ class MoCo(Method):
         momentum: momentum of the momentum encoder, which computes the keys.
         temperature: divisor of the cosine similarities.
         mlp_head: use v2's head (one hidden layer as wide as the features) instead of one linear layer.
-        symmetric: also use view 2 as the query and view 1 as the key; the loss is the mean of both.
+        symmetric: also use view 2 as the query and view 1 as the key. The loss is the mean of both directions.
         bn_group: number of images that BatchNorm normalizes together. Keys are shuffled before they are grouped
             (sec. 3.3). Otherwise, batch statistics could identify the key of a query. 32 is the batch size per GPU in
             the paper, which uses 8 GPUs.

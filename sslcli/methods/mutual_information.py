@@ -73,8 +73,8 @@ def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str
 def reduce_negatives(scores: Tensor, own: Tensor | None, *, measure: str, official_mask: bool = False) -> Tensor:
     """Reduce the scores of each vector with C positions, by sum or log-sum-exp: (..., C) -> (...).
 
-    `own` is True for positions of the vector's own image. Their scores are excluded. With `official_mask`, InfoNCE
-    replaces each of these scores with -10 instead, as in the official code.
+    `own` is True for positions of the vector's own image. The scores of these positions are excluded. If
+    `official_mask` is True, InfoNCE includes these scores with the value -10, as in the official code.
     """
     if measure in ("InfoNCE", "DV"):
         mask = OFFICIAL_MASK if official_mask and measure == "InfoNCE" else -torch.inf
