@@ -1,4 +1,4 @@
-"""Backbones: networks from images to features, one file per family, each with `conf/backbone/<name>.yaml` files."""
+"""Backbones: networks from images to features. Each family has one module and files `conf/backbone/<name>.yaml`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class Backbone(nn.Module):
     """Network from images (N, C, H, W) to features (N, num_features).
 
-    A subclass sets `num_features` and defines `forward`. If it has feature maps, it also defines `stages`.
+    A subclass sets `num_features` and defines `forward`. A subclass with feature maps also defines `stages`.
     """
 
     num_features: int
@@ -18,7 +18,7 @@ class Backbone(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return feature maps (N, channels, height, width) by stage name, shallow to deep, from one forward pass.
+        """Return feature maps (N, channels, height, width) by stage name, from shallow to deep, in one forward pass.
 
         Raises ValueError if the backbone has no feature maps.
         """

@@ -1,7 +1,7 @@
-"""DCGAN discriminator without its last layer: convolutions of stride 2; the last feature map is flattened.
+"""DCGAN discriminator without its last layer. It has convolutions of stride 2 and flattens the last feature map.
 
 Radford et al. 2016  https://arxiv.org/abs/1511.06434  https://github.com/Newmu/dcgan_code  conf/backbone/dcgan.yaml
-Kernels are 4 x 4; the official code has 5 x 5.
+Kernels are 4x4. The official code has 5x5 kernels.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from sslcli.errors import check_positive
 SLOPE = 0.2  # negative slope of LeakyReLU (section 4)
 INIT_STD = 0.02  # initial standard deviation of weights, and of BatchNorm's scales around 1 (section 4, official code)
 SMALLEST_IMAGE = 16
-DEEPEST = 8  # maximum number of channels, as a multiple of `width`
+DEEPEST = 8  # maximum number of channels divided by `width`
 
 
 class DCGANNet(Backbone):
-    """4x4 convolutions of stride 2 with LeakyReLU, and with normalization after all but the first.
+    """4x4 convolutions of stride 2 with LeakyReLU. All convolutions except the first are followed by normalization.
 
-    For images of 64 pixels or more, convolutions are added until the last feature map has a side of 4 to 7 pixels.
-    Smaller images get one more convolution, so that the side is 2 or 3 pixels. num_features = channels * positions of
-    the last map.
+    For images of 64 pixels or more, convolutions are added until the last feature map has a side of 4 to 7 pixels. For
+    smaller images, one more convolution is added, so that the side is 2 or 3 pixels. num_features is the number of
+    channels of the last map times its number of positions.
 
     Args:
         image_size: side of the training images in pixels, at least 16.
-        width: channels of the first map; each further convolution doubles them, up to 8 * width.
+        width: channels of the first map. Each further convolution doubles the channels, up to 8 * width.
         in_channels: image channels.
         norm: batch, layer or none, see `norm_layer`.
 
@@ -60,7 +60,7 @@ class DCGANNet(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         """Return the flattened last map: (N, in_channels, H, W) -> (N, num_features).
 
-        If the image size differs from that in training, the map is first average-pooled to its side in training.
+        If images do not have the training size, the last map is first average-pooled to its size in training.
         """
         *_, last = self.stages(images).values()
         if last.shape[2:] != (self.side, self.side):
@@ -68,7 +68,7 @@ class DCGANNet(Backbone):
         return last.flatten(1)
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the feature maps after `block1`, `block2`, ...; each has half the side of the previous one."""
+        """Return the feature maps after `block1`, `block2`, ... Each map has half the side of the previous map."""
         x = images
         maps = {}
         for number, layer in enumerate(self.blocks, start=1):
@@ -77,7 +77,10 @@ class DCGANNet(Backbone):
 
 
 def block(in_channels: int, out_channels: int, *, norm: str) -> nn.Sequential:
-    """Build 4x4 convolution, normalization, LeakyReLU: (N, in_channels, H, W) -> (N, out_channels, H / 2, W / 2)."""
+    """Build a block of 4x4 convolution, normalization and LeakyReLU.
+
+    Shapes: (N, in_channels, H, W) -> (N, out_channels, H / 2, W / 2).
+    """
     conv = nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1, bias=norm == "none")
     normalize = norm_layer(norm, out_channels)
     nn.init.normal_(conv.weight, std=INIT_STD)

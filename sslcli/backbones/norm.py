@@ -10,8 +10,12 @@ NORMS = ("batch", "layer", "none")
 def norm_layer(norm: str, channels: int) -> nn.Module:
     """Build the normalization layer named `norm` for feature maps (N, channels, H, W).
 
-    batch: BatchNorm. layer: normalization over channels and positions of each image (GroupNorm with one group), without
-    statistics over the batch. none: identity. Raises ValueError for any other name.
+    `norm` is one of:
+        batch: BatchNorm.
+        layer: normalization over the channels and positions of each image (GroupNorm with one group).
+        none: identity.
+
+    Raises ValueError for any other name.
     """
     if norm == "batch":
         return nn.BatchNorm2d(channels)

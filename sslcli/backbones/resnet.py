@@ -1,4 +1,4 @@
-"""Residual networks of torchvision without the classifier, optionally with a stem for small images.
+"""Residual networks of torchvision without the classifier, with an optional stem for small images.
 
 He et al. 2016  https://arxiv.org/abs/1512.03385     wide: Zagoruyko & Komodakis 2016  https://arxiv.org/abs/1605.07146
 conf/backbone/resnet*.yaml, conf/backbone/wide_resnet*.yaml
@@ -20,20 +20,24 @@ LARGEST_CIFAR_IMAGE = 64
 
 
 class ResNet(Backbone):
-    """torchvision ResNet without `fc`, with torchvision's parameter names; weights can be loaded in both directions.
+    """torchvision ResNet without `fc`.
+
+    Parameter names are those of torchvision. Weights can be loaded in both directions.
 
     Args:
-        arch: one of `ARCHS`; num_features is 512 for resnet18 and resnet34, 2048 for the others.
-        image_size: side of the training images in pixels; determines the stem if `stem` is "auto".
-        stem: "imagenet" (7x7 convolution of stride 2, max-pool), "cifar" (3x3 of stride 1, no max-pool; SimCLR
-            appendix B.9) or "auto": cifar up to 64 px, imagenet above.
-        in_channels: image channels; a value other than 3 changes only the first convolution.
-        zero_init_residual: initialize every residual branch to zero (Goyal et al. 2017, section 5.1); not with
-            norm="none".
+        arch: one of `ARCHS`; num_features is 512 for resnet18 and resnet34, and 2048 for the others.
+        image_size: side of the training images in pixels. If `stem` is "auto", it determines the stem.
+        stem: one of
+            "imagenet": 7x7 convolution of stride 2, and max-pool.
+            "cifar": 3x3 convolution of stride 1, without max-pool (SimCLR appendix B.9).
+            "auto": "cifar" for images of up to 64 pixels, "imagenet" for larger images.
+        in_channels: image channels. A value other than 3 changes only the first convolution.
+        zero_init_residual: initialize the output of every residual branch to zero (Goyal et al. 2017, section 5.1).
+            It cannot be combined with norm="none".
         norm: batch, layer or none, see `norm_layer`. With none, the initial outputs of the L residual branches are
-            scaled by 1 / sqrt(L), which keeps their sum bounded (after Zhang et al. 2019, arXiv:1901.09321).
+            scaled by 1 / sqrt(L). The scaling keeps their sum bounded (after Zhang et al. 2019, arXiv:1901.09321).
 
-    Raises ValueError for an unknown arch, stem or norm.
+    Raises ValueError for an unknown arch, stem or norm, and for `zero_init_residual` with norm="none".
     """
 
     conv1: nn.Conv2d
@@ -70,7 +74,7 @@ class ResNet(Backbone):
 
         from torchvision import models
 
-        # The classifier is discarded; num_classes=1 keeps its initialization cheap.
+        # The classifier is discarded. num_classes=1 makes its initialization fast.
         net = getattr(models, arch)(
             weights=None,
             num_classes=1,
@@ -91,11 +95,11 @@ class ResNet(Backbone):
             shrink_branches(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the mean over positions of layer4: (N, in_channels, H, W) -> (N, num_features)."""
+        """Return the output of layer4, averaged over positions: (N, in_channels, H, W) -> (N, num_features)."""
         return self.avgpool(self.stages(images)["layer4"]).flatten(1)  # type: ignore[no-any-return]
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the feature maps after `layer1` to `layer4`; each has half the side of the previous one."""
+        """Return the feature maps after `layer1` to `layer4`. Each map has half the side of the previous map."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = {}
         for name in ("layer1", "layer2", "layer3", "layer4"):

@@ -1,9 +1,10 @@
-"""A small convolutional network, which trains in minutes on a laptop CPU.
+"""Small convolutional network that trains in minutes on a laptop CPU.
 
 conf/backbone/small.yaml
 
-Convolutions on large feature maps are the most expensive. Two early strides therefore reduce a 32-pixel image to 8 x 8
-maps before the number of channels increases. The network needs a few percent of the arithmetic of resnet18.
+Convolutions on large feature maps take the most time. Therefore the early layers have strides: a 32-pixel image is
+reduced to 8 x 8 maps before the number of channels increases. The network needs a few percent of resnet18's arithmetic
+operations.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ SMALLEST_IMAGE = 16
 
 
 class Small(Backbone):
-    """Five 3x3 convolutions with normalization and ReLU, and global average pooling; num_features = 8 * width.
+    """Five 3x3 convolutions with normalization and ReLU, then global average pooling; num_features = 8 * width.
 
     Args:
-        image_size: side of the training images in pixels, at least 16; maps after block 5 have an eighth of this side.
+        image_size: side of the training images in pixels, at least 16. Maps after block 5 have an eighth of this side.
         width: channels of block 1; the five blocks have 1, 2, 2, 4 and 8 times `width` channels.
         in_channels: image channels.
         norm: batch, layer or none, see `norm_layer`.
@@ -45,11 +46,11 @@ class Small(Backbone):
         self.num_features = 8 * width
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the mean over positions of block 5: (N, in_channels, H, W) -> (N, 8 * width)."""
+        """Return the output of block 5, averaged over positions: (N, in_channels, H, W) -> (N, 8 * width)."""
         return self.stages(images)["block5"].mean((2, 3))
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the maps after `block1` to `block5`, with 1/2, 1/4, 1/4, 1/8 and 1/8 of the image side."""
+        """Return the maps after `block1` to `block5`. Their sides are 1/2, 1/4, 1/4, 1/8 and 1/8 of the image side."""
         x = images
         maps = {}
         for name in ("block1", "block2", "block3", "block4", "block5"):
@@ -58,7 +59,10 @@ class Small(Backbone):
 
 
 def block(in_channels: int, out_channels: int, *, stride: int, norm: str) -> nn.Sequential:
-    """Build 3x3 convolution, normalization and ReLU: (N, in_channels, H, W) -> (N, out_channels, H / stride, ...)."""
+    """Build a block of 3x3 convolution, normalization and ReLU.
+
+    Shapes: (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride).
+    """
     conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=norm == "none")
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, norm_layer(norm, out_channels), nn.ReLU(inplace=True))

@@ -18,16 +18,16 @@ from sslcli.backbones.wrap import dry_output, pooled
 
 
 class Timm(Backbone):
-    """Backbone from the timm model `name`; parameters have timm's names with the prefix `model.`.
+    """Backbone from the timm model `name`. Parameters have timm's names with the prefix `model.`.
 
     Args:
         name: a name from timm.list_models(), with or without a weights tag, or "hf-hub:owner/model".
-        image_size: image side in pixels; passed to models that are built for a fixed size (ViT, Swin ...).
+        image_size: image side in pixels. It is passed to models that are built for a fixed size (ViT, Swin ...).
         in_channels: image channels.
-        pretrained: load timm's weights instead of random initialization; downloads them on first use.
-        options: additional keyword arguments of timm.create_model, e.g. {"drop_path_rate": 0.1}.
+        pretrained: load timm's weights instead of random initialization. The first use downloads the weights.
+        options: additional keyword arguments for timm.create_model, e.g. {"drop_path_rate": 0.1}.
 
-    Raises ValueError if timm cannot be imported, has no such model, or cannot build it with these arguments.
+    Raises ValueError if timm cannot be imported, has no model `name`, or cannot build the model with these arguments.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Timm(Backbone):
             name, image_size=image_size, in_channels=in_channels, pretrained=pretrained, options=dict(options or {})
         )
         self.pretrained = pretrained
-        # For models with a further layer before the classifier, timm's num_features is not the width of the output.
+        # timm's num_features is not the width of the output if the model has another layer before the classifier.
         self.num_features = dry_output(self.model, image_size=image_size, in_channels=in_channels).shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Timm(Backbone):
         return pooled(self.model(images))
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return maps `stage1`, `stage2`, ... from timm's forward_intermediates; for a ViT, one per block."""
+        """Return maps `stage1`, `stage2`, ... from timm's forward_intermediates. A ViT has one map per block."""
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(
                 f"timm has no feature maps by stage for {type(self.model).__name__}: choose another model, a resnet or "
@@ -63,7 +63,7 @@ class Timm(Backbone):
 
 
 def create(name: str, *, image_size: int, in_channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    """Create the timm model without classifier for images of `image_size`. Raises the ValueErrors of `Timm`."""
+    """Create the timm model `name` without classifier. Raises ValueError in the cases that `Timm` lists."""
     try:
         import timm
     except ImportError as error:
@@ -89,7 +89,7 @@ def _built(timm: Any, name: str, image_size: int, arguments: dict[str, Any]) -> 
     try:
         model: nn.Module = timm.create_model(name, img_size=image_size, **arguments)
     except TypeError as error:
-        if "img_size" not in str(error):  # convolutional models accept any size and have no argument img_size
+        if "img_size" not in str(error):  # convolutional models accept any image size and have no argument img_size
             raise
         model = timm.create_model(name, **arguments)
     return model
@@ -97,9 +97,9 @@ def _built(timm: Any, name: str, image_size: int, arguments: dict[str, Any]) -> 
 
 @contextmanager
 def without_pickles() -> Iterator[None]:
-    """Force torch.load to use weights_only=True within the block, regardless of the arguments timm passes.
+    """Force torch.load to use weights_only=True within the `with` block, regardless of the arguments from timm.
 
-    Older versions of timm unpickle entire weight files, which can execute arbitrary code.
+    Older versions of timm unpickle entire weight files. Unpickling can execute arbitrary code.
     """
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name, None) for name in names}

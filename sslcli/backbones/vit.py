@@ -3,8 +3,8 @@
 Dosovitskiy et al. 2021  https://arxiv.org/abs/2010.11929     Chen, Xie, He 2021  https://arxiv.org/abs/2104.02057
 conf/backbone/vit_tiny.yaml, vit_small.yaml, vit_base.yaml
 
-Parameter names are those of timm's VisionTransformer: weights can be loaded in both directions. Weights of the official
-MoCo v3 can be loaded as well.
+Parameter names are those of timm's VisionTransformer. sslcli can load weights of timm, and timm can load weights of
+sslcli. sslcli can also load weights of the official MoCo v3.
 
 Shapes: N images, P patches, T = 1 + P tokens, D width, H heads, K width of a head.
 """
@@ -31,12 +31,14 @@ def position_embedding(
     trained: tuple[int, int] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return the sin-cos embedding of a patch grid, (height * width, dim) float32, rows first (MoCo v3, section 3).
+    """Return the sin-cos embedding of a patch grid, (height * width, dim) float32, row by row (MoCo v3, section 3).
 
-    Sine and cosine of the row and of the column take a quarter of `dim` each, at frequencies 10000^(-i / (dim / 4)).
-    `trained` = (rows, columns) is the grid used in training: the coordinates of the new grid are scaled to this grid,
-    with half-pixel centers. This corresponds to interpolation of the trained embedding, but has no interpolation error.
-    `dim` must be divisible by 4.
+    `dim` must be divisible by 4. The four quarters of `dim` hold the sine and the cosine of the row, then those of the
+    column. The frequencies are 10000^(-i / (dim / 4)).
+
+    `trained` = (rows, columns) is the grid used in training. The coordinates of the new grid are scaled to the training
+    grid, with half-pixel centers. The result is like an interpolated training embedding, but without interpolation
+    error.
     """
     quarter = dim // 4
     frequency = 10000.0 ** (-torch.arange(quarter, device=device) / quarter)
@@ -50,7 +52,9 @@ def position_embedding(
 
 
 def choose_patch_size(image_size: int) -> int:
-    """Return the divisor of `image_size` nearest to image_size / 14, at least 4: 224 -> 16, 96 -> 6, 64 and 32 -> 4.
+    """Return the divisor of `image_size` that is nearest to image_size / 14 and at least 4.
+
+    Examples: 224 -> 16, 96 -> 6, 64 -> 4, 32 -> 4.
 
     Raises ValueError if no divisor gives at least 4 x 4 patches of at least 4 pixels.
     """
@@ -92,7 +96,7 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch per image with probability `drop_prob` (arXiv:1603.09382)."""
+    """Stochastic depth: drop the residual branch of each image with probability `drop_prob` (arXiv:1603.09382)."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -143,18 +147,19 @@ class VisionTransformer(Backbone):
     """Vision Transformer with num_features = `width`.
 
     Args:
-        image_size: side of the training images in pixels, a multiple of `patch_size`. Images of other sizes
-            (multi-crop) must also be multiples of `patch_size`; the position embedding is scaled to them.
-        patch_size: side of a patch in pixels; None chooses about image_size / 14, see `choose_patch_size`.
+        image_size: side of the training images in pixels, a multiple of `patch_size`. The side of other images
+            (multi-crop) must also be a multiple of `patch_size`. The position embedding is scaled to their size.
+        patch_size: side of a patch in pixels. None selects a value near image_size / 14, see `choose_patch_size`.
         width: token width, divisible by 4 and by `num_heads`.
         depth: number of blocks.
         num_heads: attention heads per block.
         mlp_ratio: hidden width of the MLP divided by `width`.
         in_channels: image channels.
-        frozen_patch_projection: do not train the randomly initialized patch projection (MoCo v3, section 4.2: improves
-            stability).
-        pool: "cls" uses the class token, "mean" the mean over patches, both after the final LayerNorm.
-        drop_path: stochastic depth rate in [0, 1) of the last block; it increases linearly from 0 in the first block.
+        frozen_patch_projection: do not train the randomly initialized patch projection. This improves stability
+            (MoCo v3, section 4.2).
+        pool: "cls" selects the class token, and "mean" selects the mean over patches. Both follow the final LayerNorm.
+        drop_path: stochastic depth rate of the last block, in [0, 1). The rate of the first block is 0, and the rate
+            increases linearly with depth.
 
     Raises ValueError for arguments out of range.
     """
@@ -198,7 +203,10 @@ class VisionTransformer(Backbone):
         self.patch_embed.proj.requires_grad_(not frozen_patch_projection)
 
     def init_weights(self) -> None:
-        """Initialize as MoCo v3: Xavier-uniform weights (q, k, v separately), zero biases, class token N(0, 1e-12)."""
+        """Initialize the parameters as in MoCo v3.
+
+        Weights are Xavier-uniform (q, k and v separately), biases are zero, and the class token is N(0, 1e-12).
+        """
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear):
                 fan_out = layer.out_features // 3 if name.endswith("qkv") else layer.out_features
@@ -218,12 +226,18 @@ class VisionTransformer(Backbone):
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return {"patches": patch tokens after the final LayerNorm, (N, width, H / patch, W / patch)}."""
+        """Return {"patches": map} with the patch tokens after the final LayerNorm.
+
+        The map is (N, width, H / patch, W / patch).
+        """
         tokens, grid = self.tokens(images)
         return {"patches": tokens[:, 1:].transpose(1, 2).reshape(len(tokens), -1, *grid)}
 
     def tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Return all tokens after the final LayerNorm, (N, 1 + P, width), class token first, and the patch grid."""
+        """Return all tokens after the final LayerNorm, and the patch grid (rows, columns).
+
+        The tokens are (N, 1 + P, width). The class token comes first.
+        """
         maps = self.patch_embed(images)
         grid = (maps.shape[2], maps.shape[3])
         x = maps.permute(0, 2, 3, 1).flatten(1, 2)  # (N, P, D), without a copy for channels_last maps
@@ -231,7 +245,7 @@ class VisionTransformer(Backbone):
         return self.norm(self.blocks(x)), grid
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Return the position embedding (1, 1 + P, width) of a grid (rows, columns); zero for the class token."""
+        """Return the position embedding (1, 1 + P, width) of a grid (rows, columns). The class token gets zeros."""
         if grid == self.grid:
             return self.pos_embed
         device, dtype = self.pos_embed.device, self.pos_embed.dtype
@@ -242,7 +256,7 @@ class VisionTransformer(Backbone):
 def check_values(
     image_size: int, patch_size: int, width: int, num_heads: int, mlp_ratio: float, pool: str, drop_path: float
 ) -> None:
-    """Raise ValueError for incompatible or out-of-range arguments; the message states what to change."""
+    """Raise ValueError if arguments are incompatible or out of range. The message states what to change."""
     if image_size % patch_size:
         divisors = [size for size in range(2, image_size // 2 + 1) if image_size % size == 0]
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Wrapper that converts any module with vector or feature-map output to a backbone."""
+"""Conversion of a module to a backbone. The module may return vectors or feature maps."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sslcli.nn.modes import evaluating
 def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> Tensor:
     """Return the output of `module` for two all-zero images (2, in_channels, image_size, image_size).
 
-    The module runs in evaluation mode, without gradient, on copies of its buffers; afterwards, the random state and the
-    module's mode are restored. Images have the device and dtype of the module's first parameter. Raises ValueError if
-    the module rejects the images, or returns neither (2, D) nor (2, C, H, W).
+    The module runs in evaluation mode, without gradient, on copies of its buffers. After the call, the random state and
+    the mode of the module are restored. The images have the device and dtype of the module's first parameter. Raises
+    ValueError if the module rejects the images, or if the output is neither (2, D) nor (2, C, H, W).
     """
     check_positive(image_size=image_size, in_channels=in_channels)
     name = type(module).__name__
@@ -47,12 +47,12 @@ def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> T
 
 
 def pooled(out: Tensor) -> Tensor:
-    """Average feature maps over positions, (N, C, H, W) -> (N, C); return vectors (N, D) unchanged."""
+    """Average feature maps over positions: (N, C, H, W) -> (N, C). Vectors (N, D) are returned unchanged."""
     return out.mean((2, 3)) if out.ndim == 4 else out
 
 
 class Wrapped(Backbone):
-    """Backbone around a user-defined module; its parameters are named `module.*`."""
+    """Backbone around a user-defined module. The parameters of the backbone are named `module.*`."""
 
     def __init__(self, module: nn.Module, *, num_features: int) -> None:
         super().__init__()
@@ -60,18 +60,20 @@ class Wrapped(Backbone):
         self.num_features = num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return features: (N, C, H, W) -> (N, num_features); feature maps are averaged over positions."""
+        """Return features: (N, C, H, W) -> (N, num_features). Feature maps are averaged over positions."""
         return pooled(self.module(images))
 
 
 def as_backbone(module: nn.Module, *, image_size: int, in_channels: int = 3) -> Backbone:
     """Convert `module` to a backbone for images of `image_size` pixels.
 
-    A trial forward pass determines the number of features. A module that returns (N, num_features) and has an attribute
-    `num_features` with this integer is returned unchanged, with its parameter names; it has `stages` only if it defines
-    them. Any other module is wrapped: an output (N, D) is used as features, an output (N, C, H, W) is averaged over
-    positions. The module's mode, its buffers and the random state do not change. Raises ValueError, with the shape, for
-    any other output.
+    A trial forward pass determines the number of features D. If the output is (N, D) and the attribute `num_features`
+    of the module equals D, the module is returned unchanged. Such a module keeps its parameter names, and has `stages`
+    only if it defines them.
+
+    Any other module is wrapped. An output (N, D) is used as features. An output (N, C, H, W) is averaged over
+    positions. The mode and buffers of the module and the random state do not change. Raises ValueError if the output
+    has any other shape. The message contains the shape.
     """
     out = dry_output(module, image_size=image_size, in_channels=in_channels)
     declared = getattr(module, "num_features", None)

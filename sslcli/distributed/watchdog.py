@@ -63,7 +63,7 @@ def join(limit: float) -> Store:
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # "True": the agent hosts the store
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the agent hosts it
     try:
         store: Store = TCPStore(
             host,
@@ -97,7 +97,7 @@ def join(limit: float) -> Store:
 def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[str], None]) -> Iterator[None]:
     """Watch all processes within the `with` block. A thread calls `end(message)` if no process makes progress.
 
-       `end` is called after `limit` seconds without progress, on every process. One process reports the stall and passes a
+    After `limit` seconds without progress, every process calls `end`. One process reports the stall and passes a
     message. All other processes pass an empty string.
     """
     if size == 1:  # there is no other rank to watch

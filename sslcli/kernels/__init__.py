@@ -1,1 +1,1 @@
-"""Compiled C kernels and their Python wrappers. For each kernel, there is a fallback in torch operations."""
+"""Compiled C kernels and their Python wrappers. Each kernel has a fallback that uses torch operations."""

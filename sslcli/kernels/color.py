@@ -1,7 +1,7 @@
 """Color operations of a view in one compiled pass per image (`color.c`).
 
-`Views.color` uses this kernel if it is available and supports the images. Otherwise it uses the torch operations of
-`sslcli.data.views.augment`, which give the same result and process whole batches.
+`Views.color` uses this kernel if the kernel is available and supports the images. Otherwise `Views.color` uses the
+torch operations of `sslcli.data.views.augment`. They process whole batches and give the same result as the kernel.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ PART = Path(__file__).with_suffix(".c")
 class Parameters:
     """Parameters of the color operations for each of N images.
 
-    The operations are applied in the order of the fields. If `gray_first`, gray is applied before the jitter.
+    The operations are applied in the order of the fields. If `gray_first` is True, gray is applied before the jitter.
     """
 
-    flipped: Tensor  # (N,) bool, left-right flip
+    flipped: Tensor  # (N,) bool, True for a left-right flip
     jittered: Tensor  # (N,) bool
     factors: Tensor  # (N, 4), see color_jitter
     order: Tensor  # (N, 4) int64, see color_jitter
     gray: Tensor  # (N,) bool
     gray_first: bool
     blurred: Tensor  # (N,) bool
-    sigma: Tensor  # (N,) pixels
-    taps: int
+    sigma: Tensor  # (N,) standard deviation of the blur in pixels
+    taps: int  # length of the blur kernel in pixels
     solarized: Tensor  # (N,) bool
-    threshold: float
+    threshold: float  # for solarization
 
 
 @cache
@@ -54,11 +54,11 @@ def color_operations(
 
     Args:
         images: (N, C, H, W) float32 in [0, 1] on the CPU, C = 1 or 3.
-        chosen: the operations. The blur kernel must fit the images, see `augment.check_taps`.
-        mean, std: one value per channel, std above 0.
+        chosen: parameters of the operations. The blur kernel must fit the images, see `augment.check_taps`.
+        mean, std: one value per channel; std must be above 0.
 
     Returns:
-        (N, C, H, W) in channels-last memory.
+        (N, C, H, W) in channels-last memory format.
     """
     count, channels, height, width = images.shape
     if images.dtype != torch.float32 or images.device.type != "cpu" or channels not in (1, 3):

@@ -1,7 +1,8 @@
 """Loading of the compiled C parts.
 
-A part is a C file `NAME.c` next to the module that calls it. During installation, setup.py compiles it to the library
-`_NAME` if there is a C compiler with OpenMP. If a library is not available, torch operations replace it.
+A part is a C file `NAME.c` next to the Python module that calls the part. If there is a C compiler with OpenMP during
+installation, setup.py compiles the part to the library `_NAME`. If a library is not available, torch operations are
+used.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-CAPABLE = ("AVX2", "AVX512")  # the libraries need a CPU with one of these, because setup.py compiles for AVX2
+CAPABLE = ("AVX2", "AVX512")  # CPU capabilities that include AVX2, for which setup.py compiles the libraries
 PARTS = [Path(__file__).parent / name for name in ("winograd_passes.c", "resize.c", "color.c")]
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
@@ -34,10 +35,10 @@ def present() -> list[str]:
 
 
 def load(part: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | None:
-    """Load the library of a C file and set the argument types of its functions. Return None if it is not available.
+    """Load the library of a C file and set the argument types of `functions`.
 
-    If the C file was changed after it was compiled (e.g. by `git pull`), warn and return None, because the signatures
-    of the functions may differ.
+    Return None if the library is not available. If the C file was changed after compilation (e.g. by `git pull`), warn
+    and return None, because the signatures of the functions may differ.
     """
     if torch.backends.cpu.get_cpu_capability() not in CAPABLE:
         return None

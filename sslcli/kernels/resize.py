@@ -26,7 +26,7 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int, *, cubic: bool) -> T
 
     Args:
         images: (N, C, H, W) uint8 on the CPU.
-        boxes: (N, 4) int64 top, left, height, width, inside the image, height and width at least 1.
+        boxes: (N, 4) int64: top, left, height, width. Boxes must be inside the image, with height and width above 0.
         size: side of the result in pixels.
         cubic: True for bicubic, False for bilinear interpolation.
 
@@ -42,9 +42,9 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int, *, cubic: bool) -> T
 
 
 def resized_bytes(pictures: Tensor, boxes: Tensor, size: int, *, cubic: bool) -> Tensor:
-    """Crop a box from each picture (N, H, W, 3) uint8 and resize it: (N, 3, size, size) uint8.
+    """Crop a box from each picture and resize it: (N, H, W, 3) uint8 -> (N, 3, size, size) uint8.
 
-    Call this function only if `library()` is not None. The other arguments are those of `resized_crops`.
+    Call this function only if `library()` is not None. For `boxes`, `size` and `cubic`, see `resized_crops`.
     """
     count, height, width, channels = pictures.shape
     assert channels == 3
@@ -54,7 +54,7 @@ def resized_bytes(pictures: Tensor, boxes: Tensor, size: int, *, cubic: bool) ->
 
 
 def _cut(images: Tensor, boxes: Tensor, out: Tensor, shape: tuple[int, int, int, int], size: int, cubic: bool) -> None:
-    """Write the resized crops into `out`. `shape` is (planes, height, width, channels per plane) of an image."""
+    """Write the resized crops to `out`. `shape` of an image is (planes, height, width, channels per plane)."""
     passes = library()
     assert passes is not None
     assert boxes.dtype == torch.int64

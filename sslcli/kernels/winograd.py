@@ -1,17 +1,18 @@
-"""Winograd's fast 3x3 convolutions on the CPU in float32, with a quarter of the multiplications.
+"""Winograd convolutions (3x3) on the CPU in float32. They need a quarter of the multiplications.
 
 Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the points 0, 1, -1, 2, -2 and infinity
 
-Shapes: N images, C input and O output channels, H x W maps; T tiles of 4 x 4 outputs, each computed from 6 x 6 inputs.
-The inputs of a tile and the kernel are treated as polynomials and evaluated at 6 x 6 points. At each point, the
-convolution is a separate matrix product. So there are 36 products of (T, C) with (C, O), instead of one product of
-(16 T, 9 C) with (9 C, O). The gradient with respect to the images is also a convolution. The gradient with respect to
-the weight consists of the same products, transposed.
+Shapes: N images, C input channels, O output channels, H x W maps, T tiles. A tile has 4 x 4 outputs, which depend on
+6 x 6 inputs. The inputs of a tile and the kernel are treated as polynomials and evaluated at 6 x 6 points. At each
+point, the convolution is a separate matrix product. Winograd therefore computes 36 products of (T, C) with (C, O). A
+direct convolution computes one product of (16 T, 9 C) with (9 C, O). The gradient with respect to the images is a
+convolution. The gradient with respect to the weight consists of 36 products, with the tiles as the inner dimension.
 
-`winograd_passes.c` processes a few tiles at a time, so that their values at the points stay in the cache of a core. The
-implementation in torch operations is used for wide layers, for which the C part would have to read the kernels
-repeatedly, and for installations without a compiler. Without this module, torch uses direct convolutions of oneDNN. On
-CPUs with AVX2, their weight gradient in channels-last memory format reaches only half the speed of the other passes.
+`winograd_passes.c` processes a few tiles at a time, so that their values at the points stay in the cache of a core. For
+wide layers, the C part would have to read the kernels repeatedly. Wide layers and installations without a compiler
+therefore use the implementation in torch operations. Without this module, torch uses the direct convolutions of oneDNN.
+On CPUs with AVX2, oneDNN computes the weight gradient in channels-last memory format at only half the speed of the
+forward pass and of the input gradient.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from sslcli.kernels import library, winograd_passes
 from sslcli.kernels.winograd_transforms import POINTS, TILE, from_points, gradient_points, tiles, to_points, whole
 
-LEAST_CHANNELS = 64  # with fewer, the transforms take more time than the products save
-LEAST_TILES = 32  # with fewer, the transform of the weight takes more time than the products save
+LEAST_CHANNELS = 64  # with fewer channels, the transforms take more time than the products save
+LEAST_TILES = 32  # with fewer tiles, the transform of the weight takes more time than the products save
 MOST_PADDING = 1.4  # maximum of (values in padded tiles) / (values in the maps)
-CHUNK_BYTES = 4 * 2**20  # bytes per thread for the points of a chunk of images; this fits a thread's part of the caches
+CHUNK_BYTES = 4 * 2**20  # bytes per thread for the points of a chunk of images; they fit the caches of a thread
 
 # Matrix that evaluates the three kernel values at each point: G in the paper.
 KERNEL_AT_POINTS = (
@@ -42,7 +43,7 @@ KERNEL_AT_POINTS = (
 
 
 class WinogradConv2d(nn.Conv2d):
-    """3x3 convolution with stride 1 that uses Winograd if it is faster: on the CPU, in float32, for large maps."""
+    """3x3 convolution with stride 1. It uses Winograd where this is faster: on the CPU, in float32, for large maps."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution: (N, C, H, W) -> (N, O, H, W)."""
@@ -65,7 +66,7 @@ def use_winograd(net: nn.Module) -> None:
 
 
 def fits(conv: nn.Conv2d) -> bool:
-    """Return whether a convolution is 3x3 with stride 1, padding 1 and enough channels."""
+    """Return True if a convolution is 3x3 and has stride 1, padding 1 and enough channels."""
     return (
         (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and (conv.groups, conv.padding_mode) == (1, "zeros")
@@ -74,7 +75,7 @@ def fits(conv: nn.Conv2d) -> bool:
 
 
 def pays(images: Tensor, weight: Tensor) -> bool:
-    """Return whether Winograd is faster for this shape, device and dtype."""
+    """Return True if Winograd is faster for this shape, device and dtype."""
     if images.device.type != "cpu" or images.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
     if images.dim() != 4 or torch.is_autocast_enabled("cpu") or watched():
@@ -85,7 +86,7 @@ def pays(images: Tensor, weight: Tensor) -> bool:
 
 
 def watched() -> bool:
-    """Return whether torch.compile or an exporter is tracing the network. They use their own convolutions."""
+    """Return True if torch.compile or an exporter is tracing the network. Both use their own convolutions."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
@@ -145,10 +146,10 @@ def channels_last(images: Tensor) -> Tensor:
 
 
 def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
-    """Divide the images into slices, for processing slice by slice.
+    """Divide the images into slices that are processed one after the other.
 
-    The points of a slice should fit the caches. They are also at least as many as those of the kernels, which are read
-    once per slice.
+    The values of a slice at the points should fit the caches. A slice should also have at least as many of these values
+    as the kernels have, because the kernels are read once per slice.
     """
     n, high, wide = tiles(maps)
     image_bytes = 4 * POINTS**2 * maps.shape[3] * high * wide
@@ -157,13 +158,13 @@ def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
 
 
 def evaluation(like: Tensor) -> Tensor:
-    """Return the matrix (36, 9) that evaluates a 3 x 3 kernel at the 6 x 6 points."""
+    """Return the matrix (36, 9) that evaluates a 3x3 kernel at the 6 x 6 points."""
     rows = torch.tensor(KERNEL_AT_POINTS, dtype=torch.float64)
     return torch.kron(rows, rows).to(like)
 
 
 def kernel_points(weight: Tensor) -> Tensor:
-    """Evaluate kernels at the points: (O, C, 3, 3) -> (36, C, O). The channel order in memory is that of the weight."""
-    if weight.stride(0) < weight.stride(1):  # for the gradient of the images, input and output channels are swapped
+    """Evaluate kernels at the points: (O, C, 3, 3) -> (36, C, O). Channels keep the memory order of the weight."""
+    if weight.stride(0) < weight.stride(1):  # the gradient of the images swaps the input and output channels
         return torch.matmul(evaluation(weight), weight.permute(1, 2, 3, 0).flatten(1, 2)).transpose(0, 1)
     return torch.matmul(evaluation(weight), weight.permute(0, 2, 3, 1).flatten(1, 2)).permute(1, 2, 0)

@@ -1,8 +1,12 @@
 """Python interface of the compiled Winograd convolutions in `winograd_passes.c`, loaded by `sslcli.kernels.library`.
 
-`sslcli.kernels.winograd` calls these functions first. They return None or False if there is no compiled pass: for
-dtypes other than float32, for numbers of channels that are not a multiple of 16 (a cache line), for wide layers, and in
-an installation without a compiler. Then torch operations are used.
+`sslcli.kernels.winograd` calls these functions first. If there is no compiled pass, they return None or False, and
+`sslcli.kernels.winograd` uses torch operations. There is no compiled pass in these cases:
+
+- The dtype is not float32.
+- The number of channels is not a multiple of 16 (a cache line).
+- The layer is wide.
+- sslcli was installed without a compiler.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ from sslcli.kernels.library import INT, LONG, POINTER
 
 PART = Path(__file__).with_suffix(".c")
 POINTS, BLOCK, LINE = 36, 24, 16  # must be equal to the values in winograd_passes.c
-MOST_KERNELS = 2**18 // 4  # maximum of input x output channels; above it, reading the kernel points limits the speed
-MOST_SUMS = 2**16 // 4  # the same maximum for the weight gradient; it is lower, because each thread has its own copy
+MOST_KERNELS = 2**18 // 4  # maximum of input x output channels; larger kernels take too long to read
+MOST_SUMS = 2**16 // 4  # maximum of input x output channels in `weight_sums`, where each thread has its own sums
 ARGUMENTS = {
     "to_points": [POINTER] * 2 + [LONG] * 4 + [INT],
     "from_points": [POINTER] * 2 + [LONG] * 4 + [INT],
@@ -37,9 +41,9 @@ def library() -> ctypes.CDLL | None:
 
 
 def passes_for(*tensors: Tensor) -> ctypes.CDLL | None:
-    """Return the compiled library if it supports the dtype and channels of all these tensors, else None.
+    """Return the compiled library if it supports the dtype and channels of all `tensors`, else None.
 
-    The last dimension of each tensor is that of the channels.
+    The channels must be the last dimension of each tensor.
     """
     if all(each.dtype == torch.float32 and each.shape[-1] % LINE == 0 for each in tensors):
         return library()
@@ -47,9 +51,10 @@ def passes_for(*tensors: Tensor) -> ctypes.CDLL | None:
 
 
 def transform(name: str, given: Tensor, out: Tensor, maps: Tensor) -> bool:
-    """Apply the compiled transform `name` to `given` and write the result into `out`. Return False if there is none.
+    """Apply the compiled transform `name` to `given` and write the result to `out`.
 
-    `maps` (n, H, W, C) is either `given` or `out`, depending on the transform.
+    `maps` (n, H, W, C) is either `given` or `out`, depending on the transform. Return True if there is a compiled
+    transform, else False.
     """
     passes = passes_for(maps)
     if passes is None:
@@ -63,7 +68,7 @@ def transform(name: str, given: Tensor, out: Tensor, maps: Tensor) -> bool:
 def convolve(maps: Tensor, kernels: Tensor) -> Tensor | None:
     """Return the convolution (n, H, W, O) of `maps` (n, H, W, C) with kernel points `kernels` (36, C, O).
 
-    Each thread processes a few tiles at a time. Returns None if there is no compiled pass.
+    Each thread processes a few tiles at a time. Return None if there is no compiled pass.
     """
     channels, outs = kernels.shape[1:]
     passes = passes_for(maps, kernels)
@@ -80,9 +85,9 @@ def convolve(maps: Tensor, kernels: Tensor) -> Tensor | None:
 
 
 def weight_sums(maps: Tensor, gradients: Tensor) -> Tensor | None:
-    """Return the products (36, O, C) of the points of `gradients` and `maps`, summed over tiles.
+    """Return the products (36, O, C) of `gradients` and `maps` at the points, summed over tiles.
 
-    `maps` (n, H, W, C), `gradients` (n, H, W, O). Returns None if there is no compiled pass.
+    Shapes: `maps` (n, H, W, C), `gradients` (n, H, W, O). Return None if there is no compiled pass.
     """
     channels, outs = maps.shape[3], gradients.shape[3]
     passes = passes_for(maps, gradients)

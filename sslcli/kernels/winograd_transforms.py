@@ -1,8 +1,8 @@
-"""Transforms of Winograd convolutions: from tile values to values at points, and back.
+"""Transforms of Winograd convolutions: from tile values to values at points, and from points to tile values.
 
 Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the points 0, 1, -1, 2, -2 and infinity
 
-Each transform has a compiled pass, and a fallback in torch operations that gives bit-identical results.
+Each transform has a compiled pass and a fallback in torch operations. Both give bit-identical results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from sslcli.kernels.winograd_passes import transform
 
 TILE, POINTS = 4, 6
-Rows = Sequence[Tensor] | Tensor  # one tensor per tile value or point, along the first dimension
+Rows = Sequence[Tensor] | Tensor  # the first dimension is that of tile values or points
 
 
 def whole(side: int) -> int:
@@ -25,12 +25,12 @@ def whole(side: int) -> int:
 
 
 def tiles(maps: Tensor) -> tuple[int, int, int]:
-    """Return the numbers of images, of tiles per column and of tiles per row, for maps (n, H, W, C) and 4 x 4 tiles."""
+    """Return (number of images, tiles per column, tiles per row) for maps (n, H, W, C) and 4 x 4 tiles."""
     return len(maps), whole(maps.shape[1]) // TILE, whole(maps.shape[2]) // TILE
 
 
 def to_points(maps: Tensor) -> Tensor:
-    """Evaluate each tile at the points, including a border of one value: (n, H, W, C) -> (36, T, C)."""
+    """Evaluate each tile, with a border of one value, at the points: (n, H, W, C) -> (36, T, C)."""
     (n, high, wide), channels = tiles(maps), maps.shape[3]
     points = maps.new_empty(POINTS, POINTS, n, high, wide, channels)
     if not transform("to_points", maps, points, maps):
@@ -42,7 +42,7 @@ def to_points(maps: Tensor) -> Tensor:
 
 
 def from_points(points: Tensor, out: Tensor) -> None:
-    """Compute maps from values at the points: `points` (36, T, O) -> `out` (n, H, W, O), which is overwritten."""
+    """Compute maps from values at the points: `points` (36, T, O) -> `out` (n, H, W, O). `out` is overwritten."""
     if transform("from_points", points, out, out):
         return
     (n, high, wide), channels = tiles(out), out.shape[3]
@@ -73,7 +73,7 @@ def padded_to_tiles(maps: Tensor, *, border: int) -> Tensor:
 
 
 def evaluate(d: Rows, out: Rows) -> None:
-    """Map six tile values to values at the six points, with the matrix B^T of the paper for F(4x4, 3x3)."""
+    """Map six tile values to values at six points with the matrix B^T of the paper for F(4x4, 3x3)."""
     even, odd = torch.sub(d[4], d[2], alpha=4), torch.sub(d[3], d[1], alpha=4)
     torch.add(even, odd, out=out[1])
     torch.sub(even, odd, out=out[2])
@@ -86,7 +86,7 @@ def evaluate(d: Rows, out: Rows) -> None:
 
 
 def interpolate(m: Rows, out: Rows) -> None:
-    """Map values at the six points to the four outputs, with the matrix A^T of the paper."""
+    """Map values at six points to four outputs with the matrix A^T of the paper."""
     even, odd = m[1] + m[2], m[1] - m[2]
     far_even, far_odd = m[3] + m[4], m[3] - m[4]
     torch.add(odd, far_odd, alpha=2, out=out[1])
@@ -96,7 +96,7 @@ def interpolate(m: Rows, out: Rows) -> None:
 
 
 def spread(y: Rows, out: Rows) -> None:
-    """Map four values to values at the six points: the transpose of `interpolate`."""
+    """Map four values to values at six points with the matrix A of the paper, the transpose of `interpolate`."""
     out[0].copy_(y[0])
     out[5].copy_(y[3])
     even, odd = y[0] + y[2], y[1] + y[3]

@@ -1,8 +1,8 @@
 """Atomic file writes and checksums.
 
-New content is written to a temporary file with a unique name next to the target. This file is then renamed to the
-target, so any number of processes may write the same file simultaneously. If a writer is killed, the next writer in the
-same folder removes its temporary file.
+New content is written to a temporary file with a unique name next to the target. The temporary file is then renamed to
+the target. Therefore any number of processes may write a file simultaneously. If a writer is killed, the next writer in
+the folder removes the temporary file of the killed writer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from sslcli.system.regular_files import open_regular
 
 TEMPORARY = re.compile(r".+\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]{8}\.tmp", re.DOTALL)
-ABANDONED = 86400.0  # seconds without a change after which a temporary file of another machine counts as abandoned
+ABANDONED = 86400.0  # a temporary file of another machine counts as abandoned after this many seconds without a change
 
 
 def sha256(path: Path) -> str:
@@ -35,17 +35,17 @@ def sha256(path: Path) -> str:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file atomically: after a crash it has either the old or the new content."""
+    """Write a file atomically. After a crash, the file has either the old or the new content."""
     write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:
-    """Replace a file atomically; `fill(temporary)` writes the new content.
+    """Replace a file atomically. `fill(temporary)` writes the new content.
 
     Args:
         path: file to replace.
-        fill: function that writes to the given temporary path.
-        durable: fsync the content before the rename; otherwise a machine crash may lose it.
+        fill: function that writes the content to a temporary path.
+        durable: fsync the content before the rename. If False, a machine crash may lose the content.
     """
     with beside(path) as temporary:
         fill(temporary)
@@ -56,26 +56,26 @@ def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """Yield a unique temporary path next to `path`; remove it after the block if it still exists."""
+    """Yield a unique temporary path next to `path`. If the file exists after the `with` block, remove it."""
     temporary = temporary_name(path)
     remove_abandoned(path.parent)
     try:
         yield temporary
     finally:
-        with suppress(OSError):  # do not hide an error of the block; the next writer removes the file
+        with suppress(OSError):  # do not hide an error of the `with` block; the next writer removes the file
             if os.path.lexists(temporary):
                 discard(temporary)
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a unique path next to `path`; its name has machine and process ID of the writer, and ends in `.tmp`."""
-    name = path.name[:40]  # at most 160 bytes; the limit of the whole name is 255
+    """Return a unique path next to `path`. It contains the machine and process ID of the writer, and ends in `.tmp`."""
+    name = path.name[:40]  # at most 160 bytes; the whole name must not exceed 255 bytes
     return path.with_name(f"{name}.{machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @cache
 def machine() -> str:
-    """Return an ID of this machine, boot and container: process IDs are unique only within these."""
+    """Return an ID of this machine, boot and container. Process IDs are unique only within one container and boot."""
     parts = [platform.node()]
     with suppress(OSError):  # only Linux has /proc
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
@@ -85,10 +85,10 @@ def machine() -> str:
 
 @cache
 def remove_abandoned(folder: Path) -> None:
-    """Remove temporary files of killed writers from a folder; each process does this only once per folder."""
+    """Remove temporary files of killed writers from a folder. Further calls with the same folder do nothing."""
     try:
         names = [name for name in os.listdir(folder) if name.endswith(".tmp")]
-    except OSError:  # the write itself reports the error
+    except OSError:  # the write that follows reports the error
         return
     for name in names:
         with suppress(OSError):  # another writer has removed the file, or this process has no permission
@@ -118,7 +118,7 @@ def is_alive(process: int) -> bool:
 
 
 def synchronize(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to disk (fsync)."""
+    """Flush the content of a file or the entries of a folder to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -127,7 +127,7 @@ def synchronize(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a file or folder if it exists. A folder is renamed first, so that no reader sees it partly deleted."""
+    """Delete a file or folder if it exists. A folder is first renamed, so that readers never find it partly deleted."""
     if path.is_dir() and not path.is_symlink():
         doomed = path if path.suffix == ".tmp" else temporary_name(path)
         os.rename(path, doomed)

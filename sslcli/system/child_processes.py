@@ -1,7 +1,7 @@
 """Child processes that import nothing from the current directory, and that end when their parent ends.
 
-`python -m` and `python -c` search the current directory before the standard library, so an unrelated `yaml.py` there
-would be executed. Option -P prevents that since Python 3.11.
+`python -m` and `python -c` search the current directory first when they import a module. They would therefore execute
+an unrelated file `yaml.py` in the current directory. Since Python 3.11, option -P prevents this search.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-SAFE_PATH = (3, 11)  # the first version with -P
+SAFE_PATH = (3, 11)  # first Python version with option -P
 WITHOUT = "import sys; sys.path[:1] = [path for path in sys.path[:1] if path]; import runpy; "
 
 
@@ -22,7 +22,8 @@ def arguments(module: str, *, ours: bool = True) -> list[str]:
 
     Args:
         module: name of the module; append the module's own arguments to the result.
-        ours: True if this interpreter runs the process; False if its Python version is unknown.
+        ours: True if the interpreter of this process runs the module. False if another interpreter, whose Python
+            version is unknown, runs the module.
     """
     if ours and sys.version_info >= SAFE_PATH:
         return ["-P", "-m", module]
@@ -31,9 +32,9 @@ def arguments(module: str, *, ours: bool = True) -> list[str]:
 
 @contextmanager
 def safe_children() -> Iterator[None]:
-    """Set PYTHONSAFEPATH within the block, for Python subprocesses started by other packages.
+    """Set PYTHONSAFEPATH within the `with` block, for Python subprocesses that other packages start.
 
-    PYTHONSAFEPATH has the same effect as option -P, since Python 3.11.
+    Since Python 3.11, PYTHONSAFEPATH has the effect of option -P.
     """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
@@ -47,13 +48,13 @@ def safe_children() -> Iterator[None]:
 
 
 def find_trusted(trust: Sequence[str]) -> None:
-    """Append the current directory to the end of sys.path if `trust` is not empty: installed packages are preferred."""
+    """Append the current directory to sys.path if `trust` is not empty. Installed packages still have priority."""
     if trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
 
 def kill_with_parent(parent: int) -> None:
-    """Kill this process when its `parent` exits or is killed, so that no orphan keeps a run locked (Linux only)."""
+    """Kill this process when `parent` exits or is killed (Linux only). Otherwise an orphan could keep a run locked."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # the parent exited before prctl was called

@@ -1,4 +1,4 @@
-"""File locks (flock), which the operating system releases when the processes that hold them exit."""
+"""File locks (flock). The operating system releases a lock when all processes that hold the lock have exited."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-# Errors that flock raises on file systems without locks, such as Lustre without the flock mount option.
+# Errors of flock on file systems without locks (e.g. Lustre without the mount option `flock`).
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def lock(path: Path) -> IO[str] | None:
-    """Lock a file and return the open file; None if another process holds the lock.
+    """Lock a file and return the open file. Return None if another process holds the lock.
 
-    The file is created if it does not exist. The lock is held until the file is closed in this process and in all
-    processes that inherited it. On a file system without locks, every call succeeds.
+    The file is created if it does not exist. The lock is held until this process and all processes that inherited the
+    open file have closed the file. On a file system without locks, every call succeeds.
     """
     file = path.open("a", encoding="utf-8")
     try:
@@ -32,7 +32,7 @@ def lock(path: Path) -> IO[str] | None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait for the lock of a file, and hold it within the block. The file is created if it does not exist."""
+    """Wait for the lock of a file. Hold the lock within the `with` block. The file is created if it does not exist."""
     with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)

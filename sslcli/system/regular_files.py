@@ -1,7 +1,7 @@
 """Functions that open regular files and reject all others.
 
-Opening a FIFO blocks until a process writes to it, and reading a device may never end. A process that is blocked in
-one of these calls does not react to signals.
+Opening a FIFO blocks until another process writes to the FIFO. Reading a device may never end. A process that is
+blocked in such a call does not react to signals.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KINDS = {
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file for reading bytes. Raise OSError immediately for anything else."""
+    """Open a regular file for reading bytes. Raises OSError immediately if `path` is not a regular file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
@@ -32,7 +32,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
-    """Return the content of a regular file. Raise OSError for anything else, and for more than `most` bytes."""
+    """Return the content of a regular file. Raises OSError if `path` is no regular file or exceeds `most` bytes."""
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -41,6 +41,6 @@ def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
 
 
 def kind_of(path: Path) -> str:
-    """Return the kind of file at a path as a phrase for messages."""
+    """Return the type of the file at `path` as a phrase for messages."""
     kind = stat.S_IFMT(path.stat().st_mode)
     return "a file" if kind == stat.S_IFREG else KINDS.get(kind, "something else")

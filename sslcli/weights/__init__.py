@@ -1,1 +1,1 @@
-"""Weight files: reading without executing code, and loading that requires every key and shape to match."""
+"""Weight files: reading without executing code, and strict loading. All keys and shapes must match."""

@@ -15,13 +15,16 @@ from sslcli.weights.renamed import with_current_names
 
 
 def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
-    """Load a dictionary that torch.save wrote, without executing code from the file. Raises ConfigError if invalid."""
+    """Load a dictionary that torch.save wrote, without executing code from the file.
+
+    Raises ConfigError if the file cannot be read or does not contain a dictionary.
+    """
     try:
         with open_regular(path) as file:
             state = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConfigError(f"{path} was refused: it is damaged, or holds more than tensors and plain values") from error
-    except Exception as error:  # torch raises nearly any type for damaged files
+    except Exception as error:  # damaged files can cause nearly any type of exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{path} cannot be read ({reason})") from error
     if not isinstance(state, dict):
@@ -30,7 +33,7 @@ def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
 
 
 def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:
-    """Load a state dict into `net`. Raises ConfigError, with the differences, unless all keys and shapes match."""
+    """Load a state dict into `net`. Raises ConfigError if a key or shape differs. The message lists the differences."""
     own = net.state_dict()
     state = with_current_names(state, own)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

@@ -1,11 +1,11 @@
-"""Conversion of the names of parameters and buffers in checkpoints and exports of version 0.1 to current names."""
+"""Conversion of parameter and buffer names of version 0.1 to current names, for checkpoints and exports."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from typing import Any
 
-# Current part of a dotted name -> older names of this part.
+# Part of a current dotted name -> older names of this part.
 OLDER = {
     "momentum_backbone": ("key_backbone", "target_backbone"),
     "momentum_head": ("key_head",),
@@ -15,7 +15,7 @@ OLDER = {
 
 
 def older_names(name: str) -> Iterator[str]:
-    """Yield the names that a parameter or buffer may have in older versions."""
+    """Yield possible older names of the parameter or buffer whose current name is `name`."""
     parts = name.split(".")
     for place, part in enumerate(parts):
         for older in OLDER.get(part, ()):
@@ -23,7 +23,7 @@ def older_names(name: str) -> Iterator[str]:
 
 
 def current_names(name: str) -> Iterator[str]:
-    """Yield the current names that a parameter or buffer with an older name may have."""
+    """Yield possible current names of the parameter or buffer whose older name is `name`."""
     parts = name.split(".")
     for place, part in enumerate(parts):
         for new, olds in OLDER.items():
@@ -32,10 +32,11 @@ def current_names(name: str) -> Iterator[str]:
 
 
 def with_current_names(state: dict[str, Any], wanted: Collection[str]) -> dict[str, Any]:
-    """Return a state dict in which older names of the entries in `wanted` are replaced by the current names.
+    """Return a copy of the state dict `state` in which older names are replaced by current names.
 
-    `wanted` has the names in the state dict of a module. An entry whose name is in `wanted` keeps its name, so a module
-    of another package that uses one of the older names can still be loaded.
+    The argument `wanted` holds the names that a module expects. Only names in `wanted` can replace older names. An
+    entry of `state` whose name is in `wanted` keeps this name. A module of another package may therefore use one of the
+    older names.
     """
     current = {
         older: name for name in wanted if name not in state for older in older_names(name) if older not in wanted
