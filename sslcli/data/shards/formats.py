@@ -1,10 +1,11 @@
-"""Shard formats and their indexing: tar archives in the layout of WebDataset, and parquet files.
+"""Formats and indices of shards: tar archives in the layout of WebDataset, and parquet files.
 
     cats-0000.tar   a/001.jpg a/001.cls a/002.jpg a/002.cls ...   files of one image share the name up to the first dot
     cats-0000.parquet   a column of images and a column of labels, in row groups
 
-Shards are read through fsspec, from a local disk or any address that fsspec supports. The index of a shard contains the
-byte range of each image (tar) or the row groups (parquet), so a process reads only the parts of a shard that it needs.
+Shards are read through fsspec, from a local disk or any address that fsspec supports. The index of a tar archive
+contains the byte range of each image. The index of a parquet file contains the row groups. Therefore a process reads
+only the parts of a shard that it needs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from sslcli.errors import ConfigError
 
 SHARD_EXTENSIONS = (".tar", ".parquet")
 _BLOCK = 512  # block size of a tar archive in bytes
-Sample = dict[str, tuple[int, int]]  # files of an image: name after the first dot -> start and size in bytes
+Sample = dict[str, tuple[int, int]]  # name of a file of an image after the first dot -> start and size in bytes
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,12 @@ class Index:
     """Index of one shard of n images.
 
     Attributes:
-        labels: (n,) labels as stored; None = unknown.
-        classes: the class names; empty if the shard has none.
-        starts, sizes: (n,) first byte and number of bytes of each image in a tar archive; empty for parquet.
-        groups: (g,) number of rows of each row group of a parquet file; empty for tar.
-        image: the column or file extension of the images.
+        labels: (n,) stored labels; None = unknown.
+        classes: the class names; empty if the shard has no class names.
+        starts, sizes: (n,) offset of the first byte and number of bytes of each image in a tar archive; empty for
+            parquet.
+        groups: (g,) number of rows in each row group of a parquet file; empty for tar.
+        image: the name of the image column, or the file extension of the images.
     """
 
     labels: list[Value]
@@ -70,7 +72,7 @@ class Index:
 def build_index(file: IO[bytes], shard: Shard, *, image: str, label: str | None) -> Index:
     """Read a shard and return its index. `image` and `label` are the arguments of `HfStream`.
 
-    Raises ConfigError for a shard that is truncated, damaged, empty or lacks the requested column.
+    Raises ConfigError if the shard is truncated, damaged or empty, or lacks the requested column.
     """
     read = _index_tar if shard.url.endswith(".tar") else _index_parquet
     index = read(file, shard, image=image, label=label)
@@ -93,12 +95,12 @@ def _index_tar(file: IO[bytes], shard: Shard, *, image: str, label: str | None) 
 
 
 def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
-    """Yield the name of each image up to the first dot, and its files."""
+    """Yield a pair for each image: its name up to the first dot, and its files."""
     previous, sample = "", Sample()
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # otherwise the list keeps all members in memory
+                tar.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps all members in memory
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 if not (member.isfile() and stem and extension):
@@ -120,7 +122,7 @@ def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
 
 
 def _columns(sample: Sample, file: IO[bytes]) -> dict[str, Column]:
-    """Return the files of an image as columns. If none of them is a label, add the fields of its JSON file."""
+    """Return the files of an image as columns. If no file is a label, add the fields of the JSON file."""
     columns = {name: Column(image=name.rpartition(".")[2] in EXTENSIONS) for name in sample}
     if "json" in sample and not any(name in sample for name in LABEL_NAMES):
         columns |= {name: Column() for name in _read_json(sample, file) if name not in columns}
@@ -128,7 +130,7 @@ def _columns(sample: Sample, file: IO[bytes]) -> dict[str, Column]:
 
 
 def _label(sample: Sample, file: IO[bytes], wanted: str | None, *, where: str) -> Value:
-    """Return the label: the content of a file or a field of the JSON; None without a label."""
+    """Return the label of an image: the content of a file, or a field of the JSON file. Return None without a label."""
     name = next((name for name in LABEL_NAMES if name in sample), None) if wanted == AUTO else wanted
     if name is None and wanted == AUTO and "json" in sample:
         name = label_column(_columns(sample, file), AUTO, where=where)
@@ -171,7 +173,10 @@ def _index_parquet(file: IO[bytes], shard: Shard, *, image: str, label: str | No
 
 
 def open_parquet(file: IO[bytes], shard: Shard) -> Any:
-    """Open a parquet file with pyarrow. Raises ConfigError if it is not a parquet file or pyarrow is not installed."""
+    """Open a parquet file with pyarrow.
+
+    Raises ConfigError if `file` is not a parquet file, or if pyarrow is not installed.
+    """
     try:
         import pyarrow.parquet
     except ImportError as error:

@@ -1,4 +1,7 @@
-"""Discovery of the shards of a dataset, and loading of their indices. An index is built once and cached in a folder."""
+"""Discovery of the shards of a dataset, and loading of their indices.
+
+Each index is built once and cached in a folder.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from sslcli.data.sources.vision import exclusive_lock
 from sslcli.errors import ConfigError
 from sslcli.system.atomic import replace
 
-VERSION = 1  # of the cached index files
+VERSION = 1  # version of the cached index files
 _THREADS = 8
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "blob_id")
@@ -33,6 +36,8 @@ def expand_ranges(pattern: str) -> list[str]:
     """Expand numeric ranges: `a-{08..10}.tar` -> `a-08.tar`, `a-09.tar`, `a-10.tar`.
 
     If the pattern has several ranges, all combinations of their numbers are returned.
+
+    Raises ConfigError if a range is descending.
     """
     match = _RANGE.search(pattern)
     if match is None:
@@ -50,7 +55,7 @@ def find_shards(path: str | os.PathLike[str] | Sequence[str], *, key: str) -> li
 
     Each path is a file, a folder, a pattern or a numeric range. `key` is the configuration key, for error messages.
 
-    Raises ConfigError for a missing file, a pattern without matches, or an address that cannot be reached.
+    Raises ConfigError if a file is missing, a pattern has no matches, or an address cannot be reached.
     """
     found: dict[str, Shard] = {}
     for pattern in [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else path:
@@ -72,7 +77,8 @@ def _shards_at(url: str, *, key: str) -> list[Shard]:
                 infos = system.ls(path, detail=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{key} is {url}, but there is no such file or folder: create it, or change {key}") from error
-    # Nearly any exception type is possible: no package for the protocol, no network, no permission.
+    # A missing package for the protocol, a missing network, or a missing permission may raise nearly any exception
+    # type.
     except Exception as error:
         raise ConfigError(
             f"{key} is {url}, which cannot be reached ({type(error).__name__}: {error}): check the address, the "
@@ -108,16 +114,16 @@ def is_local(shard: Shard) -> bool:
 
 
 def default_cache() -> Path:
-    """Return the default cache folder: `$XDG_CACHE_HOME/sslcli`, or `~/.cache/sslcli` if the variable is not set."""
+    """Return the default cache folder: `$XDG_CACHE_HOME/sslcli`, or `~/.cache/sslcli` if XDG_CACHE_HOME is not set."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sslcli"
 
 
 def load_indices(shards: Sequence[Shard], cache: Path, *, image: str, label: str | None) -> list[Index]:
-    """Return the index of each shard. An index that is not in `cache` is built from the shard and stored there.
+    """Return the index of each shard. If an index is not in `cache`, it is built from the shard and stored in `cache`.
 
     A lock on `cache` makes concurrent processes wait for each other, so that each index is built only once.
 
-    Raises ConfigError if `build_index` does, if a shard cannot be read, or if the cache cannot be written.
+    Raises ConfigError if a shard cannot be read or indexed (see `build_index`), or if `cache` cannot be written.
     """
 
     def load(shard: Shard) -> Index:

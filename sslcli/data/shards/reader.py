@@ -1,4 +1,4 @@
-"""Reader that returns the encoded image at a position of a dataset of shards. It caches the chunks in use."""
+"""Reader of encoded images from the shards of a dataset. It caches the chunks in use."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sslcli.data.shards.formats import Index, Shard, open_parquet
 from sslcli.data.shards.index import is_local, read_error
 from sslcli.errors import ConfigError
 
-CHUNK_LIMITS = 8_000_000, 256  # limits of a chunk of a tar archive: approximate bytes, and number of images
-MAX_OPEN_FILES = 32  # parquet files that a process keeps open
+CHUNK_LIMITS = 8_000_000, 256  # limits of a chunk of a tar archive: approximate number of bytes, and number of images
+MAX_OPEN_FILES = 32  # maximum number of parquet files that a process keeps open
 RETRY_DELAYS = (1.0, 4.0)  # seconds before a read over the network is retried
 
 Integers = NDArray[np.int64]
@@ -29,8 +29,10 @@ T = TypeVar("T")
 class ShardReader:
     """Reader of the images of indexed shards.
 
-    A chunk is a row group of a parquet file, or up to 256 images within about 8 MB of a tar archive. A chunk is fetched
-    with one read. Only local tar archives are read image by image.
+    - In a parquet file, a chunk is a row group.
+    - In a tar archive, a chunk is a part of about 8 MB with at most 256 images.
+
+    A chunk is fetched with one read. Local tar archives are read image by image instead.
     """
 
     def __init__(self, shards: Sequence[Shard], indices: Sequence[Index]) -> None:
@@ -40,7 +42,8 @@ class ShardReader:
         chunks = [chunk_lengths(index) for index in indices]
         self.chunk_ends = np.cumsum(np.concatenate(chunks))  # end of each chunk, in positions
         self.first_chunks = np.cumsum([0, *map(len, chunks[:-1])])  # first chunk of each shard
-        # Parquet files have no byte offsets of images. Zeros replace them, so that `starts` has a value per position.
+        # Indices of parquet files have no byte offsets of images. Zeros are used instead, so that `starts` has a value
+        # per position.
         unknown = [np.zeros(len(index) - len(index.starts), np.int64) for index in indices]
         self.starts, self.sizes = (
             np.concatenate([part for pair in zip(known, unknown, strict=True) for part in pair])
@@ -95,7 +98,7 @@ class ShardReader:
         return image_in_cell(data[position - first].as_py(), path)
 
     def fetch(self, chunk: int) -> Any:
-        """Return a chunk: bytes of a tar archive, an Arrow column, or an error text if the chunk cannot be decoded."""
+        """Return a chunk: bytes of a tar archive, or an Arrow column. Return an error text if it cannot be decoded."""
         first, last = int(self.chunk_ends[chunk - 1]) if chunk else 0, int(self.chunk_ends[chunk]) - 1
         number, _ = self.locate(first)
         shard, state = self.shards[number], self.state
@@ -105,7 +108,7 @@ class ShardReader:
         return read_with_retries(shard, lambda: state.read_group(shard, group, self.columns[number]))
 
     def read_bytes(self, number: int, first: int, last: int) -> bytes:
-        """Return the bytes of a tar archive from the image at position `first` through the image at `last`."""
+        """Return the images at positions `first` to `last` as contiguous bytes of tar archive `number`."""
         shard = self.shards[number]
         start, end = int(self.starts[first]), int(self.starts[last] + self.sizes[last])
         state = self.state
@@ -121,7 +124,7 @@ class ShardReader:
 
     @property
     def state(self) -> ReadState:
-        """State of this process. A forked process gets a new one, because it must not share its parent's open files."""
+        """State of this process. A forked process gets a new state, because processes must not share open files."""
         if os.getpid() not in self._states:
             self._states = {os.getpid(): ReadState()}
         return self._states[os.getpid()]
@@ -131,7 +134,7 @@ class ShardReader:
 
 
 class ReadState:
-    """State of one process: the chunks it holds, the chunk it read last, and its open parquet files."""
+    """State of one process: the held chunks, the chunk that was read last, and the open parquet files."""
 
     def __init__(self) -> None:
         self.held: dict[int, Any] = {}
@@ -146,7 +149,7 @@ class ReadState:
         return self.systems[shard.url]
 
     def cached_chunk(self, chunk: int, fetch: Callable[[int], Any]) -> Any:
-        """Return a chunk that `hold` did not fetch. The last chunk is cached: evaluation reads images in order."""
+        """Return a chunk that `hold` did not fetch. Cache the last chunk, because evaluation reads in order."""
         if self.last[0] != chunk:
             self.last = (chunk, fetch(chunk))
         return self.last[1]
@@ -159,7 +162,7 @@ class ReadState:
         try:
             result = parquet.read_row_group(group, columns=[column], use_threads=False).column(0)
         except (ValueError, OSError) as error:
-            # For invalid data, pyarrow raises a plain OSError without errno. Errors of the file system have an errno.
+            # If the data is invalid, pyarrow raises a plain OSError without errno. File system errors have one.
             if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
                 raise
             result = f"row group {group} is damaged: {str(error).splitlines()[0]}"
@@ -172,7 +175,7 @@ class ReadState:
 def chunk_lengths(index: Index) -> Integers:
     """Return the number of images of each chunk of a shard.
 
-    The chunks are the same for local and remote shards, because the order of an epoch depends on them.
+    Local and remote shards have the same chunks, because the order of an epoch depends on the chunks.
     """
     if len(index.groups):
         return index.groups
@@ -182,7 +185,7 @@ def chunk_lengths(index: Index) -> Integers:
 
 
 def image_in_cell(value: Any, path: str) -> bytes:
-    """Return the encoded image in a cell of an image column. Raises BadImage if the cell has none."""
+    """Return the encoded image in a cell of an image column. Raises BadImage if the cell contains no image."""
     content = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(content, bytes):
         return content
@@ -190,7 +193,10 @@ def image_in_cell(value: Any, path: str) -> bytes:
 
 
 def read_with_retries(shard: Shard, read: Callable[[], T]) -> T:
-    """Return the result of `read`. For a remote shard, retry after an error. Raise ConfigError if all attempts fail."""
+    """Return the result of `read`. If the shard is remote, retry after an error.
+
+    Raises ConfigError if all attempts fail.
+    """
     for delay in (*(() if is_local(shard) else RETRY_DELAYS), None):
         try:
             return read()

@@ -1,8 +1,8 @@
 """Streaming datasets of shards, local or remote: parquet files and WebDataset tar archives.
 
 The configuration is conf/dataset/hf_stream.yaml. The shards need not fit on the local disk. An index
-(`sslcli.data.shards.index`) gives each image of all shards a position, so labels, splits and resuming work as for other
-datasets. With a layout (`sslcli.data.order`), each process and worker reads its own shards sequentially.
+(`sslcli.data.shards.index`) gives each image of all shards a position. Therefore labels, splits and resuming work as
+for other datasets. With a layout (`sslcli.data.order`), each process and worker reads its own shards sequentially.
 """
 
 from __future__ import annotations
@@ -38,20 +38,22 @@ class HfStream(Source):
     """A dataset of shards.
 
     Args:
-        path: a shard, a folder of shards, a pattern such as "data/train-*.tar", a range such as
-            "train-{000..127}.tar", an address such as "s3://bucket/train-*.parquet", or a list of these.
+        path: one of the following, or a list of them: a shard; a folder of shards; a pattern such as
+            "data/train-*.tar"; a range such as "train-{000..127}.tar"; an address such as
+            "s3://bucket/train-*.parquet".
         test: the shards of the official test split, in the same form as `path`; None = no test split.
-        image, label: the columns of parquet files. In a tar archive, the part of the file names after the first dot;
-            the label may also be a field of the JSON file. "auto" detects them. label=None: no labels.
-        lanes: number of shards that all processes and workers together read in parallel, at least 1.
+        image, label: the names of the image column and the label column of parquet files. For tar archives, the part of
+            the file names after the first dot. The label may also be a field of the JSON file in the archive. "auto"
+            detects the names. label=None: no labels.
+        lanes: total number of shards that all processes and workers read in parallel, at least 1.
         buffer: total number of images in all shuffle buffers, at least 1.
         cache: the folder of the index files; None = a folder in the user's cache.
         scaled_decode: see `Source`.
         common: the arguments of `Source`.
 
-    The positions follow the order of the shards, sorted by address. The shards of `test` are last.
+    The shards are sorted by address, and the positions follow this order. The shards of `test` are last.
 
-    Raises ConfigError for shards that are missing, unreadable or damaged, or lack a column.
+    Raises ConfigError if a shard is missing, cannot be read, is damaged, or lacks a column.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class HfStream(Source):
 
     @property
     def layout(self) -> Layout:
-        """Layout of the training images, in ascending order of their positions."""
+        """Layout of the training images. The images are in ascending order of their positions."""
         train = self.splits["train"].numpy()
         shard, chunk = (torch.from_numpy(of(train)) for of in (self.reader.shard_of, self.reader.chunk_of))
         return layout_of(shard, chunk, lanes=self.lanes, buffer=self.buffer)
@@ -101,11 +103,14 @@ class HfStream(Source):
         self.reader.release(positions)
 
     def open(self, position: int) -> Encoded:
-        """Open the image at `position`. Raises BadImage for an invalid image, ConfigError for an unreadable shard."""
+        """Open the image at `position`.
+
+        Raises BadImage if the image is invalid, and ConfigError if the shard cannot be read.
+        """
         return Encoded(self.reader.content(position), self.path(position))
 
     def path(self, position: int) -> str:
-        """Return the address of the shard, and the number of the image in this shard."""
+        """Return a text with the address of the shard and the number of the image in this shard."""
         shard, number = self.reader.locate(position)
         return f"{self.reader.shards[shard].url}[{number}]"
 
@@ -113,7 +118,8 @@ class HfStream(Source):
     def fingerprint(self) -> str:
         """Identity of the dataset in 16 hex digits.
 
-        It is the sha256 of the labels of all images and of the name, size and number of images of each shard.
+        The fingerprint is the sha256 of all labels, and of the name, the size in bytes and the number of images of each
+        shard.
         """
         counts = np.diff(self.reader.ends, prepend=0).tolist()
         rows = [repr((s.name, s.size, count)).encode() for s, count in zip(self.reader.shards, counts, strict=True)]
@@ -143,7 +149,7 @@ class HfStream(Source):
 def labels_of(shards: Sequence[Shard], indices: Sequence[Index], *, num_pool: int) -> list[Labels]:
     """Return the labels of each shard. The shards after the first `num_pool` are the official test split.
 
-    Warns if some shards have labels and others have none.
+    Warns if some shards have labels and other shards have no labels.
     """
     without = [s.url for s, index in zip(shards, indices, strict=True) if all(v is None for v in index.labels)]
     if 0 < len(without) < len(shards):
@@ -159,7 +165,7 @@ def labels_of(shards: Sequence[Shard], indices: Sequence[Index], *, num_pool: in
 
 
 def hash_of_shard(shard: Shard) -> int:
-    """Return a hash of all bytes of a shard. Raises ConfigError if it cannot be read."""
+    """Return a hash of all bytes of a shard. Raises ConfigError if the shard cannot be read."""
     try:
         with fsspec.open(shard.url, "rb") as file:
             return hash_of(lambda: file.read(1 << 20))
@@ -168,7 +174,7 @@ def hash_of_shard(shard: Shard) -> int:
 
 
 def image_hashes(shards: Sequence[Shard], lengths: Sequence[int]) -> Tensor:
-    """Return one hash per image, of the name of its shard and its number in this shard.
+    """Return one hash per image. It is computed from the name of the shard and the number of the image in the shard.
 
     The folder of a shard has no effect. If several shards have the same name, a counter distinguishes them.
     """

@@ -1,7 +1,7 @@
 """Datasets that are read with the library `datasets` of Hugging Face, from the hub or from local folders and files.
 
 The configuration is conf/dataset/hf.yaml. `datasets` is an optional dependency: pip install "sslcli[hf]". The tables
-are memory-mapped, so they need not fit in memory. For datasets that do not fit on the disk, see
+are memory-mapped. Therefore a dataset may be larger than the memory. For datasets that are larger than the disk, see
 `sslcli.data.shards.source`.
 """
 
@@ -28,31 +28,32 @@ from sslcli.data.sources.records import UNKNOWN, ProgressCallback, Records, code
 from sslcli.errors import ConfigError, nearest
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
-HubName = str  # a path if a file or folder of this name exists, else a name on the hub
+HubName = str  # a local path if this file or folder exists, else the name of a dataset on the hub
 _FINGERPRINT_IMAGES = 512
 _ROWS_PER_READ = 1 << 16
-SAVED_FILES = ("dataset_dict.json", "state.json")  # a folder that `save_to_disk` wrote has one of these files
+SAVED_FILES = ("dataset_dict.json", "state.json")  # `save_to_disk` writes one of these files into its folder
 
 
 class Hf(Source):
     """A dataset that is read with `datasets.load_dataset` or `datasets.load_from_disk`.
 
     Args:
-        path: a folder of parquet files, a folder that `save_to_disk` wrote, a .parquet, .arrow or .tar file, or a name
-            on the hub such as "uoft-cs/cifar10".
+        path: one of: a folder of parquet files; a folder that `save_to_disk` wrote; a .parquet, .arrow or .tar file;
+            the name of a dataset on the hub such as "uoft-cs/cifar10".
         name: the name of the configuration, for a dataset with several configurations.
-        split: the split to train on.
-        test: the official test split, or None.
-        image, label: the names of the image and label columns; "auto" detects them. label=None: no labels.
+        split: the name of the split for training.
+        test: the name of the official test split; None = no test split.
+        image, label: the names of the image column and the label column. "auto" detects the column. label=None: no
+            labels.
         data_files: paths or patterns relative to `path`, to read only these files.
         revision: a branch, tag or commit on the hub.
-        cache: the folder for the copies that `datasets` prepares; None = its own cache, which is in HF_HOME.
+        cache: the folder in which `datasets` stores prepared copies; None = the default cache of `datasets` in HF_HOME.
         scaled_decode: see `Source`.
         common: the arguments of `Source`.
 
     Position i is row i of `split`. The rows of `test` have the positions after those of `split`.
 
-    Raises ConfigError if `datasets` is not installed, or if it cannot find or read the dataset.
+    Raises ConfigError if `datasets` is not installed, or if the dataset cannot be found or read.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Hf(Source):
         self.split(pool, labeled=self.labels[: len(pool)] >= 0, num_test=len(self.labels) - len(pool))
 
     def open(self, position: int) -> Encoded:
-        """Open the image at `position`. Raises BadImage for a cell that is empty or not an image."""
+        """Open the image at `position`. Raises BadImage if the cell is empty or is not an image."""
         value, path = self.cell(position), self.path(position)
         if isinstance(value, dict):  # `datasets` stores an image as a struct of bytes and path
             value = value.get("bytes") or value.get("path")
@@ -103,21 +104,22 @@ class Hf(Source):
         return column[0].as_py()
 
     def path(self, position: int) -> str:
-        """Return the dataset, the split and the row, such as "cifar10/train[7]"."""
+        """Return a text with the dataset, the split and the row, such as "cifar10/train[7]"."""
         test = position >= self._num_pool
         return f"{self.name}/{self._split_names[test]}[{position - test * self._num_pool}]"
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the dataset in 16 hex digits: sha256 of all labels and of the images at every n-th position."""
+        """Identity of the dataset in 16 hex digits: sha256 of all labels and of a strided sample of the images."""
         sample = range(0, len(self), max(1, len(self) // _FINGERPRINT_IMAGES))
         cells = (repr(self.cell(position)).encode() for position in sample)
         return digest((repr([len(self), self.classes]).encode(), self.labels.numpy().tobytes(), *cells))
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return one record per row, with the size of its image and the modification time of the files of the table.
+        """Return one record per row, with the size of its image and a stamp of the files of the table.
 
-        If a row contains the path of an image file instead of an image, the size and time of this file are used too.
+        If a row contains the path of an image file instead of an image, the record has the size of this file. Its stamp
+        then also depends on the modification time of this file.
         """
         paths, sizes, stamps = self._cells()
         external = np.flatnonzero([path is not None for path in paths])  # rows that contain the path of an image file
@@ -155,8 +157,8 @@ class Hf(Source):
 def cell_sizes(column: Any) -> tuple[NDArray[np.int64], list[str | None]]:
     """Return two values per cell of an image column: its number of bytes, and its path if it has no bytes.
 
-    The number of bytes is -1 for a cell without bytes; the path is None for a cell with bytes. Only the offsets of the
-    cells are read, not the images.
+    For a cell without bytes, the number of bytes is -1. For a cell with bytes, the path is None. Only the offsets of
+    the cells are read, not the images.
     """
     import pyarrow
     import pyarrow.compute
@@ -178,9 +180,9 @@ def cell_sizes(column: Any) -> tuple[NDArray[np.int64], list[str | None]]:
 def stamp_of(table: Any, is_saved: bool) -> int:
     """Return a number that changes when the files of a table are rewritten.
 
-    is_saved: whether `save_to_disk` wrote the files. If True, the number depends on the sizes and times of the files.
-        If False, `datasets` prepares the files anew on every machine, in a folder whose name depends on the times of
-        the original files; the number then depends on the name of this folder.
+    is_saved: whether `save_to_disk` wrote the files. If True, the number depends on the sizes and modification times of
+        the files. If False, the number depends on the name of the folder of the files. On every machine, `datasets`
+        prepares the files anew in a folder whose name depends on the modification times of the original files.
     """
     parts = []
     for file in sorted(entry["filename"] for entry in table.cache_files):
@@ -194,7 +196,10 @@ def stamp_of(table: Any, is_saved: bool) -> int:
 
 
 def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
-    """Return the splits named in `wanted`, each as a `datasets.Dataset`. See `Hf` for the arguments."""
+    """Return one `datasets.Dataset` for each split name in `wanted`. See `Hf` for the other arguments.
+
+    Raises ConfigError if `datasets` is not installed, or a split cannot be read, is missing or is empty.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -206,10 +211,10 @@ def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised as exceptions as well
     try:
         found = _load(datasets, path, options)
-    # Nearly any exception type is possible: network, code that builds the dataset, damaged file.
+    # The network, the code that builds the dataset, or a damaged file may raise nearly any exception type.
     except Exception as error:
         raise ConfigError(_failure(path, options, error)) from error
-    if isinstance(found, datasets.Dataset):  # a folder of `save_to_disk` may be a single split
+    if isinstance(found, datasets.Dataset):  # a folder that `save_to_disk` wrote may contain a single split
         found = {str(found.split or wanted[0]): found}
     for split in wanted:
         if split not in found:
@@ -261,5 +266,5 @@ def _failure(path: str, options: dict[str, Any], error: Exception) -> str:
 
 
 def _images(table: Any, name: str) -> Any:
-    """Return the table with only its image column. Its rows are Arrow tables, so that no image is decoded."""
+    """Return the table with only its image column. Rows are returned as Arrow tables, so that no image is decoded."""
     return table.select_columns([name]).with_format("arrow")

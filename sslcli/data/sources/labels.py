@@ -1,4 +1,4 @@
-"""Conversion of labels to class numbers, merged by class name over the splits and shards of a dataset."""
+"""Conversion of labels to class numbers. The classes of all splits and shards of a dataset are merged by name."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Labels:
     """The labels of one split, shard or file.
 
     Attributes:
-        values: one label per image, as stored. None, -1, -1.0, NaN and the texts in `UNKNOWN` mean unknown.
-        classes: class names; an integer label is an index into them. Empty if the data have no class names.
-        where: where the labels are stored, for messages.
-        is_test: True for the labels of the official test split, which must not add classes.
-        remedy: what the user can do about values that are not class labels, for messages.
+        values: one stored label per image. None, -1, -1.0, NaN and the texts in `UNKNOWN` mean an unknown label.
+        classes: class names. An integer label is an index into this list. Empty if the data have no class names.
+        where: the location of the labels, for error messages.
+        is_test: True for the labels of the official test split. These labels must not add classes.
+        remedy: advice for the user in error messages about values that are not class labels.
     """
 
     values: Sequence[object]
@@ -46,14 +46,17 @@ class Labels:
 
 
 def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
-    """Return the labels (n,) int64 of all parts in order, -1 = unknown, and the names of their classes.
+    """Return the labels (n,) int64 of all parts in order (-1 = unknown), and the class names.
 
-    If any part has class names, the classes of all parts are merged by name, never by number. If no part has class
-    names, the classes are the distinct values of the training parts, in numerical order if all are numbers, else in
-    alphabetical order.
+    - If any part has class names, the classes of all parts are merged by name, never by number.
+    - If no part has class names, the classes are the distinct values of the training parts. If all
+      classes are numbers, they are in numerical order, else in alphabetical order.
 
-    Raises ConfigError in three cases: a value is not a class label; a part has numbers without class names although
-    another part has class names; or a test part has a class that the training parts lack.
+    Raises ConfigError in these cases:
+    - a value is not a class label
+    - a part has numbers without class names, although another part has class names
+    - the same class is written in several ways, or several classes have the same name
+    - a test part has a class that the training parts lack
     """
     cleaned = [_cleaned(part) for part in parts]
     if any(part.classes for part in parts):
@@ -67,12 +70,13 @@ def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
 
 
 def plain_label(value: object, *, where: str) -> Value:
-    """Convert a label to a type that JSON supports. Raises ConfigError for a value that cannot be a label."""
+    """Convert a label to a type that JSON supports. Raises ConfigError if the value cannot be a label."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0):
         return plain_label(value.item(), where=where)
-    # The value can be a pyarrow scalar only if pyarrow is imported. Another thread may be importing it at this moment.
+    # The value can be a pyarrow scalar only if pyarrow is imported. Another thread may be importing pyarrow at this
+    # time.
     scalar = getattr(sys.modules.get("pyarrow"), "Scalar", None)
     if scalar is not None and isinstance(value, scalar):
         return plain_label(value.as_py(), where=where)
@@ -106,7 +110,7 @@ def _cleaned(part: Labels) -> list[int | str | None]:
 
 
 def _without_bool(value: Value, part: Labels) -> Value:
-    """Convert a boolean to a class number if the part has class names, else to text. Return other values unchanged."""
+    """Convert a boolean: to a class number if the part has class names, else to text. Return other values unchanged."""
     if not isinstance(value, bool):
         return value
     return int(value) if part.classes else str(value)
@@ -162,7 +166,7 @@ def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]])
     same = {} if differ else _indices(pool[0].classes)
     tables = []
     for part, values in zip(parts, known, strict=True):
-        if part.classes and not differ:  # all parts have the same class names, so their numbers need no change
+        if part.classes and not differ:  # all parts have the same class names, so class numbers do not change
             tables.append(same)
         elif part.classes:
             indices = _indices(part.classes).items()
@@ -175,7 +179,7 @@ def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]])
 def _indices(names: Sequence[str]) -> Numbers:
     """Return a mapping to class numbers from three kinds of keys: the number, the number as text, and the class name.
 
-    If a class name is also the number of a class as text, it counts as a name.
+    If a text is both a class name and a class number, it counts as a class name.
     """
     table: Numbers = {number: number for number in range(len(names))}
     table |= {str(number): number for number in range(len(names))}
@@ -195,7 +199,7 @@ def _check_names(part: Labels, values: Iterable[int | str], named: Labels) -> No
 
 
 def _check_unique(part: Labels) -> None:
-    """Raise ConfigError if two classes of a part have the same name, because merging by name would make them one."""
+    """Raise ConfigError if two classes of a part have the same name. They cannot be merged by name."""
     name, count = Counter(part.classes).most_common(1)[0]
     if count > 1:
         raise ConfigError(
@@ -227,7 +231,10 @@ def _by_value(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]
 
 
 def _number_name(value: int | str, part: Labels) -> str:
-    """Return the class name for a numeric label. A float with an integer value such as "3.0" is the class "3"."""
+    """Return the class name for a numeric label. A float with an integer value, such as "3.0", gives the class "3".
+
+    Raises ConfigError if the number is negative or not an integer.
+    """
     text = str(value)
     if not text.isdecimal():
         number = float(text)
@@ -243,7 +250,7 @@ def _number_name(value: int | str, part: Labels) -> str:
 
 
 def _check_spelling(classes: Sequence[str], part: Labels) -> None:
-    """Raise ConfigError if the same number is written in two ways, because each way would be a class of its own."""
+    """Raise ConfigError if a number is written in two ways, such as "1" and "01". They would be two classes."""
     for one, other in pairwise(classes):
         if int(one) == int(other):
             raise ConfigError(
@@ -253,7 +260,7 @@ def _check_spelling(classes: Sequence[str], part: Labels) -> None:
 
 
 def _check_kinds(parts: Sequence[Labels], known: Sequence[set[int | str]]) -> None:
-    """Raise ConfigError if one part has class numbers and another part has class names."""
+    """Raise ConfigError if the labels of one part are class numbers and the labels of another part are class names."""
     filled = [(part, values) for part, values in zip(parts, known, strict=True) if values]
     numbered = [part for part, values in filled if all(isinstance(value, int) for value in values)]
     texts = [
@@ -270,7 +277,7 @@ def _check_kinds(parts: Sequence[Labels], known: Sequence[set[int | str]]) -> No
 
 
 def _numbered(part: Labels, values: Sequence[int | str | None], numbers: Numbers, classes: Sequence[str]) -> list[int]:
-    """Return the class number of each label of a part. Raises ConfigError for a label that is not a class."""
+    """Return the class number of each label of a part. Raises ConfigError if a label is not a class."""
     unknown = sorted({str(value) for value in values if value is not None and value not in numbers})
     indices = _indices(part.classes) if unknown else {}
     wrong = [label for label in unknown if part.classes and label not in indices]

@@ -1,7 +1,7 @@
-"""Datasets with several modalities per image (color, depth, infrared, ...), each in its own folder.
+"""Datasets with several modalities per image (color, depth, infrared, ...). Each modality has its own folder.
 
-The modalities of an image are cropped and flipped together, then stacked along the channels in the configured order.
-After that, an image is a single tensor. Color operations change only the modality that is configured as photometric.
+The modalities of an image are cropped and flipped together. Then they are stacked along the channels in the configured
+order, so that an image is a single tensor. Color operations change only the modality that is configured as photometric.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ class Modality:
 
     Attributes:
         channels: 1 or 3.
-        interpolation: "smooth" uses the interpolation of the views; "nearest" never mixes pixels, which depth and
-            segmentation maps require.
-        photometric: whether the color operations of the views change this modality. At most one modality can have True.
-        optional: whether images may lack this modality. A missing modality is filled with the mean of each channel;
-            `Batch.present` is False for it.
-        span: the values that are mapped to 0 and 1; other values are clipped to this range. Only for one channel, e.g.
-            [0, 10000] for a depth in millimeters up to 10 m. None: 0 and 255, or 0 and 65535 for 16 bits.
+        interpolation: "smooth" uses the interpolation of the views. "nearest" never mixes pixels; use it for depth and
+            segmentation maps.
+        photometric: whether the color operations of the views change this modality. At most one can have True.
+        optional: whether this modality may be missing for some images. A missing modality is filled with the mean of
+            each channel, and its value in `Batch.present` is False.
+        span: a pair (low, high) of values that are mapped to 0 and 1. Values outside of this range are clipped. Use it
+            only with one channel, e.g. [0, 10000] for a depth in millimeters up to 10 m. None uses 0 and 255 for 8-bit
+            files, and 0 and 65535 for 16-bit files.
 
-    Raises ValueError for a value out of range; the message names the field.
+    Raises ValueError if a value is out of range. The message names the field.
     """
 
     channels: int = 3
@@ -77,14 +78,14 @@ class Modality:
         return Image.fromarray(np.rint(scaled.clip(0, 1) * 255).astype(np.uint8))
 
     def blank(self, size: tuple[int, int], mean: Sequence[float]) -> Image.Image:
-        """Return an image in which all pixels are the mean of each channel. After normalization, they are about 0."""
+        """Return an image in which every pixel is `mean`. After normalization, the pixels are about 0."""
         color = tuple(round(255 * min(max(value, 0.0), 1.0)) for value in mean)
         return Image.new(_MODES[self.channels], size, color if self.channels > 1 else color[0])
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The modalities of an image, all of the same size, with the interface of a PIL image."""
+    """The modalities of an image. All have the same size. The class has the interface of a PIL image."""
 
     layers: list[Image.Image]
     nearest: list[bool]
@@ -107,7 +108,7 @@ class Layers:
         return Layers([layer.crop(box) for layer in self.layers], self.nearest)
 
     def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Layers:
-        """Resize all modalities. Where `nearest` is True, use nearest-neighbor instead of `resample`."""
+        """Resize all modalities. Modalities with `nearest` True use nearest-neighbor instead of `resample`."""
         filters = [Image.Resampling.NEAREST if nearest else resample for nearest in self.nearest]
         layers = [layer.resize(size, filter) for layer, filter in zip(self.layers, filters, strict=True)]
         return Layers(layers, self.nearest)
@@ -124,18 +125,19 @@ class Parallel(Files):
 
     Args:
         root: the folder that contains one folder per modality.
-        modalities: for each modality, its folder name and the fields of `Modality`. Channels are stacked in this order.
-        test: a folder with the official test split, with the same layout as `root`; or None.
-        common: the arguments of `Source`. mean and std have one number per channel of all modalities, in order.
+        modalities: mapping from the folder name of each modality to the fields of `Modality`. Channels are stacked in
+            this order.
+        test: the folder of the official test split, with the same layout as `root`; None = no test split.
+        common: the arguments of `Source`. `mean` and `std` have one number per channel of all modalities, in order.
 
-    The modalities of an image must have the same aspect ratio. A modality of another size is resized to the size of
-    the first one.
+    The modalities of an image must have the same aspect ratio. All modalities are resized to the size of the first
+    modality that is not missing.
 
     Attributes:
-        present: (M, number of modalities) bool, True if the file of this image and modality exists.
+        present: (M, number of modalities) bool, True if the image has a file of the modality.
         modality_channels: the channels of each modality.
 
-    Raises ValueError for a missing folder or file, or an invalid modality.
+    Raises ValueError if a folder or file is missing, or a modality is invalid.
     """
 
     present: torch.Tensor
@@ -187,7 +189,12 @@ class Parallel(Files):
         self._file_positions = np.argwhere(self._extension >= 0)  # position and modality of each file
 
     def match(self, root: str, *, key: str) -> dict[str, list[str | None]]:
-        """Return a mapping from `<class>/<stem>` to the file extension of each modality, None for a missing file."""
+        """Return the file extensions of each image, one per modality. The key of an image is `<class>/<stem>`.
+
+        The extension of a missing file is None. `key` is the configuration key of `root`, for messages.
+
+        Raises ValueError if a folder or file is missing, or a modality has two files with the same key.
+        """
         check_folder(root, key=key)
         found: dict[str, list[str | None]] = {}
         for number, name in enumerate(self.modalities):
@@ -216,18 +223,18 @@ class Parallel(Files):
         return self.path_of(position, int(self.present[position].int().argmax()))
 
     def path_of(self, position: int, modality: int) -> str:
-        """Return the path of the file of one modality, which must not be missing."""
+        """Return the path of the file of one modality. The modality must not be missing."""
         name, extension = list(self.modalities)[modality], self.extensions[self._extension[position, modality]]
         return os.path.join(self.roots[self._root_of[position]], name, self.relative(position) + extension)
 
     def open(self, position: int) -> DecodedImage:
-        """Open and decode all modalities at `position`, at full size: not all formats support scaled decoding."""
+        """Open and decode all modalities at `position` at full size. Not all formats support scaled decoding."""
         return DecodedImage(self.read(position))
 
     def read(self, position: int) -> Layers:
         """Return all modalities at `position`.
 
-        Raises BadImage for a file that cannot be read or has another aspect ratio.
+        Raises BadImage if a file cannot be read, or if the aspect ratios of the modalities differ.
         """
         layers: list[Image.Image | None] = []
         for number, modality in enumerate(self.modalities.values()):
@@ -240,13 +247,16 @@ class Parallel(Files):
         return Layers(resized, self.nearest)
 
     def fit_to_size(self, position: int, number: int, layer: Image.Image | None, size: tuple[int, int]) -> Image.Image:
-        """Return the image of modality `number`, resized to `size`; if the modality is missing, a blank image."""
+        """Return the image of modality `number`, resized to `size`. Return a blank image if the modality is missing.
+
+        Raises BadImage if the aspect ratio of the image differs from the aspect ratio of `size`.
+        """
         modality = list(self.modalities.values())[number]
         if layer is None:
             return modality.blank(size, self.mean[self.modality_channels[number]])
         if layer.size == size:
             return layer
-        # Sizes are rounded, so a difference of half a pixel per side is allowed.
+        # Image sizes are rounded to pixels, so a difference of half a pixel per side is allowed.
         if abs(layer.width * size[1] - layer.height * size[0]) > max(size) + max(layer.size):
             raise BadImage(
                 self.path_of(position, number),
@@ -279,12 +289,12 @@ class Parallel(Files):
         return len(self._file_positions)
 
     def file(self, number: int) -> str:
-        """Return the path of a file by its number."""
+        """Return the path of file `number`."""
         position, modality = self._file_positions[number].tolist()
         return self.path_of(position, modality)
 
     def file_names(self) -> Iterator[bytes]:
-        """Yield the path of every file relative to its root, after the number of the root if there are several."""
+        """Yield the path of every file relative to its root. With several roots, the root number precedes the path."""
         modalities = list(self.modalities)
         for position, modality in self._file_positions.tolist():
             root = self._root_of[position]
@@ -298,12 +308,12 @@ class Parallel(Files):
         return labels
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return one record per file, in the order of images and modalities."""
+        """Return one record per file, ordered by image, then by modality."""
         return replace(super().records(contents=contents, on_progress=on_progress), unit="files")
 
 
 def parse(modalities: Mapping[str, Mapping[str, Any]]) -> dict[str, Modality]:
-    """Return the modalities that a yaml file defines, by name. Error messages name the modality."""
+    """Return the modalities that a yaml file defines, by name. Raises ValueError if a modality is invalid."""
     if not isinstance(modalities, Mapping) or not modalities:
         raise ValueError(f"dataset.modalities is {modalities!r}, but it must have at least one folder of images")
     known = [field.name for field in fields(Modality)]
