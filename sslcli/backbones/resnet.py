@@ -26,7 +26,7 @@ class ResNet(Backbone):
 
     Args:
         arch: one of `ARCHS`; num_features is 512 for resnet18 and resnet34, and 2048 for the others.
-        image_size: side of the training images in pixels. If `stem` is "auto", it determines the stem.
+        image_size: side of the training images in pixels. It determines the stem if `stem` is "auto".
         stem: one of
             "imagenet": 7x7 convolution of stride 2, and max-pool.
             "cifar": 3x3 convolution of stride 1, without max-pool (SimCLR appendix B.9).

@@ -26,7 +26,7 @@ SLOWEST = 10.0  # maximum seconds between two checks
 CHECKS = 20  # minimum number of checks within the time limit
 SLACK = 5.0  # seconds added to the time limit; the timeout of data workers then expires first
 IMAGES = "the images"  # prefix of `Progress.place` while a process waits for images
-SILENCE = 3  # number of checks without a new heartbeat after which a process counts as stopped
+SILENCE = 3  # a process counts as stopped after this number of checks without a new heartbeat
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Progress:
     collectives: int = 0  # number of collectives that the process has entered
     actions: int = 0  # number of recorded actions, including collectives
     place: str = "the start"
-    beats: int = 0  # number of heartbeats of its watchdog thread, which also runs while the process waits
+    beats: int = 0  # number of heartbeats of the watchdog thread; they continue while the process waits
     host: str = ""
     pid: int = 0
 
@@ -63,7 +63,7 @@ def join(limit: float) -> Store:
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the agent hosts it
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the agent serves
     try:
         store: Store = TCPStore(
             host,

@@ -90,8 +90,8 @@ def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, .
     """Return a function that selects the sharding of each checkpoint entry.
 
     The arguments of the function are the path and the shape of an entry. A path is ("method", name) or ("optimizer",
-    "state", number, name). The function returns a tensor whose sharding the entry gets, or None if the entry is not
-    sharded.
+    "state", number, name). The function returns a tensor, and the entry gets the sharding of this tensor. The function
+    returns None if the entry is not sharded.
     """
     named = {name: value for name, value in method.state_dict().items() if hasattr(value, "to_local")}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

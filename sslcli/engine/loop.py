@@ -86,7 +86,7 @@ def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[s
 
 
 def gradient_sync(model: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
-    """Return a context for `backward`. Within it, gradients are averaged over processes only if `is_last` is True."""
+    """Return a context for `backward`. If `is_last` is False, `backward` does not average gradients over processes."""
     if fsdp.is_sharded(model):
         model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
     elif isinstance(model, DistributedDataParallel) and not is_last:

@@ -29,8 +29,8 @@ class LARS(Optimizer):
         momentum: factor of the momentum buffer.
         eta: trust coefficient.
         separate_norms: use q = eta |w| / (|grad| + weight_decay |w| + 1e-8), as in lightly and solo-learn.
-        lr_in_buffer: use m <- momentum m + lr q g, w <- w - m, as in Google's SimCLR. If lr is constant, the result is
-            that of the default form.
+        lr_in_buffer: use m <- momentum m + lr q g, w <- w - m, as in Google's SimCLR. If lr is constant, both forms
+            give the same result.
         clip_lr: use q <- min(q / lr, 1), as in solo-learn's CIFAR recipes. The step size (lr times q) is then at most
             lr.
     """

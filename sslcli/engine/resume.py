@@ -83,9 +83,9 @@ def resume(run: Run) -> int:
 
 
 def environment_fingerprint(run: Run) -> dict[str, str | int]:
-    """Return the properties of the environment that bit-identical results require to be unchanged.
+    """Return the properties of the environment that must not change. Otherwise results are not bit-identical.
 
-    Bit-identical results also require the same configuration, which is not part of the returned properties.
+    The configuration must not change either, but the function does not return the configuration.
     """
     return {
         "torch": str(torch.__version__),

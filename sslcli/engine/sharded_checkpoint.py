@@ -47,7 +47,7 @@ OF_AN_INDEX = (  # an index may contain only classes from these modules
 Place = tuple[Any, ...]  # path of keys to a tensor in a nested state
 Placement = Callable[
     [Place, torch.Size], Tensor | None
-]  # returns a sharded tensor whose placement is to be used, or None if the tensor is not sharded
+]  # (path, shape) of a tensor -> a tensor with the wanted placement, or None if the tensor is not to be sharded
 T = TypeVar("T")
 
 

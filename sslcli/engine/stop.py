@@ -27,10 +27,12 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Handler of signals and of the time limit. After either event, the run finishes the current step, saves and stops.
+    """Handler of signals and of the time limit.
+
+    After a signal or at the time limit, the run finishes the current step, saves a checkpoint and stops.
 
     A closing terminal sends SIGHUP, which is one of the handled signals. If SIGHUP is already ignored (e.g. under
-    `nohup`), it is not handled.
+    `nohup`), SIGHUP is not handled.
 
     Args:
         max_seconds: time limit in seconds, counted from `start_time`; None = no limit.

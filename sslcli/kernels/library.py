@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-CAPABLE = ("AVX2", "AVX512")  # CPU capabilities that include AVX2, for which setup.py compiles the libraries
+CAPABLE = ("AVX2", "AVX512")  # CPU capabilities that include AVX2; setup.py compiles the libraries for AVX2
 PARTS = [Path(__file__).parent / name for name in ("winograd_passes.c", "resize.c", "color.c")]
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
