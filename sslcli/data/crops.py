@@ -84,7 +84,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
         rows: the rows of the request to process.
         read: (n,) output. The position of the image that was read is written into each row.
 
-        Returns the path and reason of each image that cannot be read.
+        Returns the path of each image that cannot be read, and the reason.
 
         Raises ConfigError if an image and all of its replacements cannot be read.
         """
@@ -125,7 +125,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
         ) from failed[-1][1]
 
     def boxes(self, images: list[OpenedImage], key: Tensor) -> tuple[list[list[list[int]]], list[int]]:
-        """Return for each image the boxes (top, left, height, width) of its views, and the divisor for `decode`.
+        """Return two values per image: the boxes (top, left, height, width) of all views, and the divisor for `decode`.
 
         The divisor is the largest one with which every crop is at least as large as its view.
         """

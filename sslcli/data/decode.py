@@ -121,8 +121,7 @@ class Encoded:
         try:
             with self.image as image:
                 if divisor > 1:
-                    # PIL selects the largest divisor with which the result has at least the requested size. It is
-                    # `divisor`.
+                    # With this requested size, PIL selects `divisor`.
                     image.draft(None, (max(1, image.width // divisor), max(1, image.height // divisor)))
                 return self.convert(image)
         except Exception as error:

@@ -46,8 +46,8 @@ class Layout:
 def layout_of(shard: Tensor, chunk: Tensor, *, lanes: int, buffer: int) -> Layout:
     """Return the layout of images from the numbers of their shards (n,) and chunks (n,), both non-decreasing.
 
-    A shard with more than 1 / (8 * lanes) of the images is split into segments at chunk boundaries. Therefore a few
-    large shards are shuffled as well as many small shards.
+    A shard with more than 1 / (8 * lanes) of the images is split into segments at chunk boundaries. Therefore the
+    quality of the shuffling is the same for a few large shards and for many small shards.
     """
     position = torch.arange(len(shard))
     first_of_shard = torch.searchsorted(shard, shard)

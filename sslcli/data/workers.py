@@ -32,14 +32,14 @@ GRACE_PERIOD = 1.0  # seconds to wait for workers to end by themselves, before t
 SHARED_MEMORY = "/dev/shm"
 END = object()
 LIVE_WORKERS: set[BaseProcess] = set()
-# At exit, Python waits for its child processes. A worker that hangs in a read would block it forever.
+# At exit, Python waits for its child processes. A worker that hangs in a read would block the exit forever.
 atexit.register(lambda: kill_processes(LIVE_WORKERS))
 
 
 def default_workers(image_size: int) -> int:
     """Return the number of data workers to use if `dataset.workers` is null.
 
-    - With a GPU, the number is the cores of this process minus one, at least 1 and at most 8.
+    - With a GPU, the number is the number of cores of this process minus one, at least 1 and at most 8.
     - Without a GPU, training also needs the cores, so the number is 2.
     - Without a GPU, if images have at most 64 pixels per side and the process has at most 2 cores, the number is 0.
 
@@ -114,7 +114,7 @@ def check_shared_memory(workers: int, batch_bytes: int) -> None:
 
 
 class RequestSampler:
-    """Sampler that yields the requests of an iterator. It can be used only once."""
+    """Sampler that yields the requests of an iterator. The sampler can be used only once."""
 
     def __init__(self, requests: Iterator[Any]) -> None:
         self.requests = requests

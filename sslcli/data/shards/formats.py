@@ -28,7 +28,7 @@ from sslcli.errors import ConfigError
 
 SHARD_EXTENSIONS = (".tar", ".parquet")
 _BLOCK = 512  # block size of a tar archive in bytes
-Sample = dict[str, tuple[int, int]]  # name of a file of an image after the first dot -> start and size in bytes
+Sample = dict[str, tuple[int, int]]  # one entry per file of an image: extension -> start and size in bytes
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _index_tar(file: IO[bytes], shard: Shard, *, image: str, label: str | None) 
 
 
 def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
-    """Yield a pair for each image: its name up to the first dot, and its files."""
+    """Yield a pair for each image: the name of the image up to the first dot, and the files of the image."""
     previous, sample = "", Sample()
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:

@@ -162,7 +162,8 @@ class ReadState:
         try:
             result = parquet.read_row_group(group, columns=[column], use_threads=False).column(0)
         except (ValueError, OSError) as error:
-            # If the data is invalid, pyarrow raises a plain OSError without errno. File system errors have one.
+            # If the data is invalid, pyarrow raises a plain OSError without errno. If the file system fails, the error
+            # has an errno.
             if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
                 raise
             result = f"row group {group} is damaged: {str(error).splitlines()[0]}"

@@ -133,7 +133,7 @@ class Files(Source):
     def file_names(self) -> Iterator[bytes]:
         """Yield the path of every file relative to its root.
 
-        If there are several roots, the number of the root precedes it.
+        With several roots, the root number precedes the path.
         """
         for position, root in enumerate(self._root_of.tolist()):
             name = os.fsencode(self.relative(position))

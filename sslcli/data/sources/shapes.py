@@ -26,7 +26,7 @@ from torch import Tensor
 from sslcli.data.rng import mix, uniform
 
 _SLOTS = ((-0.5, -0.5), (0.5, 0.5), (0.5, -0.5), (-0.5, 0.5))  # centers of instances; the first two are always used
-_CHUNK_PIXELS = 1 << 17  # pixels rendered in one call; a float32 plane of them has half a MiB and fits in the CPU cache
+_CHUNK_PIXELS = 1 << 17  # pixels rendered in one call; one float32 channel takes half a MiB and fits in the CPU cache
 _TURNS = 4096  # size of the cosine table; the last bits of libm's cos differ between CPUs and in SIMD code
 _COSINE = torch.tensor([math.cos(2 * math.pi * i / _TURNS) for i in range(_TURNS)], dtype=torch.float32)
 
@@ -35,7 +35,7 @@ _COSINE = torch.tensor([math.cos(2 * math.pi * i / _TURNS) for i in range(_TURNS
 class Nuisances:
     """Strength in [0, 1] of each nuisance.
 
-    A nuisance is the variation of a property other than the shape; 0 disables it.
+    A nuisance is the variation of a property other than the shape. Strength 0 disables a nuisance.
 
     color: hue, saturation and lightness of each instance (0: the same light gray).
     texture: stripes and checks inside the instances (0: uniform fill).

@@ -122,7 +122,7 @@ def _download_missing(kind: Any, root: Path, files: list[Path], *, download: boo
 def exclusive_lock(root: Path) -> Iterator[None]:
     """Hold an exclusive lock on a folder within the block.
 
-    Other processes wait for the lock before they write to it.
+    Other processes wait for the lock before they write to the folder.
     """
     import fcntl
 

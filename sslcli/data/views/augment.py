@@ -60,8 +60,8 @@ def crop_boxes(
         offset: (N, 2) float in [0, 1), the vertical and the horizontal position. 0 places the box at the top or
             left edge.
         height, width: (N,) int64 size of each image in pixels.
-        ratio_range: allowed range of width / height. If no candidate fits an image, its largest centered box with an
-            allowed ratio is returned.
+        ratio_range: allowed range of width / height. If no candidate fits an image, the largest centered box
+            with an allowed ratio is returned.
 
     Returns:
         (N, 4) int64 top, left, height, width.
@@ -97,7 +97,7 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, *, interpolation: str
 
     Args:
         images: (N, C, H, W), uint8 (divided by 255) or float in [0, 1].
-        boxes: (N, 4) int64 top, left, height, width, inside the image, height and width at least 1.
+        boxes: (N, 4) int64 top, left, height, width. A box must be inside the image and have at least one pixel.
         size: side of the result in pixels.
         interpolation: "bilinear" or "bicubic" (Keys' kernel with a = -0.5, as in Pillow). Bicubic results are clamped
             to [0, 1].
@@ -135,14 +135,14 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, *, interpolation: str
 def _resize_weights(
     start: Tensor, length: Tensor, pixels: int, size: int, interpolation: str, dtype: torch.dtype
 ) -> Tensor:
-    """Return the weights (N, size, pixels) with which the input pixels are summed to each output pixel.
+    """Return the weights (N, size, pixels). An output pixel is the weighted sum of the input pixels.
 
-    Each row sums to 1. The weights of pixels outside of the box are 0.
+    The weights of an output pixel sum to 1. The weights of pixels outside of the box are 0.
     """
     position = torch.arange(pixels, device=start.device) - start.unsqueeze(1)
     inside = (position >= 0) & (position < length.unsqueeze(1))
     scale = (length.to(dtype) / size).unsqueeze(1)
-    # For downscaling, the filter is widened so that it covers all pixels. For upscaling, its width is not changed.
+    # For downscaling, the filter is widened so that it covers all pixels. For upscaling, the filter is not changed.
     inverse_width = 1 / scale.clamp(min=1)
     # A pixel outside of the box gets a position so far away that its filter weight is 0.
     pixel = torch.where(inside, (position + 0.5) * inverse_width, 1e4)
@@ -164,12 +164,12 @@ def _keys_cubic(distance: Tensor) -> Tensor:
 
 
 def flip(images: Tensor, mask: Tensor) -> Tensor:
-    """Flip the images for which `mask` (N,) is True horizontally."""
+    """Flip images left-right. Only the images for which `mask` (N,) is True are flipped."""
     return apply_to_rows(images, mask, lambda part, rows: part.flip(3))
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int, mask: Tensor) -> Tensor:
-    """Blur the images for which `mask` is True, each with its own standard deviation.
+    """Blur the images for which `mask` is True. Each image has its own standard deviation.
 
     The result equals that of torchvision's gaussian_blur. The image is padded by reflection and convolved with a
     normalized kernel of `kernel_size` taps. The blur is separable and linear. Therefore each image is multiplied by a

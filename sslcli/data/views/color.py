@@ -1,7 +1,7 @@
 """Batched color operations on float images (N, C, H, W) in [0, 1].
 
-Each operation gives the same result as the function of the same name in `torchvision.transforms.v2.functional`. Unlike
-torchvision's function, it takes one parameter per image and has no loop over images. Public functions do not modify
+If `torchvision.transforms.v2.functional` has a function of the same name, the results are equal. Unlike torchvision's
+functions, the operations take one parameter per image and have no loop over images. Public functions do not modify
 their input. Parameters and masks may be on the device of the images or on the CPU. The CPU is preferred, because rows
 are then selected without waiting for the device. For float16 and bfloat16 images, all computations are in float32, and
 only the result is rounded.
@@ -60,7 +60,10 @@ def column(values: Tensor, images: Tensor) -> Tensor:
 
 
 def to_luma(images: Tensor) -> Tensor:
-    """Return the ITU-R 601-2 luma (N, 1, H, W) as a new tensor, with torchvision's rounded weights."""
+    """Return the ITU-R 601-2 luma (N, 1, H, W) as a new tensor, with torchvision's rounded weights.
+
+    Raises ValueError unless the images have 1 or 3 channels.
+    """
     if images.shape[1] == 1:
         return images.clone()
     if images.shape[1] != 3:

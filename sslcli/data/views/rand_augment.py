@@ -1,10 +1,10 @@
 """Batched RandAugment. For each view of each image, a few of fifteen operations are drawn and applied.
 
 Source: Cubuk et al. 2020, https://arxiv.org/abs/1909.13719. The operations, the magnitudes and the probability of 0.5
-are those that PyContrast uses to train InfoMin (pycontrast/datasets/RandAugment.py, after timm's auto_augment.py). The
-images of a batch are sorted by operation, so that each operation runs once per batch. Four operations are defined on
-8 bits: equalize, posterize, solarize and solarize_add. They first round the values to 8 bits. The other operations do
-not round.
+are those with which PyContrast trains InfoMin (pycontrast/datasets/RandAugment.py, based on timm's auto_augment.py).
+The images of a batch are sorted by operation, so that each operation runs once per batch. Four operations are defined
+on 8 bits: equalize, posterize, solarize and solarize_add. They first round the values to 8 bits. The other operations
+do not round.
 
 Shapes: N images, C = 1 or 3 channels, H x W pixels; images are float in [0, 1].
 """
