@@ -72,7 +72,7 @@ class Source:
         scaled_decode: True if JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size. A JPEG is decoded at a reduced
             size only if every training crop of the JPEG is downscaled by at least 2, 4 or 8.
 
-    Raises ValueError for a value out of range.
+    Raises ValueError if a value is out of range.
     """
 
     images: Tensor | None = None
@@ -147,12 +147,12 @@ class Source:
         """Free the data that `hold` fetched for these (n,) positions."""
 
     def open(self, position: int) -> OpenedImage:
-        """Open the image at `position` without decoding it. Raises BadImage if it cannot be read."""
+        """Open the image at `position` without decoding it. Raises BadImage for an unreadable image."""
         assert self.images is not None
         return DecodedImage(Image.fromarray(self.images[position].permute(1, 2, 0).numpy()))
 
     def read(self, position: int) -> Picture:
-        """Return the RGB image at `position`, at its full size. Raises BadImage if it cannot be read."""
+        """Return the RGB image at `position` at full size. Raises BadImage if the image cannot be read."""
         return self.open(position).decode()
 
     def blank(self, size: int) -> Picture:
@@ -207,7 +207,7 @@ class Source:
 
         hashes: (M - num_test,) int64, one per image of the training pool. Images are ordered by a hash of the seed and
             this value. The first images are held out. Images with equal values are ordered by position.
-        labeled: (M - num_test,) bool, True for labeled images. Only they are held out, because a probe needs labels.
+        labeled: (M - num_test,) bool, True for labeled images. Only labeled images are held out, for probes.
         """
         num_pool = len(hashes)
         order = rng.mix(self.seed, hashes).argsort(stable=True)
@@ -333,7 +333,7 @@ class TorchvisionSet(Source):
 
 
 def check_flag(name: str, value: bool) -> bool:
-    """Return `value`. Raises ValueError unless it is a boolean."""
+    """Return `value`. Raises ValueError unless `value` is a boolean."""
     if not isinstance(value, bool):
         raise ValueError(f"dataset.{name} is {value!r}, but it must be true or false")
     return value

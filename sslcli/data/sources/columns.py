@@ -20,7 +20,7 @@ class Column:
 
     Attributes:
         image: whether the column contains encoded images.
-        classes: the class names, indexed by the numbers in the column; empty if unknown.
+        classes: the class names; a number in the column is an index into this tuple. Empty if unknown.
     """
 
     image: bool = False
@@ -31,8 +31,8 @@ def columns_of(schema: Any) -> dict[str, Column]:
     """Return the columns of an Arrow schema by name.
 
     The library `datasets` stores the names of the image columns and the class names in the schema. If the schema has no
-    such image column, two kinds of columns count as image columns: columns of bytes, and columns of structs whose first
-    field is `bytes`.
+    names of image columns, two kinds of columns count as image columns: columns of bytes, and columns of structs whose
+    first field is `bytes`.
     """
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     features = {name: feature for name, feature in metadata.items() if isinstance(feature, dict)}
@@ -49,7 +49,7 @@ def image_column(columns: Mapping[str, Column], wanted: str, *, where: str) -> s
     If `wanted` is a column name, this name is returned. If `wanted` is "auto", the only image column is returned.
 
     Raises ConfigError if there is no column `wanted`, or if "auto" finds no image column or several. The message
-    contains `where` (the name of the table) and the columns.
+    contains `where` (the name of the table) and the names of all columns.
     """
     if wanted != AUTO:
         return _named(columns, wanted, key="dataset.image", where=where)
@@ -66,7 +66,8 @@ def label_column(columns: Mapping[str, Column], wanted: str | None, *, where: st
     """Return the name of the label column, or None if there are no labels.
 
     If `wanted` is a column name, this name is returned. If `wanted` is "auto", the column with a name in `LABEL_NAMES`
-    is returned. If there is none, the column with class names is returned. If `wanted` is None, None is returned.
+    is returned. If there is no such column, the column with class names is returned. If `wanted` is None, None is
+    returned.
 
     Raises ConfigError if there is no column `wanted`, or if "auto" finds several columns. The message contains `where`
     (the name of the table) and the columns.

@@ -106,7 +106,7 @@ class Files(Source):
         """Identity of the dataset in 16 hex digits.
 
         The fingerprint is the sha256 of the relative path, the size in bytes (-1 = unknown) and the label of every
-        file. It needs one `stat` call per file, which takes a while for a million files.
+        file. One `stat` call per file is needed, which takes a while for a million files.
         """
         return digest(self._rows())
 
@@ -297,12 +297,12 @@ class ListFile(ImageFiles):
     The labels are text or integers, see `as_labels`. Other columns are ignored.
 
     Args:
-        file: the CSV file, in UTF-8. Position i is its row i.
+        file: the CSV file, in UTF-8. Position i is row i of the file.
         root: the folder to which the paths are relative; None = the folder of the CSV file.
         common: the arguments of `ImageFiles`.
 
     Raises ConfigError if the CSV file is missing or invalid, has no column `path`, or has no rows. Raises ValueError if
-    `root` is not a folder, or if none of a sample of the listed files exists.
+    `root` is not a folder, or if about 20 of the listed files are checked and none of them exists.
     """
 
     def __init__(

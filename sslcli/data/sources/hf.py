@@ -45,13 +45,13 @@ class Hf(Source):
         test: the name of the official test split; None = no test split.
         image, label: the names of the image column and the label column. "auto" detects the column. label=None: no
             labels.
-        data_files: paths or patterns relative to `path`, to read only these files.
+        data_files: paths or patterns, relative to `path`, of the files to read; None = all files.
         revision: a branch, tag or commit on the hub.
         cache: the folder in which `datasets` stores prepared copies; None = the default cache of `datasets` in HF_HOME.
         scaled_decode: see `Source`.
         common: the arguments of `Source`.
 
-    Position i is row i of `split`. The rows of `test` have the positions after those of `split`.
+    Position i is row i of `split`. The positions of the rows of `test` follow the positions of the rows of `split`.
 
     Raises ConfigError if `datasets` is not installed, or if the dataset cannot be found or read.
     """
@@ -118,7 +118,7 @@ class Hf(Source):
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
         """Return one record per row, with the size of its image and a stamp of the files of the table.
 
-        If a row contains the path of an image file instead of an image, the record has the size of this file. Its stamp
+        If a row contains the path of an image file instead of an image, the record has the size of this file. The stamp
         then also depends on the modification time of this file.
         """
         paths, sizes, stamps = self._cells()
@@ -155,7 +155,7 @@ class Hf(Source):
 
 
 def cell_sizes(column: Any) -> tuple[NDArray[np.int64], list[str | None]]:
-    """Return two values per cell of an image column: its number of bytes, and its path if it has no bytes.
+    """Return two values per cell of an image column: the number of bytes of the cell, and the path in the cell.
 
     For a cell without bytes, the number of bytes is -1. For a cell with bytes, the path is None. Only the offsets of
     the cells are read, not the images.
@@ -208,7 +208,7 @@ def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
         ) from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised as exceptions as well
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # `datasets` also raises errors as exceptions
     try:
         found = _load(datasets, path, options)
     # The network, the code that builds the dataset, or a damaged file may raise nearly any exception type.

@@ -20,7 +20,7 @@ def labels_of(
     path: str,
     options: Mapping[str, Any],
 ) -> list[Labels]:
-    """Return the labels of the training split and, if there are two tables, of the test split.
+    """Return the labels of the training split. If there are two tables, also return the labels of the test split.
 
     Args:
         tables: one or two splits, each a `datasets.Dataset`.
@@ -77,7 +77,10 @@ def parquet_files(path: str, options: Mapping[str, Any]) -> dict[str, list[str]]
 
 
 def labels_of_file(file: str, name: str, *, where: str, is_test: bool) -> Labels:
-    """Return the column `name` of a parquet file, with the class names stored in the file."""
+    """Return the column `name` of a parquet file, with the class names stored in the file.
+
+    Raises ConfigError if the file has no column `name`.
+    """
     import pyarrow.parquet
 
     parquet = pyarrow.parquet.ParquetFile(file)

@@ -49,8 +49,8 @@ def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
     """Return the labels (n,) int64 of all parts in order (-1 = unknown), and the class names.
 
     - If any part has class names, the classes of all parts are merged by name, never by number.
-    - If no part has class names, the classes are the distinct values of the training parts. If all
-      classes are numbers, they are in numerical order, else in alphabetical order.
+    - If no part has class names, the classes are the distinct values of the training parts. The classes are in
+      numerical order if all of them are numbers, else in alphabetical order.
 
     Raises ConfigError in these cases:
     - a value is not a class label
@@ -148,7 +148,7 @@ Numbers = dict[int | str, int]
 
 
 def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]) -> tuple[list[str], list[Numbers]]:
-    """Return the merged class names, and for each part a mapping from its labels to class numbers."""
+    """Return the merged class names, and one mapping per part from the labels of the part to class numbers."""
     known = [{value for value in values if value is not None} for values in cleaned]
     named = [part for part in parts if part.classes]
     is_trained = any(values and not part.is_test for part, values in zip(parts, known, strict=True))
@@ -209,9 +209,9 @@ def _check_unique(part: Labels) -> None:
 
 
 def _by_value(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]) -> tuple[list[str], list[Numbers]]:
-    """Return the classes of parts without class names, and for each part a mapping from its labels to class numbers.
+    """Return the classes, and one mapping per part from the labels of the part to class numbers.
 
-    The classes are the distinct labels of the training parts.
+    No part has class names. The classes are the distinct labels of the training parts.
     """
     known = [{value for value in values if value is not None} for values in cleaned]
     _check_kinds(parts, known)
@@ -250,7 +250,7 @@ def _number_name(value: int | str, part: Labels) -> str:
 
 
 def _check_spelling(classes: Sequence[str], part: Labels) -> None:
-    """Raise ConfigError if a number is written in two ways, such as "1" and "01". They would be two classes."""
+    """Raise ConfigError if a number is written in two ways, such as "1" and "01", which would be two classes."""
     for one, other in pairwise(classes):
         if int(one) == int(other):
             raise ConfigError(

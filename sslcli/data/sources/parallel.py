@@ -38,12 +38,13 @@ class Modality:
         channels: 1 or 3.
         interpolation: "smooth" uses the interpolation of the views. "nearest" never mixes pixels; use it for depth and
             segmentation maps.
-        photometric: whether the color operations of the views change this modality. At most one can have True.
+        photometric: whether the color operations of the views change this modality. At most one modality
+            can be photometric.
         optional: whether this modality may be missing for some images. A missing modality is filled with the mean of
             each channel, and its value in `Batch.present` is False.
-        span: a pair (low, high) of values that are mapped to 0 and 1. Values outside of this range are clipped. Use it
-            only with one channel, e.g. [0, 10000] for a depth in millimeters up to 10 m. None uses 0 and 255 for 8-bit
-            files, and 0 and 65535 for 16-bit files.
+        span: a pair (low, high) of values that are mapped to 0 and 1. Values outside of this range are clipped. Use a
+            span only with one channel, e.g. [0, 10000] for a depth in millimeters up to 10 m. None uses 0 and 255 for
+            8-bit files, and 0 and 65535 for 16-bit files.
 
     Raises ValueError if a value is out of range. The message names the field.
     """
@@ -85,7 +86,7 @@ class Modality:
 
 @dataclass(frozen=True)
 class Layers:
-    """The modalities of an image. All have the same size. The class has the interface of a PIL image."""
+    """The modalities of an image, with the interface of a PIL image. All modalities have the same size."""
 
     layers: list[Image.Image]
     nearest: list[bool]
@@ -219,7 +220,7 @@ class Parallel(Files):
         return found
 
     def path(self, position: int) -> str:
-        """Return the path of the image at `position`: the file of its first modality that is not missing."""
+        """Return the path of the image at `position`: the file of the first modality that is not missing."""
         return self.path_of(position, int(self.present[position].int().argmax()))
 
     def path_of(self, position: int, modality: int) -> str:

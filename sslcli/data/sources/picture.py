@@ -35,7 +35,10 @@ class OpenedImage(Protocol):
         """Width and height of the full-size image."""
 
     def decode(self, divisor: int = 1, /) -> Picture:
-        """Decode the image, at 1/divisor of its size if the format supports it. Raises BadImage for a damaged image."""
+        """Decode the image. If its format supports scaled decoding, decode at 1/divisor of the size.
+
+        Raises BadImage if the image is damaged.
+        """
 
 
 class DecodedImage:

@@ -1,7 +1,7 @@
 """Records of the images of a dataset. A resumed run compares records to detect images that changed since its start.
 
-A record is a name and a row of integers. Records are cheap. They are computed from the list of the files and one `stat`
-call per file. The contents of the files are read only on request.
+A record is a name and a row of integers. Records are computed from the list of the files and one `stat` call per file,
+which is fast. The contents of the files are read only on request.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ProgressCallback = Callable[[int, int], None]  # called with the number of items
 
 
 def check_verify(value: str) -> str:
-    """Return `value`, the value of `dataset.verify`. Raises ValueError if it is unknown."""
+    """Return `value`, the value of `dataset.verify`. Raises ValueError if the value is unknown."""
     if value not in VERIFY:
         raise ValueError(
             f"dataset.verify is {value!r}, but it must be one of {', '.join(VERIFY)}.{nearest(value, VERIFY)}"
@@ -105,7 +105,7 @@ def make_records(
 
 
 def label_codes(labels: Tensor, classes: Sequence[str]) -> NDArray[np.int64]:
-    """Return a hash of the class name of each label. Unlike class numbers, it does not change if a class is added."""
+    """Return a hash of the class name of each label. Adding a class does not change the hash of another."""
     numbers = labels.numpy()
     count = max(int(numbers.max(initial=-1)) + 1, len(classes))
     names = [*classes, *map(str, range(len(classes), count))]
@@ -174,7 +174,7 @@ class Changes:
         return bool(self.times_changed) and not (self.changed or self.appeared or self.vanished or self.order)
 
     def describe(self) -> str:
-        """Return the counts with a few names, such as "of 40 images, 4 changed (a/1.jpg, a/2.jpg, a/3.jpg, ...)"."""
+        """Return counts and a few names as text, such as "of 40 images, 4 changed (a/1.jpg, a/2.jpg, a/3.jpg, ...)"."""
         parts = [
             f"{len(names)} {verb} ({', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''})"
             for names, verb in (
@@ -225,7 +225,7 @@ def compare(then: Records, now: Records, *, times: bool) -> Changes:
 
 
 def _positions(records: Records) -> dict[tuple[bytes, int], int]:
-    """Return the position of each row. The key of a row is its name and the number of earlier rows with this name."""
+    """Return the position of each row. The key of a row is (name, number of earlier rows with this name)."""
     counts: dict[bytes, int] = {}
     positions = {}
     for position, name in enumerate(records.names.split(b"\0")):
@@ -254,7 +254,7 @@ def changed_images_error(changes: Changes, *, name: str, known: bool) -> ConfigE
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """Return 16 hex digits of the sha256 of `parts`, each preceded by its length."""
+    """Return 16 hex digits of the sha256 of `parts`. The length of each part is hashed before the part."""
     state = hashlib.sha256()
     for part in parts:
         state.update(len(part).to_bytes(8, "little") + part)

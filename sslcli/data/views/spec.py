@@ -13,13 +13,14 @@ from sslcli.errors import check_keys
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One distribution of views. Probabilities are per image; pairs are inclusive ranges (low, high).
+    """One distribution of views. Probabilities are per image. Pairs are inclusive ranges (low, high).
 
     Attributes:
-        count: number of views of an image that are drawn from this distribution.
+        count: number of views per image that are drawn from this distribution.
         size: side in pixels; None uses the image size of the run.
-        crop_scale: area of the crop as a fraction of the image, uniform; None uses the whole image.
-        crop_ratio: width / height of the crop, log-uniform.
+        crop_scale: range of the area of the crop as a fraction of the image, drawn uniformly; None = the whole
+            image.
+        crop_ratio: range of width / height of the crop, drawn log-uniformly.
         interpolation: "bilinear" or "bicubic", both antialiased.
         flip: probability of a left-right flip.
         jitter: strengths of (brightness, contrast, saturation, hue). For each of the first three, a factor is drawn
@@ -27,14 +28,14 @@ class View:
             [-strength, strength]. The four operations are applied in random order.
         jitter_p: probability of the jitter.
         grayscale: probability of conversion to grayscale.
-        grayscale_first: convert to grayscale before the jitter (InstDisc) instead of after it.
+        grayscale_first: whether to convert to grayscale before the jitter (InstDisc) instead of after the jitter.
         blur: probability of a Gaussian blur.
-        blur_sigma: standard deviation of the blur in pixels, uniform.
+        blur_sigma: range of the standard deviation of the blur in pixels, drawn uniformly.
         blur_kernel: kernel size of the blur, an odd number of pixels. None uses about a tenth of the side of the view,
             at least 3 (SimCLR).
         solarize: probability of solarization, which inverts the values >= `solarize_threshold`.
         solarize_threshold: threshold of the solarization, in [0, 1].
-        rand_augment: number of RandAugment operations, see `sslcli.data.views.rand_augment`; 0 for none.
+        rand_augment: number of RandAugment operations per view, see `sslcli.data.views.rand_augment`; 0 = none.
         rand_augment_magnitude: mean of the normal distribution of the magnitude, in [0, 10]. Drawn magnitudes are
             clipped to [0, 10].
         rand_augment_std: standard deviation of this normal distribution, at least 0.

@@ -7,7 +7,8 @@ other images of the batch. The operations run in this order, and each operation 
     crop and resize -> flip -> color jitter -> grayscale -> blur -> solarize -> color space -> normalize
 
 With `grayscale_first`, grayscale runs before the jitter. With RandAugment, the order is
-jitter -> blur -> RandAugment -> grayscale. Blur and grayscale commute if no RandAugment runs between them.
+jitter -> blur -> RandAugment -> grayscale. Blur and grayscale commute, so without RandAugment the order
+of blur and grayscale has no effect.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class Views:
 
     Args:
         views: the distributions, each a `View` or a mapping with its fields.
-        normalize: whether to subtract a mean and divide by a standard deviation at the end. With color_space "rgb",
-            they are the mean and standard deviation of the dataset. With "lab" and "ydbdr", they are the constants of
-            CMC, which map each channel to about [-1, 1].
+        normalize: whether to subtract a mean and divide by a standard deviation at the end. With color_space "rgb", the
+            mean and standard deviation of the dataset are used. With "lab" and "ydbdr", the constants of CMC are used,
+            which map each channel to about [-1, 1].
         color_space: color space of the result: "rgb", "lab" (CIE Lab) or "ydbdr" (YDbDr).
 
     Raises:
@@ -73,7 +74,7 @@ class Views:
 
     @property
     def groups(self) -> list[range]:
-        """Groups of views that are computed in one batch, as view numbers.
+        """Groups of views, as ranges of view numbers. The views of a group are computed in one batch.
 
         A group has at most two views of the same entry, because larger batches would need more memory.
         """
@@ -167,7 +168,7 @@ class Views:
         return self.views[view if isinstance(view, int) else int(view[0])]
 
     def finish(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Convert images to the color space and normalize them. Evaluation applies only this function, not `color`.
+        """Convert images to the color space and normalize them. Evaluation applies only this function.
 
         Args:
             images: (N, C, H, W) float in [0, 1].
@@ -236,7 +237,7 @@ def _in_one_pass(
     images: Tensor,
     scale: tuple[Sequence[float], Sequence[float]] | None,
 ) -> Tensor | None:
-    """Apply all operations with one call of the compiled kernel. Return None if the kernel does not support them.
+    """Apply all operations with one call of the compiled kernel. Return None for unsupported operations.
 
     scale: the mean and the standard deviation of each channel, for normalization at the end. None = do not normalize.
 
