@@ -207,7 +207,7 @@ class Source:
 
         hashes: (M - num_test,) int64, one per image of the training pool. Images are ordered by a hash of the seed and
             this value. The first images are held out. Images with equal values are ordered by position.
-        labeled: (M - num_test,) bool, True for labeled images. Only labeled images are held out, for probes.
+        labeled: (M - num_test,) bool, True if labeled. Only labeled images are held out, because a probe needs labels.
         """
         num_pool = len(hashes)
         order = rng.mix(self.seed, hashes).argsort(stable=True)
