@@ -1,4 +1,4 @@
-"""Autoencoder: reconstruct an image from a low-dimensional code; with a corrupted input, a denoising autoencoder.
+"""Autoencoder: reconstruction of an image from a low-dimensional code; the input may be corrupted (denoising).
 
 Hinton and Salakhutdinov 2006  https://doi.org/10.1126/science.1127647
 Vincent et al. 2008 (denoising)  https://doi.org/10.1145/1390156.1390294   conf/method/autoencoder.yaml
@@ -23,20 +23,22 @@ from sslcli.nn.noise import Noise
 
 CORRUPTIONS = ("gaussian", "pixel_mask", "block_mask", "salt_pepper")
 LOSSES = ("mse", "l1", "bce", "patch")
-PICTURE_SEED = 0  # seed of the corruption in saved images; fixed, so that images of different epochs are comparable
+PICTURE_SEED = 0  # seed of the corruption in saved images; constant, so that the images of all epochs are comparable
 
 
 def corrupt(images: Tensor, numbers: Tensor, *, kind: str, strength: float) -> Tensor:
     """Return a corrupted copy of images (N, C, S, S) in [0, 1].
 
-    All kinds except block_mask are from Vincent et al. 2010.
+    Vincent et al. 2010 is the source of all kinds except block_mask.
 
     Args:
-        images: not modified.
-        numbers: (N, C, S, S) standard normal for gaussian; otherwise (N, 1, S, S) uniform in [0, 1), one per pixel.
-        kind: gaussian adds noise without clamping; pixel_mask and block_mask set pixels to black; salt_pepper sets each
+        images: (N, C, S, S) in [0, 1]; not modified.
+        numbers: random numbers. For gaussian: (N, C, S, S), standard normal. For all other kinds: (N, 1, S, S), uniform
+            in [0, 1), one number per pixel.
+        kind: gaussian adds noise without clamping. pixel_mask and block_mask set pixels to black. salt_pepper sets each
             corrupted pixel to white or black with equal probability.
-        strength: standard deviation of the noise, or the expected fraction of corrupted pixels.
+        strength: for gaussian, the standard deviation of the noise. For all other kinds, the expected fraction of
+            corrupted pixels.
     """
     numbers = numbers.to(images.dtype)
     if kind == "gaussian":
@@ -48,10 +50,10 @@ def corrupt(images: Tensor, numbers: Tensor, *, kind: str, strength: float) -> T
 
 
 def patch_statistics(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each patch over pixels and channels: (N, C, S, S) -> two (N, 1, S, S).
+    """Return the mean and the standard deviation of each patch of images (N, C, S, S), as two tensors (N, 1, S, S).
 
-    The standard deviation is the square root of the unbiased variance plus 1e-6 (official code of MAE,
-    arXiv:2111.06377).
+    Both are computed over the pixels and channels of the patch and repeated for each pixel. The standard deviation is
+    sqrt(unbiased variance + 1e-6), as in the official code of MAE (arXiv:2111.06377).
     """
     patches = torch.unflatten(torch.unflatten(images, 3, (-1, patch_size)), 2, (-1, patch_size))  # (N, C, h, p, w, p)
     variance, mean = torch.var_mean(patches, dim=(1, 3, 5))  # (N, h, w)
@@ -64,8 +66,9 @@ def patch_statistics(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
 def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, patch_size: int = 4) -> Tensor:
     """Return the reconstruction error of the decoder output `drawn`, averaged over images, channels and pixels.
 
-    `drawn` and `images` are (N, C, S, S). For bce, `drawn` are logits and `images` are in [0, 1]; for patch, `drawn`
-    are pixels standardized per patch. Computed in float32, or float64 for float64 input.
+    `drawn` and `images` are (N, C, S, S). For kind="bce", `drawn` contains logits and `images` is in [0, 1]. For
+    kind="patch", `drawn` contains pixels standardized per patch. The error is computed in float32, or in float64 if the
+    input is float64.
     """
     drawn, images = full_precision(drawn), full_precision(images)
     if kind == "l1":
@@ -86,16 +89,17 @@ class Autoencoder(Method):
         channels: image channels C.
         dim: code size D.
         width: channels of the decoder's smallest feature map.
-        loss: mse, l1, bce (the decoder outputs logits), or patch: mse of pixels standardized per patch.
-        patch_size: side of the patches of loss=patch in pixels, at least 2; divides image_size.
-        corruption: how the backbone's input is corrupted in training: gaussian, pixel_mask, block_mask, salt_pepper,
-            or None.
-        strength: for gaussian, standard deviation of the noise, at least 0; else fraction of corrupted pixels in
-            [0, 1].
-        block_size: side of the blocks of block_mask in pixels.
+        loss: mse, l1, bce or patch. With bce, the decoder outputs logits. With patch, the loss is the mse of
+            pixels that are standardized per patch.
+        patch_size: side in pixels of the patches of loss=patch. It must be at least 2 and divide image_size.
+        corruption: corruption of the input of the backbone in training: gaussian, pixel_mask, block_mask, salt_pepper,
+            or None for no corruption.
+        strength: for gaussian, the standard deviation of the noise, at least 0. For all other corruptions, the fraction
+            of corrupted pixels, in [0, 1].
+        block_size: side in pixels of the blocks of block_mask.
 
-    Images must be in [0, 1] (views.normalize=false); the first step raises ConfigError otherwise.
-    Raises ValueError for arguments out of range.
+    Raises ValueError if an argument is out of range. The first step raises ConfigError if the images are not in [0, 1],
+    for example because views.normalize is true.
     """
 
     num_views = 1
@@ -143,7 +147,11 @@ class Autoencoder(Method):
         }
 
     def corrupted(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return the backbone's input: a corrupted copy in training or with a CPU generator, else `images`."""
+        """Return the input of the backbone: `images` (N, C, S, S) or a corrupted copy of it.
+
+        The images are corrupted if a corruption is set and the module is in training mode or `generator` (on the CPU)
+        is given.
+        """
         if self.corruption is None or not (self.training or generator):
             return images
         channels = images.shape[1] if self.corruption == "gaussian" else 1
@@ -161,7 +169,7 @@ class Autoencoder(Method):
         return corrupt(images, numbers, kind=self.corruption, strength=self.strength)
 
     def pixels(self, drawn: Tensor, images: Tensor) -> Tensor:
-        """Convert the decoder output to pixels on the scale of `images`; both (N, C, S, S)."""
+        """Convert the decoder output `drawn` (N, C, S, S) to pixels on the scale of `images` (N, C, S, S)."""
         drawn, images = full_precision(drawn), full_precision(images)
         if self.loss == "bce":
             return drawn.sigmoid()
@@ -185,7 +193,7 @@ class Autoencoder(Method):
 
 
 def check_corruption(kind: str | None, *, strength: float, block_size: int) -> None:
-    """Raise ValueError for an unknown corruption or a strength out of range."""
+    """Raise ValueError if the corruption is unknown, or if its strength or block size is out of range."""
     check_positive(block_size=block_size)
     if kind is None:
         return

@@ -19,7 +19,7 @@ from sslcli.errors import check_positive
 from sslcli.nn.contrastive import check_momentum
 
 EPS = 1e-7  # added to the noise mass c in the denominators of `nce`, as in the official implementations
-DENSE = 8  # gathering one row of the bank takes as long as computing 8 or more rows in a matrix product
+DENSE = 8  # gathering one row of the bank takes at least as long as multiplying 8 rows in a matrix product
 
 
 class Bank(nn.Module):
@@ -29,13 +29,13 @@ class Bank(nn.Module):
         num_images: number of rows n.
         dim: row width D.
         momentum: weight of the old row in an update, in [0, 1].
-        empty: start with an empty bank: all rows are zero, and the first embedding of an image becomes its row. False:
-            rows are initialized uniformly in +-sqrt(3 / D), which gives a mean squared norm of 1.
+        empty: initialization of the rows. True: all rows are zero, and the first embedding of an image becomes its row.
+            False: the values are uniform in +-sqrt(3 / D), which gives rows with a mean squared norm of 1.
 
-    Updated rows have unit norm. Raises ValueError for arguments out of range.
+    Updated rows have unit norm. Raises ValueError if an argument is out of range.
     """
 
-    rows: Tensor  # (n, D), row i belongs to position i of the training split
+    rows: Tensor  # (n, D); row i belongs to the image at position i of the training split
 
     def __init__(self, num_images: int, dim: int, *, momentum: float, empty: bool = False) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class Bank(nn.Module):
         bound = 0.0 if empty else math.sqrt(3 / dim)
         self.register_buffer("rows", torch.empty(num_images, dim).uniform_(-bound, bound))
         self.momentum = momentum
-        self.new: list[tuple[Tensor, Tensor]] = []  # index and embeddings of the micro-batches of this step
+        self.new: list[tuple[Tensor, Tensor]] = []  # (index, embeddings) of each micro-batch of this step
 
     def known(self, index: Tensor) -> Tensor:
-        """Return for each image of `index` (N,) whether it has a row: (N,) bool, False for rows that are still zero."""
+        """Return a mask (N,) for the images `index` (N,): False if the row of the image is still zero, else True."""
         return self.rows[index].any(1)
 
     def remember(self, index: Tensor, embeddings: Tensor, present: Tensor | None = None) -> None:
-        """Gather index (N,) and unit embeddings (N, D) from all processes and keep them until `update`.
+        """Gather `index` (N,) and unit `embeddings` (N, D) from all processes and keep them until `update` is called.
 
         Images for which `present` (N,) is False are skipped.
         """
@@ -62,7 +62,7 @@ class Bank(nn.Module):
         self.new.append((index, embeddings))
 
     def update(self) -> None:
-        """Update the rows with all embeddings that `remember` has stored since the last update."""
+        """Update the rows with all embeddings that `remember` has stored since the previous call of `update`."""
         if self.new:
             index, embeddings = (torch.cat(parts) for parts in zip(*self.new, strict=True))
             write(self.rows, index, embeddings, momentum=self.momentum)
@@ -73,8 +73,8 @@ class Bank(nn.Module):
 def write(rows: Tensor, index: Tensor, embeddings: Tensor, *, momentum: float) -> None:
     """Set rows[index] to normalize(momentum * rows[index] + (1 - momentum) * embeddings), in place.
 
-    `rows` (n, D), `index` (G,), `embeddings` (G, D). If an image occurs more than once, only its last embedding is
-    used, which makes the result independent of the write order.
+    The shapes are `rows` (n, D), `index` (G,) and `embeddings` (G, D). If an image occurs more than once in `index`,
+    only its last embedding is used. The result therefore does not depend on the order of the writes.
     """
     ordered, places = index.sort(stable=True)
     last = places[torch.searchsorted(ordered, index, right=True) - 1]  # (G,) last occurrence of each image
@@ -83,9 +83,9 @@ def write(rows: Tensor, index: Tensor, embeddings: Tensor, *, momentum: float) -
 
 
 def scores(query: Tensor, rows: Tensor, chosen: Tensor, *, temperature: float) -> Tensor:
-    """Return the logits query[i] . rows[chosen[i, k]] / temperature, (N, K + 1), without gradient to `rows`.
+    """Return logits (N, K + 1): query[i] . rows[chosen[i, k]] / temperature. `rows` gets no gradient.
 
-    `query` (N, D), `rows` (n, D), `chosen` (N, K + 1).
+    The shapes are `query` (N, D), `rows` (n, D) and `chosen` (N, K + 1).
     """
     rows = rows.detach()
     if len(rows) <= DENSE * chosen.shape[1]:
@@ -96,7 +96,8 @@ def scores(query: Tensor, rows: Tensor, chosen: Tensor, *, temperature: float) -
 def log_normalizer(logits: Tensor, num_images: int, present: Tensor | None = None) -> float | None:
     """Return log Z with Z = n * mean(exp(logits)) over the (N, K + 1) logits of all processes (1805.01978, eq. 8).
 
-    Only images for which `present` (N,) is True are included. Returns None if no process has such an image.
+    Only images for which `present` (N,) is True are included; None includes all images. Returns None if `present` is
+    False for all images of all processes.
     """
     rows = all_gather(logits.detach().double().logsumexp(1))  # (WN,)
     if present is not None:
@@ -109,9 +110,10 @@ def log_normalizer(logits: Tensor, num_images: int, present: Tensor | None = Non
 def nce(logits: Tensor, *, log_z: float, num_images: int) -> Tensor:
     """Return noise-contrastive estimation losses (N,), each summed over K + 1 rows (1805.01978, eq. 4 to 7).
 
-    `logits` (N, K + 1): column 0 is the image's own row, the others are drawn uniformly from all n rows. `log_z`
-    normalizes logits to log-probabilities log P. With noise mass c = K / n, the terms are log(P / (P + c)) for the own
-    row and log(c / (P + c)) for the others, computed from log P to avoid overflow.
+    Column 0 of `logits` (N, K + 1) belongs to the own row of the image. The other columns belong to rows that are drawn
+    uniformly from all n rows. The log-probabilities are log P = logits - log_z, and the noise mass is c = K / n. The
+    term of the own row is log(P / (P + c)), and the term of each other row is log(c / (P + c)). The terms are computed
+    from log P to avoid overflow.
     """
     noise = (logits.shape[1] - 1) / num_images
     log_p = logits - log_z
@@ -122,14 +124,14 @@ def nce(logits: Tensor, *, log_z: float, num_images: int) -> Tensor:
 
 
 def sampled_softmax(logits: Tensor) -> Tensor:
-    """Return the cross-entropy (N,) of the own row, column 0, over the columns of `logits` (N, K + 1)."""
+    """Return the cross-entropy (N,) over the columns of `logits` (N, K + 1). The target is column 0, the own row."""
     own = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return F.cross_entropy(logits, own, reduction="none")
 
 
 @torch.no_grad()
 def own_row_wins(logits: Tensor, chosen: Tensor) -> Tensor:
-    """Return 1 where the own row (column 0) has the largest logit, else 0: (N,).
+    """Return hits (N,): 1 if the own row (column 0 of `logits`, (N, K + 1)) has the largest logit, else 0.
 
     Columns of `chosen` (N, K + 1) that repeat the own row are ignored.
     """

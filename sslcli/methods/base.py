@@ -26,10 +26,10 @@ class Batch:
     views: list[Tensor]  # one (N, C, H, W) tensor per view
     index: Tensor  # (N,) position in the training set, for memory banks
     label: Tensor  # (N,) class labels, only for probes; methods must not read them
-    present: Tensor | None = None  # (N, M) bool, which of M modalities an image has; None = all
+    present: Tensor | None = None  # (N, M) bool: True if the image has the modality; None = all modalities
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on `device`; copies from pinned memory are asynchronous."""
+        """Return the batch on `device`. Copies from pinned memory are asynchronous."""
         views = [view.to(device, non_blocking=True) for view in self.views]
         present = None if self.present is None else self.present.to(device, non_blocking=True)
         index, label = (rows.to(device, non_blocking=True) for rows in (self.index, self.label))
@@ -39,22 +39,25 @@ class Batch:
 class Method(nn.Module):
     """A backbone plus one self-supervised objective. This class declares every member that the rest of sslcli uses.
 
-    The constructor of a subclass takes the backbone and keyword hyperparameters; `forward` computes the loss. A
-    subclass updates its own state (momentum encoder, queue, memory bank) only in `after_step`, so the loss always uses
-    the state from before the step. `forward` and `num_views` are the only members that a subclass must define.
+    A subclass must define only `forward` and `num_views`. The arguments of its constructor are the backbone and keyword
+    hyperparameters. `forward` computes the loss. A subclass updates its own state (momentum encoder, queue, memory
+    bank) only in `after_step`. The loss of a step therefore always uses the state before this step.
 
     Attributes:
         num_views: the number of views per image that `forward` takes.
-        uses_in_batch_negatives: True if the loss uses in-batch negatives; then implement `embed` and `compare`.
+        uses_in_batch_negatives: True if the loss uses in-batch negatives. In this case, implement `embed` and
+            `compare`.
         color_spaces: the color spaces that the views may have; empty = any.
-        decreasing_metric: the name of a scalar that is expected to decrease during training (adversarial losses need
-            not).
+        decreasing_metric: the name of a scalar that is expected to decrease during training. An adversarial loss need
+            not decrease, so adversarial methods name a different scalar.
         supports_block_wrapping: True if FSDP and activation checkpointing may wrap single blocks of the backbone. Must
             be False if the method calls the backbone with weights other than the backbone's own parameters.
-        embeddings: detached embeddings of the last forward pass, one (N, D) per view; input of the health metrics.
-        head_layers: the number of projection head layers available from `head_features`; 0 = none.
-        finetune_layer: the layer of the head from which fine-tuning starts; 0 = the backbone.
-        mixture: the self-mixture of views passed to the method, or None.
+        embeddings: detached embeddings of the last forward pass, one tensor (N, D) per view. The health metrics are
+            computed from them.
+        head_layers: the number of layers of the projection head whose output `head_features` can return; 0 = none.
+        finetune_layer: fine-tuning starts from the output of this layer of the projection head; 0 = the output of the
+            backbone.
+        mixture: the self-mixture of views that is passed to the constructor of the method, or None.
     """
 
     num_views: int
@@ -68,7 +71,7 @@ class Method(nn.Module):
     mixture: UnMix | None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Raise ConfigError if a subclass sets an attribute under its name in version 0.1, which has no effect now."""
+        """Raise ConfigError if a subclass sets an attribute by its old name of version 0.1, which has no effect."""
         super().__init_subclass__(**keywords)
         reject_old_attributes(cls, RENAMED)
 
@@ -78,73 +81,77 @@ class Method(nn.Module):
         self.mixture = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return named scalars. The training loop backpropagates the scalar `loss` and logs all scalars."""
+        """Return scalars by name. The training loop calls backward on the scalar `loss` and logs all scalars."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the inputs of `compare`: tensors with one row per image, each computed from that image alone.
 
-        Only methods with `uses_in_batch_negatives` implement it. The call may change BatchNorm statistics, but no other
-        state.
+        Only methods with `uses_in_batch_negatives` implement `embed`. A call of `embed` may change BatchNorm
+        statistics, but no other state.
         """
         raise NotImplementedError(f"{type(self).__name__} does not divide its loss")
 
     def compare(self, rows: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Return the scalars of `forward` for the output of `embed` on the whole batch."""
+        """Return the scalars of `forward`, computed from `rows`, the output of `embed` for the whole batch."""
         raise NotImplementedError(f"{type(self).__name__} does not divide its loss")
 
     def after_step(self, progress: float) -> None:
-        """Update the method's state after an optimizer step; `progress` = t / T for the 0-based step t of T."""
+        """Update the state of the method after an optimizer step; `progress` is t / T for the 0-based step t of T."""
 
     def check_views(self, views: list[Tensor]) -> None:
-        """Raise ValueError unless the method can train on views of this shape and range, one (2, C, H, W) per view.
+        """Raise ValueError if the method cannot train on views of this shape or value range.
 
-        Called once before training, in evaluation mode, with noise images whose pixels are black, white or fully
-        saturated colors.
+        `views` contains one tensor (2, C, H, W) per view. This method is called once before training, in evaluation
+        mode. The pixels of the views are random: black, white or fully saturated colors.
         """
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the features that probes and exports use: (N, C, H, W) -> (N, num_features)."""
+        """Return the features for probes and exports: (N, C, H, W) -> (N, num_features)."""
         return self.backbone(images)  # type: ignore[no-any-return]
 
     def projection(self, images: Tensor) -> Tensor:
-        """Return the input of the loss, before normalization: (N, C, H, W) -> (N, D). By default, the features."""
+        """Return the input of the loss before normalization, by default the features: (N, C, H, W) -> (N, D)."""
         return self.features(images)
 
     def head_features(self, images: Tensor, layer: int) -> Tensor:
-        """Return the features inside the projection head: (N, C, H, W) -> (N, D) after `layer`, 1 to `head_layers`.
+        """Return the output of one layer of the projection head: (N, C, H, W) -> (N, D).
 
-        Raises ValueError for any other layer. Only methods with `head_layers` above 0 implement it.
+        `layer` is 1 to `head_layers`. Raises ValueError for any other layer. Only methods whose `head_layers` is above
+        0 implement this method.
         """
         raise ValueError(f"layer is {layer}, but {type(self).__name__} has no features inside its head")
 
     def stored(self) -> Tensor | None:
-        """Return the rows (n, D) of the memory bank, one per training image, in split order; None without a bank."""
+        """Return the rows (n, D) of the memory bank, or None if the method has no memory bank.
+
+        There is one row per training image, in the order of the training split.
+        """
         return None
 
     @property
     def queue_length(self) -> int:
-        """Number of embeddings in the queue of negatives; 0 without a queue."""
+        """Number of embeddings in the queue of negatives; 0 if the method has no queue."""
         return 0
 
     def num_negatives(self, batch_size: int) -> int | None:
-        """Return the number of negatives per query for a micro-batch of `batch_size` images; None if undefined."""
+        """Return the number of negatives per query for a micro-batch of `batch_size` images, or None if undefined."""
         return None
 
     def param_groups(self) -> list[dict[str, Any]] | None:
-        """Return the optimizer's parameter groups in torch's format; None = groups from `sslcli.engine.optim`."""
+        """Return the parameter groups for a torch optimizer, or None to use the groups of `sslcli.engine.optim`."""
         return None
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
-        """Return named image grids to save during training: lists of rows, each (n, C, H, W) like `images`.
+        """Return image grids by name, to be saved during training. A grid is a list of rows, each (n, C, H, W).
 
-        `images` are a few held-out images with the transform of the probes. Called in evaluation mode. The method must
-        not draw random numbers from `self.noise`, since this would change the training.
+        `images` (n, C, H, W) contains a few held-out images with the transform of the probes. This method is called in
+        evaluation mode. It must not draw random numbers from `self.noise`, because this would change the training.
         """
         return {}
 
     def effective(self, batch_size: int) -> dict[str, Any]:
-        """Return named facts for the startup table, for a micro-batch of `batch_size` images over all processes."""
+        """Return lines of the startup table by name, for a micro-batch of `batch_size` images over all processes."""
         negatives = self.num_negatives(batch_size)
         return {} if negatives is None else {"negatives per query": negatives}
 
@@ -152,7 +159,7 @@ class Method(nn.Module):
 def maps_of(backbone: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the backbone's feature maps of `images` (N, C, H, W) by stage, in evaluation mode, without gradient.
 
-    Raises ValueError for a backbone without stages and for images that the backbone does not accept.
+    Raises ValueError if the backbone has no `stages`, or if it does not accept the images.
     """
     name = type(backbone).__name__
     if not hasattr(backbone, "stages"):
@@ -171,7 +178,7 @@ def maps_of(backbone: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def num_features(backbone: nn.Module) -> int:
-    """Return the feature width of a backbone. Raises ValueError if the module has no integer `num_features`."""
+    """Return the feature width of a backbone. Raises ValueError if the backbone has no integer `num_features`."""
     width = getattr(backbone, "num_features", None)
     if not isinstance(width, int):
         raise ValueError(

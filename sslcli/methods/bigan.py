@@ -1,4 +1,6 @@
-"""BiGAN: a discriminator separates pairs (x, E(x)) from (G(z), z); at the optimum, encoder E inverts generator G.
+"""BiGAN: a GAN with an encoder E. The discriminator distinguishes pairs (x, E(x)) from pairs (G(z), z).
+
+At the optimum, the encoder E inverts the generator G.
 
 Donahue et al. 2017  https://arxiv.org/abs/1605.09782   Dumoulin et al. 2017 (ALI)  https://arxiv.org/abs/1606.00704
 Donahue and Simonyan 2019 (BigBiGAN: unary scores, hinge)  https://arxiv.org/abs/1907.02544   conf/method/bigan.yaml
@@ -27,16 +29,17 @@ SLOPE = 0.2  # negative slope of LeakyReLU, as in DCGAN
 
 
 class Discriminator(nn.Module):
-    """Discriminator of (image, code) pairs, with spectral normalization of every weight and without BatchNorm.
+    """Discriminator for pairs of an image and a code. All layers have spectral normalization and none has BatchNorm.
 
     Args:
         dim: code size D.
         image_size: image side S in pixels.
         channels: image channels C.
-        width: channels of the first 4 x 4 convolution of stride 2; each further convolution doubles them, up to
-            8 * width. The number of convolutions is chosen so that the last feature map has a side of 2 or 3 pixels.
-        hidden: embedding width of image and code; the layers of the pair have 2 * hidden units.
-        unary: also score the image alone and the code alone (BigBiGAN, section 2).
+        width: channels of the first 4 x 4 convolution of stride 2. Each further convolution doubles the number of
+            channels, up to 8 * width. The last feature map has a side of 2 or 3 pixels.
+        hidden: width of the image embedding and of the code embedding. The layers that score the pair have 2 * hidden
+            units.
+        unary: True adds a score of the image alone and a score of the code alone (BigBiGAN, section 2).
     """
 
     def __init__(self, dim: int, *, image_size: int, channels: int, width: int, hidden: int, unary: bool) -> None:
@@ -57,7 +60,7 @@ class Discriminator(nn.Module):
             spectral_norm(layer)
 
     def forward(self, images: Tensor, codes: Tensor) -> Tensor:
-        """Return logits (N, K) of images (N, C, S, S) in [0, 1] and codes (N, D); K = 1, or 3 with unary scores."""
+        """Return logits (N, K) for images (N, C, S, S) in [0, 1] and codes (N, D). K is 1, or 3 with unary scores."""
         x, z = self.of_images(2 * images - 1), self.of_codes(codes)  # (N, hidden) each
         scores = [self.of_pairs(torch.cat([x, z], 1))]
         scores += [score(part) for score, part in zip(self.unary, (x, z), strict=False)]
@@ -67,15 +70,16 @@ class Discriminator(nn.Module):
 class BiGAN(Game):
     """Adversarial feature learning with a deterministic encoder: a backbone and a linear layer.
 
-    `encoder` is trained. `backbone` and `to_code` are the exponential moving average of its weights; this average is
-    evaluated and exported. BatchNorm statistics are not averaged but copied from the trained encoder.
+    `encoder` is the trained encoder. `backbone` and `to_code` are the exponential moving average of the weights of
+    `encoder`. This average is evaluated and exported. BatchNorm statistics are copied from `encoder` without averaging.
 
     Args:
         image_size, channels, dim, width, loss, r1, r1_every, discriminator_lr: see `Game`.
         discriminator_width: channels of the discriminator's first convolution.
-        hidden: width at which the discriminator compares image and code.
-        unary: the discriminator also scores image and code separately.
-        momentum: final momentum of the moving average, in [0, 1]; after t steps it is at most (1 + t) / (10 + t).
+        hidden: width of the image and code embeddings in the discriminator.
+        unary: True adds a score of the image alone and a score of the code alone to the discriminator.
+        momentum: final momentum of the moving average, in [0, 1]. After t steps, the momentum is at most
+            (1 + t) / (10 + t).
     """
 
     decreasing_metric = "reconstruction"
@@ -127,7 +131,7 @@ class BiGAN(Game):
         codes, drawn = self.encoder(images), pixels(self.generator(prior))
         self.embeddings = (codes.detach(),)
 
-        # Discriminator loss: no gradient to encoder and generator.
+        # Discriminator loss: the encoder and the generator get no gradient.
         x, z = torch.cat([images, drawn.detach()]), torch.cat([codes.detach(), prior])
         real, fake = self.discriminator(x, z).chunk(2)
         loss_d = discriminator_loss(real, fake, kind=self.loss)
@@ -135,7 +139,7 @@ class BiGAN(Game):
             lambda x: call_on_buffer_copies(self.discriminator, x, full_precision(codes.detach()), learn=True), images
         )
 
-        # Loss of encoder and generator, with swapped labels: no gradient to the discriminator.
+        # Loss of encoder and generator, with swapped labels: the discriminator gets no gradient.
         real, fake = call_on_buffer_copies(
             self.discriminator, torch.cat([images, drawn]), torch.cat([codes, prior])
         ).chunk(2)
@@ -151,14 +155,14 @@ class BiGAN(Game):
 
     @torch.no_grad()
     def reconstruction_error(self, images: Tensor, codes: Tensor) -> Tensor:
-        """Return the mean over images of the root mean squared error of G(E(x)) against x."""
+        """Return the root mean squared error between `images` x and G(E(x)), averaged over images; `codes` is E(x)."""
         drawn = pixels(call_on_buffer_copies(self.generator, codes))
         return (full_precision(drawn) - full_precision(images)).square().flatten(1).mean(1).sqrt().mean()
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         super().after_step(progress)
-        # Use a smaller momentum in early steps: with 0.999, short runs would retain the random initialization.
+        # Early steps use a smaller momentum: with 0.999, short runs would keep the random initialization.
         momentum = min(self.momentum, (1 + self.steps) / (10 + self.steps))
         pairs = [
             (self.backbone, self.encoder[0]),

@@ -1,4 +1,4 @@
-"""BYOL: predict the target network's projection of the other view; no negatives.
+"""BYOL: prediction of the embedding that the target network computes for the other view, without negatives.
 
 Grill et al. 2020  https://arxiv.org/abs/2006.07733   conf/method/byol.yaml
 
@@ -20,9 +20,10 @@ from sslcli.nn.schedule import ema_momentum
 
 
 def byol_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-    """Return |p1 - z2|^2 + |p2 - z1|^2 of normalized rows, mean over images (eq. 2, symmetrized), in [0, 8].
+    """Return |p1 - z2|^2 + |p2 - z1|^2, averaged over images, in [0, 8] (eq. 2, symmetrized).
 
-    All inputs are (N, D); `z1` and `z2` are target projections and receive no gradient.
+    All inputs are (N, D), and their rows are normalized first. `p1` and `p2` are the predictions for views 1 and 2.
+    `z1` and `z2` are the projections of the target network. They receive no gradient.
     """
     return cosine_distance(p1, z2) + cosine_distance(p2, z1)
 
@@ -32,11 +33,12 @@ class BYOL(Method):
 
     Args:
         dim: embedding size D.
-        hidden: width of the hidden layer of projector and predictor.
-        momentum: initial momentum of the target network; follows a cosine schedule to 1. 0.996 for 1000 epochs, 0.99
-            for 100 to 300.
-        predictor: False removes the predictor; the representation then collapses (the paper's ablation).
-        mixture: None, or a mixture of view 1; its predictions are compared with the targets of both views.
+        hidden: width of the hidden layer of the projector and of the predictor.
+        momentum: initial momentum of the target network. The momentum increases to 1 with a cosine schedule. Official
+            values are 0.996 for 1000 epochs and 0.99 for 100 to 300 epochs.
+        predictor: False removes the predictor, as in an ablation of the paper. The representation then collapses.
+        mixture: None, or a mixture of view 1. The predictions for the mixture are compared with the targets of both
+            views.
     """
 
     num_views = 2

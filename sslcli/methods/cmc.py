@@ -1,4 +1,4 @@
-"""CMC: contrast groups of channels (modalities) of an image; each modality has its own encoder.
+"""CMC: contrastive loss between groups of channels (modalities) of an image. Each modality has its own encoder.
 
 Tian et al. 2020  https://arxiv.org/abs/1906.05849   conf/method/cmc.yaml
 
@@ -29,22 +29,22 @@ from sslcli.nn.noise import Noise
 LOSSES = ("nce", "softmax", "batch")
 GRAPHS = ("core", "full")
 LAB = {"L": 1, "ab": 2}
-LUMA_FIRST = ("lab", "ydbdr")  # color spaces with one luma and two chroma channels
+LUMA_FIRST = ("lab", "ydbdr")  # color spaces with one luma channel, followed by two chroma channels
 
 
 class Encoders(nn.Module):
     """One copy of a backbone per modality, applied to the channels of that modality.
 
     The first copy has the weights of the backbone. In the other copies, the values of each trainable tensor are
-    shuffled, which is equivalent to independent initialization. If the backbone has an attribute `pretrained` that is
-    true, its weights are not shuffled.
+    shuffled. Shuffling is equivalent to independent initialization. If `backbone.pretrained` exists and is true, no
+    weights are shuffled.
 
     Args:
-        backbone: a backbone for images with all channels. The first convolution of each copy is reduced to the
-            channels of its modality and keeps their weights.
-        modalities: number of channels by name, in the channel order of the images.
+        backbone: a backbone for images with all channels. In each copy, the first convolution keeps only the channels
+            of the modality of this copy, with their weights.
+        modalities: maps the name of each modality to its number of channels, in the channel order of the images.
 
-    Raises ValueError if the first convolution cannot be reduced.
+    Raises ValueError if the first convolution cannot be restricted to the channels of a modality.
     """
 
     def __init__(self, backbone: nn.Module, modalities: Mapping[str, int]) -> None:
@@ -60,14 +60,14 @@ class Encoders(nn.Module):
         self.num_features = len(modalities) * num_features(backbone)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features of all modalities, of equal width, concatenated: (N, C, H, W) -> (N, num_features)."""
+        """Return the concatenated features of all modalities: (N, C, H, W) -> (N, num_features)."""
         parts = torch.split(images, self.channels, dim=1)
         return torch.cat([encoder(part) for encoder, part in zip(self.encoders.values(), parts, strict=True)], dim=1)
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return feature maps by stage, concatenated over modalities along channels.
+        """Return feature maps by stage. The maps of all modalities are concatenated along the channels.
 
-        Raises ValueError for a backbone without stages.
+        Raises ValueError if the backbone has no `stages`.
         """
         maps = []
         for encoder, part in zip(self.encoders.values(), torch.split(images, self.channels, dim=1), strict=True):
@@ -82,14 +82,18 @@ class Encoders(nn.Module):
 
 @torch.no_grad()
 def shuffle(net: nn.Module) -> None:
-    """Randomly permute the values of each trainable tensor of `net`, in place; their distribution does not change."""
+    """Randomly permute the values within each trainable tensor of `net`, in place."""
     for weight in net.parameters():
         if weight.requires_grad:
             weight.copy_(weight.flatten()[torch.randperm(weight.numel())].view_as(weight))
 
 
 def narrowed(backbone: nn.Module, start: int, channels: int, total: int) -> nn.Module:
-    """Return a copy of `backbone` whose input is channels `start` to `start + channels` of `total`."""
+    """Return a copy of `backbone` that takes only the image channels from `start` to `start + channels - 1`.
+
+    `total` is the number of channels of the images. Raises ValueError if the backbone has no nn.Conv2d, or if its first
+    nn.Conv2d does not take all channels in one group.
+    """
     twin = copy.deepcopy(backbone)
     name, old = next(((n, m) for n, m in twin.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
     if old is None or not name:
@@ -114,24 +118,27 @@ def narrowed(backbone: nn.Module, start: int, channels: int, total: int) -> nn.M
 
 
 class CMC(Method):
-    """Contrastive multiview coding: pairs of modalities, contrasted through memory banks or within the batch.
+    """Contrastive multiview coding: contrastive loss between pairs of modalities, with memory banks or without.
 
     Args:
-        num_images: number of training images n; set by the command.
-        channels: number of image channels; set by the command.
-        modalities: number of channels by name, in the channel order of the images; None is {L: 1, ab: 2}. The columns
-            of `Batch.present` have the same order; an image that lacks a modality is excluded from its pairs.
-        graph: "core" pairs the first modality with each other modality (eq. 7), "full" uses all pairs (eq. 8). Each
-            pair is contrasted in both directions.
+        num_images: number of training images n; ssl-train sets it.
+        channels: number of image channels; ssl-train sets it.
+        modalities: maps the name of each modality to its number of channels, in the channel order of the images. None
+            means {L: 1, ab: 2}. The columns of `Batch.present` are in the order of the modalities. If an image lacks a
+            modality, the image is excluded from all pairs with this modality.
+        graph: "core" pairs the first modality with each of the others (eq. 7). "full" uses all pairs (eq. 8). The loss
+            of each pair is computed in both directions.
         dim: embedding size D.
-        loss: "nce" is noise-contrastive estimation and "softmax" the cross-entropy, both over the own row and K other
-            rows of the other modality's memory bank; "batch" is the cross-entropy over the other modality's embeddings
-            of the global batch, without a bank.
-        negatives: K, drawn uniformly with replacement and shared by all pairs; unused with "batch".
+        loss: "nce", "softmax" or "batch". With "nce" and "softmax", an embedding is compared with rows of the memory
+            bank of the other modality: the own row and K other rows. "nce" is noise-contrastive estimation, and
+            "softmax" is the cross-entropy. With "batch", there is no bank. The loss is the cross-entropy over the
+            embeddings of the other modality in the global batch.
+        negatives: K. The rows are drawn uniformly with replacement, and all pairs use the same rows. Unused with
+            "batch".
         momentum: weight of the old row in an update of a bank.
-        temperature: divides the similarities.
+        temperature: the similarities are divided by this value.
 
-    Raises ValueError for arguments out of range.
+    Raises ValueError if an argument is out of range.
     """
 
     num_views = 1
@@ -175,7 +182,7 @@ class CMC(Method):
         self.num_images, self.dim, self.negatives = num_images, dim, negatives
         self.loss, self.temperature = loss, temperature
         self.uses_in_batch_negatives = loss == "batch"
-        # Normalizer of "nce" for each direction; constant after the first batch.
+        # log Z of "nce" for each direction (anchor, other), computed from the first batch and constant afterwards.
         self.log_z: dict[tuple[int, int], float] = {}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -183,7 +190,7 @@ class CMC(Method):
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
         present = [] if batch.present is None else [batch.present]
-        return (*self.project(batch.views[0]), batch.index, *present)  # M times (N, D), (N,), (N, M)
+        return (*self.project(batch.views[0]), batch.index, *present)  # M x (N, D), (N,), optionally (N, M)
 
     def compare(self, rows: tuple[Tensor, ...]) -> dict[str, Tensor]:
         z, (index, *masks) = rows[: len(self.names)], rows[len(self.names) :]
@@ -202,10 +209,12 @@ class CMC(Method):
         return scalars
 
     def contrast(self, v: list[Tensor], present: Tensor | None, chosen: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the loss, summed over pairs and directions, and the mean accuracy of M unit embeddings (N, D).
+        """Return the loss, summed over pairs and directions, and the accuracy, averaged over pairs and directions.
 
-        `present` (N, M) is True where an image has a modality; None means all. `chosen` (N, K + 1) are the bank rows to
-        which each image is compared; its own row is first.
+        `v` contains the unit embeddings (N, D) of M modalities. `present` (N, M) is True if the image has the modality;
+        None means that all images have all modalities. `chosen` (N, K + 1) contains the indices of the bank rows with
+        which each image is compared. Column 0 is the own row of the image. If `chosen` is None,
+        the loss compares the images of the batch.
         """
         loss, accuracy = v[0].new_zeros(()), v[0].new_zeros(())
         for i, j in self.pairs:
@@ -223,10 +232,11 @@ class CMC(Method):
     def against_bank(
         self, v: Tensor, direction: tuple[int, int], chosen: Tensor, both: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return losses and hits, (N,) each, of one modality's embeddings `v` (N, D) against the other's bank.
+        """Return losses (N,) and hits (N,) of the embeddings `v` (N, D) against the memory bank of the other modality.
 
-        Images for which `both` (N,) is False are excluded from the normalizer. Each direction has its own normalizer,
-        because similarities may differ in scale.
+        `direction` contains the indices of the modality of `v` and of the other modality. Images for which `both` (N,)
+        is False are excluded from the normalizer Z. Each direction has its own Z, because the similarities of different
+        directions may differ in scale.
         """
         bank = self.banks[self.names[direction[1]]]
         logits = scores(v, bank.rows, chosen, temperature=self.temperature)  # type: ignore[arg-type]
@@ -245,7 +255,7 @@ class CMC(Method):
             bank.update()  # type: ignore[operator]
 
     def project(self, images: Tensor) -> list[Tensor]:
-        """Return the embedding (N, D) of each modality before normalization, from images (N, C, H, W)."""
+        """Return the embeddings of M modalities before normalization: (N, C, H, W) -> M tensors (N, D)."""
         features = self.backbone(images).chunk(len(self.names), dim=1)
         return [head(part) for head, part in zip(self.heads.values(), features, strict=True)]
 
@@ -274,7 +284,11 @@ class CMC(Method):
 
 
 def checked(modalities: Mapping[str, int], channels: int) -> dict[str, int]:
-    """Return the modalities as a dict. Raises ValueError for fewer than two, bad names, or a wrong channel count."""
+    """Return the modalities as a dict.
+
+    Raises ValueError if there are fewer than two modalities, if a name is not valid, or if the numbers of channels do
+    not sum to `channels`.
+    """
     text = "{" + ", ".join(f"{name}: {count}" for name, count in modalities.items()) + "}"
     if len(modalities) < 2:
         raise ValueError(f"modalities is {text}, but contrasting needs at least two: name them as in {{L: 1, ab: 2}}")
@@ -294,15 +308,15 @@ def checked(modalities: Mapping[str, int], channels: int) -> dict[str, int]:
 
 
 def in_batch_loss(query: Tensor, other: Tensor, present: Tensor | None, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return cross-entropy and hits, (N,) each, of identifying the row of `other` that belongs to the same image.
+    """Return the cross-entropy (N,) and hits (N,) of identifying the row of `other` that belongs to the same image.
 
-    The candidates are the rows of all processes. `query` and `other` are unit rows (N, D) of the same images; gradients
-    flow to both on every process. Images for which `present` (N,) is False lack the other modality: they are not used
-    as negatives, and the caller masks their losses.
+    `query` and `other` (N, D) are unit embeddings of the same images. The candidates are the rows of `other` of all
+    processes. Gradients flow to `query` and `other` on every process. Images for which `present` (N,) is False lack the
+    other modality. These images are not used as negatives, and the caller masks their losses.
     """
     logits = query @ all_gather_with_grad(other).T / temperature  # (N, WN)
     if present is not None:
-        # A large finite value instead of -inf keeps the unused losses of absent images finite.
+        # A large finite value is used instead of -inf, so that the masked losses stay finite.
         logits = logits.masked_fill(~all_gather(present), torch.finfo(logits.dtype).min / 2)
     own = rank() * len(query) + torch.arange(len(query), device=query.device)
     with torch.no_grad():
@@ -312,10 +326,10 @@ def in_batch_loss(query: Tensor, other: Tensor, present: Tensor | None, *, tempe
 
 
 def mean_where(values: Tensor, rows: Tensor | None) -> Tensor:
-    """Return the mean of `values` (N,) over the images for which `rows` (N,) is True, as a scalar; 0 if there are none.
+    """Return the mean of `values` (N,) over the images for which `rows` (N,) is True, or 0 if there is no such image.
 
-    `rows` None means all images. With several processes, each returns its contribution, scaled such that the mean over
-    processes equals the mean over the selected images of all processes; the same holds for the gradient.
+    rows=None selects all images. With several processes, each process returns a scaled value. The mean of these values
+    over processes equals the mean over the selected images of all processes. This also holds for the gradients.
     """
     if rows is None:
         return values.mean()
