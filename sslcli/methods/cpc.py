@@ -1,11 +1,12 @@
-"""CPC: predict the encodings of patches of an image from the patches above them, with a contrastive loss.
+"""CPC: prediction of the encodings of image patches from the patches above them, with a contrastive loss.
 
 v1  van den Oord, Li, Vinyals 2018  https://arxiv.org/abs/1807.03748  conf/method/cpc.yaml
-v2  Henaff et al. 2020              https://arxiv.org/abs/1905.09272  conf/method/cpc_v2.yaml (all other patches are
-    negatives, four directions, independent augmentation of each patch)
+v2  Henaff et al. 2020              https://arxiv.org/abs/1905.09272  conf/method/cpc_v2.yaml
 
-Shapes: N images per process, W processes, g rows and columns of patches, D encoding size, E context size, M negatives,
-R = g - offset context rows that have a target row.
+In v2, all other patches are negatives, the grid is read in four directions, and each patch is augmented independently.
+
+Shapes: N images per process, W processes, g x g patches per image, D encoding size, E context size, M negatives. A
+context row predicts the row `offset` rows below it, so R = g - offset context rows have a target row.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ from sslcli.nn.noise import Noise
 
 
 def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Contrast:
-    """Return the cross-entropy of a context's own target among sampled targets, mean over contexts (CPC v1, eq. 4).
+    """Return the cross-entropy of the target of each context among sampled targets (CPC v1, eq. 4).
 
     Args:
         context: (N, R, g, E).
-        targets: (N, R, g, E), W_k z of the patch that each context predicts.
-        negative: (N, R, g, M) int64, indices into the targets of all processes, flattened to (W N R g, E). They may
-            include the own target, as in public implementations, so the loss does not reach 0.
+        targets: (N, R, g, E), the vector W_k z of the patch that each context predicts.
+        negative: (N, R, g, M) int64, indices into the targets of all processes, flattened to (W N R g, E). The sampled
+            indices may include the target of the context itself, as in public implementations. The loss therefore does
+            not reach 0.
 
-    Computed in float32 (or float64 if given) even under autocast. The log-softmax is exact. Public implementations use
-    log(softmax + 1e-11), whose gradient vanishes where the probability of the target is smallest.
+    The cross-entropy is averaged over contexts. It is computed in float32 (or float64 if the input is float64), even
+    under autocast. The log-softmax is exact. Public implementations use log(softmax + 1e-11). The gradient of this
+    expression vanishes if the probability of the target is very small.
     """
     with torch.autocast(context.device.type, enabled=False):
         dtype = torch.promote_types(context.dtype, torch.float32)
@@ -53,14 +56,15 @@ def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Cont
 
 
 def full_contrast(prediction: Tensor, targets: Tensor, *, offset: int) -> Contrast:
-    """Return the cross-entropy of the patch `offset` rows below among all patches of all images (CPC v2, appendix).
+    """Return the cross-entropy of the target of each prediction among all patches of all images (CPC v2, appendix).
 
     Args:
-        prediction: (N, R, g, E), R = g - offset, from the contexts that have a patch `offset` rows below them.
-        targets: (N, g, g, E).
-        offset: rows between a context and its target.
+        prediction: (N, R, g, E), predictions from the R = g - offset context rows that have a target row.
+        targets: (N, g, g, E), the projected encodings of all patches.
+        offset: the target is `offset` rows below the context.
 
-    Returns the mean over predictions. Computed in float32 (or float64 if given) even under autocast.
+    The cross-entropy is averaged over predictions. It is computed in float32 (or float64 if the input is float64), even
+    under autocast.
     """
     with torch.autocast(prediction.device.type, enabled=False):
         dtype = torch.promote_types(prediction.dtype, torch.float32)
@@ -71,28 +75,32 @@ def full_contrast(prediction: Tensor, targets: Tensor, *, offset: int) -> Contra
 
 
 def own_places(num_images: int, rows: int, columns: int, *, offset: int, device: torch.device) -> Tensor:
-    """Return the index (N R g,), int64, of the patch `offset` rows below each context among all processes' patches."""
+    """Return indices (N R g,), int64, of the target of each context in the flattened patches of all processes.
+
+    The target is the patch `offset` rows below the context.
+    """
     image = rank() * num_images + torch.arange(num_images, device=device)[:, None, None]
     row = torch.arange(rows, device=device)[:, None] + offset
     return ((image * (rows + offset) + row) * columns + torch.arange(columns, device=device)).flatten()
 
 
 class PatchPrediction(Method):
-    """Base class of v1 and v2: patches, encodings, and contexts in one to four directions.
+    """Base class of CPC v1 and v2. It computes patches, encodings, and contexts in one to four directions.
 
     Args:
         image_size: side of the training images in pixels.
-        grid: patches per side; None derives it from image_size. Patches overlap by half.
+        grid: g, the number of patches per side. None selects g from image_size. Patches overlap by half.
         context: gru, pixelcnn_gated or pixelcnn_v2.
         hidden: channels of the context network's hidden layers.
-        steps: number of rows predicted from one context; None: all available rows below.
-        skip: number of rows directly below a context that are not predicted; the first of them shares half of its
-            pixels with the context's row.
-        directions: number of directions, 1 to 4. The first one predicts from top to bottom; for each further one, the
-            grid is rotated by 90 degrees. All directions share the context network and have separate prediction layers.
+        steps: number of rows that are predicted from one context. None predicts all rows below the skipped rows.
+        skip: number of rows directly below a context that are not predicted. The row directly below a context shares
+            half of its pixels with the row of the context.
+        directions: number of directions, 1 to 4. The first direction predicts from top to bottom. For each further
+            direction, the grid is rotated by 90 degrees. All directions share the context network. Each direction has
+            its own prediction layers.
         augmentation: augmentation that is applied to each patch independently, or None.
 
-    Raises ValueError for a backbone with BatchNorm and for incompatible arguments.
+    Raises ValueError if the backbone has BatchNorm, or if the arguments are incompatible.
     """
 
     num_views = 1
@@ -125,12 +133,12 @@ class PatchPrediction(Method):
         self.context = context_network(context, self.dim, hidden)
 
     def predictors(self, in_features: int, out_features: int, *, bias: bool) -> nn.ModuleList:
-        """Return one linear layer per direction and offset, ordered by direction, then offset."""
+        """Return one linear layer per direction and offset, sorted by direction first and by offset second."""
         count = self.directions * len(self.offsets)
         return nn.ModuleList(nn.Linear(in_features, out_features, bias=bias) for _ in range(count))
 
     def of_direction(self, predictors: nn.ModuleList, direction: int) -> list[tuple[int, nn.Module]]:
-        """Return the pairs (offset, layer) of one direction."""
+        """Return one pair (offset, linear layer) for each offset of `direction`."""
         first = direction * len(self.offsets)
         return list(zip(self.offsets, predictors[first : first + len(self.offsets)], strict=True))
 
@@ -170,18 +178,21 @@ class PatchPrediction(Method):
         return self.backbone(flat).view(*patches.shape[:3], -1)  # type: ignore[no-any-return]
 
     def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:
-        """Return one `Contrast` per offset, for contexts (N, g, g, E) and encodings (N, g, g, D) of one direction."""
+        """Return one `Contrast` per offset for one direction.
+
+        `context` (N, g, g, E) contains the contexts, and `z` (N, g, g, D) contains the encodings.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define contrasts")
 
     def total(self, losses: Tensor) -> Tensor:
-        """Reduce the losses of all offsets and directions to a scalar."""
+        """Reduce the losses of all offsets and directions to a scalar; by default, their mean."""
         return losses.mean()
 
     def features(self, images: Tensor) -> Tensor:
         """Return the mean encoding over the grid: (N, C, S, S) -> (N, D).
 
-        The backbone is trained only on patches, so this method divides the image into patches as well. The number of
-        patches depends on S. The context network is not used.
+        The backbone is trained only on patches, so images are also divided into patches here. The number of patches
+        depends on S. The context network is not used.
         """
         return self.encode(patchify(images, self.patch)).mean((1, 2))
 
@@ -194,10 +205,11 @@ class PatchPrediction(Method):
 
 
 class CPC(PatchPrediction):
-    """CPC v1: contrast of the target with `negatives` patches sampled from all targets of the same offset.
+    """CPC v1: each target is contrasted with `negatives` patches, sampled from all targets of the same offset.
 
-    Additional args to those of `PatchPrediction`:
-        negatives: number M per prediction, drawn with replacement from the images of all processes.
+    The arguments are those of `PatchPrediction` and:
+        negatives: M, the number of negatives per prediction. They are drawn with replacement from the images of all
+            processes.
     """
 
     def __init__(
@@ -245,11 +257,11 @@ class CPC(PatchPrediction):
 
 
 class CPCv2(PatchPrediction):
-    """CPC v2: contrast of the target with all patches of all images of the step.
+    """CPC v2: each target is contrasted with all other patches of all images of the step.
 
-    Additional args to those of `PatchPrediction`:
-        dim: embedding size to which contexts and encodings are projected for comparison.
-        scale: factor of the predictions; 0.1 keeps the initial softmax nearly uniform.
+    The arguments are those of `PatchPrediction` and:
+        dim: size of the vectors to which contexts and encodings are projected. The projected vectors are compared.
+        scale: the predictions are multiplied by this value. With 0.1, the initial softmax is nearly uniform.
     """
 
     def __init__(
@@ -300,7 +312,7 @@ class CPCv2(PatchPrediction):
 
 
 def check_steps(steps: int | None, *, skip: int, grid: int) -> int:
-    """Return the number of rows to predict. Raises ValueError if the grid has too few rows below the first."""
+    """Return the number of rows to predict. Raises ValueError if `skip` or `steps` is too large for the grid."""
     most = grid - 1 - skip
     if skip < 0 or most < 1:
         raise ValueError(f"skip is {skip}, but it must be 0 to {grid - 2} to leave a row of the {grid} to predict")

@@ -1,11 +1,11 @@
-"""Context networks of CPC: for each row i of patches, a summary of the rows from the top down to row i.
+"""Context networks of CPC. For each row i of patches, they summarize the rows from the top down to row i.
 
 v1     van den Oord, Li, Vinyals 2018  https://arxiv.org/abs/1807.03748
 v2     Henaff et al. 2020              https://arxiv.org/abs/1905.09272
 gated  van den Oord et al. 2016        https://arxiv.org/abs/1606.05328
 
-Each maps encodings (N, D, g, g) to contexts (N, out_channels, g, g). Row i of the context depends only on rows up to
-and including i. No network normalizes over images.
+Each network maps encodings (N, D, g, g) to contexts (N, out_channels, g, g). Row i of the contexts depends only on the
+rows 0 to i of the encodings. No network normalizes over images.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ RESIDUAL_BLOCKS = 5  # CPC v2, appendix
 
 
 class Context(nn.Module):
-    """Base class: encodings (N, D, g, g) -> contexts (N, out_channels, g, g)."""
+    """Base class of context networks: encodings (N, D, g, g) -> contexts (N, out_channels, g, g)."""
 
     out_channels: int
 
 
 class GruContext(Context):
-    """GRU over each column of the grid, from top to bottom."""
+    """Context network: a GRU over each column of the grid, from top to bottom."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class GruContext(Context):
 class GatedLayer(nn.Module):
     """Gated convolution tanh(a) * sigmoid(b) over three columns of the current row and the row above.
 
-    A 3x3 convolution with a masked last row is equivalent, but needs 50 % more arithmetic.
+    A 3x3 convolution whose last row is masked gives the same result, but needs 50 % more arithmetic.
     """
 
     def __init__(self, in_channels: int, hidden: int) -> None:
@@ -58,7 +58,10 @@ class GatedLayer(nn.Module):
 
 
 class GatedContext(Context):
-    """Four gated layers, with residual connections from the second on, and a 1x1 convolution."""
+    """Context network: four gated layers and a 1x1 convolution.
+
+    All gated layers except the first have a residual connection.
+    """
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -76,7 +79,7 @@ class GatedContext(Context):
 
 
 class ResidualContext(Context):
-    """Five residual blocks and a ReLU (CPC v2, appendix).
+    """Context network: five residual blocks and a ReLU (CPC v2, appendix).
 
     Each block covers two rows (the current row and the row above it) and three columns.
     """
@@ -115,7 +118,7 @@ CONTEXTS: dict[str, Callable[[int, int], Context]] = {
 def context_network(context: str, dim: int, hidden: int) -> Context:
     """Build the context network named `context`, for `dim` input channels and `hidden` hidden channels.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError if `context` is not a key of CONTEXTS.
     """
     if context not in CONTEXTS:
         raise ValueError(f"context is {context!r}, but it must be one of: {', '.join(CONTEXTS)}")

@@ -1,4 +1,4 @@
-"""Division of images into grids of overlapping patches, and per-patch augmentation.
+"""Division of images into grids of overlapping patches, and augmentation of each patch.
 
 Shapes: N images, S image side, g patches per side of the grid, p = 2 S / (g + 1) patch side, C channels.
 """
@@ -13,17 +13,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sslcli.nn.noise import Noise
 
 USUAL_GRID = 7  # CPC v1: 7 x 7 patches of 64 pixels out of 256
-SMALLEST_PATCH = 8  # pixels, if the grid is chosen automatically
+SMALLEST_PATCH = 8  # minimum patch side in pixels if grid=None
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
-DRAWS = 12  # random numbers per patch
+DRAWS = 12  # number of random numbers per patch
 
 
 def patch_size(image_size: int, grid: int | None) -> int:
-    """Return the patch side p = 2 S / (g + 1) in pixels, for patches that overlap by half.
+    """Return the patch side p = 2 S / (g + 1) in pixels, where g is `grid`. Patches overlap by half.
 
-    With grid=None, the grid nearest to 7 with patches of at least 8 pixels is used: 7 x 7 patches of 8 pixels for
-    images of 32 px, of 16 for 64 px, of 24 for 96 px, of 56 for 224 px. Raises ValueError, with the valid grids, for a
-    grid below 3, and for a grid whose patch side is not an even whole number of pixels.
+    With grid=None, g is the valid value nearest to 7 for which patches have at least 8 pixels. For images of 32, 64, 96
+    and 224 pixels, g is 7 and the patches have 8, 16, 24 and 56 pixels.
+
+    Raises ValueError if `grid` is below 3, or if the patch side is not an even whole number of pixels. The message
+    lists the valid grids.
     """
     fitting = [n for n in range(3, image_size) if image_size % (n + 1) == 0 and 2 * image_size // (n + 1) >= 4]
     named = ", ".join(map(str, fitting)) or "none"
@@ -45,7 +47,7 @@ def patch_size(image_size: int, grid: int | None) -> int:
 
 
 def refuse_batch_norm(backbone: nn.Module) -> None:
-    """Raise ValueError for a backbone with BatchNorm, whose batch statistics leak information between patches."""
+    """Raise ValueError if the backbone has BatchNorm, because batch statistics leak information between patches."""
     norms = [name for name, part in backbone.named_modules() if isinstance(part, _BatchNorm)]
     if norms:
         raise ValueError(
@@ -56,9 +58,9 @@ def refuse_batch_norm(backbone: nn.Module) -> None:
 
 
 def patchify(images: Tensor, size: int) -> Tensor:
-    """Divide images into patches of `size` pixels that overlap by half: (N, C, S, S) -> (N, g, g, C, p, p), rows first.
+    """Divide images into patches that overlap by half: (N, C, S, S) -> (N, g, g, C, p, p), rows before columns.
 
-    Raises ValueError if the patches do not cover the whole image.
+    The patch side p is `size` pixels. Raises ValueError if the patches do not cover the whole image.
     """
     height, width = images.shape[-2:]
     if height != width or height % (size // 2) or height < size:
@@ -71,20 +73,22 @@ def patchify(images: Tensor, size: int) -> Tensor:
 
 
 class PatchAugmentation(nn.Module):
-    """Independent random augmentation of each patch, so that color and edges do not continue between patches.
+    """Random augmentation of each patch, independent of the other patches.
+
+    Colors and edges therefore do not continue from patch to patch.
 
     Args:
-        crop: fraction of the side removed by a random crop, at least one pixel; the crop is padded with zeros. 0: no
-            crop. CPC v1 crops 60 of 64 pixels.
-        jitter: maximum strength of brightness, contrast and saturation jitter.
+        crop: fraction of the patch side that a random crop removes, at least one pixel. The crop is padded with zeros.
+            0 disables cropping. CPC v1 keeps 60 of 64 pixels.
+        jitter: maximum strength of the changes of brightness, contrast and saturation.
         jitter_p: probability of color jitter per patch.
         grayscale: probability of conversion to gray per patch.
         drop_colors: probability of setting two of the three channels to zero per patch (Doersch et al. 2015).
         shear: maximum shear along each axis, in pixels per pixel.
         shear_p: probability of shear per patch.
 
-    Of the color operations, only brightness and contrast are applied to images that do not have three channels. Values
-    are not clamped; inputs may be normalized or not. Raises ValueError for arguments outside [0, 1].
+    If the images do not have three channels, the only color operations are brightness and contrast. Pixels are not
+    clamped, so the images may be normalized or not. Raises ValueError if an argument is outside [0, 1].
     """
 
     def __init__(
@@ -107,7 +111,7 @@ class PatchAugmentation(nn.Module):
         self.drop_colors, self.shear, self.shear_p = drop_colors, shear, shear_p
 
     def forward(self, patches: Tensor, noise: Noise) -> Tensor:
-        """Augment patches (N, g, g, C, p, p); returns the same shape. Each patch has its own random numbers."""
+        """Return augmented patches: (N, g, g, C, p, p) -> the same shape. Each patch has its own random numbers."""
         num_images, rows, columns = patches.shape[:3]
         u = noise.uniform(num_images, rows * columns, DRAWS, device=patches.device).to(patches.dtype)
         draws = u.flatten(0, 1)  # (N g g, DRAWS)
@@ -139,9 +143,10 @@ def gray(x: Tensor) -> Tensor:
 
 
 def jittered(x: Tensor, strength: Tensor) -> Tensor:
-    """Change brightness, contrast and saturation of patches (M, C, p, p) by `strength` (M, 3) in [-1, 1]; 0: no change.
+    """Change the brightness, contrast and saturation of patches (M, C, p, p) by `strength` (M, 3) in [-1, 1].
 
-    Brightness is added, as in the first implementation of SimCLR; contrast blends with the mean, saturation with gray.
+    A strength of 0 changes nothing. Brightness is added to the pixels, as in the first implementation of SimCLR.
+    Contrast scales the difference from the mean. Saturation scales the difference from the gray image.
     """
     brightness, contrast, saturation = (column(part) for part in strength.unbind(1))
     x = x + brightness
@@ -150,7 +155,7 @@ def jittered(x: Tensor, strength: Tensor) -> Tensor:
 
 
 def sheared(x: Tensor, slopes: Tensor) -> Tensor:
-    """Shear patches (M, C, p, p) along both axes by `slopes` (M, 2), with zero padding."""
+    """Shear patches (M, C, p, p) along both axes by `slopes` (M, 2), in pixels per pixel, with zero padding."""
     one = torch.ones_like(slopes[:, 0])
     across = torch.stack([one, slopes[:, 0], 0 * one], 1)
     down = torch.stack([slopes[:, 1], one, 0 * one], 1)
@@ -159,9 +164,9 @@ def sheared(x: Tensor, slopes: Tensor) -> Tensor:
 
 
 def cropped(x: Tensor, place: Tensor, margin: int) -> Tensor:
-    """Crop patches by `margin` pixels and center the crop in zeros: (M, C, p, p) -> the same shape.
+    """Remove `margin` pixels per axis by cropping, and center the crop in zeros: (M, C, p, p) -> the same shape.
 
-    `place` (M, 2) in [0, 1) is the position of the crop between top and bottom, left and right.
+    `place` (M, 2) in [0, 1) is the vertical and horizontal position of the crop: 0 is the top or left border.
     """
     side = x.shape[-1]
     offset = (place * (margin + 1)).long()  # (M, 2), 0 to margin

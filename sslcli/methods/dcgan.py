@@ -1,4 +1,4 @@
-"""DCGAN: a GAN whose discriminator is the backbone; features are the pooled feature maps of all stages.
+"""DCGAN: a GAN whose discriminator contains the backbone. The features are the pooled feature maps of all stages.
 
 Radford et al. 2016  https://arxiv.org/abs/1511.06434  https://github.com/Newmu/dcgan_code  conf/method/dcgan.yaml
 
@@ -23,7 +23,7 @@ INIT_STD = 0.02  # initial standard deviation of all weights (section 4)
 
 
 def pooled_maps(maps: dict[str, Tensor], side: int) -> Tensor:
-    """Return L2-normalized, concatenated max-pooled maps: (N, channels, height, width) by stage -> (N, F).
+    """Return max-pooled, concatenated and L2-normalized maps: (N, channels, height, width) by stage -> (N, F).
 
     Each map is pooled to at most `side` x `side` positions, as in svhn/svhn_semisup_analysis.py of the official code.
     """
@@ -32,16 +32,16 @@ def pooled_maps(maps: dict[str, Tensor], side: int) -> Tensor:
 
 
 class DCGAN(Game):
-    """GAN whose discriminator is the backbone plus a linear layer; features are pooled feature maps of all stages.
+    """GAN whose discriminator is the backbone plus a linear layer. The features are pooled maps of all stages.
 
-    The discriminator processes real and generated images in separate batches. The running statistics of its BatchNorm
-    are updated only by real images, because features are computed from real images.
+    The discriminator processes real and generated images in separate batches. Only real images update the
+    running statistics of BatchNorm in the discriminator, because features are computed from real images.
 
     Args:
         image_size, channels, dim, width, loss, r1, r1_every, discriminator_lr: see `Game`.
-        pool: side to which each feature map is pooled for the features.
+        pool: maximum side of the pooled feature maps.
 
-    Raises ValueError for arguments out of range and for a backbone without stages.
+    Raises ValueError if an argument is out of range, or if the backbone has no `stages`.
     """
 
     decreasing_metric = "distance"
@@ -85,14 +85,14 @@ class DCGAN(Game):
         self.first_look(images)
         drawn = pixels(self.generator(self.codes(images)))
 
-        # Discriminator loss: no gradient to the generator.
+        # Discriminator loss: the generator gets no gradient.
         features = self.backbone(images)
         real = self.to_logit(features)
         fake = self.to_logit(call_on_buffer_copies(self.backbone, drawn.detach(), learn=True))
         loss_d = discriminator_loss(real, fake, kind=self.loss)
         penalty = self.penalty(self.logits, images)
 
-        # Generator loss: no gradient to the discriminator.
+        # Generator loss: the discriminator gets no gradient.
         loss_g = generator_loss(
             call_on_buffer_copies(self.to_logit, call_on_buffer_copies(self.backbone, drawn)), kind=self.loss
         )
@@ -106,12 +106,12 @@ class DCGAN(Game):
         }
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return logits (N, 1) with BatchNorm in evaluation mode; the logit of an image depends on no other image."""
+        """Return logits (N, 1). BatchNorm is in evaluation mode, so the logit of an image depends on no other image."""
         with evaluating(self.backbone):
             return self.to_logit(self.backbone(images))  # type: ignore[no-any-return]
 
     def features(self, images: Tensor) -> Tensor:
-        """Return unit-norm features (N, C, S, S) -> (N, F): up to pool^2 values per channel of every stage."""
+        """Return features of norm 1, with up to pool^2 values per channel of each stage: (N, C, S, S) -> (N, F)."""
         return pooled_maps(self.backbone.stages(images), self.pool)  # type: ignore[operator]
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
@@ -122,7 +122,7 @@ class DCGAN(Game):
 
 
 def start(module: nn.Module) -> None:
-    """Initialize weights from N(0, 0.02), BatchNorm scales from N(1, 0.02) (section 4 and the official code)."""
+    """Initialize weights from N(0, 0.02) and BatchNorm scales from N(1, 0.02) (section 4, official code)."""
     for part in module.modules():
         if isinstance(part, (nn.Conv2d, nn.Linear)):
             nn.init.normal_(part.weight, std=INIT_STD)

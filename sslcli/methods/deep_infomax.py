@@ -1,9 +1,11 @@
-"""Deep InfoMax: maximize mutual information between an image's global vector and each position of a feature map.
+"""Deep InfoMax: mutual information between the global vector of an image and each position of a feature map.
 
 Hjelm et al. 2019  https://arxiv.org/abs/1808.06670   conf/method/deep_infomax.yaml
 
-Shapes: N images per process, C channels and H x W positions of the local feature map, n = H W, u embedding width in
-which vector and positions are compared, D vector size.
+The training maximizes this mutual information.
+
+Shapes: N images per process; C channels and n = H W positions of the local feature map; D vector size. Vectors and
+positions are embedded to u values and then compared.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ SCORES = ("dot", "concat")
 class Embed(nn.Module):
     """Embedding of each position of a feature map independently: (N, C, H, W) -> (N, u, H, W).
 
-    One hidden layer plus a linear shortcut, then LayerNorm over the u channels. If u >= C, the shortcut is initialized
-    close to the identity.
+    The embedding is the sum of a network with one hidden layer and a linear shortcut, followed by LayerNorm over the u
+    channels. If u >= C, the shortcut is initialized close to the identity.
     """
 
     def __init__(self, channels: int, units: int) -> None:
@@ -52,7 +54,7 @@ class Embed(nn.Module):
 
 
 class Pairing(nn.Module):
-    """Two networks of the local term, which embed positions to (N, u, n) and vectors to (N, u, 1)."""
+    """The two embedding networks of the local term: positions -> (N, u, n), vectors -> (N, u, 1)."""
 
     def __init__(self, channels: int, dim: int, units: int) -> None:
         super().__init__()
@@ -83,11 +85,13 @@ def map_encoder(channels: int, units: int, *, hidden: int) -> nn.Sequential:
 
 
 def choose_stage(maps: dict[str, Tensor], name: str | None) -> str:
-    """Return the name of the stage that provides the local feature map.
+    """Return the name of the stage whose map is the local feature map: `name`, or a default if `name` is None.
 
-    If `name` is None, this is the stage whose map is nearest to 8 x 8, or the deepest of several such stages. The last
-    stage is excluded unless it is the only one: the features are the mean of its map, so each of its positions already
-    contributes to them. Raises ValueError for an unknown stage or a stage with a single position.
+    The default is the stage whose map is nearest to 8 x 8. If several stages are equally near, the default is the
+    deepest of them. The last stage is excluded if there are other stages: the features are the mean of the last map, so
+    each position of this map already contributes to the features.
+
+    Raises ValueError if the stage `name` does not exist, if its map has a single position, or if there is no default.
     """
     sides = {stage: math.sqrt(m.shape[2] * m.shape[3]) for stage, m in maps.items()}
     if name is not None:
@@ -110,26 +114,29 @@ def choose_stage(maps: dict[str, Tensor], name: str | None) -> str:
 
 
 class DeepInfoMax(Method):
-    """Deep InfoMax loss: alpha * global + beta * local + gamma * prior, plus the discriminator loss.
+    """Deep InfoMax. The loss is alpha * global + beta * local + gamma * prior + the discriminator loss.
 
     Args:
-        image_size, channels: image size in pixels and number of channels of the training images; set by the command.
+        image_size, channels: side in pixels and number of channels of the training images; ssl-train sets both.
         alpha: weight of the global term, which pairs the vector with an encoding of the whole local feature map.
         beta: weight of the local term, which pairs the vector with each position of the local feature map.
-        gamma: weight of the prior term, which matches the vectors to a uniform distribution; 0 removes it and the
-            discriminator.
-        measure: one of MEASURES.
-        score: "dot" scores pairs by the dot product of two embeddings, with all other images as negatives; "concat"
-            scores them by a network on the concatenated pair, with only the next image of the batch as the negative.
+        gamma: weight of the prior term, which makes the distribution of the vectors uniform. 0 removes the prior term
+            and the discriminator.
+        measure: measure of mutual information, one of MEASURES.
+        score: "dot" or "concat". With "dot", the score of a pair is the dot product of two embeddings, and all other
+            images are negatives. With "concat", a network computes the score from the concatenated pair, and the next
+            image of the batch is the only negative.
         dim: vector size D.
-        hidden: width of a hidden layer between the features and the vector; None is one linear layer.
-        units: u for "dot"; the width of the hidden layers for "concat".
-        map_hidden: width of the hidden layer of the global term's map encoder.
+        hidden: width of the hidden layer of the head. None: the head is one linear layer.
+        units: for "dot", the embedding width u. For "concat", the width of the hidden layers.
+        map_hidden: width of the hidden layer of the map encoder in the global term.
         prior_widths: widths of the hidden layers of the discriminator of the prior term.
-        local_stage: name of the backbone stage that provides the local feature map; None: the one nearest to 8 x 8.
-        official_mask: with InfoNCE, count each position of the own image as a negative with score -10, as the official
-            code does.
-        gather_negatives: use the images of all processes as negatives; False: only those of this process.
+        local_stage: name of the backbone stage whose map is the local feature map. None selects the map nearest to
+            8 x 8.
+        official_mask: True: InfoNCE uses each position of the same image as a negative with score -10, as in the
+            official code.
+        gather_negatives: True: the images of all processes are negatives. False: only the images of the same process
+            are negatives.
     """
 
     num_views = 1
@@ -207,14 +214,14 @@ class DeepInfoMax(Method):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return local feature maps (N, C, H, W) and features (N, num_features).
 
-        This takes one forward pass if the features are the mean of the last map, else two.
+        If the features are the mean of the last map, this method runs one forward pass, otherwise two.
         """
         maps = self.backbone.stages(images)  # type: ignore[operator]
         features = maps[self.last_stage].mean((2, 3)) if self.one_pass else self.backbone(images)
         return maps[self.local_stage], features
 
     def local_loss(self, maps: Tensor, vectors: Tensor) -> Tensor:
-        """Return the local term: vectors (N, D) against each position of the maps (N, C, H, W)."""
+        """Return the local term of the loss, between vectors (N, D) and each position of the maps (N, C, H, W)."""
         settings: dict[str, Any] = {"measure": self.measure, "gather": self.gather_negatives}
         if not self.dot:
             return concat_loss(self.local_term, maps, vectors, **settings)
@@ -222,7 +229,7 @@ class DeepInfoMax(Method):
         return dot_loss(places, queries, official_mask=self.official_mask, **settings)
 
     def global_loss(self, maps: Tensor, vectors: Tensor) -> Tensor:
-        """Return the global term: vectors (N, D) against encodings of whole maps (N, C, H, W)."""
+        """Return the global term of the loss, between vectors (N, D) and encodings of whole maps (N, C, H, W)."""
         settings: dict[str, Any] = {"measure": self.measure, "gather": self.gather_negatives}
         whole = self.map_encoder(maps)[:, :, None]  # (N, u, 1)
         if not self.dot:
@@ -242,7 +249,7 @@ class DeepInfoMax(Method):
 
 
 def check_weights(**weights: float) -> None:
-    """Raise ValueError unless all weights are at least 0 and alpha or beta is positive."""
+    """Raise ValueError if a weight is below 0, or if both alpha and beta are 0."""
     for name, weight in weights.items():
         if not weight >= 0:
             raise ValueError(f"{name} is {weight}, but the weight of a term must be at least 0 (0 disables it)")
@@ -254,7 +261,7 @@ def check_weights(**weights: float) -> None:
 
 
 def check_choices(measure: str, score: str, official_mask: bool) -> None:
-    """Raise ValueError for an invalid measure, score or official_mask; the message states what to change."""
+    """Raise ValueError if measure, score or official_mask is not valid. The message states what to change."""
     if measure in UNBOUNDED:
         raise ValueError(
             f"measure is {measure!r}, whose loss decreases without bound as scores grow: choose one of "
