@@ -1,4 +1,4 @@
-"""Main function of all commands: read arguments, compose and validate configurations, start the run or sweep."""
+"""Main function of all commands: parse arguments, compose and validate configurations, and start the run or sweep."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
     try:
         arguments = read_arguments(name)
         if any(getattr(arguments, flag) for flag in ANSWERED_BY_HYDRA):
-            if arguments.hydra_help:  # for its help, Hydra sets up logging from the configuration: validate it first
+            if arguments.hydra_help:  # Hydra's help sets up logging from the configuration: validate it first
                 checked_jobs(name, arguments)
             hand_over(name, lambda config: None, arguments)
             return 0
@@ -78,7 +78,7 @@ def read_arguments(name: str) -> Namespace:
 
 
 def _with_current_names(name: str, line: str, own_folder: Path | None) -> str:
-    """Return an override with current names; print a note if it used old names."""
+    """Return an override with current names. Print a note if the override contains old names."""
     current = current_override(line, own_folder=own_folder)
     if current != line:
         print_note(name, f"{line} is now {current}")
@@ -86,14 +86,14 @@ def _with_current_names(name: str, line: str, own_folder: Path | None) -> str:
 
 
 def hand_over(name: str, task: Callable[[DictConfig], Any], arguments: Namespace) -> None:
-    """Run Hydra's main function, for shell completion, Hydra's own help, and printing the configuration."""
-    # Hydra parses sys.argv itself, and accepts overrides only if no flag stands between them.
+    """Run Hydra's main function. It handles shell completion, Hydra's own help, and printing of the configuration."""
+    # Hydra parses sys.argv, and accepts overrides only if there are no flags between them.
     sys.argv = [sys.argv[0], *arguments.overrides, *flags_of(arguments)]
     hydra.main(version_base="1.3", config_path=CONF, config_name=name)(task)()
 
 
 def flags_of(arguments: Namespace, *, only: tuple[str, ...] = ()) -> list[str]:
-    """Return the flags of the command line as text; if `only` is not empty, return only the flags that it names."""
+    """Return the flags of the command line as text. If `only` is not empty, return only the flags in `only`."""
     flags = []
     for name, value in vars(arguments).items():
         if name == "overrides" or not value or (only and name not in only):
@@ -103,7 +103,7 @@ def flags_of(arguments: Namespace, *, only: tuple[str, ...] = ()) -> list[str]:
 
 
 def sweep_jobs(name: str, jobs: list[dict[str, Any]], arguments: Namespace) -> int:
-    """Run the validated jobs of `--multirun`; return the exit code."""
+    """Run the validated jobs of `--multirun`, and return the exit code."""
     from sslcli.cli import hydra_sweeps
     from sslcli.sweeps.sweep import CommandLine, run_sweep
 

@@ -1,7 +1,8 @@
 """Composition of validated configurations from a command line.
 
-Hydra alone stops at the first error without a suggestion, accepts any key after a plus sign and does not check ranges.
-This module therefore composes and validates every job of a command before any job runs and before torch is imported.
+Hydra stops at the first error without a suggestion, accepts any key after a plus sign, and does not check ranges. This
+module validates all of this. It composes and validates every job of a command before any job runs and before torch is
+imported.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from sslcli.errors import ConfigError
 from sslcli.runs.identity import digest_of
 from sslcli.system.child_processes import find_trusted
 
-# The package sslcli.conf exists only in an installation; in a checkout, use the path of the folder.
+# The package sslcli.conf exists only if sslcli is installed. In a checkout, use the path of the folder.
 CONF = "pkg://sslcli.conf" if conf_folder(installed=True) else str(conf_folder())
 
 
 class ConfOfPlugins(SearchPathPlugin):
-    """Hydra plugin that appends the yaml folders of plug-in packages to the search path, after the folder of sslcli."""
+    """Hydra plugin that appends the yaml folders of plug-in packages to the search path of yaml files."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("sslcli.renamed", f"file://{FOLDER}")
@@ -55,7 +56,10 @@ Plugins.instance().register(ConfOfPlugins)
 
 
 def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
-    """Return the resolved and validated configuration of every job, as plain values. Raises ConfigError."""
+    """Return the resolved and validated configuration of every job, as plain values.
+
+    Raises ConfigError if a configuration is invalid.
+    """
     engine = engine_of(arguments)
     try:
         overrides = _parsed(engine, arguments.overrides)
@@ -79,12 +83,12 @@ def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
 
 
 def _first(overrides: list[Override]) -> list[str]:
-    """Return the overrides of the first job, with the first value of each override that is swept."""
+    """Return the overrides of the first job, which has the first value of each swept override."""
     return [_values(each)[0] if each.is_sweep_override() else each.input_line or "" for each in overrides]
 
 
 def _values(override: Override) -> list[str]:
-    """Return one override per swept value; for a continuous interval, one for each end."""
+    """Return one override per swept value. For a continuous interval, return one override for each end."""
     key = override.get_key_element()
     if override.is_interval_sweep():
         interval = override.value()
@@ -97,7 +101,7 @@ def _values(override: Override) -> list[str]:
 
 
 def _points(overrides: list[Override]) -> list[list[str]]:
-    """Return the overrides of each job, for every combination of values."""
+    """Return the overrides of each job. There is one job for every combination of values."""
     try:
         return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
     except (HydraException, ValueError) as error:
@@ -107,7 +111,7 @@ def _points(overrides: list[Override]) -> list[list[str]]:
 def _samples(overrides: list[Override]) -> list[list[str]]:
     """Return examples of the jobs that a sweeper may sample.
 
-    Each value of an override occurs in one job, with the first value of all other overrides.
+    There is one job for each value of each override. All other overrides of this job have their first value.
     """
     lines = [_first(overrides)]
     for place, override in enumerate(overrides):
@@ -117,7 +121,7 @@ def _samples(overrides: list[Override]) -> list[list[str]]:
 
 
 def engine_of(arguments: Namespace) -> Hydra:
-    """Return the Hydra object that composes configurations. Raises ConfigError for a missing folder."""
+    """Return the Hydra object that composes configurations. Raises ConfigError if a folder does not exist."""
     for flag, folder in (("--config-dir", arguments.config_dir), ("--config-path", arguments.config_path)):
         if folder is not None and not os.path.isdir(folder):
             raise ConfigError(f"{flag} is {folder}, but there is no such folder: set it to an existing one")
@@ -173,15 +177,15 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
         "_lines_": lines,
         "_params_": dict(OmegaConf.select(own, "sweeper.params") or {}),
         "_sweep_dir_": own.sweep.dir,
-        "_run_dir_": job.get("run_dir"),  # as written by the user; names the jobs of a sweep
+        "_run_dir_": job.get("run_dir"),  # as the user wrote it; used to name the jobs of a sweep
         "_dataset_changes_": [change_of(each) for each in changes],
     }
 
 
 def _changes_of_dataset(engine: Hydra, command: str, config_name: str, overrides: list[Override]) -> list[Override]:
-    """Return the overrides that change the dataset of a run, if the command line chooses no dataset.
+    """Return the overrides `dataset.KEY=value`, or [] if the command line chooses a dataset.
 
-    They are applied later to the run's own configuration, since Hydra composes no dataset here.
+    These overrides are later applied to the run's configuration, since Hydra composes no dataset if none is chosen.
     """
     changes = [each for each in overrides if command == "eval" and is_change(each)]
     if not changes or any(hydra_errors.group_of(each) == "dataset" for each in overrides):
@@ -220,7 +224,7 @@ def _composed(engine: Hydra, command: str, name: str, lines: list[str]) -> DictC
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
-    """Return the configuration without the `hydra` node as plain values, with all interpolations resolved."""
+    """Return the configuration as plain values with all interpolations resolved, without the `hydra` node."""
     try:
         own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         plain = OmegaConf.to_container(own, resolve=True, throw_on_missing=False)
@@ -232,12 +236,12 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 def is_change(override: Override) -> bool:
-    """Return True if an override sets a key of `dataset`; False if it chooses a dataset."""
+    """Return True if an override sets a key of `dataset`, and False if it chooses a dataset."""
     return hydra_errors.group_of(override).startswith(PREFIX)
 
 
 def change_of(override: Override) -> Change:
-    """Return the `Change` of an override. Raises ConfigError for an interpolation that cannot be resolved."""
+    """Convert an override to a `Change`. Raises ConfigError if an interpolation cannot be resolved."""
     key = hydra_errors.group_of(override)
     prefix = "++" if override.is_force_add() else "+" if override.is_add() else "~" if override.is_delete() else ""
     try:

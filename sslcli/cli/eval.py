@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def evaluate(config: dict[str, Any]) -> int:
-    """Run the evaluation of a validated configuration; return the exit code."""
+    """Run the evaluation of a validated configuration, and return the exit code."""
     if (config["run"] is None) == (config["weights"] is None):
         raise ConfigError("give run=DIR, or weights=FILE with backbone=... and dataset=..., and not both")
     path = config["run"] or config["weights"]
@@ -36,7 +36,10 @@ def evaluate(config: dict[str, Any]) -> int:
 
 
 def check_changes(config: dict[str, Any]) -> None:
-    """Raise ConfigError for a `dataset.KEY=value` that the run's dataset does not accept. Does not import torch."""
+    """Raise ConfigError if the run's dataset does not accept a `dataset.KEY=value`.
+
+    This function does not import torch.
+    """
     changes = config["_dataset_changes_"]
     if not changes:
         return
@@ -49,7 +52,7 @@ def check_changes(config: dict[str, Any]) -> None:
 
 
 def _suggestions(path: str) -> str:
-    """Return a hint for the error message on a missing path: the closest name, and the content of the folder."""
+    """Return a hint for the error message about a missing path: the closest name, and the content of the folder."""
     folder = os.path.dirname(path.rstrip("/")) or "."
     there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     listed = ", ".join(there[:10]) + (", ..." if len(there) > 10 else "")

@@ -19,7 +19,7 @@ def main() -> None:
 
 
 def export(config: dict[str, Any]) -> int:
-    """Run the export of a validated configuration; return the exit code."""
+    """Run the export of a validated configuration, and return the exit code."""
     if config["run"] is None:
         raise ConfigError("give run=DIR, the directory of the run to export")
     if not os.path.isdir(config["run"]):

@@ -1,4 +1,4 @@
-"""`--help` and `--version`, printed from the text of the yaml files without importing Hydra, which is slow."""
+"""`--help` and `--version`. The help text is read from the yaml files without importing Hydra, which is slow."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ EXITS = {
 
 
 def answer(name: str, arguments: list[str]) -> str | None:
-    """Return the text for `--help` or `--version`; None if the command line has neither flag."""
+    """Return the text for `--help` or `--version`, or None if the command line has neither flag."""
     if "--version" in arguments:
         return f"sslcli {__version__}"
     if not {"--help", "-h"} & set(arguments):
@@ -67,7 +67,7 @@ def answer(name: str, arguments: list[str]) -> str | None:
 
 
 def overview(name: str, folders: list[Path]) -> str:
-    """Return the help text of a command: groups with their choices, keys with their defaults, flags, exit codes."""
+    """Return the help text of a command: groups and choices, keys and defaults, flags, and exit codes."""
     text = ((conf_folder() or Path()) / f"{name}.yaml").read_text("utf-8")
     defaults = dict(re.findall(r"^  - (\w+): (\w+)", text, re.MULTILINE))
     keys = re.sub(r"^(#.*\n)*defaults:\n(  .*\n)+", "", text, count=1).partition("\nhydra:\n")[0]
@@ -91,7 +91,11 @@ def listed(folders: list[Path], group: str, default: str) -> str:
 
 
 def find_choice(folders: list[Path], group: str, choice: str) -> Path | None:
-    """Return the yaml file of a choice: the user's, else sslcli's, else a plug-in's (the last of `folders` wins)."""
+    """Return the yaml file of a choice.
+
+    If several folders contain the file, the last of these folders is used. `folders` contains the folders of plug-ins,
+    then the folder of sslcli, then the user's folder.
+    """
     paths = [folder / group / f"{choice}.yaml" for folder in reversed(folders)]
     return next((path for path in paths if re.fullmatch(r"\w+/[\w-]+", f"{group}/{choice}") and path.is_file()), None)
 
@@ -102,7 +106,7 @@ def indented(text: str) -> str:
 
 
 def show_and_exit(name: str) -> None:
-    """Print the text for `--help` or `--version` and exit; do nothing if the command line has neither flag."""
+    """Print the text for `--help` or `--version` and exit. Do nothing if the command line has neither flag."""
     text = answer(name, sys.argv[1:])
     if text is not None:
         guard_terminal()

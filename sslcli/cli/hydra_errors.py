@@ -1,4 +1,4 @@
-"""One-line error messages for invalid overrides, translated from Hydra errors, with the allowed names."""
+"""One-line error messages for invalid overrides. The messages replace Hydra's errors and list the allowed names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def one_line(error: object) -> str:
 
 @cache
 def print_note(command: str, note: str) -> None:
-    """Print a note on an old name to standard error, once per process."""
+    """Print a note about an old name to standard error, once per process."""
     print(f"ssl-{command}: {note}; the old name is still accepted", file=sys.stderr)
 
 
@@ -82,20 +82,20 @@ def readable(error: BaseException, *, groups: tuple[str, ...]) -> str:
 
 
 def is_choice(override: Override, engine: Hydra) -> bool:
-    """Return True if an override chooses from a group instead of setting a value."""
+    """Return True if an override chooses a file of a group, and False if it sets a value."""
     key = group_of(override)
     return "/" in key or key == "hydra.searchpath" or key in engine.config_loader.list_groups("")
 
 
 def group_of(override: Override) -> str:
-    """Return the key of an override without prefix (`+`, `++`, `~`) and package."""
+    """Return the key of an override, without the prefix (`+`, `++`, `~`) and the package."""
     return override.get_key_element().split("@")[0].lstrip("+~")
 
 
 def check_choices(command: str, overrides: list[Override], engine: Hydra) -> None:
-    """Raise ConfigError for a group of another command, and for a group without a choice.
+    """Raise ConfigError if an override names a group of another command, or names a group without a choice.
 
-    Hydra itself reports these two errors unclearly, or with a traceback.
+    Hydra reports these two errors unclearly or with a traceback.
     """
     own, others = schema.GROUPS[command], {group for groups in schema.GROUPS.values() for group in groups}
     for override in overrides:
@@ -109,9 +109,9 @@ def check_choices(command: str, overrides: list[Override], engine: Hydra) -> Non
 
 
 def check_overrides(command: str, overrides: list[Override], base: DictConfig) -> None:
-    """Raise ConfigError for the first invalid override.
+    """Raise ConfigError if an override is invalid. The message is about the first invalid override.
 
-    `base` is the configuration composed from the chosen files only, without the overrides that set values.
+    `base` is the configuration that is composed from the chosen files, without the overrides that set values.
     """
     values = [override.value() for override in overrides if group_of(override) == "trust"]
     trust = trust_list(values[-1] if values else OmegaConf.to_container(base).get("trust", []))  # type: ignore[union-attr]
@@ -126,9 +126,9 @@ def check_overrides(command: str, overrides: list[Override], base: DictConfig) -
 
 
 def check_deletions(overrides: list[Override], config: DictConfig) -> None:
-    """Raise ConfigError for a deleted hyperparameter.
+    """Raise ConfigError if an override deletes a hyperparameter.
 
-    Without the key, the constructor's default would apply, which is in no yaml file.
+    The default of the constructor would then apply, and this default is in no yaml file.
     """
     for override in overrides:
         where, _, name = group_of(override).rpartition(".")

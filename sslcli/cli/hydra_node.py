@@ -1,7 +1,7 @@
-"""Validation of the `hydra` node of a configuration: it may name only trusted code.
+"""Validation of the `hydra` node of a configuration. The node may name only trusted code.
 
 Hydra instantiates the classes that `hydra.callbacks` names. Optuna's sweeper instantiates the class of its `sampler`,
-and Python's logging instantiates its handlers. The other checks of `_target_` do not cover these classes.
+and Python's logging instantiates the configured handlers. The other checks of `_target_` do not cover these classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sslcli.config.plugins import plugins
 from sslcli.errors import ConfigError
 
-ALLOWED = (  # regular expressions: (path inside `hydra`, names allowed there in addition to trusted packages)
+ALLOWED = (  # (path inside `hydra`, names allowed at this path besides trusted packages), as regular expressions
     (r"(launcher|sweeper)\._target_", r"hydra_plugins\.[\w.]+|hydra\._internal\.core_plugins\.[\w.]+"),
     (r"sweeper\.(sampler|pruner)\._target_", r"optuna\.(samplers|pruners)\.\w+"),
     (
@@ -29,7 +29,10 @@ CALLED = ("_target_", "()", "class", "queue", "listener", "custom_search_space")
 
 
 def check_hydra(own: Any, trust: Iterable[str]) -> None:
-    """Raise ConfigError if the `hydra` node, as plain values, names code outside of Hydra and of trusted packages."""
+    """Raise ConfigError if the `hydra` node names code outside of Hydra and trusted packages.
+
+    `own` is the node as plain values.
+    """
     packages = [*plugins(), *trust]
     for path, name in named_code("", own):
         allowed = any(re.fullmatch(place, path) and re.fullmatch(names, name) for place, names in ALLOWED)
@@ -41,7 +44,7 @@ def check_hydra(own: Any, trust: Iterable[str]) -> None:
 
 
 def resolved(node: Any, only: Iterable[str] | None = None) -> Any:
-    """Return a node as plain values, with interpolations resolved where possible; the others are left unchanged.
+    """Return a node as plain values. Interpolations are resolved if possible, else left unchanged.
 
     Args:
         node: OmegaConf node, or a plain value.
@@ -61,9 +64,9 @@ def resolved(node: Any, only: Iterable[str] | None = None) -> Any:
 
 
 def is_reference(path: str, text: str) -> bool:
-    """Return True if `text` can name an object to be called.
+    """Return True if `text` can refer to an object that is called.
 
-    These are `ext://` references, which logging imports, and unresolved interpolations in callbacks.
+    This holds for `ext://` references, which logging imports, and for unresolved interpolations in callbacks.
     """
     if path.partition(".")[0] == "callbacks":
         return "${" in text
@@ -71,7 +74,7 @@ def is_reference(path: str, text: str) -> bool:
 
 
 def named_code(where: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield (path, text) for every text that names an object to be called."""
+    """Yield (path, text) for every text that names an object that is called."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in pairs:
         path = f"{where}.{key}" if where else str(key)

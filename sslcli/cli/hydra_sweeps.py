@@ -35,12 +35,12 @@ from sslcli.system.child_processes import safe_children
 
 
 class SweepStopped(Exception):
-    """Raised in the launcher to end a sweeper, which would otherwise sample further jobs."""
+    """Raised by the launcher to end a sweeper. Otherwise, the sweeper would sample further jobs."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Function that a Hydra launcher calls for each job, in any process and on any node."""
+    """Function that a Hydra launcher calls for each job. It may be called in any process and on any node."""
 
     sweep: Sweep
     slots: list[Slot] | None
@@ -54,7 +54,7 @@ class Task:
 class QueueLauncher(Launcher):
     """Hydra launcher that runs the jobs of a sweeper in parallel in the local job queue.
 
-    Hydra's own default launcher runs them one after another.
+    Hydra's default launcher runs the jobs one after another.
     """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -76,7 +76,7 @@ class QueueLauncher(Launcher):
 
 
 def composed_job(sweep: Sweep, config: Any) -> Job:
-    """Return the job for a configuration that Hydra composed."""
+    """Return the `Job` for a configuration that Hydra composed."""
     lines = list(config.hydra.overrides.task)
     choices = OmegaConf.to_container(config.hydra.runtime.choices)
     run_dir = config.get("run_dir")
@@ -86,7 +86,7 @@ def composed_job(sweep: Sweep, config: Any) -> Job:
 
 
 def objective(sweep: Sweep, job: Job) -> float | None:
-    """Return the value of the job's metric, which a sweeper optimizes; None if the job is not finished."""
+    """Return the metric of a job, which the sweeper optimizes, or None if the job is not finished."""
     if (
         job.run_dir is None
         or sweep.metric is None
@@ -97,7 +97,7 @@ def objective(sweep: Sweep, job: Job) -> float | None:
 
 
 def launch_jobs(arguments: Namespace, sweep: Sweep, jobs: list[Job], slots: list[Slot] | None) -> tuple[bool, bool]:
-    """Run the jobs with the chosen launcher; return (sweep was stopped, launcher failed)."""
+    """Run the jobs with the chosen launcher. Return two booleans: (sweep was stopped, launcher failed)."""
 
     def launch(engine: Hydra) -> None:
         config = composed(engine, sweep, arguments, [])
@@ -112,8 +112,8 @@ def launch_jobs(arguments: Namespace, sweep: Sweep, jobs: list[Job], slots: list
 
 
 def draw_jobs(arguments: Namespace, sweep: Sweep, launcher: str, slots: list[Slot] | None) -> tuple[bool, bool]:
-    """Run the jobs that the chosen sweeper samples; return (sweep was stopped, sweeper failed)."""
-    if launcher == "basic":  # Hydra instantiates only its own launchers, so QueueLauncher replaces one of them
+    """Run the jobs that the chosen sweeper samples. Return two booleans: (sweep was stopped, sweeper failed)."""
+    if launcher == "basic":  # Hydra cannot find QueueLauncher by name, so it replaces BasicLauncher
         Plugins.instance().class_name_to_class[f"{BasicLauncher.__module__}.BasicLauncher"] = QueueLauncher
 
     def start(engine: Hydra) -> None:
@@ -130,7 +130,7 @@ def draw_jobs(arguments: Namespace, sweep: Sweep, launcher: str, slots: list[Slo
 
 
 def lines_of(sweep: Sweep, arguments: Namespace, more: list[str]) -> list[str]:
-    """Return the overrides for Hydra: those of the command line, the sweep's folder, and `more`."""
+    """Return the overrides for Hydra: the overrides of the command line, the sweep's folder, and `more`."""
     overrides = [line for line in arguments.overrides if not line.startswith("hydra.sweep.dir=")]
     quoted = str(sweep.folder).replace("\\", "\\\\").replace('"', '\\"')
     return [*overrides, f'hydra.sweep.dir="{quoted}"', *more]
@@ -147,9 +147,10 @@ def composed(engine: Hydra, sweep: Sweep, arguments: Namespace, more: list[str])
 
 
 def optuna_overrides(sweeper: Any, sweep: Sweep, slots: list[Slot] | None, arguments: Namespace) -> list[str]:
-    """Return Optuna's direction, number of parallel jobs and seed as overrides, unless the command line sets them.
+    """Return overrides for Optuna's direction, number of parallel jobs and seed.
 
-    With a fixed seed, the same command samples the same jobs again and reuses the results of the finished jobs.
+    Settings that the command line sets are omitted. Because the seed is fixed, the same command samples the same jobs
+    again and reuses the results of finished jobs.
     """
     if "optuna" not in sweeper._target_:
         return []
@@ -172,15 +173,15 @@ def optuna_overrides(sweeper: Any, sweep: Sweep, slots: list[Slot] | None, argum
 
 
 def run_hydra(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]) -> tuple[bool, bool]:
-    """Call `start`, which runs a Hydra plugin until all jobs have ended; return (sweep was stopped, plugin failed).
+    """Call `start`, which runs a Hydra plugin until all jobs have ended.
 
-    If the plugin fails after jobs were started, its error is printed and not raised, so that the caller can still write
-    the table from the records of the jobs.
+    Return two booleans: (sweep was stopped, plugin failed). If the plugin fails after a job was started, the error is
+    printed but not raised. The caller can then still write the table from the records of the jobs.
     """
     before = started(sweep)
     with signal_file(sweep) as received:
         try:
-            version.setbase("1.3")  # as in hydra.main; otherwise jobs change their working directory
+            version.setbase("1.3")  # as hydra.main does; otherwise, jobs change their working directory
             start(engine_of(arguments))
         except (SweepStopped, KeyboardInterrupt):
             return True, False
@@ -201,15 +202,16 @@ def run_hydra(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]
 
 
 def started(sweep: Sweep) -> dict[str, str | None]:
-    """Return the last start time of each job, by the name of the job."""
+    """Return the last start time of each job, as name of the job -> time."""
     return {path.stem: read(path).started for path in sweep.records.glob("*.json")}
 
 
 @contextmanager
 def signal_file(sweep: Sweep) -> Iterator[list[int]]:
-    """On a signal within the block, create the file `jobs/stop` in the sweep's folder; jobs on all nodes check for it.
+    """If a signal arrives within the block, create the file `jobs/stop` in the sweep's folder.
 
-    If a signal was received before, SIGINT ends the block immediately. Yields the list of received signals.
+    The jobs on all nodes check for this file. If a signal was received before, SIGINT ends the block immediately.
+    Yields the list of received signals.
     """
     received: list[int] = []
 

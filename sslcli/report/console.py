@@ -1,4 +1,4 @@
-"""Console output of a run: a progress bar in a terminal, plain lines elsewhere, and the same lines in console.log."""
+"""Console output of a run: a progress bar in a terminal, or plain lines elsewhere. console.log gets plain lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.table import Table
 from rich.text import Text
 
-SUBJECTS = {"pixels": "raw pixels", "random": "random initialization", "trained": "trained"}  # names in results
+SUBJECTS = {"pixels": "raw pixels", "random": "random initialization", "trained": "trained"}  # key of results -> title
 PLAIN_SECONDS = 5.0  # minimum time between two plain progress lines
 
 
@@ -23,7 +23,7 @@ class Screen:
 
     Args:
         log: file to which every plain line is appended, or None.
-        silent: if True, print and log nothing; set on all ranks except 0.
+        silent: if True, print and log nothing. It is True on all ranks except rank 0.
     """
 
     def __init__(self, log: Path | None = None, *, silent: bool = False) -> None:
@@ -42,7 +42,7 @@ class Screen:
         self.say(f"warning: {message}", style="yellow")
 
     def table(self, title: str, rows: dict[str, Any]) -> None:
-        """Print and log names and values below a title."""
+        """Print and log a table of names and values with a title."""
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
         for name, value in rows.items():
             table.add_row(name, show(value))
@@ -50,7 +50,7 @@ class Screen:
         self.console.print(table)
 
     def write(self, line: str) -> None:
-        """Append a line to the log. After a disk error, print a warning, close the log and let the run continue."""
+        """Append a line to the log. If a disk error occurs, print a warning and close the log; the run continues."""
         if self.log is None:
             return
         try:
@@ -63,7 +63,7 @@ class Screen:
             self.warn(f"{broken.name} cannot be written ({error.strerror}): the log ends here, the run continues")
 
     def start(self, title: str, *, total: int, done: int = 0) -> None:
-        """Start the progress display at `done` of `total` units of work."""
+        """Start the progress display. `done` of `total` units of work are already completed."""
         self.title, self.total, self.start_time, self.done_at_start = title, total, time.monotonic(), done
         self.last_line = time.monotonic()
         if self.console.is_terminal:
@@ -81,7 +81,10 @@ class Screen:
             self.bar.start()
 
     def advance(self, done: int, facts: str = "", *, always: bool = False) -> None:
-        """Update the progress display; plain lines are printed every `PLAIN_SECONDS`, or at each call if `always`."""
+        """Update the progress display.
+
+        Plain lines are printed at most every `PLAIN_SECONDS`, or at each call if `always` is True.
+        """
         if self.bar is not None:
             self.bar.update(self.task, completed=done, facts=facts)
         now = time.monotonic()
@@ -119,7 +122,7 @@ def duration(seconds: float) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a value as text: floats with four significant digits, large integers with thousands separators."""
+    """Return a value as text. Floats get four significant digits, and large integers get thousands separators."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000:
@@ -133,7 +136,7 @@ def percent(fraction: float) -> str:
 
 
 class Progress:
-    """Progress bar for several pieces of work, such as several trainings; each call adds completed units."""
+    """Progress bar for several pieces of work, such as several trainings. Each call adds completed units of work."""
 
     def __init__(self, screen: Screen, title: str, *, total: int) -> None:
         self.screen, self.done = screen, 0

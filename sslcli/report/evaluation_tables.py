@@ -24,7 +24,7 @@ def details(result: dict[str, Any], screen: Screen) -> None:
 
 
 def utility_table(curve: list[dict[str, Any]]) -> Table:
-    """Return the table of the utility of pre-training at each number of labels; lower and upper bounds are marked."""
+    """Return the table of the utility of pre-training at each number of labels. Lower and upper bounds are marked."""
     table = Table("labels", SUBJECTS["random"], SUBJECTS["trained"], "utility: labels saved / labels")
     prefixes = {None: "", "lower": "at least ", "upper": "at most "}
     for point in curve:
@@ -34,7 +34,10 @@ def utility_table(curve: list[dict[str, Any]]) -> Table:
 
 
 def results(folder: Path, screen: Screen) -> dict[str, dict[str, Any]]:
-    """Return all results in `folder` by name, sorted; files that are not results are skipped with a warning."""
+    """Return all results in `folder` as name -> result, sorted by name.
+
+    Files that are not results are skipped with a warning.
+    """
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -49,7 +52,10 @@ def results(folder: Path, screen: Screen) -> dict[str, dict[str, Any]]:
 
 
 def summary(folder: Path, screen: Screen) -> None:
-    """Print all results in `folder`, one row each: raw pixels, random initialization, trained."""
+    """Print all results in `folder`, one row each.
+
+    The columns are raw pixels, random initialization and trained.
+    """
     table = Table()
     table.add_column("top-1", overflow="fold")
     for title in SUBJECTS.values():
@@ -62,7 +68,7 @@ def summary(folder: Path, screen: Screen) -> None:
 
 
 def cell(found: dict[str, Any] | None) -> str:
-    """Return a top-1 accuracy, with its 95 % confidence interval on a second line; "-" for None."""
+    """Return a top-1 accuracy as text, with its 95 % confidence interval on a second line. Return "-" for None."""
     if found is None:
         return "-"
     low, high = found["interval"]
@@ -88,5 +94,5 @@ def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
 
 
 def show(table: Table, screen: Screen) -> None:
-    """Print a table with its cells wrapped to the width of the terminal (the console does not wrap other lines)."""
+    """Print a table with its cells wrapped to the width of the terminal. The console does not wrap other output."""
     screen.console.print(table, soft_wrap=False)

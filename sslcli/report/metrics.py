@@ -1,4 +1,4 @@
-"""File `metrics.jsonl`: one JSON object per line, without duplicate or missing steps after a run is resumed."""
+"""File `metrics.jsonl`: one JSON object per line. Resuming a run causes no duplicate or missing steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Metrics:
     """Writer of the metrics of a run.
 
     Args:
-        path: metrics file. Lines of steps after `step` are dropped: a killed run wrote them after its last checkpoint.
-            An incomplete last line is dropped as well.
+        path: metrics file. Lines of steps after `step` are dropped, since a killed run wrote these lines after its last
+            checkpoint. An incomplete last line is dropped as well.
         step: step from which the run resumes.
     """
 
@@ -28,7 +28,10 @@ class Metrics:
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line. It is not lost if the process crashes, and after `synchronize`, if the machine crashes."""
+        """Append one line.
+
+        The line is not lost if the process crashes. After `synchronize`, it is not lost if the machine crashes.
+        """
         self.file.write(encode(line))
         self.file.flush()
 
@@ -41,13 +44,13 @@ class Metrics:
 
 
 def encode(line: dict[str, Any]) -> str:
-    """Return a line of JSON; NaN and infinite values become null, because JSON has neither."""
+    """Return a line of JSON. NaN and infinite values become null, because JSON has no such values."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     return json.dumps(finite) + "\n"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file, without an incomplete last line; [] if the file does not exist."""
+    """Return the lines of a metrics file, or [] if the file does not exist. An incomplete last line is omitted."""
     if not path.exists():
         return []
     lines = []

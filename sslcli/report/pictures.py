@@ -1,4 +1,4 @@
-"""Picture grids and picture files, such as the views of a run next to their source images."""
+"""Picture grids and picture files, such as a grid of source images and their views."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 
 
 def grid(rows: list[Tensor], *, gap: int = 2, smallest: int = 64) -> Tensor:
-    """Return one picture (3, H', W') with the images in a grid; each element of `rows` is (n, C, H, W) in [0, 1].
+    """Return one picture (3, H', W') with images in a grid. Each element of `rows` is (n, C, H, W) in [0, 1].
 
-    Images with one or two channels show the first channel in gray; images with more than three show the first three in
-    color. Image sizes may differ between rows: all are resized to the largest size, at least `smallest` px.
+    For images with one or two channels, the first channel is shown in gray. For images with more than three channels,
+    the first three channels are shown in color. Image sizes may differ between rows. All images are resized to the
+    largest of these sizes, or to `smallest` pixels if that is larger.
     """
     side = max(smallest, *(row.shape[-1] for row in rows))
     lines = []
@@ -28,11 +29,11 @@ def grid(rows: list[Tensor], *, gap: int = 2, smallest: int = 64) -> Tensor:
 
 
 def save(picture: Tensor, path: Path) -> None:
-    """Write a (3, H, W) picture in [0, 1] to a file; the suffix selects the format."""
+    """Write a (3, H, W) picture in [0, 1] to a file. The suffix of the file selects the format."""
     Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)
 
 
 def load(path: Path) -> Tensor:
-    """Return the picture in a file, (3, H, W) in [0, 1]."""
+    """Return the picture in a file as (3, H, W) in [0, 1]."""
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255

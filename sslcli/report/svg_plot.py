@@ -1,6 +1,7 @@
-"""SVG plot of the utility study, over the number of labels: accuracy of both arms above, utility below.
+"""SVG plot of the utility study. The x axis is the number of labels.
 
-The two arms are the pre-trained network and training from scratch.
+The upper panel shows the accuracy of the two arms, fine-tuning and training from scratch. The lower panel shows the
+utility.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Scale = Callable[[float], float]
 
 
 def curves(points: Sequence[dict[str, Any]]) -> str:
-    """Return the SVG text for the points of a utility result; open circles are bounds, see `utility_curve`."""
+    """Return the SVG text for the points of a utility result. Open circles are bounds, see `utility_curve`."""
     counts = [point["labels"] for point in points]
     low, high = math.log(counts[0]), math.log(counts[-1])
 
@@ -43,13 +44,13 @@ def curves(points: Sequence[dict[str, Any]]) -> str:
 
 
 def axis(low: float, high: float, top: float) -> Scale:
-    """Return the function from values to y coordinates of the panel that starts at `top`, with a small margin."""
+    """Return a function that maps values to y coordinates of the panel that starts at `top`, with a small margin."""
     air = 0.06 * (high - low)
     return lambda value: top + PANEL * (1 - (value - low + air) / (high - low + 2 * air))
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Return about five round values from low to high."""
+    """Return about five round values between `low` and `high`."""
     rough = max(high - low, 1e-3) / 5
     size = 10 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
@@ -66,7 +67,7 @@ def frame(
     *,
     percent: bool = False,
 ) -> list[str]:
-    """Return title, grid and tick labels of a panel."""
+    """Return the title, the grid and the tick labels of a panel."""
     bottom, right = top + PANEL, WIDTH - RIGHT
     parts = [f'<text x="{LEFT}" y="{top - 10}" font-weight="bold">{title}</text>']
     for value in marks:
@@ -83,7 +84,7 @@ def frame(
 
 
 def arm_curve(points: Sequence[dict[str, Any]], arm: str, x: Scale, y: Scale) -> list[str]:
-    """Return the mean accuracies of an arm with error bars of one standard deviation, and its legend entry."""
+    """Return the curve of mean accuracies of an arm, error bars of one standard deviation, and the legend entry."""
     color, name = ARMS[arm]
     line = " ".join(f"{x(p['labels']):.1f},{y(p[arm]['top1']):.1f}" for p in points)
     parts = [f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>']
@@ -96,7 +97,7 @@ def arm_curve(points: Sequence[dict[str, Any]], arm: str, x: Scale, y: Scale) ->
 
 
 def utility_curve(points: Sequence[dict[str, Any]], x: Scale, y: Scale) -> list[str]:
-    """Return the utility curve; a lower bound is an open circle with an arrow, an upper bound an open circle."""
+    """Return the utility curve. A lower bound is an open circle with an arrow, and an upper bound is an open circle."""
     line = " ".join(f"{x(p['labels']):.1f},{y(p['utility']):.1f}" for p in points)
     zero = f'<path d="M{LEFT} {y(0.0):.1f}H{WIDTH - RIGHT}" stroke="#888" stroke-dasharray="4 3"/>'
     parts = [zero, f'<polyline points="{line}" fill="none" stroke="#333" stroke-width="1.5"/>']

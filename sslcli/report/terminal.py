@@ -1,4 +1,4 @@
-"""Standard output and standard error without errors and blocking writes; messages to the terminal and the log."""
+"""Standard output and standard error without write errors and blocking writes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ PATIENCE = 10.0  # seconds to wait for a reader that has stopped reading
 class Terminal:
     """Text stream that drops text if it cannot be written.
 
-    A training run must not stop because its output cannot be written. Two cases are handled. A write to a pipe without
-    a reader, to a full disk or to a closed terminal raises an error: after the first error, all text is dropped. A
-    write to a reader that has stopped reading (a pager, a terminal after Ctrl-S) blocks, and signals are not handled
-    until it returns: while the reader does not read, text is dropped. `console.log` has the whole output of a run.
+    A training run must not stop because its output cannot be written. Two cases are handled:
+
+    - A write to a pipe without a reader, to a full disk or to a closed terminal raises an error. After the first error,
+      all text is dropped.
+    - A write to a reader that has stopped reading blocks. Examples are a pager and a terminal after Ctrl-S. Python
+      handles no signals during the write. Therefore, text is dropped while the reader does not read.
+
+    `console.log` contains the whole output of a run.
 
     Args:
-        stream: stream to write to. Attributes that this class does not define are those of the stream.
+        stream: stream to write to. It also provides all attributes that this class does not define.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -29,7 +33,7 @@ class Terminal:
         self.is_broken = False
         self.is_blocked = False
         self.poll: select.poll | None = None
-        with suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor, a system without poll
+        with suppress(OSError, ValueError, AttributeError):  # the stream has no descriptor, or the system has no poll
             poll = select.poll()
             poll.register(stream.fileno(), select.POLLOUT)
             self.poll = poll
@@ -57,7 +61,7 @@ class Terminal:
     def has_room(self) -> bool:
         """Return True if the stream accepts a write.
 
-        The first call on a blocked stream waits up to `PATIENCE` seconds; further calls do not wait.
+        The first call on a blocked stream waits up to `PATIENCE` seconds. Further calls do not wait.
         """
         if self.poll is not None:
             with suppress(OSError):
@@ -65,7 +69,7 @@ class Terminal:
         return not self.is_blocked
 
     def give_up(self) -> None:
-        """Stop writing. Redirects the stream to the null device, so that buffered text raises no error at exit."""
+        """Stop writing, and redirect the stream to the null device, so that buffered text causes no error at exit."""
         self.is_broken = True
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -77,7 +81,7 @@ class Terminal:
 
 
 def guard_terminal() -> None:
-    """Wrap standard output and standard error of this process in a `Terminal` each."""
+    """Wrap standard output and standard error of this process in one `Terminal` each."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Terminal):

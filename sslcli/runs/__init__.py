@@ -1,1 +1,1 @@
-"""Training, evaluation and export from a validated configuration: directory, build, launch, worker process, results."""
+"""Training, evaluation and export from a validated configuration."""

@@ -1,6 +1,6 @@
 """Check that all processes of a run have the same configuration, versions and source code.
 
-Processes that differ would deadlock in a collective operation, or train different models without an error.
+Otherwise, processes could deadlock in a collective operation, or train different models without an error.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from sslcli.distributed import collectives
 from sslcli.errors import ConfigError
 from sslcli.runs.directory import flatten
 
-# Keys whose values may differ between processes.
+# Configuration keys whose values may differ between processes.
 MAY_DIFFER = ("about", "device", "trust", "launcher.threads", "dataset.workers")
 MAX_SHOWN = 10  # maximum number of differences in a message
 
 
 def check_agreement(config: dict[str, Any]) -> None:
-    """Raise ConfigError on every process unless all agree. The message lists the differences of two processes.
+    """Raise ConfigError on every process unless all processes agree.
 
-    Processes first compare digests; they exchange the values only if the digests differ.
+    The message lists the differences between two of the processes.
+
+    Processes first compare digests. They exchange the values only if the digests differ.
     """
     if collectives.world_size() == 1:
         return
@@ -49,7 +51,10 @@ def check_agreement(config: dict[str, Any]) -> None:
 
 
 def fingerprint_items(config: dict[str, Any]) -> dict[str, str]:
-    """Return everything that must agree, by name: configuration values, versions, and a digest of every source file."""
+    """Return all items that must agree, as name -> value.
+
+    Items are configuration values, versions, and a digest of every source file.
+    """
     found = {f"{key}": repr(value) for key, value in flatten(config, leave_out=MAY_DIFFER).items()}
     found |= {f"version of {name}": version(name) for name in ("torch", "torchvision")}
     found["version of python"] = platform.python_version()
@@ -59,9 +64,9 @@ def fingerprint_items(config: dict[str, Any]) -> dict[str, str]:
 
 
 def source_files(packages: Iterable[str]) -> list[tuple[Path, str]]:
-    """Return (path, name) of the source files of sslcli and of these packages, except torch and torchvision.
+    """Return (path, name) of the source files of sslcli and of `packages`, except torch and torchvision.
 
-    Names are relative to the folder that contains the package.
+    A name is the path of the file relative to the folder that contains the package.
     """
     found = []
     for package in sorted({"sslcli", *packages} - {"torch", "torchvision"}):

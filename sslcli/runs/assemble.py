@@ -30,12 +30,12 @@ from sslcli.runs.build import Parts
 
 
 def move_to_device(method: Method, settings: TrainSettings, device: torch.device) -> None:
-    """Move the method to the device; with train.sharding=fsdp, shard it over the processes."""
+    """Move the method to the device. If train.sharding is fsdp, shard the method over the processes."""
     if settings.activation_checkpointing:
         fsdp.recompute(method)
     if settings.sharding == "fsdp" and collectives.world_size() > 1:
         fsdp.shard(method, device, precision.resolve(settings.precision, device))
-    method.to(device)  # if sharded, this moves the buffers
+    method.to(device)  # for a sharded method, this moves the buffers
 
 
 def build_loader(config: RunConfig, parts: Parts, device: torch.device) -> Loader:
@@ -52,7 +52,7 @@ def build_loader(config: RunConfig, parts: Parts, device: torch.device) -> Loade
 
 
 def check_batch(loader: Loader, parts: Parts) -> None:
-    """Raise ConfigError if a BatchNorm would get a single image."""
+    """Raise ConfigError if a BatchNorm layer would get a batch with a single image."""
     if loader.micro_batch_size < 2 and any(isinstance(module, _BatchNorm) for module in parts.method.modules()):
         raise ConfigError(
             f"train.batch_size is {loader.batch_size}, so a micro-batch of a process has 1 image, but BatchNorm needs "
@@ -85,7 +85,7 @@ def assemble(
     device: torch.device,
     screen: Screen,
 ) -> Run:
-    """Return the training loop of a run and seed torch's generator of this process.
+    """Seed torch's random generator of this process, and return the training loop of a run.
 
     Args:
         config: the settings.
@@ -134,7 +134,10 @@ def assemble(
 def build_probe(
     parts: Parts, monitor: MonitorSettings, device: torch.device, resolved: str, screen: Screen
 ) -> Callable[[], dict[str, float]] | None:
-    """Return the online k-NN probe, or None if it is turned off or not possible (then the reason is printed)."""
+    """Return the online k-NN probe, or None if k-NN is turned off or impossible.
+
+    If k-NN is impossible, the reason is printed.
+    """
     if monitor.knn_every_epochs == 0:
         return None
     if not parts.source.has_labels or len(parts.source.splits["val"]) == 0:
@@ -163,7 +166,10 @@ def has_pictures(parts: Parts, monitor: MonitorSettings) -> bool:
 
 
 def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the method's pictures by name, as grids, for `count` held-out images (else training images)."""
+    """Return the method's pictures for `count` images, as name -> grid.
+
+    The images are held-out images if the dataset has any, else training images.
+    """
     source, views = parts.source, parts.views
     positions = next(split for name in ("val", "train") if len(split := source.splits.get(name, torch.empty(0))))
     images, _ = next(plain_batches(source, positions[:count], batch_size=count, workers=0))
@@ -208,7 +214,7 @@ def startup_table(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
 
 
 def suspicious_settings(job: Run, parts: Parts) -> list[str]:
-    """Return a warning for each setting that is valid but usually unintended."""
+    """Return one warning for each setting that is valid but usually unintended."""
     found = []
     length = parts.method.queue_length
     num_images = len(parts.source.splits["train"])

@@ -1,4 +1,4 @@
-"""Construction of objects from a validated configuration. The only module that imports the class of a `_target_`."""
+"""Construction of objects from a validated configuration. Only this module imports the class of a `_target_`."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ class Parts:
 
 
 def find_class(target: str, *, base: type[Built], trust: list[str], where: str) -> type[Built]:
-    """Return the class that a `_target_` names, without calling it.
+    """Return the class that a `_target_` names, without creating an instance.
 
     Args:
         target: the dotted name of a class.
-        base: required base class, so that a configuration cannot call arbitrary code.
-        trust: further trusted packages, besides sslcli, torch.optim and plug-ins.
+        base: required base class. It prevents a configuration from calling arbitrary code.
+        trust: trusted packages in addition to sslcli, torch.optim and plug-ins.
         where: the key of the `_target_`, for messages.
 
-    Raises ConfigError for a name outside of trusted packages, for a name that does not exist, for a function, and for a
-    class that is not derived from `base`.
+    Raises ConfigError if the name does not exist or is outside of trusted packages, or if the object is not a class
+    derived from `base`.
     """
     check_target(target, trust, where)
     module_name, _, name = target.rpartition(".")
@@ -76,7 +76,7 @@ def find_class(target: str, *, base: type[Built], trust: list[str], where: str) 
         known = [n for n in dir(import_module(module_name)) if not n.startswith("_")]
         raise ConfigError(f"{where} is {target!r}, but {module_name} has no {name}.{nearest(name, known)}") from error
     module = getattr(found, "__module__", "")
-    # A trusted module may import os or subprocess, so an object must also be defined in a trusted package.
+    # A trusted module may import os or subprocess, so check that the object is also defined in a trusted package.
     if not callable(found) or not any(f"{module}.".startswith(f"{package}.") for package in trusted_packages(trust)):
         raise ConfigError(f"{where} is {target!r}, but that is not a class of a trusted package")
     check_class(found, target, base=base, where=where)
@@ -84,7 +84,7 @@ def find_class(target: str, *, base: type[Built], trust: list[str], where: str) 
 
 
 def check_class(found: Any, target: str, *, base: type, where: str) -> None:
-    """Raise ConfigError unless `found` is a class derived from `base`, and not an abstract base class of sslcli."""
+    """Raise ConfigError unless `found` is a class derived from `base`. Abstract base classes of sslcli are rejected."""
     required = f"{base.__module__}.{base.__qualname__}"
     if not isinstance(found, type):
         raise ConfigError(
@@ -98,11 +98,12 @@ def check_class(found: Any, target: str, *, base: type, where: str) -> None:
 
 
 def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: str, **arguments: Any) -> Built:
-    """Return an instance of the class that a node's `_target_` names, derived from `base`; inner nodes are built first.
+    """Return an instance of the class that a node's `_target_` names. The class must be derived from `base`.
 
-    The class of an inner node must be the class in the annotation of its parameter, or a subclass of it.
+    Inner nodes are built first. The class of an inner node must match the annotation of its parameter: it is the
+    annotated class or a subclass.
 
-    Raises ConfigError for unknown keywords and for values that the constructor rejects.
+    Raises ConfigError if a keyword is unknown or the constructor rejects a value.
     """
     check_has_target(where, node)
     target = find_class(node["_target_"], base=base, trust=trust, where=f"{where}._target_")
@@ -124,13 +125,13 @@ def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: s
         return target(**values, **arguments)
     except ConfigError:
         raise
-    # torch raises RuntimeError and OverflowError for sizes that are negative or too large.
+    # torch raises RuntimeError or OverflowError if a size is negative or too large.
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
 def build_inner(owner: type, name: str, node: dict[str, Any], *, trust: list[str], where: str) -> Any:
-    """Return an instance of a node inside a node, whose class must match the annotation of parameter `name`."""
+    """Build an inner node and return the instance. Its class must match the annotation of the parameter `name`."""
     allowed = annotated_classes(owner, name)
     if not allowed:
         raise ConfigError(
@@ -151,11 +152,11 @@ def annotated_classes(owner: type, name: str) -> list[type]:
     for kind in owner.__mro__:
         try:
             init: Any = kind.__init__  # type: ignore[misc]
-            # Resolve only this annotation: a dataclass also has the annotations of its base classes, and its module may
-            # not import the names in them.
+            # Resolve only this annotation: a dataclass also has the annotations of its base classes. The module of the
+            # dataclass may not import the names in those annotations.
             alone = SimpleNamespace(__annotations__={name: init.__annotations__[name]})
             annotation = get_type_hints(alone, globalns=init.__globals__)[name]
-        except (NameError, TypeError, AttributeError, KeyError):  # names that are imported only for type checkers
+        except (NameError, TypeError, AttributeError, KeyError):  # the name is imported only for type checkers
             continue
         if annotation is not None:
             options = get_args(annotation) or (annotation,)
@@ -164,24 +165,27 @@ def annotated_classes(owner: type, name: str) -> list[type]:
 
 
 def check_classes(nodes: Mapping[str, Any], *, trust: list[str]) -> None:
-    """Raise ConfigError unless the class of each group derives from the group's base class; builds nothing."""
+    """Raise ConfigError unless the class of each group derives from the group's base class. Nothing is built."""
     for group, node in nodes.items():
         check_has_target(group, node)
         find_class(node["_target_"], base=BASES[group], trust=trust, where=f"{group}._target_")
 
 
 def build_source(node: Node, *, trust: list[str]) -> Source:
-    """Return the dataset."""
+    """Build and return the dataset."""
     return build(node, base=Source, trust=trust, where="dataset")
 
 
 def build_views(node: Node, *, trust: list[str]) -> Views:
-    """Return the views of an image."""
+    """Build and return the views."""
     return build(node, base=Views, trust=trust, where="views")
 
 
 def build_backbone(node: Node, *, image_size: int, trust: list[str]) -> Backbone:
-    """Return the backbone; if its class does not declare the number of features, a forward pass determines it."""
+    """Build and return the backbone.
+
+    If the class does not declare the number of features, a forward pass determines it.
+    """
     module = build(node, base=nn.Module, trust=trust, where="backbone")
     try:
         return as_backbone(module, image_size=image_size, in_channels=node.get("in_channels", 3))
@@ -192,7 +196,7 @@ def build_backbone(node: Node, *, image_size: int, trust: list[str]) -> Backbone
 def build_method(
     node: Node, backbone_node: Node, *, seed: int, image_size: int, num_images: int, trust: list[str]
 ) -> Method:
-    """Return the method with its backbone, initialized from the run's seed."""
+    """Build and return the method with its backbone. The weights are initialized from the run's seed."""
     torch.manual_seed(seed)
     backbone = build_backbone(backbone_node, image_size=image_size, trust=trust)
     target = find_class(node["_target_"], base=Method, trust=trust, where="method._target_")
@@ -204,13 +208,16 @@ def build_method(
 
 
 def accelerate(net: Net) -> Net:
-    """Convert a network in place to channels-last memory and, where applicable, Winograd convolutions; return it."""
+    """Convert a network in place to channels-last memory format and Winograd convolutions, and return the network.
+
+    Convolutions that do not support Winograd are not converted.
+    """
     use_winograd(net)
     return net.to(memory_format=torch.channels_last)
 
 
 def build_parts(config: RunConfig) -> Parts:
-    """Return dataset, views and method. Raises ConfigError if they are incompatible."""
+    """Build and return dataset, views and method. Raises ConfigError if they are incompatible."""
     trust = config.trust
     groups = ("dataset", "views", "method", "backbone", "optimizer")
     check_classes({group: config.values[group] for group in groups}, trust=trust)
@@ -253,7 +260,7 @@ def check_views(method: Method, views: Views, source: Source) -> None:
 
 
 def check_channels(method: Method, source: Source) -> None:
-    """Raise ConfigError unless the method computes features of images with the shape of the source's images."""
+    """Raise ConfigError unless the method can compute features of images with the shape of the source's images."""
     black = torch.zeros(2, source.channels, source.image_size, source.image_size)
     try:
         with evaluating(method), torch.no_grad(), torch.random.fork_rng(devices=[]):

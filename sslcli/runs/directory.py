@@ -25,7 +25,7 @@ from sslcli.system import atomic
 from sslcli.system.locks import NO_LOCKS
 from sslcli.system.regular_files import kind_of
 
-# Files and folders that are written while the run trains.
+# Files and folders that the run writes during training.
 WRITTEN_DURING_RUN = (checkpoint_names.FOLDER, "tensorboard", "metrics.jsonl", "console.log")
 FILES = (
     "config.yaml",
@@ -41,10 +41,11 @@ FOLDERS = (checkpoint_names.FOLDER, "eval", "export", "pictures", "slurm", "tens
 
 
 def check_layout(run_dir: Path) -> None:
-    """Raise ConfigError if a path in a run directory has the wrong type, so that opening it would block or fail.
+    """Raise ConfigError if a path in a run directory has the wrong type. Opening such a path would block or fail.
 
-    Where a file is expected, a FIFO, socket, device or folder is rejected; where a folder is expected, anything else is
-    rejected. Only console.log may be a device, since it is never read: a link to /dev/null discards the log.
+    - If a file is expected, the path must not be a FIFO, socket, device or folder. Only console.log may be a device,
+      since this file is never read. A link to /dev/null discards the log.
+    - If a folder is expected, the path must be a folder.
     """
     for name in FILES:
         path = run_dir / name
@@ -58,7 +59,7 @@ def check_layout(run_dir: Path) -> None:
 
 
 def check_below(folder: Path) -> None:
-    """Raise ConfigError if a folder contains, at any depth, an entry that is neither a file nor a folder."""
+    """Raise ConfigError if a folder contains an entry, at any depth, that is neither a file nor a folder."""
     for parent, _, names in os.walk(folder):
         for path in (Path(parent, name) for name in names):
             if path.exists() and not path.is_file():
@@ -66,7 +67,7 @@ def check_below(folder: Path) -> None:
 
 
 def wrong_type_message(path: Path) -> str:
-    """Return the error message for an entry that should be a file."""
+    """Return the error message for a path that should be a file but is not."""
     return f"{path} is {kind_of(path)}, but it must be a regular file: remove it"
 
 
@@ -88,12 +89,15 @@ def is_locked(run_dir: Path) -> bool:
 
 
 def has_checkpoint(run_dir: Path) -> bool:
-    """Return True if the run has a checkpoint; does not import torch."""
+    """Return True if the run has a checkpoint. This function does not import torch."""
     return bool(checkpoint_names.all_of(run_dir))
 
 
 def check_resumable(run_dir: Path, values: dict[str, Any]) -> None:
-    """Raise ConfigError unless a run with these settings (`RunConfig.values`) may start or resume in `run_dir`."""
+    """Raise ConfigError unless a run with the settings `values` may start or resume in `run_dir`.
+
+    `values` is `RunConfig.values`.
+    """
     started = (run_dir / "config.yaml").exists()
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir is {run_dir}, but that is a file: choose a directory")
@@ -122,9 +126,10 @@ def check_resumable(run_dir: Path, values: dict[str, Any]) -> None:
 
 
 def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: tuple[str, ...] = NEUTRAL) -> dict[str, Any]:
-    """Return the values of a configuration by dotted key, without the keys in `leave_out` and all keys below them.
+    """Return the values of a configuration as dotted key -> value.
 
-    By default only the values that affect the results of a run remain.
+    The keys in `leave_out` and all keys below these are omitted. By default, the result contains only values that
+    affect the results of a run.
     """
     found: dict[str, Any] = {}
     for key, value in config.items():
@@ -139,7 +144,10 @@ def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: tuple[str, .
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """Return the configuration of a run with current names. Raises ConfigError if there is none or it is invalid."""
+    """Return the configuration of a run with current names.
+
+    Raises ConfigError if the file does not exist or is invalid.
+    """
     path = run_dir / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{run_dir} is not a run directory: it has no config.yaml")
@@ -154,8 +162,8 @@ def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
     """Create the run directory if it does not exist, lock it, and return the open lock file.
 
     The lock is released when the file is closed or the process exits. Processes of a run that was just killed may still
-    hold the lock, so locking is retried for `patience` seconds before ConfigError is raised. If the file system does
-    not support locks, a warning is printed and the run continues without a lock.
+    hold the lock, so locking is retried for `patience` seconds. ConfigError is raised if all attempts fail. If the file
+    system does not support locks, a warning is printed, and the run continues without a lock.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -232,7 +240,10 @@ def environment(*, device: str, threads: int) -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return commit and number of changed files of the git repository of the working directory, or None."""
+    """Return the commit and the number of changed files of the git repository of the working directory.
+
+    Return None if the working directory is not in a git repository.
+    """
     if shutil.which("git") is None:
         return None
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""`ssl-train dry_run=true`: measures time and memory of a run on two steps, and draws the views."""
+"""`ssl-train dry_run=true`: estimates time and memory of a run from two steps, and draws the views."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sslcli.report import pictures
 from sslcli.report.console import duration
 from sslcli.runs.build import Parts
 
-STEPS = 2  # the first step also sets up kernels and memory, so only the second one is timed
+STEPS = 2  # only the second step is timed: the first step sets up kernels and memory
 
 
 def dry_run(job: Run, parts: Parts) -> int:
-    """Write the picture of the views, run two steps, and print time, memory and parameters of a run; return 0."""
+    """Write the picture of the views, run two steps, print time, memory and parameters of a run, and return 0."""
     count = job.monitor.settings.pictures or 8
     try:
         job.run_dir.mkdir(parents=True, exist_ok=True)
@@ -55,13 +55,13 @@ def dry_run(job: Run, parts: Parts) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until all kernels on a GPU are complete; do nothing for other devices."""
+    """Wait until all kernels on a GPU are complete. Do nothing for other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the peak memory in GB: of the GPU if the device is a GPU, else of this process."""
+    """Return the peak memory in GB: the memory of the GPU if the device is a GPU, else the memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in kilobytes on Linux
@@ -69,9 +69,10 @@ def peak_memory(device: torch.device) -> float:
 
 
 def save_views(loader: Loader, parts: Parts, count: int, run_dir: Path) -> Path:
-    """Write views.png, with `count` original images in the top row and their views below; return its path.
+    """Write views.png and return its path.
 
-    If the dataset has several modalities, each has its own row.
+    The top row contains `count` original images, and the rows below contain their views. If the dataset has several
+    modalities, each modality has its own row.
     """
     batches = loader.steps(0, 1)
     batch = next(batches)[0]

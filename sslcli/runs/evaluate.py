@@ -34,7 +34,10 @@ from sslcli.system.memory import keep_freed_memory
 
 
 class StoppedBySignal(BaseException):
-    """Raised by the signal handler to stop. Not derived from Exception, so that no error handler catches it."""
+    """Raised by the signal handler to stop the evaluation.
+
+    The class is not derived from Exception, so that no error handler catches it.
+    """
 
 
 def run(config: EvalConfig) -> int:
@@ -50,7 +53,10 @@ def run(config: EvalConfig) -> int:
 
 
 def _run_with_signal_handlers(config: EvalConfig) -> int:
-    """Evaluate with handlers that raise StoppedBySignal on signals of a scheduler or of a closed terminal."""
+    """Evaluate with signal handlers that raise StoppedBySignal.
+
+    The handlers react to signals from a scheduler and to a closed terminal.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise StoppedBySignal(signal.Signals(number).name)
@@ -66,7 +72,7 @@ def _run_with_signal_handlers(config: EvalConfig) -> int:
 
 
 def _run_with_messages(config: EvalConfig) -> int:
-    """Evaluate, and print a message for errors in the configuration and failures of the machine."""
+    """Evaluate, and print a message if the configuration is invalid or the machine fails."""
     try:
         device = devices.pick_device(config.device)
         keep_freed_memory()
@@ -88,7 +94,7 @@ def _run_with_messages(config: EvalConfig) -> int:
 
 
 def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, screen: Screen) -> int:
-    """Evaluate every run directly below a folder, print a table of all, best first, and return the exit code."""
+    """Evaluate every run directly below a folder, print a table with the best run first, and return the exit code."""
     runs = sorted(path.parent for path in folder.glob("*/config.yaml") if checkpoint.all_of(path.parent))
     if not runs:
         raise ConfigError(f"{folder} is neither a run directory nor a directory of runs with checkpoints")
@@ -101,7 +107,10 @@ def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, scr
 
 
 def evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[str, Any]:
-    """Evaluate one checkpoint or weight file, write the result file, and return the result with its `results_dir`."""
+    """Evaluate one checkpoint or weight file, write the result file, and return the result.
+
+    The returned result contains `results_dir`, the folder of the result file.
+    """
     started = time.perf_counter()
     subject, source = load_subject(config, device)
     check_results_dir(subject.results_dir)
@@ -137,7 +146,7 @@ def evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[s
 
 
 def check_classes(source: Source) -> None:
-    """Raise ConfigError unless a source has labels of at least two classes."""
+    """Raise ConfigError unless the labels of a source have at least two classes."""
     if not source.has_labels:
         raise ConfigError(f"{source.name} has no labels, but an evaluation needs them: choose a labeled dataset=...")
     if len(source.classes) < 2:
@@ -148,7 +157,7 @@ def check_classes(source: Source) -> None:
 
 
 def build_protocol(config: EvalConfig, subject: Subject) -> tuple[dict[str, Any], Protocol]:
-    """Return the settings of the chosen protocol, in which null is replaced by the default, and the protocol."""
+    """Return the settings of the chosen protocol, with defaults in place of null, and the protocol."""
     node = dict(config.protocol)
     kind = find_class(node["_target_"], base=Protocol, trust=config.trust, where="protocol._target_")
     node |= {key: value for key, value in kind.defaults(subject.monitor).items() if node.get(key) is None}
@@ -173,7 +182,7 @@ def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any
 
 
 def write_outcome(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:
-    """Write the files and the network of an outcome; return the entries of the result that refer to the network."""
+    """Write the files and the network of an outcome. Return the entries of the result that refer to the network."""
     folder = evaluation.result_path(outcome.result["protocol"])
     for name, text in outcome.files.items():
         evaluation.write(folder / name, text.encode())

@@ -1,6 +1,6 @@
 """The network and the images of one evaluation.
 
-`Evaluation` also determines the names and paths of the result files, and caches features and results of baselines.
+`Evaluation` also determines the names and paths of the result files. It caches features and results of baselines.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from sslcli.runs.result_name import dataset_name, join_parts
 from sslcli.runs.subject import Subject
 from sslcli.system import atomic
 
-PATH_KEYS = ("run", "weights", "checkpoint")  # keys of the provenance that are paths; features do not depend on them
-WEIGHT_KEYS = ("checkpoint_sha256", "step")  # keys of the provenance on which an untrained network does not depend
+PATH_KEYS = ("run", "weights", "checkpoint")  # paths in the provenance; features do not depend on these paths
+WEIGHT_KEYS = ("checkpoint_sha256", "step")  # keys of the provenance that do not affect an untrained network
 
 
 @dataclass
 class Evaluation:
-    """One evaluation.
+    """One evaluation: its settings, network, images and result files.
 
     Attributes:
         config: the settings.
@@ -48,8 +48,8 @@ class Evaluation:
         source: the labeled images.
         splits: positions of the images of each split in `source`.
         layer: the layer whose features are evaluated.
-        default_layer: the layer that is evaluated by default; names of results do not mention it.
-        variant: suffix of the result's name that identifies protocol settings that change the measured quantity.
+        default_layer: the layer that is evaluated by default. Names of results do not contain it.
+        variant: suffix of the result's name. It identifies protocol settings that change the measured quantity.
     """
 
     config: EvalConfig
@@ -63,23 +63,29 @@ class Evaluation:
     variant: str = ""
 
     def quantity(self, protocol: str) -> str:
-        """Return the name of the measured quantity: protocol, variant, and the layer if it is not the default."""
+        """Return the name of the measured quantity: protocol, variant, and the layer if it is not the default layer."""
         return join_parts(protocol, self.variant, self.layer if self.layer != self.default_layer else "")
 
     @property
     def conditions(self) -> str:
-        """Suffix of the result's name: a checkpoint that is not the last one, and images not used in pre-training."""
+        """Suffix of the result's name.
+
+        The suffix contains the checkpoint if it is not the last one, and the dataset if pre-training used other images.
+        """
         of_run, step = self.config.run is not None, self.config.checkpoint
         checkpoint = f"step-{step}" if of_run and step != "last" else ""
         images = dataset_name(self.source, image_size=self.subject.image_size) if self.subject.has_other_images else ""
         return join_parts(checkpoint, images)
 
     def result_path(self, protocol: str) -> Path:
-        """Return the path of the result without file extension: one path per quantity, checkpoint and dataset."""
+        """Return the path of the result without file extension.
+
+        Each combination of quantity, checkpoint and dataset has its own path.
+        """
         return self.subject.results_dir / join_parts(self.quantity(protocol), self.conditions)
 
     def task(self, **callbacks: Any) -> Task:
-        """Return the `Task` of the protocol, with these callbacks."""
+        """Return the `Task` for the protocol, with the given callbacks."""
         return Task(
             source=self.source,
             views=self.subject.views,
@@ -94,11 +100,11 @@ class Evaluation:
         )
 
     def features(self, name: str, net: nn.Module | None) -> FeatureSet:
-        """Return the features of all splits, from the cache if possible.
+        """Return the features of all splits. Cached features are used if possible.
 
         Args:
             name: "trained", "random" or "pixels".
-            net: the network; None for pixels.
+            net: the network, or None for pixels.
         """
         if net is not None:
             self.check_layer(net)
@@ -122,14 +128,14 @@ class Evaluation:
             return found
         assert isinstance(net, Method)
         rows = net.stored()
-        assert rows is not None  # otherwise check_layer has raised an error
+        assert rows is not None  # check_layer has raised an error if there is no bank
         return from_bank(found, rows, self.source.splits["train"])
 
     def check_layer(self, net: nn.Module) -> None:
         """Check the feature layer.
 
-        Raises ValueError if the network does not have the layer, and ConfigError for the memory bank if the images are
-        not those of pre-training.
+        Raises ValueError if the network does not have the layer. Raises ConfigError if the layer is the memory bank and
+        the images are not those of pre-training.
         """
         if self.layer == layers.BANK and self.subject.has_other_images:
             raise ConfigError(
@@ -138,7 +144,10 @@ class Evaluation:
         layers.check(net, self.layer, self.task().example())
 
     def warn_unreadable(self, tensors: dict[str, Tensor]) -> None:
-        """Warn about unreadable labeled images. Raises TooManyBadImages if they exceed `dataset.max_bad` of a split."""
+        """Warn about unreadable labeled images.
+
+        Raises TooManyBadImages if the unreadable fraction of a split exceeds `dataset.max_bad`.
+        """
         for name, positions in self.splits.items():
             labeled = positions[self.source.labels[positions] >= 0]
             bad = BadImages(max_bad=self.source.max_bad, total=len(labeled))
@@ -156,7 +165,7 @@ class Evaluation:
                 )
 
     def extract(self, name: str, net: nn.Module | None) -> dict[str, Tensor]:
-        """Compute and return the features of all splits, as tensors by the name of their `FeatureSet` field."""
+        """Compute the features of all splits, and return them as name of the `FeatureSet` field -> tensor."""
         completed: dict[str, int] = {}
 
         def encode(images: Tensor) -> Tensor:
@@ -183,7 +192,10 @@ class Evaluation:
         return {key: value for key, value in vars(found).items() if isinstance(value, Tensor)}
 
     def key(self, name: str) -> list[Any]:
-        """Return the cache key: everything on which the features of "trained", "random" or "pixels" depend."""
+        """Return the cache key of the features of "trained", "random" or "pixels".
+
+        The key contains everything on which these features depend.
+        """
         subject, source, views = self.subject, self.source, self.subject.views
         positions = hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.splits.values())).hexdigest()[:16]
         images = [source.version, source.image_size, positions]
@@ -196,9 +208,10 @@ class Evaluation:
         return [__version__, name, provenance, self.config.backbone, computation, images, preprocessing]
 
     def baseline(self, node: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the numbers of the baseline "random" or "pixels", from the cache or from `measure()`.
+        """Return the results of the baseline "random" or "pixels", from the cache or from `measure()`.
 
-        Baselines are cached because they are the same for all checkpoints of a run. `node` has the protocol's settings.
+        Results of baselines are cached, since they are equal for all checkpoints of a run. `node` contains the settings
+        of the protocol.
         """
         if not self.config.cache:
             return measure()
@@ -216,7 +229,7 @@ class Evaluation:
         return found
 
     def write(self, path: Path, content: bytes) -> None:
-        """Write one result file. Raises TrainingFailed if it cannot be written."""
+        """Write one result file. Raises TrainingFailed if the file cannot be written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic.replace(path, content)
@@ -225,13 +238,13 @@ class Evaluation:
 
 
 class Starts(Mapping[str, Start]):
-    """Mapping from a name to its `Start`; accessing an item builds the network and extracts its features.
+    """Mapping from a name to a `Start`. Access to an item builds the network and extracts its features.
 
     Args:
         evaluation: the evaluation.
-        names: names of the starts, "trained" and the baselines.
+        names: names of the starts: "trained" and baselines.
         nets: networks that are already built, by name.
-        keep: keep networks and features in memory, for protocols that use them several times.
+        keep: True to keep networks and features in memory, for protocols that use them several times.
     """
 
     def __init__(self, evaluation: Evaluation, names: Sequence[str], nets: dict[str, nn.Module], *, keep: bool) -> None:
@@ -262,7 +275,10 @@ def short_digest(key: object) -> str:
 
 
 def check_results_dir(results_dir: Path) -> None:
-    """Raise ConfigError unless files can be written to `results_dir`; called before the evaluation starts."""
+    """Raise ConfigError unless files can be written to `results_dir`.
+
+    This function is called before the evaluation starts.
+    """
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
         with atomic.beside(results_dir / "probe") as probe:

@@ -1,4 +1,6 @@
-"""Execution of ssl-export: weights and settings of a checkpoint in one file for torch.load(weights_only=True).
+"""Execution of ssl-export: write weights and settings of a checkpoint to one file.
+
+The file can be read with torch.load(weights_only=True).
 
 Keys of the file:
 
@@ -64,7 +66,7 @@ def run(config: ExportSettings) -> int:
 
 
 def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trust: list[str]) -> None:
-    """Raise ConfigError unless the backbone alone, with these weights, computes the same features as the method."""
+    """Raise ConfigError unless the backbone with `weights` computes the same features as the whole method."""
     method = find_class(saved["method"]["_target_"], base=Method, trust=trust, where="method._target_")
     remedy = (
         "so the backbone alone does not give the accuracies of the run: export what=method, which ssl-eval "
@@ -82,7 +84,7 @@ def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trus
 
 
 def description(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any]:
-    """Return the entries of an export that describe how the weights were trained, as plain values."""
+    """Return the entries of an export that describe the training of the weights, as plain values."""
     dataset = saved["dataset"]
     return {
         "backbone": saved["backbone"],
@@ -103,9 +105,9 @@ def description(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, A
 
 
 def write(out: Path, content: dict[str, Any]) -> None:
-    """Write the file atomically. Raises ConfigError if it cannot be written."""
+    """Write the file atomically. Raises ConfigError if the file cannot be written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(out, partial(torch.save, content))
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
         raise ConfigError(f"out is {out}, but it cannot be written ({str(error).splitlines()[0]})") from error

@@ -1,4 +1,4 @@
-"""Saving and loading of networks that protocols train, which protocol=distill uses as teachers."""
+"""Saving and loading of networks that protocols train. protocol=distill uses these networks as teachers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sslcli.weights.files import load_strictly, load_weights
 
 
 def save(outcome: Outcome, path: Path, evaluation: Evaluation) -> dict[str, Any]:
-    """Write the network of an outcome; return its name and checksum for the result file."""
+    """Write the network of an outcome. Return its file name and checksum for the result file."""
     assert outcome.net is not None
     assert outcome.positions is not None
     buffer = io.BytesIO()
@@ -44,8 +44,11 @@ def save(outcome: Outcome, path: Path, evaluation: Evaluation) -> dict[str, Any]
 def load(evaluation: Evaluation, requested: str) -> FineTuned:
     """Return the network that was saved with the result `requested`.
 
-    Raises ConfigError if there is no such network, if it was fine-tuned from another checkpoint, or if it was trained
-    on other images.
+    Raises ConfigError in three cases:
+
+    - There is no such network.
+    - The network was fine-tuned from a checkpoint other than that of `evaluation`.
+    - The network was trained on images other than those of `evaluation`.
     """
     name, result = find_result(evaluation, requested)
     subject, source = evaluation.subject, evaluation.source
@@ -53,7 +56,7 @@ def load(evaluation: Evaluation, requested: str) -> FineTuned:
     if not path.exists():
         raise ConfigError(f"{name}.json names the network {path}, which does not exist: run protocol={protocol} again")
     state = load_weights(path, device=evaluation.device)
-    version = state.get("dataset_version", source.version)  # older versions stored only the fingerprint
+    version = state.get("dataset_version", source.version)  # files of older versions contain only the fingerprint
     if (state["dataset_fingerprint"], version) != (source.fingerprint, source.version):
         raise ConfigError(f"the teacher {path} was trained on other images: run protocol={protocol} again")
     if state["checkpoint_sha256"] != subject.provenance["checkpoint_sha256"]:
@@ -73,9 +76,10 @@ def load(evaluation: Evaluation, requested: str) -> FineTuned:
 
 
 def find_result(evaluation: Evaluation, requested: str) -> tuple[str, dict[str, Any]]:
-    """Return name and content of the result that `requested` names: a protocol, or a protocol with a variant.
+    """Return the name and the content of the result `requested`.
 
-    Raises ConfigError if no result or more than one has this name.
+    `requested` is a protocol, or a protocol with a variant. Raises ConfigError unless exactly one result matches
+    `requested`.
     """
     results_dir, matches = evaluation.subject.results_dir, {}
     for name, result in results(results_dir, evaluation.screen).items():

@@ -19,7 +19,7 @@ def run_dir_of(config: RunConfig) -> str:
 
 
 def default_name(choices: Mapping[str, str], digest: str) -> str:
-    """Return the name METHOD_DATASET_BACKBONE_DIGEST, without the digest if no override affects the results."""
+    """Return the name METHOD_DATASET_BACKBONE_DIGEST. If `digest` is "", the name ends after the backbone."""
     parts = [choices["method"], choices["dataset"], choices["backbone"], digest]
     return "_".join(part for part in parts if part)
 
@@ -27,14 +27,14 @@ def default_name(choices: Mapping[str, str], digest: str) -> str:
 def digest_of(lines: Iterable[str]) -> str:
     """Return a digest (six hex digits) of the overrides that affect the results, or "" if there are none.
 
-    The digest is part of the default run directory, so that the same command uses the same directory.
+    The name of the default run directory contains the digest, so that the same command uses the same directory.
     """
     found = result_overrides(lines)
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:6] if found else ""
 
 
 def result_overrides(lines: Iterable[str]) -> list[str]:
-    """Return the overrides that affect the results, with the names of version 0.1, sorted."""
+    """Return the overrides that affect the results, sorted, with keys and choices named as in version 0.1."""
     return sorted(old_override(line) for line in lines if not _is_neutral(line.partition("=")[0].lstrip("+~")))
 
 

@@ -1,7 +1,7 @@
-"""Detection of changed images: `images.npz` of a run records the images, and later commands compare them.
+"""Detection of changed images. `images.npz` in the run directory contains records of the images.
 
-The comparison is made when the run resumes and when it is evaluated. Only rank 0 compares; it broadcasts the outcome,
-so that either all processes continue or all raise an error.
+The current images are compared with these records when the run resumes and when it is evaluated. Only rank 0 compares
+them. It broadcasts the outcome, so that either all processes continue or all processes raise an error.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ FILE = "images.npz"
 
 
 def check_images(run_dir: Path, source: Source, screen: Screen, *, write: bool) -> None:
-    """Compare the images with the records of the run, and write new records. A collective: all processes call it.
+    """Compare the images with the records of the run, and write new records.
 
-    Raises ConfigError on all processes if the images changed; `dataset.verify` selects what is compared.
+    This is a collective operation: all processes must call it. ConfigError is raised on all processes if the images
+    changed. `dataset.verify` selects what is compared.
 
     Args:
-        run_dir: the run directory. If it has no checkpoint or no records, nothing is compared.
+        run_dir: the run directory. If it has no checkpoint or no records, no images are compared.
         source: the current images.
         screen: the progress display.
         write: False in a dry run, which must not write records.
@@ -48,7 +49,10 @@ def check_images(run_dir: Path, source: Source, screen: Screen, *, write: bool) 
 
 
 def _records_to_write(run_dir: Path, source: Source, screen: Screen) -> Records | None:
-    """Return the records to write, or None if the stored ones are up to date. Raises ConfigError as `check_images`."""
+    """Return the records to write, or None if the stored records are up to date.
+
+    Raises ConfigError if the images changed or the stored records are damaged.
+    """
     now = collect_records(source, screen)
     if not directory.has_checkpoint(run_dir):
         return now
@@ -64,13 +68,13 @@ def _records_to_write(run_dir: Path, source: Source, screen: Screen) -> Records 
     changes = compare(before, now, times=source.verify != "sizes")
     if changes:
         raise changed_images_error(changes, name=source.name, known=bool((before.contents != UNKNOWN).all()))
-    # Store the current modification times, and the known digests if none were computed now.
+    # Store the current modification times. If no digests were computed now, store the known digests.
     merged = now if (now.contents != UNKNOWN).any() else replace(now, contents=before.contents)
     return None if list(merged.columns()) == list(before.columns()) else merged
 
 
 def changes_since(run_dir: Path, source: Source, screen: Screen) -> Changes | None:
-    """Return the changes since the run started; None if they are unknown or dataset.verify is none."""
+    """Return the changes since the run started, or None if they are unknown or dataset.verify is none."""
     if source.verify == "none":
         return None
     try:
@@ -94,7 +98,10 @@ def warn_of_changes(run_dir: Path, source: Source, screen: Screen) -> None:
 
 
 def stored_records(run_dir: Path) -> Records | None:
-    """Return the stored records of the images; None if there are none. Raises ValueError if they are damaged."""
+    """Return the stored records of the images, or None if there are none.
+
+    Raises ValueError if the records are damaged.
+    """
     path = run_dir / FILE
     try:
         return unpack(path.read_bytes())
@@ -105,7 +112,7 @@ def stored_records(run_dir: Path) -> Records | None:
 
 
 def collect_records(source: Source, screen: Screen) -> Records:
-    """Return the records of the current images, with digests of their contents if dataset.verify is contents."""
+    """Return the records of the current images. If dataset.verify is contents, the records include digests."""
     title = "reading the images to compare them" if source.verify == "contents" else "checking the image files"
     started = False
 
@@ -114,7 +121,7 @@ def collect_records(source: Source, screen: Screen) -> Records:
         if not started:
             screen.start(title, total=total)
             started = True
-        watchdog.report_progress(title)  # the other processes wait for this one
+        watchdog.report_progress(title)  # the other processes wait for this process
         screen.advance(done)
 
     try:

@@ -26,7 +26,7 @@ def launch(job: dict[str, Any]) -> int:
     """Run ssl-train with a validated configuration, and return the exit code."""
     config = RunConfig.from_plain(job)
     config = config.changed(run_dir=run_dir_of(config))
-    kind = config.launcher.kind if "RANK" not in os.environ else "local"  # an outer launcher sets RANK
+    kind = config.launcher.kind if "RANK" not in os.environ else "local"  # an external launcher sets RANK
     if kind == "slurm":
         from sslcli.runs import slurm_job
 
@@ -43,7 +43,7 @@ def launch(job: dict[str, Any]) -> int:
                 max_restarts=config.launcher.max_restarts,
                 on_message=partial(log_and_print, Path(str(config.run_dir))),
             )
-    gc.disable()  # nearly all objects created before the first step stay alive: collecting would only cost time
+    gc.disable()  # almost no object created before the first step can be freed
     try:
         from sslcli.runs.worker import run
 
@@ -53,11 +53,11 @@ def launch(job: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    """Run one process of several: `python -m sslcli.runs.launch CONFIG.json`.
+    """Run one of several training processes: `python -m sslcli.runs.launch CONFIG.json`.
 
-    After an unexpected error, the exit code requests a restart only if this process has saved a new checkpoint.
+    After an unexpected error, the exit code requests a restart only if the run has saved a new checkpoint.
     """
-    # Before the run installs its signal handlers there is nothing to save, so Ctrl-C ends it without a traceback.
+    # Until the run installs its signal handlers, there is nothing to save. Ctrl-C then ends it without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from sslcli.distributed.processes import EXIT_LOST, die_with_parent
 

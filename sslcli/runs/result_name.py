@@ -1,4 +1,4 @@
-"""Names of result files; two results have the same name only if the newer one may replace the older one."""
+"""Names of result files. Two results have the same name only if the newer result may replace the older result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from sslcli.data.sources.base import Source
 
-MAX_SET_NAME = 40  # maximum characters of a dataset's name: at most 160 bytes; a file name may have 255
+MAX_SET_NAME = 40  # maximum characters of a dataset's name, to limit file names to 255 bytes
 DEFAULT_SPLIT = {"val_fraction": 0.1, "seed": 0}
 
 
@@ -17,20 +17,21 @@ def join_parts(*parts: str) -> str:
 
 
 def dataset_name(source: Source, *, image_size: int | None) -> str:
-    """Return the part of a file name that identifies a dataset: name, version, limit, split and image size.
+    """Return the part of a file name that identifies a dataset.
 
-    Default values are omitted.
+    It contains name, version, limit, split and image size. Default values are omitted.
 
     Args:
         source: the dataset.
-        image_size: image size of pre-training in pixels, which the name omits; None if it is unknown.
+        image_size: image size of pre-training in pixels, or None if it is unknown. If the dataset has the same image
+            size, the name omits the image size.
     """
     readable = re.sub(r"[^\w.+-]+", "-", source.name)[:MAX_SET_NAME]
     limit = "" if source.limit is None else f"limit-{source.limit}"
     held_out = "" if source.val_fraction == DEFAULT_SPLIT["val_fraction"] else f"val-{source.val_fraction:.10g}"
     seed = "" if source.seed == DEFAULT_SPLIT["seed"] else f"seed-{source.seed}"
     size = "" if source.image_size == image_size else f"{source.image_size}px"
-    # The version, not the fingerprint: datasets whose files have the same names and sizes have the same fingerprint.
+    # Use the version: the fingerprint is equal for datasets whose files have equal names and sizes.
     return join_parts(f"{readable}-{source.version[:6]}", limit, held_out, seed, size)
 
 

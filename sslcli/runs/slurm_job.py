@@ -23,8 +23,8 @@ from sslcli.system import atomic, child_processes
 def launch(config: RunConfig) -> int:
     """Submit a run unless its job is already queued or running, and return the exit code.
 
-    `config.run_dir` must be absolute. With launcher.wait, this function prints the log until the job ends, and returns
-    the exit code of the job. Raises ConfigError.
+    `config.run_dir` must be absolute. If launcher.wait is true, this function prints the log until the job ends, and
+    returns the exit code of the job. Raises ConfigError if the run cannot start or Slurm rejects the job.
     """
     run_dir, settings = Path(str(config.run_dir)), config.launcher
     assert isinstance(settings, SlurmSettings)
@@ -41,19 +41,19 @@ def launch(config: RunConfig) -> int:
         print(f"job {job[0]} is {job[1]} for this run already", flush=True)
     else:
         with directory.lock(run_dir):
-            job = active_job(run_dir)  # check again: with the lock held, no other process can submit the run
+            job = active_job(run_dir)  # check again, now that no other process can submit the run
             job = job or (submit(run_dir, config, text), "submitted")
     print_job(job[0], run_dir)
     return wait(job[0], run_dir) if settings.wait else 0
 
 
 def slurm_dir(run_dir: Path) -> Path:
-    """Return the folder of script, logs and history of a run's jobs."""
+    """Return the folder for the script, the logs and the history of a run's jobs."""
     return run_dir / "slurm"
 
 
 def active_job(run_dir: Path) -> tuple[str, str] | None:
-    """Return ID and state of the run's job that is queued or running, or None."""
+    """Return the ID and the state of the run's job, or None if no job is queued or running."""
     job = queue.submitted_job(run_dir)
     if job is None:
         return None
@@ -62,7 +62,7 @@ def active_job(run_dir: Path) -> tuple[str, str] | None:
 
 
 def submit(run_dir: Path, config: RunConfig, text: str) -> str:
-    """Write configuration and script of the job, submit it, and return its ID."""
+    """Write the configuration and the script of the job, submit the job, and return its ID."""
     folder = slurm_dir(run_dir)
     folder.mkdir(exist_ok=True)
     atomic.replace(folder / "config.json", json.dumps(config.plain()).encode())
@@ -75,7 +75,7 @@ def submit(run_dir: Path, config: RunConfig, text: str) -> str:
 
 
 def print_job(job: str, run_dir: Path) -> None:
-    """Print ID and run directory of a job, and the commands to follow and to cancel it."""
+    """Print the ID and the run directory of a job, and the commands to follow and to cancel the job."""
     print(f"job {job}: {run_dir}")
     print(f"  follow it: tail -n +1 -F {slurm_dir(run_dir) / f'{job}.log'}")
     print(f"  cancel it: scancel {job}", flush=True)
@@ -91,9 +91,10 @@ def wait(job: str, run_dir: Path) -> int:
 
 
 def run_node(config: RunConfig, endpoint: str) -> int:
-    """Start the processes of this node of the job and return their exit code. Raises ConfigError.
+    """Start the processes of this node of the job, and return their exit code.
 
-    `endpoint` is HOST:PORT of the rendezvous of all nodes.
+    `endpoint` is HOST:PORT of the rendezvous of all nodes. Raises ConfigError if this node has fewer GPUs than
+    launcher.gpus_per_node.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Network that ssl-eval evaluates, from a run or a weight file: trained and untrained weights, and the images."""
+"""Loading of the network that ssl-eval evaluates, from a run or a weight file, and of the images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sslcli.runs.build import accelerate, build_backbone, build_method, build_so
 from sslcli.weights.files import load_strictly, load_weights
 
 NETWORK_GROUPS = ("views", "method", "backbone")  # config groups from which a network and its input are built
-# A file that has all of these keys was written by ssl-export, see sslcli/runs/export.py.
+# ssl-export writes all of these keys (see sslcli/runs/export.py); other weight files lack some of them.
 EXPORTED = {"state_dict", "what", "backbone", "image_size", "mean", "std", "views", "precision", "provenance"}
 
 
@@ -32,14 +32,14 @@ class Subject:
 
     build_trained: Callable[[], nn.Module]  # returns the network with trained weights
     build_untrained: Callable[[], nn.Module]  # returns the network before training
-    views: Views  # views of pre-training; only their color space and normalization are used
+    views: Views  # views of pre-training; only color space and normalization are used
     mean: Sequence[float]  # channel means of the dataset of pre-training
     std: Sequence[float]
     precision: str
     provenance: dict[str, Any]
     results_dir: Path
-    monitor: dict[str, Any]  # values of monitor.* of the run; {} for a weight file without them
-    has_other_images: bool  # True if the images to evaluate on are not those of pre-training
+    monitor: dict[str, Any]  # settings monitor.* of the run; {} if a weight file has none
+    has_other_images: bool  # True if pre-training did not use the images of the evaluation
     image_size: int | None  # image size of pre-training in pixels; None if unknown
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Subject:
         return self.views.finish(images, mean=self.mean, std=self.std)
 
     def net(self, name: str) -> nn.Module:
-        """Return the network: with trained weights for the name "trained", before training for "random"."""
+        """Return the trained network if `name` is "trained", or the network before training if it is "random"."""
         return self.build_trained() if name == "trained" else self.build_untrained()
 
 
@@ -104,8 +104,8 @@ def load_subject(config: EvalConfig, device: torch.device) -> tuple[Subject, Sou
 def images_for(config: EvalConfig, saved: dict[str, Any]) -> tuple[Source, bool]:
     """Return the images to evaluate on, and True if the run was not trained on them.
 
-    If a `dataset` is chosen, its images are returned. Otherwise, the images are those of the run's dataset, with the
-    overrides of the command line applied.
+    If the command line chooses a `dataset`, its images are returned. Otherwise, the images are those of the run's
+    dataset, after the overrides `dataset.KEY=value` of the command line are applied.
     """
     trust = config.trust
     own = dataset_of_run(saved, [], trust=trust)
@@ -124,8 +124,8 @@ def has_other_images_than_run(
     """Return True if the images of `source`, built from `node`, are not those of the dataset `own` of a run.
 
     If the paths differ, fingerprints are compared, since the images may have been moved. If the run did not store a
-    fingerprint, it is computed from the images at the old path. If these do not exist, only the numbers of training
-    images are compared.
+    fingerprint, the fingerprint is computed from the images at the old path. If the old path does not exist, only the
+    numbers of training images are compared.
     """
     if not has_same_keys(node, own):
         return True
@@ -155,7 +155,10 @@ def provenance_of(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str,
 
 
 def find_checkpoint(run_dir: Path, which: str | int) -> Path:
-    """Return the checkpoint of step `which`, or the "last". Raises ConfigError with the steps that exist."""
+    """Return the checkpoint of step `which`, or the newest checkpoint if `which` is "last".
+
+    Raises ConfigError if the checkpoint does not exist. The message lists the existing steps.
+    """
     paths = checkpoint.all_of(run_dir)
     found = [path for path in paths if which in ("last", checkpoint.step_of(path))]
     if not found:
@@ -165,12 +168,18 @@ def find_checkpoint(run_dir: Path, which: str | int) -> Path:
 
 
 def type_name(node: dict[str, Any]) -> str:
-    """Return the name of a dataset without building it: its setting `name`, or the name of its class in lower case."""
+    """Return the name of a dataset without building the dataset.
+
+    The name is the setting `name`, or the name of the class in lower case.
+    """
     return str(node.get("name") or node["_target_"].rpartition(".")[2].lower())
 
 
 def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject, Source]:
-    """Return the network of a weight file, and the images; a file from ssl-export contains the settings of its run."""
+    """Return the network of a weight file, and the images.
+
+    A file written by ssl-export contains the settings of its run.
+    """
     path, trust = Path(str(config.weights)), config.trust
     found = load_weights(path, device=device)
     is_export = found.keys() >= EXPORTED
@@ -212,7 +221,7 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
 def _has_other_images_than_export(source: Source, node: dict[str, Any], exported: dict[str, Any]) -> bool:
     """Return True if the images are not those of the run from which a file was exported.
 
-    Always True for a file that does not store the settings of its dataset.
+    Return True as well if the file does not contain the settings of its dataset.
     """
     own, known = exported.get("dataset"), exported.get("image_fingerprint")
     if own is None or not has_same_keys(node, own):
@@ -223,7 +232,7 @@ def _has_other_images_than_export(source: Source, node: dict[str, Any], exported
 def _network_builder(
     config: EvalConfig, exported: dict[str, Any], device: torch.device
 ) -> tuple[Callable[[int], nn.Module], dict[str, Any]]:
-    """Return a function from an image size to the untrained network of a file, and the network's provenance."""
+    """Return a function that builds the untrained network of a file for an image size, and the network's provenance."""
     trust, chosen = config.trust, config.backbone
     if exported.get("what", "backbone") == "method":
         _check_whole_method(config, exported)
@@ -249,7 +258,7 @@ def _network_builder(
 
 
 def _check_whole_method(config: EvalConfig, exported: dict[str, Any]) -> None:
-    """Raise ConfigError unless a file that was exported with what=method has all settings to build the method."""
+    """Raise ConfigError unless a file exported with what=method contains all settings that the method needs."""
     path = config.weights
     if config.backbone:
         raise ConfigError(f"weights is {path}, which contains a whole method with its backbone: remove backbone=...")

@@ -53,14 +53,14 @@ from sslcli.runs.image_changes import check_images
 from sslcli.system import atomic
 from sslcli.system.memory import keep_freed_memory
 
-WAIT = 2.0  # seconds, see _end
+WAIT = 2.0  # seconds that ranks other than 0 wait before they print, see _end
 LOST_CONTACT = "another process of this run ended; run the same command again to resume"
 
 
 def run(config: RunConfig) -> int:
     """Run ssl-train with a validated configuration in this process, and return the exit code."""
     run_dir = Path(str(config.run_dir))
-    if processes.restarted():  # an earlier attempt of this same command started the run in the directory
+    if processes.restarted():  # an earlier attempt of this command has already started the run
         config = config.changed(resume="auto")
     threading.excepthook = _ignore_disk_error
     try:
@@ -86,10 +86,10 @@ def run(config: RunConfig) -> int:
     except Stopped as error:
         return EXIT_STOPPED if processes.number() > 0 else _end(str(error), EXIT_STOPPED)
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):  # raised at any point in this process, when a data worker dies
+        if "DataLoader worker" in str(error):  # torch raises it at any point if a data worker dies
             return _end(str(worker_died_error(error)), processes.exit_lost())
         if processes.lost_contact(error):
-            # The process that was lost prints the reason, unless the network failed.
+            # The other process prints the reason why it ended, unless the network connection failed.
             noticed = str(error).strip().splitlines()[0]
             return _end(f"{LOST_CONTACT} (noticed here: {noticed})", processes.exit_lost(), wait=2 * WAIT)
         raise
@@ -101,7 +101,7 @@ def run(config: RunConfig) -> int:
 
 
 def _ignore_disk_error(failure: threading.ExceptHookArgs) -> None:
-    """Ignore disk errors in TensorBoard's thread, since the next write of the main thread raises the same error."""
+    """Ignore disk errors in TensorBoard's thread. The next write of the main thread raises the same error."""
     if not isinstance(failure.exc_value, OSError) or failure.exc_value.errno not in DISK_ERRORS:
         threading.__excepthook__(failure)
 
@@ -109,8 +109,8 @@ def _ignore_disk_error(failure: threading.ExceptHookArgs) -> None:
 def _end(message: BaseException | str, code: int, *, wait: float | None = None) -> int:
     """Print why this process ends, and return the exit code.
 
-    Ranks other than 0 wait before they print. If all processes end for the same reason, rank 0 prints it, and the
-    launcher ends the other processes during their wait, so that the reason is printed only once.
+    Ranks other than 0 wait before they print. If all processes end for the same reason, rank 0 prints the reason. The
+    launcher then ends the other processes while they wait, so that the reason is printed only once.
     """
     time.sleep((WAIT if processes.number() > 0 else 0.0) if wait is None else wait)
     print_error("train", message)
@@ -118,7 +118,10 @@ def _end(message: BaseException | str, code: int, *, wait: float | None = None) 
 
 
 def _end_stalled_process(run_dir: Path, message: str) -> None:
-    """End this process from its watchdog thread; without a message, first wait until another process prints its own."""
+    """End this process from its watchdog thread.
+
+    If `message` is "", first wait, so that another process can print its message.
+    """
     if message:
         log_and_print(run_dir, message)
     else:
@@ -136,7 +139,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
     optimizer, peak_lr = build_optimizer(config, parts.method)
     run_lock = acquire_lock(run_dir, patience=lock_patience(config)) if main and not dry else None
     if run_lock is not None:
-        # Check again: now that this process holds the lock, no other process can change the directory.
+        # Check again, since now no other process can change the directory.
         directory.check_resumable(run_dir, config.values)
     with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
         check_images(run_dir, parts.source, screen, write=not dry)
@@ -147,7 +150,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
             for warning in suspicious_settings(job, parts):
                 screen.warn(warning)
             if dry:
-                job.stop.close()  # so that an interrupt ends the dry run immediately
+                job.stop.close()  # then an interrupt ends the dry run immediately
                 return dry_run(job, parts)
             if main:
                 facts |= {FINGERPRINT: parts.source.fingerprint}
@@ -184,10 +187,9 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
 
 
 def enable_garbage_collection() -> None:
-    """Enable garbage collection if `launch` disabled it, only for objects created after this call.
+    """Enable garbage collection if `launch` disabled it, but exclude all objects that exist before this call.
 
-    Imports create about a million objects. Without the restriction, most of the time that a process takes to exit would
-    be spent on scanning them.
+    Imports create about a million objects. A process that exits would spend most of its time on scanning them.
     """
     if not gc.isenabled():
         gc.freeze()
@@ -197,8 +199,8 @@ def enable_garbage_collection() -> None:
 def lock_patience(config: RunConfig) -> float:
     """Return the maximum wait for the lock of the run directory, in seconds.
 
-    When Slurm restarts a job after it lost contact with a node, processes on that node may still run and hold the lock.
-    They detect the lost connection and exit after at most `launcher.timeout`.
+    If Slurm loses contact with a node, it restarts the job. Processes on the lost node may still run and hold the lock.
+    These processes detect the lost connection, and exit after at most `launcher.timeout`.
     """
     return 0.0 if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0 else config.launcher.timeout_seconds + 60
 
@@ -216,9 +218,9 @@ def acquire_lock(run_dir: Path, *, patience: float) -> IO[str]:
 
 
 def request_requeue(run_dir: Path, why: Stopped) -> None:
-    """Write the file `want_requeue`, so that the batch script requeues the job; the checkpoint is already saved.
+    """Write the file `want_requeue`, so that the batch script requeues the job.
 
-    A collective: all processes call it.
+    The checkpoint must already be saved. This is a collective operation: all processes must call it.
     """
     if collectives.is_main():
         atomic.replace(run_dir / "slurm" / "want_requeue", str(why).partition(";")[0].encode())
@@ -226,7 +228,10 @@ def request_requeue(run_dir: Path, why: Stopped) -> None:
 
 
 def prepare_monitor(job: Run, parts: Parts, config: RunConfig) -> None:
-    """Pass to the monitor, for TensorBoard, the configuration and (at the start of a run) the picture of the views."""
+    """Pass the configuration to the monitor, which writes it to TensorBoard.
+
+    If the run has no checkpoint yet, also pass the picture of the views.
+    """
     job.monitor.hyperparameters = directory.flatten(config.values)
     if job.monitor.settings.pictures and not checkpoint.all_of(job.run_dir):
         job.monitor.picture = pictures.load(save_views(job.loader, parts, job.monitor.settings.pictures, job.run_dir))
@@ -237,13 +242,13 @@ def list_bad_images(job: Run) -> None:
     if not job.loader.bad.count:
         return
     path = job.run_dir / ("bad_images.txt" if collectives.is_main() else f"bad_images.{collectives.rank()}.txt")
-    with suppress(OSError):  # a full disk must not replace the error that ended the run
+    with suppress(OSError):  # a full disk must not hide the error that ended the run
         job.loader.bad.write(path)
     job.screen.warn(f"{job.loader.bad.count} images could not be read: see {path}")
 
 
 def outcome(run_dir: Path) -> str:
-    """Return the last loss and k-NN accuracy of a run in parentheses, for its last line, or ""."""
+    """Return the last loss and k-NN accuracy of a run in parentheses, or "" if the run has neither."""
     found = newest(run_dir / "metrics.jsonl", "monitor/knn_top1")
     loss = newest(run_dir / "metrics.jsonl", "train/loss")
     parts = [f"loss {show(loss)}" if loss is not None else "", f"k-NN {percent(found)}" if found is not None else ""]

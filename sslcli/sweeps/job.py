@@ -1,4 +1,4 @@
-"""Jobs of a sweep: command line, status, and the record on disk, which remains after the sweep exits."""
+"""Jobs of a sweep: command lines, statuses and records. The records on disk remain after the sweep exits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sslcli.runs.slurm.queue import recorded_exit_code, submitted_job
 from sslcli.system import atomic
 from sslcli.system.locks import can_lock, lock
 
-PARENT = "SSLCLI_SWEEP"  # environment variable with the process ID of the sweep, set for the jobs that it starts
+PARENT = "SSLCLI_SWEEP"  # environment variable of jobs: process ID of the sweep that started the job
 PROC = Path("/proc")  # exists only on Linux
 WAITING, SUBMITTED, RUNNING, CHECKED = "waiting", "submitted", "running", "checked"
 FINISHED, STOPPED, INTERRUPTED, FAILED = "finished", "stopped", "interrupted", "failed"
@@ -32,7 +32,7 @@ FINISHED, STOPPED, INTERRUPTED, FAILED = "finished", "stopped", "interrupted", "
 
 @dataclass(frozen=True)
 class Sweep:
-    """Settings that all jobs of a sweep have in common. Picklable, so that it can be sent to other processes."""
+    """Settings that all jobs of a sweep have in common. Instances are picklable, to be sent to other processes."""
 
     command: str  # train or eval
     program: tuple[str, ...]  # beginning of the command line of a job
@@ -49,37 +49,37 @@ class Sweep:
 
     @property
     def metric(self) -> str | None:
-        """Metric that ranks the jobs; None for ssl-eval, whose jobs have no metrics.jsonl."""
+        """Metric that ranks the jobs. None for ssl-eval, since its jobs have no metrics.jsonl."""
         return None if self.command == "eval" else self.settings.metric
 
     def title(self, job: Job) -> str:
-        """Return the display name of a job: the overrides in which it differs from other jobs."""
+        """Return the display name of a job: the overrides that differ between the jobs."""
         return " ".join(line for line in job.overrides if line not in self.shared) or "defaults"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One combination of values of a sweep."""
+    """One job of a sweep: one combination of the swept values."""
 
-    name: str  # name of the job's record, and of its run directory unless the user sets run_dir
+    name: str  # name of the record; if run_dir is not set, also of the run directory
     overrides: tuple[str, ...]  # as on the command line
     run_dir: Path | None  # None for a job of ssl-eval
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """Stored state of a job, which remains after the sweep that started it exits."""
+    """Record of a job on disk. The record remains after the sweep exits."""
 
     overrides: list[str]
     run_dir: str | None  # relative to the sweep's folder if it is inside that folder
     started: str | None = None
     host: str | None = None
     process: int | None = None
-    code: int | None = None  # exit code; -N if signal N ended the process
+    code: int | None = None  # exit code; -N means that signal N ended the process
 
 
 def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
-    """Return the `Job` for a validated configuration, which is composed from the overrides of one job."""
+    """Return the `Job` for a validated configuration that was composed from the overrides of one job."""
     overrides = tuple(line for line in config["_lines_"] if not is_sweep_setting(line))
     if sweep.command == "eval":
         return Job(hashlib.sha256("\n".join(map(old_override, overrides)).encode()).hexdigest()[:8], overrides, None)
@@ -91,7 +91,10 @@ def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
 
 
 def is_sweep_setting(line: str) -> bool:
-    """Return True if an override applies to the sweep, not to a job: `sweep.*`, and `hydra.*` except searchpath."""
+    """Return True if an override applies to the sweep and not to its jobs.
+
+    Such overrides are `sweep.*`, and `hydra.*` except searchpath.
+    """
     key = line.partition("=")[0].lstrip("+~")
     return key.startswith(("sweep.", "hydra.", "hydra/")) and key != "hydra.searchpath"
 
@@ -106,12 +109,12 @@ def command_line(sweep: Sweep, job: Job) -> list[str]:
 
 
 def log_of(sweep: Sweep, job: Job) -> Path:
-    """Return the log file of a job. The job prints into this file if several jobs run in parallel."""
+    """Return the log file of a job. If several jobs run in parallel, each job prints into its log file."""
     return sweep.records / f"{job.name}.log"
 
 
 def read_or_create_record(sweep: Sweep, job: Job) -> Record:
-    """Return the record of a job; create it if it does not exist."""
+    """Return the record of a job. Create the record if it does not exist."""
     path = sweep.records / f"{job.name}.json"
     if path.exists():
         return read(path)
@@ -124,7 +127,7 @@ def read_or_create_record(sweep: Sweep, job: Job) -> Record:
 
 
 def record_start(sweep: Sweep, job: Job, process: int) -> None:
-    """Record the start of a job: its process ID on this machine."""
+    """Record the start of a job, with its process ID on this machine."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     changes: dict[str, Any] = {"started": now, "host": platform.node(), "process": process, "code": None}
     write(sweep.records / f"{job.name}.json", replace(read_or_create_record(sweep, job), **changes))
@@ -154,14 +157,14 @@ def write(path: Path, record: Record) -> None:
 def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = False) -> str:
     """Return the status of a job.
 
-    The status is determined by the first of these that applies: a finished run directory, a running process, the exit
-    code in the record.
+    The following are checked in this order: whether the run in the run directory is finished, whether a process runs
+    the job, and the exit code in the record.
 
     Args:
         sweep: sweep of the job.
         name: name of the job.
         record: record of the job.
-        is_claimed: True if this process holds the lock of the job, so that no other process runs it.
+        is_claimed: True if this process holds the lock of the job, so that no other process runs the job.
     """
     folder = sweep.folder
     run_dir = None if record.run_dir is None else folder / record.run_dir
@@ -182,7 +185,10 @@ def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = Fal
 
 
 def code_of(folder: Path, record: Record) -> int | None:
-    """Return the exit code of a job of the sweep in `folder`, or of the Slurm job that it submitted."""
+    """Return the exit code of a job of the sweep in `folder`.
+
+    If the job submitted a Slurm job, return the exit code of the Slurm job.
+    """
     if record.code == 0 and record.run_dir is not None:
         return recorded_exit_code(folder / record.run_dir) or 0
     return record.code
@@ -191,7 +197,7 @@ def code_of(folder: Path, record: Record) -> int | None:
 def is_running(sweep: Sweep, name: str, record: Record) -> bool:
     """Return True if any process runs the job.
 
-    The process may belong to another sweep, be left over from a killed sweep, or be started by hand.
+    The process may have been started by another sweep, by a sweep that was killed, or by the user.
     """
     if record.run_dir is not None and directory.is_locked(sweep.folder / record.run_dir):
         return True
@@ -203,10 +209,10 @@ def is_running(sweep: Sweep, name: str, record: Record) -> bool:
 
 
 def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
-    """Lock a job, so that no other process runs it; return the lock file, or None if another process runs the job.
+    """Lock a job, so that no other process runs it. Return the lock file, or None if another process runs the job.
 
-    The lock is held until the file and its copies in child processes are closed. A run that was submitted to Slurm may
-    be claimed while it trains: the job's process itself checks whether the Slurm job is still queued or running.
+    The lock is held until the lock file and its copies in child processes are closed. A job may be claimed while its
+    run trains on Slurm: the process of the job checks whether the Slurm job is still queued or running.
     """
     file = lock(lock_path(sweep, job.name))
     if file is None:
@@ -220,12 +226,15 @@ def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
 
 
 def lock_path(sweep: Sweep, name: str) -> Path:
-    """Return the lock file of a job. Sweep and job process share the lock, so it is held while one of them runs."""
+    """Return the lock file of a job.
+
+    The sweep and the process of the job share the lock. The lock is held while at least one of these two runs.
+    """
     return sweep.records / f"{name}.lock"
 
 
 def describe_runner(sweep: Sweep, job: Job) -> str:
-    """Return a phrase for messages that names the process that runs a job."""
+    """Return a phrase that names the process that runs a job, for messages."""
     if job.run_dir is not None and directory.is_locked(job.run_dir):
         owner = (job.run_dir / ".lock").read_text(encoding="utf-8", errors="replace").strip()
         if owner:
@@ -235,7 +244,10 @@ def describe_runner(sweep: Sweep, job: Job) -> str:
 
 
 def _is_alive(record: Record) -> bool:
-    """Return True if the process of a job still runs on this machine; False if another process reuses its ID."""
+    """Return True if the process of a job still runs on this machine.
+
+    Return False if another process has the same ID now.
+    """
     if record.process is None or record.host != platform.node() or not atomic.is_alive(record.process):
         return False
     try:
@@ -246,7 +258,7 @@ def _is_alive(record: Record) -> bool:
 
 
 def is_due(sweep: Sweep, job: Job, *, is_claimed: bool = False) -> bool:
-    """Return True if a job must be started, resumed or waited for.
+    """Return True if the sweep must start, resume or wait for a job.
 
     Args:
         sweep: sweep of the job.
@@ -260,9 +272,9 @@ def is_due(sweep: Sweep, job: Job, *, is_claimed: bool = False) -> bool:
 
 
 def stop_with_sweep() -> None:
-    """If a sweep started this process, let the kernel send SIGTERM when the sweep ends, even by SIGKILL (Linux only).
+    """If a sweep started this process, let the kernel send SIGTERM to this process when the sweep ends (Linux only).
 
-    A run that receives SIGTERM saves and stops.
+    This works even if SIGKILL ends the sweep. A run that receives SIGTERM saves a checkpoint and stops.
     """
     parent = os.environ.pop(PARENT, None)
     if parent is None or sys.platform != "linux":

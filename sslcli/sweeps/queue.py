@@ -1,4 +1,4 @@
-"""Local job queue: runs jobs in parallel on the devices of this machine, each in a separate process."""
+"""Local job queue: runs jobs in parallel on the devices of this machine. Each job has its own process."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from sslcli.sweeps.job import (
 from sslcli.system.cpu import usable
 from sslcli.system.locks import lock
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # on any of these, jobs save and stop
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # jobs save and stop on any of these
 SENT_AS_SIGTERM = (signal.SIGUSR2, signal.SIGHUP)  # forwarded to the jobs as SIGTERM
-POLL_SECONDS = 0.05  # between two checks of the jobs of this process
-BUSY_POLL_SECONDS = 0.5  # between two checks of a job that another process runs
+POLL_SECONDS = 0.05  # time between two checks of the jobs of this process
+BUSY_POLL_SECONDS = 0.5  # time between two checks of a job that another process runs
 CORES_PER_JOB = 4  # more threads make a single-process run only slightly faster
 
 
@@ -43,7 +43,7 @@ CORES_PER_JOB = 4  # more threads make a single-process run only slightly faster
 class Slot:
     """Devices and CPU cores for one job at a time."""
 
-    devices: tuple[str, ...] | None = None  # CUDA devices visible to the job; None: the same as for this process
+    devices: tuple[str, ...] | None = None  # CUDA devices of the job; None: those of this process
     cores: tuple[int, ...] | None = None  # CPU cores on which the job runs; None: any
 
     def __str__(self) -> str:
@@ -55,15 +55,16 @@ class Slot:
 
 
 def slots_of(config: dict[str, Any], *, jobs: int | None, wanted: int | None) -> list[Slot]:
-    """Divide this machine into `wanted` slots; if None, one per device, or on the CPU one per `CORES_PER_JOB` cores.
+    """Divide this machine into slots. A slot runs one job at a time.
 
     Args:
         config: configuration of a job, with its device, threads and processes.
-        jobs: maximum number of slots; None: no maximum.
-        wanted: number of slots, from `sweep.jobs`; None: determined by the devices and cores.
+        jobs: maximum number of slots. None: no maximum.
+        wanted: number of slots, from `sweep.jobs`. None: one slot per device, or on the CPU one slot per
+            `CORES_PER_JOB` cores.
     """
     launcher = config.get("launcher", {"kind": "local"})
-    if launcher["kind"] == "slurm":  # a job only submits its run, which needs no resources of this machine
+    if launcher["kind"] == "slurm":  # jobs only submit their runs and need no resources of this machine
         return [Slot()] * min(jobs or 1, wanted or jobs or 1)
     devices = cuda_devices(config["device"])
     cores = usable()
@@ -80,14 +81,14 @@ def slots_of(config: dict[str, Any], *, jobs: int | None, wanted: int | None) ->
 
 
 def cores_of_slot(cores: list[int], index: int, count: int) -> tuple[int, ...]:
-    """Return the cores of slot `index` of `count`: parts of equal size, disjoint if there are enough cores."""
+    """Return the cores of slot number `index` of `count`. Slots share cores only if there are more slots than cores."""
     if count >= len(cores):
         return (cores[index % len(cores)],)
     return tuple(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
 
 
 def cuda_devices(device: str) -> list[str]:
-    """Return the CUDA devices that jobs with this `device` setting may use, as named in CUDA_VISIBLE_DEVICES."""
+    """Return the CUDA devices that jobs with the setting `device` may use, named as in CUDA_VISIBLE_DEVICES."""
     if device not in ("auto", "cuda"):
         return []
     import torch
@@ -104,21 +105,25 @@ class Running:
     job: Job
     process: subprocess.Popen[bytes]
     slot: int  # index of its slot
-    locks: tuple[IO[str], ...]  # lock files of the slot and of the job; closing them releases the locks
-    is_signaled: bool = False  # True if it was sent a signal: a second one could kill it, if its handlers are removed
+    locks: tuple[IO[str], ...]  # locks of the slot and the job; closing a file releases its lock
+    is_signaled: bool = False  # True after a signal was sent; a second signal could kill the job
 
 
 def forwarded_signals() -> list[signal.Signals]:
-    """Return the signals that stop a sweep, without SIGHUP if it is ignored (nohup); jobs then ignore it as well."""
+    """Return the signals that stop a sweep.
+
+    SIGHUP is omitted if this process ignores it (nohup), since the jobs then ignore it as well.
+    """
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in FORWARDED if number != signal.SIGHUP or not ignored]
 
 
 class Relay:
-    """Context manager that forwards signals to the running jobs, which then save and stop.
+    """Context manager that forwards signals to the running jobs. The jobs then save and stop.
 
-    After the block, when the jobs have saved, the previous handlers of the received signals are called. They may belong
-    to an enclosing sweep, which must not start further jobs, or to a scheduler that requeues its job on SIGUSR2.
+    After the block, when the jobs have saved, the previous handlers of the received signals are called. A previous
+    handler may belong to an enclosing sweep, which must not start further jobs. It may also belong to a scheduler that
+    requeues its job on SIGUSR2.
     """
 
     def __init__(self) -> None:
@@ -154,14 +159,14 @@ class Relay:
             one.process.send_signal(number)
 
     def add(self, one: Running) -> None:
-        """Forward signals to this job as well; if one arrived while the job was started, send SIGTERM now."""
+        """Add a job to which signals are forwarded. If a signal arrived while the job was started, send SIGTERM now."""
         self.running.append(one)
         if self.is_stopping and not one.is_signaled:
             one.process.send_signal(signal.SIGTERM)
 
 
 class PendingJobs:
-    """Jobs that are not started yet, including those that other processes run.
+    """Jobs that this process has not started yet, including jobs that other processes run.
 
     Args:
         sweep: sweep of the jobs.
@@ -170,11 +175,11 @@ class PendingJobs:
 
     def __init__(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
         self.sweep, self.jobs = sweep, list(jobs)
-        self.busy_counts: dict[str, int] = {}  # job name -> number of checks that found it running elsewhere
-        self.next_poll = 0.0  # by time.monotonic
+        self.busy_counts: dict[str, int] = {}  # job name -> number of checks that found it busy
+        self.next_poll = 0.0  # on the clock time.monotonic
 
     def is_poll_due(self) -> bool:
-        """Return True if busy jobs are to be checked again: at most once per `BUSY_POLL_SECONDS`."""
+        """Return True if busy jobs must be checked again. They are checked at most once per `BUSY_POLL_SECONDS`."""
         now = time.monotonic()
         is_due = now >= self.next_poll
         if is_due:
@@ -188,7 +193,7 @@ class PendingJobs:
                 self._count_busy(job)
 
     def pop_free(self) -> tuple[Job, IO[str]] | None:
-        """Remove and return the first job that is due and not busy, with its lock file; None if there is none."""
+        """Remove and return the first job that is due and not busy, with its lock file. Return None if no job is."""
         polls_busy = self.is_poll_due()
         for job in list(self.jobs):
             if job.name in self.busy_counts and not polls_busy:
@@ -204,19 +209,21 @@ class PendingJobs:
         return None
 
     def _count_busy(self, job: Job) -> None:
-        """Count a check that found a job busy; print a message at the second such check."""
+        """Count a check that found a job busy. At the second such check, print a message."""
         self.busy_counts[job.name] = self.busy_counts.get(job.name, 0) + 1
         if self.busy_counts[job.name] == 2:
             print(f"waiting     {self.sweep.title(job)}: {describe_runner(self.sweep, job)} is running it", flush=True)
 
 
 def run_queue(sweep: Sweep, jobs: list[Job], slots: list[Slot] | None, *, quiet: bool) -> bool:
-    """Run the jobs that are due, each as soon as a slot is free; return True if the sweep was stopped.
+    """Run the jobs that are due, each as soon as a slot is free. Return True if the sweep was stopped.
 
-    If `slots` is None, all jobs start immediately. If another process runs a job, the queue waits until that process
-    ends, and resumes the job if it is unfinished. Slots are claimed by locks in the sweep's folder, so that several
-    processes on this machine can share them. If `quiet`, jobs print into their log files. The table is rewritten
-    whenever a job ends.
+    - If `slots` is None, all jobs start immediately.
+    - If another process runs a job, the queue waits until that process ends. It then resumes the job if it is
+      unfinished.
+    - A slot is claimed by a lock in the sweep's folder, so that several processes on this machine can share the slots.
+    - If `quiet` is True, jobs print into their log files.
+    - The table is rewritten whenever a job ends.
     """
     pending = PendingJobs(sweep, jobs)
     with Relay() as relay:
@@ -234,7 +241,7 @@ def run_queue(sweep: Sweep, jobs: list[Job], slots: list[Slot] | None, *, quiet:
 
 
 def wait_for(sweep: Sweep, jobs: list[Job]) -> bool:
-    """Wait until no other process runs any of the jobs; return True if the sweep was stopped during the wait."""
+    """Wait until no other process runs any of the jobs. Return True if the sweep was stopped during the wait."""
     pending = PendingJobs(sweep, jobs)
     with Relay() as relay:
         while pending.jobs and not relay.is_stopping:
@@ -249,12 +256,12 @@ def wait_for(sweep: Sweep, jobs: list[Job]) -> bool:
 def claim_slot(
     sweep: Sweep, slots: list[Slot] | None, *, used: Sequence[int]
 ) -> tuple[int, tuple[IO[str], ...]] | None:
-    """Lock a free slot; return its index and its lock files, or None if all slots are in use.
+    """Lock a free slot. Return its index and its lock files, or None if all slots are in use.
 
     Args:
-        sweep: sweep whose folder has the lock files.
-        slots: all slots; None: unlimited.
-        used: indices of the slots that this process uses; needed on file systems that do not support locks.
+        sweep: sweep whose folder contains the lock files.
+        slots: all slots. None: their number is unlimited.
+        used: indices of the slots that this process uses. They are needed on file systems that do not support locks.
     """
     if slots is None:
         return -1, ()
@@ -266,10 +273,10 @@ def claim_slot(
 
 
 def _start_next(pending: PendingJobs, slots: list[Slot] | None, relay: Relay, *, quiet: bool) -> bool:
-    """Start the first job that is due and not busy, if a slot is free; return True if one was started."""
+    """If a slot is free, start the first job that is due and not busy. Return True if a job was started."""
     claimed = claim_slot(pending.sweep, slots, used=[one.slot for one in relay.running])
     if claimed is None:
-        if not relay.running:  # then another sweep uses all slots
+        if not relay.running:  # another sweep uses all slots
             pending.poll_busy()
         return False
     number, slot_locks = claimed
@@ -286,7 +293,10 @@ def _start_next(pending: PendingJobs, slots: list[Slot] | None, relay: Relay, *,
 
 
 def _start(sweep: Sweep, job: Job, slot: Slot, job_lock: IO[str], *, quiet: bool) -> subprocess.Popen[bytes]:
-    """Start the process of a job. It inherits the job's lock, so the lock is held even if this process is killed."""
+    """Start the process of a job.
+
+    The process inherits the lock of the job, so the lock is held even if the sweep is killed.
+    """
     print(f"started     {sweep.title(job)} on {slot}" if quiet else f"\n=== {sweep.title(job)}", flush=True)
     environment = os.environ | {PARENT: str(os.getpid())}
     if slot.devices is not None:
@@ -313,7 +323,7 @@ def _end(sweep: Sweep, one: Running, *, quiet: bool) -> int:
 
 @contextmanager
 def pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
-    """Restrict processes that are started within the block to these cores; this also sets their number of threads."""
+    """Restrict processes that are started within the block to `cores`. This also sets their number of threads."""
     if cores is None or not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -327,7 +337,7 @@ def pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
 
 @contextmanager
 def output(path: Path | None) -> Iterator[IO[bytes] | None]:
-    """Open the output file of a job for appending. For None, yield None: the job prints to the output of the sweep."""
+    """Open the output file of a job for appending. If `path` is None, yield None: the job prints to the console."""
     if path is None:
         yield None
         return

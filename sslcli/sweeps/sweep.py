@@ -1,7 +1,8 @@
-"""`--multirun`: runs the jobs of a sweep, each in a separate process, with records in a folder.
+"""`--multirun`: runs the jobs of a sweep. Each job has its own process and a record in the sweep's folder.
 
-By default, all jobs are known before the first one starts, and the local job queue of this machine runs them. With a
-Hydra sweeper plugin, the jobs are sampled while the sweep runs. A Hydra launcher plugin can run them elsewhere.
+By default, all jobs are known before the first job starts, and the local job queue of this machine runs the jobs. With
+a Hydra sweeper plugin, the jobs are sampled while the sweep runs. A Hydra launcher plugin can run the jobs on other
+machines.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from sslcli.sweeps.table import Row
 from sslcli.system import child_processes
 
 EVAL_SETTINGS = SweepSettings(metric="monitor/knn_top1", direction="auto", jobs=None, retry_failed=True)
-DEFAULT_FOLDER = "runs/sweep"  # hydra.sweep.dir of the yaml files
+DEFAULT_FOLDER = "runs/sweep"  # value of hydra.sweep.dir in the yaml files
 # Launchers that run jobs on this machine and do not assign devices to them.
 LOCAL_LAUNCHERS = ("basic", "joblib", "submitit_local")
 
@@ -51,9 +52,10 @@ class CommandLine:
     Attributes:
         overrides: overrides as given on the command line.
         flags: flags for every job, such as --config-dir=...
-        launch: function that runs jobs with the chosen Hydra launcher; returns (sweep was stopped, launcher failed).
-        draw: function that samples jobs with the chosen Hydra sweeper and runs them with the named launcher; returns
-            (sweep was stopped, sweeper failed).
+        launch: function that runs jobs with the chosen Hydra launcher. It returns two booleans: (sweep was stopped,
+            launcher failed).
+        draw: function that samples jobs with the chosen Hydra sweeper and runs the jobs with the named launcher. It
+            returns two booleans: (sweep was stopped, sweeper failed).
     """
 
     overrides: tuple[str, ...]
@@ -63,9 +65,10 @@ class CommandLine:
 
 
 def run_sweep(command: str, configs: list[dict[str, Any]], line: CommandLine) -> int:
-    """Run the jobs of validated configurations; return the exit code.
+    """Run the jobs of validated configurations, and return the exit code.
 
-    75: a job was stopped; the same command resumes it. 2 or 3: all jobs were started, and at least one of them failed.
+    Exit code 75 means that a job was stopped; the same command resumes it. Exit code 2 or 3 means that all jobs were
+    started, and at least one of them failed.
     """
     sweep = sweep_of(command, configs, line)
     try:
@@ -112,10 +115,10 @@ def _run(sweep: Sweep, configs: list[dict[str, Any]], line: CommandLine) -> int:
 
 
 def _launch(sweep: Sweep, due: list[Job], line: CommandLine, slots: list[Slot] | None) -> tuple[bool, bool]:
-    """Run the jobs with a Hydra launcher; return (sweep was stopped, launcher failed).
+    """Run the jobs with a Hydra launcher. Return two booleans: (sweep was stopped, launcher failed).
 
-    Jobs that other processes run are not launched before these processes end: a launched job that only waits would
-    occupy a place in the launcher's queue.
+    If another process runs a job, the job is launched after that process ends. If the job were launched earlier, it
+    would only wait and occupy a place in the launcher's queue.
     """
     while due:
         busy = [job for job in due if is_running(sweep, job.name, read_or_create_record(sweep, job))]
@@ -148,7 +151,7 @@ def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> 
 
 
 def program_of(command: str) -> tuple[str, ...]:
-    """Return the program part of a command line that runs a command with this interpreter, independent of PATH."""
+    """Return the beginning of a command line that runs a command with this interpreter, independent of PATH."""
     return sys.executable, *child_processes.arguments(f"sslcli.cli.{command}")
 
 
@@ -187,7 +190,7 @@ def check_distinct(jobs: list[Job]) -> None:
 
 
 def prepare(sweep: Sweep, jobs: list[Job]) -> None:
-    """Create the folder of a sweep and the records of its jobs. Raises ConfigError if they cannot be created."""
+    """Create the folder of a sweep and the records of its jobs. Raises ConfigError if this fails."""
     try:
         sweep.records.mkdir(parents=True, exist_ok=True)
         (sweep.records / "stop").unlink(missing_ok=True)
@@ -198,7 +201,7 @@ def prepare(sweep: Sweep, jobs: list[Job]) -> None:
     check_below(sweep.records)
     for job in jobs:
         known = read_or_create_record(sweep, job).overrides
-        if result_overrides(known) != result_overrides(job.overrides):  # a digest collision
+        if result_overrides(known) != result_overrides(job.overrides):  # two different jobs have the same name
             raise ConfigError(
                 f"{sweep.folder} already has a job named {job.name} with other overrides ({' '.join(known)}): choose "
                 "another hydra.sweep.dir"
@@ -206,7 +209,7 @@ def prepare(sweep: Sweep, jobs: list[Job]) -> None:
 
 
 def summary(sweep: Sweep, jobs: list[Job], due: list[Job]) -> str:
-    """Return one line with the number of jobs, their statuses, and how many will run."""
+    """Return one line with the number of jobs, their statuses, and the number of jobs that will run."""
     counts = Counter(status_of(sweep, job.name, read_or_create_record(sweep, job)) for job in jobs)
     counts.pop(WAITING, None)
     before = "".join(f", {count} {status}" for status, count in counts.items())
@@ -217,7 +220,7 @@ def summary(sweep: Sweep, jobs: list[Job], due: list[Job]) -> str:
 
 
 def exit_code(rows: list[Row], *, stopped: bool) -> int:
-    """Return the exit code of a sweep from the rows of its jobs."""
+    """Return the exit code of a sweep, given the table rows of its jobs."""
     statuses = {row.status for row in rows}
     if stopped or STOPPED in statuses:
         return EXIT_STOPPED

@@ -19,7 +19,7 @@ from sslcli.sweeps.job import FINISHED, Record, Sweep, code_of, read, status_of
 from sslcli.system import atomic
 from sslcli.system.locks import locked
 
-MAX_WIDTH = 10_000  # characters per line, so that only the terminal wraps lines
+MAX_WIDTH = 10_000  # characters per line; so large that only the terminal wraps lines
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Row:
     run_dir: str  # "" for a job of ssl-eval
 
     def metric_text(self, metric: str | None) -> str:
-        """Return name and value of the metric in parentheses; "" if the job has no value."""
+        """Return the name and the value of the metric in parentheses, or "" if the job has no value."""
         return "" if metric is None or self.value is None else f" ({metric} {shown(metric, self.value)})"
 
 
 def update(sweep: Sweep) -> list[Row]:
     """Read all job records in the sweep's folder, rewrite `sweep.csv`, and return its rows, best first."""
-    with locked(sweep.records / "table.lock"):  # otherwise a slower process could overwrite a newer table
+    with locked(sweep.records / "table.lock"):  # without this lock, a slower process could overwrite a newer table
         rows = ranked(rows_of(sweep), lowest=sweep.settings.is_minimized)
         atomic.replace(sweep.folder / "sweep.csv", as_csv(rows, sweep.metric).encode())
     return rows
@@ -72,21 +72,22 @@ def _row(sweep: Sweep, name: str, record: Record) -> Row:
 
 
 def value_of(run_dir: Path, metric: str) -> float | None:
-    """Return the newest value of a scalar of a run, or None if there is none."""
+    """Return the newest value of a scalar of a run, or None if the run has no value."""
     path = run_dir / "metrics.jsonl"
     return _newest(path, metric, path.stat().st_mtime_ns) if path.exists() else None
 
 
 @cache
 def _newest(path: Path, metric: str, _: int) -> float | None:
-    """Return `newest(path, metric)`, cached: a file is read again only if its modification time has changed."""
+    """Return `newest(path, metric)`. Results are cached until the modification time of the file changes."""
     return newest(path, metric)
 
 
 def ranked(rows: Iterable[Row], *, lowest: bool) -> list[Row]:
-    """Return the rows sorted: finished jobs before all others, and within both parts by metric, best value first.
+    """Return the rows sorted by status and metric.
 
-    Jobs without a value are last in their part.
+    Finished jobs come first, then all other jobs. Within each of these two parts, the best value comes first, and jobs
+    without a value come last.
     """
 
     def place(row: Row) -> tuple[bool, bool, float]:
@@ -111,7 +112,7 @@ def as_csv(rows: list[Row], metric: str | None) -> str:
 
 
 def as_text(rows: list[Row], metric: str | None) -> str:
-    """Return the table as aligned text, without the overrides that are equal in all jobs."""
+    """Return the table as aligned text. Overrides that are equal in all jobs are omitted."""
     keys = dict.fromkeys(key for row in rows for key in row.overrides)
     varied = [key for key in keys if len({row.overrides.get(key) for row in rows}) > 1]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -129,7 +130,7 @@ def as_text(rows: list[Row], metric: str | None) -> str:
 
 
 def shown(metric: str, value: float | None) -> str:
-    """Return a metric value as text, accuracies in percent; "-" for None."""
+    """Return a metric value as text, or "-" for None. Accuracies are in percent."""
     if value is None:
         return "-"
     return f"{100 * value:.1f} %" if metric.startswith("monitor/knn") else f"{value:.5g}"

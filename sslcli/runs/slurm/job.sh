@@ -4,7 +4,7 @@ attempt=${SLURM_RESTART_COUNT:-0}
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 warned="" over=""
 trap 'warned=${warned:-now}' USR1
-trap 'over=${over:-now}' TERM # canceled, or time limit reached; the run also receives this signal and saves
+trap 'over=${over:-now}' TERM # sent if the job is canceled or reaches its time limit; the run also receives it and saves
 
 note() { echo "$(date +%Y-%m-%dT%H:%M:%S) job $SLURM_JOB_ID attempt $attempt: $*" | tee -a "$folder/history.log"; }
 field() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oE "(^| )$1=[^ ]*" | cut -d = -f 2-; }
@@ -15,7 +15,7 @@ finish() {
   exit "$1"
 }
 
-# Print why Slurm sent the warning signal. Only the preemption time and the end time of the job show the reason.
+# Print why Slurm sent the warning signal. The reason is derived from the preemption time and the end time of the job.
 cause() {
   case $(field PreemptTime) in "" | None | Unknown) ;; *) echo "preemption" && return ;; esac
   local end
@@ -46,7 +46,8 @@ requeue() { # REASON
   exit 0
 }
 
-# Print the exit code that the processes of the run recorded, or else the given one: srun returns only the largest code.
+# Print the exit code that the processes of the run recorded, since srun returns only the largest exit code. If the
+# processes recorded none, print the argument.
 exit_code() {
   for code in 2 3 75; do
     if grep -qsx "$code" "$folder"/codes/*; then echo "$code" && return; fi
@@ -64,8 +65,8 @@ export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # suppress warnings abo
 prepare || { note "launcher.setup ended with exit code $?" && finish 2; }
 [ -z "$warned" ] || requeue "stopped by $(cause) before it started"
 
-# USR1 is sent to every process of the step. It must not kill the agents, nor a run that is still importing modules.
-# Child processes also ignore USR1, until the run installs its handler.
+# USR1 is sent to every process of the step. The signal must not kill the agents, or a run that still imports modules.
+# Therefore, the agents and their child processes ignore USR1 until the run installs its handler.
 start_step() {
   export SSLCLI_RESTARTS=$((attempt + restarts))
   port=$((10000 + (SLURM_JOB_ID + 7919 * attempt + 104729 * restarts) % 20000))
@@ -88,12 +89,12 @@ watch() {
     fi
     if [ -e "$folder/want_requeue" ]; then continue; fi
     if [ -n "$over" ] && [ "$(field Reason)" = TimeLimit ]; then requeue "the time limit was reached before the run was saved"; fi
-    # A signal is lost if the run has no handler yet, so it is repeated until the run responds.
+    # The signal is lost if the run has no handler yet, so the signal is repeated until the run responds.
     if [ -n "$warned" ] && [ -z "$over" ]; then scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null; fi
   done
   wait "$srun"
   code=$?
-  ls "$folder" >/dev/null # makes NFS refresh files written by another node
+  ls "$folder" >/dev/null # makes NFS show files that another node has written
   [ "$code" -eq 0 ] || code=$(exit_code "$code")
 }
 
@@ -102,7 +103,7 @@ for ((restarts = 0; ; restarts++)); do
   watch
   if [ -e "$folder/want_requeue" ]; then requeue "$(cat "$folder/want_requeue")${warned:+ ($warned)}"; fi
   case $code in 0 | 2 | 3 | 75) finish "$code" ;; esac
-  # The signal kills a step that does not ignore it yet; after the requeue, the run resumes from the newest checkpoint.
+  # The signal kills a step that does not ignore it yet. After the requeue, the run resumes from the newest checkpoint.
   if [ -n "$warned" ]; then requeue "ended with exit code $code ($warned)"; fi
   if [ -n "$over" ] || [ "$restarts" -ge "$max_restarts" ]; then finish 3; fi
   note "a process crashed or was killed (exit code $code); all restart from the last checkpoint" \

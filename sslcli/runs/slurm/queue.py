@@ -1,4 +1,4 @@
-"""Slurm's queue: submit a script, query the state of a job, follow its log until it ends."""
+"""Slurm's queue: submit a script, query the state of a job, and follow the log of a job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sslcli.errors import EXIT_FAILED, EXIT_STOPPED, ConfigError
 PATIENCE = 60.0  # timeout of a Slurm command in seconds
 QUERY_EVERY = 5.0  # seconds between queries, to limit the load on the shared controller
 READ_EVERY = 0.3  # seconds between reads of the log
-FINAL_STATES = {  # final states of Slurm jobs, and the exit code to return if the job recorded none
+FINAL_STATES = {  # final state of a job -> exit code to return if the job recorded none
     "BOOT_FAIL": EXIT_STOPPED,
     "CANCELLED": EXIT_STOPPED,
     "COMPLETED": 0,
@@ -27,7 +27,7 @@ FINAL_STATES = {  # final states of Slurm jobs, and the exit code to return if t
 
 
 def submit(script: Path) -> str:
-    """Submit the script and return the job ID. Raise ConfigError if Slurm rejects it."""
+    """Submit the script and return the job ID. Raise ConfigError if Slurm rejects the script."""
     ended = run_command("sbatch", "--parsable", str(script))
     if ended.returncode != 0:
         hint = ""
@@ -39,9 +39,9 @@ def submit(script: Path) -> str:
 
 
 def state(job: str, script: Path) -> str | None:
-    """Return the Slurm state of a job, or None if Slurm no longer knows the job or the ID has another script now.
+    """Return the Slurm state of a job, or None if Slurm no longer knows the job.
 
-    Raises ConfigError if Slurm does not respond.
+    Return None as well if the job with this ID has another script. Raises ConfigError if squeue fails.
     """
     ended = run_command("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T %o")
     if ended.returncode != 0:
@@ -53,13 +53,13 @@ def state(job: str, script: Path) -> str | None:
 
 
 def submitted_job(run_dir: Path) -> str | None:
-    """Return the ID of the newest job of a run, or None."""
+    """Return the ID of the newest job of a run, or None if no job was submitted."""
     path = run_dir / "slurm" / "job"
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
 def recorded_exit_code(run_dir: Path) -> int | None:
-    """Return the exit code that the newest job of a run recorded, or None if there is none."""
+    """Return the exit code that the newest job of a run recorded, or None if the job recorded none."""
     path = run_dir / "slurm" / f"{submitted_job(run_dir)}.exit"
     return int(path.read_text(encoding="utf-8") or EXIT_FAILED) if path.exists() else None
 
@@ -77,12 +77,12 @@ def follow(job: str, script: Path) -> int:
             last_query = time.monotonic()
             try:
                 job_state = state(job, script)
-            except ConfigError:  # the Slurm controller may be down for a while; the job itself continues
+            except ConfigError:  # the Slurm controller may be down for a while; the job continues
                 continue
             if job_state is None or job_state in FINAL_STATES:
                 time.sleep(
                     QUERY_EVERY if job_state is None else READ_EVERY
-                )  # for an exit code delayed by the shared file system
+                )  # wait: the shared file system may delay the exit code
                 if exit_file.exists():
                     continue
                 print(
@@ -104,7 +104,7 @@ def show_from(log: Path, offset: int) -> int:
 
 
 def run_command(*line: str) -> subprocess.CompletedProcess[str]:
-    """Run a Slurm command. Raise ConfigError if it is not installed, or times out."""
+    """Run a Slurm command. Raise ConfigError if the command is not installed or times out."""
     try:
         return subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, check=False)
     except FileNotFoundError as error:
@@ -117,6 +117,6 @@ def run_command(*line: str) -> subprocess.CompletedProcess[str]:
 
 
 def in_one_line(text: str) -> str:
-    """Join the lines of an error message, without the command's name that begins each line."""
+    """Join the lines of an error message. Remove the name of the command from the beginning of each line."""
     lines = [line.partition(": error: ")[2] or line for line in text.strip().splitlines() if line.strip()]
     return "; ".join(line.strip().rstrip(".") for line in lines) or "no reason given"

@@ -1,4 +1,4 @@
-"""The batch script of a run, rendered from the settings of the launcher."""
+"""Batch script of a run, rendered from the settings of the launcher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def render(settings: SlurmSettings, *, folder: Path, cwd: Path, python: str) -> 
     """Return the text of the batch script.
 
     Args:
-        folder: folder of the script, its logs and its history, inside the run directory.
+        folder: folder for the script, its logs and its history. It is inside the run directory.
         cwd: working directory of the run.
         python: interpreter to use if launcher.python is null.
     """
@@ -24,7 +24,7 @@ def render(settings: SlurmSettings, *, folder: Path, cwd: Path, python: str) -> 
     agent = shlex.join([settings.python or python, *start, str(config)])
     step = ["srun", f"--nodes={settings.nodes}", f"--ntasks={settings.nodes}", "--ntasks-per-node=1", "--wait=60"]
     if settings.cpus_per_node:
-        step.append(f"--cpus-per-task={settings.cpus_per_node}")  # steps do not inherit it since Slurm 22.05
+        step.append(f"--cpus-per-task={settings.cpus_per_node}")  # since Slurm 22.05, srun does not inherit it
     lines = [
         "#!/bin/bash",
         *directives(settings, folder=folder, cwd=cwd),
