@@ -1,7 +1,7 @@
 """Names of version 0.1 that are still accepted: modules, classes, choices of groups, and keys of settings.
 
 Old names occur in configurations of runs, exported files, records of sweeps, yaml files of users, and plug-ins. Code
-that reads such a file calls a function of this module to convert old names to current names.
+that reads such files calls functions of this module, which convert old names to current names.
 """
 
 from __future__ import annotations

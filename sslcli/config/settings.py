@@ -101,7 +101,7 @@ def check_checkpoint(checkpoint: str | int) -> None:
 
 
 def seconds(name: str, value: str | float | None) -> float | None:
-    """Convert a duration such as `90`, `"90s"`, `"10m"`, `"1.5h"` or `"2d"` to seconds. Return None for None."""
+    """Convert a duration such as `90`, `"90s"`, `"10m"`, `"1.5h"` or `"2d"` to seconds. None is returned unchanged."""
     if value is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))

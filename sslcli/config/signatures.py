@@ -1,6 +1,6 @@
 """Parameters of the class that a `_target_` names.
 
-They are read from the source text of the class, without importing torch or code of the user.
+The parameters are read from the source text of the class, without importing torch or code of the user.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ METHOD_ARGUMENTS = (
     "num_images",
     "image_size",
     "channels",
-)  # the commands pass these to a method; they are not in the yaml
-OPTIMIZER_ARGUMENTS = ("params",)  # the commands pass these to an optimizer
+)  # arguments that the commands pass to a method; they are not in the yaml
+OPTIMIZER_ARGUMENTS = ("params",)  # arguments that the commands pass to an optimizer
 DEPTH = 8  # maximum number of imports and base classes to follow
 
 Parameters = dict[str, "Parameter"]

@@ -18,7 +18,7 @@ def trust_list(value: Any) -> list[str]:
 
 
 def trusted_packages(trust: Iterable[str]) -> list[str]:
-    """Return the packages whose classes a `_target_` may name: sslcli, torch.optim, plug-ins, and those in `trust`."""
+    """Return the packages whose classes a `_target_` may name: sslcli, torch.optim, plug-ins, and `trust`."""
     return ["sslcli", "torch.optim", *plugins(), *trust]
 
 

@@ -1,7 +1,7 @@
 """Interface of evaluation protocols: the base classes of protocols, and the outcome that a protocol returns.
 
-Protocol            called once with all networks; may train copies of them
-FeatureProtocol     uses only frozen features; a subclass defines `measure`
+Protocol            is called once with all networks, and may train copies of the networks
+FeatureProtocol     uses only frozen features; subclasses define `measure`
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Protocol:
         baselines: names of the starts to evaluate in addition to "trained" if baselines=true. "random" is the network
             before training. "pixels" has no network and uses the pixels as features.
         trains: True if the protocol trains copies of the networks. Networks and features are then kept in memory,
-            because the protocol uses them several times.
+            because the protocol uses both several times.
     """
 
     title: ClassVar[str] = "evaluation"
@@ -112,7 +112,7 @@ class Protocol:
         return ""
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
-        """Return the positions (n,) of the training images to use; by default all."""
+        """Return the positions (n,) of the training images to use. By default, all are used."""
         return source.splits["train"]
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -42,7 +42,8 @@ class FeatureSet:
 
     - Features are (n, d) floats of 16 or 32 bits, all finite.
     - Labels are (n,) int64 in [0, num_classes).
-    - Positions are (n,) int64, the indices of the images in their source. Protocols that read the images need them.
+    - Positions are (n,) int64, the indices of the images in their source. Protocols that read the images need the
+      positions.
 
     Raises ValueError, with the name of the split, if the tensors of a split are invalid.
     """
@@ -156,7 +157,8 @@ def extract(
 
     Returns the features (n, d) in the order of `positions`, and a mask (n,) bool that is False for unreadable images.
     Both tensors are on the CPU. The features of an unreadable image are computed from a blank image, so the caller must
-    drop them. The features are float32 if `precision` is fp32, bfloat16 if it is bf16, and float16 if it is fp16.
+    drop these features. The features are float32 if `precision` is fp32, bfloat16 if it is bf16, and float16 if it is
+    fp16.
 
     `prepare` maps float images (N, C, S, S) in [0, 1] to the network's input (`Views.finish`), and `encode` maps this
     input to (N, d). The caller must put the network in eval mode with `evaluating`. `progress(done, total)` is called
@@ -226,7 +228,7 @@ def pixels(images: Tensor) -> Tensor:
 def cached(
     path: Path, key: str, compute: Callable[[], dict[str, Tensor]], *, warn: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """Return the tensors that are cached at `path` under `key`. If there are none, compute and cache them.
+    """Return the tensors that are cached at `path` under `key`. If no tensors are cached, compute and cache them.
 
     `key` must identify everything on which the tensors depend (weights, data fingerprint, transform, layer, precision).
     Tensors keep their dtype, so cached and recomputed tensors are bit-identical. The file is read memory-mapped with

@@ -118,8 +118,8 @@ def bank_positions(source: Source, limit: int | None) -> Tensor:
 class Knn(FeatureProtocol):
     """The k-NN protocol. The bank is the train split; the queries are the splits val and test.
 
-    `top1` is the accuracy on val. The monitor measures the same accuracy during training, and it may be used to select
-    hyperparameters. `test_top1` is the accuracy to report; it must not be used for any selection.
+    `top1` is the accuracy on val. The monitor measures the same accuracy during training. `top1` may be used to select
+    hyperparameters. `test_top1` is the accuracy to report, and must not be used for any selection.
     """
 
     k: int | None = None  # None: the value of the run's monitor, or 200 without a run

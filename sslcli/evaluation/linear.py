@@ -26,12 +26,12 @@ from sslcli.evaluation.base import FeatureProtocol, OnProgress, ignore_progress
 from sslcli.evaluation.features import FeatureSet
 from sslcli.evaluation.result import accuracy, bootstrap_interval, label_rank, top5
 
-Heads = tuple[Tensor, Tensor]  # weights (d, G*C) and biases (G*C,): one matrix product for all heads
+Heads = tuple[Tensor, Tensor]  # weights (d, G*C) and biases (G*C,) of all heads
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearResult:
-    """Result of one probe. Accuracies are fractions; `interval` is the 95 % bootstrap interval of `top1`.
+    """Result of one probe. Accuracies are fractions. `interval` is the 95 % bootstrap interval of `top1`.
 
     `chosen` and the entries of `grid` have the keys lr and weight_decay (sgd) or c (lbfgs), val_top1 and val_loss.
     """

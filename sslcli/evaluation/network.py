@@ -61,10 +61,10 @@ class Classifier(nn.Module):
 def levels(net: nn.Module) -> list[Level]:
     """Return the trainable parameters in levels, from input to output. Each level has one learning rate.
 
-    Each child module of a backbone is a level; in a list of blocks (ViT), each block is a level. A child that has only
-    norm layers belongs to the previous level. Parameters of the backbone module itself (tokens) belong to the first
-    level. All other parts of a method, such as the projection head, form one further level. If a method has no
-    attribute `backbone`, its largest part is treated as the backbone.
+    Each child module of a backbone is a level. If a child is a list of blocks (ViT), each block is a level. A child
+    that has only norm layers belongs to the previous level. Parameters of the backbone module itself (tokens) belong to
+    the first level. All other parts of a method, such as the projection head, form one further level. If a method has
+    no attribute `backbone`, its largest part is treated as the backbone.
     """
     if not isinstance(net, Method):
         return _levels_of(net, "")

@@ -37,7 +37,7 @@ def check_answers(source: Source, bank: Tensor) -> None:
 
 
 def unanswerable(source: Source, bank: Tensor, queries: Tensor) -> str | None:
-    """Return a warning if queries have classes that are absent from the bank, else None.
+    """Return a warning if some queries have classes that are absent from the bank, else None.
 
     `bank` and `queries` contain the positions of images in `source`.
     """

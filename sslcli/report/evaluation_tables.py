@@ -76,7 +76,7 @@ def cell(found: dict[str, Any] | None) -> str:
 
 
 def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
-    """Print one row per run, best first. Long names are wrapped, never truncated."""
+    """Print one row per run, with the best run first. Long names are wrapped, never truncated."""
     table = Table(title=rows[0]["measured"])
     table.add_column("run", overflow="fold")
     for title in ("top-1", "95 % interval", "random initialization"):

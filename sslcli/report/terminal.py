@@ -39,7 +39,7 @@ class Terminal:
             self.poll = poll
 
     def write(self, text: str) -> int:
-        """Write `text` or drop it; return its length."""
+        """Write `text` or drop it. Return the length of `text`."""
         if not self.is_broken and self.has_room():
             try:
                 self.stream.write(text)

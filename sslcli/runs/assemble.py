@@ -89,7 +89,7 @@ def assemble(
 
     Args:
         config: the settings.
-        parts: dataset, views and method; the method is already on the device.
+        parts: dataset, views and method. The method must already be on the device.
         loader: the loader of the training images.
         optimizer: the optimizer over the method's parameters.
         peak_lr: peak learning rate after scaling.

@@ -100,8 +100,8 @@ def check_class(found: Any, target: str, *, base: type, where: str) -> None:
 def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: str, **arguments: Any) -> Built:
     """Return an instance of the class that a node's `_target_` names. The class must be derived from `base`.
 
-    Inner nodes are built first. The class of an inner node must match the annotation of its parameter: it is the
-    annotated class or a subclass.
+    Inner nodes are built first. The class of an inner node must be the class in the annotation of its parameter, or a
+    subclass of that class.
 
     Raises ConfigError if a keyword is unknown or the constructor rejects a value.
     """
@@ -285,6 +285,6 @@ def build_optimizer(config: RunConfig, method: Method) -> tuple[Optimizer, float
     )
     arguments = node | {"lr": peak}
     if node.get("fused") and fsdp.is_sharded(method):
-        arguments["fused"] = None  # torch has no fused SGD for sharded parameters; None lets torch choose
+        arguments["fused"] = None  # torch has no fused SGD for sharded parameters; with None, torch chooses
     optimizer = build(arguments, base=Optimizer, trust=config.trust, where="optimizer", params=groups)
     return optimizer, peak

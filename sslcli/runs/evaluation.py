@@ -112,7 +112,7 @@ class Evaluation:
         def compute() -> dict[str, Tensor]:
             return self.extract(name, net)
 
-        # Pixels of images in memory are not cached: reading the large cache file would be slower than computing them.
+        # Pixels of images in memory are not cached, since reading a large cache file is slower than computing pixels.
         is_in_memory = net is None and self.source.images is not None
         with evaluating(net) if net is not None else nullcontext():
             if is_in_memory or not self.config.cache:
@@ -165,7 +165,7 @@ class Evaluation:
                 )
 
     def extract(self, name: str, net: nn.Module | None) -> dict[str, Tensor]:
-        """Compute the features of all splits, and return them as name of the `FeatureSet` field -> tensor."""
+        """Compute the features of all splits. Return a dictionary whose keys are names of fields of `FeatureSet`."""
         completed: dict[str, int] = {}
 
         def encode(images: Tensor) -> Tensor:

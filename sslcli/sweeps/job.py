@@ -61,7 +61,7 @@ class Sweep:
 class Job:
     """One job of a sweep: one combination of the swept values."""
 
-    name: str  # name of the record; if run_dir is not set, also of the run directory
+    name: str  # name of the record, and of the run directory if run_dir is not set
     overrides: tuple[str, ...]  # as on the command line
     run_dir: Path | None  # None for a job of ssl-eval
 

@@ -43,7 +43,7 @@ CORES_PER_JOB = 4  # more threads make a single-process run only slightly faster
 class Slot:
     """Devices and CPU cores for one job at a time."""
 
-    devices: tuple[str, ...] | None = None  # CUDA devices of the job; None: those of this process
+    devices: tuple[str, ...] | None = None  # CUDA devices of the job; None: all devices of this process
     cores: tuple[int, ...] | None = None  # CPU cores on which the job runs; None: any
 
     def __str__(self) -> str:
@@ -112,7 +112,7 @@ class Running:
 def forwarded_signals() -> list[signal.Signals]:
     """Return the signals that stop a sweep.
 
-    SIGHUP is omitted if this process ignores it (nohup), since the jobs then ignore it as well.
+    SIGHUP is omitted if this process ignores SIGHUP (nohup), since the jobs then ignore SIGHUP as well.
     """
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in FORWARDED if number != signal.SIGHUP or not ignored]
@@ -122,8 +122,8 @@ class Relay:
     """Context manager that forwards signals to the running jobs. The jobs then save and stop.
 
     After the block, when the jobs have saved, the previous handlers of the received signals are called. A previous
-    handler may belong to an enclosing sweep, which must not start further jobs. It may also belong to a scheduler that
-    requeues its job on SIGUSR2.
+    handler may belong to an enclosing sweep, which must not start further jobs. A previous handler may also belong to a
+    scheduler that requeues its job on SIGUSR2.
     """
 
     def __init__(self) -> None:

@@ -41,7 +41,7 @@ from sslcli.system import child_processes
 
 EVAL_SETTINGS = SweepSettings(metric="monitor/knn_top1", direction="auto", jobs=None, retry_failed=True)
 DEFAULT_FOLDER = "runs/sweep"  # value of hydra.sweep.dir in the yaml files
-# Launchers that run jobs on this machine and do not assign devices to them.
+# Launchers that run jobs on this machine and do not assign devices to the jobs.
 LOCAL_LAUNCHERS = ("basic", "joblib", "submitit_local")
 
 
