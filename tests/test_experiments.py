@@ -12,6 +12,7 @@ import yaml
 from hydra._internal.utils import get_args_parser
 
 from sslcli.cli.compose import checked_jobs
+from sslcli.config.run_config import RunConfig
 from sslcli.runs import worker
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -83,7 +84,7 @@ def test_a_recipe_takes_its_first_steps_at_reduced_size(
         for group in ("method", "views", "optimizer"):
             assert config["_choices_"][group] == whole["_choices_"][group]
         config |= {group: smaller(config[group]) for group in ("method", "backbone")}
-        if worker.run(config) == 0:
+        if worker.run(RunConfig.from_plain(config)) == 0:
             return
         output = capfd.readouterr().err
     pytest.fail(output)

@@ -38,7 +38,7 @@ class Parameters:
     sigma: Tensor  # (N,) standard deviation of the blur in pixels
     taps: int  # length of the blur kernel in pixels
     solarized: Tensor  # (N,) bool
-    threshold: float  # for solarization
+    threshold: float
 
 
 @cache
