@@ -72,8 +72,9 @@ def as_backbone(module: nn.Module, *, image_size: int, in_channels: int = 3) -> 
     only if it defines them.
 
     Any other module is wrapped. An output (N, D) is used as features. An output (N, C, H, W) is averaged over
-    positions. The mode and buffers of the module and the random state do not change. Raises ValueError if the output
-    has any other shape. The message contains the shape.
+    positions. Raises ValueError, with the shape in the message, if the output is neither (N, D) nor (N, C, H, W).
+
+    The trial pass leaves the mode and the buffers of the module, and the random state, unchanged.
     """
     out = dry_output(module, image_size=image_size, in_channels=in_channels)
     declared = getattr(module, "num_features", None)

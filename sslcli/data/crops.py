@@ -47,7 +47,7 @@ class Request:
 
 
 def concat_requests(requests: Sequence[Request]) -> Request:
-    """Concatenate requests along the images."""
+    """Concatenate crop requests along the image (batch) dimension."""
     return Request(*(torch.cat([getattr(request, column.name) for request in requests]) for column in fields(Request)))
 
 

@@ -201,7 +201,7 @@ def _encode_batch(
     device: torch.device,
     precision: str,
 ) -> Tensor:
-    """Return the features (N, d) of uint8 images (N, C, S, S), on the CPU and in the dtype of `precision`."""
+    """Encode uint8 images (N, C, S, S). The returned features (N, d) are a CPU tensor with the dtype of `precision`."""
     prepared = prepare(images.to(device, non_blocking=True).float() / 255)
     with autocast(device, precision):
         features = encode(prepared.contiguous(memory_format=torch.channels_last))

@@ -26,7 +26,7 @@ def classes_of(source: Source, positions: Tensor) -> list[int]:
 
 
 def check_answers(source: Source, bank: Tensor) -> None:
-    """Raise ConfigError unless the training images at positions `bank` (n,) have at least two classes."""
+    """Raise ConfigError if the training images selected by the indices `bank` (n,) have fewer than two classes."""
     found = [source.classes[label] for label in classes_of(source, bank)]
     if len(found) < 2:
         has = f"a single class, {found[0]!r}" if found else "no labels"

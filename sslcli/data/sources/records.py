@@ -115,7 +115,7 @@ def label_codes(labels: Tensor, classes: Sequence[str]) -> NDArray[np.int64]:
 
 
 def code_of(*parts: bytes) -> int:
-    """Return a 63-bit hash of the parts. The hash is never 0."""
+    """Return a 63-bit hash of the values in `parts`. The hash is never 0."""
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
         state.update(len(part).to_bytes(8, "little") + part)

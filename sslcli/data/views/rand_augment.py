@@ -1,7 +1,8 @@
 """Batched RandAugment. For each view of each image, a few of fifteen operations are drawn and applied.
 
-Source: Cubuk et al. 2020, https://arxiv.org/abs/1909.13719. The operations, the magnitudes and the probability of 0.5
-are those with which PyContrast trains InfoMin (pycontrast/datasets/RandAugment.py, based on timm's auto_augment.py).
+Source: Cubuk et al. 2020, https://arxiv.org/abs/1909.13719. Each drawn operation is applied with probability 0.5. This
+probability, the operations and their magnitudes are the same as in the InfoMin training of PyContrast
+(pycontrast/datasets/RandAugment.py, based on timm's auto_augment.py).
 The images of a batch are sorted by operation, so that each operation runs once per batch. Four operations are defined
 on 8 bits: equalize, posterize, solarize and solarize_add. They first round the values to 8 bits. The other operations
 do not round.

@@ -41,7 +41,8 @@ def submit(script: Path) -> str:
 def state(job: str, script: Path) -> str | None:
     """Return the Slurm state of a job, or None if Slurm no longer knows the job.
 
-    Return None as well if the job with this ID has another script. Raises ConfigError if squeue fails.
+    Slurm reuses job IDs: also return None if the job with this ID runs a script other than `script`. Raises
+    ConfigError if squeue fails.
     """
     ended = run_command("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T %o")
     if ended.returncode != 0:
