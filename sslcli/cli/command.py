@@ -51,7 +51,7 @@ def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
         print_error(name, error)
         return EXIT_CONFIG
     except KeyboardInterrupt:
-        print(f"ssl-{name}: interrupted", file=sys.stderr)
+        print_error(name, "interrupted")
         return EXIT_INTERRUPTED
 
 

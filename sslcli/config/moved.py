@@ -112,8 +112,6 @@ KEYS = {
     "monitor.knn_every": "monitor.knn_every_epochs",
     "train.log_every": "train.log_every_steps",
 }
-
-
 DEFAULTS = {  # default values of the renamed keys, as in the yaml files of sslcli
     "dataset.unlabeled": False,
     "monitor.health_every_steps": 50,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from sslcli.config.settings import (
@@ -12,7 +13,6 @@ from sslcli.config.settings import (
     MonitorSettings,
     MultiSettings,
     RunSettings,
-    SweepSettings,
     TrainSettings,
 )
 from sslcli.config.slurm import SlurmSettings
@@ -40,7 +40,6 @@ class RunConfig(RunSettings):
     train: TrainSettings
     monitor: MonitorSettings
     launcher: LauncherSettings
-    sweep: SweepSettings
     method: Node
     dataset: Node
     backbone: Node
@@ -62,12 +61,17 @@ class RunConfig(RunSettings):
             train=TrainSettings(**values["train"]),
             monitor=MonitorSettings(**values["monitor"]),
             launcher=LAUNCHERS[values["launcher"]["kind"]](**values["launcher"]),
-            sweep=SweepSettings(**values["sweep"]),
             values=values,
             choices=config["_choices_"],
             digest=config["_overrides_"],
             overrides=config["_lines_"],
         )
+
+    @property
+    def directory(self) -> Path:
+        """The run directory. `sslcli.runs.launch.launch` sets it before anything reads it."""
+        assert self.run_dir is not None
+        return Path(self.run_dir)
 
     def plain(self) -> dict[str, Any]:
         """Return JSON-serializable values, to pass the configuration to other processes."""

@@ -16,6 +16,7 @@ from sslcli.config.settings import (
     LARGEST_SEED,
     EvalSettings,
     ExportSettings,
+    LauncherSettings,
     MonitorSettings,
     RunSettings,
     SweepSettings,
@@ -65,11 +66,10 @@ def check(command: str, config: dict[str, Any]) -> None:
         if config.get(group) is not None or group not in OPTIONAL[command]:
             check_group(group, config.get(group))
     if command == "train":
-        build_settings(TrainSettings, config.get("train"), "train")
+        train = build_settings(TrainSettings, config.get("train"), "train")
         build_settings(MonitorSettings, config["monitor"], "monitor")
         build_settings(SweepSettings, config.get("sweep"), "sweep")
-        check_launcher(config["launcher"])
-        check_split(config["train"], config["launcher"])
+        check_split(train, build_launcher(config["launcher"]))
 
 
 def check_group(group: str, node: Any) -> None:
@@ -163,22 +163,22 @@ def build_settings(kind: type, node: Any, where: str) -> Any:
     return kind(**node)
 
 
-def check_launcher(node: dict[str, Any]) -> None:
-    """Raise ConfigError unless the keys of a launcher are valid."""
+def build_launcher(node: dict[str, Any]) -> LauncherSettings:
+    """Return the settings of a launcher. Raises ConfigError unless its keys are valid."""
     kind = node.get("kind")
     if kind not in LAUNCHERS:
         raise ConfigError(f"launcher.kind is {kind!r}, but it must be one of: {', '.join(LAUNCHERS)}")
-    build_settings(LAUNCHERS[kind], node, "launcher")
+    settings: LauncherSettings = build_settings(LAUNCHERS[kind], node, "launcher")
+    return settings
 
 
-def check_split(train: dict[str, Any], node: dict[str, Any]) -> None:
+def check_split(train: TrainSettings, launcher: LauncherSettings) -> None:
     """Raise ConfigError unless the batch of a Slurm job splits evenly over its processes and micro-batches."""
-    if node["kind"] == "slurm":
-        job = SlurmSettings(**node)
-        processes = job.nodes * job.processes
-        if train["batch_size"] % (processes * train["accumulate"]):
+    if isinstance(launcher, SlurmSettings):
+        processes = launcher.nodes * launcher.processes
+        if train.batch_size % (processes * train.accumulate):
             raise ConfigError(
-                f"train.batch_size is {train['batch_size']}, but it must split evenly into {train['accumulate']} "
-                f"micro-batches on {processes} processes ({job.nodes} nodes with {job.processes} each): choose a "
-                f"multiple of {processes * train['accumulate']}"
+                f"train.batch_size is {train.batch_size}, but it must split evenly into {train.accumulate} "
+                f"micro-batches on {processes} processes ({launcher.nodes} nodes with {launcher.processes} each): "
+                f"choose a multiple of {processes * train.accumulate}"
             )

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from sslcli.errors import print_error
+
 PATIENCE = 10.0  # seconds to wait for a reader that has stopped reading
 
 
@@ -90,7 +92,7 @@ def guard_terminal() -> None:
 
 def log_and_print(run_dir: Path, message: str) -> None:
     """Print a message about the processes of a run to standard error, and append it to the log of the run."""
-    print(f"ssl-train: {message}", file=sys.stderr, flush=True)
+    print_error("train", message)
     with suppress(OSError), (run_dir / "console.log").open("r+", encoding="utf-8") as log:  # only if it exists
         log.seek(0, os.SEEK_END)
         log.write(f"{message}\n")

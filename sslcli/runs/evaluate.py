@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -45,10 +44,7 @@ def run(config: EvalConfig) -> int:
     try:
         return _run_with_signal_handlers(config)
     except StoppedBySignal as stopped:
-        print(
-            f"ssl-eval: stopped by {stopped}; complete features are cached: run the same command again to resume",
-            file=sys.stderr,
-        )
+        print_error("eval", f"stopped by {stopped}; complete features are cached: run the same command again to resume")
         return EXIT_STOPPED
 
 
@@ -172,9 +168,8 @@ def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any
     evaluation.layer, evaluation.default_layer = protocol.choose_layer(
         evaluation.config.feature_layer, trained, example
     )
-    evaluation.check_layer(trained)
     names = ("trained", *(protocol.baselines if evaluation.config.baselines else ()))
-    starts = Starts(evaluation, names, {"trained": trained}, keep=protocol.trains)
+    starts = Starts(evaluation, names, trained, keep=protocol.trains)
     task = evaluation.task(fine_tuned=partial(fine_tuned.load, evaluation), kept=partial(evaluation.baseline, node))
     outcome = protocol(starts, task)
     check_outcome(outcome, protocol)

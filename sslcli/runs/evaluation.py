@@ -243,12 +243,12 @@ class Starts(Mapping[str, Start]):
     Args:
         evaluation: the evaluation.
         names: names of the starts: "trained" and baselines.
-        nets: networks that are already built, by name.
+        trained: the trained network.
         keep: True to keep networks and features in memory, for protocols that use them several times.
     """
 
-    def __init__(self, evaluation: Evaluation, names: Sequence[str], nets: dict[str, nn.Module], *, keep: bool) -> None:
-        self.evaluation, self.names, self.nets, self.keep = evaluation, names, nets, keep
+    def __init__(self, evaluation: Evaluation, names: Sequence[str], trained: nn.Module, *, keep: bool) -> None:
+        self.evaluation, self.names, self.trained, self.keep = evaluation, names, trained, keep
         self.kept: dict[str, Start] = {}
 
     def __getitem__(self, name: str) -> Start:
@@ -256,7 +256,9 @@ class Starts(Mapping[str, Start]):
             raise KeyError(name)
         if name in self.kept:
             return self.kept[name]
-        net = None if name == "pixels" else self.nets.get(name) or self.evaluation.subject.net(name)
+        net: nn.Module | None = None  # of pixels
+        if name != "pixels":
+            net = self.trained if name == "trained" else self.evaluation.subject.net(name)
         start = Start(net=net, layer=self.evaluation.layer, features=self.evaluation.features(name, net))
         if self.keep:
             self.kept[name] = start

@@ -41,7 +41,7 @@ def launch(job: dict[str, Any]) -> int:
                 [*child_processes.arguments("sslcli.runs.launch"), str(path)],
                 processes=config.launcher.processes,
                 max_restarts=config.launcher.max_restarts,
-                on_message=partial(log_and_print, Path(str(config.run_dir))),
+                on_message=partial(log_and_print, config.directory),
             )
     gc.disable()  # almost no object created before the first step can be freed
     try:

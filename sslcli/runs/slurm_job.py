@@ -26,7 +26,7 @@ def launch(config: RunConfig) -> int:
     `config.run_dir` must be absolute. If launcher.wait is true, this function prints the log until the job ends, and
     returns the exit code of the job. Raises ConfigError if the run cannot start or Slurm rejects the job.
     """
-    run_dir, settings = Path(str(config.run_dir)), config.launcher
+    run_dir, settings = config.directory, config.launcher
     assert isinstance(settings, SlurmSettings)
     text = render(settings, folder=slurm_dir(run_dir), cwd=Path.cwd(), python=sys.executable)
     if config.dry_run:
@@ -118,7 +118,7 @@ def run_node(config: RunConfig, endpoint: str) -> int:
         node=int(os.environ["SLURM_NODEID"]),
         endpoint=endpoint,
     )
-    run_dir = Path(str(config.run_dir))
+    run_dir = config.directory
     return run_processes(
         [*child_processes.arguments("sslcli.runs.launch"), str(slurm_dir(run_dir) / "config.json")],
         processes=settings.processes,

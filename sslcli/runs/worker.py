@@ -59,7 +59,7 @@ LOST_CONTACT = "another process of this run ended; run the same command again to
 
 def run(config: RunConfig) -> int:
     """Run ssl-train with a validated configuration in this process, and return the exit code."""
-    run_dir = Path(str(config.run_dir))
+    run_dir = config.directory
     if processes.restarted():  # an earlier attempt of this command has already started the run
         config = config.changed(resume="auto")
     threading.excepthook = _ignore_disk_error

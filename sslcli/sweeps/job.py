@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
 import platform
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from sslcli.runs import directory
 from sslcli.runs.identity import default_name
 from sslcli.runs.slurm.queue import recorded_exit_code, submitted_job
 from sslcli.system import atomic
+from sslcli.system.child_processes import signal_with_parent
 from sslcli.system.locks import can_lock, lock
 
 PARENT = "SSLCLI_SWEEP"  # environment variable of jobs: process ID of the sweep that started the job
@@ -277,8 +276,5 @@ def stop_with_sweep() -> None:
     This works even if SIGKILL ends the sweep. A run that receives SIGTERM saves a checkpoint and stops.
     """
     parent = os.environ.pop(PARENT, None)
-    if parent is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(parent):  # the sweep ended before prctl was called
-        os.kill(os.getpid(), signal.SIGTERM)
+    if parent is not None:
+        signal_with_parent(int(parent), signal.SIGTERM)

@@ -17,7 +17,7 @@ from typing import Any
 
 from sslcli.config.paths import absolute
 from sslcli.config.settings import SweepSettings
-from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, disk_failure
+from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, disk_failure, print_error
 from sslcli.runs.directory import check_below
 from sslcli.runs.identity import digest_of, result_overrides
 from sslcli.sweeps import table
@@ -78,7 +78,7 @@ def run_sweep(command: str, configs: list[dict[str, Any]], line: CommandLine) ->
         if failure is None:
             raise
         message, code = failure
-        print(f"ssl-{command}: {message}", file=sys.stderr)
+        print_error(command, message)
         return code
 
 

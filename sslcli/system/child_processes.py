@@ -55,7 +55,12 @@ def find_trusted(trust: Sequence[str]) -> None:
 
 def kill_with_parent(parent: int) -> None:
     """Kill this process when `parent` exits or is killed (Linux only). Otherwise an orphan could keep a run locked."""
+    signal_with_parent(parent, signal.SIGKILL)
+
+
+def signal_with_parent(parent: int, number: signal.Signals) -> None:
+    """Let the kernel send a signal to this process when `parent` exits or is killed (Linux only)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # the parent exited before prctl was called
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)

@@ -329,7 +329,7 @@ def config_of(run_dir: Path, *others: str) -> RunConfig:
 
 def killed_while_saving(config: RunConfig) -> int:
     """Process 1 dies when its files of the checkpoint of step 6 are written and the run is two steps further."""
-    run_dir, digest = Path(str(config.run_dir)), sharded_checkpoint.sha256
+    run_dir, digest = config.directory, sharded_checkpoint.sha256
 
     def fatal(path: Path) -> str:
         if path.parent.name.startswith("step-00000006.") and path.suffix == ".distcp" and collectives.rank() == 1:
