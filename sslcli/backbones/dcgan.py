@@ -25,8 +25,8 @@ class DCGANNet(Backbone):
     """4x4 convolutions of stride 2 with LeakyReLU. All convolutions except the first are followed by normalization.
 
     For images of 64 pixels or more, convolutions are added until the last feature map has a side of 4 to 7 pixels. For
-    smaller images, one more convolution is added, so that the side is 2 or 3 pixels. num_features is the number of
-    channels of the last map times its number of positions.
+    smaller images, one more convolution is added, so that the last feature map has a side of 2 or 3 pixels.
+    `num_features` is the number of channels of the last feature map times its number of positions.
 
     Args:
         image_size: side of the training images in pixels, at least 16.
@@ -60,7 +60,8 @@ class DCGANNet(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         """Return the flattened last map: (N, in_channels, H, W) -> (N, num_features).
 
-        If images do not have the training size, the last map is first average-pooled to its size in training.
+        If the images do not have the training size, the last map is first average-pooled to the size that it has in
+        training.
         """
         *_, last = self.stages(images).values()
         if last.shape[2:] != (self.side, self.side):

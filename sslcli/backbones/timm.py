@@ -44,7 +44,7 @@ class Timm(Backbone):
             name, image_size=image_size, in_channels=in_channels, pretrained=pretrained, options=dict(options or {})
         )
         self.pretrained = pretrained
-        # timm's num_features is not the width of the output if the model has another layer before the classifier.
+        # If the model has another layer before the classifier, timm's num_features is not the width of the output.
         self.num_features = dry_output(self.model, image_size=image_size, in_channels=in_channels).shape[1]
 
     def forward(self, images: Tensor) -> Tensor:

@@ -36,9 +36,9 @@ def position_embedding(
     `dim` must be divisible by 4. The four quarters of `dim` hold the sine and the cosine of the row, then those of the
     column. The frequencies are 10000^(-i / (dim / 4)).
 
-    `trained` = (rows, columns) is the grid used in training. The coordinates of the new grid are scaled to the training
-    grid, with half-pixel centers. The result is like an interpolated training embedding, but without interpolation
-    error.
+    `trained` = (rows, columns) is the grid used in training. The coordinates of the patch grid are scaled to the
+    training grid, with half-pixel centers. The result is close to an interpolation of the embedding used in training,
+    but has no interpolation error.
     """
     quarter = dim // 4
     frequency = 10000.0 ** (-torch.arange(quarter, device=device) / quarter)

@@ -1,4 +1,4 @@
-"""Distributed functions: rank, world size, collectives with and without gradient, and exchange of rows.
+"""Functions of several processes: rank, world size, collectives with and without gradient, and exchange of rows.
 
 With a single process, all collectives return their input. Rows of a gathered tensor are in rank order. If a global
 batch was split into contiguous parts, gathering the parts therefore restores the original order.
@@ -71,9 +71,9 @@ class _GatherWithGrad(torch.autograd.Function):
 def all_gather_with_grad(rows: Tensor) -> Tensor:
     """Gather the rows (N, ...) of all processes to (W * N, ...), with gradient.
 
-    The backward pass computes the gradient of the sum of the losses of all processes. Assume that each process computes
-    the mean loss over its own rows, and that DistributedDataParallel averages the gradients over processes. Then the
-    averaged gradient is exactly the gradient of a single process with the global batch.
+    The backward pass computes the gradient of the sum of the losses of all processes. If each process computes the mean
+    loss over its own rows, DistributedDataParallel averages the gradients over processes to exactly the gradient of a
+    single process with the global batch.
     """
     return rows if world_size() == 1 else _GatherWithGrad.apply(rows)
 

@@ -43,12 +43,13 @@ def run_processes(
     Args:
         processes: number of processes; None = one per device.
         max_restarts: maximum number of restarts. If a process crashes or is killed, all processes are restarted. A
-            failure that would repeat (an invalid configuration, a failed training) does not cause a restart. Each start
-            has its own agent, because torch's agent restarts processes after any exit code.
+            failure that would repeat (an invalid configuration, a failed training) does not cause a restart. torch's
+            agent restarts processes after any exit code, so each start here uses a new agent without restarts.
         on_message: called with the reason for each restart, and with the reason for the last crash.
-        rendezvous: for a run on several nodes. Call this function on all nodes. After a crash, this function returns
-            EXIT_LOST. With `rendezvous`, the agent ignores SIGUSR1 and SIGUSR2, because the scheduler sends these
-            signals to every process of the job. The processes handle the signals and stop after the same step.
+        rendezvous: for a run on several nodes; None for one node. With a rendezvous, call `run_processes` on all nodes.
+            After a crash, it returns EXIT_LOST. The agent ignores SIGUSR1 and SIGUSR2, because the scheduler sends
+            these signals to every process of the job. The training processes handle the signals, and all of them stop
+            after the same step.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 

@@ -1,7 +1,7 @@
-"""Rank, process group and start time of a process, for any launcher.
+"""Rank, process group and start time of a process that any launcher may have started.
 
 This module reads the environment variables RANK, LOCAL_RANK, WORLD_SIZE and MASTER_*. Every launcher sets these
-variables. The module also reads optional variables of our own agent and of torchrun.
+variables. The module also reads optional variables of our own agent (`sslcli.distributed.elastic`) and of torchrun.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
 
 
 def die_with_parent() -> None:
-    """End this process when our agent ends, even if SIGKILL ends the agent. The agent has started this process."""
+    """For a process that our agent started: end the process when the agent ends, even if SIGKILL ends the agent."""
     child_processes.kill_with_parent(int(os.environ[AGENT]))
 
 

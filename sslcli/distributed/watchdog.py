@@ -112,9 +112,9 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
 def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]:
     """Watch a single-process run within the `with` block. A thread calls `end(message)` after a long wait for images.
 
-    A wait is too long if it exceeds `limit` + `SLACK` seconds. This function is for images that the process itself
-    reads. If data workers read the images, the timeout of the workers expires first and ends the run more gracefully.
-    Other actions of a process are not watched, because their maximum duration is not known.
+    A wait is too long if it exceeds `limit` + `SLACK` seconds. Only waits for images that the process itself reads can
+    become so long. If data workers read the images, the timeout of the workers expires first and ends the run with a
+    regular error. Other actions of a process are not watched, because their maximum duration is not known.
     """
     with in_thread(watch_image_waits, limit, end):
         yield

@@ -1,8 +1,8 @@
 """Loading of the compiled C parts.
 
-A part is a C file `NAME.c` next to the Python module that calls the part. If there is a C compiler with OpenMP during
-installation, setup.py compiles the part to the library `_NAME`. If a library is not available, torch operations are
-used.
+Each compiled part is a C file `NAME.c`, next to the Python module that calls its functions. During installation,
+setup.py compiles the C file to the library `_NAME` if there is a C compiler with OpenMP. Without the library, torch
+operations are used.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def present() -> list[str]:
 def load(part: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | None:
     """Load the library of a C file and set the argument types of `functions`.
 
-    Return None if the library is not available. If the C file was changed after compilation (e.g. by `git pull`), warn
-    and return None, because the signatures of the functions may differ.
+    Returns None if the library is not available. If the C file was changed after compilation (e.g. by `git pull`), the
+    function warns and returns None, because the signatures of the C functions may differ.
     """
     if torch.backends.cpu.get_cpu_capability() not in CAPABLE:
         return None

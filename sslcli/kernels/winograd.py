@@ -1,18 +1,19 @@
-"""Winograd convolutions (3x3) on the CPU in float32. They need a quarter of the multiplications.
+"""Winograd convolutions (3x3) on the CPU in float32. They need a quarter of a direct convolution's multiplications.
 
 Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the points 0, 1, -1, 2, -2 and infinity
 
 Shapes: N images, C input channels, O output channels, H x W maps, T tiles. A tile has 4 x 4 outputs, which depend on
 6 x 6 inputs. The inputs of a tile and the kernel are treated as polynomials and evaluated at 6 x 6 points. At each
-point, the convolution is a separate matrix product. Winograd therefore computes 36 products of (T, C) with (C, O). A
-direct convolution computes one product of (16 T, 9 C) with (9 C, O). The gradient with respect to the images is a
-convolution. The gradient with respect to the weight consists of 36 products, with the tiles as the inner dimension.
+point, the convolution is a matrix product of its own. The Winograd algorithm therefore computes 36 products of (T, C)
+with (C, O). A direct convolution computes one product of (16 T, 9 C) with (9 C, O). The gradient with respect to the
+images is a convolution. The gradient with respect to the weight consists of 36 products, with the tiles as the inner
+dimension.
 
-`winograd_passes.c` processes a few tiles at a time, so that their values at the points stay in the cache of a core. For
-wide layers, the C part would have to read the kernels repeatedly. Wide layers and installations without a compiler
-therefore use the implementation in torch operations. Without this module, torch uses the direct convolutions of oneDNN.
-On CPUs with AVX2, oneDNN computes the weight gradient in channels-last memory format at only half the speed of the
-forward pass and of the input gradient.
+`winograd_passes.c` processes a few tiles at a time. The values of these tiles at the points then stay in the cache of a
+core. For wide layers, the C part would have to read the kernels repeatedly. Wide layers and installations without a
+compiler therefore use the implementation in torch operations. Without this module, torch uses the direct convolutions
+of oneDNN. On CPUs with AVX2, oneDNN computes the weight gradient in channels-last memory format at only half the speed
+of the forward pass and of the input gradient.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def pays(images: Tensor, weight: Tensor) -> bool:
 
 
 def watched() -> bool:
-    """Return True if torch.compile or an exporter is tracing the network. Both use their own convolutions."""
+    """Return True if torch.compile or an exporter is tracing the network. Traced networks use torch's convolutions."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
@@ -148,8 +149,8 @@ def channels_last(images: Tensor) -> Tensor:
 def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
     """Divide the images into slices that are processed one after the other.
 
-    The values of a slice at the points should fit the caches. A slice should also have at least as many of these values
-    as the kernels have, because the kernels are read once per slice.
+    The caches should have room for the values of a slice at the points. The number of these values should be at least
+    the number of values of the kernels, because the kernels are read once per slice.
     """
     n, high, wide = tiles(maps)
     image_bytes = 4 * POINTS**2 * maps.shape[3] * high * wide

@@ -1,7 +1,7 @@
 """Python interface of the compiled Winograd convolutions in `winograd_passes.c`, loaded by `sslcli.kernels.library`.
 
-`sslcli.kernels.winograd` calls these functions first. If there is no compiled pass, they return None or False, and
-`sslcli.kernels.winograd` uses torch operations. There is no compiled pass in these cases:
+`sslcli.kernels.winograd` calls these functions first. If there is no compiled pass, a function returns None or False,
+and `sslcli.kernels.winograd` uses torch operations. There is no compiled pass in these cases:
 
 - The dtype is not float32.
 - The number of channels is not a multiple of 16 (a cache line).

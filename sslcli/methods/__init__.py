@@ -1,4 +1,4 @@
 """Self-supervised methods, one file per family of papers.
 
-Of the packages of sslcli, a method imports only sslcli.methods, sslcli.nn, sslcli.distributed and sslcli.errors.
+The modules of this package import no other package of sslcli than sslcli.nn, sslcli.distributed and sslcli.errors.
 """

@@ -3,7 +3,8 @@
 Wu et al. 2018    https://arxiv.org/abs/1805.01978   memory_bank.py (instance discrimination)
 Tian et al. 2020  https://arxiv.org/abs/1906.05849   cmc.py (one bank per modality)
 
-Shapes: N images per process, W processes, n training images, D embedding size, K noise rows per image.
+Shapes: N images per process, W processes, n training images, D embedding size, K noise rows (random rows of the bank)
+per image.
 """
 
 from __future__ import annotations

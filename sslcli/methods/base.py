@@ -57,7 +57,7 @@ class Method(nn.Module):
         head_layers: the number of layers of the projection head whose output `head_features` can return; 0 = none.
         finetune_layer: fine-tuning starts from the output of this layer of the projection head; 0 = the output of the
             backbone.
-        mixture: the self-mixture of views that is passed to the constructor of the method, or None.
+        mixture: the option of the constructor that mixes the images of a batch with each other (see `UnMix`), or None.
     """
 
     num_views: int
@@ -157,7 +157,7 @@ class Method(nn.Module):
 
 
 def maps_of(backbone: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return the backbone's feature maps of `images` (N, C, H, W) by stage, in evaluation mode, without gradient.
+    """Return the feature maps of `images` (N, C, H, W) by stage name, in evaluation mode and without gradient.
 
     Raises ValueError if the backbone has no `stages`, or if it does not accept the images.
     """

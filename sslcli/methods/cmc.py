@@ -129,10 +129,10 @@ class CMC(Method):
         graph: "core" pairs the first modality with each of the others (eq. 7). "full" uses all pairs (eq. 8). The loss
             of each pair is computed in both directions.
         dim: embedding size D.
-        loss: "nce", "softmax" or "batch". With "nce" and "softmax", an embedding is compared with rows of the memory
-            bank of the other modality: the own row and K other rows. "nce" is noise-contrastive estimation, and
-            "softmax" is the cross-entropy. With "batch", there is no bank. The loss is the cross-entropy over the
-            embeddings of the other modality in the global batch.
+        loss: "nce", "softmax" or "batch". With "nce" and "softmax", an embedding is compared with K + 1 rows of the
+            memory bank of the other modality: the row of the same image and K random rows. "nce" is noise-contrastive
+            estimation, and "softmax" is the cross-entropy. With "batch", there is no bank. The loss is the
+            cross-entropy over the embeddings of the other modality in the global batch.
         negatives: K. The rows are drawn uniformly with replacement, and all pairs use the same rows. Unused with
             "batch".
         momentum: weight of the old row in an update of a bank.
@@ -236,7 +236,7 @@ class CMC(Method):
 
         `direction` contains the indices of the modality of `v` and of the other modality. Images for which `both` (N,)
         is False are excluded from the normalizer Z. Each direction has its own Z, because the similarities of different
-        directions may differ in scale.
+        directions may differ in scale. A hit is 1 if the row of the same image has the largest logit, else 0.
         """
         bank = self.banks[self.names[direction[1]]]
         logits = scores(v, bank.rows, chosen, temperature=self.temperature)  # type: ignore[arg-type]
@@ -328,8 +328,9 @@ def in_batch_loss(query: Tensor, other: Tensor, present: Tensor | None, *, tempe
 def mean_where(values: Tensor, rows: Tensor | None) -> Tensor:
     """Return the mean of `values` (N,) over the images for which `rows` (N,) is True, or 0 if there is no such image.
 
-    rows=None selects all images. With several processes, each process returns a scaled value. The mean of these values
-    over processes equals the mean over the selected images of all processes. This also holds for the gradients.
+    rows=None selects all images. With several processes, each process returns a scaled value. The average of these
+    values over processes is the mean over the selected images of all processes. The average of their gradients is the
+    gradient of this mean.
     """
     if rows is None:
         return values.mean()

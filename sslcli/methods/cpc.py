@@ -5,8 +5,9 @@ v2  Henaff et al. 2020              https://arxiv.org/abs/1905.09272  conf/metho
 
 In v2, all other patches are negatives, the grid is read in four directions, and each patch is augmented independently.
 
-Shapes: N images per process, W processes, g x g patches per image, D encoding size, E context size, M negatives. A
-context row predicts the row `offset` rows below it, so R = g - offset context rows have a target row.
+Shapes: N images per process, W processes, g x g patches per image, D encoding size, E context size, M negatives. The
+contexts of one row of the grid predict the row that is `offset` rows lower. R = g - offset rows of contexts have such a
+target row.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Cont
 
     Args:
         context: (N, R, g, E).
-        targets: (N, R, g, E), the vector W_k z of the patch that each context predicts.
+        targets: (N, R, g, E), for each context the vector W_k z of the patch to predict.
         negative: (N, R, g, M) int64, indices into the targets of all processes, flattened to (W N R g, E). The sampled
             indices may include the target of the context itself, as in public implementations. The loss therefore does
             not reach 0.
@@ -59,7 +60,7 @@ def full_contrast(prediction: Tensor, targets: Tensor, *, offset: int) -> Contra
     """Return the cross-entropy of the target of each prediction among all patches of all images (CPC v2, appendix).
 
     Args:
-        prediction: (N, R, g, E), predictions from the R = g - offset context rows that have a target row.
+        prediction: (N, R, g, E), the predictions from the R = g - offset rows of contexts that have a target row.
         targets: (N, g, g, E), the projected encodings of all patches.
         offset: the target is `offset` rows below the context.
 

@@ -21,8 +21,8 @@ DRAWS = 12  # number of random numbers per patch
 def patch_size(image_size: int, grid: int | None) -> int:
     """Return the patch side p = 2 S / (g + 1) in pixels, where g is `grid`. Patches overlap by half.
 
-    With grid=None, g is the valid value nearest to 7 for which patches have at least 8 pixels. For images of 32, 64, 96
-    and 224 pixels, g is 7 and the patches have 8, 16, 24 and 56 pixels.
+    With grid=None, g is the valid value nearest to 7 that gives patches with a side of at least 8 pixels. For images of
+    32, 64, 96 and 224 pixels, g is 7 and the patches have 8, 16, 24 and 56 pixels.
 
     Raises ValueError if `grid` is below 3, or if the patch side is not an even whole number of pixels. The message
     lists the valid grids.

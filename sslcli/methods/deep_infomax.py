@@ -249,7 +249,7 @@ class DeepInfoMax(Method):
 
 
 def check_weights(**weights: float) -> None:
-    """Raise ValueError if a weight is below 0, or if both alpha and beta are 0."""
+    """Raise ValueError if a weight is below 0, or if `alpha` and `beta` are both 0."""
     for name, weight in weights.items():
         if not weight >= 0:
             raise ValueError(f"{name} is {weight}, but the weight of a term must be at least 0 (0 disables it)")
@@ -261,7 +261,7 @@ def check_weights(**weights: float) -> None:
 
 
 def check_choices(measure: str, score: str, official_mask: bool) -> None:
-    """Raise ValueError if measure, score or official_mask is not valid. The message states what to change."""
+    """Raise ValueError if `measure`, `score` or `official_mask` is not valid. The message states what to change."""
     if measure in UNBOUNDED:
         raise ValueError(
             f"measure is {measure!r}, whose loss decreases without bound as scores grow: choose one of "

@@ -113,8 +113,8 @@ class Game(Method):
         r1: weight of the R1 penalty, at least 0; 0 disables the penalty.
         r1_every: number of steps between two R1 penalties. Each penalty is multiplied by this number (lazy
             regularization).
-        discriminator_lr: positive factor by which the learning rate of the other parameters is multiplied to get the
-            learning rate of the discriminator.
+        discriminator_lr: learning rate of the discriminator, as a positive multiple of the learning rate of all other
+            parameters.
 
     Raises ValueError if an argument is out of range.
     """

@@ -3,7 +3,8 @@
 InfoMin  Tian et al. 2020           https://arxiv.org/abs/2005.10243   conf/method/infomin.yaml
 PIRL     Misra, van der Maaten 2020 https://arxiv.org/abs/1912.01991   the jigsaw branch
 
-Shapes: N images per process, W processes, D embedding size, K queue length, F features; a jigsaw has 9 cells.
+Shapes: N images per process, W processes, D embedding size, K queue length, F features. An image is divided into 9
+cells. The shuffled patches from these cells are a jigsaw.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class InfoMin(MoCo):
 
     @contextmanager
     def grouped_by_image(self) -> Iterator[None]:
-        """Multiply the group size of BatchNorm by 9, so that a group is all patches of `bn_group` images."""
+        """Multiply the group size of BatchNorm by 9. A group then contains all nine patches of `bn_group` images."""
         norms = [part for part in self.backbone.modules() if isinstance(part, SplitBatchNorm)]
         for norm in norms:
             norm.group *= CELLS

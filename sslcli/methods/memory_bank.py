@@ -2,7 +2,7 @@
 
 Wu et al. 2018  https://arxiv.org/abs/1805.01978   conf/method/memory_bank.yaml
 
-Shapes: N images per process, n training images, D embedding size, K noise rows per image.
+Shapes: N images per process, n training images, D embedding size, K noise rows (random rows of the bank) per image.
 """
 
 from __future__ import annotations

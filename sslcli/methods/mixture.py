@@ -3,8 +3,8 @@
 Shen et al. 2022  https://arxiv.org/abs/2003.05438   conf/mixture/unmix.yaml
 
 The mixtures add a term to the loss of a two-view method. A mixture is compared with each of its two source images, and
-each of the two losses is weighted by the fraction of the source image in the mixture. The two-view method passes
-functions that encode and compare images.
+each of the two losses is weighted by the fraction of the source image in the mixture. The two-view method calls
+`add_mixture` with its own functions for encoding and comparing images.
 
 Shapes: N images per process.
 """

@@ -60,7 +60,8 @@ def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str
         rows: (N, k) output of `reduce_negatives` for the scores of each vector with other images.
         count: number of scores that are reduced to one element of `rows`.
         measure: one of MEASURES.
-        gather: if True, the measure DV normalizes over the vectors of all processes. Other measures ignore it.
+        gather: if True, the measure DV normalizes over the vectors of all processes. All other measures ignore
+            `gather`.
     """
     if measure == "InfoNCE":  # all positions of an image have the same negatives: one log-sum-exp suffices
         return (torch.logaddexp(positive, rows[..., None]) - positive).mean()
@@ -128,7 +129,7 @@ def dot_loss(
 
 
 def concat_loss(score: nn.Module, maps: Tensor, vectors: Tensor, *, measure: str, gather: bool = True) -> Tensor:
-    """Return the loss for scores that a network computes from a vector, concatenated with each position of a map.
+    """Return the loss for scores of a network. Its input is a vector, concatenated with each position of a map.
 
     `maps` is (N, C, H, W), `vectors` is (N, D). The network `score` maps (N, D + C, H, W) to (N, 1, H, W). The
     negatives of an image are the positions of the next image. `gather` is described in `dot_loss`.

@@ -1,6 +1,6 @@
 """Building blocks of methods: heads, EMA, BatchNorm variants, decoder, random numbers, losses, schedules.
 
-Methods in other packages may import all of these from here.
+Methods in other packages may import every name of this module.
 """
 
 from sslcli.nn.batch_norm import SplitBatchNorm as SplitBatchNorm

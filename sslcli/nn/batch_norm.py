@@ -60,8 +60,8 @@ class SplitBatchNorm(_BatchNorm):
 def average_statistics(module: nn.Module) -> None:
     """Replace the running statistics of all SplitBatchNorm layers by their mean over processes, in one all-reduce.
 
-    Running statistics are linear in the batch statistics. Therefore the mean equals the statistics that a single
-    process would compute.
+    Running statistics are linear in the batch statistics. Therefore their mean over processes equals the running
+    statistics of a single process with the global batch.
     """
     parts = [part for part in module.modules() if isinstance(part, SplitBatchNorm)]
     if collectives.world_size() == 1 or not parts:

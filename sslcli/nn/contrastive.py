@@ -154,7 +154,7 @@ def info_nce(
 
 
 class _Mutual(torch.autograd.Function):
-    """Symmetric InfoNCE over one set of rows. Only similarities in blocks on and above the diagonal are computed."""
+    """Symmetric InfoNCE among the rows of one tensor. Similarities below the diagonal blocks are not computed."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

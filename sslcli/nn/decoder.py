@@ -30,8 +30,8 @@ class Decoder(nn.Module):
         channels: image channels.
         width: channels of the smallest feature map, halved by each block down to 64.
 
-    The smallest feature map has a side of 4 to 7 pixels, and each block doubles the side. If doubling cannot give
-    `image_size` (e.g. 100), the next larger image is decoded and center-cropped.
+    The smallest feature map has a side of 4 to 7 pixels, and each block doubles the side. If doubling cannot give a
+    side of `image_size` (e.g. 100), the decoder computes the next larger image and center-crops it.
 
     Raises ValueError for arguments out of range.
     """

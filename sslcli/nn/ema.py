@@ -14,7 +14,7 @@ from sslcli.distributed import collectives
 def frozen_copy(module: nn.Module) -> Any:
     """Return a copy of `module` with requires_grad=False, without dropout and without stochastic depth.
 
-    The copy has its own buffers. The initial values of the buffers are those of `module`. `train` and `eval` change the
+    The copy has its own buffers, which start with the values of the buffers of `module`. `train` and `eval` change the
     mode of the copy as usual.
     """
     twin = copy.deepcopy(module).requires_grad_(False)

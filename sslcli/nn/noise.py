@@ -1,6 +1,6 @@
 """Random numbers for the images of a step. The numbers do not depend on the number of processes.
 
-torch's global generator has a different state on each process. Its numbers would make results depend on the number of
+torch's global generator has a different state on each process. With its numbers, results would depend on the number of
 processes. In this module, the random numbers of an image depend only on (seed, draw, index in the global batch). The
 checkpoint contains the number of draws so far.
 

@@ -23,7 +23,7 @@ from sslcli.system import atomic
 from sslcli.system.child_processes import signal_with_parent
 from sslcli.system.locks import can_lock, lock
 
-PARENT = "SSLCLI_SWEEP"  # environment variable of jobs: process ID of the sweep that started the job
+PARENT = "SSLCLI_SWEEP"  # environment variable of a job: process ID of the sweep that started the job
 PROC = Path("/proc")  # exists only on Linux
 WAITING, SUBMITTED, RUNNING, CHECKED = "waiting", "submitted", "running", "checked"
 FINISHED, STOPPED, INTERRUPTED, FAILED = "finished", "stopped", "interrupted", "failed"
@@ -48,7 +48,7 @@ class Sweep:
 
     @property
     def metric(self) -> str | None:
-        """Metric that ranks the jobs. None for ssl-eval, since its jobs have no metrics.jsonl."""
+        """Metric that ranks the jobs. It is None for ssl-eval, because jobs of ssl-eval have no metrics.jsonl."""
         return None if self.command == "eval" else self.settings.metric
 
     def title(self, job: Job) -> str:
@@ -92,7 +92,7 @@ def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
 def is_sweep_setting(line: str) -> bool:
     """Return True if an override applies to the sweep and not to its jobs.
 
-    Such overrides are `sweep.*`, and `hydra.*` except searchpath.
+    The overrides of the sweep are all `sweep.*`, and all `hydra.*` except `hydra.searchpath`.
     """
     key = line.partition("=")[0].lstrip("+~")
     return key.startswith(("sweep.", "hydra.", "hydra/")) and key != "hydra.searchpath"
@@ -156,8 +156,8 @@ def write(path: Path, record: Record) -> None:
 def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = False) -> str:
     """Return the status of a job.
 
-    The following are checked in this order: whether the run in the run directory is finished, whether a process runs
-    the job, and the exit code in the record.
+    The status depends first on whether the run in the run directory is finished, then on whether a process runs the
+    job, and last on the exit code in the record.
 
     Args:
         sweep: sweep of the job.
@@ -210,8 +210,8 @@ def is_running(sweep: Sweep, name: str, record: Record) -> bool:
 def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
     """Lock a job, so that no other process runs it. Return the lock file, or None if another process runs the job.
 
-    The lock is held until the lock file and its copies in child processes are closed. A job may be claimed while its
-    run trains on Slurm: the process of the job checks whether the Slurm job is still queued or running.
+    The lock is held until the lock file and its copies in child processes are closed. This function can lock a job
+    whose run trains on Slurm. The process of such a job checks whether the Slurm job is still queued or running.
     """
     file = lock(lock_path(sweep, job.name))
     if file is None:
@@ -227,7 +227,7 @@ def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
 def lock_path(sweep: Sweep, name: str) -> Path:
     """Return the lock file of a job.
 
-    The sweep and the process of the job share the lock. The lock is held while at least one of these two runs.
+    The sweep and the process of the job share the lock. The lock is held until both have ended.
     """
     return sweep.records / f"{name}.lock"
 

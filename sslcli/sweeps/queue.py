@@ -112,7 +112,7 @@ class Running:
 def forwarded_signals() -> list[signal.Signals]:
     """Return the signals that stop a sweep.
 
-    SIGHUP is omitted if this process ignores SIGHUP (nohup), since the jobs then ignore SIGHUP as well.
+    If this process ignores SIGHUP (nohup), its jobs also ignore SIGHUP, and SIGHUP is not in the result.
     """
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in FORWARDED if number != signal.SIGHUP or not ignored]
@@ -187,7 +187,7 @@ class PendingJobs:
         return is_due
 
     def poll_busy(self) -> None:
-        """Check which jobs other processes run, without claiming a job."""
+        """Update the jobs that other processes run, without claiming a job."""
         for job in self.jobs if self.is_poll_due() else ():
             if is_running(self.sweep, job.name, read_or_create_record(self.sweep, job)):
                 self._count_busy(job)
@@ -219,8 +219,8 @@ def run_queue(sweep: Sweep, jobs: list[Job], slots: list[Slot] | None, *, quiet:
     """Run the jobs that are due, each as soon as a slot is free. Return True if the sweep was stopped.
 
     - If `slots` is None, all jobs start immediately.
-    - If another process runs a job, the queue waits until that process ends. It then resumes the job if it is
-      unfinished.
+    - If another process runs a job, the queue waits until that process ends. If the job is unfinished, the queue then
+      resumes the job.
     - A slot is claimed by a lock in the sweep's folder, so that several processes on this machine can share the slots.
     - If `quiet` is True, jobs print into their log files.
     - The table is rewritten whenever a job ends.
@@ -261,7 +261,8 @@ def claim_slot(
     Args:
         sweep: sweep whose folder contains the lock files.
         slots: all slots. None: their number is unlimited.
-        used: indices of the slots that this process uses. They are needed on file systems that do not support locks.
+        used: indices of the slots that this process uses. These indices are needed on file systems that do not support
+            locks.
     """
     if slots is None:
         return -1, ()

@@ -117,8 +117,8 @@ def _run(sweep: Sweep, configs: list[dict[str, Any]], line: CommandLine) -> int:
 def _launch(sweep: Sweep, due: list[Job], line: CommandLine, slots: list[Slot] | None) -> tuple[bool, bool]:
     """Run the jobs with a Hydra launcher. Return two booleans: (sweep was stopped, launcher failed).
 
-    If another process runs a job, the job is launched after that process ends. If the job were launched earlier, it
-    would only wait and occupy a place in the launcher's queue.
+    If another process runs a job, the job is launched after that process ends. An earlier launch would only occupy a
+    place in the launcher's queue.
     """
     while due:
         busy = [job for job in due if is_running(sweep, job.name, read_or_create_record(sweep, job))]
@@ -151,7 +151,7 @@ def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> 
 
 
 def program_of(command: str) -> tuple[str, ...]:
-    """Return the beginning of a command line that runs a command with this interpreter, independent of PATH."""
+    """Return the first words of a command line that runs `command` with this interpreter, independent of PATH."""
     return sys.executable, *child_processes.arguments(f"sslcli.cli.{command}")
 
 

@@ -86,8 +86,8 @@ def _newest(path: Path, metric: str, _: int) -> float | None:
 def ranked(rows: Iterable[Row], *, lowest: bool) -> list[Row]:
     """Return the rows sorted by status and metric.
 
-    Finished jobs come first, then all other jobs. Within each of these two parts, the best value comes first, and jobs
-    without a value come last.
+    Finished jobs come before all other jobs. Finished jobs and other jobs are each sorted by value: the best value
+    comes first, and jobs without a value come last.
     """
 
     def place(row: Row) -> tuple[bool, bool, float]:

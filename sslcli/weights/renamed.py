@@ -34,9 +34,9 @@ def current_names(name: str) -> Iterator[str]:
 def with_current_names(state: dict[str, Any], wanted: Collection[str]) -> dict[str, Any]:
     """Return a copy of the state dict `state` in which older names are replaced by current names.
 
-    The argument `wanted` holds the names that a module expects. Only names in `wanted` can replace older names. An
-    entry of `state` whose name is in `wanted` keeps this name. A module of another package may therefore use one of the
-    older names.
+    `wanted` holds the names that a module expects. Only names in `wanted` replace older names. A name of `state` that
+    is itself in `wanted` is not replaced. Modules of other packages may therefore use a name that is an older name in
+    sslcli.
     """
     current = {
         older: name for name in wanted if name not in state for older in older_names(name) if older not in wanted
