@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -61,9 +62,32 @@ def print_error(command: str, error: BaseException | str) -> None:
     hint = ""
     if isinstance(error, BaseException) and os.environ.get(DEBUG) != "1" and _raised_in_user_code(error):
         hint = f" ({DEBUG}=1 shows the traceback)"
-    print(f"ssl-{command}: {error}{hint}", file=sys.stderr, flush=True)
+    print(printable(f"ssl-{command}: {error}{hint}", keep="\n"), file=sys.stderr, flush=True)
     if isinstance(error, BaseException) and os.environ.get(DEBUG) == "1":
         traceback.print_exception(error)
+
+
+# Control characters, line separators, characters that change the writing direction, and surrogates.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object, *, keep: str = "") -> str:
+    """Return a value as text that is safe to print and to encode as UTF-8.
+
+    Control characters become escapes: ESC becomes `\\x1b`. Without the escapes, a terminal would execute the commands
+    that a file name contains. Python decodes each byte of a file name that is not UTF-8 to a surrogate. The surrogate
+    of the byte FF becomes `\\xff`.
+
+    Args:
+        text: the value.
+        keep: characters that are not escaped, such as `"\\n"` for a message of several lines.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), str(text))
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
 
 
 def _raised_in_user_code(error: BaseException) -> bool:

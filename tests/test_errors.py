@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sslcli.errors import DEBUG, ConfigError, print_error
+from sslcli.errors import DEBUG, ConfigError, print_error, printable
 
 PLUGIN = """
 def constructor(width):
@@ -53,3 +53,24 @@ def test_the_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsy
 def test_a_plain_message_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_error("train", "the disk is full")
     assert capsys.readouterr().err == "ssl-train: the disk is full\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("ä 😀 [v2] \\", "ä 😀 [v2] \\"),
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("a\r\tb\nc\x7f\x9b", "a\\r\\tb\\nc\\x7f\\x9b"),
+        ("\u202egpj", "\\u202egpj"),
+        ("a\udcffb\ud800", "a\\xffb\\ud800"),
+        (Path("p\x00"), "p\\x00"),
+    ],
+)
+def test_printable_text_has_no_characters_that_a_terminal_executes(text: object, shown: str) -> None:
+    assert printable(text) == shown
+    assert printable(text).encode()
+
+
+def test_an_error_with_an_unsafe_name_is_printed_as_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    print_error("train", ConfigError("\x1b]0;owned\x07 and \udcff\n  second line"))
+    assert capsys.readouterr().err == "ssl-train: \\x1b]0;owned\\x07 and \\xff\n  second line\n"

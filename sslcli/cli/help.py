@@ -9,7 +9,7 @@ from pathlib import Path
 from sslcli import __version__
 from sslcli.config.folders import conf_folder, user_folders
 from sslcli.config.plugins import plugin_folders
-from sslcli.report.terminal import guard_terminal
+from sslcli.report.terminal import guard_terminal, print_text
 
 TITLES = {
     "train": "ssl-train: pre-train a vision backbone without labels.",
@@ -110,5 +110,5 @@ def show_and_exit(name: str) -> None:
     text = answer(name, sys.argv[1:])
     if text is not None:
         guard_terminal()
-        print(text, flush=True)
+        print_text(text)
         sys.exit(0)

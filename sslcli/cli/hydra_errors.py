@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from functools import cache
 
 from hydra._internal.hydra import Hydra
@@ -17,6 +16,7 @@ from sslcli.config.moved import CHOICES
 from sslcli.config.signatures import parameters_of
 from sslcli.config.targets import check_target, trust_list
 from sslcli.errors import ConfigError, nearest
+from sslcli.report.terminal import print_text
 
 EXTRAS = {  # choice of a Hydra plugin -> extra of sslcli that installs it
     "hydra/launcher/submitit_slurm": "slurm",
@@ -36,7 +36,7 @@ def one_line(error: object) -> str:
 @cache
 def print_note(command: str, note: str) -> None:
     """Print a note about an old name to standard error, once per process."""
-    print(f"ssl-{command}: {note}; the old name is still accepted", file=sys.stderr)
+    print_text(f"ssl-{command}: {note}; the old name is still accepted", to_stderr=True)
 
 
 def unreadable(line: str, error: BaseException | None = None) -> str:

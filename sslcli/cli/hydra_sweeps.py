@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from sslcli.cli.compose import engine_of
 from sslcli.cli.hydra_errors import one_line
 from sslcli.errors import ConfigError
+from sslcli.report.terminal import print_text
 from sslcli.runs.identity import digest_of
 from sslcli.sweeps.job import FINISHED, Job, Sweep, job_of, read, read_or_create_record, status_of
 from sslcli.sweeps.queue import Slot, forwarded_signals, run_queue
@@ -190,10 +190,10 @@ def run_hydra(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]
         except Exception as error:  # plugins may raise any error
             if started(sweep) == before:
                 raise ConfigError(f"Hydra could not start the sweep: {one_line(error)}") from error
-            print(
+            print_text(
                 f"ssl-{sweep.command}: the sweep ended early: {one_line(error)}. Jobs that run elsewhere continue; run "
                 "the same command again to print their status and to start the remaining jobs",
-                file=sys.stderr,
+                to_stderr=True,
             )
             return bool(received), True
         finally:
@@ -220,7 +220,7 @@ def signal_file(sweep: Sweep) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
         (sweep.records / "stop").touch()
-        print("stopping: running jobs save and stop; a second interrupt does not wait for them", flush=True)
+        print_text("stopping: running jobs save and stop; a second interrupt does not wait for them")
 
     previous = {number: signal.signal(number, receive) for number in forwarded_signals()}
     try:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
-from sslcli.errors import ConfigError
+from sslcli.errors import ConfigError, printable
+
+RAW_BYTES = os.fsdecode(bytes(range(0x80, 0x100)))  # bytes of names that are not UTF-8, as Python decodes them
 
 
 class BadImage(Exception):
@@ -17,7 +20,7 @@ class BadImage(Exception):
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{printable(self.path)}: {self.reason}"
 
 
 class TooManyBadImages(ConfigError):
@@ -50,7 +53,7 @@ class BadImages:
         """Raise TooManyBadImages if more than max_bad * total images are bad. The message lists up to 20 of them."""
         if self.count <= self.max_bad * self.total:
             return
-        lines = [f"  {path}: {reason}" for path, reason in list(self.reasons.items())[:20]]
+        lines = [f"  {printable(path)}: {printable(reason)}" for path, reason in list(self.reasons.items())[:20]]
         if self.count > 20:
             lines.append(f"  ... and {self.count - 20} more")
         raise TooManyBadImages(
@@ -60,8 +63,14 @@ class BadImages:
         )
 
     def write(self, path: Path) -> None:
-        """Write one line "path<TAB>reason" per bad image, sorted by path. Without bad images, the file is empty."""
-        lines = [f"{name}\t{' '.join(reason.split())}\n" for name, reason in sorted(self.reasons.items())]
+        """Write one line "path<TAB>reason" per bad image, sorted by path. Without bad images, the file is empty.
+
+        Control characters in a path become escapes such as `\\x1b`. Bytes that are not UTF-8 are written unchanged.
+        """
+        lines = [
+            f"{printable(name, keep=RAW_BYTES)}\t{printable(' '.join(reason.split()))}\n"
+            for name, reason in sorted(self.reasons.items())
+        ]
         path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 

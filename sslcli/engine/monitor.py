@@ -15,11 +15,12 @@ from torch import Tensor
 from sslcli.config.settings import MonitorSettings
 from sslcli.distributed import collectives, watchdog
 from sslcli.engine import checkpoint, collapse, health
-from sslcli.errors import NotFinite, TrainingFailed
+from sslcli.errors import NotFinite, TrainingFailed, printable
 from sslcli.methods.base import Batch, Method
 from sslcli.report import pictures
 from sslcli.report.console import Screen, percent
 from sslcli.report.metrics import Metrics
+from sslcli.report.tensorboard import open_writer
 
 LARGE_WEIGHTS = 30.0  # limit on the root mean square of a weight tensor; our methods and recipes stay below 3
 REMEDIES = (
@@ -125,15 +126,13 @@ class Monitor:
         self.total, self.start_time = total, time.perf_counter()
         self.last_log = (self.start_time, step)
         if self.writes:
-            from torch.utils.tensorboard import SummaryWriter
-
             self.metrics = Metrics(self.run_dir / "metrics.jsonl", step=step)
             if step == 0 and self.metrics.dropped is not None:
                 found = f"{self.run_dir} has no checkpoint, but metrics up to step {self.metrics.dropped}"
                 self.screen.warn(f"{found}: the run starts from the beginning")
             # TensorBoard hides the entries that a killed run wrote after its last checkpoint.
             purge = step + 1 if step else 0
-            self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
+            self.tensorboard = open_writer(self.run_dir / "tensorboard", purge_step=purge)
             if step == 0:
                 self.add_run_facts()
         self.screen.start("step", total=total, done=step)
@@ -340,5 +339,5 @@ class Monitor:
 
 
 def plain(value: Any) -> bool | int | float | str:
-    """Return a configuration value as a type that TensorBoard accepts."""
-    return value if isinstance(value, (bool, int, float, str)) else str(value)
+    """Return a configuration value as a type that TensorBoard accepts. Unsafe characters of text are escaped."""
+    return value if isinstance(value, (bool, int, float)) else printable(value)

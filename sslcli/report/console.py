@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.table import Table
 from rich.text import Text
 
+from sslcli.errors import printable
+
 SUBJECTS = {"pixels": "raw pixels", "random": "random initialization", "trained": "trained"}  # key of results -> title
 PLAIN_SECONDS = 5.0  # minimum time between two plain progress lines
 
@@ -27,14 +29,14 @@ class Screen:
     """
 
     def __init__(self, log: Path | None = None, *, silent: bool = False) -> None:
-        self.console = Console(quiet=silent, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=silent, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.log = None if log is None or silent else log.open("a", encoding="utf-8")
         self.bar: rich_progress.Progress | None = None
         self.last_line = 0.0
 
     def say(self, message: str, *, style: str = "") -> None:
         """Print and log a message."""
-        self.console.print(Text(message, style=style))
+        self.console.print(plain_text(message, style=style))
         self.write(message)
 
     def warn(self, message: str) -> None:
@@ -43,18 +45,21 @@ class Screen:
 
     def table(self, title: str, rows: dict[str, Any]) -> None:
         """Print and log a table of names and values with a title."""
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
+        table = Table(title=plain_text(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
         for name, value in rows.items():
-            table.add_row(name, show(value))
+            table.add_row(plain_text(name), plain_text(show(value)))
             self.write(f"  {name}: {show(value)}")
         self.console.print(table)
 
     def write(self, line: str) -> None:
-        """Append a line to the log. If a disk error occurs, print a warning and close the log; the run continues."""
+        """Append a line to the log. Unsafe characters are escaped.
+
+        If a disk error occurs, print a warning and close the log; the run continues.
+        """
         if self.log is None:
             return
         try:
-            self.log.write(line + "\n")
+            self.log.write(printable(line, keep="\n") + "\n")
             self.log.flush()
         except OSError as error:
             broken, self.log = self.log, None
@@ -64,20 +69,20 @@ class Screen:
 
     def start(self, title: str, *, total: int, done: int = 0) -> None:
         """Start the progress display. `done` of `total` units of work are already completed."""
-        self.title, self.total, self.start_time, self.done_at_start = title, total, time.monotonic(), done
+        self.title, self.total, self.start_time, self.done_at_start = printable(title), total, time.monotonic(), done
         self.last_line = time.monotonic()
         if self.console.is_terminal:
             self.bar = rich_progress.Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=30),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-                TextColumn("{task.fields[facts]}"),
+                TextColumn("{task.fields[facts]}", markup=False),
                 console=self.console,
                 transient=False,
             )
-            self.task = self.bar.add_task(title, total=total, completed=done, facts="")
+            self.task = self.bar.add_task(self.title, total=total, completed=done, facts="")
             self.bar.start()
 
     def advance(self, done: int, facts: str = "", *, always: bool = False) -> None:
@@ -85,6 +90,7 @@ class Screen:
 
         Plain lines are printed at most every `PLAIN_SECONDS`, or at each call if `always` is True.
         """
+        facts = printable(facts)
         if self.bar is not None:
             self.bar.update(self.task, completed=done, facts=facts)
         now = time.monotonic()
@@ -95,7 +101,7 @@ class Screen:
             line = f"{self.title} {done}/{self.total}{left}  {facts}".rstrip()
             self.write(line)
             if self.bar is None:
-                self.console.print(Text(line))
+                self.console.print(plain_text(line))
 
     def stop(self) -> None:
         """End the progress display."""
@@ -112,6 +118,14 @@ class Screen:
         self.stop()
         if self.log is not None:
             self.log.close()
+
+
+def plain_text(text: object, *, style: str = "") -> Text:
+    """Return text for the console and for cells of tables. Unsafe characters are escaped.
+
+    rich interprets `[red]` and `:smile:` in strings as color and emoji, but not in objects of the class `Text`.
+    """
+    return Text(printable(text, keep="\n"), style=style)
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from sslcli.report.console import SUBJECTS, Screen, percent
+from sslcli.errors import printable
+from sslcli.report.console import SUBJECTS, Screen, percent, plain_text
 
 
 def details(result: dict[str, Any], screen: Screen) -> None:
@@ -62,7 +63,9 @@ def summary(folder: Path, screen: Screen) -> None:
         table.add_column(title)
     for name, result in results(folder, screen).items():
         found = {**result.get("baselines", {}), "trained": result}
-        table.add_row(f"{name} ({result['split']})", *(cell(found.get(subject)) for subject in SUBJECTS))
+        table.add_row(
+            plain_text(printable(f"{name} ({result['split']})")), *(cell(found.get(subject)) for subject in SUBJECTS)
+        )
     show(table, screen)
     screen.say(f"results: {folder}")
 
@@ -77,7 +80,7 @@ def cell(found: dict[str, Any] | None) -> str:
 
 def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
     """Print one row per run, with the best run first. Long names are wrapped, never truncated."""
-    table = Table(title=rows[0]["measured"])
+    table = Table(title=plain_text(rows[0]["measured"]))
     table.add_column("run", overflow="fold")
     for title in ("top-1", "95 % interval", "random initialization"):
         table.add_column(title, overflow="fold")
@@ -85,7 +88,7 @@ def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
         low, high = row["interval"]
         random = row.get("baselines", {}).get("random")
         table.add_row(
-            Path(row["results_dir"]).parent.name,
+            plain_text(printable(Path(row["results_dir"]).parent.name)),
             percent(row["top1"]),
             f"{percent(low)} to {percent(high)}",
             percent(random["top1"]) if random else "-",

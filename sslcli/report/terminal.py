@@ -1,17 +1,21 @@
-"""Standard output and standard error without write errors and blocking writes."""
+"""Standard output and standard error without write errors, blocking writes and unsafe characters."""
 
 from __future__ import annotations
 
 import os
+import re
 import select
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from sslcli.errors import print_error
+from sslcli.errors import print_error, printable
 
 PATIENCE = 10.0  # seconds to wait for a reader that has stopped reading
+# Layout characters, and the codes that move the cursor and set colors. Progress bars print these codes.
+LAYOUT = re.compile(r"([\n\t\r\b]|\x1b\[[0-9;?]*[A-Za-z])")
 
 
 class Terminal:
@@ -25,6 +29,10 @@ class Terminal:
       handles no signals during the write. Therefore, text is dropped while the reader does not read.
 
     `console.log` contains the whole output of a run.
+
+    Characters that are unsafe to print are escaped, also in the output of other packages and in tracebacks. Codes that
+    progress bars print are written unchanged. Text of sslcli contains none of these codes: `print_text`, `print_error`
+    and `Screen` escape them.
 
     Args:
         stream: stream to write to. It also provides all attributes that this class does not define.
@@ -43,11 +51,13 @@ class Terminal:
     def write(self, text: str) -> int:
         """Write `text` or drop it. Return the length of `text`."""
         if not self.is_broken and self.has_room():
+            parts = LAYOUT.split(text)  # the odd parts match
+            safe = "".join(part if i % 2 else printable(part) for i, part in enumerate(parts))
             try:
-                self.stream.write(text)
+                self.stream.write(safe)
             except UnicodeEncodeError:
                 encoding = self.stream.encoding or "ascii"
-                self.write(text.encode(encoding, "backslashreplace").decode(encoding))
+                self.write(safe.encode(encoding, "backslashreplace").decode(encoding))
             except (OSError, ValueError):
                 self.give_up()
         return len(text)
@@ -83,11 +93,31 @@ class Terminal:
 
 
 def guard_terminal() -> None:
-    """Wrap standard output and standard error of this process in one `Terminal` each."""
+    """Wrap standard output and standard error of this process in one `Terminal` each. Make warnings printable."""
+    warnings.showwarning = show_warning
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Terminal):
             setattr(sys, name, Terminal(stream))
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning of Python's `warnings` with unsafe characters escaped. Replaces `warnings.showwarning`."""
+    text = printable(warnings.formatwarning(message, category, filename, lineno, line), keep="\n")
+    with suppress(OSError, AttributeError):  # AttributeError: standard error is closed
+        (file or sys.stderr).write(text)
+
+
+def print_text(text: str, *, to_stderr: bool = False) -> None:
+    """Print lines of text to standard output, or to standard error. Unsafe characters are escaped."""
+    print(printable(text, keep="\n"), file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
 def log_and_print(run_dir: Path, message: str) -> None:
@@ -95,4 +125,4 @@ def log_and_print(run_dir: Path, message: str) -> None:
     print_error("train", message)
     with suppress(OSError), (run_dir / "console.log").open("r+", encoding="utf-8") as log:  # only if it exists
         log.seek(0, os.SEEK_END)
-        log.write(f"{message}\n")
+        log.write(printable(f"{message}\n", keep="\n"))

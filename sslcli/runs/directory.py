@@ -21,6 +21,7 @@ from sslcli.config.moved import current_config
 from sslcli.config.yaml_files import as_yaml, load_yaml
 from sslcli.engine import checkpoint_names
 from sslcli.errors import ConfigError
+from sslcli.report.terminal import print_text
 from sslcli.system import atomic
 from sslcli.system.locks import NO_LOCKS
 from sslcli.system.regular_files import kind_of
@@ -162,9 +163,9 @@ def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
             break
         except OSError as error:
             if error.errno in NO_LOCKS:
-                print(
+                print_text(
                     f"ssl-train: {run_dir} cannot be locked ({error.strerror}): do not start a second run in it",
-                    file=sys.stderr,
+                    to_stderr=True,
                 )
                 return file
             if time.monotonic() > until:
@@ -192,7 +193,7 @@ def write_description(
     """Write the files that describe the run: config.yaml, overrides.txt and environment.json."""
     path = run_dir / "overrides.txt"
     if not path.exists():
-        atomic.replace(path, "".join(f"{line}\n" for line in overrides).encode())
+        atomic.replace(path, "".join(f"{line}\n" for line in overrides).encode("utf-8", "surrogateescape"))
     path = run_dir / "environment.json"
     now = environment(device=device, threads=threads)
     first = json.loads(path.read_text(encoding="utf-8"))["first"] if path.exists() else now
@@ -226,5 +227,5 @@ def git_state() -> dict[str, Any] | None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if commit.returncode != 0:
         return None
-    status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False)
+    status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, check=False)
     return {"commit": commit.stdout.strip(), "changed_files": len(status.stdout.splitlines())}

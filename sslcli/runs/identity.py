@@ -30,7 +30,7 @@ def digest_of(lines: Iterable[str]) -> str:
     The name of the default run directory contains the digest, so that the same command uses the same directory.
     """
     found = result_overrides(lines)
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:6] if found else ""
+    return hashlib.sha256("\n".join(found).encode("utf-8", "surrogatepass")).hexdigest()[:6] if found else ""
 
 
 def result_overrides(lines: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from sslcli.config.moved import current_config
 from sslcli.config.run_config import RunConfig
 from sslcli.config.slurm import SlurmSettings
 from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, print_error
-from sslcli.report.terminal import guard_terminal, log_and_print
+from sslcli.report.terminal import guard_terminal, log_and_print, print_text
 from sslcli.runs import directory
 from sslcli.runs.slurm import queue
 from sslcli.runs.slurm.script import render
@@ -30,15 +30,15 @@ def launch(config: RunConfig) -> int:
     assert isinstance(settings, SlurmSettings)
     text = render(settings, folder=slurm_dir(run_dir), cwd=Path.cwd(), python=sys.executable)
     if config.dry_run:
-        print(text, end="")
+        print_text(text.rstrip("\n"))
         return 0
     directory.check_resumable(run_dir, config.values)
     if directory.is_finished(run_dir) and config.resume != "never":
-        print(f"this run is finished already: {run_dir}")
+        print_text(f"this run is finished already: {run_dir}")
         return 0
     job = active_job(run_dir)
     if job is not None:
-        print(f"job {job[0]} is {job[1]} for this run already", flush=True)
+        print_text(f"job {job[0]} is {job[1]} for this run already")
     else:
         with directory.lock(run_dir):
             job = active_job(run_dir)  # check again, now that no other process can submit the run
@@ -66,7 +66,7 @@ def submit(run_dir: Path, config: RunConfig, text: str) -> str:
     folder = slurm_dir(run_dir)
     folder.mkdir(exist_ok=True)
     atomic.replace(folder / "config.json", json.dumps(config.plain()).encode())
-    atomic.replace(folder / "job.sbatch", text.encode())
+    atomic.replace(folder / "job.sbatch", text.encode("utf-8", "surrogateescape"))
     job = queue.submit(folder / "job.sbatch")
     atomic.replace(folder / "job", f"{job}\n".encode())
     with (folder / "history.log").open("a", encoding="utf-8") as history:
@@ -76,9 +76,9 @@ def submit(run_dir: Path, config: RunConfig, text: str) -> str:
 
 def print_job(job: str, run_dir: Path) -> None:
     """Print the ID and the run directory of a job, and the commands to follow and to cancel the job."""
-    print(f"job {job}: {run_dir}")
-    print(f"  follow it: tail -n +1 -F {slurm_dir(run_dir) / f'{job}.log'}")
-    print(f"  cancel it: scancel {job}", flush=True)
+    print_text(f"job {job}: {run_dir}")
+    print_text(f"  follow it: tail -n +1 -F {slurm_dir(run_dir) / f'{job}.log'}")
+    print_text(f"  cancel it: scancel {job}")
 
 
 def wait(job: str, run_dir: Path) -> int:
@@ -86,7 +86,7 @@ def wait(job: str, run_dir: Path) -> int:
     try:
         return queue.follow(job, slurm_dir(run_dir) / "job.sbatch")
     except KeyboardInterrupt:
-        print(f"\nssl-train: job {job} continues in the background; scancel {job} cancels it", file=sys.stderr)
+        print_text(f"\nssl-train: job {job} continues in the background; scancel {job} cancels it", to_stderr=True)
         return EXIT_INTERRUPTED
 
 

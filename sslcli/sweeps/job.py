@@ -81,11 +81,15 @@ def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
     """Return the `Job` for a validated configuration that was composed from the overrides of one job."""
     overrides = tuple(line for line in config["_lines_"] if not is_sweep_setting(line))
     if sweep.command == "eval":
-        return Job(hashlib.sha256("\n".join(map(old_override, overrides)).encode()).hexdigest()[:8], overrides, None)
+        return Job(
+            hashlib.sha256("\n".join(map(old_override, overrides)).encode("utf-8", "surrogatepass")).hexdigest()[:8],
+            overrides,
+            None,
+        )
     name, given = default_name(config["_choices_"], config["_overrides_"]), config["_run_dir_"]
     if given is None:
         return Job(name, overrides, sweep.folder / name)
-    digest = hashlib.sha256(given.encode()).hexdigest()[:6]
+    digest = hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()[:6]
     return Job(f"{name}_{digest}", overrides, Path(absolute(given)))
 
 
@@ -253,7 +257,7 @@ def _is_alive(record: Record) -> bool:
         line = (PROC / str(record.process) / "cmdline").read_bytes().split(b"\0")
     except OSError:
         return not PROC.exists()
-    return all(override.encode() in line for override in record.overrides)
+    return all(override.encode("utf-8", "surrogateescape") in line for override in record.overrides)
 
 
 def is_due(sweep: Sweep, job: Job, *, is_claimed: bool = False) -> bool:

@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import IO, Any
 
 from sslcli.errors import EXIT_STOPPED
+from sslcli.report.terminal import print_text
 from sslcli.sweeps import table
 from sslcli.sweeps.job import (
     PARENT,
@@ -212,7 +213,7 @@ class PendingJobs:
         """Count a check that found a job busy. At the second such check, print a message."""
         self.busy_counts[job.name] = self.busy_counts.get(job.name, 0) + 1
         if self.busy_counts[job.name] == 2:
-            print(f"waiting     {self.sweep.title(job)}: {describe_runner(self.sweep, job)} is running it", flush=True)
+            print_text(f"waiting     {self.sweep.title(job)}: {describe_runner(self.sweep, job)} is running it")
 
 
 def run_queue(sweep: Sweep, jobs: list[Job], slots: list[Slot] | None, *, quiet: bool) -> bool:
@@ -298,7 +299,7 @@ def _start(sweep: Sweep, job: Job, slot: Slot, job_lock: IO[str], *, quiet: bool
 
     The process inherits the lock of the job, so the lock is held even if the sweep is killed.
     """
-    print(f"started     {sweep.title(job)} on {slot}" if quiet else f"\n=== {sweep.title(job)}", flush=True)
+    print_text(f"started     {sweep.title(job)} on {slot}" if quiet else f"\n=== {sweep.title(job)}")
     environment = os.environ | {PARENT: str(os.getpid())}
     if slot.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.devices)
@@ -318,7 +319,7 @@ def _end(sweep: Sweep, one: Running, *, quiet: bool) -> int:
     row = next(row for row in table.update(sweep) if row.name == one.job.name)
     if quiet:
         log = f"; its log: {log_of(sweep, one.job)}" if code not in (0, EXIT_STOPPED) else ""
-        print(f"{row.status:11s} {sweep.title(one.job)}{row.metric_text(sweep.metric)}{log}", flush=True)
+        print_text(f"{row.status:11s} {sweep.title(one.job)}{row.metric_text(sweep.metric)}{log}")
     return code
 
 

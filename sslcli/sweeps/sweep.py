@@ -18,6 +18,7 @@ from typing import Any
 from sslcli.config.paths import absolute
 from sslcli.config.settings import SweepSettings
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, disk_failure, print_error
+from sslcli.report.terminal import print_text
 from sslcli.runs.directory import check_below
 from sslcli.runs.identity import digest_of, result_overrides
 from sslcli.sweeps import table
@@ -91,12 +92,12 @@ def _run(sweep: Sweep, configs: list[dict[str, Any]], line: CommandLine) -> int:
     prepare(sweep, jobs)
     due = [job for job in jobs if is_due(sweep, job)]
     if not drawn:
-        print(summary(sweep, jobs, due), flush=True)
+        print_text(summary(sweep, jobs, due))
     slots: list[Slot] | None = None
     if launcher in LOCAL_LAUNCHERS and (drawn or due):
         slots = slots_of(configs[0], jobs=None if drawn else len(due), wanted=sweep.settings.jobs)
         if len(slots) > 1:
-            print(f"{len(slots)} jobs in parallel: {', '.join(map(str, slots))}", flush=True)
+            print_text(f"{len(slots)} jobs in parallel: {', '.join(map(str, slots))}")
     ended_early = False
     if drawn:
         stopped, ended_early = line.draw(sweep, launcher, slots)
@@ -105,10 +106,12 @@ def _run(sweep: Sweep, configs: list[dict[str, Any]], line: CommandLine) -> int:
     else:
         stopped, ended_early = _launch(sweep, due, line, slots)
     rows = table.update(sweep)
-    print(f"\n{table.as_text(rows, sweep.metric)}")
-    print(f"\ntable: {sweep.folder / 'sweep.csv'}")
+    print_text(f"\n{table.as_text(rows, sweep.metric)}")
+    print_text(f"\ntable: {sweep.folder / 'sweep.csv'}")
     if sweep.metric is not None and rows and all(row.value is None for row in rows):
-        print(f"no job has {sweep.metric}: check sweep.metric, and that the jobs measure it (monitor.knn_every_epochs)")
+        print_text(
+            f"no job has {sweep.metric}: check sweep.metric, and that the jobs measure it (monitor.knn_every_epochs)"
+        )
     names = {job.name for job in jobs}
     code = exit_code([row for row in rows if drawn or row.name in names], stopped=stopped)
     return code or (EXIT_FAILED if ended_early else 0)

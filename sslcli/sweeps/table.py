@@ -11,9 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from sslcli.engine import checkpoint_names
+from sslcli.errors import printable
+from sslcli.report.console import plain_text
 from sslcli.report.metrics import newest
 from sslcli.sweeps.job import FINISHED, Record, Sweep, code_of, read, status_of
 from sslcli.system import atomic
@@ -43,7 +44,7 @@ def update(sweep: Sweep) -> list[Row]:
     """Read all job records in the sweep's folder, rewrite `sweep.csv`, and return its rows, best first."""
     with locked(sweep.records / "table.lock"):  # without this lock, a slower process could overwrite a newer table
         rows = ranked(rows_of(sweep), lowest=sweep.settings.is_minimized)
-        atomic.replace(sweep.folder / "sweep.csv", as_csv(rows, sweep.metric).encode())
+        atomic.replace(sweep.folder / "sweep.csv", as_csv(rows, sweep.metric).encode("utf-8", "surrogateescape"))
     return rows
 
 
@@ -117,12 +118,12 @@ def as_text(rows: list[Row], metric: str | None) -> str:
     varied = [key for key in keys if len({row.overrides.get(key) for row in rows}) > 1]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("", *varied, "status", "exit", *([] if metric is None else ["steps", metric, "run_dir"])):
-        table.add_column(Text(title), no_wrap=True)
+        table.add_column(plain_text(printable(title)), no_wrap=True)
     for place, row in enumerate(rows, start=1):
         rank = f"{place}." if row.value is not None else ""
         of_run = [] if metric is None else [row.steps, shown(metric, row.value), row.run_dir]
         cells = [rank, *(row.overrides.get(key) for key in varied), row.status, row.code, *of_run]
-        table.add_row(*(Text("-" if cell is None else str(cell)) for cell in cells))
+        table.add_row(*(plain_text("-" if cell is None else printable(cell)) for cell in cells))
     console = Console(file=io.StringIO(), width=MAX_WIDTH, color_system=None)
     with console.capture() as text:
         console.print(table)

@@ -172,6 +172,15 @@ def test_message_lists_twenty_paths_and_the_total():
     assert "5 more" in text
 
 
+def test_control_characters_in_a_path_are_escapes(tmp_path):
+    bad = BadImages(max_bad=0, total=1)
+    bad.add("a\n\x1b[31m.jpg", "empty")
+    bad.write(tmp_path / "bad.txt")
+    assert (tmp_path / "bad.txt").read_bytes() == b"a\\n\\x1b[31m.jpg\tempty\n"
+    with pytest.raises(TooManyBadImages, match=r"a\\n\\x1b\[31m.jpg: empty"):
+        bad.check()
+
+
 def test_write_gives_one_line_a_path(tmp_path):
     bad = BadImages(max_bad=1, total=2)
     bad.add("b.jpg", "two\nlines\tand a tab")

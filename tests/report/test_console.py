@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from io import StringIO
 from pathlib import Path
 
@@ -52,6 +53,29 @@ def test_a_table_has_a_row_for_each_value(tmp_path: Path, capsys: pytest.Capture
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [["What", "it", "comes", "to"], ["steps", "12,345"], ["learning", "rate", "0.01235"]]
     assert (tmp_path / "log").read_text() == "  steps: 12,345\n  learning rate: 0.01235\n"
+
+
+UNSAFE = "[v2] [/b] :smile: \x1b[31m \udcff"
+SHOWN = "[v2] [/b] :smile: \\x1b[31m \\xff"
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_names_are_shown_literally_everywhere(
+    on_terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    with Screen(tmp_path / "log") as screen:
+        out = on_a_terminal(screen) if on_terminal else None
+        screen.say(UNSAFE)
+        screen.table(UNSAFE, {UNSAFE: UNSAFE})
+        screen.start(UNSAFE, total=2)
+        clock.now += PLAIN_SECONDS
+        screen.advance(1, UNSAFE)
+    printed = capsys.readouterr().out if out is None else re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", out.getvalue())
+    assert printed.count(SHOWN) >= 6
+    assert "\x1b" not in printed
+    log = (tmp_path / "log").read_text()
+    assert log.count(SHOWN) == 5
+    assert "\x1b" not in log
 
 
 def test_without_a_terminal_progress_is_a_line_every_few_seconds_with_the_time_left(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 
 from small_runs import SSL_TRAIN
 from sslcli.report import terminal
-from sslcli.report.terminal import Terminal, guard_terminal
+from sslcli.report.terminal import Terminal, guard_terminal, log_and_print, print_text, show_warning
 
 RUN = [
     "backbone.width=4",
@@ -89,7 +90,40 @@ def test_a_reader_that_does_not_read_is_waited_for_once(
 def test_names_that_the_terminal_cannot_show_are_escaped(tmp_path: Path) -> None:
     with (tmp_path / "out").open("w", encoding="ascii") as stream:
         print("b\udce4d and \u00e4", file=Terminal(stream))
-    assert (tmp_path / "out").read_text() == "b\\udce4d and \\xe4\n"
+    assert (tmp_path / "out").read_text() == "b\\xe4d and \\xe4\n"
+
+
+def test_other_packages_keep_progress_bars_and_send_the_terminal_no_commands() -> None:
+    stream = StringIO()
+    print("\r\x1b[2K50 %\x1b]0;title\x07\x1b[0m", file=Terminal(stream))
+    assert stream.getvalue() == "\r\x1b[2K50 %\\x1b]0;title\\x07\x1b[0m\n"
+
+
+def test_text_warnings_and_messages_have_no_escape_sequences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "console.log").touch()
+    print_text("a \x1b[31m\nb")
+    print_text("c \udcff", to_stderr=True)
+    show_warning("d \x1b[31m", UserWarning, "file.py", 1, line="code")
+    log_and_print(tmp_path, "e \x1b[31m \udcff")
+    assert capsys.readouterr() == (
+        "a \\x1b[31m\nb\n",
+        "c \\xff\nfile.py:1: UserWarning: d \\x1b[31m\n  code\nssl-train: e \\x1b[31m \\xff\n",
+    )
+    assert (tmp_path / "console.log").read_text() == "e \\x1b[31m \\xff\n"
+
+
+def test_only_the_functions_that_escape_text_print() -> None:
+    """A call of `print` elsewhere would send names to the terminal as they are."""
+    package = Path(terminal.__file__).parents[1]
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert found == {"errors.py", "report/terminal.py"}
 
 
 def test_both_streams_are_guarded_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,6 +183,8 @@ def image_hashes(shards: Sequence[Shard], lengths: Sequence[int]) -> Tensor:
     for shard, length in zip(shards, lengths, strict=False):
         name = f"{shard.name} {counts[shard.name]}"
         counts[shard.name] += 1
-        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+        key = int.from_bytes(
+            hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little", signed=True
+        )
         parts.append(rng.mix(key, torch.arange(length)))
     return torch.cat(parts)

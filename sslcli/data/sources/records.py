@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslcli.errors import ConfigError, nearest
+from sslcli.errors import ConfigError, nearest, printable
 
 VERIFY = ("times", "sizes", "contents", "none")
 UNKNOWN = 0  # placeholder for a hash that was not computed; placeholders are not compared
@@ -204,8 +205,12 @@ def compare(then: Records, now: Records, *, times: bool) -> Changes:
         both = [key for key in positions_then if key in positions_now]
         before = np.array([positions_then[key] for key in both], np.int64)
         after = np.array([positions_now[key] for key in both], np.int64)
-        appeared = [_printable(name) for name, count in positions_now if (name, count) not in positions_then]
-        vanished = [_printable(name) for name, count in positions_then if (name, count) not in positions_now]
+        appeared = [
+            printable(os.fsdecode(name)) for name, count in positions_now if (name, count) not in positions_then
+        ]
+        vanished = [
+            printable(os.fsdecode(name)) for name, count in positions_then if (name, count) not in positions_now
+        ]
         order = int((after.argsort(kind="stable") != np.arange(len(after))).sum())
     known = (then.contents[before] != UNKNOWN) & (now.contents[after] != UNKNOWN)
     changed = then.labels[before] != now.labels[after]
@@ -216,8 +221,8 @@ def compare(then: Records, now: Records, *, times: bool) -> Changes:
     return Changes(
         total=len(then),
         unit=now.unit,
-        changed=[_printable(names[at]) for at in after[changed].tolist()],
-        times_changed=[_printable(names[at]) for at in after[times_changed].tolist()],
+        changed=[printable(os.fsdecode(names[at])) for at in after[changed].tolist()],
+        times_changed=[printable(os.fsdecode(names[at])) for at in after[times_changed].tolist()],
         appeared=appeared,
         vanished=vanished,
         order=order,
@@ -232,12 +237,6 @@ def _positions(records: Records) -> dict[tuple[bytes, int], int]:
         count = counts[name] = counts.get(name, -1) + 1
         positions[name, count] = position
     return positions
-
-
-def _printable(name: bytes) -> str:
-    """Return the name as text. Control characters are escaped, so that a terminal does not interpret them."""
-    text = name.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def changed_images_error(changes: Changes, *, name: str, known: bool) -> ConfigError:

@@ -8,6 +8,8 @@ import stat
 import warnings
 from collections.abc import Mapping, Sequence
 
+from sslcli.errors import printable
+
 EXTENSIONS = frozenset(["jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "pgm", "gif"])
 Root = str | os.PathLike[str] | Sequence[str] | Mapping[str, float]
 
@@ -144,7 +146,9 @@ def scan_classes(root: str) -> dict[str, list[str]]:
         raise ValueError(no_images(root))
     empty = [name for name, files in groups.items() if not files]
     if empty:
-        warnings.warn(f"these class folders of {root} have no images and are skipped: {', '.join(empty)}", stacklevel=2)
+        warnings.warn(
+            f"these class folders of {root} have no images and are skipped: {printable(', '.join(empty))}", stacklevel=2
+        )
     if loose:
         warnings.warn(f"{loose} images outside of the class folders of {root} are ignored", stacklevel=2)
     return {name: files for name, files in groups.items() if files}

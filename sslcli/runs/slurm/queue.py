@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from sslcli.errors import EXIT_FAILED, EXIT_STOPPED, ConfigError
+from sslcli.report.terminal import print_text
 
 PATIENCE = 60.0  # timeout of a Slurm command in seconds
 QUERY_EVERY = 5.0  # seconds between queries, to limit the load on the shared controller
@@ -86,8 +87,8 @@ def follow(job: str, script: Path) -> int:
                 )  # wait: the shared file system may delay the exit code
                 if exit_file.exists():
                     continue
-                print(
-                    f"job {job} ended in state {job_state or 'unknown'} without recording an exit code", file=sys.stderr
+                print_text(
+                    f"job {job} ended in state {job_state or 'unknown'} without recording an exit code", to_stderr=True
                 )
                 return FINAL_STATES[job_state] if job_state else EXIT_FAILED
         time.sleep(READ_EVERY)

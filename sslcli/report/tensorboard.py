@@ -1,0 +1,34 @@
+"""TensorBoard writer for folders with any name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the import takes a second
+    from torch.utils.tensorboard import SummaryWriter
+
+
+def open_writer(folder: Path, *, purge_step: int) -> SummaryWriter:
+    """Create `folder` if it does not exist, and return a writer of event files in it.
+
+    TensorBoard hides the entries from `purge_step` on that an earlier writer wrote; 0 hides nothing.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(utf8_path(folder), purge_step=purge_step)
+
+
+def utf8_path(folder: Path) -> str:
+    """Return a path of a folder that is valid UTF-8, since TensorBoard rejects all other paths.
+
+    If the name of the folder is not UTF-8, the folder is created and opened, and the result is a link of Linux to the
+    open folder. The folder stays open until the process exits, since the writer opens its file several times.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        folder.mkdir(parents=True, exist_ok=True)
+        return f"/proc/self/fd/{os.open(folder, os.O_RDONLY | os.O_DIRECTORY)}"
+    return str(folder)
