@@ -38,8 +38,8 @@ if TYPE_CHECKING:  # the import takes seconds and is only needed for sharded run
     from sslcli.engine.sharded_checkpoint import Placement, Snapshot
 
 
-class NewerCheckpoint(ConfigError):
-    """Raised for a checkpoint that a newer version of sslcli wrote. No older checkpoint is loaded in its place."""
+class RefusedCheckpoint(ConfigError):
+    """Raised for an intact checkpoint that the run must not load. No older checkpoint is loaded in its place."""
 
 
 def digest(path: Path) -> str:
@@ -188,19 +188,28 @@ def prune(newest: Path, *, keep: int) -> None:
 
 
 def load_newest(
-    run_dir: Path, *, device: torch.device, warn: Callable[[str], None], like: Placement | None = None
+    run_dir: Path,
+    *,
+    device: torch.device,
+    warn: Callable[[str], None],
+    like: Placement | None = None,
+    check: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any] | None:
-    """Load the newest readable checkpoint. Return None if there are no checkpoints.
+    """Load the newest usable checkpoint. Return None if there are no checkpoints.
 
     Truncated, altered or unreadable checkpoints are skipped with a warning. `like` selects the tensors to shard, see
-    `sharded_checkpoint.Placement`. Raises ConfigError if there are checkpoints but none is readable, or if a newer
-    version of sslcli wrote the newest readable checkpoint.
+    `sharded_checkpoint.Placement`. `check(path, state)` raises ConfigError if the checkpoint is damaged, and
+    RefusedCheckpoint if the run must not load it. Raises ConfigError if there are checkpoints but all are damaged, or
+    if a newer version of sslcli wrote the newest readable checkpoint.
     """
     paths = all_of(run_dir)
     for path in reversed(paths):
         try:
-            return load(path, device=device, like=like)
-        except NewerCheckpoint:
+            state = load(path, device=device, like=like)
+            if check is not None:
+                check(path, state)
+            return state
+        except RefusedCheckpoint:
             raise
         except ConfigError as error:
             warn(f"{error}. Falling back to the previous one")
@@ -227,7 +236,7 @@ def load(path: Path, *, device: torch.device, like: Placement | None = None, wei
         parts = ("method",) if weights else sharded_checkpoint.PARTS
         state = sharded_checkpoint.read(path, device=device, like=like, only=parts)
     if state.get("schema", 0) > SCHEMA:
-        raise NewerCheckpoint(
+        raise RefusedCheckpoint(
             f"the checkpoint {path} is of a newer version of sslcli (schema {state['schema']} > {SCHEMA}): update "
             "sslcli to resume"
         )

@@ -5,8 +5,15 @@ Only this module sets and reads the fields of a checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import torch
 
+from sslcli.config.comparison import changed_settings, relative_path_keys
+from sslcli.config.moved import current_config
 from sslcli.distributed import collectives, watchdog
 from sslcli.engine import checkpoint, fsdp
 from sslcli.engine.optim import load_optimizer
@@ -49,7 +56,9 @@ def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
 def resume(run: Run) -> int:
     """Load the newest checkpoint into the run. Return its step, or 0 if there is no checkpoint."""
     like = fsdp.placement(run.method, run.optimizer) if fsdp.is_sharded(run.method) else None
-    state = checkpoint.load_newest(run.run_dir, device=run.device, warn=run.screen.warn, like=like)
+    state = checkpoint.load_newest(
+        run.run_dir, device=run.device, warn=run.screen.warn, like=like, check=partial(check_state, run)
+    )
     run.method.train()
     found = collectives.gather_objects(0 if state is None else state["step"])
     if len(set(found)) > 1:
@@ -80,6 +89,31 @@ def resume(run: Run) -> int:
         run.screen.warn(f"images and views are the same, but results will not be bit-identical: {', '.join(changed)}")
     run.screen.say(f"continuing from step {state['step']:,} in {run.run_dir}")
     return int(state["step"])
+
+
+def check_state(run: Run, path: Path, state: dict[str, Any]) -> None:
+    """Raise RefusedCheckpoint if a run with another configuration saved the checkpoint `path` with content `state`."""
+    check_own(path, state.get("config"), run.config, may_differ=run.may_differ)
+
+
+def check_own(path: Path, stored: Any, now: dict[str, Any], *, may_differ: Collection[str] = ()) -> None:
+    """Raise RefusedCheckpoint if the configuration in a checkpoint is not that of the run.
+
+    Args:
+        path: path of the checkpoint.
+        stored: configuration in the checkpoint. Checkpoints of old versions have none, and are accepted.
+        now: configuration of the run.
+        may_differ: keys or sections that are not compared.
+    """
+    if not isinstance(stored, dict):
+        return
+    stored = current_config(stored)[0]
+    changed = changed_settings(stored, now, may_differ=(*may_differ, *relative_path_keys(stored)))
+    if changed:
+        raise checkpoint.RefusedCheckpoint(
+            f"{path} is the checkpoint of a run with another configuration; what differs: {'; '.join(changed)}. "
+            "Move it to its own run, or start with the values of that run"
+        )
 
 
 def environment_fingerprint(run: Run) -> dict[str, str | int]:

@@ -36,6 +36,7 @@ class Run:
     screen: Screen
     monitor: Monitor
     stop: StopRequest
+    may_differ: tuple[str, ...] = ()  # keys whose values may differ from the configuration in the checkpoint
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:

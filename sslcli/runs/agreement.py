@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sslcli.config.comparison import flatten
 from sslcli.config.targets import targets
 from sslcli.distributed import collectives
 from sslcli.errors import ConfigError
-from sslcli.runs.directory import flatten
 
 # Configuration keys whose values may differ between processes.
 MAY_DIFFER = ("about", "device", "trust", "launcher.threads", "dataset.workers")

@@ -11,13 +11,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+from sslcli.config.comparison import changed_settings
 from sslcli.config.moved import current_config
-from sslcli.config.paths import map_paths, real_path
-from sslcli.config.settings import NEUTRAL
 from sslcli.config.yaml_files import as_yaml, load_yaml
 from sslcli.engine import checkpoint_names
 from sslcli.errors import ConfigError
@@ -93,10 +93,10 @@ def has_checkpoint(run_dir: Path) -> bool:
     return bool(checkpoint_names.all_of(run_dir))
 
 
-def check_resumable(run_dir: Path, values: dict[str, Any]) -> None:
+def check_resumable(run_dir: Path, values: dict[str, Any], *, may_differ: Collection[str] = ()) -> None:
     """Raise ConfigError unless a run with the settings `values` may start or resume in `run_dir`.
 
-    `values` is `RunConfig.values`.
+    `values` is `RunConfig.values`. The keys in `may_differ` may have other values than in the stored configuration.
     """
     started = (run_dir / "config.yaml").exists()
     if run_dir.exists() and not run_dir.is_dir():
@@ -112,35 +112,12 @@ def check_resumable(run_dir: Path, values: dict[str, Any]) -> None:
         )
     if not started:
         return
-    before, now = (flatten(map_paths(each, real_path)) for each in (read_config(run_dir), values))
-    changed = [
-        f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
+    changed = changed_settings(read_config(run_dir), values, may_differ=may_differ)
     if changed:
         raise ConfigError(
             f"the run in {run_dir} was started with another configuration; what differs: {'; '.join(changed)}. "
             "Use the same values to resume, or another run_dir to start a new run"
         )
-
-
-def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: tuple[str, ...] = NEUTRAL) -> dict[str, Any]:
-    """Return the values of a configuration as dotted key -> value.
-
-    The keys in `leave_out` and all keys below these are omitted. By default, the result contains only values that
-    affect the results of a run.
-    """
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        path = f"{prefix}{key}"
-        if (key.startswith("_") and not prefix) or path in leave_out or path == "effective":
-            continue
-        if isinstance(value, dict):
-            found |= flatten(value, f"{path}.", leave_out=leave_out)
-        else:
-            found[path] = value
-    return found
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import IO
 
 import torch
 
+from sslcli.config.comparison import flatten
 from sslcli.config.own_dataset import FINGERPRINT
 from sslcli.config.run_config import RunConfig
 from sslcli.data.workers import worker_died_error
@@ -232,7 +233,7 @@ def prepare_monitor(job: Run, parts: Parts, config: RunConfig) -> None:
 
     If the run has no checkpoint yet, also pass the picture of the views.
     """
-    job.monitor.hyperparameters = directory.flatten(config.values)
+    job.monitor.hyperparameters = flatten(config.values)
     if job.monitor.settings.pictures and not checkpoint.all_of(job.run_dir):
         job.monitor.picture = pictures.load(save_views(job.loader, parts, job.monitor.settings.pictures, job.run_dir))
 

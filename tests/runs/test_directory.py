@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from sslcli.errors import ConfigError
-from sslcli.runs.directory import check_resumable, flatten, git_state, is_finished, lock, read_config, write_description
+from sslcli.runs.directory import check_resumable, git_state, is_finished, lock, read_config, write_description
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
@@ -136,14 +136,12 @@ def test_a_directory_without_a_run_may_be_used_unless_there_must_be_one(tmp_path
         check_resumable(tmp_path, changed(resume="must"))
 
 
-def test_keys_are_dotted_without_what_changes_nothing() -> None:
-    assert flatten(CONFIG | {"effective": {"steps": 3}, "dataset": {"workers": 2, "root": "x"}, "device": "cpu"}) == {
-        "seed": 0,
-        "method._target_": "sslcli.methods.byol.BYOL",
-        "method.momentum": 0.99,
-        "train.epochs": 10,
-        "dataset.root": "x",
-    }
+def test_a_key_may_differ_if_the_caller_allows_it(tmp_path: Path) -> None:
+    run_dir = started(tmp_path / "run")
+    longer = changed(train={"epochs": 20, "max_time": None})
+    check_resumable(run_dir, longer, may_differ=["train.epochs"])
+    with pytest.raises(ConfigError, match=r"train\.epochs: 10 -> 20"):
+        check_resumable(run_dir, longer, may_differ=["train.batch_size"])
 
 
 def test_the_configuration_is_read_as_it_was_written(tmp_path: Path) -> None:

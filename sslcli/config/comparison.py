@@ -1,0 +1,60 @@
+"""Comparison of two configurations of a run: the stored configuration and the configuration of the command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+from sslcli.config.moved import current_config
+from sslcli.config.paths import absolute, map_paths, paths_of, real_path
+from sslcli.config.settings import NEUTRAL
+
+
+def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: Collection[str] = NEUTRAL) -> dict[str, Any]:
+    """Return the values of a configuration as dotted key -> value.
+
+    The keys in `leave_out` and all keys below these are omitted. By default, the result contains only values that
+    affect the results of a run.
+    """
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if (key.startswith("_") and not prefix) or path in leave_out or path == "effective":
+            continue
+        if isinstance(value, dict):
+            found |= flatten(value, f"{path}.", leave_out=leave_out)
+        else:
+            found[path] = value
+    return found
+
+
+def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ: Collection[str] = ()) -> list[str]:
+    """Return the differences between two configurations of a run, each as `key: stored value -> current value`.
+
+    Old names in `stored` are converted to current names. Two paths are equal if they refer to the same file or folder.
+
+    Args:
+        stored: plain values that the run stored earlier.
+        now: plain values of the command line.
+        may_differ: keys or sections that are not compared, in addition to the keys that do not affect results.
+    """
+    leave_out = (*NEUTRAL, *may_differ)
+    before, after = (
+        flatten(map_paths(config, real_path), leave_out=leave_out) for config in (current_config(stored)[0], now)
+    )
+    return [
+        f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def relative_path_keys(config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the keys of the dataset whose values are relative paths.
+
+    Version 0.1 stored relative paths in checkpoints. Such a path has no meaning in another working directory.
+    """
+    node = config.get("dataset")
+    found = paths_of(node) if isinstance(node, dict) else ()
+    return tuple(f"dataset.{key}" for key, path in found if not os.path.isabs(path) and absolute(path) != path)

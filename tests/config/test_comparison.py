@@ -1,0 +1,53 @@
+"""Comparison of stored and current configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sslcli.config.comparison import changed_settings, flatten, relative_path_keys
+
+CONFIG: dict[str, Any] = {
+    "seed": 0,
+    "run_dir": "out",
+    "launcher": {"threads": 2},
+    "method": {"_target_": "sslcli.methods.byol.BYOL", "momentum": 0.99},
+    "dataset": {"_target_": "sslcli.data.sources.files.Folder", "root": "images", "workers": 2},
+    "train": {"epochs": 10, "max_time": None},
+}
+
+
+def test_keys_are_dotted_without_what_changes_nothing() -> None:
+    assert flatten(CONFIG | {"effective": {"steps": 3}, "device": "cpu", "_lines_": []}) == {
+        "seed": 0,
+        "method._target_": "sslcli.methods.byol.BYOL",
+        "method.momentum": 0.99,
+        "dataset._target_": "sslcli.data.sources.files.Folder",
+        "dataset.root": "images",
+        "train.epochs": 10,
+    }
+
+
+def test_a_key_or_a_section_may_differ() -> None:
+    now = CONFIG | {"seed": 1, "train": {"epochs": 20, "max_time": "5m"}}
+    assert changed_settings(CONFIG, now) == ["seed: 0 -> 1", "train.epochs: 10 -> 20"]
+    assert changed_settings(CONFIG, now, may_differ=["train.epochs"]) == ["seed: 0 -> 1"]
+    assert changed_settings(CONFIG, now, may_differ=["train", "seed"]) == []
+
+
+def test_old_names_and_other_forms_of_a_path_are_the_same_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dataset = {"_target_": "sslcli.data.sources.files.Folder", "root": str(tmp_path / "images")}
+    old = {"train": {"log_every": 5}, "dataset": dataset | {"_target_": "sslcli.data.files.Folder", "root": "./images"}}
+    assert changed_settings(old, {"train": {"log_every_steps": 5}, "dataset": dataset}) == []
+
+
+def test_only_relative_paths_of_the_dataset_are_listed() -> None:
+    assert relative_path_keys(CONFIG) == ("dataset.root",)
+    for root in ("/images", "s3://bucket/images"):
+        assert relative_path_keys(CONFIG | {"dataset": CONFIG["dataset"] | {"root": root}}) == ()
+    assert relative_path_keys({}) == ()
