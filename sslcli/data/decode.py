@@ -6,7 +6,6 @@ sixth for small JPEGs. PIL decodes all other files.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from sslcli.data.bad_images import BadImage
+from sslcli.data.image_formats import open_image
 from sslcli.system.regular_files import read_regular
 
 DIVISORS = (1, 2, 4, 8)
@@ -97,9 +97,7 @@ class Encoded:
     def open_with_pil(self) -> Image.Image:
         """Open the file with PIL, without decoding it. Raises BadImage if `content` is not an image."""
         try:
-            return Image.open(io.BytesIO(self.content))
-        except UnidentifiedImageError as error:
-            raise BadImage(self.path, "the content has no known image format") from error
+            return open_image(self.content)
         # PIL's decoders raise nearly any exception type for damaged files, here and in `decode`.
         except Exception as error:
             raise BadImage(self.path, str(error) or type(error).__name__) from error

@@ -15,8 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+from sslcli.config.added import resumed_dataset, with_added_keys
 from sslcli.config.moved import current_config
 from sslcli.config.paths import map_paths, real_path
+from sslcli.config.run_config import RunConfig
 from sslcli.config.settings import NEUTRAL
 from sslcli.config.yaml_files import as_yaml, load_yaml
 from sslcli.engine import checkpoint_names
@@ -125,6 +127,21 @@ def check_resumable(run_dir: Path, values: dict[str, Any]) -> None:
         )
 
 
+def with_old_settings(config: RunConfig) -> RunConfig:
+    """Return the configuration with which an existing run resumes.
+
+    If the run was started by a version without some keys of the dataset, these keys get the values that describe what
+    that version did, unless the command sets the keys.
+    """
+    path = config.directory / "config.yaml"
+    if not path.is_file():
+        return config
+    set_keys = {line.partition("=")[0].lstrip("+~") for line in config.overrides}
+    stored = read_stored(config.directory).get("dataset")
+    dataset = resumed_dataset(config.dataset, stored, set_keys)
+    return config if dataset == config.dataset else config.changed(dataset=dataset)
+
+
 def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: tuple[str, ...] = NEUTRAL) -> dict[str, Any]:
     """Return the values of a configuration as dotted key -> value.
 
@@ -144,10 +161,16 @@ def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: tuple[str, .
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """Return the configuration of a run with current names.
+    """Return the configuration of a run with current names, and with the keys that newer versions added to datasets.
 
     Raises ConfigError if the file does not exist or is invalid.
     """
+    stored = read_stored(run_dir)
+    return stored | {"dataset": with_added_keys(stored.get("dataset"))}
+
+
+def read_stored(run_dir: Path) -> dict[str, Any]:
+    """Return the configuration of a run with current names, without added keys. See `read_config` for the errors."""
     path = run_dir / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{run_dir} is not a run directory: it has no config.yaml")

@@ -18,6 +18,7 @@ from sslcli.config.settings import MultiSettings
 from sslcli.engine import checkpoint_names
 from sslcli.errors import EXIT_CONFIG, ConfigError, print_error
 from sslcli.report.terminal import guard_terminal, log_and_print
+from sslcli.runs.directory import with_old_settings
 from sslcli.runs.identity import run_dir_of
 from sslcli.system import child_processes
 
@@ -26,6 +27,7 @@ def launch(job: dict[str, Any]) -> int:
     """Run ssl-train with a validated configuration, and return the exit code."""
     config = RunConfig.from_plain(job)
     config = config.changed(run_dir=run_dir_of(config))
+    config = with_old_settings(config)
     kind = config.launcher.kind if "RANK" not in os.environ else "local"  # an external launcher sets RANK
     if kind == "slurm":
         from sslcli.runs import slurm_job

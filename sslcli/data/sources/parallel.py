@@ -20,10 +20,11 @@ from PIL import Image
 
 from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import decode, to_rgb
+from sslcli.data.image_formats import parse_extensions
 from sslcli.data.sources.base import DecodedImage
 from sslcli.data.sources.files import Files, Listing, base_name
 from sslcli.data.sources.records import ProgressCallback, Records
-from sslcli.data.sources.scan import check_folder, scan_classes
+from sslcli.data.sources.scan import FileSearch, check_folder
 from sslcli.errors import check_keys
 
 INTERPOLATIONS = ("smooth", "nearest")
@@ -129,6 +130,7 @@ class Parallel(Files):
         modalities: mapping from the folder name of each modality to the fields of `Modality`. Channels are stacked in
             this order.
         test: the folder of the official test split, with the same layout as `root`; None = no test split.
+        extensions: extensions of the files to read, as for `Folder`; None = all image files.
         common: the arguments of `Source`. `mean` and `std` have one number per channel of all modalities, in order.
 
     The modalities of an image must have the same aspect ratio. All modalities are resized to the size of the first
@@ -149,8 +151,10 @@ class Parallel(Files):
         root: str | os.PathLike[str],
         modalities: Mapping[str, Mapping[str, Any]],
         test: str | os.PathLike[str] | None = None,
+        extensions: Sequence[str] | None = None,
         **common: Any,
     ) -> None:
+        self.allowed_extensions = parse_extensions(extensions)
         self.modalities = parse(modalities)
         modality_list = list(self.modalities.values())
         ends = list(accumulate(modality.channels for modality in modality_list))
@@ -200,7 +204,7 @@ class Parallel(Files):
         found: dict[str, list[str | None]] = {}
         for number, name in enumerate(self.modalities):
             check_folder(os.path.join(root, name), key=f"{key}/{name} (a modality)")
-            for files in scan_classes(os.path.join(root, name)).values():
+            for files in FileSearch(os.path.join(root, name), self.allowed_extensions).classes().values():
                 for file in files:
                     stem, extension = os.path.splitext(file)
                     row = found.setdefault(stem, [None] * len(self.modalities))

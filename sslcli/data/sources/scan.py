@@ -6,9 +6,12 @@ import math
 import os
 import stat
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
-EXTENSIONS = frozenset(["jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "pgm", "gif"])
+from sslcli.data.image_formats import START_BYTES, describe_left_out, extension_of, is_image_start, listed_extensions
+from sslcli.system.regular_files import open_regular
+
 Root = str | os.PathLike[str] | Sequence[str] | Mapping[str, float]
 
 
@@ -56,10 +59,11 @@ def check_folder(folder: str, *, key: str) -> None:
         raise ValueError(f"{key} is {folder}, which is a file: set {key} to the folder of the images")
 
 
-def no_images(folder: str) -> str:
-    """Return the message for a folder without images."""
-    patterns = ", *.".join(sorted(EXTENSIONS))
-    return f"there are no images in {folder}: it needs files named *.{patterns} (any case), at any depth"
+def no_images(folder: str, left_out: Mapping[str, int]) -> str:
+    """Return the message for a folder without images. `left_out` counts the other files, see `FileSearch`."""
+    patterns = ", *.".join(sorted(listed_extensions()))
+    others = f"; the files there are: {describe_left_out(left_out)}" if left_out else ""
+    return f"there are no images in {folder}: it needs files named *.{patterns} (any case), at any depth{others}"
 
 
 def list_entries(folder: str) -> list[os.DirEntry[str]]:
@@ -101,50 +105,139 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def is_image(entry: os.DirEntry[str]) -> bool:
-    """Return whether `entry` has the extension of an image file and is not a folder.
+class FileSearch:
+    """Search for the image files below one root folder. It counts what it leaves out.
 
-    A broken link with the extension of an image counts as an image, so that it is later reported as a bad image.
+    A file is an image if its extension is in `listed_extensions`. A file without an extension is an image if its
+    content begins as an image does. Hidden files and folders are ignored.
+
+    Links are followed, with two exceptions, because otherwise folders that link to each other would multiply the
+    images. A link to a folder inside `root` is not followed, since the images of that folder are listed under its own
+    path. A folder outside of `root` is listed only once per call of `files_below`.
+
+    Args:
+        root: the root folder.
+        extensions: the extensions of image files, see `parse_extensions`. None = all image files.
+
+    Attributes:
+        left_out: the number of files that are no images, by extension.
+        links: paths of the links that were not followed, relative to `root`.
     """
-    stem, _, extension = entry.name.rpartition(".")
-    return bool(stem) and extension.lower() in EXTENSIONS and not is_folder(entry)
+
+    def __init__(self, root: str, extensions: frozenset[str] | None = None) -> None:
+        self.root, self.real_root = root, os.path.realpath(root)
+        self.checks_content = extensions is None
+        self.extensions = listed_extensions() if extensions is None else extensions
+        self.left_out: Counter[str] = Counter()
+        self.links: list[str] = []
+
+    def is_image(self, entry: os.DirEntry[str]) -> bool:
+        """Return whether `entry` is an image file. Count the file in `left_out` if it is another file.
+
+        A broken link with the extension of an image counts as an image, so that it is later reported as a bad image.
+        """
+        if is_folder(entry):
+            return False
+        extension = extension_of(entry.name)
+        is_image = (
+            has_image_content(entry.path) if not extension and self.checks_content else extension in self.extensions
+        )
+        if not is_image:
+            self.left_out[extension] += 1
+        return is_image
+
+    def files_below(self, folder: str, prefix: str = "") -> list[str]:
+        """Return the paths of the images at any depth below `folder`. A path is `prefix` plus the relative path."""
+        files: list[str] = []
+        self._visit(folder, prefix, set(), files)
+        return files
+
+    def _visit(self, folder: str, prefix: str, visited: set[tuple[int, int]], files: list[str]) -> None:
+        current = folder_identity(folder)
+        if current in visited:
+            self.links.append(prefix.rstrip("/"))
+            return
+        visited.add(current)
+        for entry in list_entries(folder):
+            if self.is_image(entry):
+                files.append(prefix + entry.name)
+            elif is_folder(entry):
+                if entry.is_symlink() and self.is_listed(entry.path):
+                    self.links.append(prefix + entry.name)
+                else:
+                    self._visit(entry.path, f"{prefix}{entry.name}/", visited, files)
+
+    def is_listed(self, link: str) -> bool:
+        """Return whether the folder to which `link` leads is listed under its own path below `root`."""
+        target = os.path.realpath(link)
+        if target == self.real_root:
+            return True
+        inside = target.startswith(os.path.join(self.real_root, ""))
+        return inside and not any(
+            part.startswith(".") for part in os.path.relpath(target, self.real_root).split(os.sep)
+        )
+
+    def classes(self) -> dict[str, list[str]]:
+        """Return the files of each class folder of `root`, as paths relative to `root`. Warn about what is left out.
+
+        Raises ValueError if there are no class folders with images.
+        """
+        found = list_entries(self.root)
+        groups: dict[str, list[str]] = {}
+        for entry in filter(is_folder, found):
+            if entry.is_symlink() and self.is_listed(entry.path):
+                self.links.append(entry.name)
+            else:
+                groups[entry.name] = self.files_below(entry.path, f"{entry.name}/")
+        loose = sum(map(self.is_image, found))
+        if loose and not groups:
+            raise ValueError(
+                f"{self.root} has {loose} images but no class folders: use dataset=flat for unlabeled images"
+            )
+        if not any(groups.values()):
+            raise ValueError(no_images(self.root, self.left_out))
+        empty = [name for name, files in groups.items() if not files]
+        if empty:
+            warnings.warn(
+                f"these class folders of {self.root} have no images and are skipped: {', '.join(empty)}", stacklevel=2
+            )
+        if loose:
+            warnings.warn(f"{loose} images outside of the class folders of {self.root} are ignored", stacklevel=2)
+        self.warn()
+        return {name: files for name, files in groups.items() if files}
+
+    def files(self) -> list[str]:
+        """Return all images below `root`, as paths relative to `root`. Warn about what is left out.
+
+        Raises ValueError if there are no images.
+        """
+        files = self.files_below(self.root)
+        if not files:
+            raise ValueError(no_images(self.root, self.left_out))
+        self.warn()
+        return files
+
+    def warn(self) -> None:
+        """Warn about files that are left out and about links that are not followed."""
+        if self.left_out:
+            warnings.warn(
+                f"{sum(self.left_out.values())} files in {self.root} are left out, because they are no images or "
+                f"dataset.extensions excludes them: {describe_left_out(self.left_out)}",
+                stacklevel=3,
+            )
+        if self.links:
+            shown = ", ".join(self.links[:3]) + (", ..." if len(self.links) > 3 else "")
+            warnings.warn(
+                f"{len(self.links)} links in {self.root} are not followed, because the images of these folders are "
+                f"listed already: {shown}",
+                stacklevel=3,
+            )
 
 
-def scan(folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> list[str]:
-    """Return the paths of the images at any depth below `folder`.
-
-    A path is `prefix` plus the path relative to `folder`.
-
-    Links are followed, unless a link leads back to a parent folder. `above` contains the identities of the parent
-    folders.
-    """
-    current = folder_identity(folder)
-    if current in above:
-        return []
-    files: list[str] = []
-    for entry in list_entries(folder):
-        if is_image(entry):
-            files.append(prefix + entry.name)
-        elif is_folder(entry):
-            files += scan(entry.path, f"{prefix}{entry.name}/", (*above, current))
-    return files
-
-
-def scan_classes(root: str) -> dict[str, list[str]]:
-    """Return the files of each class folder of `root`, as paths relative to `root`.
-
-    Raises ValueError if there are no class folders with images.
-    """
-    found = list_entries(root)
-    groups = {e.name: scan(e.path, f"{e.name}/") for e in found if is_folder(e)}
-    loose = sum(map(is_image, found))
-    if loose and not groups:
-        raise ValueError(f"{root} has {loose} images but no class folders: use dataset=flat for unlabeled images")
-    if not any(groups.values()):
-        raise ValueError(no_images(root))
-    empty = [name for name, files in groups.items() if not files]
-    if empty:
-        warnings.warn(f"these class folders of {root} have no images and are skipped: {', '.join(empty)}", stacklevel=2)
-    if loose:
-        warnings.warn(f"{loose} images outside of the class folders of {root} are ignored", stacklevel=2)
-    return {name: files for name, files in groups.items() if files}
+def has_image_content(path: str) -> bool:
+    """Return whether a regular file begins as an image does. Return False if the file cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return is_image_start(file.read(START_BYTES))
+    except OSError:
+        return False
