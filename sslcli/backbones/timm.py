@@ -78,7 +78,7 @@ def create(name: str, *, image_size: int, in_channels: int, pretrained: bool, op
     try:
         with without_pickles():
             model = _built(timm, name, image_size, arguments)
-    except Exception as error:  # report any cause (download, option, size) together with the user's settings
+    except Exception as error:  # any cause: a failed download, an invalid option, a wrong size
         raise ValueError(
             f"timm cannot build {name!r} with image_size={image_size}, {arguments}: {type(error).__name__}: {error}"
         ) from error

@@ -127,7 +127,10 @@ def run_once(arguments: list[str], count: int, rendezvous: Rendezvous) -> dict[i
 
 
 def first_failures(codes: dict[int, int]) -> dict[int, int]:
-    """Remove from `codes` the processes that the agent ended by SIGTERM, unless no other process would remain."""
+    """Return `codes` (rank -> exit code) without the processes ended by SIGTERM, since the agent ended them.
+
+    If SIGTERM ended all processes, return all of `codes`.
+    """
     return {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes
 
 

@@ -110,7 +110,7 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
 
 @contextmanager
 def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]:
-    """Watch a single-process run within the `with` block. A thread calls `end(message)` after a long wait for images.
+    """Call `end(message)` from a thread if a single-process run waits too long for images within the `with` block.
 
     A wait is too long if it exceeds `limit` + `SLACK` seconds. Only waits for images that the process itself reads can
     become so long. If data workers read the images, the timeout of the workers expires first and ends the run with a

@@ -197,8 +197,8 @@ def load_newest(
 ) -> dict[str, Any] | None:
     """Load the newest usable checkpoint. Return None if there are no checkpoints.
 
-    Truncated, altered or unreadable checkpoints are skipped with a warning. `like` selects the tensors to shard, see
-    `sharded_checkpoint.Placement`. `check(path, state)` raises ConfigError if the checkpoint is damaged, and
+    Truncated, altered or unreadable checkpoints are skipped with a warning. The function `like` selects the tensors to
+    shard, see `sharded_checkpoint.Placement`. `check(path, state)` raises ConfigError if the checkpoint is damaged, and
     RefusedCheckpoint if the run must not load it. Raises ConfigError if there are checkpoints but all are damaged, or
     if a newer version of sslcli wrote the newest readable checkpoint.
     """

@@ -30,8 +30,8 @@ def blocks(net: nn.Module) -> list[nn.Module]:
     """Return the repeated blocks of a network in order: transformer blocks, residual blocks or stages.
 
     Blocks are the members of an nn.Sequential or nn.ModuleList with at least two members. All members must have the
-    same class and must have submodules. Of nested containers, the innermost container counts. The result is [] if there
-    are no blocks.
+    same class and must have submodules. If containers are nested, only the innermost container is used. The result is
+    [] if there are no blocks.
     """
     inner = [block for child in net.children() for block in blocks(child)]
     members = list(net.children())

@@ -23,7 +23,7 @@ from sslcli.methods.base import Batch, Method
 def train(run: Run) -> None:
     """Train until the last step. If there are checkpoints, resume from the newest one.
 
-    Raises Stopped after a signal or at the time limit; a checkpoint is saved before. Raises TrainingFailed if the loss
+    After a signal or at the time limit, saves a checkpoint and raises Stopped. Raises TrainingFailed if the loss
     is not finite, if the representation has collapsed, or if the disk or a data worker fails.
     """
     step, total, monitor = resume(run), run.total_steps, run.monitor
@@ -104,7 +104,7 @@ def parallel(method: Method, device: torch.device) -> nn.Module:
         return method
     ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():
-        # Older torch versions do not have the new argument that replaces `broadcast_buffers`.
+        # Newer versions of torch replace `broadcast_buffers` by another argument, which older versions lack.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model = DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     if device.type == "cpu":

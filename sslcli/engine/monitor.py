@@ -82,7 +82,7 @@ class Monitor:
     """Monitor of a run: writes metrics.jsonl and TensorBoard, prints progress, computes health and k-NN on schedule.
 
     Args:
-        settings: select the metrics and how often they are computed.
+        settings: which metrics are computed, and how often.
         log_every_steps: number of steps between two lines of `train/*` metrics.
         batch_size: number of images per step; used to compute images per second.
         steps_per_epoch: used to convert steps to epochs.

@@ -117,9 +117,9 @@ def check_own(path: Path, stored: Any, now: dict[str, Any], *, may_differ: Colle
 
 
 def environment_fingerprint(run: Run) -> dict[str, str | int]:
-    """Return the properties of the environment that must not change. Otherwise results are not bit-identical.
+    """Return the properties of the environment on which the bits of the results depend, as name -> value.
 
-    The configuration must not change either, but the function does not return the configuration.
+    The bits also depend on the configuration. The result does not contain it.
     """
     return {
         "torch": str(torch.__version__),

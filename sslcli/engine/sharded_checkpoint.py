@@ -141,7 +141,7 @@ def read(
         device: device of tensors that are not sharded.
         only: subset of `PARTS`; only the tensors of these parts are loaded.
         like: function that returns, for each entry to shard, a tensor with the wanted sharding. Each process then loads
-            only its own shard of the entry. None = load all tensors whole.
+            only its own shard of the entry. If None, every tensor is loaded whole.
 
     Raises ConfigError on all processes if one process finds damaged files.
     """

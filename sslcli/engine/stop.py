@@ -31,8 +31,8 @@ class StopRequest:
 
     After a signal or at the time limit, the run finishes the current step, saves a checkpoint and stops.
 
-    A closing terminal sends SIGHUP, which is one of the handled signals. If SIGHUP is already ignored (e.g. under
-    `nohup`), SIGHUP is not handled.
+    A terminal sends SIGHUP when it closes. This signal is handled unless the process already ignores it, for example
+    under `nohup`.
 
     Args:
         max_seconds: time limit in seconds, counted from `start_time`; None = no limit.
@@ -98,7 +98,8 @@ class StopRequest:
         """Return `get()`, or None if the call was interrupted.
 
         A received signal interrupts the call. After the time limit, a call that takes more than `GRACE` seconds is also
-        interrupted. With several processes, `get` is never interrupted, because all must stop after the same step.
+        interrupted. With several processes, `get` is never interrupted, because all processes must stop after the same
+        step.
         """
         if world_size() > 1:
             return get()

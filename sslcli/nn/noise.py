@@ -72,7 +72,10 @@ class Noise(nn.Module):
 
 
 def _seed(seed: int, draw: int, place: int) -> int:
-    """Hash the arguments to a generator seed with splitmix64. CPU generators use only the low 32 bits of a seed."""
+    """Return a seed for a generator: the splitmix64 hash of `seed`, `draw` and `place`.
+
+    torch's CPU generators use only the low 32 bits of a seed. The hash mixes all arguments into these bits.
+    """
     value = 0
     for part in (seed, draw, place):
         value = (value + part + 0x9E3779B97F4A7C15) & _MASK

@@ -51,9 +51,9 @@ def check_agreement(config: dict[str, Any]) -> None:
 
 
 def fingerprint_items(config: dict[str, Any]) -> dict[str, str]:
-    """Return all items that must agree, as name -> value.
+    """Return the items that must be equal on all processes, as name -> value.
 
-    Items are configuration values, versions, and a digest of every source file.
+    The items are configuration values, versions, and a digest of every source file.
     """
     found = {f"{key}": repr(value) for key, value in flatten(config, leave_out=MAY_DIFFER).items()}
     found |= {f"version of {name}": version(name) for name in ("torch", "torchvision")}

@@ -61,7 +61,7 @@ def find_class(target: str, *, base: type[Built], trust: list[str], where: str) 
         trust: trusted packages in addition to sslcli, torch.optim and plug-ins.
         where: the key of the `_target_`, for messages.
 
-    Raises ConfigError if the name does not exist or is outside of trusted packages, or if the object is not a class
+    Raises ConfigError in three cases: the name does not exist, its package is not trusted, or the object is not a class
     derived from `base`.
     """
     check_target(target, trust, where)
@@ -152,8 +152,8 @@ def annotated_classes(owner: type, name: str) -> list[type]:
     for kind in owner.__mro__:
         try:
             init: Any = kind.__init__  # type: ignore[misc]
-            # Resolve only this annotation: a dataclass also has the annotations of its base classes. The module of the
-            # dataclass may not import the names in those annotations.
+            # Resolve only this annotation. A dataclass also has the annotations of its base classes, and these may use
+            # names that the module of the dataclass does not import.
             alone = SimpleNamespace(__annotations__={name: init.__annotations__[name]})
             annotation = get_type_hints(alone, globalns=init.__globals__)[name]
         except (NameError, TypeError, AttributeError, KeyError):  # the name is imported only for type checkers

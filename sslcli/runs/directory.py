@@ -42,10 +42,12 @@ FOLDERS = (checkpoint_names.FOLDER, "eval", "export", "pictures", "slurm", "tens
 
 
 def check_layout(run_dir: Path) -> None:
-    """Raise ConfigError if a path in a run directory has the wrong type. Opening such a path would block or fail.
+    """Raise ConfigError if a path in a run directory has the wrong type.
+
+    For example, opening a FIFO would block, and opening a folder as a file would fail.
 
     - If a file is expected, the path must not be a FIFO, socket, device or folder. Only console.log may be a device,
-      since this file is never read. A link to /dev/null discards the log.
+      since sslcli never reads this file. For example, a link to /dev/null discards the log.
     - If a folder is expected, the path must be a folder.
     """
     for name in FILES:
@@ -97,7 +99,7 @@ def has_checkpoint(run_dir: Path) -> bool:
 def check_resumable(run_dir: Path, values: dict[str, Any], *, may_differ: Collection[str] = ()) -> None:
     """Raise ConfigError unless a run with the settings `values` may start or resume in `run_dir`.
 
-    `values` is `RunConfig.values`. The keys in `may_differ` may have other values than in the stored configuration.
+    `values` is `RunConfig.values`. For the keys in `may_differ`, the values may differ from the stored configuration.
     """
     started = (run_dir / "config.yaml").exists()
     if run_dir.exists() and not run_dir.is_dir():
@@ -122,7 +124,7 @@ def check_resumable(run_dir: Path, values: dict[str, Any], *, may_differ: Collec
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """Return the configuration of a run with current names.
+    """Return the stored configuration of a run. Keys of older versions are renamed to their current names.
 
     Raises ConfigError if the file does not exist or is invalid.
     """

@@ -51,7 +51,7 @@ def run(config: EvalConfig) -> int:
 def _run_with_signal_handlers(config: EvalConfig) -> int:
     """Evaluate with signal handlers that raise StoppedBySignal.
 
-    The handlers react to signals from a scheduler and to a closed terminal.
+    A scheduler sends such a signal before it ends a job. A terminal sends SIGHUP when it closes.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -244,7 +244,7 @@ class Starts(Mapping[str, Start]):
         evaluation: the evaluation.
         names: names of the starts: "trained" and baselines.
         trained: the trained network.
-        keep: True to keep networks and features in memory, for protocols that use them several times.
+        keep: if True, keep networks and features in memory, for protocols that use them several times.
     """
 
     def __init__(self, evaluation: Evaluation, names: Sequence[str], trained: nn.Module, *, keep: bool) -> None:

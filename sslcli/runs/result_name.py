@@ -19,7 +19,7 @@ def join_parts(*parts: str) -> str:
 def dataset_name(source: Source, *, image_size: int | None) -> str:
     """Return the part of a file name that identifies a dataset.
 
-    It contains name, version, limit, split and image size. Default values are omitted.
+    It contains the name, version, limit, split and image size of the dataset. Default values are omitted.
 
     Args:
         source: the dataset.

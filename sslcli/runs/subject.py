@@ -22,7 +22,7 @@ from sslcli.runs.build import accelerate, build_backbone, build_method, build_so
 from sslcli.weights.files import load_strictly, load_weights
 
 NETWORK_GROUPS = ("views", "method", "backbone")  # config groups from which a network and its input are built
-# ssl-export writes all of these keys (see sslcli/runs/export.py); other weight files lack some of them.
+# ssl-export writes all of these keys (see sslcli/runs/export.py). Other weight files lack some keys.
 EXPORTED = {"state_dict", "what", "backbone", "image_size", "mean", "std", "views", "precision", "provenance"}
 
 
@@ -121,11 +121,12 @@ def images_for(config: EvalConfig, saved: dict[str, Any]) -> tuple[Source, bool]
 def has_other_images_than_run(
     source: Source, node: dict[str, Any], own: dict[str, Any], effective: dict[str, Any], *, trust: list[str]
 ) -> bool:
-    """Return True if the images of `source`, built from `node`, are not those of the dataset `own` of a run.
+    """Return True if the images of `source` are not the images of the dataset of a run.
 
-    If the paths differ, fingerprints are compared, since the images may have been moved. If the run did not store a
-    fingerprint, the fingerprint is computed from the images at the old path. If the old path does not exist, only the
-    numbers of training images are compared.
+    `node` contains the settings of `source`, and `own` contains the dataset settings of the run. If the paths differ,
+    fingerprints are compared, since the images may have been moved. If the run did not store a fingerprint, the
+    fingerprint is computed from the images at the old path. If the old path does not exist, only the numbers of
+    training images are compared.
     """
     if not has_same_keys(node, own):
         return True
@@ -219,9 +220,9 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
 
 
 def _has_other_images_than_export(source: Source, node: dict[str, Any], exported: dict[str, Any]) -> bool:
-    """Return True if the images are not those of the run from which a file was exported.
+    """Return True if the images of `source` are not the images of the dataset of the exported run.
 
-    Return True as well if the file does not contain the settings of its dataset.
+    `exported` is the content of the exported file. If it has no dataset settings, return True.
     """
     own, known = exported.get("dataset"), exported.get("image_fingerprint")
     if own is None or not has_same_keys(node, own):

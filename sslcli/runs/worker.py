@@ -121,7 +121,7 @@ def _end(message: BaseException | str, code: int, *, wait: float | None = None) 
 def _end_stalled_process(run_dir: Path, message: str) -> None:
     """End this process from its watchdog thread.
 
-    If `message` is "", first wait, so that another process can print its message.
+    If `message` is "", this process first waits `WAIT` seconds, so that another process can print its own message.
     """
     if message:
         log_and_print(run_dir, message)

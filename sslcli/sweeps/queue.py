@@ -82,7 +82,10 @@ def slots_of(config: dict[str, Any], *, jobs: int | None, wanted: int | None) ->
 
 
 def cores_of_slot(cores: list[int], index: int, count: int) -> tuple[int, ...]:
-    """Return the cores of slot number `index` of `count`. Slots share cores only if there are more slots than cores."""
+    """Divide `cores` among `count` slots, and return the cores of the slot with the 0-based number `index`.
+
+    Each slot runs one job at a time. Slots share cores only if there are more slots than cores.
+    """
     if count >= len(cores):
         return (cores[index % len(cores)],)
     return tuple(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
@@ -194,7 +197,10 @@ class PendingJobs:
                 self._count_busy(job)
 
     def pop_free(self) -> tuple[Job, IO[str]] | None:
-        """Remove and return the first job that is due and not busy, with its lock file. Return None if no job is."""
+        """Remove the first job that this process can start now, and return the job and its open lock file.
+
+        Such a job is due, and no other process runs it. Return None if there is no such job.
+        """
         polls_busy = self.is_poll_due()
         for job in list(self.jobs):
             if job.name in self.busy_counts and not polls_busy:
