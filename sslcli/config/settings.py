@@ -17,6 +17,7 @@ LARGEST_SEED = 2**32 - 1
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCALINGS = ("linear", "sqrt", "none")
 SHARDINGS = ("none", "fsdp")
+EXTENSIONS = ("rescale", "constant", "decay", "restart")
 SCHEDULES = ("cosine", "step", "constant")
 COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
 EXPORTS = ("backbone", "method")
@@ -136,6 +137,7 @@ class TrainSettings:
     final_lr: float  # final learning rate of the cosine schedule, as a fraction of the peak learning rate
     milestones: list[float]  # for schedule=step: steps at which the rate drops, as fractions of the run
     decay_norm_and_bias: bool
+    extend: str = "rescale"  # learning rate after an extension. The default is for configurations of version 0.2
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "log_every_steps", "keep"):
@@ -150,6 +152,7 @@ class TrainSettings:
         check_choice("train.sharding", self.sharding, SHARDINGS)
         check_choice("train.lr_scaling", self.lr_scaling, SCALINGS)
         check_choice("train.schedule", self.schedule, SCHEDULES)
+        check_choice("train.extend", self.extend, EXTENSIONS)
         seconds("train.max_time", self.max_time)
         if self.final_lr > 1:
             raise ConfigError(

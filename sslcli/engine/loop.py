@@ -43,7 +43,7 @@ def train(run: Run) -> None:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
 
             scalars = optimize(run, model, micro_batches)
-            run.method.after_step(step / total)
+            run.method.after_step(run.progress_at(step))
             step += 1
 
             monitor.after_step(step, scalars, lr=lr, method=run.method)

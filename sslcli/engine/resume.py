@@ -6,6 +6,7 @@ Only this module sets and reads the fields of a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sslcli.config.moved import current_config
 from sslcli.distributed import collectives, watchdog
 from sslcli.engine import checkpoint, fsdp
 from sslcli.engine.optim import load_optimizer
+from sslcli.engine.phases import Phase, plan
 from sslcli.engine.run import Run
 from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.kernels import library
@@ -50,6 +52,8 @@ def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
         "config": run.config,
         "environment": environment_fingerprint(run),
     }
+    if len(run.phases) > 1:
+        state["phases"] = [asdict(phase) for phase in run.phases]
     writer.save(run.run_dir, state, keep=run.settings.keep)
 
 
@@ -88,6 +92,7 @@ def resume(run: Run) -> int:
     if changed:
         run.screen.warn(f"images and views are the same, but results will not be bit-identical: {', '.join(changed)}")
     run.screen.say(f"continuing from step {state['step']:,} in {run.run_dir}")
+    resume_phases(run, state)
     return int(state["step"])
 
 
@@ -114,6 +119,55 @@ def check_own(path: Path, stored: Any, now: dict[str, Any], *, may_differ: Colle
             f"{path} is the checkpoint of a run with another configuration; what differs: {'; '.join(changed)}. "
             "Move it to its own run, or start with the values of that run"
         )
+
+
+def resume_phases(run: Run, state: dict[str, Any]) -> None:
+    """Set the phases of a run that resumes. If an extension begins, print how the schedules change.
+
+    The phases in `config.yaml` are complete. The phases in the checkpoint are used if `config.yaml` has only one phase,
+    since it may have been deleted.
+    """
+    if len(run.phases) == 1 and (stored := phases_of_checkpoint(state, run.loader.steps_per_epoch)):
+        run.phases = plan(stored, step=state["step"], total=run.total_steps, extend=run.settings.extend)
+    if len(run.phases) > 1 and state["step"] <= run.phases[-1].start:
+        for line in describe_extension(run):
+            run.screen.say(line)
+
+
+def phases_of_checkpoint(state: dict[str, Any], steps_per_epoch: int) -> tuple[Phase, ...]:
+    """Return the phases in a checkpoint.
+
+    A run that was never extended stores no phases. Its only phase is derived from the configuration in the checkpoint.
+    """
+    if "phases" in state:
+        return tuple(Phase(**phase) for phase in state["phases"])
+    train = state.get("config", {}).get("train", {})
+    if "epochs" not in train:
+        return ()
+    return (Phase(0, train.get("max_steps") or train["epochs"] * steps_per_epoch, "rescale"),)
+
+
+def describe_extension(run: Run) -> list[str]:
+    """Return the lines that describe the last extension: lengths, learning rates and other scheduled values."""
+    before, last = run.phases[-2:]
+    per_epoch = run.loader.steps_per_epoch
+    old, new = run.lr_at(max(0, last.start - 1)), run.lr_at(last.start)
+    lines = [
+        f"extended from {before.total:,} to {last.total:,} steps ({before.total / per_epoch:g} to "
+        f"{last.total / per_epoch:g} epochs), train.extend={last.extend}",
+        f"at step {last.start:,}, the learning rate changes from {old:.4g} to {new:.4g} (peak {run.peak_lr:.4g})",
+    ]
+    values = zip(
+        *(run.method.scheduled(run.progress_at(step)).items() for step in (max(0, last.start - 1), last.start)),
+        strict=True,
+    )
+    lines += [f"at step {last.start:,}, {name} changes from {one:.4g} to {two:.4g}" for (name, one), (_, two) in values]
+    if last.extend != "restart" and last.extend != "rescale" and new < 0.01 * run.peak_lr:
+        lines.append(
+            f"train.extend={last.extend} keeps the learning rate of the end of the schedule, which is below 1 % of the "
+            "peak, so the added steps change little: train.extend=rescale or restart raises it"
+        )
+    return lines
 
 
 def environment_fingerprint(run: Run) -> dict[str, str | int]:

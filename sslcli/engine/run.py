@@ -13,9 +13,9 @@ from sslcli.config.settings import TrainSettings
 from sslcli.data.loader import Loader
 from sslcli.engine import precision
 from sslcli.engine.monitor import Monitor
+from sslcli.engine.phases import Phase, lr_factor, progress, warmup_steps
 from sslcli.engine.stop import StopRequest
 from sslcli.methods.base import Method
-from sslcli.nn import schedule
 from sslcli.report.console import Screen
 
 
@@ -37,9 +37,11 @@ class Run:
     monitor: Monitor
     stop: StopRequest
     may_differ: tuple[str, ...] = ()  # keys whose values may differ from the configuration in the checkpoint
+    phases: tuple[Phase, ...] = ()  # one phase, unless the run was extended
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
+        self.phases = self.phases or (Phase(0, self.total_steps, self.settings.extend),)
         self.scaler = precision.grad_scaler(self.device, self.precision)
 
     @property
@@ -48,14 +50,14 @@ class Run:
 
     @property
     def warmup_steps(self) -> int:
-        """Number of warmup steps: at most a quarter of the run, so that a short run reaches the peak learning rate."""
-        return min(round(self.settings.warmup_epochs * self.loader.steps_per_epoch), self.total_steps // 4)
+        """Number of warmup steps of a run of this length that was never extended."""
+        return warmup_steps(self.total_steps, settings=self.settings, steps_per_epoch=self.loader.steps_per_epoch)
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of the 0-based `step`."""
-        settings = self.settings
-        length = {"total": self.total_steps, "warmup": self.warmup_steps}
-        if settings.schedule == "cosine":
-            return self.peak_lr * schedule.warmup_cosine(step, final=settings.final_lr, **length)
-        milestones = settings.milestones if settings.schedule == "step" else ()
-        return self.peak_lr * schedule.warmup_steps_down(step, milestones=milestones, **length)
+        per_epoch = self.loader.steps_per_epoch
+        return self.peak_lr * lr_factor(self.phases, step, settings=self.settings, steps_per_epoch=per_epoch)
+
+    def progress_at(self, step: int) -> float:
+        """Return the argument of the method's `after_step` for the 0-based `step`, see `engine.phases.progress`."""
+        return progress(self.phases, step)

@@ -99,6 +99,13 @@ class Method(nn.Module):
     def after_step(self, progress: float) -> None:
         """Update the state of the method after an optimizer step; `progress` is t / T for the 0-based step t of T."""
 
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """Return by name the values that `after_step` derives from `progress`, such as the EMA momentum.
+
+        A run that is extended prints how these values change.
+        """
+        return {}
+
     def check_views(self, views: list[Tensor]) -> None:
         """Raise ValueError if the method cannot train on views of this shape or value range.
 

@@ -81,8 +81,11 @@ class BYOL(Method):
     def target(self, images: Tensor) -> Tensor:
         return self.target_projector(self.target_backbone(images))  # type: ignore[no-any-return]
 
+    def scheduled(self, progress: float) -> dict[str, float]:
+        return {"EMA momentum": ema_momentum(progress, base=self.momentum)}
+
     def after_step(self, progress: float) -> None:
-        momentum = ema_momentum(progress, base=self.momentum)
+        momentum = self.scheduled(progress)["EMA momentum"]
         ema_update(self.target_backbone, self.backbone, momentum)
         ema_update(self.target_projector, self.projector, momentum)
 

@@ -108,8 +108,11 @@ class MoCoV3(Method):
     def target(self, images: Tensor) -> Tensor:
         return self.momentum_projector(self.momentum_backbone(images))  # type: ignore[no-any-return]
 
+    def scheduled(self, progress: float) -> dict[str, float]:
+        return {"EMA momentum": ema_momentum(progress, base=self.momentum)}
+
     def after_step(self, progress: float) -> None:
-        momentum = ema_momentum(progress, base=self.momentum)
+        momentum = self.scheduled(progress)["EMA momentum"]
         ema_update(self.momentum_backbone, self.backbone, momentum)
         ema_update(self.momentum_projector, self.projector, momentum)
 

@@ -171,6 +171,9 @@ class VAE(Method):
             "active_units": active_units(all_gather(posterior.mean.detach())),
         }
 
+    def scheduled(self, progress: float) -> dict[str, float]:
+        return {"KL weight": self.beta * min(1.0, progress / self.kl_warmup)} if self.kl_warmup else {}
+
     def after_step(self, progress: float) -> None:
         if self.kl_warmup:
             self.kl_fraction.fill_(min(1.0, progress / self.kl_warmup))

@@ -17,6 +17,7 @@ from sslcli.data.loader import Loader, plain_batches
 from sslcli.distributed import collectives, processes
 from sslcli.engine import fsdp, precision
 from sslcli.engine.monitor import Monitor
+from sslcli.engine.phases import LENGTH_KEYS, Phase
 from sslcli.engine.run import Run
 from sslcli.engine.stop import StopRequest
 from sslcli.errors import ConfigError
@@ -84,6 +85,7 @@ def assemble(
     run_dir: Path,
     device: torch.device,
     screen: Screen,
+    phases: tuple[Phase, ...] = (),
 ) -> Run:
     """Seed torch's random generator of this process, and return the training loop of a run.
 
@@ -96,6 +98,7 @@ def assemble(
         run_dir: the run directory.
         device: the device of this process.
         screen: the progress display.
+        phases: the planned phases of a run that has a config.yaml; else ().
     """
     settings, monitor_settings = config.train, config.monitor
     resolved = precision.resolve(settings.precision, device)
@@ -127,6 +130,8 @@ def assemble(
         config=config.values,
         screen=screen,
         monitor=monitor,
+        phases=phases,
+        may_differ=LENGTH_KEYS if phases else (),
         stop=StopRequest(seconds("train.max_time", settings.max_time), start_time=processes.start_time()),
     )
 

@@ -20,8 +20,10 @@ from sslcli.config.comparison import changed_settings
 from sslcli.config.moved import current_config
 from sslcli.config.yaml_files import as_yaml, load_yaml
 from sslcli.engine import checkpoint_names
+from sslcli.engine.phases import LENGTH_KEYS, Phase
 from sslcli.errors import ConfigError
 from sslcli.report.terminal import print_text
+from sslcli.runs import length
 from sslcli.system import atomic
 from sslcli.system.locks import NO_LOCKS
 from sslcli.system.regular_files import kind_of
@@ -79,6 +81,19 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / "done").exists()
 
 
+def is_complete(run_dir: Path, values: dict[str, Any]) -> bool:
+    """Return True if the run in this directory has been trained to the length that the settings `values` give it.
+
+    A run that was extended later is complete for its earlier lengths.
+    """
+    if not (run_dir / "config.yaml").exists():
+        return is_finished(run_dir)
+    config = read_config(run_dir)
+    if length.has_same_length(config, values):
+        return is_finished(run_dir)
+    return length.is_earlier_length(run_dir, config, values)
+
+
 def is_locked(run_dir: Path) -> bool:
     """Return True if a process is running in this directory."""
     try:
@@ -97,7 +112,7 @@ def has_checkpoint(run_dir: Path) -> bool:
 
 
 def check_resumable(run_dir: Path, values: dict[str, Any], *, may_differ: Collection[str] = ()) -> None:
-    """Raise ConfigError unless a run with the settings `values` may start or resume in `run_dir`.
+    """Raise ConfigError unless a run with the settings `values` may start, resume or be extended in `run_dir`.
 
     `values` is `RunConfig.values`. For the keys in `may_differ`, the values may differ from the stored configuration.
     """
@@ -115,12 +130,23 @@ def check_resumable(run_dir: Path, values: dict[str, Any], *, may_differ: Collec
         )
     if not started:
         return
-    changed = changed_settings(read_config(run_dir), values, may_differ=may_differ)
+    stored = read_config(run_dir)
+    length_is_known = length.requested_steps(stored, values) is not None and length.stored_phases(stored)
+    length_keys = LENGTH_KEYS if length_is_known else ("train.extend",)
+    changed = changed_settings(stored, values, may_differ=(*may_differ, *length_keys))
     if changed:
         raise ConfigError(
             f"the run in {run_dir} was started with another configuration; what differs: {'; '.join(changed)}. "
             "Use the same values to resume, or another run_dir to start a new run"
         )
+    length.check_length(run_dir, stored, values)
+
+
+def phases_of(run_dir: Path, values: dict[str, Any]) -> tuple[Phase, ...]:
+    """Return the phases of a run that starts or resumes with the settings `values`, or () if it has no config.yaml."""
+    if not (run_dir / "config.yaml").exists():
+        return ()
+    return length.planned_phases(run_dir, read_config(run_dir), values)
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
@@ -200,6 +226,8 @@ def write_description(
     now = environment(device=device, threads=threads)
     first = json.loads(path.read_text(encoding="utf-8"))["first"] if path.exists() else now
     atomic.replace(path, json.dumps({"first": first, "latest": now}, indent=2).encode())
+    # A finished run is now extended. If it is killed between the next two lines, the next start extends it.
+    (run_dir / "done").unlink(missing_ok=True)
     atomic.replace(run_dir / "config.yaml", as_yaml(values | {"effective": effective}).encode())
 
 

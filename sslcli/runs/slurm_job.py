@@ -33,7 +33,7 @@ def launch(config: RunConfig) -> int:
         print_text(text.rstrip("\n"))
         return 0
     directory.check_resumable(run_dir, config.values)
-    if directory.is_finished(run_dir) and config.resume != "never":
+    if config.resume != "never" and directory.is_complete(run_dir, config.values):
         print_text(f"this run is finished already: {run_dir}")
         return 0
     job = active_job(run_dir)

@@ -51,6 +51,7 @@ from sslcli.runs.assemble import (
 from sslcli.runs.build import Parts, build_optimizer, build_parts
 from sslcli.runs.dry_run import dry_run, save_views
 from sslcli.runs.image_changes import check_images
+from sslcli.runs.length import phase_rows
 from sslcli.system import atomic
 from sslcli.system.memory import keep_freed_memory
 
@@ -65,7 +66,7 @@ def run(config: RunConfig) -> int:
         config = config.changed(resume="auto")
     threading.excepthook = _ignore_disk_error
     try:
-        if directory.is_finished(run_dir) and config.resume != "never" and not config.dry_run:
+        if config.resume != "never" and not config.dry_run and directory.is_complete(run_dir, config.values):
             directory.check_resumable(run_dir, config.values)
             Screen(silent=processes.number() > 0).say(f"this run is finished already: {run_dir}{outcome(run_dir)}")
             return 0
@@ -144,7 +145,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
         directory.check_resumable(run_dir, config.values)
     with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
         check_images(run_dir, parts.source, screen, write=not dry)
-        job = assemble(config, parts, loader, optimizer, peak_lr, run_dir, device, screen)
+        phases = directory.phases_of(run_dir, config.values)
+        job = assemble(config, parts, loader, optimizer, peak_lr, run_dir, device, screen, phases=phases)
         try:
             facts = startup_table(job, parts, config)
             screen.table(f"{config.method['_target_'].rpartition('.')[2]}: {run_dir}", facts)
@@ -154,7 +156,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
                 job.stop.close()  # then an interrupt ends the dry run immediately
                 return dry_run(job, parts)
             if main:
-                facts |= {FINGERPRINT: parts.source.fingerprint}
+                facts |= {FINGERPRINT: parts.source.fingerprint, **phase_rows(job.phases)}
                 directory.write_description(
                     run_dir,
                     config.values,

@@ -1,0 +1,112 @@
+"""Phases of a run whose length was changed, and the learning rate schedule of each phase. No torch is imported.
+
+A run that was never extended has one phase. Each extension adds a phase. The learning rate of a step is a pure function
+of the step and the phases, so the phases are the only state of a schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sslcli.config.settings import TrainSettings
+from sslcli.errors import ConfigError
+from sslcli.nn import schedule
+
+LENGTH_KEYS = ("train.epochs", "train.max_steps", "train.extend")  # may change between two starts of a run, see `plan`
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a run that was trained with one length.
+
+    Attributes:
+        start: first 0-based step of the phase.
+        total: length of the whole run in steps, from step 0, as it was set during the phase.
+        extend: the value of `train.extend` that defines the schedule of the phase. It has no effect in the first phase.
+    """
+
+    start: int
+    total: int
+    extend: str
+
+
+def plan(history: Sequence[Phase], *, step: int, total: int, extend: str) -> tuple[Phase, ...]:
+    """Return the phases of a run of `total` steps that continues after `step` steps.
+
+    If `total` is greater than the length of the last phase, a phase that starts at `step` is added. Phases of which no
+    step is in a checkpoint are discarded before this comparison.
+
+    Args:
+        history: the phases so far; empty for a new run.
+        step: number of steps in the newest checkpoint.
+        total: the new length of the run in steps.
+        extend: value of `train.extend`.
+
+    Raises ConfigError if the run would become shorter, or if `extend` differs from the value with which the run was
+    extended to `total` steps.
+    """
+    if not history or (step == 0 and history[-1].total != total):
+        return (Phase(0, total, extend),)
+    begun = tuple(phase for phase in history if phase.start < step) or (history[0],)
+    last = history[-1]
+    if last.total == total and (len(history) == 1 or last.extend == extend):
+        return tuple(history)
+    if last.total == total and last == begun[-1]:
+        raise ConfigError(
+            f"train.extend is {extend!r}, but the run was extended to {total} steps with train.extend={last.extend}, "
+            f"and has trained {step} of them: set train.extend={last.extend} to resume"
+        )
+    if total < begun[-1].total:
+        raise ConfigError(
+            f"train.epochs and train.max_steps give {total} steps, but the run has a length of {begun[-1].total} "
+            f"steps and has trained {step} of them: a run cannot be shortened. Set its length to resume, or another "
+            "run_dir to start a new run"
+        )
+    return begun if total == begun[-1].total else (*begun, Phase(step, total, extend))
+
+
+def phase_of(phases: Sequence[Phase], step: int) -> int:
+    """Return the index of the phase that contains the 0-based `step`."""
+    return max(number for number, phase in enumerate(phases) if number == 0 or phase.start <= step)
+
+
+def progress(phases: Sequence[Phase], step: int) -> float:
+    """Return the progress of the run at the 0-based `step`, in [0, 1). EMA momentum and similar values depend on it.
+
+    The progress is `step` divided by the length of the run. After an extension with `restart`, the progress counts only
+    the added steps.
+    """
+    phase = phases[phase_of(phases, step)]
+    first = phase.start if phase.extend == "restart" else 0
+    return (step - first) / (phase.total - first)
+
+
+def lr_factor(phases: Sequence[Phase], step: int, *, settings: TrainSettings, steps_per_epoch: int) -> float:
+    """Return the learning rate of the 0-based `step` as a fraction of the peak learning rate."""
+    number = phase_of(phases, step)
+    phase = phases[number]
+    if number == 0 or phase.extend == "rescale":
+        return scheduled_factor(step, total=phase.total, settings=settings, steps_per_epoch=steps_per_epoch)
+    added = {"step": step - phase.start, "total": phase.total - phase.start}
+    if phase.extend == "restart":
+        return scheduled_factor(**added, settings=settings, steps_per_epoch=steps_per_epoch)
+    last = lr_factor(phases[:number], phase.start - 1, settings=settings, steps_per_epoch=steps_per_epoch)
+    if phase.extend == "constant" or last == 0:
+        return last
+    return last * schedule.warmup_cosine(**added, final=min(1.0, settings.final_lr / last))
+
+
+def scheduled_factor(step: int, *, total: int, settings: TrainSettings, steps_per_epoch: int) -> float:
+    """Return the value of `train.schedule` at the 0-based `step` of `total`, as a fraction of the peak."""
+    length = {"total": total, "warmup": warmup_steps(total, settings=settings, steps_per_epoch=steps_per_epoch)}
+    if settings.schedule == "cosine":
+        return schedule.warmup_cosine(step, final=settings.final_lr, **length)
+    return schedule.warmup_steps_down(
+        step, milestones=settings.milestones if settings.schedule == "step" else (), **length
+    )
+
+
+def warmup_steps(total: int, *, settings: TrainSettings, steps_per_epoch: int) -> int:
+    """Return the number of warmup steps: at most a quarter of `total`, so that a short run reaches the peak."""
+    return min(round(settings.warmup_epochs * steps_per_epoch), total // 4)

@@ -1,0 +1,108 @@
+"""Length of a run in its directory: whether the run is complete, and its phases if it was extended. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from sslcli.engine import checkpoint_names
+from sslcli.engine.phases import Phase, plan
+from sslcli.errors import ConfigError
+
+PHASES = "phases"  # key in the section `effective` of config.yaml; only runs that were extended have it
+
+
+def stored_phases(config: Mapping[str, Any]) -> tuple[Phase, ...]:
+    """Return the phases of a run from the content of its `config.yaml`. Return () if the file has no length.
+
+    Raises ConfigError if the phases are invalid.
+    """
+    effective = config.get("effective") or {}
+    rows = effective.get(PHASES)
+    if rows is None:
+        return (Phase(0, effective["steps"], "rescale"),) if _is_count(effective.get("steps")) else ()
+    try:
+        phases = tuple(Phase(**row) for row in rows)
+        valid = [_is_count(phase.total) and phase.start < phase.total for phase in phases]
+        ordered = [phase.start for phase in phases] == sorted({phase.start for phase in phases})
+        if not (all(valid) and ordered and phases[0].start == 0):
+            raise ValueError("steps are not in order")
+    except (TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"config.yaml has invalid values in effective.{PHASES} ({error}): restore a copy") from error
+    return phases
+
+
+def requested_steps(config: Mapping[str, Any], values: Mapping[str, Any]) -> int | None:
+    """Return the number of steps that the settings `values` give a run, or None if it is unknown.
+
+    `config` is the content of the run's `config.yaml`. It contains the number of steps per epoch.
+    """
+    train, effective = values["train"], config.get("effective") or {}
+    if train.get("max_steps"):
+        return int(train["max_steps"])
+    per_epoch = effective.get("steps per epoch", effective.get("steps an epoch"))  # version 0.1 wrote the latter
+    return train["epochs"] * per_epoch if _is_count(per_epoch) else None
+
+
+def newest_step(run_dir: Path) -> int:
+    """Return the step of the newest checkpoint of a run by its file name, or 0 if there is no checkpoint."""
+    saved = checkpoint_names.all_of(run_dir)
+    return checkpoint_names.step_of(saved[-1]) if saved else 0
+
+
+def has_same_length(config: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Return True if the settings `values` give a run the length that its `config.yaml` has."""
+    stored = stored_phases(config)
+    one, other = config.get("train") or {}, values["train"]
+    if all(one.get(key) == other.get(key) for key in ("epochs", "max_steps")):
+        return True
+    return bool(stored) and stored[-1].total == requested_steps(config, values)
+
+
+def is_earlier_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Return True if the run was extended after it had reached the length that the settings `values` give it."""
+    phases, total = stored_phases(config), requested_steps(config, values)
+    if total is None or newest_step(run_dir) < total:
+        return False
+    return any(phase.total == total <= later.start for phase, later in pairwise(phases))
+
+
+def check_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless a run may resume with the length that the settings `values` give it.
+
+    The run may keep its length, or become longer if it has a checkpoint from which it can continue.
+    """
+    if is_earlier_length(run_dir, config, values):
+        return
+    phases = planned_phases(run_dir, config, values)
+    is_finished = (run_dir / "done").exists()
+    if is_finished and not checkpoint_names.all_of(run_dir) and not has_same_length(config, values):
+        raise ConfigError(
+            f"the finished run in {run_dir} cannot be extended to {phases[-1].total} steps, because its checkpoints "
+            "were deleted: restore them, or choose another run_dir to start a new run"
+        )
+
+
+def planned_phases(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Phase, ...]:
+    """Return the phases of a run that continues with the settings `values`. Raises ConfigError as `plan` does.
+
+    If the length is unknown, return (). All processes get the same result, also after one of them has stored it.
+    """
+    total = requested_steps(config, values)
+    stored = stored_phases(config)
+    if total is None or not stored:
+        return ()
+    extend = values["train"].get("extend", "rescale")
+    return plan(stored, step=newest_step(run_dir), total=total, extend=extend)
+
+
+def phase_rows(phases: tuple[Phase, ...]) -> dict[str, Any]:
+    """Return the entry of the section `effective` that stores the phases, or {} if the run was never extended."""
+    return {PHASES: [asdict(phase) for phase in phases]} if len(phases) > 1 else {}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
