@@ -200,14 +200,17 @@ class Loader:
         """
         source, views = self.source, list[Tensor]()
         for numbers, images in zip(self.views.groups, crops, strict=True):
-            view, key = repeat_for_views(numbers, self.key(request))
-            colored = self.views.color(
-                view, key, images, mean=source.mean, std=source.std, photometric=source.photometric
-            ).contiguous(memory_format=torch.channels_last)
-            views += colored.tensor_split(len(numbers))
+            views += self.color(request, images, numbers)
         label = source.labels[source.splits["train"][request.index]]
         present = None if source.present is None else source.present[read]
         return Batch(views, request.index, label, present).to(self.device)
+
+    def color(self, request: Request, images: Tensor, numbers: range) -> tuple[Tensor, ...]:
+        """Apply the color operations of the views `numbers` to crops (len(numbers) * n, C, S, S). Return each view."""
+        view, key = repeat_for_views(numbers, self.key(request))
+        mean, std = self.source.mean, self.source.std
+        colored = self.views.color(view, key, images, mean=mean, std=std, photometric=self.source.photometric)
+        return colored.contiguous(memory_format=torch.channels_last).tensor_split(len(numbers))
 
     def key(self, request: Request) -> Tensor:
         """Return the keys (n,) int64 of the images. The random numbers of the views of an image depend on its key."""

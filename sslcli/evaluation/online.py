@@ -11,47 +11,13 @@ from torch import Tensor
 from sslcli.config.settings import MonitorSettings
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
-from sslcli.errors import ConfigError
 from sslcli.evaluation.features import FeatureSet, computed, extract
 from sslcli.evaluation.knn import Knn, bank_positions
+from sslcli.evaluation.splits import check_readable
 from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
 
 BATCH = 512  # images per forward pass; equal in ssl-eval, since kernels may round differently for other batch sizes
-
-
-def classes_of(source: Source, positions: Tensor) -> list[int]:
-    """Return the sorted distinct classes of the labeled images at `positions`."""
-    return sorted(set(source.labels[positions].tolist()) - {-1})
-
-
-def check_answers(source: Source, bank: Tensor) -> None:
-    """Raise ConfigError if the training images selected by the indices `bank` (n,) have fewer than two classes."""
-    found = [source.classes[label] for label in classes_of(source, bank)]
-    if len(found) < 2:
-        has = f"a single class, {found[0]!r}" if found else "no labels"
-        raise ConfigError(
-            f"the training images of {source.name} have {has}, so their accuracy has no meaning: a probe needs two "
-            "classes or more"
-        )
-
-
-def unanswerable(source: Source, bank: Tensor, queries: Tensor) -> str | None:
-    """Return a warning if some queries have classes that are absent from the bank, else None.
-
-    `bank` and `queries` contain the positions of images in `source`.
-    """
-    labels = source.labels[queries]
-    labels = labels[labels >= 0]
-    lost = labels[~torch.isin(labels, torch.tensor(classes_of(source, bank), dtype=torch.int64))]
-    if len(lost) == 0:
-        return None
-    names = [source.classes[label] for label in sorted(set(lost.tolist()))]
-    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return (
-        f"{len(lost):,} of {len(labels):,} have classes that no training image has, so no prediction for them can be "
-        f"correct: {listed}"
-    )
 
 
 def collect(
@@ -82,6 +48,8 @@ def collect(
             workers=workers,
             progress=report,
         )
+        if not readable.any():
+            check_readable(source, labeled, name)
         found[name] = features[readable]
         found[f"{name}_labels"] = source.labels[labeled][readable]
         found[f"{name}_positions"] = labeled[readable]

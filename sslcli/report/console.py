@@ -9,9 +9,9 @@ from types import TracebackType
 from typing import Any
 
 from rich import progress as rich_progress
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from sslcli.errors import printable
@@ -45,11 +45,13 @@ class Screen:
 
     def table(self, title: str, rows: dict[str, Any]) -> None:
         """Print and log a table of names and values with a title."""
-        table = Table(title=plain_text(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
+        # A rich.Table shortens or breaks values that are wider than the terminal, but a path must stay whole.
+        self.console.print(plain_text(title, style="italic"))
+        names = {name: printable(name) for name in rows}
+        width = max(map(cell_len, names.values()), default=0)
         for name, value in rows.items():
-            table.add_row(plain_text(name), plain_text(show(value)))
+            self.console.print(plain_text(f"  {set_cell_size(names[name], width)}  {show(value)}"))
             self.write(f"  {name}: {show(value)}")
-        self.console.print(table)
 
     def write(self, line: str) -> None:
         """Append a line to the log. Unsafe characters are escaped.

@@ -22,7 +22,8 @@ from sslcli.engine.run import Run
 from sslcli.engine.stop import StopRequest
 from sslcli.errors import ConfigError
 from sslcli.evaluation.knn import bank_positions
-from sslcli.evaluation.online import check_answers, knn_probe, unanswerable
+from sslcli.evaluation.online import knn_probe
+from sslcli.evaluation.splits import check_answers, check_readable, unanswerable, why_not_held_out
 from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
 from sslcli.report import pictures
@@ -141,12 +142,12 @@ def build_probe(
 ) -> Callable[[], dict[str, float]] | None:
     """Return the online k-NN probe, or None if k-NN is turned off or impossible.
 
-    If k-NN is impossible, the reason is printed.
+    If k-NN is impossible, the reason is printed. Raises ConfigError if none of the held-out images can be read.
     """
     if monitor.knn_every_epochs == 0:
         return None
-    if not parts.source.has_labels or len(parts.source.splits["val"]) == 0:
-        screen.say("k-NN is skipped: the images have no labels, or there is no held-out split (dataset.val_fraction)")
+    if len(parts.source.splits["val"]) == 0:
+        screen.say(f"k-NN is skipped: {why_not_held_out(parts.source)}")
         return None
     bank = bank_positions(parts.source, monitor.knn_images)
     try:
@@ -156,6 +157,7 @@ def build_probe(
         return None
     if warning := unanswerable(parts.source, bank, parts.source.splits["val"]):
         screen.warn(f"k-NN: of the held-out images {warning}")
+    check_readable(parts.source, parts.source.splits["val"], "val")
     measure = knn_probe(parts.method, parts.source, parts.views, monitor, device=device, precision=resolved)
 
     def probe() -> dict[str, float]:
@@ -224,11 +226,20 @@ def suspicious_settings(job: Run, parts: Parts) -> list[str]:
     length = parts.method.queue_length
     num_images = len(parts.source.splits["train"])
     if length > num_images:
+        largest = 2 ** (num_images.bit_length() - 1)
         found.append(
             f"the queue holds {length:,} keys but there are {num_images:,} images, so views of the same image are "
-            "negatives of each other: for small sets, use method.queue_size=4096 and method.momentum=0.99"
+            f"negatives of each other: use method.queue_size={min(4096, largest)}, and a method.momentum of about 0.99"
         )
     settings = job.settings
+    wanted = round(settings.warmup_epochs * job.loader.steps_per_epoch)
+    # The default of one epoch is meant for runs of any length.
+    if wanted > job.warmup_steps and settings.warmup_epochs > 1:
+        found.append(
+            f"train.warmup_epochs={settings.warmup_epochs:g} is {wanted:,} steps, but the warmup takes at most a "
+            f"quarter of a run, here {job.warmup_steps:,} of {job.total_steps:,} steps: lower train.warmup_epochs, or "
+            "train longer"
+        )
     if settings.accumulate > 1 and not settings.cached_gradients and job.method.num_negatives(2):
         remedy = ": train.cached_gradients=true uses the whole batch" if job.method.uses_in_batch_negatives else ""
         found.append(f"with train.accumulate, in-batch negatives come only from the same micro-batch{remedy}")

@@ -29,6 +29,7 @@ from sslcli.kernels.winograd import use_winograd
 from sslcli.methods.base import Method
 from sslcli.nn import schedule
 from sslcli.nn.modes import evaluating
+from sslcli.runs.trial import check_accepts, first_line
 
 Net = TypeVar("Net", bound=nn.Module)
 Built = TypeVar("Built")
@@ -249,14 +250,24 @@ def build_parts(config: RunConfig) -> Parts:
 def check_views(method: Method, views: Views, source: Source) -> None:
     """Raise ConfigError unless the method accepts views of the images of the source."""
     examples = []
-    for size in views.sizes(source.image_size):
-        images = torch.rand(2, source.channels, size, size, generator=torch.Generator().manual_seed(0)).round()
-        examples.append(views.finish(images, mean=source.mean, std=source.std))
+    for number, size in enumerate(views.sizes(source.image_size)):
+        try:
+            images = torch.rand(2, source.channels, size, size, generator=torch.Generator().manual_seed(0)).round()
+            examples.append(views.finish(images, mean=source.mean, std=source.std))
+        except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError if there is too little memory
+            entry = views.entry_number(number)
+            key = "dataset.image_size" if views.views[number].size is None else f"views.views.{entry}.size"
+            raise ConfigError(
+                f"{key} is {size}, but such images do not fit into memory: choose a smaller size"
+            ) from error
     try:
         with evaluating(method), torch.no_grad(), torch.random.fork_rng(devices=[]):
             method.check_views(examples)
     except ValueError as error:
         raise ConfigError(f"method: {error}") from error
+    except Exception as error:  # code of the user can raise any exception
+        check_accepts(method, views, source)
+        raise ConfigError(f"method: {type(method).__name__} does not accept the views: {first_line(error)}") from error
 
 
 def check_channels(method: Method, source: Source) -> None:
@@ -265,10 +276,11 @@ def check_channels(method: Method, source: Source) -> None:
     try:
         with evaluating(method), torch.no_grad(), torch.random.fork_rng(devices=[]):
             method.features(black)
-    except RuntimeError as error:
+    except Exception as error:  # code of the user can raise any exception
         raise ConfigError(
             f"backbone: it does not accept the images of {source.name}, which have {source.channels} channels and "
-            f"{source.image_size}x{source.image_size} pixels: {error}"
+            f"{source.image_size}x{source.image_size} pixels: {first_line(error)}. Set backbone.in_channels to the "
+            "number of channels, and dataset.image_size to a size that the backbone accepts"
         ) from error
 
 

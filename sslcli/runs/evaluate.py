@@ -12,15 +12,19 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 from sslcli import __version__
 from sslcli.config.run_config import EvalConfig
 from sslcli.data.sources.base import Source
 from sslcli.distributed import devices
 from sslcli.engine import checkpoint
+from sslcli.engine.precision import autocast
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, TrainingFailed, print_error
+from sslcli.evaluation import layers
 from sslcli.evaluation.base import Outcome, Protocol, check_outcome
-from sslcli.evaluation.online import check_answers, unanswerable
+from sslcli.evaluation.splits import check_answers, check_reported, unanswerable
+from sslcli.nn.modes import evaluating
 from sslcli.report.console import Screen
 from sslcli.report.evaluation_tables import comparison, details, summary
 from sslcli.runs import fine_tuned
@@ -29,6 +33,7 @@ from sslcli.runs.evaluation import Evaluation, Starts, check_results_dir
 from sslcli.runs.image_changes import warn_of_changes
 from sslcli.runs.result_name import dataset_facts, join_parts
 from sslcli.runs.subject import Subject, load_subject
+from sslcli.runs.trial import first_line
 from sslcli.system.memory import keep_freed_memory
 
 
@@ -117,8 +122,9 @@ def evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[s
     splits = {name: part for name, part in source.splits.items() if len(part)}
     splits["train"] = protocol.training_positions(source, subject.monitor)
     check_answers(source, splits["train"])
+    check_reported(source, protocol.reported_splits(splits), splits["train"])
     for name in protocol.reported_splits(splits):
-        if warning := unanswerable(source, splits["train"], splits.get(name, splits["train"])):
+        if warning := unanswerable(source, splits["train"], splits[name]):
             screen.warn(f"of the images of {name} {warning}")
     evaluation = Evaluation(config, device, screen, subject, source, splits, variant=protocol.variant(subject.monitor))
     outcome = run_protocol(evaluation, protocol, node)
@@ -164,6 +170,7 @@ def build_protocol(config: EvalConfig, subject: Subject) -> tuple[dict[str, Any]
 def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any]) -> Outcome:
     """Run the protocol on the trained network and the baselines, and return its outcome."""
     trained = evaluation.subject.net("trained")
+    check_images_fit(evaluation, trained)
     example = evaluation.task().example()
     evaluation.layer, evaluation.default_layer = protocol.choose_layer(
         evaluation.config.feature_layer, trained, example
@@ -174,6 +181,37 @@ def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any
     outcome = protocol(starts, task)
     check_outcome(outcome, protocol)
     return outcome
+
+
+def check_images_fit(evaluation: Evaluation, net: nn.Module) -> None:
+    """Raise ConfigError unless the network accepts images with the size and channels of the evaluation's images."""
+    source, subject = evaluation.source, evaluation.subject
+    size, pixels = subject.image_size, f"{source.image_size}x{source.image_size} pixels"
+    has = f"the images of {source.name} have {source.channels} channels and {pixels}"
+    if len(subject.mean) != source.channels:
+        raise ConfigError(
+            f"{has}, but the network was trained on images with {len(subject.mean)} channels: choose a dataset=... "
+            "with the channels of pre-training"
+        )
+    try:
+        device = evaluation.device
+        devices = [device] if device.type == "cuda" else []
+        with (
+            evaluating(net),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=devices),
+            autocast(device, subject.precision),
+        ):
+            layers.read(net, layers.BACKBONE, evaluation.task().example())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # code of the user can raise any exception
+        remedy = (
+            "choose a dataset=... with the channels of pre-training"
+            if size == source.image_size
+            else f"set dataset.image_size to {'the image size of pre-training' if size is None else size}"
+        )
+        raise ConfigError(f"{has}, which the network does not accept ({first_line(error)}): {remedy}") from error
 
 
 def write_outcome(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:

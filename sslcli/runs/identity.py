@@ -9,13 +9,58 @@ from collections.abc import Iterable, Mapping
 from sslcli.config.moved import old_override
 from sslcli.config.run_config import RunConfig
 from sslcli.config.settings import NEUTRAL
+from sslcli.errors import ConfigError
+
+MAX_NAME_BYTES = 255  # limit of all usual file systems
+MAX_PATH_BYTES = (
+    4095 - 300
+)  # PATH_MAX of Linux, without the zero at the end and the longest path inside a run directory
 
 
 def run_dir_of(config: RunConfig) -> str:
-    """Return the absolute run directory: `run_dir` if it is set, else runs/<name>."""
+    """Return the absolute run directory: `run_dir` if it is set, else runs/<name>.
+
+    Raises ConfigError if the file system cannot store a directory with this name.
+    """
     if config.run_dir is not None:
+        _check_path("run_dir", config.run_dir)
         return os.path.abspath(config.run_dir)
-    return os.path.abspath(os.path.join("runs", config.name or default_name(config.choices, config.digest)))
+    if config.name:
+        _check_name(config.name)
+    run_dir = os.path.abspath(os.path.join("runs", config.name or default_name(config.choices, config.digest)))
+    _check_path("name" if config.name else "run_dir", run_dir)
+    return run_dir
+
+
+def _check_name(name: str) -> None:
+    """Raise ConfigError unless `name` is the name of one directory."""
+    if "/" in name or name in (".", ".."):
+        raise ConfigError(
+            f"name is {name!r}, but it must be the name of one directory in runs/, without slashes: choose another "
+            "name, or set the whole path, as in run_dir=runs/GROUP/NAME"
+        )
+
+
+def _check_path(key: str, path: str) -> None:
+    """Raise ConfigError if a part of the path or the whole path is too long, or if it contains a NUL character."""
+    if "\0" in path:
+        raise ConfigError(f"{key} is {path!r}, but a path cannot contain the NUL character: remove it")
+    longest = max((os.fsencode(part) for part in path.split("/")), key=len)
+    if len(longest) > MAX_NAME_BYTES:
+        raise ConfigError(
+            f"{key} contains the name {_shortened(os.fsdecode(longest))}, which has {len(longest)} bytes, but the name "
+            f"of a directory has at most {MAX_NAME_BYTES}: choose a shorter {key}"
+        )
+    whole = len(os.fsencode(os.path.abspath(path)))
+    if whole > MAX_PATH_BYTES:
+        raise ConfigError(
+            f"{key} is {_shortened(path)}, a path of {whole} bytes, but the files of a run need a path of at most "
+            f"{MAX_PATH_BYTES}: choose a shorter run_dir"
+        )
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 40 else f"{name[:37]}..."
 
 
 def default_name(choices: Mapping[str, str], digest: str) -> str:

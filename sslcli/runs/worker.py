@@ -16,9 +16,10 @@ import torch
 from sslcli.config.comparison import flatten
 from sslcli.config.own_dataset import FINGERPRINT
 from sslcli.config.run_config import RunConfig
+from sslcli.data.loader import Loader
 from sslcli.data.workers import worker_died_error
 from sslcli.distributed import collectives, devices, processes, watchdog
-from sslcli.engine import checkpoint
+from sslcli.engine import checkpoint, precision
 from sslcli.engine.loop import train
 from sslcli.engine.run import Run
 from sslcli.errors import (
@@ -52,10 +53,16 @@ from sslcli.runs.build import Parts, build_optimizer, build_parts
 from sslcli.runs.dry_run import dry_run, save_views
 from sslcli.runs.image_changes import check_images
 from sslcli.runs.length import phase_rows
+from sslcli.runs.trial import freeze, trial, unused_warning
 from sslcli.system import atomic
 from sslcli.system.memory import keep_freed_memory
 
 WAIT = 2.0  # seconds that ranks other than 0 wait before they print, see _end
+UNUSED_IN_STEP = "Expected to have finished reduction in the prior iteration"  # text of torch's error
+UNUSED_MESSAGE = (
+    "method: a step used only some of the trainable parameters, but with several processes the loss of every step must "
+    "depend on all of them: add 0 times the unused output to the loss, or train with launcher=local"
+)
 LOST_CONTACT = "another process of this run ended; run the same command again to resume"
 
 
@@ -90,6 +97,8 @@ def run(config: RunConfig) -> int:
     except RuntimeError as error:
         if "DataLoader worker" in str(error):  # torch raises it at any point if a data worker dies
             return _end(str(worker_died_error(error)), processes.exit_lost())
+        if UNUSED_IN_STEP in str(error):
+            return _end(ConfigError(UNUSED_MESSAGE), EXIT_CONFIG)
         if processes.lost_contact(error):
             # The other process prints the reason why it ended, unless the network connection failed.
             noticed = str(error).strip().splitlines()[0]
@@ -137,8 +146,13 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
     loader = build_loader(config, parts, device)
     check_batch(loader, parts)
     check_cached_gradients(parts.method, config.train.cached_gradients)
+    unused = find_unused(config, loader, parts, device)
     move_to_device(parts.method, config.train, device)
     optimizer, peak_lr = build_optimizer(config, parts.method)
+    if collectives.world_size() > 1:
+        freeze(
+            parts.method, unused
+        )  # only now, so that the optimizer has the same parameters with any number of processes
     run_lock = acquire_lock(run_dir, patience=lock_patience(config)) if main and not dry else None
     if run_lock is not None:
         # Check again, since now no other process can change the directory.
@@ -150,6 +164,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
         try:
             facts = startup_table(job, parts, config)
             screen.table(f"{config.method['_target_'].rpartition('.')[2]}: {run_dir}", facts)
+            if unused:
+                screen.warn(unused_warning(unused))
             for warning in suspicious_settings(job, parts):
                 screen.warn(warning)
             if dry:
@@ -187,6 +203,15 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
     if run_lock is not None:
         run_lock.close()
     return 0
+
+
+def find_unused(config: RunConfig, loader: Loader, parts: Parts, device: torch.device) -> list[str]:
+    """Run the trial of a run, and return the names of the parameters on which the loss does not depend.
+
+    A sharded method may be too large for one device, so its trial runs on the CPU.
+    """
+    place = torch.device("cpu") if config.train.sharding == "fsdp" else device
+    return trial(loader, parts.method, place, precision.resolve(config.train.precision, place))
 
 
 def enable_garbage_collection() -> None:

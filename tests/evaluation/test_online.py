@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
-from torch import Tensor
 
-from sslcli.data.sources.base import Source
-from sslcli.evaluation.online import unanswerable
+from small_runs import make_folder
+from sslcli.data.sources.files import Folder
+from sslcli.errors import ConfigError
+from sslcli.evaluation.online import collect
 
 
-def test_only_images_with_a_label_count() -> None:
-    source = Source(image_size=8)
-    source.labels, source.classes = torch.tensor([0, 1, -1, 2, 2, 3, -1]), list("abcd")
-
-    def warning_of(bank: list[int], queries: list[int]) -> str | None:
-        return unanswerable(source, positions(bank), positions(queries))
-
-    def positions(rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64)
-
-    assert warning_of([0, 1], [0, 1, 6]) is None
-    assert "3 of 4 have classes" in str(warning_of([0, 1, 2], [0, 3, 4, 5, 6]))
-    assert str(warning_of([0, 1, 2], [0, 3, 4, 5, 6])).endswith(": c, d")
+def test_a_split_whose_images_have_become_unreadable_is_named(tmp_path: Path) -> None:
+    source = Folder(root=make_folder(tmp_path, per_class=4, broken=0), image_size=8, val_fraction=0.5)
+    for position in source.splits["val"].tolist():
+        Path(source.path(position)).write_bytes(b"no image")
+    with pytest.raises(ConfigError, match=r"none of the 4 images of val can be read.* repair or remove them"):
+        collect(
+            lambda images: images.flatten(1),
+            source,
+            {"train": source.splits["train"], "val": source.splits["val"]},
+            prepare=lambda images: images,
+            batch_size=4,
+            device=torch.device("cpu"),
+            precision="fp32",
+        )

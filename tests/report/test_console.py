@@ -168,3 +168,15 @@ def test_values(value: object, text: str) -> None:
 
 def test_shares() -> None:
     assert percent(0.4567) == "45.7 %"
+
+
+def test_a_table_keeps_a_long_path_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    path = "/a/very/long/path" * 12
+    with Screen() as screen:
+        screen.table("dry run", {"loss": 0.5, "views": path})
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "dry run",
+        "  loss   0.5",
+        f"  views  {path}",
+    ]

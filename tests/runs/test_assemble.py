@@ -7,6 +7,7 @@ from pathlib import Path
 
 from command_line import Cli
 from small_runs import make_folder
+from sslcli.data.sources.files import Folder
 
 LINE = ["dataset=folder", "dataset.image_size=32", "dataset.workers=0", "dataset.val_fraction=0.5", "backbone.width=4"]
 LINE += [
@@ -46,3 +47,28 @@ def test_one_image_a_class_is_warned_of_once(cli: Cli, tmp_path: Path) -> None:
     output = ended.out.replace("\n", " ")
     assert output.count("k-NN: of the held-out images 10 of 10 have classes that no training image has") == 1
     assert [name for name in metrics(tmp_path / "run") if "knn_top1" in name]
+
+
+def test_the_advised_queue_is_shorter_than_the_set_and_a_shortened_warmup_is_named(cli: Cli, tmp_path: Path) -> None:
+    line = ["method=moco", "dataset.train_images=300", "dataset.test_images=0", "train.batch_size=90", "dry_run=true"]
+    line += ["method.queue_size=4096", "train.epochs=2", "train.warmup_epochs=5", "backbone.width=4"]
+    output = cli("ssl-train", *line, f"run_dir={tmp_path / 'run'}").out
+    assert "the queue holds 4,096 keys but there are 270 images" in output
+    assert "use method.queue_size=256" in output
+    assert "train.warmup_epochs=5 is 15 steps, but the warmup takes at most a quarter of a run, here 1 of 6" in output
+    line += ["method.queue_size=256", "train.warmup_epochs=0.3"]
+    assert "warning" not in cli("ssl-train", *line, f"run_dir={tmp_path / 'run'}").out
+
+
+def test_held_out_images_that_cannot_be_read_are_named_before_the_first_step(cli: Cli, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images", per_class=16, broken=0)
+    line = [*LINE, f"dataset.root={root}", f"run_dir={tmp_path / 'run'}"]
+    source = Folder(root=root, image_size=32, val_fraction=0.5)
+    for position in source.splits["val"].tolist():
+        Path(source.path(position)).write_bytes(b"")
+    for extra in ([], ["dry_run=true"]):
+        ended = cli("ssl-train", *line, *extra)
+        assert ended.code == 2
+        assert "none of the 16 images of val can be read" in ended.err
+        assert "set dataset.val_fraction=0" in ended.err
+        assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from command_line import Cli, result
 from small_runs import make_folder
+from sslcli.backbones.small import Small
 
 FAST = ["protocol.epochs=2", "protocol.lrs=[0.1,1.0]", "protocol.weight_decays=[0.0,1e-4]"]
 
@@ -78,6 +80,14 @@ def test_a_folder_of_runs_becomes_a_table(trained: Path, cli: Cli, tmp_path: Pat
         ("run={run} protocol=distill", ["there is no teacher 'finetune'", "protocol=finetune"]),
         ("run={run}s", ["no such path. Did you mean", "contains:"]),
         ("run={run} protocol=semi protocol.labels_per_class=500", ["labels_per_class is 500", "labeled training"]),
+        (
+            "run={run} dataset.val_fraction=0 dataset.test_images=0",
+            ["no images of shapes are held", "set it above 0"],
+        ),
+        ("run={run} dataset.val_fraction=1e-6 dataset.test_images=0", ["rounded to 0: set dataset.val_fraction to at"]),
+        ("run={run} dataset.limit=1", ["dataset.limit is 1", "increase it"]),
+        ("run={run} dataset=folder dataset.root=images dataset.test=images", ["is the same folder as dataset.root"]),
+        ("run={run} dataset=parallel dataset.root=many", ["many have 4 channels", "trained on images with 3 channels"]),
         ("weights=images/a/000.png backbone=small dataset=shapes dataset.limit=50", ["000.png"]),
     ],
 )
@@ -86,11 +96,30 @@ def test_what_cannot_be_measured_is_refused_in_one_message(
 ) -> None:
     make_folder(tmp_path / "images", per_class=4, broken=0)
     shutil.copytree(tmp_path / "images/a", tmp_path / "single/a")
+    for modality in ("rgb", "depth"):
+        make_folder(tmp_path / "many" / modality, per_class=10, broken=0)
     ended = cli("ssl-eval", *line.format(run=trained).split())
     assert ended.code == 2, ended
     assert [part for part in wanted if part not in ended.err] == [], ended.err
     assert ended.err.count("\n") == 1
     assert not list((trained / "eval").glob("*.json"))
+
+
+def test_images_that_the_network_does_not_accept_are_refused_before_features_are_computed(
+    trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Small.forward
+
+    def strict(self: Small, images: Tensor) -> Tensor:
+        assert images.shape[-1] == 32, "the input must have 32 pixels"
+        return forward(self, images)
+
+    monkeypatch.setattr(Small, "forward", strict)
+    ended = cli("ssl-eval", f"run={trained}", "dataset=shapes", "dataset.image_size=48", "dataset.limit=50")
+    assert ended.code == 2
+    assert "3 channels and 48x48 pixels, which the network does not accept (the input must have 32 pix" in ended.err
+    assert "set dataset.image_size to 32" in ended.err
+    assert "features" not in ended.out
 
 
 def test_a_run_that_names_a_strange_class_is_refused(trained: Path, cli: Cli) -> None:

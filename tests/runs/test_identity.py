@@ -8,6 +8,7 @@ import pytest
 
 from command_line import composed
 from sslcli.config.run_config import RunConfig
+from sslcli.errors import ConfigError
 from sslcli.runs.identity import default_name, digest_of, result_overrides, run_dir_of
 
 CHOICES = {"method": "moco", "dataset": "cifar10", "backbone": "resnet18", "views": "moco_v2"}
@@ -55,3 +56,31 @@ def test_the_run_directory_is_absolute(tmp_path: Path, monkeypatch: pytest.Monke
     assert run_dir_of(config) == f"{tmp_path}/runs/simclr_shapes_small"
     assert run_dir_of(config.changed(name="mine")) == f"{tmp_path}/runs/mine"
     assert run_dir_of(config.changed(name="mine", run_dir="a/../b")) == f"{tmp_path}/b"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"name": "a" * 300},
+            "name contains the name a+.*, which has 300 bytes, .* at most 255: choose a shorter name",
+        ),
+        ({"name": "é" * 200}, "which has 400 bytes"),
+        ({"name": "../../up"}, "name is '../../up', but .* without slashes.* run_dir=runs/GROUP/NAME"),
+        ({"name": ".."}, r"name is '\.\.'"),
+        ({"name": "a\0b"}, r"name is .*a\\x00b', but a path cannot contain the NUL character"),
+        ({"run_dir": "a\0b"}, "run_dir is .* the NUL character"),
+        ({"run_dir": f"x/{'b' * 256}/y"}, "run_dir contains the name b+.*, which has 256 bytes"),
+        ({"run_dir": "/".join(["d" * 200] * 25)}, r"run_dir is d+\.\.\., a path of 5\d+ bytes"),
+    ],
+)
+def test_a_name_that_no_directory_can_have_is_refused(values: dict[str, str], expected: str) -> None:
+    config = RunConfig.from_plain(composed("train"))
+    with pytest.raises(ConfigError, match=expected):
+        run_dir_of(config.changed(**values))
+
+
+def test_the_longest_possible_name_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig.from_plain(composed("train"))
+    Path(run_dir_of(config.changed(name="a" * 255))).mkdir(parents=True)

@@ -6,12 +6,13 @@ import gc
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from command_line import SMALL, Cli, composed
-from small_runs import complete, start_warm
+from small_runs import complete, start_ranks, start_warm
 from sslcli.config.run_config import RunConfig
 from sslcli.engine.run import Run
 from sslcli.errors import ConfigError, Stopped
@@ -95,3 +96,49 @@ def test_the_last_line_has_the_newest_loss_and_accuracy(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     assert "3.5" in outcome(tmp_path)
     assert "12.5 %" in outcome(tmp_path)
+
+
+NETWORKS = """
+import torch
+from torch import nn
+
+class WithHead(nn.Module):
+    num_features = 8
+
+    def __init__(self, in_channels: int = 3) -> None:
+        super().__init__()
+        self.conv, self.fc, self.calls = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 10), 0
+
+    def forward(self, images):
+        return self.conv(images).relu().mean((2, 3))
+
+class Sometimes(WithHead):
+    def forward(self, images):
+        self.calls += 1
+        features = super().forward(images)
+        return features + (self.fc(features).sum() if self.calls % 7 < 4 else 0)
+"""
+
+
+def enter(folder: Path, rank: int) -> None:
+    os.chdir(folder)
+
+
+def test_unused_parameters_end_no_run_of_two_processes(tmp_path: Path) -> None:
+    """Parameters that no step uses are frozen; parameters that only some steps use are an error of one line."""
+    (tmp_path / "networks_of_mine.py").write_text(NETWORKS)
+    (tmp_path / "conf/backbone").mkdir(parents=True)
+    for name, code in (("WithHead", 0), ("Sometimes", 2)):
+        (tmp_path / f"conf/backbone/{name}.yaml").write_text(f"_target_: networks_of_mine.{name}\n")
+        log = tmp_path / name
+        arguments = [*QUICK, "train.max_steps=20", "--config-dir", "conf", "trust=[networks_of_mine]"]
+        arguments += [f"backbone={name}", f"run_dir=run_{name}"]
+        ranks = start_ranks(*arguments, log=log, prepare=partial(enter, tmp_path))
+        codes, text = [rank.finish() for rank in ranks], log.read_text()
+        assert codes == [code, code], text
+        assert "Traceback" not in text
+        if code == 0:
+            assert text.count("does not depend on 2 trainable parameters") == 1
+            assert "backbone.fc.weight, backbone.fc.bias" in text
+        else:
+            assert "a step used only some of the trainable parameters" in text

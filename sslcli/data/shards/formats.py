@@ -44,6 +44,11 @@ class Shard:
         """Last part of the address."""
         return self.url.rpartition("/")[2]
 
+    @property
+    def real_url(self) -> str:
+        """The address; for a local file, the path without links."""
+        return self.url if "://" in self.url else os.path.realpath(self.url)
+
 
 @dataclass(frozen=True)
 class Index:

@@ -75,8 +75,9 @@ class HfStream(Source):
         self.lanes, self.buffer = lanes, buffer
         pool = find_shards(path, key="dataset.path")
         test_shards = [] if test is None else find_shards(test, key="dataset.test")
+        pool_files = {shard.real_url for shard in pool}
         for shard in test_shards:
-            if shard in pool:
+            if shard.real_url in pool_files:
                 raise ConfigError(f"{shard.url} is in dataset.path and in dataset.test: remove it from one of them")
         folder = default_cache() if cache is None else Path(cache).expanduser()
         indices = load_indices([*pool, *test_shards], folder, image=image, label=label)

@@ -25,11 +25,11 @@ from sslcli.data.sources.base import OpenedImage, Source, check_flag
 from sslcli.data.sources.csv_list import read_csv
 from sslcli.data.sources.file_status import hashes_of, status_of
 from sslcli.data.sources.labels import Labels, as_labels
+from sslcli.data.sources.leaks import check_class_names, check_disjoint, check_shared_files
 from sslcli.data.sources.records import ProgressCallback, Records, digest, label_codes, make_records
 from sslcli.data.sources.scan import Root, check_folder, no_images, parse_roots, scan, scan_classes
 
 LABEL_COLUMN = "correct it, or rename the column to use the images without labels"
-_SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
 
 
 @dataclass
@@ -184,6 +184,8 @@ class ImageFiles(Files):
     def fill(self, pool: Listing, test: Listing, **options: Any) -> None:
         """Set the files as `Files.fill` does. Also create the cache of decoded images."""
         super().fill(pool, test, **options)
+        if sum(len(part) > 0 for part in self.splits.values()) > 1:
+            check_shared_files(self.splits, self.path, roots=self.roots)
         if self.keep_decoded != "none":
             used = torch.cat(list(self.splits.values())).sort().values
             folder = cache_folder(self.keep_dir) if self.keep_decoded == "disk" else None
@@ -206,20 +208,18 @@ class Folder(ImageFiles):
 
     Class folders without images, and images outside of class folders, are ignored with a warning.
 
-    Raises ValueError if a root is missing, is not a folder, cannot be read, or has no images in class folders.
+    Raises ValueError if a root is missing, is not a folder, cannot be read, or has no images in class folders. Raises
+    ConfigError if the same image would be in two splits, or if all class folders are named as splits, see `leaks`.
     """
 
     def __init__(self, *, root: Root, test: str | os.PathLike[str] | None = None, **common: Any) -> None:
         super().__init__(**common)
         roots = parse_roots(root)
+        check_disjoint(roots, None if test is None else os.path.expanduser(test))
         found = [scan_classes(folder) for folder in roots]
+        for folder, groups in zip(roots, found, strict=True):
+            check_class_names(groups, folder)
         classes = sorted(set().union(*found))
-        if all(name.lower() in _SPLIT_NAMES for name in classes):
-            suggestion = os.path.join(next(iter(roots)), classes[-1 if "train" in classes[-1].lower() else 0])
-            raise ValueError(
-                f"the class folders in {', '.join(roots)} are {', '.join(classes)}, which are names of splits: set "
-                f"dataset.root={suggestion}, and dataset.test to the folder of the test split"
-            )
         label = {name: number for number, name in enumerate(classes)}
         pool, test_files = Listing(), Listing()
         for number, groups in enumerate(found):
@@ -280,6 +280,7 @@ class Flat(ImageFiles):
     def __init__(self, *, root: Root, **common: Any) -> None:
         super().__init__(**common)
         roots = parse_roots(root)
+        check_disjoint(roots)
         pool = Listing()
         for number, folder in enumerate(roots):
             files = scan(folder)

@@ -74,6 +74,11 @@ class Hf(Source):
         super().__init__(**common)
         self.scaled_decode = check_flag("scaled_decode", scaled_decode)
         path = os.path.expanduser(os.fspath(path))
+        if test == split:
+            raise ConfigError(
+                f"dataset.test is {test!r}, which is also dataset.split, so test images would be used for training: "
+                "set dataset.test to another split, or to null"
+            )
         options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache}
         splits = read_splits(path, [split, *([] if test is None else [test])], **options)
         self.name, where = Path(path).name, f"dataset.path={path}"

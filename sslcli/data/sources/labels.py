@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ Value = int | float | str | None
 """One label as stored in a table, a file or JSON."""
 
 UNKNOWN = frozenset(["", "-1", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>"])
+MANY_CLASSES = 20  # fewer classes are not suspicious, however few images there are
 _MINUS_ONE = re.compile(r"-1(\.0*)?")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?inf(inity)?", re.IGNORECASE)
 _OTHER_COLUMN = "choose another column with dataset.label, or set it to null"
@@ -53,10 +55,12 @@ def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
       numerical order if all of them are numbers, else in alphabetical order.
 
     Raises ConfigError in these cases:
-    - a value is not a class label
+    - a value is not a class label, or most distinct values are numbers with a fraction
     - a part has numbers without class names, although another part has class names
     - the same class is written in several ways, or several classes have the same name
     - a test part has a class that the training parts lack
+
+    A warning is printed if no part has class names and there are almost as many classes as labeled images.
     """
     cleaned = [_cleaned(part) for part in parts]
     if any(part.classes for part in parts):
@@ -215,6 +219,8 @@ def _by_value(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]
     """
     known = [{value for value in values if value is not None} for values in cleaned]
     _check_kinds(parts, known)
+    for part, values in zip(parts, known, strict=True):
+        _check_targets(part, values)
     everything = set().union(*known)
     is_numeric = all(isinstance(value, int) or _NUMBER.fullmatch(value) for value in everything)
     names: list[dict[int | str, str]] = []
@@ -225,9 +231,38 @@ def _by_value(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]
     classes = sorted(texts, key=lambda name: (int(name) if is_numeric else 0, name))
     if is_numeric:
         _check_spelling(classes, parts[0])
+    _warn_of_many_classes(classes, parts, cleaned)
     position = {name: number for number, name in enumerate(classes)}
     tables = [{value: position[name] for value, name in table.items() if name in position} for table in names]
     return classes, tables
+
+
+def _check_targets(part: Labels, values: Iterable[int | str]) -> None:
+    """Raise ConfigError if most distinct texts are numbers with a fraction, although others, such as "?", are not."""
+    texts = [str(value) for value in values]
+    fractions = [text for text in texts if _NUMBER.fullmatch(text) and not float(text).is_integer()]
+    if 2 * len(fractions) > len(texts):
+        raise ConfigError(_not_a_class(min(fractions), part))
+
+
+def _warn_of_many_classes(
+    classes: Sequence[str], parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]
+) -> None:
+    """Warn if there are almost as many classes as labeled training images."""
+    pool = [part for part in parts if not part.is_test] or list(parts)
+    labeled = sum(
+        value is not None
+        for part, values in zip(parts, cleaned, strict=True)
+        if part.is_test == pool[0].is_test
+        for value in values
+    )
+    if len(classes) < MANY_CLASSES or 2 * len(classes) <= labeled:
+        return
+    warnings.warn(
+        f"{pool[0].where} has {len(classes):,} classes ({_first_few(classes)}) for {labeled:,} labeled images, so it "
+        f"seems to contain regression targets or names of images and not class labels: {pool[0].remedy}",
+        stacklevel=4,
+    )
 
 
 def _number_name(value: int | str, part: Labels) -> str:

@@ -22,6 +22,7 @@ from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import decode, to_rgb
 from sslcli.data.sources.base import DecodedImage
 from sslcli.data.sources.files import Files, Listing, base_name
+from sslcli.data.sources.leaks import check_class_names, check_disjoint
 from sslcli.data.sources.records import ProgressCallback, Records
 from sslcli.data.sources.scan import check_folder, scan_classes
 from sslcli.errors import check_keys
@@ -170,7 +171,12 @@ class Parallel(Files):
         if test is not None:
             test = os.path.expanduser(test)
             found.append(self.match(test, key="dataset.test"))
+            # The test folder may be inside of `root`, beside the folders of the modalities.
+            for name in self.modalities:
+                check_disjoint([os.path.join(root, name)], os.path.join(test, name))
         classes = sorted({name.partition("/")[0] for name in found[0]})
+        for name in self.modalities:
+            check_class_names(classes, os.path.join(root, name))
         pool, test_files = Listing(), Listing()
         for number, (names, listing) in enumerate(zip(found, (pool, test_files), strict=False)):
             for name in sorted(names):

@@ -121,6 +121,14 @@ class View:
         """Whether the jitter of this view can change colors."""
         return self.jitter_p > 0 and any(strength > 0 for strength in self.jitter)
 
+    def check_size(self, size: int) -> None:
+        """Raise ValueError if the blur kernel is too large for views with a side of `size` pixels."""
+        if self.blur == 0 or self.kernel_size(size) // 2 < size:
+            return
+        if self.blur_kernel is None:
+            raise _field_error("blur", self.blur, f"0 at a side of {size} pixels, which is too small for a blur")
+        raise _field_error("blur_kernel", self.blur_kernel, f"at most {2 * size - 1} at a side of {size} pixels")
+
     def kernel_size(self, size: int) -> int:
         """Return `blur_kernel` if it is not None, else the default kernel size for a side of `size` pixels."""
         return self.blur_kernel if self.blur_kernel is not None else max(3, size // 10 // 2 * 2 + 1)

@@ -86,6 +86,19 @@ class Views:
         """Return the side of each view in pixels, for a run with this image size."""
         return [view.size or image_size for view in self.views]
 
+    def check_sizes(self, image_size: int) -> None:
+        """Raise ValueError if an entry cannot be drawn in a run with this image size. The message names its key."""
+        for number, entry in enumerate(self.entries):
+            try:
+                entry.check_size(entry.size or image_size)
+            except ValueError as error:
+                raise ValueError(f"views.views.{number}: {error}") from None
+
+    def entry_number(self, view: int) -> int:
+        """Return the number of the entry that defines view number `view`."""
+        ends = itertools.accumulate(entry.count for entry in self.entries)
+        return next(number for number, end in enumerate(ends) if view < end)
+
     def describe(self) -> list[str]:
         """Return a description of each entry, one line each."""
         return [entry.describe() for entry in self.entries]

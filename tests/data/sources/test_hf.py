@@ -176,3 +176,8 @@ def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r'pip install "sslcli\[hf\]"'):
         Hf(path=str(tmp_path), image_size=8)
+
+
+def test_one_split_for_training_and_testing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dataset.test is 'train', which is also dataset.split"):
+        Hf(path=str(parquet(tmp_path / "animals")), test="train", image_size=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import warnings
 from decimal import Decimal
 from typing import Any
 
@@ -159,3 +160,25 @@ def test_parts_are_merged_by_name() -> None:
 def test_parts_that_cannot_be_merged_are_refused(parts: list[Any], tests: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         merged(*parts, tests=tests)
+
+
+@pytest.mark.parametrize(
+    "values", [[f"id_{i}" for i in range(30)], list(range(30)), [str(i // 2) for i in range(39)] + [None] * 50]
+)
+def test_nearly_as_many_classes_as_images_are_warned_of(values: list[Any]) -> None:
+    with pytest.warns(UserWarning, match=r"the column has \d+ classes .* seems to contain regression targets or names"):
+        as_labels([Labels(values, (), "the column")])
+
+
+@pytest.mark.parametrize("values", [list("abcdefghij"), [str(i // 3) for i in range(90)]])
+def test_few_classes_and_classes_with_several_images_are_not_warned_of(values: list[Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        as_labels([Labels(values, (), "the column")])
+        as_labels([Labels(range(30), [str(i) for i in range(30)], "classes with names")])
+
+
+def test_regression_targets_among_a_few_texts_are_refused_and_a_version_is_a_class() -> None:
+    with pytest.raises(ConfigError, match=r"contains 0.25, which seems to be a regression target"):
+        as_labels([Labels(["0.25", "0.75", "1.5", "?"], (), "the column")])
+    assert as_labels([Labels(["a", "b", "2.5", "a"], (), "the column")])[1] == ["2.5", "a", "b"]

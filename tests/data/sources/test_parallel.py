@@ -14,6 +14,7 @@ from sslcli.data.bad_images import BadImage
 from sslcli.data.loader import Loader, plain_batches
 from sslcli.data.sources.parallel import Parallel
 from sslcli.data.views.views import Views
+from sslcli.errors import ConfigError
 
 RGB: dict[str, Any] = {"channels": 3, "photometric": True}
 DEPTH: dict[str, Any] = {"channels": 1, "interpolation": "nearest"}
@@ -273,3 +274,8 @@ def test_the_yaml_shows_every_field_and_builds(root: Path) -> None:
 def test_the_views_of_a_batch_are_tensors_of_channels_last(root: Path) -> None:
     view: Tensor = batches(parallel(root), STRONG)[0].views[0]
     assert view.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_training_folder_cannot_be_the_test_folder(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dataset.test is .*rgb, which is the same folder as dataset.root="):
+        parallel(root, test=str(root))

@@ -1,0 +1,141 @@
+"""Checks that no image is in two splits: overlapping folders, folders of splits taken as classes, and linked files."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from sslcli.errors import ConfigError
+
+MAX_COMPARED = 200_000  # more files are not compared, since this would delay the start of a run by seconds
+_SPLIT = re.compile(
+    r"((?:images?|imgs?|data)[-_ ]?)?"
+    r"(?:(?P<train>train|training|trn)|(?P<val>val|valid|validation|dev)|(?P<test>test|testing|eval|evaluation))"
+    r"(?:[-_ ]?(?:set|split|data|images?|imgs?|\d+))*",
+    re.IGNORECASE,
+)
+
+
+def split_kind(name: str) -> str | None:
+    """Return "train", "val" or "test" if a folder is named as this split, as in `val2017`; else None."""
+    found = _SPLIT.fullmatch(name)
+    return None if found is None else found.lastgroup
+
+
+def check_class_names(classes: Collection[str], root: str) -> None:
+    """Raise ConfigError if the class folders in `root` are the folders of splits, such as `train2017` and `val2017`.
+
+    Warn if only some of the class folders are named as splits.
+    """
+    kinds = {name: kind for name in classes if (kind := split_kind(name)) is not None}
+    by_kind = {kind: name for name, kind in sorted(kinds.items(), reverse=True)}
+    number_of_splits = len(by_kind)
+    if not kinds or (number_of_splits < 2 and len(classes) > 1):
+        return
+    pool = os.path.join(root, by_kind.get("train", min(kinds)))
+    others = [by_kind[kind] for kind in ("test", "val") if kind in by_kind and "train" in by_kind]
+    test = f"dataset.test={os.path.join(root, others[0])}" if others else "dataset.test to the folder of the test split"
+    remedy = f"set dataset.root={pool}, and {test}"
+    named = ", ".join(sorted(kinds))
+    if len(kinds) == len(classes):
+        raise ConfigError(f"the class folders in {root} are {named}, which are names of splits: {remedy}")
+    if "train" in by_kind:
+        warnings.warn(
+            f"the class folders in {root} include {named}, which are names of splits. If these folders contain splits, "
+            f"test images are used for training and the labels have no meaning: {remedy}",
+            stacklevel=3,
+        )
+
+
+def check_disjoint(roots: Iterable[str], test: str | None = None) -> None:
+    """Raise ConfigError if one of the folders contains another, or if `test` is one of `roots`. Links are resolved."""
+    named = [("dataset.root", root) for root in roots] + ([] if test is None else [("dataset.test", test)])
+    for number, (key, folder) in enumerate(named):
+        for other_key, other in named[:number]:
+            relation = _relation(folder, other)
+            if relation is None:
+                continue
+            effect = (
+                "test images would be used for training: set dataset.test to a folder of other images, or to null"
+                if key == "dataset.test"
+                else "its images would occur twice, in training and among the held-out images: name only one of them"
+            )
+            raise ConfigError(f"{key} is {folder}, which {relation} {other_key}={other}, so {effect}")
+
+
+def _relation(folder: str, other: str) -> str | None:
+    one, two = os.path.realpath(folder), os.path.realpath(other)
+    if one == two:
+        return "is the same folder as"
+    if one.startswith(os.path.join(two, "")):
+        return "is inside of"
+    return "contains" if two.startswith(os.path.join(one, "")) else None
+
+
+def check_shared_files(splits: Mapping[str, Tensor], path: Callable[[int], str], *, roots: Sequence[str]) -> None:
+    """Raise ConfigError if a file of the test split is also in another split, under another path or through a link.
+
+    Warn if a file is in both the training and the validation split. The files are not read: only paths are compared.
+    Nothing is compared if there are more than `MAX_COMPARED` files.
+
+    Args:
+        splits: the positions of each split.
+        path: function that returns the path of the image at a position.
+        roots: the root folders.
+    """
+    if sum(map(len, splits.values())) > MAX_COMPARED:
+        return
+    paths = {name: [path(position) for position in part.tolist()] for name, part in splits.items()}
+    folders = {os.path.dirname(file) for part in paths.values() for file in part}
+    real_folders = {folder: os.path.realpath(folder) for folder in folders}
+    real_roots = [(root, os.path.realpath(root)) for root in roots]
+    links = {file for folder in folders for file in _links_in(folder)}
+    if not links and all(_is_direct(folder, real, real_roots) for folder, real in real_folders.items()):
+        return
+
+    def real(file: str) -> str:
+        if file in links:
+            return os.path.realpath(file)
+        folder, name = os.path.split(file)
+        return os.path.join(real_folders[folder], name)
+
+    owner: dict[str, tuple[str, str]] = {}
+    for split in sorted(paths, key=("train", "val", "test").index):
+        shared = []
+        for file in paths[split]:
+            found = owner.setdefault(real(file), (split, file))
+            if found[0] != split:
+                shared.append((file, *found))
+        if not shared:
+            continue
+        file, other_split, other = shared[0]
+        count = f"{len(shared)} of the {len(paths[split])} images of {split} are also in another split"
+        example = f"{file} is the same file as {other} in {other_split}"
+        remedy = "keep each file in one folder only, and remove the links to it"
+        if split == "test":
+            raise ConfigError(f"{count}: {example}: {remedy}")
+        warnings.warn(f"{count}, so their accuracy is too high: {example}: {remedy}", stacklevel=3)
+
+
+def _links_in(folder: str) -> list[str]:
+    """Return the paths of the links directly in a folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.path for entry in entries if entry.is_symlink()]
+    except OSError:  # the images there are reported as unreadable
+        return []
+
+
+def _is_direct(folder: str, real: str, roots: Sequence[tuple[str, str]]) -> bool:
+    """Return whether no link and no part such as `.` is between a root and `folder`, whose real path is `real`."""
+    for root, real_root in roots:
+        if folder == root:
+            return True
+        if folder.startswith(os.path.join(root, "")):
+            relative = folder[len(os.path.join(root, "")) :]
+            return relative == os.path.normpath(relative) and real == os.path.join(real_root, relative)
+    return False

@@ -1,0 +1,156 @@
+"""Trial of a run: views that cannot be drawn, networks that do not fit the images, and unused parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hydra._internal.utils import get_args_parser
+from torch import Tensor, nn
+
+from sslcli.backbones.wrap import as_backbone
+from sslcli.cli.compose import checked_jobs
+from sslcli.config.run_config import RunConfig
+from sslcli.data.loader import Loader
+from sslcli.errors import ConfigError
+from sslcli.methods.base import Batch, Method
+from sslcli.methods.simclr import SimCLR
+from sslcli.runs.assemble import build_loader
+from sslcli.runs.build import build_parts
+from sslcli.runs.trial import draw, freeze, trial, unused_warning
+from tiny import TinyNet, copied_state, equal_states
+
+CPU = torch.device("cpu")
+SMALL = ["dataset.train_images=40", "dataset.test_images=0", "train.batch_size=8", "backbone.width=4"]
+
+
+def built(*lines: str) -> tuple[Loader, Method]:
+    config = RunConfig.from_plain(checked_jobs("train", get_args_parser().parse_args([*SMALL, *lines]))[0])
+    parts = build_parts(config)
+    return build_loader(config, parts, CPU), parts.method
+
+
+class WithHead(TinyNet):
+    """A network with a layer that `forward` does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 10)
+
+
+class Strict(nn.Module):
+    """A network for images of 32 pixels."""
+
+    num_features = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.shape[-1] == 32, f"{images.shape[-1]} pixels are not 32"
+        return images.mean((2, 3)) * self.scale
+
+
+class Broken(Method):
+    """A method whose `forward` returns what `result` computes."""
+
+    num_views = 2
+
+    def __init__(self, result: Callable[[Tensor], Any]) -> None:
+        super().__init__(TinyNet())
+        self.result = result
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.result(self.backbone(batch.views[0]))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco", "byol", "memory_bank", "vae", "bigan"])
+def test_a_trial_changes_nothing_and_finds_every_parameter_of_the_own_methods_used(method: str) -> None:
+    loader, net = built(f"method={method}")
+    before, random = copied_state(net), torch.get_rng_state()
+    assert trial(loader, net, CPU, "fp32") == []
+    assert equal_states(before, copied_state(net))
+    assert torch.equal(random, torch.get_rng_state())
+    assert net.embeddings == ()
+
+
+def test_unused_parameters_are_named_and_can_be_frozen() -> None:
+    loader, _ = built()
+    method = SimCLR(as_backbone(WithHead(), image_size=32))
+    unused = trial(loader, method, CPU, "fp32")
+    assert unused == ["backbone.fc.weight", "backbone.fc.bias"]
+    warning = unused_warning(unused)
+    assert "does not depend on 2 trainable parameters" in warning
+    assert "backbone.fc.weight, backbone.fc.bias. Remove" in warning
+    freeze(method, unused)
+    assert [name for name, p in method.named_parameters() if not p.requires_grad] == unused
+    assert trial(loader, method, CPU, "fp32") == []
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        ("blur: 0.5, blur_kernel: 101", r"views.views.0: blur_kernel=101 .* at most 63 at a side of 32 pixels"),
+        ("blur: 0.5, size: 1", r"views.views.0: blur=0.5 .* 0 at a side of 1 pixels"),
+        ("blur: 0.5, blur_kernel: 31, size: 12", r"views.views.0: blur_kernel=31 .* at most 23 at a side of 12"),
+        ("rand_augment: 2, blur: 0.1, blur_kernel: 99", r"views.views.0: blur_kernel=99"),
+    ],
+)
+def test_a_view_that_cannot_be_drawn_is_named(view: str, expected: str) -> None:
+    loader, method = built("views.views=[{count: 2, " + view + "}]")
+    with pytest.raises(ConfigError, match=expected):
+        trial(loader, method, CPU, "fp32")
+
+
+def test_a_view_operation_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, method = built("views.views=[{count: 1}, {count: 1, flip: 0.0}]")
+
+    def color(view: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if int(view[0]) == 1:
+            raise KeyError("strength")
+        return plain(view, *arguments, **options)
+
+    plain = loader.views.color
+    monkeypatch.setattr(loader.views, "color", color)
+    with pytest.raises(
+        ConfigError, match=r"views.views.1 cannot be drawn at 32 pixels: 'strength'. Change .*1 x image"
+    ):
+        trial(loader, method, CPU, "fp32")
+
+
+def test_views_of_extreme_shape_are_drawn() -> None:
+    loader, _ = built("views.views=[{count: 2, crop_ratio: [100, 200]}]")
+    assert draw(loader, 2, CPU).views[0].isfinite().all()
+
+
+def test_a_view_that_the_backbone_does_not_accept_is_named_with_its_key() -> None:
+    loader, _ = built("+views.views.0.size=16")
+    method = SimCLR(as_backbone(Strict(), image_size=32))
+    with pytest.raises(
+        ConfigError, match=r"Strict does not .* 16x16 pixels: 16 pixels are .* views.views.0.size to null"
+    ):
+        trial(loader, method, CPU, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        (lambda x: {"total": x.mean()}, "returned a dictionary with the keys total"),
+        (lambda x: x.mean(), "must return a dictionary whose entry 'loss' is a tensor"),
+        (lambda x: {"loss": x.mean(1)}, r"the loss of Broken has the shape \(2,\)"),
+        (lambda x: {"loss": x.mean().detach()}, "depends on no trainable parameter"),
+        (lambda x: {"loss": x[100]}, "Broken cannot compute its loss on views of 32 pixels: IndexError"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_is_rejected(result: Callable[[Tensor], Any], expected: str) -> None:
+    loader, _ = built()
+    with pytest.raises(ConfigError, match=expected):
+        trial(loader, Broken(result), CPU, "fp32")
+
+
+def test_a_method_that_needs_a_whole_micro_batch_gets_it() -> None:
+    loader, _ = built()
+    assert trial(loader, Broken(lambda x: {"loss": x[7].sum()}), CPU, "fp32") == []
