@@ -33,11 +33,11 @@ def run_dir_of(config: RunConfig) -> str:
 
 
 def _check_name(name: str) -> None:
-    """Raise ConfigError unless `name` is the name of one directory."""
-    if "/" in name or name in (".", ".."):
+    """Raise ConfigError unless `name` is a path below runs/."""
+    if os.path.isabs(name) or any(part in ("", ".", "..") for part in name.split("/")):
         raise ConfigError(
-            f"name is {name!r}, but it must be the name of one directory in runs/, without slashes: choose another "
-            "name, or set the whole path, as in run_dir=runs/GROUP/NAME"
+            f"name is {name!r}, but it must name a directory below runs/, as in name=mine or name=group/mine: choose "
+            "another name, or set the whole path with run_dir"
         )
 
 

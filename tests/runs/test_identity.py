@@ -55,6 +55,7 @@ def test_the_run_directory_is_absolute(tmp_path: Path, monkeypatch: pytest.Monke
     config = RunConfig.from_plain(composed("train"))
     assert run_dir_of(config) == f"{tmp_path}/runs/simclr_shapes_small"
     assert run_dir_of(config.changed(name="mine")) == f"{tmp_path}/runs/mine"
+    assert run_dir_of(config.changed(name="group/mine")) == f"{tmp_path}/runs/group/mine"
     assert run_dir_of(config.changed(name="mine", run_dir="a/../b")) == f"{tmp_path}/b"
 
 
@@ -66,8 +67,10 @@ def test_the_run_directory_is_absolute(tmp_path: Path, monkeypatch: pytest.Monke
             "name contains the name a+.*, which has 300 bytes, .* at most 255: choose a shorter name",
         ),
         ({"name": "é" * 200}, "which has 400 bytes"),
-        ({"name": "../../up"}, "name is '../../up', but .* without slashes.* run_dir=runs/GROUP/NAME"),
+        ({"name": "../../up"}, "name is '../../up', but it must name a directory below runs/"),
         ({"name": ".."}, r"name is '\.\.'"),
+        ({"name": "/mine"}, "name is '/mine'"),
+        ({"name": "group//mine"}, "name is 'group//mine'"),
         ({"name": "a\0b"}, r"name is .*a\\x00b', but a path cannot contain the NUL character"),
         ({"run_dir": "a\0b"}, "run_dir is .* the NUL character"),
         ({"run_dir": f"x/{'b' * 256}/y"}, "run_dir contains the name b+.*, which has 256 bytes"),
