@@ -34,6 +34,7 @@ PictureAndBoxes = tuple[Picture, list[list[int]]]  # a picture and one crop box 
 
 _MAX_REPLACEMENTS = 20  # number of replacement images that are tried for an image that cannot be read
 _MAX_FILES_IN_MEMORY = 128
+_MAX_ASPECT = 64  # largest ratio of the sides of an image that is resized whole for evaluation
 _SMALL_SIDE = 64  # pixels; images whose sides do not exceed it are cropped together in one call, which is faster
 
 
@@ -221,16 +222,32 @@ class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
 def center_crop(image: Picture, size: int) -> Picture:
     """Resize the shorter side to size * 8 / 7 pixels and crop the center to size x size.
 
-    An image of exactly size x size is returned unchanged.
+    An image of exactly size x size is returned unchanged. If one side is more than `_MAX_ASPECT` times the other side,
+    the ends of the longer side are removed before the image is resized.
     """
     if image.size == (size, size):
         return image
+    image = _without_ends(image)
     scale = round(size * 8 / 7) / min(image.size)
     wide = image.resize(
         (max(size, round(image.width * scale)), max(size, round(image.height * scale))), RESAMPLE["bilinear"]
     )
     left, top = (wide.width - size) // 2, (wide.height - size) // 2
     return wide.crop((left, top, left + size, top + size))
+
+
+def _without_ends(image: Picture) -> Picture:
+    """Crop the center of the longer side to about `_MAX_ASPECT` times the shorter side.
+
+    The same number of pixels is removed at both ends, so the center does not move. Other images are not changed.
+    """
+    # The whole image is resized before its center is cropped. Resized to a short side of 256 pixels, an image of
+    # 16000 x 1 pixels would need gigabytes of memory.
+    extra = [max(0, side - _MAX_ASPECT * min(image.size)) // 2 for side in image.size]
+    if not any(extra):
+        return image
+    left, top = extra
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 def to_uint8(images: Sequence[Picture]) -> Tensor:

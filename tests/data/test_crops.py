@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from sslcli.data import rng
-from sslcli.data.crops import RESAMPLE, Request, ViewCrops
+from sslcli.data.crops import RESAMPLE, PlainCrops, Request, ViewCrops, center_crop
 from sslcli.data.sources.files import Flat
 from sslcli.data.sources.shapes import Nuisances, draw
 from sslcli.data.views.views import Views
@@ -117,3 +117,52 @@ def test_crops_do_not_depend_on_what_else_is_asked_for(photos: Path) -> None:
 def test_a_wrong_option_is_named(photos: Path) -> None:
     with pytest.raises(ValueError, match=r"dataset\.scaled_decode is 'no'"):
         source(photos, scaled_decode="no")
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize("size", [(300, 200), (33, 500), (64, 1), (1, 64), (7, 7), (224, 224), (9, 500)])
+@pytest.mark.parametrize("side", [32, 224])
+def test_center_crops_of_ordinary_images_are_crops_of_the_whole_resized_image(size: tuple[int, int], side: int) -> None:
+    image = noise(*size)
+    scale = round(side * 8 / 7) / min(size)
+    whole = image.resize([max(side, round(length * scale)) for length in size], Image.Resampling.BILINEAR)
+    left, top = (whole.width - side) // 2, (whole.height - side) // 2
+    wanted = image if size == (side, side) else whole.crop((left, top, left + side, top + side))
+    assert np.array_equal(center_crop(image, side), wanted)
+
+
+@pytest.mark.parametrize("size", [(16_000, 1), (1, 16_000), (16_001, 2), (65, 1)])
+def test_center_crops_of_long_images_show_their_center(size: tuple[int, int]) -> None:
+    image = noise(*size)
+    scale = 256 / min(size)
+    # The image around its center, which is resized alone to the size that it has in the whole resized image.
+    box = [length / 2 + sign * min(length, 20 * min(size)) / 2 for sign in (-1, 1) for length in size]
+    part = [round((high - low) * scale) for low, high in zip(box[:2], box[2:], strict=True)]
+    whole = image.resize(part, Image.Resampling.BILINEAR, box=box)
+    left, top = (whole.width - 224) // 2, (whole.height - 224) // 2
+    wanted = np.asarray(whole.crop((left, top, left + 224, top + 224)), int)
+    assert np.abs(np.asarray(center_crop(image, 224), int) - wanted).max() <= 1
+
+
+def test_long_images_need_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise(16_000, 1).save(tmp_path / "0.png")
+    noise(1, 16_000).save(tmp_path / "1.png")
+    sizes = []
+    resize = Image.Image.resize
+
+    def counted(image: Image.Image, size: tuple[int, int], *arguments: Any, **options: Any) -> Image.Image:
+        sizes.append(size[0] * size[1])
+        assert sizes[-1] < 10**7
+        return resize(image, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    long = source(tmp_path)
+    images, readable = PlainCrops(long)[torch.arange(2)]
+    assert readable.all()
+    assert images.shape == (2, 3, 224, 224)
+    assert len(sizes) == 2
+    for views in ([{"count": 2}], [{"crop_scale": None}, {"size": 24}]):
+        assert [len(view) for view in crops(long, views, torch.arange(2))] == [2, 2]
