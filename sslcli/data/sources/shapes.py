@@ -5,10 +5,11 @@ position differ between the instances of an image. Therefore two random crops ha
 background varies across the image, so a crop contains little information about the background of another crop. Each
 nuisance has a strength in [0, 1].
 
-Image i is a bit-exact, pure function of (seed, i, size, nuisances). The random numbers are stateless. The renderer uses
-only correctly rounded operations (+ - * / sqrt min max floor). Therefore no pixel depends on the split into batches,
-the number of threads or the vector width of the CPU. Edges are anti-aliased with signed distance functions (negative
-inside, unit slope near the edge; see https://iquilezles.org/articles/distfunctions2d/).
+The pixels of image i depend only on (seed, i, size, nuisances), and are bit-identical on all CPUs. The random numbers
+are stateless. The renderer uses only correctly rounded operations (+ - * / sqrt min max floor). Therefore no pixel
+depends on the split into batches, the number of threads or the vector width of the CPU. Edges are anti-aliased with
+signed distance functions (negative inside, unit slope near the edge; see
+https://iquilezles.org/articles/distfunctions2d/).
 
 Tensor shapes: n images, side S in pixels. Lengths are in units of half the image side: x and y are in [-1, 1]. The y
 axis points down.
