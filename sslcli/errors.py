@@ -114,6 +114,11 @@ def disk_failure(error: OSError, path: object, key: str) -> tuple[str, int] | No
     return f"{what}: free space or repair the disk, then run the same command again to resume", EXIT_FAILED
 
 
+def is_disk_failure(error: OSError) -> bool:
+    """Return True if a write failed because the disk is full or broken, so that another setting is no remedy."""
+    return error.errno in DISK_ERRORS and error.errno not in PERMISSION_ERRORS
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` with the known name closest to `name`, or "" if none is close. Ignore case."""
     from difflib import get_close_matches

@@ -44,7 +44,6 @@ OTHER_TESTS = {
     "cli/test_conf.py",  # all yaml files
     "cli/test_parallel_command.py",  # a command on several processes
     "cli/test_working_directory.py",  # all commands from other working directories
-    "engine/test_resume_check.py",  # a checkpoint that does not belong to the run
     "sweeps/test_sweep_others.py",  # sweeps and jobs of other processes
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

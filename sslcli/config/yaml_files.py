@@ -1,27 +1,50 @@
-"""Reading and writing of yaml files, for packages that must not import OmegaConf."""
+"""Parsing and writing of yaml text, for packages that must not import OmegaConf."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
+import math
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from sslcli.errors import ConfigError
+MAX_VALUES = 100_000  # number of values of a document after each alias is replaced by its content
 
 
-def load_yaml(path: Path) -> Any:
-    """Return the content of a yaml file as plain values, without resolving interpolations.
+def parse_yaml(text: str) -> Any:
+    """Return the content of yaml text as plain values, without resolving interpolations.
 
-    Raises ConfigError if the file cannot be read.
+    Raises ValueError if the text cannot be parsed, or if its aliases expand to more than `MAX_VALUES` values.
     """
     try:
-        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} cannot be read ({reason}): restore a copy, or choose another directory") from error
+        if "*" in text and "&" in text:
+            _check_aliases(text)
+        return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("its values are nested too deeply") from error
+
+
+def _check_aliases(text: str) -> None:
+    """Raise ValueError if the aliases of a yaml document expand to more than `MAX_VALUES` values."""
+    counts: dict[int, float] = {}
+
+    def count(node: yaml.Node) -> float:
+        if id(node) not in counts:
+            counts[id(node)] = math.inf  # an alias inside its own anchor expands without end
+            if isinstance(node, yaml.MappingNode):
+                inner = [part for pair in node.value for part in pair]
+            else:
+                inner = node.value if isinstance(node, yaml.SequenceNode) else []
+            counts[id(node)] = 1 + sum(map(count, inner))
+        return counts[id(node)]
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and count(root) > MAX_VALUES:
+        raise ValueError(f"its aliases expand to more than {MAX_VALUES:,} values")
 
 
 def as_yaml(content: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import Encoded, Pixels, open_file
 from sslcli.errors import ConfigError, nearest
 from sslcli.system import atomic
+from sslcli.system.stored import renamed, set_aside
 
 KINDS = ("none", "ram", "disk")
 
@@ -107,8 +108,9 @@ class DecodedCache:
             sizes = memory[_HEADER : _HEADER + 8 * len(self.positions)]
             if memory[:_HEADER] == _header(sizes, len(memory)):
                 return memory
-        logging.getLogger("sslcli").warning("%s is damaged and is created again", self.file)
-        self.file.unlink(missing_ok=True)
+        aside = renamed(set_aside(self.file))
+        logging.getLogger("sslcli").warning("%s is damaged%s: it is created again", self.file, aside)
+        self.file.unlink(missing_ok=True)  # it still exists if it could not be renamed
         return None
 
     def create(self, gigabytes: float) -> mmap.mmap:

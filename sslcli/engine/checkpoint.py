@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -30,9 +31,10 @@ from sslcli.engine.checkpoint_names import path_of as path_of
 from sslcli.engine.checkpoint_names import step_of as step_of
 from sslcli.engine.migrations import SCHEMA, upgrade
 from sslcli.errors import ConfigError, TrainingFailed
-from sslcli.system.atomic import beside, discard, replace, synchronize, temporary_name
+from sslcli.system.atomic import beside, digest_of, discard, replace, synchronize, temporary_name
 from sslcli.system.atomic import sha256 as sha256
-from sslcli.weights.files import load_weights
+from sslcli.system.regular_files import open_regular
+from sslcli.weights.files import read_weights
 
 if TYPE_CHECKING:  # the import takes seconds and is only needed for sharded runs
     from sslcli.engine.sharded_checkpoint import Placement, Snapshot
@@ -40,11 +42,6 @@ if TYPE_CHECKING:  # the import takes seconds and is only needed for sharded run
 
 class RefusedCheckpoint(ConfigError):
     """Raised for an intact checkpoint that the run must not load. No older checkpoint is loaded in its place."""
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 hex digest of a checkpoint file. For a folder, return the digest of its file SHA256SUMS."""
-    return sha256(path / "SHA256SUMS" if path.is_dir() else path)
 
 
 def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
@@ -161,7 +158,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 def write_failure(path: Path, error: Exception) -> TrainingFailed:
     """Return the error for a checkpoint that could not be written."""
-    kept = all_of(path.parent.parent)
+    kept = [each for each in all_of(path.parent.parent) if step_of(each) < step_of(path)]
     return TrainingFailed(
         f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}). "
         + (f"{kept[-1].name} is intact" if kept else "There is no earlier one")
@@ -229,36 +226,92 @@ def load(path: Path, *, device: torch.device, like: Placement | None = None, wei
     if not path.exists():
         raise ConfigError(f"there is no checkpoint {path}")
     if path.suffix == ".pt":
-        state = load_file(path, device=device)
+        state, _ = load_file(path, device=device)
     else:
         from sslcli.engine import sharded_checkpoint
 
         parts = ("method",) if weights else sharded_checkpoint.PARTS
         state = sharded_checkpoint.read(path, device=device, like=like, only=parts)
-    if state.get("schema", 0) > SCHEMA:
-        raise RefusedCheckpoint(
-            f"the checkpoint {path} is of a newer version of sslcli (schema {state['schema']} > {SCHEMA}): update "
-            "sslcli to resume"
-        )
-    if not isinstance(state.get("step"), int):
-        raise ConfigError(f"{path} is not a checkpoint of sslcli: it has no step")
+    state = current_state(path, state)
     if like is not None and path.suffix == ".pt":
         from sslcli.engine import sharded_checkpoint
 
         state = sharded_checkpoint.spread(state, like)
-    return upgrade(state)
+    return state
 
 
-def load_file(path: Path, *, device: torch.device) -> dict[str, Any]:
-    """Load an unsharded checkpoint. Verify the checksum if there is one. Raises ConfigError if the file is invalid."""
-    recorded = path.with_suffix(".sha256")
+def current_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a checkpoint in the current schema.
+
+    Raises RefusedCheckpoint if a newer version of sslcli wrote the checkpoint. Raises ConfigError if fields are missing
+    that the conversion needs.
+    """
+    schema = state.get("schema", 0)
+    if not isinstance(schema, int):
+        raise ConfigError(f"{path} is not a checkpoint of sslcli: its schema is {schema!r}")
+    if schema > SCHEMA:
+        raise RefusedCheckpoint(
+            f"the checkpoint {path} is of a newer version of sslcli (schema {schema} > {SCHEMA}): update "
+            "sslcli to resume"
+        )
+    if not isinstance(state.get("step"), int):
+        raise ConfigError(f"{path} is not a checkpoint of sslcli: it has no step")
     try:
-        intact = not recorded.exists() or recorded.read_bytes().split()[:1] == [sha256(path).encode()]
+        return upgrade(state)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is damaged: its fields are not those of schema {schema} ({type(error).__name__}: {error})"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The weights of a checkpoint in memory. The file may be deleted."""
+
+    path: Path
+    digest: str  # SHA-256 hex digest of the file; for a folder, of its file SHA256SUMS
+    weights: dict[str, Any]  # state of the method
+    config: Any  # stored configuration; None if an old version saved the checkpoint
+
+    @property
+    def step(self) -> int:
+        return step_of(self.path)
+
+
+def load_weights_of(path: Path) -> Loaded:
+    """Load the weights of one checkpoint to the CPU. Raises ConfigError if the checkpoint is missing or invalid."""
+    device = torch.device("cpu")
+    try:
+        if path.is_dir():
+            digest = sha256(path / "SHA256SUMS")
+            state = load(path, device=device, weights=True)
+        else:
+            state, digest = load_file(path, device=device)
+            state = current_state(path, state)
     except OSError as error:
         raise ConfigError(f"the checkpoint {path} cannot be read ({error.strerror})") from error
-    if not intact:
-        raise ConfigError(f"the checkpoint {path} does not match its checksum: it was truncated or altered")
-    return load_weights(path, device=device)
+    weights = state.get("method")
+    if not isinstance(weights, dict):
+        raise ConfigError(f"the checkpoint {path} is damaged (it has no weights): choose another checkpoint")
+    return Loaded(path, digest, weights, state.get("config"))
+
+
+def load_file(path: Path, *, device: torch.device) -> tuple[dict[str, Any], str]:
+    """Load an unsharded checkpoint. Return its content and the digest of the file.
+
+    The digest is compared with the checksum file if there is one. The file is opened once, so it may be deleted while
+    it is read. Raises ConfigError if the file is invalid.
+    """
+    try:
+        with open_regular(path) as file:
+            digest = digest_of(file)
+            with suppress(FileNotFoundError):
+                if path.with_suffix(".sha256").read_bytes().split()[:1] != [digest.encode()]:
+                    raise ConfigError(f"the checkpoint {path} does not match its checksum: it was truncated or altered")
+            file.seek(0)
+            return read_weights(file, path, device=device), digest
+    except OSError as error:
+        raise ConfigError(f"the checkpoint {path} cannot be read ({error.strerror})") from error
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -116,6 +116,7 @@ class Monitor:
         self.wall = 0.0  # seconds of training in earlier starts of the run
         self.waited = 0.0  # seconds the loop waited for data since the last log
         self.seconds_evaluating = 0.0  # seconds spent on evaluation since the last log
+        self.good_step = 0  # step of the checkpoint that the run resumed from or saved last; its weights are finite
         self.has_diverged = False  # True after the warning about divergence
         self.facts: dict[str, str] = {}
         self.hyperparameters: dict[str, Any] = {}  # for TensorBoard, by dotted name
@@ -126,7 +127,7 @@ class Monitor:
         self.total, self.start_time = total, time.perf_counter()
         self.last_log = (self.start_time, step)
         if self.writes:
-            self.metrics = Metrics(self.run_dir / "metrics.jsonl", step=step)
+            self.metrics = Metrics(self.run_dir / "metrics.jsonl", step=step, warn=self.screen.warn)
             if step == 0 and self.metrics.dropped is not None:
                 found = f"{self.run_dir} has no checkpoint, but metrics up to step {self.metrics.dropped}"
                 self.screen.warn(f"{found}: the run starts from the beginning")
@@ -297,7 +298,8 @@ class Monitor:
 
     def remedy(self) -> str:
         """Return the part of an error message that names the last good checkpoint and the usual remedies."""
-        saved = checkpoint.all_of(self.run_dir)
+        # A newer checkpoint is damaged, since the run resumed from an older one.
+        saved = [path for path in checkpoint.all_of(self.run_dir) if checkpoint.step_of(path) <= self.good_step]
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         return f"{kept}. {REMEDIES}"
 

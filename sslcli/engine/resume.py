@@ -5,18 +5,15 @@ Only this module sets and reads the fields of a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sslcli.config.comparison import changed_settings, relative_path_keys
-from sslcli.config.moved import current_config
 from sslcli.distributed import collectives, watchdog
 from sslcli.engine import checkpoint, fsdp
+from sslcli.engine.checkpoint_check import check_state
 from sslcli.engine.optim import load_optimizer
 from sslcli.engine.phases import Phase, plan
 from sslcli.engine.run import Run
@@ -55,6 +52,7 @@ def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
     if len(run.phases) > 1:
         state["phases"] = [asdict(phase) for phase in run.phases]
     writer.save(run.run_dir, state, keep=run.settings.keep)
+    run.monitor.good_step = step
 
 
 def resume(run: Run) -> int:
@@ -74,11 +72,25 @@ def resume(run: Run) -> int:
         return 0
     run.loader.check_position(state["step"], state.get("loader"))
     try:
-        run.method.load_state_dict(with_current_names(state["method"], run.method.state_dict()))
-        load_optimizer(run.optimizer, state["optimizer"])
-        run.scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ConfigError(f"the checkpoint in {run.run_dir} does not fit this method or backbone: {error}") from error
+        restore(run, state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        path = checkpoint.folder(run.run_dir) / f"step-{state['step']:08d}"
+        raise ConfigError(f"the checkpoint {path} does not fit this method or backbone: {error}") from error
+    before, now = state["environment"], environment_fingerprint(run)
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    run.monitor.good_step = state["step"]
+    if changed:
+        run.screen.warn(f"images and views are the same, but results will not be bit-identical: {', '.join(changed)}")
+    run.screen.say(f"continuing from step {state['step']:,} in {run.run_dir}")
+    resume_phases(run, state)
+    return int(state["step"])
+
+
+def restore(run: Run, state: dict[str, Any]) -> None:
+    """Load the state of a checkpoint into the objects of a run. Raises nearly any error if the state does not fit."""
+    run.method.load_state_dict(with_current_names(state["method"], run.method.state_dict()))
+    load_optimizer(run.optimizer, state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
     run.monitor.load_state_dict(state["monitor"])
     processes = state["processes"]
     if len(processes) == collectives.world_size():
@@ -87,38 +99,6 @@ def resume(run: Run) -> int:
     else:  # a different world size does not change images and views, but it changes torch's random numbers
         run.monitor.metric_means.load_mean([process["metric_means"] for process in processes])
         torch.manual_seed(run.seed + 1_000_003 * (collectives.rank() + 1) + state["step"])
-    before, now = state["environment"], environment_fingerprint(run)
-    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
-    if changed:
-        run.screen.warn(f"images and views are the same, but results will not be bit-identical: {', '.join(changed)}")
-    run.screen.say(f"continuing from step {state['step']:,} in {run.run_dir}")
-    resume_phases(run, state)
-    return int(state["step"])
-
-
-def check_state(run: Run, path: Path, state: dict[str, Any]) -> None:
-    """Raise RefusedCheckpoint if a run with another configuration saved the checkpoint `path` with content `state`."""
-    check_own(path, state.get("config"), run.config, may_differ=run.may_differ)
-
-
-def check_own(path: Path, stored: Any, now: dict[str, Any], *, may_differ: Collection[str] = ()) -> None:
-    """Raise RefusedCheckpoint if the configuration in a checkpoint is not that of the run.
-
-    Args:
-        path: path of the checkpoint.
-        stored: configuration in the checkpoint. Checkpoints of old versions have none, and are accepted.
-        now: configuration of the run.
-        may_differ: keys or sections that are not compared.
-    """
-    if not isinstance(stored, dict):
-        return
-    stored = current_config(stored)[0]
-    changed = changed_settings(stored, now, may_differ=(*may_differ, *relative_path_keys(stored)))
-    if changed:
-        raise checkpoint.RefusedCheckpoint(
-            f"{path} is the checkpoint of a run with another configuration; what differs: {'; '.join(changed)}. "
-            "Move it to its own run, or start with the values of that run"
-        )
 
 
 def resume_phases(run: Run, state: dict[str, Any]) -> None:

@@ -150,6 +150,7 @@ def read(
         try:
             index = index_of(folder)
             rest = torch.load(folder / REST, map_location=device, weights_only=True)
+            wrong = "" if not (reason := _structural_damage(index, rest)) else f"is damaged ({reason})"
         except Exception as error:  # damaged files can cause nearly any type of exception
             wrong = f"cannot be read ({reason_of(error)})"
     found = collectives.gather_objects((folder.name, wrong))
@@ -178,6 +179,27 @@ def read(
             node = node.setdefault(key, {})
         node[last] = tensors[name]
     return state
+
+
+def _structural_damage(index: Metadata, rest: Any) -> str:
+    """Return what is wrong with the content of REST, or "" if all of its tensors are in the index."""
+    if (
+        not isinstance(rest, dict)
+        or not isinstance(rest.get("state"), dict)
+        or not isinstance(rest.get("places"), dict)
+    ):
+        return f"{REST} has no state and places"
+    for name, place in rest["places"].items():
+        if not isinstance(place, tuple) or len(place) < 2 or place[0] not in PARTS:
+            return f"{REST} has the place {place!r}"
+        if not isinstance(index.state_dict_metadata.get(name), TensorStorageMetadata):
+            return f"{INDEX} has no tensor {name}"
+        node = rest["state"]
+        for key in place[:-1]:
+            node = node.get(key, {})
+            if not isinstance(node, dict):
+                return f"{REST} has a {type(node).__name__} at {key}"
+    return ""
 
 
 def damage(folder: Path) -> str:

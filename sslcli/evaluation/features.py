@@ -11,13 +11,12 @@ The monitor during training and `ssl-eval` both call `extract`, so both report t
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile, ZipFile
+from typing import TYPE_CHECKING, Any, TypedDict
+from zipfile import ZipFile
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +25,9 @@ from torch import Tensor
 from sslcli.data.loader import plain_batches
 from sslcli.distributed import watchdog
 from sslcli.engine.precision import DTYPES, autocast
-from sslcli.errors import NotFinite
+from sslcli.errors import ConfigError, NotFinite
 from sslcli.system import atomic
+from sslcli.system.stored import DamagedFile, checked, read_or_set_aside
 
 if TYPE_CHECKING:
     from sslcli.data.sources.base import Source
@@ -235,7 +235,7 @@ def cached(
     `weights_only=True`, and written atomically (temporary file, then rename).
 
     - A file with another key is replaced.
-    - A damaged file is replaced with a warning.
+    - A damaged file is set aside with a warning.
     - If the file cannot be written, a warning is printed, and the tensors are still returned.
     """
     stored = _load(path, key, warn)
@@ -251,17 +251,45 @@ def cached(
     return tensors
 
 
+class CachedFeatures(TypedDict):
+    """Content of a cache file."""
+
+    key: str
+    tensors: dict[str, Tensor]
+
+
 def _load(path: Path, key: str, warn: Callable[[str], None]) -> dict[str, Tensor] | None:
-    """Return the tensors of a cache file, or None if the file is absent, is damaged or has another key."""
+    """Return the tensors of a cache file, or None if the file is absent, is damaged or has another key.
+
+    A damaged file is set aside.
+    """
+    stored = read_or_set_aside(partial(_read, path), warn=warn, consequence="its features are computed again")
+    return None if stored is None or stored["key"] != key else dict(stored["tensors"])
+
+
+def _read(path: Path) -> CachedFeatures:
+    """Return the content of a cache file. Raises DamagedFile if it is damaged."""
+    remedy = "remove it"
     try:
         with ZipFile(path) as archive:  # torch.load with mmap does not verify checksums
             broken = archive.testzip()
-        stored = None if broken else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError, BadZipFile):
-        stored = None
-    if not isinstance(stored, dict) or not isinstance(stored.get("tensors"), dict):
-        warn(f"{path} is damaged: its features are computed again")
-        return None
-    return dict(stored["tensors"]) if stored.get("key") == key else None
+        if broken:
+            raise DamagedFile(path, f"the checksum of {broken} is wrong", remedy)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(str(path)) from error
+    except PermissionError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    except DamagedFile:
+        raise
+    except Exception as error:  # damaged files can cause nearly any type of exception
+        raise DamagedFile(path, (str(error).strip() or type(error).__name__).splitlines()[0], remedy) from error
+    found = checked(content, CachedFeatures, path, remedy=remedy)
+    names = {field.name for field in fields(FeatureSet)}
+    for name, tensor in found["tensors"].items():
+        features = found["tensors"].get(name.partition("_")[0])
+        if name not in names or features is None or tensor.shape[:1] != features.shape[:1]:
+            raise DamagedFile(path, f"its tensor {name!r} does not belong to a split", remedy)
+    if not {"train", "train_labels"} <= found["tensors"].keys():
+        raise DamagedFile(path, "it has no features of the training split", remedy)
+    return found

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.table import Table
 
 from sslcli.errors import printable
 from sslcli.report.console import SUBJECTS, Screen, percent, plain_text
+from sslcli.system.stored import read_json, read_or_set_aside
+
+
+class Score(TypedDict):
+    """Accuracy of one network: a fraction, and its 95 % confidence interval."""
+
+    top1: float
+    interval: tuple[float, float]
+
+
+class ResultOptions(TypedDict, total=False):
+    """Keys that not all results have."""
+
+    measured: str
+    baselines: dict[str, Score]
+    net: str
+
+
+class Result(Score, ResultOptions):
+    """Keys of a result file that are read again."""
+
+    protocol: str
+    split: str
 
 
 def details(result: dict[str, Any], screen: Screen) -> None:
@@ -37,18 +60,17 @@ def utility_table(curve: list[dict[str, Any]]) -> Table:
 def results(folder: Path, screen: Screen) -> dict[str, dict[str, Any]]:
     """Return all results in `folder` as name -> result, sorted by name.
 
-    Files that are not results are skipped with a warning.
+    Files that are not results are set aside with a warning.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            result = None
-        if isinstance(result, dict) and result.keys() >= {"protocol", "split", "top1", "interval"}:
-            found[path.stem] = result
-        else:
-            screen.warn(f"{path} is not a result of ssl-eval and is skipped: delete it, or run the evaluation again")
+        result = read_or_set_aside(
+            partial(read_json, path, Result, remedy="remove it"),
+            warn=screen.warn,
+            consequence="it is skipped; run the evaluation again",
+        )
+        if result is not None:
+            found[path.stem] = dict(result)
     return found
 
 

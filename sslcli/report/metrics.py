@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sslcli.system.atomic import replace
+from sslcli.system.stored import read_bytes, renamed, set_aside
 
 
 class Metrics:
@@ -18,12 +20,17 @@ class Metrics:
         path: metrics file. Lines of steps after `step` are dropped, since a killed run wrote these lines after its last
             checkpoint. An incomplete last line is dropped as well.
         step: step from which the run resumes.
+        warn: function that prints a warning. It is called if lines in the middle of the file are damaged. The damaged
+            file is then kept under another name.
     """
 
-    def __init__(self, path: Path, *, step: int) -> None:
-        lines = read(path)
+    def __init__(self, path: Path, *, step: int, warn: Callable[[str], None]) -> None:
+        lines, damaged = read_lines(path)
         kept = [line for line in lines if line["step"] <= step]
         self.dropped = lines[-1]["step"] if len(kept) < len(lines) else None  # newest dropped step
+        if damaged:
+            copy = renamed(set_aside(path))
+            warn(f"{path} is damaged{copy}: {damaged} lines are dropped, the other {len(lines)} lines are kept")
         replace(path, "".join(encode(line) for line in kept).encode())
         self.file = path.open("a", encoding="utf-8")
 
@@ -50,16 +57,46 @@ def encode(line: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file, or [] if the file does not exist. An incomplete last line is omitted."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """Return the intact lines of a metrics file by ascending step, or [] if the file does not exist."""
+    return read_lines(path)[0]
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the intact lines of a metrics file by ascending step, and the number of damaged lines.
+
+    A damaged line is not a JSON object of numbers with a step, or it repeats a step; the last line of a step counts. An
+    incomplete last line is not counted, since a killed run leaves one. NUL bytes around a line are ignored, because a
+    crash of the machine can leave them.
+
+    Raises ConfigError if the file cannot be read.
+    """
+    try:
+        content = read_bytes(path, remedy="restore a copy, or remove it")
+    except FileNotFoundError:
+        return [], 0
+    *texts, last = content.split(b"\n")
+    found: dict[int, dict[str, Any]] = {}
+    damaged = 0
+    for text in texts:
+        line = _parse(text)
+        damaged += line is None or line["step"] in found
+        if line is not None:
+            found[line["step"]] = line
+    line = _parse(last)  # it is complete if only the newline is missing
+    if line is not None:
+        found[line["step"]] = line
+    return [found[step] for step in sorted(found)], damaged
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    """Return the metrics in a line of a metrics file, or None if the line is damaged."""
+    try:
+        line = json.loads(text.strip(b"\0").decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 0:
+        return None
+    return line if all(value is None or type(value) in (int, float) for value in line.values()) else None
 
 
 def newest(path: Path, name: str) -> float | None:

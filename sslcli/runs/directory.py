@@ -11,22 +11,24 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 from sslcli.config.comparison import changed_settings
 from sslcli.config.moved import current_config
-from sslcli.config.yaml_files import as_yaml, load_yaml
+from sslcli.config.yaml_files import as_yaml
 from sslcli.engine import checkpoint_names
 from sslcli.engine.phases import LENGTH_KEYS, Phase
-from sslcli.errors import ConfigError
+from sslcli.errors import ConfigError, is_disk_failure
 from sslcli.report.terminal import print_text
 from sslcli.runs import length
 from sslcli.system import atomic
 from sslcli.system.locks import NO_LOCKS
 from sslcli.system.regular_files import kind_of
+from sslcli.system.stored import checked, read_json, read_or_set_aside, read_yaml
 
 # Files and folders that the run writes during training.
 WRITTEN_DURING_RUN = (checkpoint_names.FOLDER, "tensorboard", "metrics.jsonl", "console.log")
@@ -40,7 +42,53 @@ FILES = (
     "overrides.txt",
     ".lock",
 )
+REMEDY = "restore a copy, or start a new run in another run_dir"
 FOLDERS = (checkpoint_names.FOLDER, "eval", "export", "pictures", "slurm", "tensorboard")
+
+
+class Node(TypedDict):
+    """A config group with a class."""
+
+    _target_: str
+
+
+class StoredConfig(TypedDict):
+    """Required keys of config.yaml. `effective` is the last key of the file, so it is missing if the file was cut."""
+
+    seed: int
+    method: Node
+    train: dict[str, Any]
+    effective: dict[str, Any]
+
+
+class InputSettings(TypedDict):
+    """Keys of the dataset that determine the input of the network."""
+
+    image_size: int
+    mean: list[float]
+    std: list[float]
+
+
+Effective = TypedDict("Effective", {"training images": int, "precision": str})
+
+
+class TrainedConfig(TypedDict):
+    """Keys of config.yaml that ssl-eval and ssl-export read."""
+
+    seed: int
+    method: Node
+    dataset: Node
+    backbone: Node
+    views: dict[str, Any]
+    monitor: dict[str, Any]
+    effective: Effective
+
+
+class Environment(TypedDict):
+    """Keys of environment.json: the environments of the first start and of the latest start of the run."""
+
+    first: dict[str, Any]
+    latest: dict[str, Any]
 
 
 def check_layout(run_dir: Path) -> None:
@@ -97,7 +145,7 @@ def is_complete(run_dir: Path, values: dict[str, Any]) -> bool:
 def is_locked(run_dir: Path) -> bool:
     """Return True if a process is running in this directory."""
     try:
-        with (run_dir / ".lock").open(encoding="utf-8") as file:
+        with (run_dir / ".lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -152,16 +200,29 @@ def phases_of(run_dir: Path, values: dict[str, Any]) -> tuple[Phase, ...]:
 def read_config(run_dir: Path) -> dict[str, Any]:
     """Return the stored configuration of a run. Keys of older versions are renamed to their current names.
 
-    Raises ConfigError if the file does not exist or is invalid.
+    Raises ConfigError if the file does not exist, and DamagedFile if its content is not the configuration of a run.
     """
     path = run_dir / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{run_dir} is not a run directory: it has no config.yaml")
     check_layout(run_dir)
-    config = load_yaml(path)
-    if not isinstance(config, dict) or "method" not in config:
-        raise ConfigError(f"{path} is not the configuration of a run")
+    config: dict[str, Any] = dict(read_yaml(path, StoredConfig, remedy=REMEDY))
     return current_config({str(key): value for key, value in config.items()})[0]
+
+
+def read_trained_config(run_dir: Path) -> dict[str, Any]:
+    """Return the configuration of a run, see `read_config`. Raises DamagedFile if keys of the network are missing.
+
+    Call `check_input` before the keys of the dataset are used.
+    """
+    config = read_config(run_dir)
+    checked(config, TrainedConfig, run_dir / "config.yaml", remedy=REMEDY)
+    return config
+
+
+def check_input(run_dir: Path, config: dict[str, Any]) -> None:
+    """Raise DamagedFile if the dataset of a run has no image size, means or standard deviations."""
+    checked(config["dataset"], InputSettings, run_dir / "config.yaml", remedy=REMEDY)
 
 
 def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
@@ -169,12 +230,15 @@ def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
 
     The lock is released when the file is closed or the process exits. Processes of a run that was just killed may still
     hold the lock, so locking is retried for `patience` seconds. ConfigError is raised if all attempts fail. If the file
-    system does not support locks, a warning is printed, and the run continues without a lock.
+    system does not support locks, a warning is printed, and the run continues without a lock. OSError is raised if the
+    disk is full or broken.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a+", encoding="utf-8")
+        file = (run_dir / ".lock").open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
+        if is_disk_failure(error):
+            raise
         raise ConfigError(
             f"run_dir is {run_dir}, but it cannot be written ({error.strerror}): choose another"
         ) from error
@@ -217,14 +281,23 @@ def write_description(
     effective: dict[str, Any],
     device: str,
     threads: int,
+    warn: Callable[[str], None],
 ) -> None:
-    """Write the files that describe the run: config.yaml, overrides.txt and environment.json."""
+    """Write the files that describe the run: config.yaml, overrides.txt and environment.json.
+
+    If environment.json is damaged, the file is set aside, and `warn` is called.
+    """
     path = run_dir / "overrides.txt"
     if not path.exists():
         atomic.replace(path, "".join(f"{line}\n" for line in overrides).encode("utf-8", "surrogateescape"))
     path = run_dir / "environment.json"
     now = environment(device=device, threads=threads)
-    first = json.loads(path.read_text(encoding="utf-8"))["first"] if path.exists() else now
+    earlier = read_or_set_aside(
+        partial(read_json, path, Environment, remedy="remove it"),
+        warn=warn,
+        consequence="the environment of the first start is unknown, so the current one takes its place",
+    )
+    first = now if earlier is None else earlier["first"]
     atomic.replace(path, json.dumps({"first": first, "latest": now}, indent=2).encode())
     # A finished run is now extended. If it is killed between the next two lines, the next start extends it.
     (run_dir / "done").unlink(missing_ok=True)

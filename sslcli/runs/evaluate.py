@@ -86,25 +86,37 @@ def _run_with_messages(config: EvalConfig) -> int:
             details(result, screen)
             summary(Path(result["results_dir"]), screen)
         return 0
-    except ValueError as error:
-        print_error("eval", error)
-        return EXIT_CONFIG
-    except TrainingFailed as error:
-        print_error("eval", error)
-        return EXIT_FAILED
+    except (ValueError, TrainingFailed) as error:
+        return report(error)
+
+
+def report(error: Exception) -> int:
+    """Print the error of an evaluation, and return its exit code."""
+    print_error("eval", error)
+    return EXIT_FAILED if isinstance(error, TrainingFailed) else EXIT_CONFIG
 
 
 def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, screen: Screen) -> int:
-    """Evaluate every run directly below a folder, print a table with the best run first, and return the exit code."""
+    """Evaluate every run directly below a folder, and print a table with the best run first.
+
+    If a run cannot be evaluated, its error is printed, and the other runs are evaluated. Returns the largest exit code.
+    """
     runs = sorted(path.parent for path in folder.glob("*/config.yaml") if checkpoint.all_of(path.parent))
     if not runs:
         raise ConfigError(f"{folder} is neither a run directory nor a directory of runs with checkpoints")
-    rows = []
+    rows, codes = [], {0}
     for number, path in enumerate(runs, start=1):
         screen.say(f"[{number}/{len(runs)}] {path}")
-        rows.append(evaluate(replace(config, run=str(path)), device, screen))
-    comparison(rows, screen)
-    return 0
+        try:
+            rows.append(evaluate(replace(config, run=str(path)), device, screen))
+        except (ValueError, TrainingFailed) as error:
+            screen.stop()
+            codes.add(report(error))
+    if rows:
+        comparison(rows, screen)
+    if len(rows) < len(runs):
+        screen.warn(f"{len(runs) - len(rows)} of {len(runs)} runs could not be evaluated, see the errors above")
+    return max(codes)
 
 
 def evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sslcli import __version__
 from sslcli.config.run_config import EvalConfig
 from sslcli.data.bad_images import BadImage, BadImages
 from sslcli.data.sources.base import Source
-from sslcli.errors import ConfigError, TrainingFailed
+from sslcli.errors import ConfigError, TrainingFailed, is_disk_failure
 from sslcli.evaluation import layers
 from sslcli.evaluation.features import FeatureSet, cached, from_bank, pixels
 from sslcli.evaluation.online import collect
@@ -28,9 +29,11 @@ from sslcli.evaluation.task import Start, Task
 from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
 from sslcli.report.console import SUBJECTS, Screen
+from sslcli.report.evaluation_tables import Score
 from sslcli.runs.result_name import dataset_name, join_parts
 from sslcli.runs.subject import Subject
 from sslcli.system import atomic
+from sslcli.system.stored import read_json, read_or_set_aside
 
 PATH_KEYS = ("run", "weights", "checkpoint")  # paths in the provenance; features do not depend on these paths
 WEIGHT_KEYS = ("checkpoint_sha256", "step")  # keys of the provenance that do not affect an untrained network
@@ -221,11 +224,15 @@ class Evaluation:
             / "features"
             / f"{name}_{node['_target_'].rpartition('.')[2].lower()}_{short_digest(key)}.json"
         )
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = measure()
-            self.write(path, json.dumps(found).encode())
+        stored = read_or_set_aside(
+            partial(read_json, path, Score, remedy="remove it"),
+            warn=self.screen.warn,
+            consequence="the baseline is measured again",
+        )
+        if stored is not None:
+            return dict(stored)
+        found = measure()
+        self.write(path, json.dumps(found).encode())
         return found
 
     def write(self, path: Path, content: bytes) -> None:
@@ -277,15 +284,21 @@ def short_digest(key: object) -> str:
 
 
 def check_results_dir(results_dir: Path) -> None:
-    """Raise ConfigError unless files can be written to `results_dir`.
+    """Raise ConfigError unless files can be written to `results_dir`, or TrainingFailed if the disk is full.
 
-    This function is called before the evaluation starts.
+    Temporary files of killed evaluations are removed. This function is called before the evaluation starts.
     """
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
         with atomic.beside(results_dir / "probe") as probe:
-            probe.touch()
+            probe.write_bytes(b"0")
+        for folder in results_dir.glob("*/"):
+            atomic.remove_abandoned(folder)
     except OSError as error:
+        if is_disk_failure(error):
+            raise TrainingFailed(
+                f"{error.filename or results_dir} cannot be written ({error.strerror}): free space or repair the disk"
+            ) from error
         raise ConfigError(
             f"results go to {results_dir}, which cannot be written ({error.strerror}): "
             "change its permissions, or copy the run to a directory that you can write to"

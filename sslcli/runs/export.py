@@ -20,7 +20,6 @@ sslcli        the version that wrote the file
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,13 @@ from torch import Tensor
 from sslcli import __version__
 from sslcli.config.own_dataset import FINGERPRINT, image_settings
 from sslcli.config.settings import ExportSettings
-from sslcli.engine import checkpoint
-from sslcli.errors import ConfigError
+from sslcli.engine.checkpoint import Loaded
+from sslcli.errors import EXIT_FAILED, ConfigError, TrainingFailed, is_disk_failure, print_error
 from sslcli.methods.base import Method
 from sslcli.report.console import Screen
 from sslcli.runs import directory
 from sslcli.runs.build import build_backbone, find_class
-from sslcli.runs.subject import find_checkpoint, provenance_of
+from sslcli.runs.subject import load_checkpoint, provenance_of
 from sslcli.system import atomic
 from sslcli.weights.files import load_strictly
 
@@ -45,16 +44,26 @@ BACKBONE = "backbone."  # prefix of the backbone's parameters in the state of a 
 
 def run(config: ExportSettings) -> int:
     """Run ssl-export with a validated configuration, and return the exit code."""
+    try:
+        export(config)
+    except TrainingFailed as error:
+        print_error("export", error)
+        return EXIT_FAILED
+    return 0
+
+
+def export(config: ExportSettings) -> None:
+    """Write the weights of a checkpoint to a file, and print a table. Raises TrainingFailed if the disk is full."""
     run_dir, what = Path(str(config.run)), config.what
-    saved = directory.read_config(run_dir)
-    path = find_checkpoint(run_dir, config.checkpoint)
-    step = checkpoint.step_of(path)
+    saved = directory.read_trained_config(run_dir)
+    directory.check_input(run_dir, saved)
+    loaded = load_checkpoint(run_dir, config.checkpoint, saved)
+    weights, step = loaded.weights, loaded.step
     out = Path(config.out or run_dir / "export" / f"{what}-step-{step:08d}.pt")
-    weights = checkpoint.load(path, device=torch.device("cpu"), weights=True)["method"]
     if what == "backbone":
         weights = {name[len(BACKBONE) :]: value for name, value in weights.items() if name.startswith(BACKBONE)}
         check_backbone_alone(saved, weights, trust=config.trust)
-    write(out, {"state_dict": weights, "what": what, **description(saved, run_dir, path)})
+    write(out, {"state_dict": weights, "what": what, **description(saved, run_dir, loaded)})
     numbers = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
     with Screen() as screen:
         screen.table(
@@ -62,7 +71,6 @@ def run(config: ExportSettings) -> int:
             {"what": what, "step": step, "parameters": numbers, "size (MB)": round(out.stat().st_size / 1e6, 1)},
         )
         screen.say(f"to evaluate it: ssl-eval weights={out} dataset=...")
-    return 0
 
 
 def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trust: list[str]) -> None:
@@ -83,7 +91,7 @@ def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trus
         ) from error
 
 
-def description(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any]:
+def description(saved: dict[str, Any], run_dir: Path, loaded: Loaded) -> dict[str, Any]:
     """Return the entries of an export that describe the training of the weights, as plain values."""
     dataset = saved["dataset"]
     return {
@@ -99,15 +107,27 @@ def description(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, A
         "views": saved["views"],
         "precision": saved["effective"]["precision"],
         "monitor": saved["monitor"],
-        "provenance": provenance_of(saved, run_dir, path),
+        "provenance": provenance_of(saved, run_dir, loaded),
         "sslcli": __version__,
     }
 
 
 def write(out: Path, content: dict[str, Any]) -> None:
-    """Write the file atomically. Raises ConfigError if the file cannot be written."""
+    """Write the file atomically.
+
+    Raises TrainingFailed if the disk is full or broken, and ConfigError if `out` cannot be written for another reason.
+    """
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # torch.save(path) would raise errors without an error number
+            torch.save(content, file)
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(out, partial(torch.save, content))
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
-        raise ConfigError(f"out is {out}, but it cannot be written ({str(error).splitlines()[0]})") from error
+        atomic.write(out, fill)
+    except OSError as error:
+        if is_disk_failure(error):
+            raise TrainingFailed(
+                f"{error.filename or out} cannot be written ({error.strerror}): free space or repair the disk"
+            ) from error
+        raise ConfigError(f"out is {out}, but it cannot be written ({error.strerror or error})") from error

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+from torch import Tensor
 
 from sslcli.engine import checkpoint
 from sslcli.errors import ConfigError
@@ -16,7 +17,20 @@ from sslcli.evaluation.task import FineTuned
 from sslcli.report.evaluation_tables import results
 from sslcli.runs.evaluation import Evaluation
 from sslcli.runs.result_name import join_parts
+from sslcli.system.stored import checked
 from sslcli.weights.files import load_strictly, load_weights
+
+
+class SavedNet(TypedDict):
+    """Required keys of a file with a network."""
+
+    net: dict[str, Any]
+    layer: str
+    width: int
+    positions: Tensor
+    classes: list[str]
+    dataset_fingerprint: str
+    checkpoint_sha256: str
 
 
 def save(outcome: Outcome, path: Path, evaluation: Evaluation) -> dict[str, Any]:
@@ -44,9 +58,10 @@ def save(outcome: Outcome, path: Path, evaluation: Evaluation) -> dict[str, Any]
 def load(evaluation: Evaluation, requested: str) -> FineTuned:
     """Return the network that was saved with the result `requested`.
 
-    Raises ConfigError in three cases:
+    Raises ConfigError in four cases:
 
     - There is no such network.
+    - The file of the network is damaged.
     - The network was fine-tuned from a checkpoint other than that of `evaluation`.
     - The network was trained on images other than those of `evaluation`.
     """
@@ -55,7 +70,8 @@ def load(evaluation: Evaluation, requested: str) -> FineTuned:
     path, protocol = subject.results_dir / result["net"], result["protocol"]
     if not path.exists():
         raise ConfigError(f"{name}.json names the network {path}, which does not exist: run protocol={protocol} again")
-    state = load_weights(path, device=evaluation.device)
+    remedy = f"run protocol={protocol} again"
+    state: dict[str, Any] = dict(checked(load_weights(path, device=evaluation.device), SavedNet, path, remedy=remedy))
     version = state.get("dataset_version", source.version)  # files of older versions contain only the fingerprint
     if (state["dataset_fingerprint"], version) != (source.fingerprint, source.version):
         raise ConfigError(f"the teacher {path} was trained on other images: run protocol={protocol} again")

@@ -8,16 +8,18 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any, TypedDict
 
 from sslcli.config.moved import current_config
 from sslcli.config.run_config import RunConfig
 from sslcli.config.slurm import SlurmSettings
-from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, print_error
+from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, disk_failure, print_error
 from sslcli.report.terminal import guard_terminal, log_and_print, print_text
 from sslcli.runs import directory
 from sslcli.runs.slurm import queue
 from sslcli.runs.slurm.script import render
 from sslcli.system import atomic, child_processes
+from sslcli.system.stored import DamagedFile, read_json
 
 
 def launch(config: RunConfig) -> int:
@@ -40,9 +42,16 @@ def launch(config: RunConfig) -> int:
     if job is not None:
         print_text(f"job {job[0]} is {job[1]} for this run already")
     else:
-        with directory.lock(run_dir):
-            job = active_job(run_dir)  # check again, now that no other process can submit the run
-            job = job or (submit(run_dir, config, text), "submitted")
+        try:
+            with directory.lock(run_dir):
+                job = active_job(run_dir)  # check again, now that no other process can submit the run
+                job = job or (submit(run_dir, config, text), "submitted")
+        except OSError as error:
+            failure = disk_failure(error, run_dir, "run_dir")
+            if failure is None:
+                raise
+            print_error("train", failure[0])
+            return failure[1]
     print_job(job[0], run_dir)
     return wait(job[0], run_dir) if settings.wait else 0
 
@@ -128,13 +137,41 @@ def run_node(config: RunConfig, endpoint: str) -> int:
     )
 
 
+class StoredRunConfig(TypedDict):
+    """Required keys of config.json: those of `RunConfig.plain`."""
+
+    run_dir: str
+    train: dict[str, Any]
+    monitor: dict[str, Any]
+    launcher: dict[str, Any]
+    method: dict[str, Any]
+    dataset: dict[str, Any]
+    backbone: dict[str, Any]
+    views: dict[str, Any]
+    optimizer: dict[str, Any]
+    _choices_: dict[str, Any]
+    _overrides_: str
+    _lines_: list[str]
+
+
+def stored_config(path: Path) -> RunConfig:
+    """Return the configuration that `submit` wrote. Raises ConfigError if the file is missing or damaged."""
+    remedy = "run the same ssl-train command again"
+    try:
+        plain: dict[str, Any] = dict(read_json(path, StoredRunConfig, remedy=remedy))
+        return RunConfig.from_plain(current_config(plain)[0])
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no {path}: {remedy}") from error
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(path, f"its settings are not those of ssl-train: {error}", remedy) from error
+
+
 def main() -> None:
     """Run one node of a job: `python -m sslcli.runs.slurm_job CONFIG.json HOST:PORT`."""
     guard_terminal()
     path = Path(sys.argv[1])
     try:
-        plain, _ = current_config(json.loads(path.read_text(encoding="utf-8")))
-        code = run_node(RunConfig.from_plain(plain), sys.argv[2])
+        code = run_node(stored_config(path), sys.argv[2])
     except ConfigError as error:
         print_error("train", error)
         code = EXIT_CONFIG

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,39 @@ from sslcli.config.run_config import EvalConfig
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
 from sslcli.engine import checkpoint, precision
+from sslcli.engine.checkpoint_check import NOT_OF_THE_NETWORK, check_configuration
 from sslcli.errors import ConfigError
 from sslcli.runs import directory
 from sslcli.runs.build import accelerate, build_backbone, build_method, build_source, build_views, check_classes
+from sslcli.system.stored import checked
 from sslcli.weights.files import load_strictly, load_weights
 
+ATTEMPTS = 20  # a run that saves at every step may delete several checkpoints before one is open
+SECONDS_BETWEEN_ATTEMPTS = 0.02
 NETWORK_GROUPS = ("views", "method", "backbone")  # config groups from which a network and its input are built
-# ssl-export writes all of these keys (see sslcli/runs/export.py). Other weight files lack some keys.
-EXPORTED = {"state_dict", "what", "backbone", "image_size", "mean", "std", "views", "precision", "provenance"}
+
+
+class ExportOptions(TypedDict, total=False):
+    """Keys of exported files that older versions did not write."""
+
+    monitor: dict[str, Any]
+    dataset: dict[str, Any]
+    method: dict[str, Any]
+    image_fingerprint: str | None
+
+
+class Export(ExportOptions):
+    """Required keys of a file that ssl-export wrote."""
+
+    state_dict: dict[str, Any]
+    what: str
+    backbone: dict[str, Any]
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    views: dict[str, Any]
+    precision: str
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,11 +83,12 @@ def load_subject(config: EvalConfig, device: torch.device) -> tuple[Subject, Sou
     if config.weights is not None:
         return _load_weight_file(config, device)
     run_dir = Path(str(config.run))
-    saved = directory.read_config(run_dir)
+    saved = directory.read_trained_config(run_dir)
     check_classes({group: saved.get(group) for group in NETWORK_GROUPS}, trust=trust)
     source, has_other_images = images_for(config, saved)
+    directory.check_input(run_dir, saved)
     views = build_views(saved["views"], trust=trust)
-    path = find_checkpoint(run_dir, config.checkpoint)
+    loaded = load_checkpoint(run_dir, config.checkpoint, saved)
     mean, std = saved["dataset"]["mean"], saved["dataset"]["std"]
 
     def build_untrained() -> nn.Module:
@@ -76,11 +103,11 @@ def load_subject(config: EvalConfig, device: torch.device) -> tuple[Subject, Sou
 
     def build_trained() -> nn.Module:
         net = build_untrained()
-        load_strictly(net, checkpoint.load(path, device=device, weights=True)["method"], str(path))
+        load_strictly(net, loaded.weights, str(loaded.path))
         return net
 
     requested = config.precision if config.precision != "auto" else saved["effective"]["precision"]
-    provenance = provenance_of(saved, run_dir, path)
+    provenance = provenance_of(saved, run_dir, loaded)
     resolved = precision.resolve(requested, device)
     if not has_other_images:
         provenance["pretrained_on"] = source.name
@@ -141,18 +168,41 @@ def has_other_images_than_run(
     return bool(source.fingerprint != known)
 
 
-def provenance_of(saved: dict[str, Any], run_dir: Path, path: Path) -> dict[str, Any]:
+def provenance_of(saved: dict[str, Any], run_dir: Path, loaded: checkpoint.Loaded) -> dict[str, Any]:
     """Return the provenance of the weights in a checkpoint, as entries of the result file."""
     return {
         "run": str(run_dir.absolute()),
-        "checkpoint": path.name,
-        "checkpoint_sha256": checkpoint.digest(path),
-        "step": checkpoint.step_of(path),
+        "checkpoint": loaded.path.name,
+        "checkpoint_sha256": loaded.digest,
+        "step": loaded.step,
         "method": saved["method"]["_target_"],
         "backbone": saved["backbone"]["_target_"],
         "pretrained_on": type_name(saved["dataset"]),
         "pretraining_seed": saved["seed"],
     }
+
+
+def load_checkpoint(run_dir: Path, which: str | int, saved: dict[str, Any]) -> checkpoint.Loaded:
+    """Load the weights of the checkpoint `which`, see `find_checkpoint`. `saved` is the configuration of the run.
+
+    A run may delete the checkpoint while it is opened, after the run has written a newer checkpoint. The newest
+    checkpoint is then opened instead. Raises ConfigError if the checkpoint does not exist, is invalid, or belongs to a
+    run with another configuration.
+    """
+    for left in reversed(range(ATTEMPTS)):
+        path = None
+        try:
+            path = find_checkpoint(run_dir, which)
+            loaded = checkpoint.load_weights_of(path)
+        except ConfigError:
+            is_replaced = directory.is_locked(run_dir) if path is None else not path.exists()
+            if not left or not is_replaced:
+                raise
+            time.sleep(SECONDS_BETWEEN_ATTEMPTS)
+            continue
+        check_configuration(path, loaded.config, saved, may_differ=NOT_OF_THE_NETWORK)
+        return loaded
+    raise AssertionError("the last attempt returns or raises")
 
 
 def find_checkpoint(run_dir: Path, which: str | int) -> Path:
@@ -183,7 +233,9 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
     """
     path, trust = Path(str(config.weights)), config.trust
     found = load_weights(path, device=device)
-    is_export = found.keys() >= EXPORTED
+    is_export = found.keys() >= Export.__required_keys__  # other weight files lack some of these keys
+    if is_export:
+        checked(found, Export, path, remedy="export it again with ssl-export")
     exported = current_config(found)[0] if is_export else {}
     if not config.dataset:
         raise ConfigError("weights=FILE requires dataset=...: choose the images to evaluate on")

@@ -180,6 +180,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
                     effective=facts,
                     device=str(device),
                     threads=torch.get_num_threads(),
+                    warn=screen.warn,
                 )
                 prepare_monitor(job, parts, config)
             enable_garbage_collection()

@@ -15,13 +15,14 @@ from typing import IO, Any
 from sslcli.config.moved import old_override
 from sslcli.config.paths import absolute
 from sslcli.config.settings import SweepSettings
-from sslcli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
+from sslcli.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from sslcli.runs import directory
 from sslcli.runs.identity import default_name
 from sslcli.runs.slurm.queue import recorded_exit_code, submitted_job
 from sslcli.system import atomic
 from sslcli.system.child_processes import signal_with_parent
 from sslcli.system.locks import can_lock, lock
+from sslcli.system.stored import read_json
 
 PARENT = "SSLCLI_SWEEP"  # environment variable of a job: process ID of the sweep that started the job
 PROC = Path("/proc")  # exists only on Linux
@@ -142,13 +143,8 @@ def record_end(sweep: Sweep, job: Job, code: int) -> None:
 
 
 def read(path: Path) -> Record:
-    """Read a record. Raises ConfigError if the file is not a valid record."""
-    try:
-        return Record(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is not the record of a job of a sweep: remove it, or choose another hydra.sweep.dir"
-        ) from error
+    """Read a record. Raises DamagedFile if the file is not the record of a job."""
+    return read_json(path, Record, remedy="remove it, or choose another hydra.sweep.dir")
 
 
 def write(path: Path, record: Record) -> None:

@@ -17,7 +17,15 @@ from typing import Any
 
 from sslcli.config.paths import absolute
 from sslcli.config.settings import SweepSettings
-from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, disk_failure, print_error
+from sslcli.errors import (
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    ConfigError,
+    disk_failure,
+    is_disk_failure,
+    print_error,
+)
 from sslcli.report.terminal import print_text
 from sslcli.runs.directory import check_below
 from sslcli.runs.identity import digest_of, result_overrides
@@ -198,6 +206,8 @@ def prepare(sweep: Sweep, jobs: list[Job]) -> None:
         sweep.records.mkdir(parents=True, exist_ok=True)
         (sweep.records / "stop").unlink(missing_ok=True)
     except OSError as error:
+        if is_disk_failure(error):  # run_sweep prints it
+            raise
         raise ConfigError(
             f"hydra.sweep.dir is {sweep.folder}, but it cannot be written ({error.strerror}): choose another directory"
         ) from error

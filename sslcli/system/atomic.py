@@ -18,19 +18,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from sslcli.system.regular_files import open_regular
 
 TEMPORARY = re.compile(r".+\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]{8}\.tmp", re.DOTALL)
-ABANDONED = 86400.0  # a temporary file of another machine counts as abandoned after this many seconds without a change
+OLD_TEMPORARY = re.compile(r"\..+\.\d{1,9}\.part", re.DOTALL)  # name of a temporary file in version 0.1
+ABANDONED = 86400.0  # other temporary files count as abandoned after this many seconds without a change
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 hex digest of a file, read in chunks."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 hex digest of a file."""
     with open_regular(path) as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        return digest_of(file)
+
+
+def digest_of(file: BinaryIO) -> str:
+    """Return the SHA-256 hex digest of an open file from its current position, read in chunks."""
+    digest = hashlib.sha256()
+    while piece := file.read(1 << 20):
+        digest.update(piece)
     return digest.hexdigest()
 
 
@@ -87,7 +94,7 @@ def machine() -> str:
 def remove_abandoned(folder: Path) -> None:
     """Remove temporary files of killed writers from a folder. Further calls with the same folder do nothing."""
     try:
-        names = [name for name in os.listdir(folder) if name.endswith(".tmp")]
+        names = [name for name in os.listdir(folder) if name.endswith((".tmp", ".part"))]
     except OSError:  # the write that follows reports the error
         return
     for name in names:
@@ -99,9 +106,9 @@ def remove_abandoned(folder: Path) -> None:
 def is_abandoned(path: Path) -> bool:
     """Return True if a temporary file belongs to a writer that has ended."""
     match = TEMPORARY.fullmatch(path.name)
-    if match is None:
+    if match is None and OLD_TEMPORARY.fullmatch(path.name) is None:
         return False
-    if match["machine"] == machine():
+    if match is not None and match["machine"] == machine():
         return not is_alive(int(match["process"]))
     return time.time() - path.lstat().st_mtime > ABANDONED
 

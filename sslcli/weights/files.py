@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,15 @@ def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
     """
     try:
         with open_regular(path) as file:
-            state = torch.load(file, map_location=device, weights_only=True)
+            return read_weights(file, path, device=device)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def read_weights(file: BinaryIO, path: Path, *, device: torch.device) -> dict[str, Any]:
+    """Load a dictionary from an open file, see `load_weights`. `path` is the name of the file for error messages."""
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConfigError(f"{path} was refused: it is damaged, or holds more than tensors and plain values") from error
     except Exception as error:  # damaged files can cause nearly any type of exception

@@ -106,9 +106,12 @@ def test_a_damaged_file_changes_nothing(photos: Path, where: str, caplog: pytest
     }
     if where in place:
         content[place[where]] ^= 0x5A
-    path.write_bytes(content[: {"cut": len(content) // 2, "empty": 0}.get(where)])
+    damaged = bytes(content[: {"cut": len(content) // 2, "empty": 0}.get(where)])
+    path.write_bytes(damaged)
     assert torch.equal(epochs(source(photos, "disk")), wanted)
-    assert ("is damaged" in caplog.text) == (where in ("header", "sizes", "cut", "empty"))
+    aside = path.with_name(f"{path.name}.damaged")
+    assert ("is damaged" in caplog.text) == aside.exists() == (where in ("header", "sizes", "cut", "empty"))
+    assert not aside.exists() or aside.read_bytes() == damaged
     assert torch.equal(epochs(source(photos, "disk")), wanted)
 
 

@@ -178,7 +178,7 @@ class Compute:
 
     def __call__(self) -> dict[str, Tensor]:
         self.calls += 1
-        return {"train": torch.full((1000, 8), self.value, dtype=self.dtype)[:4], "labels": torch.arange(4)}
+        return {"train": torch.full((1000, 8), self.value, dtype=self.dtype)[:4], "train_labels": torch.arange(4)}
 
 
 def quiet(message: str) -> None:
@@ -190,7 +190,7 @@ def test_cache_computes_once_and_gives_the_same_tensors(tmp_path, dtype):
     compute, path = Compute(1 / 3, dtype), tmp_path / "deep" / "features.pt"
     first, second = (cached(path, "key", compute, warn=quiet) for _ in range(2))
     assert compute.calls == 1
-    assert all(torch.equal(first[name], second[name]) for name in ("train", "labels"))
+    assert all(torch.equal(first[name], second[name]) for name in ("train", "train_labels"))
     assert second["train"].dtype == dtype
     assert os.listdir(path.parent) == ["features.pt"]
     assert path.stat().st_size < 8_000, "a slice must not take its whole storage along"
@@ -199,7 +199,7 @@ def test_cache_computes_once_and_gives_the_same_tensors(tmp_path, dtype):
 def test_cache_is_mapped_and_not_read(tmp_path):
     path = tmp_path / "features.pt"
     big = torch.arange(1 << 20)
-    cached(path, "key", lambda: {"train": big}, warn=quiet)
+    cached(path, "key", lambda: {"train": big, "train_labels": big}, warn=quiet)
     kept = cached(path, "key", Compute(), warn=quiet)["train"]
     assert str(path) in Path("/proc/self/maps").read_text()
     path.unlink()

@@ -20,7 +20,8 @@ def test_results_of_before_stay_in_the_table_and_files_without_one_do_not_end_it
     ended = cli("ssl-eval", f"run={trained}", "protocol=knn", "baselines=false")
     assert (ended.code, ended.err) == (0, "")
     assert "semi (val)" in ended.out
-    assert "linear_other.json is not a result" in ended.out.replace("\n", " ")
+    assert "linear_other.json is damaged (it has no top1) and is now named linear_other.json.damaged" in ended.out
+    assert (trained / "eval/linear_other.json.damaged").read_text() == "{}"
 
 
 def test_a_long_name_is_whole_in_the_table_of_a_narrow_screen(

@@ -9,8 +9,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 from sslcli.errors import ConfigError
 from sslcli.runs.directory import check_resumable, git_state, is_finished, lock, read_config, write_description
+from sslcli.system.stored import DamagedFile
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
@@ -37,7 +39,13 @@ def started(run_dir: Path) -> Path:
     """Create the directory of a run of CONFIG, without checkpoint."""
     run_dir.mkdir()
     write_description(
-        run_dir, CONFIG, overrides=["method=byol", "seed=0"], effective={"steps": 3}, device="cpu", threads=1
+        run_dir,
+        CONFIG,
+        overrides=["method=byol", "seed=0"],
+        effective={"steps": 3},
+        device="cpu",
+        threads=1,
+        warn=pytest.fail,
     )
     return run_dir
 
@@ -153,7 +161,7 @@ def test_the_configuration_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "it has no config.yaml"), ("[1, 2]", "is not the configuration"), ("seed: 0", "is not the configuration")],
+    [(None, "it has no config.yaml"), ("[1, 2]", r"its content is \[1, 2\]"), ("seed: 0", "it has no method")],
 )
 def test_other_directories_are_not_taken_for_runs(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
@@ -164,11 +172,30 @@ def test_other_directories_are_not_taken_for_runs(tmp_path: Path, text: str | No
 
 def test_a_continued_run_keeps_its_first_command_line_and_environment_and_adds_the_latest(tmp_path: Path) -> None:
     run_dir = started(tmp_path / "run")
-    write_description(run_dir, CONFIG, overrides=["name=other"], effective={"steps": 3}, device="cuda:0", threads=4)
+    describe_again(run_dir, pytest.fail)
     assert (run_dir / "overrides.txt").read_text() == "method=byol\nseed=0\n"
     environment = json.loads((run_dir / "environment.json").read_text())
     assert (environment["first"]["device"], environment["first"]["threads"]) == ("cpu", 1)
     assert (environment["latest"]["device"], environment["latest"]["threads"]) == ("cuda:0", 4)
+
+
+def describe_again(run_dir: Path, warn: Callable[[str], None]) -> None:
+    facts: dict[str, Any] = {"effective": {"steps": 3}, "device": "cuda:0", "threads": 4}
+    write_description(run_dir, CONFIG, overrides=["name=other"], **facts, warn=warn)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff", b'{"latest": {}}', b'{"first": 1, "latest": {}}', b"\0" * 9]
+)
+def test_a_damaged_environment_is_set_aside_and_the_current_one_is_the_first(content: bytes, tmp_path: Path) -> None:
+    run_dir, warnings = started(tmp_path / "run"), list[str]()
+    (run_dir / "environment.json").write_bytes(content)
+    describe_again(run_dir, warnings.append)
+    assert len(warnings) == 1
+    assert "environment.json is damaged (" in warnings[0]
+    assert "is now named environment.json.damaged:" in warnings[0]
+    assert (run_dir / "environment.json.damaged").read_bytes() == content
+    assert json.loads((run_dir / "environment.json").read_text())["first"]["device"] == "cuda:0"
 
 
 def test_a_run_is_finished_once_it_says_so(tmp_path: Path) -> None:
@@ -229,10 +256,35 @@ def test_a_file_in_the_place_of_a_folder_and_the_other_way_are_refused(tmp_path:
         read_config(run_dir)
 
 
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrstu"))
+
+
 @pytest.mark.parametrize(
-    "content", [b"seed: !!python/object/apply:os.getcwd []\nmethod: x", b"method: [", b"method: \xff"], ids=str
+    "content",
+    [
+        b"",
+        b"seed: !!python/object/apply:os.getcwd []\nmethod: x",
+        b"method: [",
+        b"method: \xff",
+        b"[" * 100_000,
+        BOMB.encode(),
+        b"a: &a [*a]\n",
+    ],
+    ids=["empty", "object", "unclosed", "no UTF-8", "deep", "aliases", "circle"],
 )
 def test_a_damaged_configuration_is_refused_and_runs_nothing(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"config.yaml cannot be read \(.*\): restore a copy"):
-        read_config(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    for read in (lambda: check_resumable(tmp_path, CONFIG), lambda: read_config(tmp_path)):
+        with pytest.raises(DamagedFile, match=r"config.yaml is damaged \(.*\): restore a copy"):
+            read()
+    assert path.read_bytes() == content
+
+
+def test_a_configuration_that_was_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
+    path = started(tmp_path / "run") / "config.yaml"
+    content = path.read_bytes()
+    for end in range(0, content.index(b"effective"), 7):
+        path.write_bytes(content[:end])
+        with pytest.raises(DamagedFile, match=r"config.yaml is damaged"):
+            read_config(path.parent)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -14,6 +16,10 @@ from torch import Tensor
 from command_line import Cli, result
 from small_runs import make_folder
 from sslcli.backbones.small import Small
+from sslcli.config.run_config import EvalConfig
+from sslcli.errors import ConfigError, TrainingFailed
+from sslcli.runs import evaluate
+from sslcli.system import atomic
 
 FAST = ["protocol.epochs=2", "protocol.lrs=[0.1,1.0]", "protocol.weight_decays=[0.0,1e-4]"]
 
@@ -129,3 +135,66 @@ def test_a_run_that_names_a_strange_class_is_refused(trained: Path, cli: Cli) ->
     assert ended.code == 2
     assert "os.system" in ended.err
     assert "trust" in ended.err
+
+
+def test_a_damaged_run_of_a_folder_is_reported_and_the_others_are_evaluated(
+    trained: Path, cli: Cli, tmp_path: Path
+) -> None:
+    runs = [Path(shutil.copytree(trained, tmp_path / "sweep" / name, symlinks=True)) for name in ("a", "b", "c", "d")]
+    (runs[0] / "config.yaml").write_bytes((runs[0] / "config.yaml").read_bytes()[:300])
+    for path in (runs[1] / "checkpoints").glob("step-*.pt"):
+        path.write_bytes(b"")
+    ended = cli("ssl-eval", f"run={tmp_path / 'sweep'}", "protocol=knn", "baselines=false", "dataset.workers=0")
+    assert ended.code == 2
+    assert ended.err.count("\n") == 2
+    assert f"{runs[0] / 'config.yaml'} is damaged (" in ended.err
+    assert f"{runs[1]}/checkpoints/" in ended.err
+    assert "2 of 4 runs could not be evaluated" in ended.out
+    number = f"{100 * result(runs[2] / 'eval', 'knn')['top1']:.1f} %"
+    assert len([line for line in ended.out.splitlines() if number in line and " to " in line]) == 2
+
+
+def test_the_exit_code_of_a_folder_is_that_of_the_worst_run(
+    trained: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(trained, tmp_path / "sweep" / name, symlinks=True)
+
+    def fail(config: EvalConfig, *_: object) -> dict[str, Any]:
+        raise TrainingFailed("the disk is full") if str(config.run).endswith("a") else ConfigError("damaged")
+
+    monkeypatch.setattr(evaluate, "evaluate", fail)
+    ended = cli("ssl-eval", f"run={tmp_path / 'sweep'}", "protocol=knn")
+    assert ended.code == 3
+    assert [line[:16] for line in ended.err.splitlines()] == ["ssl-eval: the di", "ssl-eval: damage"]
+
+
+def test_temporary_files_of_killed_evaluations_are_removed(trained: Path, cli: Cli) -> None:
+    features = trained / "eval/features"
+    features.mkdir(parents=True)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = [f"trained.pt.{atomic.machine()}-{ended.pid}-00000000.tmp", ".trained.pt.12.part"]
+    for name in names:
+        (features / name).write_bytes(b"half")
+        os.utime(features / name, (1.0, 1.0))
+    assert cli("ssl-eval", f"run={trained}", "protocol=knn", "baselines=false", "cache=false").code == 0
+    assert list(features.iterdir()) == []
+
+
+def test_damaged_files_of_an_evaluation_are_set_aside_and_made_again(trained: Path, cli: Cli) -> None:
+    line = ["ssl-eval", f"run={trained}", "protocol=knn"]
+    assert cli(*line).code == 0
+    wanted = result(trained / "eval", "knn")
+    caches = sorted((trained / "eval/features").iterdir())
+    assert {path.suffix for path in caches} == {".pt", ".json"}
+    for path in caches:
+        path.write_bytes(b"{}")
+    ended = cli(*line)
+    assert (ended.code, ended.err) == (0, "")
+    for path in caches:
+        assert f"{path} is damaged (" in ended.out
+        assert path.with_name(f"{path.name}.damaged").read_bytes() == b"{}"
+    found = result(trained / "eval", "knn")
+    assert found | {"seconds": 0} == wanted | {"seconds": 0}
+    assert cli(*line).out.count("is damaged") == 0

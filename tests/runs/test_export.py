@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -100,3 +102,32 @@ def test_a_whole_method_of_before_or_of_a_strange_class_is_refused(trained: Path
     torch.save(whole, out)
     ended = cli("ssl-eval", f"weights={out}", *SAME, *KNN, "backbone=small")
     assert (ended.code, "remove backbone" in ended.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "remedy"),
+    [(errno.ENOSPC, 3, "free space"), (errno.EIO, 3, "free space"), (errno.EACCES, 2, "out is")],
+    ids=["full", "broken", "no permission"],
+)
+def test_a_disk_that_cannot_be_written_is_a_failure_of_the_machine(
+    number: int, code: int, remedy: str, trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("sslcli.system.atomic.synchronize", fail)
+    ended = cli("ssl-export", f"run={trained}")
+    assert (ended.code, ended.err.count("\n")) == (code, 1)
+    assert remedy in ended.err
+    assert list((trained / "export").iterdir()) == []
+
+
+def test_a_full_disk_is_known_by_its_error_number(
+    trained: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = tmp_path / "full.tmp"
+    full.symlink_to("/dev/full")
+    monkeypatch.setattr("sslcli.system.atomic.temporary_name", lambda path: full)
+    ended = cli("ssl-export", f"run={trained}")
+    assert ended.code == 3
+    assert "cannot be written (No space left on device): free space" in ended.err

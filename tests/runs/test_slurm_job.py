@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from command_line import SMALL
 from slurm_site import Site
+from sslcli.errors import ConfigError
+from sslcli.runs import slurm_job
+from sslcli.system.stored import DamagedFile
 
 LINE = [*SMALL, "launcher=slurm", "run_dir=run"]
 
@@ -62,7 +69,7 @@ def test_a_finished_run_is_not_submitted(site: Site) -> None:
 
 def test_another_configuration_is_refused_before_it_is_queued(site: Site) -> None:
     (site.path / "run").mkdir()
-    (site.path / "run" / "config.yaml").write_text("method: {}\nseed: 1\n")
+    (site.path / "run" / "config.yaml").write_text("method: {_target_: x}\nseed: 1\ntrain: {}\neffective: {}\n")
     code, _, err = site.train(*LINE)
     assert (code, site.submissions) == (2, 0)
     assert "seed: 1 -> 0" in err
@@ -85,3 +92,27 @@ def test_a_wrong_key_is_refused_before_anything_is_written(site: Site, override:
     assert expected in err
     assert err.count("\n") == 1
     assert not (site.path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plain: plain.pop("train"),
+        lambda plain: plain.update(train=[]),
+        lambda plain: plain["train"].update(unknown=1),
+        lambda plain: plain["launcher"].update(kind="other"),
+        lambda plain: plain.update(_lines_="x"),
+    ],
+)
+def test_a_damaged_configuration_of_a_job_is_refused(change: Callable[[dict[str, Any]], Any], site: Site) -> None:
+    assert site.train(*LINE)[0] == 0
+    path = site.path / "run" / "slurm" / "config.json"
+    assert slurm_job.stored_config(path).seed == 0
+    plain = json.loads(path.read_text())
+    change(plain)
+    path.write_text(json.dumps(plain))
+    with pytest.raises(DamagedFile, match=r"config\.json is damaged \(.*\): run the same ssl-train command again"):
+        slurm_job.stored_config(path)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"there is no .*config\.json"):
+        slurm_job.stored_config(path)

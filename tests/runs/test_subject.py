@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemWriter
 
 from command_line import Cli, result
 from sslcli.data.sources.base import Shapes
+from sslcli.engine import checkpoint
 from sslcli.errors import ConfigError
-from sslcli.runs.subject import find_checkpoint, has_other_images_than_run, type_name
+from sslcli.runs import directory
+from sslcli.runs.subject import find_checkpoint, has_other_images_than_run, load_checkpoint, type_name
+from sslcli.system import atomic
 
 OTHER = ["dataset=shapes", "dataset.seed=1", "dataset.limit=150", "dataset.test_images=80"]
 
@@ -110,3 +118,103 @@ def test_without_a_fingerprint_the_number_of_training_images_is_compared() -> No
     count = len(source.splits["train"])
     assert not has_other_images_than_run(source, moved, own, {"training images": count}, trust=[])
     assert has_other_images_than_run(source, moved, own, {"training images": count + 1}, trust=[])
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_checkpoint_that_is_deleted_while_it_is_opened_is_followed_by_the_newest(
+    is_sharded: bool, tmp_path: Path
+) -> None:
+    """A thread replaces the only checkpoint as fast as it can, as a run with train.keep=1 does."""
+    saved, stop = {"seed": 0, "method": {"_target_": "x"}}, threading.Event()
+    old = tmp_path / "old.pt"
+    torch.save({"schema": 3, "step": 1, "method": {"weight": torch.zeros(9)}, "config": saved}, old)
+
+    def rotate() -> None:
+        for step in itertools.count(1):
+            if is_sharded:
+                replace_folder(tmp_path, step)
+            else:
+                checkpoint.save(tmp_path, {"step": step, "method": {"weight": torch.full((9,), step)}}, keep=1)
+            if stop.is_set():
+                return
+
+    thread = threading.Thread(target=rotate)
+    thread.start()
+    try:
+        while not checkpoint.all_of(tmp_path):
+            pass
+        with directory.lock(tmp_path):
+            for _ in range(40):
+                loaded = load_checkpoint(tmp_path, "last", saved)
+                assert int(loaded.weights["weight"][0]) == loaded.step
+    finally:
+        stop.set()
+        thread.join()
+
+
+def replace_folder(run_dir: Path, step: int) -> None:
+    """Replace the only checkpoint by a sharded one, as `checkpoint.Writer` does on one process."""
+    path = checkpoint.path_of(run_dir, step).with_suffix("")
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.mkdir()
+    tensor = torch.full((9,), step)
+    dcp.save({"method/weight": tensor}, storage_writer=FileSystemWriter(temporary), no_dist=True)
+    rest = {"state": {"schema": 3, "step": step}, "places": {"method/weight": ("method", "weight")}}
+    torch.save(rest, temporary / "rest.pt")
+    sums = "".join(f"{atomic.sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
+    (temporary / "SHA256SUMS").write_text(sums)
+    checkpoint.publish(temporary, path)
+    checkpoint.prune(path, keep=1)
+
+
+def test_a_checkpoint_that_does_not_exist_is_refused_at_once_if_no_run_is_at_work(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, {"step": 3, "method": {}}, keep=1)
+    with pytest.raises(ConfigError, match="has checkpoints of the steps: 3"):
+        load_checkpoint(tmp_path, 2, {})
+    checkpoint.path_of(tmp_path, 3).write_bytes(b"")
+    with pytest.raises(ConfigError, match="does not match its checksum"):
+        load_checkpoint(tmp_path, "last", {})
+
+
+def test_a_checkpoint_of_another_run_is_not_evaluated(tmp_path: Path) -> None:
+    saved = {"seed": 0, "method": {"_target_": "x"}, "train": {"epochs": 20}}
+    checkpoint.save(tmp_path, {"step": 3, "method": {}, "config": saved | {"seed": 1}}, keep=1)
+    with pytest.raises(ConfigError, match="what differs: seed: 1 -> 0"):
+        load_checkpoint(tmp_path, "last", saved)
+    checkpoint.save(tmp_path, {"step": 4, "method": {}, "config": saved | {"train": {"epochs": 10}}}, keep=1)
+    assert load_checkpoint(tmp_path, "last", saved).step == 4
+
+
+EXPORT = {
+    "state_dict": {},
+    "what": "backbone",
+    "backbone": {"_target_": "x"},
+    "image_size": 32,
+    "mean": [0.5],
+    "std": [0.5],
+    "views": {},
+    "precision": "fp32",
+    "provenance": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"image_size": "32"}, "image_size is '32'"),
+        ({"backbone": None}, "backbone is None"),
+        ({"mean": 0.5}, "mean is 0.5"),
+        ({"state_dict": []}, r"state_dict is \[\]"),
+        ({"monitor": 3}, "monitor is 3"),
+    ],
+)
+def test_a_damaged_export_is_refused_with_its_name(
+    changes: dict[str, Any], reason: str, cli: Cli, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(EXPORT | changes, path)
+    ended = cli("ssl-eval", f"weights={path}", "dataset=shapes", "protocol=knn")
+    assert ended.code == 2
+    assert re.search(rf"{path} is damaged \({reason}.*\): export it again with ssl-export", ended.err)
+    assert ended.err.count("\n") == 1

@@ -13,7 +13,8 @@ from small_sweeps import prepared_sweep, wait_until
 from sslcli.sweeps import job as _job
 from sslcli.sweeps import sweep as _sweep
 from sslcli.sweeps import table
-from sslcli.sweeps.job import CHECKED, RUNNING, SUBMITTED, Record, status_of
+from sslcli.sweeps.job import CHECKED, RUNNING, SUBMITTED, Record, read, status_of, write
+from sslcli.system.stored import DamagedFile
 
 
 @pytest.mark.parametrize("proc", ["/proc", "/nowhere"])
@@ -54,3 +55,16 @@ def test_the_right_to_run_a_job_is_one_process_alone(tmp_path: Path) -> None:
     again = _job.claim_job(sweep, job)
     assert again is not None
     again.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[]", b"\xff", b'{"overrides": 3, "run_dir": null}', b'{"overrides": [1], "run_dir": null}'],
+)
+def test_a_damaged_record_is_refused_with_its_name(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"a\.json is damaged \(.*\): remove it, or choose another hydra\.sweep\.dir"):
+        read(path)
+    write(path, Record(overrides=["seed=1"], run_dir=None, code=-9))
+    assert read(path) == Record(overrides=["seed=1"], run_dir=None, code=-9)

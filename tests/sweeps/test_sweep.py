@@ -240,7 +240,7 @@ def test_a_record_of_another_job_is_not_taken_for_ones_own(quick_jobs: None, cli
     path.write_text("{}")
     ended = cli(*line)
     assert ended.code == 2
-    assert f"{path} is not the record of a job" in ended.err
+    assert f"{path} is damaged (" in ended.err
 
 
 def test_a_table_that_cannot_be_written_is_told_in_one_line(

@@ -81,3 +81,13 @@ def test_a_folder_that_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     (folder / "part").touch()
     replace(tmp_path / "other", b"new")
     assert not folder.exists()
+
+
+def test_temporary_files_of_the_first_version_are_removed_after_a_day(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / name for name in (".a.pt.12.part", ".b.pt.13.part", "own.part"))
+    for path in (old, new, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (1.0, 1.0))
+    replace(tmp_path / "c", b"")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.pt.13.part", "c", "own.part"]

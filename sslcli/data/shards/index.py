@@ -9,24 +9,27 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import os
 import re
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 
+from sslcli.config.annotations import fits
 from sslcli.data.shards.formats import SHARD_EXTENSIONS, Index, Shard, build_index
 from sslcli.data.sources.vision import exclusive_lock
 from sslcli.errors import ConfigError
 from sslcli.system.atomic import replace
+from sslcli.system.stored import DamagedFile, read_bytes, read_or_set_aside
 
 VERSION = 1  # version of the cached index files
+MAX_BYTES = 4_000_000_000  # size of an index file; an index of a million images has about 20 MB
 _THREADS = 8
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "blob_id")
@@ -128,8 +131,11 @@ def load_indices(shards: Sequence[Shard], cache: Path, *, image: str, label: str
 
     def load(shard: Shard) -> Index:
         path = cache / f"{_key(shard, image, label)}.npz"
-        with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return _unpack(path.read_bytes())
+        found = read_or_set_aside(
+            partial(_read, path), warn=logging.getLogger("sslcli").warning, consequence="the index is built again"
+        )
+        if found is not None:
+            return found
         index = _open_and_build(shard, image=image, label=label)
         replace(path, _pack(index))
         return index
@@ -181,7 +187,17 @@ def _pack(index: Index) -> bytes:
     return file.getvalue()
 
 
-def _unpack(content: bytes) -> Index:
-    with np.load(io.BytesIO(content)) as arrays:
-        labels, image, classes = json.loads(arrays["told"].tobytes())
-        return Index(labels, image, classes, arrays["starts"], arrays["sizes"], arrays["groups"])
+def _read(path: Path) -> Index:
+    """Return the index in a cache file. Raises DamagedFile if the file is damaged."""
+    content = read_bytes(path, remedy="remove it", most=MAX_BYTES)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            labels, image, classes = json.loads(arrays["told"].tobytes())
+            columns = [arrays[name] for name in ("starts", "sizes", "groups")]
+    except Exception as error:  # damaged files can cause nearly any type of exception
+        raise DamagedFile(path, (str(error) or type(error).__name__).splitlines()[0], "remove it") from error
+    is_whole = fits(labels, "list") and fits(image, "str") and fits(classes, "list[str]")
+    is_whole = is_whole and all(column.dtype == np.int64 and column.ndim == 1 for column in columns)
+    if not is_whole or any(len(column) not in (0, len(labels)) for column in columns[:2]):
+        raise DamagedFile(path, "its columns do not belong together", "remove it")
+    return Index(labels, image, classes, *columns)

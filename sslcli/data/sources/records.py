@@ -11,7 +11,6 @@ import io
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -150,8 +149,8 @@ def unpack(content: bytes) -> Records:
             if any(column.dtype != np.int64 for column in columns.values()) or arrays["contents"].dtype != np.uint64:
                 raise ValueError("its columns have wrong dtypes")
             return Records(arrays["names"].tobytes(), **columns, contents=arrays["contents"], unit=str(header["unit"]))
-    except (KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(str(error) or type(error).__name__) from error
+    except Exception as error:  # damaged files can cause nearly any type of exception
+        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from error
 
 
 @dataclass(frozen=True)

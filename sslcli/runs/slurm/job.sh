@@ -30,7 +30,7 @@ requeue() { # REASON
     note "$1; the job is $state"
     finish 75
   fi
-  if [ "$(newest)" = "$before" ]; then idle=$(($(cat "$folder/idle" 2>/dev/null || echo 0) + 1)); fi
+  if [ "$(newest)" = "$before" ]; then idle=$((10#$(grep -xE '[0-9]{1,9}' "$folder/idle" 2>/dev/null || echo 0) + 1)); fi
   echo "$idle" >"$folder/idle"
   if [ "$idle" -ge 3 ]; then
     note "$1; $idle consecutive attempts saved no checkpoint, so launcher.time or launcher.stop_before is too short: not requeued"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -9,10 +10,12 @@ from pathlib import Path
 
 from sslcli.errors import EXIT_FAILED, EXIT_STOPPED, ConfigError
 from sslcli.report.terminal import print_text
+from sslcli.system.stored import DamagedFile, read_text, shown
 
 PATIENCE = 60.0  # timeout of a Slurm command in seconds
 QUERY_EVERY = 5.0  # seconds between queries, to limit the load on the shared controller
 READ_EVERY = 0.3  # seconds between reads of the log
+JOB_ID = r"[0-9]+([_+][0-9]+)?"  # a job, a task of an array, or a component of a heterogeneous job
 FINAL_STATES = {  # final state of a job -> exit code to return if the job recorded none
     "BOOT_FAIL": EXIT_STOPPED,
     "CANCELLED": EXIT_STOPPED,
@@ -55,15 +58,41 @@ def state(job: str, script: Path) -> str | None:
 
 
 def submitted_job(run_dir: Path) -> str | None:
-    """Return the ID of the newest job of a run, or None if no job was submitted."""
-    path = run_dir / "slurm" / "job"
-    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+    """Return the ID of the newest job of a run, or None if no job was submitted.
+
+    Raises DamagedFile if the file with the ID is damaged.
+    """
+    path, remedy = run_dir / "slurm" / "job", "check with squeue that no job of this run is active, then remove it"
+    try:
+        job = read_text(path, remedy=remedy).strip()
+    except FileNotFoundError:
+        return None
+    if not re.fullmatch(JOB_ID, job):
+        raise DamagedFile(path, f"its content is {shown(job)}, but it must be the ID of a job", remedy)
+    return job
 
 
 def recorded_exit_code(run_dir: Path) -> int | None:
-    """Return the exit code that the newest job of a run recorded, or None if the job recorded none."""
-    path = run_dir / "slurm" / f"{submitted_job(run_dir)}.exit"
-    return int(path.read_text(encoding="utf-8") or EXIT_FAILED) if path.exists() else None
+    """Return the exit code that the newest job of a run recorded, or None if the job recorded none.
+
+    Raises DamagedFile if the file with the exit code is damaged.
+    """
+    return read_exit_code(run_dir / "slurm" / f"{submitted_job(run_dir)}.exit")
+
+
+def read_exit_code(path: Path) -> int | None:
+    """Return the exit code in the file of a job, or None if there is no such file.
+
+    Raises DamagedFile if the file is damaged. An empty file means that the job failed.
+    """
+    remedy = "remove it, and run the same command again to resume"
+    try:
+        text = read_text(path, remedy=remedy).strip()
+    except FileNotFoundError:
+        return None
+    if not re.fullmatch(r"[0-9]{0,3}", text):
+        raise DamagedFile(path, f"its content is {shown(text)}, but it must be an exit code", remedy)
+    return int(text or EXIT_FAILED)
 
 
 def follow(job: str, script: Path) -> int:
@@ -71,10 +100,10 @@ def follow(job: str, script: Path) -> int:
     log, exit_file = script.with_name(f"{job}.log"), script.with_name(f"{job}.exit")
     offset, last_query = 0, time.monotonic()
     while True:
-        is_over = exit_file.exists()
+        code = read_exit_code(exit_file)
         offset = show_from(log, offset)
-        if is_over:
-            return int(exit_file.read_text() or EXIT_FAILED)
+        if code is not None:
+            return code
         if time.monotonic() - last_query > QUERY_EVERY:
             last_query = time.monotonic()
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,47 @@ def test_a_shard_is_gone_through_once_until_it_changes(tmp_path: Path, monkeypat
     write_tar(path, range(5))
     assert len(index(path, cache)) == 5
     assert len(through) == 3
-    (kept,) = [file for file in cache.glob("*.npz") if same(shard_index._unpack(file.read_bytes()), index(path, cache))]
+    (kept,) = [file for file in cache.glob("*.npz") if same(shard_index._read(file), index(path, cache))]
     kept.write_bytes(b"PK\3\4 torn")
     assert len(index(path, cache)) == 5
     assert len(through) == 4
+
+
+def npz(**changes: Any) -> bytes:
+    header = np.frombuffer(b'[["a"], "jpg", []]', np.uint8)
+    one = np.zeros(1, np.int64)
+    file = io.BytesIO()
+    np.savez(file, **({"told": header, "starts": one, "sizes": one, "groups": one[:0]} | changes))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\x03\x04 cut",
+        npz()[:-30],
+        npz(told=np.frombuffer(b"{}", np.uint8)),
+        npz(told=np.frombuffer(b'[3, "jpg", []]', np.uint8)),
+        npz(starts=np.zeros(1)),
+        npz(sizes=np.zeros(7, np.int64)),
+        npz(starts=np.array([{}])),
+    ],
+    ids=["empty", "start", "cut", "header", "labels", "dtype", "length", "pickle"],
+)
+def test_a_damaged_index_is_set_aside_and_built_again(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, cache = write_tar(tmp_path / "a.tar", range(4)), tmp_path / "cache"
+    wanted = index(path, cache)
+    (file,) = cache.glob("*.npz")
+    file.write_bytes(content)
+    assert same(index(path, cache), wanted)
+    assert f"{file} is damaged (" in caplog.text
+    assert file.with_name(f"{file.name}.damaged").read_bytes() == content
+    caplog.clear()
+    assert same(index(path, cache), wanted)
+    assert caplog.text == ""
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

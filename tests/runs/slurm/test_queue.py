@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 
 import pytest
 
 from command_line import SMALL
 from slurm_site import Site
 from sslcli.runs.slurm import queue
+from sslcli.system.stored import DamagedFile
 
 LINE = [*SMALL, "launcher=slurm", "run_dir=run"]
 
@@ -98,3 +100,30 @@ def table_of(site: Site) -> list[tuple[str, str]]:
     (path,) = site.path.glob("runs/*/sweep.csv")
     with path.open() as file:
         return [(row["status"], row["exit_code"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"41; rm", b"4 1", b"job"])
+def test_a_damaged_job_id_is_refused_and_no_second_job_is_submitted(content: bytes, site: Site) -> None:
+    assert site.train(*LINE)[0] == 0
+    path = site.path / "run" / "slurm" / "job"
+    path.write_bytes(content)
+    code, _, err = site.train(*LINE)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{path} is damaged (" in err
+    assert "squeue" in err
+    assert site.submissions == 1
+
+
+@pytest.mark.parametrize(("content", "expected"), [(b"", 3), (b"0\n", 0), (b"75\n", 75)])
+def test_an_exit_code_is_read(content: bytes, expected: int, tmp_path: Path) -> None:
+    path = tmp_path / "41.exit"
+    assert queue.read_exit_code(path) is None
+    path.write_bytes(content)
+    assert queue.read_exit_code(path) == expected
+
+
+@pytest.mark.parametrize("content", [b"none", b"\xff", b"-1", b"3 4", b"9999"])
+def test_a_damaged_exit_code_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "41.exit").write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"41\.exit is damaged \(.*\): remove it"):
+        queue.read_exit_code(tmp_path / "41.exit")

@@ -1,0 +1,202 @@
+"""Typed reading of files that sslcli wrote earlier.
+
+All readers of such files use this module. A file that cannot be computed again is refused: `DamagedFile` names the
+file, the damage and the remedy. A file that can be computed again is set aside: it is renamed, and a warning names it.
+
+A shape is a dataclass or a TypedDict. Its fields are the required and optional keys of a file, with their types.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
+
+from sslcli.config.annotations import fits, words
+from sslcli.config.yaml_files import parse_yaml
+from sslcli.errors import ConfigError
+from sslcli.system.regular_files import read_regular
+
+MAX_JSON = 256_000_000  # bytes
+MAX_YAML = 4_000_000  # bytes; the largest configurations have about 100 kB
+MAX_SHOWN = 60  # characters of a value in a message
+PLAIN = (int, float, bool, str, list, dict, type(None))
+T = TypeVar("T")
+
+
+class DamagedFile(ConfigError):
+    """Raised for a stored file whose content is not what sslcli writes.
+
+    Args:
+        path: the file.
+        reason: what is wrong with its content.
+        remedy: what the user can do, for the end of the message.
+    """
+
+    def __init__(self, path: Path, reason: str, remedy: str) -> None:
+        super().__init__(f"{path} is damaged ({reason}): {remedy}")
+        self.path, self.reason = path, reason
+
+
+def read_bytes(path: Path, *, remedy: str, most: int = MAX_JSON) -> bytes:
+    """Return the content of a stored file.
+
+    Raises FileNotFoundError if there is no such file. Raises ConfigError if the file cannot be opened or has more than
+    `most` bytes.
+    """
+    try:
+        return read_regular(path, most=most)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(os.fspath(path)) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
+
+
+def read_text(path: Path, *, remedy: str, most: int = MAX_JSON) -> str:
+    """Return the text of a stored file, see `read_bytes`. Raises DamagedFile if the file is not UTF-8."""
+    content = read_bytes(path, remedy=remedy, most=most)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DamagedFile(path, f"byte {error.start} is not UTF-8", remedy) from error
+
+
+def read_json(path: Path, shape: type[T], *, remedy: str) -> T:
+    """Return the content of a stored JSON file, see `read_text`. Raises DamagedFile unless it has this shape."""
+    text = read_text(path, remedy=remedy)
+    if not text.strip("\0 \r\n\t"):
+        raise DamagedFile(path, "it is empty", remedy)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DamagedFile(path, f"it is not JSON: {error}", remedy) from error
+    except RecursionError as error:
+        raise DamagedFile(path, "its values are nested too deeply", remedy) from error
+    return checked(content, shape, path, remedy=remedy)
+
+
+def read_yaml(path: Path, shape: type[T], *, remedy: str) -> T:
+    """Return the content of a stored yaml file, see `read_text`. Raises DamagedFile unless it has this shape."""
+    text = read_text(path, remedy=remedy, most=MAX_YAML)
+    try:
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise DamagedFile(path, str(error), remedy) from error
+    return checked(content, shape, path, remedy=remedy)
+
+
+def checked(content: Any, shape: type[T], path: Path, *, remedy: str) -> T:
+    """Return `content` if it has this shape; otherwise raise DamagedFile.
+
+    If the shape is a dataclass, an instance is returned. Keys that are not fields of the dataclass are ignored, because
+    a newer version may have written them.
+    """
+    wrong = mismatch(content, shape)
+    if wrong:
+        raise DamagedFile(path, wrong, remedy)
+    if is_dataclass(shape):
+        names = {field.name for field in fields(shape)}
+        return shape(**{key: value for key, value in content.items() if key in names})
+    found: T = content
+    return found
+
+
+def mismatch(value: Any, kind: Any, where: str = "") -> str:
+    """Return the first difference between a value and a type as text, or "" if the value has the type.
+
+    Args:
+        value: plain values and tensors.
+        kind: a shape, a class, or an annotation of plain values. Shapes and classes may also be the values of a `dict`
+            or the items of a `list`.
+        where: dotted key of the value, for the text.
+    """
+    name = where or "its content"
+    if _is_shape(kind):
+        if not isinstance(value, dict):
+            return f"{name} is {shown(value)}, but it must be a mapping of keys to values"
+        required, hints = _fields_of(kind)
+        for key, inner in hints.items():
+            here = f"{where}.{key}" if where else key
+            if key not in value:
+                if key in required:
+                    return f"it has no {here}"
+            elif wrong := mismatch(value[key], inner, here):
+                return wrong
+        return ""
+    arguments = get_args(kind)
+    if get_origin(kind) in (list, dict) and _is_class(arguments[-1]):
+        outer = get_origin(kind)
+        if not isinstance(value, outer):
+            return f"{name} is {shown(value)}, but it must be a {'list' if outer is list else 'mapping'}"
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return next((wrong for key, one in items if (wrong := mismatch(one, arguments[-1], f"{where}.{key}"))), "")
+    if _is_class(kind):
+        return "" if isinstance(value, kind) else f"{name} is {shown(value)}, but it must be a {kind.__name__}"
+    annotation = kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
+    return "" if fits(value, annotation) else f"{name} is {shown(value)}, but it must be {words(annotation)}"
+
+
+def shown(value: Any) -> str:
+    """Return the beginning of a value as text for a message."""
+    if not isinstance(value, PLAIN):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _is_class(kind: Any) -> bool:
+    """Return True for a shape or another class, and False for the types of plain values."""
+    return get_origin(kind) is None and isinstance(kind, type) and kind is not Any and kind not in PLAIN
+
+
+def _is_shape(kind: Any) -> bool:
+    return is_typeddict(kind) or (isinstance(kind, type) and is_dataclass(kind))
+
+
+@cache
+def _fields_of(shape: Any) -> tuple[frozenset[str], dict[str, Any]]:
+    """Return the names of the required fields of a shape, and the types of all of its fields."""
+    hints = get_type_hints(shape)
+    if is_typeddict(shape):
+        return shape.__required_keys__, hints
+    required = (field.name for field in fields(shape) if field.default is MISSING and field.default_factory is MISSING)
+    return frozenset(required), hints
+
+
+def read_or_set_aside(read: Callable[[], T], *, warn: Callable[[str], None], consequence: str) -> T | None:
+    """Return `read()`, or None if the file does not exist or cannot be used.
+
+    A damaged file is renamed. A warning names the file, its new name, and the consequence for the user.
+    """
+    try:
+        return read()
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        warn(f"{error.path} is damaged ({error.reason}){renamed(set_aside(error.path))}: {consequence}")
+    except ConfigError as error:
+        warn(f"{error}. {consequence[:1].upper()}{consequence[1:]}")
+    return None
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename a damaged file to an unused name beside it. Return the new path, or None if this is not possible."""
+    names = [f"{path.name[:200]}.damaged{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 100)))]
+    for target in map(path.with_name, names):
+        if os.path.lexists(target):
+            continue
+        try:
+            os.rename(path, target)
+        except OSError:  # the folder is read-only, or another process has renamed the file
+            return None
+        return target
+    return None
+
+
+def renamed(target: Path | None) -> str:
+    """Return the part of a message that states the new name of a damaged file."""
+    return "" if target is None else f" and is now named {target.name}"
