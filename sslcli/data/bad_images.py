@@ -31,7 +31,8 @@ class BadImages:
     """Collection of the images that cannot be read, one entry per path.
 
     Args:
-        max_bad: the largest fraction in [0, 1] of the images that may be bad; 0 stops at the first bad image.
+        max_bad: the largest fraction in [0, 1] of the images that may be bad. With 0, the run stops at the first bad
+            image.
         total: the number of images in the dataset.
     """
 

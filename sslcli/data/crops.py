@@ -32,7 +32,7 @@ RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 BadImageList = list[tuple[str, str]]  # path and reason of each bad image
 PictureAndBoxes = tuple[Picture, list[list[int]]]  # a picture and one crop box per view: top, left, height, width
 
-_MAX_REPLACEMENTS = 20  # number of replacement images that are tried for an image that cannot be read
+_MAX_REPLACEMENTS = 20  # maximum number of replacement images to try if an image cannot be read
 _MAX_FILES_IN_MEMORY = 128
 _MAX_ASPECT = 64  # largest ratio of the sides of an image that is resized whole for evaluation
 _SMALL_SIDE = 64  # pixels; images whose sides do not exceed it are cropped together in one call, which is faster
@@ -128,7 +128,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
     def boxes(self, images: list[OpenedImage], key: Tensor) -> tuple[list[list[list[int]]], list[int]]:
         """Return two values per image: the boxes (top, left, height, width) of all views, and the divisor for `decode`.
 
-        The divisor is the largest one with which every crop is at least as large as its view.
+        The divisor is the largest divisor with which every crop is still at least as large as its view.
         """
         if not images:
             return [], []
@@ -239,7 +239,8 @@ def center_crop(image: Picture, size: int) -> Picture:
 def _without_ends(image: Picture) -> Picture:
     """Crop the center of the longer side to about `_MAX_ASPECT` times the shorter side.
 
-    The same number of pixels is removed at both ends, so the center does not move. Other images are not changed.
+    The same number of pixels is removed at both ends, so the center does not move. An image whose sides differ less is
+    not changed.
     """
     # The whole image is resized before its center is cropped. Resized to a short side of 256 pixels, an image of
     # 16000 x 1 pixels would need gigabytes of memory.

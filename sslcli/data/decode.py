@@ -114,12 +114,13 @@ class Encoded:
             try:
                 return decode_jpeg(self.content, self.size, divisor)
             except ValueError:
-                # PIL can decode some files that `decode_jpeg` rejects. For other files, PIL's error names the damage.
+                # PIL can decode some files that `decode_jpeg` rejects. If PIL rejects the file too, its error names the
+                # damage.
                 self.image = self.open_with_pil()
         try:
             with self.image as image:
                 if divisor > 1:
-                    # With this requested size, PIL selects `divisor`.
+                    # PIL selects the scale from the requested size. For this size, it selects 1 / `divisor`.
                     image.draft(None, (max(1, image.width // divisor), max(1, image.height // divisor)))
                 return self.convert(image)
         except Exception as error:

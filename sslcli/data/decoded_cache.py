@@ -1,9 +1,9 @@
-"""Cache of decoded images in memory or in a file. With the cache, an image is decoded only once and not in every epoch.
+"""Cache of decoded images in memory or in a file. With the cache, an image is decoded once instead of in every epoch.
 
-The cache reserves a slot for the pixels of each image. The slot size is computed from the image size. When an image
-is first decoded, the process writes its pixels and then their checksum. Every read verifies the checksum. If a slot is
-empty or does not match its checksum, the image is decoded again. Therefore processes can share the cache without locks,
-a process may be killed at any moment, and a damaged cache file does no harm.
+The cache reserves a slot for the pixels of each image. The slot size is computed from the image size. When an image is
+first decoded, the process writes its pixels and then their checksum. Every read verifies the checksum. If a slot is
+empty or does not match its checksum, the image is decoded again. Therefore processes can share the cache without locks.
+A slot that is damaged, or incomplete because a process was killed, is never used.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class DecodedCache:
         sample = self.positions[:: max(1, count // _SAMPLE)]
         estimate = int(np.mean([3.0 * np.prod(self.size_of(position)) for position in sample.tolist()]) * count)
         # Reading the headers of a million images takes minutes. Therefore a dataset that is far too large is rejected
-        # before all headers are read.
+        # after a part of the headers was read.
         if estimate > 1.5 * gigabytes * _GB:
             raise _too_large_error(count, f"about {estimate / _GB:.2f}", gigabytes)
         sizes = np.array([self.size_of(position) for position in self.positions.tolist()], np.int32)

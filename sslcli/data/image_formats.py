@@ -1,4 +1,4 @@
-"""Image formats that are read. The content of a file determines its format, and the name of the file does not.
+"""Image formats that sslcli reads. The format of a file is detected from its content, whatever its extension is.
 
 Pillow also opens formats for which it starts an external program (Ghostscript for EPS files) or a handler of another
 package. Therefore, only the formats in this module are passed to Pillow.

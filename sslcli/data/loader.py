@@ -75,8 +75,8 @@ class Loader:
         self.batch_size, self.accumulate, self.micro_batch_size = batch_size, accumulate, batch_size // divisor
         self.steps_per_epoch = num_images // batch_size
         self.bad = BadImages(max_bad=source.max_bad, total=len(source.splits["train"]))
-        # For a dataset of shards, every worker reads its own lanes. Therefore each micro-batch is split into one
-        # request per worker.
+        # Every worker reads its own lanes of a dataset of shards. Therefore each micro-batch is split into one request
+        # per worker.
         self.layout = source.layout
         self.workers = source.workers if self.layout is None else min(source.workers, self.micro_batch_size)
         self.requests_per_batch = 1 if self.layout is None else max(1, self.workers)
@@ -213,7 +213,10 @@ class Loader:
         return colored.contiguous(memory_format=torch.channels_last).tensor_split(len(numbers))
 
     def key(self, request: Request) -> Tensor:
-        """Return the keys (n,) int64 of the images. The random numbers of the views of an image depend on its key."""
+        """Return the keys (n,) int64 of the images.
+
+        All random numbers of the views of an image are computed from its key.
+        """
         return rng.mix(self.seed, request.occurrence, request.index)
 
 

@@ -1,8 +1,8 @@
 """Stateless random numbers: pure functions of integer keys.
 
 A random number is a 64-bit hash of integer keys: the seed, the epoch and repetition, the position of the image, the
-view and the operation. No generator with a state is involved. Therefore the numbers are the same for any number of
-workers or processes, any split into batches, any device, and any number of resumes. The numbers of a whole batch are
+view and the operation. No random generator with a state is used. Therefore the numbers do not depend on the number of
+workers or processes, the split into batches, the device, or interruptions of the run. The numbers of a whole batch are
 drawn with a few tensor operations.
 
 The hash is the finalizer of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",

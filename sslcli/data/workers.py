@@ -40,7 +40,7 @@ def default_workers(image_size: int) -> int:
     """Return the number of data workers to use if `dataset.workers` is null.
 
     - With a GPU, the number is the number of cores of this process minus one, at least 1 and at most 8.
-    - Without a GPU, training also needs the cores, so the number is 2.
+    - Without a GPU, the number is 2, because training also needs the cores.
     - Without a GPU, if images have at most 64 pixels per side and the process has at most 2 cores, the number is 0.
 
     docs/performance.md has the measurements.
@@ -53,8 +53,8 @@ def default_workers(image_size: int) -> int:
 class ErrorReturningDataset(Dataset[Any]):
     """Dataset that returns an exception as a value instead of raising it.
 
-    If a worker raised an exception, the main process would receive an exception of another class. The message of that
-    exception would contain the traceback as text.
+    If a worker raised an exception, torch would raise another exception in the main process, with the traceback as text
+    in its message. A returned exception reaches the main process unchanged.
 
     Args:
         dataset: the dataset to read.
@@ -152,7 +152,8 @@ def iterate_batches(
         timeout=POLL_INTERVAL if workers else 0,
         worker_init_fn=partial(init_worker, os.getpid()),
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # see init_worker
-        # By default, every start draws from the global generator. A resumed run would then get other random numbers.
+        # By default, each start of workers draws a number from the global generator. A resumed run starts workers more
+        # often, so its other random numbers would differ.
         generator=torch.Generator(),
     )
     with loader_iterator(loader, workers) as iterator:

@@ -40,7 +40,8 @@ class Outcome:
         net: a trained network to save, or None. protocol=distill can use it as the teacher.
         positions: (n,) indices, in the source, of the labeled images on which `net` was trained.
         files: further text files to write: name -> content.
-        variant: first part of the suffix of the result's name. Set it only if it is not known before the evaluation.
+        variant: first part of the suffix of the result's name, if the suffix depends on the evaluation. If the suffix
+            depends only on settings, override `Protocol.variant` instead.
     """
 
     result: dict[str, Any]
@@ -51,7 +52,7 @@ class Outcome:
 
 
 def check_outcome(outcome: Outcome, protocol: object) -> None:
-    """Raise ConfigError unless the fields of an outcome are as `Outcome` describes. The message names the protocol."""
+    """Raise ConfigError unless the fields of an outcome have the types and keys that `Outcome` requires."""
     who = f"{type(protocol).__module__}.{type(protocol).__qualname__}"
     if not isinstance(outcome, Outcome) or not isinstance(outcome.result, dict):
         raise ConfigError(f"{who} returned {outcome!r}, but it must return an Outcome with a result dictionary")
@@ -79,10 +80,10 @@ class Protocol:
 
     Attributes:
         title: the name of the protocol in the progress bar.
-        baselines: names of the starts to evaluate in addition to "trained" if baselines=true. "random" is the network
-            before training. "pixels" has no network and uses the pixels as features.
-        trains: True if the protocol trains copies of the networks. Networks and features are then kept in memory,
-            because the protocol uses both several times.
+        baselines: names of the baselines, which are evaluated in addition to the trained network if baselines=true.
+            "random" is the network before training. "pixels" has no network and uses the pixels as features.
+        trains: True if the protocol trains copies of the networks. The networks and their features then stay in memory
+            during the whole evaluation.
     """
 
     title: ClassVar[str] = "evaluation"
@@ -90,9 +91,9 @@ class Protocol:
     trains: ClassVar[bool] = True
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Evaluate all of `starts`: "trained" and baselines.
+        """Evaluate the networks in `starts`: "trained" and the baselines.
 
-        Select all hyperparameters before using the split to report (`FeatureSet.reported`).
+        Select all hyperparameters before you use the reported split (`FeatureSet.reported`).
         """
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
@@ -112,7 +113,7 @@ class Protocol:
         return ""
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
-        """Return the positions (n,) of the training images to use. By default, all are used."""
+        """Return the positions (n,) of the training images to use. The default is all training images."""
         return source.splits["train"]
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -149,7 +150,7 @@ class FeatureProtocol(Protocol):
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Measure the features of every start.
 
-        Results of baselines are cached, since they are equal for all checkpoints of a run.
+        Results of baselines are cached, because they are the same for all checkpoints of a run.
         """
 
         def numbers(name: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float, scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Recipe):
-    """The protocol `distill`. The learning rate is fixed; there is no grid.
+    """The protocol `distill`. The learning rate is fixed and not selected from a grid.
 
     The baseline `random` is a randomly initialized student. It is trained on the teacher's labeled images, without the
     teacher, for the same number of steps as the distilled student.

@@ -3,8 +3,9 @@
     source -> plain_batches (uint8) -> device, [0, 1] -> prepare (color, normalize) -> encode -> CPU
 
 Features are stored in the dtype of the forward pass. With bfloat16, convolutions and matrix products have 16-bit
-outputs, which are stored without loss. If the last layer is a norm layer, its 32-bit output is rounded to 16 bits.
-float16 is more precise, but its range is only 6e-8 to 65,504, and features may have any scale.
+outputs, which are stored without loss. If the last layer is a normalization layer, its float32 output is rounded to
+bfloat16. Features of a bfloat16 network are not stored in the more precise float16, because its range is only 6e-8 to
+65,504 and features may have any scale.
 
 The monitor during training and `ssl-eval` both call `extract`, so both report the same accuracy.
 """
@@ -156,9 +157,8 @@ def extract(
     """Extract the features of the images of `source` at `positions` (n,) int64.
 
     Returns the features (n, d) in the order of `positions`, and a mask (n,) bool that is False for unreadable images.
-    Both tensors are on the CPU. The features of an unreadable image are computed from a blank image, so the caller must
-    drop these features. The features are float32 if `precision` is fp32, bfloat16 if it is bf16, and float16 if it is
-    fp16.
+    Both tensors are on the CPU. An unreadable image is replaced by a blank image, so the caller must drop its features.
+    The features are float32 if `precision` is fp32, bfloat16 if it is bf16, and float16 if it is fp16.
 
     `prepare` maps float images (N, C, S, S) in [0, 1] to the network's input (`Views.finish`), and `encode` maps this
     input to (N, d). The caller must put the network in eval mode with `evaluating`. `progress(done, total)` is called

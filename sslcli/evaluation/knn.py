@@ -45,11 +45,13 @@ def knn(
     num_classes: int,
     chunk: int = 1024,
 ) -> KnnResult:
-    """Classify `query` (m, d) by votes of the k most similar rows of `train` (n, d), of weight exp(cos / temperature).
+    """Classify each `query` (m, d) by weighted votes of the k most similar rows of `train` (n, d).
+
+    The weight of a vote is exp(cosine similarity / temperature).
 
     - The features are L2-normalized, in float32 or float64.
     - k is capped at n.
-    - Among classes with equal votes, the class with the lowest index is ranked first.
+    - If several classes have equal votes, the class with the lowest index is ranked first.
     - A query without a neighbor of its own class counts as wrong for top-1 and top-5, even if fewer than five classes
       got votes.
     - At most chunk x n similarities are in memory.

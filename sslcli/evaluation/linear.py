@@ -91,8 +91,9 @@ def fit_sgd(
     `on_progress(1)` is called after each epoch.
     """
     n, d = x.shape
-    # All matrices are transposed, with rows ordered by class, then head. This layout is faster: products with a narrow
-    # right matrix take several times as long, and a softmax over ten adjacent elements takes longer than the products.
+    # All matrices are transposed, with rows ordered by class, then head. In the usual layout, products with a narrow
+    # right matrix would take several times as long, and a softmax over ten adjacent elements would take longer than the
+    # products.
     rows = num_classes * len(lrs)
     full = torch.promote_types(x.dtype, torch.float32)
     weight, bias = x.new_zeros(rows, d, dtype=full), x.new_zeros(rows, 1, dtype=full)
@@ -138,8 +139,8 @@ def fit_lbfgs(
     """Minimize cross-entropy + |W|^2 / (2 c n) for each c of `cs` by L-BFGS, on x (n, d) and y (n,).
 
     c is the inverse regularization strength, called C in scikit-learn's LogisticRegression. The problems are solved
-    from strong to weak regularization, and each solution initializes the next problem. The solver stops if the gradient
-    is below 1e-5 or after `max_iterations`. `on_progress(1)` is called after each c.
+    from strong to weak regularization, and each solution initializes the next problem. The solver stops when the
+    gradient is below 1e-5, or after `max_iterations`. `on_progress(1)` is called after each c.
     """
     n, d = x.shape
     theta = x.new_zeros(num_classes, d + 1, requires_grad=True)  # the last column is the bias

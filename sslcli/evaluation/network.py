@@ -24,8 +24,8 @@ Level = dict[str, nn.Parameter]  # parameters of one level, by name
 class Classifier(nn.Module):
     """Network `net` with a linear classifier on its features at `layer`: (N, width) -> (N, num_classes).
 
-    The classifier is initialized with zeros. Parameters on which the features do not depend, such as those of a
-    predictor, do not require gradients. All other parameters require gradients, including those that were frozen in
+    The classifier is initialized with zeros. Parameters on which the features do not depend, such as the parameters of
+    a predictor, do not require gradients. All other parameters require gradients, even if they were frozen in
     pre-training. Raises ValueError if no gradient can flow through the features.
     """
 

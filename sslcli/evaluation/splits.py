@@ -19,7 +19,7 @@ def classes_of(source: Source, positions: Tensor) -> list[int]:
 
 
 def check_answers(source: Source, bank: Tensor) -> None:
-    """Raise ConfigError if the training images selected by the indices `bank` (n,) have fewer than two classes."""
+    """Raise ConfigError if the training images at the positions `bank` (n,) have fewer than two classes."""
     found = [source.classes[label] for label in classes_of(source, bank)]
     if len(found) >= 2:
         return
@@ -99,7 +99,7 @@ def why_not_held_out(source: Source) -> str:
 
 
 def unanswerable(source: Source, bank: Tensor, queries: Tensor) -> str | None:
-    """Return a warning if some queries have classes that are absent from the bank, else None.
+    """Return a warning if some queries have a class that no image of the bank has, else None.
 
     `bank` and `queries` contain the positions of images in `source`.
     """

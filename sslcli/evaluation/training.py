@@ -2,8 +2,9 @@
 
     labeled positions -> Loader (crop, flip) -> Classifier -> loss -> SGD or AdamW, cosine schedule per step
 
-Every training starts from a copy of the same network. The order of the images, their views and the network's noise
-depend only on the seed. With the same seed, machine and number of threads, results are bit-identical.
+Every training starts from a copy of the same network. The order of the images, their views and random numbers in the
+network (dropout) depend only on the seed. Two trainings with the same seed, machine and number of threads have
+bit-identical results.
 """
 
 from __future__ import annotations
@@ -107,7 +108,10 @@ class Recipe(Protocol):
         return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, nesterov=self.momentum > 0)
 
     def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
-        """Return accuracies and the interval of top-1. `place` (m,) has the rank of each image's true class."""
+        """Return the accuracies and the confidence interval of top-1.
+
+        `place` (m,) contains the rank of each image's true class.
+        """
         interval = bootstrap_interval(place == 0, seed=self.seed, resamples=self.resamples)
         return {"top1": accuracy(place, 1), "top5": top5(place, num_classes), "interval": list(interval)}
 

@@ -1,6 +1,6 @@
 """Formats and indices of shards: tar archives in the layout of WebDataset, and parquet files.
 
-    cats-0000.tar   a/001.jpg a/001.cls a/002.jpg a/002.cls ...   files of one image share the name up to the first dot
+    cats-0000.tar   a/001.jpg a/001.cls a/002.jpg a/002.cls ...   same name up to the first dot = files of one image
     cats-0000.parquet   a column of images and a column of labels, in row groups
 
 Shards are read through fsspec, from a local disk or any address that fsspec supports. The index of a tar archive

@@ -1,8 +1,9 @@
 """Streaming datasets of shards, local or remote: parquet files and WebDataset tar archives.
 
 The configuration is conf/dataset/hf_stream.yaml. The shards need not fit on the local disk. An index
-(`sslcli.data.shards.index`) gives each image of all shards a position. Therefore labels, splits and resuming work as
-for other datasets. With a layout (`sslcli.data.order`), each process and worker reads its own shards sequentially.
+(`sslcli.data.shards.index`) numbers the images of all shards. Therefore labels, splits and resuming work as for other
+datasets. The layout of the images (`sslcli.data.order`) lets each worker of each process read its own shards
+sequentially.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class HfStream(Source):
             "s3://bucket/train-*.parquet".
         test: the shards of the official test split, in the same form as `path`; None = no test split.
         image, label: the names of the image column and the label column of parquet files. For tar archives, the part of
-            the file names after the first dot. The label may also be a field of the JSON file in the archive. "auto"
+            the file names after the first dot. The label may also be a field of the JSON file of an image. "auto"
             detects the names. label=None: no labels.
         lanes: total number of shards that all processes and workers read in parallel, at least 1.
         buffer: total number of images in all shuffle buffers, at least 1.
@@ -177,7 +178,8 @@ def hash_of_shard(shard: Shard) -> int:
 def image_hashes(shards: Sequence[Shard], lengths: Sequence[int]) -> Tensor:
     """Return one hash per image. It is computed from the name of the shard and the number of the image in the shard.
 
-    The folder of a shard has no effect. If several shards have the same name, a counter distinguishes them.
+    The hash does not depend on the folder of the shard. If several shards have the same name, a counter distinguishes
+    them.
     """
     counts: Counter[str] = Counter()
     parts = []

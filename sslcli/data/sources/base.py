@@ -53,9 +53,9 @@ class Source:
         workers: number of worker processes that decode images; 0 = decode in this process; None = `default_workers`.
             Datasets in memory use no workers.
         max_bad: the largest fraction in [0, 1] of images that may fail to decode before the run stops.
-        verify: properties that a resumed run compares, to detect images that changed since its start. All values but
-            "none" compare names, labels and sizes. "times" also compares modification times; "contents" also compares
-            hashes of the contents; "sizes" compares nothing else; "none" compares nothing.
+        verify: properties that a resumed run compares, to detect images that changed since its start. "sizes" compares
+            names, labels and sizes. "times" also compares modification times, and "contents" also compares hashes of
+            the contents. "none" compares nothing.
         mean, std: mean and standard deviation of each channel, for images in [0, 1]. Each std must be above 0.
         seed: seed of the split, and of the images of generated datasets.
 
@@ -63,8 +63,8 @@ class Source:
         images: (M, C, H, W) uint8, or None for a dataset of files.
         labels: (M,) int64, -1 = unknown.
         classes: the class names; [] without labels.
-        splits: the sorted int64 positions of "train", of "val" (empty without labels), and of "test" if the dataset has
-            an official test split.
+        splits: the sorted int64 positions of the images of "train", of "val" (empty if no image has a label), and of
+            "test" if the dataset has an official test split.
         weights: (len(train),) number of times that each training image occurs in an epoch; None = once.
         present: (M, modalities) bool, True if an image has a modality; None = all True.
         modality_channels: the channels of each modality, in order.
@@ -178,7 +178,7 @@ class Source:
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
         """Return the records of the images, see `sslcli.data.sources.records`.
 
-        contents: whether to hash the contents of the files. The file of position i must be at `path(i)`.
+        contents: whether to hash the contents of the files. `path(i)` must be the path of the file of image i.
         on_progress: callback that reports the progress of long calls.
         """
         labels = label_codes(self.labels, self.classes)
@@ -196,8 +196,8 @@ class Source:
     def version(self) -> str:
         """Version of the images in 16 hex digits. It is the cache key of all results that are computed from the images.
 
-        The version changes if any image changes. Unless the contents are hashed, it also changes if the modification
-        times change. It does not depend on the location of the dataset.
+        The version changes if any image changes. If the contents are not hashed, it also changes if a modification time
+        changes. It does not depend on the location of the dataset.
         """
         records = self.records(contents=self.verify == "contents")
         return digest((repr(self.classes).encode(), *records.digested()))

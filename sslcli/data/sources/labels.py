@@ -22,7 +22,7 @@ Value = int | float | str | None
 """One label as stored in a table, a file or JSON."""
 
 UNKNOWN = frozenset(["", "-1", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>"])
-MANY_CLASSES = 20  # fewer classes are not suspicious, however few images there are
+MANY_CLASSES = 20  # a dataset with fewer classes causes no warning
 _MINUS_ONE = re.compile(r"-1(\.0*)?")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?inf(inity)?", re.IGNORECASE)
 _OTHER_COLUMN = "choose another column with dataset.label, or set it to null"
@@ -48,7 +48,7 @@ class Labels:
 
 
 def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
-    """Return the labels (n,) int64 of all parts in order (-1 = unknown), and the class names.
+    """Return the class numbers (n,) int64 of all parts in order (-1 = unknown), and the class names.
 
     - If any part has class names, the classes of all parts are merged by name, never by number.
     - If no part has class names, the classes are the distinct values of the training parts. The classes are in
@@ -238,7 +238,7 @@ def _by_value(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]
 
 
 def _check_targets(part: Labels, values: Iterable[int | str]) -> None:
-    """Raise ConfigError if most distinct texts are numbers with a fraction, although others, such as "?", are not."""
+    """Raise ConfigError if most distinct texts are numbers with a fraction, even if a few are other texts ("?")."""
     texts = [str(value) for value in values]
     fractions = [text for text in texts if _NUMBER.fullmatch(text) and not float(text).is_integer()]
     if 2 * len(fractions) > len(texts):

@@ -1,4 +1,4 @@
-"""Checks that no image is in two splits: overlapping folders, folders of splits taken as classes, and linked files."""
+"""Checks that no image is in two splits, through overlapping folders, splits in class folders, or linked files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sslcli.errors import ConfigError
 
-MAX_COMPARED = 200_000  # more files are not compared, since this would delay the start of a run by seconds
+MAX_COMPARED = 200_000  # with more files, the comparison would delay the start of a run by seconds
 _SPLIT = re.compile(
     r"((?:images?|imgs?|data)[-_ ]?)?"
     r"(?:(?P<train>train|training|trn)|(?P<val>val|valid|validation|dev)|(?P<test>test|testing|eval|evaluation))"
@@ -131,7 +131,7 @@ def _links_in(folder: str) -> list[str]:
 
 
 def _is_direct(folder: str, real: str, roots: Sequence[tuple[str, str]]) -> bool:
-    """Return whether no link and no part such as `.` is between a root and `folder`, whose real path is `real`."""
+    """Return whether the path from a root to `folder` has no link and no part such as `.`. `real` is its real path."""
     for root, real_root in roots:
         if folder == root:
             return True

@@ -1,7 +1,7 @@
 """Records of the images of a dataset. A resumed run compares records to detect images that changed since its start.
 
 A record is a name and a row of integers. Records are computed from the list of the files and one `stat` call per file,
-which is fast. The contents of the files are read only on request.
+which is fast. The contents of the files are read only with dataset.verify=contents.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def make_records(
 
 
 def label_codes(labels: Tensor, classes: Sequence[str]) -> NDArray[np.int64]:
-    """Return a hash of the class name of each label. Adding a class does not change the hash of another."""
+    """Return a hash of the class name of each label. Adding a class does not change the hashes of other classes."""
     numbers = labels.numpy()
     count = max(int(numbers.max(initial=-1)) + 1, len(classes))
     names = [*classes, *map(str, range(len(classes), count))]
@@ -242,7 +242,7 @@ def changed_images_error(changes: Changes, *, name: str, known: bool) -> ConfigE
     """Return the error for a run that would resume with changed images.
 
     name: name of the dataset.
-    known: whether hashes of the contents were stored, so that the contents can be compared.
+    known: whether hashes of the contents were stored. The contents can be compared only with stored hashes.
     """
     remedy = "Restore them, or start another run"
     if changes.only_times_differ:

@@ -175,7 +175,7 @@ def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
 
 
 class _RandomNumbers:
-    """Random numbers for one element of n images, such as the background. Each call returns the next (n,) numbers.
+    """Random numbers for one element of n images, such as the background. Each call returns n new numbers (n,).
 
     All `count` numbers per image are computed together when the object is created. This is faster for few images.
     """
@@ -215,7 +215,7 @@ def _render(keys: Tensor, distance: Callable[[Tensor, Tensor], Tensor], size: in
 
 
 def _background(numbers: _RandomNumbers, x: Tensor, y: Tensor, lightness: Tensor, strength: float) -> Tensor:
-    """Return a colored background (n, 3, S, S). Two half planes have other colors."""
+    """Return a colored background (n, 3, S, S). Two random half-planes of an image have different colors."""
     ground = lightness[:, None] + _chroma(numbers) * (0.15 * strength)
     image = ground[:, :, None, None].expand(-1, -1, y.shape[1], x.shape[2]).clone()
     for _ in range(2):
@@ -227,7 +227,7 @@ def _background(numbers: _RandomNumbers, x: Tensor, y: Tensor, lightness: Tensor
 
 
 def _fill_color(numbers: _RandomNumbers, background: Tensor, strength: float) -> Tensor:
-    """Return colors (n, 3). Their lightness differs from the lightness of the background (n,), even in grayscale."""
+    """Return colors (n, 3) whose lightness differs from the `background` (n,), so that grayscale images show shapes."""
     darker = (background > 0.37) & (numbers() < 0.6)
     contrast = numbers(0.35, 0.5)
     lightness = torch.where(darker, background - contrast, background + contrast)

@@ -93,9 +93,9 @@ def _centered_boxes(height: Tensor, width: Tensor, ratio_range: tuple[float, flo
 def resized_crop(images: Tensor, boxes: Tensor, size: int, *, interpolation: str = "bilinear") -> Tensor:
     """Crop a box from each image and resize it to (size, size), with antialiasing.
 
-    The result equals that of `torchvision.transforms.v2.functional.resized_crop(..., antialias=True)`. Pixels outside
-    of the box have no effect. Resampling is separable and linear. Therefore each image is multiplied by two matrices
-    of filter weights, one per direction.
+    The result equals the result of `torchvision.transforms.v2.functional.resized_crop(..., antialias=True)`. Pixels
+    outside of the box have no effect. Resampling is separable and linear. Therefore each image is multiplied by two
+    matrices of filter weights, one per direction.
 
     Args:
         images: (N, C, H, W), uint8 (divided by 255) or float in [0, 1].
@@ -144,7 +144,8 @@ def _resize_weights(
     position = torch.arange(pixels, device=start.device) - start.unsqueeze(1)
     inside = (position >= 0) & (position < length.unsqueeze(1))
     scale = (length.to(dtype) / size).unsqueeze(1)
-    # For downscaling, the filter is widened so that it covers all pixels. For upscaling, the filter is not changed.
+    # For downscaling, the filter is widened so that every input pixel affects the result. For upscaling, it is not
+    # changed.
     inverse_width = 1 / scale.clamp(min=1)
     # A pixel outside of the box gets a position so far away that its filter weight is 0.
     pixel = torch.where(inside, (position + 0.5) * inverse_width, 1e4)
@@ -173,7 +174,7 @@ def flip(images: Tensor, mask: Tensor) -> Tensor:
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int, mask: Tensor) -> Tensor:
     """Blur the images for which `mask` is True. Each image has its own standard deviation.
 
-    The result equals that of torchvision's gaussian_blur. The image is padded by reflection and convolved with a
+    The result equals the result of torchvision's gaussian_blur. The image is padded by reflection and convolved with a
     normalized kernel of `kernel_size` taps. The blur is separable and linear. Therefore each image is multiplied by a
     banded matrix from the left (vertical blur) and from the right (horizontal blur).
 

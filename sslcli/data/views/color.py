@@ -2,9 +2,9 @@
 
 If `torchvision.transforms.v2.functional` has a function of the same name, the results are equal. Unlike torchvision's
 functions, the operations take one parameter per image and have no loop over images. Public functions do not modify
-their input. Parameters and masks may be on the device of the images or on the CPU. The CPU is preferred, because rows
-are then selected without waiting for the device. For float16 and bfloat16 images, all computations are in float32, and
-only the result is rounded.
+their input. Parameters and masks may be on the device of the images or on the CPU. Prefer the CPU, because rows are
+then selected without waiting for the device. For float16 and bfloat16 images, all computations are in float32, and only
+the result is rounded.
 """
 
 from __future__ import annotations
@@ -86,14 +86,20 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean of the gray image. Factor (N,) 0 gives this mean, 1 the image, above 1 more contrast."""
+    """Blend with the mean of the gray image.
+
+    `factor` (N,): 0 gives this mean, 1 the unchanged image, and above 1 more contrast.
+    """
     work = in_working_precision(images)
     weight = column(factor, work)
     return (work * weight).add_(_mean(to_luma(work)) * (1 - weight)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the gray image. Factor (N,) 0 gives the gray image, 1 the image, above 1 more saturation."""
+    """Blend with the gray image.
+
+    `factor` (N,): 0 gives the gray image, 1 the unchanged image, and above 1 more saturation.
+    """
     work = in_working_precision(images)
     weight = column(factor, work)
     return (work * weight).add_(to_luma(work) * (1 - weight)).clamp_(0, 1).to(images.dtype)
@@ -146,9 +152,10 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """
     work = in_working_precision(images)
     # The slot of an operation is its place in the order, 0 to 3. Images are sorted into groups by the slot of their hue
-    # rotation. A group is one slice of the sorted batch. In each slot, either all images of a group are rotated in hue,
-    # or all of them are blended. The images of the fifth group have no hue rotation. A blend with factor 1 replaces it.
-    # Images whose factors are all neutral are sorted after the groups and are not changed.
+    # rotation. A group is one slice of the sorted batch. In each slot, either the hue of all images of a group is
+    # rotated, or all of them are blended. The fifth group contains images without hue rotation, which are blended with
+    # factor 1 (no change) in its place. Images whose factors are all neutral are sorted after the groups and are not
+    # changed.
     is_rotation = (order == HUE) & (factors[:, HUE : HUE + 1] != 0) & (images.shape[1] == 3)
     slot = torch.where(is_rotation.any(1), is_rotation.long().argmax(1), 4)
     slot = torch.where((factors[:, :HUE] == 1).all(1) & (factors[:, HUE] == 0), 5, slot)

@@ -1,4 +1,4 @@
-"""Batched RandAugment. For each view of each image, a few of fifteen operations are drawn and applied.
+"""Batched RandAugment: a few of fifteen operations are drawn and applied, separately for each view of each image.
 
 Source: Cubuk et al. 2020, https://arxiv.org/abs/1909.13719. Each drawn operation is applied with probability 0.5. This
 probability, the operations and their magnitudes are the same as in the InfoMin training of PyContrast
@@ -82,7 +82,7 @@ def apply_operation(name: str, images: Tensor, level: Tensor, *, bicubic: Tensor
     """Apply the operation `name` to images (N, C, H, W).
 
     level: (N,) magnitudes, in [-10, 10] for geometric operations and in [0, 10] for the other operations.
-    bicubic: (N,) bool. Geometric operations use bicubic interpolation for images with True, else bilinear.
+    bicubic: (N,) bool. True selects bicubic interpolation for geometric operations, False bilinear interpolation.
     fill: (C,) color, see `rand_augment`.
     """
     number = OPERATIONS.index(name)
@@ -157,7 +157,7 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the image smoothed by PIL's SMOOTH filter.
 
-    Factor (N,) 0 gives the smoothed image, 1 the unchanged image, above 1 a sharper image.
+    `factor` (N,): 0 gives the smoothed image, 1 the unchanged image, and above 1 a sharper image.
     """
     if min(images.shape[2:]) < 3:
         return images
@@ -213,7 +213,7 @@ def affine(images: Tensor, matrix: Tensor, bicubic: Tensor, fill: Tensor) -> Ten
 
 
 def _sample(images: Tensor, matrix: Tensor, radius: int, fill: Tensor) -> Tensor:
-    """Resample all images with the same filter: radius 1 pixel is bilinear, radius 2 is bicubic. See `affine`."""
+    """Resample all images with the same filter, see `affine`. A radius of 1 pixel is bilinear, 2 pixels are bicubic."""
     count, channels, height, width = images.shape
     y = (torch.arange(height, device=images.device) + 0.5).to(images.dtype).view(1, -1, 1)
     x = (torch.arange(width, device=images.device) + 0.5).to(images.dtype).view(1, 1, -1)

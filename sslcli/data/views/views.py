@@ -6,9 +6,8 @@ other images of the batch. The operations run in this order, and each operation 
 
     crop and resize -> flip -> color jitter -> grayscale -> blur -> solarize -> color space -> normalize
 
-With `grayscale_first`, grayscale runs before the jitter. With RandAugment, the order is
-jitter -> blur -> RandAugment -> grayscale. Blur and grayscale commute, so without RandAugment the order
-of blur and grayscale has no effect.
+With `grayscale_first`, grayscale runs before the jitter. With RandAugment, the order is jitter -> blur -> RandAugment
+-> grayscale. Without RandAugment, the order of blur and grayscale has no effect, because the two operations commute.
 """
 
 from __future__ import annotations
@@ -195,7 +194,10 @@ class Views:
         return augment.normalize(images, mean, std) if self.normalize else images
 
     def restore(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Apply the inverse of `finish` and clamp to [0, 1], for display. The arguments are those of `finish`."""
+        """Apply the inverse of `finish` and clamp to [0, 1], for display.
+
+        The arguments are the same as for `finish`.
+        """
         if self.color_space == "lab":
             mean, std = LAB_MEAN, LAB_STD
         elif self.color_space == "ydbdr":
