@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection
 from typing import Any
 
+from sslcli.config.added import with_added_keys
 from sslcli.config.moved import current_config
 from sslcli.config.paths import absolute, map_paths, paths_of, real_path
 from sslcli.config.settings import NEUTRAL
@@ -32,7 +33,8 @@ def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: Collection[s
 def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ: Collection[str] = ()) -> list[str]:
     """Return the differences between two configurations of a run, each as `key: stored value -> current value`.
 
-    Old names in `stored` are converted to current names. Two paths are equal if they refer to the same file or folder.
+    Old names in `stored` are converted to current names. Keys that were added to datasets later get their old values.
+    Two paths are equal if they refer to the same file or folder.
 
     Args:
         stored: plain values that the run stored earlier.
@@ -40,9 +42,10 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
         may_differ: keys or sections that are not compared, in addition to the keys that do not affect results.
     """
     leave_out = (*NEUTRAL, *may_differ)
-    before, after = (
-        flatten(map_paths(config, real_path), leave_out=leave_out) for config in (current_config(stored)[0], now)
-    )
+    stored = current_config(stored)[0]
+    if "dataset" in stored:
+        stored["dataset"] = with_added_keys(stored["dataset"], now.get("dataset"))
+    before, after = (flatten(map_paths(config, real_path), leave_out=leave_out) for config in (stored, now))
     return [
         f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
         for key in sorted(before.keys() | after.keys())

@@ -29,6 +29,8 @@ READING = (
     "download",
     "memory_gb",
 )
+# Keys that select files. Two values may select the same images, which only a comparison of fingerprints shows.
+SELECTING = ("extensions",)
 
 
 class Change(NamedTuple):
@@ -80,8 +82,11 @@ def _delete(node: Any, key: str) -> None:
 
 
 def has_same_keys(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return True if two datasets are equal except for their paths and the keys in `READING`."""
-    return bool(without_paths(image_settings(one)) == without_paths(image_settings(other)))
+    """Return True if two datasets are equal except for their paths and the keys in `READING` and `SELECTING`."""
+    first, second = (
+        {key: value for key, value in image_settings(node).items() if key not in SELECTING} for node in (one, other)
+    )
+    return bool(without_paths(first) == without_paths(second))
 
 
 def has_same_paths(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
+from sslcli.config.added import with_added_keys
 from sslcli.config.comparison import changed_settings
 from sslcli.config.moved import current_config
 from sslcli.config.yaml_files import as_yaml
@@ -200,6 +201,9 @@ def phases_of(run_dir: Path, values: dict[str, Any]) -> tuple[Phase, ...]:
 def read_config(run_dir: Path) -> dict[str, Any]:
     """Return the stored configuration of a run. Keys of older versions are renamed to their current names.
 
+    If an older version started the run, keys that were added to datasets later have the values that describe what the
+    older version did.
+
     Raises ConfigError if the file does not exist, and DamagedFile if its content is not the configuration of a run.
     """
     path = run_dir / "config.yaml"
@@ -207,7 +211,8 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"{run_dir} is not a run directory: it has no config.yaml")
     check_layout(run_dir)
     config: dict[str, Any] = dict(read_yaml(path, StoredConfig, remedy=REMEDY))
-    return current_config({str(key): value for key, value in config.items()})[0]
+    found = current_config({str(key): value for key, value in config.items()})[0]
+    return found | ({"dataset": with_added_keys(found["dataset"])} if "dataset" in found else {})
 
 
 def read_trained_config(run_dir: Path) -> dict[str, Any]:

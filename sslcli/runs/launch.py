@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sslcli.config.added import resumed_dataset
 from sslcli.config.run_config import RunConfig
 from sslcli.config.settings import MultiSettings
 from sslcli.engine import checkpoint_names
@@ -26,6 +27,7 @@ def launch(job: dict[str, Any]) -> int:
     """Run ssl-train with a validated configuration, and return the exit code."""
     config = RunConfig.from_plain(job)
     config = config.changed(run_dir=run_dir_of(config))
+    config = with_old_settings(config)
     kind = config.launcher.kind if "RANK" not in os.environ else "local"  # an external launcher sets RANK
     if kind == "slurm":
         from sslcli.runs import slurm_job
@@ -50,6 +52,21 @@ def launch(job: dict[str, Any]) -> int:
         return run(config)
     finally:
         gc.enable()
+
+
+def with_old_settings(config: RunConfig) -> RunConfig:
+    """Return the configuration with which a run starts or resumes.
+
+    If an older version started the run, keys of the dataset that this version lacked get the values that describe what
+    it did, unless the command line sets these keys.
+    """
+    if not (config.directory / "config.yaml").is_file():
+        return config
+    from sslcli.runs.directory import read_config
+
+    set_keys = {line.partition("=")[0].lstrip("+~") for line in config.overrides}
+    dataset = resumed_dataset(config.dataset, read_config(config.directory).get("dataset"), set_keys)
+    return config if dataset == config.dataset else config.changed(dataset=dataset)
 
 
 def main() -> None:

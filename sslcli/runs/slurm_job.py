@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
+from sslcli.config.added import with_added_keys
 from sslcli.config.moved import current_config
 from sslcli.config.run_config import RunConfig
 from sslcli.config.slurm import SlurmSettings
@@ -159,7 +160,9 @@ def stored_config(path: Path) -> RunConfig:
     remedy = "run the same ssl-train command again"
     try:
         plain: dict[str, Any] = dict(read_json(path, StoredRunConfig, remedy=remedy))
-        return RunConfig.from_plain(current_config(plain)[0])
+        config = current_config(plain)[0]
+        config["dataset"] = with_added_keys(config["dataset"])  # an older version may have submitted the job
+        return RunConfig.from_plain(config)
     except FileNotFoundError as error:
         raise ConfigError(f"there is no {path}: {remedy}") from error
     except (KeyError, TypeError) as error:

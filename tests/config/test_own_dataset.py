@@ -76,6 +76,8 @@ def test_only_settings_that_choose_images_make_another_set(saved: dict[str, Any]
     assert has_same_keys(one, one | {"root": "/elsewhere"})
     assert not has_same_keys(one, one | {"limit": 5})
     assert not has_same_keys(one, one | {"image_size": 64})
+    assert has_same_keys(one, one | {"extensions": ["png"]})  # the same images, if the fingerprints are equal
+    assert not has_same_paths(one, one | {"extensions": ["png"]})
     assert not set(image_settings(one | dict.fromkeys(READING, 1))) & set(READING)
 
 

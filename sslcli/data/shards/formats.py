@@ -21,9 +21,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sslcli.config.added import OLD_EXTENSIONS
+from sslcli.data.image_formats import listed_extensions
 from sslcli.data.sources.columns import AUTO, LABEL_NAMES, Column, columns_of, image_column, label_column
 from sslcli.data.sources.labels import Value, plain_label
-from sslcli.data.sources.scan import EXTENSIONS
 from sslcli.errors import ConfigError
 
 SHARD_EXTENSIONS = (".tar", ".parquet")
@@ -91,7 +92,9 @@ def _index_tar(file: IO[bytes], shard: Shard, *, image: str, label: str | None) 
     spans, extension = [], image
     for key, sample in _samples(file, shard):
         where = f"{shard.url} ({key})"
-        images = [name for name in sample if image in (AUTO, name) and name.rpartition(".")[2] in EXTENSIONS]
+        images = [name for name in sample if image in (AUTO, name) and is_image_extension(name)]
+        if len(images) > 1:  # a rare format beside a common one, such as a depth map, is not the image
+            images = [name for name in images if name.rpartition(".")[2] in OLD_EXTENSIONS] or images
         extension = images[0] if len(images) == 1 else image_column(_columns(sample, file), image, where=where)
         spans.append(sample[extension])
         labels.append(_label(sample, file, label, where=where))
@@ -126,9 +129,14 @@ def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
         yield previous, sample
 
 
+def is_image_extension(name: str) -> bool:
+    """Return whether the last part of a file extension such as "left.jpg" is that of an image."""
+    return name.rpartition(".")[2] in listed_extensions()
+
+
 def _columns(sample: Sample, file: IO[bytes]) -> dict[str, Column]:
     """Return the files of an image as columns. If no file is a label, add the fields of the JSON file."""
-    columns = {name: Column(image=name.rpartition(".")[2] in EXTENSIONS) for name in sample}
+    columns = {name: Column(image=is_image_extension(name)) for name in sample}
     if "json" in sample and not any(name in sample for name in LABEL_NAMES):
         columns |= {name: Column() for name in _read_json(sample, file) if name not in columns}
     return columns

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 
 from sslcli.data.decode import open_file
 from sslcli.data.decoded_cache import DecodedCache, cache_folder, check_cache_options
+from sslcli.data.image_formats import parse_extensions
 from sslcli.data.sources.base import OpenedImage, Source, check_flag
 from sslcli.data.sources.csv_list import read_csv
 from sslcli.data.sources.file_status import hashes_of, status_of
 from sslcli.data.sources.labels import Labels, as_labels
 from sslcli.data.sources.leaks import check_class_names, check_disjoint, check_shared_files
 from sslcli.data.sources.records import ProgressCallback, Records, digest, label_codes, make_records
-from sslcli.data.sources.scan import Root, check_folder, no_images, parse_roots, scan, scan_classes
+from sslcli.data.sources.scan import FileSearch, Root, check_folder, parse_roots
 
 LABEL_COLUMN = "correct it, or rename the column to use the images without labels"
 
@@ -204,19 +205,28 @@ class Folder(ImageFiles):
             training image of the folder twice. With weight 0.5, an epoch contains half of the training images of the
             folder. The classes of several roots are merged by name.
         test: the folder of the official test split, which contains class folders; None = no test split.
+        extensions: extensions of the files to read, such as ["jpg", "png"]; None = all image files, see `FileSearch`.
         common: the arguments of `ImageFiles`.
 
-    Class folders without images, and images outside of class folders, are ignored with a warning.
+    Class folders without images, images outside of class folders, and other files are ignored with a warning.
 
     Raises ValueError if a root is missing, is not a folder, cannot be read, or has no images in class folders. Raises
     ConfigError if the same image would be in two splits, or if all class folders are named as splits, see `leaks`.
     """
 
-    def __init__(self, *, root: Root, test: str | os.PathLike[str] | None = None, **common: Any) -> None:
+    def __init__(
+        self,
+        *,
+        root: Root,
+        test: str | os.PathLike[str] | None = None,
+        extensions: Sequence[str] | None = None,
+        **common: Any,
+    ) -> None:
         super().__init__(**common)
+        allowed = parse_extensions(extensions)
         roots = parse_roots(root)
         check_disjoint(roots, None if test is None else os.path.expanduser(test))
-        found = [scan_classes(folder) for folder in roots]
+        found = [FileSearch(folder, allowed).classes() for folder in roots]
         for folder, groups in zip(roots, found, strict=True):
             check_class_names(groups, folder)
         classes = sorted(set().union(*found))
@@ -228,7 +238,7 @@ class Folder(ImageFiles):
         if test is not None:
             test = os.path.expanduser(test)
             check_folder(test, key="dataset.test")
-            for name, files in scan_classes(test).items():
+            for name, files in FileSearch(test, allowed).classes().items():
                 if name not in label:
                     raise ValueError(
                         f"{test} has the class folder {name!r}, which {', '.join(roots)} does not have: remove it"
@@ -271,22 +281,20 @@ class Flat(ImageFiles):
     """Unlabeled images at any depth below one or several roots. No images are held out for validation.
 
     Args:
-        root: as for `Folder`.
+        root, extensions: as for `Folder`.
         common: the arguments of `ImageFiles`.
 
     Raises ValueError in the same cases as `Folder`.
     """
 
-    def __init__(self, *, root: Root, **common: Any) -> None:
+    def __init__(self, *, root: Root, extensions: Sequence[str] | None = None, **common: Any) -> None:
         super().__init__(**common)
+        allowed = parse_extensions(extensions)
         roots = parse_roots(root)
         check_disjoint(roots)
         pool = Listing()
         for number, folder in enumerate(roots):
-            files = scan(folder)
-            if not files:
-                raise ValueError(no_images(folder))
-            pool.add(files, label=-1, root=number)
+            pool.add(FileSearch(folder, allowed).files(), label=-1, root=number)
         pool.sort()
         weights = list(roots.values())
         self.fill(pool, Listing(), name=base_name(roots), roots=list(roots), classes=[], weights=weights)

@@ -20,11 +20,12 @@ from PIL import Image
 
 from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import decode, to_rgb
+from sslcli.data.image_formats import parse_extensions
 from sslcli.data.sources.base import DecodedImage
 from sslcli.data.sources.files import Files, Listing, base_name
 from sslcli.data.sources.leaks import check_class_names, check_disjoint
 from sslcli.data.sources.records import ProgressCallback, Records
-from sslcli.data.sources.scan import check_folder, scan_classes
+from sslcli.data.sources.scan import FileSearch, check_folder
 from sslcli.errors import check_keys
 
 INTERPOLATIONS = ("smooth", "nearest")
@@ -130,6 +131,7 @@ class Parallel(Files):
         modalities: mapping from the folder name of each modality to the fields of `Modality`. Channels are stacked in
             this order.
         test: the folder of the official test split, with the same layout as `root`; None = no test split.
+        extensions: extensions of the files to read, as for `Folder`; None = all image files.
         common: the arguments of `Source`. `mean` and `std` have one number per channel of all modalities, in order.
 
     The modalities of an image must have the same aspect ratio. All modalities are resized to the size of the first
@@ -150,8 +152,10 @@ class Parallel(Files):
         root: str | os.PathLike[str],
         modalities: Mapping[str, Mapping[str, Any]],
         test: str | os.PathLike[str] | None = None,
+        extensions: Sequence[str] | None = None,
         **common: Any,
     ) -> None:
+        self.allowed_extensions = parse_extensions(extensions)
         self.modalities = parse(modalities)
         modality_list = list(self.modalities.values())
         ends = list(accumulate(modality.channels for modality in modality_list))
@@ -188,10 +192,10 @@ class Parallel(Files):
                 listing.add([name], label=classes.index(class_name), root=number)
         roots = [root, *([] if test is None else [test])]
         self.fill(pool, test_files, name=base_name([root]), roots=roots, classes=classes)
-        extensions = [found[0][name] for name in pool.names] + [found[-1][name] for name in test_files.names]
-        self.extensions = sorted({extension for row in extensions for extension in row if extension is not None})
+        rows = [found[0][name] for name in pool.names] + [found[-1][name] for name in test_files.names]
+        self.extensions = sorted({extension for row in rows for extension in row if extension is not None})
         number_of = {extension: number for number, extension in enumerate(self.extensions)} | {None: -1}
-        self._extension = np.array([[number_of[extension] for extension in row] for row in extensions], np.int16)
+        self._extension = np.array([[number_of[extension] for extension in row] for row in rows], np.int16)
         self.present = torch.from_numpy(self._extension >= 0)
         self._file_positions = np.argwhere(self._extension >= 0)  # position and modality of each file
 
@@ -206,14 +210,15 @@ class Parallel(Files):
         found: dict[str, list[str | None]] = {}
         for number, name in enumerate(self.modalities):
             check_folder(os.path.join(root, name), key=f"{key}/{name} (a modality)")
-            for files in scan_classes(os.path.join(root, name)).values():
+            for files in FileSearch(os.path.join(root, name), self.allowed_extensions).classes().values():
                 for file in files:
                     stem, extension = os.path.splitext(file)
                     row = found.setdefault(stem, [None] * len(self.modalities))
                     if row[number] is not None:
                         raise ValueError(
                             f"{os.path.join(root, name)} has {stem}{row[number]} and {file}: "
-                            "keep one file per image, because modalities are matched by class and stem"
+                            "keep one file per image, because modalities are matched by class and stem, or set "
+                            "dataset.extensions to the extensions to read"
                         )
                     row[number] = extension
         for number, (name, modality) in enumerate(self.modalities.items()):

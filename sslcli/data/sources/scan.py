@@ -6,11 +6,13 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
+from sslcli.data.image_formats import START_BYTES, describe_left_out, extension_of, is_image_start, listed_extensions
 from sslcli.errors import printable
+from sslcli.system.regular_files import open_regular
 
-EXTENSIONS = frozenset(["jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "pgm", "gif"])
 Root = str | os.PathLike[str] | Sequence[str] | Mapping[str, float]
 
 
@@ -58,10 +60,11 @@ def check_folder(folder: str, *, key: str) -> None:
         raise ValueError(f"{key} is {folder}, which is a file: set {key} to the folder of the images")
 
 
-def no_images(folder: str) -> str:
-    """Return the message for a folder without images."""
-    patterns = ", *.".join(sorted(EXTENSIONS))
-    return f"there are no images in {folder}: it needs files named *.{patterns} (any case), at any depth"
+def no_images(folder: str, extensions: Iterable[str], left_out: Mapping[str, int]) -> str:
+    """Return the message for a folder without images. See `FileSearch` for `extensions` and `left_out`."""
+    patterns = ", *.".join(sorted(extensions))
+    others = f"; the files there are: {printable(describe_left_out(left_out))}" if left_out else ""
+    return f"there are no images in {folder}: it needs files named *.{patterns} (any case), at any depth{others}"
 
 
 def list_entries(folder: str) -> list[os.DirEntry[str]]:
@@ -103,52 +106,144 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def is_image(entry: os.DirEntry[str]) -> bool:
-    """Return whether `entry` has the extension of an image file and is not a folder.
+class FileSearch:
+    """Search for the image files below one root folder. It counts the files that it leaves out.
 
-    A broken link with the extension of an image counts as an image, so that it is later reported as a bad image.
+    A file is an image if its extension is in `listed_extensions`. A file without an extension is an image if its
+    content begins as an image does. Hidden files and folders are ignored.
+
+    Links are followed, with two exceptions. Otherwise, folders that link to each other would multiply the images.
+
+    - A link to a folder inside of `root` is not followed, because the images of that folder are listed under its own
+      path.
+    - A folder outside of `root` is listed only once per class folder, or once below `root` if there are no classes.
+
+    Args:
+        root: the root folder.
+        extensions: the extensions of image files, see `parse_extensions`. None = all image files.
+
+    Attributes:
+        left_out: the number of files that are not listed as images, by extension.
+        links: paths of the links that were not followed, relative to `root`.
     """
-    stem, _, extension = entry.name.rpartition(".")
-    return bool(stem) and extension.lower() in EXTENSIONS and not is_folder(entry)
+
+    def __init__(self, root: str, extensions: frozenset[str] | None = None) -> None:
+        self.root, self.real_root = root, os.path.realpath(root)
+        self.checks_content = extensions is None
+        self.extensions = listed_extensions() if extensions is None else extensions
+        self.left_out: Counter[str] = Counter()
+        self.links: list[str] = []
+
+    def classes(self) -> dict[str, list[str]]:
+        """Return the files of each class folder of `root`, as paths relative to `root`. Warn about what is left out.
+
+        Raises ValueError if there are no class folders with images.
+        """
+        found = list_entries(self.root)
+        groups: dict[str, list[str]] = {}
+        for entry in filter(is_folder, found):
+            if self.is_duplicate(entry):
+                self.links.append(entry.name)
+            else:
+                groups[entry.name] = self.files_below(entry.path, f"{entry.name}/")
+        loose = sum(map(self.is_image, found))
+        if loose and not groups:
+            raise ValueError(
+                f"{self.root} has {loose} images but no class folders: use dataset=flat for unlabeled images"
+            )
+        if not any(groups.values()):
+            raise ValueError(no_images(self.root, self.extensions, self.left_out))
+        empty = [name for name, files in groups.items() if not files]
+        if empty:
+            warnings.warn(
+                f"these class folders of {self.root} have no images and are skipped: {printable(', '.join(empty))}",
+                stacklevel=2,
+            )
+        if loose:
+            warnings.warn(f"{loose} images outside of the class folders of {self.root} are ignored", stacklevel=2)
+        self.warn()
+        return {name: files for name, files in groups.items() if files}
+
+    def files(self) -> list[str]:
+        """Return all images below `root`, as paths relative to `root`. Warn about what is left out.
+
+        Raises ValueError if there are no images.
+        """
+        files = self.files_below(self.root)
+        if not files:
+            raise ValueError(no_images(self.root, self.extensions, self.left_out))
+        self.warn()
+        return files
+
+    def files_below(self, folder: str, prefix: str = "") -> list[str]:
+        """Return the paths of the images at any depth below `folder`. A path is `prefix` plus the relative path."""
+        # A link to a parent of `root` must not lead to `root` again.
+        listed = {folder_identity(self.root)} if folder != self.root else set()
+        files: list[str] = []
+        self._add_files(folder, prefix, files, listed)
+        return files
+
+    def _add_files(self, folder: str, prefix: str, files: list[str], listed: set[tuple[int, int]]) -> None:
+        """Append the images below `folder` to `files`. `listed` contains the identities of listed folders."""
+        current = folder_identity(folder)
+        if current in listed:
+            self.links.append(prefix.rstrip("/"))
+            return
+        listed.add(current)
+        for entry in list_entries(folder):
+            if self.is_image(entry):
+                files.append(prefix + entry.name)
+            elif is_folder(entry):
+                if self.is_duplicate(entry):
+                    self.links.append(prefix + entry.name)
+                else:
+                    self._add_files(entry.path, f"{prefix}{entry.name}/", files, listed)
+
+    def is_image(self, entry: os.DirEntry[str]) -> bool:
+        """Return whether `entry` is an image file. If it is another file, count it in `left_out`.
+
+        A broken link with the extension of an image counts as an image, so that it is later reported as a bad image.
+        """
+        if is_folder(entry):
+            return False
+        extension = extension_of(entry.name)
+        if not extension and self.checks_content:
+            is_image = has_image_content(entry.path)
+        else:
+            is_image = extension in self.extensions
+        if not is_image:
+            self.left_out[extension] += 1
+        return is_image
+
+    def is_duplicate(self, entry: os.DirEntry[str]) -> bool:
+        """Return whether `entry` is a link to a folder that is listed under its own path below `root`."""
+        if not entry.is_symlink():
+            return False
+        relative = os.path.relpath(os.path.realpath(entry.path), self.real_root)
+        parts = [] if relative == os.curdir else relative.split(os.sep)
+        return not any(part.startswith(".") for part in parts)  # a part is ".." outside of `root`
+
+    def warn(self) -> None:
+        """Warn about files that are left out and about links that are not followed."""
+        if self.left_out:
+            warnings.warn(
+                f"files in {self.root} that are left out, because they are not images or dataset.extensions excludes "
+                f"them: {printable(describe_left_out(self.left_out))}",
+                stacklevel=3,
+            )
+        if self.links:
+            shown = ", ".join(self.links[:3]) + (f", ... ({len(self.links)} links)" if len(self.links) > 3 else "")
+            warnings.warn(
+                f"links in {self.root} that are not followed, because the images there are listed already: "
+                f"{printable(shown)}",
+                stacklevel=3,
+            )
 
 
-def scan(folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> list[str]:
-    """Return the paths of the images at any depth below `folder`.
-
-    A path is `prefix` plus the path relative to `folder`.
-
-    Links are followed, unless a link leads back to a parent folder. `above` contains the identities of the parent
-    folders.
-    """
-    current = folder_identity(folder)
-    if current in above:
-        return []
-    files: list[str] = []
-    for entry in list_entries(folder):
-        if is_image(entry):
-            files.append(prefix + entry.name)
-        elif is_folder(entry):
-            files += scan(entry.path, f"{prefix}{entry.name}/", (*above, current))
-    return files
-
-
-def scan_classes(root: str) -> dict[str, list[str]]:
-    """Return the files of each class folder of `root`, as paths relative to `root`.
-
-    Raises ValueError if there are no class folders with images.
-    """
-    found = list_entries(root)
-    groups = {e.name: scan(e.path, f"{e.name}/") for e in found if is_folder(e)}
-    loose = sum(map(is_image, found))
-    if loose and not groups:
-        raise ValueError(f"{root} has {loose} images but no class folders: use dataset=flat for unlabeled images")
-    if not any(groups.values()):
-        raise ValueError(no_images(root))
-    empty = [name for name, files in groups.items() if not files]
-    if empty:
-        warnings.warn(
-            f"these class folders of {root} have no images and are skipped: {printable(', '.join(empty))}", stacklevel=2
-        )
-    if loose:
-        warnings.warn(f"{loose} images outside of the class folders of {root} are ignored", stacklevel=2)
-    return {name: files for name, files in groups.items() if files}
+def has_image_content(path: str) -> bool:
+    """Return whether a regular file begins as an image does. Return False if the file cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return is_image_start(file.read(START_BYTES))
+    except OSError:
+        return False

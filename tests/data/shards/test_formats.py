@@ -62,6 +62,13 @@ def test_several_images_of_one_name_are_chosen_from(tmp_path: Path) -> None:
     ]
 
 
+def test_a_rare_format_is_the_image_only_if_there_is_no_common_one(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar", a__jfif=png(1), b__pfm=png(2), b__png=png(3), b__cls=b"4")
+    found, content = index(path, tmp_path / "cache"), path.read_bytes()
+    images = [content[start : start + size] for start, size in zip(found.starts, found.sizes, strict=True)]
+    assert images == [png(1), png(3)]
+
+
 def test_folders_endings_and_names_that_come_again_make_images_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:

@@ -21,17 +21,73 @@ def class_folders(root: Path, classes=("cat", "dog"), each: int = 3) -> Path:
     return root
 
 
+def names(source: Flat | Folder) -> list[str]:
+    return [source.relative(i) for i in range(len(source))]
+
+
 def test_extensions_count_in_any_case_and_hidden_or_other_files_do_not(tmp_path):
-    for name in ("a.JPG", "b.jpeg", "c.Png", "d.bmp", "e.webp", "f.tif", "g.tiff", "h.ppm", "i.pgm", "j.gif"):
+    listed = ("a.JPG", "b.jpeg", "c.Png", "d.bmp", "e.webp", "f.tif", "g.tiff", "h.ppm", "i.pgm", "j.gif", "k.jfif")
+    for name in (*listed, "l.jpe", "m.AVIF", "n.jp2", "o.psd", "p.tga", "q.fits"):
         (tmp_path / "deep" / "er").mkdir(parents=True, exist_ok=True)
         (tmp_path / "deep" / "er" / name).touch()
-    for name in (".hidden.jpg", "notes.txt", "jpg", "a.jpg.part"):
+    for name in (".hidden.jpg", "notes.txt", "more.TXT", "jpg", "a.jpg.part"):
         (tmp_path / name).touch()
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "x.jpg").touch()
     (tmp_path / "folder.jpg").mkdir()
-    source = Flat(root=str(tmp_path), image_size=8)
-    assert [Path(source.path(i)).name[0] for i in range(len(source))] == list("abcdefghij")
+    with pytest.warns(UserWarning, match="left out.*: 2 .txt, 1 without an extension, 1 .part$"):
+        source = Flat(root=str(tmp_path), image_size=8)
+    assert [Path(name).name[0] for name in names(source)] == list("abcdefghijklmnopq")
+
+
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "DDS", "AVIF"])
+def test_content_decides_for_files_without_an_extension(tmp_path, format_name):
+    Image.new("RGB", (16, 16), (200, 40, 40)).save(tmp_path / "0001", format_name)
+    (tmp_path / "README").write_text("RIFF of a guitar")
+    (tmp_path / "Makefile").touch()
+    with pytest.warns(UserWarning, match="2 without an extension"):
+        source = Flat(root=str(tmp_path), image_size=8)
+    assert names(source) == ["0001"]
+    assert source.read(0).size == (16, 16)
+
+
+def test_a_fifo_without_an_extension_is_left_out_without_waiting(tmp_path):
+    save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "broken").symlink_to("nowhere")
+    with pytest.warns(UserWarning, match="2 without an extension"):
+        assert names(Flat(root=str(tmp_path), image_size=8)) == ["a.png"]
+
+
+@pytest.mark.parametrize("extensions", [["png"], [".PNG"], ("png", "xyz")])
+def test_the_extensions_of_the_configuration_replace_those_of_images(tmp_path, extensions):
+    class_folders(tmp_path / "set")
+    save(tmp_path / "set" / "cat" / "x.jpg")
+    (tmp_path / "set" / "cat" / "000.png").rename(tmp_path / "set" / "cat" / "y")
+    for kind in (Flat, Folder):
+        with pytest.warns(UserWarning, match="files in .* left out.*: 1 without an extension, 1 .jpg"):
+            source = kind(root=str(tmp_path / "set"), extensions=extensions, image_size=8)
+        assert len(source) == 5
+
+
+@pytest.mark.parametrize("extensions", ["png", [], ["a/b"], [""], {"png": 1}, 5])
+def test_wrong_extensions_are_named_with_a_remedy(tmp_path, extensions):
+    save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"dataset\.extensions is .*\[jpg, png\]"):
+        Flat(root=str(tmp_path), extensions=extensions, image_size=8)
+
+
+def test_extensions_that_no_file_has_are_named_with_the_files_there(tmp_path):
+    save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"no images in .*named \*\.jpg \(any case\).*the files there are: 1 \.png"):
+        Flat(root=str(tmp_path), extensions=["jpg"], image_size=8)
+
+
+def test_names_of_left_out_files_are_printed_escaped(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "a.\x1b[31m").touch()
+    with pytest.warns(UserWarning, match=r"files in .* left out.*: 1 \.\\x1b\[31m"):
+        Flat(root=str(tmp_path), image_size=8)
 
 
 def test_links_are_followed_and_loops_end(tmp_path):
@@ -40,8 +96,59 @@ def test_links_are_followed_and_loops_end(tmp_path):
     (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set" / "loop").symlink_to(tmp_path / "set")
     (tmp_path / "set" / "self").symlink_to(tmp_path / "set" / "self")
-    source = Flat(root=str(tmp_path / "set"), image_size=8)
-    assert [source.relative(i) for i in range(len(source))] == ["a.png", "link/b.png"]
+    with pytest.warns(UserWarning, match="links in .* that are not followed.*: loop"):
+        source = Flat(root=str(tmp_path / "set"), image_size=8)
+    assert names(source) == ["a.png", "link/b.png"]
+
+
+@pytest.mark.parametrize("kind", [Folder, Flat])
+def test_folders_that_link_to_each_other_count_their_images_once(tmp_path, kind):
+    for folder in "abcdefgh":
+        save(tmp_path / folder / "x.png")
+        for other in "abcdefgh":
+            if other != folder:
+                (tmp_path / folder / f"to_{other}").symlink_to(tmp_path / other)
+    with pytest.warns(UserWarning, match=r"links in .* not followed.*: a/to_b, a/to_c, a/to_d, \.\.\. \(56 links\)$"):
+        source = kind(root=str(tmp_path), image_size=8, val_fraction=0)
+    assert names(source) == [f"{folder}/x.png" for folder in "abcdefgh"]
+
+
+def test_outside_folders_that_link_to_each_other_count_once_per_class(tmp_path):
+    for folder, other in ("pq", "qp"):
+        save(tmp_path / "pool" / folder / "x.png")
+        (tmp_path / "pool" / folder / "other").symlink_to(tmp_path / "pool" / other)
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for folder in "pq":
+            (tmp_path / "set" / name / folder).symlink_to(tmp_path / "pool" / folder)
+    with pytest.warns(UserWarning, match="links in .* not followed"):
+        source = Folder(root=str(tmp_path / "set"), image_size=8, val_fraction=0)
+    assert names(source) == [f"{name}/p/{file}" for name in ("cat", "dog") for file in ("other/x.png", "x.png")]
+    with pytest.warns(UserWarning, match="links in .* not followed"):
+        assert names(Flat(root=str(tmp_path / "set"), image_size=8)) == ["cat/p/other/x.png", "cat/p/x.png"]
+
+
+def test_a_class_folder_that_is_a_link_is_a_class_unless_its_images_are_listed_already(tmp_path):
+    class_folders(tmp_path / "set")
+    class_folders(tmp_path / "set" / ".hidden", classes=["bird"])
+    class_folders(tmp_path / "pool", classes=["fox"])
+    (tmp_path / "set" / "bird").symlink_to(".hidden/bird")
+    (tmp_path / "set" / "fox").symlink_to(tmp_path / "pool" / "fox")
+    (tmp_path / "set" / "hound").symlink_to("dog")
+    with pytest.warns(UserWarning, match="links in .* that are not followed.*: hound"):
+        source = Folder(root=str(tmp_path / "set"), image_size=8)
+    assert source.classes == ["bird", "cat", "dog", "fox"]
+
+
+def test_a_link_to_a_parent_does_not_list_the_root_again(tmp_path):
+    class_folders(tmp_path / "set")
+    save(tmp_path / "x.png")
+    (tmp_path / "set" / "up").symlink_to(tmp_path)
+    with pytest.warns(UserWarning, match="links in .* that are not followed.*: up/set"):
+        source = Folder(root=str(tmp_path / "set"), image_size=8)
+    assert [name for name in names(source) if name.startswith("up")] == ["up/x.png"]
+    with pytest.warns(UserWarning, match="links in .* that are not followed.*: up/set"):
+        assert len(Flat(root=str(tmp_path / "set"), image_size=8)) == 7
 
 
 @pytest.mark.parametrize("kind", [Folder, Flat])

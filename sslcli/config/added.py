@@ -1,0 +1,73 @@
+"""Keys of datasets that were added after version 0.2, and the values that describe what older versions did.
+
+The `config.yaml` of a run that an older version started lacks these keys. The run must still read the same images.
+Therefore, missing keys get the old values of this module, and not the defaults of the yaml files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+
+class Added(NamedTuple):
+    """A key that was added to the yaml files of datasets."""
+
+    old: Any  # the value that describes what older versions did
+    default: Any  # the value in the yaml files
+
+
+# Extensions of the image files that version 0.2 listed.
+OLD_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
+KEYS = {
+    "extensions": Added(list(OLD_EXTENSIONS), None),
+}
+_FILES = "sslcli.data.sources.files"
+# Keys that each built-in class accepts. A class of a plug-in accepts the keys in its yaml file.
+CLASSES = {
+    f"{_FILES}.Folder": ("extensions",),
+    f"{_FILES}.Flat": ("extensions",),
+    f"{_FILES}.ImageNet": ("extensions",),
+    "sslcli.data.sources.parallel.Parallel": ("extensions",),
+}
+
+
+def with_added_keys(stored: Any, now: Any = None) -> Any:
+    """Return the stored node `dataset` of a run, in which missing keys have their old values.
+
+    Args:
+        stored: the node in the `config.yaml` or in a checkpoint of the run. If it is not a mapping, it is returned.
+        now: the node on the command line, to add only keys that it has; None = add all keys that the class accepts. The
+            keys of a class of a plug-in are unknown without `now`.
+    """
+    if not isinstance(stored, dict):
+        return stored
+    known = accepted_keys(stored) if not isinstance(now, dict) else now.keys()
+    return {key: added.old for key, added in KEYS.items() if key in known} | stored
+
+
+def resumed_dataset(dataset: dict[str, Any], stored: Any, set_keys: Collection[str]) -> dict[str, Any]:
+    """Return the node `dataset` with which an existing run resumes.
+
+    A key that has the default of the yaml files gets its old value if the run lacks the key or has the old value. After
+    an old run has resumed once, it has the old value. Keys that the command line sets are not changed.
+
+    Args:
+        dataset: the composed node.
+        stored: the node in the `config.yaml` of the run.
+        set_keys: the dotted keys that the command line sets, such as `dataset.extensions`.
+    """
+    if not isinstance(stored, dict):
+        return dataset
+    found = dict(dataset)
+    for key in sorted(accepted_keys(dataset)):
+        old, default = KEYS[key]
+        is_default = found.get(key, default) == default and f"dataset.{key}" not in set_keys
+        if is_default and stored.get(key, old) == old:
+            found[key] = old
+    return found
+
+
+def accepted_keys(dataset: Mapping[str, Any]) -> set[str]:
+    """Return the keys in `KEYS` that the class of a node accepts."""
+    return {*CLASSES.get(str(dataset.get("_target_")), ()), *(KEYS.keys() & dataset.keys())}

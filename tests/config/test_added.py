@@ -1,0 +1,130 @@
+"""Keys that were added to datasets: runs of older versions keep the values that describe what they did."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from command_line import Cli
+from small_runs import make_folder
+from sslcli.config.added import CLASSES, KEYS, OLD_EXTENSIONS, resumed_dataset, with_added_keys
+from sslcli.config.signatures import parameters_of
+
+FOLDER = "sslcli.data.sources.files.Folder"
+CONF = Path(__file__).parents[2] / "conf" / "dataset"
+LINE = [
+    "dataset.root=images",
+    "dataset.image_size=16",
+    "dataset.workers=0",
+    "backbone.width=4",
+    "train.batch_size=16",
+    "train.save_every_steps=1",
+    "monitor.knn_every_epochs=0",
+    "monitor.pictures=0",
+    "launcher.threads=1",
+    "run_dir=run",
+]
+MINE = "from sslcli.data.sources.files import Folder\nclass Mine(Folder): ...\n"
+
+
+def stored(run_dir: Path) -> dict[str, Any]:
+    found = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    assert isinstance(found, dict)
+    return found["dataset"]  # type: ignore[no-any-return]
+
+
+def test_every_class_accepts_its_keys_and_has_their_defaults_in_its_yaml_file() -> None:
+    files = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in CONF.glob("*.yaml")]
+    for target, keys in CLASSES.items():
+        module, _, name = target.rpartition(".")
+        assert hasattr(importlib.import_module(module), name)
+        (node,) = [node for node in files if node.get("_target_") == target]
+        for key in keys:
+            assert key in (parameters_of(target) or {}), (target, key)
+            assert node[key] == KEYS[key].default, (target, key)
+    assert {key for keys in CLASSES.values() for key in keys} == set(KEYS)
+
+
+def test_missing_keys_get_their_old_values_and_present_keys_are_kept() -> None:
+    assert with_added_keys({"_target_": FOLDER})["extensions"] == list(OLD_EXTENSIONS)
+    for value in (None, ["png"]):
+        assert with_added_keys({"_target_": FOLDER, "extensions": value})["extensions"] == value
+    assert with_added_keys({"_target_": "mine.Other"}) == {"_target_": "mine.Other"}
+    assert with_added_keys({"_target_": "mine.Other"}, {"extensions": None})["extensions"] == list(OLD_EXTENSIONS)
+    assert with_added_keys({"_target_": FOLDER}, {"_target_": FOLDER}) == {"_target_": FOLDER}
+    assert with_added_keys(None) is None
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "set_keys", "expected"),
+    [
+        ({"extensions": None}, {}, (), list(OLD_EXTENSIONS)),
+        ({}, {}, (), list(OLD_EXTENSIONS)),  # a yaml file of the user that lacks the key
+        ({"extensions": ["png"]}, {}, (), ["png"]),
+        ({"extensions": None}, {}, ("dataset.extensions",), None),
+        ({"extensions": None}, {"extensions": None}, (), None),
+        ({"extensions": None}, {"extensions": list(OLD_EXTENSIONS)}, (), list(OLD_EXTENSIONS)),  # resumed once
+        ({"extensions": None}, {"extensions": ["png"]}, (), None),
+    ],
+)
+def test_a_run_that_lacks_a_key_resumes_with_its_old_value(
+    now: dict[str, Any], before: dict[str, Any], set_keys: tuple[str, ...], expected: Any
+) -> None:
+    target = {"_target_": FOLDER, "root": "x"}
+    found = resumed_dataset(target | now, target | before, set_keys)
+    assert found == target | {"extensions": expected}
+    assert resumed_dataset(target | now, None, set_keys) == target | now
+
+
+@pytest.fixture
+def line(cli: Cli, tmp_path: Path) -> Callable[[str], list[str]]:
+    """Return the command line of a dataset. `old` is `folder`, and `old_mine` is `mine`, as version 0.2 had them."""
+    make_folder(tmp_path / "images", broken=0)
+    (tmp_path / "mine.py").write_text(MINE)
+    folder = tmp_path / "conf/dataset"
+    folder.mkdir(parents=True)
+    node = yaml.safe_load((CONF / "folder.yaml").read_text(encoding="utf-8"))
+    del node["extensions"]
+    (folder / "old.yaml").write_text(yaml.safe_dump(node))
+    (folder / "old_mine.yaml").write_text(yaml.safe_dump(node | {"_target_": "mine.Mine"}))
+    (folder / "mine.yaml").write_text("defaults: [folder]\n_target_: mine.Mine\n")
+    return lambda dataset: ["--config-dir", "conf", f"dataset={dataset}", "trust=[mine]", *LINE]
+
+
+@pytest.mark.parametrize(("old", "new"), [("old", "folder"), ("old_mine", "mine")])
+def test_an_old_run_resumes_with_the_images_it_had(
+    cli: Cli, line: Callable[[str], list[str]], tmp_path: Path, old: str, new: str
+) -> None:
+    code, _, err = cli("ssl-train", *line(old), "train.max_steps=2")
+    assert code == 0, err
+    assert "extensions" not in stored(tmp_path / "run")
+    shutil.copy("images/a/000.png", "images/a/000.avif")  # files that version 0.2 ignored
+    shutil.copy("images/a/000.png", "images/a/IMG_1")
+    code, _, err = cli("ssl-train", *line(new), "dataset.extensions=null", "train.max_steps=3")
+    assert code == 2
+    assert "dataset.extensions: ['bmp', 'gif'" in err
+    code, out, err = cli("ssl-train", *line(new), "train.max_steps=3")
+    assert code == 0, err
+    assert "continuing from step 2" in out
+    assert stored(tmp_path / "run")["extensions"] == list(OLD_EXTENSIONS)
+    code, out, err = cli("ssl-train", *line(new), "train.max_steps=3")
+    assert "finished already" in out, err
+
+
+def test_an_old_run_is_evaluated_on_the_images_it_had(cli: Cli, line: Callable[[str], list[str]]) -> None:
+    code, _, err = cli("ssl-train", *line("old"), "train.max_steps=1")
+    assert code == 0, err
+    shutil.copy("images/a/000.png", "images/a/000.avif")
+    knn = ["run=run", "protocol=knn", "baselines=false", "device=cpu"]
+    code, _, err = cli("ssl-eval", *knn)
+    assert code == 0, err
+    assert [path.name for path in Path("run/eval").glob("knn*.json")] == ["knn.json"]  # the name for the run's images
+    code, _, err = cli("ssl-eval", *knn, "dataset.extensions=null")
+    assert code == 0, err
+    assert len(list(Path("run/eval").glob("knn*.json"))) == 2
