@@ -34,7 +34,7 @@ class ProcessLost(TrainingFailed):
 
 
 class NotFinite(ValueError):
-    """Features are NaN or infinite, so metrics computed from these features are meaningless."""
+    """Raised for features that are NaN or infinite. Metrics of such features have no meaning."""
 
 
 class Stopped(Exception):
@@ -75,8 +75,8 @@ def printable(text: object, *, keep: str = "") -> str:
     """Return a value as text that is safe to print and to encode as UTF-8.
 
     Control characters become escapes: ESC becomes `\\x1b`. Without the escapes, a terminal would execute the commands
-    that a file name contains. Python decodes each byte of a file name that is not UTF-8 to a surrogate. The surrogate
-    of the byte FF becomes `\\xff`.
+    that a file name contains. Python decodes each byte of a file name that is not UTF-8 to a surrogate. Such a
+    surrogate also becomes an escape: the byte FF becomes `\\xff`.
 
     Args:
         text: the value.
@@ -115,7 +115,7 @@ def disk_failure(error: OSError, path: object, key: str) -> tuple[str, int] | No
 
 
 def is_disk_failure(error: OSError) -> bool:
-    """Return True if a write failed because the disk is full or broken, so that another setting is no remedy."""
+    """Return True if a write failed because the disk is full or broken. Other settings do not help in this case."""
     return error.errno in DISK_ERRORS and error.errno not in PERMISSION_ERRORS
 
 

@@ -1,8 +1,8 @@
 """Composition of validated configurations from a command line.
 
-Hydra stops at the first error without a suggestion, accepts any key after a plus sign, and does not check ranges. This
-module validates all of this. It composes and validates every job of a command before any job runs and before torch is
-imported.
+Hydra reports errors without a suggestion, accepts any key after a plus sign, and does not check ranges. This module
+therefore validates keys and values itself. It composes and validates every job of a command before any job runs and
+before torch is imported.
 """
 
 from __future__ import annotations
@@ -185,14 +185,14 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
 def _changes_of_dataset(engine: Hydra, command: str, config_name: str, overrides: list[Override]) -> list[Override]:
     """Return the overrides `dataset.KEY=value`, or [] if the command line chooses a dataset.
 
-    These overrides are later applied to the run's configuration, since Hydra composes no dataset if none is chosen.
+    If the command line chooses no dataset, Hydra composes none. The overrides are later applied to the run's dataset.
     """
     changes = [each for each in overrides if command == "eval" and is_change(each)]
     if not changes or any(hydra_errors.group_of(each) == "dataset" for each in overrides):
         return []
     if any(hydra_errors.group_of(each) == "weights" for each in overrides):
         raise ConfigError(
-            f"{hydra_errors.group_of(changes[0])} is set, but weights=FILE has no data set to change: choose one with "
+            f"{hydra_errors.group_of(changes[0])} is set, but weights=FILE has no dataset to change: choose one with "
             "dataset=..."
         )
     others = [each.input_line or "" for each in overrides if each not in changes]

@@ -24,8 +24,8 @@ EXAMPLES = {
   ssl-train dataset=cifar10 dry_run=true                build everything and run two steps, without training
   ssl-train --multirun method=moco,simclr seed=0,1      every combination, each in a separate process""",
     "eval": """\
-  ssl-eval run=runs/mine                                linear probe, on the data set of the run
-  ssl-eval run=runs/mine protocol=knn dataset=cifar10   another protocol, another data set
+  ssl-eval run=runs/mine                                linear probe, on the dataset of the run
+  ssl-eval run=runs/mine protocol=knn dataset=cifar10   another protocol, another dataset
   ssl-eval run=runs/sweep                               a table of all runs in a folder
   ssl-eval weights=net.pt backbone=resnet18 dataset=cifar10""",
     "export": """\

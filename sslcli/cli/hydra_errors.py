@@ -95,7 +95,7 @@ def group_of(override: Override) -> str:
 def check_choices(command: str, overrides: list[Override], engine: Hydra) -> None:
     """Raise ConfigError if an override names a group of another command, or names a group without a choice.
 
-    Hydra reports these two errors unclearly or with a traceback.
+    Hydra reports both errors with an unclear message or a traceback.
     """
     own, others = schema.GROUPS[command], {group for groups in schema.GROUPS.values() for group in groups}
     for override in overrides:
@@ -128,7 +128,7 @@ def check_overrides(command: str, overrides: list[Override], base: DictConfig) -
 def check_deletions(overrides: list[Override], config: DictConfig) -> None:
     """Raise ConfigError if an override deletes a hyperparameter.
 
-    The default of the constructor would then apply, and this default is in no yaml file.
+    Without the hyperparameter, the constructor would use its default, which no yaml file shows.
     """
     for override in overrides:
         where, _, name = group_of(override).rpartition(".")

@@ -1,7 +1,8 @@
 """Validation of the `hydra` node of a configuration. The node may name only trusted code.
 
 Hydra instantiates the classes that `hydra.callbacks` names. Optuna's sweeper instantiates the class of its `sampler`,
-and Python's logging instantiates the configured handlers. The other checks of `_target_` do not cover these classes.
+and Python's logging instantiates the configured handlers. The checks of `_target_` in other groups do not cover these
+classes.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from sslcli.system.child_processes import safe_children
 
 
 class SweepStopped(Exception):
-    """Raised by the launcher to end a sweeper. Otherwise, the sweeper would sample further jobs."""
+    """Raised by the launcher to end a sweeper, so that it does not sample further jobs."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Type checks of yaml values against annotations, and descriptions of annotations. The annotations are text."""
+"""Type checks of yaml values against annotations, and descriptions of annotations. Annotations are given as text."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _fits(value: Any, node: ast.expr) -> bool | None:
     found = [_fits_one(value, option) for option in _options(node)]
     if True in found:
         return True
-    if False in found:  # unknown annotations are classes; only a mapping can describe an instance
+    if False in found:  # unknown annotations are classes; in yaml, only a mapping can describe an instance
         return None if None in found and isinstance(value, dict) else False
     return None
 

@@ -15,8 +15,8 @@ from sslcli.config.settings import NEUTRAL
 def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: Collection[str] = NEUTRAL) -> dict[str, Any]:
     """Return the values of a configuration as dotted key -> value.
 
-    The keys in `leave_out` and all keys below these are omitted. By default, the result contains only values that
-    affect the results of a run.
+    The keys in `leave_out` and all keys inside these sections are omitted. By default, the result contains only values
+    that affect the results of a run.
     """
     found: dict[str, Any] = {}
     for key, value in config.items():

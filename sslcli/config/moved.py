@@ -160,7 +160,10 @@ def forced_override(line: str) -> str:
 
 
 def old_override(line: str) -> str:
-    """Return an override with the names of version 0.1. The default run directory is named after these."""
+    """Return an override with the names of version 0.1.
+
+    The digest in default run directories is computed from these names.
+    """
     prefix, key, rest = _parts(line)
     key = next((old for old, new in KEYS.items() if new == key), key)
     choices = {new: old for old, new in CHOICES.get(key.split("@")[0], {}).items()}
@@ -189,7 +192,8 @@ def current_config(config: dict[str, Any], *, overridden: Iterable[str] = ()) ->
         if not isinstance(node, dict) or name not in node:
             continue
         value, name = node.pop(name), new.partition(".")[2]
-        # Both keys are set if a file has the old name. The old value is used if the new key has its default value.
+        # If a yaml file has the old name, the configuration has both keys. The old value is used if the new key has its
+        # default.
         if new not in overridden and node.get(name, DEFAULTS[new]) == DEFAULTS[new]:
             node[name] = value
         notes.append(f"{old} is now {new}")

@@ -17,7 +17,7 @@ from sslcli.errors import ConfigError
 
 PREFIX = "dataset."
 FINGERPRINT = "image fingerprint"  # a key in the section `effective` of a run's configuration
-# Keys that affect how images are read, but not which images a dataset contains.
+# Keys that affect how the images of a dataset are read, but not which images the dataset contains.
 READING = (
     "workers",
     "max_bad",

@@ -32,8 +32,7 @@ class RunConfig(RunSettings):
     Attributes:
         values: all settings as plain values, for `config.yaml`, checkpoints and comparisons.
         choices: the name of the chosen yaml file of each group.
-        digest: digest of the overrides that affect the results. The name of the default run directory contains the
-            digest.
+        digest: digest of the overrides that affect the results. The name of the default run directory contains it.
         overrides: overrides of the command line.
     """
 

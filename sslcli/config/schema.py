@@ -1,4 +1,4 @@
-"""Validation of composed configurations: unknown keys, types, ranges and missing values. Hydra does not check these."""
+"""Validation of composed configurations, which Hydra does not do: unknown keys, types, ranges and missing values."""
 
 from __future__ import annotations
 

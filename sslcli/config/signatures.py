@@ -37,7 +37,7 @@ class Parameter:
 def parameters_of(target: str) -> Parameters | None:
     """Return the keywords of the class or function with this dotted name.
 
-    Returns None if its source text does not declare all keywords.
+    Returns None if the keywords cannot all be determined from the source text.
     """
     module, _, name = target.rpartition(".")
     return _find(module, name, DEPTH)

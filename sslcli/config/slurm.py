@@ -101,7 +101,7 @@ def time_limit(name: str, value: str | int | None) -> int | None:
     """Return a time limit in seconds, or None for no limit.
 
     The accepted formats are `90m`, `1.5h`, and Slurm's D-HH:MM:SS, HH:MM:SS and MM:SS. A number without a unit is
-    rejected, since Slurm reads it as minutes, but train.max_time reads it as seconds.
+    rejected, because its meaning is unclear: Slurm reads it as minutes, and train.max_time reads it as seconds.
     """
     if value is None:
         return None

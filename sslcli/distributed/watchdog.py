@@ -146,7 +146,7 @@ def watch_image_waits(limit: float, end: Callable[[str], None], closing: threadi
         if still >= limit + SLACK and not closing.is_set():
             end(
                 f"{_own.place} did not arrive within {limit:g} s (launcher.timeout). The usual cause is a network file "
-                "system that does not answer, or code of a data set that blocks; the steps since the last checkpoint "
+                "system that does not answer, or code of a dataset that blocks; the steps since the last checkpoint "
                 "are lost. Run the same command again to resume, with a larger launcher.timeout if the images were "
                 "only slow"
             )

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # the import takes seconds and is only needed for sharded run
 
 
 class RefusedCheckpoint(ConfigError):
-    """Raised for an intact checkpoint that the run must not load. No older checkpoint is loaded in its place."""
+    """Raised for an undamaged checkpoint that the run must not load. No older checkpoint is loaded in its place."""
 
 
 def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
@@ -147,7 +147,7 @@ def make_room(parent: Path) -> None:
 
 def publish(temporary: Path, path: Path) -> None:
     """Rename a complete checkpoint to its final name, and update the link `last`."""
-    if path.is_dir():  # this old checkpoint is unreadable; otherwise the run would not repeat the step
+    if path.is_dir():  # an old, unreadable checkpoint of the same step; the run repeats only steps after its checkpoint
         discard(path)
     os.replace(temporary, path)
     with beside(path.parent / "last") as link:
@@ -167,10 +167,11 @@ def write_failure(path: Path, error: Exception) -> TrainingFailed:
 
 
 def prune(newest: Path, *, keep: int) -> None:
-    """Delete all checkpoints except `newest` and the `keep` - 1 before it. Delete checksums without a checkpoint.
+    """Delete all checkpoints except `newest` and the `keep` - 1 checkpoints before it, and checksums without a
+    checkpoint.
 
     Checkpoints after `newest` exist only if they were unreadable and the run resumed from an earlier checkpoint. They
-    are deleted because otherwise they would always count as the newest.
+    are deleted, because they would otherwise count as the newest checkpoints.
     """
     paths = all_of(newest.parent.parent)
     before = [path for path in paths if step_of(path) < step_of(newest)]
@@ -194,10 +195,19 @@ def load_newest(
 ) -> dict[str, Any] | None:
     """Load the newest usable checkpoint. Return None if there are no checkpoints.
 
-    Truncated, altered or unreadable checkpoints are skipped with a warning. The function `like` selects the tensors to
-    shard, see `sharded_checkpoint.Placement`. `check(path, state)` raises ConfigError if the checkpoint is damaged, and
-    RefusedCheckpoint if the run must not load it. Raises ConfigError if there are checkpoints but all are damaged, or
-    if a newer version of sslcli wrote the newest readable checkpoint.
+    Damaged checkpoints are skipped with a warning.
+
+    Args:
+        run_dir: the run directory.
+        device: device of the loaded tensors.
+        warn: function that prints a warning.
+        like: function that selects the tensors to shard, see `sharded_checkpoint.Placement`.
+        check: function of the path and the content of a checkpoint. It raises RefusedCheckpoint if the run must not
+            load the checkpoint, and another ConfigError if the checkpoint is damaged.
+
+    Raises:
+        RefusedCheckpoint: a newer version of sslcli wrote the newest undamaged checkpoint, or `check` refuses it.
+        ConfigError: there are checkpoints, but all of them are damaged.
     """
     paths = all_of(run_dir)
     for path in reversed(paths):
@@ -221,7 +231,7 @@ def load_newest(
 def load(path: Path, *, device: torch.device, like: Placement | None = None, weights: bool = False) -> dict[str, Any]:
     """Load one checkpoint without executing code from the file. Raises ConfigError if the checkpoint is invalid.
 
-    If `weights` is True, only the weights are needed, and the tensors of the optimizer may be skipped.
+    If `weights` is True, only the weights are needed, and the tensors of the optimizer need not be loaded.
     """
     if not path.exists():
         raise ConfigError(f"there is no checkpoint {path}")
@@ -243,8 +253,8 @@ def load(path: Path, *, device: torch.device, like: Placement | None = None, wei
 def current_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a checkpoint in the current schema.
 
-    Raises RefusedCheckpoint if a newer version of sslcli wrote the checkpoint. Raises ConfigError if fields are missing
-    that the conversion needs.
+    Raises RefusedCheckpoint if a newer version of sslcli wrote the checkpoint. Raises ConfigError if a field that the
+    conversion needs is missing.
     """
     schema = state.get("schema", 0)
     if not isinstance(schema, int):

@@ -102,7 +102,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def check_configuration(path: Path, stored: Any, now: dict[str, Any], *, may_differ: Collection[str] = ()) -> None:
-    """Raise RefusedCheckpoint if the configuration in a checkpoint is not that of the run.
+    """Raise RefusedCheckpoint if the configuration in a checkpoint differs from the configuration of the run.
 
     Args:
         path: path of the checkpoint.

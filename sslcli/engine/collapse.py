@@ -29,13 +29,14 @@ class CollapseDetector:
 
     Call `update` at the first step, then at fixed intervals. An alarm fires if a metric is low *and* far below its peak
     so far. The first step is the reference, because a severe collapse can be complete after 50 steps. A low value alone
-    does not fire an alarm: in early training, embeddings of healthy networks without BatchNorm nearly coincide.
+    does not fire an alarm, because the embeddings of a healthy network without BatchNorm are nearly equal in early
+    training.
 
     Any one of these conditions fires an alarm (d is the width of the embeddings):
 
         std         < 0.2 / sqrt(d)                        and < half of its peak
         uniformity  > -0.5                                 and |uniformity| < a quarter of its peak
-        rankme      < 10 % of its peak                     and < 5 (ten tight classes are not a collapse)
+        rankme      < 10 % of its peak                     and < 5 (ten separate classes are not a collapse)
         std         < 0.02 / sqrt(d) in `patience` consecutive measurements, for any peak
 
     A collapse is reported after two consecutive alarms, because a single batch is not reliable. Alarms in the first

@@ -1,4 +1,4 @@
-"""Gradient cache for contrastive losses over a large batch: only one micro-batch has its activations in memory.
+"""Gradient cache for contrastive losses over a large batch, with the activations of only one micro-batch in memory.
 
 Gao et al. 2021  https://arxiv.org/abs/2101.06983   train.cached_gradients
 

@@ -137,7 +137,7 @@ def save_is_due(settings: TrainSettings, step: int, steps_per_epoch: int) -> boo
 
 
 def stopped(run: Run, step: int) -> Stopped:
-    """Return the exception for a run that stops on request. Call this function after the checkpoint is saved."""
+    """Return the exception that ends a run after a signal or at the time limit. Save the checkpoint before the call."""
     reason = run.stop.reason or "another process's " + ("signal" if run.stop.by_signal else "time limit")
     return Stopped(
         f"stopped by {reason} after step {step} of {run.total_steps}; the checkpoint is saved: run the same command "

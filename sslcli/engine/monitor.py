@@ -22,7 +22,7 @@ from sslcli.report.console import Screen, percent
 from sslcli.report.metrics import Metrics
 from sslcli.report.tensorboard import open_writer
 
-LARGE_WEIGHTS = 30.0  # limit on the root mean square of a weight tensor; our methods and recipes stay below 3
+LARGE_WEIGHTS = 30.0  # limit on the root mean square of a weight tensor; in runs of all methods, it stayed below 3
 REMEDIES = (
     "Usual remedies: a lower optimizer.lr, a longer train.warmup_epochs, train.clip_grad=1, or train.precision=fp32"
 )
@@ -61,7 +61,7 @@ class MetricMeans:
         self.sums = {name: torch.stack([state["sums"][name] for state in states]).mean(0) for name in states[0]["sums"]}
 
     def bad_step(self) -> tuple[int, str]:
-        """Return the first step with a non-finite loss on any process, and the means of that process as text.
+        """Return the first step with a non-finite loss on any process, and the scalar means of that process as text.
 
         If all losses are finite, return -1 and "".
         """

@@ -126,7 +126,7 @@ def on_main(act: Callable[[], object], group: dist.ProcessGroup) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason of an error from torch as one line."""
+    """Return the cause of an error from torch as one line."""
     reasons = [str(cause) for cause, _ in getattr(error, "failures", {}).values()]
     return ((reasons or [str(error)])[0].strip() or type(error).__name__).splitlines()[0]
 

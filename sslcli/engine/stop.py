@@ -16,7 +16,7 @@ from sslcli.distributed import watchdog
 from sslcli.distributed.collectives import world_size
 
 TIME_LIMIT = "the time limit"
-GRACE = 10.0  # seconds to wait for images after the time limit; every start of a run can then complete a step
+GRACE = 10.0  # seconds to wait for images after the time limit, so that each start of a run can complete a step
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class StopRequest:
             raise Interrupted
 
     def check_time(self) -> None:
-        """Set the time limit as the reason to stop, if it has passed and no other reason is set."""
+        """If the time limit has passed, set it as the reason to stop, unless there is another reason."""
         if self.deadline is not None and time.monotonic() > self.deadline and not self.reason:
             self.reason = TIME_LIMIT
 
@@ -120,8 +120,8 @@ class StopRequest:
     def agreed(self) -> bool:
         """Return True if all processes must stop now. Every process must call this method once per step.
 
-        With several processes, the method returns the decision of the previous step. It then does not wait for the
-        other processes.
+        With several processes, the method returns the decision of the previous step, so that no process waits for the
+        others.
         """
         self.check_time()
         mine = 0 if not self.reason else 1 if self.reason == TIME_LIMIT else 2

@@ -132,7 +132,7 @@ def check_features(features: Tensor, labels: Tensor, *, num_classes: int, width:
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(
             f"{name} labels run from {int(labels.min())} to {int(labels.max())}, but must be in [0, {num_classes}): "
-            "-1 marks an unlabeled image, which no probe can use; choose labeled positions or another data set"
+            "-1 marks an unlabeled image, which no probe can use; choose labeled positions or another dataset"
         )
     if not bool(torch.isfinite(features).all()):
         bad = int((~torch.isfinite(features)).any(dim=1).sum())

@@ -56,7 +56,7 @@ class Screen:
     def write(self, line: str) -> None:
         """Append a line to the log. Unsafe characters are escaped.
 
-        If a disk error occurs, print a warning and close the log; the run continues.
+        If a disk error occurs, print a warning and close the log. The run continues.
         """
         if self.log is None:
             return

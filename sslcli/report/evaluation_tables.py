@@ -29,7 +29,7 @@ class ResultOptions(TypedDict, total=False):
 
 
 class Result(Score, ResultOptions):
-    """Keys of a result file that are read again."""
+    """Keys of a result file that the tables need."""
 
     protocol: str
     split: str

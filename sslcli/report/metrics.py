@@ -17,8 +17,8 @@ class Metrics:
     """Writer of the metrics of a run.
 
     Args:
-        path: metrics file. Lines of steps after `step` are dropped, since a killed run wrote these lines after its last
-            checkpoint. An incomplete last line is dropped as well.
+        path: metrics file. Lines of steps after `step` are dropped, because the resumed run repeats these steps. An
+            incomplete last line is dropped as well.
         step: step from which the run resumes.
         warn: function that prints a warning. It is called if lines in the middle of the file are damaged. The damaged
             file is then kept under another name.
@@ -64,9 +64,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the intact lines of a metrics file by ascending step, and the number of damaged lines.
 
-    A damaged line is not a JSON object of numbers with a step, or it repeats a step; the last line of a step counts. An
-    incomplete last line is not counted, since a killed run leaves one. NUL bytes around a line are ignored, because a
-    crash of the machine can leave them.
+    A line is damaged if it is not a JSON object of numbers with a step. If several lines have the same step, all but
+    the last of them are damaged. An incomplete last line is not counted, because a killed run leaves one. NUL bytes
+    around a line are ignored, because a crash of the machine can leave them.
 
     Raises ConfigError if the file cannot be read.
     """

@@ -1,4 +1,4 @@
-"""SVG plot of the utility study. The x axis is the number of labels.
+"""SVG plot of the result of protocol=utility. The x axis is the number of labels.
 
 The upper panel shows the accuracy of the two arms, fine-tuning and training from scratch. The lower panel shows the
 utility.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the import takes a second
 def open_writer(folder: Path, *, purge_step: int) -> SummaryWriter:
     """Create `folder` if it does not exist, and return a writer of event files in it.
 
-    TensorBoard hides the entries from `purge_step` on that an earlier writer wrote; 0 hides nothing.
+    TensorBoard hides the entries of earlier writers from step `purge_step` on. With 0, it hides nothing.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -23,8 +23,9 @@ def open_writer(folder: Path, *, purge_step: int) -> SummaryWriter:
 def utf8_path(folder: Path) -> str:
     """Return a path of a folder that is valid UTF-8, since TensorBoard rejects all other paths.
 
-    If the name of the folder is not UTF-8, the folder is created and opened, and the result is a link of Linux to the
-    open folder. The folder stays open until the process exits, since the writer opens its file several times.
+    If the name of the folder is not UTF-8, the folder is created and opened. The result is then the path of the open
+    folder in /proc (Linux). The folder stays open until the process exits, because the writer opens its file several
+    times.
     """
     try:
         str(folder).encode()

@@ -35,7 +35,7 @@ class Terminal:
     and `Screen` escape them.
 
     Args:
-        stream: stream to write to. It also provides all attributes that this class does not define.
+        stream: stream to write to. Attributes that this class does not define are read from it.
     """
 
     def __init__(self, stream: TextIO) -> None:

@@ -1,6 +1,6 @@
 """Check that all processes of a run have the same configuration, versions and source code.
 
-Otherwise, processes could deadlock in a collective operation, or train different models without an error.
+Processes that differ could deadlock in a collective operation, or train different models without an error.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def source_files(packages: Iterable[str]) -> list[tuple[Path, str]]:
 
 
 def differences(usual: dict[str, str], other: dict[str, str]) -> list[str]:
-    """Return the differences as `name: usual value -> other value`."""
+    """Return the differences between two processes as `name: usual value -> other value`."""
     return [
         f"{name}: {usual.get(name, 'absent')} -> {other.get(name, 'absent')}"
         for name in sorted(usual.keys() | other.keys())

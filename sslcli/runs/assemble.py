@@ -99,7 +99,7 @@ def assemble(
         run_dir: the run directory.
         device: the device of this process.
         screen: the progress display.
-        phases: the planned phases of a run that has a config.yaml; else ().
+        phases: the planned phases of a run that has a config.yaml, or () for a new run.
     """
     settings, monitor_settings = config.train, config.monitor
     resolved = precision.resolve(settings.precision, device)

@@ -54,7 +54,10 @@ class Node(TypedDict):
 
 
 class StoredConfig(TypedDict):
-    """Required keys of config.yaml. `effective` is the last key of the file, so it is missing if the file was cut."""
+    """Required keys of config.yaml.
+
+    `effective` is the last key of the file, so it is missing if the file is truncated.
+    """
 
     seed: int
     method: Node
@@ -98,7 +101,7 @@ def check_layout(run_dir: Path) -> None:
     For example, opening a FIFO would block, and opening a folder as a file would fail.
 
     - If a file is expected, the path must not be a FIFO, socket, device or folder. Only console.log may be a device,
-      since sslcli never reads this file. For example, a link to /dev/null discards the log.
+      because sslcli never reads it. For example, a link to /dev/null discards the log.
     - If a folder is expected, the path must be a folder.
     """
     for name in FILES:
@@ -133,7 +136,7 @@ def is_finished(run_dir: Path) -> bool:
 def is_complete(run_dir: Path, values: dict[str, Any]) -> bool:
     """Return True if the run in this directory has been trained to the length that the settings `values` give it.
 
-    A run that was extended later is complete for its earlier lengths.
+    An extended run is also complete for each earlier length that it had reached.
     """
     if not (run_dir / "config.yaml").exists():
         return is_finished(run_dir)
@@ -304,7 +307,7 @@ def write_description(
     )
     first = now if earlier is None else earlier["first"]
     atomic.replace(path, json.dumps({"first": first, "latest": now}, indent=2).encode())
-    # A finished run is now extended. If it is killed between the next two lines, the next start extends it.
+    # A finished run is extended here. If it is killed between the next two lines, the next start extends it.
     (run_dir / "done").unlink(missing_ok=True)
     atomic.replace(run_dir / "config.yaml", as_yaml(values | {"effective": effective}).encode())
 

@@ -99,7 +99,8 @@ def report(error: Exception) -> int:
 def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, screen: Screen) -> int:
     """Evaluate every run directly below a folder, and print a table with the best run first.
 
-    If a run cannot be evaluated, its error is printed, and the other runs are evaluated. Returns the largest exit code.
+    If one run cannot be evaluated, its error is printed, and the evaluation continues with the next run. Returns the
+    largest exit code.
     """
     runs = sorted(path.parent for path in folder.glob("*/config.yaml") if checkpoint.all_of(path.parent))
     if not runs:

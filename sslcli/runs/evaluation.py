@@ -73,7 +73,8 @@ class Evaluation:
     def conditions(self) -> str:
         """Suffix of the result's name.
 
-        The suffix contains the checkpoint if it is not the last one, and the dataset if pre-training used other images.
+        The suffix contains the checkpoint, unless it is the last one, and the dataset if pre-training used other
+        images.
         """
         of_run, step = self.config.run is not None, self.config.checkpoint
         checkpoint = f"step-{step}" if of_run and step != "last" else ""
@@ -138,7 +139,7 @@ class Evaluation:
         """Check the feature layer.
 
         Raises ValueError if the network does not have the layer. Raises ConfigError if the layer is the memory bank and
-        the images are not those of pre-training.
+        the images differ from the images of pre-training.
         """
         if self.layer == layers.BANK and self.subject.has_other_images:
             raise ConfigError(
@@ -186,7 +187,7 @@ class Evaluation:
             prepare=(lambda images: images) if net is None else self.subject.prepare,
             batch_size=self.config.batch_size,
             device=self.device,
-            # fp16 is precise enough for pixels: it has at least 16 values per 8-bit level.
+            # fp16 is precise enough for pixels, because it has at least 16 values per 8-bit level.
             precision="fp16" if net is None else self.subject.precision,
             workers=self.config.workers,
             progress=progress,
@@ -213,8 +214,8 @@ class Evaluation:
     def baseline(self, node: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the results of the baseline "random" or "pixels", from the cache or from `measure()`.
 
-        Results of baselines are cached, since they are equal for all checkpoints of a run. `node` contains the settings
-        of the protocol.
+        Results of baselines are cached, because they are the same for all checkpoints of a run. `node` contains the
+        settings of the protocol.
         """
         if not self.config.cache:
             return measure()

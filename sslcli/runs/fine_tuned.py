@@ -62,8 +62,8 @@ def load(evaluation: Evaluation, requested: str) -> FineTuned:
 
     - There is no such network.
     - The file of the network is damaged.
-    - The network was fine-tuned from a checkpoint other than that of `evaluation`.
-    - The network was trained on images other than those of `evaluation`.
+    - The network was fine-tuned from a checkpoint other than the checkpoint of `evaluation`.
+    - The network was fine-tuned on images other than the images of `evaluation`.
     """
     name, result = find_result(evaluation, requested)
     subject, source = evaluation.subject, evaluation.source

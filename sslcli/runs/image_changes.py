@@ -68,7 +68,7 @@ def _records_to_write(run_dir: Path, source: Source, screen: Screen) -> Records 
     changes = compare(before, now, times=source.verify != "sizes")
     if changes:
         raise changed_images_error(changes, name=source.name, known=bool((before.contents != UNKNOWN).all()))
-    # Store the current modification times. If no digests were computed now, keep the digests of the old records.
+    # Store the current modification times. If this start computed no digests, keep the digests of the old records.
     merged = now if (now.contents != UNKNOWN).any() else replace(now, contents=before.contents)
     return None if list(merged.columns()) == list(before.columns()) else merged
 

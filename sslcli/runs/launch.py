@@ -45,7 +45,7 @@ def launch(job: dict[str, Any]) -> int:
                 max_restarts=config.launcher.max_restarts,
                 on_message=partial(log_and_print, config.directory),
             )
-    gc.disable()  # almost no object created before the first step can be freed
+    gc.disable()  # hardly any object that is created before the first step can be freed
     try:
         from sslcli.runs.worker import run
 
@@ -74,7 +74,7 @@ def main() -> None:
 
     After an unexpected error, the exit code requests a restart only if the run has saved a new checkpoint.
     """
-    # Until the run installs its signal handlers, there is nothing to save. Ctrl-C then ends it without a traceback.
+    # Before the run installs its signal handlers, there is nothing to save, so Ctrl-C ends the run without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from sslcli.distributed.processes import EXIT_LOST, die_with_parent
 

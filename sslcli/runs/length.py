@@ -87,9 +87,10 @@ def check_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, 
 
 
 def planned_phases(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Phase, ...]:
-    """Return the phases of a run that continues with the settings `values`. Raises ConfigError as `plan` does.
+    """Return the phases of a run that continues with the settings `values`. If the length is unknown, return ().
 
-    If the length is unknown, return (). All processes get the same result, also after one of them has stored it.
+    All processes get the same result, even if one of them has already stored the phases. Raises ConfigError as `plan`
+    does.
     """
     total = requested_steps(config, values)
     stored = stored_phases(config)

@@ -31,7 +31,8 @@ def dataset_name(source: Source, *, image_size: int | None) -> str:
     held_out = "" if source.val_fraction == DEFAULT_SPLIT["val_fraction"] else f"val-{source.val_fraction:.10g}"
     seed = "" if source.seed == DEFAULT_SPLIT["seed"] else f"seed-{source.seed}"
     size = "" if source.image_size == image_size else f"{source.image_size}px"
-    # Use the version: the fingerprint is equal for datasets whose files have equal names and sizes.
+    # Use the version instead of the fingerprint. Datasets whose files have equal names and sizes have equal
+    # fingerprints.
     return join_parts(f"{readable}-{source.version[:6]}", limit, held_out, seed, size)
 
 

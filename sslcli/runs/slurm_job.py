@@ -139,7 +139,7 @@ def run_node(config: RunConfig, endpoint: str) -> int:
 
 
 class StoredRunConfig(TypedDict):
-    """Required keys of config.json: those of `RunConfig.plain`."""
+    """Required keys of config.json, which are the keys of `RunConfig.plain`."""
 
     run_dir: str
     train: dict[str, Any]

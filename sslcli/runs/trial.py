@@ -31,7 +31,7 @@ def trial(loader: Loader, method: Method, device: torch.device, precision_name: 
     The loss is computed on a copy of `method` on `device`, from the views of a few random images. The method, its
     buffers and all random states stay unchanged, and no other process takes part.
 
-    Raises ConfigError if a view cannot be drawn, if the method does not accept the views, or if its loss has no
+    Raises ConfigError if a view cannot be drawn, if the method does not accept the views, or if the loss has no
     gradient. The message names the key to change.
     """
     try:
@@ -39,7 +39,8 @@ def trial(loader: Loader, method: Method, device: torch.device, precision_name: 
             try:
                 return _unused(loader, method, device, precision_name, COUNT)
             except _MethodError:
-                # A method may need more images than `COUNT`. Only the failure with a real micro-batch is an error.
+                # A method may need more images than `COUNT`. Therefore, only a failure with a real micro-batch is an
+                # error.
                 if loader.micro_batch_size <= COUNT:
                     raise
                 return _unused(loader, method, device, precision_name, loader.micro_batch_size)
@@ -77,7 +78,7 @@ def _unused(loader: Loader, method: Method, device: torch.device, precision_name
 def draw(loader: Loader, count: int, device: torch.device) -> Batch:
     """Return a batch of `count` images of random pixels. Every view is drawn once for each image.
 
-    No image of the dataset is read, since a read from a file system that hangs would never end.
+    No image of the dataset is read, because a read may never end if the file system hangs.
 
     Raises ConfigError if a view cannot be drawn. The message names the entry in `views.views`.
     """
@@ -146,7 +147,7 @@ def parameters_of(loss: Tensor) -> set[int]:
 
 
 def freeze(method: nn.Module, names: Sequence[str]) -> None:
-    """Set `requires_grad` of the named parameters to False. DistributedDataParallel waits for every other gradient."""
+    """Freeze the named parameters, so that DistributedDataParallel does not wait for their gradients."""
     for name in names:
         method.get_parameter(name).requires_grad_(False)
 

@@ -100,7 +100,7 @@ def run(config: RunConfig) -> int:
         if UNUSED_IN_STEP in str(error):
             return _end(ConfigError(UNUSED_MESSAGE), EXIT_CONFIG)
         if processes.lost_contact(error):
-            # The other process prints the reason why it ended, unless the network connection failed.
+            # The process that was lost prints why it ended, unless the network connection failed.
             noticed = str(error).strip().splitlines()[0]
             return _end(f"{LOST_CONTACT} (noticed here: {noticed})", processes.exit_lost(), wait=2 * WAIT)
         raise
@@ -216,9 +216,9 @@ def find_unused(config: RunConfig, loader: Loader, parts: Parts, device: torch.d
 
 
 def enable_garbage_collection() -> None:
-    """Enable garbage collection if `launch` disabled it, but exclude all objects that exist before this call.
+    """Enable garbage collection if `launch` disabled it, but exclude the objects that already exist.
 
-    Imports create about a million objects. A process that exits would spend most of its time on scanning them.
+    Imports create about a million objects. At exit, a process would spend most of its time scanning them.
     """
     if not gc.isenabled():
         gc.freeze()

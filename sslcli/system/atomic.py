@@ -24,7 +24,7 @@ from sslcli.system.regular_files import open_regular
 
 TEMPORARY = re.compile(r".+\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]{8}\.tmp", re.DOTALL)
 OLD_TEMPORARY = re.compile(r"\..+\.\d{1,9}\.part", re.DOTALL)  # name of a temporary file in version 0.1
-ABANDONED = 86400.0  # other temporary files count as abandoned after this many seconds without a change
+ABANDONED = 86400.0  # seconds without a change after which a temporary file of another machine counts as abandoned
 
 
 def sha256(path: Path) -> str:

@@ -54,7 +54,10 @@ def find_trusted(trust: Sequence[str]) -> None:
 
 
 def kill_with_parent(parent: int) -> None:
-    """Kill this process when `parent` exits or is killed (Linux only). Otherwise an orphan could keep a run locked."""
+    """Kill this process when `parent` exits or is killed (Linux only).
+
+    An orphaned process would keep its run locked.
+    """
     signal_with_parent(parent, signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""Settings of glibc's malloc that keep freed memory in the process. They avoid page faults in every step."""
+"""Settings of glibc's malloc that keep freed memory in the process, so that training steps cause no page faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions that open regular files and reject all others.
+"""Functions that open regular files and reject FIFOs, sockets, devices and folders.
 
 Opening a FIFO blocks until another process writes to the FIFO. Reading a device may never end. A process that is
 blocked in such a call does not react to signals.

@@ -52,7 +52,7 @@ def work(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: C
 
 
 def rewrite(work: Path, *, fingerprint: bool = True, **dataset: Any) -> None:
-    """Change the data set of the run's stored configuration, as if it had been started with these values."""
+    """Change the dataset of the run's stored configuration, as if it had been started with these values."""
     path = work / "runs" / "x" / "config.yaml"
     config = OmegaConf.load(path)
     config.dataset.update(dataset)

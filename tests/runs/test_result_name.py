@@ -1,4 +1,4 @@
-"""Names of results and their data sets."""
+"""Names of results and their datasets."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def submit(script: Path) -> str:
 def state(job: str, script: Path) -> str | None:
     """Return the Slurm state of a job, or None if Slurm no longer knows the job.
 
-    Slurm reuses job IDs: also return None if the job with this ID runs a script other than `script`. Raises
+    Also return None if the job with this ID runs a script other than `script`, because Slurm reuses job IDs. Raises
     ConfigError if squeue fails.
     """
     ended = run_command("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T %o")
