@@ -79,7 +79,7 @@ class ErrorReturningDataset(Dataset[Any]):
             return self.failure(error)
 
     def failure(self, error: Exception) -> ConfigError | TrainingFailed:
-        """Return the error that ends the command. It is ConfigError for user code, else TrainingFailed.
+        """Return the error that ends the command: ConfigError if `error` comes from user code, else TrainingFailed.
 
         The message contains the traceback of `error`.
         """

@@ -111,8 +111,8 @@ def mismatch(value: Any, kind: Any, where: str = "") -> str:
 
     Args:
         value: plain values and tensors.
-        kind: a shape, a class, or an annotation of plain values. Shapes and classes may also be the values of a `dict`
-            or the items of a `list`.
+        kind: the required type: a shape, a class, or an annotation of plain values such as `list[int]`. In an
+            annotation, the items of a `list` and the values of a `dict` may also be shapes or classes.
         where: dotted key of the value, for the text.
     """
     name = where or "its content"
