@@ -15,6 +15,7 @@ from torch import Tensor
 from sslcli.config.settings import MonitorSettings
 from sslcli.distributed import collectives, watchdog
 from sslcli.engine import checkpoint, collapse, health
+from sslcli.engine.slow_data import SlowData
 from sslcli.errors import NotFinite, TrainingFailed, printable
 from sslcli.methods.base import Batch, Method
 from sslcli.report import pictures
@@ -91,6 +92,7 @@ class Monitor:
         probe: function that evaluates the representation and returns scalars by name; None if there are no labels.
         draw: function that returns the method's pictures by name, each (3, H, W) in [0, 1].
         together: True if parameters are sharded. All processes must then run `probe` and `draw`.
+        faster_data: the remedies in the warning about steps that wait for images most of the time.
     """
 
     def __init__(
@@ -105,10 +107,12 @@ class Monitor:
         probe: Callable[[], dict[str, float]] | None,
         draw: Callable[[], dict[str, Tensor]] | None = None,
         together: bool = False,
+        faster_data: str = "",
     ) -> None:
         self.settings, self.log_every_steps, self.batch_size = settings, log_every_steps, batch_size
         self.steps_per_epoch, self.run_dir, self.screen, self.probe = steps_per_epoch, run_dir, screen, probe
-        self.draw = draw
+        self.draw, self.faster_data = draw, faster_data
+        self.slow_data = SlowData()
         self.writes = collectives.is_main()
         self.evaluates = self.writes or together
         self.metric_means = MetricMeans()
@@ -208,6 +212,8 @@ class Monitor:
         now = time.perf_counter()
         (then, last_step), self.last_log = self.last_log, (now, step)
         spent = max(now - then - self.seconds_evaluating, 1e-9)
+        if (waiting := self.slow_data.update(spent, self.waited)) is not None:
+            self.screen.warn(f"the training steps wait for images {percent(waiting)} of the time. {self.faster_data}")
         values = {
             "train/images_per_s": (step - last_step) * self.batch_size / spent,
             "train/data_wait": min(1.0, self.waited / spent),

@@ -19,6 +19,7 @@ from sslcli.engine import fsdp, precision
 from sslcli.engine.monitor import Monitor
 from sslcli.engine.phases import LENGTH_KEYS, Phase
 from sslcli.engine.run import Run
+from sslcli.engine.slow_data import faster_data
 from sslcli.engine.stop import StopRequest
 from sslcli.errors import ConfigError
 from sslcli.evaluation.knn import bank_positions
@@ -29,6 +30,7 @@ from sslcli.nn.modes import evaluating
 from sslcli.report import pictures
 from sslcli.report.console import Screen
 from sslcli.runs.build import Parts
+from sslcli.system.cpu import cores_per_process
 
 
 def move_to_device(method: Method, settings: TrainSettings, device: torch.device) -> None:
@@ -114,6 +116,12 @@ def assemble(
         probe=build_probe(parts, monitor_settings, device, resolved, screen),
         draw=draw if has_pictures(parts, monitor_settings) else None,
         together=fsdp.is_sharded(parts.method),
+        faster_data=faster_data(
+            workers=loader.workers,
+            cores=cores_per_process(),
+            in_memory=parts.source.images is not None,
+            can_cache=config.dataset.get("keep_decoded") == "none",
+        ),
     )
     if settings.compile:
         parts.method.backbone.compile()

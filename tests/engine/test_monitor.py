@@ -42,7 +42,7 @@ def make_monitor(run_dir: Path, *, log_every_steps: int = 1, steps_per_epoch: in
         "on_collapse": "ignore",
         "pictures": 0,
     }
-    parts = {"probe": None, "draw": None, "screen": Screen(silent=True)}
+    parts = {"probe": None, "draw": None, "screen": Screen(silent=True), "faster_data": ""}
     parts |= {name: changes.pop(name) for name in list(changes) if name in parts}
     run_dir.mkdir(exist_ok=True)
     return Monitor(
@@ -400,3 +400,20 @@ def test_a_tensorboard_that_cannot_be_opened_is_what_is_told(tmp_path: Path) -> 
     (tmp_path / "tensorboard").write_text("")
     with pytest.raises(OSError, match="tensorboard"):
         follow(make_monitor(tmp_path), [1.0])
+
+
+def test_steps_that_wait_for_images_most_of_the_time_are_reported_with_remedies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(monitor_module.time, "perf_counter", lambda: now)
+    monitor = make_monitor(tmp_path / "run", screen=Screen(), faster_data="Set dataset.workers=7")
+    monitor.start(0, 40)
+    for _ in range(20):
+        now += 1.0
+        monitor.waited += 9.0
+        now += 9.0
+        monitor.speed(1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("wait for images 90.0 % of the time. Set dataset.workers=7") == 1
+    monitor.close()

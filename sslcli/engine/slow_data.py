@@ -1,0 +1,60 @@
+"""Detection of training that waits for images most of the time."""
+
+from __future__ import annotations
+
+PERIOD = 60.0  # seconds of training over which the fraction is measured
+LIMIT = 0.5  # fraction of the time from which on the waiting is reported
+
+
+class SlowData:
+    """Detector of steps that wait for images for more than half of the time.
+
+    Add the measurement of each logged interval. The first interval is ignored, because the data workers start in it.
+    The fraction is measured over `period` seconds, so that short runs and single slow reads are not reported.
+    """
+
+    def __init__(self, *, period: float = PERIOD, limit: float = LIMIT) -> None:
+        self.period, self.limit = period, limit
+        self._started = self._reported = False
+        self._spent = self._waited = 0.0
+
+    def update(self, spent: float, waited: float) -> float | None:
+        """Add an interval. Return the fraction of waiting if it must be reported now, else None.
+
+        At most one fraction is returned in the lifetime of the detector.
+
+        Args:
+            spent: seconds of the interval, without evaluation.
+            waited: seconds of the interval in which the steps waited for images.
+        """
+        if not self._started or self._reported:
+            self._started = True
+            return None
+        self._spent += spent
+        self._waited += waited
+        if self._spent < self.period:
+            return None
+        fraction = min(1.0, self._waited / self._spent)
+        self._spent = self._waited = 0.0
+        self._reported = fraction > self.limit
+        return fraction if self._reported else None
+
+
+def faster_data(*, workers: int, cores: int, in_memory: bool, can_cache: bool) -> str:
+    """Return what usually makes the images of a run arrive faster.
+
+    Args:
+        workers: data workers of each process.
+        cores: processor cores of each process.
+        in_memory: the dataset is in memory, so that the process itself computes the crops.
+        can_cache: the dataset can cache decoded images, but does not.
+    """
+    if in_memory:
+        return "Views are computed by the training process: choose views without blur, or give the run more cores"
+    found: list[str] = []
+    if workers < cores - 1:
+        found.append(f"set dataset.workers={cores - 1} (now {workers}, with {cores} cores per process)")
+    if can_cache:
+        found.append("keep decoded images with dataset.keep_decoded=ram")
+    found.append("store the images at a smaller size or on a local disk")
+    return f"To get images faster, {', or '.join(found)}"
