@@ -36,7 +36,7 @@ def number() -> int:
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
-def lost_contact(error: RuntimeError) -> bool:
+def lost_contact(error: Exception) -> bool:
     """Return True if torch raised `error` because another process of the run has ended."""
     return is_launched() and (
         isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed" in str(error)

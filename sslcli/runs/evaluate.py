@@ -31,6 +31,7 @@ from sslcli.runs import fine_tuned
 from sslcli.runs.build import build, find_class
 from sslcli.runs.evaluation import Evaluation, Starts, check_results_dir
 from sslcli.runs.image_changes import warn_of_changes
+from sslcli.runs.out_of_memory import evaluation_message, is_out_of_memory
 from sslcli.runs.result_name import dataset_facts, join_parts
 from sslcli.runs.subject import Subject, load_subject
 from sslcli.runs.trial import first_line
@@ -123,8 +124,18 @@ def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, scr
 def evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[str, Any]:
     """Evaluate one checkpoint or weight file, write the result file, and return the result.
 
-    The returned result contains `results_dir`, the folder of the result file.
+    The returned result contains `results_dir`, the folder of the result file. Raises TrainingFailed if it runs out of
+    memory.
     """
+    try:
+        return _evaluate(config, device, screen)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise TrainingFailed(evaluation_message(error, config)) from error
+        raise
+
+
+def _evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[str, Any]:
     started = time.perf_counter()
     subject, source = load_subject(config, device)
     check_results_dir(subject.results_dir)

@@ -53,6 +53,7 @@ from sslcli.runs.build import Parts, build_optimizer, build_parts
 from sslcli.runs.dry_run import dry_run, save_views
 from sslcli.runs.image_changes import check_images
 from sslcli.runs.length import phase_rows
+from sslcli.runs.out_of_memory import is_out_of_memory, training_message
 from sslcli.runs.trial import freeze, trial, unused_warning
 from sslcli.system import atomic
 from sslcli.system.memory import keep_freed_memory
@@ -94,7 +95,9 @@ def run(config: RunConfig) -> int:
         return _end(error, EXIT_FAILED)
     except Stopped as error:
         return EXIT_STOPPED if processes.number() > 0 else _end(str(error), EXIT_STOPPED)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return _end(training_message(error, config), EXIT_FAILED)
         if "DataLoader worker" in str(error):  # torch raises it at any point if a data worker dies
             return _end(str(worker_died_error(error)), processes.exit_lost())
         if UNUSED_IN_STEP in str(error):
