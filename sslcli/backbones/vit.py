@@ -3,8 +3,8 @@
 Dosovitskiy et al. 2021  https://arxiv.org/abs/2010.11929     Chen, Xie, He 2021  https://arxiv.org/abs/2104.02057
 conf/backbone/vit_tiny.yaml, vit_small.yaml, vit_base.yaml
 
-Parameter names are those of timm's VisionTransformer. sslcli can load weights of timm, and timm can load weights of
-sslcli. sslcli can also load weights of the official MoCo v3.
+The parameters have the same names as in timm's VisionTransformer. sslcli can load weights of timm, and timm can load
+weights of sslcli. sslcli can also load weights of the official MoCo v3.
 
 Shapes: N images, P patches, T = 1 + P tokens, D width, H heads, K width of a head.
 """
@@ -33,8 +33,8 @@ def position_embedding(
 ) -> Tensor:
     """Return the sin-cos embedding of a patch grid, (height * width, dim) float32, row by row (MoCo v3, section 3).
 
-    `dim` must be divisible by 4. The four quarters of `dim` hold the sine and the cosine of the row, then those of the
-    column. The frequencies are 10000^(-i / (dim / 4)).
+    `dim` must be divisible by 4. The four quarters of `dim` hold the sine of the row, the cosine of the row, the sine
+    of the column, and its cosine. The frequencies are 10000^(-i / (dim / 4)).
 
     `trained` = (rows, columns) is the grid used in training. The coordinates of the patch grid are scaled to the
     training grid, with half-pixel centers. The result is close to an interpolation of the embedding used in training,

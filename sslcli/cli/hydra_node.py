@@ -67,7 +67,7 @@ def resolved(node: Any, only: Iterable[str] | None = None) -> Any:
 def is_reference(path: str, text: str) -> bool:
     """Return True if `text` can refer to an object that is called.
 
-    This holds for `ext://` references, which logging imports, and for unresolved interpolations in callbacks.
+    The result is True for `ext://` references, which logging imports, and for unresolved interpolations in callbacks.
     """
     if path.partition(".")[0] == "callbacks":
         return "${" in text

@@ -1,8 +1,8 @@
 """Image formats that are read: file extensions, detection of the format by content, and opening with Pillow.
 
-Extensions and content determine which files belong to a dataset. Only the content determines the format of a file.
-Pillow also opens formats for which it starts an external program (Ghostscript for EPS files) or a handler of another
-package. Therefore, only the formats in this module are passed to Pillow.
+The extension of a file, or its content if there is no extension, determines whether it belongs to a dataset. Only the
+content determines its format. Pillow also opens formats for which it starts an external program (Ghostscript for EPS
+files) or a handler of another package. Therefore, only the formats in this module are passed to Pillow.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def extension_of(name: str) -> str:
 
 
 def is_image_start(start: bytes) -> bool:
-    """Return whether the first `START_BYTES` bytes of a file are those of an image format that is read."""
+    """Return whether the first `START_BYTES` bytes of a file are the beginning of an image that sslcli can read."""
     return _START.match(start) is not None and (has_heif() or not is_heif(start))
 
 

@@ -224,7 +224,7 @@ def init_worker(parent: int, number: int) -> None:
 
 
 def end_workers(iterator: Any, workers: list[BaseProcess]) -> None:
-    """End data workers, including those that hang in a read.
+    """End data workers, including workers that hang in a read.
 
     torch requests the workers to end, waits, and sends SIGTERM, which the workers ignore. Workers that still run after
     `GRACE_PERIOD` are killed.

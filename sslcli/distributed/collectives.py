@@ -89,9 +89,9 @@ class _GatherWithGrad(torch.autograd.Function):
 def all_gather_with_grad(rows: Tensor) -> Tensor:
     """Gather the rows (N, ...) of all processes to (W * N, ...), with gradient.
 
-    The backward pass computes the gradient of the sum of the losses of all processes. Compute the mean loss over the
-    rows of this process. DistributedDataParallel then averages the gradients over processes, and the average equals the
-    gradient of a single process with the global batch.
+    The backward pass computes the gradient of the sum of the losses of all processes. If each process computes the mean
+    loss over its own rows, the gradient that DistributedDataParallel averages over processes equals the gradient of a
+    single process with the global batch.
     """
     return rows if world_size() == 1 else _GatherWithGrad.apply(rows)
 

@@ -318,7 +318,7 @@ class Monitor:
                 self.tensorboard.add_scalar(name, value, step)
 
     def seconds(self) -> float:
-        """Return the seconds of training, including those before a resume."""
+        """Return the seconds of training, including earlier starts of the run."""
         return self.wall + time.perf_counter() - self.start_time
 
     def synchronize(self) -> None:

@@ -121,7 +121,10 @@ def together(act: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
 
 
 def on_main(act: Callable[[], object], group: dist.ProcessGroup) -> None:
-    """Call `act` on the main process; the other processes wait. If the call fails, raise OSError on all processes."""
+    """Call `act` on the main process while the other processes wait.
+
+    If the call fails, raise OSError on all processes.
+    """
     together(lambda: act() if collectives.is_main() else None, group)
 
 

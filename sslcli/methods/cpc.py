@@ -208,7 +208,7 @@ class PatchPrediction(Method):
 class CPC(PatchPrediction):
     """CPC v1: each target is contrasted with `negatives` patches, sampled from all targets of the same offset.
 
-    The arguments are those of `PatchPrediction` and:
+    In addition to the arguments of `PatchPrediction`:
         negatives: M, the number of negatives per prediction. They are drawn with replacement from the images of all
             processes.
     """
@@ -260,7 +260,7 @@ class CPC(PatchPrediction):
 class CPCv2(PatchPrediction):
     """CPC v2: each target is contrasted with all other patches of all images of the step.
 
-    The arguments are those of `PatchPrediction` and:
+    In addition to the arguments of `PatchPrediction`:
         dim: size of the vectors to which contexts and encodings are projected. The projected vectors are compared.
         scale: the predictions are multiplied by this value. With 0.1, the initial softmax is nearly uniform.
     """

@@ -49,7 +49,7 @@ class SimCLR(Method):
         norm: use BatchNorm in the head, as in the official code. The BatchNorm after the last layer has no beta.
         init_std: standard deviation of the head's initial weights, 0.01 in the official code. None selects torch's
             default initialization. In a layer with BatchNorm, the scale of the weights does not change the output.
-            However, small weights have a higher effective learning rate. LARS compensates for this; SGD does not.
+            However, small weights have a higher effective learning rate. LARS compensates for this, but SGD does not.
         temperature: divisor of the similarities: 0.1 on ImageNet with large batches, 0.5 on CIFAR-10.
         mixture: None, or a mixture of view 1. Mixed images replace view 1 in a second loss term.
     """

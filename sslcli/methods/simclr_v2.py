@@ -34,7 +34,7 @@ class SimCLRv2(SimCLR):
             additional negatives. 0 disables the queue and the momentum encoder.
         momentum: momentum of the momentum encoder.
 
-    The other arguments are those of `SimCLR`.
+    All other arguments are the same as for `SimCLR`.
     """
 
     queue: Tensor  # (K, D), oldest rows are overwritten first

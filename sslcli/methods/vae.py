@@ -61,7 +61,10 @@ def bernoulli_nll(logits: Tensor, images: Tensor) -> Tensor:
 
 
 def over_processes(local: Tensor) -> Tensor:
-    """Return the mean of `local` over all processes. Its gradient is that of this process's value."""
+    """Return the mean of `local` over all processes.
+
+    The gradient flows only to `local` of this process, with factor 1.
+    """
     return local + (all_reduce_mean(local.detach()) - local.detach())
 
 

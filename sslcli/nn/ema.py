@@ -30,8 +30,8 @@ def frozen_copy(module: nn.Module) -> Any:
 def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """Update target <- momentum * target + (1 - momentum) * online (BYOL eq. 1, MoCo eq. 2).
 
-    Parameters are updated; buffers are not updated. If the networks are sharded, both must be sharded in the same way.
-    Each process then updates its own shards.
+    Only parameters are updated, not buffers. If the networks are sharded, both must be sharded in the same way. Each
+    process then updates its own shards.
     """
     averaged = [collectives.local(parameter) for parameter in target.parameters()]
     if averaged:  # a module may have no parameters

@@ -57,8 +57,8 @@ def launch(job: dict[str, Any]) -> int:
 def with_old_settings(config: RunConfig) -> RunConfig:
     """Return the configuration with which a run starts or resumes.
 
-    If an older version started the run, keys of the dataset that this version lacked get the values that describe what
-    it did, unless the command line sets these keys.
+    If an older version of sslcli started the run, its dataset may lack keys that exist now. Such keys get values with
+    which the dataset is read as in the older version, unless the command line sets them.
     """
     if not (config.directory / "config.yaml").is_file():
         return config

@@ -130,7 +130,7 @@ def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
 
 
 def is_image_extension(name: str) -> bool:
-    """Return whether the last part of a file extension such as "left.jpg" is that of an image."""
+    """Return whether a file extension, or its last part as in "left.jpg", is the extension of an image."""
     return name.rpartition(".")[2] in listed_extensions()
 
 

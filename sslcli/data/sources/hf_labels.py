@@ -59,8 +59,8 @@ def labels_of(
 def parquet_files(path: str, options: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the local parquet files of each split, in order. Return {} for a dataset in another format.
 
-    The library `datasets` applies the class names of the first file to the class numbers of all files. The correct
-    class names of each file are stored only in the file itself.
+    The library `datasets` applies the class names of the first file to the class numbers of all files. Therefore, the
+    class names of each file must be read from the file itself.
     """
     import datasets
 
