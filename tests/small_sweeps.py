@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from command_line import composed
 from sslcli.config.settings import SweepSettings
+from sslcli.config.yaml_files import as_yaml
 from sslcli.sweeps.job import Job, Sweep
 from sslcli.sweeps.sweep import prepare
 
 # Seeds: 3 fails, 4 is killed, 5 waits for a signal and saves, 6 is refused; a second start of any of them finishes.
-# Seed 7 waits for the file `go` in the folder of the sweep.
+# Seed 7 waits for the file `go` in the folder of the sweep. A job copies the file configs/SEED.yaml of the working
+# directory as its config.yaml, if there is one; see `write_configs`.
 JOB = """
 import json, os, pathlib, signal, sys, time
 
@@ -35,6 +38,9 @@ def save(step):
     note("metrics.jsonl", json.dumps({"step": step, "monitor/knn_top1": seed / 10, "train/loss": 1.0 + seed}) + "\\n")
     (checkpoints / f"step-{step:08d}.pt").touch()
 
+written = pathlib.Path("configs") / f"{seed}.yaml"
+if written.exists():
+    (run_dir / "config.yaml").write_text(written.read_text())
 stopped = []
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, frame: stopped.append(number))
@@ -73,6 +79,15 @@ job = sys.argv.pop(1)
 sweep.program_of = lambda command: (sys.executable, "-S", job)
 train.main()
 """
+
+
+def write_configs(folder: Path, seeds: range, *overrides: str) -> None:
+    """Write the configurations that the jobs with these seeds copy into their run directories."""
+    (folder / "configs").mkdir(exist_ok=True)
+    for seed in seeds:
+        config = composed("train", "device=cpu", f"seed={seed}", *overrides)
+        values = {key: value for key, value in config.items() if not key.startswith("_")}
+        (folder / f"configs/{seed}.yaml").write_text(as_yaml(values | {"effective": {"steps": 3}}))
 
 
 def signal_when_started(number: int, folder: Path, *, starts: int) -> None:

@@ -163,7 +163,7 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
         hydra_errors.check_overrides(command, [o for o in overrides if o.input_line not in choices], base)
         raise error
     hydra_errors.check_deletions(overrides, config)
-    job, notes = current_config(_plain(config), overridden=[hydra_errors.group_of(each) for each in overrides])
+    job, notes = current_config(plain(config), overridden=[hydra_errors.group_of(each) for each in overrides])
     for note in notes:
         hydra_errors.print_note(command, note)
     find_trusted(job.get("trust") or [])
@@ -223,7 +223,7 @@ def _composed(engine: Hydra, command: str, name: str, lines: list[str]) -> DictC
         ) from error
 
 
-def _plain(config: DictConfig) -> dict[str, Any]:
+def plain(config: DictConfig) -> dict[str, Any]:
     """Return the configuration as plain values with all interpolations resolved, without the `hydra` node."""
     try:
         own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])

@@ -23,13 +23,16 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from sslcli.cli.compose import engine_of
+from sslcli.cli.compose import engine_of, plain
 from sslcli.cli.hydra_errors import one_line
+from sslcli.config.moved import current_config
+from sslcli.config.paths import absolute_paths
 from sslcli.errors import ConfigError
 from sslcli.report.terminal import print_text
 from sslcli.runs.identity import digest_of
-from sslcli.sweeps.job import FINISHED, Job, Sweep, job_of, read, read_or_create_record, status_of
+from sslcli.sweeps.job import Job, Sweep, job_of, read_or_create_record, read_record
 from sslcli.sweeps.queue import Slot, forwarded_signals, run_queue
+from sslcli.sweeps.status import FINISHED, status_of
 from sslcli.sweeps.table import value_of
 from sslcli.system.child_processes import safe_children
 
@@ -45,8 +48,8 @@ class Task:
     sweep: Sweep
     slots: list[Slot] | None
 
-    def __call__(self, _: DictConfig) -> float | None:
-        job = composed_job(self.sweep, HydraConfig.instance().cfg)
+    def __call__(self, config: DictConfig) -> float | None:
+        job = composed_job(self.sweep, config, HydraConfig.get())
         run_queue(self.sweep, [job], self.slots, quiet=True)
         return objective(self.sweep, job)
 
@@ -64,7 +67,7 @@ class QueueLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         sweep, slots = self.task.sweep, self.task.slots
         composed = [self.context.config_loader.load_sweep_config(self.config, list(lines)) for lines in job_overrides]
-        jobs = [composed_job(sweep, config) for config in composed]
+        jobs = [composed_job(sweep, config, config.hydra) for config in composed]
         if run_queue(sweep, jobs, slots, quiet=slots is not None and len(slots) > 1):
             raise SweepStopped
         returned = []
@@ -75,13 +78,19 @@ class QueueLauncher(Launcher):
         return returned
 
 
-def composed_job(sweep: Sweep, config: Any) -> Job:
-    """Return the `Job` for a configuration that Hydra composed."""
-    lines = list(config.hydra.overrides.task)
-    choices = OmegaConf.to_container(config.hydra.runtime.choices)
-    run_dir = config.get("run_dir")
+def composed_job(sweep: Sweep, config: DictConfig, own: Any) -> Job:
+    """Return the `Job` for a configuration that Hydra composed. `own` is the `hydra` node of the configuration."""
+    lines = list(own.overrides.task)
+    values = current_config(plain(config))[0]
     return job_of(
-        sweep, {"_choices_": choices, "_overrides_": digest_of(lines), "_lines_": lines, "_run_dir_": run_dir}
+        sweep,
+        absolute_paths(sweep.command, values)
+        | {
+            "_choices_": OmegaConf.to_container(own.runtime.choices),
+            "_overrides_": digest_of(lines),
+            "_lines_": lines,
+            "_run_dir_": values.get("run_dir"),
+        },
     )
 
 
@@ -203,7 +212,7 @@ def run_hydra(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]
 
 def started(sweep: Sweep) -> dict[str, str | None]:
     """Return the last start time of each job, as name of the job -> time."""
-    return {path.stem: read(path).started for path in sweep.records.glob("*.json")}
+    return {path.stem: read_record(sweep, path.stem).started for path in sweep.records.glob("*.json")}
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Collection
 from typing import Any
@@ -51,6 +53,24 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
+
+
+def digest_of_settings(config: dict[str, Any]) -> str:
+    """Return a digest (16 hex digits) of the values that affect the results of a run.
+
+    The digests of two configurations are equal if `changed_settings` finds no difference. Names must be current.
+    `train.extend` is ignored, since it has no effect on a run that was never extended.
+    """
+    values = flatten(map_paths(config, real_path), leave_out=(*NEUTRAL, "train.extend"))
+    known = {key: _number(value) for key, value in values.items() if value is not None}
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _number(value: Any) -> Any:
+    """Return a value in which numbers that are equal have the same JSON text, as 1 and 1.0."""
+    if isinstance(value, list):
+        return [_number(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def relative_path_keys(config: dict[str, Any]) -> tuple[str, ...]:

@@ -133,14 +133,16 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / "done").exists()
 
 
-def is_complete(run_dir: Path, values: dict[str, Any]) -> bool:
+def is_complete(run_dir: Path, values: dict[str, Any], config: dict[str, Any] | None = None) -> bool:
     """Return True if the run in this directory has been trained to the length that the settings `values` give it.
 
-    An extended run is also complete for each earlier length that it had reached.
+    An extended run is also complete for each earlier length that it had reached. `config` is the content of
+    `config.yaml`. If it is None, the file is read.
     """
-    if not (run_dir / "config.yaml").exists():
-        return is_finished(run_dir)
-    config = read_config(run_dir)
+    if config is None:
+        if not (run_dir / "config.yaml").exists():
+            return is_finished(run_dir)
+        config = read_config(run_dir)
     if length.has_same_length(config, values):
         return is_finished(run_dir)
     return length.is_earlier_length(run_dir, config, values)

@@ -1,4 +1,4 @@
-"""Jobs of a sweep: command lines, statuses and records. The records on disk remain after the sweep exits."""
+"""Jobs of a sweep: command lines and records. The records on disk remain after the sweep exits."""
 
 from __future__ import annotations
 
@@ -10,24 +10,18 @@ import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from sslcli.config.comparison import digest_of_settings
 from sslcli.config.moved import old_override
 from sslcli.config.paths import absolute
 from sslcli.config.settings import SweepSettings
-from sslcli.errors import EXIT_INTERRUPTED, EXIT_STOPPED
-from sslcli.runs import directory
 from sslcli.runs.identity import default_name
-from sslcli.runs.slurm.queue import recorded_exit_code, submitted_job
 from sslcli.system import atomic
 from sslcli.system.child_processes import signal_with_parent
-from sslcli.system.locks import can_lock, lock
 from sslcli.system.stored import read_json
 
 PARENT = "SSLCLI_SWEEP"  # environment variable of a job: process ID of the sweep that started the job
-PROC = Path("/proc")  # exists only on Linux
-WAITING, SUBMITTED, RUNNING, CHECKED = "waiting", "submitted", "running", "checked"
-FINISHED, STOPPED, INTERRUPTED, FAILED = "finished", "stopped", "interrupted", "failed"
 
 
 @dataclass(frozen=True)
@@ -41,6 +35,7 @@ class Sweep:
     flags: tuple[str, ...]  # flags for every job, such as --config-dir=...
     shared: tuple[str, ...]  # overrides of all jobs
     submits: bool = False  # True if a job's process only submits its run to Slurm
+    reuses: bool = False  # True if jobs of other sweeps in the same parent folder are reused, see sslcli.sweeps.reuse
 
     @property
     def records(self) -> Path:
@@ -58,17 +53,32 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Length:
+    """Keys of the section `train` on which the length of a run depends."""
+
+    epochs: int
+    max_steps: int | None
+    extend: str
+
+
+@dataclass(frozen=True)
 class Job:
     """One job of a sweep: one combination of the swept values."""
 
     name: str  # name of the record, and of the run directory if run_dir is not set
     overrides: tuple[str, ...]  # as on the command line
     run_dir: Path | None  # None for a job of ssl-eval
+    digest: str | None = None  # digest of the settings that affect the results; None for a job of ssl-eval
+    length: Length | None = None  # None for a job of ssl-eval
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """Record of a job on disk. The record remains after the sweep exits."""
+    """Record of a job on disk. The record remains after the sweep exits.
+
+    If the job belongs to several sweeps, the record of the sweep that ran it first has the fields from `started` to
+    `code`. The records of the other sweeps refer to this record by `source`.
+    """
 
     overrides: list[str]
     run_dir: str | None  # relative to the sweep's folder if it is inside that folder
@@ -76,6 +86,11 @@ class Record:
     host: str | None = None
     process: int | None = None
     code: int | None = None  # exit code; -N means that signal N ended the process
+    digest: str | None = None  # see `Job`; version 0.2 wrote neither `digest` nor the length
+    epochs: int | None = None
+    max_steps: int | None = None
+    extend: str | None = None
+    source: str | None = None  # path of the record of another sweep, relative to the folder of this record
 
 
 def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
@@ -88,10 +103,13 @@ def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
             None,
         )
     name, given = default_name(config["_choices_"], config["_overrides_"]), config["_run_dir_"]
-    if given is None:
-        return Job(name, overrides, sweep.folder / name)
-    digest = hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()[:6]
-    return Job(f"{name}_{digest}", overrides, Path(absolute(given)))
+    run_dir = sweep.folder / name
+    if given is not None:
+        name += "_" + hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()[:6]
+        run_dir = Path(absolute(given))
+    train = config["train"]
+    length = Length(train["epochs"], train["max_steps"], train["extend"])
+    return Job(name, overrides, run_dir, digest=digest_of_settings(config), length=length)
 
 
 def is_sweep_setting(line: str) -> bool:
@@ -117,29 +135,73 @@ def log_of(sweep: Sweep, job: Job) -> Path:
     return sweep.records / f"{job.name}.log"
 
 
+def record_path(sweep: Sweep, name: str) -> Path:
+    """Return the path of the record of a job in the sweep's folder."""
+    return sweep.records / f"{name}.json"
+
+
+def source_of(sweep: Sweep, record: Record) -> Path | None:
+    """Return the record of another sweep to which a record refers. Return None if there is none, or not any more."""
+    path = None if record.source is None else sweep.records / record.source
+    return path if path is not None and path.exists() else None
+
+
+def read_record(sweep: Sweep, name: str) -> Record:
+    """Return the record of a job. If it refers to the record of another sweep, combine the two records."""
+    record = read(record_path(sweep, name))
+    source = source_of(sweep, record)
+    if source is None:
+        return record
+    state = read(source)
+    return replace(record, started=state.started, host=state.host, process=state.process, code=state.code)
+
+
 def read_or_create_record(sweep: Sweep, job: Job) -> Record:
     """Return the record of a job. Create the record if it does not exist."""
-    path = sweep.records / f"{job.name}.json"
+    path = record_path(sweep, job.name)
     if path.exists():
-        return read(path)
+        return read_record(sweep, job.name)
     run_dir = job.run_dir
     if run_dir is not None and run_dir.is_relative_to(sweep.folder):
         run_dir = run_dir.relative_to(sweep.folder)
-    record = Record(overrides=list(job.overrides), run_dir=None if run_dir is None else str(run_dir))
+    record = Record(
+        overrides=list(job.overrides),
+        run_dir=None if run_dir is None else str(run_dir),
+        **settings_of(job),
+    )
     write(path, record)
     return record
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """Return the fields of a record that contain the settings of a job."""
+    return {"digest": job.digest} | ({} if job.length is None else asdict(job.length))
+
+
+def record_settings(sweep: Sweep, job: Job) -> None:
+    """Record the current settings of a job. They may differ from those of an earlier command if a yaml file changed."""
+    path = record_path(sweep, job.name)
+    record = read(path)
+    current = replace(record, **settings_of(job))
+    if current != record:
+        write(path, current)
 
 
 def record_start(sweep: Sweep, job: Job, process: int) -> None:
     """Record the start of a job, with its process ID on this machine."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    changes: dict[str, Any] = {"started": now, "host": platform.node(), "process": process, "code": None}
-    write(sweep.records / f"{job.name}.json", replace(read_or_create_record(sweep, job), **changes))
+    _record_state(sweep, job, started=now, host=platform.node(), process=process, code=None)
 
 
 def record_end(sweep: Sweep, job: Job, code: int) -> None:
     """Record the exit code of a job."""
-    write(sweep.records / f"{job.name}.json", replace(read_or_create_record(sweep, job), process=None, code=code))
+    _record_state(sweep, job, process=None, code=code)
+
+
+def _record_state(sweep: Sweep, job: Job, **changes: Any) -> None:
+    """Change the record that has the state of a job. It may be the record of another sweep."""
+    path = source_of(sweep, read_or_create_record(sweep, job)) or record_path(sweep, job.name)
+    write(path, replace(read(path), **changes))
 
 
 def read(path: Path) -> Record:
@@ -151,123 +213,6 @@ def write(path: Path, record: Record) -> None:
     """Write a record atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.replace(path, json.dumps(asdict(record), indent=2).encode())
-
-
-def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = False) -> str:
-    """Return the status of a job.
-
-    The status depends first on whether the run in the run directory is finished, then on whether a process runs the
-    job, and last on the exit code in the record.
-
-    Args:
-        sweep: sweep of the job.
-        name: name of the job.
-        record: record of the job.
-        is_claimed: True if this process holds the lock of the job, so that no other process runs the job.
-    """
-    folder = sweep.folder
-    run_dir = None if record.run_dir is None else folder / record.run_dir
-    if run_dir is not None and directory.is_finished(run_dir):
-        return FINISHED
-    if not is_claimed and is_running(sweep, name, record):
-        return RUNNING
-    code = code_of(folder, record)
-    if code is None:
-        return INTERRUPTED if record.started else WAITING
-    if code == 0 and run_dir is not None:
-        return CHECKED if submitted_job(run_dir) is None else SUBMITTED
-    if code == 0:
-        return FINISHED
-    if code == EXIT_STOPPED:
-        return STOPPED
-    return INTERRUPTED if code < 0 or code == EXIT_INTERRUPTED else FAILED
-
-
-def code_of(folder: Path, record: Record) -> int | None:
-    """Return the exit code of a job of the sweep in `folder`.
-
-    If the job submitted a Slurm job, return the exit code of the Slurm job.
-    """
-    if record.code == 0 and record.run_dir is not None:
-        return recorded_exit_code(folder / record.run_dir) or 0
-    return record.code
-
-
-def is_running(sweep: Sweep, name: str, record: Record) -> bool:
-    """Return True if any process runs the job.
-
-    The process may have been started by another sweep, by a sweep that was killed, or by the user.
-    """
-    if record.run_dir is not None and directory.is_locked(sweep.folder / record.run_dir):
-        return True
-    file = lock(lock_path(sweep, name))
-    if file is None:
-        return True
-    file.close()
-    return not can_lock(sweep.records) and _is_alive(record)
-
-
-def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
-    """Lock a job, so that no other process runs it. Return the lock file, or None if another process runs the job.
-
-    The lock is held until the lock file and its copies in child processes are closed. This function can lock a job
-    whose run trains on Slurm. The process of such a job checks whether the Slurm job is still queued or running.
-    """
-    file = lock(lock_path(sweep, job.name))
-    if file is None:
-        return None
-    is_submitted = sweep.submits and job.run_dir is not None and submitted_job(job.run_dir) is not None
-    busy = job.run_dir is not None and not is_submitted and directory.is_locked(job.run_dir)
-    if busy or (not can_lock(sweep.records) and _is_alive(read_or_create_record(sweep, job))):
-        file.close()
-        return None
-    return file
-
-
-def lock_path(sweep: Sweep, name: str) -> Path:
-    """Return the lock file of a job.
-
-    The sweep and the process of the job share the lock. The lock is held until both have ended.
-    """
-    return sweep.records / f"{name}.lock"
-
-
-def describe_runner(sweep: Sweep, job: Job) -> str:
-    """Return a phrase that names the process that runs a job, for messages."""
-    if job.run_dir is not None and directory.is_locked(job.run_dir):
-        owner = (job.run_dir / ".lock").read_text(encoding="utf-8", errors="replace").strip()
-        if owner:
-            return owner
-    record = read_or_create_record(sweep, job)
-    return "another process" if record.process is None else f"process {record.process} on {record.host}"
-
-
-def _is_alive(record: Record) -> bool:
-    """Return True if the process of a job still runs on this machine.
-
-    Return False if another process has the same ID now.
-    """
-    if record.process is None or record.host != platform.node() or not atomic.is_alive(record.process):
-        return False
-    try:
-        line = (PROC / str(record.process) / "cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return not PROC.exists()
-    return all(override.encode("utf-8", "surrogateescape") in line for override in record.overrides)
-
-
-def is_due(sweep: Sweep, job: Job, *, is_claimed: bool = False) -> bool:
-    """Return True if the sweep must start, resume or wait for a job.
-
-    Args:
-        sweep: sweep of the job.
-        job: job to check.
-        is_claimed: see `status_of`.
-    """
-    status = status_of(sweep, job.name, read_or_create_record(sweep, job), is_claimed=is_claimed)
-    if status == FINISHED:
-        return sweep.command == "eval"
-    return status != FAILED or sweep.settings.retry_failed
 
 
 def stop_with_sweep() -> None:

@@ -15,21 +15,18 @@ from typing import IO, Any
 
 from sslcli.errors import EXIT_STOPPED
 from sslcli.report.terminal import print_text
-from sslcli.sweeps import table
+from sslcli.sweeps import reuse, table
 from sslcli.sweeps.job import (
     PARENT,
     Job,
     Sweep,
-    claim_job,
     command_line,
-    describe_runner,
-    is_due,
-    is_running,
     log_of,
     read_or_create_record,
     record_end,
     record_start,
 )
+from sslcli.sweeps.status import describe_runner, is_due, is_running
 from sslcli.system.cpu import usable
 from sslcli.system.locks import lock
 
@@ -205,7 +202,7 @@ class PendingJobs:
         for job in list(self.jobs):
             if job.name in self.busy_counts and not polls_busy:
                 continue
-            file = claim_job(self.sweep, job)
+            file = reuse.claim(self.sweep, job)
             if file is None:
                 self._count_busy(job)
                 continue

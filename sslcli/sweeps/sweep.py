@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sslcli.config.comparison import flatten
 from sslcli.config.paths import absolute
 from sslcli.config.settings import SweepSettings
 from sslcli.errors import (
@@ -29,22 +30,26 @@ from sslcli.errors import (
 from sslcli.report.terminal import print_text
 from sslcli.runs.directory import check_below
 from sslcli.runs.identity import digest_of, result_overrides
-from sslcli.sweeps import table
+from sslcli.sweeps import reuse, table
 from sslcli.sweeps.job import (
+    Job,
+    Sweep,
+    job_of,
+    read_or_create_record,
+    record_settings,
+)
+from sslcli.sweeps.queue import Slot, run_queue, slots_of, wait_for
+from sslcli.sweeps.status import (
     FAILED,
     INTERRUPTED,
     RUNNING,
     STOPPED,
     WAITING,
-    Job,
-    Sweep,
     is_due,
+    is_finished,
     is_running,
-    job_of,
-    read_or_create_record,
     status_of,
 )
-from sslcli.sweeps.queue import Slot, run_queue, slots_of, wait_for
 from sslcli.sweeps.table import Row
 from sslcli.system import child_processes
 
@@ -95,8 +100,7 @@ def _run(sweep: Sweep, configs: list[dict[str, Any]], line: CommandLine) -> int:
     choices = configs[0]["_choices_"]
     drawn, launcher = choices["hydra/sweeper"] != "basic", choices["hydra/launcher"]
     check_plugins(sweep, configs, drawn=drawn, launcher=launcher)
-    jobs = [] if drawn else [job_of(sweep, config) for config in configs]
-    check_distinct(jobs)
+    jobs = [] if drawn else distinct_jobs(sweep, configs)
     prepare(sweep, jobs)
     due = [job for job in jobs if is_due(sweep, job)]
     if not drawn:
@@ -147,7 +151,8 @@ def _launch(sweep: Sweep, due: list[Job], line: CommandLine, slots: list[Slot] |
 def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> Sweep:
     """Return the `Sweep` of a command line. The name of its default folder contains a digest of the overrides."""
     folder = configs[0]["_sweep_dir_"]
-    if folder == DEFAULT_FOLDER and not any(override.startswith("hydra.sweep.dir=") for override in line.overrides):
+    is_default = folder == DEFAULT_FOLDER and not any(each.startswith("hydra.sweep.dir=") for each in line.overrides)
+    if is_default:
         folder = f"{folder}_{digest_of(line.overrides) or 'default'}"
     overrides = [config["_lines_"] for config in configs]
     return Sweep(
@@ -158,6 +163,7 @@ def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> 
         flags=line.flags,
         shared=tuple(each for each in overrides[0] if all(each in others for others in overrides)),
         submits=any(config.get("launcher", {}).get("kind") == "slurm" for config in configs),
+        reuses=is_default and command == "train",
     )
 
 
@@ -180,24 +186,36 @@ def check_plugins(sweep: Sweep, configs: list[dict[str, Any]], *, drawn: bool, l
         )
 
 
-def check_distinct(jobs: list[Job]) -> None:
-    """Raise ConfigError if several jobs have the same run directory."""
-    seen: dict[Path | str, Job] = {}
-    for job in jobs:
-        place = job.run_dir or job.name
-        if place not in seen:
-            seen[place] = job
-            continue
-        if any(line.startswith("run_dir=") for line in job.overrides):
-            raise ConfigError(
-                f"run_dir is {str(place)!r} for several jobs: set hydra.sweep.dir={place} instead, and each job gets a "
-                "directory in it"
-            )
-        one, other = (" ".join(lines.overrides) for lines in (seen[place], job))
-        raise ConfigError(
-            f"the jobs {one!r} and {other!r} have the same run directory, because no setting that affects the result "
-            "differs: remove one of them, or sweep run_dir as well"
+def distinct_jobs(sweep: Sweep, configs: list[dict[str, Any]]) -> list[Job]:
+    """Return the jobs of the configurations. Jobs with identical settings are one job.
+
+    Raises ConfigError if two jobs have the same run directory, or differ only in settings that do not affect the
+    result.
+    """
+    seen: dict[Path | str, tuple[Job, dict[str, Any]]] = {}
+    for config in configs:
+        job, settings = job_of(sweep, config), flatten(config, leave_out=("about", "name", "run_dir", "sweep"))
+        has_own_place = config.get("run_dir") is not None
+        place = job.run_dir if has_own_place and job.run_dir is not None else job.digest or job.name
+        if place in seen and seen[place][1] != settings:
+            raise ConfigError(_conflict(seen[place][0], job, has_own_place=has_own_place))
+        seen.setdefault(place, (job, settings))
+    if len(seen) < len(configs):
+        print_text(f"{len(configs)} combinations of values, but {len(seen)} different jobs: identical jobs run once")
+    return [job for job, _ in seen.values()]
+
+
+def _conflict(one: Job, other: Job, *, has_own_place: bool) -> str:
+    """Return the error message for two jobs that would train the same run."""
+    if has_own_place:
+        return (
+            f"run_dir is {str(one.run_dir)!r} for several jobs: set hydra.sweep.dir={one.run_dir} instead, and each "
+            "job gets a directory in it"
         )
+    return (
+        f"the jobs {' '.join(one.overrides)!r} and {' '.join(other.overrides)!r} have the same run directory, because "
+        "no setting that affects the result differs: remove one of them, or sweep run_dir as well"
+    )
 
 
 def prepare(sweep: Sweep, jobs: list[Job]) -> None:
@@ -219,17 +237,25 @@ def prepare(sweep: Sweep, jobs: list[Job]) -> None:
                 f"{sweep.folder} already has a job named {job.name} with other overrides ({' '.join(known)}): choose "
                 "another hydra.sweep.dir"
             )
+        if not is_finished(sweep, job):  # the records of finished jobs of older versions are not changed
+            record_settings(sweep, job)
+    reuse.reuse(sweep, jobs)
 
 
 def summary(sweep: Sweep, jobs: list[Job], due: list[Job]) -> str:
-    """Return one line with the number of jobs, their statuses, and the number of jobs that will run."""
+    """Return one line with the number of jobs, their statuses, and the number of jobs that will run.
+
+    If jobs of other sweeps are reused, a second line shows the folders of these sweeps.
+    """
     counts = Counter(status_of(sweep, job.name, read_or_create_record(sweep, job)) for job in jobs)
     counts.pop(WAITING, None)
     before = "".join(f", {count} {status}" for status, count in counts.items())
     retried = not sweep.settings.retry_failed and counts[FAILED]
     hint = " (sweep.retry_failed=true resumes failed jobs)" if retried else ""
     wait = f", {counts[RUNNING]} to wait for" if counts[RUNNING] else ""
-    return f"{len(jobs)} jobs in {sweep.folder}{before}; {max(0, len(due) - counts[RUNNING])} to run{wait}{hint}"
+    first = f"{len(jobs)} jobs in {sweep.folder}{before}; {max(0, len(due) - counts[RUNNING])} to run{wait}{hint}"
+    reused = Counter(reuse.reused_folders(sweep, jobs))
+    return "\n".join([first, *(f"{count} of these jobs from {folder}" for folder, count in reused.items())])
 
 
 def exit_code(rows: list[Row], *, stopped: bool) -> int:

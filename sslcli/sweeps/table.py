@@ -16,7 +16,8 @@ from sslcli.engine import checkpoint_names
 from sslcli.errors import printable
 from sslcli.report.console import plain_text
 from sslcli.report.metrics import newest
-from sslcli.sweeps.job import FINISHED, Record, Sweep, code_of, read, status_of
+from sslcli.sweeps.job import Record, Sweep, read_record
+from sslcli.sweeps.status import FINISHED, code_of, status_of
 from sslcli.system import atomic
 from sslcli.system.locks import locked
 
@@ -50,7 +51,7 @@ def update(sweep: Sweep) -> list[Row]:
 
 def rows_of(sweep: Sweep) -> list[Row]:
     """Return one row per record."""
-    return [_row(sweep, path.stem, read(path)) for path in sorted(sweep.records.glob("*.json"))]
+    return [_row(sweep, path.stem, read_record(sweep, path.stem)) for path in sorted(sweep.records.glob("*.json"))]
 
 
 def _row(sweep: Sweep, name: str, record: Record) -> Row:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sslcli.config.comparison import changed_settings, flatten, relative_path_keys
+from sslcli.config.comparison import changed_settings, digest_of_settings, flatten, relative_path_keys
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
@@ -44,6 +44,14 @@ def test_old_names_and_other_forms_of_a_path_are_the_same_settings(
     dataset = {"_target_": "sslcli.data.sources.files.Folder", "root": str(tmp_path / "images")}
     old = {"train": {"log_every": 5}, "dataset": dataset | {"_target_": "sslcli.data.files.Folder", "root": "./images"}}
     assert changed_settings(old, {"train": {"log_every_steps": 5}, "dataset": dataset}) == []
+
+
+def test_the_digest_differs_exactly_if_settings_that_affect_the_results_differ() -> None:
+    train = {"epochs": 10.0, "max_time": "5m", "extend": "decay", "clip_grad": None}
+    same = CONFIG | {"run_dir": "other", "launcher": {"threads": 4}, "train": train, "_lines_": ["x"]}
+    assert digest_of_settings(same) == digest_of_settings(CONFIG)
+    for other in ({"seed": 1}, {"seed": "0"}, {"train": {"epochs": 11}}, {"train": {"epochs": 10, "clip_grad": 1}}):
+        assert digest_of_settings(CONFIG | other) != digest_of_settings(CONFIG)
 
 
 def test_only_relative_paths_of_the_dataset_are_listed() -> None:

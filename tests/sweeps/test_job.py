@@ -1,60 +1,52 @@
-"""Records, status and right to run of the jobs of a sweep."""
+"""Records of jobs: their own state, and the state in the record of another sweep."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from small_sweeps import prepared_sweep, wait_until
-from sslcli.sweeps import job as _job
-from sslcli.sweeps import sweep as _sweep
-from sslcli.sweeps import table
-from sslcli.sweeps.job import CHECKED, RUNNING, SUBMITTED, Record, read, status_of, write
+from small_sweeps import prepared_sweep
+from sslcli.sweeps.job import (
+    Length,
+    Record,
+    read,
+    read_record,
+    record_end,
+    record_path,
+    record_settings,
+    record_start,
+    write,
+)
+from sslcli.sweeps.status import lock_path
 from sslcli.system.stored import DamagedFile
 
 
-@pytest.mark.parametrize("proc", ["/proc", "/nowhere"])
-def test_a_process_is_known_without_locks_too(proc: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_job, "PROC", Path(proc))
-    job = subprocess.Popen([sys.executable, "-S", "-c", "input()", "seed=1"], stdin=subprocess.PIPE)
+def test_the_state_of_a_job_of_two_sweeps_is_in_one_record(tmp_path: Path) -> None:
+    first, job = prepared_sweep(tmp_path / "first")
+    second, _ = prepared_sweep(tmp_path / "second")
+    path = record_path(second, job.name)
+    write(path, replace(read(path), overrides=["seed=01"], source="../../first/jobs/one.json"))
+    record_start(second, job, 7)
+    assert read(record_path(first, job.name)).process == 7
+    record_end(first, job, 3)
+    found = read_record(second, job.name)
+    assert (found.code, found.process, found.overrides) == (3, None, ["seed=01"])
+    assert json.loads(path.read_text())["code"] is None
+    assert lock_path(second, job.name).resolve() == lock_path(first, job.name)
+    record_path(first, job.name).unlink()
+    assert read_record(second, job.name).code is None
+    assert lock_path(second, job.name) == second.records / "one.lock"
 
-    def is_alive(*overrides: str) -> bool:
-        here = os.uname().nodename
-        return _job._is_alive(Record(overrides=list(overrides), run_dir=None, host=here, process=job.pid))
 
-    wait_until(lambda: is_alive("seed=1"), "the process is known")
-    assert is_alive("seed=2") == (proc != "/proc")
-    job.communicate(b"\n")
-    assert not is_alive("seed=1")
-
-
-def test_a_dry_run_of_a_job_does_not_count_as_the_run(tmp_path: Path) -> None:
+def test_the_record_has_the_settings_of_the_last_command(tmp_path: Path) -> None:
     sweep, job = prepared_sweep(tmp_path)
-    _job.record_start(sweep, job, 1)
-    _job.record_end(sweep, job, 0)
-    (row,) = table.update(sweep)
-    assert row.status == CHECKED
-    assert _sweep.exit_code([row], stopped=False) == 0
-    assert _job.is_due(sweep, job)
-    (tmp_path / "one/slurm").mkdir(parents=True)
-    (tmp_path / "one/slurm/job").write_text("7\n")
-    assert status_of(sweep, "one", _job.read_or_create_record(sweep, job)) == SUBMITTED
-
-
-def test_the_right_to_run_a_job_is_one_process_alone(tmp_path: Path) -> None:
-    sweep, job = prepared_sweep(tmp_path)
-    right = _job.claim_job(sweep, job)
-    assert right is not None
-    assert _job.claim_job(sweep, job) is None
-    assert status_of(sweep, "one", _job.read_or_create_record(sweep, job)) == RUNNING
-    right.close()
-    again = _job.claim_job(sweep, job)
-    assert again is not None
-    again.close()
+    record_end(sweep, job, 0)
+    record_settings(sweep, replace(job, digest="0123456789abcdef", length=Length(2, None, "decay")))
+    found = read_record(sweep, job.name)
+    assert (found.code, found.digest, found.epochs, found.extend) == (0, "0123456789abcdef", 2, "decay")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""Reuse of the jobs of other sweeps: a job that another sweep runs or has run is not run again.
+
+The default folder of a sweep is named after its overrides, so a sweep to which values are added has another folder. For
+each job that is found in another sweep, the new folder contains a link to the run directory. The record of the job
+refers to the record of the other sweep. Both sweeps then read and write the same state, and use the same lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from sslcli.errors import ConfigError
+from sslcli.runs.length import newest_step
+from sslcli.runs.slurm.queue import submitted_job
+from sslcli.sweeps.job import Job, Record, Sweep, read, read_or_create_record, record_path, source_of, write
+from sslcli.sweeps.status import FINISHED, RUNNING, claim_job, status_of, stored_digest
+from sslcli.system.locks import can_lock, locked
+
+FOLDERS = "sweep_*"  # default folders of sweeps
+LOCK = ".sweeps.lock"  # in the parent folder; held while a sweep decides whether it runs a job itself
+
+
+@dataclass(frozen=True)
+class OtherJob:
+    """Job of another sweep."""
+
+    sweep: Sweep
+    path: Path  # of its record
+    record: Record
+    run_dir: Path
+
+
+def claim(sweep: Sweep, job: Job) -> IO[str] | None:
+    """Lock a job as `claim_job` does. Another sweep may have started the job since this sweep began.
+
+    The lock of the job is held during the search for the other sweep. Therefore two sweeps cannot start the same job.
+    """
+    file = claim_job(sweep, job)
+    if file is not None and reuse(sweep, [job]):
+        file.close()
+        return claim_job(sweep, job)
+    return file
+
+
+def reuse(sweep: Sweep, jobs: Iterable[Job]) -> list[Job]:
+    """Link each job that has not started yet to the same job of another sweep. Return the jobs with new links.
+
+    A link to a run that was deleted is removed, so that the job starts again.
+    """
+    jobs = list(jobs)
+    if not sweep.reuses or not can_lock(sweep.records):
+        return []
+    if not any(_other_folders(sweep)) and not any(job.run_dir and job.run_dir.is_symlink() for job in jobs):
+        return []
+    with locked(sweep.folder.parent / LOCK):
+        open_jobs = [job for job in jobs if job.digest is not None and not _is_placed(sweep, job)]
+        others = _other_jobs(sweep) if open_jobs else []
+        return [job for job in open_jobs if _link_to_best(sweep, job, others)]
+
+
+def reused_folders(sweep: Sweep, jobs: Iterable[Job]) -> list[Path]:
+    """Return the folder of the other sweep for each job that is linked."""
+    sources = (source_of(sweep, read(record_path(sweep, job.name))) for job in jobs)
+    return [source.resolve().parent.parent for source in sources if source is not None]
+
+
+def _other_folders(sweep: Sweep) -> Iterable[Path]:
+    own = sweep.folder.resolve()
+    return (path for path in sorted(sweep.folder.parent.glob(FOLDERS)) if path.resolve() != own)
+
+
+def _other_jobs(sweep: Sweep) -> list[OtherJob]:
+    """Return the jobs that other sweeps run themselves, without the jobs whose records cannot be read."""
+    found = []
+    for folder in _other_folders(sweep):
+        for path in sorted((folder / "jobs").glob("*.json")):
+            with suppress(ConfigError, OSError):
+                record = read(path)
+                run_dir = folder / (record.run_dir or "")
+                if (
+                    record.run_dir is not None
+                    and record.source is None
+                    and run_dir.resolve().parent == folder.resolve()
+                ):
+                    found.append(OtherJob(replace(sweep, folder=folder), path, record, run_dir))
+    return found
+
+
+def _is_placed(sweep: Sweep, job: Job) -> bool:
+    """Return True if the job has a run directory, or need not get one in the sweep's folder.
+
+    If the job is linked to another sweep, repair the link. If the other sweep was deleted, remove the link.
+    """
+    run_dir = job.run_dir
+    if run_dir is None or run_dir.parent != sweep.folder:
+        return True
+    record = read_or_create_record(sweep, job)
+    source = source_of(sweep, record)
+    if source is not None:
+        target = source.parent.parent / (read(source).run_dir or "")
+        target.mkdir(exist_ok=True)
+        if not os.path.lexists(run_dir):
+            _link(run_dir, target)
+        return True
+    if run_dir.is_symlink() and not run_dir.exists():
+        run_dir.unlink()
+    if record.source is not None:
+        write(record_path(sweep, job.name), replace(read(record_path(sweep, job.name)), source=None))
+    return os.path.lexists(run_dir)
+
+
+def _link_to_best(sweep: Sweep, job: Job, others: list[OtherJob]) -> bool:
+    """Link a job to the same job of another sweep, if there is one. A finished job is preferred."""
+    same = [other for other in others if _is_same(job, other)]
+    if not same or job.run_dir is None:
+        return False
+    best = max(same, key=lambda other: (_status(other) == FINISHED, newest_step(other.run_dir)))
+    path = record_path(sweep, job.name)
+    record = read(path)
+    source = os.path.relpath(best.path.resolve(), path.parent.resolve())
+    # If the process is killed between the next two lines, `_is_placed` creates the link.
+    write(path, replace(record, source=source))
+    best.run_dir.mkdir(exist_ok=True)
+    try:
+        _link(job.run_dir, best.run_dir)
+    except OSError:  # the file system does not support links
+        write(path, record)
+        return False
+    return True
+
+
+def _is_same(job: Job, other: OtherJob) -> bool:
+    """Return True if a job of another sweep has the same settings, and has started.
+
+    The settings in the run directory are compared. The process of a job writes them shortly after it starts.
+    """
+    if other.record.digest not in (None, job.digest):
+        return False
+    if (other.run_dir / "config.yaml").exists():
+        return stored_digest(other.run_dir) == job.digest
+    if other.record.digest is None:
+        return False
+    return _status(other) == RUNNING or submitted_job(other.run_dir) is not None
+
+
+def _status(other: OtherJob) -> str:
+    return status_of(other.sweep, other.path.stem, other.record)
+
+
+def _link(path: Path, target: Path) -> None:
+    """Create a relative link, so that the folder that contains all sweeps can be moved."""
+    path.symlink_to(os.path.relpath(target.resolve(), path.parent.resolve()), target_is_directory=True)

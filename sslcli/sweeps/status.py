@@ -1,0 +1,182 @@
+"""Status of the jobs of a sweep, and the locks by which only one process runs a job."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+from sslcli.config.comparison import digest_of_settings
+from sslcli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
+from sslcli.runs import directory
+from sslcli.runs.length import stored_phases
+from sslcli.runs.slurm.queue import recorded_exit_code, submitted_job
+from sslcli.sweeps.job import Job, Record, Sweep, read, read_or_create_record, record_path, settings_of, source_of
+from sslcli.system import atomic
+from sslcli.system.locks import can_lock, lock
+
+PROC = Path("/proc")  # exists only on Linux
+WAITING, SUBMITTED, RUNNING, CHECKED = "waiting", "submitted", "running", "checked"
+FINISHED, STOPPED, INTERRUPTED, FAILED = "finished", "stopped", "interrupted", "failed"
+
+
+def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = False) -> str:
+    """Return the status of a job.
+
+    The status depends first on whether the run in the run directory is finished, then on whether a process runs the
+    job, and last on the exit code in the record.
+
+    Args:
+        sweep: sweep of the job.
+        name: name of the job.
+        record: record of the job.
+        is_claimed: True if this process holds the lock of the job, so that no other process runs the job.
+    """
+    folder = sweep.folder
+    run_dir = None if record.run_dir is None else folder / record.run_dir
+    if run_dir is not None and is_complete(run_dir, record):
+        return FINISHED
+    if not is_claimed and is_running(sweep, name, record):
+        return RUNNING
+    code = code_of(folder, record)
+    if code is None:
+        return INTERRUPTED if record.started else WAITING
+    if code == 0 and run_dir is not None:
+        if directory.is_finished(run_dir):  # with fewer epochs or steps than the job has now
+            return STOPPED
+        return CHECKED if submitted_job(run_dir) is None else SUBMITTED
+    if code == 0:
+        return FINISHED
+    if code == EXIT_STOPPED:
+        return STOPPED
+    return INTERRUPTED if code < 0 or code == EXIT_INTERRUPTED else FAILED
+
+
+def is_finished(sweep: Sweep, job: Job) -> bool:
+    """Return True if the run of a job has been trained to the length that the job has now."""
+    record = replace(read_or_create_record(sweep, job), **settings_of(job))
+    return job.run_dir is not None and is_complete(job.run_dir, record)
+
+
+def is_complete(run_dir: Path, record: Record) -> bool:
+    """Return True if the run of a job has been trained to the length of the job."""
+    path = run_dir / "config.yaml"
+    if record.epochs is None or not path.exists():
+        return directory.is_finished(run_dir)
+    try:
+        config = _config(run_dir, path.stat().st_mtime_ns)
+    except ConfigError:  # the process of the job reports the error
+        return directory.is_finished(run_dir)
+    train = {"epochs": record.epochs, "max_steps": record.max_steps, "extend": record.extend}
+    return directory.is_complete(run_dir, {"train": train}, config)
+
+
+@cache
+def _config(run_dir: Path, _: int) -> dict[str, Any]:
+    """Return the `config.yaml` of a run. Results are cached until the modification time of the file changes."""
+    return directory.read_config(run_dir)
+
+
+def stored_digest(run_dir: Path) -> str | None:
+    """Return the digest of the settings in the `config.yaml` of a run that was never extended, else None.
+
+    The results of an extended run may differ from those of a run that had the same length from the beginning.
+    """
+    path = run_dir / "config.yaml"
+    try:
+        config = _config(run_dir, path.stat().st_mtime_ns)
+        return digest_of_settings(config) if len(stored_phases(config)) == 1 else None
+    except (OSError, ConfigError):
+        return None
+
+
+def code_of(folder: Path, record: Record) -> int | None:
+    """Return the exit code of a job of the sweep in `folder`.
+
+    If the job submitted a Slurm job, return the exit code of the Slurm job.
+    """
+    if record.code == 0 and record.run_dir is not None:
+        return recorded_exit_code(folder / record.run_dir) or 0
+    return record.code
+
+
+def is_running(sweep: Sweep, name: str, record: Record) -> bool:
+    """Return True if any process runs the job.
+
+    The process may have been started by another sweep, by a sweep that was killed, or by the user.
+    """
+    if record.run_dir is not None and directory.is_locked(sweep.folder / record.run_dir):
+        return True
+    file = lock(lock_path(sweep, name))
+    if file is None:
+        return True
+    file.close()
+    return not can_lock(sweep.records) and _is_alive(record)
+
+
+def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
+    """Lock a job, so that no other process runs it. Return the lock file, or None if another process runs the job.
+
+    The lock is held until the lock file and its copies in child processes are closed. This function can lock a job
+    whose run trains on Slurm. The process of such a job checks whether the Slurm job is still queued or running.
+    """
+    file = lock(lock_path(sweep, job.name))
+    if file is None:
+        return None
+    is_submitted = sweep.submits and job.run_dir is not None and submitted_job(job.run_dir) is not None
+    busy = job.run_dir is not None and not is_submitted and directory.is_locked(job.run_dir)
+    if busy or (not can_lock(sweep.records) and _is_alive(read_or_create_record(sweep, job))):
+        file.close()
+        return None
+    return file
+
+
+def lock_path(sweep: Sweep, name: str) -> Path:
+    """Return the lock file of a job.
+
+    The sweep and the process of the job share the lock. The lock is held until both have ended. Sweeps that have the
+    same job use the same lock file.
+    """
+    path = record_path(sweep, name)
+    source = source_of(sweep, read(path)) if path.exists() else None
+    return (source or path).with_suffix(".lock")
+
+
+def describe_runner(sweep: Sweep, job: Job) -> str:
+    """Return a phrase that names the process that runs a job, for messages."""
+    if job.run_dir is not None and directory.is_locked(job.run_dir):
+        owner = (job.run_dir / ".lock").read_text(encoding="utf-8", errors="replace").strip()
+        if owner:
+            return owner
+    record = read_or_create_record(sweep, job)
+    return "another process" if record.process is None else f"process {record.process} on {record.host}"
+
+
+def _is_alive(record: Record) -> bool:
+    """Return True if the process of a job still runs on this machine.
+
+    Return False if another process has the same ID now.
+    """
+    if record.process is None or record.host != platform.node() or not atomic.is_alive(record.process):
+        return False
+    try:
+        line = (PROC / str(record.process) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return not PROC.exists()
+    return all(override.encode("utf-8", "surrogateescape") in line for override in record.overrides)
+
+
+def is_due(sweep: Sweep, job: Job, *, is_claimed: bool = False) -> bool:
+    """Return True if the sweep must start, resume or wait for a job.
+
+    Args:
+        sweep: sweep of the job.
+        job: job to check.
+        is_claimed: see `status_of`.
+    """
+    status = status_of(sweep, job.name, read_or_create_record(sweep, job), is_claimed=is_claimed)
+    if status == FINISHED:
+        return sweep.command == "eval"
+    return status != FAILED or sweep.settings.retry_failed
