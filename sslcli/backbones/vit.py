@@ -33,8 +33,8 @@ def position_embedding(
 ) -> Tensor:
     """Return the sin-cos embedding of a patch grid, (height * width, dim) float32, row by row (MoCo v3, section 3).
 
-    `dim` must be divisible by 4. The four quarters of `dim` hold the sine of the row, the cosine of the row, the sine
-    of the column, and its cosine. The frequencies are 10000^(-i / (dim / 4)).
+    `dim` must be divisible by 4. The four quarters of `dim` hold sin(row), cos(row), sin(column) and cos(column), each
+    at several frequencies. Frequency i is 10000^(-i / (dim / 4)).
 
     `trained` = (rows, columns) is the grid used in training. The coordinates of the patch grid are scaled to the
     training grid, with half-pixel centers. The result is close to an interpolation of the embedding used in training,

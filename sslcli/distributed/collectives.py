@@ -1,4 +1,4 @@
-"""Functions of several processes: rank, world size, collectives with and without gradient, and exchange of rows.
+"""Communication between processes: rank, world size, collectives with and without gradient, and exchange of rows.
 
 With a single process, all collectives return their input. Rows of a gathered tensor are in rank order. If a global
 batch was split into contiguous parts, gathering the parts therefore restores the original order.

@@ -44,7 +44,8 @@ def run_processes(
         processes: number of processes; None = one per device.
         max_restarts: maximum number of restarts. If a process crashes or is killed, all processes are restarted. A
             failure that would repeat (an invalid configuration, a failed training) does not cause a restart. torch's
-            agent restarts processes after any exit code, so each start here uses a new agent without restarts.
+            agent would restart processes after any exit code. Therefore each restart uses a new agent, which itself
+            never restarts processes.
         on_message: called with the reason for each restart, and with the reason for the last crash.
         rendezvous: for a run on several nodes; None for one node. With a rendezvous, call `run_processes` on all nodes.
             After a crash, it returns EXIT_LOST. The agent ignores SIGUSR1 and SIGUSR2, because the scheduler sends

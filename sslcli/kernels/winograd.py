@@ -2,18 +2,17 @@
 
 Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the points 0, 1, -1, 2, -2 and infinity
 
-Shapes: N images, C input channels, O output channels, H x W maps, T tiles. A tile has 4 x 4 outputs, which depend on
-6 x 6 inputs. The inputs of a tile and the kernel are treated as polynomials and evaluated at 6 x 6 points. At each
-point, the convolution is a matrix product of its own. The Winograd algorithm therefore computes 36 products of (T, C)
-with (C, O). A direct convolution computes one product of (16 T, 9 C) with (9 C, O). The gradient with respect to the
-images is a convolution. The gradient with respect to the weight consists of 36 products, with the tiles as the inner
-dimension.
+Shapes: N images, C input channels, O output channels, H x W maps, T tiles. A tile has 4 x 4 outputs, which depend on 6
+x 6 inputs. The inputs of a tile and the kernel are treated as polynomials and evaluated at 6 x 6 points. The
+convolution then is a separate matrix product at each point: 36 products of (T, C) with (C, O). A direct convolution
+computes one product of (16 T, 9 C) with (9 C, O). The gradient with respect to the images is also a convolution. The
+gradient with respect to the weight consists of 36 products, with the tiles as the inner dimension.
 
-`winograd_passes.c` processes a few tiles at a time. The values of these tiles at the points then stay in the cache of a
-core. For wide layers, the C part would have to read the kernels repeatedly. Wide layers and installations without a
-compiler therefore use the implementation in torch operations. Without this module, torch uses the direct convolutions
-of oneDNN. On CPUs with AVX2, oneDNN computes the weight gradient in channels-last memory format at only half the speed
-of the forward pass and of the input gradient.
+`winograd_passes.c` processes a few tiles at a time. The values of these tiles then stay in the cache of a core. For
+wide layers, the C part would have to read the kernels repeatedly. Wide layers and installations without a compiler
+therefore use the implementation in torch operations. Without this module, torch uses the direct convolutions of oneDNN.
+On CPUs with AVX2, oneDNN computes the weight gradient in channels-last memory format at only half the speed of the
+forward pass and of the input gradient.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 from sslcli.kernels.winograd_passes import transform
 
 TILE, POINTS = 4, 6
-Rows = Sequence[Tensor] | Tensor  # the first dimension is that of tile values or points
+Rows = Sequence[Tensor] | Tensor  # the first dimension counts tile values or points
 
 
 def whole(side: int) -> int:

@@ -45,9 +45,11 @@ def discriminator_loss(real: Tensor, fake: Tensor, *, kind: str) -> Tensor:
 def generator_loss(fake: Tensor, *, kind: str) -> Tensor:
     """Return the generator loss for the discriminator's logits (N, K) of generated inputs: summed over K, mean over N.
 
-    kind="logistic": -log sigmoid(fake), the non-saturating loss (Goodfellow et al., section 3). kind="hinge": -fake
-    (Miyato et al., eq. 17). To compute the loss of an encoder (BiGAN), pass the negated logits of the pairs (image,
-    encoder's code). The loss is low if the discriminator classifies these pairs as generated.
+    kind="logistic": -log sigmoid(fake), the non-saturating loss (Goodfellow et al., section 3).
+    kind="hinge": -fake (Miyato et al., eq. 17).
+
+    To compute the loss of an encoder (BiGAN), pass the negated logits of the pairs (image, encoder's code). The loss is
+    low if the discriminator classifies these pairs as generated.
     """
     fake = full_precision(fake)
     return -fake.sum(1).mean() if kind == "hinge" else F.softplus(-fake).sum(1).mean()

@@ -26,8 +26,8 @@ UNBOUNDED = ("X2", "W1")  # measures with an unbounded loss: it decreases withou
 OFFICIAL_MASK = -10.0
 
 # For each measure: the function applied to positive scores, and the function applied to negative scores. They implement
-# the variational bounds of Nowozin et al. 2016, https://arxiv.org/abs/1606.00709. The signs of X2 are those of the
-# official code; the papers have other signs.
+# the variational bounds of Nowozin et al. 2016, https://arxiv.org/abs/1606.00709. X2 has the signs of the official
+# code, which differ from the signs in the papers.
 _ELEMENTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "GAN": (lambda p: -F.softplus(-p), F.softplus),
     "JSD": (lambda p: LOG2 - F.softplus(-p), lambda q: F.softplus(q) - LOG2),
