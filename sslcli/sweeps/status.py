@@ -119,8 +119,9 @@ def is_running(sweep: Sweep, name: str, record: Record) -> bool:
 def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
     """Lock a job, so that no other process runs it. Return the lock file, or None if another process runs the job.
 
-    The lock is held until the lock file and its copies in child processes are closed. This function can lock a job
-    whose run trains on Slurm. The process of such a job checks whether the Slurm job is still queued or running.
+    The lock is held until the lock file and its copies in child processes are closed. A job that was submitted to Slurm
+    can be locked while its run trains there. The process that then runs the job finds out that the Slurm job is still
+    queued or running.
     """
     file = lock(lock_path(sweep, job.name))
     if file is None:
