@@ -10,11 +10,14 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 
 PERMISSION_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS)
 DISK_ERRORS = (*PERMISSION_ERRORS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
+EXIT_BUG = 1  # unexpected exception in sslcli or in one of its libraries
 EXIT_CONFIG = 2
 EXIT_FAILED = 3
 EXIT_STOPPED = 75
@@ -23,6 +26,10 @@ EXIT_INTERRUPTED = 130  # interrupted by Ctrl-C; no checkpoint was saved
 
 class ConfigError(ValueError):
     """Invalid configuration or data. The command prints the message without a traceback; the exit code is 2."""
+
+
+class UserCodeError(ConfigError):
+    """Code of the user raised an unexpected exception. The message ends with the traceback of that code."""
 
 
 class TrainingFailed(RuntimeError):
@@ -50,7 +57,39 @@ class Stopped(Exception):
 
 
 DEBUG = "SSLCLI_DEBUG"  # environment variable; 1 = print the traceback after each error message
-_NOT_OF_THE_USER = ("sslcli", "torch", "torchvision", "hydra", "omegaconf", "numpy", "PIL", "yaml", "datasets", "timm")
+BUG = "this is a bug in sslcli: report it with the text above"
+# Top-level packages of sslcli, of its requirements in setup.cfg, and of the libraries that they use. All other packages
+# are code of the user.
+LIBRARIES = (
+    "sslcli",
+    "torch",
+    "torchvision",
+    "torchgen",
+    "functorch",
+    "hydra",
+    "hydra_plugins",
+    "omegaconf",
+    "antlr4",
+    "yaml",
+    "tensorboard",
+    "rich",
+    "numpy",
+    "PIL",
+    "simplejpeg",
+    "timm",
+    "datasets",
+    "huggingface_hub",
+    "pyarrow",
+    "pandas",
+    "fsspec",
+    "safetensors",
+    "scipy",
+    "submitit",
+    "joblib",
+    "ray",
+    "optuna",
+    "triton",
+)
 
 
 def print_error(command: str, error: BaseException | str) -> None:
@@ -60,7 +99,8 @@ def print_error(command: str, error: BaseException | str) -> None:
     raised the error, the message mentions SSLCLI_DEBUG.
     """
     hint = ""
-    if isinstance(error, BaseException) and os.environ.get(DEBUG) != "1" and _raised_in_user_code(error):
+    shows_traceback = isinstance(error, UserCodeError) or os.environ.get(DEBUG) == "1"
+    if isinstance(error, BaseException) and not shows_traceback and _user_part(error) is not None:
         hint = f" ({DEBUG}=1 shows the traceback)"
     print(printable(f"ssl-{command}: {error}{hint}", keep="\n"), file=sys.stderr, flush=True)
     if isinstance(error, BaseException) and os.environ.get(DEBUG) == "1":
@@ -90,13 +130,162 @@ def _escape(character: str) -> str:
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
 
 
-def _raised_in_user_code(error: BaseException) -> bool:
-    """Return True if the traceback of the first cause of `error` contains code outside of sslcli and its libraries."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-    packages = {str(module).partition(".")[0] for module in modules}
-    return bool(packages - {*_NOT_OF_THE_USER, *sys.stdlib_module_names, "__main__"})
+@contextmanager
+def user_code(
+    action: str,
+    *,
+    explain: Callable[[BaseException], str] | None = None,
+    passes: Callable[[BaseException], bool] = lambda error: False,
+) -> Iterator[None]:
+    """Report an exception of user code in the `with` block as UserCodeError, with the traceback of that code.
+
+    User code is code outside of sslcli, its libraries and the standard library, and methods of sslcli and torch that
+    run on an instance of a user's class. The message names the class or function of the user.
+
+    Exceptions of other code stay unchanged, unless `explain` is given. These exceptions always stay unchanged: errors
+    that already have a message for users, a lack of memory, and a full disk.
+
+    Args:
+        action: what the block does, as in "computing the loss".
+        explain: returns the message for an exception, in place of the message with the action. Exceptions of code that
+            is not of the user then become ConfigError.
+        passes: returns True for further exceptions that stay unchanged.
+    """
+    try:
+        yield
+    except (ConfigError, TrainingFailed, Stopped):
+        raise
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error) or _is_full_disk(error) or passes(error):
+            raise
+        if explain is not None:
+            raise with_traceback(explain(error), error) from error
+        found = user_code_error(action, error)
+        if found is None:
+            raise
+        raise found from error
+
+
+def user_code_error(action: str, error: BaseException, *, owner: type | None = None) -> UserCodeError | None:
+    """Return the UserCodeError for an exception, or None if no user code raised it.
+
+    Args:
+        action: what the code did, as in "reading images".
+        error: the exception.
+        owner: the class of the object that was used. If the traceback contains no user code, but this class is of the
+            user, the whole traceback is reported.
+    """
+    found = _user_part(error)
+    if found is None:
+        if owner is None or not _is_user_module(owner.__module__):
+            return None
+        name, lines = class_name(owner), traceback.format_exception(error)
+    else:
+        name, lines = _name_of(found[1].tb_frame), traceback.format_exception(type(found[0]), *found)
+    return UserCodeError(f"{name} failed while {action} ({summary(error)})\n{''.join(lines).rstrip()}")
+
+
+def with_traceback(message: str, error: BaseException) -> ConfigError:
+    """Return ConfigError with a message about `error`. If user code raised it, the traceback of that code is added."""
+    found = _user_part(error)
+    if found is None:
+        return ConfigError(message)
+    lines = traceback.format_exception(type(found[0]), *found)
+    return UserCodeError(f"{message}\n{''.join(lines).rstrip()}")
+
+
+def print_unexpected(command: str, error: Exception) -> int:
+    """Print an exception for which `ssl-COMMAND` has no message of its own, and return the exit code.
+
+    The code is 2 if user code raised the exception, and 3 if memory or disk space is missing. All other exceptions are
+    bugs of sslcli: the whole traceback is printed, and the code is 1.
+    """
+    if is_out_of_memory(error):
+        print_error(command, f"out of memory ({first_line(error)}): reduce the batch size, or the size of the images")
+        return EXIT_FAILED
+    if isinstance(error, OSError) and _is_full_disk(error):
+        message, code = disk_failure(error, "a file", "directory") or ("", EXIT_FAILED)
+        print_error(command, message)
+        return code
+    found = user_code_error(f"running ssl-{command}", error)
+    if found is not None:
+        print_error(command, found)
+        return EXIT_CONFIG
+    print(printable("".join(traceback.format_exception(error)).rstrip(), keep="\n"), file=sys.stderr)
+    print_error(command, BUG)
+    return EXIT_BUG
+
+
+# Texts of RuntimeErrors that have no type of their own: torch's CPU allocator, MPS, the CUDA driver, cuBLAS and cuDNN.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if `error` reports that the memory of a device or of the machine is used up.
+
+    This function does not import torch. It recognizes `torch.OutOfMemoryError` by its name.
+    """
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS and error.errno not in PERMISSION_ERRORS
+
+
+def class_name(kind: type) -> str:
+    """Return the module and the name of a class, as in `mypackage.MyMethod`."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def summary(error: BaseException) -> str:
+    """Return the class and the first line of an error on one line, as in `KeyError: 'name'`."""
+    kind = type(error).__name__
+    return f"{kind}: {first_line(error)}" if str(error).strip() else kind
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error message without the final period, or the class of an error without message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _user_part(error: BaseException) -> tuple[BaseException, TracebackType] | None:
+    """Return the part of a traceback that starts in user code, with its exception. None if there is no user code.
+
+    The exception is `error` or one of its causes. Code in a module of the user has precedence over code of sslcli or
+    torch that runs on an instance of a user's class.
+    """
+    on_instance = None
+    cause: BaseException | None = error
+    while cause is not None:
+        part = cause.__traceback__
+        while part is not None:
+            if _is_user_module(part.tb_frame.f_globals.get("__name__")):
+                return cause, part
+            if on_instance is None and _is_user_module(type(_instance(part.tb_frame)).__module__):
+                on_instance = cause, part
+            part = part.tb_next
+        cause = cause.__cause__
+    return on_instance
+
+
+def _is_user_module(name: object) -> bool:
+    package = str(name or "__main__").partition(".")[0]
+    return package not in LIBRARIES and package not in sys.stdlib_module_names and package != "__main__"
+
+
+def _instance(frame: FrameType) -> object:
+    """Return `self` of a frame that runs a method, else None."""
+    return frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
+
+
+def _name_of(frame: FrameType) -> str:
+    """Return the class whose method a frame runs, the function that it runs, or the module that it imports."""
+    instance, module = _instance(frame), frame.f_globals.get("__name__")
+    if instance is not None:
+        return class_name(type(instance))
+    return str(module) if frame.f_code.co_name == "<module>" else f"{module}.{frame.f_code.co_name}"
 
 
 def disk_failure(error: OSError, path: object, key: str) -> tuple[str, int] | None:

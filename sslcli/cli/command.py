@@ -18,7 +18,7 @@ from sslcli.cli.help import MULTIRUNS
 from sslcli.cli.hydra_errors import print_note
 from sslcli.config.moved import current_override
 from sslcli.config.paths import absolute, quote_home_paths
-from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, print_error
+from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, print_error, print_unexpected
 from sslcli.report.terminal import guard_terminal
 from sslcli.sweeps.job import stop_with_sweep
 from sslcli.system.cpu import limit_spinning
@@ -53,6 +53,8 @@ def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
     except KeyboardInterrupt:
         print_error(name, "interrupted")
         return EXIT_INTERRUPTED
+    except Exception as error:
+        return print_unexpected(name, error)
 
 
 def read_arguments(name: str) -> Namespace:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sslcli.errors import ConfigError, ProcessLost, TrainingFailed
+from sslcli.errors import BUG, ConfigError, ProcessLost, TrainingFailed, class_name, summary, user_code_error
 from sslcli.system import cpu
 from sslcli.system.child_processes import kill_with_parent
 
@@ -79,14 +79,16 @@ class ErrorReturningDataset(Dataset[Any]):
             return self.failure(error)
 
     def failure(self, error: Exception) -> ConfigError | TrainingFailed:
-        """Return the error that ends the command: ConfigError if `error` comes from user code, else TrainingFailed.
+        """Return the error that ends the command: UserCodeError if `error` comes from user code, else TrainingFailed.
 
         The message contains the traceback of `error`.
         """
-        name = f"{self.owner.__module__}.{self.owner.__qualname__}"
-        summary = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        text = f"{name} failed while reading images ({summary})\n{''.join(traceback.format_exception(error)).rstrip()}"
-        return TrainingFailed(text) if name.startswith("sslcli.") else ConfigError(text)
+        found = user_code_error("reading images", error, owner=self.owner)
+        if found is not None:
+            return found
+        lines = traceback.format_exception(error)
+        text = f"{class_name(self.owner)} failed while reading images ({summary(error)})\n{''.join(lines)}"
+        return TrainingFailed(f"{text.rstrip()}\n{'' if isinstance(error, OSError) else BUG}".rstrip())
 
 
 def check_shared_memory(workers: int, batch_bytes: int) -> None:

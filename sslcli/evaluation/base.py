@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sslcli.data.sources.base import Source
-from sslcli.errors import ConfigError
+from sslcli.errors import ConfigError, class_name
 from sslcli.evaluation import layers
 from sslcli.evaluation.features import FeatureSet, computed
 from sslcli.evaluation.network import Classifier
@@ -53,7 +53,7 @@ class Outcome:
 
 def check_outcome(outcome: Outcome, protocol: object) -> None:
     """Raise ConfigError unless the fields of an outcome have the types and keys that `Outcome` requires."""
-    who = f"{type(protocol).__module__}.{type(protocol).__qualname__}"
+    who = class_name(type(protocol))
     if not isinstance(outcome, Outcome) or not isinstance(outcome.result, dict):
         raise ConfigError(f"{who} returned {outcome!r}, but it must return an Outcome with a result dictionary")
     result = outcome.result

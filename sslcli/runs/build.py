@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
@@ -23,13 +23,14 @@ from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
 from sslcli.engine import fsdp
 from sslcli.engine.optim import parameter_groups
-from sslcli.errors import ConfigError, nearest
+from sslcli.errors import ConfigError, TrainingFailed, first_line, nearest, summary, user_code, with_traceback
 from sslcli.evaluation.base import Protocol
 from sslcli.kernels.winograd import use_winograd
 from sslcli.methods.base import Method
 from sslcli.nn import schedule
 from sslcli.nn.modes import evaluating
-from sslcli.runs.trial import check_accepts, first_line
+from sslcli.runs.contract import check_members
+from sslcli.runs.trial import check_accepts
 
 Net = TypeVar("Net", bound=nn.Module)
 Built = TypeVar("Built")
@@ -41,6 +42,9 @@ BASES: dict[str, type] = {  # required base class of each group
     "optimizer": Optimizer,
     "protocol": Protocol,
 }
+# Exceptions of constructors that reject a value. If a size is negative or too large, torch raises RuntimeError or
+# OverflowError.
+REJECTIONS = (ValueError, TypeError, RuntimeError, OverflowError)
 CONTRACTS = (Method, Source, nn.Module, Optimizer, Protocol, Backbone)
 
 
@@ -67,14 +71,11 @@ def find_class(target: str, *, base: type[Built], trust: list[str], where: str) 
     """
     check_target(target, trust, where)
     module_name, _, name = target.rpartition(".")
+    owner = import_owner(module_name, f"{where} is {target!r}")
     try:
-        found = getattr(import_module(module_name), name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{where} is {target!r}, but {error.name} is neither installed nor in the current directory"
-        ) from error
+        found = getattr(owner, name)
     except AttributeError as error:
-        known = [n for n in dir(import_module(module_name)) if not n.startswith("_")]
+        known = [n for n in dir(owner) if not n.startswith("_")]
         raise ConfigError(f"{where} is {target!r}, but {module_name} has no {name}.{nearest(name, known)}") from error
     module = getattr(found, "__module__", "")
     # A trusted module may import os or subprocess, so check that the object is also defined in a trusted package.
@@ -82,6 +83,19 @@ def find_class(target: str, *, base: type[Built], trust: list[str], where: str) 
         raise ConfigError(f"{where} is {target!r}, but that is not a class of a trusted package")
     check_class(found, target, base=base, where=where)
     return found  # type: ignore[no-any-return]
+
+
+def import_owner(name: str, setting: str) -> ModuleType:
+    """Import and return the module `name`. Raises ConfigError, which starts with `setting`, if that is impossible."""
+    try:
+        with user_code(
+            f"importing {name}",
+            explain=lambda error: f"{setting}, but {name} cannot be imported ({summary(error)})",
+            passes=lambda error: isinstance(error, ModuleNotFoundError),
+        ):
+            return import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{setting}, but {error.name} is neither installed nor in the current directory") from error
 
 
 def check_class(found: Any, target: str, *, base: type, where: str) -> None:
@@ -123,12 +137,14 @@ def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: s
                     f"Its parameters are: {', '.join(parameters)}"
                 )
     try:
-        return target(**values, **arguments)
-    except ConfigError:
+        with user_code(f"building {where}", passes=lambda error: isinstance(error, REJECTIONS)):
+            return target(**values, **arguments)
+    except (ConfigError, TrainingFailed):
         raise
-    # torch raises RuntimeError or OverflowError if a size is negative or too large.
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+    except ValueError as error:  # the documented way to reject a value, so it needs no traceback
         raise ConfigError(f"{where}: {error}") from error
+    except REJECTIONS as error:
+        raise with_traceback(f"{where}: {error}", error) from error
 
 
 def build_inner(owner: type, name: str, node: dict[str, Any], *, trust: list[str], where: str) -> Any:
@@ -191,7 +207,7 @@ def build_backbone(node: Node, *, image_size: int, trust: list[str]) -> Backbone
     try:
         return as_backbone(module, image_size=image_size, in_channels=node.get("in_channels", 3))
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"backbone: {error}") from error
+        raise with_traceback(f"backbone: {error}", error) from error
 
 
 def build_method(
@@ -232,6 +248,7 @@ def build_parts(config: RunConfig) -> Parts:
         num_images=len(source.splits["train"]),
         trust=trust,
     )
+    check_members(method)
     if method.num_views != views.num_views:
         raise ConfigError(
             f"method needs {method.num_views} view{'s' * (method.num_views != 1)} per image, but the chosen views give "
@@ -260,28 +277,41 @@ def check_views(method: Method, views: Views, source: Source) -> None:
             raise ConfigError(
                 f"{key} is {size}, but such images do not fit into memory: choose a smaller size"
             ) from error
-    try:
-        with evaluating(method), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            method.check_views(examples)
-    except ValueError as error:
-        raise ConfigError(f"method: {error}") from error
-    except Exception as error:  # code of the user can raise any exception
+
+    def explain(error: BaseException) -> str:
         check_accepts(method, views, source)
-        raise ConfigError(f"method: {type(method).__name__} does not accept the views: {first_line(error)}") from error
+        return f"method: {type(method).__name__} does not accept the views: {first_line(error)}"
+
+    with (
+        user_code("checking views", explain=explain),
+        evaluating(method),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        try:
+            method.check_views(examples)
+        except ValueError as error:
+            raise ConfigError(f"method: {error}") from error
 
 
 def check_channels(method: Method, source: Source) -> None:
     """Raise ConfigError unless the method can compute features of images with the shape of the source's images."""
-    black = torch.zeros(2, source.channels, source.image_size, source.image_size)
-    try:
-        with evaluating(method), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            method.features(black)
-    except Exception as error:  # code of the user can raise any exception
-        raise ConfigError(
+
+    def explain(error: BaseException) -> str:
+        return (
             f"backbone: it does not accept the images of {source.name}, which have {source.channels} channels and "
             f"{source.image_size}x{source.image_size} pixels: {first_line(error)}. Set backbone.in_channels to the "
             "number of channels, and dataset.image_size to a size that the backbone accepts"
-        ) from error
+        )
+
+    black = torch.zeros(2, source.channels, source.image_size, source.image_size)
+    with (
+        user_code("computing features", explain=explain),
+        evaluating(method),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        method.features(black)
 
 
 def build_optimizer(config: RunConfig, method: Method) -> tuple[Optimizer, float]:

@@ -20,7 +20,17 @@ from sslcli.data.sources.base import Source
 from sslcli.distributed import devices
 from sslcli.engine import checkpoint
 from sslcli.engine.precision import autocast
-from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError, TrainingFailed, print_error
+from sslcli.errors import (
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    ConfigError,
+    TrainingFailed,
+    first_line,
+    is_out_of_memory,
+    print_error,
+    user_code,
+)
 from sslcli.evaluation import layers
 from sslcli.evaluation.base import Outcome, Protocol, check_outcome
 from sslcli.evaluation.splits import check_answers, check_reported, unanswerable
@@ -31,10 +41,9 @@ from sslcli.runs import fine_tuned
 from sslcli.runs.build import build, find_class
 from sslcli.runs.evaluation import Evaluation, Starts, check_results_dir
 from sslcli.runs.image_changes import warn_of_changes
-from sslcli.runs.out_of_memory import evaluation_message, is_out_of_memory
+from sslcli.runs.out_of_memory import evaluation_message
 from sslcli.runs.result_name import dataset_facts, join_parts
 from sslcli.runs.subject import Subject, load_subject
-from sslcli.runs.trial import first_line
 from sslcli.system.memory import keep_freed_memory
 
 
@@ -121,6 +130,7 @@ def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, scr
     return max(codes)
 
 
+@user_code("evaluating", passes=lambda error: isinstance(error, ValueError))
 def evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[str, Any]:
     """Evaluate one checkpoint or weight file, write the result file, and return the result.
 
@@ -217,25 +227,23 @@ def check_images_fit(evaluation: Evaluation, net: nn.Module) -> None:
             f"{has}, but the network was trained on images with {len(subject.mean)} channels: choose a dataset=... "
             "with the channels of pre-training"
         )
-    try:
-        device = evaluation.device
-        devices = [device] if device.type == "cuda" else []
-        with (
-            evaluating(net),
-            torch.no_grad(),
-            torch.random.fork_rng(devices=devices),
-            autocast(device, subject.precision),
-        ):
-            layers.read(net, layers.BACKBONE, evaluation.task().example())
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # code of the user can raise any exception
-        remedy = (
-            "choose a dataset=... with the channels of pre-training"
-            if size == source.image_size
-            else f"set dataset.image_size to {'the image size of pre-training' if size is None else size}"
-        )
-        raise ConfigError(f"{has}, which the network does not accept ({first_line(error)}): {remedy}") from error
+    remedy = (
+        "choose a dataset=... with the channels of pre-training"
+        if size == source.image_size
+        else f"set dataset.image_size to {'the image size of pre-training' if size is None else size}"
+    )
+    device = evaluation.device
+    with (
+        user_code(
+            "computing features",
+            explain=lambda error: f"{has}, which the network does not accept ({first_line(error)}): {remedy}",
+        ),
+        evaluating(net),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        autocast(device, subject.precision),
+    ):
+        layers.read(net, layers.BACKBONE, evaluation.task().example())
 
 
 def write_outcome(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import tempfile
-import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from sslcli.config.added import resumed_dataset
 from sslcli.config.run_config import RunConfig
 from sslcli.config.settings import MultiSettings
 from sslcli.engine import checkpoint_names
-from sslcli.errors import EXIT_CONFIG, ConfigError, print_error
+from sslcli.errors import EXIT_CONFIG, ConfigError, print_error, print_unexpected
 from sslcli.report.terminal import guard_terminal, log_and_print
 from sslcli.runs.identity import run_dir_of
 from sslcli.system import child_processes
@@ -88,9 +87,9 @@ def main() -> None:
     except ConfigError as error:
         print_error("train", error)
         sys.exit(EXIT_CONFIG)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1 if checkpoints(config) == before else EXIT_LOST)
+    except Exception as error:
+        code = print_unexpected("train", error)
+        sys.exit(code if code == EXIT_CONFIG or checkpoints(config) == before else EXIT_LOST)
 
 
 def checkpoints(config: dict[str, Any]) -> set[str]:

@@ -1,21 +1,9 @@
-"""Errors of torch and numpy for lack of memory: recognition, and a message with the keys that reduce memory."""
+"""Messages for lack of memory, with the keys that reduce memory."""
 
 from __future__ import annotations
 
-import torch
-
 from sslcli.config.run_config import EvalConfig, RunConfig
 from sslcli.distributed import collectives
-
-# Texts of RuntimeErrors that have no type of their own: torch's CPU allocator, MPS, the CUDA driver, cuBLAS and cuDNN.
-_TEXTS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if `error` reports that the memory of a device or of the machine is used up."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
 
 
 def training_message(error: BaseException, config: RunConfig) -> str:

@@ -4,75 +4,81 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sslcli.config.settings import MonitorSettings
 from sslcli.data.crops import Request
 from sslcli.data.loader import Loader
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
 from sslcli.distributed import collectives
 from sslcli.engine import precision
-from sslcli.errors import ConfigError
+from sslcli.errors import ConfigError, class_name, first_line, summary, user_code
 from sslcli.methods.base import Batch, Method
 from sslcli.nn.modes import evaluating
+from sslcli.runs.contract import check_embeddings, check_scalars, guard_warning
 
 COUNT = 2  # images of a trial; BatchNorm needs two
 MAX_NAMED = 3  # number of parameters that a warning names
 
 
-def trial(loader: Loader, method: Method, device: torch.device, precision_name: str) -> list[str]:
-    """Return the names of the trainable parameters on which the loss does not depend.
+@dataclass(frozen=True)
+class Trial:
+    """What the trial of a run found.
 
-    The loss is computed on a copy of `method` on `device`, from the views of a few random images. The method, its
-    buffers and all random states stay unchanged, and no other process takes part.
+    Attributes:
+        unused: names of the trainable parameters on which the loss does not depend.
+        has_embeddings: True if `forward` set `embeddings`, which the collapse detection needs.
+    """
 
-    Raises ConfigError if a view cannot be drawn, if the method does not accept the views, or if the loss has no
-    gradient. The message names the key to change.
+    unused: tuple[str, ...] = ()
+    has_embeddings: bool = True
+
+
+def trial(loader: Loader, method: Method, device: torch.device, precision_name: str) -> Trial:
+    """Compute the loss once on a copy of `method` on `device`, from the views of a few random images.
+
+    The method, its buffers and all random states stay unchanged, and no other process takes part.
+
+    Raises ConfigError if a view cannot be drawn, if the method does not accept the views, or if `forward` does not
+    return what the training loop needs. The message names the key to change, or the class of the method.
     """
     try:
         with _unchanged_random_state(device), collectives.single_process():
+            batch = draw(loader, COUNT, device)
             try:
-                return _unused(loader, method, device, precision_name, COUNT)
-            except _MethodError:
+                return _examine(loader, method, batch, precision_name)
+            except ConfigError:
                 # A method may need more images than `COUNT`. Therefore, only a failure with a real micro-batch is an
                 # error.
                 if loader.micro_batch_size <= COUNT:
                     raise
-                return _unused(loader, method, device, precision_name, loader.micro_batch_size)
+            return _examine(loader, method, draw(loader, loader.micro_batch_size, device), precision_name)
     except torch.OutOfMemoryError:  # the first step reports the lack of memory
-        return []
-    except _MethodError as error:
-        raise ConfigError(_explain(loader, method, error.cause)) from error.cause
+        return Trial()
 
 
-class _MethodError(Exception):
-    """Raised if the method raises the exception `cause`."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(cause)
-        self.cause = cause
-
-
-def _unused(loader: Loader, method: Method, device: torch.device, precision_name: str, count: int) -> list[str]:
-    batch = draw(loader, count, device)
+def _examine(loader: Loader, method: Method, batch: Batch, precision_name: str) -> Trial:
     try:
-        copied = copy.deepcopy(method).to(device).train()
-    except (TypeError, RuntimeError):  # a module of the user holds something that cannot be copied, such as a lock
-        return []
-    try:
-        with precision.autocast(device, precision_name):
-            scalars = copied(batch)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # code of the user can raise any exception
-        raise _MethodError(error) from error
-    reached = parameters_of(check_scalars(scalars, type(method).__name__))
-    return [name for name, p in copied.named_parameters() if p.requires_grad and id(p) not in reached]
+        copied = copy.deepcopy(method).to(batch.index.device).train()
+    except Exception:  # a module of the user holds something that cannot be copied, such as a lock
+        return Trial()
+    with (
+        user_code("computing the loss", explain=partial(_explain, loader, method)),
+        precision.autocast(batch.index.device, precision_name),
+    ):
+        scalars: object = copied(batch)
+    reached = parameters_of(check_scalars(scalars, type(method)))
+    check_embeddings(copied)
+    unused = [name for name, p in copied.named_parameters() if p.requires_grad and id(p) not in reached]
+    return Trial(tuple(unused), has_embeddings=len(copied.embeddings) > 0)
 
 
 def draw(loader: Loader, count: int, device: torch.device) -> Batch:
@@ -94,39 +100,21 @@ def draw(loader: Loader, count: int, device: torch.device) -> Batch:
     request = Request(index, torch.zeros_like(index), torch.zeros_like(index, dtype=torch.bool))
     crops: list[Tensor] = []
     for numbers in views.groups:
-        try:
+        with user_code("drawing views", explain=partial(_explain_view, loader, numbers[0])):
             crop = loader.crop(images.to(loader.device), loader.key(request), numbers)
             loader.color(request, crop, numbers)
-        except Exception as error:  # a view operation of the user can raise any exception
-            entry, size = views.entry_number(numbers[0]), views.sizes(source.image_size)[numbers[0]]
-            raise ConfigError(
-                f"views.views.{entry} cannot be drawn at {size} pixels: {first_line(error)}. "
-                f"Change views.views.{entry} ({views.entries[entry].describe()})"
-            ) from error
         crops.append(crop)
     return loader.batch(request, crops, positions).to(device)
 
 
-def check_scalars(scalars: object, name: str) -> Tensor:
-    """Return the loss in `scalars`, the output of a method named `name`. Raises ConfigError if it is not valid."""
-    if not isinstance(scalars, Mapping) or not isinstance(scalars.get("loss"), Tensor):
-        has = (
-            f"a dictionary with the keys {', '.join(scalars)}" if isinstance(scalars, Mapping) else repr(type(scalars))
-        )
-        raise ConfigError(
-            f"forward of {name} returned {has}, but it must return a dictionary whose entry 'loss' is a tensor"
-        )
-    loss: Tensor = scalars["loss"]
-    if loss.numel() != 1:
-        raise ConfigError(
-            f"the loss of {name} has the shape {tuple(loss.shape)}, but it must be one number: return its mean"
-        )
-    if not loss.requires_grad:
-        raise ConfigError(
-            f"the loss of {name} depends on no trainable parameter, so nothing would be trained: do not detach the "
-            "loss, and do not freeze all parameters"
-        )
-    return loss
+def _explain_view(loader: Loader, number: int, error: BaseException) -> str:
+    """Return the message for view `number` of a run, which raises `error` when it is drawn."""
+    views = loader.views
+    entry, size = views.entry_number(number), views.sizes(loader.source.image_size)[number]
+    return (
+        f"views.views.{entry} cannot be drawn at {size} pixels: {first_line(error)}. "
+        f"Change views.views.{entry} ({views.entries[entry].describe()})"
+    )
 
 
 def parameters_of(loss: Tensor) -> set[int]:
@@ -152,6 +140,13 @@ def freeze(method: nn.Module, names: Sequence[str]) -> None:
         method.get_parameter(name).requires_grad_(False)
 
 
+def trial_warnings(found: Trial, method: Method, monitor: MonitorSettings) -> list[str]:
+    """Return the warnings at the start of a run: unused parameters, and a collapse detection without embeddings."""
+    warnings = [unused_warning(found.unused)] if found.unused else []
+    detects = monitor.health_every_steps > 0 and monitor.on_collapse != "ignore"
+    return warnings if found.has_embeddings or not detects else [*warnings, guard_warning(method)]
+
+
 def unused_warning(names: Sequence[str]) -> str:
     """Return the warning about parameters on which the loss does not depend."""
     listed = ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
@@ -166,49 +161,37 @@ def check_accepts(method: Method, views: Views, source: Source) -> None:
 
     The message names the size and the key to change.
     """
-    sizes = dict.fromkeys([source.image_size, *views.sizes(source.image_size)])
-    for size in sizes:
-        error = _rejection(method.backbone, source.channels, size)
-        if error is None:
-            continue
-        if size == source.image_size:
-            key = "dataset.image_size, or the image size of the backbone"
-        else:
-            entry = views.entry_number(views.sizes(source.image_size).index(size))
-            key = f"views.views.{entry}.size to null or to a size that the backbone accepts"
-        raise ConfigError(
-            f"backbone: {type(method.backbone).__name__} does not accept images with {source.channels} channels and "
-            f"{size}x{size} pixels: {first_line(error)}. Change {key}"
-        ) from error
+    first = next(method.backbone.parameters(), torch.empty(0))
+    for size in dict.fromkeys([source.image_size, *views.sizes(source.image_size)]):
+        images = torch.zeros(2, source.channels, size, size, device=first.device)
+        with (
+            user_code("computing features", explain=partial(_explain_size, method, views, source, size)),
+            evaluating(method.backbone),
+            torch.no_grad(),
+        ):
+            method.backbone(images)
 
 
-def _rejection(backbone: nn.Module, channels: int, size: int) -> Exception | None:
-    """Return the exception of the backbone for two black images, or None if it accepts them."""
-    first = next(backbone.parameters(), torch.empty(0))
-    images = torch.zeros(2, channels, size, size, device=first.device)
-    try:
-        with evaluating(backbone), torch.no_grad():
-            backbone(images)
-    except Exception as error:  # code of the user can raise any exception
-        return error
-    return None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error message without the final period, or the class of an error without message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _explain_size(method: Method, views: Views, source: Source, size: int, error: BaseException) -> str:
+    """Return the message for a backbone that raises `error` on images of `size` pixels."""
+    if size == source.image_size:
+        key = "dataset.image_size, or the image size of the backbone"
+    else:
+        entry = views.entry_number(views.sizes(source.image_size).index(size))
+        key = f"views.views.{entry}.size to null or to a size that the backbone accepts"
+    return (
+        f"backbone: {type(method.backbone).__name__} does not accept images with {source.channels} channels and "
+        f"{size}x{size} pixels: {first_line(error)}. Change {key}"
+    )
 
 
 def _explain(loader: Loader, method: Method, error: BaseException) -> str:
     """Return the message for a method that raises `error` on the views of a run."""
-    try:
-        check_accepts(method, loader.views, loader.source)
-    except ConfigError as rejection:
-        return str(rejection)
+    check_accepts(method, loader.views, loader.source)
     sizes = ", ".join(map(str, dict.fromkeys(loader.views.sizes(loader.source.image_size))))
     return (
-        f"method: {type(method).__name__} cannot compute its loss on views of {sizes} pixels: {type(error).__name__}: "
-        f"{first_line(error)}. Change dataset.image_size, views=... or backbone=..."
+        f"method: {class_name(type(method))} cannot compute its loss on views of {sizes} pixels ({summary(error)}). "
+        "Change dataset.image_size, views=... or backbone=..., or correct the code of the method"
     )
 
 

@@ -32,7 +32,9 @@ from sslcli.errors import (
     Stopped,
     TrainingFailed,
     disk_failure,
+    is_out_of_memory,
     print_error,
+    user_code,
 )
 from sslcli.report import pictures
 from sslcli.report.console import Screen, percent, show
@@ -53,12 +55,13 @@ from sslcli.runs.build import Parts, build_optimizer, build_parts
 from sslcli.runs.dry_run import dry_run, save_views
 from sslcli.runs.image_changes import check_images
 from sslcli.runs.length import phase_rows
-from sslcli.runs.out_of_memory import is_out_of_memory, training_message
-from sslcli.runs.trial import freeze, trial, unused_warning
+from sslcli.runs.out_of_memory import training_message
+from sslcli.runs.trial import Trial, freeze, trial, trial_warnings
 from sslcli.system import atomic
 from sslcli.system.memory import keep_freed_memory
 
 WAIT = 2.0  # seconds that ranks other than 0 wait before they print, see _end
+DEAD_WORKER = "DataLoader worker"  # text of the error that torch raises at any point if a data worker dies
 UNUSED_IN_STEP = "Expected to have finished reduction in the prior iteration"  # text of torch's error
 UNUSED_MESSAGE = (
     "method: a step used only some of the trainable parameters, but with several processes the loss of every step must "
@@ -86,7 +89,8 @@ def run(config: RunConfig) -> int:
         limit = config.launcher.timeout_seconds
         with processes.process_group(device, limit=limit, end=partial(_end_stalled_process, run_dir)):
             check_agreement(config.values)
-            return _train(config, run_dir, device)
+            with user_code("preparing the run", passes=is_lost_process):
+                return _train(config, run_dir, device)
     except ConfigError as error:
         return _end(error, EXIT_CONFIG)
     except ProcessLost as error:
@@ -98,7 +102,7 @@ def run(config: RunConfig) -> int:
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             return _end(training_message(error, config), EXIT_FAILED)
-        if "DataLoader worker" in str(error):  # torch raises it at any point if a data worker dies
+        if DEAD_WORKER in str(error):
             return _end(str(worker_died_error(error)), processes.exit_lost())
         if UNUSED_IN_STEP in str(error):
             return _end(ConfigError(UNUSED_MESSAGE), EXIT_CONFIG)
@@ -112,6 +116,15 @@ def run(config: RunConfig) -> int:
         if failure is None:
             raise
         return _end(*failure)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Return True if `run` has a message for a RuntimeError: another process ended, or a step left parameters unused.
+
+    torch raises such errors at any point, also while code of the user runs.
+    """
+    known = any(text in str(error) for text in (DEAD_WORKER, UNUSED_IN_STEP))
+    return isinstance(error, RuntimeError) and (known or processes.lost_contact(error))
 
 
 def _ignore_disk_error(failure: threading.ExceptHookArgs) -> None:
@@ -149,13 +162,12 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
     loader = build_loader(config, parts, device)
     check_batch(loader, parts)
     check_cached_gradients(parts.method, config.train.cached_gradients)
-    unused = find_unused(config, loader, parts, device)
+    found = run_trial(config, loader, parts, device)
     move_to_device(parts.method, config.train, device)
     optimizer, peak_lr = build_optimizer(config, parts.method)
     if collectives.world_size() > 1:
-        freeze(
-            parts.method, unused
-        )  # only now, so that the optimizer has the same parameters with any number of processes
+        # Only now, so that the optimizer has the same parameters with any number of processes.
+        freeze(parts.method, found.unused)
     run_lock = acquire_lock(run_dir, patience=lock_patience(config)) if main and not dry else None
     if run_lock is not None:
         # Check again, since now no other process can change the directory.
@@ -167,8 +179,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
         try:
             facts = startup_table(job, parts, config)
             screen.table(f"{config.method['_target_'].rpartition('.')[2]}: {run_dir}", facts)
-            if unused:
-                screen.warn(unused_warning(unused))
+            for warning in trial_warnings(found, parts.method, config.monitor):
+                screen.warn(warning)
             for warning in suspicious_settings(job, parts):
                 screen.warn(warning)
             if dry:
@@ -187,7 +199,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
                 )
                 prepare_monitor(job, parts, config)
             enable_garbage_collection()
-            train(job)
+            with user_code("training", passes=is_lost_process):
+                train(job)
         except Stopped as error:
             screen.write(str(error))
             if error.by_signal and config.launcher.kind == "slurm":
@@ -209,8 +222,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
     return 0
 
 
-def find_unused(config: RunConfig, loader: Loader, parts: Parts, device: torch.device) -> list[str]:
-    """Run the trial of a run, and return the names of the parameters on which the loss does not depend.
+def run_trial(config: RunConfig, loader: Loader, parts: Parts, device: torch.device) -> Trial:
+    """Run the trial of a run, and return what it found.
 
     A sharded method may be too large for one device, so its trial runs on the CPU.
     """

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sslcli.cli.command import command, flags_of, read_arguments
-from sslcli.errors import ConfigError
+from sslcli.errors import BUG, ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +93,23 @@ def test_a_configuration_error_and_ctrl_c_are_one_line(
     assert capsys.readouterr().err.startswith("ssl-train: the reason")
     assert ended(monkeypatch, interrupt) == 130
     assert capsys.readouterr().err == "ssl-train: interrupted\n"
+
+
+def test_an_unexpected_exception_ends_with_the_traceback_of_the_user_or_asks_for_a_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(job: dict[str, Any]) -> int:
+        raise KeyError("x")
+
+    assert ended(monkeypatch, fail) == 2
+    shown = capsys.readouterr().err
+    assert "test_command.fail failed while running ssl-train (KeyError: 'x')\nTraceback" in shown
+    assert BUG not in shown
+    monkeypatch.setitem(globals(), "__name__", "sslcli.runs.worker")  # code of this module counts as code of sslcli
+    assert ended(monkeypatch, fail) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert shown.endswith(f"KeyError: 'x'\nssl-train: {BUG}\n")
 
 
 def test_cfg_prints_the_configuration_and_runs_nothing(

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from sslcli.data.sources.base import Source
 from sslcli.data.workers import RequestSampler, check_shared_memory, default_workers, iterate_batches
-from sslcli.errors import ConfigError, ProcessLost, TrainingFailed
+from sslcli.errors import BUG, ConfigError, ProcessLost, TrainingFailed
 
 
 class Deadly(Dataset[int]):
@@ -91,7 +91,6 @@ def test_workers_end_with_a_reader_that_stops_in_the_midst() -> None:
     [
         (KeyError("mine"), Failing, ConfigError, r"test_workers.Failing failed while reading images .*KeyError"),
         (RuntimeError("timed out"), Failing, ConfigError, r"RuntimeError: timed out(?s:.)*Traceback"),
-        (KeyError("ours"), Source, TrainingFailed, r"sslcli.data.sources.base.Source failed .*(?s:.)*in __getitem__"),
         (MemoryError(), Failing, TrainingFailed, r"not enough memory .* lower dataset.workers"),
         (ConfigError("wrong"), Failing, ConfigError, r"^wrong$"),
     ],
@@ -102,6 +101,27 @@ def test_any_error_reaches_the_user_with_its_traceback(
 ) -> None:
     with pytest.raises(kind, match=expected):
         read(Failing(error), workers=workers, owner=owner)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            KeyError("ours"),
+            rf"^sslcli.data.sources.base.Source failed .*KeyError(?s:.)*in __getitem__(?s:.)*\n{BUG}$",
+        ),
+        (OSError(errno.EIO, "Input/output error"), r"Input/output error\)\nTraceback(?s:.)*Input/output error$"),
+    ],
+    ids=str,
+)
+def test_an_error_of_sslcli_itself_is_a_failure_of_the_training(
+    error: Exception, expected: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "__name__", "sslcli.data.crops")
+    monkeypatch.setattr(Failing, "__module__", "sslcli.data.crops")
+    with pytest.raises(TrainingFailed, match=expected):
+        read(Failing(error), workers=workers, owner=Source)
 
 
 def test_workers_that_cannot_be_started_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

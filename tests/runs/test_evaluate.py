@@ -198,3 +198,32 @@ def test_damaged_files_of_an_evaluation_are_set_aside_and_made_again(trained: Pa
     found = result(trained / "eval", "knn")
     assert found | {"seconds": 0} == wanted | {"seconds": 0}
     assert cli(*line).out.count("is damaged") == 0
+
+
+PROTOCOL = """
+from sslcli.evaluation.base import FeatureProtocol
+
+class Failing(FeatureProtocol):
+    def __init__(self, error: str) -> None:
+        self.error = error
+
+    def measure(self, features, *, on_progress=None):
+        raise getattr(__import__("builtins"), self.error)("the reason")
+"""
+
+
+def test_an_exception_of_a_protocol_is_reported_with_its_traceback(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "failing_protocol.py").write_text(PROTOCOL)
+    (tmp_path / "conf/protocol").mkdir(parents=True)
+    (tmp_path / "conf/protocol/failing.yaml").write_text("_target_: failing_protocol.Failing\nerror: KeyError\n")
+    line = [f"run={trained}", "--config-dir", "conf", "protocol=failing", "trust=[failing_protocol]"]
+    ended = cli("ssl-eval", *line)
+    assert ended.code == 2
+    first, *lines = ended.err.splitlines()
+    assert first == "ssl-eval: failing_protocol.Failing failed while evaluating (KeyError: 'the reason')"
+    assert lines[0] == "Traceback (most recent call last):"
+    assert "failing_protocol.py" in ended.err
+    assert lines[-1] == "KeyError: 'the reason'"
+    ended = cli("ssl-eval", *line, "protocol.error=ValueError")
+    assert ended.code == 2
+    assert ended.err == "ssl-eval: the reason (SSLCLI_DEBUG=1 shows the traceback)\n"

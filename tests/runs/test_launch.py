@@ -12,6 +12,7 @@ import pytest
 
 from command_line import composed
 from sslcli.distributed import processes
+from sslcli.errors import BUG
 from sslcli.runs import launch as _launch
 from sslcli.runs import slurm_job, worker
 
@@ -29,13 +30,34 @@ def test_an_error_of_the_program_is_tried_again_only_from_a_newer_checkpoint(
         raise ZeroDivisionError
 
     (tmp_path / "config.json").write_text(json.dumps({"run_dir": str(tmp_path), "trust": []}))
+    monkeypatch.setitem(globals(), "__name__", "sslcli.runs.worker")  # code of this module counts as code of sslcli
     monkeypatch.setattr("sslcli.distributed.processes.die_with_parent", lambda: None)
     monkeypatch.setattr(_launch, "launch", fail)
     monkeypatch.setattr(sys, "argv", ["-m", str(tmp_path / "config.json")])
     with pytest.raises(SystemExit) as ended:
         _launch.main()
     assert ended.value.code == code
-    assert capsys.readouterr().err.count("Traceback") == 1
+    shown = capsys.readouterr().err
+    assert shown.count("Traceback") == 1
+    assert BUG in shown
+
+
+def test_an_exception_of_user_code_is_never_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: dict[str, str]) -> int:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "step-00000001.pt").touch()
+        raise ZeroDivisionError
+
+    (tmp_path / "config.json").write_text(json.dumps({"run_dir": str(tmp_path), "trust": []}))
+    monkeypatch.setattr("sslcli.distributed.processes.die_with_parent", lambda: None)
+    monkeypatch.setattr(_launch, "launch", fail)
+    monkeypatch.setattr(sys, "argv", ["-m", str(tmp_path / "config.json")])
+    with pytest.raises(SystemExit) as ended:
+        _launch.main()
+    assert ended.value.code == 2
+    assert "test_launch.fail failed while running ssl-train (ZeroDivisionError)" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import torch
 
 from command_line import SMALL, Cli, composed
 from sslcli.config.run_config import RunConfig
+from sslcli.errors import is_out_of_memory
 from sslcli.evaluation import features
 from sslcli.runs import worker
-from sslcli.runs.out_of_memory import is_out_of_memory, training_message
+from sslcli.runs.out_of_memory import training_message
 
 CUDA = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.25 GiB is free."

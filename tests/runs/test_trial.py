@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +12,18 @@ import torch
 from hydra._internal.utils import get_args_parser
 from torch import Tensor, nn
 
+from command_line import composed
 from sslcli.backbones.wrap import as_backbone
 from sslcli.cli.compose import checked_jobs
 from sslcli.config.run_config import RunConfig
+from sslcli.config.settings import MonitorSettings
 from sslcli.data.loader import Loader
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Batch, Method
 from sslcli.methods.simclr import SimCLR
 from sslcli.runs.assemble import build_loader
 from sslcli.runs.build import build_parts
-from sslcli.runs.trial import draw, freeze, trial, unused_warning
+from sslcli.runs.trial import Trial, draw, freeze, trial, trial_warnings, unused_warning
 from tiny import TinyNet, copied_state, equal_states
 
 CPU = torch.device("cpu")
@@ -71,7 +75,7 @@ class Broken(Method):
 def test_a_trial_changes_nothing_and_finds_every_parameter_of_the_own_methods_used(method: str) -> None:
     loader, net = built(f"method={method}")
     before, random = copied_state(net), torch.get_rng_state()
-    assert trial(loader, net, CPU, "fp32") == []
+    assert trial(loader, net, CPU, "fp32") == Trial((), has_embeddings=True)
     assert equal_states(before, copied_state(net))
     assert torch.equal(random, torch.get_rng_state())
     assert net.embeddings == ()
@@ -80,14 +84,14 @@ def test_a_trial_changes_nothing_and_finds_every_parameter_of_the_own_methods_us
 def test_unused_parameters_are_named_and_can_be_frozen() -> None:
     loader, _ = built()
     method = SimCLR(as_backbone(WithHead(), image_size=32))
-    unused = trial(loader, method, CPU, "fp32")
-    assert unused == ["backbone.fc.weight", "backbone.fc.bias"]
+    unused = trial(loader, method, CPU, "fp32").unused
+    assert unused == ("backbone.fc.weight", "backbone.fc.bias")
     warning = unused_warning(unused)
     assert "does not depend on 2 trainable parameters" in warning
     assert "backbone.fc.weight, backbone.fc.bias. Remove" in warning
     freeze(method, unused)
-    assert [name for name, p in method.named_parameters() if not p.requires_grad] == unused
-    assert trial(loader, method, CPU, "fp32") == []
+    assert [name for name, p in method.named_parameters() if not p.requires_grad] == list(unused)
+    assert trial(loader, method, CPU, "fp32").unused == ()
 
 
 @pytest.mark.parametrize(
@@ -138,11 +142,13 @@ def test_a_view_that_the_backbone_does_not_accept_is_named_with_its_key() -> Non
 @pytest.mark.parametrize(
     ("result", "expected"),
     [
-        (lambda x: {"total": x.mean()}, "returned a dictionary with the keys total"),
-        (lambda x: x.mean(), "must return a dictionary whose entry 'loss' is a tensor"),
-        (lambda x: {"loss": x.mean(1)}, r"the loss of Broken has the shape \(2,\)"),
+        (lambda x: {"total": x.mean()}, r"forward of \S*test_trial.Broken returned a dictionary without 'loss'"),
         (lambda x: {"loss": x.mean().detach()}, "depends on no trainable parameter"),
-        (lambda x: {"loss": x[100]}, "Broken cannot compute its loss on views of 32 pixels: IndexError"),
+        (
+            lambda x: {"loss": x[100]},
+            r"test_trial.Broken cannot compute its loss on views of 32 pixels \(IndexError: index 100 .*\). Change "
+            r"dataset.image_size.*\nTraceback(.*\n)+IndexError: index 100",
+        ),
     ],
 )
 def test_a_loss_that_cannot_be_trained_is_rejected(result: Callable[[Tensor], Any], expected: str) -> None:
@@ -153,4 +159,32 @@ def test_a_loss_that_cannot_be_trained_is_rejected(result: Callable[[Tensor], An
 
 def test_a_method_that_needs_a_whole_micro_batch_gets_it() -> None:
     loader, _ = built()
-    assert trial(loader, Broken(lambda x: {"loss": x[7].sum()}), CPU, "fp32") == []
+    assert trial(loader, Broken(lambda x: {"loss": x[7].sum()}), CPU, "fp32").unused == ()
+
+
+def test_a_loss_that_is_not_finite_is_no_error_of_the_trial() -> None:
+    loader, _ = built()
+    assert trial(loader, Broken(lambda x: {"loss": x.mean() * float("nan")}), CPU, "fp32").unused == ()
+
+
+def test_a_method_without_embeddings_is_warned_about_if_collapse_is_to_be_detected() -> None:
+    loader, _ = built()
+    method = Broken(lambda x: {"loss": x.mean()})
+    found = trial(loader, method, CPU, "fp32")
+    assert not found.has_embeddings
+    monitor = composed("train")["monitor"]
+
+    def warnings(**changes: Any) -> list[str]:
+        return trial_warnings(found, method, MonitorSettings(**{**monitor, **changes}))
+
+    (warning,) = warnings()
+    assert re.match(r"collapse is not detected, because forward of \S*Broken does not set self.embeddings", warning)
+    assert warnings(on_collapse="ignore") == []
+    assert warnings(health_every_steps=0) == []
+
+
+def test_a_method_that_cannot_be_copied_has_no_trial() -> None:
+    loader, _ = built()
+    method = Broken(lambda x: {})
+    method.lock = threading.Lock()  # type: ignore[assignment]
+    assert trial(loader, method, CPU, "fp32") == Trial()

@@ -6,12 +6,13 @@ import gc
 import json
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from command_line import SMALL, Cli, composed
+from command_line import SMALL, Cli, Ended, composed
 from small_runs import complete, start_ranks, start_warm
 from sslcli.config.run_config import RunConfig
 from sslcli.engine.run import Run
@@ -142,3 +143,89 @@ def test_unused_parameters_end_no_run_of_two_processes(tmp_path: Path) -> None:
             assert "backbone.fc.weight, backbone.fc.bias" in text
         else:
             assert "a step used only some of the trainable parameters" in text
+
+
+METHODS = """
+import torch
+from sslcli.methods.simclr import SimCLR
+
+class Failing(SimCLR):
+    steps = 0
+
+    def after_step(self, progress):
+        self.steps += 1
+        if self.steps == 3:
+            raise KeyError("three")
+
+class LostProcess(Failing):
+    def after_step(self, progress):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+class Described(Failing):
+    def effective(self, batch_size):
+        return {"one": 1 / 0}
+
+class Lookahead(torch.optim.SGD):
+    def step(self, closure=None):
+        return self.state["slow"]["weights"]
+"""
+
+
+@pytest.fixture
+def with_methods(cli: Cli, tmp_path: Path) -> Callable[..., Ended]:
+    """Return a function that runs ssl-train with the module `methods_that_fail` in the working directory."""
+    (tmp_path / "methods_that_fail.py").write_text(METHODS)
+    return partial(cli, "ssl-train", *SMALL, "method=simclr", "trust=[methods_that_fail]", "run_dir=run")
+
+
+def test_an_exception_in_a_step_is_reported_with_the_traceback_of_that_code(
+    with_methods: Callable[..., Ended], tmp_path: Path
+) -> None:
+    ended = with_methods("method._target_=methods_that_fail.Failing")
+    assert ended.code == 2
+    first, *lines = ended.err.splitlines()
+    assert first == "ssl-train: methods_that_fail.Failing failed while training (KeyError: 'three')"
+    assert lines[0] == "Traceback (most recent call last):"
+    assert "methods_that_fail.py" in lines[1]
+    assert lines[-1] == "KeyError: 'three'"
+    assert "sslcli/" not in ended.err
+    assert 'raise KeyError("three")' in (tmp_path / "run/console.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("method._target_=methods_that_fail.Described", "Described failed while preparing the run (ZeroDivisionError"),
+        ("optimizer._target_=methods_that_fail.Lookahead", "Lookahead failed while training (KeyError: 'weights')"),
+    ],
+)
+def test_an_exception_before_the_first_step_or_in_an_optimizer_is_reported_too(
+    line: str, expected: str, with_methods: Callable[..., Ended]
+) -> None:
+    ended = with_methods(line)
+    assert ended.code == 2, ended.err
+    assert ended.err.startswith(f"ssl-train: methods_that_fail.{expected}")
+    assert ended.err.count("Traceback") == 1
+
+
+def test_the_end_of_a_data_worker_in_user_code_is_not_an_error_of_that_code(
+    with_methods: Callable[..., Ended],
+) -> None:
+    ended = with_methods("method._target_=methods_that_fail.LostProcess")
+    assert ended.code == 3
+    assert ended.err.startswith("ssl-train: a data worker died (DataLoader worker (pid 7) is killed")
+
+
+def test_a_method_without_embeddings_starts_with_a_warning(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "silent_method.py").write_text(
+        "from sslcli.methods.simclr import SimCLR\n"
+        "class Silent(SimCLR):\n"
+        "    embeddings = property(lambda self: (), lambda self, value: None)\n"
+    )
+    line = [*SMALL, "method=simclr", "method._target_=silent_method.Silent", "trust=[silent_method]"]
+    ended = cli("ssl-train", *line)
+    assert ended.code == 0, ended.err
+    assert "collapse is not detected, because forward of silent_method.Silent" in " ".join(ended.out.split())
+    ended = cli("ssl-train", *line, "monitor.on_collapse=ignore", "name=other")
+    assert ended.code == 0, ended.err
+    assert "collapse" not in ended.out
