@@ -1,4 +1,4 @@
-"""Keys of datasets that were added after version 0.2, and the values that describe what older versions did.
+"""Keys of datasets that were added after version 0.2, with the values that correspond to older versions.
 
 The `config.yaml` of a run that an older version started lacks these keys. The run must still read the same images.
 Therefore, missing keys get the old values of this module, and not the defaults of the yaml files.
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 
 class Added(NamedTuple):
-    """A key that was added to the yaml files of datasets."""
+    """A key that was added to the yaml files of datasets after version 0.2."""
 
-    old: Any  # the value that describes what older versions did
+    old: Any  # the value with which the dataset is read as in older versions
     default: Any  # the value in the yaml files
 
 
@@ -49,8 +49,8 @@ def with_added_keys(stored: Any, now: Any = None) -> Any:
 def resumed_dataset(dataset: dict[str, Any], stored: Any, set_keys: Collection[str]) -> dict[str, Any]:
     """Return the node `dataset` with which an existing run resumes.
 
-    A key that has the default of the yaml files gets its old value if the run lacks the key or has the old value. After
-    an old run has resumed once, it has the old value. Keys that the command line sets are not changed.
+    A key with the default of the yaml files gets its old value in two cases: the stored configuration lacks the key, or
+    it has the old value because the run has already resumed. Keys that the command line sets are not changed.
 
     Args:
         dataset: the composed node.

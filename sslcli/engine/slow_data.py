@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 PERIOD = 60.0  # seconds of training over which the fraction is measured
-LIMIT = 0.5  # fraction of the time from which on the waiting is reported
+LIMIT = 0.5  # fraction of the time that must be spent waiting for a report
 
 
 class SlowData:
@@ -21,7 +21,7 @@ class SlowData:
     def update(self, spent: float, waited: float) -> float | None:
         """Add an interval. Return the fraction of waiting if it must be reported now, else None.
 
-        At most one fraction is returned in the lifetime of the detector.
+        It is reported at most once.
 
         Args:
             spent: seconds of the interval, without evaluation.
@@ -41,7 +41,7 @@ class SlowData:
 
 
 def faster_data(*, workers: int, cores: int, in_memory: bool, can_cache: bool) -> str:
-    """Return what usually makes the images of a run arrive faster.
+    """Return advice on how to make the images of a run arrive faster.
 
     Args:
         workers: data workers of each process.

@@ -1,8 +1,8 @@
-"""Reuse of the jobs of other sweeps: a job that another sweep runs or has run is not run again.
+"""Reuse of jobs: a job that another sweep runs, or has run, is not run again.
 
-The default folder of a sweep is named after its overrides, so a sweep to which values are added has another folder. For
-each job that is found in another sweep, the new folder contains a link to the run directory. The record of the job
-refers to the record of the other sweep. Both sweeps then read and write the same state, and use the same lock.
+The default folder of a sweep is named after its overrides, so a sweep with additional values has another folder. If a
+job is found in another sweep, the new folder contains a link to the run directory of that job. The record of the new
+job refers to the record in the other sweep. Both sweeps then use the same run, the same record and the same lock.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class OtherJob:
 
 
 def claim(sweep: Sweep, job: Job) -> IO[str] | None:
-    """Lock a job as `claim_job` does. Another sweep may have started the job since this sweep began.
+    """Lock a job as `claim_job` does. If another sweep has started the job in the meantime, link it instead.
 
     The lock of the job is held during the search for the other sweep. Therefore two sweeps cannot start the same job.
     """

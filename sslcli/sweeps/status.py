@@ -1,4 +1,4 @@
-"""Status of the jobs of a sweep, and the locks by which only one process runs a job."""
+"""Status of the jobs of a sweep, and locks that let only one process run a job."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = Fal
     if code is None:
         return INTERRUPTED if record.started else WAITING
     if code == 0 and run_dir is not None:
-        if directory.is_finished(run_dir):  # with fewer epochs or steps than the job has now
+        if directory.is_finished(run_dir):  # trained with fewer epochs or steps than the job has now
             return STOPPED
         return CHECKED if submitted_job(run_dir) is None else SUBMITTED
     if code == 0:
@@ -82,7 +82,7 @@ def _config(run_dir: Path, _: int) -> dict[str, Any]:
 def stored_digest(run_dir: Path) -> str | None:
     """Return the digest of the settings in the `config.yaml` of a run that was never extended, else None.
 
-    The results of an extended run may differ from those of a run that had the same length from the beginning.
+    An extended run may have other results than a run that had the same length from the beginning.
     """
     path = run_dir / "config.yaml"
     try:

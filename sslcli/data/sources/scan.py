@@ -110,9 +110,9 @@ class FileSearch:
     """Search for the image files below one root folder. It counts the files that it leaves out.
 
     A file is an image if its extension is in `listed_extensions`. A file without an extension is an image if its
-    content begins as an image does. Hidden files and folders are ignored.
+    content begins like an image. Hidden files and folders are ignored.
 
-    Links are followed, with two exceptions. Otherwise, folders that link to each other would multiply the images.
+    Links are followed, with two exceptions, so that images of folders that link to each other are listed only once:
 
     - A link to a folder inside of `root` is not followed, because the images of that folder are listed under its own
       path.
@@ -216,7 +216,7 @@ class FileSearch:
         return is_image
 
     def is_duplicate(self, entry: os.DirEntry[str]) -> bool:
-        """Return whether `entry` is a link to a folder that is listed under its own path below `root`."""
+        """Return whether `entry` is a link to a folder inside of `root`, which is listed anyway."""
         if not entry.is_symlink():
             return False
         relative = os.path.relpath(os.path.realpath(entry.path), self.real_root)
@@ -241,7 +241,7 @@ class FileSearch:
 
 
 def has_image_content(path: str) -> bool:
-    """Return whether a regular file begins as an image does. Return False if the file cannot be read."""
+    """Return whether a regular file begins like an image. Return False if the file cannot be read."""
     try:
         with open_regular(path) as file:
             return is_image_start(file.read(START_BYTES))
