@@ -21,6 +21,10 @@ class Added(NamedTuple):
 OLD_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
 KEYS = {
     "extensions": Added(list(OLD_EXTENSIONS), None),
+    "test": Added(None, None),
+    "image": Added("auto", "auto"),
+    "label": Added("auto", "auto"),
+    "split_column": Added(None, None),
 }
 _FILES = "sslcli.data.sources.files"
 # Keys that each built-in class accepts. A class of a plug-in accepts the keys in its yaml file.
@@ -28,6 +32,7 @@ CLASSES = {
     f"{_FILES}.Folder": ("extensions",),
     f"{_FILES}.Flat": ("extensions",),
     f"{_FILES}.ImageNet": ("extensions",),
+    f"{_FILES}.ListFile": ("test", "image", "label", "split_column"),
     "sslcli.data.sources.parallel.Parallel": ("extensions",),
 }
 

@@ -202,20 +202,22 @@ class Source:
         records = self.records(contents=self.verify == "contents")
         return digest((repr(self.classes).encode(), *records.digested()))
 
-    def split(self, hashes: Tensor, *, labeled: Tensor, num_test: int = 0) -> None:
+    def split(self, hashes: Tensor, *, labeled: Tensor, num_test: int = 0, held_out: Tensor | None = None) -> None:
         """Set `splits`. The last `num_test` positions are the official test split.
 
         hashes: (M - num_test,) int64, one per image of the training pool. Images are ordered by a hash of the seed and
             this value. The first images are held out. Images with equal values are ordered by position.
         labeled: (M - num_test,) bool, True if labeled. Only labeled images are held out, because a probe needs labels.
+        held_out: (M - num_test,) bool, True for images that must not be in "train"; None = `val_fraction` decides.
         """
         num_pool = len(hashes)
         order = rng.mix(self.seed, hashes).argsort(stable=True)
         candidates = order[labeled[order]]
-        val = candidates[: round(len(candidates) * self.val_fraction)]
-        held_out = torch.zeros(num_pool, dtype=torch.bool)
-        held_out[val] = True
-        train = order[~held_out[order]]
+        first = candidates[: round(len(candidates) * self.val_fraction)]
+        val = first if held_out is None else candidates[held_out[candidates]]
+        excluded = torch.zeros(num_pool, dtype=torch.bool) if held_out is None else held_out.clone()
+        excluded[val] = True
+        train = order[~excluded[order]]
         if len(train) == 0:
             raise ValueError(
                 f"dataset.val_fraction is {self.val_fraction}, which leaves none of the {num_pool} images for "

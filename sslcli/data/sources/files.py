@@ -1,156 +1,27 @@
-"""Datasets of image files: class folders, ImageNet, flat folders and CSV lists.
-
-A root is a folder that contains the images of a dataset. A file is identified by its path relative to its root.
-Therefore the split and the fingerprint do not change if a root is moved.
-"""
+"""Datasets of image files: class folders, ImageNet, flat folders and CSV lists."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sslcli.data.decode import open_file
 from sslcli.data.decoded_cache import DecodedCache, cache_folder, check_cache_options
 from sslcli.data.image_formats import parse_extensions
-from sslcli.data.sources.base import OpenedImage, Source, check_flag
-from sslcli.data.sources.csv_list import read_csv
-from sslcli.data.sources.file_status import hashes_of, status_of
+from sslcli.data.sources.base import OpenedImage, check_flag
+from sslcli.data.sources.columns import AUTO
+from sslcli.data.sources.csv_list import check_files_exist, read_lists
 from sslcli.data.sources.labels import Labels, as_labels
 from sslcli.data.sources.leaks import check_class_names, check_disjoint, check_shared_files
-from sslcli.data.sources.records import ProgressCallback, Records, digest, label_codes, make_records
+from sslcli.data.sources.listing import Files as Files
+from sslcli.data.sources.listing import Listing as Listing
 from sslcli.data.sources.scan import FileSearch, Root, check_folder, parse_roots
 
-LABEL_COLUMN = "correct it, or rename the column to use the images without labels"
-
-
-@dataclass
-class Listing:
-    """List of the files of a dataset, in position order."""
-
-    names: list[str] = field(default_factory=list)  # path of each file relative to its root, with "/"
-    labels: list[int] = field(default_factory=list)  # label of each file; -1 = unknown
-    roots: list[int] = field(default_factory=list)  # number of the root of each file
-
-    def add(self, names: Sequence[str], *, label: int, root: int) -> None:
-        """Append files with the same label and the same root."""
-        self.names += names
-        self.labels += [label] * len(names)
-        self.roots += [root] * len(names)
-
-    def sort(self) -> None:
-        """Sort the files by name. Sort files with the same name by root."""
-        order = sorted(range(len(self.names)), key=lambda i: (self.names[i], self.roots[i]))
-        self.names = [self.names[i] for i in order]
-        self.labels = [self.labels[i] for i in order]
-        self.roots = [self.roots[i] for i in order]
-
-
-class Files(Source):
-    """Base class of datasets of files. File names are stored in arrays, which workers share without copies."""
-
-    _status: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
-    _hashes: NDArray[np.uint64] | None = None
-
-    def fill(
-        self,
-        pool: Listing,
-        test: Listing,
-        *,
-        name: str,
-        roots: Sequence[str],
-        classes: list[str],
-        weights: Sequence[float] = (),
-    ) -> None:
-        """Set the files and the splits of the dataset.
-
-        Args:
-            pool: the files that are split into train and val.
-            test: the files of the official test split; may be empty.
-            name: name of the dataset.
-            roots: the root folders. `pool` and `test` contain the numbers of the roots.
-            classes: the class names.
-            weights: the weight of the images of each root. Empty = all weights are 1.
-        """
-        names = [os.fsencode(file) for file in pool.names + test.names]
-        self.name, self.classes, self.roots = name, classes, list(roots)
-        self.labels = torch.tensor(pool.labels + test.labels, dtype=torch.int64)
-        self._names = b"".join(names)
-        self._ends = np.fromiter(accumulate(map(len, names)), np.int64, len(names))
-        self._root_of = np.array(pool.roots + test.roots, np.int64)
-        hashes = b"".join(hashlib.blake2b(file, digest_size=8).digest() for file in names[: len(pool.names)])
-        keys = torch.from_numpy(np.frombuffer(hashes, "<i8").astype(np.int64))
-        self.split(keys, labeled=self.labels[: len(keys)] >= 0, num_test=len(test.names))
-        if any(weight != 1 for weight in weights):
-            self.weights = torch.tensor(weights)[torch.from_numpy(self._root_of)[self.splits["train"]]]
-
-    def relative(self, position: int) -> str:
-        """Return the path of the file at `position`, relative to its root."""
-        start = self._ends[position - 1] if position else 0
-        return os.fsdecode(self._names[start : self._ends[position]])
-
-    def path(self, position: int) -> str:
-        """Return the path of the file at `position`."""
-        return os.path.join(self.roots[self._root_of[position]], self.relative(position))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Identity of the dataset in 16 hex digits.
-
-        The fingerprint is the sha256 of the relative path, the size in bytes (-1 = unknown) and the label of every
-        file. One `stat` call per file is needed, which takes a while for a million files.
-        """
-        return digest(self._rows())
-
-    def _rows(self) -> Iterator[bytes]:
-        sizes, _ = self.status()
-        for position, (size, label) in enumerate(zip(sizes.tolist(), self.labels.tolist(), strict=True)):
-            yield os.fsencode(self.relative(position)) + f"\0{size}\0{label}".encode()
-
-    def status(self, on_progress: ProgressCallback | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the sizes and the modification times of all files. The result is cached."""
-        if self._status is None:
-            self._status = status_of(self.num_files, self.file, on_progress)
-        return self._status
-
-    @property
-    def num_files(self) -> int:
-        """Number of files."""
-        return len(self)
-
-    def file(self, number: int) -> str:
-        """Return the path of file `number`. Files are numbered in the order of the positions."""
-        return self.path(number)
-
-    def file_names(self) -> Iterator[bytes]:
-        """Yield the path of every file relative to its root.
-
-        With several roots, the root number precedes the path.
-        """
-        for position, root in enumerate(self._root_of.tolist()):
-            name = os.fsencode(self.relative(position))
-            yield name if len(self.roots) == 1 else b"%d:%b" % (root, name)
-
-    def file_labels(self) -> NDArray[np.int64]:
-        """Return the label code of every file, see `label_codes`."""
-        return label_codes(self.labels, self.classes)
-
-    def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return one record per file."""
-        sizes, stamps = self.status(on_progress)
-        if contents and self._hashes is None:
-            self._hashes = hashes_of(self.num_files, self.file, on_progress)
-        hashes = self._hashes if contents else None
-        return make_records(self.file_names(), self.file_labels(), sizes=sizes, stamps=stamps, contents=hashes)
+LABEL_COLUMN = "correct it, choose another column with dataset.label, or set it to null"
 
 
 class ImageFiles(Files):
@@ -166,6 +37,7 @@ class ImageFiles(Files):
     """
 
     decoded_cache: DecodedCache | None = None
+    lists_files_once = True  # False if the same file may be listed twice
 
     def __init__(
         self,
@@ -186,7 +58,7 @@ class ImageFiles(Files):
         """Set the files as `Files.fill` does. Also create the cache of decoded images."""
         super().fill(pool, test, **options)
         if sum(len(part) > 0 for part in self.splits.values()) > 1:
-            check_shared_files(self.splits, self.path, roots=self.roots)
+            check_shared_files(self.splits, self.path, roots=self.roots if self.lists_files_once else ())
         if self.keep_decoded != "none":
             used = torch.cat(list(self.splits.values())).sort().values
             folder = cache_folder(self.keep_dir) if self.keep_decoded == "disk" else None
@@ -301,36 +173,65 @@ class Flat(ImageFiles):
 
 
 class ListFile(ImageFiles):
-    """Images listed in a CSV file with a header, a column `path` and optionally a column `label`.
+    """Images listed in a CSV file with a header, a column of paths and optionally a column of labels.
 
-    The labels are text or integers, see `as_labels`. Other columns are ignored.
+    The labels are text or integers, see `as_labels`. The labels of both lists are merged by name.
 
     Args:
-        file: the CSV file, in UTF-8. Position i is row i of the file.
+        file: the CSV file, see `read_csv`. Position i is row i of the file; test images have the last positions.
         root: the folder to which the paths are relative; None = the folder of the CSV file.
+        test: a CSV file of the images of the official test split; None = no such file.
+        image: the column of the paths; "auto" = the column `path`.
+        label: the column of the labels; "auto" = the column `label`, if it exists; None = no labels.
+        split_column: the column of the splits (train, val, test); None = all images of `file` are in the training pool.
+            If the column has validation images, `val_fraction` has no effect.
         common: the arguments of `ImageFiles`.
 
-    Raises ConfigError if the CSV file is missing or invalid, has no column `path`, or has no rows. Raises ValueError if
-    `root` is not a folder, or if about 20 of the listed files are checked and none of them exists.
+    Raises ConfigError if a CSV file is missing or invalid, lacks a column, or has no rows, if about 20 of the listed
+    files are checked and none of them exists, or if the same image would be in two splits. Raises ValueError if `root`
+    is not a folder.
     """
 
+    lists_files_once = False
+
     def __init__(
-        self, *, file: str | os.PathLike[str], root: str | os.PathLike[str] | None = None, **common: Any
+        self,
+        *,
+        file: str | os.PathLike[str],
+        root: str | os.PathLike[str] | None = None,
+        test: str | os.PathLike[str] | None = None,
+        image: str = AUTO,
+        label: str | None = AUTO,
+        split_column: str | None = None,
+        **common: Any,
     ) -> None:
         super().__init__(**common)
-        file = os.path.expanduser(file)
-        base = os.path.dirname(os.path.abspath(file)) if root is None else os.path.expanduser(root)
-        names, texts = read_csv(file)
-        check_folder(base, key="dataset.root")
-        sample = names[:: max(1, len(names) // 20)]
-        if not any(os.path.lexists(os.path.join(base, name)) for name in sample):
-            raise ValueError(
-                f"{file} lists {sample[0]!r}, but {os.path.join(base, sample[0])} does not exist, nor does the file of "
-                f"any of {len(sample)} rows checked: set dataset.root to the folder that the paths are relative to"
-            )
-        labels, classes = as_labels([Labels(texts, (), f"the column label of {file}", remedy=LABEL_COLUMN)])
-        pool = Listing(names, labels.tolist(), [0] * len(names))
-        self.fill(pool, Listing(), name=Path(file).stem, roots=[base], classes=classes)
+        test = None if test is None else os.path.expanduser(test)
+        lists = read_lists(os.path.expanduser(file), test, image=image, label=label, split=split_column)
+        roots = [
+            os.path.dirname(os.path.abspath(each.file)) if root is None else os.path.expanduser(root) for each in lists
+        ]
+        for each, base in zip(lists, roots, strict=True):
+            check_folder(base, key="dataset.root")
+            check_files_exist(each.names, base, file=each.file)
+        parts = [
+            Labels(each.labels, (), f"the column {each.label_column} of {each.file}", number > 0, LABEL_COLUMN)
+            for number, each in enumerate(lists)
+        ]
+        labels, classes = as_labels(parts)
+        pool, test_files = Listing(), Listing()
+        for number, (each, listing) in enumerate(zip(lists, (pool, test_files), strict=False)):
+            listing.names, listing.roots = each.names, [number] * len(each.names)
+        pool.labels, test_files.labels = labels[: len(pool.names)].tolist(), labels[len(pool.names) :].tolist()
+        held_out = [split == "val" for split in lists[0].splits]
+        self.fill(
+            pool,
+            test_files,
+            name=Path(file).stem,
+            roots=roots,
+            classes=classes,
+            held_out=held_out if any(held_out) else None,
+        )
 
 
 def base_name(roots: Iterable[str]) -> str:

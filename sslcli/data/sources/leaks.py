@@ -85,7 +85,8 @@ def check_shared_files(splits: Mapping[str, Tensor], path: Callable[[int], str],
     Args:
         splits: the positions of each split.
         path: function that returns the path of the image at a position.
-        roots: the root folders.
+        roots: the root folders, to skip the comparison if there are no links; () = never skip it, since the same path
+            may be in two splits.
     """
     if sum(map(len, splits.values())) > MAX_COMPARED:
         return
@@ -115,7 +116,7 @@ def check_shared_files(splits: Mapping[str, Tensor], path: Callable[[int], str],
         file, other_split, other = shared[0]
         count = f"{len(shared)} of the {len(paths[split])} images of {split} are also in another split"
         example = f"{file} is the same file as {other} in {other_split}"
-        remedy = "keep each file in one folder only, and remove the links to it"
+        remedy = "keep each file in one split only, and remove its other links or list entries"
         if split == "test":
             raise ConfigError(f"{count}: {example}: {remedy}")
         warnings.warn(f"{count}, so their accuracy is too high: {example}: {remedy}", stacklevel=3)

@@ -22,8 +22,9 @@ from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import decode, to_rgb
 from sslcli.data.image_formats import parse_extensions
 from sslcli.data.sources.base import DecodedImage
-from sslcli.data.sources.files import Files, Listing, base_name
+from sslcli.data.sources.files import base_name
 from sslcli.data.sources.leaks import check_class_names, check_disjoint
+from sslcli.data.sources.listing import Files, Listing
 from sslcli.data.sources.records import ProgressCallback, Records
 from sslcli.data.sources.scan import FileSearch, check_folder
 from sslcli.errors import check_keys
