@@ -36,9 +36,8 @@ def position_embedding(
     `dim` must be divisible by 4. The four quarters of `dim` hold sin(row), cos(row), sin(column) and cos(column), each
     at several frequencies. Frequency i is 10000^(-i / (dim / 4)).
 
-    `trained` = (rows, columns) is the grid used in training. The coordinates of the patch grid are scaled to the
-    training grid, with half-pixel centers. The result is close to an interpolation of the embedding used in training,
-    but has no interpolation error.
+    `trained` = (rows, columns) is the patch grid used in training. For another grid, the patch centers are scaled to
+    the coordinates of the training grid, and their embedding is computed exactly instead of by interpolation.
     """
     quarter = dim // 4
     frequency = 10000.0 ** (-torch.arange(quarter, device=device) / quarter)

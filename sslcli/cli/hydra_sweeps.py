@@ -219,8 +219,8 @@ def started(sweep: Sweep) -> dict[str, str | None]:
 def signal_file(sweep: Sweep) -> Iterator[list[int]]:
     """If a signal arrives within the block, create the file `jobs/stop` in the sweep's folder.
 
-    The jobs on all nodes check for this file. If a signal was received before, SIGINT ends the block immediately.
-    Yields the list of received signals.
+    The jobs on all nodes check for this file. A SIGINT after an earlier signal ends the block immediately. Yields the
+    list of received signals.
     """
     received: list[int] = []
 

@@ -23,8 +23,8 @@ from sslcli.methods.base import Batch, Method
 def train(run: Run) -> None:
     """Train until the last step. If there are checkpoints, resume from the newest one.
 
-    After a signal or at the time limit, saves a checkpoint and raises Stopped. Raises TrainingFailed if the loss
-    is not finite, if the representation has collapsed, or if the disk or a data worker fails.
+    Raises Stopped after a signal or at the time limit, as soon as a checkpoint is saved. Raises TrainingFailed if the
+    loss is not finite, if the representation has collapsed, or if the disk or a data worker fails.
     """
     step, total, monitor = resume(run), run.total_steps, run.monitor
     model = run.method if run.settings.cached_gradients else parallel(run.method, run.device)

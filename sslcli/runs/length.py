@@ -16,7 +16,8 @@ PHASES = "phases"  # key in the section `effective` of config.yaml; only runs th
 
 
 def stored_phases(config: Mapping[str, Any]) -> tuple[Phase, ...]:
-    """Return the phases of a run from the content of its `config.yaml`. Return () if the file has no length.
+    """Return the phases of a run from the content of its `config.yaml`. Return () if the content has no number of
+    steps.
 
     Raises ConfigError if the phases are invalid.
     """
