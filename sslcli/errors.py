@@ -139,17 +139,17 @@ def user_code(
 ) -> Iterator[None]:
     """Report an exception of user code in the `with` block as UserCodeError, with the traceback of that code.
 
-    User code is code outside of sslcli, its libraries and the standard library, and methods of sslcli and torch that
-    run on an instance of a user's class. The message names the class or function of the user.
+    Two kinds of code are user code: code outside of sslcli, its libraries and the standard library; and methods of
+    sslcli and torch that run on an instance of a user's class. The message names the class or function of the user.
 
-    Exceptions of other code stay unchanged, unless `explain` is given. These exceptions always stay unchanged: errors
-    that already have a message for users, a lack of memory, and a full disk.
+    Exceptions of other code stay unchanged, unless `explain` is given. Errors that already have a message for users,
+    lack of memory, and a full disk always stay unchanged.
 
     Args:
-        action: what the block does, as in "computing the loss".
-        explain: returns the message for an exception, in place of the message with the action. Exceptions of code that
-            is not of the user then become ConfigError.
-        passes: returns True for further exceptions that stay unchanged.
+        action: what the block does, for the message, as in "computing the loss".
+        explain: returns the message for an exception, which replaces the message with `action`. With `explain`,
+            exceptions of other code become ConfigError.
+        passes: returns True for additional exceptions that stay unchanged.
     """
     try:
         yield
@@ -172,8 +172,8 @@ def user_code_error(action: str, error: BaseException, *, owner: type | None = N
     Args:
         action: what the code did, as in "reading images".
         error: the exception.
-        owner: the class of the object that was used. If the traceback contains no user code, but this class is of the
-            user, the whole traceback is reported.
+        owner: the class of the object that was used. If this is a class of the user, but the traceback contains no user
+            code, the whole traceback is reported.
     """
     found = _user_part(error)
     if found is None:
@@ -186,7 +186,10 @@ def user_code_error(action: str, error: BaseException, *, owner: type | None = N
 
 
 def with_traceback(message: str, error: BaseException) -> ConfigError:
-    """Return ConfigError with a message about `error`. If user code raised it, the traceback of that code is added."""
+    """Return ConfigError with a message about `error`.
+
+    If user code raised `error`, the traceback of that code is added.
+    """
     found = _user_part(error)
     if found is None:
         return ConfigError(message)
@@ -253,7 +256,7 @@ def first_line(error: BaseException) -> str:
 def _user_part(error: BaseException) -> tuple[BaseException, TracebackType] | None:
     """Return the part of a traceback that starts in user code, with its exception. None if there is no user code.
 
-    The exception is `error` or one of its causes. Code in a module of the user has precedence over code of sslcli or
+    The exception is `error` or one of its causes. Code in a module of the user takes precedence over code of sslcli or
     torch that runs on an instance of a user's class.
     """
     on_instance = None

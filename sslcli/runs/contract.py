@@ -34,7 +34,7 @@ def check_members(method: Method) -> None:
 def check_scalars(scalars: object, method: type) -> Tensor:
     """Return the loss in `scalars`, the output of `forward` of a method. Raises ConfigError if `scalars` is not valid.
 
-    Every entry must be a scalar tensor. The loss must depend on a trainable parameter. It may be NaN or infinite.
+    Every entry must be a scalar tensor. The loss must depend on a trainable parameter, but may be NaN or infinite.
     """
     name = f"forward of {class_name(method)}"
     right = """a dictionary of scalar tensors with the key 'loss', as in {"loss": loss}"""
