@@ -24,6 +24,7 @@ class ResultOptions(TypedDict, total=False):
     """Keys that not all results have."""
 
     measured: str
+    step: int
     baselines: dict[str, Score]
     net: str
 
@@ -77,16 +78,19 @@ def results(folder: Path, screen: Screen) -> dict[str, dict[str, Any]]:
 def summary(folder: Path, screen: Screen) -> None:
     """Print all results in `folder`, one row each.
 
-    The columns are raw pixels, random initialization and trained.
+    The columns are raw pixels, random initialization, trained, and the step of the checkpoint. The results of a run
+    that was extended may have different steps.
     """
     table = Table()
     table.add_column("top-1", overflow="fold")
-    for title in SUBJECTS.values():
+    for title in (*SUBJECTS.values(), "step"):
         table.add_column(title)
     for name, result in results(folder, screen).items():
         found = {**result.get("baselines", {}), "trained": result}
         table.add_row(
-            plain_text(printable(f"{name} ({result['split']})")), *(cell(found.get(subject)) for subject in SUBJECTS)
+            plain_text(printable(f"{name} ({result['split']})")),
+            *(cell(found.get(subject)) for subject in SUBJECTS),
+            step_of(result),
         )
     show(table, screen)
     screen.say(f"results: {folder}")
@@ -100,11 +104,16 @@ def cell(found: dict[str, Any] | None) -> str:
     return f"{percent(found['top1'])}\n{100 * low:.1f} to {100 * high:.1f}"
 
 
+def step_of(result: dict[str, Any]) -> str:
+    """Return the step of the evaluated checkpoint as text, or "-" if a weight file was evaluated."""
+    return f"{result['step']:,}" if "step" in result else "-"
+
+
 def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
     """Print one row per run, with the best run first. Long names are wrapped, never truncated."""
     table = Table(title=plain_text(rows[0]["measured"]))
     table.add_column("run", overflow="fold")
-    for title in ("top-1", "95 % interval", "random initialization"):
+    for title in ("top-1", "95 % interval", "random initialization", "step"):
         table.add_column(title, overflow="fold")
     for row in sorted(rows, key=lambda row: -row["top1"]):
         low, high = row["interval"]
@@ -114,6 +123,7 @@ def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
             percent(row["top1"]),
             f"{percent(low)} to {percent(high)}",
             percent(random["top1"]) if random else "-",
+            step_of(row),
         )
     show(table, screen)
 

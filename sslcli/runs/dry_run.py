@@ -16,6 +16,7 @@ from sslcli.errors import ConfigError
 from sslcli.report import pictures
 from sslcli.report.console import duration
 from sslcli.runs.build import Parts
+from sslcli.runs.length import newest_step
 
 STEPS = 2  # only the second step is timed: the first step sets up kernels and memory
 
@@ -38,12 +39,14 @@ def dry_run(job: Run, parts: Parts) -> int:
         job.method.after_step(0.0)
         synchronize(job.device)
         elapsed = time.perf_counter() - start
+    left = max(0, job.total_steps - newest_step(job.run_dir))
     facts = {
         "backbone parameters": sum(p.numel() for p in parts.method.backbone.parameters()),
         "all parameters, with momentum encoder": sum(p.numel() for p in parts.method.parameters()),
         "loss of one step": float(scalars["loss"]),
         "seconds per step, without data": elapsed,
-        "estimated time, without data": duration(elapsed * job.total_steps),
+        "steps to train": left if len(job.phases) == 1 else f"{left}, after {job.phases[-1].start} steps",
+        "estimated time, without data": duration(elapsed * left),
         "peak memory (GB)": peak_memory(job.device),
         "views": str(picture),
     }

@@ -11,50 +11,111 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from sslcli.config.added import with_added_keys
+from sslcli.config.comparison import changed_settings
 from sslcli.config.moved import current_config
 from sslcli.config.run_config import RunConfig
 from sslcli.config.slurm import SlurmSettings
+from sslcli.engine.phases import LENGTH_KEYS
 from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, disk_failure, print_error
 from sslcli.report.terminal import guard_terminal, log_and_print, print_text
 from sslcli.runs import directory
 from sslcli.runs.slurm import queue
 from sslcli.runs.slurm.script import render
 from sslcli.system import atomic, child_processes
+from sslcli.system.locks import locked
 from sslcli.system.stored import DamagedFile, read_json
+
+CONFIG = "config.json"  # configuration of a job that does not start after another job
 
 
 def launch(config: RunConfig) -> int:
     """Submit a run unless its job is already queued or running, and return the exit code.
+
+    If the job has a shorter length than `config`, another job is submitted. It extends the run after the first job.
 
     `config.run_dir` must be absolute. If launcher.wait is true, this function prints the log until the job ends, and
     returns the exit code of the job. Raises ConfigError if the run cannot start or Slurm rejects the job.
     """
     run_dir, settings = config.directory, config.launcher
     assert isinstance(settings, SlurmSettings)
-    text = render(settings, folder=slurm_dir(run_dir), cwd=Path.cwd(), python=sys.executable)
     if config.dry_run:
-        print_text(text.rstrip("\n"))
+        print_text(script_of(config, slurm_dir(run_dir) / CONFIG).rstrip("\n"))
         return 0
     directory.check_resumable(run_dir, config.values)
     if config.resume != "never" and directory.is_complete(run_dir, config.values):
         print_text(f"this run is finished already: {run_dir}")
         return 0
-    job = active_job(run_dir)
-    if job is not None:
-        print_text(f"job {job[0]} is {job[1]} for this run already")
-    else:
-        try:
-            with directory.lock(run_dir):
-                job = active_job(run_dir)  # check again, now that no other process can submit the run
-                job = job or (submit(run_dir, config, text), "submitted")
-        except OSError as error:
-            failure = disk_failure(error, run_dir, "run_dir")
-            if failure is None:
-                raise
-            print_error("train", failure[0])
-            return failure[1]
-    print_job(job[0], run_dir)
-    return wait(job[0], run_dir) if settings.wait else 0
+    try:
+        job = submit_once(run_dir, config)
+    except OSError as error:
+        failure = disk_failure(error, run_dir, "run_dir")
+        if failure is None:
+            raise
+        print_error("train", failure[0])
+        return failure[1]
+    print_job(job, run_dir)
+    return wait(job, run_dir) if settings.wait else 0
+
+
+def submit_once(run_dir: Path, config: RunConfig) -> str:
+    """Return the ID of the job that trains the run to the length of `config`. Submit the job if there is none."""
+    folder = slurm_dir(run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir is {run_dir}, but it cannot be written ({error.strerror}): choose another"
+        ) from error
+    with locked(folder / "submit.lock"):
+        active = active_job(run_dir)
+        if active is None:
+            with directory.lock(run_dir):  # fails if the run trains on this machine
+                return submit(run_dir, config, CONFIG)
+        job, state = active
+        if not is_longer(config, folder / config_name(folder), job):
+            print_text(f"job {job} is {state} for this run already")
+            return job
+        print_text(
+            f"job {job} is {state} with a shorter length: the next job extends the run after job {job} has ended"
+        )
+        # Slurm may requeue the active job, which then reads its own configuration again.
+        return submit(run_dir, config, f"config-after-{job}.json", after=job)
+
+
+def config_name(folder: Path) -> str:
+    """Return the name of the configuration of the newest job."""
+    path = folder / "job_config"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else CONFIG
+
+
+def is_longer(config: RunConfig, path: Path, job: str) -> bool:
+    """Return True if `config` has a greater length than the configuration `path` of an active job, and False if equal.
+
+    Raises ConfigError if the length is smaller, or if another setting that affects the result differs.
+    """
+    if not path.exists():
+        return False
+    active = stored_config(path)
+    changed = changed_settings(active.values, config.values, may_differ=LENGTH_KEYS)
+    shorter = f"train.epochs and train.max_steps are smaller than those of job {job}, and a run cannot be shortened"
+    if changed:
+        raise ConfigError(
+            f"job {job} trains the run in {config.run_dir} with another configuration; what differs: "
+            f"{'; '.join(changed)}. Use the same values, choose another run_dir, or cancel the job: scancel {job}"
+        )
+    one, other = ((each.train.max_steps, each.train.epochs) for each in (active, config))
+    if one == other or (one[0] is not None and one[0] == other[0]):
+        return False
+    # The lengths are comparable if both are in steps, or both in epochs.
+    if (one[0] is None) == (other[0] is None) and (other[0] or other[1]) < (one[0] or one[1]):
+        raise ConfigError(f"{shorter}: use its values, or cancel the job: scancel {job}")
+    return True
+
+
+def script_of(config: RunConfig, path: Path) -> str:
+    """Return the batch script of a run with the configuration file `path`."""
+    assert isinstance(config.launcher, SlurmSettings)
+    return render(config.launcher, folder=path.parent, config=path, cwd=Path.cwd(), python=sys.executable)
 
 
 def slurm_dir(run_dir: Path) -> Path:
@@ -71,16 +132,25 @@ def active_job(run_dir: Path) -> tuple[str, str] | None:
     return None if state is None or state in queue.FINAL_STATES else (job, state)
 
 
-def submit(run_dir: Path, config: RunConfig, text: str) -> str:
-    """Write the configuration and the script of the job, submit the job, and return its ID."""
+def submit(run_dir: Path, config: RunConfig, name: str, *, after: str | None = None) -> str:
+    """Write the configuration and the script of the job, submit the job, and return its ID.
+
+    Args:
+        run_dir: run directory.
+        config: configuration of the run.
+        name: name of the file for the configuration.
+        after: ID of the job that must end before the new job starts.
+    """
     folder = slurm_dir(run_dir)
-    folder.mkdir(exist_ok=True)
-    atomic.replace(folder / "config.json", json.dumps(config.plain()).encode())
+    text = script_of(config, folder / name)
+    atomic.replace(folder / name, json.dumps(config.plain()).encode())
     atomic.replace(folder / "job.sbatch", text.encode("utf-8", "surrogateescape"))
-    job = queue.submit(folder / "job.sbatch")
+    job = queue.submit(folder / "job.sbatch", after=after)
+    atomic.replace(folder / "job_config", f"{name}\n".encode())
     atomic.replace(folder / "job", f"{job}\n".encode())
     with (folder / "history.log").open("a", encoding="utf-8") as history:
-        history.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} job {job} submitted\n")
+        order = "" if after is None else f", starts after job {after}"
+        history.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} job {job} submitted{order}\n")
     return job
 
 
@@ -100,16 +170,17 @@ def wait(job: str, run_dir: Path) -> int:
         return EXIT_INTERRUPTED
 
 
-def run_node(config: RunConfig, endpoint: str) -> int:
+def run_node(path: Path, endpoint: str) -> int:
     """Start the processes of this node of the job, and return their exit code.
 
-    `endpoint` is HOST:PORT of the rendezvous of all nodes. Raises ConfigError if this node has fewer GPUs than
-    launcher.gpus_per_node.
+    `path` is the configuration of the job, and `endpoint` is HOST:PORT of the rendezvous of all nodes. Raises
+    ConfigError if this node has fewer GPUs than launcher.gpus_per_node.
     """
     import torch
 
     from sslcli.distributed.elastic import Rendezvous, run_processes
 
+    config = stored_config(path)
     settings = config.launcher
     assert isinstance(settings, SlurmSettings)
     if config.device != "cpu" and torch.cuda.device_count() < settings.gpus_per_node:
@@ -128,12 +199,11 @@ def run_node(config: RunConfig, endpoint: str) -> int:
         node=int(os.environ["SLURM_NODEID"]),
         endpoint=endpoint,
     )
-    run_dir = config.directory
     return run_processes(
-        [*child_processes.arguments("sslcli.runs.launch"), str(slurm_dir(run_dir) / "config.json")],
+        [*child_processes.arguments("sslcli.runs.launch"), str(path)],
         processes=settings.processes,
         max_restarts=0,  # a single node is never restarted; the batch script restarts all nodes
-        on_message=partial(log_and_print, run_dir),
+        on_message=partial(log_and_print, config.directory),
         rendezvous=rendezvous,
     )
 
@@ -174,7 +244,7 @@ def main() -> None:
     guard_terminal()
     path = Path(sys.argv[1])
     try:
-        code = run_node(stored_config(path), sys.argv[2])
+        code = run_node(path, sys.argv[2])
     except ConfigError as error:
         print_error("train", error)
         code = EXIT_CONFIG

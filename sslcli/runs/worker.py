@@ -56,6 +56,7 @@ from sslcli.runs.dry_run import dry_run, save_views
 from sslcli.runs.image_changes import check_images
 from sslcli.runs.length import phase_rows
 from sslcli.runs.out_of_memory import training_message
+from sslcli.runs.shorter_run import shorter_run_hint
 from sslcli.runs.trial import Trial, freeze, trial, trial_warnings
 from sslcli.system import atomic
 from sslcli.system.memory import keep_freed_memory
@@ -183,6 +184,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
                 screen.warn(warning)
             for warning in suspicious_settings(job, parts):
                 screen.warn(warning)
+            if main and (hint := shorter_run_hint(config)):
+                screen.say(hint)
             if dry:
                 job.stop.close()  # then an interrupt ends the dry run immediately
                 return dry_run(job, parts)

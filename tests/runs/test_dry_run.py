@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ def test_a_dry_run_measures_and_trains_nothing(cli: Cli, tmp_path: Path) -> None
     ):
         assert part in ended.out
     assert files(tmp_path / "dry") == ["views.png"]
+
+
+def test_a_dry_run_of_a_longer_run_estimates_only_the_added_steps(trained: Path, cli: Cli) -> None:
+    line = ["ssl-train", *SMALL, "monitor.knn_k=10", f"run_dir={trained}", "dry_run=true"]
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()}
+    ended = cli(*line, "train.max_steps=10")
+    assert (ended.code, ended.err) == (0, "")
+    assert re.search(r"steps to train +7, after 3 steps", ended.out)
+    assert re.search(r"steps to train +0\n", cli(*line).out)
+    del before[next(path for path in before if path.name == "views.png")]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_a_run_directory_that_cannot_be_written_is_refused(cli: Cli) -> None:

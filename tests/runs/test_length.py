@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from command_line import SMALL, Cli
-from small_runs import complete, differences, metrics, newest, start_warm, wait_for_step
+from small_runs import complete, differences, family, metrics, newest, start_warm, survivors, wait_for_step
 from sslcli.engine.phases import Phase
 from sslcli.errors import ConfigError
 from sslcli.runs import directory, length
@@ -83,19 +83,24 @@ def test_a_run_is_extended_several_times_and_not_shortened(cli: Cli) -> None:
     assert (Path("run") / "done").exists()
 
 
-def test_an_extended_run_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_extended_run_that_is_killed_ends_as_one_that_is_not(processes: int, tmp_path: Path) -> None:
+    quick = [*QUICK, *(["launcher=multi", "launcher.processes=2"] if processes == 2 else [])]
     log, runs = tmp_path / "log", [tmp_path / name for name in ("whole", "killed")]
-    complete(start_warm(*QUICK, "train.max_steps=8", f"run_dir={runs[0]}", log=log), log)
+    complete(start_warm(*quick, "train.max_steps=8", f"run_dir={runs[0]}", log=log), log)
     shutil.copytree(runs[0], runs[1], symlinks=True)
-    command = [*QUICK, "train.max_steps=20", "train.extend=decay", "train.schedule=cosine"]
+    command = [*quick, "train.max_steps=20", "train.extend=decay", "train.schedule=cosine"]
     complete(start_warm(*command, f"run_dir={runs[0]}", log=log), log)
     for step in (9, 14):
         process = start_warm(*command, f"run_dir={runs[1]}", log=log)
         wait_for_step(process, runs[1], step)
+        members = family(process.pid)
         os.kill(process.pid, signal.SIGKILL)
         assert process.finish() == -signal.SIGKILL
+        assert survivors(members, within=60) == []
         assert not (runs[1] / "done").exists()
     complete(start_warm(*command, f"run_dir={runs[1]}", log=log), log)
     assert newest(runs[0])["step"] == 20
+    assert newest(runs[0])["environment"]["processes"] == processes
     assert differences(newest(runs[1]), newest(runs[0])) == []
     assert metrics(runs[1]) == metrics(runs[0])

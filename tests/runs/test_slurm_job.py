@@ -94,6 +94,33 @@ def test_a_wrong_key_is_refused_before_anything_is_written(site: Site, override:
     assert not (site.path / "run").exists()
 
 
+def test_a_longer_run_is_submitted_to_start_after_the_active_job(site: Site) -> None:
+    line = [argument for argument in LINE if not argument.startswith("train.max_steps")]
+    folder = site.path / "run" / "slurm"
+    assert site.train(*line, "train.max_steps=3")[0] == 0
+    first = (folder / "config.json").read_bytes()
+    site.write("sbatch", f'echo "$@" >>{site.path}/submitted; echo 42')
+    site.write("squeue", f"echo PENDING {folder}/job.sbatch")
+    code, out, err = site.train(*line, "train.max_steps=6")
+    assert (code, err) == (0, "")
+    assert "job 41 is PENDING with a shorter length: the next job extends the run after job 41 has ended" in out
+    assert "job 42: " in out
+    assert "--dependency=afterany:41" in (site.path / "submitted").read_text().splitlines()[1]
+    assert (folder / "config.json").read_bytes() == first  # the first job reads it again if it is requeued
+    assert slurm_job.stored_config(folder / "config-after-41.json").train.max_steps == 6
+    assert "config-after-41.json" in (folder / "job.sbatch").read_text()
+    assert "job 42 submitted, starts after job 41" in (folder / "history.log").read_text()
+    assert "job 42 is PENDING for this run already" in site.train(*line, "train.max_steps=6")[1]
+    for wrong, expected in (("train.max_steps=5", "cannot be shortened"), ("seed=1", "seed: 0 -> 1")):
+        code, _, err = site.train(*line, "train.max_steps=7", wrong)
+        assert (code, site.submissions) == (2, 2)
+        assert expected in err
+        assert "scancel 42" in err
+    site.write("sbatch", "echo no >&2; exit 1")
+    assert site.train(*line, "train.max_steps=9")[0] == 2
+    assert "job 42 is PENDING for this run already" in site.train(*line, "train.max_steps=6")[1]
+
+
 @pytest.mark.parametrize(
     "change",
     [

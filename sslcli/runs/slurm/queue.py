@@ -30,9 +30,13 @@ FINAL_STATES = {  # final state of a job -> exit code to return if the job recor
 }
 
 
-def submit(script: Path) -> str:
-    """Submit the script and return the job ID. Raise ConfigError if Slurm rejects the script."""
-    ended = run_command("sbatch", "--parsable", str(script))
+def submit(script: Path, *, after: str | None = None) -> str:
+    """Submit the script and return the job ID. Raise ConfigError if Slurm rejects the script.
+
+    If `after` is the ID of a job, the new job starts after that job has ended.
+    """
+    order = [] if after is None else [f"--dependency=afterany:{after}"]
+    ended = run_command("sbatch", "--parsable", *order, str(script))
     if ended.returncode != 0:
         hint = ""
         if "partition" in ended.stderr.lower():

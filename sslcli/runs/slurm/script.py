@@ -11,15 +11,15 @@ from sslcli.engine import checkpoint_names
 from sslcli.system import child_processes
 
 
-def render(settings: SlurmSettings, *, folder: Path, cwd: Path, python: str) -> str:
+def render(settings: SlurmSettings, *, folder: Path, config: Path, cwd: Path, python: str) -> str:
     """Return the text of the batch script.
 
     Args:
         folder: folder for the script, its logs and its history. It is inside the run directory.
+        config: file with the configuration of the run. The job reads it at every start.
         cwd: working directory of the run.
         python: interpreter to use if launcher.python is null.
     """
-    config = folder / "config.json"
     start = child_processes.arguments("sslcli.runs.slurm_job", ours=settings.python is None)
     agent = shlex.join([settings.python or python, *start, str(config)])
     step = ["srun", f"--nodes={settings.nodes}", f"--ntasks={settings.nodes}", "--ntasks-per-node=1", "--wait=60"]

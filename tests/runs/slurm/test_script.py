@@ -17,7 +17,7 @@ DEFAULTS = SlurmSettings(**yaml.safe_load(CONF.read_text()))
 
 
 def directives(settings: SlurmSettings, folder: Path = Path("/data/run 1/slurm")) -> list[str]:
-    text = render(settings, folder=folder, cwd=Path("/home/me"), python="/opt/python")
+    text = render(settings, folder=folder, config=folder / "config.json", cwd=Path("/home/me"), python="/opt/python")
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
 
 
@@ -63,7 +63,7 @@ def test_every_key_becomes_a_directive() -> None:
         "--constraint='nvlink&ib'",
     }
     assert directives(settings)[-2:] == ["--exclusive", "--mail-type=FAIL"]
-    text = render(settings, folder=Path("/f"), cwd=Path("/"), python="/opt/python")
+    text = render(settings, folder=Path("/f"), config=Path("/f/config.json"), cwd=Path("/"), python="/opt/python")
     assert "step=(srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --wait=60 --cpus-per-task=64)" in text
 
 
@@ -91,7 +91,9 @@ def run_node(
     folder: Path, run: str, *, state: str = "RUNNING", setup: str = ":", **more: str
 ) -> tuple[int, list[str], list[str]]:
     """Exit code of the script, the calls it made, and its history, where `run` is what happens on the nodes."""
-    text = render(replace(DEFAULTS, setup=setup), folder=folder, cwd=folder, python="/opt/python")
+    text = render(
+        replace(DEFAULTS, setup=setup), folder=folder, config=folder / "config.json", cwd=folder, python="/opt/python"
+    )
     head, _, body = text.partition("\n# Written by")
     script = folder / "job.sbatch"
     script.write_text(f"{head}{SLURM}{body}")
@@ -193,7 +195,13 @@ def test_attempts_that_saved_do_not_count(save: str, codes: list[int], tmp_path:
 
 def test_another_python_keeps_the_current_directory_out_whatever_its_version(tmp_path: Path) -> None:
     (tmp_path / "runpy.py").write_text("open('ran', 'w')")
-    text = render(replace(DEFAULTS, python="python3"), folder=tmp_path, cwd=tmp_path, python="/opt/python")
+    text = render(
+        replace(DEFAULTS, python="python3"),
+        folder=tmp_path,
+        config=tmp_path / "config.json",
+        cwd=tmp_path,
+        python="/opt/python",
+    )
     (line,) = [line for line in text.splitlines() if line.startswith("agent=")]
     assert line.startswith("agent=(python3 -c ")
     subprocess.run(["bash", "-c", f'{line}; "${{agent[@]}}"'], cwd=tmp_path, capture_output=True, timeout=60)

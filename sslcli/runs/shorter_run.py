@@ -1,0 +1,68 @@
+"""Search for a shorter run with the same settings, which a new run could extend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from sslcli.config.comparison import changed_settings
+from sslcli.config.run_config import RunConfig
+from sslcli.engine.phases import LENGTH_KEYS
+from sslcli.errors import ConfigError
+from sslcli.runs import directory, length
+from sslcli.runs.identity import result_overrides
+from sslcli.system.regular_files import read_regular
+
+MAX_RUNS = 500  # newest runs whose overrides are read; reading them takes less than 0.1 s
+MAX_BYTES = 1_000_000  # of overrides.txt
+
+
+def shorter_run_hint(config: RunConfig) -> str | None:
+    """Return a line that names the longest finished run that `config` could extend, or None if there is none.
+
+    Only runs beside the run directory and in sweeps beside it are found, and only if their overrides differ from those
+    of `config` in nothing but the length. A run that has already started gets no hint.
+    """
+    run_dir = config.directory
+    if (run_dir / "config.yaml").exists() or config.resume == "must":
+        return None
+    wanted = _without_length(config.overrides)
+    found: list[tuple[int, Path]] = []
+    for other in _runs_beside(run_dir):
+        with suppress(OSError, ConfigError):
+            text = read_regular(other / "overrides.txt", most=MAX_BYTES).decode("utf-8", "surrogateescape")
+            if _without_length(text.splitlines()) == wanted and _is_shorter(other, config):
+                found.append((length.newest_step(other), other))
+    if not found:
+        return None
+    step, other = max(found)
+    place = os.path.relpath(other) if other.is_relative_to(Path.cwd()) else str(other)
+    return (
+        f"{place} is a finished run of {step:,} steps with the same settings: to continue it instead of starting at "
+        f"step 0, add run_dir={place}"
+    )
+
+
+def _runs_beside(run_dir: Path) -> Iterator[Path]:
+    """Yield the finished runs beside a run directory and in sweeps beside it, the newest first."""
+    parent = run_dir.parent
+    finished = [*parent.glob("*/done"), *parent.glob("sweep_*/*/done")]
+    with suppress(OSError):  # a run is deleted meanwhile
+        finished.sort(key=lambda path: -path.stat().st_mtime_ns)
+    return (path.parent for path in finished[:MAX_RUNS] if path.parent != run_dir and not path.parent.is_symlink())
+
+
+def _without_length(overrides: list[str]) -> list[str]:
+    """Return the overrides that affect the results, without those that set the length of a run."""
+    return [line for line in result_overrides(overrides) if line.partition("=")[0].lstrip("+~") not in LENGTH_KEYS]
+
+
+def _is_shorter(run_dir: Path, config: RunConfig) -> bool:
+    """Return True if the run in `run_dir` has the settings of `config`, but fewer steps."""
+    stored = directory.read_config(run_dir)
+    total, phases = length.requested_steps(stored, config.values), length.stored_phases(stored)
+    if total is None or not phases or phases[-1].total >= total or not length.newest_step(run_dir):
+        return False
+    return not changed_settings(stored, config.values, may_differ=LENGTH_KEYS)
