@@ -88,8 +88,8 @@ def choose_stage(maps: dict[str, Tensor], name: str | None) -> str:
     """Return the name of the stage whose map is the local feature map: `name`, or a default if `name` is None.
 
     The default is the stage whose map is nearest to 8 x 8. If several stages are equally near, the default is the
-    deepest of them. The last stage is excluded if there are other stages: the features are the mean of the last map, so
-    each position of this map already contributes to the features.
+    deepest of them. If there are several stages, the last stage is excluded, because the features are the mean of its
+    map: each position of this map already contributes to the features.
 
     Raises ValueError if the stage `name` does not exist, if its map has a single position, or if there is no default.
     """

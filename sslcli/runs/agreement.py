@@ -26,7 +26,7 @@ MAX_SHOWN = 10  # maximum number of differences in a message
 
 
 def check_agreement(config: dict[str, Any]) -> None:
-    """Raise ConfigError on every process unless all processes agree.
+    """Raise ConfigError on every process unless all processes have the same configuration, versions and source code.
 
     The message lists the differences between two of the processes.
 

@@ -157,7 +157,8 @@ def unused_warning(names: Sequence[str]) -> str:
 
 
 def check_accepts(method: Method, views: Views, source: Source) -> None:
-    """Raise ConfigError unless the backbone accepts the images of the source at the sizes of evaluation and of views.
+    """Raise ConfigError unless the backbone accepts images of all required sizes: of evaluation images and of every
+    view.
 
     The message names the size and the key to change.
     """

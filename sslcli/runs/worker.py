@@ -120,9 +120,9 @@ def run(config: RunConfig) -> int:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Return True if `run` has a message for a RuntimeError: another process ended, or a step left parameters unused.
+    """Return True for a RuntimeError of torch after another process ended, or after a step left parameters unused.
 
-    torch raises such errors at any point, also while code of the user runs.
+    `run` has its own messages for these errors. torch raises them at any point, also while code of the user runs.
     """
     known = any(text in str(error) for text in (DEAD_WORKER, UNUSED_IN_STEP))
     return isinstance(error, RuntimeError) and (known or processes.lost_contact(error))
