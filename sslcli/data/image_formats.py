@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
+from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
@@ -104,6 +105,15 @@ def open_image(content: bytes) -> Image.Image:
         return Image.open(io.BytesIO(content), formats=other_formats())
     except UnidentifiedImageError:
         raise UnidentifiedImageError(reason(content)) from None
+
+
+def size_of(file: BinaryIO) -> tuple[int, int] | None:
+    """Return width and height in pixels of an image. Only the header is read. Return None if it cannot be read."""
+    try:
+        with Image.open(file, formats=(*COMMON, *other_formats())) as image:
+            return int(image.width), int(image.height)
+    except Exception:  # Pillow raises exceptions of nearly any type for damaged files
+        return None
 
 
 def reason(content: bytes) -> str:

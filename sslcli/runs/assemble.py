@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from sslcli.config.run_config import RunConfig
 from sslcli.config.settings import MonitorSettings, TrainSettings, seconds
+from sslcli.data.image_sizes import enlargement_warning
 from sslcli.data.loader import Loader, plain_batches
 from sslcli.distributed import collectives, processes
 from sslcli.engine import fsdp, precision
@@ -230,7 +231,7 @@ def startup_table(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
 
 def suspicious_settings(job: Run, parts: Parts) -> list[str]:
     """Return one warning for each setting that is valid but usually unintended."""
-    found = []
+    found = [enlarged] if collectives.is_main() and (enlarged := enlargement_warning(parts.source)) else []
     length = parts.method.queue_length
     num_images = len(parts.source.splits["train"])
     if length > num_images:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sslcli.data import rng
+from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import Encoded
 from sslcli.data.order import Layout, layout_of
 from sslcli.data.shards.formats import Index, Shard
@@ -110,6 +111,16 @@ class HfStream(Source):
         Raises BadImage if the image is invalid, and ConfigError if the shard cannot be read.
         """
         return Encoded(self.reader.content(position), self.path(position))
+
+    def stored_size(self, position: int) -> tuple[int, int] | None:
+        """Return width and height in pixels of the image at `position`, or None if it cannot be read or is remote."""
+        shard, _ = self.reader.locate(position)
+        if "://" in self.reader.shards[shard].url:
+            return None
+        try:
+            return self.open(position).size
+        except (BadImage, ConfigError):
+            return None
 
     def path(self, position: int) -> str:
         """Return a text with the address of the shard and the number of the image in this shard."""

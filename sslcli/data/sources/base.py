@@ -155,6 +155,10 @@ class Source:
         """Return the RGB image at `position` at full size. Raises BadImage if the image cannot be read."""
         return self.open(position).decode()
 
+    def stored_size(self, position: int) -> tuple[int, int] | None:
+        """Return width and height in pixels of the stored image at `position`, or None if reading them may be slow."""
+        return None
+
     def blank(self, size: int) -> Picture:
         """Return a placeholder for an evaluation image that cannot be read."""
         return Image.new("RGB", (size, size))

@@ -102,6 +102,13 @@ class Hf(Source):
             raise BadImage(path, "the cell is empty" if value is None else f"the cell contains {type(value).__name__}")
         return Encoded(value, path)
 
+    def stored_size(self, position: int) -> tuple[int, int] | None:
+        """Return width and height in pixels of the image at `position`, or None if it cannot be read."""
+        try:
+            return self.open(position).size
+        except BadImage:
+            return None
+
     def cell(self, position: int) -> Any:
         """Return the content of the image column at `position`, without decoding it."""
         test = position >= self._num_pool

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sslcli.data.image_formats import size_of
 from sslcli.data.sources.base import Source
 from sslcli.data.sources.file_status import hashes_of, status_of
 from sslcli.data.sources.records import ProgressCallback, Records, digest, label_codes, make_records
+from sslcli.system.regular_files import open_regular
 
 
 @dataclass
@@ -93,6 +95,14 @@ class Files(Source):
     def path(self, position: int) -> str:
         """Return the path of the file at `position`."""
         return os.path.join(self.roots[self._root_of[position]], self.relative(position))
+
+    def stored_size(self, position: int) -> tuple[int, int] | None:
+        """Return width and height in pixels of the image at `position`, or None if its header cannot be read."""
+        try:
+            with open_regular(self.path(position)) as file:
+                return size_of(file)
+        except OSError:
+            return None
 
     @cached_property
     def fingerprint(self) -> str:
