@@ -25,8 +25,8 @@ class Terminal:
 
     - A write to a pipe without a reader, to a full disk or to a closed terminal raises an error. After the first error,
       all text is dropped.
-    - A write to a reader that has stopped reading blocks. Examples are a pager and a terminal after Ctrl-S. Python
-      handles no signals during the write. Therefore, text is dropped while the reader does not read.
+    - If the reader has stopped reading (a pager, or a terminal after Ctrl-S), a write blocks. Python handles no signals
+      during such a write. Therefore, text is dropped while the reader does not read.
 
     `console.log` contains the whole output of a run.
 
