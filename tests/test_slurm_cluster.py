@@ -116,6 +116,45 @@ def test_a_preempted_run_on_two_nodes_comes_back_and_ends_as_one_that_never_was(
     assert metrics(run_dir) == metrics(other)
 
 
+def test_an_extension_that_is_queued_while_the_shorter_job_runs_loses_nothing(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = ["method=moco_v2", "method._target_=slow.SlowMoCo", "method.queue_size=64", "trust=[slow]", *TINY]
+    log, run_dir, other = tmp_path / "log", tmp_path / "run", tmp_path / "other"
+    slurm = [f"run_dir={run_dir}", "launcher=slurm", "launcher.processes_per_node=2", "launcher.partition=low"]
+    here: Any = {"prepare": go_there, "given": (tmp_path, cluster)}
+    shorter, longer = ([*command, f"train.max_steps={steps}"] for steps in (16, 24))
+    for line in (shorter, longer):
+        two = ["launcher=multi", "launcher.processes=2"]
+        complete(
+            start_warm(*line, *two, f"run_dir={other}", log=tmp_path / "other.log", **here), tmp_path / "other.log"
+        )
+    job = start_warm(*shorter, *slurm, "launcher.wait=true", log=log, **here)
+    wait_for_step(job, run_dir, 4)
+    complete(start_warm(*longer, *slurm, log=tmp_path / "log2", **here), tmp_path / "log2")
+    first, second = re.findall(
+        r"job (\d+) is RUNNING with a shorter length|job (\d+): ", (tmp_path / "log2").read_text()
+    )
+    assert ask(cluster, "squeue", "--noheader", f"--jobs={second[1]}", "--format=%T %r").split() == [
+        "PENDING",
+        "Dependency",
+    ]
+    ask(cluster, "scancel", "--signal=USR1", "--batch", first[0])  # as before a time limit
+    history = run_dir / "slurm" / "history.log"
+    while "requeued" not in history.read_text():
+        assert job.code is None, log.read_text()
+        time.sleep(0.1)
+    (tmp_path / "hurry").touch()
+    complete(job, log)  # the first job has read its own configuration again, and has trained to its own length
+    assert "done: " in log.read_text()
+    complete(start_warm(*longer, *slurm, "launcher.wait=true", log=tmp_path / "log3", **here), tmp_path / "log3")
+    assert "extended from 16 to 24 steps" in (run_dir / "slurm" / f"{second[1]}.log").read_text()
+    assert newest(run_dir)["step"] == 24
+    assert differences(newest(run_dir), newest(other)) == []
+    assert metrics(run_dir) == metrics(other)
+
+
 def refused_on_node2(cluster: dict[str, str], run_dir: Path) -> str:
     """Return the message of a second run in the same directory on the other node."""
     code = f"from pathlib import Path; from sslcli.runs.directory import lock; lock(Path({str(run_dir)!r}), patience=0)"

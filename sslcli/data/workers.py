@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from sslcli.errors import BUG, ConfigError, ProcessLost, TrainingFailed, class_name, summary, user_code_error
 from sslcli.system import cpu
 from sslcli.system.child_processes import kill_with_parent
+from sslcli.system.launch_variables import local_world_size
 
 MAX_GPU_WORKERS, CPU_WORKERS = 8, 2
 SMALL_SIDE, FEW_CORES = 64, 2  # pixels per side, cores per process; see default_workers
@@ -104,8 +105,7 @@ def check_shared_memory(workers: int, batch_bytes: int) -> None:
         state = os.statvfs(SHARED_MEMORY)
     except OSError:  # another operating system
         return
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed, free = batch_bytes * PREFETCH_FACTOR * workers * processes, state.f_bavail * state.f_frsize
+    needed, free = batch_bytes * PREFETCH_FACTOR * workers * local_world_size(), state.f_bavail * state.f_frsize
     if needed > free:
         raise ConfigError(
             f"dataset.workers is {workers}, which needs about {needed / 1e6:,.0f} MB of shared memory, but "

@@ -9,6 +9,7 @@ import torch
 from sslcli.distributed.processes import is_launched
 from sslcli.errors import ConfigError
 from sslcli.system import cpu
+from sslcli.system.launch_variables import launched, local_world_size
 
 
 def pick_device(name: str) -> torch.device:
@@ -27,9 +28,10 @@ def pick_device(name: str) -> torch.device:
     if kind not in available():
         raise ConfigError(f"device is {name!r}, but this machine has only: {', '.join(available())}")
     if name == "cuda":  # torch.cuda.set_device needs an index
-        rank = int(os.environ.get("LOCAL_RANK", 0)) if is_launched() else 0
+        member = launched()
+        rank = 0 if member is None else member.local_rank
         name = f"cuda:{rank % torch.cuda.device_count()}"
-    elif name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and is_launched():
+    elif name.startswith("cuda:") and is_launched() and local_world_size() > 1:
         raise ConfigError(
             f"device is {name!r}, but each process of a run needs its own GPU: set device=cuda, and select GPUs with "
             "CUDA_VISIBLE_DEVICES"

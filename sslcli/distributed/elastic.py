@@ -14,8 +14,9 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from sslcli.distributed.processes import AGENT, EXIT_LOST, RESTARTS, START_TIME
+from sslcli.distributed.processes import EXIT_LOST
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError
+from sslcli.system.launch_variables import AGENT, RESTARTS, START_TIME, earlier_starts
 
 HINT = "The usual cause of SIGKILL is too little memory"
 
@@ -66,13 +67,13 @@ def run_processes(
     nohup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, nohup)
     before = {number: signal.signal(number, forward if rendezvous is None else signal.SIG_IGN) for number in schedulers}
-    environment = dict(os.environ)
+    environment, earlier = dict(os.environ), earlier_starts()
     # The agent kills processes that take longer than this timeout to save and exit.
     os.environ |= {AGENT: str(os.getpid()), START_TIME: str(time.monotonic()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print their own errors
     try:
         for restart in range(max_restarts + 1):
-            os.environ[RESTARTS] = str(int(environment.get(RESTARTS, 0)) + restart)
+            os.environ[RESTARTS] = str(earlier + restart)
             codes = run_once(arguments, count, rendezvous or Rendezvous(name=f"{os.getpid()}-{restart}"))
             if not crashed(codes) or restart == max_restarts:
                 break

@@ -1,7 +1,6 @@
 """Rank, process group and start time of a process that any launcher may have started.
 
-This module reads the environment variables RANK, LOCAL_RANK, WORLD_SIZE and MASTER_*. Every launcher sets these
-variables. The module also reads optional variables of our own agent (`sslcli.distributed.elastic`) and of torchrun.
+The environment variables of launchers are read in `sslcli.system.launch_variables`.
 """
 
 from __future__ import annotations
@@ -18,22 +17,20 @@ import torch.distributed as dist
 from sslcli.distributed import watchdog
 from sslcli.errors import EXIT_FAILED
 from sslcli.system import child_processes
+from sslcli.system.launch_variables import AGENT, START_TIME, earlier_starts, launched
 
-# Environment variables that our agent sets for its processes.
-AGENT = "SSLCLI_AGENT"  # process id of the agent
-START_TIME = "SSLCLI_BEGUN"  # start time of the agent, by time.monotonic
-RESTARTS = "SSLCLI_RESTARTS"  # number of earlier starts of the processes
 EXIT_LOST = 4  # a process requests a restart from our agent with this exit code; the user sees EXIT_FAILED
 
 
 def is_launched() -> bool:
     """Return True if a launcher (torchrun, our own agent, Slurm) started this process as a rank of a process group."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return launched() is not None
 
 
 def number() -> int:
     """Return the rank of this process; 0 is the main process. This works before the process group is initialized."""
-    return int(os.environ["RANK"]) if is_launched() else 0
+    member = launched()
+    return 0 if member is None else member.rank
 
 
 def lost_contact(error: Exception) -> bool:
@@ -49,15 +46,16 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
 
     After `limit` seconds without progress, a thread of each process calls `end(message)`; see the module `watchdog`.
     """
-    if not is_launched():
+    member = launched()
+    if member is None:
         with watchdog.watched_alone(limit=limit, end=end):
             yield
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         child_processes.kill_with_parent(os.getppid())  # the parent is our agent or the agent of torchrun
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = watchdog.join(limit)
-    with watchdog.watched(store, rank=number(), size=int(os.environ["WORLD_SIZE"]), limit=limit, end=end):
+    store = watchdog.join(member, limit)
+    with watchdog.watched(store, rank=member.rank, size=member.world_size, limit=limit, end=end):
         watchdog.record_collective()
         # Normally the watchdog ends a run that hangs. This longer timeout is a fallback.
         dist.init_process_group(backend, timeout=timedelta(seconds=max(10 * limit, 3600)))
@@ -77,7 +75,7 @@ def die_with_parent() -> None:
 
 def restarted() -> bool:
     """Return True if our agent, torchrun or the Slurm job script has restarted the processes of this run."""
-    return int(os.environ.get(RESTARTS, 0)) + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return earlier_starts() > 0
 
 
 def start_time() -> float:

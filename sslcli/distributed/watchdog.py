@@ -20,7 +20,8 @@ from datetime import timedelta
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from sslcli.errors import TrainingFailed
+from sslcli.errors import ConfigError, TrainingFailed
+from sslcli.system.launch_variables import Member
 
 SLOWEST = 10.0  # maximum seconds between two checks
 CHECKS = 20  # minimum number of checks within the time limit
@@ -56,13 +57,13 @@ def record_collective() -> None:
     _own.actions += 1
 
 
-def join(limit: float) -> Store:
+def join(member: Member, limit: float) -> Store:
     """Wait until all processes of the run have joined, and return the store that they share.
 
     Raises TrainingFailed if a process has not joined after `limit` seconds. The message contains the missing ranks.
+    Raises ConfigError if this process is rank 0 and cannot listen on the port.
     """
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, size, host, port = member.rank, member.world_size, member.address, member.port
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the agent serves
     try:
         store: Store = TCPStore(
@@ -74,6 +75,8 @@ def join(limit: float) -> Store:
             multi_tenant=True,  # torch uses the same port for its own store
         )
     except RuntimeError as error:
+        if serves and "failed to listen" in str(error):
+            raise ConfigError(cannot_listen(port, str(error))) from error
         raise TrainingFailed(
             f"process 0 did not answer at {host}:{port} within {limit:g} s (launcher.timeout): check its output, and "
             "the network connection from this machine to that one"
@@ -91,6 +94,19 @@ def join(limit: float) -> Store:
             "output and their machines"
         ) from error
     return store
+
+
+def cannot_listen(port: int, error: str) -> str:
+    """Return the message for a port that rank 0 cannot open. `error` is the message of torch."""
+    reason = "this machine does not allow it"
+    if "EADDRINUSE" in error:
+        reason = "another process of this machine uses the port"
+    elif "EACCES" in error:
+        reason = "ports below 1024 need the rights of an administrator"
+    return (
+        f"the environment variable MASTER_PORT is {port}, but rank 0 cannot listen on this port, because {reason}: set "
+        "a free port for all processes of the run, as with torchrun --master-port"
+    )
 
 
 @contextmanager

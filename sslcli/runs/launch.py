@@ -14,12 +14,13 @@ from typing import Any
 
 from sslcli.config.added import resumed_dataset
 from sslcli.config.run_config import RunConfig
-from sslcli.config.settings import MultiSettings
+from sslcli.config.settings import LauncherSettings, MultiSettings
 from sslcli.engine import checkpoint_names
 from sslcli.errors import EXIT_CONFIG, ConfigError, print_error, print_unexpected
 from sslcli.report.terminal import guard_terminal, log_and_print
 from sslcli.runs.identity import run_dir_of
 from sslcli.system import child_processes
+from sslcli.system.launch_variables import AGENT, launched, local_world_size
 
 
 def launch(job: dict[str, Any]) -> int:
@@ -27,7 +28,9 @@ def launch(job: dict[str, Any]) -> int:
     config = RunConfig.from_plain(job)
     config = config.changed(run_dir=run_dir_of(config))
     config = with_old_settings(config)
-    kind = config.launcher.kind if "RANK" not in os.environ else "local"  # an external launcher sets RANK
+    kind = config.launcher.kind if launched() is None else "local"
+    if kind != config.launcher.kind and AGENT not in os.environ:
+        check_other_launcher(config.launcher)
     if kind == "slurm":
         from sslcli.runs import slurm_job
 
@@ -66,6 +69,20 @@ def with_old_settings(config: RunConfig) -> RunConfig:
     set_keys = {line.partition("=")[0].lstrip("+~") for line in config.overrides}
     dataset = resumed_dataset(config.dataset, read_config(config.directory).get("dataset"), set_keys)
     return config if dataset == config.dataset else config.changed(dataset=dataset)
+
+
+def check_other_launcher(settings: LauncherSettings) -> None:
+    """Raise ConfigError if the settings ask for processes that another launcher, such as torchrun, has not started."""
+    wanted, here = f"launcher is {settings.kind!r}", local_world_size()
+    if isinstance(settings, MultiSettings):
+        if settings.processes in (None, here):
+            return
+        wanted = f"launcher.processes is {settings.processes}"
+    raise ConfigError(
+        f"{wanted}, but the environment variable RANK is {os.environ['RANK']!r}, so another launcher started this "
+        f"process, as one of {here} on this node: use launcher=local to join its processes, or unset RANK and "
+        "WORLD_SIZE to start without that launcher"
+    )
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from sslcli.system.launch_variables import local_world_size
+
 # Number of times that an idle thread spins before it sleeps. 5,000 spins take about fifty microseconds. The default of
 # GNU OpenMP is 300,000, which takes milliseconds. With 1,000 or 0, threads sleep and wake up between operations on
 # small tensors (e.g. in Winograd convolutions).
@@ -20,7 +22,7 @@ def usable() -> list[int]:
 
 def cores_per_process() -> int:
     """Return the number of cores per process, at least 1: usable cores / LOCAL_WORLD_SIZE (set by launchers)."""
-    return max(1, len(usable()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, len(usable()) // local_world_size())
 
 
 def limit_spinning() -> None:

@@ -96,7 +96,7 @@ def test_processes_with_gpus_meet_over_nccl(one_gpu: list[int], monkeypatch: pyt
     def watched(*args: Any, **settings: Any) -> Iterator[None]:
         yield
 
-    monkeypatch.setattr("sslcli.distributed.watchdog.join", lambda limit: None)
+    monkeypatch.setattr("sslcli.distributed.watchdog.join", lambda member, limit: None)
     monkeypatch.setattr("sslcli.distributed.watchdog.watched", watched)
     monkeypatch.setattr(
         "torch.distributed.init_process_group", lambda backend, timeout: calls.append(("join", backend))

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from sslcli.distributed import watchdog
 from sslcli.distributed.watchdog import Progress, stall_message
-from sslcli.errors import TrainingFailed
+from sslcli.errors import ConfigError, TrainingFailed
+from sslcli.system.launch_variables import Member
 
 
 @pytest.fixture(autouse=True)
@@ -150,20 +151,24 @@ def free_port() -> int:
         return port
 
 
-def test_processes_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_processes_that_do_not_come_are_named() -> None:
     with pytest.raises(TrainingFailed, match=r"of 3 processes, these have not joined within 0\.3 s .*: 1, 2\."):
-        watchdog.join(0.3)
+        watchdog.join(Member(0, 3, 0, "127.0.0.1", free_port()), 0.3)
 
 
-def test_a_main_process_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_a_main_process_that_does_not_answer_is_told() -> None:
     with pytest.raises(TrainingFailed, match=r"process 0 did not answer at 127\.0\.0\.1:\d+ within 1 s"):
-        watchdog.join(1.0)
+        watchdog.join(Member(1, 2, 1, "127.0.0.1", free_port()), 1.0)
+
+
+def test_a_port_of_another_program_is_named_with_the_remedy() -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        expected = (
+            rf"MASTER_PORT is {port}, but rank 0 .*another process of this machine uses the port: set a free port"
+        )
+        with pytest.raises(ConfigError, match=expected):
+            watchdog.join(Member(0, 2, 0, "127.0.0.1", port), 30.0)
 
 
 def test_a_store_hands_over_what_a_process_told(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from command_line import composed
 from sslcli.distributed import processes
-from sslcli.errors import BUG
+from sslcli.errors import BUG, ConfigError
 from sslcli.runs import launch as _launch
 from sslcli.runs import slurm_job, worker
+from sslcli.system.launch_variables import AGENT, REQUIRED
 
 pytestmark = pytest.mark.usefixtures("restored_signals")
 
@@ -64,7 +65,8 @@ def test_an_exception_of_user_code_is_never_tried_again(
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Record the function that `launch` calls, and its configuration."""
     found: list[tuple[str, Any]] = []
-    monkeypatch.delenv("RANK", raising=False)
+    for name in (*REQUIRED, AGENT, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(worker, "run", lambda config: found.append(("worker", config)) or 0)
     monkeypatch.setattr(slurm_job, "launch", lambda config: found.append(("slurm", config)) or 0)
 
@@ -76,24 +78,54 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     return found
 
 
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "here", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "3"}
+
+
 @pytest.mark.parametrize(
-    ("line", "rank", "expected"),
+    ("line", "environment", "expected"),
     [
-        ([], None, "worker"),
-        (["launcher=multi", "launcher.processes=3"], None, "3 processes"),
-        (["launcher=multi", "launcher.processes=3"], "1", "worker"),  # started by torchrun
-        (["launcher=multi", "dry_run=true"], None, "worker"),
-        (["launcher=slurm"], None, "slurm"),
-        (["launcher=slurm"], "0", "worker"),  # inside the job
+        ([], {}, "worker"),
+        ([], TORCHRUN, "worker"),
+        ([], {"MASTER_ADDR": "here", "MASTER_PORT": "no port"}, "worker"),  # as long as no launcher sets RANK
+        (["launcher=multi", "launcher.processes=3"], {}, "3 processes"),
+        (["launcher=multi", "launcher.processes=3"], TORCHRUN, "worker"),
+        (["launcher=multi"], TORCHRUN, "worker"),
+        (["launcher=multi", "launcher.processes=2"], TORCHRUN | {"SSLCLI_AGENT": "1"}, "worker"),  # started by us
+        (["launcher=multi", "dry_run=true"], {}, "worker"),
+        (["launcher=slurm"], {}, "slurm"),
+        (["launcher=slurm"], TORCHRUN | {"SSLCLI_AGENT": "1"}, "worker"),  # inside the job
     ],
 )
 def test_the_launcher_decides_where_a_run_happens(
-    line: list[str], rank: str | None, expected: str, started: list[Any], monkeypatch: pytest.MonkeyPatch
+    line: list[str], environment: dict[str, str], expected: str, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     _launch.launch(composed("train", *line))
     assert [name for name, _ in started] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("line", "environment", "expected"),
+    [
+        (["launcher=multi", "launcher.processes=2"], {"RANK": "0"}, "WORLD_SIZE and MASTER_ADDR and MASTER_PORT are"),
+        ([], {"RANK": "0"}, "unset RANK"),
+        (["launcher=multi", "launcher.processes=2"], TORCHRUN, "launcher.processes is 2, but"),
+        (["launcher=slurm"], TORCHRUN, "launcher is 'slurm', but"),
+    ],
+)
+def test_variables_of_another_launcher_never_change_the_processes_silently(
+    line: list[str],
+    environment: dict[str, str],
+    expected: str,
+    started: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=expected):
+        _launch.launch(composed("train", *line))
+    assert started == []
 
 
 def test_processes_get_the_configuration_with_an_absolute_run_directory(started: list[Any]) -> None:

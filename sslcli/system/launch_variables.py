@@ -1,0 +1,91 @@
+"""Environment variables by which a launcher such as torchrun describes the process group of a run.
+
+This module is their only reader. It does not import torch.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from sslcli.errors import ConfigError
+
+REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Environment variables that our agent (`sslcli.distributed.elastic`) sets for its processes.
+AGENT = "SSLCLI_AGENT"  # process id of the agent
+START_TIME = "SSLCLI_BEGUN"  # start time of the agent, by time.monotonic
+RESTARTS = "SSLCLI_RESTARTS"  # number of earlier starts of the processes
+
+
+@dataclass(frozen=True)
+class Member:
+    """Place of this process in a process group.
+
+    Attributes:
+        rank: rank, in [0, world_size).
+        world_size: number of processes of the run.
+        local_rank: rank among the processes of this node.
+        address: host of rank 0.
+        port: TCP port of rank 0.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def launched() -> Member | None:
+    """Return the place of this process in a process group, or None if no launcher started this process.
+
+    A launcher sets RANK or WORLD_SIZE, and then it must set all variables in `REQUIRED`. MASTER_ADDR and MASTER_PORT
+    alone have no meaning, since scripts often export them for other programs.
+
+    Raises ConfigError if only some of the variables are set, or if a value is invalid.
+    """
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if not given:
+        return None
+    missing = [name for name in REQUIRED if name not in os.environ]
+    if missing:
+        values = " and ".join(f"{name} is {os.environ[name]!r}" for name in given)
+        raise ConfigError(
+            f"in the environment, {values}, but {' and '.join(missing)} {_are(missing)} not set. A launcher such as "
+            f"torchrun sets all of {', '.join(REQUIRED)}: set all of them, or remove the others (unset "
+            f"{' '.join(given)}) to start without such a launcher"
+        )
+    world_size = _count("WORLD_SIZE", least=1)
+    rank = _count("RANK", least=0, most=world_size - 1, reason=f" (WORLD_SIZE is {world_size})")
+    if not os.environ["MASTER_ADDR"].strip():
+        raise ConfigError("the environment variable MASTER_ADDR is empty: set it to the host of rank 0")
+    port = _count("MASTER_PORT", least=1, most=65535)
+    local_rank = _count("LOCAL_RANK", least=0) if "LOCAL_RANK" in os.environ else rank
+    return Member(rank, world_size, local_rank, os.environ["MASTER_ADDR"], port)
+
+
+def local_world_size() -> int:
+    """Return the number of processes of the run on this node, or 1 if LOCAL_WORLD_SIZE is not set."""
+    return _count("LOCAL_WORLD_SIZE", least=1) if "LOCAL_WORLD_SIZE" in os.environ else 1
+
+
+def earlier_starts() -> int:
+    """Return how often our agent, torchrun or the script of a Slurm job has restarted the processes of this run."""
+    return sum(_count(name, least=0) for name in (RESTARTS, "TORCHELASTIC_RESTART_COUNT") if name in os.environ)
+
+
+def _count(name: str, *, least: int, most: int | None = None, reason: str = "") -> int:
+    """Return an environment variable as an integer. Raises ConfigError if it is not one in the allowed range."""
+    text = os.environ[name]
+    number = int(text) if text.strip().isdecimal() and text.isascii() else None
+    if number is None or number < least or (most is not None and number > most):
+        allowed = f"of at least {least}" if most is None else f"between {least} and {most}"
+        raise ConfigError(
+            f"the environment variable {name} is {text!r}, but it must be an integer {allowed}{reason}: correct it, or "
+            f"remove it (unset {name}) if no launcher such as torchrun starts this command"
+        )
+    return number
+
+
+def _are(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
