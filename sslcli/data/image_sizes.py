@@ -11,21 +11,21 @@ from sslcli.data import rng
 from sslcli.data.sources.base import Source
 
 SAMPLE = 64  # number of images whose size is read
-SECONDS = 0.25  # reading ends after this time, for slow disks
+SECONDS = 0.25  # time after which no further image is read, for slow disks
 LARGEST_FACTOR = 2.0  # images that are enlarged by at most this factor cause no warning
-_MULTIPLE = 8  # the recommended size is a multiple of this number, since networks halve the size several times
+_MULTIPLE = 8  # the recommended size is a multiple of this number, because networks halve the size several times
 
 
 def typical_side(source: Source, *, sample: int = SAMPLE, seconds: float = SECONDS) -> tuple[float, int] | None:
     """Return the median of the shorter side of training images in pixels, and the number of images.
 
-    Return None if no size can be read. The images are spread over the training split, and the same images are read
-    each time. Only headers are read where this is possible.
+    Return None if no size can be read. The images are spread over the training split. Every call reads the same images.
+    If the format allows it, only the headers are read.
 
     Args:
         source: the dataset.
         sample: the largest number of images.
-        seconds: no further image is read after this time.
+        seconds: time after which no further image is read.
     """
     train = source.splits["train"]
     if source.images is not None or len(train) == 0:

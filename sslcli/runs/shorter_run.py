@@ -1,4 +1,4 @@
-"""Search for a shorter run with the same settings, which a new run could extend."""
+"""Search for a shorter run with the same settings that a command could extend instead of starting a new run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MAX_BYTES = 1_000_000  # of overrides.txt
 def shorter_run_hint(config: RunConfig) -> str | None:
     """Return a line that names the longest finished run that `config` could extend, or None if there is none.
 
-    Only runs beside the run directory and in sweeps beside it are found, and only if their overrides differ from those
-    of `config` in nothing but the length. A run that has already started gets no hint.
+    Only runs next to the run directory, and in sweeps next to it, are searched. All of their overrides except the
+    length must equal the overrides of `config`. If the run of `config` has already started, None is returned.
     """
     run_dir = config.directory
     if (run_dir / "config.yaml").exists() or config.resume == "must":
@@ -46,7 +46,7 @@ def shorter_run_hint(config: RunConfig) -> str | None:
 
 
 def _runs_beside(run_dir: Path) -> Iterator[Path]:
-    """Yield the finished runs beside a run directory and in sweeps beside it, the newest first."""
+    """Yield the finished runs next to a run directory, and in sweeps next to it, newest first."""
     parent = run_dir.parent
     finished = [*parent.glob("*/done"), *parent.glob("sweep_*/*/done")]
     with suppress(OSError):  # a run is deleted meanwhile
@@ -55,7 +55,7 @@ def _runs_beside(run_dir: Path) -> Iterator[Path]:
 
 
 def _without_length(overrides: list[str]) -> list[str]:
-    """Return the overrides that affect the results, without those that set the length of a run."""
+    """Return the overrides that affect the results, except the overrides of the length of a run."""
     return [line for line in result_overrides(overrides) if line.partition("=")[0].lstrip("+~") not in LENGTH_KEYS]
 
 
