@@ -1,6 +1,6 @@
 """Models of the timm library (https://github.com/huggingface/pytorch-image-models) without the classifier.
 
-conf/backbone/timm.yaml; timm is an extra: pip install "sslcli[timm]"
+conf/backbone/timm.yaml; timm is an optional dependency: pip install timm
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def create(name: str, *, image_size: int, in_channels: int, pretrained: bool, op
         import timm
     except ImportError as error:
         raise ValueError(
-            f'backbone=timm needs the package timm, which cannot be imported ({error}): pip install "sslcli[timm]"'
+            f"backbone=timm needs the package timm, which cannot be imported ({error}): pip install timm"
         ) from error
     if ":" not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)

@@ -18,12 +18,12 @@ from sslcli.config.targets import check_target, trust_list
 from sslcli.errors import ConfigError, nearest
 from sslcli.report.terminal import print_text
 
-EXTRAS = {  # choice of a Hydra plugin -> extra of sslcli that installs it
-    "hydra/launcher/submitit_slurm": "slurm",
-    "hydra/launcher/submitit_local": "slurm",
-    "hydra/launcher/joblib": "joblib",
-    "hydra/launcher/ray": "ray",
-    "hydra/sweeper/optuna": "optuna",
+PLUGINS = {  # choice of a Hydra plugin -> package that contains the plugin
+    "hydra/launcher/submitit_slurm": "hydra-submitit-launcher",
+    "hydra/launcher/submitit_local": "hydra-submitit-launcher",
+    "hydra/launcher/joblib": "hydra-joblib-launcher",
+    "hydra/launcher/ray": "hydra-ray-launcher",
+    "hydra/sweeper/optuna": "hydra-optuna-sweeper",
 }
 
 
@@ -59,8 +59,8 @@ def missing(error: MissingConfigException) -> str:
     """Return the message for a choice or a configuration file that does not exist."""
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
     options = [each for each in error.options or () if each not in CHOICES.get(group, {})]
-    if error.missing_cfg_file in EXTRAS:
-        return f"{group}={choice} needs a Hydra plugin: pip install 'sslcli[{EXTRAS[error.missing_cfg_file]}]'"
+    if error.missing_cfg_file in PLUGINS:
+        return f"{group}={choice} needs a Hydra plugin: pip install {PLUGINS[error.missing_cfg_file]}"
     if group and options:
         return f"{group}={choice}: there is no such choice.{nearest(choice, options)} Choices: {', '.join(options)}"
     if group:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from importlib.metadata import requires
+
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 
-from sslcli.cli.hydra_errors import check_deletions, group_of, missing, one_line, print_note, readable, unreadable
+from sslcli.cli.hydra_errors import (
+    PLUGINS,
+    check_deletions,
+    group_of,
+    missing,
+    one_line,
+    print_note,
+    readable,
+    unreadable,
+)
 from sslcli.errors import ConfigError
 
 GROUPS = ("method", "dataset", "backbone")
@@ -56,10 +68,16 @@ def test_old_names_of_choices_are_not_listed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "extra"), [("hydra/launcher/joblib", "joblib"), ("hydra/launcher/submitit_slurm", "slurm")]
+    ("file", "package"),
+    [("hydra/launcher/joblib", "hydra-joblib-launcher"), ("hydra/launcher/submitit_slurm", "hydra-submitit-launcher")],
 )
-def test_a_choice_of_a_plugin_of_hydra_names_the_extra(file: str, extra: str) -> None:
-    assert f"pip install 'sslcli[{extra}]'" in unknown_choice(file, ["basic"])
+def test_a_choice_of_a_plugin_of_hydra_names_the_package(file: str, package: str) -> None:
+    assert unknown_choice(file, ["basic"]).endswith(f"pip install {package}")
+
+
+def test_the_packages_of_plugins_are_those_of_the_extras() -> None:
+    required = {re.split("[<>=;]", line)[0].strip() for line in requires("sslcli") or ()}
+    assert set(PLUGINS.values()) <= required
 
 
 def test_a_missing_configuration_file_and_an_empty_group_are_named() -> None:

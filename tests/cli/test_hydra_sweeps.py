@@ -98,7 +98,7 @@ def test_a_signal_ends_a_sweep_of_optuna_and_the_same_command_goes_on(
         (["hydra/sweeper=null", "seed=0,1"], "hydra/sweeper needs a choice"),
         (["hydra/launcher=joblib", "hydra.launcher.n_jobs=many", "seed=0,1"], "n_jobs"),
         (["hydra/launcher=joblibb", "seed=0,1"], "'joblib'"),
-        (["hydra/launcher=ray", "seed=0,1"], "pip install 'sslcli[ray]'"),
+        (["hydra/launcher=ray", "seed=0,1"], "pip install hydra-ray-launcher"),
         (["hydra/launcher=null", "seed=0,1"], "hydra/launcher needs a choice"),
         (["hydra/launcher=submitit_slurm", "seed=0,1"], "sbatch is not installed"),
     ],

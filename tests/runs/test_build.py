@@ -23,7 +23,7 @@ from sslcli.methods.mixture import UnMix
 from sslcli.runs.build import Parts, build, build_parts
 
 SMALL = ["dataset=shapes", "dataset.train_images=20", "dataset.test_images=0"]
-needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="sslcli[timm] is not installed")
+needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 
 
 def parts(*lines: str) -> Parts:

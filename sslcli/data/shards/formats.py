@@ -194,7 +194,7 @@ def open_parquet(file: IO[bytes], shard: Shard) -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(
-            f'parquet files need the package pyarrow, which cannot be imported ({error}): pip install "sslcli[hf]"'
+            f"parquet files need the package pyarrow, which cannot be imported ({error}): pip install pyarrow"
         ) from error
     try:
         return pyarrow.parquet.ParquetFile(file, pre_buffer=False)

@@ -1,6 +1,6 @@
 """Datasets that are read with the library `datasets` of Hugging Face, from the hub or from local folders and files.
 
-The configuration is conf/dataset/hf.yaml. `datasets` is an optional dependency: pip install "sslcli[hf]". The tables
+The configuration is conf/dataset/hf.yaml. `datasets` is an optional dependency: pip install datasets. The tables
 are memory-mapped. Therefore a dataset may be larger than the memory. For datasets that are larger than the disk, see
 `sslcli.data.shards.source`.
 """
@@ -216,7 +216,7 @@ def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            f'dataset=hf needs the package datasets, which cannot be imported ({error}): pip install "sslcli[hf]"'
+            f"dataset=hf needs the package datasets, which cannot be imported ({error}): pip install datasets"
         ) from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
