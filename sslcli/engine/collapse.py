@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-_REMEDY = {
+# What an alarm means, its likely causes in order of likelihood, and the remedy.
+_ADVICE = {
     "point": (
-        "The embeddings of all images shrink to one point. Likely causes: no predictor, or a target with EMA "
-        "momentum 0 (it equals the online net); no BatchNorm in the heads; too high a learning rate. Restore "
-        "them as in the paper's recipe, or divide the learning rate by 3 and lengthen the warm-up."
+        "so all images have nearly the same embedding. Likely causes, the most likely first: no stop-gradient (the "
+        "target embeddings are not detached), too high a learning rate, no predictor or a momentum encoder with EMA "
+        "momentum 0, no BatchNorm in the heads, too high a temperature or no centering. Correct these in the method, "
+        "or divide optimizer.lr by 3 and increase train.warmup_epochs"
     ),
     "crowd": (
-        "The embeddings crowd into a small part of the sphere. Likely causes: no negatives or too few of them; too "
-        "high a temperature, momentum or learning rate; a missing predictor or BatchNorm in the heads. Check "
-        "these against the paper's recipe, first the temperature and the learning rate."
+        "so the embeddings fill only a small part of the sphere. Likely causes, the most likely first: no "
+        "stop-gradient (the target embeddings are not detached), too high a learning rate, too high a temperature or "
+        "no centering, too few negatives, no predictor or BatchNorm in the heads. Correct these in the method, or "
+        "divide optimizer.lr by 3 and lower the temperature"
     ),
     "rank": (
-        "The embeddings keep only a few directions (dimensional collapse). Likely causes: too high a learning rate or "
-        "weight decay; augmentations so strong that views share little; a decorrelation or centering term with "
-        "too small a weight. Lower the learning rate, then weaken the augmentations."
+        "so the embeddings use only a few directions (dimensional collapse). Likely causes, the most likely first: too "
+        "high a learning rate or weight decay, a decorrelation or centering term with too small a weight, "
+        "augmentations so strong that views share little. Divide optimizer.lr by 3, then weaken the augmentations"
     ),
 }
 
@@ -78,11 +81,11 @@ class CollapseDetector:
         limit = 0.2 / math.sqrt(dim)
         if (std < limit and std < 0.5 * peak["std"]) or peak["stuck"] >= self.patience:
             found = f"std of the normalized embeddings is {std:.2g}, below {limit:.2g} = 0.2/sqrt({dim})"
-            return f"{found}. {_REMEDY['point']}"
+            return f"{found}, {_ADVICE['point']}"
         if spread < 0.5 and spread < 0.25 * peak["spread"]:
-            return f"uniformity is {-spread:.2g}, above -0.5 (its best was {-peak['spread']:.2g}). {_REMEDY['crowd']}"
+            return f"uniformity is {-spread:.2g}, above -0.5 (its best was {-peak['spread']:.2g}), {_ADVICE['crowd']}"
         if rank < 5 and rank < 0.1 * peak["rankme"]:
-            return f"RankMe is {rank:.3g}, below 10 % of its maximum {peak['rankme']:.3g}. {_REMEDY['rank']}"
+            return f"RankMe is {rank:.3g}, below 10 % of its maximum {peak['rankme']:.3g}, {_ADVICE['rank']}"
         return None
 
     def state_dict(self) -> dict[str, float]:

@@ -122,6 +122,7 @@ class Monitor:
         self.seconds_evaluating = 0.0  # seconds spent on evaluation since the last log
         self.good_step = 0  # step of the checkpoint that the run resumed from or saved last; its weights are finite
         self.has_diverged = False  # True after the warning about divergence
+        self.has_collapsed = False  # True from a report of a collapse until the embeddings recover
         self.facts: dict[str, str] = {}
         self.hyperparameters: dict[str, Any] = {}  # for TensorBoard, by dotted name
         self.picture: Tensor | None = None  # for TensorBoard, (3, H, W) in [0, 1]
@@ -184,6 +185,7 @@ class Monitor:
         if self.health_is_due(step) and method.embeddings:
             values, verdict = self.measure_health(method.embeddings)
             line |= values
+            self.has_collapsed &= verdict is not None
         if self.probe is not None and is_measured:
             found = self.measure_probe(step)
             line |= {f"monitor/{name}": value for name, value in found.items()}
@@ -229,12 +231,13 @@ class Monitor:
         return {f"health/{name}": value for name, value in values.items()}, verdict
 
     def act_on_collapse(self, step: int, verdict: str) -> None:
-        """Ignore a collapse, warn about it, or stop the run, as `monitor.on_collapse` requires."""
+        """Ignore a collapse, warn about it once, or stop the run, as `monitor.on_collapse` requires."""
         message = f"the representation has probably collapsed at step {step}: {verdict}"
         if self.settings.on_collapse == "stop":
             raise TrainingFailed(message)
-        if self.settings.on_collapse == "warn":
+        if self.settings.on_collapse == "warn" and not self.has_collapsed:
             self.screen.warn(message)
+        self.has_collapsed = True
 
     def measure_probe(self, step: int) -> dict[str, float]:
         """Run the probe and return its scalars. If `together` is False, only the main process runs the probe.
