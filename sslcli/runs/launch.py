@@ -93,10 +93,17 @@ def main() -> None:
     # Before the run installs its signal handlers, there is nothing to save, so Ctrl-C ends the run without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from sslcli.distributed.processes import EXIT_LOST, die_with_parent
+    from sslcli.runs.slurm_job import stored_config
 
     guard_terminal()
-    die_with_parent()
-    config = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    try:
+        module = "sslcli.runs.launch"
+        (path,) = child_processes.given_arguments(module, "CONFIG.json", launcher="multi", variables=[AGENT])
+        die_with_parent()
+        config = stored_config(Path(path)).plain()
+    except ConfigError as error:
+        print_error("train", error)
+        sys.exit(EXIT_CONFIG)
     child_processes.find_trusted(config["trust"])
     before = checkpoints(config)
     try:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -16,7 +17,7 @@ from sslcli.config.moved import current_config
 from sslcli.config.run_config import RunConfig
 from sslcli.config.slurm import SlurmSettings
 from sslcli.engine.phases import LENGTH_KEYS
-from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, disk_failure, print_error
+from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, disk_failure, print_error, print_unexpected
 from sslcli.report.terminal import guard_terminal, log_and_print, print_text
 from sslcli.runs import directory
 from sslcli.runs.slurm import queue
@@ -239,16 +240,38 @@ def stored_config(path: Path) -> RunConfig:
         raise DamagedFile(path, f"its settings are not those of ssl-train: {error}", remedy) from error
 
 
+def check_endpoint(text: str) -> None:
+    """Raise ConfigError unless `text` is HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ConfigError(f"the endpoint is {text!r}, but it must be HOST:PORT with a port of 1 to 65535")
+
+
 def main() -> None:
     """Run one node of a job: `python -m sslcli.runs.slurm_job CONFIG.json HOST:PORT`."""
     guard_terminal()
-    path = Path(sys.argv[1])
     try:
-        code = run_node(path, sys.argv[2])
+        config, endpoint = child_processes.given_arguments(
+            "sslcli.runs.slurm_job",
+            "CONFIG.json",
+            "HOST:PORT",
+            launcher="slurm",
+            variables=["SLURM_JOB_ID", "SLURM_NODEID"],
+        )
+        check_endpoint(endpoint)
+    except ConfigError as error:
+        print_error("train", error)
+        sys.exit(EXIT_CONFIG)
+    path = Path(config)
+    try:
+        code = run_node(path, endpoint)
     except ConfigError as error:
         print_error("train", error)
         code = EXIT_CONFIG
-    (path.parent / "codes" / os.environ["SLURM_NODEID"]).write_text(f"{code}\n", encoding="utf-8")
+    except Exception as error:
+        code = print_unexpected("train", error)
+    with suppress(OSError):  # job.sh then uses the exit code of srun
+        (path.parent / "codes" / os.environ["SLURM_NODEID"]).write_text(f"{code}\n", encoding="utf-8")
     sys.exit(code)
 
 

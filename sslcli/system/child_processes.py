@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from sslcli.errors import ConfigError
+
 SAFE_PATH = (3, 11)  # first Python version with option -P
 WITHOUT = "import sys; sys.path[:1] = [path for path in sys.path[:1] if path]; import runpy; "
 
@@ -28,6 +30,27 @@ def arguments(module: str, *, ours: bool = True) -> list[str]:
     if ours and sys.version_info >= SAFE_PATH:
         return ["-P", "-m", module]
     return ["-c", f"{WITHOUT}runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"]
+
+
+def given_arguments(module: str, *names: str, launcher: str, variables: Sequence[str]) -> list[str]:
+    """Return the command-line arguments of this process, which runs `module` as a child process of ssl-train.
+
+    Args:
+        module: name of the module.
+        names: names of its arguments, for the message.
+        launcher: value of `launcher=...` with which ssl-train runs the module.
+        variables: environment variables that the launcher sets.
+
+    Raises ConfigError if the number of arguments is wrong or a variable is missing, since a user ran the module.
+    """
+    missing = [name for name in variables if name not in os.environ]
+    if len(sys.argv) != len(names) + 1 or missing:
+        reason = f"the environment variable {missing[0]} is missing. " if missing else ""
+        raise ConfigError(
+            f"{reason}usage: python -m {module} {' '.join(names)}. ssl-train launcher={launcher} runs this module in "
+            "its processes: run ssl-train instead"
+        )
+    return sys.argv[1:]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 
 from command_line import composed
+from sslcli.config.run_config import RunConfig
 from sslcli.distributed import processes
 from sslcli.errors import BUG, ConfigError
 from sslcli.runs import launch as _launch
 from sslcli.runs import slurm_job, worker
 from sslcli.system.launch_variables import AGENT, REQUIRED
 
+SLURM = {"SLURM_JOB_ID": "1", "SLURM_NODEID": "0"}
 pytestmark = pytest.mark.usefixtures("restored_signals")
 
 
@@ -30,7 +33,9 @@ def test_an_error_of_the_program_is_tried_again_only_from_a_newer_checkpoint(
             (tmp_path / "checkpoints" / "step-00000001.pt").touch()
         raise ZeroDivisionError
 
-    (tmp_path / "config.json").write_text(json.dumps({"run_dir": str(tmp_path), "trust": []}))
+    config = RunConfig.from_plain(composed("train")).changed(run_dir=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config.plain()))
+    monkeypatch.setenv(AGENT, "1")
     monkeypatch.setitem(globals(), "__name__", "sslcli.runs.worker")  # code of this module counts as code of sslcli
     monkeypatch.setattr("sslcli.distributed.processes.die_with_parent", lambda: None)
     monkeypatch.setattr(_launch, "launch", fail)
@@ -51,7 +56,9 @@ def test_an_exception_of_user_code_is_never_tried_again(
         (tmp_path / "checkpoints" / "step-00000001.pt").touch()
         raise ZeroDivisionError
 
-    (tmp_path / "config.json").write_text(json.dumps({"run_dir": str(tmp_path), "trust": []}))
+    config = RunConfig.from_plain(composed("train")).changed(run_dir=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config.plain()))
+    monkeypatch.setenv(AGENT, "1")
     monkeypatch.setattr("sslcli.distributed.processes.die_with_parent", lambda: None)
     monkeypatch.setattr(_launch, "launch", fail)
     monkeypatch.setattr(sys, "argv", ["-m", str(tmp_path / "config.json")])
@@ -133,3 +140,40 @@ def test_processes_get_the_configuration_with_an_absolute_run_directory(started:
     ((_, config),) = started
     assert config["run_dir"] == os.path.abspath("x")
     assert (config["seed"], config["_lines_"]) == (7, ["launcher=multi", "run_dir=x", "seed=7"])
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "variables", "expected"),
+    [
+        (
+            "launch",
+            [],
+            {"SSLCLI_AGENT": "1"},
+            "usage: python -m sslcli.runs.launch CONFIG.json. ssl-train",
+        ),
+        ("launch", ["a", "b"], {"SSLCLI_AGENT": "1"}, "usage: python -m sslcli.runs.launch CONFIG.json"),
+        ("launch", ["config.json"], {}, "the environment variable SSLCLI_AGENT is missing. usage"),
+        ("launch", ["none.json"], {"SSLCLI_AGENT": str(os.getpid())}, "there is no none.json"),
+        ("slurm_job", ["none.json"], SLURM, "usage: python -m sslcli.runs.slurm_job CONFIG.json HOST:PORT. ssl-train"),
+        ("slurm_job", ["none.json", "a:1"], {"SLURM_JOB_ID": "1"}, "the environment variable SLURM_NODEID is missing"),
+        ("slurm_job", ["none.json", "a:1"], SLURM, "there is no none.json"),
+        ("slurm_job", ["config.json", "a"], SLURM, "the endpoint is 'a', but it must be HOST:PORT with a port"),
+        ("slurm_job", ["config.json", "a:99999"], SLURM, "the endpoint is 'a:99999', but"),
+    ],
+)
+def test_a_module_that_is_run_by_hand_prints_its_usage(
+    module: str, arguments: list[str], variables: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(RunConfig.from_plain(composed("train")).plain()))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SSLCLI"))}
+    ended = subprocess.run(
+        [sys.executable, "-m", f"sslcli.runs.{module}", *arguments],
+        cwd=tmp_path,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(f"ssl-train: {expected}")
+    assert ended.stderr.count("\n") == 1

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from command_line import SMALL, installed
+from sslcli.errors import ConfigError
 from sslcli.system import child_processes
 
 NAMES = ["yaml", "torch", "simplejpeg", "json", "runpy", "numpy", "sslcli"]
@@ -90,3 +92,18 @@ def test_a_trusted_module_may_lie_there(more: list[str], folder: Path) -> None:
     installed(folder, "ssl-train", *line, "monitor.knn_every_epochs=0", *more)
     assert (folder / "imported").exists()
     assert not (folder / "ran").exists()
+
+
+def test_the_arguments_of_a_child_process_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = partial(child_processes.given_arguments, "sslcli.x", "A", "B", launcher="multi", variables=["SET"])
+    monkeypatch.setenv("SET", "1")
+    monkeypatch.setattr(sys, "argv", ["x.py", "1", "2"])
+    assert given() == ["1", "2"]
+    for wrong in (["x.py"], ["x.py", "1"], ["x.py", "1", "2", "3"]):
+        monkeypatch.setattr(sys, "argv", wrong)
+        with pytest.raises(ConfigError, match=r"^usage: python -m sslcli.x A B. ssl-train launcher=multi runs"):
+            given()
+    monkeypatch.setattr(sys, "argv", ["x.py", "1", "2"])
+    monkeypatch.delenv("SET")
+    with pytest.raises(ConfigError, match=r"^the environment variable SET is missing. usage: python -m sslcli.x A B"):
+        given()
