@@ -312,12 +312,20 @@ def is_disk_failure(error: OSError) -> bool:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` with the known name closest to `name`, or "" if none is close. Ignore case."""
-    from difflib import get_close_matches
+    """Return `" Did you mean 'x'?"` with the known name closest to `name`, or "" if none is close. Ignore case.
 
-    names = {option.lower(): option for option in known}
-    found = get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
-    return f" Did you mean {names[found[0]]!r}?" if found else ""
+    Typing errors rarely change the first letter. A known name with another first letter must therefore be more similar:
+    `dae` is not an error for `vae`.
+    """
+    from difflib import SequenceMatcher
+
+    wanted, found = str(name).lower(), ("", 0.0)
+    for option in known:
+        similarity = SequenceMatcher(None, option.lower(), wanted).ratio()
+        cutoff = 0.6 if option[:1].lower() == wanted[:1] else 0.75
+        if similarity >= cutoff and similarity > found[1]:
+            found = option, similarity
+    return f" Did you mean {found[0]!r}?" if found[0] else ""
 
 
 def check_keys(where: str, keys: Iterable[object], known: Sequence[str]) -> None:

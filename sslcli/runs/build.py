@@ -75,8 +75,12 @@ def find_class(target: str, *, base: type[Built], trust: list[str], where: str) 
     try:
         found = getattr(owner, name)
     except AttributeError as error:
-        known = [n for n in dir(owner) if not n.startswith("_")]
-        raise ConfigError(f"{where} is {target!r}, but {module_name} has no {name}.{nearest(name, known)}") from error
+        known = [n for n, kind in vars(owner).items() if isinstance(kind, type) and issubclass(kind, base)]
+        classes = ", ".join(n for n in known if not n.startswith("_")) or "none"
+        raise ConfigError(
+            f"{where} is {target!r}, but {module_name} has no {name}.{nearest(name, known)} Its classes for this "
+            f"setting: {classes}"
+        ) from error
     module = getattr(found, "__module__", "")
     # A trusted module may import os or subprocess, so check that the object is also defined in a trusted package.
     if not callable(found) or not any(f"{module}.".startswith(f"{package}.") for package in trusted_packages(trust)):

@@ -150,6 +150,31 @@ def test_the_nearest_name_does_not_mind_the_case() -> None:
     assert nearest(5, []) == ""
 
 
+METHODS = ["autoencoder", "byol", "cpc_v2", "dcgan", "infomin", "memory_bank", "moco", "moco_v2", "simclr", "vae"]
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "expected"),
+    [
+        *((name, METHODS, "") for name in ("dino", "mae", "dae", "detcon", "nnclr", "jigsaw", "simsiam", "swav")),
+        ("mocov2", METHODS, "moco_v2"),
+        ("simcl", METHODS, "simclr"),
+        ("boyl", METHODS, "byol"),
+        ("yol", METHODS, "byol"),
+        ("dc_gan", METHODS, "dcgan"),
+        ("encoder", METHODS, "autoencoder"),
+        ("mnist", ["list", "stl10"], ""),
+        ("svm", ["semi", "knn"], ""),
+        ("lamb", ["lars", "sgd"], ""),
+        ("run", ["seed", "run_dir"], "run_dir"),
+        ("lrr", ["lr", "momentum"], "lr"),
+        ("lin", ["knn", "linear"], "linear"),
+    ],
+)
+def test_only_a_name_that_may_be_meant_is_suggested(name: str, known: list[str], expected: str) -> None:
+    assert nearest(name, known) == (f" Did you mean {expected!r}?" if expected else "")
+
+
 @pytest.mark.parametrize(
     ("metric", "direction", "lowest"),
     [
