@@ -206,8 +206,8 @@ def phases_of(run_dir: Path, values: dict[str, Any]) -> tuple[Phase, ...]:
 def read_config(run_dir: Path) -> dict[str, Any]:
     """Return the stored configuration of a run. Keys of older versions are renamed to their current names.
 
-    If an older version started the run, keys that were added to datasets later have the values that describe what the
-    older version did.
+    If an older version started the run, keys that were added to datasets later get values with which the dataset is
+    read as in the older version.
 
     Raises ConfigError if the file does not exist, and DamagedFile if its content is not the configuration of a run.
     """
