@@ -30,6 +30,7 @@ from yaml import YAMLError
 from sslcli.cli import hydra_errors
 from sslcli.cli.hydra_node import SECTIONS, check_hydra, resolved
 from sslcli.config import schema
+from sslcli.config.channels import with_channel_statistics
 from sslcli.config.folders import conf_folder
 from sslcli.config.moved import FOLDER, current_config, current_override, forced_override
 from sslcli.config.own_dataset import PREFIX, Change
@@ -166,6 +167,8 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
     job, notes = current_config(plain(config), overridden=[hydra_errors.group_of(each) for each in overrides])
     for note in notes:
         hydra_errors.print_note(command, note)
+    if "dataset" in job:
+        job["dataset"] = with_channel_statistics(job["dataset"])
     find_trusted(job.get("trust") or [])
     schema.check(command, job)
     own = config.hydra

@@ -25,14 +25,19 @@ KEYS = {
     "image": Added("auto", "auto"),
     "label": Added("auto", "auto"),
     "split_column": Added(None, None),
+    "channels": Added(3, 3),
+    "value_range": Added("full", "auto"),
 }
 _FILES = "sslcli.data.sources.files"
+_FORMAT = ("channels", "value_range")
 # Keys that each built-in class accepts. A class of a plug-in accepts the keys in its yaml file.
 CLASSES = {
-    f"{_FILES}.Folder": ("extensions",),
-    f"{_FILES}.Flat": ("extensions",),
-    f"{_FILES}.ImageNet": ("extensions",),
-    f"{_FILES}.ListFile": ("test", "image", "label", "split_column"),
+    f"{_FILES}.Folder": ("extensions", *_FORMAT),
+    f"{_FILES}.Flat": ("extensions", *_FORMAT),
+    f"{_FILES}.ImageNet": ("extensions", *_FORMAT),
+    f"{_FILES}.ListFile": ("test", "image", "label", "split_column", *_FORMAT),
+    "sslcli.data.sources.hf.Hf": _FORMAT,
+    "sslcli.data.shards.source.HfStream": _FORMAT,
     "sslcli.data.sources.parallel.Parallel": ("extensions",),
 }
 
@@ -76,3 +81,10 @@ def resumed_dataset(dataset: dict[str, Any], stored: Any, set_keys: Collection[s
 def accepted_keys(dataset: Mapping[str, Any]) -> set[str]:
     """Return the keys in `KEYS` that the class of a node accepts."""
     return {*CLASSES.get(str(dataset.get("_target_")), ()), *(KEYS.keys() & dataset.keys())}
+
+
+def without_added_keys(dataset: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the node `dataset` without the keys in `KEYS` that have their default and that `stored` lacks."""
+    return {
+        key: value for key, value in dataset.items() if key in stored or key not in KEYS or value != KEYS[key].default
+    }

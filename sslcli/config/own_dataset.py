@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sslcli.config import schema
+from sslcli.config.channels import with_channel_statistics
 from sslcli.config.keys import check_path
 from sslcli.config.messages import unknown_message
 from sslcli.config.paths import absolute, map_paths, paths_of, same_paths, without_paths
@@ -63,6 +64,7 @@ def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[
     plain = OmegaConf.to_container(node, resolve=False)
     assert isinstance(plain, dict)
     if changes:
+        plain["dataset"] = with_channel_statistics(plain["dataset"])
         for where, target in targets("", plain):
             check_target(target, trust, where)
         schema.check_group("dataset", plain["dataset"])

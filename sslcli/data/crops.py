@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 
 from sslcli.data import rng
 from sslcli.data.bad_images import BadImage
-from sslcli.data.decode import DIVISORS, Pixels
+from sslcli.data.decode import DIVISORS
+from sslcli.data.pixels import Pixels
 from sslcli.data.sources.base import OpenedImage, Picture, Source, replacement
 from sslcli.data.views.views import Views
 from sslcli.errors import ConfigError
@@ -151,7 +152,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
         """Return one crop (C, S, S) uint8 per view. Boxes are in pixels of `full_size` (width, height)."""
         filters = [view.interpolation for view in self.views.views]
         if picture.size != full_size:
-            assert isinstance(picture, Image.Image)
+            assert isinstance(picture, (Image.Image, Pixels))
             scale = max(round(full / part) for full, part in zip(full_size, picture.size, strict=True))
             scaled_boxes = [[number / scale for number in box] for box in boxes]
             return [
@@ -169,7 +170,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
 
 
 def is_small(picture: Picture) -> bool:
-    """Return whether a picture is an RGB image whose sides have at most `_SMALL_SIDE` pixels."""
+    """Return whether a picture is a single image whose sides have at most `_SMALL_SIDE` pixels."""
     return isinstance(picture, (Image.Image, Pixels)) and max(picture.size) <= _SMALL_SIDE
 
 
@@ -184,7 +185,9 @@ def crop_and_resize(pixels: Tensor, box: Sequence[int], size: int, interpolation
     return interpolate(part, size=(size, size), mode=interpolation, antialias=True)[0]
 
 
-def crop_and_resize_fractional(picture: Image.Image, box: Sequence[float], size: int, interpolation: str) -> Tensor:
+def crop_and_resize_fractional(
+    picture: Image.Image | Pixels, box: Sequence[float], size: int, interpolation: str
+) -> Tensor:
     """Crop a box with fractional coordinates and resize it to (C, size, size) uint8.
 
     Pixels outside of the box have no effect.

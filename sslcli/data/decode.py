@@ -1,81 +1,39 @@
-"""Decoding of image files to RGB. JPEGs can be decoded at 1/2, 1/4 or 1/8 of their size.
+"""Decoding of image files. JPEGs can be decoded at 1/2, 1/4 or 1/8 of their size.
 
 Common JPEGs are decoded by simplejpeg. It returns the same pixels as PIL and takes three quarters of PIL's time, or a
-sixth for small JPEGs. PIL decodes all other files.
+sixth for small JPEGs. PIL decodes most other files, see also `sslcli.data.bands`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import simplejpeg
-from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sslcli.data.bad_images import BadImage
+from sslcli.data.bands import TIFF_STARTS, DeepPng, TiffBands, has_lost_bands
 from sslcli.data.image_formats import open_image
+from sslcli.data.pixel_format import LEGACY, PixelFormat, to_rgb
+from sslcli.data.pixels import Pixels
 from sslcli.system.regular_files import read_regular
 
 DIVISORS = (1, 2, 4, 8)
 MAX_FILE_BYTES = 512 * 10**6  # the largest photographs have files of about a tenth of this size
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image to RGB; see `Encoded`. Raises ValueError if its mode cannot be converted to RGB."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        values = np.nan_to_num(np.asarray(image, np.float64))
-        low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
-        if values.min() < low or values.max() > high:
-            low, high = values.min(), values.max()
-        gray = (values - low) / max(high - low, np.finfo(float).tiny) * 255
-        return Image.fromarray(np.rint(gray).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-class Pixels:
-    """A picture as a NumPy array (H, W, 3) uint8. `crop` returns a view of the array, `resize` a PIL image."""
-
-    def __init__(self, values: NDArray[np.uint8]) -> None:
-        self.values = values
-        self.height, self.width = values.shape[:2]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels."""
-        return self.width, self.height
-
-    def crop(self, box: tuple[int, int, int, int]) -> Pixels:
-        """Crop the box (left, top, right, bottom). The box must lie inside the picture."""
-        left, top, right, bottom = box
-        return Pixels(self.values[top:bottom, left:right])
-
-    def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-        """Return the whole picture resized to (width, height)."""
-        return Image.fromarray(self.values).resize(size, resample)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.array(self.values, dtype, copy=True) if copy else np.asarray(self.values, dtype)
-
-
 class Encoded:
     """An encoded image of known size. The header has been read, and the pixels are decoded on request.
 
-    - Transparent images are composited over white.
-    - 16-bit grayscale and floats in [0, 1] are scaled to 8 bits, not clipped. If an image exceeds the range of 16 bits
-      or [0, 1], its minimum is mapped to 0 and its maximum to 255.
     - If an image has several frames, the first frame is used.
     - The EXIF orientation of a JPEG is ignored, as in the usual ImageNet loaders.
 
     Args:
         content: the bytes of the file.
         path: path of the file, for error messages.
-        convert: function that converts the image after PIL has decoded it.
+        pixel_format: number of channels and value range of the decoded image.
 
     Attributes:
         size: width and height in pixels of the full-size image.
@@ -83,24 +41,33 @@ class Encoded:
     Raises BadImage if `content` is not an image.
     """
 
-    def __init__(self, content: bytes, path: str, *, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> None:
-        self.content, self.path, self.convert = content, path, convert
+    def __init__(self, content: bytes, path: str, *, pixel_format: PixelFormat = LEGACY) -> None:
+        self.content, self.path, self.pixel_format = content, path, pixel_format
         if not content:
             raise BadImage(path, "the file is empty")
-        self.image: Image.Image | None = None  # the image that PIL opened; None if `decode_jpeg` decodes it
-        size = jpeg_size(content) if convert is to_rgb else None
+        # The opened file. It is None if `decode_jpeg` decodes the file.
+        self.opened: Image.Image | TiffBands | DeepPng | None = None
+        size = jpeg_size(content) if pixel_format.is_color and pixel_format.keeps_8_bits else None
         if size is None:
-            self.image = self.open_with_pil()
-            size = self.image.size
+            self.opened = self.open()
+            size = self.opened.size
         self.size = size
 
-    def open_with_pil(self) -> Image.Image:
-        """Open the file with PIL, without decoding it. Raises BadImage if `content` is not an image."""
+    def open(self) -> Image.Image | TiffBands | DeepPng:
+        """Open the file without decoding it. Raises BadImage if `content` is not an image."""
         try:
-            return open_image(self.content)
-        # PIL's decoders raise nearly any exception type for damaged files, here and in `decode`.
+            try:
+                image = open_image(self.content)
+            except UnidentifiedImageError:
+                if not self.content.startswith(TIFF_STARTS):
+                    raise
+                return TiffBands(self.content)
+            if self.pixel_format.needs_samples(image, self.content):
+                return TiffBands(self.content) if image.format == "TIFF" else DeepPng(self.content)
+            return image
+        # Decoders raise nearly any exception type for damaged files, here and below.
         except Exception as error:
-            raise BadImage(self.path, str(error) or type(error).__name__) from error
+            raise self.bad_image(error) from error
 
     def decode(self, divisor: int = 1) -> Image.Image | Pixels:
         """Decode the pixels. This method can be called only once.
@@ -108,23 +75,33 @@ class Encoded:
         divisor: 1, 2, 4 or 8. If each side of a JPEG has at least `divisor` pixels, the JPEG is decoded at 1/divisor of
             its size, rounded up. For other formats, the divisor has no effect.
 
-        Raises BadImage if the file is damaged or truncated.
+        Raises BadImage if the file is damaged or truncated, or if it has the wrong number of bands.
         """
-        if self.image is None:
+        if self.opened is None:
             try:
-                return decode_jpeg(self.content, self.size, divisor)
+                image = decode_jpeg(self.content, self.size, divisor)
             except ValueError:
                 # PIL can decode some files that `decode_jpeg` rejects. If PIL rejects the file too, its error names the
                 # damage.
-                self.image = self.open_with_pil()
+                self.opened = self.open()
+            else:
+                if self.pixel_format.channels == 3:
+                    return image
+                return self.pixel_format.from_rgb(Image.fromarray(np.asarray(image)))
         try:
-            with self.image as image:
+            if not isinstance(self.opened, Image.Image):
+                return self.pixel_format.convert_samples(self.opened.read())
+            with self.opened as opened:
                 if divisor > 1:
                     # PIL selects the scale from the requested size. For this size, it selects 1 / `divisor`.
-                    image.draft(None, (max(1, image.width // divisor), max(1, image.height // divisor)))
-                return self.convert(image)
+                    opened.draft(None, (max(1, opened.width // divisor), max(1, opened.height // divisor)))
+                return self.pixel_format.convert(opened)
         except Exception as error:
-            raise BadImage(self.path, str(error) or type(error).__name__) from error
+            raise self.bad_image(error) from error
+
+    def bad_image(self, error: Exception) -> BadImage:
+        """Return the BadImage whose reason is `error`."""
+        return BadImage(self.path, str(error) or type(error).__name__)
 
 
 def jpeg_size(content: bytes) -> tuple[int, int] | None:
@@ -156,20 +133,36 @@ def decode_jpeg(content: bytes, size: tuple[int, int], divisor: int) -> Image.Im
     return Image.fromarray(simplejpeg.decode_jpeg(content, "RGB", min_width=width, min_height=height))
 
 
-def open_file(path: str, *, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Encoded:
-    """Open an image file; see `Encoded`. All datasets of image files use this function.
+def open_file(path: str, *, pixel_format: PixelFormat = LEGACY) -> Encoded:
+    """Open an image file; see `Encoded`. All datasets of single image files use this function.
 
     Raises BadImage if the file cannot be read, is not a regular file, has more than `MAX_FILE_BYTES`, or is not an
     image.
     """
-    try:
-        content = read_regular(path, most=MAX_FILE_BYTES)
-    except (OSError, ValueError) as error:
-        raise BadImage(path, getattr(error, "strerror", None) or str(error)) from error
-    return Encoded(content, path, convert=convert)
+    return Encoded(read_file(path), path, pixel_format=pixel_format)
 
 
 def decode(path: str, *, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
-    """Open and decode an image file at full size as a PIL image; see `Encoded`."""
-    image = open_file(path, convert=convert).decode()
-    return Image.fromarray(image.values) if isinstance(image, Pixels) else image
+    """Decode an image file with PIL alone, and return the result of `convert` for the decoded image.
+
+    Raises BadImage as `open_file` does, and if PIL does not decode all bands of the file.
+    """
+    content = read_file(path)
+    try:
+        with open_image(content) as image:
+            if has_lost_bands(image, only_colors=True):
+                raise ValueError(f"the file has several bands, of which Pillow reads only {len(image.getbands())}")
+            return convert(image)
+    except Exception as error:
+        raise BadImage(path, str(error) or type(error).__name__) from error
+
+
+def read_file(path: str) -> bytes:
+    """Return the content of an image file.
+
+    Raises BadImage if the file cannot be read, is not a regular file, or has more than `MAX_FILE_BYTES`.
+    """
+    try:
+        return read_regular(path, most=MAX_FILE_BYTES)
+    except (OSError, ValueError) as error:
+        raise BadImage(path, getattr(error, "strerror", None) or str(error)) from error

@@ -25,7 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from sslcli.data.bad_images import BadImage
-from sslcli.data.decode import Encoded, Pixels, open_file
+from sslcli.data.decode import Encoded, open_file
+from sslcli.data.pixel_format import LEGACY, PixelFormat
+from sslcli.data.pixels import Pixels
 from sslcli.errors import ConfigError, nearest
 from sslcli.system import atomic
 from sslcli.system.stored import renamed, set_aside
@@ -68,17 +70,26 @@ class DecodedCache:
         folder: folder of the cache file, or None to cache in memory.
         name: name of the dataset; the name of the cache file begins with it.
         gigabytes: the largest size of the cache in GB (10**9 bytes).
+        pixel_format: format of the decoded images. It is part of the name of the cache file.
 
     Raises ConfigError if the images need more than `gigabytes` or more than the free space.
     """
 
     def __init__(
-        self, path: Callable[[int], str], positions: Tensor, *, folder: Path | None, name: str, gigabytes: float
+        self,
+        path: Callable[[int], str],
+        positions: Tensor,
+        *,
+        folder: Path | None,
+        name: str,
+        gigabytes: float,
+        pixel_format: PixelFormat = LEGACY,
     ) -> None:
-        self.path, self.positions = path, positions.numpy()
+        self.path, self.positions, self.pixel_format = path, positions.numpy(), pixel_format
         self.file = None
         if folder is not None:
-            digest = hashlib.sha256(b"\0".join(self.file_identities())).hexdigest()[:24]
+            identities = [*self.file_identities(), *filter(None, [pixel_format.identity])]
+            digest = hashlib.sha256(b"\0".join(identities)).hexdigest()[:24]
             self.file = folder / f"{name}-{digest}.pixels"
         self.memory = self.open_existing() if self.file is not None else None
         if self.memory is None:
@@ -86,7 +97,7 @@ class DecodedCache:
         count = len(self.positions)
         self.sizes = np.frombuffer(self.memory, np.int32, 2 * count, _HEADER).reshape(count, 2)
         self.checksums = np.frombuffer(self.memory, np.uint64, count, _HEADER + 8 * count)
-        self.ends = _HEADER + 16 * count + self.sizes.astype(np.int64).prod(1).cumsum() * 3
+        self.ends = _HEADER + 16 * count + self.sizes.astype(np.int64).prod(1).cumsum() * pixel_format.channels
 
     def file_identities(self) -> Iterator[bytes]:
         """Yield the path, size and modification time of each file."""
@@ -117,13 +128,15 @@ class DecodedCache:
         """Create an empty cache in memory or in a file. Raises ConfigError if the images need too much space."""
         count = len(self.positions)
         sample = self.positions[:: max(1, count // _SAMPLE)]
-        estimate = int(np.mean([3.0 * np.prod(self.size_of(position)) for position in sample.tolist()]) * count)
+        channels = self.pixel_format.channels
+        mean_pixels = np.mean([float(np.prod(self.size_of(position))) for position in sample.tolist()])
+        estimate = int(channels * mean_pixels * count)
         # Reading the headers of a million images takes minutes. Therefore a dataset that is far too large is rejected
         # after a part of the headers was read.
         if estimate > 1.5 * gigabytes * _GB:
             raise _too_large_error(count, f"about {estimate / _GB:.2f}", gigabytes)
         sizes = np.array([self.size_of(position) for position in self.positions.tolist()], np.int32)
-        total = _HEADER + 16 * count + int(3 * sizes.astype(np.int64).prod(1).sum())
+        total = _HEADER + 16 * count + int(channels * sizes.astype(np.int64).prod(1).sum())
         if total > gigabytes * _GB:
             raise _too_large_error(count, f"{total / _GB:.2f}", gigabytes)
         header = _header(sizes.tobytes(), total) + sizes.tobytes()
@@ -166,7 +179,7 @@ class DecodedCache:
     def size_of(self, position: int) -> tuple[int, int]:
         """Return width and height from the header of the file. Return (0, 0) if the file cannot be read."""
         try:
-            return open_file(self.path(position)).size
+            return self.open_file(position).size
         except BadImage:
             return (0, 0)
 
@@ -174,15 +187,19 @@ class DecodedCache:
         """Open the image at `position`: as a `CachedImage` if the image has a slot, else from its file."""
         slot = int(np.searchsorted(self.positions, position))
         if slot == len(self.positions) or self.positions[slot] != position or not self.sizes[slot].all():
-            return open_file(self.path(position))
+            return self.open_file(position)
         return CachedImage(self, slot)
 
+    def open_file(self, position: int) -> Encoded:
+        """Open the file at `position`. Raises BadImage if it cannot be read."""
+        return open_file(self.path(position), pixel_format=self.pixel_format)
+
     def pixels(self, slot: int) -> memoryview:
-        """Return a writable view of the pixels (H, W, 3) of a slot."""
+        """Return a writable view of the pixels (H, W, C) of a slot."""
         assert self.memory is not None
         width, height = self.sizes[slot].tolist()
         end = int(self.ends[slot])
-        return memoryview(self.memory)[end - 3 * width * height : end]
+        return memoryview(self.memory)[end - self.pixel_format.channels * width * height : end]
 
 
 class CachedImage:
@@ -198,15 +215,15 @@ class CachedImage:
 
         If the divisor is above 1, the file is decoded.
         """
-        path = self.cache.path(int(self.cache.positions[self.slot]))
+        position = int(self.cache.positions[self.slot])
         if divisor > 1:
-            return open_file(path).decode(divisor)
+            return self.cache.open_file(position).decode(divisor)
         stored, checksums = self.cache.pixels(self.slot), self.cache.checksums
         # The lowest bit of a checksum is set to 1. Therefore the checksum of a filled slot is never 0.
         if checksums[self.slot] and int(checksums[self.slot]) == zlib.crc32(stored) << 1 | 1:
             width, height = self.size
-            return Pixels(np.frombuffer(stored, np.uint8).reshape(height, width, 3))
-        image = open_file(path).decode()
+            return Pixels(np.frombuffer(stored, np.uint8).reshape(height, width, -1))
+        image = self.cache.open_file(position).decode()
         if image.size == self.size:
             pixels = np.asarray(image).tobytes()
             stored[:] = pixels

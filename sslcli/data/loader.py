@@ -15,13 +15,13 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sslcli.data import rng
 from sslcli.data.bad_images import BadImages
 from sslcli.data.crops import PlainCrops, Request, ViewCrops, center_crop, concat_requests, to_uint8
 from sslcli.data.order import epoch_length, epoch_order, last_read_mask, shard_order
+from sslcli.data.pixels import as_picture
 from sslcli.data.sources.base import Source
 from sslcli.data.views import augment
 from sslcli.data.views.views import Views
@@ -244,5 +244,5 @@ def plain_batches(
     for chunk in chunks:
         images = source.images[chunk]
         if images.shape[2:] != (size, size):
-            images = to_uint8([center_crop(Image.fromarray(i.permute(1, 2, 0).numpy()), size) for i in images])
+            images = to_uint8([center_crop(as_picture(i.permute(1, 2, 0).numpy()), size) for i in images])
         yield images, torch.ones(len(chunk), dtype=torch.bool)

@@ -42,14 +42,16 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int, *, cubic: bool) -> T
 
 
 def resized_bytes(pictures: Tensor, boxes: Tensor, size: int, *, cubic: bool) -> Tensor:
-    """Crop a box from each picture and resize it: (N, H, W, 3) uint8 -> (N, 3, size, size) uint8.
+    """Crop a box from each picture and resize it: (N, H, W, C) uint8 -> (N, C, size, size) uint8.
 
     Call this function only if `library()` is not None. For `boxes`, `size` and `cubic`, see `resized_crops`.
     """
     count, height, width, channels = pictures.shape
-    assert channels == 3
     out = torch.empty(count, channels, size, size, dtype=torch.uint8)
-    _cut(pictures.contiguous(), boxes, out, (1, height, width, channels), size, cubic)
+    if channels == 3:
+        _cut(pictures.contiguous(), boxes, out, (1, height, width, channels), size, cubic)
+    else:  # only three channels can be interleaved
+        _cut(pictures.permute(0, 3, 1, 2).contiguous(), boxes, out, (channels, height, width, 1), size, cubic)
     return out
 
 

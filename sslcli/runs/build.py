@@ -275,6 +275,8 @@ def check_views(method: Method, views: Views, source: Source) -> None:
         try:
             images = torch.rand(2, source.channels, size, size, generator=torch.Generator().manual_seed(0)).round()
             examples.append(views.finish(images, mean=source.mean, std=source.std))
+        except ValueError as error:
+            raise ConfigError(f"views: {error}") from error
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError if there is too little memory
             entry = views.entry_number(number)
             key = "dataset.image_size" if views.views[number].size is None else f"views.views.{entry}.size"

@@ -11,6 +11,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from sslcli.config.added import without_added_keys
+from sslcli.config.channels import with_channels_of
 from sslcli.config.moved import current_config
 from sslcli.config.own_dataset import FINGERPRINT, dataset_of_run, has_same_keys, has_same_paths, missing_path_hint
 from sslcli.config.run_config import EvalConfig
@@ -136,7 +138,7 @@ def images_for(config: EvalConfig, saved: dict[str, Any]) -> tuple[Source, bool]
     """
     trust = config.trust
     own = dataset_of_run(saved, [], trust=trust)
-    chosen = config.dataset
+    chosen = with_channels_of(config.dataset, len(own["mean"])) if config.dataset else None
     node = chosen or dataset_of_run(saved, config.dataset_changes, trust=trust)
     try:
         source = build_source(node, trust=trust)
@@ -240,7 +242,8 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
     if not config.dataset:
         raise ConfigError("weights=FILE requires dataset=...: choose the images to evaluate on")
     build_net, facts = _network_builder(config, exported, device)
-    source = build_source(config.dataset, trust=trust)
+    node = with_channels_of(config.dataset, len(exported["mean"])) if is_export else config.dataset
+    source = build_source(node, trust=trust)
 
     def build_untrained() -> nn.Module:
         return build_net(source.image_size)
@@ -265,7 +268,7 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
         provenance=provenance,
         results_dir=path.with_name(path.name + ".eval"),
         monitor=exported.get("monitor", {}),
-        has_other_images=_has_other_images_than_export(source, config.dataset, exported),
+        has_other_images=_has_other_images_than_export(source, node, exported),
         image_size=exported.get("image_size"),
     )
     return subject, source
@@ -277,7 +280,10 @@ def _has_other_images_than_export(source: Source, node: dict[str, Any], exported
     `exported` is the content of the exported file. If it has no dataset settings, return True.
     """
     own, known = exported.get("dataset"), exported.get("image_fingerprint")
-    if own is None or not has_same_keys(node, own):
+    if own is None:
+        return True
+    node = without_added_keys(node, own)  # an older version may have written the file
+    if not has_same_keys(node, own):
         return True
     return not has_same_paths(node, own) and source.fingerprint != known
 

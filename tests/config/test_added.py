@@ -78,7 +78,7 @@ def test_a_run_that_lacks_a_key_resumes_with_its_old_value(
 ) -> None:
     target = {"_target_": FOLDER, "root": "x"}
     found = resumed_dataset(target | now, target | before, set_keys)
-    assert found == target | {"extensions": expected}
+    assert found == target | {"extensions": expected, "channels": 3, "value_range": "full"}
     assert resumed_dataset(target | now, None, set_keys) == target | now
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sslcli.data import rng
 from sslcli.data.crops import RESAMPLE, PlainCrops, Request, ViewCrops, center_crop
+from sslcli.data.pixels import Pixels
+from sslcli.data.sources.base import DecodedImage, Source
 from sslcli.data.sources.files import Flat
 from sslcli.data.sources.shapes import Nuisances, draw
 from sslcli.data.views.views import Views
@@ -166,3 +168,50 @@ def test_long_images_need_little_memory(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(sizes) == 2
     for views in ([{"count": 2}], [{"crop_scale": None}, {"size": 24}]):
         assert [len(view) for view in crops(long, views, torch.arange(2))] == [2, 2]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(40, 33), (301, 190)])
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 12])
+def test_crops_of_any_number_of_channels_are_those_of_each_channel(
+    channels: int, size: tuple[int, int], interpolation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small images are cropped together, large ones one by one, and JPEGs may be decoded at a smaller size."""
+    count, (width, height) = 3, size
+    values = np.random.default_rng(0).integers(0, 256, (count, height, width, channels), np.uint8)
+    views = Views([{"count": 2, "interpolation": interpolation}])
+
+    class Bands(Source):
+        def __init__(self, selected: slice) -> None:
+            self.values = values[..., selected]
+            self.channels = self.values.shape[3]
+            many = self.channels
+            super().__init__(image_size=24, val_fraction=0.0, mean=[0.5] * many, std=[0.5] * many)
+            self.name, self.classes, self.labels = "bands", [], torch.full((count,), -1)
+            self.split(torch.arange(count), labeled=torch.zeros(count, dtype=torch.bool))
+
+        def open(self, position: int) -> DecodedImage:
+            return DecodedImage(Pixels(self.values[position]))
+
+    def found(selected: slice) -> list[Tensor]:
+        images, readable = PlainCrops(Bands(selected))[torch.arange(count)]
+        assert readable.all()
+        return [*ViewCrops(Bands(selected), views, SEED)[request(torch.arange(count))][1], images]
+
+    whole = found(slice(None))
+    for channel in range(channels):
+        # The two ways to crop round differently.
+        for one, other in zip(whole, found(slice(channel, channel + 1)), strict=True):
+            assert (one[:, channel : channel + 1].int() - other.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_gray_crops_of_scaled_jpegs_are_the_luma_of_the_color_crops(photos: Path, interpolation: str) -> None:
+    views = [{"count": 2, "interpolation": interpolation}, {"size": 24, "crop_scale": [0.3, 0.5]}]
+    for size in (40, 224):
+        gray = crops(source(photos, image_size=size, channels=1), views)
+        for one, other in zip(gray, crops(source(photos, image_size=size), views), strict=True):
+            assert one.shape == (COUNT, 1, *other.shape[2:])
+            red, green, blue = other.float().unbind(1)
+            luma = 0.299 * red + 0.587 * green + 0.114 * blue
+            assert (one[:, 0] - luma).abs().mean() < 0.6

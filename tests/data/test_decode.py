@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from sslcli.data.bad_images import BadImage
-from sslcli.data.decode import Encoded, Pixels, decode, decode_jpeg, open_file
+from sslcli.data.decode import Encoded, decode, decode_jpeg, open_file
+from sslcli.data.pixels import Pixels
 from sslcli.data.sources.files import Flat
 
 

@@ -166,3 +166,15 @@ def test_a_full_disk_is_an_error_before_training(photos: Path, monkeypatch: pyte
 def test_wrong_options_are_named(photos: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         source(photos, "ram", **options)
+
+
+@pytest.mark.parametrize("options", [{"channels": 1}, {"value_range": "full"}, {"value_range": [0, 100]}])
+def test_the_cache_has_the_format_of_the_images(photos: Path, options: dict[str, Any]) -> None:
+    ordinary = epochs(source(photos, "disk"))
+    if "channels" in options:
+        options = options | {"mean": [0.5], "std": [0.25]}
+    wanted = epochs(source(photos, "none", **options))
+    for _ in range(2):
+        assert torch.equal(epochs(source(photos, "disk", **options)), wanted)
+    assert torch.equal(epochs(source(photos, "disk")), ordinary)
+    assert len(list((photos.parent / "kept").iterdir())) == 2

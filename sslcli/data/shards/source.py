@@ -29,14 +29,14 @@ from sslcli.data.order import Layout, layout_of
 from sslcli.data.shards.formats import Index, Shard
 from sslcli.data.shards.index import default_cache, find_shards, load_indices, read_error
 from sslcli.data.shards.reader import ShardReader
-from sslcli.data.sources.base import Source, check_flag
+from sslcli.data.sources.encoded import EncodedImages
 from sslcli.data.sources.file_status import hash_of
 from sslcli.data.sources.labels import Labels, as_labels
 from sslcli.data.sources.records import UNKNOWN, ProgressCallback, Records, code_of, digest, label_codes, make_records
 from sslcli.errors import ConfigError, check_positive
 
 
-class HfStream(Source):
+class HfStream(EncodedImages):
     """A dataset of shards.
 
     Args:
@@ -50,8 +50,7 @@ class HfStream(Source):
         lanes: total number of shards that all processes and workers read in parallel, at least 1.
         buffer: total number of images in all shuffle buffers, at least 1.
         cache: the folder of the index files; None = a folder in the user's cache.
-        scaled_decode: see `Source`.
-        common: the arguments of `Source`.
+        common: the arguments of `EncodedImages`.
 
     The shards are sorted by address, and the positions follow this order. The shards of `test` are last.
 
@@ -68,11 +67,9 @@ class HfStream(Source):
         lanes: int = 16,
         buffer: int = 4096,
         cache: str | os.PathLike[str] | None = None,
-        scaled_decode: bool = True,
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.scaled_decode = check_flag("scaled_decode", scaled_decode)
         check_positive(**{"dataset.lanes": lanes, "dataset.buffer": buffer})
         self.lanes, self.buffer = lanes, buffer
         pool = find_shards(path, key="dataset.path")
@@ -110,7 +107,7 @@ class HfStream(Source):
 
         Raises BadImage if the image is invalid, and ConfigError if the shard cannot be read.
         """
-        return Encoded(self.reader.content(position), self.path(position))
+        return Encoded(self.reader.content(position), self.path(position), pixel_format=self.pixel_format)
 
     def stored_size(self, position: int) -> tuple[int, int] | None:
         """Return width and height in pixels of the image at `position`, or None if it cannot be read or is remote."""

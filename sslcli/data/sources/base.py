@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sslcli.config.moved import reject_old_attributes
@@ -27,6 +26,7 @@ from sslcli.data.bad_images import BadImages as BadImages
 from sslcli.data.bad_images import TooManyBadImages as TooManyBadImages
 from sslcli.data.bad_images import check_fraction
 from sslcli.data.order import Layout
+from sslcli.data.pixels import as_picture
 from sslcli.data.sources import shapes
 from sslcli.data.sources.file_status import hashes_of, status_of
 from sslcli.data.sources.picture import DecodedImage as DecodedImage
@@ -149,10 +149,10 @@ class Source:
     def open(self, position: int) -> OpenedImage:
         """Open the image at `position` without decoding it. Raises BadImage for an unreadable image."""
         assert self.images is not None
-        return DecodedImage(Image.fromarray(self.images[position].permute(1, 2, 0).numpy()))
+        return DecodedImage(as_picture(self.images[position].permute(1, 2, 0).numpy()))
 
     def read(self, position: int) -> Picture:
-        """Return the RGB image at `position` at full size. Raises BadImage if the image cannot be read."""
+        """Return the image at `position` at full size. Raises BadImage if the image cannot be read."""
         return self.open(position).decode()
 
     def stored_size(self, position: int) -> tuple[int, int] | None:
@@ -161,7 +161,7 @@ class Source:
 
     def blank(self, size: int) -> Picture:
         """Return a placeholder for an evaluation image that cannot be read."""
-        return Image.new("RGB", (size, size))
+        return as_picture(np.zeros((size, size, self.channels), np.uint8))
 
     def path(self, position: int) -> str:
         """Return the path or another description of the image at `position`, for messages."""

@@ -12,9 +12,10 @@ import torch
 from sslcli.data.decode import open_file
 from sslcli.data.decoded_cache import DecodedCache, cache_folder, check_cache_options
 from sslcli.data.image_formats import parse_extensions
-from sslcli.data.sources.base import OpenedImage, check_flag
+from sslcli.data.sources.base import OpenedImage
 from sslcli.data.sources.columns import AUTO
 from sslcli.data.sources.csv_list import check_files_exist, read_lists
+from sslcli.data.sources.encoded import EncodedImages
 from sslcli.data.sources.labels import Labels, as_labels
 from sslcli.data.sources.leaks import check_class_names, check_disjoint, check_shared_files
 from sslcli.data.sources.listing import Files as Files
@@ -24,16 +25,15 @@ from sslcli.data.sources.scan import FileSearch, Root, check_folder, parse_roots
 LABEL_COLUMN = "correct it, choose another column with dataset.label, or set it to null"
 
 
-class ImageFiles(Files):
+class ImageFiles(EncodedImages, Files):
     """Base class of datasets in which each file is one image.
 
     Args:
-        scaled_decode: see `Source`.
         keep_decoded: cache of decoded full-size images: "ram" = in memory, "disk" = in a file, "none" = no cache. See
             `sslcli.data.decoded_cache`.
         keep_gb: the largest size of the cache in GB (10**9 bytes).
         keep_dir: the folder of the cache file; None = a folder in the user's cache.
-        common: the arguments of `Source`.
+        common: the arguments of `EncodedImages`.
     """
 
     decoded_cache: DecodedCache | None = None
@@ -42,14 +42,12 @@ class ImageFiles(Files):
     def __init__(
         self,
         *,
-        scaled_decode: bool = True,
         keep_decoded: str = "none",
         keep_gb: float = 8.0,
         keep_dir: str | os.PathLike[str] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.scaled_decode = check_flag("scaled_decode", scaled_decode)
         check_cache_options(keep_decoded, keep_gb)
         self.keep_decoded, self.keep_gb = keep_decoded, keep_gb
         self.keep_dir = keep_dir
@@ -62,11 +60,20 @@ class ImageFiles(Files):
         if self.keep_decoded != "none":
             used = torch.cat(list(self.splits.values())).sort().values
             folder = cache_folder(self.keep_dir) if self.keep_decoded == "disk" else None
-            self.decoded_cache = DecodedCache(self.path, used, folder=folder, name=self.name, gigabytes=self.keep_gb)
+            self.decoded_cache = DecodedCache(
+                self.path,
+                used,
+                folder=folder,
+                name=self.name,
+                gigabytes=self.keep_gb,
+                pixel_format=self.pixel_format,
+            )
 
     def open(self, position: int) -> OpenedImage:
         """Open the image at `position`."""
-        return open_file(self.path(position)) if self.decoded_cache is None else self.decoded_cache.open(position)
+        if self.decoded_cache is not None:
+            return self.decoded_cache.open(position)
+        return open_file(self.path(position), pixel_format=self.pixel_format)
 
 
 class Folder(ImageFiles):

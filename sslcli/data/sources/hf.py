@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import Encoded, open_file
-from sslcli.data.sources.base import Source, check_flag
 from sslcli.data.sources.columns import columns_of, image_column
+from sslcli.data.sources.encoded import EncodedImages
 from sslcli.data.sources.file_status import hash_of, hashes_of, status_of
 from sslcli.data.sources.hf_labels import labels_of
 from sslcli.data.sources.labels import as_labels
@@ -34,7 +34,7 @@ _ROWS_PER_READ = 1 << 16
 SAVED_FILES = ("dataset_dict.json", "state.json")  # `save_to_disk` writes one of these files into its folder
 
 
-class Hf(Source):
+class Hf(EncodedImages):
     """A dataset that is read with `datasets.load_dataset` or `datasets.load_from_disk`.
 
     Args:
@@ -48,8 +48,7 @@ class Hf(Source):
         data_files: paths or patterns, relative to `path`, of the files to read; None = all files.
         revision: a branch, tag or commit on the hub.
         cache: the folder in which `datasets` stores prepared copies; None = the default cache of `datasets` in HF_HOME.
-        scaled_decode: see `Source`.
-        common: the arguments of `Source`.
+        common: the arguments of `EncodedImages`.
 
     Position i is row i of `split`. The positions of the rows of `test` follow the positions of the rows of `split`.
 
@@ -68,11 +67,9 @@ class Hf(Source):
         data_files: str | list[str] | None = None,
         revision: str | None = None,
         cache: str | os.PathLike[str] | None = None,
-        scaled_decode: bool = True,
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.scaled_decode = check_flag("scaled_decode", scaled_decode)
         path = os.path.expanduser(os.fspath(path))
         if test == split:
             raise ConfigError(
@@ -97,10 +94,10 @@ class Hf(Source):
         if isinstance(value, dict):  # `datasets` stores an image as a struct of bytes and path
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
-            return open_file(value)
+            return open_file(value, pixel_format=self.pixel_format)
         if not isinstance(value, bytes):
             raise BadImage(path, "the cell is empty" if value is None else f"the cell contains {type(value).__name__}")
-        return Encoded(value, path)
+        return Encoded(value, path, pixel_format=self.pixel_format)
 
     def stored_size(self, position: int) -> tuple[int, int] | None:
         """Return width and height in pixels of the image at `position`, or None if it cannot be read."""

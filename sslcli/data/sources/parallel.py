@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sslcli.data.bad_images import BadImage
-from sslcli.data.decode import decode, to_rgb
+from sslcli.data.decode import decode
 from sslcli.data.image_formats import parse_extensions
+from sslcli.data.pixel_format import to_rgb
 from sslcli.data.sources.base import DecodedImage
 from sslcli.data.sources.files import base_name
 from sslcli.data.sources.leaks import check_class_names, check_disjoint

@@ -60,14 +60,13 @@ def column(values: Tensor, images: Tensor) -> Tensor:
 
 
 def to_luma(images: Tensor) -> Tensor:
-    """Return the ITU-R 601-2 luma (N, 1, H, W) as a new tensor, with torchvision's rounded weights.
+    """Return the gray images (N, 1, H, W) as a new tensor.
 
-    Raises ValueError unless the images have 1 or 3 channels.
+    With three channels, this is the ITU-R 601-2 luma with torchvision's rounded weights. With another number of
+    channels, it is their mean.
     """
-    if images.shape[1] == 1:
-        return images.clone()
     if images.shape[1] != 3:
-        raise ValueError(f"color operations need images of 1 or 3 channels, but these have {images.shape[1]}")
+        return images.mean(1, keepdim=True)
     red, green, blue = images[:, 0:1], images[:, 1:2], images[:, 2:3]
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
@@ -106,8 +105,11 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
-    """Rotate the hue in HSV by factor (N,) turns, in [-0.5, 0.5]. Images with factor 0 or one channel do not change."""
-    if images.shape[1] == 1:
+    """Rotate the hue in HSV by factor (N,) turns, in [-0.5, 0.5]. Images with factor 0 do not change.
+
+    Images without three channels have no hue and do not change.
+    """
+    if images.shape[1] != 3:
         return images
     work = in_working_precision(images)
     return apply_to_rows(work, factor != 0, lambda part, rows: rotate_hue(part, factor[rows])).to(images.dtype)
@@ -142,7 +144,8 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     The values are clamped to [0, 1] after each operation.
 
     Args:
-        images: (N, C, H, W), C = 1 or 3; with one channel, saturation and hue have no effect.
+        images: (N, C, H, W). Only images of three channels are rotated in hue. With one channel, saturation has no
+            effect.
         factors: (N, 4) factors of brightness, contrast, saturation and hue; (1, 1, 1, 0) leaves an image unchanged.
         order: (N, 4) int64. Row i lists the columns of `factors` (0 to 3) in the order in which they are applied to
             image i.

@@ -7,7 +7,7 @@ The images of a batch are sorted by operation, so that each operation runs once 
 on 8 bits: equalize, posterize, solarize and solarize_add. They first round the values to 8 bits. The other operations
 do not round.
 
-Shapes: N images, C = 1 or 3 channels, H x W pixels; images are float in [0, 1].
+Shapes: N images, C channels, H x W pixels; images are float in [0, 1].
 """
 
 from __future__ import annotations

@@ -153,5 +153,3 @@ def test_wrong_arguments_are_refused() -> None:
         augment.rgb_to_lab(images[:, :1])
     with pytest.raises(ValueError, match='"ydbdr" needs images of 3 channels'):
         augment.rgb_to_ydbdr(images[:, :1])
-    with pytest.raises(ValueError, match="1 or 3 channels, but these have 2"):
-        augment.to_grayscale(images[:, :2], _every(images))

@@ -131,3 +131,37 @@ def test_normalize_equals_torchvision_and_refuses_wrong_constants() -> None:
         augment.normalize(images, [0.5], [0.2])
     with pytest.raises(ValueError, match="above 0 in every channel"):
         augment.normalize(images, mean, [0.2, 0.0, 0.1])
+
+
+def bands(count: int, channels: int) -> torch.Tensor:
+    return torch.cat([noisy_images(count), noisy_images(count).flip(2, 3)], 1)[:, :channels]
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_the_gray_image_of_other_numbers_of_channels_is_their_mean(channels: int) -> None:
+    images, half = bands(12, channels), torch.full((12,), 0.5)
+    gray = images.mean(1, keepdim=True)
+    chosen = torch.arange(12) % 2 == 0
+    grayscale = augment.to_grayscale(images, chosen)
+    torch.testing.assert_close(grayscale[chosen], gray[chosen].expand(-1, channels, -1, -1))
+    assert torch.equal(grayscale[~chosen], images[~chosen])
+    torch.testing.assert_close(augment.adjust_saturation(images, half), (images + gray) / 2)
+    torch.testing.assert_close(
+        augment.adjust_contrast(images, half), (images + gray.mean((2, 3), keepdim=True)) / 2, rtol=0, atol=1e-6
+    )
+    assert augment.adjust_hue(images, half) is images
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_color_jitter_of_other_numbers_of_channels_is_its_operations_in_order(channels: int) -> None:
+    images = bands(24, channels)
+    factors = torch.stack([uniform(0, 2, 24, seed=k) for k in range(3)] + [uniform(-0.5, 0.5, 24, seed=9)], 1)
+    generator = torch.Generator().manual_seed(5)
+    order = torch.stack([torch.randperm(4, generator=generator) for _ in images])
+    operations = [augment.adjust_brightness, augment.adjust_contrast, augment.adjust_saturation, augment.adjust_hue]
+    wanted = []
+    for image, row, sequence in zip(images.split(1), factors, order.tolist(), strict=True):
+        for number in sequence:
+            image = operations[number](image, row[number : number + 1])
+        wanted.append(image)
+    torch.testing.assert_close(augment.color_jitter(images, factors, order), torch.cat(wanted), rtol=0, atol=1e-5)

@@ -1,0 +1,120 @@
+"""Format of decoded images: the number of channels and the mapping of pixel values to 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sslcli.data.bands import Samples, has_lost_bands, has_lost_precision, is_deep, samples_of
+from sslcli.data.pixels import Pixels, as_picture
+from sslcli.data.value_range import ValueRange, parse_value_range, to_8_bits
+from sslcli.errors import check_integer
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """Conversion of decoded files to images of 8 bits with a fixed number of channels.
+
+    - One channel: color images become gray with the luma of ITU-R 601, as in Pillow.
+    - Three channels: gray images become RGB.
+    - With one or three channels, transparent images are composited over white.
+    - Another number of channels: the image must have this number of bands. Transparency counts as a band.
+
+    Attributes:
+        channels: number of channels, at least 1.
+        value_range: see `to_8_bits`.
+    """
+
+    channels: int = 3
+    value_range: ValueRange = "auto"
+
+    @property
+    def is_color(self) -> bool:
+        """Whether images become gray or RGB. Otherwise their bands are used unchanged."""
+        return self.channels in (1, 3)
+
+    @property
+    def keeps_8_bits(self) -> bool:
+        """Whether values of 8 bits are not mapped."""
+        return isinstance(self.value_range, str)
+
+    @property
+    def identity(self) -> bytes:
+        """Bytes that identify the format in keys of caches. They are empty for the format of version 0.2."""
+        return b"" if self == LEGACY else f"{self.channels} {self.value_range}".encode()
+
+    def needs_samples(self, image: Image.Image, content: bytes) -> bool:
+        """Return whether an image that Pillow opened must be decoded by another package, see `bands`."""
+        if has_lost_bands(image, only_colors=self.is_color):
+            return True
+        return has_lost_precision(image, content) and (not self.is_color or self.value_range != "full")
+
+    def convert(self, image: Image.Image) -> Image.Image | Pixels:
+        """Convert an image that Pillow opened. Raises ValueError if it has the wrong number of bands."""
+        is_plain = self.value_range == "full" or (self.keeps_8_bits and not is_deep(image))
+        if self.is_color and is_plain:
+            return self.from_rgb(to_rgb(image))
+        return self.convert_samples(samples_of(image))
+
+    def from_rgb(self, image: Image.Image) -> Image.Image | Pixels:
+        """Return an RGB or gray image of 8 bits with one or three channels."""
+        return image.convert("RGB") if self.channels == 3 else Pixels(np.asarray(image.convert("L"))[:, :, None])
+
+    def convert_samples(self, samples: Samples) -> Image.Image | Pixels:
+        """Convert pixel values. Raises ValueError if there is the wrong number of bands."""
+        count = samples.values.shape[2]
+        if not self.is_color:
+            if count != self.channels:
+                raise _wrong_bands(count, self.channels)
+            return as_picture(to_8_bits(samples.values, self.value_range, nodata=samples.nodata))
+        if samples.num_colors == 0:
+            raise _wrong_bands(count, self.channels)
+        colors = to_8_bits(samples.values[:, :, : samples.num_colors], self.value_range, nodata=samples.nodata)
+        image = Image.fromarray(colors if samples.num_colors == 3 else colors[:, :, 0])
+        if samples.alpha is None:
+            return self.from_rgb(image)
+        image = image.convert("RGB")
+        image.putalpha(Image.fromarray(_opacity(samples)))
+        return self.from_rgb(to_rgb(image))
+
+
+LEGACY = PixelFormat(3, "full")  # RGB images as in version 0.2
+
+
+def pixel_format(channels: int, value_range: str | Sequence[float]) -> PixelFormat:
+    """Return the format that `dataset.channels` and `dataset.value_range` describe.
+
+    Raises ValueError if a value is not valid.
+    """
+    check_integer("dataset.channels", channels, minimum=1, hint="; 1 is gray, 3 is RGB")
+    return PixelFormat(channels, parse_value_range(value_range))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a PIL image to RGB. Values of more than 8 bits are mapped as by the value range "full".
+
+    Raises ValueError if the mode cannot be converted to RGB.
+    """
+    if is_deep(image):
+        return Image.fromarray(to_8_bits(np.asarray(image)[:, :, None], "full")[:, :, 0]).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _opacity(samples: Samples) -> NDArray[np.uint8]:
+    """Return the band with the transparency, in 8 bits: 0 is transparent."""
+    values = samples.values[:, :, samples.alpha]
+    most = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
+    opacity: NDArray[np.uint8] = np.rint((values / most).clip(0, 1) * 255).astype(np.uint8)
+    return opacity
+
+
+def _wrong_bands(count: int, channels: int) -> ValueError:
+    bands = f"{count} band{'s' * (count != 1)}"
+    return ValueError(f"the image has {bands}, but dataset.channels is {channels}")
