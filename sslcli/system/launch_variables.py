@@ -1,6 +1,6 @@
 """Environment variables by which a launcher such as torchrun describes the process group of a run.
 
-This module is their only reader. It does not import torch.
+Only this module reads these variables. It does not import torch.
 """
 
 from __future__ import annotations
