@@ -21,6 +21,7 @@ class Added(NamedTuple):
 OLD_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
 KEYS = {
     "extensions": Added(list(OLD_EXTENSIONS), None),
+    "linked_folders": Added("always", "once"),
     "test": Added(None, None),
     "image": Added("auto", "auto"),
     "label": Added("auto", "auto"),
@@ -28,17 +29,18 @@ KEYS = {
     "channels": Added(3, 3),
     "value_range": Added("full", "auto"),
 }
+_SEARCH = ("extensions", "linked_folders")
 _FILES = "sslcli.data.sources.files"
 _FORMAT = ("channels", "value_range")
 # Keys that each built-in class accepts. A class of a plug-in accepts the keys in its yaml file.
 CLASSES = {
-    f"{_FILES}.Folder": ("extensions", *_FORMAT),
-    f"{_FILES}.Flat": ("extensions", *_FORMAT),
-    f"{_FILES}.ImageNet": ("extensions", *_FORMAT),
+    f"{_FILES}.Folder": (*_SEARCH, *_FORMAT),
+    f"{_FILES}.Flat": (*_SEARCH, *_FORMAT),
+    f"{_FILES}.ImageNet": (*_SEARCH, *_FORMAT),
     f"{_FILES}.ListFile": ("test", "image", "label", "split_column", *_FORMAT),
     "sslcli.data.sources.hf.Hf": _FORMAT,
     "sslcli.data.shards.source.HfStream": _FORMAT,
-    "sslcli.data.sources.parallel.Parallel": ("extensions",),
+    "sslcli.data.sources.parallel.Parallel": _SEARCH,
 }
 
 

@@ -31,7 +31,7 @@ READING = (
     "memory_gb",
 )
 # Keys that select files. Two values may select the same images, which only a comparison of fingerprints shows.
-SELECTING = ("extensions",)
+SELECTING = ("extensions", "linked_folders")
 
 
 class Change(NamedTuple):

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -15,6 +16,8 @@ from command_line import Cli
 from small_runs import make_folder
 from sslcli.config.added import CLASSES, KEYS, OLD_EXTENSIONS, resumed_dataset, with_added_keys
 from sslcli.config.signatures import parameters_of
+from sslcli.data.sources import files
+from sslcli.data.sources.scan import FileSearch
 
 FOLDER = "sslcli.data.sources.files.Folder"
 CONF = Path(__file__).parents[2] / "conf" / "dataset"
@@ -31,6 +34,11 @@ LINE = [
     "run_dir=run",
 ]
 MINE = "from sslcli.data.sources.files import Folder\nclass Mine(Folder): ...\n"
+
+
+def as_before() -> Any:
+    """Let datasets list the files that version 0.2 listed."""
+    return patch.object(files, "FileSearch", lambda root, *_: FileSearch(root, frozenset(OLD_EXTENSIONS), "always"))
 
 
 def stored(run_dir: Path) -> dict[str, Any]:
@@ -78,7 +86,8 @@ def test_a_run_that_lacks_a_key_resumes_with_its_old_value(
 ) -> None:
     target = {"_target_": FOLDER, "root": "x"}
     found = resumed_dataset(target | now, target | before, set_keys)
-    assert found == target | {"extensions": expected, "channels": 3, "value_range": "full"}
+    old = {"linked_folders": "always", "channels": 3, "value_range": "full"}
+    assert found == target | old | {"extensions": expected}
     assert resumed_dataset(target | now, None, set_keys) == target | now
 
 
@@ -86,11 +95,13 @@ def test_a_run_that_lacks_a_key_resumes_with_its_old_value(
 def line(cli: Cli, tmp_path: Path) -> Callable[[str], list[str]]:
     """Return the command line of a dataset. `old` is `folder`, and `old_mine` is `mine`, as version 0.2 had them."""
     make_folder(tmp_path / "images", broken=0)
+    (tmp_path / "images/a/link").symlink_to("../b")  # version 0.2 listed these images twice
     (tmp_path / "mine.py").write_text(MINE)
     folder = tmp_path / "conf/dataset"
     folder.mkdir(parents=True)
     node = yaml.safe_load((CONF / "folder.yaml").read_text(encoding="utf-8"))
-    del node["extensions"]
+    for key in CLASSES[FOLDER]:
+        del node[key]
     (folder / "old.yaml").write_text(yaml.safe_dump(node))
     (folder / "old_mine.yaml").write_text(yaml.safe_dump(node | {"_target_": "mine.Mine"}))
     (folder / "mine.yaml").write_text("defaults: [folder]\n_target_: mine.Mine\n")
@@ -101,7 +112,8 @@ def line(cli: Cli, tmp_path: Path) -> Callable[[str], list[str]]:
 def test_an_old_run_resumes_with_the_images_it_had(
     cli: Cli, line: Callable[[str], list[str]], tmp_path: Path, old: str, new: str
 ) -> None:
-    code, _, err = cli("ssl-train", *line(old), "train.max_steps=2")
+    with as_before():
+        code, _, err = cli("ssl-train", *line(old), "train.max_steps=2")
     assert code == 0, err
     assert "extensions" not in stored(tmp_path / "run")
     shutil.copy("images/a/000.png", "images/a/000.avif")  # files that version 0.2 ignored
@@ -113,12 +125,14 @@ def test_an_old_run_resumes_with_the_images_it_had(
     assert code == 0, err
     assert "continuing from step 2" in out
     assert stored(tmp_path / "run")["extensions"] == list(OLD_EXTENSIONS)
+    assert stored(tmp_path / "run")["linked_folders"] == "always"
     code, out, err = cli("ssl-train", *line(new), "train.max_steps=3")
     assert "finished already" in out, err
 
 
 def test_an_old_run_is_evaluated_on_the_images_it_had(cli: Cli, line: Callable[[str], list[str]]) -> None:
-    code, _, err = cli("ssl-train", *line("old"), "train.max_steps=1")
+    with as_before():
+        code, _, err = cli("ssl-train", *line("old"), "train.max_steps=1")
     assert code == 0, err
     shutil.copy("images/a/000.png", "images/a/000.avif")
     knn = ["run=run", "protocol=knn", "baselines=false", "device=cpu"]

@@ -20,7 +20,7 @@ from sslcli.data.sources.labels import Labels, as_labels
 from sslcli.data.sources.leaks import check_class_names, check_disjoint, check_shared_files
 from sslcli.data.sources.listing import Files as Files
 from sslcli.data.sources.listing import Listing as Listing
-from sslcli.data.sources.scan import FileSearch, Root, check_folder, parse_roots
+from sslcli.data.sources.scan import FileSearch, LinkedFolders, Root, check_folder, parse_roots
 
 LABEL_COLUMN = "correct it, choose another column with dataset.label, or set it to null"
 
@@ -85,6 +85,7 @@ class Folder(ImageFiles):
             folder. The classes of several roots are merged by name.
         test: the folder of the official test split, which contains class folders; None = no test split.
         extensions: extensions of the files to read, such as ["jpg", "png"]; None = all image files, see `FileSearch`.
+        linked_folders: "once" or "always", see `FileSearch`.
         common: the arguments of `ImageFiles`.
 
     Class folders without images, images outside of class folders, and other files are ignored with a warning.
@@ -99,13 +100,14 @@ class Folder(ImageFiles):
         root: Root,
         test: str | os.PathLike[str] | None = None,
         extensions: Sequence[str] | None = None,
+        linked_folders: LinkedFolders = "once",
         **common: Any,
     ) -> None:
         super().__init__(**common)
         allowed = parse_extensions(extensions)
         roots = parse_roots(root)
         check_disjoint(roots, None if test is None else os.path.expanduser(test))
-        found = [FileSearch(folder, allowed).classes() for folder in roots]
+        found = [FileSearch(folder, allowed, linked_folders).classes() for folder in roots]
         for folder, groups in zip(roots, found, strict=True):
             check_class_names(groups, folder)
         classes = sorted(set().union(*found))
@@ -117,7 +119,7 @@ class Folder(ImageFiles):
         if test is not None:
             test = os.path.expanduser(test)
             check_folder(test, key="dataset.test")
-            for name, files in FileSearch(test, allowed).classes().items():
+            for name, files in FileSearch(test, allowed, linked_folders).classes().items():
                 if name not in label:
                     raise ValueError(
                         f"{test} has the class folder {name!r}, which {', '.join(roots)} does not have: remove it"
@@ -160,20 +162,27 @@ class Flat(ImageFiles):
     """Unlabeled images at any depth below one or several roots. No images are held out for validation.
 
     Args:
-        root, extensions: as for `Folder`.
+        root, extensions, linked_folders: as for `Folder`.
         common: the arguments of `ImageFiles`.
 
     Raises ValueError in the same cases as `Folder`.
     """
 
-    def __init__(self, *, root: Root, extensions: Sequence[str] | None = None, **common: Any) -> None:
+    def __init__(
+        self,
+        *,
+        root: Root,
+        extensions: Sequence[str] | None = None,
+        linked_folders: LinkedFolders = "once",
+        **common: Any,
+    ) -> None:
         super().__init__(**common)
         allowed = parse_extensions(extensions)
         roots = parse_roots(root)
         check_disjoint(roots)
         pool = Listing()
         for number, folder in enumerate(roots):
-            pool.add(FileSearch(folder, allowed).files(), label=-1, root=number)
+            pool.add(FileSearch(folder, allowed, linked_folders).files(), label=-1, root=number)
         pool.sort()
         weights = list(roots.values())
         self.fill(pool, Listing(), name=base_name(roots), roots=list(roots), classes=[], weights=weights)

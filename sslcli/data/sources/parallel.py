@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -27,7 +28,7 @@ from sslcli.data.sources.files import base_name
 from sslcli.data.sources.leaks import check_class_names, check_disjoint
 from sslcli.data.sources.listing import Files, Listing
 from sslcli.data.sources.records import ProgressCallback, Records
-from sslcli.data.sources.scan import FileSearch, check_folder
+from sslcli.data.sources.scan import FileSearch, LinkedFolders, check_folder
 from sslcli.errors import check_keys
 
 INTERPOLATIONS = ("smooth", "nearest")
@@ -133,7 +134,7 @@ class Parallel(Files):
         modalities: mapping from the folder name of each modality to the fields of `Modality`. Channels are stacked in
             this order.
         test: the folder of the official test split, with the same layout as `root`; None = no test split.
-        extensions: extensions of the files to read, as for `Folder`; None = all image files.
+        extensions, linked_folders: as for `Folder`.
         common: the arguments of `Source`. `mean` and `std` have one number per channel of all modalities, in order.
 
     The modalities of an image must have the same aspect ratio. All modalities are resized to the size of the first
@@ -155,9 +156,10 @@ class Parallel(Files):
         modalities: Mapping[str, Mapping[str, Any]],
         test: str | os.PathLike[str] | None = None,
         extensions: Sequence[str] | None = None,
+        linked_folders: LinkedFolders = "once",
         **common: Any,
     ) -> None:
-        self.allowed_extensions = parse_extensions(extensions)
+        self.search = partial(FileSearch, extensions=parse_extensions(extensions), linked_folders=linked_folders)
         self.modalities = parse(modalities)
         modality_list = list(self.modalities.values())
         ends = list(accumulate(modality.channels for modality in modality_list))
@@ -212,15 +214,14 @@ class Parallel(Files):
         found: dict[str, list[str | None]] = {}
         for number, name in enumerate(self.modalities):
             check_folder(os.path.join(root, name), key=f"{key}/{name} (a modality)")
-            for files in FileSearch(os.path.join(root, name), self.allowed_extensions).classes().values():
+            for files in self.search(os.path.join(root, name)).classes().values():
                 for file in files:
                     stem, extension = os.path.splitext(file)
                     row = found.setdefault(stem, [None] * len(self.modalities))
                     if row[number] is not None:
                         raise ValueError(
                             f"{os.path.join(root, name)} has {stem}{row[number]} and {file}: "
-                            "keep one file per image, because modalities are matched by class and stem, or set "
-                            "dataset.extensions to the extensions to read"
+                            "keep one file per class and stem, or select the files with dataset.extensions"
                         )
                     row[number] = extension
         for number, (name, modality) in enumerate(self.modalities.items()):

@@ -8,11 +8,13 @@ import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 from sslcli.data.image_formats import START_BYTES, describe_left_out, extension_of, is_image_start, listed_extensions
 from sslcli.errors import printable
 from sslcli.system.regular_files import open_regular
 
+LinkedFolders = Literal["once", "always"]
 Root = str | os.PathLike[str] | Sequence[str] | Mapping[str, float]
 
 
@@ -112,7 +114,8 @@ class FileSearch:
     A file is an image if its extension is in `listed_extensions`. A file without an extension is an image if its
     content begins like an image. Hidden files and folders are ignored.
 
-    Links are followed, with two exceptions, so that images of folders that link to each other are listed only once:
+    Links are followed. If `linked_folders` is "once", there are two exceptions, so that images of folders that link to
+    each other are listed only once:
 
     - A link to a folder inside of `root` is not followed, because the images of that folder are listed under its own
       path.
@@ -121,13 +124,19 @@ class FileSearch:
     Args:
         root: the root folder.
         extensions: the extensions of image files, see `parse_extensions`. None = all image files.
+        linked_folders: "once", or "always" = follow all links except those to a parent folder.
 
     Attributes:
         left_out: the number of files that are not listed as images, by extension.
         links: paths of the links that were not followed, relative to `root`.
     """
 
-    def __init__(self, root: str, extensions: frozenset[str] | None = None) -> None:
+    def __init__(
+        self, root: str, extensions: frozenset[str] | None = None, linked_folders: LinkedFolders = "once"
+    ) -> None:
+        if linked_folders not in get_args(LinkedFolders):
+            raise ValueError(f"dataset.linked_folders is {linked_folders!r}, but it must be once or always")
+        self.lists_once = linked_folders == "once"
         self.root, self.real_root = root, os.path.realpath(root)
         self.checks_content = extensions is None
         self.extensions = listed_extensions() if extensions is None else extensions
@@ -178,7 +187,7 @@ class FileSearch:
     def files_below(self, folder: str, prefix: str = "") -> list[str]:
         """Return the paths of the images at any depth below `folder`. A path is `prefix` plus the relative path."""
         # A link to a parent of `root` must not lead to `root` again.
-        listed = {folder_identity(self.root)} if folder != self.root else set()
+        listed = {folder_identity(self.root)} if self.lists_once and folder != self.root else set()
         files: list[str] = []
         self._add_files(folder, prefix, files, listed)
         return files
@@ -189,6 +198,7 @@ class FileSearch:
         if current in listed:
             self.links.append(prefix.rstrip("/"))
             return
+        listed = listed if self.lists_once else set(listed)  # if a copy, it contains only the parent folders
         listed.add(current)
         for entry in list_entries(folder):
             if self.is_image(entry):
@@ -217,7 +227,7 @@ class FileSearch:
 
     def is_duplicate(self, entry: os.DirEntry[str]) -> bool:
         """Return whether `entry` is a link to a folder inside of `root`, which is listed anyway."""
-        if not entry.is_symlink():
+        if not (self.lists_once and entry.is_symlink()):
             return False
         relative = os.path.relpath(os.path.realpath(entry.path), self.real_root)
         parts = [] if relative == os.curdir else relative.split(os.sep)

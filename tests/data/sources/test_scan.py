@@ -113,6 +113,25 @@ def test_folders_that_link_to_each_other_count_their_images_once(tmp_path, kind)
     assert names(source) == [f"{folder}/x.png" for folder in "abcdefgh"]
 
 
+def test_all_links_except_those_to_a_parent_are_followed_on_request(tmp_path):
+    """This is the list of version 0.2."""
+    for folder in "abc":
+        save(tmp_path / "set" / folder / "x.png")
+    (tmp_path / "set" / "a" / "to_b").symlink_to(tmp_path / "set" / "b")
+    (tmp_path / "set" / "b" / "to_a").symlink_to(tmp_path / "set" / "a")
+    (tmp_path / "set" / "c" / "root").symlink_to(tmp_path / "set")
+    options = {"root": str(tmp_path / "set"), "linked_folders": "always", "image_size": 8, "val_fraction": 0}
+    with pytest.warns(UserWarning, match="links in .* not followed.*: a/to_b/to_a, "):
+        source = Folder(**options)
+    inside = ["a/to_b/x.png", "a/x.png", "b/to_a/x.png", "b/x.png"]
+    assert names(source) == [*inside, *(f"c/root/{name}" for name in inside), "c/x.png"]
+    assert source.classes == ["a", "b", "c"]
+    with pytest.warns(UserWarning, match=r"links in .* not followed.*: .*c/root"):
+        assert names(Flat(**options)) == [*inside, "c/x.png"]
+    with pytest.raises(ValueError, match=r"dataset\.linked_folders is 'twice', but it must be once or always"):
+        Flat(root=str(tmp_path / "set"), linked_folders="twice", image_size=8)
+
+
 def test_outside_folders_that_link_to_each_other_count_once_per_class(tmp_path):
     for folder, other in ("pq", "qp"):
         save(tmp_path / "pool" / folder / "x.png")
