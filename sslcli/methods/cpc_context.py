@@ -1,4 +1,5 @@
-"""Context networks of CPC. For each row i of patches, they summarize the rows from the top down to row i.
+"""Context networks of CPC. A context network summarizes, for each row i of patches, the rows from the top down to row
+i.
 
 v1     van den Oord, Li, Vinyals 2018  https://arxiv.org/abs/1807.03748
 v2     Henaff et al. 2020              https://arxiv.org/abs/1905.09272

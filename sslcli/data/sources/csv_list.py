@@ -128,7 +128,7 @@ def read_csv(
 
 
 def check_files_exist(names: list[str], base: str, *, file: str) -> None:
-    """Raise ConfigError if some of the listed files are checked and none of them exists.
+    """Raise ConfigError if none of a few listed files exists. Not all files are checked, because this would take long.
 
     Args:
         names: the paths of the images.
