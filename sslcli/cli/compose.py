@@ -30,6 +30,7 @@ from yaml import YAMLError
 from sslcli.cli import hydra_errors
 from sslcli.cli.hydra_node import SECTIONS, check_hydra, resolved
 from sslcli.config import schema
+from sslcli.config.added import with_defaults
 from sslcli.config.channels import with_channel_statistics
 from sslcli.config.folders import conf_folder
 from sslcli.config.moved import FOLDER, current_config, current_override, forced_override
@@ -168,7 +169,7 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
     for note in notes:
         hydra_errors.print_note(command, note)
     if "dataset" in job:
-        job["dataset"] = with_channel_statistics(job["dataset"])
+        job["dataset"] = with_channel_statistics(with_defaults(job["dataset"]))
     find_trusted(job.get("trust") or [])
     schema.check(command, job)
     own = config.hydra

@@ -80,6 +80,18 @@ def resumed_dataset(dataset: dict[str, Any], stored: Any, set_keys: Collection[s
     return found
 
 
+def with_defaults(dataset: Any) -> Any:
+    """Return the node `dataset` of a command line, in which missing keys have their defaults.
+
+    A yaml file of the user may lack the keys. If the `config.yaml` of a new run lacked them too, the run would be taken
+    for a run of an older version. Only nodes of built-in classes are changed.
+    """
+    if not isinstance(dataset, dict):
+        return dataset
+    keys = CLASSES.get(str(dataset.get("_target_")), ())
+    return dataset | {key: KEYS[key].default for key in keys if key not in dataset}
+
+
 def accepted_keys(dataset: Mapping[str, Any]) -> set[str]:
     """Return the keys in `KEYS` that the class of a node accepts."""
     return {*CLASSES.get(str(dataset.get("_target_")), ()), *(KEYS.keys() & dataset.keys())}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +16,7 @@ import yaml
 
 from command_line import Cli
 from small_runs import make_folder
+from sslcli.cli import compose
 from sslcli.config.added import CLASSES, KEYS, OLD_EXTENSIONS, resumed_dataset, with_added_keys
 from sslcli.config.signatures import parameters_of
 from sslcli.data.sources import files
@@ -36,9 +39,15 @@ LINE = [
 MINE = "from sslcli.data.sources.files import Folder\nclass Mine(Folder): ...\n"
 
 
-def as_before() -> Any:
-    """Let datasets list the files that version 0.2 listed."""
-    return patch.object(files, "FileSearch", lambda root, *_: FileSearch(root, frozenset(OLD_EXTENSIONS), "always"))
+@contextmanager
+def as_before() -> Iterator[None]:
+    """Let datasets list the files that version 0.2 listed, and add no keys to configurations."""
+    search = partial(FileSearch, extensions=frozenset(OLD_EXTENSIONS), linked_folders="always")
+    with (
+        patch.object(files, "FileSearch", lambda root, *_: search(root)),
+        patch.object(compose, "with_defaults", lambda dataset: dataset),
+    ):
+        yield
 
 
 def stored(run_dir: Path) -> dict[str, Any]:
@@ -128,6 +137,21 @@ def test_an_old_run_resumes_with_the_images_it_had(
     assert stored(tmp_path / "run")["linked_folders"] == "always"
     code, out, err = cli("ssl-train", *line(new), "train.max_steps=3")
     assert "finished already" in out, err
+
+
+def test_a_new_run_with_a_yaml_file_that_lacks_the_keys_is_not_taken_for_an_old_run(
+    cli: Cli, line: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    shutil.copy("images/a/000.png", "images/a/000.avif")
+    for steps in (2, 3):
+        code, _, err = cli("ssl-train", *line("old"), f"train.max_steps={steps}")
+        assert code == 0, err
+        found = stored(tmp_path / "run")
+        assert {key: found[key] for key in CLASSES[FOLDER]} == {key: KEYS[key].default for key in CLASSES[FOLDER]}
+    assert cli("ssl-eval", "run=run", "protocol=knn", "baselines=false", "device=cpu").code == 0
+    own = ["run=run", "protocol=knn", "baselines=false", "device=cpu", "dataset=old", "dataset.root=images"]
+    assert cli("ssl-eval", "--config-dir", "conf", *own, "dataset.image_size=16").code == 0
+    assert [path.name for path in Path("run/eval").glob("knn*.json")] == ["knn.json"]  # the same images
 
 
 def test_an_old_run_is_evaluated_on_the_images_it_had(cli: Cli, line: Callable[[str], list[str]]) -> None:
