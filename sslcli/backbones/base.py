@@ -9,9 +9,15 @@ class Backbone(nn.Module):
     """Network from images (N, C, H, W) to features (N, num_features).
 
     A subclass sets `num_features` and defines `forward`. A subclass with feature maps also defines `stages`.
+
+    Attributes:
+        num_features: number of features per image.
+        wrapped_name: name of the attribute that holds a network of another package, if the backbone only wraps this
+            network; else "". Exports omit this name from the names of parameters.
     """
 
     num_features: int
+    wrapped_name: str = ""
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features (N, num_features) of normalized floating-point images (N, C, H, W)."""

@@ -18,7 +18,9 @@ from sslcli.backbones.wrap import dry_output, pooled
 
 
 class Timm(Backbone):
-    """Backbone from the timm model `name`. Parameters have timm's names with the prefix `model.`.
+    """Backbone from the timm model `name`.
+
+    Parameters have timm's names with the prefix `model.`, which exports omit.
 
     Args:
         name: a name from timm.list_models(), with or without a weights tag, or "hf-hub:owner/model".
@@ -29,6 +31,8 @@ class Timm(Backbone):
 
     Raises ValueError if timm cannot be imported, has no model `name`, or cannot build the model with these arguments.
     """
+
+    wrapped_name = "model"
 
     def __init__(
         self,

@@ -52,7 +52,9 @@ def pooled(out: Tensor) -> Tensor:
 
 
 class Wrapped(Backbone):
-    """Backbone around a user-defined module. The parameters of the backbone are named `module.*`."""
+    """Backbone around a user-defined module. Parameters are named `module.*`, and exports omit `module.`."""
+
+    wrapped_name = "module"
 
     def __init__(self, module: nn.Module, *, num_features: int) -> None:
         super().__init__()

@@ -164,12 +164,13 @@ def _evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[
     outcome = run_protocol(evaluation, protocol, node)
     evaluation.variant = join_parts(outcome.variant, evaluation.variant)
     result = outcome.result | write_outcome(outcome, evaluation)
+    normalization = "normalized" if subject.views.normalize else "not normalized,"
     result |= {
         "measured": evaluation.quantity(result["protocol"]),
         **subject.provenance,
         "protocol_settings": {key: value for key, value in node.items() if key != "_target_"},
         "feature_layer": evaluation.layer,
-        "transform": f"test transform at {source.image_size} px, normalized as in pre-training",
+        "transform": f"test transform at {source.image_size} px, {normalization} as in pre-training",
         **dataset_facts(source),
         "precision": subject.precision,
         "sslcli": __version__,

@@ -4,7 +4,8 @@ The file can be read with torch.load(weights_only=True).
 
 Keys of the file:
 
-state_dict    the weights, named as in `state_dict()` of the backbone or the method
+state_dict    the weights, named as in `state_dict()` of the backbone or the method. If the backbone wraps a network of
+              another package, such as timm, the weights are named as in `state_dict()` of this network
 what          "backbone" or "method"
 backbone      `_target_` and arguments of the backbone
 method        `_target_` and arguments of the method
@@ -13,7 +14,8 @@ seed, num_images
 dataset, image_fingerprint
               the images of pre-training
 image_size, mean, std, views, precision, monitor
-              preprocessing, precision of forward passes, and k-NN settings
+              preprocessing, precision of forward passes, and k-NN settings.
+              mean and std are 0 and 1 if images were not normalized
 provenance    run, checkpoint, its digest, step, dataset, seed
 sslcli        the version that wrote the file
 """
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslcli import __version__
 from sslcli.config.own_dataset import FINGERPRINT, image_settings
@@ -34,10 +36,10 @@ from sslcli.errors import EXIT_FAILED, ConfigError, TrainingFailed, is_disk_fail
 from sslcli.methods.base import Method
 from sslcli.report.console import Screen
 from sslcli.runs import directory
-from sslcli.runs.build import build_backbone, find_class
+from sslcli.runs.build import build_backbone, build_views, find_class
 from sslcli.runs.subject import load_checkpoint, provenance_of
 from sslcli.system import atomic
-from sslcli.weights.files import load_strictly
+from sslcli.weights.files import load_strictly, unwrapped
 
 BACKBONE = "backbone."  # prefix of the backbone's parameters in the state of a method
 
@@ -62,8 +64,8 @@ def export(config: ExportSettings) -> None:
     out = Path(config.out or run_dir / "export" / f"{what}-step-{step:08d}.pt")
     if what == "backbone":
         weights = {name[len(BACKBONE) :]: value for name, value in weights.items() if name.startswith(BACKBONE)}
-        check_backbone_alone(saved, weights, trust=config.trust)
-    write(out, {"state_dict": weights, "what": what, **description(saved, run_dir, loaded)})
+        weights = unwrapped(check_backbone_alone(saved, weights, trust=config.trust), weights)
+    write(out, {"state_dict": weights, "what": what, **description(saved, run_dir, loaded, trust=config.trust)})
     numbers = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
     with Screen() as screen:
         screen.table(
@@ -73,8 +75,8 @@ def export(config: ExportSettings) -> None:
         screen.say(f"to evaluate it: ssl-eval weights={out} dataset=...")
 
 
-def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trust: list[str]) -> None:
-    """Raise ConfigError unless the backbone with `weights` computes the same features as the whole method."""
+def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trust: list[str]) -> nn.Module:
+    """Return the backbone with `weights`. Raises ConfigError unless it computes the features of the whole method."""
     method = find_class(saved["method"]["_target_"], base=Method, trust=trust, where="method._target_")
     remedy = (
         "so the backbone alone does not give the accuracies of the run: export what=method, which ssl-eval "
@@ -89,11 +91,13 @@ def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trus
         raise ConfigError(
             f"what is 'backbone', but {method.__name__} changes the layers of the backbone, {remedy}"
         ) from error
+    return backbone
 
 
-def description(saved: dict[str, Any], run_dir: Path, loaded: Loaded) -> dict[str, Any]:
+def description(saved: dict[str, Any], run_dir: Path, loaded: Loaded, *, trust: list[str]) -> dict[str, Any]:
     """Return the entries of an export that describe the training of the weights, as plain values."""
     dataset = saved["dataset"]
+    mean, std = build_views(saved["views"], trust=trust).statistics(mean=dataset["mean"], std=dataset["std"])
     return {
         "backbone": saved["backbone"],
         "method": saved["method"],
@@ -102,8 +106,8 @@ def description(saved: dict[str, Any], run_dir: Path, loaded: Loaded) -> dict[st
         "dataset": image_settings(dataset),
         "image_fingerprint": saved["effective"].get(FINGERPRINT),
         "image_size": dataset["image_size"],
-        "mean": list(dataset["mean"]),
-        "std": list(dataset["std"]),
+        "mean": mean,
+        "std": std,
         "views": saved["views"],
         "precision": saved["effective"]["precision"],
         "monitor": saved["monitor"],

@@ -24,7 +24,7 @@ from sslcli.errors import ConfigError
 from sslcli.runs import directory
 from sslcli.runs.build import accelerate, build_backbone, build_method, build_source, build_views, check_classes
 from sslcli.system.stored import checked
-from sslcli.weights.files import load_strictly, load_weights
+from sslcli.weights.files import load_strictly, load_weights, wrapped
 
 ATTEMPTS = 20  # a run that saves at every step may delete several checkpoints before one is open
 SECONDS_BETWEEN_ATTEMPTS = 0.02
@@ -61,7 +61,7 @@ class Subject:
     build_trained: Callable[[], nn.Module]  # returns the network with trained weights
     build_untrained: Callable[[], nn.Module]  # returns the network before training
     views: Views  # views of pre-training; only color space and normalization are used
-    mean: Sequence[float]  # channel means of the dataset of pre-training
+    mean: Sequence[float]  # per channel, as used in pre-training: 0 and 1 without normalization
     std: Sequence[float]
     precision: str
     provenance: dict[str, Any]
@@ -91,7 +91,7 @@ def load_subject(config: EvalConfig, device: torch.device) -> tuple[Subject, Sou
     directory.check_input(run_dir, saved)
     views = build_views(saved["views"], trust=trust)
     loaded = load_checkpoint(run_dir, config.checkpoint, saved)
-    mean, std = saved["dataset"]["mean"], saved["dataset"]["std"]
+    mean, std = views.statistics(mean=saved["dataset"]["mean"], std=saved["dataset"]["std"])
 
     def build_untrained() -> nn.Module:
         return build_method(
@@ -250,20 +250,22 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
 
     def build_trained() -> nn.Module:
         net = build_untrained()
-        load_strictly(net, found["state_dict"] if is_export else found, str(path))
+        load_strictly(net, wrapped(net, found["state_dict"] if is_export else found), str(path))
         return net
 
     provenance = {"weights": str(path.absolute()), "checkpoint_sha256": checkpoint.sha256(path), **facts}
     if is_export:
         provenance["exported_from"] = exported["provenance"]
     views = build_views(exported["views"], trust=trust) if is_export else Views([{"crop_scale": None}])
+    # Exports of older versions contain the values of the dataset, even if images were not normalized.
+    mean, std = views.statistics(mean=exported.get("mean", source.mean), std=exported.get("std", source.std))
     requested = exported["precision"] if is_export and config.precision == "auto" else config.precision
     subject = Subject(
         build_trained=build_trained,
         build_untrained=build_untrained,
         views=views,
-        mean=exported.get("mean", source.mean),
-        std=exported.get("std", source.std),
+        mean=mean,
+        std=std,
         precision=precision.resolve(requested, device),
         provenance=provenance,
         results_dir=path.with_name(path.name + ".eval"),

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from sslcli.backbones.base import Backbone
 from sslcli.errors import ConfigError
 from sslcli.system.regular_files import open_regular
 from sslcli.weights.renamed import with_current_names
@@ -38,6 +39,23 @@ def read_weights(file: BinaryIO, path: Path, *, device: torch.device) -> dict[st
     if not isinstance(state, dict):
         raise ConfigError(f"{path} holds a {type(state).__name__}, but a dictionary of tensors is needed")
     return state
+
+
+def unwrapped(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state dict of a backbone with the names of the network that it wraps, see `Backbone.wrapped_name`."""
+    prefix = _prefix(net)
+    return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def wrapped(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the inverse of `unwrapped`. A state dict whose names already fit `net` better is returned unchanged."""
+    prefix, own = _prefix(net), net.state_dict().keys()
+    renamed = {f"{prefix}{name}": value for name, value in state.items()}
+    return renamed if len(own & renamed.keys()) > len(own & state.keys()) else state
+
+
+def _prefix(net: nn.Module) -> str:
+    return f"{type(net).wrapped_name}." if isinstance(net, Backbone) and type(net).wrapped_name else ""
 
 
 def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -131,3 +132,64 @@ def test_a_full_disk_is_known_by_its_error_number(
     ended = cli("ssl-export", f"run={trained}")
     assert ended.code == 3
     assert "cannot be written (No space left on device): free space" in ended.err
+
+
+@pytest.mark.parametrize(("normalize", "expected"), [("true", [0.5, 0.5, 0.5]), ("false", [0.0, 0.0, 0.0])])
+def test_the_exported_normalization_is_the_one_that_was_used(
+    normalize: str, expected: list[float], cli: Cli, tmp_path: Path
+) -> None:
+    line = [*SMALL, "method=simclr", "backbone.width=4", "monitor.pictures=0", "monitor.knn_every_epochs=0"]
+    constants = ["dataset.mean=[0.5,0.5,0.5]", "dataset.std=[0.2,0.2,0.2]"]
+    assert cli("ssl-train", *line, *constants, f"views.normalize={normalize}", "run_dir=run").code == 0
+    assert cli("ssl-export", "run=run", "out=out.pt").code == 0
+    exported = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert exported["mean"] == expected
+    assert exported["std"] == ([0.2] * 3 if normalize == "true" else [1.0] * 3)
+    assert cli("ssl-eval", "run=run", *KNN).code == 0
+    wanted = numbers(tmp_path / "run/eval/knn.json")
+    for old_constants in (False, True):  # an older version exported the values of the dataset in any case
+        if old_constants:
+            torch.save(exported | {"mean": [0.5] * 3, "std": [0.2] * 3}, tmp_path / "out.pt")
+        assert cli("ssl-eval", "weights=out.pt", *SAME, *constants, *KNN).code == 0
+        assert numbers(tmp_path / "out.pt.eval/knn.json") == wanted
+    text = json.loads((tmp_path / "run/eval/knn.json").read_text())["transform"]
+    assert ("px, normalized as in pre-training" in text) == (normalize == "true")
+
+
+NETWORK = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, in_channels: int = 3) -> None:
+        super().__init__(nn.Conv2d(in_channels, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2))
+"""
+
+
+@pytest.mark.parametrize("kind", ["own", "timm"])
+def test_a_wrapped_network_is_exported_with_its_own_names(kind: str, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "network_to_export.py").write_text(NETWORK)
+    (tmp_path / "conf/backbone").mkdir(parents=True)
+    (tmp_path / "conf/backbone/own.yaml").write_text("_target_: network_to_export.Net\nin_channels: 3\n")
+    plug_in = ["--config-dir", "conf", "trust=[network_to_export]"] if kind == "own" else []
+    choice = ["backbone=own"] if kind == "own" else ["backbone=timm", "backbone.name=resnet10t"]
+    line = [*SMALL, "method=simclr", "monitor.pictures=0", "monitor.knn_every_epochs=0", *choice]
+    assert cli("ssl-train", *line, *plug_in, "run_dir=run").code == 0
+    trust = plug_in[2:]
+    assert cli("ssl-export", "run=run", "out=out.pt", *trust).code == 0
+    exported = torch.load(tmp_path / "out.pt", weights_only=True)
+    if kind == "timm":
+        net: torch.nn.Module = pytest.importorskip("timm").create_model("resnet10t", num_classes=0)
+    else:
+        net = importlib.import_module("network_to_export").Net()
+    net.load_state_dict(exported["state_dict"])  # strict
+    assert cli("ssl-eval", "run=run", *KNN, *trust).code == 0
+    wanted = numbers(tmp_path / "run/eval/knn.json")
+    prefix = "model." if kind == "timm" else "module."
+    old = exported | {"state_dict": {f"{prefix}{name}": value for name, value in exported["state_dict"].items()}}
+    torch.save(old, tmp_path / "old.pt")
+    torch.save(net.state_dict(), tmp_path / "plain.pt")
+    for name in ("out", "old"):
+        ended = cli("ssl-eval", f"weights={name}.pt", *SAME, *KNN, *trust)
+        assert ended.code == 0, ended.err
+        assert numbers(tmp_path / f"{name}.pt.eval/knn.json") == wanted
+    assert cli("ssl-eval", "weights=plain.pt", *SAME, *KNN, *choice, *plug_in).code == 0

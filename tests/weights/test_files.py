@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from sslcli.backbones.wrap import Wrapped
 from sslcli.errors import ConfigError
-from sslcli.weights.files import load_strictly, load_weights
+from sslcli.weights.files import load_strictly, load_weights, unwrapped, wrapped
 
 CPU = torch.device("cpu")
 
@@ -79,3 +80,22 @@ def test_names_of_older_versions_are_loaded() -> None:
     state = {f"key_head.{name}": value + 1 for name, value in net["momentum_head"].state_dict().items()}
     load_strictly(net, state, "the file")
     assert torch.equal(net["momentum_head"].weight, state["key_head.weight"])
+
+
+def test_names_of_a_wrapped_network_are_those_of_the_network_itself() -> None:
+    inner = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    net = Wrapped(inner, num_features=2)
+    state = unwrapped(net, net.state_dict())
+    assert state.keys() == inner.state_dict().keys()
+    assert wrapped(net, state).keys() == net.state_dict().keys()
+    assert wrapped(net, net.state_dict()).keys() == net.state_dict().keys()  # a file of an older version
+    assert unwrapped(inner, inner.state_dict()).keys() == wrapped(inner, inner.state_dict()).keys() == state.keys()
+
+
+def test_a_network_with_a_layer_of_the_same_name_as_the_wrapper_is_not_confused() -> None:
+    inner = nn.ModuleDict({"module": nn.Linear(3, 2)})
+    net = Wrapped(inner, num_features=2)
+    state = unwrapped(net, net.state_dict())
+    assert list(state) == ["module.weight", "module.bias"]
+    assert list(wrapped(net, state)) == list(net.state_dict()) == ["module.module.weight", "module.module.bias"]
+    assert list(wrapped(net, net.state_dict())) == list(net.state_dict())

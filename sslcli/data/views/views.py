@@ -188,21 +188,31 @@ class Views:
                 `normalize` is True.
         """
         if self.color_space == "lab":
-            images, mean, std = augment.rgb_to_lab(images), LAB_MEAN, LAB_STD
+            images = augment.rgb_to_lab(images)
         elif self.color_space == "ydbdr":
-            images, mean, std = augment.rgb_to_ydbdr(images), YDBDR_MEAN, YDBDR_STD
-        return augment.normalize(images, mean, std) if self.normalize else images
+            images = augment.rgb_to_ydbdr(images)
+        if not self.normalize:
+            return images
+        return augment.normalize(images, *self.statistics(mean=mean, std=std))
+
+    def statistics(self, *, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Return the mean and standard deviation per channel with which `finish` normalizes images.
+
+        If `normalize` is False, they are 0 and 1. `mean` and `std` are those of the dataset.
+        """
+        if not self.normalize:
+            return [0.0] * len(mean), [1.0] * len(std)
+        constants = {"lab": (LAB_MEAN, LAB_STD), "ydbdr": (YDBDR_MEAN, YDBDR_STD)}
+        mean, std = constants.get(self.color_space, (mean, std))
+        return list(mean), list(std)
 
     def restore(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """Apply the inverse of `finish` and clamp to [0, 1], for display.
 
         The arguments are the same as for `finish`.
         """
-        if self.color_space == "lab":
-            mean, std = LAB_MEAN, LAB_STD
-        elif self.color_space == "ydbdr":
-            mean, std = YDBDR_MEAN, YDBDR_STD
         if self.normalize:
+            mean, std = self.statistics(mean=mean, std=std)
             images = images * images.new_tensor(std).view(-1, 1, 1) + images.new_tensor(mean).view(-1, 1, 1)
         if self.color_space != "rgb":
             images = (lab_to_rgb if self.color_space == "lab" else ydbdr_to_rgb)(images)

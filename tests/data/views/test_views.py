@@ -339,3 +339,14 @@ def test_views_made_together_are_those_made_alone():
     alone = torch.cat([views.color(number, key[:12], images, **CONSTANTS) for number in range(2)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
     assert not torch.equal(together[:12], together[12:])
+
+
+def test_the_statistics_are_those_that_finish_applies() -> None:
+    images = torch.rand(2, 3, 4, 4)
+    for space, convert in (("rgb", lambda x: x), ("lab", augment.rgb_to_lab), ("ydbdr", augment.rgb_to_ydbdr)):
+        for normalize in (True, False):
+            views = Views([View()], normalize=normalize, color_space=space)
+            mean, std = views.statistics(**CONSTANTS)
+            assert torch.equal(augment.normalize(convert(images), mean, std), views.finish(images, **CONSTANTS))
+            if not normalize:
+                assert (mean, std) == ([0.0] * 3, [1.0] * 3)
