@@ -35,7 +35,7 @@ from sslcli.config.channels import with_channel_statistics
 from sslcli.config.folders import conf_folder
 from sslcli.config.moved import FOLDER, current_config, current_override, forced_override
 from sslcli.config.own_dataset import PREFIX, Change
-from sslcli.config.paths import absolute_paths
+from sslcli.config.paths import absolute_paths, numbers_as_text
 from sslcli.config.plugins import plugin_folders
 from sslcli.errors import ConfigError
 from sslcli.runs.identity import digest_of
@@ -171,6 +171,7 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
     if "dataset" in job:
         job["dataset"] = with_channel_statistics(with_defaults(job["dataset"]))
     find_trusted(job.get("trust") or [])
+    job = numbers_as_text(command, job, lines)
     schema.check(command, job)
     own = config.hydra
     for node in (OmegaConf.to_container(own, resolve=False), resolved(own, only=SECTIONS)):
@@ -180,7 +181,7 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
         "_overrides_": digest_of(lines),
         "_lines_": lines,
         "_params_": dict(OmegaConf.select(own, "sweeper.params") or {}),
-        "_sweep_dir_": own.sweep.dir,
+        "_sweep_dir_": str(own.sweep.dir),
         "_run_dir_": job.get("run_dir"),  # as the user wrote it; used to name the jobs of a sweep
         "_dataset_changes_": [change_of(each) for each in changes],
     }

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from sslcli.cli.compose import engine_of, plain
 from sslcli.cli.hydra_errors import one_line
 from sslcli.config.moved import current_config
-from sslcli.config.paths import absolute_paths
+from sslcli.config.paths import absolute_paths, numbers_as_text
 from sslcli.errors import ConfigError
 from sslcli.report.terminal import print_text
 from sslcli.runs.identity import digest_of
@@ -81,7 +81,7 @@ class QueueLauncher(Launcher):
 def composed_job(sweep: Sweep, config: DictConfig, own: Any) -> Job:
     """Return the `Job` for a configuration that Hydra composed. `own` is the `hydra` node of the configuration."""
     lines = list(own.overrides.task)
-    values = current_config(plain(config))[0]
+    values = numbers_as_text(sweep.command, current_config(plain(config))[0], lines)
     return job_of(
         sweep,
         absolute_paths(sweep.command, values)

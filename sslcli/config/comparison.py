@@ -55,6 +55,23 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
     ]
 
 
+def moved_paths(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the paths of the dataset that differ, as dotted key -> (stored path, current path).
+
+    Only keys that have a path in both configurations are returned. Both configurations have current names.
+    """
+    before, after = stored.get("dataset"), now.get("dataset")
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return {}
+    first, second = (dict(paths_of(node)) for node in (before, after))
+    pairs = {
+        f"dataset.{key}": (first[key], second[key])
+        for key in sorted(first.keys() & second.keys())
+        if isinstance(before[key], str) and isinstance(after[key], str)
+    }
+    return {key: pair for key, pair in pairs.items() if real_path(pair[0]) != real_path(pair[1])}
+
+
 def digest_of_settings(config: dict[str, Any]) -> str:
     """Return a digest (16 hex digits) of the values that affect the results of a run.
 

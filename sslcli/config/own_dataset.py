@@ -12,7 +12,7 @@ from sslcli.config import schema
 from sslcli.config.channels import with_channel_statistics
 from sslcli.config.keys import check_path
 from sslcli.config.messages import unknown_message
-from sslcli.config.paths import absolute, map_paths, paths_of, same_paths, without_paths
+from sslcli.config.paths import absolute, map_paths, numbers_as_text, paths_of, same_paths, without_paths
 from sslcli.config.targets import check_target, targets
 from sslcli.errors import ConfigError
 
@@ -63,6 +63,7 @@ def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[
             raise ConfigError(f"{path} cannot be set to {change.value!r}: {str(error).splitlines()[0]}") from error
     plain = OmegaConf.to_container(node, resolve=False)
     assert isinstance(plain, dict)
+    plain = numbers_as_text("eval", {"dataset": plain["dataset"]})
     if changes:
         plain["dataset"] = with_channel_statistics(plain["dataset"])
         for where, target in targets("", plain):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sslcli.config.signatures import names_in_annotations
 from sslcli.errors import ConfigError
 
 PLAIN = {"train": ("run_dir",), "eval": ("run", "weights"), "export": ("run", "out")}  # path keys outside of groups
+NAMES: dict[str, tuple[str, ...]] = {"train": ("name",), "eval": (), "export": ()}  # keys of names of directories
 PATH_TYPES = frozenset(["Path", "PurePath", "PosixPath", "PathLike", "Root"])  # types of path parameters
 HUB_NAME = "HubName"  # annotation of a Hugging Face hub name; the value may also be a path that exists
 
@@ -36,6 +37,55 @@ def absolute_paths(command: str, config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(changed.get(key), str):
             changed[key] = absolute(changed[key])
     return changed
+
+
+def numbers_as_text(command: str, config: dict[str, Any], lines: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the configuration with numbers replaced by text where a path or a name is expected.
+
+    Hydra and yaml files read `dataset.root=2023` as a number, but a folder may have this name.
+
+    Args:
+        command: train, eval or export.
+        config: plain values.
+        lines: overrides of the command line. They contain the text of a number as the user wrote it, such as `1e3`.
+    """
+    written = {key.lstrip("+"): text.strip() for key, _, text in (line.partition("=") for line in lines)}
+    changed = {key: _numbers_as_text(value, key, written) for key, value in config.items()}
+    for key in (*PLAIN[command], *NAMES[command]):
+        if key in changed:
+            changed[key] = _text(changed[key], key, written)
+    return changed
+
+
+def _numbers_as_text(value: Any, where: str, written: dict[str, str]) -> Any:
+    """Replace the numbers in the path parameters of all nodes with a `_target_`. `where` is the dotted key."""
+    if isinstance(value, list):
+        return [_numbers_as_text(inner, where, written) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    keys = path_keys(value)
+    return {
+        key: _text(inner, f"{where}.{key}", written)
+        if key in keys
+        else _numbers_as_text(inner, f"{where}.{key}", written)
+        for key, inner in value.items()
+    }
+
+
+def _text(value: Any, where: str, written: dict[str, str]) -> Any:
+    """Return a number as text, also inside a list or as a key of a mapping from paths to weights."""
+    if isinstance(value, list):
+        return [_text(inner, "", written) for inner in value]
+    if isinstance(value, dict):
+        if "_target_" in value:
+            return _numbers_as_text(value, where, written)
+        has_paths = any(isinstance(inner, (str, list)) for inner in value.values())
+        return {
+            key if has_paths else _text(key, "", written): _text(inner, "", written) if has_paths else inner
+            for key, inner in value.items()
+        }
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return written.get(where, str(value)) if is_number else value
 
 
 def quote_home_paths(line: str) -> str:

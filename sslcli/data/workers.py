@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -31,6 +33,8 @@ DEFAULT_TIMEOUT = 600.0  # seconds to wait for a batch
 POLL_INTERVAL = 1.0  # seconds between checks of the workers while waiting
 GRACE_PERIOD = 1.0  # seconds to wait for workers to end by themselves, before they are killed
 SHARED_MEMORY = "/dev/shm"
+MAX_SOCKET_FOLDER = 70  # bytes; multiprocessing adds about 31 for the name of a socket, and Linux allows 107
+SHORT_FOLDERS = ("/tmp", "/var/tmp", SHARED_MEMORY)
 END = object()
 LIVE_WORKERS: set[BaseProcess] = set()
 # At exit, Python waits for its child processes. A worker that hangs in a read would block the exit forever.
@@ -115,6 +119,30 @@ def check_shared_memory(workers: int, batch_bytes: int) -> None:
         )
 
 
+def choose_socket_folder() -> None:
+    """Choose a folder for the sockets of multiprocessing, if the path of the folder for temporary files is too long.
+
+    Workers and this process exchange file descriptors through Unix sockets. The path of a socket has at most 107 bytes
+    on Linux. With a longer path, a thread of the worker would fail, and this process would wait for ever. Call this
+    function before the first worker starts. Raises ConfigError if there is no folder with a short path.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) <= MAX_SOCKET_FOLDER:
+        return
+    folder = next((each for each in SHORT_FOLDERS if os.access(each, os.W_OK | os.X_OK)), None)
+    if folder is None:
+        raise ConfigError(
+            f"the folder for temporary files is {tempfile.gettempdir()}, but sockets of data workers need a path of at "
+            f"most {MAX_SOCKET_FOLDER} bytes, and none of {', '.join(SHORT_FOLDERS)} can be written: set the "
+            "environment variable TMPDIR to a shorter path, or read in the main process (dataset.workers=0; ssl-eval: "
+            "workers=0)"
+        )
+    before, tempfile.tempdir = tempfile.gettempdir(), folder
+    try:
+        multiprocessing.util.get_temp_dir()  # creates the folder for sockets of this process and of its workers
+    finally:
+        tempfile.tempdir = before
+
+
 class RequestSampler:
     """Sampler that yields the requests of an iterator. The sampler can be used only once."""
 
@@ -144,6 +172,8 @@ def iterate_batches(
         ProcessLost: a worker died.
         TrainingFailed: no batch arrived within `timeout` seconds, or the workers cannot be started or lack memory.
     """
+    if workers:
+        choose_socket_folder()
     loader = DataLoader(
         ErrorReturningDataset(dataset, owner),
         batch_size=None,

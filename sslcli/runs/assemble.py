@@ -90,6 +90,7 @@ def assemble(
     device: torch.device,
     screen: Screen,
     phases: tuple[Phase, ...] = (),
+    moved: tuple[str, ...] = (),
 ) -> Run:
     """Seed torch's random generator of this process, and return the training loop of a run.
 
@@ -103,6 +104,7 @@ def assemble(
         device: the device of this process.
         screen: the progress display.
         phases: the planned phases of a run that has a config.yaml, or () for a new run.
+        moved: the keys of the dataset whose paths changed since the run began.
     """
     settings, monitor_settings = config.train, config.monitor
     resolved = precision.resolve(settings.precision, device)
@@ -141,7 +143,7 @@ def assemble(
         screen=screen,
         monitor=monitor,
         phases=phases,
-        may_differ=LENGTH_KEYS if phases else (),
+        may_differ=(*(LENGTH_KEYS if phases else ()), *moved),
         stop=StopRequest(seconds("train.max_time", settings.max_time), start_time=processes.start_time()),
     )
 

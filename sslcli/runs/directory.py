@@ -26,6 +26,7 @@ from sslcli.engine.phases import LENGTH_KEYS, Phase
 from sslcli.errors import ConfigError, is_disk_failure
 from sslcli.report.terminal import print_text
 from sslcli.runs import length
+from sslcli.runs.moved_images import possibly_moved
 from sslcli.system import atomic
 from sslcli.system.locks import NO_LOCKS
 from sslcli.system.regular_files import kind_of
@@ -187,7 +188,8 @@ def check_resumable(run_dir: Path, values: dict[str, Any], *, may_differ: Collec
     stored = read_config(run_dir)
     length_is_known = length.requested_steps(stored, values) is not None and length.stored_phases(stored)
     length_keys = LENGTH_KEYS if length_is_known else ("train.extend",)
-    changed = changed_settings(stored, values, may_differ=(*may_differ, *length_keys))
+    moved = possibly_moved(stored, values)  # the images are compared later
+    changed = changed_settings(stored, values, may_differ=(*may_differ, *length_keys, *moved))
     if changed:
         raise ConfigError(
             f"the run in {run_dir} was started with another configuration; what differs: {'; '.join(changed)}. "

@@ -55,6 +55,7 @@ from sslcli.runs.build import Parts, build_optimizer, build_parts
 from sslcli.runs.dry_run import dry_run, save_views
 from sslcli.runs.image_changes import check_images
 from sslcli.runs.length import phase_rows
+from sslcli.runs.moved_images import check_moved, earlier_moved, moved_row, possibly_moved
 from sslcli.runs.out_of_memory import training_message
 from sslcli.runs.shorter_run import shorter_run_hint
 from sslcli.runs.trial import Trial, freeze, trial, trial_warnings
@@ -174,9 +175,9 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
         # Check again, since now no other process can change the directory.
         directory.check_resumable(run_dir, config.values)
     with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
-        check_images(run_dir, parts.source, screen, write=not dry)
+        moved = check_dataset(config, parts, screen)
         phases = directory.phases_of(run_dir, config.values)
-        job = assemble(config, parts, loader, optimizer, peak_lr, run_dir, device, screen, phases=phases)
+        job = assemble(config, parts, loader, optimizer, peak_lr, run_dir, device, screen, phases=phases, moved=moved)
         try:
             facts = startup_table(job, parts, config)
             screen.table(f"{config.method['_target_'].rpartition('.')[2]}: {run_dir}", facts)
@@ -190,7 +191,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
                 job.stop.close()  # then an interrupt ends the dry run immediately
                 return dry_run(job, parts)
             if main:
-                facts |= {FINGERPRINT: parts.source.fingerprint, **phase_rows(job.phases)}
+                facts |= {FINGERPRINT: parts.source.fingerprint, **phase_rows(job.phases), **moved_row(moved)}
                 directory.write_description(
                     run_dir,
                     config.values,
@@ -232,6 +233,18 @@ def run_trial(config: RunConfig, loader: Loader, parts: Parts, device: torch.dev
     """
     place = torch.device("cpu") if config.train.sharding == "fsdp" else device
     return trial(loader, parts.method, place, precision.resolve(config.train.precision, place))
+
+
+def check_dataset(config: RunConfig, parts: Parts, screen: Screen) -> tuple[str, ...]:
+    """Raise ConfigError on all processes if the images are not those of the run, see `check_moved` and `check_images`.
+
+    Return the keys of the dataset whose paths changed since the run began.
+    """
+    run_dir = config.directory
+    stored = directory.read_config(run_dir) if (run_dir / "config.yaml").exists() else {}
+    check_moved(run_dir, stored, config.values, parts.source, screen)
+    check_images(run_dir, parts.source, screen, write=not config.dry_run)
+    return (*earlier_moved(stored), *possibly_moved(stored, config.values))
 
 
 def enable_garbage_collection() -> None:

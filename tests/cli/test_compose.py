@@ -113,7 +113,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("dataset.seed=99999999999999999999", ["dataset.seed", "at most 4294967295"]),
     ("seed=[1,2]", ["seed is [1, 2]", "integer"]),
     ("resume=atuo", ["resume is 'atuo'", "auto, never, must", "Did you mean 'auto'?"]),
-    ("name=5", ["name is 5", "string", "name='\"5\"'"]),
+    ("name=true", ["name is True", "string", "name='\"True\"'"]),
     ("device=gpu", ["device is 'gpu'", "auto, cpu, cuda"]),
     ("monitor.on_collapse=explode", ["monitor.on_collapse is 'explode'", "ignore, warn, stop"]),
     ("launcher.kind=cloud", ["launcher.kind is 'cloud'", "local, multi"]),
@@ -164,7 +164,7 @@ EVAL_WRONG: list[tuple[str, list[str]]] = [
     ("", ["run=DIR", "weights=FILE"]),
     ("run=. weights=.", ["run=DIR", "weights=FILE"]),
     ("run=nonesuch", ["run is '/", "/nonesuch', but there is no such path"]),
-    ("run=5", ["run is 5", "string"]),
+    ("run=true", ["run is True", "string"]),
     ("run=. protocol=knnn", ["protocol=knnn", "knn, linear", "Did you mean 'knn'?"]),
     ("run=. protocol=null", ["protocol", "knn, linear"]),
     ("run=. method=moco", ["method", "ssl-eval has no such group", "protocol, dataset, backbone"]),
@@ -363,3 +363,16 @@ def test_what_does_not_change_a_run_does_not_change_its_directory(cli: Cli, star
     )
     assert len(set(found)) == 1
     assert names(cli, started, "seed=1 train.log_every_steps=3") != found[:1]
+
+
+def test_a_folder_whose_name_is_a_number(cli: Cli, started: list[dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "2023/a").mkdir(parents=True)
+    for line, key, expected in (
+        ("run_dir=2023", "run_dir", f"{tmp_path}/2023"),
+        ("name=2_023", "name", "2_023"),
+        ("dataset.root=2023", "dataset", f"{tmp_path}/2023"),
+        ("dataset.root=[2023]", "dataset", [f"{tmp_path}/2023"]),
+    ):
+        assert cli("ssl-train", "dataset=folder", *([] if "root" in line else ["dataset.root=2023"]), line).code == 0
+        found = started.pop()[key]
+        assert (found["root"] if key == "dataset" else found) == expected

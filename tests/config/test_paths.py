@@ -13,6 +13,7 @@ from sslcli.config.paths import (
     absolute,
     absolute_paths,
     map_paths,
+    numbers_as_text,
     paths_of,
     quote_home_paths,
     real_path,
@@ -200,3 +201,25 @@ def test_configurations_are_compared_by_where_paths_lead(here: Path) -> None:
 )
 def test_paths_in_the_home_need_no_quotes(line: str, wanted: str) -> None:
     assert quote_home_paths(line) == wanted
+
+
+def test_numbers_are_text_where_a_path_or_a_name_is_expected() -> None:
+    folder = "sources.files.Folder"
+    config = {
+        "run_dir": 2023,
+        "name": 1000.0,
+        "seed": 7,
+        "dataset": node(folder, root=[2023, "b", {"_target_": "x", "root": 1}], test=7, image_size=32),
+    }
+    found = numbers_as_text("train", config, ["seed=7", "name=1e3", "dataset.test=007"])
+    assert (found["run_dir"], found["name"], found["seed"]) == ("2023", "1e3", 7)
+    assert found["dataset"] == node(folder, root=["2023", "b", {"_target_": "x", "root": 1}], test="007", image_size=32)
+    for given, expected in (
+        ({2023: 1.5, "b": 2}, {"2023": 1.5, "b": 2}),
+        ({"first": [2023]}, {"first": ["2023"]}),
+        (True, True),
+        (None, None),
+    ):
+        assert numbers_as_text("train", {"dataset": node(folder, root=given)})["dataset"]["root"] == expected
+    assert numbers_as_text("eval", {"run": 2023, "weights": None}) == {"run": "2023", "weights": None}
+    assert numbers_as_text("export", {"out": 2023}) == {"out": "2023"}

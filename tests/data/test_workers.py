@@ -6,14 +6,19 @@ import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from torch.utils.data import Dataset
 
+from sslcli.data import workers as _workers
 from sslcli.data.sources.base import Source
 from sslcli.data.workers import RequestSampler, check_shared_memory, default_workers, iterate_batches
 from sslcli.errors import BUG, ConfigError, ProcessLost, TrainingFailed
@@ -184,3 +189,33 @@ def test_the_workers_that_pay(
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert default_workers(image_size) == expected
     assert Source(image_size=image_size, workers=None).workers == expected
+
+
+SENDS_TENSORS = """
+import sys
+import torch
+from sslcli.data.sources.base import Source
+from sslcli.data.workers import RequestSampler, iterate_batches
+
+class Tensors(torch.utils.data.Dataset):
+    def __getitem__(self, item):
+        return torch.full((1000,), item)
+
+read = iterate_batches(Tensors(), RequestSampler(iter(range(8))), 2, owner=Source, timeout=30)
+print(sum(int(tensor[0]) for tensor in read))
+"""
+
+
+def test_a_long_path_of_temporary_files_does_not_stop_the_workers(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    line = [sys.executable, "-c", SENDS_TENSORS]
+    ended = subprocess.run(line, env=os.environ | {"TMPDIR": str(folder)}, capture_output=True, text=True, timeout=120)
+    assert (ended.stdout, ended.stderr) == ("28\n", "")
+
+
+def test_without_a_short_folder_the_variable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 30)))
+    monkeypatch.setattr(_workers, "SHORT_FOLDERS", (str(tmp_path / "absent"),))
+    with pytest.raises(ConfigError, match=r"longlong, but .* set the environment variable TMPDIR to a shorter path"):
+        read(Deadly())

@@ -7,6 +7,7 @@ are memory-mapped. Therefore a dataset may be larger than the memory. For datase
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from functools import cached_property
@@ -29,6 +30,8 @@ from sslcli.errors import ConfigError, nearest
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 HubName = str  # a local path if this file or folder exists, else the name of a dataset on the hub
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 _FINGERPRINT_IMAGES = 512
 _ROWS_PER_READ = 1 << 16
 SAVED_FILES = ("dataset_dict.json", "state.json")  # `save_to_disk` writes one of these files into its folder
@@ -222,7 +225,8 @@ def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
         found = _load(datasets, path, options)
     # The network, the code that builds the dataset, or a damaged file may raise nearly any exception type.
     except Exception as error:
-        raise ConfigError(_failure(path, options, error)) from error
+        cache = os.fspath(options["cache_dir"] or datasets.config.HF_DATASETS_CACHE)
+        raise ConfigError(_cache_failure(cache, error) or _failure(path, options, error)) from error
     if isinstance(found, datasets.Dataset):  # a folder that `save_to_disk` wrote may contain a single split
         found = {str(found.split or wanted[0]): found}
     for split in wanted:
@@ -252,6 +256,30 @@ def _load(datasets: Any, path: str, options: dict[str, Any]) -> Any:
     if path.startswith(("/", ".")) or path.count("/") > 1:
         raise FileNotFoundError("there is no such file or folder")
     return datasets.load_dataset(path, **options)
+
+
+def _cache_failure(cache: str, error: Exception) -> str | None:
+    """Return the message for a cache of `datasets` that cannot be written, or None if the error has another cause."""
+    while isinstance(error, Exception) and not isinstance(error, OSError):
+        cause = error.__cause__ or error.__context__
+        if not isinstance(cause, Exception):
+            return None
+        error = cause
+    if error.errno not in (*REFUSED, *MISSING) or not isinstance(error.filename, (str, os.PathLike)):
+        return None
+    cache, place = os.path.abspath(os.path.expanduser(cache)), os.path.abspath(os.fspath(error.filename))
+    inside = error.errno in REFUSED and is_inside(place, os.path.dirname(cache))
+    if not inside and not is_inside(cache, place):
+        return None
+    return (
+        f"the cache of the package datasets, {cache}, cannot be written ({place}: {error.strerror}): set dataset.cache "
+        "to a writable folder, or the environment variable HF_HOME (by default, it is in HOME)"
+    )
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Return True if an absolute path is a folder or is inside it."""
+    return os.path.commonpath([path, folder]) == folder
 
 
 def _failure(path: str, options: dict[str, Any], error: Exception) -> str:

@@ -46,6 +46,21 @@ def parquet(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("blocked", ["home", "home/huggingface/datasets"])
+def test_a_cache_that_cannot_be_written_is_named_and_not_the_data(
+    blocked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / blocked).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / blocked).touch()  # a file in the place of a folder: nothing can be written below it, even by root
+    cache = tmp_path / "home/huggingface/datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    folder = str(parquet(tmp_path / "animals"))
+    expected = rf"the cache of the package datasets, {cache}, cannot be written .*: set dataset\.cache to a writable"
+    with pytest.raises(ConfigError, match=expected):
+        Hf(path=folder, image_size=8)
+    assert len(Hf(path=folder, image_size=8, cache=str(tmp_path / "own")).labels) == 30
+
+
 def test_a_folder_of_parquet_files_has_its_rows_labels_classes_and_splits(tmp_path: Path) -> None:
     source = Hf(path=str(parquet(tmp_path / "animals")), test="test", image_size=8)
     assert [number_at(source, i) for i in range(36)] == list(range(36))
