@@ -300,7 +300,8 @@ def disk_failure(error: OSError, path: object, key: str) -> tuple[str, int] | No
     """
     if error.errno not in DISK_ERRORS:
         return None
-    what = f"{error.filename or path} cannot be written ({error.strerror})"
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename or path
+    what = f"{name} cannot be written ({error.strerror})"
     if error.errno in PERMISSION_ERRORS:
         return f"{what}: choose another {key}, or change its permissions", EXIT_CONFIG
     return f"{what}: free space or repair the disk, then run the same command again to resume", EXIT_FAILED

@@ -8,6 +8,7 @@ import torch
 
 from sslcli.config.run_config import RunConfig
 from sslcli.engine.loop import train
+from sslcli.engine.resume import resume
 from sslcli.engine.run import Run
 from sslcli.report.console import Screen
 from sslcli.runs.assemble import assemble, build_loader
@@ -33,7 +34,7 @@ def make_run(run_dir: Path, *overrides: str) -> Run:
 
 def finish(run: Run) -> None:
     try:
-        train(run)
+        train(run, resume(run))
     finally:
         run.stop.close()
         run.monitor.close()

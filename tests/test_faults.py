@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +448,24 @@ def test_without_its_checkpoints_a_run_starts_anew_and_says_so(faulty: Faulty, r
     shutil.rmtree(checkpoint.folder(faulty.run_dir))
     assert faulty.ends_as(reference)
     assert "no checkpoint, but metrics up to step 8: the run starts from the beginning" in faulty.output
+
+
+def delete(name: str, watch: Monitor) -> None:
+    shutil.rmtree(watch.run_dir / name if name else watch.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("", "the run directory {} was deleted, renamed or replaced"), ("tensorboard", "was deleted during the run")],
+)
+def test_a_run_whose_files_are_deleted_ends_with_one_message_and_starts_again(
+    name: str, message: str, faulty: Faulty, reference: Path
+) -> None:
+    assert faulty.start(step=9, action=partial(delete, name)) == 3
+    (line,) = [line for line in faulty.output.splitlines() if line.startswith("ssl-train: ")]
+    assert message.format(faulty.run_dir) in line
+    assert faulty.run_dir.exists() == bool(name)
+    assert faulty.ends_as(reference)
 
 
 def test_a_finished_run_without_its_checkpoints_stays_finished(faulty: Faulty, reference: Path) -> None:

@@ -23,7 +23,7 @@ def parse_yaml(text: str) -> Any:
             _check_aliases(text)
         return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(" ".join(str(error).replace('in "<file>", ', "at ").split())) from error
     except RecursionError as error:
         raise ValueError("its values are nested too deeply") from error
 

@@ -18,26 +18,23 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
-from sslcli.distributed import collectives
 from sslcli.engine.checkpoint_names import all_of as all_of
 from sslcli.engine.checkpoint_names import folder as folder
 from sslcli.engine.checkpoint_names import path_of as path_of
 from sslcli.engine.checkpoint_names import step_of as step_of
 from sslcli.engine.migrations import SCHEMA, upgrade
 from sslcli.errors import ConfigError, TrainingFailed
-from sslcli.system.atomic import beside, digest_of, discard, replace, synchronize, temporary_name
+from sslcli.system.atomic import beside, digest_of, discard, replace, synchronize
 from sslcli.system.atomic import sha256 as sha256
 from sslcli.system.regular_files import open_regular
 from sslcli.weights.files import read_weights
 
 if TYPE_CHECKING:  # the import takes seconds and is only needed for sharded runs
-    from sslcli.engine.sharded_checkpoint import Placement, Snapshot
+    from sslcli.engine.sharded_checkpoint import Placement
 
 
 class RefusedCheckpoint(ConfigError):
@@ -67,80 +64,9 @@ def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
     return path
 
 
-class Writer:
-    """Checkpoint writer of a run. Every process must create a `Writer`, and all processes must make the same calls.
-
-    Args:
-        sharded: True if parameters are sharded over the processes. Each process then writes its own shards in the
-            background.
-    """
-
-    def __init__(self, *, sharded: bool) -> None:
-        self.group = (
-            dist.new_group(backend="gloo") if sharded else None
-        )  # the default group may be in use by the training loop
-        self.thread: Thread | None = None
-        self.failure: BaseException | None = None
-
-    def save(self, run_dir: Path, state: dict[str, Any], *, keep: int) -> None:
-        """Write `state`, like the function `save`.
-
-        If sharded, wait for the previous write, start this write in the background, and return.
-        Raises TrainingFailed on all processes if this write or the previous write fails with a disk error.
-        """
-        if self.group is not None:
-            from sslcli.engine.sharded_checkpoint import Snapshot
-
-            self.close()
-            path = path_of(run_dir, state["step"]).with_suffix("")
-            arguments = (path, Snapshot({"schema": SCHEMA, **state}), keep, self.group)
-            self.thread = Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
-            self.thread.start()
-            return
-        failure: list[str | None] = [None]
-        if collectives.is_main():
-            try:
-                save(run_dir, state, keep=keep)
-            except TrainingFailed as error:
-                failure = [str(error)]
-        collectives.broadcast_objects(failure)
-        if failure[0]:
-            raise TrainingFailed(failure[0])
-
-    def close(self) -> None:
-        """Wait until the pending write is on disk. If it failed, raise its error. A disk error is a TrainingFailed."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        failure, self.failure = self.failure, None
-        if failure is not None:
-            raise failure
-
-    def _write(self, path: Path, snapshot: Snapshot, keep: int, group: dist.ProcessGroup) -> None:
-        from sslcli.engine import sharded_checkpoint
-
-        def finish() -> None:
-            publish(temporary, path)
-            prune(path, keep=keep)
-
-        try:
-            sharded_checkpoint.on_main(lambda: make_room(path.parent), group)
-            temporary = sharded_checkpoint.together(lambda: temporary_name(path), group)[
-                0
-            ]  # all processes use the temporary name that the main process chose
-            sharded_checkpoint.write(temporary, snapshot, group=group)
-            sharded_checkpoint.on_main(finish, group)
-        except OSError as error:
-            with suppress(OSError):
-                sharded_checkpoint.on_main(lambda: make_room(path.parent), group)
-            self.failure = write_failure(path, error)
-        except BaseException as error:  # `close` raises this error in the training loop
-            self.failure = error
-
-
 def make_room(parent: Path) -> None:
     """Create the checkpoint folder, and delete temporary files of killed runs."""
-    parent.mkdir(parents=True, exist_ok=True)
+    parent.mkdir(exist_ok=True)
     for leftover in parent.glob("*.tmp"):
         discard(leftover)
 
@@ -156,8 +82,18 @@ def publish(temporary: Path, path: Path) -> None:
     synchronize(path.parent)
 
 
+def deleted(run_dir: Path) -> TrainingFailed:
+    """Return the error for a run directory that was deleted, renamed or replaced during the run."""
+    return TrainingFailed(
+        f"the run directory {run_dir} was deleted, renamed or replaced during the run, so nothing more can be saved: "
+        "restore it to resume, or run the same command again to start from the beginning"
+    )
+
+
 def write_failure(path: Path, error: Exception) -> TrainingFailed:
     """Return the error for a checkpoint that could not be written."""
+    if not path.parent.parent.exists():
+        return deleted(path.parent.parent)
     kept = [each for each in all_of(path.parent.parent) if step_of(each) < step_of(path)]
     return TrainingFailed(
         f"the checkpoint {path} could not be written ({str(error).splitlines()[0]}). "
@@ -222,7 +158,7 @@ def load_newest(
             warn(f"{error}. Falling back to the previous one")
     if paths:
         raise ConfigError(
-            f"none of the {len(paths)} checkpoints in {folder(run_dir)} can be read: "
+            f"none of the {len(paths)} checkpoints in {folder(run_dir)} can be used: "
             "delete the folder to start from the beginning, or restore a copy"
         )
     return None

@@ -14,6 +14,7 @@ from sslcli.config.moved import current_config
 from sslcli.distributed import collectives
 from sslcli.engine import fsdp
 from sslcli.engine.checkpoint import RefusedCheckpoint
+from sslcli.engine.phases import phases_from
 from sslcli.engine.run import Run
 from sslcli.system.stored import DamagedFile, checked
 
@@ -66,7 +67,14 @@ class OptimizerState(TypedDict):
     param_groups: list[Any]
 
 
-class TrainingState(TypedDict):
+class TrainingOptions(TypedDict, total=False):
+    """Fields that not all checkpoints have."""
+
+    config: dict[str, Any] | None
+    phases: list[dict[str, Any]]
+
+
+class TrainingState(TrainingOptions):
     """Fields that a run needs to resume."""
 
     step: int
@@ -88,6 +96,11 @@ def check_state(run: Run, path: Path, state: dict[str, Any]) -> None:
     checked(state, TrainingState, path, remedy=REMEDY)
     if not state["processes"]:
         raise DamagedFile(path, "it has the state of no process", REMEDY)
+    try:
+        if "phases" in state:  # only runs that were extended store phases
+            phases_from(state["phases"])
+    except ValueError as error:
+        raise DamagedFile(path, f"its phases are invalid: {error}", REMEDY) from error
     check_configuration(path, state.get("config"), run.config, may_differ=run.may_differ)
     names = {name for name, _ in run.method.named_parameters()}
     broken = [name for name in sorted(names & state["method"].keys()) if not _is_finite(state["method"][name])]

@@ -13,23 +13,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sslcli.config.settings import TrainSettings
 from sslcli.distributed import collectives, watchdog
-from sslcli.engine import checkpoint, fsdp, gradient_cache, precision
-from sslcli.engine.resume import resume, save_good
+from sslcli.engine import fsdp, gradient_cache, precision
+from sslcli.engine.checkpoint_writer import Writer
+from sslcli.engine.resume import save_good
 from sslcli.engine.run import Run
 from sslcli.errors import Stopped
 from sslcli.methods.base import Batch, Method
 
 
-def train(run: Run) -> None:
-    """Train until the last step. If there are checkpoints, resume from the newest one.
+def train(run: Run, step: int) -> None:
+    """Train from `step` to the last step. `step` is the return value of `resume`.
 
     Raises Stopped after a signal or at the time limit, as soon as a checkpoint is saved. Raises TrainingFailed if the
     loss is not finite, if the representation has collapsed, or if the disk or a data worker fails.
     """
-    step, total, monitor = resume(run), run.total_steps, run.monitor
+    total, monitor = run.total_steps, run.monitor
     model = run.method if run.settings.cached_gradients else parallel(run.method, run.device)
     monitor.start(step, total)
-    writer = checkpoint.Writer(sharded=fsdp.is_sharded(run.method))
+    writer = Writer(run.run_dir, sharded=fsdp.is_sharded(run.method))
     with closing(run.loader.steps(step, total)) as batches, closing(writer):
         while step < total:
             watchdog.report_progress(f"{watchdog.IMAGES} of step {step + 1}")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sslcli.config.settings import TrainSettings
+from sslcli.config.settings import EXTENSIONS, TrainSettings, check_choice
 from sslcli.errors import ConfigError
 from sslcli.nn import schedule
+from sslcli.system.stored import mismatch
 
 LENGTH_KEYS = ("train.epochs", "train.max_steps", "train.extend")  # may change between two starts of a run, see `plan`
 
@@ -29,6 +31,23 @@ class Phase:
     start: int
     total: int
     extend: str
+
+
+def phases_from(rows: Any) -> tuple[Phase, ...]:
+    """Return the phases in a stored list of their fields. Raises ValueError if the list is invalid."""
+    wrong = mismatch(rows, list[Phase])
+    if wrong:
+        raise ValueError(wrong)
+    try:
+        phases = tuple(Phase(**row) for row in rows)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    starts = [phase.start for phase in phases]
+    if starts[:1] != [0] or starts != sorted(set(starts)) or any(phase.start >= phase.total for phase in phases):
+        raise ValueError("steps are not in order")
+    for phase in phases:
+        check_choice("extend", phase.extend, EXTENSIONS)
+    return phases
 
 
 def plan(history: Sequence[Phase], *, step: int, total: int, extend: str) -> tuple[Phase, ...]:

@@ -14,22 +14,23 @@ import torch
 from sslcli.distributed import collectives, watchdog
 from sslcli.engine import checkpoint, fsdp
 from sslcli.engine.checkpoint_check import check_state
+from sslcli.engine.checkpoint_writer import Writer
 from sslcli.engine.optim import load_optimizer
-from sslcli.engine.phases import Phase, plan
+from sslcli.engine.phases import Phase, phases_from, plan
 from sslcli.engine.run import Run
-from sslcli.errors import ConfigError, TrainingFailed
+from sslcli.errors import TrainingFailed, with_traceback
 from sslcli.kernels import library
 from sslcli.weights.renamed import with_current_names
 
 
-def save_good(run: Run, step: int, writer: checkpoint.Writer) -> None:
+def save_good(run: Run, step: int, writer: Writer) -> None:
     """Write a checkpoint if all weights and all losses so far are finite; otherwise raise TrainingFailed."""
     run.monitor.check_finite()
     run.monitor.check_weights(step, run.method)
     save(run, step, writer)
 
 
-def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
+def save(run: Run, step: int, writer: Writer) -> None:
     """Write a checkpoint. All processes must call this function.
 
     Rank 0 writes the checkpoint. With sharded parameters, each rank writes its own shards in the background.
@@ -51,7 +52,7 @@ def save(run: Run, step: int, writer: checkpoint.Writer) -> None:
     }
     if len(run.phases) > 1:
         state["phases"] = [asdict(phase) for phase in run.phases]
-    writer.save(run.run_dir, state, keep=run.settings.keep)
+    writer.save(state, keep=run.settings.keep)
     run.monitor.good_step = step
 
 
@@ -75,7 +76,7 @@ def resume(run: Run) -> int:
         restore(run, state)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         path = checkpoint.folder(run.run_dir) / f"step-{state['step']:08d}"
-        raise ConfigError(f"the checkpoint {path} does not fit this method or backbone: {error}") from error
+        raise with_traceback(f"the checkpoint {path} does not fit this method or backbone: {error}", error) from error
     before, now = state["environment"], environment_fingerprint(run)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     run.monitor.good_step = state["step"]
@@ -123,8 +124,8 @@ def phases_of_checkpoint(state: dict[str, Any], steps_per_epoch: int) -> tuple[P
     A run that was never extended stores no phases. Its only phase is derived from the configuration in the checkpoint.
     """
     if "phases" in state:
-        return tuple(Phase(**phase) for phase in state["phases"])
-    train = state.get("config", {}).get("train", {})
+        return phases_from(state["phases"])
+    train = (state.get("config") or {}).get("train", {})
     if "epochs" not in train:
         return ()
     return (Phase(0, train.get("max_steps") or train["epochs"] * steps_per_epoch, "rescale"),)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
-from zipfile import ZipFile
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,7 @@ from sslcli.engine.precision import DTYPES, autocast
 from sslcli.errors import ConfigError, NotFinite
 from sslcli.system import atomic
 from sslcli.system.stored import DamagedFile, checked, read_or_set_aside
+from sslcli.weights.files import broken_part
 
 if TYPE_CHECKING:
     from sslcli.data.sources.base import Source
@@ -271,8 +271,7 @@ def _read(path: Path) -> CachedFeatures:
     """Return the content of a cache file. Raises DamagedFile if it is damaged."""
     remedy = "remove it"
     try:
-        with ZipFile(path) as archive:  # torch.load with mmap does not verify checksums
-            broken = archive.testzip()
+        broken = broken_part(path)
         if broken:
             raise DamagedFile(path, f"the checksum of {broken} is wrong", remedy)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

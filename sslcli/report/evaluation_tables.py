@@ -27,6 +27,7 @@ class ResultOptions(TypedDict, total=False):
     step: int
     baselines: dict[str, Score]
     net: str
+    net_sha256: str
 
 
 class Result(Score, ResultOptions):

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import platform
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Collection
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
 from sslcli.config.added import with_added_keys
 from sslcli.config.comparison import changed_settings
 from sslcli.config.moved import current_config
-from sslcli.config.yaml_files import as_yaml
 from sslcli.engine import checkpoint_names
 from sslcli.engine.phases import LENGTH_KEYS, Phase
 from sslcli.errors import ConfigError, is_disk_failure
 from sslcli.report.terminal import print_text
 from sslcli.runs import length
 from sslcli.runs.moved_images import possibly_moved
-from sslcli.system import atomic
 from sslcli.system.locks import NO_LOCKS
 from sslcli.system.regular_files import kind_of
-from sslcli.system.stored import checked, read_json, read_or_set_aside, read_yaml
+from sslcli.system.stored import DamagedFile, checked, read_yaml
 
 # Files and folders that the run writes during training.
 WRITTEN_DURING_RUN = (checkpoint_names.FOLDER, "tensorboard", "metrics.jsonl", "console.log")
@@ -54,7 +46,18 @@ class Node(TypedDict):
     _target_: str
 
 
-class StoredConfig(TypedDict):
+class StoredGroups(TypedDict, total=False):
+    """Keys of config.yaml whose types are checked if they exist."""
+
+    dataset: Node
+    backbone: Node
+    views: dict[str, Any]
+    optimizer: dict[str, Any]
+    launcher: dict[str, Any]
+    monitor: dict[str, Any]
+
+
+class StoredConfig(StoredGroups):
     """Required keys of config.yaml.
 
     `effective` is the last key of the file, so it is missing if the file is truncated.
@@ -87,13 +90,6 @@ class TrainedConfig(TypedDict):
     views: dict[str, Any]
     monitor: dict[str, Any]
     effective: Effective
-
-
-class Environment(TypedDict):
-    """Keys of environment.json: the environments of the first start and of the latest start of the run."""
-
-    first: dict[str, Any]
-    latest: dict[str, Any]
 
 
 def check_layout(run_dir: Path) -> None:
@@ -219,6 +215,10 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     check_layout(run_dir)
     config: dict[str, Any] = dict(read_yaml(path, StoredConfig, remedy=REMEDY))
     found = current_config({str(key): value for key, value in config.items()})[0]
+    try:
+        length.stored_phases(found)
+    except ValueError as error:
+        raise DamagedFile(path, str(error), REMEDY) from error
     return found | ({"dataset": with_added_keys(found["dataset"])} if "dataset" in found else {})
 
 
@@ -283,64 +283,3 @@ def lock(run_dir: Path, *, patience: float = 3.0) -> IO[str]:
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     return file
-
-
-def write_description(
-    run_dir: Path,
-    values: dict[str, Any],
-    *,
-    overrides: list[str],
-    effective: dict[str, Any],
-    device: str,
-    threads: int,
-    warn: Callable[[str], None],
-) -> None:
-    """Write the files that describe the run: config.yaml, overrides.txt and environment.json.
-
-    If environment.json is damaged, the file is set aside, and `warn` is called.
-    """
-    path = run_dir / "overrides.txt"
-    if not path.exists():
-        atomic.replace(path, "".join(f"{line}\n" for line in overrides).encode("utf-8", "surrogateescape"))
-    path = run_dir / "environment.json"
-    now = environment(device=device, threads=threads)
-    earlier = read_or_set_aside(
-        partial(read_json, path, Environment, remedy="remove it"),
-        warn=warn,
-        consequence="the environment of the first start is unknown, so the current one takes its place",
-    )
-    first = now if earlier is None else earlier["first"]
-    atomic.replace(path, json.dumps({"first": first, "latest": now}, indent=2).encode())
-    # A finished run is extended here. If it is killed between the next two lines, the next start extends it.
-    (run_dir / "done").unlink(missing_ok=True)
-    atomic.replace(run_dir / "config.yaml", as_yaml(values | {"effective": effective}).encode())
-
-
-def environment(*, device: str, threads: int) -> dict[str, Any]:
-    """Return date and time, command, versions, machine and state of the git repository, as plain values."""
-    packages = ["sslcli", "torch", "torchvision", "hydra-core", "omegaconf", "numpy", "pillow"]
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "device": device,
-        "threads": threads,
-        "git": git_state(),
-    }
-
-
-def git_state() -> dict[str, Any] | None:
-    """Return the commit and the number of changed files of the git repository of the working directory.
-
-    Return None if the working directory is not in a git repository.
-    """
-    if shutil.which("git") is None:
-        return None
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if commit.returncode != 0:
-        return None
-    status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, check=False)
-    return {"commit": commit.stdout.strip(), "changed_files": len(status.stdout.splitlines())}

@@ -66,12 +66,18 @@ def export(config: ExportSettings) -> None:
         weights = {name[len(BACKBONE) :]: value for name, value in weights.items() if name.startswith(BACKBONE)}
         weights = unwrapped(check_backbone_alone(saved, weights, trust=config.trust), weights)
     write(out, {"state_dict": weights, "what": what, **description(saved, run_dir, loaded, trust=config.trust)})
+    broken = [name for name, value in weights.items() if isinstance(value, Tensor) and not value.isfinite().all()]
     numbers = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
     with Screen() as screen:
         screen.table(
             f"exported: {out}",
             {"what": what, "step": step, "parameters": numbers, "size (MB)": round(out.stat().st_size / 1e6, 1)},
         )
+        if broken:
+            screen.warn(
+                f"{len(broken)} of {len(weights)} tensors are not finite, {broken[0]} among them: the run diverged; "
+                "export an earlier checkpoint with checkpoint=STEP"
+            )
         screen.say(f"to evaluate it: ssl-eval weights={out} dataset=...")
 
 

@@ -17,7 +17,7 @@ from sslcli.evaluation.task import FineTuned
 from sslcli.report.evaluation_tables import results
 from sslcli.runs.evaluation import Evaluation
 from sslcli.runs.result_name import join_parts
-from sslcli.system.stored import checked
+from sslcli.system.stored import DamagedFile, checked
 from sslcli.weights.files import load_strictly, load_weights
 
 
@@ -71,6 +71,8 @@ def load(evaluation: Evaluation, requested: str) -> FineTuned:
     if not path.exists():
         raise ConfigError(f"{name}.json names the network {path}, which does not exist: run protocol={protocol} again")
     remedy = f"run protocol={protocol} again"
+    if result.get("net_sha256", "") not in ("", checkpoint.sha256(path)):  # "": result of an old version
+        raise DamagedFile(path, f"it does not match the checksum in {name}.json", remedy)
     state: dict[str, Any] = dict(checked(load_weights(path, device=evaluation.device), SavedNet, path, remedy=remedy))
     version = state.get("dataset_version", source.version)  # files of older versions contain only the fingerprint
     if (state["dataset_fingerprint"], version) != (source.fingerprint, source.version):

@@ -16,8 +16,14 @@ from sslcli.errors import ConfigError
 from sslcli.report.console import Screen
 from sslcli.runs import directory
 from sslcli.system import atomic
+from sslcli.system.stored import DamagedFile, read_bytes
 
 FILE = "images.npz"
+MAX_BYTES = 16_000_000_000  # size of the file; the records of a million images have about 30 MB
+REMEDY = (
+    "it cannot be checked whether the images changed since this run started; restore a copy, or delete the file to use "
+    "the images as they are"
+)
 
 
 def check_images(run_dir: Path, source: Source, screen: Screen, *, write: bool) -> None:
@@ -56,13 +62,7 @@ def _records_to_write(run_dir: Path, source: Source, screen: Screen) -> Records 
     now = collect_records(source, screen)
     if not directory.has_checkpoint(run_dir):
         return now
-    try:
-        before = stored_records(run_dir)
-    except ValueError as error:
-        raise ConfigError(
-            f"{run_dir / FILE} is damaged ({error}), so it cannot be checked whether the images changed since this run "
-            "started: restore the file, or delete it to resume with the images as they are"
-        ) from error
+    before = stored_records(run_dir)
     if before is None:
         return now
     changes = compare(before, now, times=source.verify != "sizes")
@@ -79,8 +79,8 @@ def changes_since(run_dir: Path, source: Source, screen: Screen) -> Changes | No
         return None
     try:
         before = stored_records(run_dir)
-    except ValueError as error:
-        screen.warn(f"{run_dir / FILE} is damaged ({error}): it cannot be checked whether the images changed")
+    except ConfigError as error:
+        screen.warn(str(error))
         return None
     return None if before is None else compare(before, collect_records(source, screen), times=source.verify != "sizes")
 
@@ -100,15 +100,17 @@ def warn_of_changes(run_dir: Path, source: Source, screen: Screen) -> None:
 def stored_records(run_dir: Path) -> Records | None:
     """Return the stored records of the images, or None if there are none.
 
-    Raises ValueError if the records are damaged.
+    Raises DamagedFile if the records are damaged, and ConfigError if the file cannot be read.
     """
     path = run_dir / FILE
     try:
-        return unpack(path.read_bytes())
+        return unpack(read_bytes(path, remedy=REMEDY, most=MAX_BYTES))
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise ValueError(error.strerror or str(error)) from error
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise DamagedFile(path, str(error), REMEDY) from error
 
 
 def collect_records(source: Source, screen: Screen) -> Records:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sslcli.engine import checkpoint_names
-from sslcli.engine.phases import Phase, plan
+from sslcli.engine.phases import Phase, phases_from, plan
 from sslcli.errors import ConfigError
 
 PHASES = "phases"  # key in the section `effective` of config.yaml; only runs that were extended have it
@@ -19,21 +19,16 @@ def stored_phases(config: Mapping[str, Any]) -> tuple[Phase, ...]:
     """Return the phases of a run from the content of its `config.yaml`. Return () if the content has no number of
     steps.
 
-    Raises ConfigError if the phases are invalid.
+    Raises ValueError if the phases are invalid.
     """
     effective = config.get("effective") or {}
     rows = effective.get(PHASES)
     if rows is None:
         return (Phase(0, effective["steps"], "rescale"),) if _is_count(effective.get("steps")) else ()
     try:
-        phases = tuple(Phase(**row) for row in rows)
-        valid = [_is_count(phase.total) and phase.start < phase.total for phase in phases]
-        ordered = [phase.start for phase in phases] == sorted({phase.start for phase in phases})
-        if not (all(valid) and ordered and phases[0].start == 0):
-            raise ValueError("steps are not in order")
-    except (TypeError, ValueError, IndexError) as error:
-        raise ConfigError(f"config.yaml has invalid values in effective.{PHASES} ({error}): restore a copy") from error
-    return phases
+        return phases_from(rows)
+    except ValueError as error:
+        raise ValueError(f"effective.{PHASES} is invalid: {error}") from error
 
 
 def requested_steps(config: Mapping[str, Any], values: Mapping[str, Any]) -> int | None:

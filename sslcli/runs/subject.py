@@ -23,8 +23,8 @@ from sslcli.engine.checkpoint_check import NOT_OF_THE_NETWORK, check_configurati
 from sslcli.errors import ConfigError
 from sslcli.runs import directory
 from sslcli.runs.build import accelerate, build_backbone, build_method, build_source, build_views, check_classes
-from sslcli.system.stored import checked
-from sslcli.weights.files import load_strictly, load_weights, wrapped
+from sslcli.system.stored import DamagedFile, checked
+from sslcli.weights.files import broken_part, load_strictly, load_weights, wrapped
 
 ATTEMPTS = 20  # a run that saves at every step may delete several checkpoints before one is open
 SECONDS_BETWEEN_ATTEMPTS = 0.02
@@ -228,6 +228,15 @@ def type_name(node: dict[str, Any]) -> str:
     return str(node.get("name") or node["_target_"].rpartition(".")[2].lower())
 
 
+def check_export(path: Path, content: dict[str, Any]) -> None:
+    """Raise DamagedFile if a file of ssl-export was altered, or if a value has the wrong type."""
+    remedy = "export it again with ssl-export"
+    broken = broken_part(path)
+    if broken:
+        raise DamagedFile(path, f"the checksum of {broken} is wrong", remedy)
+    checked(content, Export, path, remedy=remedy)
+
+
 def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject, Source]:
     """Return the network of a weight file, and the images.
 
@@ -237,7 +246,7 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
     found = load_weights(path, device=device)
     is_export = found.keys() >= Export.__required_keys__  # other weight files lack some of these keys
     if is_export:
-        checked(found, Export, path, remedy="export it again with ssl-export")
+        check_export(path, found)
     exported = current_config(found)[0] if is_export else {}
     if not config.dataset:
         raise ConfigError("weights=FILE requires dataset=...: choose the images to evaluate on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import threading
@@ -9,7 +10,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -21,6 +22,7 @@ from sslcli.data.workers import worker_died_error
 from sslcli.distributed import collectives, devices, processes, watchdog
 from sslcli.engine import checkpoint, precision
 from sslcli.engine.loop import train
+from sslcli.engine.resume import resume
 from sslcli.engine.run import Run
 from sslcli.errors import (
     DISK_ERRORS,
@@ -52,6 +54,7 @@ from sslcli.runs.assemble import (
     suspicious_settings,
 )
 from sslcli.runs.build import Parts, build_optimizer, build_parts
+from sslcli.runs.description import write_description
 from sslcli.runs.dry_run import dry_run, save_views
 from sslcli.runs.image_changes import check_images
 from sslcli.runs.length import phase_rows
@@ -114,7 +117,7 @@ def run(config: RunConfig) -> int:
             return _end(f"{LOST_CONTACT} (noticed here: {noticed})", processes.exit_lost(), wait=2 * WAIT)
         raise
     except OSError as error:
-        failure = disk_failure(error, run_dir, "run_dir")
+        failure = disk_failure(error, run_dir, "run_dir") or _deletion(error, run_dir)
         if failure is None:
             raise
         return _end(*failure)
@@ -129,9 +132,22 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (known or processes.lost_contact(error))
 
 
+def _deletion(error: OSError, run_dir: Path) -> tuple[str, int] | None:
+    """Return the message and exit code if a file of the run was deleted during the run, or None otherwise."""
+    if error.errno not in (errno.ENOENT, errno.ESTALE):
+        return None
+    if not run_dir.exists():
+        return str(checkpoint.deleted(run_dir)), EXIT_FAILED
+    path = Path(os.fsdecode(error.filename or ""))
+    if not path.absolute().is_relative_to(run_dir.absolute()):
+        return None
+    return f"{path} was deleted during the run: run the same command again to resume", EXIT_FAILED
+
+
 def _ignore_disk_error(failure: threading.ExceptHookArgs) -> None:
     """Ignore disk errors in TensorBoard's thread. The next write of the main thread raises the same error."""
-    if not isinstance(failure.exc_value, OSError) or failure.exc_value.errno not in DISK_ERRORS:
+    ignored = (*DISK_ERRORS, errno.ENOENT, errno.ESTALE)
+    if not isinstance(failure.exc_value, OSError) or failure.exc_value.errno not in ignored:
         threading.__excepthook__(failure)
 
 
@@ -190,21 +206,12 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
             if dry:
                 job.stop.close()  # then an interrupt ends the dry run immediately
                 return dry_run(job, parts)
+            step = resume(job)  # before config.yaml is written, so that a refused checkpoint does not change it
             if main:
-                facts |= {FINGERPRINT: parts.source.fingerprint, **phase_rows(job.phases), **moved_row(moved)}
-                directory.write_description(
-                    run_dir,
-                    config.values,
-                    overrides=config.overrides,
-                    effective=facts,
-                    device=str(device),
-                    threads=torch.get_num_threads(),
-                    warn=screen.warn,
-                )
-                prepare_monitor(job, parts, config)
+                describe(job, parts, config, facts | moved_row(moved))
             enable_garbage_collection()
             with user_code("training", passes=is_lost_process):
-                train(job)
+                train(job, step)
         except Stopped as error:
             screen.write(str(error))
             if error.by_signal and config.launcher.kind == "slurm":
@@ -286,6 +293,20 @@ def request_requeue(run_dir: Path, why: Stopped) -> None:
     if collectives.is_main():
         atomic.replace(run_dir / "slurm" / "want_requeue", str(why).partition(";")[0].encode())
     collectives.barrier()
+
+
+def describe(job: Run, parts: Parts, config: RunConfig, facts: dict[str, Any]) -> None:
+    """Write the files that describe the run, and prepare the monitor. `facts` is the startup table."""
+    write_description(
+        job.run_dir,
+        config.values,
+        overrides=config.overrides,
+        effective=facts | {FINGERPRINT: parts.source.fingerprint, **phase_rows(job.phases)},
+        device=str(job.device),
+        threads=torch.get_num_threads(),
+        warn=job.screen.warn,
+    )
+    prepare_monitor(job, parts, config)
 
 
 def prepare_monitor(job: Run, parts: Parts, config: RunConfig) -> None:

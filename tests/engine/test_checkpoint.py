@@ -121,7 +121,7 @@ def test_when_none_can_be_read_the_message_says_what_to_do(tmp_path: Path) -> No
     save(tmp_path, 1, 2)
     for step in (1, 2):
         truncate(checkpoint.path_of(tmp_path, step))
-    with pytest.raises(ConfigError, match=r"none of the 2 checkpoints in .* can be read: delete the folder"):
+    with pytest.raises(ConfigError, match=r"none of the 2 checkpoints in .* can be used: delete the folder"):
         newest_step(tmp_path)
 
 
@@ -214,6 +214,7 @@ def test_a_save_killed_at_any_moment_leaves_a_whole_newest_checkpoint(
     owner = torch if name == "save" else os
     for nth in range(1, 20):
         run_dir = tmp_path / str(nth)
+        run_dir.mkdir()
         save(run_dir, 1, 2, keep=2)
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, DiesAt(getattr(owner, name), nth, after=after))

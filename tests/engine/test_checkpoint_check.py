@@ -96,6 +96,9 @@ DAMAGES: dict[str, Any] = {
     "schema": {"schema": "new"},
     "an old schema without its fields": {"schema": 2},
     "environment": {"environment": "torch"},
+    "phases": {"phases": [{"start": 0, "total": 4}]},
+    "phases in the wrong order": {"phases": [{"start": 3, "total": 4, "extend": "decay"}]},
+    "configuration": {"config": 3},
 }
 
 
@@ -127,5 +130,5 @@ def test_weights_that_are_not_finite_are_damage_and_never_the_last_good_checkpoi
     run.stop.close()
     for step in (2, 3):
         rewrite(checkpoint.path_of(run_dir, step), method={name: value * math.nan for name, value in method.items()})
-    with pytest.raises(ConfigError, match=r"none of the 3 checkpoints .* can be read"):
+    with pytest.raises(ConfigError, match=r"none of the 3 checkpoints .* can be used"):
         resume(run)

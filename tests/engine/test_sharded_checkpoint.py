@@ -29,6 +29,7 @@ from sslcli.config.run_config import RunConfig
 from sslcli.config.settings import ExportSettings
 from sslcli.distributed import collectives
 from sslcli.engine import checkpoint, fsdp, sharded_checkpoint
+from sslcli.engine.checkpoint_writer import Writer
 from sslcli.errors import ConfigError, TrainingFailed
 from sslcli.methods.base import Method
 from sslcli.methods.byol import BYOL
@@ -77,7 +78,7 @@ def digest(state: dict[str, Any]) -> str:
 def saved(run_dir: Path, steps: int, keep: int = 10) -> list[str]:
     """Train, with a checkpoint after every step; their digests."""
     method, optimizer = assembled(seed=0)
-    writer = checkpoint.Writer(sharded=fsdp.is_sharded(method))
+    writer = Writer(run_dir, sharded=fsdp.is_sharded(method))
     digests = []
     for step in range(1, steps + 1):
         method(mine(make_batch(8, seed=step)))["loss"].backward()
@@ -85,7 +86,7 @@ def saved(run_dir: Path, steps: int, keep: int = 10) -> list[str]:
         optimizer.zero_grad()
         method.after_step(0.5)
         state = state_of(method, optimizer, step)
-        writer.save(run_dir, state, keep=keep)
+        writer.save(state, keep=keep)
         digests.append(digest(state))
     writer.close()
     return digests
@@ -209,7 +210,7 @@ def test_an_index_may_not_name_what_its_module_imports(copied: tuple[Path, list[
 def changed_at_once(run_dir: Path) -> tuple[bool, str]:
     """Whether a checkpoint was there before its writing was let go on, weights being changed meanwhile; its digest."""
     method, optimizer = assembled(seed=0)
-    writer, gate, write = checkpoint.Writer(sharded=True), threading.Event(), sharded_checkpoint.write
+    writer, gate, write = Writer(run_dir, sharded=True), threading.Event(), sharded_checkpoint.write
 
     def patient(*arguments: Any, **options: Any) -> None:
         gate.wait(60)
@@ -219,7 +220,7 @@ def changed_at_once(run_dir: Path) -> tuple[bool, str]:
     try:
         state = state_of(method, optimizer, 1)
         before = digest(state)
-        writer.save(run_dir, state, keep=1)
+        writer.save(state, keep=1)
         with torch.no_grad():
             for parameter in method.parameters():
                 collectives.local(parameter).add_(100)
@@ -241,19 +242,19 @@ def test_a_save_returns_at_once_and_holds_the_numbers_of_that_moment(tmp_path: P
 def refused_by_the_disk(run_dir: Path) -> str:
     """The second of three saves fails on process 1; return the message of the error that the third raises."""
     method, optimizer = assembled(seed=0)
-    writer, write = checkpoint.Writer(sharded=True), FileSystemWriter.write_data
+    writer, write = Writer(run_dir, sharded=True), FileSystemWriter.write_data
 
     def full(*arguments: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     try:
-        writer.save(run_dir, state_of(method, optimizer, 1), keep=3)
-        writer.close()
+        writer.save(state_of(method, optimizer, 1), keep=3)
+        writer.wait()
         if collectives.rank() == 1:
             FileSystemWriter.write_data = full  # type: ignore[method-assign]
-        writer.save(run_dir, state_of(method, optimizer, 2), keep=3)
+        writer.save(state_of(method, optimizer, 2), keep=3)
         try:
-            writer.save(run_dir, state_of(method, optimizer, 3), keep=3)
+            writer.save(state_of(method, optimizer, 3), keep=3)
         except TrainingFailed as error:
             return str(error)
         return ""

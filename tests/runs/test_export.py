@@ -6,6 +6,7 @@ import errno
 import functools
 import importlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -193,3 +194,16 @@ def test_a_wrapped_network_is_exported_with_its_own_names(kind: str, cli: Cli, t
         assert ended.code == 0, ended.err
         assert numbers(tmp_path / f"{name}.pt.eval/knn.json") == wanted
     assert cli("ssl-eval", "weights=plain.pt", *SAME, *KNN, *choice, *plug_in).code == 0
+
+
+def test_weights_that_are_not_finite_are_exported_with_a_warning(trained: Path, cli: Cli) -> None:
+    path = trained / "checkpoints/step-00000003.pt"
+    state = torch.load(path, weights_only=True)
+    name = next(name for name in state["method"] if name.startswith("backbone.") and name.endswith("weight"))
+    state["method"][name] *= math.nan
+    torch.save(state, path)
+    path.with_suffix(".sha256").unlink()
+    ended = cli("ssl-export", f"run={trained}")
+    assert (ended.code, ended.err) == (0, "")
+    assert "tensors are not finite, " in ended.out
+    assert cli("ssl-export", f"run={trained}", "what=method").out.count("the run diverged") == 1

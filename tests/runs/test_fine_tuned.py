@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from command_line import Cli, result
+from damage import flip_a_bit
 from sslcli.errors import ConfigError
 from sslcli.report.console import Screen
 from sslcli.runs.fine_tuned import find_result
@@ -50,7 +51,10 @@ def test_a_fine_tuned_net_is_kept_and_teaches_a_student(trained: Path, cli: Cli)
     ended = cli("ssl-eval", f"run={trained}", "protocol=finetune", *QUICK)
     clock = {"seconds": 0}
     assert result(trained / "eval", "finetune") | clock == tuned | clock
-    assert kept.read_bytes()
+    flip_a_bit(kept)
+    ended = cli("ssl-eval", *line)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert f"{kept} is damaged (it does not match the checksum in finetune.json)" in ended.err
 
 
 def evaluation_in(results_dir: Path, *, conditions: str = "") -> Any:

@@ -166,7 +166,7 @@ def test_a_damaged_file_is_named_with_the_way_out(run: Callable[..., Ended], tmp
     ended = run()
     assert ended.code == 2
     assert "run/images.npz is damaged (" in ended.err
-    assert "or delete it" in ended.err
+    assert "or delete the file" in ended.err
     ended = cli("ssl-eval", *KNN)
     assert (ended.code, ended.err) == (0, "")
     assert "images.npz is damaged" in ended.out

@@ -13,7 +13,6 @@ import pytest
 from command_line import SMALL, Cli
 from small_runs import complete, differences, family, metrics, newest, start_warm, survivors, wait_for_step
 from sslcli.engine.phases import Phase
-from sslcli.errors import ConfigError
 from sslcli.runs import directory, length
 
 FIRST = {"start": 0, "total": 20, "extend": "rescale"}
@@ -42,10 +41,19 @@ def test_the_length_is_read_from_the_stored_configuration_of_any_version() -> No
 
 
 @pytest.mark.parametrize(
-    "rows", [[], [{"start": 0}], [{**FIRST, "start": 3}], [FIRST, FIRST], "x", [{**FIRST, "total": "a"}]]
+    "rows",
+    [
+        [],
+        [{"start": 0}],
+        [{**FIRST, "start": 3}],
+        [FIRST, FIRST],
+        "x",
+        [{**FIRST, "total": "a"}],
+        [{**FIRST, "extend": "up"}],
+    ],
 )
 def test_invalid_phases_are_refused(rows: Any) -> None:
-    with pytest.raises(ConfigError, match=r"invalid values in effective\.phases"):
+    with pytest.raises(ValueError, match=r"^effective\.phases is invalid: "):
         length.stored_phases({"effective": {"phases": rows}})
 
 

@@ -153,7 +153,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_opened_is_followed_by_the_newe
 
 
 def replace_folder(run_dir: Path, step: int) -> None:
-    """Replace the only checkpoint by a sharded one, as `checkpoint.Writer` does on one process."""
+    """Replace the only checkpoint by a sharded one, as `Writer` does on one process."""
     path = checkpoint.path_of(run_dir, step).with_suffix("")
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -35,15 +35,38 @@ def test_resume_never_and_must_are_obeyed(run_dir: Path, cli: Cli, tmp_path: Pat
     assert (ended.code, ended.err) == (0, "")
 
 
+def test_a_start_that_is_refused_writes_no_configuration(trained: Path, cli: Cli) -> None:
+    (trained / "config.yaml").unlink()
+    (trained / "done").unlink()
+    ended = cli("ssl-train", *SMALL, "monitor.knn_k=10", "seed=9", f"run_dir={trained}")
+    assert ended.code == 2
+    assert "is the checkpoint of a run with another configuration; what differs: seed: 0 -> 9" in ended.err
+    assert not (trained / "config.yaml").exists()
+    ended = cli("ssl-train", *SMALL, "monitor.knn_k=10", f"run_dir={trained}")
+    assert (ended.code, ended.err) == (0, "")
+    assert directory.read_config(trained)["seed"] == 0
+
+
+def test_an_extension_that_is_refused_leaves_the_run_finished(trained: Path, cli: Cli) -> None:
+    for path in (trained / "checkpoints").glob("step-*.pt"):
+        path.write_bytes(b"")
+    before = (trained / "config.yaml").read_bytes()
+    ended = cli("ssl-train", *SMALL, "monitor.knn_k=10", "train.max_steps=9", f"run_dir={trained}")
+    assert ended.code == 2
+    assert "can be used" in ended.err
+    assert (trained / "config.yaml").read_bytes() == before
+    assert (trained / "done").exists()
+
+
 def note_garbage_collection(report: Path) -> None:
     """Write whether garbage collection is on when training starts, and the numbers of tracked and frozen objects."""
     from sslcli.runs import worker
 
     train = worker.train
 
-    def noted(job: Run) -> None:
+    def noted(job: Run, step: int) -> None:
         report.write_text(json.dumps([gc.isenabled(), len(gc.get_objects()), gc.get_freeze_count()]))
-        train(job)
+        train(job, step)
 
     worker.train = noted
 
