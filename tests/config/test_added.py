@@ -17,7 +17,7 @@ import yaml
 from command_line import Cli
 from small_runs import make_folder
 from sslcli.cli import compose
-from sslcli.config.added import CLASSES, KEYS, OLD_EXTENSIONS, resumed_dataset, with_added_keys
+from sslcli.config.added import CLASSES, KEYS, OLD_EXTENSIONS, resumed_dataset, with_added_keys, without_added_keys
 from sslcli.config.signatures import parameters_of
 from sslcli.data.sources import files
 from sslcli.data.sources.scan import FileSearch
@@ -166,3 +166,9 @@ def test_an_old_run_is_evaluated_on_the_images_it_had(cli: Cli, line: Callable[[
     code, _, err = cli("ssl-eval", *knn, "dataset.extensions=null")
     assert code == 0, err
     assert len(list(Path("run/eval").glob("knn*.json"))) == 2
+
+
+def test_keys_that_an_older_file_lacks_are_not_compared() -> None:
+    now = {"root": "x", "value_range": "auto", "channels": 3, "extensions": ["png"]}
+    assert without_added_keys(now, {"root": "x"}) == {"root": "x", "extensions": ["png"]}
+    assert without_added_keys(now, {"channels": 3}) == {"root": "x", "channels": 3, "extensions": ["png"]}

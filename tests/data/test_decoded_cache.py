@@ -168,7 +168,7 @@ def test_wrong_options_are_named(photos: Path, options: dict[str, Any], message:
         source(photos, "ram", **options)
 
 
-@pytest.mark.parametrize("options", [{"channels": 1}, {"value_range": "full"}, {"value_range": [0, 100]}])
+@pytest.mark.parametrize("options", [{"channels": 1}, {"value_range": "auto"}, {"value_range": [0, 100]}])
 def test_the_cache_has_the_format_of_the_images(photos: Path, options: dict[str, Any]) -> None:
     ordinary = epochs(source(photos, "disk"))
     if "channels" in options:

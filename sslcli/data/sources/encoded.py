@@ -20,8 +20,8 @@ class EncodedImages(Source):
             image has.
         value_range: mapping of pixel values to 8 bits. "auto" = images of 8 bits are not changed. Integers of more
             bits are divided by the largest value of 8, 10, 12, 14 or 16 bits, whichever is the smallest that the image
-            fits in. Floats are mapped by percentiles of the image. "full" = the range of the data type. A pair (low,
-            high) = these values are mapped to 0 and 255.
+            fits in. Floats are mapped by percentiles of the image. "full" = the range of the data type, as in version
+            0.2; the yaml files have "auto". A pair (low, high) = these values are mapped to 0 and 255.
         common: the arguments of `Source`. The defaults of `mean` and `std` are 0.5 and 0.25 for each channel.
 
     Attributes:
@@ -33,7 +33,7 @@ class EncodedImages(Source):
         *,
         scaled_decode: bool = True,
         channels: int = 3,
-        value_range: str | Sequence[float] = "auto",
+        value_range: str | Sequence[float] = "full",
         **common: Any,
     ) -> None:
         self.pixel_format = pixel_format(channels, value_range)

@@ -93,7 +93,7 @@ def datasets(root: Path, **options: Any) -> list[EncodedImages]:
     with tarfile.open(root.parent / "shard.tar", "w") as tar:
         for number, name in enumerate(files):
             add(tar, f"{number:02d}.png", (root / name).read_bytes())
-    common = {"image_size": 16, "val_fraction": 0.0} | options
+    common = {"image_size": 16, "val_fraction": 0.0, "value_range": "auto"} | options
     return [
         Folder(root=str(root), **common),
         Flat(root=str(root), **common),
@@ -123,7 +123,7 @@ def test_an_unreadable_image_becomes_a_blank_one_with_the_same_channels(tmp_path
 
 def test_the_version_of_the_images_depends_on_their_format(tmp_path: Path) -> None:
     root = fill(tmp_path / "images", "gray")
-    formats: list[dict[str, Any]] = [{}, {"value_range": "full"}, {"value_range": [0, 9]}, {"channels": 1}]
+    formats: list[dict[str, Any]] = [{}, {"value_range": "auto"}, {"value_range": [0, 9]}, {"channels": 1}]
     versions = {Flat(root=str(root), image_size=16, **options).version for options in formats}
     assert len(versions) == len(formats)
     assert len({Flat(root=str(root), image_size=16, **options).fingerprint for options in formats}) == 1
