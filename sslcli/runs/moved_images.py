@@ -1,4 +1,4 @@
-"""Runs whose images were moved: another path of the dataset is accepted if the images are the same."""
+"""Resuming of runs whose images were moved. Another path of the dataset is accepted if the images are the same."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ MOVED = "moved paths"  # key in the section `effective` of config.yaml; only run
 
 
 def possibly_moved(stored: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
-    """Return the keys of the dataset whose paths differ. `check_moved` then compares the images.
+    """Return the keys of the dataset whose paths differ, or () if the run has no fingerprint of its images.
 
-    Return () if the run has no fingerprint of its images.
+    `check_moved` then compares the images.
     """
     known = (stored.get("effective") or {}).get(FINGERPRINT)
     return tuple(moved_paths(stored, now)) if known else ()
 
 
 def earlier_moved(stored: dict[str, Any]) -> tuple[str, ...]:
-    """Return the keys of the dataset whose paths changed at an earlier start. Older checkpoints have other paths."""
+    """Return the keys of the dataset whose paths changed at an earlier start. Older checkpoints have the old paths."""
     keys = (stored.get("effective") or {}).get(MOVED)
     return tuple(key for key in keys if isinstance(key, str)) if isinstance(keys, list) else ()
 

@@ -243,9 +243,10 @@ def run_trial(config: RunConfig, loader: Loader, parts: Parts, device: torch.dev
 
 
 def check_dataset(config: RunConfig, parts: Parts, screen: Screen) -> tuple[str, ...]:
-    """Raise ConfigError on all processes if the images are not those of the run, see `check_moved` and `check_images`.
+    """Compare the images with the images of the run, see `check_moved` and `check_images`.
 
-    Return the keys of the dataset whose paths changed since the run began.
+    Return the keys of the dataset whose paths changed since the run began. Raises ConfigError on all processes if the
+    images differ.
     """
     run_dir = config.directory
     stored = directory.read_config(run_dir) if (run_dir / "config.yaml").exists() else {}

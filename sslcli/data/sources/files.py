@@ -203,9 +203,8 @@ class ListFile(ImageFiles):
             If the column has validation images, `val_fraction` has no effect.
         common: the arguments of `ImageFiles`.
 
-    Raises ConfigError if a CSV file is missing or invalid, lacks a column, or has no rows, if about 20 of the listed
-    files are checked and none of them exists, or if the same image would be in two splits. Raises ValueError if `root`
-    is not a folder.
+    Raises ConfigError if a CSV file is missing or invalid, lacks a column, or has no rows, if none of about 20 listed
+    files exists, or if the same image would be in two splits. Raises ValueError if `root` is not a folder.
     """
 
     lists_files_once = False

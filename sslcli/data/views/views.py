@@ -198,7 +198,7 @@ class Views:
     def statistics(self, *, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
         """Return the mean and standard deviation per channel with which `finish` normalizes images.
 
-        If `normalize` is False, they are 0 and 1. `mean` and `std` are those of the dataset.
+        If `normalize` is False, they are 0 and 1. `mean` and `std` are the values of the dataset.
         """
         if not self.normalize:
             return [0.0] * len(mean), [1.0] * len(std)
