@@ -47,4 +47,4 @@ bench: install
 	$(BIN)/python scripts/bench/run.py $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info sslcli/kernels/*.so .mypy_cache .pytest_cache .ruff_cache runs
+	rm -rf $(VENV) build dist *.egg-info sslcli/kernels/*.so sslcli/kernels/*.sharedlib .mypy_cache .pytest_cache .ruff_cache runs

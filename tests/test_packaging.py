@@ -64,7 +64,7 @@ def copy_of_the_project(folder: Path) -> Path:
     for name in SHIPPED:
         part = ROOT / name
         if part.is_dir():
-            shutil.copytree(part, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+            shutil.copytree(part, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.sharedlib"))
         else:
             shutil.copy(part, folder / name)
     return folder
@@ -124,6 +124,41 @@ def test_the_wheel_holds_every_module_and_every_yaml_and_nothing_else(wheel: Pat
     others = {"sslcli/conf/__init__.py", "sslcli/py.typed", "sslcli/runs/slurm/job.sh"}
     renamed = {f"sslcli/{path.relative_to(ROOT / 'sslcli')}" for path in (ROOT / "sslcli").rglob("*.yaml")}
     assert names_in(wheel) == code | conf | renamed | others | libraries()
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sslcli
+
+def fail(name):
+    raise ImportError(name)
+
+names = [found.name for found in pkgutil.walk_packages(sslcli.__path__, "sslcli.", onerror=fail)]
+for name in names:
+    importlib.import_module(name)
+from sslcli.kernels import library
+print(len(names), *library.present())
+"""
+
+
+def test_every_module_of_the_wheel_can_be_imported(installed: Path, tmp_path: Path) -> None:
+    """Documentation tools and others walk all modules; the compiled libraries must not look like modules."""
+    count, *parts = run(str(installed / "python"), "-c", IMPORT_ALL, cwd=tmp_path).split()
+    modules = [path for path in (ROOT / "sslcli").rglob("*.py") if path != ROOT / "sslcli/__init__.py"]
+    assert int(count) == len(modules) + 1  # sslcli.conf
+    assert parts == library.present()
+
+
+def test_every_module_of_an_editable_installation_can_be_imported(tmp_path: Path) -> None:
+    project = copy_of_the_project(tmp_path)
+    venv.create(tmp_path / "environment", with_pip=False)
+    python = str(tmp_path / "environment/bin/python")
+    (packages,) = (tmp_path / "environment").glob("lib/python*/site-packages")
+    (packages / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    line = ["-m", "pip", "--python", python, "install", "--no-deps", "--no-build-isolation", "-e", str(project)]
+    run(sys.executable, *line, cwd=tmp_path)
+    where = run(python, "-c", "import sslcli; print(sslcli.__file__)", cwd=tmp_path).strip()
+    assert Path(where) == project / "sslcli/__init__.py"
+    assert run(python, "-c", IMPORT_ALL, cwd=tmp_path).split()[1:] == library.present()
 
 
 def test_the_installed_command_explains_itself(installed: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Loading of the compiled C parts.
 
 Each compiled part is a C file `NAME.c`, next to the Python module that calls its functions. During installation,
-setup.py compiles the C file to the library `_NAME` if there is a C compiler with OpenMP. Without the library, torch
-operations are used.
+setup.py compiles the C file to the library `_NAME.PLATFORM.sharedlib` if there is a C compiler with OpenMP. Without
+the library, torch operations are used.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sysconfig
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
 def file_of(part: Path) -> Path:
-    """Return the path of the library compiled from a C file."""
+    """Return the path of the library compiled from a C file, as setup.py names it."""
+    return part.with_name(f"_{part.stem}.{sysconfig.get_platform()}.sharedlib")
+
+
+def older_file_of(part: Path) -> Path:
+    """Return the path of a library compiled from version 0.2 of setup.py, which gave it the name of a Python module.
+
+    After `git pull`, an editable installation has such libraries until it is installed again.
+    """
     return part.with_name(f"_{part.stem}{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
@@ -42,9 +51,11 @@ def load(part: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | No
     """
     if torch.backends.cpu.get_cpu_capability() not in CAPABLE:
         return None
-    try:
-        found = ctypes.CDLL(str(file_of(part)))
-    except OSError:
+    found = None
+    for file in (file_of(part), older_file_of(part)):
+        with suppress(OSError):
+            found = found or ctypes.CDLL(str(file))
+    if found is None:
         return None
     if part.exists() and ctypes.c_uint32.in_dll(found, "source_checksum").value != zlib.crc32(part.read_bytes()):
         warnings.warn(

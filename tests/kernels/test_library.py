@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 import zlib
 from pathlib import Path
@@ -28,6 +29,17 @@ def test_a_part_whose_file_was_changed_since_is_passed_over(part: Path, monkeypa
     monkeypatch.setattr(zlib, "crc32", lambda data: 0)
     with pytest.warns(UserWarning, match=f"{part.name} was changed since it was compiled: install sslcli again"):
         assert library.load(part, {}) is None
+
+
+@needs_avx2
+def test_a_library_with_the_file_name_of_version_0_2_is_found(tmp_path: Path) -> None:
+    source = library.PARTS[0]
+    part = tmp_path / source.name
+    compiled = next(path for path in (library.file_of(source), library.older_file_of(source)) if path.exists())
+    shutil.copy(compiled, library.older_file_of(part))
+    assert library.load(part, {}) is not None
+    library.older_file_of(part).rename(library.file_of(part))
+    assert library.load(part, {}) is not None
 
 
 def test_a_part_that_is_not_installed_is_passed_over(tmp_path: Path) -> None:
