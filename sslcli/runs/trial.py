@@ -31,7 +31,7 @@ MAX_NAMED = 3  # number of parameters that a warning names
 
 @dataclass(frozen=True)
 class Trial:
-    """What the trial of a run found.
+    """Result of the trial of a run.
 
     Attributes:
         unused: names of the trainable parameters on which the loss does not depend.
