@@ -11,9 +11,10 @@ from sslcli.distributed.collectives import exchange, rank, world_size
 class BatchShuffle:
     """Random permutation of the W * N images of a step, identical on all processes (shuffling BN, MoCo sec. 3.3).
 
-    W is the number of processes, and N is the number of images per process. The permutation depends only on `draw` and
-    W * N. It does not change if a run is resumed, or if the batch is split over another number of processes. Each row
-    is sent only to the process that needs the row. Therefore the traffic per process does not grow with W.
+    W is the number of processes, and N is the number of images per process. The permutation depends only on W * N and
+    on `draw`, the number of the shuffle. It does not change if a run is resumed, or if the batch is split over another
+    number of processes. Each row is sent only to the process that needs the row. Therefore the traffic per process does
+    not grow with W.
     """
 
     def __init__(self, num_rows: int, draw: int, device: torch.device) -> None:
@@ -21,7 +22,7 @@ class BatchShuffle:
         order = torch.randperm(world_size() * num_rows, generator=generator).view(world_size(), num_rows)
         owner = order // num_rows  # source rank of each row, by destination rank and position
         taken = owner == rank()
-        leaving = order[taken] - rank() * num_rows  # indices of own rows, by destination rank and position
+        leaving = order[taken] - rank() * num_rows  # indices of rows of this process, by destination rank and position
         arriving = owner[rank()].argsort(stable=True)  # positions in the shuffled part, by source rank
         self.sent = taken.sum(1).tolist()  # number of rows to each rank
         self.received = owner[rank()].bincount(minlength=world_size()).tolist()

@@ -47,11 +47,11 @@ def run_processes(
             failure that would repeat (an invalid configuration, a failed training) does not cause a restart. torch's
             agent would restart processes after any exit code. Therefore each restart uses a new agent, which itself
             never restarts processes.
-        on_message: called with the reason for each restart, and with the reason for the last crash.
+        on_message: called with the reason for each restart, and with the reason for a crash without another restart.
         rendezvous: for a run on several nodes; None for one node. With a rendezvous, call `run_processes` on all nodes.
-            After a crash, it returns EXIT_LOST. The agent ignores SIGUSR1 and SIGUSR2, because the scheduler sends
-            these signals to every process of the job. The training processes handle the signals, and all of them stop
-            after the same step.
+            In this case, `run_processes` returns EXIT_LOST after a crash. The agent ignores SIGUSR1 and SIGUSR2,
+            because the scheduler sends these signals to every process of the job. The training processes handle the
+            signals, and all of them stop after the same step.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -129,24 +129,26 @@ def run_once(arguments: list[str], count: int, rendezvous: Rendezvous) -> dict[i
 
 
 def first_failures(codes: dict[int, int]) -> dict[int, int]:
-    """Return `codes` (rank -> exit code) without the processes ended by SIGTERM, since the agent ended them.
+    """Return `codes` (rank -> exit code) without the processes that were ended by SIGTERM.
 
-    If SIGTERM ended all processes, return all of `codes`.
+    After the first failure, the agent ends all other processes with SIGTERM, so these processes did not fail
+    themselves. If SIGTERM ended all processes, return all of `codes`.
     """
     return {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes
 
 
 def crashed(codes: dict[int, int]) -> bool:
-    """Return True if a restart is useful because the failure may not repeat.
+    """Return True if a restart is useful, because the failure may not repeat.
 
-    `codes` holds the exit codes by rank. A code -n means that signal n ended the process.
+    This is the case if a process was killed or lost contact with the others, and no process ended with EXIT_CONFIG,
+    EXIT_FAILED or EXIT_STOPPED. `codes` holds the exit codes by rank. A code -n means that signal n ended the process.
     """
     is_final = bool({EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED} & set(codes.values()))
     return not is_final and any(code < 0 or code == EXIT_LOST for code in codes.values())
 
 
 def describe_exits(codes: dict[int, int]) -> str:
-    """Return a message that describes the exit code of each rank."""
+    """Return a message that describes the exit code of each rank. `codes` holds the exit codes by rank."""
     return ", ".join(f"process {rank} {describe_exit(code)}" for rank, code in sorted(codes.items()))
 
 
@@ -158,7 +160,7 @@ def describe_exit(code: int) -> str:
 
 
 def exit_code(codes: dict[int, int]) -> int:
-    """Combine the exit codes of the processes, by rank, into one exit code."""
+    """Return one exit code for all processes. `codes` holds the exit codes of the failed processes by rank."""
     if not codes:
         return 0
     known = (code for code in (EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED) if code in codes.values())

@@ -69,7 +69,7 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
 
 
 def die_with_parent() -> None:
-    """For a process that our agent started: end the process when the agent ends, even if SIGKILL ends the agent."""
+    """End this process as soon as our agent, its parent, has ended. This also works if SIGKILL ended the agent."""
     child_processes.kill_with_parent(int(os.environ[AGENT]))
 
 
@@ -79,13 +79,14 @@ def restarted() -> bool:
 
 
 def start_time() -> float:
-    """Return the start time of the command by `time.monotonic`. Restarts by our agent do not change it."""
+    """Return the start time of the command on the clock `time.monotonic`. Restarts by our agent do not change it."""
     return float(os.environ.get(START_TIME, time.monotonic()))
 
 
 def exit_lost() -> int:
     """Return the exit code for a process that lost contact with another process of the run.
 
-    Under our agent, the exit code is EXIT_LOST. The agent may then restart all processes.
+    If our agent started the process, the exit code is EXIT_LOST, and the agent may then restart all processes.
+    Otherwise, the exit code is EXIT_FAILED.
     """
     return EXIT_LOST if AGENT in os.environ else EXIT_FAILED

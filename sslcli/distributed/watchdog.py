@@ -113,8 +113,8 @@ def cannot_listen(port: int, error: str) -> str:
 def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[str], None]) -> Iterator[None]:
     """Watch all processes within the `with` block. A thread calls `end(message)` if no process makes progress.
 
-    After `limit` seconds without progress, every process calls `end`. One process reports the stall and passes a
-    message. All other processes pass an empty string.
+    After `limit` seconds without progress of any process, every process calls `end`. One process reports the stall and
+    passes a message. All other processes pass an empty string. A single process is watched by `watched_alone`.
     """
     if size == 1:  # there is no other rank to watch
         with watched_alone(limit=limit, end=end):
@@ -174,8 +174,8 @@ def watch_ranks(
 ) -> None:
     """Publish the progress of this process. While it makes no progress, check the progress of the other processes.
 
-    The waiting time is the number of checks times the interval between checks. It is not measured by a clock, because
-    a clock would also count the time in which this process or its machine was suspended.
+    The time without progress is the number of checks times the interval between checks. It is not measured by a clock,
+    because a clock would also count the time in which this process or its machine was suspended.
     """
     interval = min(limit / CHECKS, SLOWEST)
     still, beats, before = 0.0, 0, _own.actions
@@ -216,7 +216,11 @@ def read(store: Store, size: int) -> dict[int, Progress]:
 
 
 def stall_message(rank: int, found: dict[int, Progress], silent: set[int], limit: float) -> str:
-    """Return the message that names the stalled processes. Return "" if another process reports the stall."""
+    """Return the message that names the stalled processes. Return "" if another process reports the stall.
+
+    `rank` is the rank of this process. `found` contains the progress of each rank. `silent` contains the ranks that no
+    longer publish heartbeats. `limit` is the time limit in seconds.
+    """
     remedy = (
         "the steps since the last checkpoint are lost. Run the same command again to resume, with a larger "
         "launcher.timeout if the step was only slow"

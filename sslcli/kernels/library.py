@@ -44,10 +44,11 @@ def present() -> list[str]:
 
 
 def load(part: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | None:
-    """Load the library of a C file and set the argument types of `functions`.
+    """Load the library compiled from the C file `part`, and declare its functions.
 
-    Returns None if the library is not available. If the C file was changed after compilation (e.g. by `git pull`), the
-    function warns and returns None, because the signatures of the C functions may differ.
+    `functions` maps the name of each C function to the types of its arguments. Returns None if the library is not
+    available. If the C file was changed after compilation (e.g. by `git pull`), `load` warns and returns None, because
+    the signatures of the C functions may differ.
     """
     if torch.backends.cpu.get_cpu_capability() not in CAPABLE:
         return None

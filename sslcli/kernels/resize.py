@@ -56,7 +56,7 @@ def resized_bytes(pictures: Tensor, boxes: Tensor, size: int, *, cubic: bool) ->
 
 
 def _cut(images: Tensor, boxes: Tensor, out: Tensor, shape: tuple[int, int, int, int], size: int, cubic: bool) -> None:
-    """Write the resized crops to `out`. `shape` of an image is (planes, height, width, channels per plane)."""
+    """Write the resized crops to `out`. `shape` is (planes, height, width, channels per plane) of each image."""
     passes = library()
     assert passes is not None
     assert boxes.dtype == torch.int64

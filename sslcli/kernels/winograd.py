@@ -8,11 +8,12 @@ convolution then is a separate matrix product at each point: 36 products of (T, 
 computes one product of (16 T, 9 C) with (9 C, O). The gradient with respect to the images is also a convolution. The
 gradient with respect to the weight consists of 36 products, with the tiles as the inner dimension.
 
-`winograd_passes.c` processes a few tiles at a time. The values of these tiles then stay in the cache of a core. For
-wide layers, the C part would have to read the kernels repeatedly. Wide layers and installations without a compiler
-therefore use the implementation in torch operations. Without this module, torch uses the direct convolutions of oneDNN.
-On CPUs with AVX2, oneDNN computes the weight gradient in channels-last memory format at only half the speed of the
-forward pass and of the input gradient.
+There are two implementations. `winograd_passes.c` processes a few tiles at a time. The values of these tiles then stay
+in the cache of a core. The implementation in torch operations is used for wide layers, for which the C part would have
+to read the kernels repeatedly, and for all layers if sslcli was installed without a compiler.
+
+Without this module, torch uses the direct convolutions of oneDNN. On CPUs with AVX2, oneDNN computes the weight
+gradient in channels-last memory format at only half the speed of the forward pass and of the input gradient.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from sslcli.kernels.winograd_transforms import POINTS, TILE, from_points, gradie
 LEAST_CHANNELS = 64  # with fewer channels, the transforms take more time than the products save
 LEAST_TILES = 32  # with fewer tiles, the transform of the weight takes more time than the products save
 MOST_PADDING = 1.4  # maximum of (values in padded tiles) / (values in the maps)
-CHUNK_BYTES = 4 * 2**20  # bytes per thread for the points of a chunk of images; they fit the caches of a thread
+CHUNK_BYTES = 4 * 2**20  # bytes per thread for a chunk of images, as values at the points; fit the caches
 
 # Matrix that evaluates the three kernel values at each point: G in the paper.
 KERNEL_AT_POINTS = (
@@ -66,7 +67,7 @@ def use_winograd(net: nn.Module) -> None:
 
 
 def fits(conv: nn.Conv2d) -> bool:
-    """Return True if a convolution is 3x3 and has stride 1, padding 1 and enough channels."""
+    """Return True if a convolution is 3x3 and has stride 1, zero padding of 1 and at least LEAST_CHANNELS channels."""
     return (
         (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and (conv.groups, conv.padding_mode) == (1, "zeros")
@@ -148,8 +149,9 @@ def channels_last(images: Tensor) -> Tensor:
 def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
     """Divide the images into slices that are processed one after the other.
 
-    The caches should have room for the values of a slice at the points. The number of these values should be at least
-    the number of values of the kernels, because the kernels are read once per slice.
+    `maps` (N, H, W, C) are the images, and `kernels` (36, C, O) are the kernels at the points. At the points, a slice
+    has about `CHUNK_BYTES` per thread, which fit the caches. However, a slice has at least as many values as the
+    kernels, because all kernels are read once per slice.
     """
     n, high, wide = tiles(maps)
     image_bytes = 4 * POINTS**2 * maps.shape[3] * high * wide

@@ -3,6 +3,8 @@
 Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the points 0, 1, -1, 2, -2 and infinity
 
 Each transform has a compiled pass and a fallback in torch operations. Both give bit-identical results.
+
+Shapes: n images, H x W maps, C or O channels, T tiles. A tile has 4 x 4 values.
 """
 
 from __future__ import annotations

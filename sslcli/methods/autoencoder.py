@@ -29,7 +29,7 @@ PICTURE_SEED = 0  # seed of the corruption in saved images; constant, so that th
 def corrupt(images: Tensor, numbers: Tensor, *, kind: str, strength: float) -> Tensor:
     """Return a corrupted copy of images (N, C, S, S) in [0, 1].
 
-    Vincent et al. 2010 is the source of all kinds except block_mask.
+    All kinds of corruption except block_mask are from Vincent et al. 2010.
 
     Args:
         images: (N, C, S, S) in [0, 1]; not modified.
@@ -52,8 +52,8 @@ def corrupt(images: Tensor, numbers: Tensor, *, kind: str, strength: float) -> T
 def patch_statistics(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
     """Return the mean and the standard deviation of each patch of images (N, C, S, S), as two tensors (N, 1, S, S).
 
-    Both are computed over the pixels and channels of the patch and repeated for each pixel. The standard deviation is
-    sqrt(unbiased variance + 1e-6), as in the official code of MAE (arXiv:2111.06377).
+    Both are computed over all pixels and channels of a patch, and every pixel of the patch gets these two values. The
+    standard deviation is sqrt(unbiased variance + 1e-6), as in the official code of MAE (arXiv:2111.06377).
     """
     patches = torch.unflatten(torch.unflatten(images, 3, (-1, patch_size)), 2, (-1, patch_size))  # (N, C, h, p, w, p)
     variance, mean = torch.var_mean(patches, dim=(1, 3, 5))  # (N, h, w)
@@ -66,9 +66,9 @@ def patch_statistics(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
 def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, patch_size: int = 4) -> Tensor:
     """Return the reconstruction error of the decoder output `drawn`, averaged over images, channels and pixels.
 
-    `drawn` and `images` are (N, C, S, S). For kind="bce", `drawn` contains logits and `images` is in [0, 1]. For
-    kind="patch", `drawn` contains pixels standardized per patch. The error is computed in float32, or in float64 if the
-    input is float64.
+    `drawn` and `images` are (N, C, S, S). `kind` is one of LOSSES. For kind="bce", `drawn` contains logits and `images`
+    is in [0, 1]. For kind="patch", this function standardizes each patch of `images` and then compares it with `drawn`.
+    The error is computed in float32, or in float64 if the input is float64.
     """
     drawn, images = full_precision(drawn), full_precision(images)
     if kind == "l1":
@@ -88,9 +88,9 @@ class Autoencoder(Method):
         image_size: image side S in pixels.
         channels: image channels C.
         dim: code size D.
-        width: channels of the decoder's smallest feature map.
-        loss: mse, l1, bce or patch. With bce, the decoder outputs logits. With patch, the loss is the mse of
-            pixels that are standardized per patch.
+        width: channels of the decoder's first feature map, which has the smallest side.
+        loss: mse, l1, bce or patch. With bce, the decoder outputs logits. With patch, the loss is the mse between the
+            decoder output and the images, after each patch of the images is standardized.
         patch_size: side in pixels of the patches of loss=patch. It must be at least 2 and divide image_size.
         corruption: corruption of the input of the backbone in training: gaussian, pixel_mask, block_mask, salt_pepper,
             or None for no corruption.
@@ -149,8 +149,9 @@ class Autoencoder(Method):
     def corrupted(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return the input of the backbone: `images` (N, C, S, S) or a corrupted copy of it.
 
-        The images are corrupted if a corruption is set and the module is in training mode or `generator` (on the CPU)
-        is given.
+        No image is corrupted if the method has no corruption. Otherwise, all images are corrupted in training mode, and
+        in evaluation mode only if `generator` is given. `generator` must be on the CPU. It replaces the random numbers
+        of the method.
         """
         if self.corruption is None or not (self.training or generator):
             return images
@@ -169,7 +170,10 @@ class Autoencoder(Method):
         return corrupt(images, numbers, kind=self.corruption, strength=self.strength)
 
     def pixels(self, drawn: Tensor, images: Tensor) -> Tensor:
-        """Convert the decoder output `drawn` (N, C, S, S) to pixels on the scale of `images` (N, C, S, S)."""
+        """Convert the decoder output `drawn` (N, C, S, S) to pixels that can be compared with `images` (N, C, S, S).
+
+        With loss="patch", the pixels get the mean and the standard deviation of the patches of `images`.
+        """
         drawn, images = full_precision(drawn), full_precision(images)
         if self.loss == "bce":
             return drawn.sigmoid()

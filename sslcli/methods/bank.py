@@ -19,8 +19,10 @@ from sslcli.distributed.collectives import all_gather
 from sslcli.errors import check_positive
 from sslcli.nn.contrastive import check_momentum
 
-EPS = 1e-7  # added to the noise mass c in the denominators of `nce`, as in the official implementations
-DENSE = 8  # gathering one row of the bank takes at least as long as multiplying 8 rows in a matrix product
+EPS = 1e-7  # added to the noise mass c = K / n in the denominators of `nce`, as in the official implementations
+# Gathering one row of the bank takes at least as long as multiplying 8 rows in a matrix product. `scores` therefore
+# multiplies with all rows if the bank has at most DENSE * (K + 1) rows.
+DENSE = 8
 
 
 class Bank(nn.Module):
@@ -48,13 +50,17 @@ class Bank(nn.Module):
         self.new: list[tuple[Tensor, Tensor]] = []  # (index, embeddings) of each micro-batch of this step
 
     def known(self, index: Tensor) -> Tensor:
-        """Return a mask (N,) for the images `index` (N,): False if the row of the image is still zero, else True."""
+        """Return a mask (N,): True if the bank has an embedding of the image, False if the row of the image is zero.
+
+        `index` (N,) contains the positions of the images in the training split.
+        """
         return self.rows[index].any(1)
 
     def remember(self, index: Tensor, embeddings: Tensor, present: Tensor | None = None) -> None:
-        """Gather `index` (N,) and unit `embeddings` (N, D) from all processes and keep them until `update` is called.
+        """Gather `index` (N,) and `embeddings` (N, D) from all processes and keep them until `update` is called.
 
-        Images for which `present` (N,) is False are skipped.
+        `index` contains the positions of the images in the training split. The embeddings must have unit norm. Images
+        for which `present` (N,) is False are skipped.
         """
         index, embeddings = all_gather(index), all_gather(embeddings)
         if present is not None:
@@ -74,8 +80,8 @@ class Bank(nn.Module):
 def write(rows: Tensor, index: Tensor, embeddings: Tensor, *, momentum: float) -> None:
     """Set rows[index] to normalize(momentum * rows[index] + (1 - momentum) * embeddings), in place.
 
-    The shapes are `rows` (n, D), `index` (G,) and `embeddings` (G, D). If an image occurs more than once in `index`,
-    only its last embedding is used. The result therefore does not depend on the order of the writes.
+    The shapes are `rows` (n, D), `index` (G,) and `embeddings` (G, D) for G embeddings. If an image occurs more than
+    once in `index`, only its last embedding is used. The result therefore does not depend on the order of the writes.
     """
     ordered, places = index.sort(stable=True)
     last = places[torch.searchsorted(ordered, index, right=True) - 1]  # (G,) last occurrence of each image
@@ -111,10 +117,10 @@ def log_normalizer(logits: Tensor, num_images: int, present: Tensor | None = Non
 def nce(logits: Tensor, *, log_z: float, num_images: int) -> Tensor:
     """Return noise-contrastive estimation losses (N,), each summed over K + 1 rows (1805.01978, eq. 4 to 7).
 
-    Column 0 of `logits` (N, K + 1) belongs to the own row of the image. The other columns belong to rows that are drawn
-    uniformly from all n rows. The log-probabilities are log P = logits - log_z, and the noise mass is c = K / n. The
-    term of the own row is log(P / (P + c)), and the term of each other row is log(c / (P + c)). The terms are computed
-    from log P to avoid overflow.
+    Column 0 of `logits` (N, K + 1) is the logit of an image with its own row of the bank. The other columns are its
+    logits with K noise rows, drawn uniformly from all n rows. The log-probabilities are log P = logits - log_z, and the
+    noise mass is c = K / n. The loss is the negative sum of log(P / (P + c)) for the image's own row and
+    log(c / (P + c)) for each noise row. These terms are computed from log P to avoid overflow.
     """
     noise = (logits.shape[1] - 1) / num_images
     log_p = logits - log_z
@@ -125,16 +131,20 @@ def nce(logits: Tensor, *, log_z: float, num_images: int) -> Tensor:
 
 
 def sampled_softmax(logits: Tensor) -> Tensor:
-    """Return the cross-entropy (N,) over the columns of `logits` (N, K + 1). The target is column 0, the own row."""
+    """Return the cross-entropy (N,) over the columns of `logits` (N, K + 1).
+
+    The target is column 0, the logit of an image with its own row of the bank.
+    """
     own = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return F.cross_entropy(logits, own, reduction="none")
 
 
 @torch.no_grad()
 def own_row_wins(logits: Tensor, chosen: Tensor) -> Tensor:
-    """Return hits (N,): 1 if the own row (column 0 of `logits`, (N, K + 1)) has the largest logit, else 0.
+    """Return a tensor (N,): 1 if an image has its largest logit with its own row of the bank, else 0.
 
-    Columns of `chosen` (N, K + 1) that repeat the own row are ignored.
+    `logits` (N, K + 1) are the logits of each image with the bank rows `chosen` (N, K + 1). Column 0 of both belongs to
+    the image's own row. Other columns that repeat this row are ignored.
     """
     others = logits.masked_fill(chosen == chosen[:, :1], -torch.inf)
     return (logits[:, 0] > others.amax(1)).to(logits.dtype)

@@ -24,9 +24,9 @@ class Batch:
     """The images of one step on one process."""
 
     views: list[Tensor]  # one (N, C, H, W) tensor per view
-    index: Tensor  # (N,) position in the training set, for memory banks
+    index: Tensor  # (N,) position of each image in the training set; memory banks use it to find the image's row
     label: Tensor  # (N,) class labels, only for probes; methods must not read them
-    present: Tensor | None = None  # (N, M) bool: True if the image has the modality; None = all modalities
+    present: Tensor | None = None  # (N, M) bool: True if image n has modality m; None = all are present
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`. Copies from pinned memory are asynchronous."""
@@ -57,7 +57,7 @@ class Method(nn.Module):
         head_layers: the number of layers of the projection head whose output `head_features` can return; 0 = none.
         finetune_layer: fine-tuning starts from the output of this layer of the projection head; 0 = the output of the
             backbone.
-        mixture: the option of the constructor that mixes the images of a batch with each other (see `UnMix`), or None.
+        mixture: the `UnMix` module that mixes the images of a batch with each other, or None = images are not mixed.
     """
 
     num_views: int
@@ -71,7 +71,10 @@ class Method(nn.Module):
     mixture: UnMix | None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Raise ConfigError if a subclass sets an attribute by its old name of version 0.1, which has no effect."""
+        """Raise ConfigError if a subclass sets an attribute that was renamed after version 0.1.
+
+        Without this error, the attribute with the old name would be ignored.
+        """
         super().__init_subclass__(**keywords)
         reject_old_attributes(cls, RENAMED)
 
@@ -100,9 +103,9 @@ class Method(nn.Module):
         """Update the state of the method after an optimizer step; `progress` is t / T for the 0-based step t of T."""
 
     def scheduled(self, progress: float) -> dict[str, float]:
-        """Return by name the values that `after_step` derives from `progress`, such as the EMA momentum.
+        """Return the values that `after_step` derives from `progress`, such as the EMA momentum, by name.
 
-        A run that is extended prints how these values change.
+        If a run is extended, the values of the old and the new schedule are printed.
         """
         return {}
 

@@ -44,7 +44,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, dim: int, *, image_size: int, channels: int, width: int, hidden: int, unary: bool) -> None:
         super().__init__()
-        halvings = image_size.bit_length() - 2  # 32 -> 4, 64 -> 5, 96 -> 5
+        halvings = image_size.bit_length() - 2  # number of convolutions: 4 for 32 pixels, 5 for 64 and 96
         widths = [channels, *(width * min(2**depth, 8) for depth in range(halvings))]
         convolutions: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -139,7 +139,7 @@ class BiGAN(Game):
             lambda x: call_on_buffer_copies(self.discriminator, x, full_precision(codes.detach()), learn=True), images
         )
 
-        # Loss of encoder and generator, with swapped labels: the discriminator gets no gradient.
+        # Loss of the encoder and the generator, with swapped labels. The discriminator gets no gradient.
         real, fake = call_on_buffer_copies(
             self.discriminator, torch.cat([images, drawn]), torch.cat([codes, prior])
         ).chunk(2)

@@ -37,8 +37,8 @@ class BYOL(Method):
         momentum: initial momentum of the target network. The momentum increases to 1 with a cosine schedule. Official
             values are 0.996 for 1000 epochs and 0.99 for 100 to 300 epochs.
         predictor: False removes the predictor, as in an ablation of the paper. The representation then collapses.
-        mixture: None, or a mixture of view 1. The predictions for the mixture are compared with the targets of both
-            views.
+        mixture: an `UnMix` that mixes the first views of different images; None adds no mixtures. The predictions for
+            the mixtures are compared with the targets of both views.
     """
 
     num_views = 2

@@ -36,12 +36,12 @@ class Encoders(nn.Module):
     """One copy of a backbone per modality, applied to the channels of that modality.
 
     The first copy has the weights of the backbone. In the other copies, the values of each trainable tensor are
-    shuffled. Shuffling is equivalent to independent initialization. If `backbone.pretrained` exists and is true, no
-    weights are shuffled.
+    shuffled, which is equivalent to an independent initialization. If `backbone.pretrained` exists and is true, all
+    copies keep the weights of the backbone.
 
     Args:
-        backbone: a backbone for images with all channels. In each copy, the first convolution keeps only the channels
-            of the modality of this copy, with their weights.
+        backbone: a backbone for images with all channels. In each copy, the first convolution keeps only the input
+            channels of the copy's modality, and the weights of these channels.
         modalities: maps the name of each modality to its number of channels, in the channel order of the images.
 
     Raises ValueError if the first convolution cannot be restricted to the channels of a modality.
@@ -133,8 +133,8 @@ class CMC(Method):
             memory bank of the other modality: the row of the same image and K random rows. "nce" is noise-contrastive
             estimation, and "softmax" is the cross-entropy. With "batch", there is no bank. The loss is the
             cross-entropy over the embeddings of the other modality in the global batch.
-        negatives: K. The rows are drawn uniformly with replacement, and all pairs use the same rows. Unused with
-            "batch".
+        negatives: K. The K images whose rows are used are drawn uniformly with replacement. They are the same for all
+            pairs of modalities. Unused with "batch".
         momentum: weight of the old row in an update of a bank.
         temperature: the similarities are divided by this value.
 
@@ -211,10 +211,10 @@ class CMC(Method):
     def contrast(self, v: list[Tensor], present: Tensor | None, chosen: Tensor | None = None) -> dict[str, Tensor]:
         """Return the loss, summed over pairs and directions, and the accuracy, averaged over pairs and directions.
 
-        `v` contains the unit embeddings (N, D) of M modalities. `present` (N, M) is True if the image has the modality;
+        `v` contains the unit embeddings (N, D) of M modalities. `present` (N, M) is True if image n has modality m;
         None means that all images have all modalities. `chosen` (N, K + 1) contains the indices of the bank rows with
-        which each image is compared. Column 0 is the own row of the image. If `chosen` is None,
-        the loss compares the images of the batch.
+        which each image is compared. Column 0 is the index of the row of the same image. If `chosen` is None, the
+        embeddings are compared with the batch instead of the bank.
         """
         loss, accuracy = v[0].new_zeros(()), v[0].new_zeros(())
         for i, j in self.pairs:
@@ -234,9 +234,10 @@ class CMC(Method):
     ) -> tuple[Tensor, Tensor]:
         """Return losses (N,) and hits (N,) of the embeddings `v` (N, D) against the memory bank of the other modality.
 
-        `direction` contains the indices of the modality of `v` and of the other modality. Images for which `both` (N,)
-        is False are excluded from the normalizer Z. Each direction has its own Z, because the similarities of different
-        directions may differ in scale. A hit is 1 if the row of the same image has the largest logit, else 0.
+        A hit is 1 if the largest logit belongs to the row of the same image, else 0. `direction` is a pair: the index
+        of the modality of `v`, and the index of the other modality. `both` (N,) is True if the image has both
+        modalities; the normalizer Z is computed from these images only. Each direction has its own Z, because the
+        similarities of different directions may differ in scale. `chosen` is described in `contrast`.
         """
         bank = self.banks[self.names[direction[1]]]
         logits = scores(v, bank.rows, chosen, temperature=self.temperature)  # type: ignore[arg-type]
@@ -308,11 +309,12 @@ def checked(modalities: Mapping[str, int], channels: int) -> dict[str, int]:
 
 
 def in_batch_loss(query: Tensor, other: Tensor, present: Tensor | None, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy (N,) and hits (N,) of identifying the row of `other` that belongs to the same image.
+    """Return the cross-entropy (N,) of identifying, for each row of `query`, the row of `other` of the same image.
 
-    `query` and `other` (N, D) are unit embeddings of the same images. The candidates are the rows of `other` of all
-    processes. Gradients flow to `query` and `other` on every process. Images for which `present` (N,) is False lack the
-    other modality. These images are not used as negatives, and the caller masks their losses.
+    Also returns hits (N,): 1 if the row of the same image has the largest logit, else 0. `query` and `other` (N, D) are
+    unit embeddings of the same images. The candidates are the rows of `other` of all processes. Gradients flow to
+    `query` and `other` on every process. Images for which `present` (N,) is False lack the other modality. These images
+    are not used as negatives, and the caller masks their losses.
     """
     logits = query @ all_gather_with_grad(other).T / temperature  # (N, WN)
     if present is not None:
@@ -328,9 +330,9 @@ def in_batch_loss(query: Tensor, other: Tensor, present: Tensor | None, *, tempe
 def mean_where(values: Tensor, rows: Tensor | None) -> Tensor:
     """Return the mean of `values` (N,) over the images for which `rows` (N,) is True, or 0 if there is no such image.
 
-    rows=None selects all images. With several processes, each process returns a scaled value. The average of these
-    values over processes is the mean over the selected images of all processes. The average of their gradients is the
-    gradient of this mean.
+    rows=None selects all images. With several processes, the return value is scaled such that its average over
+    processes is the mean over the selected images of all processes. The average of the gradients is then the gradient
+    of this mean.
     """
     if rows is None:
         return values.mean()

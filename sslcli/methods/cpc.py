@@ -6,8 +6,8 @@ v2  Henaff et al. 2020              https://arxiv.org/abs/1905.09272  conf/metho
 In v2, all other patches are negatives, the grid is read in four directions, and each patch is augmented independently.
 
 Shapes: N images per process, W processes, g x g patches per image, D encoding size, E context size, M negatives. The
-contexts of one row of the grid predict the row that is `offset` rows lower. R = g - offset rows of contexts have such a
-target row.
+contexts of one row of the grid predict the row that is `offset` rows lower. Only the first R = g - offset rows of the
+grid have such a target row.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Cont
     Args:
         context: (N, R, g, E).
         targets: (N, R, g, E), for each context the vector W_k z of the patch to predict.
-        negative: (N, R, g, M) int64, indices into the targets of all processes, flattened to (W N R g, E). The sampled
-            indices may include the target of the context itself, as in public implementations. The loss therefore does
-            not reach 0.
+        negative: (N, R, g, M) int64, indices of the M negatives of each context, into the targets of all processes
+            flattened to (W N R g, E). The sampled indices may include the target of the context itself, as in public
+            implementations. The loss therefore does not reach 0.
 
     The cross-entropy is averaged over contexts. It is computed in float32 (or float64 if the input is float64), even
     under autocast. The log-softmax is exact. Public implementations use log(softmax + 1e-11). The gradient of this
@@ -295,7 +295,9 @@ class CPCv2(PatchPrediction):
             augmentation=augmentation,
         )
         self.scale = scale
-        self.target = nn.Linear(self.dim, dim, bias=False)  # a bias would only add a constant to all logits of a row
+        self.target = nn.Linear(
+            self.dim, dim, bias=False
+        )  # a bias would add the same constant to all logits of a prediction
         self.predict = self.predictors(self.context.out_channels, dim, bias=True)
 
     def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:

@@ -1,5 +1,4 @@
-"""Context networks of CPC. A context network summarizes, for each row i of patches, the rows from the top down to row
-i.
+"""Context networks of CPC. The context in row i of the grid summarizes the patches of rows 0 (top) to i.
 
 v1     van den Oord, Li, Vinyals 2018  https://arxiv.org/abs/1807.03748
 v2     Henaff et al. 2020              https://arxiv.org/abs/1905.09272
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GATED_LAYERS = 4  # GreedyInfoMax/vision/models
+GATED_LAYERS = 4  # as in the code of GreedyInfoMax (vision/models)
 RESIDUAL_BLOCKS = 5  # CPC v2, appendix
 
 

@@ -1,6 +1,7 @@
 """Division of images into grids of overlapping patches, and augmentation of each patch.
 
-Shapes: N images, S image side, g patches per side of the grid, p = 2 S / (g + 1) patch side, C channels.
+Shapes: N images, S image side, g patches per side of the grid, p = 2 S / (g + 1) patch side, C channels, M = N g g
+patches in total.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def patchify(images: Tensor, size: int) -> Tensor:
 class PatchAugmentation(nn.Module):
     """Random augmentation of each patch, independent of the other patches.
 
-    Colors and edges therefore do not continue from patch to patch.
+    The network therefore cannot predict a patch merely by continuing the colors and edges of its neighbors.
 
     Args:
         crop: fraction of the patch side that a random crop removes, at least one pixel. The crop is padded with zeros.

@@ -62,7 +62,7 @@ class DCGAN(Game):
         pool: int = 4,
     ) -> None:
         check_positive(pool=pool)
-        maps_of(backbone, torch.zeros(2, channels, image_size, image_size))  # validates the stages
+        maps_of(backbone, torch.zeros(2, channels, image_size, image_size))  # raises if there are no maps
         super().__init__(
             backbone,
             image_size=image_size,

@@ -91,7 +91,8 @@ def choose_stage(maps: dict[str, Tensor], name: str | None) -> str:
     deepest of them. If there are several stages, the last stage is excluded, because the features are the mean of its
     map: each position of this map already contributes to the features.
 
-    Raises ValueError if the stage `name` does not exist, if its map has a single position, or if there is no default.
+    Raises ValueError if the stage `name` does not exist or its map has a single position. Also raises ValueError if
+    `name` is None and the maps of all possible stages have a single position.
     """
     sides = {stage: math.sqrt(m.shape[2] * m.shape[3]) for stage, m in maps.items()}
     if name is not None:
@@ -134,7 +135,7 @@ class DeepInfoMax(Method):
         local_stage: name of the backbone stage whose map is the local feature map. None selects the map nearest to
             8 x 8.
         official_mask: True: InfoNCE uses each position of the same image as a negative with score -10, as in the
-            official code.
+            official code. False: positions of the same image are not used as negatives.
         gather_negatives: True: the images of all processes are negatives. False: only the images of the same process
             are negatives.
     """
@@ -214,7 +215,8 @@ class DeepInfoMax(Method):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return local feature maps (N, C, H, W) and features (N, num_features).
 
-        If the features are the mean of the last map, this method runs one forward pass, otherwise two.
+        One forward pass is sufficient if the features are the mean of the last map. Otherwise, the features need a
+        second forward pass.
         """
         maps = self.backbone.stages(images)  # type: ignore[operator]
         features = maps[self.last_stage].mean((2, 3)) if self.one_pass else self.backbone(images)

@@ -143,7 +143,10 @@ class InfoMin(MoCo):
 
     @contextmanager
     def grouped_by_image(self) -> Iterator[None]:
-        """Multiply the group size of BatchNorm by 9. A group then contains all nine patches of `bn_group` images."""
+        """Multiply the group size of BatchNorm by 9 within the `with` block.
+
+        A group then contains all nine patches of `bn_group` images.
+        """
         norms = [part for part in self.backbone.modules() if isinstance(part, SplitBatchNorm)]
         for norm in norms:
             norm.group *= CELLS

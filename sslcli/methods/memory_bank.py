@@ -130,9 +130,9 @@ class MemoryBank(Method):
     def stored(self) -> Tensor:
         """Return the bank rows (n, D), in the order of the training split.
 
-        Rows have unit norm. Each row is a moving average of embeddings of augmented views, computed with past weights
-        of the network. For k-NN on these rows, the queries are outputs of `projection`. The accuracy therefore differs
-        from the accuracy of k-NN on features of images without augmentation.
+        Rows have unit norm. For k-NN on these rows, the queries are outputs of `projection`. The accuracy differs from
+        the accuracy of k-NN on features of unaugmented images, because each row is a moving average of embeddings of
+        augmented views, computed with past weights of the network.
         """
         return self.bank.rows
 

@@ -29,9 +29,9 @@ def mix_global(images: Tensor, weight: float) -> Tensor:
 def mix_region(images: Tensor, weight: float, center: tuple[int, int]) -> tuple[Tensor, float]:
     """Paste a box of image N-1-i into image i, as in CutMix.
 
-    Returns the mixed images and the fraction of an image's area outside the box. The box has about 1 - `weight` of the
-    area. If the image border clips the box, the box is smaller, and the returned fraction is computed from the clipped
-    box.
+    Returns the mixed images, and the fraction of the area that still shows image i. The box has about the fraction
+    1 - `weight` of the area, and its center is `center` (row, column). If the box extends beyond the image border, it
+    is clipped. The returned fraction is computed from the clipped box.
     """
     height, width = images.shape[-2:]
     top, bottom = _span(height, weight, center[0])
@@ -53,7 +53,8 @@ class UnMix(nn.Module):
     same process. The mixed pairs, and therefore the results, depend on the number of processes.
 
     Args:
-        probability: probability that a step mixes whole images. In the other steps, a box is pasted.
+        probability: probability that a step mixes whole images (`mix_global`). In all other steps, a box of one image
+            is pasted into the other (`mix_region`).
         beta: the mixing weight is drawn from the distribution Beta(beta, beta). With 1, this distribution is uniform.
     """
 

@@ -51,7 +51,8 @@ class MoCo(Method):
         bn_group: number of images that BatchNorm normalizes together. Keys are shuffled before they are grouped
             (sec. 3.3). Otherwise, batch statistics could identify the key of a query. 32 is the batch size per GPU in
             the paper, which uses 8 GPUs.
-        mixture: None, or a mixture of view 1. Mixed images are additional queries and are never enqueued as keys.
+        mixture: an `UnMix` that mixes the first views of different images; None adds no mixtures. The mixtures are
+            additional queries. They are never enqueued as keys.
     """
 
     num_views = 2

@@ -46,8 +46,8 @@ class MoCoV3(Method):
             the official runs with ResNet do not.
         momentum: initial momentum of the momentum encoder. The momentum rises to 1 with a cosine schedule.
         temperature: tau, 1.0 for ResNet-50 and 0.2 for ViT and CIFAR.
-        mixture: None, or a mixture of view 1. Mixed images are additional queries. They are compared with the keys
-            of both views.
+        mixture: an `UnMix` that mixes the first views of different images; None adds no mixtures. The mixtures are
+            additional queries. They are compared with the keys of both views.
     """
 
     num_views = 2

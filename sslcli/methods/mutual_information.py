@@ -74,8 +74,9 @@ def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str
 def reduce_negatives(scores: Tensor, own: Tensor | None, *, measure: str, official_mask: bool = False) -> Tensor:
     """Reduce the scores of each vector with C positions, by sum or log-sum-exp: (..., C) -> (...).
 
-    `own` is True for positions of the vector's own image. The scores of these positions are excluded. If
-    `official_mask` is True, InfoNCE includes these scores with the value -10, as in the official code.
+    `own` (broadcastable to `scores`) is True for positions of the vector's own image. The scores of these positions are
+    excluded, with one exception: if `official_mask` is True, InfoNCE includes them with the value -10, as in the
+    official code. None means that no position belongs to the vector's own image.
     """
     if measure in ("InfoNCE", "DV"):
         mask = OFFICIAL_MASK if official_mask and measure == "InfoNCE" else -torch.inf
@@ -91,10 +92,11 @@ def dot_loss(
 ) -> Tensor:
     """Return the loss for dot-product scores, without temperature and normalization. All other images are negatives.
 
-    `places` (N, u, n) are embeddings of map positions, `vectors` (N, u, k) are embeddings of vectors. If `gather` is
-    True, the negatives are positions of images of all processes. If it is False, they are positions of images of this
-    process. The loss is computed in float32, or in float64 for float64 inputs. The backward pass recomputes blocks of
-    rows. In addition to the gradients, it therefore needs memory for only about `CHUNK_VALUES` scores.
+    `places` (N, u, n) are the embeddings of the map positions, and `vectors` (N, u, k) are the embeddings of the global
+    vectors. If `gather` is True, the negatives are positions of images of all processes. If it is False, they are
+    positions of images of this process. The loss is computed in float32, or in float64 for float64 inputs. If there are
+    more than about `CHUNK_VALUES` scores, they are computed in blocks, and the backward pass computes each block again.
+    The scores therefore never need more memory than one block.
 
     Raises ValueError if there are fewer than 2 images.
     """
@@ -129,7 +131,7 @@ def dot_loss(
 
 
 def concat_loss(score: nn.Module, maps: Tensor, vectors: Tensor, *, measure: str, gather: bool = True) -> Tensor:
-    """Return the loss for scores of a network. Its input is a vector, concatenated with each position of a map.
+    """Return the loss for the scores that the network `score` gives to concatenated pairs of a vector and a position.
 
     `maps` is (N, C, H, W), `vectors` is (N, D). The network `score` maps (N, D + C, H, W) to (N, 1, H, W). The
     negatives of an image are the positions of the next image. `gather` is described in `dot_loss`.

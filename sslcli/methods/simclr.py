@@ -51,7 +51,8 @@ class SimCLR(Method):
             default initialization. In a layer with BatchNorm, the scale of the weights does not change the output.
             However, small weights have a higher effective learning rate. LARS compensates for this, but SGD does not.
         temperature: divisor of the similarities: 0.1 on ImageNet with large batches, 0.5 on CIFAR-10.
-        mixture: None, or a mixture of view 1. Mixed images replace view 1 in a second loss term.
+        mixture: an `UnMix` that mixes the first views of different images; None adds no mixtures. In a second loss
+            term, the mixtures replace the first views.
     """
 
     num_views = 2

@@ -27,7 +27,8 @@ from sslcli.nn.noise import Noise
 
 LOG_VARIANCE = (-10.0, 10.0)  # range to which log-variances are clamped; prevents overflow of exp
 SMALLEST_MSE = 1e-6  # lower bound of the mean squared error, about the quantization error of 8-bit images
-# A code dimension is active if its mean has a larger variance over images (Burda et al. 2016, arXiv:1509.00519).
+# A code dimension is active if the variance of its posterior mean over images is larger than this value (Burda et al.
+# 2016, arXiv:1509.00519).
 ACTIVE = 0.01
 PICTURE_SEED = 0  # seed of the saved samples; it is fixed to make the samples of different epochs comparable
 
@@ -63,7 +64,7 @@ def bernoulli_nll(logits: Tensor, images: Tensor) -> Tensor:
 def over_processes(local: Tensor) -> Tensor:
     """Return the mean of `local` over all processes.
 
-    The gradient flows only to `local` of this process, with factor 1.
+    The gradient of the result is passed unchanged to `local` of this process. Other processes get no gradient from it.
     """
     return local + (all_reduce_mean(local.detach()) - local.detach())
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_VALUES = 1 << 22  # maximum number of similarities in memory at once: 16 MB in float32
-MIN_TEMPERATURE = 0.05  # at this temperature, sums of exp(1 / temperature) are still far below the float32 maximum
+MIN_TEMPERATURE = 0.05  # for `nt_xent_symmetric`: sums of exp(1 / 0.05) are far below the float32 maximum
 CPU_BLOCK = (256, 4096)  # (queries, negatives) per block of similarities; such a block fits the CPU caches
 
 
@@ -154,7 +154,10 @@ def info_nce(
 
 
 class _Mutual(torch.autograd.Function):
-    """Symmetric InfoNCE among the rows of one tensor. Similarities below the diagonal blocks are not computed."""
+    """Symmetric InfoNCE among the rows of one tensor.
+
+    The matrix of similarities is symmetric. Therefore the blocks below its diagonal are not computed.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -192,7 +195,7 @@ class _Mutual(torch.autograd.Function):
 
 
 def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield the blocks of logits on and above the diagonal.
+    """Yield the blocks on and above the diagonal of the matrix of logits, as (rows, columns, logits of the block).
 
     The logit of a row with itself and the logit of a row with its positive are -inf.
     """

@@ -28,10 +28,10 @@ class Decoder(nn.Module):
         dim: code size.
         image_size: image side in pixels, at least 8.
         channels: image channels.
-        width: channels of the smallest feature map, halved by each block down to 64.
+        width: channels of the first feature map. Each block halves the number of channels, but not below 64.
 
-    The smallest feature map has a side of 4 to 7 pixels, and each block doubles the side. If doubling cannot give a
-    side of `image_size` (e.g. 100), the decoder computes the next larger image and center-crops it.
+    The first feature map has a side of 4 to 7 pixels, and each block doubles the side. If no number of doublings gives
+    a side of exactly `image_size` (e.g. 100), the decoder computes the next larger image and center-crops it.
 
     Raises ValueError for arguments out of range.
     """

@@ -1,8 +1,8 @@
 """Random numbers for the images of a step. The numbers do not depend on the number of processes.
 
 torch's global generator has a different state on each process. With its numbers, results would depend on the number of
-processes. In this module, the random numbers of an image depend only on (seed, draw, index in the global batch). The
-checkpoint contains the number of draws so far.
+processes. In this module, the random numbers of an image depend only on the seed, the number of draws so far, and the
+index of the image in the global batch. The checkpoint contains the seed and the number of draws.
 
 Shapes: N images per process, W processes.
 """

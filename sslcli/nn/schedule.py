@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int = 0, final: float = 0.0) -> float:
-    """Return the fraction of the peak learning rate at the 0-based `step` of `total` (SimCLR, BYOL, MoCo v3).
+    """Return the fraction of the peak learning rate at 0-based `step` of `total` steps (SimCLR, BYOL, MoCo v3).
 
     During `warmup` steps, the fraction increases linearly from 0; the first step has learning rate 0. Then the fraction
     decreases along half a cosine. It would reach `final` at step `total`, but the last step is `total` - 1.
@@ -19,7 +19,7 @@ def warmup_cosine(step: int, *, total: int, warmup: int = 0, final: float = 0.0)
 
 
 def warmup_steps_down(step: int, *, total: int, warmup: int = 0, milestones: Sequence[float] = ()) -> float:
-    """Return the fraction of the peak learning rate at the 0-based `step` of `total`.
+    """Return the fraction of the peak learning rate at 0-based `step` of `total` steps.
 
     During `warmup` steps, the fraction increases linearly. Then it is multiplied by 0.1 at each milestone. Milestones
     are given as fractions of `total`.
