@@ -117,4 +117,6 @@ def _opacity(samples: Samples) -> NDArray[np.uint8]:
 
 def _wrong_bands(count: int, channels: int) -> ValueError:
     bands = f"{count} band{'s' * (count != 1)}"
-    return ValueError(f"the image has {bands}, but dataset.channels is {channels}")
+    return ValueError(
+        f"the image has {bands}, but dataset.channels is {channels} (dataset.channels={count} reads all bands)"
+    )
