@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from sslcli.config.schema import check_has_target
 from sslcli.config.targets import check_target, trusted_packages
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
+from sslcli.distributed import processes
 from sslcli.engine import fsdp
 from sslcli.engine.optim import parameter_groups
 from sslcli.errors import ConfigError, TrainingFailed, first_line, nearest, summary, user_code, with_traceback
@@ -242,7 +244,10 @@ def build_parts(config: RunConfig) -> Parts:
     trust = config.trust
     groups = ("dataset", "views", "method", "backbone", "optimizer")
     check_classes({group: config.values[group] for group in groups}, trust=trust)
-    source = build_source(config.dataset, trust=trust)
+    with warnings.catch_warnings():
+        if processes.number() > 0:  # rank 0 prints the same warnings about the files
+            warnings.simplefilter("ignore", UserWarning)
+        source = build_source(config.dataset, trust=trust)
     views = build_views(config.views, trust=trust)
     method = build_method(
         config.method,

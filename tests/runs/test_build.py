@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from torch import nn
 
 from command_line import SMALL as QUICK
 from command_line import Cli
+from small_runs import make_folder
 from sslcli.cli.compose import checked_jobs
 from sslcli.config.run_config import RunConfig
+from sslcli.distributed import processes
 from sslcli.errors import ConfigError
 from sslcli.methods.mixture import UnMix
 from sslcli.runs.build import Parts, build, build_parts
@@ -198,3 +201,17 @@ def test_a_file_of_weights_and_a_run_directory_have_no_more_rights_than_a_comman
         ended = cli("ssl-eval", "run=run", "protocol=knn")
         assert (ended.code, "is a function" in ended.err) == (2, True), ended.err
     assert not Path("ran").exists()
+
+
+def test_only_rank_0_warns_about_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = make_folder(tmp_path / "images", broken=0)
+    (images / "a/notes.txt").touch()
+    config = checked_jobs(
+        "train", get_args_parser().parse_args(["dataset=folder", f"dataset.root={images}", "dataset.image_size=16"])
+    )[0]
+    for rank in (0, 1):
+        monkeypatch.setattr(processes, "number", lambda rank=rank: rank)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            build_parts(RunConfig.from_plain(config))
+        assert len([each for each in caught if "1 .txt" in str(each.message)]) == (1 if rank == 0 else 0)
