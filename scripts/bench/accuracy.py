@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -52,28 +53,31 @@ def sslcli_curve(method: str, images: Path, out: Path, seconds: float) -> Curve:
         f"train.batch_size={BATCH}",
         *([f"method.bn_group={BATCH}"] if method == "moco_v2" else []),
     ]
+    pilot_dir, run_dir = out / f"pilot_{method}", out / method
+    for leftover in (pilot_dir, run_dir):  # of an interrupted benchmark
+        shutil.rmtree(leftover, ignore_errors=True)
     pilot = [
         f"train.max_steps={PILOT_STEPS}",
         "train.log_every_steps=10",
         "monitor.knn_every_epochs=0",
-        f"run_dir={out / 'pilot'}",
+        f"run_dir={pilot_dir}",
     ]
     subprocess.run([*line, *pilot, "resume=never"], check=True, stdout=subprocess.DEVNULL)
-    rates = sorted(record["train/images_per_s"] for record in metrics(out / "pilot") if "train/images_per_s" in record)
+    rates = sorted(record["train/images_per_s"] for record in metrics(pilot_dir) if "train/images_per_s" in record)
     steps = int(STEP_FRACTION * seconds * rates[len(rates) // 2] / BATCH)
-    run = yaml.safe_load((out / "pilot" / "config.yaml").read_text())
+    run = yaml.safe_load((pilot_dir / "config.yaml").read_text())
     assert run["monitor"]["knn_images"] in (None, BANK), run["monitor"]
     epochs = max(1, round(steps * BATCH / 45_000 / POINTS))
     final = [
         f"train.max_steps={steps}",
         f"monitor.knn_every_epochs={epochs}",
-        f"run_dir={out / method}",
+        f"run_dir={run_dir}",
         "resume=never",
     ]
     subprocess.run([*line, *final], check=True, stdout=subprocess.DEVNULL)
     return [
         (record["wall"], record["monitor/knn_top1"], record["step"] * BATCH)
-        for record in metrics(out / method)
+        for record in metrics(run_dir)
         if "monitor/knn_top1" in record
     ]
 

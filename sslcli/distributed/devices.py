@@ -70,5 +70,9 @@ def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False
 
 
 def set_threads(threads: int | None) -> None:
-    """Set the number of CPU threads of torch. With None, each process gets an equal fraction of the cores."""
-    torch.set_num_threads(threads or cpu.cores_per_process())
+    """Set the number of CPU threads of torch.
+
+    With None, OMP_NUM_THREADS or MKL_NUM_THREADS is used if it is set. Otherwise, each process gets an equal fraction
+    of the cores.
+    """
+    torch.set_num_threads(threads or cpu.requested_threads() or cpu.cores_per_process())

@@ -27,7 +27,7 @@ from sslcli.sweeps.job import (
     record_start,
 )
 from sslcli.sweeps.status import describe_runner, is_due, is_running
-from sslcli.system.cpu import usable
+from sslcli.system.cpu import requested_threads, usable
 from sslcli.system.locks import lock
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # jobs save and stop on any of these
@@ -66,12 +66,13 @@ def slots_of(config: dict[str, Any], *, jobs: int | None, wanted: int | None) ->
         return [Slot()] * min(jobs or 1, wanted or jobs or 1)
     devices = cuda_devices(config["device"])
     cores = usable()
+    threads = launcher.get("threads") or requested_threads() or CORES_PER_JOB
     processes = 1 if launcher["kind"] == "local" else launcher["processes"] or len(devices) or 2
     groups = [tuple(devices[i : i + processes]) for i in range(0, len(devices) - processes + 1, processes)]
     if devices or ":" in config["device"] or config["device"] == "mps":
         count = wanted or len(groups) or 1
     else:
-        count = wanted or len(cores) // (processes * (launcher.get("threads") or CORES_PER_JOB)) or 1
+        count = wanted or len(cores) // (processes * threads) or 1
     count = min(count, jobs or count)
     if count == 1:
         return [Slot(groups[0] if groups else None)]

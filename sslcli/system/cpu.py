@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from sslcli.system.launch_variables import local_world_size
+from sslcli.system.launch_variables import AGENT, local_world_size
 
 # Number of times that an idle thread spins before it sleeps. 5,000 spins take about fifty microseconds. The default of
 # GNU OpenMP is 300,000, which takes milliseconds. With 1,000 or 0, threads sleep and wake up between operations on
@@ -23,6 +23,25 @@ def usable() -> list[int]:
 def cores_per_process() -> int:
     """Return the number of cores per process, at least 1: usable cores / LOCAL_WORLD_SIZE (set by launchers)."""
     return max(1, len(usable()) // local_world_size())
+
+
+def requested_threads() -> int | None:
+    """Return the number of threads per process that the environment requests, at most the usable cores, or None.
+
+    As in torch, MKL_NUM_THREADS takes precedence over OMP_NUM_THREADS, and invalid values are ignored. torchrun sets
+    OMP_NUM_THREADS=1 if the user has not set it. Therefore, this value is ignored under torchrun.
+    """
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and AGENT not in os.environ
+    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        text = (
+            os.environ.get(name, "").partition(",")[0].strip()
+        )  # OMP_NUM_THREADS may have one value per nesting level
+        if not (text.isascii() and text.isdecimal() and int(text)):
+            continue
+        if name == "OMP_NUM_THREADS" and int(text) == 1 and under_torchrun:
+            continue
+        return min(int(text), len(usable()))
+    return None
 
 
 def limit_spinning() -> None:

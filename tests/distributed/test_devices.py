@@ -123,3 +123,15 @@ def test_a_method_is_placed_on_the_gpu_whole(one_gpu: list[int], monkeypatch: py
     move_to_device(method, TRAIN, devices.pick_device("auto"))
     assert given == [torch.device("cuda", 0)]
     assert {tensor.device.type for tensor in method.state_dict().values()} == {"meta"}
+
+
+def test_the_number_of_threads_is_the_first_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    before = torch.get_num_threads()
+    try:
+        for requested, threads, expected in (("2", 3, 3), ("2", None, 2), ("", None, 6)):
+            monkeypatch.setenv("OMP_NUM_THREADS", requested)
+            devices.set_threads(threads)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

@@ -18,6 +18,13 @@ from sslcli.sweeps.queue import Relay, Running, Slot, cores_of_slot, pinned, slo
 LOCAL: dict[str, Any] = {"kind": "local", "threads": None}
 
 
+@pytest.fixture(autouse=True)
+def _no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment requests no number of threads."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def slots(
     monkeypatch: pytest.MonkeyPatch,
     *,
@@ -71,6 +78,12 @@ def test_on_the_processor_each_job_gets_a_few_cores(
         used = [core for slot in found for core in slot.cores or ()]
         assert set(used) == set(range(cores))
         assert len(used) == max(cores, count)
+
+
+def test_threads_of_the_environment_count_as_cores_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert len(slots(monkeypatch)) == 8
+    assert len(slots(monkeypatch, launcher=LOCAL | {"threads": 8})) == 2
 
 
 def test_a_named_gpu_takes_one_job_at_a_time_and_slurm_takes_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,39 @@ def test_processes_of_a_run_share(processes: str | None, expected: int, monkeypa
     assert cpu.cores_per_process() == expected
 
 
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"OMP_NUM_THREADS": "1"}, 1),
+        ({"OMP_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "99"}, 6),
+        ({"OMP_NUM_THREADS": " 4,2"}, 4),
+        ({"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "1"}, 1),
+        ({"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "x"}, 2),
+        ({"OMP_NUM_THREADS": "0"}, None),
+        ({"OMP_NUM_THREADS": "-1"}, None),
+        ({"OMP_NUM_THREADS": ""}, None),
+        ({"OMP_NUM_THREADS": "1"} | TORCHRUN, None),
+        ({"OMP_NUM_THREADS": "2"} | TORCHRUN, 2),
+        ({"OMP_NUM_THREADS": "1", "SSLCLI_AGENT": "7"} | TORCHRUN, 1),
+        ({"MKL_NUM_THREADS": "1"} | TORCHRUN, 1),
+    ],
+)
+def test_threads_that_the_environment_requests(
+    environment: dict[str, str], expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "SSLCLI_AGENT", *TORCHRUN):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cpu.requested_threads() == expected
+
+
 def reported(tmp_path: Path, **environment: str) -> str:
     """Return the settings that GNU OpenMP prints when `ssl-train` loads it."""
     # Commands that other tests called in this process have set it.
