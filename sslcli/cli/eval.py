@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +45,17 @@ def check_changes(config: dict[str, Any]) -> None:
         return
     from sslcli.config.own_dataset import dataset_of_run
     from sslcli.runs.directory import read_config
-    from sslcli.system.stored import DamagedFile
 
     run_dir = Path(config["run"])
     if (run_dir / "config.yaml").exists():
         dataset_of_run(read_config(run_dir), changes, trust=config["trust"])
         return
     for found in sorted(run_dir.glob("*/config.yaml")):
-        with suppress(DamagedFile):  # the evaluation reports this run, and evaluates the others
-            dataset_of_run(read_config(found.parent), changes, trust=config["trust"])
+        try:
+            saved = read_config(found.parent)
+        except ConfigError:  # the evaluation reports this run, and evaluates the others
+            continue
+        dataset_of_run(saved, changes, trust=config["trust"])
 
 
 def _suggestions(path: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from contextlib import suppress
@@ -24,7 +25,7 @@ from sslcli.runs.slurm import queue
 from sslcli.runs.slurm.script import render
 from sslcli.system import atomic, child_processes
 from sslcli.system.locks import locked
-from sslcli.system.stored import DamagedFile, read_json
+from sslcli.system.stored import DamagedFile, read_json, read_text, shown
 
 CONFIG = "config.json"  # configuration of a job that does not start after another job
 
@@ -84,9 +85,15 @@ def submit_once(run_dir: Path, config: RunConfig) -> str:
 
 
 def config_name(folder: Path) -> str:
-    """Return the name of the configuration of the newest job."""
-    path = folder / "job_config"
-    return path.read_text(encoding="utf-8").strip() if path.exists() else CONFIG
+    """Return the name of the configuration of the newest job. Raises DamagedFile if the stored name is damaged."""
+    path, remedy = folder / "job_config", "check with squeue that no job of this run is active, then remove it"
+    try:
+        name = read_text(path, remedy=remedy).strip()
+    except FileNotFoundError:
+        return CONFIG
+    if not re.fullmatch(rf"config(-after-{queue.JOB_ID})?\.json", name):
+        raise DamagedFile(path, f"its content is {shown(name)}, but it must be the name of a configuration", remedy)
+    return name
 
 
 def is_longer(config: RunConfig, path: Path, job: str) -> bool:

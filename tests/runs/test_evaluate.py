@@ -227,3 +227,17 @@ def test_an_exception_of_a_protocol_is_reported_with_its_traceback(trained: Path
     ended = cli("ssl-eval", *line, "protocol.error=ValueError")
     assert ended.code == 2
     assert ended.err == "ssl-eval: the reason (SSLCLI_DEBUG=1 shows the traceback)\n"
+
+
+def test_a_run_without_a_readable_configuration_does_not_stop_changes_of_the_dataset(
+    trained: Path, cli: Cli, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(trained, tmp_path / "sweep" / name, symlinks=True)
+    (tmp_path / "sweep/a/config.yaml").unlink()
+    os.mkfifo(tmp_path / "sweep/a/config.yaml")
+    ended = cli("ssl-eval", f"run={tmp_path / 'sweep'}", "protocol=knn", "baselines=false", "dataset.limit=150")
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert "config.yaml is a FIFO" in ended.err
+    assert "1 of 2 runs could not be evaluated" in ended.out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,3 +144,13 @@ def test_a_damaged_configuration_of_a_job_is_refused(change: Callable[[dict[str,
     path.unlink()
     with pytest.raises(ConfigError, match=r"there is no .*config\.json"):
         slurm_job.stored_config(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"../config.json", b"config-after-x.json", b"\0" * 9])
+def test_a_damaged_name_of_a_configuration_is_refused(content: bytes, tmp_path: Path) -> None:
+    assert slurm_job.config_name(tmp_path) == "config.json"
+    (tmp_path / "job_config").write_bytes(b"config-after-17_2.json\n")
+    assert slurm_job.config_name(tmp_path) == "config-after-17_2.json"
+    (tmp_path / "job_config").write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"job_config is damaged \(.*\): check with squeue"):
+        slurm_job.config_name(tmp_path)
