@@ -18,7 +18,7 @@ from sslcli.errors import check_positive
 SLOPE = 0.2  # negative slope of LeakyReLU (section 4)
 INIT_STD = 0.02  # initial standard deviation of weights, and of BatchNorm's scales around 1 (section 4, official code)
 SMALLEST_IMAGE = 16
-DEEPEST = 8  # maximum number of channels divided by `width`
+DEEPEST = 8  # maximum of (number of channels) / `width`
 
 
 class DCGANNet(Backbone):

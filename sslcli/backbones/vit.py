@@ -51,11 +51,12 @@ def position_embedding(
 
 
 def choose_patch_size(image_size: int) -> int:
-    """Return the divisor of `image_size` that is nearest to image_size / 14 and at least 4.
+    """Return the patch size: the divisor of `image_size` that is nearest to image_size / 14.
 
-    Examples: 224 -> 16, 96 -> 6, 64 -> 4, 32 -> 4.
+    Only divisors are considered that are at least 4 and give at least 4 x 4 patches. Examples: 224 -> 16, 96 -> 6,
+    64 -> 4, 32 -> 4.
 
-    Raises ValueError if no divisor gives at least 4 x 4 patches of at least 4 pixels.
+    Raises ValueError if there is no such divisor.
     """
     divisors = [size for size in range(4, image_size // 4 + 1) if image_size % size == 0]
     if not divisors:

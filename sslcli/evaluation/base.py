@@ -40,8 +40,8 @@ class Outcome:
         net: a trained network to save, or None. protocol=distill can use it as the teacher.
         positions: (n,) indices, in the source, of the labeled images on which `net` was trained.
         files: further text files to write: name -> content.
-        variant: first part of the suffix of the result's name, if the suffix depends on the evaluation. If the suffix
-            depends only on settings, override `Protocol.variant` instead.
+        variant: a suffix for the result's name that is known only after the evaluation, or "". It is placed before the
+            suffix from `Protocol.variant`. For a suffix that depends only on settings, override `Protocol.variant`.
     """
 
     result: dict[str, Any]
@@ -91,7 +91,7 @@ class Protocol:
     trains: ClassVar[bool] = True
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Evaluate the networks in `starts`: "trained" and the baselines.
+        """Evaluate the networks in `starts`. The keys are "trained" and the names of the baselines.
 
         Select all hyperparameters before you use the reported split (`FeatureSet.reported`).
         """
@@ -108,7 +108,7 @@ class Protocol:
     def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return a suffix for the result's name if the settings change the measured quantity, else "".
 
-        A new result replaces an older result of the same name.
+        Without a different suffix, the new result would replace the older result, because both have the same name.
         """
         return ""
 
@@ -117,7 +117,10 @@ class Protocol:
         return source.splits["train"]
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Return the names of the splits on which accuracies are reported. `splits` has all splits of the dataset."""
+        """Return the names of the splits on which accuracies are reported.
+
+        `splits` contains all splits of the dataset: name -> positions (n,) of the images.
+        """
         return ("test" if "test" in splits else "val",)
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
@@ -148,7 +151,7 @@ class FeatureProtocol(Protocol):
         raise NotImplementedError(f"{type(self).__name__} does not define measure")
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Measure the features of every start.
+        """Call `measure` with the features of every network in `starts`.
 
         Results of baselines are cached, because they are the same for all checkpoints of a run.
         """

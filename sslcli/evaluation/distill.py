@@ -145,7 +145,7 @@ class Distill(Recipe):
             fit(student, task, everything, self, lr=self.lr, seed=self.seed, progress=progress, loss=loss)
 
     def labeled(self, teacher: FineTuned, task: Task) -> Generator[Batch, None, None]:
-        """Yield `steps` batches of the teacher's labeled images."""
+        """Yield one batch of the teacher's labeled images per training step (`self.steps` batches)."""
         loader = batches(task, teacher.positions, self, seed=self.seed + 1)
         with closing(loader.steps(0, self.steps)) as steps:
             for (batch,) in steps:

@@ -85,7 +85,7 @@ class FeatureSet:
 def computed(
     protocol: Callable[..., dict[str, Any]], features: FeatureSet, device: torch.device, **given: Any
 ) -> dict[str, Any]:
-    """Return `protocol(features, ...)`, computed on the GPU if it has enough memory, else on the CPU."""
+    """Return `protocol(features, **given)`, computed on `device`, or on the CPU if the GPU has too little memory."""
     if device.type == "cuda":
         try:
             return protocol(features.to(device), **given)
@@ -216,7 +216,8 @@ def _encode_batch(
 def pixels(images: Tensor) -> Tensor:
     """Return the pixels of images (N, C, H, W) as features (N, d). They are a baseline for learned features.
 
-    If the longer side exceeds 32 pixels, it is resized to 32 pixels (area average). d is therefore at most C * 1024.
+    If the longer side exceeds 32 pixels, the images are shrunk by area averaging, so that it has 32 pixels. d is
+    therefore at most C * 1024.
     """
     height, width = images.shape[-2:]
     if (longest := max(height, width)) > 32:

@@ -35,7 +35,8 @@ Choice = dict[str, float]
 class Trained:
     """Result of training on S label subsets.
 
-    It contains the rank (S, m) of the true class of each image, and the network trained on the first subset.
+    It contains the rank (S, m) of the true class of each reported image after training on each subset, and the network
+    that was trained on the first subset.
     """
 
     place: Tensor
@@ -76,9 +77,9 @@ class Tuned(Recipe):
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
         """Return the layer to train from, and the default layer.
 
-        If `feature_layer` is the backbone's output, training may start from a layer of the projection head instead.
-        `from_layer` selects this layer, or the method if `from_layer` is None. Any other `feature_layer` is returned
-        unchanged.
+        If `feature_layer` is the output of the backbone, it may be replaced by a layer of the projection head: by layer
+        number `from_layer`, or by the method's `finetune_layer` if `from_layer` is None. Number 0 is the output of the
+        backbone. Any other `feature_layer` is returned unchanged.
         """
         feature_layer, _ = super().choose_layer(feature_layer, net, images)
         usual = net.finetune_layer if isinstance(net, Method) else 0
@@ -98,7 +99,10 @@ class Tuned(Recipe):
         return chosen, f"head{usual}" if usual else layers.BACKBONE
 
     def trainings(self, subsets: int, *, choosing: int) -> int:
-        """Return how many networks `learn` trains if it uses `choosing` subsets to select the learning rate."""
+        """Return the number of networks that `learn` trains.
+
+        `subsets` is the number of subsets, and `choosing` is the number of subsets that select the learning rate.
+        """
         return subsets + (choosing * len(self.lrs) if len(self.lrs) > 1 else 0)
 
     def learn(self, start: Start, task: Task, subsets: list[Tensor], *, choosing: int, progress: Progress) -> Trained:
@@ -123,8 +127,9 @@ class Tuned(Recipe):
     ) -> tuple[list[Choice], Choice]:
         """Return the results of all learning rates, and the learning rate with the best pooled held-out accuracy.
 
-        The first learning rate is returned without training in two cases: the grid has only one learning rate, or no
-        image can be held out because each class of a subset has a single image.
+        The held-out images of all `subsets` are pooled. The first learning rate is returned without training in two
+        cases: the grid has only one learning rate, or no image of a subset can be held out, because each class of this
+        subset has a single image.
         """
         data = start.features
         splits = [

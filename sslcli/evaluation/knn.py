@@ -120,8 +120,9 @@ def bank_positions(source: Source, limit: int | None) -> Tensor:
 class Knn(FeatureProtocol):
     """The k-NN protocol. The bank is the train split; the queries are the splits val and test.
 
-    `top1` is the accuracy on val. The monitor measures the same accuracy during training. `top1` may be used to select
-    hyperparameters. `test_top1` is the accuracy to report, and must not be used for any selection.
+    In the result, `top1` is the accuracy on val, which the monitor also measures during training. It may be used to
+    select hyperparameters. `test_top1` is the accuracy to report, and must not be used for any selection. If the
+    dataset has only one of the two splits, `top1` is the accuracy on this split, and there is no `test_top1`.
     """
 
     k: int | None = None  # None: the value of the run's monitor, or 200 without a run
@@ -159,7 +160,7 @@ class Knn(FeatureProtocol):
         return tuple(name for name in ("val", "test") if name in splits) or ("val",)
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with the values of k and temperature that differ from the run's monitor."""
+        """Return a suffix with k and temperature, each only if it differs from the setting of the run's monitor."""
         parts = []
         if self.num_neighbors != monitor.get("knn_k", 200):
             parts.append(f"k-{self.num_neighbors}")

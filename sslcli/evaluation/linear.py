@@ -290,7 +290,7 @@ class Linear(FeatureProtocol):
         rows = x[kept]
         scale = Standardize.of(rows)
         rows = scale(rows)
-        if self.solver == "sgd":  # 16 bits for the selection, 32 bits for the reported probe
+        if self.solver == "sgd":  # on a GPU, the selection uses 16 bits; the reported probe uses 32 bits
             rows = rows.to(DTYPES[resolve("auto", rows.device)])
         heads = self._heads(rows, y[kept], self._choices(), num_classes=num_classes, on_progress=on_progress)
         place, loss = score(scale(x[held_out]), y[held_out], heads, num_classes=num_classes)
@@ -311,7 +311,7 @@ class Linear(FeatureProtocol):
         return Head(weight=weight.T, bias=bias - scale.mean @ weight, chosen=chosen)
 
     def _choices(self) -> list[dict[str, float]]:
-        """Return the grid, in the order of the heads."""
+        """Return the grid: a dict of hyperparameters for each head, in the order of the heads."""
         if self.solver == "lbfgs":
             return [{"c": float(c)} for c in self.cs]
         return [{"lr": float(lr), "weight_decay": float(wd)} for lr in self.lrs for wd in self.weight_decays]

@@ -108,7 +108,8 @@ def _trainable(module: nn.Module, prefix: str) -> Level:
 def parameter_groups(classifier: Classifier, *, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
     """Return the parameter groups for the optimizer. `lr_scale` is the factor for the learning rate of a group.
 
-    `lr_scale` is 1 for the classifier. Each level has the `lr_scale` of the level above, multiplied by `layer_decay`.
+    `lr_scale` is 1 for the classifier. From the classifier to the input of the network, `lr_scale` is multiplied by
+    `layer_decay` at each level.
     Biases, norms and tokens have no weight decay.
     """
     stack = [*levels(classifier.net), dict(classifier.classify.named_parameters())]
@@ -124,7 +125,7 @@ def parameter_groups(classifier: Classifier, *, layer_decay: float, weight_decay
 
 
 def set_mode(classifier: nn.Module, *, batch_norm: str) -> None:
-    """Set training mode, except for BatchNorm layers if `batch_norm` is "eval": these use their running statistics."""
+    """Set training mode. If `batch_norm` is "eval", BatchNorm layers stay in evaluation mode (running statistics)."""
     classifier.train()
     if batch_norm == "eval":
         for part in classifier.modules():

@@ -17,7 +17,7 @@ from sslcli.evaluation.splits import check_readable
 from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
 
-BATCH = 512  # images per forward pass; equal in ssl-eval, since kernels may round differently for other batch sizes
+BATCH = 512  # images per forward pass, also in ssl-eval: kernels may round differently for other batch sizes
 
 
 def collect(

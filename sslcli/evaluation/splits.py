@@ -36,8 +36,13 @@ def check_answers(source: Source, bank: Tensor) -> None:
 def check_reported(source: Source, names: Iterable[str], bank: Tensor) -> None:
     """Raise ConfigError if no accuracy can be reported on one of the splits `names`. The message states the remedy.
 
-    A split needs at least one image with a label, and at least one readable image of a class that the training images
-    have. `bank` (n,) contains the positions of the training images.
+    Three conditions are checked for each split:
+
+    - At least one image has a label.
+    - At least one image has the class of a training image. Otherwise, every prediction would be wrong.
+    - At least one labeled image can be read.
+
+    `bank` (n,) contains the positions of the training images.
     """
     for name in names:
         positions = source.splits.get(name, torch.empty(0, dtype=torch.int64))

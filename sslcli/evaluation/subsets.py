@@ -19,7 +19,7 @@ def subset(
 ) -> Tensor:
     """Return a subset of the images at `positions` (n,) with `labels` (n,), as row numbers (k,) int64.
 
-    The row numbers are in ascending order.
+    The row numbers are indices into `positions` and `labels`, in ascending order.
 
     Set either `fraction` in (0, 1], the fraction of each class, or `per_class`, the number of images of each class.
     With `fraction`, the number of images of a class is rounded and at least one. Subsets with the same seed are nested.
@@ -43,7 +43,7 @@ def subset(
 
 
 def held_out(rows: Tensor, labels: Tensor, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split `rows` (k,) of the images with `labels` (n,) into (kept, held out), stratified by class.
+    """Split `rows` (k,) into (kept, held out), stratified by class. `rows` are indices into `labels` (n,).
 
     If a class has only one image, this image is kept. At least one image of every other class is held out.
     """

@@ -28,12 +28,12 @@ class FineTuned:
 
 
 def no_fine_tuned(name: str) -> FineTuned:
-    """Raise ConfigError, since there is no earlier result. This function is the default of `Task.fine_tuned`."""
+    """Raise ConfigError, because this task has no earlier results. This is the default of `Task.fine_tuned`."""
     raise ConfigError(f"there is no fine-tuned network {name!r}")
 
 
 def compute(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return `measure()` without caching the result. This function is the default of `Task.kept`."""
+    """Return `measure()` without caching the result. This is the default of `Task.kept`."""
     return measure()
 
 

@@ -147,7 +147,10 @@ def fit(
     loss: Loss = cross_entropy,
     facts: str = "",
 ) -> None:
-    """Train `classifier` in place on the images at `positions` (n,), n >= 2. Stop early if the loss diverges."""
+    """Train `classifier` in place on the images at `positions` (n,), n >= 2. Stop early if the loss diverges.
+
+    `facts` is text that the progress display shows.
+    """
     if len(positions) < 2:
         raise ValueError(f"training needs at least 2 labeled images, got {len(positions)}: use more labels")
     optimizer = recipe.solver(classifier, lr=lr)

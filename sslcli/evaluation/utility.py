@@ -49,7 +49,8 @@ def isotonic(values: Sequence[float], weights: Sequence[float] | None = None) ->
 class Need:
     """Number of labels that training from scratch needs to reach an accuracy.
 
-    If `bound` is "lower" or "upper", the number is only a lower or upper bound.
+    If `bound` is "lower" or "upper", `labels` is only a lower or an upper bound of this number. If `bound` is None,
+    `labels` is the number itself.
     """
 
     labels: float
@@ -74,7 +75,10 @@ def needed(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> 
 
 
 def utilities(counts: Sequence[int], trained: Sequence[float], scratch: Sequence[float]) -> list[tuple[float, Need]]:
-    """Return U(n) and its `Need` at every count, from mean accuracies. `scratch` is first made non-decreasing."""
+    """Return U(n) and the `Need` from which it is computed, for each number of labels n in `counts`.
+
+    `trained` and `scratch` contain the mean accuracies at each of `counts`. `scratch` is first made non-decreasing.
+    """
     monotone = isotonic(scratch)
     needs = [needed(accuracy, counts, monotone) for accuracy in trained]
     return [(need.labels / n - 1, need) for n, need in zip(counts, needs, strict=True)]
@@ -83,10 +87,11 @@ def utilities(counts: Sequence[int], trained: Sequence[float], scratch: Sequence
 def bootstrap_utilities(
     counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor, *, seed: int, resamples: int
 ) -> list[list[float | None]]:
-    """Return the 95 % bootstrap intervals [low, high] of U at every count. Accuracies have shape (counts, seeds).
+    """Return a 95 % bootstrap interval [low, high] of the utility at each of `counts`.
 
-    Seeds are resampled. Pre-training and training from scratch use the same resampled seeds, since a seed determines
-    the labels. `high` is None if U is only a lower bound in more than 2.5 % of the resamples.
+    `trained` and `scratch` contain accuracies (counts, seeds). The seeds are resampled. Each resample uses the same
+    seeds for both, because a seed determines which images are labeled. In some resamples, only a lower bound of the
+    utility is known (see `needed`). If these are more than 2.5 % of the resamples, `high` is None.
     """
     generator = torch.Generator().manual_seed(seed)
     seeds = trained.shape[1]
@@ -123,7 +128,7 @@ class Utility(Tuned):
             raise ValueError(f"seeds={self.seeds} must be at least 1: 3 to 5 are usual")
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with the smallest label count and the number of points, without default values."""
+        """Return a suffix with the smallest label count and the number of points. Default values are left out."""
         smallest = f"from-{self.smallest}" if self.smallest != Utility.smallest else ""
         points = f"{self.points}-points" if self.points != Utility.points else ""
         return "_".join(part for part in (smallest, points) if part)

@@ -21,7 +21,7 @@ class Score(TypedDict):
 
 
 class ResultOptions(TypedDict, total=False):
-    """Keys that not all results have."""
+    """Optional keys of a result file."""
 
     measured: str
     step: int
@@ -31,7 +31,7 @@ class ResultOptions(TypedDict, total=False):
 
 
 class Result(Score, ResultOptions):
-    """Keys of a result file that the tables need."""
+    """Content of a result file. Only the keys that the tables need are declared."""
 
     protocol: str
     split: str
@@ -111,7 +111,10 @@ def step_of(result: dict[str, Any]) -> str:
 
 
 def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
-    """Print one row per run, with the best run first. Long names are wrapped, never truncated."""
+    """Print one row per run, with the best run first. Long names are wrapped, never truncated.
+
+    `rows` contains one result per run, all of the same protocol.
+    """
     table = Table(title=plain_text(rows[0]["measured"]))
     table.add_column("run", overflow="fold")
     for title in ("top-1", "95 % interval", "random initialization", "step"):

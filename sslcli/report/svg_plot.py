@@ -44,7 +44,11 @@ def curves(points: Sequence[dict[str, Any]]) -> str:
 
 
 def axis(low: float, high: float, top: float) -> Scale:
-    """Return a function that maps values to y coordinates of the panel that starts at `top`, with a small margin."""
+    """Return a function that maps values to y coordinates of a panel.
+
+    `low` and `high` are the smallest and the largest value to show, with a small margin below and above. `top` is the y
+    coordinate of the panel's upper edge.
+    """
     air = 0.06 * (high - low)
     return lambda value: top + PANEL * (1 - (value - low + air) / (high - low + 2 * air))
 
@@ -67,7 +71,12 @@ def frame(
     *,
     percent: bool = False,
 ) -> list[str]:
-    """Return the title, the grid and the tick labels of a panel."""
+    """Return the SVG elements of a panel's title, grid and tick labels.
+
+    `top` is the y coordinate of the panel's upper edge. `x` and `y` map values to coordinates. `marks` are the values
+    of the y ticks, and `counts` are the values of the x ticks. If `percent` is True, y ticks are fractions that are
+    shown as percentages.
+    """
     bottom, right = top + PANEL, WIDTH - RIGHT
     parts = [f'<text x="{LEFT}" y="{top - 10}" font-weight="bold">{title}</text>']
     for value in marks:
@@ -97,7 +106,7 @@ def arm_curve(points: Sequence[dict[str, Any]], arm: str, x: Scale, y: Scale) ->
 
 
 def utility_curve(points: Sequence[dict[str, Any]], x: Scale, y: Scale) -> list[str]:
-    """Return the utility curve. A lower bound is an open circle with an arrow, and an upper bound is an open circle."""
+    """Return the utility curve. Bounds are open circles, and only a lower bound has an arrow."""
     line = " ".join(f"{x(p['labels']):.1f},{y(p['utility']):.1f}" for p in points)
     zero = f'<path d="M{LEFT} {y(0.0):.1f}H{WIDTH - RIGHT}" stroke="#888" stroke-dasharray="4 3"/>'
     parts = [zero, f'<polyline points="{line}" fill="none" stroke="#333" stroke-width="1.5"/>']

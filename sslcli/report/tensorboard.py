@@ -21,7 +21,7 @@ def open_writer(folder: Path, *, purge_step: int) -> SummaryWriter:
 
 
 def utf8_path(folder: Path) -> str:
-    """Return a path of a folder that is valid UTF-8, since TensorBoard rejects all other paths.
+    """Return a path of `folder` that is valid UTF-8, because TensorBoard rejects all other paths.
 
     If the name of the folder is not UTF-8, the folder is created and opened. The result is then the path of the open
     folder in /proc (Linux). The folder stays open until the process exits, because the writer opens its file several

@@ -35,7 +35,7 @@ class Terminal:
     and `Screen` escape them.
 
     Args:
-        stream: stream to write to. Attributes that this class does not define are read from it.
+        stream: stream to write to. Attributes that this class does not define are those of `stream`.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -51,7 +51,7 @@ class Terminal:
     def write(self, text: str) -> int:
         """Write `text` or drop it. Return the length of `text`."""
         if not self.is_broken and self.has_room():
-            parts = LAYOUT.split(text)  # the odd parts match
+            parts = LAYOUT.split(text)  # the parts at odd indices are the matches
             safe = "".join(part if i % 2 else printable(part) for i, part in enumerate(parts))
             try:
                 self.stream.write(safe)

@@ -43,13 +43,19 @@ def read_weights(file: BinaryIO, path: Path, *, device: torch.device) -> dict[st
 
 
 def unwrapped(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the state dict of a backbone with the names of the network that it wraps, see `Backbone.wrapped_name`."""
+    """Remove the prefix of a wrapping backbone from the names of a state dict, see `Backbone.wrapped_name`.
+
+    `state` is a state dict of the backbone `net`. If `net` wraps no network, the names do not change.
+    """
     prefix = _prefix(net)
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def wrapped(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the inverse of `unwrapped`. A state dict whose names already fit `net` better is returned unchanged."""
+    """Add the prefix that `unwrapped` removes to the names of `state`.
+
+    If adding the prefix does not increase the number of names that `net` has, `state` is returned unchanged.
+    """
     prefix, own = _prefix(net), net.state_dict().keys()
     renamed = {f"{prefix}{name}": value for name, value in state.items()}
     return renamed if len(own & renamed.keys()) > len(own & state.keys()) else state
@@ -60,7 +66,10 @@ def _prefix(net: nn.Module) -> str:
 
 
 def broken_part(path: Path) -> str | None:
-    """Return the name of a part of a file of torch.save whose checksum is wrong, or None. torch.load checks none."""
+    """Verify the checksums in a file written by torch.save, because torch.load does not verify them.
+
+    Returns the name of the first part of the file whose checksum is wrong, or None if all are correct.
+    """
     with ZipFile(path) as archive:
         return archive.testzip()
 
