@@ -316,7 +316,8 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` with the known name closest to `name`, or "" if none is close. Ignore case.
 
     Typing errors rarely change the first letter. A known name with another first letter must therefore be more similar:
-    `dae` is not an error for `vae`.
+    `dae` is not an error for `vae`. A known name that begins with `name` may be less similar: `retry` suggests
+    `retry_failed`.
     """
     from difflib import SequenceMatcher
 
@@ -324,6 +325,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
     for option in known:
         similarity = SequenceMatcher(None, option.lower(), wanted).ratio()
         cutoff = 0.6 if option[:1].lower() == wanted[:1] else 0.75
+        cutoff = 0.5 if len(wanted) > 2 and option.lower().startswith(wanted) else cutoff
         if similarity >= cutoff and similarity > found[1]:
             found = option, similarity
     return f" Did you mean {found[0]!r}?" if found[0] else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -127,6 +128,8 @@ def engine_of(arguments: Namespace) -> Hydra:
     for flag, folder in (("--config-dir", arguments.config_dir), ("--config-path", arguments.config_path)):
         if folder is not None and not os.path.isdir(folder):
             raise ConfigError(f"{flag} is {folder}, but there is no such folder: set it to an existing one")
+    own = [Path(folder) for folder in (arguments.config_dir, arguments.config_path) if folder is not None]
+    hydra_errors.check_files(arguments.overrides, [*own, *plugin_folders().values()])
     path = CONF if arguments.config_path is None else arguments.config_path
     search = create_automatic_config_search_path(None, None, path)
     if arguments.config_dir is not None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import re
+from collections.abc import Iterable
 from functools import cache
+from itertools import product
+from pathlib import Path
 
 from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.types import Override
@@ -25,6 +30,10 @@ PLUGINS = {  # choice of a Hydra plugin -> package that contains the plugin
     "hydra/launcher/ray": "hydra-ray-launcher",
     "hydra/sweeper/optuna": "hydra-optuna-sweeper",
 }
+
+
+ALL_GROUPS = {group for groups in schema.GROUPS.values() for group in groups}
+IN_DEFAULTS = "To choose it in a yaml file of your own, write `- override /{}: {}` in the defaults list of the file"
 
 
 def one_line(error: object) -> str:
@@ -61,6 +70,9 @@ def missing(error: MissingConfigException) -> str:
     options = [each for each in error.options or () if each not in CHOICES.get(group, {})]
     if error.missing_cfg_file in PLUGINS:
         return f"{group}={choice} needs a Hydra plugin: pip install {PLUGINS[error.missing_cfg_file]}"
+    inner = group.rpartition("/")[2]
+    if "/" in group and inner in ALL_GROUPS and not options:
+        return f"{group}={choice}: there is no such group. {IN_DEFAULTS.format(inner, choice)}"
     if group and options:
         return f"{group}={choice}: there is no such choice.{nearest(choice, options)} Choices: {', '.join(options)}"
     if group:
@@ -77,8 +89,42 @@ def readable(error: BaseException, *, groups: tuple[str, ...]) -> str:
     if present:
         return f"{present[1]} already has a value: remove the plus sign to change it"
     message = re.sub(r"\.? To append to your (config|default list) use \S+", "", message)
+    several = re.search(r"Multiple values for (\w+)\. To override a value use 'override \w+: (\S+)'", message)
+    if several:
+        command_line = f"On the command line, write {several[1]}={several[2]} without a plus sign"
+        return f"{several[1]} has two choices. {IN_DEFAULTS.format(several[1], several[2])}. {command_line}"
+    nested = re.search(r"Could not override '\w+/(\w+)(?:@\S*)?'\. No match in the defaults list", message)
+    if nested and nested[1] in ALL_GROUPS:
+        return f"{message}. {IN_DEFAULTS.format(nested[1], 'NAME')}"
     group = re.search(r"Could not override '(\w+)'\. No match in the defaults list", message)
     return f"{message}.{nearest(group[1], groups)} Groups: {', '.join(groups)}" if group else message
+
+
+def check_files(lines: Iterable[str], folders: Iterable[Path]) -> None:
+    """Raise ConfigError if a file that `lines` choose from the user's `folders` is a yaml file that Hydra misreads.
+
+    Hydra ignores files with the ending .yml, and the header of a file that begins with a byte order mark. Its messages
+    would not name the cause.
+    """
+    for line in lines:
+        group, _, choices = line.lstrip("+").partition("=")
+        for choice, folder in product(choices.split(","), folders):
+            path = folder / group.partition("@")[0] / choice.strip()
+            file, other = f"{path}.yaml", f"{path}.yml"
+            if os.path.isfile(file):
+                check_encoding(file)
+            elif os.path.isfile(other):
+                raise ConfigError(f"{group}={choice}: {other} has the ending .yml: rename it to {path.name}.yaml")
+
+
+def check_encoding(file: str) -> None:
+    """Raise ConfigError if a yaml file is encoded as UTF-16, or if a byte order mark hides its header from Hydra."""
+    with open(file, "rb") as opened:
+        start = opened.read(4096)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(f"{file} is encoded as UTF-16: save it as UTF-8")
+    if start.startswith(codecs.BOM_UTF8) and re.match(rb"(\s*#.*\n)*\s*#\s*@package", start[len(codecs.BOM_UTF8) :]):
+        raise ConfigError(f"{file} begins with a byte order mark, which hides its line # @package: save it without BOM")
 
 
 def is_choice(override: Override, engine: Hydra) -> bool:

@@ -76,6 +76,11 @@ def check_group(group: str, node: Any) -> None:
     """Raise ConfigError unless a group is a mapping. If it is in `BUILT`, also check its `_target_` and keywords."""
     if node is None:
         raise ConfigError(f"{group} is missing: choose one with {group}=...")
+    if isinstance(node, str):
+        raise ConfigError(
+            f"{group} is {node!r}, but it must be a mapping of keys to values. To choose a file of this group in a "
+            f"yaml file of your own, write `- override /{group}: {node}` in the defaults list of the file"
+        )
     if group in BUILT:
         check_has_target(group, node)
         check_node(group, node)

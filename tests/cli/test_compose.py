@@ -244,6 +244,12 @@ HEAD = "# @package _global_\n"
         (HEAD + "train:\n  epochs: ${nonesuch.key}\n", ["train.epochs", "nonesuch.key"]),
         (HEAD + "train:\n  epochs: [3\n", ["mine.yaml", "line 4"]),
         (HEAD + "train:\n  epochs: 3\n  epochs: 4\n", ["mine.yaml", "duplicate key epochs"]),
+        (HEAD + "defaults:\n  - method: byol\n", ["experiment/method=byol", "`- override /method: byol`"]),
+        (HEAD + "defaults:\n  - /method: byol\n", ["method has two choices", "`- override /method: byol`"]),
+        (HEAD + "defaults:\n  - override method: byol\n", ["experiment/mine", "`- override /method: NAME`"]),
+        (HEAD + "method: byol\n", ["method is 'byol'", "mapping of keys", "`- override /method: byol`"]),
+        ("\ufeff" + HEAD + "seed: 3\n", ["mine.yaml begins with a byte order mark", "save it without BOM"]),
+        ("\ufeff# note\n" + HEAD + "seed: 3\n", ["mine.yaml begins with a byte order mark"]),
         ("train:\n  epochs: 3\n", ["experiment", "# @package _global_"]),
         ("- a\n- b\n", ["experiment", "# @package _global_"]),
     ],
@@ -254,6 +260,31 @@ def test_a_mistake_in_a_yaml_of_the_users_own_is_refused(
     write(tmp_path, text)
     message = refused("--config-dir", str(tmp_path), "experiment=mine")
     assert [part for part in wanted if part not in message] == [], message
+
+
+def test_a_yaml_with_a_name_or_an_encoding_that_hydra_misreads_is_refused(refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer/ext.yml").write_text("_target_: torch.optim.SGD\nlr: 0.1\n")
+    (tmp_path / "optimizer/wide.yaml").write_text("_target_: torch.optim.SGD\nlr: 0.1\n", encoding="utf-16")
+    for line in ("optimizer=ext", "+optimizer=ext", "optimizer@optimizer=ext"):
+        message = refused("--config-dir", str(tmp_path), line)
+        assert f"{tmp_path}/optimizer/ext.yml has the ending .yml: rename it to ext.yaml" in message
+    assert "wide.yaml is encoded as UTF-16: save it as UTF-8" in refused(
+        "--config-dir", str(tmp_path), "optimizer=wide"
+    )
+
+
+def test_a_byte_order_mark_that_hides_no_header_is_accepted(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer/mark.yaml").write_text("\ufeff_target_: torch.optim.SGD\nlr: 0.25\n")
+    ended = cli("ssl-train", "--config-dir", str(tmp_path), "optimizer=mark", "--cfg", "job")
+    assert (ended.code, "lr: 0.25" in ended.out) == (0, True)
+
+
+def test_a_second_choice_of_a_group_is_refused_with_the_way_to_replace_the_first(refused: Any, tmp_path: Path) -> None:
+    write(tmp_path, HEAD + "seed: 3\n")
+    message = refused("--config-dir", str(tmp_path), "+experiment=mine")
+    assert "write experiment=mine without a plus sign" in message
 
 
 def test_a_method_of_the_users_own_is_checked_against_its_class(refused: Any, tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ METHODS = ["autoencoder", "byol", "cpc_v2", "dcgan", "infomin", "memory_bank", "
         ("run", ["seed", "run_dir"], "run_dir"),
         ("lrr", ["lr", "momentum"], "lr"),
         ("lin", ["knn", "linear"], "linear"),
+        ("retry", ["metric", "retry_failed"], "retry_failed"),
     ],
 )
 def test_only_a_name_that_may_be_meant_is_suggested(name: str, known: list[str], expected: str) -> None:
