@@ -68,7 +68,7 @@ VARIANTS = [
     Case(
         "moco_v2, Un-Mix",
         ("method=moco_v2", "mixture=unmix"),
-        reason="each image is mixed with one of the same process",
+        reason="each image is mixed with an image of the same process",
     ),
     Case("moco_v3, no BatchNorm", ("method=moco_v3", "backbone=small_layernorm")),
     Case("simclr, no BatchNorm", ("method=simclr", "backbone=small_layernorm", "method.norm=false")),

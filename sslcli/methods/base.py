@@ -44,7 +44,7 @@ class Method(nn.Module):
     bank) only in `after_step`. The loss of a step therefore always uses the state before this step.
 
     Attributes:
-        num_views: the number of views per image that `forward` takes.
+        num_views: the number of views per image that `forward` takes, at least 1. The 0 of this class is not valid.
         uses_in_batch_negatives: True if the loss uses in-batch negatives. In this case, implement `embed` and
             `compare`.
         color_spaces: the color spaces that the views may have; empty = any.
@@ -60,7 +60,7 @@ class Method(nn.Module):
         mixture: the `UnMix` module that mixes the images of a batch with each other, or None = images are not mixed.
     """
 
-    num_views: int
+    num_views: int = 0
     uses_in_batch_negatives: bool = False
     color_spaces: tuple[str, ...] = ()
     decreasing_metric: str = "loss"

@@ -20,11 +20,11 @@ def check_members(method: Method) -> None:
     name, kind = class_name(type(method)), type(method)
     if kind.forward is Method.forward:
         raise ConfigError(f"{name} does not define forward, which computes the loss of a step: define forward(batch)")
-    if not isinstance(getattr(method, "backbone", None), nn.Module):
+    if "backbone" not in vars(method).get("_modules", {}):
         raise ConfigError(f"{name} has no backbone: call super().__init__(backbone) in its constructor")
-    views = getattr(method, "num_views", None)
+    views: object = method.num_views
     if isinstance(views, bool) or not isinstance(views, int) or views < 1:
-        found = "has no num_views" if views is None else f"has num_views = {views!r}"
+        found = "has no num_views" if views == 0 else f"has num_views = {views!r}"
         raise ConfigError(
             f"{name} {found}. It must be the number of views per image that forward takes, an integer of at least 1: "
             "set it in the class, as in num_views = 2"

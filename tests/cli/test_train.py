@@ -92,10 +92,10 @@ def test_the_same_command_finds_its_directory_and_that_it_is_done(run_dir: Path,
 
 def test_another_configuration_is_refused_with_what_differs(run_dir: Path, cli: Cli) -> None:
     line = [*SMALL, "monitor.knn_k=10", f"run_dir={run_dir}"]
-    ended = cli("ssl-train", *line, "method.temperature=0.3", "train.max_steps=5")
+    ended = cli("ssl-train", *line, "method.temperature=0.3", "train.batch_size=8")
     assert ended.code == 2
     assert "method.temperature: 0.1 -> 0.3" in ended.err
-    assert "train.max_steps: 3 -> 5" in ended.err
+    assert "train.batch_size: 32 -> 8" in ended.err
     assert "run_dir" in ended.err
     neutral = ["name=x", "train.keep=9", "train.save_every_steps=1", "dataset.workers=1", "device=cpu"]
     ended = cli("ssl-train", *line, *neutral, "train.max_time=5m")

@@ -51,7 +51,7 @@ def with_views(value: Any) -> Method:
         (NoBackbone, r"test_contract.NoBackbone has no backbone: call super\(\).__init__\(backbone\)"),
         (lambda: NoViews(TinyNet()), r"test_contract.NoViews has no num_views. It must .* as in num_views = 2"),
         (lambda: with_views("2"), r"has num_views = '2'. It must"),
-        (lambda: with_views(0), r"has num_views = 0. It must"),
+        (lambda: with_views(0), r"has no num_views. It must"),
         (lambda: with_views(True), r"has num_views = True. It must"),
     ],
 )
