@@ -13,7 +13,7 @@ from sslcli.system.launch_variables import launched, local_world_size
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of this process. A CUDA device has an index.
+    """Return the device of this process. A CUDA device is returned with its index, such as cuda:0.
 
     "auto" selects CUDA if CUDA is available, else the CPU. "auto" never selects MPS, because MPS is untested. Raises
     ConfigError if the device is not available. The message lists the available kinds of devices.

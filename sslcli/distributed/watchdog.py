@@ -138,9 +138,10 @@ def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]
 
 @contextmanager
 def in_thread(act: Callable[..., None], *arguments: object) -> Iterator[None]:
-    """Run `act(*arguments, closing)` in a thread during the `with` block.
+    """Run `act` in a thread during the `with` block.
 
-    At the end of the `with` block, the event `closing` is set and the thread is joined.
+    The arguments of `act` are `arguments` and an event. At the end of the `with` block, the event is set and the thread
+    is joined, so `act` must return when the event is set.
     """
     closing = threading.Event()
     thread = threading.Thread(target=act, args=(*arguments, closing), daemon=True)

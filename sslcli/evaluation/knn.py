@@ -84,9 +84,10 @@ def knn(
 def _votes(
     rows: Tensor, bank: Tensor, labels: Tensor, k: int, temperature: float, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Return class votes (rows, C) with row sums of 1, and a mask (rows, C) of classes that have neighbors.
+    """Return the class votes (b, C) of b queries, and a mask (b, C) of the classes to which their neighbors belong.
 
-    `rows` and `bank` contain L2-normalized features.
+    The votes of a query sum to 1. `rows` (b, d) are the features of the queries, and `bank` (n, d) are the features of
+    the training images. Both are L2-normalized.
     """
     similarity, neighbor = (rows @ bank.T).topk(k, dim=1)
     # softmax avoids overflow: exp(1 / temperature) exceeds the range of float32 for temperatures below 0.0113

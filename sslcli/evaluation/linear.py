@@ -120,7 +120,10 @@ def fit_sgd(
 
 
 def _error(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return the gradient (C*G, b) of the mean cross-entropy for logits (C*G, b): (softmax - one-hot) / b."""
+    """Return the gradient (C*G, b) of the mean cross-entropy over b images: (softmax - one-hot) / b.
+
+    `logits` is (C*G, b), and `labels` is (b,).
+    """
     b = len(labels)
     error = logits.view(num_classes, -1, b).softmax(dim=0)
     error[labels, :, torch.arange(b, device=labels.device)] -= 1

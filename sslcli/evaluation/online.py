@@ -32,7 +32,7 @@ def collect(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> FeatureSet:
-    """Return features and labels of the given splits, without unreadable and unlabeled images."""
+    """Return features and labels of the given splits. Images that are unreadable or unlabeled are left out."""
     found: dict[str, Tensor] = {}
     for name, positions in splits.items():
         labeled = positions[source.labels[positions] >= 0]

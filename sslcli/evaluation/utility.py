@@ -58,8 +58,9 @@ class Need:
 
 
 def needed(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> Need:
-    """Return inf{n : A_s(n) >= accuracy} for a non-decreasing A_s. `scratch` contains A_s at each of `counts`.
+    """Return inf{n : A_s(n) >= accuracy}, the number of labels with which training from scratch reaches `accuracy`.
 
+    `scratch` contains A_s, the accuracy of training from scratch, at each of `counts`. It must be non-decreasing.
     Between two counts, A_s is interpolated linearly in (ln n, A). Outside of the measured range, the result is a bound.
     If `accuracy` is above the best value of A_s, the result is the largest count, a lower bound. If `accuracy` is below
     the first value, the result is the smallest count, an upper bound.

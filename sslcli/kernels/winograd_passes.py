@@ -5,7 +5,7 @@ and `sslcli.kernels.winograd` uses torch operations. There is no compiled pass i
 
 - The dtype is not float32.
 - The number of channels is not a multiple of 16 (a cache line).
-- The layer is wide: it has more than MOST_KERNELS (or MOST_SUMS) products of input and output channels.
+- The layer is wide: input channels x output channels exceed MOST_KERNELS, or MOST_SUMS in `weight_sums`.
 - sslcli was installed without a compiler.
 """
 

@@ -91,7 +91,7 @@ class PatchPrediction(Method):
     Args:
         image_size: side of the training images in pixels.
         grid: g, the number of patches per side. None selects g from image_size. Patches overlap by half.
-        context: gru, pixelcnn_gated or pixelcnn_v2.
+        context: name of the context network: gru, pixelcnn_gated or pixelcnn_v2.
         hidden: channels of the context network's hidden layers.
         steps: number of rows that are predicted from one context. None predicts all rows below the skipped rows.
         skip: number of rows directly below a context that are not predicted. The row directly below a context shares

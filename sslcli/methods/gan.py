@@ -83,9 +83,8 @@ def distance(drawn: Tensor, images: Tensor) -> Tensor:
     The distance is 2 E|x - y| - E|x - x'| - E|y - y'| over pairs of different images (Szekely and Rizzo 2013,
     doi:10.1016/j.jspi.2013.03.018). x and x' are generated images, y and y' are real images. All are average-pooled to
     4 x 4. The distance is divided by the square root of the number of values of x, so that it has the scale of pixel
-    values. The estimate is unbiased: for equal
-    distributions, its expectation is 0, and single estimates can be slightly negative. Each process compares its own
-    images with the images of all processes.
+    values. The estimate is unbiased: for equal distributions, its expectation is 0, and single estimates can be
+    slightly negative. Each process compares its own images with the images of all processes.
     """
     x, y = (F.adaptive_avg_pool2d(full_precision(part), SQUARES).flatten(1) for part in (images, drawn))
     all_x, all_y = all_gather(x), all_gather(y)

@@ -212,9 +212,10 @@ def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, sli
 
 
 def nt_xent_symmetric(rows: Tensor, *, temperature: float) -> Contrast:
-    """Return the InfoNCE loss over unit rows (2N, D). Rows i and N + i are positive pairs; other rows are negatives.
+    """Return the InfoNCE loss over unit rows (2N, D). The positive of row i is row N + i, and vice versa.
 
-    Each similarity is computed once and used for both rows of the pair. This saves a third of the products.
+    All other rows are negatives. The similarity of two rows is computed once and used for the losses of both rows. This
+    saves a third of the products.
     Exponentials are summed without subtracting a maximum. Therefore the temperature must be at least `MIN_TEMPERATURE`.
     Raises ValueError if the temperature is lower. The loss is not twice differentiable.
     """
