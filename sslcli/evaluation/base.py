@@ -108,7 +108,8 @@ class Protocol:
     def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return a suffix for the result's name if the settings change the measured quantity, else "".
 
-        Without a different suffix, the new result would replace the older result, because both have the same name.
+        A new result replaces an older result of the same name. Results of different quantities therefore need different
+        suffixes.
         """
         return ""
 

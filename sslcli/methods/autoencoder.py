@@ -67,8 +67,8 @@ def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, patch_size:
     """Return the reconstruction error of the decoder output `drawn`, averaged over images, channels and pixels.
 
     `drawn` and `images` are (N, C, S, S). `kind` is one of LOSSES. For kind="bce", `drawn` contains logits and `images`
-    is in [0, 1]. For kind="patch", this function standardizes each patch of `images` and then compares it with `drawn`.
-    The error is computed in float32, or in float64 if the input is float64.
+    is in [0, 1]. For kind="patch", this function standardizes each patch of `images`, and `drawn` is compared with the
+    standardized patches. The error is computed in float32, or in float64 if the input is float64.
     """
     drawn, images = full_precision(drawn), full_precision(images)
     if kind == "l1":

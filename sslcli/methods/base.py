@@ -88,7 +88,7 @@ class Method(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the inputs of `compare`: tensors with one row per image, each computed from that image alone.
+        """Return the inputs of `compare`: tensors with one row per image. A row is computed from its image alone.
 
         Only methods with `uses_in_batch_negatives` implement `embed`. A call of `embed` may change BatchNorm
         statistics, but no other state.

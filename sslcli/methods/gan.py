@@ -109,7 +109,7 @@ class Game(Method):
         image_size: image side S in pixels.
         channels: image channels C.
         dim: size of the generator's input code.
-        width: channels of the generator's smallest feature map.
+        width: channels of the generator's first feature map, which has the smallest side.
         loss: logistic or hinge.
         r1: weight of the R1 penalty, at least 0; 0 disables the penalty.
         r1_every: number of steps between two R1 penalties. Each penalty is multiplied by this number (lazy

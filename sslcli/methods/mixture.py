@@ -97,7 +97,9 @@ def add_mixture(
     query: Callable[[Tensor], Tensor],
     compare: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Return `scalars` after adding the loss of mixtures of `images` to "loss"; unchanged if `mixture` is None.
+    """Return `scalars` with the loss of mixtures of `images` added to the value of "loss".
+
+    If `mixture` is None, `scalars` is returned unchanged.
 
     Args:
         mixture: the method's mixture option.

@@ -29,8 +29,8 @@ from sslcli.nn.modes import full_precision
 def enqueue(queue: Tensor, head: Tensor, keys: Tensor) -> None:
     """Overwrite the oldest rows of `queue` (K, D) with `keys` (G, D) and advance `head`. Both change in place.
 
-    `head` is a scalar tensor, the index of the next row to overwrite. G and K can be any numbers. If G > K, only the
-    last K keys are kept.
+    `head` is a scalar tensor, the index of the next row to overwrite. The number of keys G may be larger than the queue
+    length K. In this case, only the last K keys are kept.
     """
     size = len(queue)
     rows = (head + torch.arange(len(keys), device=queue.device)) % size
@@ -49,8 +49,8 @@ class MoCo(Method):
         mlp_head: use v2's head (one hidden layer as wide as the features) instead of one linear layer.
         symmetric: also use view 2 as the query and view 1 as the key. The loss is the mean of both directions.
         bn_group: number of images that BatchNorm normalizes together. Keys are shuffled before they are grouped
-            (sec. 3.3). Otherwise, batch statistics could identify the key of a query. 32 is the batch size per GPU in
-            the paper, which uses 8 GPUs.
+            (sec. 3.3). Without the shuffling, batch statistics could identify the key of a query. 32 is the batch size
+            per GPU in the paper, which uses 8 GPUs.
         mixture: an `UnMix` that mixes the first views of different images; None adds no mixtures. The mixtures are
             additional queries. They are never enqueued as keys.
     """

@@ -108,7 +108,7 @@ class VAE(Method):
         image_size: image side S in pixels.
         channels: image channels C.
         dim: code size D.
-        width: channels of the decoder's smallest feature map.
+        width: channels of the decoder's first feature map, which has the smallest side.
         beta: weight of the KL divergence, at least 0. With 1, the loss is a bound of the likelihood. Larger values
             favor disentangled codes.
         free_bits: KL divergence per code dimension that is not penalized, in nats, at least 0.

@@ -79,8 +79,8 @@ def results(folder: Path, screen: Screen) -> dict[str, dict[str, Any]]:
 def summary(folder: Path, screen: Screen) -> None:
     """Print all results in `folder`, one row each.
 
-    The columns are raw pixels, random initialization, trained, and the step of the checkpoint. The results of a run
-    that was extended may have different steps.
+    The columns are the accuracies of raw pixels, of a random initialization and of the trained network, and the step of
+    the checkpoint. If a run was extended, its results may have different steps.
     """
     table = Table()
     table.add_column("top-1", overflow="fold")
