@@ -66,7 +66,7 @@ def is_complete(run_dir: Path, record: Record) -> bool:
     if record.epochs is None or not path.exists():
         return directory.is_finished(run_dir)
     try:
-        config = _config(run_dir, path.stat().st_mtime_ns)
+        config = _config(run_dir, _version(path))
     except ConfigError:  # the process of the job reports the error
         return directory.is_finished(run_dir)
     train = {"epochs": record.epochs, "max_steps": record.max_steps, "extend": record.extend}
@@ -74,9 +74,15 @@ def is_complete(run_dir: Path, record: Record) -> bool:
 
 
 @cache
-def _config(run_dir: Path, _: int) -> dict[str, Any]:
-    """Return the `config.yaml` of a run. Results are cached until the modification time of the file changes."""
+def _config(run_dir: Path, _: tuple[int, int, int]) -> dict[str, Any]:
+    """Return the `config.yaml` of a run. Results are cached until the file changes."""
     return directory.read_config(run_dir)
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """Return values of which at least one differs after a file was written again, even within one tick of the clock."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def stored_digest(run_dir: Path) -> str | None:
@@ -86,7 +92,7 @@ def stored_digest(run_dir: Path) -> str | None:
     """
     path = run_dir / "config.yaml"
     try:
-        config = _config(run_dir, path.stat().st_mtime_ns)
+        config = _config(run_dir, _version(path))
         return digest_of_settings(config) if len(stored_phases(config)) == 1 else None
     except (OSError, ConfigError):
         return None

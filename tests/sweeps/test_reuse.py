@@ -188,6 +188,18 @@ def test_a_sweep_that_is_killed_while_it_runs_a_job_of_another_can_be_repeated(c
     assert starts(folder_of(tmp_path, first)) == {"4": 2, "0": 1, "1": 1}
 
 
+def test_a_waiting_job_that_another_sweep_has_run_meanwhile_is_not_run_again(cli: Cli, tmp_path: Path) -> None:
+    first_sweep = start_sweep(*LINE, "seed=7,0", "sweep.jobs=1", cwd=tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("runs/sweep_*/*/starts"))) == 1, "the first job is at work")
+    first = folder_of(tmp_path)
+    assert cli("ssl-train", *LINE, "seed=0,1").code == 0
+    (first / "go").touch()
+    assert first_sweep.wait(60) == 0
+    assert column(first, "status") == {"7": "finished", "0": "finished"}
+    assert starts(first) == {"7": 1, "0": 1}
+    assert (first / column(first, "run_dir")["0"]).is_symlink()
+
+
 def test_sweeps_that_start_together_run_a_common_job_once(cli: Cli, tmp_path: Path) -> None:
     sweeps = [start_sweep(*LINE, f"seed=0,1,2,{last}", "sweep.jobs=2", cwd=tmp_path) for last in (3, 6)]
     assert [sweep.wait(120) for sweep in sweeps] == [3, 2]
