@@ -8,7 +8,8 @@ from pathlib import Path
 
 from sslcli.errors import ConfigError, printable
 
-RAW_BYTES = os.fsdecode(bytes(range(0x80, 0x100)))  # bytes of names that are not UTF-8, as Python decodes them
+# Python decodes the bytes of a file name that are not UTF-8 to these surrogates.
+RAW_BYTES = os.fsdecode(bytes(range(0x80, 0x100)))
 
 
 class BadImage(Exception):

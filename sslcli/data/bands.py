@@ -1,7 +1,7 @@
 """Pixel values of image files in full precision, and images with any number of bands.
 
-Pillow keeps only 8 of 16 bits of color images, does not open most TIFFs with several bands, and returns the first band
-of some of them. The optional package tifffile reads these TIFFs.
+Pillow reduces color images of 16 bits per channel to 8 bits. It cannot open most TIFFs with many bands. From some of
+them, it returns only the first band. The optional package tifffile reads these TIFFs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def is_deep(image: Image.Image) -> bool:
 def has_lost_bands(image: Image.Image, *, only_colors: bool) -> bool:
     """Return whether Pillow would decode only some of the bands of a file.
 
-    only_colors: if True, further bands beside red, green and blue are not needed.
+    only_colors: if True, the bands beside red, green and blue are not needed, so they do not count as lost.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return False
@@ -60,7 +60,7 @@ def has_lost_bands(image: Image.Image, *, only_colors: bool) -> bool:
 
 
 def has_lost_precision(image: Image.Image, content: bytes) -> bool:
-    """Return whether Pillow would decode only 8 bits of the larger values in an encoded image."""
+    """Return whether the values of an encoded image have more than 8 bits, but Pillow would decode only 8 of them."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return not is_deep(image) and max(image.tag_v2.get(_BITS, (1,))) > 8
     header = content[:26]  # ends with the bit depth and the color type
@@ -101,7 +101,8 @@ class DeepPng:
         self.high, self.low = open_image(content), open_image(content)
         self.size = self.high.size
         assert isinstance(self.low, ImageFile.ImageFile)
-        # Values in a PNG are big-endian. For little-endian values, Pillow keeps the byte that is the low byte here.
+        # Values in a PNG are big-endian, and Pillow keeps the high byte. If it takes the values for little-endian, it
+        # keeps the other byte, which is the low byte.
         ((decoder, extents, offset, mode),) = self.low.tile
         self.low.tile = [(decoder, extents, offset, f"{str(mode)[:-1]}L")]  # type: ignore[list-item]
 

@@ -121,7 +121,7 @@ class DecodedCache:
                 return memory
         aside = renamed(set_aside(self.file))
         logging.getLogger("sslcli").warning("%s is damaged%s: it is created again", self.file, aside)
-        self.file.unlink(missing_ok=True)  # it still exists if it could not be renamed
+        self.file.unlink(missing_ok=True)  # the file still exists here if renaming it failed
         return None
 
     def create(self, gigabytes: float) -> mmap.mmap:

@@ -37,8 +37,8 @@ def to_8_bits(values: NDArray[Any], value_range: ValueRange, *, nodata: float | 
     Args:
         values: (H, W, B) integers, floats or booleans. All bands are mapped in the same way.
         value_range: "auto", "full", or the two values that are mapped to 0 and 255. Values outside are clipped.
-        nodata: the value of missing pixels, or None. Pixels that are NaN, infinite or above `NODATA_MAGNITUDE` are
-            always missing. Missing pixels become 0 and do not affect the range, except with "full".
+        nodata: the value of missing pixels, or None. Pixels that are NaN, infinite or above `NODATA_MAGNITUDE` are also
+            missing. Missing pixels become 0 and do not affect the range. With "full", no pixels count as missing.
 
     Returns:
         (H, W, B). With "auto" and "full", values of 8 bits are not changed.

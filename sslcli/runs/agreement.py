@@ -30,7 +30,7 @@ def check_agreement(config: dict[str, Any]) -> None:
 
     The message lists the differences between two of the processes.
 
-    Processes first compare digests. They exchange the values only if the digests differ.
+    Processes first compare digests of these items. They exchange the items themselves only if the digests differ.
     """
     if collectives.world_size() == 1:
         return
@@ -81,7 +81,12 @@ def source_files(packages: Iterable[str]) -> list[tuple[Path, str]]:
 
 
 def differences(usual: dict[str, str], other: dict[str, str]) -> list[str]:
-    """Return the differences between two processes as `name: usual value -> other value`."""
+    """Return the items that differ between two processes, each as `name: usual value -> other value`.
+
+    Args:
+        usual: items of a process that agrees with the most processes, see `fingerprint_items`.
+        other: items of a process that differs from it.
+    """
     return [
         f"{name}: {usual.get(name, 'absent')} -> {other.get(name, 'absent')}"
         for name in sorted(usual.keys() | other.keys())

@@ -104,7 +104,7 @@ def assemble(
         device: the device of this process.
         screen: the progress display.
         phases: the planned phases of a run that has a config.yaml, or () for a new run.
-        moved: the keys of the dataset whose paths changed since the run began.
+        moved: the dataset settings, such as `root`, that contain another path than at the beginning of the run.
     """
     settings, monitor_settings = config.train, config.monitor
     resolved = precision.resolve(settings.precision, device)
@@ -244,7 +244,7 @@ def suspicious_settings(job: Run, parts: Parts) -> list[str]:
         )
     settings = job.settings
     wanted = round(settings.warmup_epochs * job.loader.steps_per_epoch)
-    # The default of one epoch is meant for runs of any length.
+    # Do not warn about the default of one epoch: it is intended to be shortened in short runs.
     if wanted > job.warmup_steps and settings.warmup_epochs > 1:
         found.append(
             f"train.warmup_epochs={settings.warmup_epochs:g} is {wanted:,} steps, but the warmup takes at most a "

@@ -92,7 +92,10 @@ def find_class(target: str, *, base: type[Built], trust: list[str], where: str) 
 
 
 def import_owner(name: str, setting: str) -> ModuleType:
-    """Import and return the module `name`. Raises ConfigError, which starts with `setting`, if that is impossible."""
+    """Import and return the module `name`.
+
+    Raises ConfigError if the import fails. The message starts with `setting`.
+    """
     try:
         with user_code(
             f"importing {name}",

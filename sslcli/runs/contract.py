@@ -32,9 +32,10 @@ def check_members(method: Method) -> None:
 
 
 def check_scalars(scalars: object, method: type) -> Tensor:
-    """Return the loss in `scalars`, the output of `forward` of a method. Raises ConfigError if `scalars` is not valid.
+    """Return the loss in the dictionary `scalars`, which the `forward` of a method returned.
 
-    Every entry must be a scalar tensor. The loss must depend on a trainable parameter, but may be NaN or infinite.
+    Raises ConfigError if `scalars` is not valid. Every entry must be a scalar tensor. The loss must depend on a
+    trainable parameter, but may be NaN or infinite.
     """
     name = f"forward of {class_name(method)}"
     right = """a dictionary of scalar tensors with the key 'loss', as in {"loss": loss}"""
@@ -74,7 +75,7 @@ def check_scalars(scalars: object, method: type) -> Tensor:
 
 
 def check_embeddings(method: Method) -> None:
-    """Raise ConfigError unless `embeddings` of a method is a tuple with one tensor (N, D) per view, or empty."""
+    """Raise ConfigError unless `method.embeddings` is a tuple with one tensor (N, D) per view, or an empty tuple."""
     found: object = method.embeddings
     if isinstance(found, (tuple, list)) and all(isinstance(view, Tensor) and view.ndim == 2 for view in found):
         return

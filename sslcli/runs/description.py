@@ -52,7 +52,8 @@ def write_description(
     )
     first = now if earlier is None else earlier["first"]
     atomic.replace(path, json.dumps({"first": first, "latest": now}, indent=2).encode())
-    # A finished run is extended here. If it is killed between the next two lines, the next start extends it.
+    # If this start extends a finished run, the run is not finished any more. The file `done` is removed first. If the
+    # process is killed before it writes config.yaml, the next start extends the run.
     (run_dir / "done").unlink(missing_ok=True)
     atomic.replace(run_dir / "config.yaml", as_yaml(values | {"effective": effective}).encode())
 

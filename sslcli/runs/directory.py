@@ -131,10 +131,10 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def is_complete(run_dir: Path, values: dict[str, Any], config: dict[str, Any] | None = None) -> bool:
-    """Return True if the run in this directory has been trained to the length that the settings `values` give it.
+    """Return True if the run in this directory has reached the length set in `values`.
 
-    An extended run is also complete for each earlier length that it had reached. `config` is the content of
-    `config.yaml`. If it is None, the file is read.
+    If the run was extended, the result is also True for the length that it had reached before the extension.
+    `config` is the content of `config.yaml`. If `config` is None, the file is read.
     """
     if config is None:
         if not (run_dir / "config.yaml").exists():
@@ -165,7 +165,7 @@ def has_checkpoint(run_dir: Path) -> bool:
 def check_resumable(run_dir: Path, values: dict[str, Any], *, may_differ: Collection[str] = ()) -> None:
     """Raise ConfigError unless a run with the settings `values` may start, resume or be extended in `run_dir`.
 
-    `values` is `RunConfig.values`. For the keys in `may_differ`, the values may differ from the stored configuration.
+    `values` is `RunConfig.values`. The settings in `may_differ` need not equal those in the stored configuration.
     """
     started = (run_dir / "config.yaml").exists()
     if run_dir.exists() and not run_dir.is_dir():
@@ -204,8 +204,8 @@ def phases_of(run_dir: Path, values: dict[str, Any]) -> tuple[Phase, ...]:
 def read_config(run_dir: Path) -> dict[str, Any]:
     """Return the stored configuration of a run. Keys of older versions are renamed to their current names.
 
-    If an older version started the run, keys that were added to datasets later get values with which the dataset is
-    read as in the older version.
+    An older version that started the run may not have known all of today's dataset settings. Each setting that it did
+    not store gets the value that corresponds to the behavior of the older version.
 
     Raises ConfigError if the file does not exist, and DamagedFile if its content is not the configuration of a run.
     """

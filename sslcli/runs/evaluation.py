@@ -71,10 +71,10 @@ class Evaluation:
 
     @property
     def conditions(self) -> str:
-        """Suffix of the result's name.
+        """Suffix of the result's name: the checkpoint and the dataset, joined by an underscore.
 
-        The suffix contains the checkpoint, unless it is the last one, and the dataset if pre-training used other
-        images.
+        The checkpoint is omitted if it is the last one. The dataset is omitted if its images were also used in
+        pre-training.
         """
         of_run, step = self.config.run is not None, self.config.checkpoint
         checkpoint = f"step-{step}" if of_run and step != "last" else ""
@@ -264,7 +264,7 @@ class Starts(Mapping[str, Start]):
             raise KeyError(name)
         if name in self.kept:
             return self.kept[name]
-        net: nn.Module | None = None  # of pixels
+        net: nn.Module | None = None  # the baseline "pixels" has no network
         if name != "pixels":
             net = self.trained if name == "trained" else self.evaluation.subject.net(name)
         start = Start(net=net, layer=self.evaluation.layer, features=self.evaluation.features(name, net))
@@ -285,9 +285,10 @@ def short_digest(key: object) -> str:
 
 
 def check_results_dir(results_dir: Path) -> None:
-    """Raise ConfigError unless files can be written to `results_dir`, or TrainingFailed if the disk is full.
+    """Check that files can be written to `results_dir`.
 
-    Temporary files of killed evaluations are removed. This function is called before the evaluation starts.
+    Raises TrainingFailed if the disk is full, and ConfigError if files cannot be written for another reason. Temporary
+    files of killed evaluations are removed. This function is called before the evaluation starts.
     """
     try:
         results_dir.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,10 @@ def export(config: ExportSettings) -> None:
 
 
 def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trust: list[str]) -> nn.Module:
-    """Return the backbone with `weights`. Raises ConfigError unless it computes the features of the whole method."""
+    """Return the backbone with `weights`.
+
+    Raises ConfigError unless the backbone without the rest of the method computes the same features as the method.
+    """
     method = find_class(saved["method"]["_target_"], base=Method, trust=trust, where="method._target_")
     remedy = (
         "so the backbone alone does not give the accuracies of the run: export what=method, which ssl-eval "

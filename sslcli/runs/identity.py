@@ -14,7 +14,7 @@ from sslcli.errors import ConfigError
 MAX_NAME_BYTES = 255  # limit of all usual file systems
 MAX_PATH_BYTES = (
     4095 - 300
-)  # PATH_MAX of Linux, without the zero at the end and the longest path inside a run directory
+)  # PATH_MAX of Linux (4096), minus 1 for the terminating zero byte, minus 300 for paths inside the run directory
 
 
 def run_dir_of(config: RunConfig) -> str:

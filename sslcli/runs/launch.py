@@ -59,8 +59,9 @@ def launch(job: dict[str, Any]) -> int:
 def with_old_settings(config: RunConfig) -> RunConfig:
     """Return the configuration with which a run starts or resumes.
 
-    If an older version of sslcli started the run, its dataset may lack keys that exist now. Such keys get values with
-    which the dataset is read as in the older version, unless the command line sets them.
+    An older version of sslcli that started the run may not have known all of today's dataset settings. Each setting
+    that it did not store, and that the command line does not set, gets the value that corresponds to the behavior of
+    the older version.
     """
     if not (config.directory / "config.yaml").is_file():
         return config

@@ -1,4 +1,7 @@
-"""Length of a run in its directory: whether the run is complete, and its phases if it was extended. No torch."""
+"""Length of a run, compared with the length stored in its run directory, and the phases of extended runs.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,10 @@ def stored_phases(config: Mapping[str, Any]) -> tuple[Phase, ...]:
 
 
 def requested_steps(config: Mapping[str, Any], values: Mapping[str, Any]) -> int | None:
-    """Return the number of steps that the settings `values` give a run, or None if it is unknown.
+    """Return the number of steps of a run that continues with the settings `values`, or None if it is unknown.
 
-    `config` is the content of the run's `config.yaml`. It contains the number of steps per epoch.
+    `config` is the content of the run's `config.yaml`. It contains the number of steps per epoch, which is needed if
+    `values` contains a number of epochs.
     """
     train, effective = values["train"], config.get("effective") or {}
     if train.get("max_steps"):
@@ -44,13 +48,13 @@ def requested_steps(config: Mapping[str, Any], values: Mapping[str, Any]) -> int
 
 
 def newest_step(run_dir: Path) -> int:
-    """Return the step of the newest checkpoint of a run by its file name, or 0 if there is no checkpoint."""
+    """Return the step in the file name of the newest checkpoint of a run, or 0 if there is no checkpoint."""
     saved = checkpoint_names.all_of(run_dir)
     return checkpoint_names.step_of(saved[-1]) if saved else 0
 
 
 def has_same_length(config: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Return True if the settings `values` give a run the length that its `config.yaml` has."""
+    """Return True if the length set in `values` equals the length in `config`, the content of `config.yaml`."""
     stored = stored_phases(config)
     one, other = config.get("train") or {}, values["train"]
     if all(one.get(key) == other.get(key) for key in ("epochs", "max_steps")):
@@ -59,7 +63,7 @@ def has_same_length(config: Mapping[str, Any], values: Mapping[str, Any]) -> boo
 
 
 def is_earlier_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Return True if the run was extended after it had reached the length that the settings `values` give it."""
+    """Return True if the run was extended, and before that had been trained to the length set in `values`."""
     phases, total = stored_phases(config), requested_steps(config, values)
     if total is None or newest_step(run_dir) < total:
         return False
@@ -67,9 +71,9 @@ def is_earlier_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[
 
 
 def check_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless a run may resume with the length that the settings `values` give it.
+    """Raise ConfigError unless a run may resume with the length set in `values`.
 
-    The run may keep its length, or become longer if it has a checkpoint from which it can continue.
+    The length may be unchanged. It may also be greater if the run has a checkpoint from which it can continue.
     """
     if is_earlier_length(run_dir, config, values):
         return
@@ -85,8 +89,8 @@ def check_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, 
 def planned_phases(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Phase, ...]:
     """Return the phases of a run that continues with the settings `values`. If the length is unknown, return ().
 
-    All processes get the same result, even if one of them has already stored the phases. Raises ConfigError as `plan`
-    does.
+    All processes get the same result, even if one of them has already stored the phases. Raises ConfigError in the same
+    cases as `plan`.
     """
     total = requested_steps(config, values)
     stored = stored_phases(config)

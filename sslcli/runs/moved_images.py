@@ -17,16 +17,20 @@ MOVED = "moved paths"  # key in the section `effective` of config.yaml; only run
 
 
 def possibly_moved(stored: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
-    """Return the keys of the dataset whose paths differ, or () if the run has no fingerprint of its images.
+    """Return the dataset settings, such as `root`, whose paths differ between `stored` and `now`.
 
-    `check_moved` then compares the images.
+    `check_moved` then compares the images. Return () if the run has no fingerprint of its images, since the images
+    could not be compared.
     """
     known = (stored.get("effective") or {}).get(FINGERPRINT)
     return tuple(moved_paths(stored, now)) if known else ()
 
 
 def earlier_moved(stored: dict[str, Any]) -> tuple[str, ...]:
-    """Return the keys of the dataset whose paths changed at an earlier start. Older checkpoints have the old paths."""
+    """Return the dataset settings whose paths changed at an earlier start of the run.
+
+    Checkpoints that are older than that start contain the old paths.
+    """
     keys = (stored.get("effective") or {}).get(MOVED)
     return tuple(key for key in keys if isinstance(key, str)) if isinstance(keys, list) else ()
 
@@ -62,6 +66,9 @@ def check_moved(run_dir: Path, stored: dict[str, Any], now: dict[str, Any], sour
 
 
 def moved_row(keys: Iterable[str]) -> dict[str, Any]:
-    """Return the entry of the section `effective` that stores the keys, or {} if no path changed."""
+    """Return the entry of the section `effective` that lists `keys`, the dataset settings whose paths changed.
+
+    Return {} if no path changed.
+    """
     found = sorted(set(keys))
     return {MOVED: found} if found else {}

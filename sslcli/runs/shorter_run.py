@@ -16,14 +16,15 @@ from sslcli.runs.identity import result_overrides
 from sslcli.system.regular_files import read_regular
 
 MAX_RUNS = 500  # newest runs whose overrides are read; reading them takes less than 0.1 s
-MAX_BYTES = 1_000_000  # of overrides.txt
+MAX_BYTES = 1_000_000  # maximum size of an overrides.txt that is read
 
 
 def shorter_run_hint(config: RunConfig) -> str | None:
     """Return a line that names the longest finished run that `config` could extend, or None if there is none.
 
-    Only runs next to the run directory, and in sweeps next to it, are searched. All of their overrides except the
-    length must equal the overrides of `config`. If the run of `config` has already started, None is returned.
+    The runs in the parent folder of the run directory are searched, and the runs of the sweeps in that folder. A run is
+    accepted if all of its overrides except the length equal the overrides of `config`. If the run of `config` has
+    already started, None is returned.
     """
     run_dir = config.directory
     if (run_dir / "config.yaml").exists() or config.resume == "must":
@@ -46,10 +47,10 @@ def shorter_run_hint(config: RunConfig) -> str | None:
 
 
 def _runs_beside(run_dir: Path) -> Iterator[Path]:
-    """Yield the finished runs next to a run directory, and in sweeps next to it, newest first."""
+    """Yield finished runs, newest first: those in the parent folder of a run directory, and those in its sweeps."""
     parent = run_dir.parent
     finished = [*parent.glob("*/done"), *parent.glob("sweep_*/*/done")]
-    with suppress(OSError):  # a run is deleted meanwhile
+    with suppress(OSError):  # a run was deleted after it had been listed
         finished.sort(key=lambda path: -path.stat().st_mtime_ns)
     return (path.parent for path in finished[:MAX_RUNS] if path.parent != run_dir and not path.parent.is_symlink())
 

@@ -27,13 +27,14 @@ from sslcli.system import atomic, child_processes
 from sslcli.system.locks import locked
 from sslcli.system.stored import DamagedFile, read_json, read_text, shown
 
-CONFIG = "config.json"  # configuration of a job that does not start after another job
+CONFIG = "config.json"  # file name of a job's configuration, unless the job waits for another job of the same run
 
 
 def launch(config: RunConfig) -> int:
     """Submit a run unless its job is already queued or running, and return the exit code.
 
-    If the job has a shorter length than `config`, another job is submitted. It extends the run after the first job.
+    A queued or running job may train the run to a shorter length than `config` requests. In this case, a second job is
+    submitted, which extends the run after the first job has ended.
 
     `config.run_dir` must be absolute. If launcher.wait is true, this function prints the log until the job ends, and
     returns the exit code of the job. Raises ConfigError if the run cannot start or Slurm rejects the job.
@@ -85,7 +86,7 @@ def submit_once(run_dir: Path, config: RunConfig) -> str:
 
 
 def config_name(folder: Path) -> str:
-    """Return the name of the configuration of the newest job. Raises DamagedFile if the stored name is damaged."""
+    """Return the file name of the newest job's configuration. Raises DamagedFile if the stored name is damaged."""
     path, remedy = folder / "job_config", "check with squeue that no job of this run is active, then remove it"
     try:
         name = read_text(path, remedy=remedy).strip()

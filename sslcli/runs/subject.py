@@ -26,7 +26,7 @@ from sslcli.runs.build import accelerate, build_backbone, build_method, build_so
 from sslcli.system.stored import DamagedFile, checked
 from sslcli.weights.files import broken_part, load_strictly, load_weights, wrapped
 
-ATTEMPTS = 20  # a run that saves at every step may delete several checkpoints before one is open
+ATTEMPTS = 20  # a run that saves at every step may delete several checkpoints before this process has opened one
 SECONDS_BETWEEN_ATTEMPTS = 0.02
 NETWORK_GROUPS = ("views", "method", "backbone")  # config groups from which a network and its input are built
 
@@ -266,7 +266,7 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
     if is_export:
         provenance["exported_from"] = exported["provenance"]
     views = build_views(exported["views"], trust=trust) if is_export else Views([{"crop_scale": None}])
-    # Exports of older versions contain the values of the dataset, even if images were not normalized.
+    # Exports of older versions contain the mean and std of the dataset, even if images were not normalized.
     mean, std = views.statistics(mean=exported.get("mean", source.mean), std=exported.get("std", source.std))
     requested = exported["precision"] if is_export and config.precision == "auto" else config.precision
     subject = Subject(
@@ -302,7 +302,7 @@ def _has_other_images_than_export(source: Source, node: dict[str, Any], exported
 def _network_builder(
     config: EvalConfig, exported: dict[str, Any], device: torch.device
 ) -> tuple[Callable[[int], nn.Module], dict[str, Any]]:
-    """Return a function that builds the untrained network of a file for an image size, and the network's provenance."""
+    """Return a function and the network's provenance. The function maps an image size to the untrained network."""
     trust, chosen = config.trust, config.backbone
     if exported.get("what", "backbone") == "method":
         _check_whole_method(config, exported)

@@ -56,8 +56,8 @@ def trial(loader: Loader, method: Method, device: torch.device, precision_name: 
             try:
                 return _examine(loader, method, batch, precision_name)
             except ConfigError:
-                # A method may need more images than `COUNT`. Therefore, only a failure with a real micro-batch is an
-                # error.
+                # A method may need more than `COUNT` images. Therefore the trial is repeated with a whole micro-batch,
+                # unless the micro-batch is not larger than `COUNT`.
                 if loader.micro_batch_size <= COUNT:
                     raise
             return _examine(loader, method, draw(loader, loader.micro_batch_size, device), precision_name)
@@ -157,10 +157,10 @@ def unused_warning(names: Sequence[str]) -> str:
 
 
 def check_accepts(method: Method, views: Views, source: Source) -> None:
-    """Raise ConfigError unless the backbone accepts images of all required sizes: of evaluation images and of every
-    view.
+    """Raise ConfigError unless the backbone accepts images of every size that a run uses.
 
-    The message names the size and the key to change.
+    These are the size of the evaluation images and the size of each view. The message names the size and the key to
+    change.
     """
     first = next(method.backbone.parameters(), torch.empty(0))
     for size in dict.fromkeys([source.image_size, *views.sizes(source.image_size)]):

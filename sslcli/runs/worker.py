@@ -124,9 +124,10 @@ def run(config: RunConfig) -> int:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Return True for a RuntimeError of torch after another process ended, or after a step left parameters unused.
+    """Return True if `error` is a RuntimeError of torch with one of three causes, for which `run` has own messages.
 
-    `run` has its own messages for these errors. torch raises them at any point, also while code of the user runs.
+    The causes: a data worker died, another process of the run ended, or the loss of a step did not depend on all
+    trainable parameters. torch raises these errors at any point, even while user code runs.
     """
     known = any(text in str(error) for text in (DEAD_WORKER, UNUSED_IN_STEP))
     return isinstance(error, RuntimeError) and (known or processes.lost_contact(error))
@@ -184,7 +185,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
     move_to_device(parts.method, config.train, device)
     optimizer, peak_lr = build_optimizer(config, parts.method)
     if collectives.world_size() > 1:
-        # Only now, so that the optimizer has the same parameters with any number of processes.
+        # Freeze after the optimizer was built, so that the optimizer has the same parameters as with one process.
         freeze(parts.method, found.unused)
     run_lock = acquire_lock(run_dir, patience=lock_patience(config)) if main and not dry else None
     if run_lock is not None:
@@ -206,7 +207,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
             if dry:
                 job.stop.close()  # then an interrupt ends the dry run immediately
                 return dry_run(job, parts)
-            step = resume(job)  # before config.yaml is written, so that a refused checkpoint does not change it
+            # Resume before config.yaml is written, so that config.yaml stays unchanged if the checkpoint is refused.
+            step = resume(job)
             if main:
                 describe(job, parts, config, facts | moved_row(moved))
             enable_garbage_collection()
@@ -245,8 +247,8 @@ def run_trial(config: RunConfig, loader: Loader, parts: Parts, device: torch.dev
 def check_dataset(config: RunConfig, parts: Parts, screen: Screen) -> tuple[str, ...]:
     """Compare the images with the images of the run, see `check_moved` and `check_images`.
 
-    Return the keys of the dataset whose paths changed since the run began. Raises ConfigError on all processes if the
-    images differ.
+    Return the dataset settings, such as `root`, that contain another path than at the beginning of the run. Raises
+    ConfigError on all processes if the images differ.
     """
     run_dir = config.directory
     stored = directory.read_config(run_dir) if (run_dir / "config.yaml").exists() else {}
@@ -258,7 +260,8 @@ def check_dataset(config: RunConfig, parts: Parts, screen: Screen) -> tuple[str,
 def enable_garbage_collection() -> None:
     """Enable garbage collection if `launch` disabled it, but exclude the objects that already exist.
 
-    Imports create about a million objects. At exit, a process would spend most of its time scanning them.
+    Imports create about a million objects. Unless they are excluded, scanning them takes most of the time that a
+    process needs to exit.
     """
     if not gc.isenabled():
         gc.freeze()

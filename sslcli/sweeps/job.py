@@ -76,8 +76,9 @@ class Job:
 class Record:
     """Record of a job on disk. The record remains after the sweep exits.
 
-    If the job belongs to several sweeps, the record of the sweep that ran it first has the fields from `started` to
-    `code`. The records of the other sweeps refer to this record by `source`.
+    A job that belongs to several sweeps has one record per sweep. The record of the sweep that ran the job first
+    contains the fields `started`, `host`, `process` and `code`. In the other records, these fields are not used, and
+    `source` is the path of the first record.
     """
 
     overrides: list[str]
@@ -141,7 +142,10 @@ def record_path(sweep: Sweep, name: str) -> Path:
 
 
 def source_of(sweep: Sweep, record: Record) -> Path | None:
-    """Return the record of another sweep to which a record refers. Return None if there is none, or not any more."""
+    """Return the path of the other sweep's record to which `record` refers.
+
+    Return None if `record` does not refer to another record, or if the other record was deleted.
+    """
     path = None if record.source is None else sweep.records / record.source
     return path if path is not None and path.exists() else None
 
@@ -199,7 +203,7 @@ def record_end(sweep: Sweep, job: Job, code: int) -> None:
 
 
 def _record_state(sweep: Sweep, job: Job, **changes: Any) -> None:
-    """Change the record that has the state of a job. It may be the record of another sweep."""
+    """Change fields of the record that contains the state of a job. This may be a record of another sweep."""
     path = source_of(sweep, read_or_create_record(sweep, job)) or record_path(sweep, job.name)
     write(path, replace(read(path), **changes))
 

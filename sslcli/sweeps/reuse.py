@@ -36,7 +36,7 @@ class OtherJob:
 
 
 def claim(sweep: Sweep, job: Job) -> IO[str] | None:
-    """Lock a job as `claim_job` does. If another sweep has started the job in the meantime, link it instead.
+    """Lock a job as `claim_job` does. If another sweep has started the same job in the meantime, link to that job.
 
     The lock of the job is held during the search for the other sweep. Therefore two sweeps cannot start the same job.
     """
@@ -92,9 +92,10 @@ def _other_jobs(sweep: Sweep) -> list[OtherJob]:
 
 
 def _is_placed(sweep: Sweep, job: Job) -> bool:
-    """Return True if the job has a run directory, or need not get one in the sweep's folder.
+    """Return True if the run directory of the job exists, or if its place is not the sweep's folder.
 
-    If the job is linked to another sweep, repair the link. If the other sweep was deleted, remove the link.
+    A run directory outside of the sweep's folder, or none, is never linked. If the job is linked to another sweep,
+    repair the link. If the other sweep was deleted, remove the link.
     """
     run_dir = job.run_dir
     if run_dir is None or run_dir.parent != sweep.folder:

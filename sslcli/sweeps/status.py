@@ -125,9 +125,9 @@ def is_running(sweep: Sweep, name: str, record: Record) -> bool:
 def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
     """Lock a job, so that no other process runs it. Return the lock file, or None if another process runs the job.
 
-    The lock is held until the lock file and its copies in child processes are closed. A job that was submitted to Slurm
-    can be locked while its run trains there. The process that then runs the job finds out that the Slurm job is still
-    queued or running.
+    The lock is held until the lock file and its copies in child processes are closed. If the process of a job only
+    submits a run to Slurm, the job can be locked while that Slurm job is queued or running. The process of the job then
+    finds the Slurm job, and does not submit it again.
     """
     file = lock(lock_path(sweep, job.name))
     if file is None:

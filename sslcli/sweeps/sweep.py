@@ -224,7 +224,7 @@ def prepare(sweep: Sweep, jobs: list[Job]) -> None:
         sweep.records.mkdir(parents=True, exist_ok=True)
         (sweep.records / "stop").unlink(missing_ok=True)
     except OSError as error:
-        if is_disk_failure(error):  # run_sweep prints it
+        if is_disk_failure(error):  # run_sweep prints this error
             raise
         raise ConfigError(
             f"hydra.sweep.dir is {sweep.folder}, but it cannot be written ({error.strerror}): choose another directory"
