@@ -86,7 +86,7 @@ def test_a_job_is_finished_once_its_run_has_the_length_of_the_job(tmp_path: Path
     (run_dir / "done").unlink()
     assert status() == CHECKED
     stored["effective"] |= {
-        "phases": [{"start": 0, "total": 20, "extend": ""}, {"start": 20, "total": 30, "extend": ""}]
+        "phases": [{"start": 0, "total": 20, "extend": "rescale"}, {"start": 20, "total": 30, "extend": "rescale"}]
     }
     (run_dir / "config.yaml").write_text(as_yaml(stored | {"train": {"epochs": 3, "max_steps": None}}))
     assert (status(), status(epochs=3)) == (FINISHED, CHECKED)
