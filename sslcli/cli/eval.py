@@ -36,7 +36,7 @@ def evaluate(config: dict[str, Any]) -> int:
 
 
 def check_changes(config: dict[str, Any]) -> None:
-    """Raise ConfigError if the run's dataset does not accept a `dataset.KEY=value`.
+    """Raise ConfigError if the run's dataset does not accept an override `dataset.KEY=value` of the command line.
 
     This function does not import torch.
     """

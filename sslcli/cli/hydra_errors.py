@@ -101,10 +101,10 @@ def readable(error: BaseException, *, groups: tuple[str, ...]) -> str:
 
 
 def check_files(lines: Iterable[str], folders: Iterable[Path]) -> None:
-    """Raise ConfigError if a file that `lines` choose from the user's `folders` is a yaml file that Hydra misreads.
+    """Raise ConfigError if an override in `lines` chooses a yaml file that Hydra misreads. Only `folders` are searched.
 
-    Hydra ignores files with the ending .yml, and the header of a file that begins with a byte order mark. Its messages
-    would not name the cause.
+    Hydra ignores files with the extension .yml. It also ignores the header of a file that begins with a byte order
+    mark. Hydra's own messages would not name the cause.
     """
     for line in lines:
         group, _, choices = line.lstrip("+").partition("=")

@@ -49,8 +49,8 @@ def with_added_keys(stored: Any, now: Any = None) -> Any:
 
     Args:
         stored: the node in the `config.yaml` or in a checkpoint of the run. If it is not a mapping, it is returned.
-        now: the node on the command line, to add only keys that it has; None = add all keys that the class accepts. The
-            keys of a class of a plug-in are unknown without `now`.
+        now: the node `dataset` of the command line. If it is given, only keys that it contains are added. None = add
+            all keys that the class accepts. These are known only for built-in classes.
     """
     if not isinstance(stored, dict):
         return stored
@@ -61,8 +61,9 @@ def with_added_keys(stored: Any, now: Any = None) -> Any:
 def resumed_dataset(dataset: dict[str, Any], stored: Any, set_keys: Collection[str]) -> dict[str, Any]:
     """Return the node `dataset` with which an existing run resumes.
 
-    A key with the default of the yaml files gets its old value in two cases: the stored configuration lacks the key, or
-    it has the old value because the run has already resumed. Keys that the command line sets are not changed.
+    A key that has the default of the yaml files gets its old value in two cases: the stored configuration lacks the
+    key, because an older version wrote it; or the stored configuration contains the old value. Keys that the command
+    line sets are not changed.
 
     Args:
         dataset: the composed node.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# The default of `dataset.channels`, and the defaults of `dataset.mean` and `dataset.std` for it: those of ImageNet.
+# Default of `dataset.channels`, and defaults of `dataset.mean` and `dataset.std` for three channels (from ImageNet).
 CHANNELS = 3
 DEFAULTS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 # Gray ImageNet images: the luma of the mean, and the mean standard deviation.
@@ -15,7 +15,8 @@ OTHER = {"mean": 0.5, "std": 0.25}
 def with_channel_statistics(dataset: Any) -> Any:
     """Return the node `dataset` of a configuration with one mean and one standard deviation per channel.
 
-    Only the default values for three channels are replaced. Other values, and other nodes, are not changed.
+    If the node sets another number of channels than three, the default `mean` and `std` for three channels are replaced
+    by defaults for this number. A `mean` or `std` with other values is not changed.
     """
     channels = dataset.get("channels", CHANNELS) if isinstance(dataset, dict) else CHANNELS
     if channels == CHANNELS or isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
@@ -28,9 +29,10 @@ def with_channel_statistics(dataset: Any) -> Any:
 
 
 def with_channels_of(dataset: dict[str, Any], channels: int) -> dict[str, Any]:
-    """Return the node of another dataset on which a network for images with `channels` channels is evaluated.
+    """Return the node `dataset` with the number of channels of a network that was pre-trained on another dataset.
 
-    If the dataset has the default number of channels, and it can be set, it becomes `channels`.
+    If the node has the key `channels` with the default value, the value is replaced by `channels`. Otherwise, the node
+    is returned unchanged.
     """
     if dataset.get("channels") != CHANNELS or channels == CHANNELS:
         return dataset

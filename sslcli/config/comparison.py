@@ -58,7 +58,8 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
 def moved_paths(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Return the paths of the dataset that differ, as dotted key -> (stored path, current path).
 
-    Only keys that have a path in both configurations are returned. Both configurations have current names.
+    Only keys that have a path in both configurations are returned. Keys and classes in both configurations must have
+    the names of this version, not names of version 0.1.
     """
     before, after = stored.get("dataset"), now.get("dataset")
     if not isinstance(before, dict) or not isinstance(after, dict):
@@ -75,8 +76,9 @@ def moved_paths(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 def digest_of_settings(config: dict[str, Any]) -> str:
     """Return a digest (16 hex digits) of the values that affect the results of a run.
 
-    The digests of two configurations are equal if `changed_settings` finds no difference. Names must be current.
-    `train.extend` is ignored, since it has no effect on a run that was never extended.
+    Call this function only for a run that was never extended: the digest does not depend on `train.extend`, which
+    affects only extended runs. If `changed_settings` finds no other difference between two configurations, their
+    digests are equal. Keys and classes in `config` must have the names of this version, not names of version 0.1.
     """
     values = flatten(map_paths(config, real_path), leave_out=(*NEUTRAL, "train.extend"))
     known = {key: _number(value) for key, value in values.items() if value is not None}
@@ -84,7 +86,7 @@ def digest_of_settings(config: dict[str, Any]) -> str:
 
 
 def _number(value: Any) -> Any:
-    """Return a value in which numbers that are equal have the same JSON text, as 1 and 1.0."""
+    """Replace each float that is an integer, such as 1.0, by this integer, so that equal numbers have equal JSON."""
     if isinstance(value, list):
         return [_number(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

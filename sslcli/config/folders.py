@@ -16,7 +16,7 @@ def user_folders(arguments: list[str]) -> list[Path]:
 
 
 def conf_folder(*, installed: bool = False) -> Path | None:
-    """Return the folder of the yaml files: the folder in the installed package, or else in the checkout.
+    """Return the folder of the yaml files. If sslcli is not installed, this is the folder `conf` of the checkout.
 
     With installed=True, return None if the package is not installed.
     """

@@ -182,7 +182,8 @@ def current_config(config: dict[str, Any], *, overridden: Iterable[str] = ()) ->
 
     Args:
         config: plain values, as in the `config.yaml` of a run or composed from yaml files.
-        overridden: current keys that the command line sets. Values of their old names are ignored.
+        overridden: keys that the command line sets, by their current names. If `config` also contains such a key under
+            its old name, the value of the old name is ignored.
     """
     notes: list[str] = []
     renamed: dict[str, Any] = _current_targets(config, notes)

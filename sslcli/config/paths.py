@@ -17,7 +17,7 @@ from sslcli.config.signatures import names_in_annotations
 from sslcli.errors import ConfigError
 
 PLAIN = {"train": ("run_dir",), "eval": ("run", "weights"), "export": ("run", "out")}  # path keys outside of groups
-NAMES: dict[str, tuple[str, ...]] = {"train": ("name",), "eval": (), "export": ()}  # keys of names of directories
+NAMES: dict[str, tuple[str, ...]] = {"train": ("name",), "eval": (), "export": ()}  # keys whose values name directories
 PATH_TYPES = frozenset(["Path", "PurePath", "PosixPath", "PathLike", "Root"])  # types of path parameters
 HUB_NAME = "HubName"  # annotation of a Hugging Face hub name; the value may also be a path that exists
 

@@ -73,7 +73,10 @@ def check(command: str, config: dict[str, Any]) -> None:
 
 
 def check_group(group: str, node: Any) -> None:
-    """Raise ConfigError unless a group is a mapping. If it is in `BUILT`, also check its `_target_` and keywords."""
+    """Raise ConfigError unless the node of a group is valid. It must be a mapping.
+
+    If `group` is in `BUILT`, the `_target_` and the keywords of the node are also checked.
+    """
     if node is None:
         raise ConfigError(f"{group} is missing: choose one with {group}=...")
     if isinstance(node, str):
@@ -122,7 +125,12 @@ def check_node(where: str, node: dict[str, Any]) -> None:
 
 
 def check_mixture(method: dict[str, Any], *, takes_one: bool) -> None:
-    """Raise ConfigError if the method does not support a mixture, or if `method.mixture` is not a mapping."""
+    """Raise ConfigError if `method.mixture` is set, but the method has no such parameter, or the value is text.
+
+    Args:
+        method: the node `method`.
+        takes_one: True if the constructor of the method has the parameter `mixture`.
+    """
     mixture = method.get("mixture")
     if mixture is not None and not takes_one:
         files = sorted((conf_folder() or Path()).glob("method/*.yaml"))

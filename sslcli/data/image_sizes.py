@@ -17,10 +17,10 @@ _MULTIPLE = 8  # the recommended size is a multiple of this number, because netw
 
 
 def typical_side(source: Source, *, sample: int = SAMPLE, seconds: float = SECONDS) -> tuple[float, int] | None:
-    """Return the median of the shorter side of training images in pixels, and the number of images.
+    """Return the median of the shorter side of a sample of training images in pixels, and the size of the sample.
 
-    Return None if no size can be read. The images are spread over the training split. Every call reads the same images.
-    If the format allows it, only the headers are read.
+    Return None if no image size can be read. The sample is spread over the training split. It is the same in every
+    call, unless the time ends early. If the format allows it, only the headers are read.
 
     Args:
         source: the dataset.

@@ -48,7 +48,7 @@ class PixelFormat:
         return b"" if self == LEGACY else f"{self.channels} {self.value_range}".encode()
 
     def needs_samples(self, image: Image.Image, content: bytes) -> bool:
-        """Return whether an image that Pillow opened must be decoded by another package, see `bands`."""
+        """Return whether an image must be decoded by `bands`, because Pillow would lose needed bands or bits."""
         if has_lost_bands(image, only_colors=self.is_color):
             return True
         return has_lost_precision(image, content) and (not self.is_color or self.value_range != "full")

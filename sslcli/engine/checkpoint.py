@@ -73,7 +73,7 @@ def make_room(parent: Path) -> None:
 
 def publish(temporary: Path, path: Path) -> None:
     """Rename a complete checkpoint to its final name, and update the link `last`."""
-    if path.is_dir():  # an old, unreadable checkpoint of the same step; the run repeats only steps after its checkpoint
+    if path.is_dir():  # an unreadable checkpoint: the run resumed from an earlier one, and has reached this step again
         discard(path)
     os.replace(temporary, path)
     with beside(path.parent / "last") as link:
@@ -103,8 +103,9 @@ def write_failure(path: Path, error: Exception) -> TrainingFailed:
 
 
 def prune(newest: Path, *, keep: int) -> None:
-    """Delete all checkpoints except `newest` and the `keep` - 1 checkpoints before it, and checksums without a
-    checkpoint.
+    """Delete all checkpoints except `newest` and the `keep` - 1 checkpoints before it.
+
+    Also delete checksum files whose checkpoint does not exist.
 
     Checkpoints after `newest` exist only if they were unreadable and the run resumed from an earlier checkpoint. They
     are deleted, because they would otherwise count as the newest checkpoints.

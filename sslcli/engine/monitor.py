@@ -307,7 +307,7 @@ class Monitor:
 
     def remedy(self) -> str:
         """Return the part of an error message that names the last good checkpoint and the usual remedies."""
-        # A newer checkpoint is damaged, since the run resumed from an older one.
+        # Leave out checkpoints after `good_step`. They are damaged, which is why the run resumed from an older one.
         saved = [path for path in checkpoint.all_of(self.run_dir) if checkpoint.step_of(path) <= self.good_step]
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         return f"{kept}. {REMEDIES}"

@@ -53,8 +53,8 @@ def phases_from(rows: Any) -> tuple[Phase, ...]:
 def plan(history: Sequence[Phase], *, step: int, total: int, extend: str) -> tuple[Phase, ...]:
     """Return the phases of a run of `total` steps that continues after `step` steps.
 
-    If `total` is greater than the length of the last phase, a phase that starts at `step` is added. Phases of which no
-    step is in a checkpoint are discarded before this comparison.
+    If `total` is greater than the length of the last phase, a phase that starts at `step` is added. A phase that starts
+    at `step` or later is first discarded, because no checkpoint contains any of its steps.
 
     Args:
         history: the phases so far; empty for a new run.
@@ -62,8 +62,8 @@ def plan(history: Sequence[Phase], *, step: int, total: int, extend: str) -> tup
         total: the new length of the run in steps.
         extend: value of `train.extend`.
 
-    Raises ConfigError if the run would become shorter, or if `extend` differs from the value with which the run was
-    extended to `total` steps.
+    Raises ConfigError if the run would become shorter, or if the run was already extended to `total` steps with another
+    value of `train.extend`.
     """
     if not history or (step == 0 and history[-1].total != total):
         return (Phase(0, total, extend),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 PERIOD = 60.0  # seconds of training over which the fraction is measured
-LIMIT = 0.5  # fraction of the time that must be spent waiting for a report
+LIMIT = 0.5  # a run is reported if it waits for images during more than this fraction of the time
 
 
 class SlowData:
@@ -46,8 +46,8 @@ def faster_data(*, workers: int, cores: int, in_memory: bool, can_cache: bool) -
     Args:
         workers: data workers of each process.
         cores: processor cores of each process.
-        in_memory: the dataset is in memory, so that the process itself computes the crops.
-        can_cache: the dataset can cache decoded images, but does not.
+        in_memory: True if the dataset is in memory. The training process then computes the crops itself.
+        can_cache: True if the dataset can cache decoded images, but the cache is not enabled.
     """
     if in_memory:
         return "Views are computed by the training process: choose views without blur, or give the run more cores"

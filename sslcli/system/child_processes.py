@@ -41,7 +41,8 @@ def given_arguments(module: str, *names: str, launcher: str, variables: Sequence
         launcher: value of `launcher=...` with which ssl-train runs the module.
         variables: environment variables that the launcher sets.
 
-    Raises ConfigError if the number of arguments is wrong or a variable is missing, since a user ran the module.
+    Raises ConfigError if the number of arguments is wrong or a variable is missing. The cause is usually that a user
+    ran the module directly, instead of ssl-train.
     """
     missing = [name for name in variables if name not in os.environ]
     if len(sys.argv) != len(names) + 1 or missing:

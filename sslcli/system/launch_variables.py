@@ -75,7 +75,10 @@ def earlier_starts() -> int:
 
 
 def _count(name: str, *, least: int, most: int | None = None, reason: str = "") -> int:
-    """Return an environment variable as an integer. Raises ConfigError if it is not one in the allowed range."""
+    """Return an environment variable as an integer.
+
+    Raises ConfigError if the value is not an integer, or if it is outside of the allowed range.
+    """
     text = os.environ[name]
     number = int(text) if text.strip().isdecimal() and text.isascii() else None
     if number is None or number < least or (most is not None and number > most):

@@ -130,7 +130,7 @@ def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
 
 
 def is_image_extension(name: str) -> bool:
-    """Return whether a file extension, or its last part as in "left.jpg", is the extension of an image."""
+    """Return whether a file extension is that of an image. Of an extension such as "left.jpg", the last part counts."""
     return name.rpartition(".")[2] in listed_extensions()
 
 
@@ -143,7 +143,10 @@ def _columns(sample: Sample, file: IO[bytes]) -> dict[str, Column]:
 
 
 def _label(sample: Sample, file: IO[bytes], wanted: str | None, *, where: str) -> Value:
-    """Return the label of an image: the content of a file, or a field of the JSON file. Return None without a label."""
+    """Return the label of an image: the content of a file, or a field of the JSON file.
+
+    Return None if the image has no label.
+    """
     name = next((name for name in LABEL_NAMES if name in sample), None) if wanted == AUTO else wanted
     if name is None and wanted == AUTO and "json" in sample:
         name = label_column(_columns(sample, file), AUTO, where=where)

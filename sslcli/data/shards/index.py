@@ -29,7 +29,7 @@ from sslcli.system.atomic import replace
 from sslcli.system.stored import DamagedFile, read_bytes, read_or_set_aside
 
 VERSION = 1  # version of the cached index files
-MAX_BYTES = 4_000_000_000  # size of an index file; an index of a million images has about 20 MB
+MAX_BYTES = 4_000_000_000  # maximum size of an index file; an index of a million images has about 20 MB
 _THREADS = 8
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "blob_id")

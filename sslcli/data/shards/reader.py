@@ -149,7 +149,10 @@ class ReadState:
         return self.systems[shard.url]
 
     def cached_chunk(self, chunk: int, fetch: Callable[[int], Any]) -> Any:
-        """Return a chunk that `hold` did not fetch. Cache the last chunk, because evaluation reads in order."""
+        """Return a chunk that `hold` did not fetch. Keep it in memory until another chunk is requested.
+
+        Evaluation reads in order, so most requests are for the same chunk as the request before.
+        """
         if self.last[0] != chunk:
             self.last = (chunk, fetch(chunk))
         return self.last[1]

@@ -3,7 +3,8 @@
 The images of all splits of a source are numbered together: position i identifies image i. A dataset in memory is one
 uint8 tensor and needs no workers. Datasets of files (`sslcli.data.sources.files`) are decoded by workers. A hash of an
 image's name or number decides whether the image is held out for validation. Therefore the order of the files in a
-directory has no effect on the held-out split. If images are added or removed, few other images change their split.
+directory has no effect on the held-out split. If images are added or removed, only few of the other images move to
+another split.
 """
 
 from __future__ import annotations
@@ -209,8 +210,8 @@ class Source:
     def split(self, hashes: Tensor, *, labeled: Tensor, num_test: int = 0, held_out: Tensor | None = None) -> None:
         """Set `splits`. The last `num_test` positions are the official test split.
 
-        hashes: (M - num_test,) int64, one per image of the training pool. Images are ordered by a hash of the seed and
-            this value. The first images are held out. Images with equal values are ordered by position.
+        hashes: (M - num_test,) int64, one value per image of the training pool. The images are sorted by a hash of the
+            seed and their value, and the first images are held out. Images with equal values are sorted by position.
         labeled: (M - num_test,) bool, True if labeled. Only labeled images are held out, because a probe needs labels.
         held_out: (M - num_test,) bool, True for images that must not be in "train"; None = `val_fraction` decides.
         """

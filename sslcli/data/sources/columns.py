@@ -30,9 +30,9 @@ class Column:
 def columns_of(schema: Any) -> dict[str, Column]:
     """Return the columns of an Arrow schema by name.
 
-    The library `datasets` stores the names of the image columns and the class names in the schema. If the schema has no
-    names of image columns, two kinds of columns count as image columns: columns of bytes, and columns of structs whose
-    first field is `bytes`.
+    The library `datasets` stores in the schema which columns contain images, and the class names. If the schema does
+    not state which columns contain images, two kinds of columns count as image columns: columns of bytes, and columns
+    of structs whose first field is `bytes`.
     """
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     features = {name: feature for name, feature in metadata.items() if isinstance(feature, dict)}

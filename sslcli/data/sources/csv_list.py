@@ -16,7 +16,8 @@ from sslcli.errors import ConfigError, nearest
 from sslcli.system.regular_files import open_regular
 
 DELIMITERS = (",", ";", "\t", "|")
-# Byte order marks. That of UTF-32 must come first, because it begins with that of UTF-16.
+# Byte order marks. The marks of UTF-32 must come before those of UTF-16, because the little-endian mark of UTF-32
+# begins with the mark of UTF-16.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -24,7 +25,7 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_CHECKED = 20  # about how many of the listed files must exist, at least one of them
+_CHECKED = 20  # approximate number of listed files that are checked; at least one of them must exist
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ImageList:
         file: path of the CSV file.
         names: path of each image.
         labels: label of each image as text; "" = unknown.
-        splits: split of each image: "train", "val" or "test". If no column of splits is read, all are "train".
+        splits: split of each image: "train", "val" or "test". If no column of splits is read, each split is "train".
         label_column: name of the column of the labels; None = the file has none.
     """
 
@@ -57,11 +58,12 @@ def read_lists(
 ) -> list[ImageList]:
     """Return the list of the training and validation images. If there are test images, also return their list.
 
-    The test images are those of the CSV file `test`, or the rows of `file` that the column `split` assigns to the test
-    split. See `read_csv` for the other arguments. If `file` has no labels, the labels of the test images are ignored,
+    The test images are listed in the CSV file `test`, or in the rows of `file` whose split in the column `split` is
+    "test". See `read_csv` for the other arguments. If `file` has no labels, the labels of the test images are ignored,
     since a probe cannot be trained.
 
-    Raises ConfigError as `read_csv` does, if `test` is `file`, or if `file` has no training images.
+    Raises ConfigError in the same cases as `read_csv`. Also raises ConfigError if `test` is the same file as `file`, or
+    if `file` has no training images.
     """
     if test is not None and os.path.exists(test) and os.path.exists(file) and os.path.samefile(file, test):
         raise ConfigError(
@@ -87,8 +89,9 @@ def read_csv(
 ) -> ImageList:
     """Read a CSV file of images.
 
-    The delimiter may be a comma, semicolon, tab or vertical bar. The first delimiter with which the header has the
-    column of the paths is used. Spaces around values are removed. Values in double quotes may contain delimiters.
+    The delimiter may be a comma, semicolon, tab or vertical bar. The header is split at each of them in this order,
+    until one of its names is that of the column of the paths. Spaces around values are removed. Values in double quotes
+    may contain delimiters.
 
     Args:
         file: the CSV file, in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
@@ -168,7 +171,7 @@ def _read_text(file: str, key: str) -> str:
 
 
 def _delimiter(content: str, file: str, key: str, image_column: str) -> str:
-    """Return the first delimiter with which the header has the column of the paths."""
+    """Return the first delimiter that splits the header so that one of its names is `image_column`."""
     headers = []
     for delimiter in DELIMITERS:
         reader = csv.reader(StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True)
@@ -203,7 +206,10 @@ def _label_column(header: list[str], file: str, wanted: str | None) -> str | Non
 
 
 def _check_header(header: list[str], file: str, columns: list[str | None]) -> None:
-    """Raise ConfigError unless each of `columns` occurs once. The columns are those of images, labels and splits."""
+    """Raise ConfigError unless each name in `columns` occurs once in the header.
+
+    `columns` contains the names of the columns of images, labels and splits.
+    """
     keys = ("dataset.image", "dataset.label", "dataset.split_column")
     for key, name in zip(keys, columns, strict=True):
         if name is not None and name not in header:
@@ -216,7 +222,7 @@ def _check_header(header: list[str], file: str, columns: list[str | None]) -> No
 
 
 def _rows(content: str, delimiter: str, file: str, key: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield a pair for each row that is not empty: the number of its last line, and its fields without outer spaces."""
+    """Yield a pair for each row that is not empty: the line number of its end, and its fields without outer spaces."""
     reader = csv.reader(StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         for row in reader:

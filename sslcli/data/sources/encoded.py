@@ -16,12 +16,14 @@ class EncodedImages(Source):
 
     Args:
         scaled_decode: see `Source`.
-        channels: number of channels of the images: 1 = gray, 3 = RGB. Another number is the number of bands that each
-            image has.
-        value_range: mapping of pixel values to 8 bits. "auto" = images of 8 bits are not changed. Integers of more
-            bits are divided by the largest value of 8, 10, 12, 14 or 16 bits, whichever is the smallest that the image
-            fits in. Floats are mapped by percentiles of the image. "full" = the range of the data type, as in version
-            0.2; the yaml files have "auto". A pair (low, high) = these values are mapped to 0 and 255.
+        channels: number of channels of the images: 1 = gray, 3 = RGB. With another number, each image must have this
+            number of bands.
+        value_range: mapping of pixel values to 8 bits.
+            "auto" (in the yaml files): 8-bit images are not changed. For other integers, the bit depth is the smallest
+            of 8, 10, 12, 14 and 16 bits that can represent all values of the image, and the largest value of this bit
+            depth is mapped to 255. Floats are mapped by percentiles of the image.
+            "full" (as in version 0.2): the range of the data type is mapped.
+            A pair (low, high): these two values are mapped to 0 and 255.
         common: the arguments of `Source`. The defaults of `mean` and `std` are 0.5 and 0.25 for each channel.
 
     Attributes:

@@ -191,7 +191,7 @@ class Flat(ImageFiles):
 class ListFile(ImageFiles):
     """Images listed in a CSV file with a header, a column of paths and optionally a column of labels.
 
-    The labels are text or integers, see `as_labels`. The labels of both lists are merged by name.
+    The labels are text or integers, see `as_labels`. The classes of `file` and `test` are merged by name.
 
     Args:
         file: the CSV file, see `read_csv`. Position i is row i of the file; test images have the last positions.
@@ -203,8 +203,8 @@ class ListFile(ImageFiles):
             If the column has validation images, `val_fraction` has no effect.
         common: the arguments of `ImageFiles`.
 
-    Raises ConfigError if a CSV file is missing or invalid, lacks a column, or has no rows, if none of about 20 listed
-    files exists, or if the same image would be in two splits. Raises ValueError if `root` is not a folder.
+    Raises ConfigError in three cases: a CSV file is missing or invalid, lacks a column, or has no rows; none of about
+    20 checked image files exists; the same image would be in two splits. Raises ValueError if `root` is not a folder.
     """
 
     lists_files_once = False

@@ -50,7 +50,8 @@ class Hf(EncodedImages):
             labels.
         data_files: paths or patterns, relative to `path`, of the files to read; None = all files.
         revision: a branch, tag or commit on the hub.
-        cache: the folder in which `datasets` stores prepared copies; None = the default cache of `datasets` in HF_HOME.
+        cache: the folder in which `datasets` stores prepared copies. None = the default cache of `datasets`, in the
+            folder of the environment variable HF_HOME.
         common: the arguments of `EncodedImages`.
 
     Position i is row i of `split`. The positions of the rows of `test` follow the positions of the rows of `split`.
@@ -193,8 +194,8 @@ def stamp_of(table: Any, is_saved: bool) -> int:
     """Return a number that changes when the files of a table are rewritten.
 
     is_saved: whether `save_to_disk` wrote the files. If True, the number depends on the sizes and modification times of
-        the files. If False, the number depends on the name of the folder of the files. On every machine, `datasets`
-        prepares the files anew in a folder whose name depends on the modification times of the original files.
+        the files. If False, the number depends on the name of the folder that contains the files. `datasets` prepares
+        these files anew on every machine, and names the folder by the modification times of the original files.
     """
     parts = []
     for file in sorted(entry["filename"] for entry in table.cache_files):

@@ -55,7 +55,7 @@ def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
       numerical order if all of them are numbers, else in alphabetical order.
 
     Raises ConfigError in these cases:
-    - a value is not a class label, or most distinct values are numbers with a fraction
+    - a value is not a class label, or most distinct values are numbers that are not integers
     - a part has numbers without class names, although another part has class names
     - the same class is written in several ways, or several classes have the same name
     - a test part has a class that the training parts lack
@@ -192,7 +192,7 @@ def _indices(names: Sequence[str]) -> Numbers:
 
 
 def _check_names(part: Labels, values: Iterable[int | str], named: Labels) -> None:
-    """Raise ConfigError if a part without class names has numbers as labels."""
+    """Raise ConfigError if `part` has no class names and its labels are numbers. `named` is a part with class names."""
     numbers = [v for v in values if isinstance(v, int) or (_NUMBER.fullmatch(v) and v not in named.classes)]
     if numbers:
         raise ConfigError(
@@ -238,7 +238,10 @@ def _by_value(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]
 
 
 def _check_targets(part: Labels, values: Iterable[int | str]) -> None:
-    """Raise ConfigError if most distinct texts are numbers with a fraction, even if a few are other texts ("?")."""
+    """Raise ConfigError if most distinct labels are numbers that are not integers, such as "1.5".
+
+    Such labels are targets of a regression. A few other texts, such as "?", do not prevent the error.
+    """
     texts = [str(value) for value in values]
     fractions = [text for text in texts if _NUMBER.fullmatch(text) and not float(text).is_integer()]
     if 2 * len(fractions) > len(texts):

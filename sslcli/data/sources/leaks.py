@@ -21,7 +21,7 @@ _SPLIT = re.compile(
 
 
 def split_kind(name: str) -> str | None:
-    """Return "train", "val" or "test" if a folder is named as this split, as in `val2017`; else None."""
+    """Return the split that a folder name such as `val2017` stands for: "train", "val", "test" or None."""
     found = _SPLIT.fullmatch(name)
     return None if found is None else found.lastgroup
 
@@ -85,8 +85,8 @@ def check_shared_files(splits: Mapping[str, Tensor], path: Callable[[int], str],
     Args:
         splits: the positions of each split.
         path: function that returns the path of the image at a position.
-        roots: the root folders, to skip the comparison if there are no links; () = never skip it, since the same path
-            may be in two splits.
+        roots: the root folders. If they contain no links, no file can be in two splits, and the comparison is skipped.
+            Pass () if the same path may be in two splits: the comparison is then never skipped.
     """
     if sum(map(len, splits.values())) > MAX_COMPARED:
         return

@@ -41,8 +41,8 @@ def check_verify(value: str) -> str:
 class Records:
     """Records of a dataset, in position order.
 
-    A row describes an image. For a dataset of shards, a row describes a shard. If images have several files each, a row
-    describes a file.
+    Each row describes one image. There are two exceptions: in a dataset of shards, each row describes one shard, and in
+    a dataset with several files per image, each row describes one file.
 
     Attributes:
         names: the names of all rows as bytes, joined by NUL. No file name contains NUL.
@@ -163,7 +163,7 @@ class Changes:
     times_changed: list[str]  # rows that differ only in the modification time
     appeared: list[str]
     vanished: list[str]
-    order: int  # number of rows whose position in the order changed
+    order: int  # number of rows that are in both records, but at another place in the order of these rows
 
     def __bool__(self) -> bool:
         return any(getattr(self, field.name) for field in fields(self) if field.name not in ("total", "unit"))
@@ -229,7 +229,7 @@ def compare(then: Records, now: Records, *, times: bool) -> Changes:
 
 
 def _positions(records: Records) -> dict[tuple[bytes, int], int]:
-    """Return the position of each row. The key of a row is (name, number of earlier rows with this name)."""
+    """Return a mapping from rows to positions. The key of a row is (name, number of earlier rows with this name)."""
     counts: dict[bytes, int] = {}
     positions = {}
     for position, name in enumerate(records.names.split(b"\0")):
@@ -242,7 +242,7 @@ def changed_images_error(changes: Changes, *, name: str, known: bool) -> ConfigE
     """Return the error for a run that would resume with changed images.
 
     name: name of the dataset.
-    known: whether hashes of the contents were stored. The contents can be compared only with stored hashes.
+    known: whether the run stored hashes of the contents. If not, the message suggests comparing only the sizes.
     """
     remedy = "Restore them, or start another run"
     if changes.only_times_differ:

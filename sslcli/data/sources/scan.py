@@ -114,12 +114,12 @@ class FileSearch:
     A file is an image if its extension is in `listed_extensions`. A file without an extension is an image if its
     content begins like an image. Hidden files and folders are ignored.
 
-    Links are followed. If `linked_folders` is "once", there are two exceptions, so that images of folders that link to
-    each other are listed only once:
+    Links are followed. If `linked_folders` is "once", two kinds of links are not followed, so that no image is listed
+    several times:
 
-    - A link to a folder inside of `root` is not followed, because the images of that folder are listed under its own
-      path.
-    - A folder outside of `root` is listed only once per class folder, or once below `root` if there are no classes.
+    - links to a folder inside of `root`, because the images of that folder are listed under its own path
+    - links to a folder outside of `root` after the first link to that folder. Each class folder is searched separately:
+      if several class folders link to the same folder, its images are listed once in each of these classes.
 
     Args:
         root: the root folder.
@@ -198,7 +198,8 @@ class FileSearch:
         if current in listed:
             self.links.append(prefix.rstrip("/"))
             return
-        listed = listed if self.lists_once else set(listed)  # if a copy, it contains only the parent folders
+        # With linked_folders="always", each call changes its own copy, which contains only `folder` and its parents.
+        listed = listed if self.lists_once else set(listed)
         listed.add(current)
         for entry in list_entries(folder):
             if self.is_image(entry):
@@ -226,7 +227,7 @@ class FileSearch:
         return is_image
 
     def is_duplicate(self, entry: os.DirEntry[str]) -> bool:
-        """Return whether `entry` is a link to a folder inside of `root`, which is listed anyway."""
+        """Return whether `entry` is a link to a folder inside of `root`. That folder is listed under its own path."""
         if not (self.lists_once and entry.is_symlink()):
             return False
         relative = os.path.relpath(os.path.realpath(entry.path), self.real_root)

@@ -175,9 +175,10 @@ def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
 
 
 class _RandomNumbers:
-    """Random numbers for one element of n images, such as the background. Each call returns n new numbers (n,).
+    """Random numbers for one element of n images, such as the background. Each call returns one number per image (n,).
 
-    All `count` numbers per image are computed together when the object is created. This is faster for few images.
+    At most `count` calls are possible. The numbers of all calls are computed together when the object is created, which
+    is faster if n is small.
     """
 
     def __init__(self, key: Tensor, count: int = 20) -> None:
@@ -215,7 +216,7 @@ def _render(keys: Tensor, distance: Callable[[Tensor, Tensor], Tensor], size: in
 
 
 def _background(numbers: _RandomNumbers, x: Tensor, y: Tensor, lightness: Tensor, strength: float) -> Tensor:
-    """Return a colored background (n, 3, S, S). Two random half-planes of an image have different colors."""
+    """Return the background (n, 3, S, S) of images: one color per image, which changes in two random half-planes."""
     ground = lightness[:, None] + _chroma(numbers) * (0.15 * strength)
     image = ground[:, :, None, None].expand(-1, -1, y.shape[1], x.shape[2]).clone()
     for _ in range(2):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 _TIMEOUT = 20.0  # seconds without data before a download fails
 
-# Number of images without unlabeled images, number of images with unlabeled images, and side in pixels.
+# Per dataset: number of labeled images, number of all images including unlabeled ones, and side in pixels.
 _SIZES = {
     "CIFAR10": (60_000, 60_000, 32),
     "CIFAR100": (60_000, 60_000, 32),

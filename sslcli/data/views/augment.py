@@ -83,7 +83,7 @@ def _centered_boxes(height: Tensor, width: Tensor, ratio_range: tuple[float, flo
     shape = width.double() / height
     box_height = torch.where(shape < ratio_range[0], (width.double() / ratio_range[0]).round().long(), height)
     box_width = torch.where(shape > ratio_range[1], (height.double() * ratio_range[1]).round().long(), width)
-    # A very long or very flat box of a small image would be rounded to a side of 0 pixels.
+    # In a small image, the shorter side of a very long or very flat box would be rounded to 0 pixels.
     box_height, box_width = box_height.clamp(min=1), box_width.clamp(min=1)
     top = torch.div(height - box_height, 2, rounding_mode="floor")
     left = torch.div(width - box_width, 2, rounding_mode="floor")

@@ -222,7 +222,8 @@ def rgb_to_lab(images: Tensor) -> Tensor:
     for coefficients, white in zip(_XYZ_FROM_RGB, _WHITE, strict=True):
         weights = [coefficient / white for coefficient in coefficients]
         tone = linear[:, 0] * weights[0] + linear[:, 1] * weights[1] + linear[:, 2] * weights[2]
-        # `where` also computes the unused branch. The derivative of this branch is infinite at 0, so `tone` is clamped.
+        # `where` computes both branches for every pixel. The derivative of this root is infinite at 0, so `tone` is
+        # clamped even for pixels that use the other branch.
         root = tone.clamp(min=0.008856) ** (1 / 3)
         rows.append(torch.where(tone > 0.008856, root, 7.787 * tone + 16.0 / 116.0))
     x, y, z = rows

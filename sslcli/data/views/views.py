@@ -262,7 +262,7 @@ def _in_one_pass(
     images: Tensor,
     scale: tuple[Sequence[float], Sequence[float]] | None,
 ) -> Tensor | None:
-    """Apply all operations with one call of the compiled kernel. Return None for unsupported operations.
+    """Apply all operations with one call of the compiled kernel. Return None if it does not support one of them.
 
     scale: the mean and the standard deviation of each channel, for normalization at the end. None = do not normalize.
 
