@@ -60,7 +60,7 @@ def test_the_message_names_the_allocation_and_only_keys_that_still_help() -> Non
 
 
 def test_a_step_without_memory_ends_a_run_with_a_message(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(job: object) -> None:
+    def fail(*arguments: object, **named: object) -> None:
         raise CUDA
 
     monkeypatch.setattr(worker, "train", fail)
