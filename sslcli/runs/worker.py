@@ -94,7 +94,7 @@ def run(config: RunConfig) -> int:
         limit = config.launcher.timeout_seconds
         with processes.process_group(device, limit=limit, end=partial(_end_stalled_process, run_dir)):
             check_agreement(config.values)
-            with user_code("preparing the run", passes=is_lost_process):
+            with user_code("preparing the run", passes=partial(has_own_message, run_dir)):
                 return _train(config, run_dir, device)
     except ConfigError as error:
         return _end(error, EXIT_CONFIG)
@@ -123,25 +123,27 @@ def run(config: RunConfig) -> int:
         return _end(*failure)
 
 
-def is_lost_process(error: BaseException) -> bool:
-    """Return True if `error` is a RuntimeError of torch with one of three causes, for which `run` has own messages.
+def has_own_message(run_dir: Path, error: BaseException) -> bool:
+    """Return True if `error` has one of four causes, for which `run` has its own messages.
 
-    The causes: a data worker died, another process of the run ended, or the loss of a step did not depend on all
-    trainable parameters. torch raises these errors at any point, even while user code runs.
+    The causes: a data worker died, another process of the run ended, the loss of a step did not depend on all trainable
+    parameters, or a file of the run was deleted. Such errors are raised at any point, even while user code runs.
     """
+    if isinstance(error, OSError):
+        return _deletion(error, run_dir) is not None
     known = any(text in str(error) for text in (DEAD_WORKER, UNUSED_IN_STEP))
     return isinstance(error, RuntimeError) and (known or processes.lost_contact(error))
 
 
 def _deletion(error: OSError, run_dir: Path) -> tuple[str, int] | None:
     """Return the message and exit code if a file of the run was deleted during the run, or None otherwise."""
-    if error.errno not in (errno.ENOENT, errno.ESTALE):
+    if error.errno not in (errno.ENOENT, errno.ESTALE) or not error.filename:
+        return None
+    path = Path(os.fsdecode(error.filename))
+    if not path.absolute().is_relative_to(run_dir.absolute()):
         return None
     if not run_dir.exists():
         return str(checkpoint.deleted(run_dir)), EXIT_FAILED
-    path = Path(os.fsdecode(error.filename or ""))
-    if not path.absolute().is_relative_to(run_dir.absolute()):
-        return None
     return f"{path} was deleted during the run: run the same command again to resume", EXIT_FAILED
 
 
@@ -212,7 +214,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
             if main:
                 describe(job, parts, config, facts | moved_row(moved))
             enable_garbage_collection()
-            with user_code("training", passes=is_lost_process):
+            with user_code("training", passes=partial(has_own_message, run_dir)):
                 train(job, step)
         except Stopped as error:
             screen.write(str(error))
