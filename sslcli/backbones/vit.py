@@ -53,8 +53,7 @@ def position_embedding(
 def choose_patch_size(image_size: int) -> int:
     """Return the patch size: the divisor of `image_size` that is nearest to image_size / 14.
 
-    Only divisors are considered that are at least 4 and give at least 4 x 4 patches. Examples: 224 -> 16, 96 -> 6,
-    64 -> 4, 32 -> 4.
+    The divisor must be at least 4 and give at least 4 x 4 patches. Examples: 224 -> 16, 96 -> 6, 64 -> 4, 32 -> 4.
 
     Raises ValueError if there is no such divisor.
     """

@@ -73,8 +73,8 @@ def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, sigma: floa
     """Return -log p(x | z) in nats without constants, summed over the values of an image, mean over images.
 
     kind="bernoulli": `drawn` are logits, and the loss is the binary cross-entropy.
-    kind="gaussian": the loss is |x^ - x|^2 / (2 sigma^2). If `sigma` is None, the sigma that maximizes the likelihood
-    of the step is used (Rybkin et al.). The loss is then M/2 log(mean squared error) for M values per image.
+    kind="gaussian": the loss is |drawn - images|^2 / (2 sigma^2). If `sigma` is None, the sigma that maximizes the
+    likelihood of the step is used (Rybkin et al.). The loss is then M/2 log(mean squared error) for M values per image.
     """
     if kind == "bernoulli":
         return bernoulli_nll(drawn, images).mean()
@@ -109,8 +109,8 @@ class VAE(Method):
         channels: image channels C.
         dim: code size D.
         width: channels of the decoder's first feature map, which has the smallest side.
-        beta: weight of the KL divergence, at least 0. With 1, the loss is a bound of the likelihood. Larger values
-            favor disentangled codes.
+        beta: weight of the KL divergence, at least 0. With 1 and without free bits, the loss is the negative
+            evidence lower bound (ELBO), up to constants. Larger values favor disentangled codes.
         free_bits: KL divergence per code dimension that is not penalized, in nats, at least 0.
         kl_warmup: fraction of the run over which the KL weight increases from 0 to beta, in [0, 1].
         reconstruction: "gaussian" or "bernoulli". With "bernoulli", the decoder outputs logits.

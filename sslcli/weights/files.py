@@ -54,7 +54,7 @@ def unwrapped(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 def wrapped(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Add the prefix that `unwrapped` removes to the names of `state`.
 
-    If adding the prefix does not increase the number of names that `net` has, `state` is returned unchanged.
+    `state` is returned unchanged if its names match the names of `net` at least as well without the prefix.
     """
     prefix, own = _prefix(net), net.state_dict().keys()
     renamed = {f"{prefix}{name}": value for name, value in state.items()}
