@@ -76,9 +76,9 @@ def moved_paths(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 def digest_of_settings(config: dict[str, Any]) -> str:
     """Return a digest (16 hex digits) of the values that affect the results of a run.
 
-    Call this function only for a run that was never extended: the digest does not depend on `train.extend`, which
-    affects only extended runs. If `changed_settings` finds no other difference between two configurations, their
-    digests are equal. Keys and classes in `config` must have the names of this version, not names of version 0.1.
+    If `changed_settings` finds no difference between two configurations, their digests are equal. The digest does not
+    depend on `train.extend`, which affects only extended runs. Therefore, do not compare digests of extended runs. Keys
+    and classes in `config` must have the names of this version, not names of version 0.1.
     """
     values = flatten(map_paths(config, real_path), leave_out=(*NEUTRAL, "train.extend"))
     known = {key: _number(value) for key, value in values.items() if value is not None}
