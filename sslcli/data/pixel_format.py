@@ -117,6 +117,7 @@ def _opacity(samples: Samples) -> NDArray[np.uint8]:
 
 def _wrong_bands(count: int, channels: int) -> ValueError:
     bands = f"{count} band{'s' * (count != 1)}"
-    return ValueError(
-        f"the image has {bands}, but dataset.channels is {channels} (dataset.channels={count} reads all bands)"
-    )
+    remedy = f"dataset.channels={count} reads all bands"
+    if count == 1:
+        remedy += "; of a TIFF with several pages only the first is read, so store all bands in one page"
+    return ValueError(f"the image has {bands}, but dataset.channels is {channels} ({remedy})")

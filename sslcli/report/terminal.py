@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 from sslcli.errors import print_error, printable
 
+PACKAGE = Path(__file__).parents[1]
+
 PATIENCE = 10.0  # seconds to wait for a reader that has stopped reading
 # Layout characters, and the codes that move the cursor and set colors. Progress bars print these codes.
 LAYOUT = re.compile(r"([\n\t\r\b]|\x1b\[[0-9;?]*[A-Za-z])")
@@ -109,8 +111,14 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print a warning of Python's `warnings` with unsafe characters escaped. Replaces `warnings.showwarning`."""
-    text = printable(warnings.formatwarning(message, category, filename, lineno, line), keep="\n")
+    """Print a warning of Python's `warnings` with unsafe characters escaped. Replaces `warnings.showwarning`.
+
+    Warnings of sslcli are for users, so they are printed without the line of code.
+    """
+    if category is UserWarning and Path(filename).is_relative_to(PACKAGE):
+        text = f"warning: {printable(message)}\n"
+    else:
+        text = printable(warnings.formatwarning(message, category, filename, lineno, line), keep="\n")
     with suppress(OSError, AttributeError):  # AttributeError: standard error is closed
         (file or sys.stderr).write(text)
 

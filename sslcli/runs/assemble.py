@@ -213,6 +213,7 @@ def startup_table(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
     return {
         "training images": split["train"],
         "held-out images": split.get("val", 0),
+        **({"test images": split["test"]} if split.get("test") else {}),
         "images per step": settings.batch_size,
         "processes": processes,
         "micro-batches per step": settings.accumulate,

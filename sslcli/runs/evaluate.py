@@ -149,6 +149,11 @@ def _evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[
     started = time.perf_counter()
     subject, source = load_subject(config, device)
     check_results_dir(subject.results_dir)
+    if subject.image_size not in (None, source.image_size):
+        screen.say(
+            f"images are evaluated at {source.image_size} pixels, but the network was trained at {subject.image_size}: "
+            f"dataset.image_size={subject.image_size} selects this size"
+        )
     if config.run is not None and not subject.has_other_images:
         warn_of_changes(Path(config.run), source, screen)
     check_classes(source)

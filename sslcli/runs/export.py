@@ -78,7 +78,8 @@ def export(config: ExportSettings) -> None:
                 f"{len(broken)} of {len(weights)} tensors are not finite, {broken[0]} among them: the run diverged; "
                 "export an earlier checkpoint with checkpoint=STEP"
             )
-        screen.say(f"to evaluate it: ssl-eval weights={out} dataset=...")
+        size = saved["dataset"]["image_size"]
+        screen.say(f"to evaluate it: ssl-eval weights={out} dataset=... dataset.image_size={size}")
 
 
 def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trust: list[str]) -> nn.Module:

@@ -106,10 +106,11 @@ def test_text_warnings_and_messages_have_no_escape_sequences(
     print_text("a \x1b[31m\nb")
     print_text("c \udcff", to_stderr=True)
     show_warning("d \x1b[31m", UserWarning, "file.py", 1, line="code")
+    show_warning("w \x1b", UserWarning, terminal.__file__, 1, line="code")
     log_and_print(tmp_path, "e \x1b[31m \udcff")
     assert capsys.readouterr() == (
         "a \\x1b[31m\nb\n",
-        "c \\xff\nfile.py:1: UserWarning: d \\x1b[31m\n  code\nssl-train: e \\x1b[31m \\xff\n",
+        "c \\xff\nfile.py:1: UserWarning: d \\x1b[31m\n  code\nwarning: w \\x1b\nssl-train: e \\x1b[31m \\xff\n",
     )
     assert (tmp_path / "console.log").read_text() == "e \\x1b[31m \\xff\n"
 
