@@ -25,7 +25,7 @@ class DCGANNet(Backbone):
     """4x4 convolutions of stride 2 with LeakyReLU. All convolutions except the first are followed by normalization.
 
     For images of 64 pixels or more, convolutions are added until the last feature map has a side of 4 to 7 pixels. For
-    smaller images, one more convolution is added, so that the last feature map has a side of 2 or 3 pixels.
+    images below 64 pixels, convolutions are added until the last feature map has a side of 2 or 3 pixels.
     `num_features` is the number of channels of the last feature map times its number of positions.
 
     Args:
