@@ -39,7 +39,7 @@ def test_a_yaml_writes_out_every_keyword_and_builds_what_it_says(word: str) -> N
     target = getattr(importlib.import_module(module), name)
     assert set(values) == set(inspect.signature(target).parameters)
     assert values.pop("image_size") == "${dataset.image_size}"
-    assert values["in_channels"] == 3
+    assert values.pop("in_channels") == "${oc.select:dataset.channels,3}", "datasets without the key have 3 channels"
     if WIDTHS[word] is not None:
         with torch.device("meta"):
-            assert target(image_size=224, **values).num_features == WIDTHS[word]
+            assert target(image_size=224, in_channels=3, **values).num_features == WIDTHS[word]
