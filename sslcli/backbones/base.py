@@ -12,8 +12,8 @@ class Backbone(nn.Module):
 
     Attributes:
         num_features: number of features per image.
-        wrapped_name: "", unless the backbone only wraps a network of another package. In this case, the name of the
-            attribute that holds this network. Exports omit it from the names of parameters.
+        wrapped_name: if the backbone only wraps a network of another package, the name of the attribute that holds
+            this network; otherwise "". Exports omit the name of the attribute from the names of parameters.
     """
 
     num_features: int

@@ -24,9 +24,9 @@ DEEPEST = 8  # maximum of (number of channels) / `width`
 class DCGANNet(Backbone):
     """4x4 convolutions of stride 2 with LeakyReLU. All convolutions except the first are followed by normalization.
 
-    For images of 64 pixels or more, convolutions are added until the last feature map has a side of 4 to 7 pixels. For
-    images below 64 pixels, convolutions are added until the last feature map has a side of 2 or 3 pixels.
-    `num_features` is the number of channels of the last feature map times its number of positions.
+    The number of convolutions depends on `image_size`. With 64 pixels or more, the last feature map has a side of 4
+    to 7 pixels. With fewer pixels, the last feature map has a side of 2 or 3 pixels. `num_features` is the number of
+    channels of the last feature map times its number of positions.
 
     Args:
         image_size: side of the training images in pixels, at least 16.

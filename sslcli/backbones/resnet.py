@@ -22,7 +22,8 @@ LARGEST_CIFAR_IMAGE = 64
 class ResNet(Backbone):
     """torchvision ResNet without `fc`.
 
-    The parameters have the same names as in torchvision, so each of the two can load the weights of the other.
+    The parameters have the same names as in torchvision, so sslcli and torchvision can load weights of each
+    other.
 
     Args:
         arch: one of `ARCHS`; num_features is 512 for resnet18 and resnet34, and 2048 for the others.

@@ -1,7 +1,8 @@
 """Pixel values of image files in full precision, and images with any number of bands.
 
-Pillow reduces color images of 16 bits per channel to 8 bits. It cannot open most TIFFs with many bands. From some of
-them, it returns only the first band. The optional package tifffile reads these TIFFs.
+Pillow reduces color images of 16 bits per channel to 8 bits. Most TIFFs with many bands cannot be opened with Pillow.
+If Pillow opens such a TIFF, it may return only the first band. The optional package tifffile reads TIFFs without these
+losses.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Samples:
 
     Attributes:
         values: (H, W, B) integers or floats.
-        num_colors: number of leading bands that are gray (1) or RGB (3); 0 = the bands are no colors.
+        num_colors: 1 = the first band is gray; 3 = the first three bands are RGB; 0 = no band is a color.
         alpha: index of the band with the transparency; None = there is none.
         nodata: the value of missing pixels; None = unknown.
     """
@@ -43,14 +44,14 @@ class Samples:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Return whether an opened image is gray with more than 8 bits."""
+    """Return whether an opened image has a single gray band of more than 8 bits."""
     return image.mode in ("I", "F") or image.mode.startswith("I;")
 
 
 def has_lost_bands(image: Image.Image, *, only_colors: bool) -> bool:
     """Return whether Pillow would decode only some of the bands of a file.
 
-    only_colors: if True, the bands beside red, green and blue are not needed, so they do not count as lost.
+    only_colors: if True, only red, green and blue are needed, and the loss of other bands is ignored.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return False

@@ -56,9 +56,9 @@ def concat_requests(requests: Sequence[Request]) -> Request:
 class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
     """Dataset of views for training, indexed by requests.
 
-    An item is (request, views, positions, bad images). Each view is (n, C, S, S) uint8. `positions` (n,) contains the
-    position of the image that was read for each row. If the requested image is bad, it is the position of the
-    replacement.
+    An item is (request, views, positions, bad images). Each view is (n, C, S, S) uint8. `positions` (n,) contains, for
+    each row, the position of the image that was read. This is the requested image, or its replacement if the requested
+    image is bad.
     """
 
     def __init__(self, source: Source, views: Views, seed: int) -> None:

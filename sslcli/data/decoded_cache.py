@@ -213,7 +213,7 @@ class CachedImage:
     def decode(self, divisor: int = 1) -> Image.Image | Pixels:
         """Decode the pixels as `Encoded.decode` does. Only full-size pixels are cached.
 
-        If the divisor is above 1, the file is decoded.
+        If the divisor is above 1, the image is therefore decoded from its file, and the cache is not used.
         """
         position = int(self.cache.positions[self.slot])
         if divisor > 1:

@@ -117,7 +117,7 @@ def size_of(file: BinaryIO) -> tuple[int, int] | None:
 
 
 def reason(content: bytes) -> str:
-    """Return why the format of `content` is not read, for messages."""
+    """Return the reason why an image with this content cannot be read, for messages."""
     if content.startswith(POSTSCRIPT):
         return "the content is PostScript, which is not read: convert it to PNG"
     if content.startswith(b"%PDF"):

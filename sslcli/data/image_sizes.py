@@ -20,7 +20,7 @@ def typical_side(source: Source, *, sample: int = SAMPLE, seconds: float = SECON
     """Return the median of the shorter side of a sample of training images in pixels, and the size of the sample.
 
     Return None if no image size can be read. The sample is spread over the training split. It is the same in every
-    call, unless the time ends early. If the format allows it, only the headers are read.
+    call, unless `seconds` pass before all of its images are read. If the format allows it, only the headers are read.
 
     Args:
         source: the dataset.

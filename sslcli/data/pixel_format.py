@@ -39,12 +39,12 @@ class PixelFormat:
 
     @property
     def keeps_8_bits(self) -> bool:
-        """Whether values of 8 bits are not mapped."""
+        """Whether 8-bit values are kept unchanged. If False, they are mapped like all other values."""
         return isinstance(self.value_range, str)
 
     @property
     def identity(self) -> bytes:
-        """Bytes that identify the format in keys of caches. They are empty for the format of version 0.2."""
+        """Bytes that identify the format in cache keys; b"" for `LEGACY`, the only format of version 0.2."""
         return b"" if self == LEGACY else f"{self.channels} {self.value_range}".encode()
 
     def needs_samples(self, image: Image.Image, content: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Decoded images as NumPy arrays. Pillow has no images with other numbers of 8-bit channels than 1, 3 and 4."""
+"""Decoded images as NumPy arrays. Unlike images of Pillow, they can have any number of 8-bit channels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image
 class Pixels:
     """A picture as a NumPy array (H, W, C) uint8. `crop` returns a view of the array.
 
-    Pillow converts images of four channels while it resizes them, since it takes the fourth channel for transparency.
-    Therefore pictures with another number of channels than 3 are resized channel by channel.
+    Pictures of three channels are resized by Pillow as a whole. All other pictures are resized channel by channel, even
+    pictures of four channels, because Pillow would treat the fourth channel as transparency and change the colors.
     """
 
     def __init__(self, values: NDArray[np.uint8]) -> None:

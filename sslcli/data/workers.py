@@ -123,7 +123,7 @@ def choose_socket_folder() -> None:
     """Choose a folder for the sockets of multiprocessing, if the path of the folder for temporary files is too long.
 
     Workers and this process exchange file descriptors through Unix sockets. The path of a socket has at most 107 bytes
-    on Linux. With a longer path, a thread of the worker would fail, and this process would wait for ever. Call this
+    on Linux. With a longer path, a thread of the worker would fail, and this process would wait forever. Call this
     function before the first worker starts. Raises ConfigError if there is no folder with a short path.
     """
     if len(os.fsencode(tempfile.gettempdir())) <= MAX_SOCKET_FOLDER:

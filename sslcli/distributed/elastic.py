@@ -47,7 +47,7 @@ def run_processes(
             failure that would repeat (an invalid configuration, a failed training) does not cause a restart. torch's
             agent would restart processes after any exit code. Therefore each restart uses a new agent, which itself
             never restarts processes.
-        on_message: called with the reason for each restart, and with the reason for a crash without another restart.
+        on_message: called with a message before each restart, and after a crash that does not lead to a restart.
         rendezvous: for a run on several nodes; None for one node. With a rendezvous, call `run_processes` on all nodes.
             In this case, `run_processes` returns EXIT_LOST after a crash. The agent ignores SIGUSR1 and SIGUSR2,
             because the scheduler sends these signals to every process of the job. The training processes handle the

@@ -168,7 +168,7 @@ def load_newest(
 def load(path: Path, *, device: torch.device, like: Placement | None = None, weights: bool = False) -> dict[str, Any]:
     """Load one checkpoint without executing code from the file. Raises ConfigError if the checkpoint is invalid.
 
-    If `weights` is True, only the weights are needed, and the tensors of the optimizer need not be loaded.
+    If `weights` is True, the tensors of the optimizer are not loaded from a sharded checkpoint.
     """
     if not path.exists():
         raise ConfigError(f"there is no checkpoint {path}")
@@ -213,7 +213,7 @@ def current_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The weights of a checkpoint in memory. The file may be deleted."""
+    """The weights of a checkpoint in memory. They stay valid if the file is deleted."""
 
     path: Path
     digest: str  # SHA-256 hex digest of the file; for a folder, of its file SHA256SUMS

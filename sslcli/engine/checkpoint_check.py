@@ -68,7 +68,7 @@ class OptimizerState(TypedDict):
 
 
 class TrainingOptions(TypedDict, total=False):
-    """Fields that not all checkpoints have."""
+    """Optional fields, which some checkpoints lack."""
 
     config: dict[str, Any] | None
     phases: list[dict[str, Any]]

@@ -40,7 +40,7 @@ class CollapseDetector:
         std         < 0.2 / sqrt(d)                        and < half of its peak
         uniformity  > -0.5                                 and |uniformity| < a quarter of its peak
         rankme      < 10 % of its peak                     and < 5 (ten separate classes are not a collapse)
-        std         < 0.02 / sqrt(d) in `patience` consecutive measurements, for any peak
+        std         < 0.02 / sqrt(d) in `patience` consecutive measurements, whatever its peak
 
     A collapse is reported after two consecutive alarms, because a single batch is not reliable. Alarms in the first
     `grace` measurements are ignored. `state_dict` contains the complete state. A resumed run therefore gives the same

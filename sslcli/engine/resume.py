@@ -90,7 +90,7 @@ def resume(run: Run) -> int:
 def restore(run: Run, state: dict[str, Any]) -> None:
     """Load the state of a checkpoint into the objects of a run.
 
-    If the state does not fit, nearly any error may be raised.
+    If the state does not fit these objects, exceptions of nearly any type may be raised.
     """
     run.method.load_state_dict(with_current_names(state["method"], run.method.state_dict()))
     load_optimizer(run.optimizer, state["optimizer"])
@@ -108,8 +108,8 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 def resume_phases(run: Run, state: dict[str, Any]) -> None:
     """Set the phases of a run that resumes. If an extension begins, print how the schedules change.
 
-    The phases in `config.yaml` are used. If there is only one, the phases in the checkpoint are used instead, because
-    the user may have deleted `config.yaml`.
+    If `config.yaml` contains several phases, they are used. Otherwise, the phases in the checkpoint are used: if the
+    user has deleted `config.yaml`, only the checkpoint contains the phases of earlier extensions.
     """
     if len(run.phases) == 1 and (stored := phases_of_checkpoint(state, run.loader.steps_per_epoch)):
         run.phases = plan(stored, step=state["step"], total=run.total_steps, extend=run.settings.extend)
@@ -157,7 +157,7 @@ def describe_extension(run: Run) -> list[str]:
 def environment_fingerprint(run: Run) -> dict[str, str | int]:
     """Return the properties of the environment on which the bits of the results depend, as name -> value.
 
-    The bits also depend on the configuration, which the result does not contain.
+    The result does not contain the configuration, on which the bits also depend.
     """
     return {
         "torch": str(torch.__version__),

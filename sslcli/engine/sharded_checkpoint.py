@@ -185,7 +185,7 @@ def read(
 
 
 def _structural_damage(index: Metadata, rest: Any) -> str:
-    """Return what is wrong with the content of REST, or "" if all of its tensors are in the index."""
+    """Return what is wrong with the structure of REST, or which of its tensors the index lacks; "" if all is well."""
     if (
         not isinstance(rest, dict)
         or not isinstance(rest.get("state"), dict)

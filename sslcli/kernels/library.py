@@ -30,7 +30,7 @@ def file_of(part: Path) -> Path:
 
 
 def older_file_of(part: Path) -> Path:
-    """Return the path of a library compiled from version 0.2 of setup.py, which gave it the name of a Python module.
+    """Return the path of a library that setup.py of version 0.2 compiled. It has the name of a Python extension module.
 
     After `git pull`, an editable installation has such libraries until it is installed again.
     """

@@ -149,9 +149,9 @@ def channels_last(images: Tensor) -> Tensor:
 def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
     """Divide the images into slices that are processed one after the other.
 
-    `maps` (N, H, W, C) are the images, and `kernels` (36, C, O) are the kernels at the points. At the points, a slice
-    has about `CHUNK_BYTES` per thread, which fit the caches. However, a slice has at least as many values as the
-    kernels, because all kernels are read once per slice.
+    `maps` (N, H, W, C) are the images, and `kernels` (36, C, O) are the kernels at the points. The values of
+    a slice at the points need about `CHUNK_BYTES` per thread, so that they fit into the caches. However, a slice has at
+    least as many values as the kernels, because all kernels are read once per slice.
     """
     n, high, wide = tiles(maps)
     image_bytes = 4 * POINTS**2 * maps.shape[3] * high * wide

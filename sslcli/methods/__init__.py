@@ -1,4 +1,4 @@
 """Self-supervised methods, one file per family of papers.
 
-The modules of this package import no other package of sslcli than sslcli.nn, sslcli.distributed and sslcli.errors.
+Outside of this package, its modules import only sslcli.nn, sslcli.distributed and sslcli.errors from sslcli.
 """

@@ -44,7 +44,8 @@ class Method(nn.Module):
     bank) only in `after_step`. The loss of a step therefore always uses the state before this step.
 
     Attributes:
-        num_views: the number of views per image that `forward` takes, at least 1. The 0 of this class is not valid.
+        num_views: the number of views per image that `forward` takes, at least 1. The default 0 is not valid, so
+            every subclass must set a value.
         uses_in_batch_negatives: True if the loss uses in-batch negatives. In this case, implement `embed` and
             `compare`.
         color_spaces: the color spaces that the views may have; empty = any.

@@ -106,7 +106,7 @@ class DCGAN(Game):
         }
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return logits (N, 1). BatchNorm is in evaluation mode, so the logit of an image depends on no other image."""
+        """Return logits (N, 1). BatchNorm is in evaluation mode, so each logit depends only on its own image."""
         with evaluating(self.backbone):
             return self.to_logit(self.backbone(images))  # type: ignore[no-any-return]
 

@@ -130,12 +130,12 @@ def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
 
 
 def is_image_extension(name: str) -> bool:
-    """Return whether a file extension is that of an image. Of an extension such as "left.jpg", the last part counts."""
+    """Return whether a file extension is that of an image. Only the part after its last dot, if any, is compared."""
     return name.rpartition(".")[2] in listed_extensions()
 
 
 def _columns(sample: Sample, file: IO[bytes]) -> dict[str, Column]:
-    """Return the files of an image as columns. If no file is a label, add the fields of the JSON file."""
+    """Return one column per file of an image. If no file is a label, add one column per field of the JSON file."""
     columns = {name: Column(image=is_image_extension(name)) for name in sample}
     if "json" in sample and not any(name in sample for name in LABEL_NAMES):
         columns |= {name: Column() for name in _read_json(sample, file) if name not in columns}

@@ -56,7 +56,8 @@ def expand_ranges(pattern: str) -> list[str]:
 def find_shards(path: str | os.PathLike[str] | Sequence[str], *, key: str) -> list[Shard]:
     """Return the shards at `path`, sorted by address, without duplicates.
 
-    Each path is a file, a folder, a pattern or a numeric range. `key` is the configuration key, for error messages.
+    `path` is one of the following, or a list of them: a file, a folder, a pattern or a numeric range. `key` is
+    the configuration key, for error messages.
 
     Raises ConfigError if a file is missing, a pattern has no matches, or an address cannot be reached.
     """

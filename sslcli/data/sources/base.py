@@ -3,8 +3,8 @@
 The images of all splits of a source are numbered together: position i identifies image i. A dataset in memory is one
 uint8 tensor and needs no workers. Datasets of files (`sslcli.data.sources.files`) are decoded by workers. A hash of an
 image's name or number decides whether the image is held out for validation. Therefore the order of the files in a
-directory has no effect on the held-out split. If images are added or removed, only few of the other images move to
-another split.
+directory has no effect on the held-out split. If images are added or removed, nearly all other images stay in their
+split.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Source:
         present: (M, modalities) bool, True if an image has a modality; None = all True.
         modality_channels: the channels of each modality, in order.
         photometric: the channels that the color operations of views change.
-        scaled_decode: True if JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size. A JPEG is decoded at a reduced
-            size only if every training crop of the JPEG is downscaled by at least 2, 4 or 8.
+        scaled_decode: True if JPEGs may be decoded at 1/n of their size, with n = 2, 4 or 8. A JPEG is decoded at 1/n
+            only if all of its training crops are downscaled at least by the factor n.
 
     Raises ValueError if a value is out of range.
     """

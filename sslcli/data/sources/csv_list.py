@@ -60,7 +60,7 @@ def read_lists(
 
     The test images are listed in the CSV file `test`, or in the rows of `file` whose split in the column `split` is
     "test". See `read_csv` for the other arguments. If `file` has no labels, the labels of the test images are ignored,
-    since a probe cannot be trained.
+    because no probe can be trained without training labels.
 
     Raises ConfigError in the same cases as `read_csv`. Also raises ConfigError if `test` is the same file as `file`, or
     if `file` has no training images.
@@ -89,9 +89,8 @@ def read_csv(
 ) -> ImageList:
     """Read a CSV file of images.
 
-    The delimiter may be a comma, semicolon, tab or vertical bar. The header is split at each of them in this order,
-    until one of its names is that of the column of the paths. Spaces around values are removed. Values in double quotes
-    may contain delimiters.
+    The delimiter may be a comma, semicolon, tab or vertical bar. Each is tried in this order, until the header has the
+    column of the paths. Spaces around values are removed. Values in double quotes may contain delimiters.
 
     Args:
         file: the CSV file, in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
@@ -131,7 +130,7 @@ def read_csv(
 
 
 def check_files_exist(names: list[str], base: str, *, file: str) -> None:
-    """Raise ConfigError if none of a few listed files exists. Not all files are checked, because this would take long.
+    """Check a few of the listed files, and raise ConfigError if all of these are missing. Checking all would take long.
 
     Args:
         names: the paths of the images.
@@ -171,7 +170,7 @@ def _read_text(file: str, key: str) -> str:
 
 
 def _delimiter(content: str, file: str, key: str, image_column: str) -> str:
-    """Return the first delimiter that splits the header so that one of its names is `image_column`."""
+    """Return the first delimiter with which the header has the column `image_column`."""
     headers = []
     for delimiter in DELIMITERS:
         reader = csv.reader(StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True)

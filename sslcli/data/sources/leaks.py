@@ -85,8 +85,8 @@ def check_shared_files(splits: Mapping[str, Tensor], path: Callable[[int], str],
     Args:
         splits: the positions of each split.
         path: function that returns the path of the image at a position.
-        roots: the root folders. If they contain no links, no file can be in two splits, and the comparison is skipped.
-            Pass () if the same path may be in two splits: the comparison is then never skipped.
+        roots: the root folders. If they contain no links, the comparison is skipped, because no file can be in two
+            splits. If the same path may be listed in two splits, pass (), so that paths are always compared.
     """
     if sum(map(len, splits.values())) > MAX_COMPARED:
         return

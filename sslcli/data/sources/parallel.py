@@ -243,7 +243,7 @@ class Parallel(Files):
         return os.path.join(self.roots[self._root_of[position]], name, self.relative(position) + extension)
 
     def open(self, position: int) -> DecodedImage:
-        """Open and decode all modalities at `position` at full size. Not all formats support scaled decoding."""
+        """Open and decode all modalities at `position`, at full size, since not all formats support scaled decoding."""
         return DecodedImage(self.read(position))
 
     def read(self, position: int) -> Layers:

@@ -118,8 +118,8 @@ class FileSearch:
     several times:
 
     - links to a folder inside of `root`, because the images of that folder are listed under its own path
-    - links to a folder outside of `root` after the first link to that folder. Each class folder is searched separately:
-      if several class folders link to the same folder, its images are listed once in each of these classes.
+    - links to a folder outside of `root`, except the first link to each such folder. Each class folder is searched
+      separately: if several class folders link to the same folder, its images are listed once in each of these classes.
 
     Args:
         root: the root folder.

@@ -107,7 +107,7 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
     """Rotate the hue in HSV by factor (N,) turns, in [-0.5, 0.5]. Images with factor 0 do not change.
 
-    Images without three channels have no hue and do not change.
+    Images whose number of channels is not three have no hue and do not change.
     """
     if images.shape[1] != 3:
         return images
@@ -174,7 +174,10 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def _jitter_group(images: Tensor, factors: Tensor, order: Tensor, hue_slot: int) -> Tensor:
-    """Apply the jitter to images whose hue rotations are all in slot `hue_slot`. This function modifies `images`."""
+    """Apply the jitter to images whose hue is rotated at the same place `hue_slot` of their orders, 0 to 3.
+
+    If `hue_slot` is 4, no hue is rotated. This function modifies `images`.
+    """
     for slot in range(4):
         if slot == hue_slot:
             images = rotate_hue(images, factors[:, HUE])

@@ -75,7 +75,7 @@ class Views:
     def groups(self) -> list[range]:
         """Groups of views, as ranges of view numbers. The views of a group are computed in one batch.
 
-        A group has at most two views of the same entry, because larger batches would need more memory.
+        A group consists of one or two views, both of the same entry. Larger groups would need more memory.
         """
         ends = itertools.accumulate(entry.count for entry in self.entries)
         entries = [range(end - entry.count, end) for entry, end in zip(self.entries, ends, strict=True)]
@@ -262,7 +262,7 @@ def _in_one_pass(
     images: Tensor,
     scale: tuple[Sequence[float], Sequence[float]] | None,
 ) -> Tensor | None:
-    """Apply all operations with one call of the compiled kernel. Return None if it does not support one of them.
+    """Apply all operations with one call of the compiled kernel. Return None if the kernel lacks an operation.
 
     scale: the mean and the standard deviation of each channel, for normalization at the end. None = do not normalize.
 
