@@ -22,8 +22,7 @@ LARGEST_CIFAR_IMAGE = 64
 class ResNet(Backbone):
     """torchvision ResNet without `fc`.
 
-    The parameters have the same names as in torchvision, so sslcli and torchvision can load weights of each
-    other.
+    The parameters have the same names as in torchvision, so sslcli and torchvision can exchange weights.
 
     Args:
         arch: one of `ARCHS`; num_features is 512 for resnet18 and resnet34, and 2048 for the others.

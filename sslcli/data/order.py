@@ -68,8 +68,8 @@ def epoch_length(num_images: int, weights: Tensor | None) -> int:
 def epoch_order(num_images: int, weights: Tensor | None, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
     """Return the order of the training images of an epoch: (M,) index in the training split, and (M,) occurrence.
 
-    An image of weight w occurs w times per epoch on average. If k images have the weight w, an epoch contains
-    round(k * w) repetitions of these images in total. The occurrence is epoch + repetition * 2**32, so that the
+    An image of weight w occurs w times per epoch on average. If k images have the weight w, they occur
+    round(k * w) times per epoch in total. The occurrence is epoch + repetition * 2**32, so that the
     repetitions of an image within an epoch get different views.
     """
     index, repeat = torch.arange(num_images), torch.zeros(num_images, dtype=torch.long)
@@ -115,9 +115,9 @@ def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Te
 
 
 def last_read_mask(chunk: Tensor, reader: Tensor) -> Tensor:
-    """Return a mask (n,) bool. For each reader and chunk, it is True for the last image that the reader reads from it.
+    """Return a mask (n,) bool. It is True for the last image that each reader reads from each chunk.
 
-    After this last image, the reader can free the chunk.
+    After this image, the reader can free the chunk.
 
     chunk, reader: (n,) the chunk number and the reader number of each image, in the order of reading.
     """

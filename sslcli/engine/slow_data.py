@@ -19,7 +19,7 @@ class SlowData:
         self._spent = self._waited = 0.0
 
     def update(self, spent: float, waited: float) -> float | None:
-        """Add an interval. Return the fraction of waiting if it must be reported now, else None.
+        """Add an interval. Return the fraction of the time spent waiting if it must be reported now, else None.
 
         It is reported at most once.
 

@@ -89,8 +89,8 @@ def read_csv(
 ) -> ImageList:
     """Read a CSV file of images.
 
-    The delimiter may be a comma, semicolon, tab or vertical bar. Each is tried in this order, until the header has the
-    column of the paths. Spaces around values are removed. Values in double quotes may contain delimiters.
+    The delimiter may be a comma, semicolon, tab or vertical bar. They are tried in this order, until the header has
+    the column of the paths. Spaces around values are removed. Values in double quotes may contain delimiters.
 
     Args:
         file: the CSV file, in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.

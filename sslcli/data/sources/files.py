@@ -141,7 +141,7 @@ class ImageNet(Folder):
         root: the folder that contains `train` and `val`.
         common: the arguments of `ImageFiles`.
 
-    Raises ValueError if `train` or `val` is missing. torchvision cannot download ImageNet.
+    Raises ValueError if `train` or `val` is missing. Users must download ImageNet themselves.
     """
 
     def __init__(self, *, root: str | os.PathLike[str], **common: Any) -> None:

@@ -114,7 +114,7 @@ class Layers:
         return Layers([layer.crop(box) for layer in self.layers], self.nearest)
 
     def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Layers:
-        """Resize all modalities. Modalities with `nearest` True use nearest-neighbor instead of `resample`."""
+        """Resize all modalities. Nearest-neighbor replaces `resample` in modalities for which `nearest` is True."""
         filters = [Image.Resampling.NEAREST if nearest else resample for nearest in self.nearest]
         layers = [layer.resize(size, filter) for layer, filter in zip(self.layers, filters, strict=True)]
         return Layers(layers, self.nearest)

@@ -228,7 +228,10 @@ def _background(numbers: _RandomNumbers, x: Tensor, y: Tensor, lightness: Tensor
 
 
 def _fill_color(numbers: _RandomNumbers, background: Tensor, strength: float) -> Tensor:
-    """Return colors (n, 3). Their lightness differs from `background` (n,), so that shapes are visible in grayscale."""
+    """Return colors (n, 3) that differ in lightness from the background, so that grayscale images show shapes.
+
+    `background` (n,) is the lightness of the background.
+    """
     darker = (background > 0.37) & (numbers() < 0.6)
     contrast = numbers(0.35, 0.5)
     lightness = torch.where(darker, background - contrast, background + contrast)

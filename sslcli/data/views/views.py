@@ -262,7 +262,7 @@ def _in_one_pass(
     images: Tensor,
     scale: tuple[Sequence[float], Sequence[float]] | None,
 ) -> Tensor | None:
-    """Apply all operations with one call of the compiled kernel. Return None if the kernel lacks an operation.
+    """Apply all operations with one call of the compiled kernel. Return None if the kernel does not support them.
 
     scale: the mean and the standard deviation of each channel, for normalization at the end. None = do not normalize.
 
