@@ -1,6 +1,6 @@
 """Exceptions and exit codes of the commands. The CLI maps each exception to a message and an exit code.
 
-A plain `ValueError` that a constructor raises while a run is built also reports an invalid configuration.
+If a constructor raises a plain `ValueError` while a run is built, the command reports it like a ConfigError.
 """
 
 from __future__ import annotations
@@ -145,14 +145,14 @@ def user_code(
     Two kinds of code are user code: code outside of sslcli, its libraries and the standard library; and methods of
     sslcli and torch that run on an instance of a user's class. The message names the class or function of the user.
 
-    Exceptions of other code stay unchanged, unless `explain` is given. Errors that already have a message for users,
-    lack of memory, and a full disk always stay unchanged.
+    Exceptions of other code stay unchanged, unless `explain` is given. Three kinds of exceptions always stay unchanged:
+    exceptions that already have a message for users, out-of-memory errors, and errors caused by a full disk.
 
     Args:
         action: what the block does, for the message, as in "computing the loss".
-        explain: returns the message for an exception, which replaces the message with `action`. With `explain`,
-            exceptions of other code become ConfigError.
-        passes: returns True for additional exceptions that stay unchanged.
+        explain: function that returns the message for an exception. If it is given, every exception that does not stay
+            unchanged becomes a ConfigError with this message, and `action` is not used.
+        passes: function that returns True for further exceptions that must stay unchanged.
     """
     try:
         yield
@@ -203,7 +203,8 @@ def with_traceback(message: str, error: BaseException) -> ConfigError:
 def print_unexpected(command: str, error: Exception) -> int:
     """Print an exception for which `ssl-COMMAND` has no message of its own, and return the exit code.
 
-    The code is 2 if user code raised the exception, and 3 if memory or disk space is missing. All other exceptions are
+    The code is 2 if user code raised the exception, and 3 if the memory or the disk space is used up. All other
+    exceptions are
     bugs of sslcli: the whole traceback is printed, and the code is 1.
     """
     if is_out_of_memory(error):
@@ -318,9 +319,9 @@ def is_disk_failure(error: OSError) -> bool:
 def nearest(name: object, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` with the known name closest to `name`, or "" if none is close. Ignore case.
 
-    Typing errors rarely change the first letter. A known name with another first letter must therefore be more similar:
-    `dae` is not an error for `vae`. A known name that begins with `name` may be less similar: `retry` suggests
-    `retry_failed`.
+    Typing errors rarely change the first letter. A known name with another first letter must therefore be more similar
+    to `name`: for `dae`, `vae` is not suggested. A known name that begins with `name` may be less similar: for `retry`,
+    `retry_failed` is suggested.
     """
     from difflib import SequenceMatcher
 

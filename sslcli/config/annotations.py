@@ -117,7 +117,7 @@ def _fit_all(values: list[Any], name: str, inside: list[ast.expr]) -> bool:
 
 
 def _words(node: ast.expr, *, many: bool) -> str:
-    """Describe an annotation in words. Omit a class in a union if a command line can give a value of another type."""
+    """Describe an annotation in words. In a union, omit classes if a command line can set one of the other types."""
     options = _options(node)
     plain = [option for option in options if _name(option) in (*WORDS, *LISTS, *MAPPINGS, "Literal")]
     has_paths = any(_name(option) in PATHS for option in options)

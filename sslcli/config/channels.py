@@ -15,7 +15,7 @@ OTHER = {"mean": 0.5, "std": 0.25}
 def with_channel_statistics(dataset: Any) -> Any:
     """Return the node `dataset` of a configuration with one mean and one standard deviation per channel.
 
-    If the node sets another number of channels than three, the default `mean` and `std` for three channels are replaced
+    If the node sets a number of channels other than three, the default `mean` and `std` for three channels are replaced
     by defaults for this number. A `mean` or `std` with other values is not changed.
     """
     channels = dataset.get("channels", CHANNELS) if isinstance(dataset, dict) else CHANNELS

@@ -145,7 +145,8 @@ def absolute(path: str) -> str:
     """Return the absolute form of a path, with `~` and `~user` expanded. URLs, fsspec chains and "" are not changed.
 
     `..` after a symbolic link means the parent of the link's target, even if the path does not exist yet. The result
-    contains no `..`, because much code would resolve it by removing the preceding name, which is wrong after a link.
+    contains no `..`, because much code resolves `..` by removing the preceding name, which is wrong if that name is a
+    symbolic link.
     """
     if not path or "://" in path or "::" in path:
         return path

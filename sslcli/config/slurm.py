@@ -121,7 +121,7 @@ def time_limit(name: str, value: str | int | None) -> int | None:
 
 
 def check_directive(line: str) -> None:
-    """Raise ConfigError if a line of launcher.extra is not an sbatch option, or if another key sets the option."""
+    """Raise ConfigError if a line of launcher.extra is not an sbatch option, or sets an option that has its own key."""
     match = re.match(r"--([\w-]+)|-(\w)", line)
     if match is None or not line.isprintable():
         raise ConfigError(

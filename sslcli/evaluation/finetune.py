@@ -77,9 +77,9 @@ class Tuned(Recipe):
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
         """Return the layer to train from, and the default layer.
 
-        If `feature_layer` is the output of the backbone, it may be replaced by a layer of the projection head: by layer
-        number `from_layer`, or by the method's `finetune_layer` if `from_layer` is None. Number 0 is the output of the
-        backbone. Any other `feature_layer` is returned unchanged.
+        If `feature_layer` is not the output of the backbone, it is returned unchanged. Otherwise, the returned layer is
+        layer number `from_layer` of the projection head. If `from_layer` is None, the method's `finetune_layer` is the
+        number. Number 0 means the output of the backbone.
         """
         feature_layer, _ = super().choose_layer(feature_layer, net, images)
         usual = net.finetune_layer if isinstance(net, Method) else 0
@@ -101,7 +101,7 @@ class Tuned(Recipe):
     def trainings(self, subsets: int, *, choosing: int) -> int:
         """Return the number of networks that `learn` trains.
 
-        `subsets` is the number of subsets, and `choosing` is the number of subsets that select the learning rate.
+        `subsets` is the number of subsets. The learning rate is selected on the first `choosing` of them.
         """
         return subsets + (choosing * len(self.lrs) if len(self.lrs) > 1 else 0)
 

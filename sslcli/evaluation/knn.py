@@ -45,7 +45,7 @@ def knn(
     num_classes: int,
     chunk: int = 1024,
 ) -> KnnResult:
-    """Classify each `query` (m, d) by weighted votes of the k most similar rows of `train` (n, d).
+    """Classify each row of `query` (m, d) by weighted votes of the k most similar rows of `train` (n, d).
 
     The weight of a vote is exp(cosine similarity / temperature).
 

@@ -60,8 +60,8 @@ def bootstrap_interval(
 def bootstrap_runs(correct: Tensor, *, seed: int, resamples: int = 1000, level: float = 0.95) -> tuple[float, float]:
     """Return the percentile bootstrap interval (low, high) of the mean of `correct` (S runs, m images) bool.
 
-    Runs and images are resampled. All runs of a resample use the same images. The interval therefore covers the
-    variance over runs and over images. With few runs, it is still too narrow.
+    Both runs and images are resampled, so the interval covers the variance over runs and over images. All runs of a
+    resample use the same images. If there are few runs, the interval is nevertheless too narrow.
     """
     if correct.ndim != 2 or correct.numel() == 0:
         raise ValueError(f"correct has shape {tuple(correct.shape)}, but must be (runs, images), at least one of each")

@@ -34,7 +34,7 @@ def check_answers(source: Source, bank: Tensor) -> None:
 
 
 def check_reported(source: Source, names: Iterable[str], bank: Tensor) -> None:
-    """Raise ConfigError with a remedy unless an accuracy can be reported on each of the splits `names`.
+    """Raise ConfigError unless accuracies can be reported on every split in `names`. The message states the remedy.
 
     Three conditions are checked for each split:
 

@@ -20,7 +20,7 @@ from sslcli.report.console import Screen
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuned:
-    """A fine-tuned network, its provenance, and the positions of the labeled images of its training."""
+    """A fine-tuned network, its provenance, and the positions of the labeled images on which it was trained."""
 
     net: Classifier
     positions: Tensor
@@ -86,7 +86,8 @@ class Start:
     features: FeatureSet
 
     def classifier(self, task: Task, *, width: int | None = None) -> Classifier:
-        """Return a copy of the network with a linear classifier of zeros. `width` overrides the feature dimension."""
+        """Return a copy of the network with a zero-initialized linear classifier. `width` overrides the feature
+        dimension."""
         assert self.net is not None
         return Classifier(
             copy.deepcopy(self.net),

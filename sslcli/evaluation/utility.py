@@ -91,8 +91,9 @@ def bootstrap_utilities(
     """Return a 95 % bootstrap interval [low, high] of the utility at each of `counts`.
 
     `trained` and `scratch` contain accuracies (counts, seeds). The seeds are resampled. Each resample uses the same
-    seeds for both, because a seed determines which images are labeled. In some resamples, only a lower bound of the
-    utility is known (see `needed`). If these are more than 2.5 % of the resamples, `high` is None.
+    seeds for `trained` and `scratch`, because a seed determines which images are labeled. In some resamples, only a
+    lower bound of the utility is known (see `needed`). If this is the case in more than 2.5 % of the resamples, `high`
+    is None.
     """
     generator = torch.Generator().manual_seed(seed)
     seeds = trained.shape[1]

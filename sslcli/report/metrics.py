@@ -65,8 +65,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the intact lines of a metrics file by ascending step, and the number of damaged lines.
 
     A line is damaged if it is not a JSON object of numbers with a step. If several lines have the same step, only the
-    last of them is intact. An incomplete last line is not counted, because a killed run leaves one. NUL bytes
-    around a line are ignored, because a crash of the machine can leave them.
+    last of them is returned, and the others count as damaged. An incomplete last line is not counted, because a killed
+    run leaves one. NUL bytes around a line are ignored, because a crash of the machine can leave them.
 
     Raises ConfigError if the file cannot be read.
     """

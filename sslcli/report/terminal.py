@@ -32,9 +32,9 @@ class Terminal:
 
     `console.log` contains the whole output of a run.
 
-    Characters that are unsafe to print are escaped, also in the output of other packages and in tracebacks. Codes that
-    progress bars print are written unchanged. Text of sslcli contains none of these codes: `print_text`, `print_error`
-    and `Screen` escape them.
+    Characters that are unsafe to print are escaped, also in the output of other packages and in tracebacks. The control
+    codes of progress bars are written unchanged. sslcli prints its own text with `print_text`, `print_error` and
+    `Screen`, which escape these codes.
 
     Args:
         stream: stream to write to. Attributes that this class does not define are those of `stream`.

@@ -104,7 +104,7 @@ def assemble(
         device: the device of this process.
         screen: the progress display.
         phases: the planned phases of a run that has a config.yaml, or () for a new run.
-        moved: the dataset settings, such as `root`, that contain another path than at the beginning of the run.
+        moved: names of the dataset settings, such as `root`, whose paths have changed since the run was first started.
     """
     settings, monitor_settings = config.train, config.monitor
     resolved = precision.resolve(settings.precision, device)

@@ -133,7 +133,7 @@ def is_finished(run_dir: Path) -> bool:
 def is_complete(run_dir: Path, values: dict[str, Any], config: dict[str, Any] | None = None) -> bool:
     """Return True if the run in this directory has reached the length set in `values`.
 
-    If the run was extended, the result is also True for the length that it had reached before the extension.
+    If the run was extended, the result is also True if `values` sets a length that the run reached before an extension.
     `config` is the content of `config.yaml`. If `config` is None, the file is read.
     """
     if config is None:
@@ -204,8 +204,8 @@ def phases_of(run_dir: Path, values: dict[str, Any]) -> tuple[Phase, ...]:
 def read_config(run_dir: Path) -> dict[str, Any]:
     """Return the stored configuration of a run. Keys of older versions are renamed to their current names.
 
-    An older version that started the run may not have known all of today's dataset settings. Each setting that it did
-    not store gets the value that corresponds to the behavior of the older version.
+    If an older version started the run, the file lacks the dataset settings that were added later. Each of these
+    settings gets the value that reproduces the behavior of the older version.
 
     Raises ConfigError if the file does not exist, and DamagedFile if its content is not the configuration of a run.
     """
@@ -223,7 +223,8 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def read_trained_config(run_dir: Path) -> dict[str, Any]:
-    """Return the configuration of a run, see `read_config`. Raises DamagedFile if keys of the network are missing.
+    """Return the configuration of a run, see `read_config`. Raises DamagedFile if keys that describe the network are
+    missing.
 
     Call `check_input` before the keys of the dataset are used.
     """

@@ -199,7 +199,7 @@ def check_classes(source: Source) -> None:
 
 
 def build_protocol(config: EvalConfig, subject: Subject) -> tuple[dict[str, Any], Protocol]:
-    """Return the settings of the chosen protocol, with defaults in place of null, and the protocol."""
+    """Return the settings of the chosen protocol, in which defaults replace null, and an instance of the protocol."""
     node = dict(config.protocol)
     kind = find_class(node["_target_"], base=Protocol, trust=config.trust, where="protocol._target_")
     node |= {key: value for key, value in kind.defaults(subject.monitor).items() if node.get(key) is None}

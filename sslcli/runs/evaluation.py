@@ -196,10 +196,9 @@ class Evaluation:
         return {key: value for key, value in vars(found).items() if isinstance(value, Tensor)}
 
     def key(self, name: str) -> list[Any]:
-        """Return the cache key of the features of one encoder.
+        """Return the cache key of the features that `features(name, ...)` returns.
 
-        The encoder `name` is "trained" (the trained network), "random" (its random initialization) or "pixels" (raw
-        pixels). The key contains everything on which these features depend.
+        The key contains everything on which these features depend.
         """
         subject, source, views = self.subject, self.source, self.subject.views
         positions = hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.splits.values())).hexdigest()[:16]

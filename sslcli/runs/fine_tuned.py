@@ -96,8 +96,9 @@ def load(evaluation: Evaluation, requested: str) -> FineTuned:
 def find_result(evaluation: Evaluation, requested: str) -> tuple[str, dict[str, Any]]:
     """Return the name and the content of the result `requested`.
 
-    `requested` is a protocol, or a protocol with a variant. Raises ConfigError unless exactly one result matches
-    `requested`.
+    `requested` is the name of a protocol, or of a protocol with a variant, or the whole name of the result. If several
+    results match, the result without a variant beyond `requested` is returned. Raises ConfigError if no result matches,
+    or if the choice between several matches is ambiguous.
     """
     results_dir, matches = evaluation.subject.results_dir, {}
     for name, result in results(results_dir, evaluation.screen).items():

@@ -74,7 +74,7 @@ def _records_to_write(run_dir: Path, source: Source, screen: Screen) -> Records 
 
 
 def changes_since(run_dir: Path, source: Source, screen: Screen) -> Changes | None:
-    """Return the changes since the run started, or None if they are unknown or dataset.verify is none."""
+    """Return the changes since the run started. Return None if they are unknown, or if dataset.verify is `none`."""
     if source.verify == "none":
         return None
     try:
@@ -114,7 +114,7 @@ def stored_records(run_dir: Path) -> Records | None:
 
 
 def collect_records(source: Source, screen: Screen) -> Records:
-    """Return the records of the current images. If dataset.verify is contents, the records include digests."""
+    """Return the records of the current images. If dataset.verify is `contents`, they include digests."""
     title = "reading the images to compare them" if source.verify == "contents" else "checking the image files"
     started = False
 

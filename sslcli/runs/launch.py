@@ -59,9 +59,9 @@ def launch(job: dict[str, Any]) -> int:
 def with_old_settings(config: RunConfig) -> RunConfig:
     """Return the configuration with which a run starts or resumes.
 
-    An older version of sslcli that started the run may not have known all of today's dataset settings. Each setting
-    that it did not store, and that the command line does not set, gets the value that corresponds to the behavior of
-    the older version.
+    If an older version of sslcli started the run, its stored configuration lacks the dataset settings that were added
+    later. Each of these settings gets the value that reproduces the behavior of the older version, unless the command
+    line sets it.
     """
     if not (config.directory / "config.yaml").is_file():
         return config
@@ -73,7 +73,7 @@ def with_old_settings(config: RunConfig) -> RunConfig:
 
 
 def check_other_launcher(settings: LauncherSettings) -> None:
-    """Raise ConfigError if the settings ask for processes that another launcher, such as torchrun, has not started."""
+    """Raise ConfigError if the settings conflict with the launcher, such as torchrun, that started this process."""
     wanted, here = f"launcher is {settings.kind!r}", local_world_size()
     if isinstance(settings, MultiSettings):
         if settings.processes in (None, here):

@@ -63,7 +63,7 @@ def has_same_length(config: Mapping[str, Any], values: Mapping[str, Any]) -> boo
 
 
 def is_earlier_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Return True if the run was extended, and before that had been trained to the length set in `values`."""
+    """Return True if the run had already reached the length set in `values` before it was extended."""
     phases, total = stored_phases(config), requested_steps(config, values)
     if total is None or newest_step(run_dir) < total:
         return False

@@ -19,8 +19,8 @@ MOVED = "moved paths"  # key in the section `effective` of config.yaml; only run
 def possibly_moved(stored: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
     """Return the dataset settings, such as `root`, whose paths differ between `stored` and `now`.
 
-    `check_moved` then compares the images. Return () if the run has no fingerprint of its images, since the images
-    could not be compared.
+    `check_moved` then compares the images. If the run has no fingerprint of its images, the images cannot be compared,
+    and the result is ().
     """
     known = (stored.get("effective") or {}).get(FINGERPRINT)
     return tuple(moved_paths(stored, now)) if known else ()

@@ -1,4 +1,4 @@
-"""Messages for lack of memory, with the keys that reduce memory."""
+"""Messages for commands that ran out of memory. They list configuration keys that reduce the memory usage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from sslcli.distributed import collectives
 
 
 def training_message(error: BaseException, config: RunConfig) -> str:
-    """Return the message of a training that ran out of memory. It lists the keys that reduce memory and are not set."""
+    """Return the message of a training that ran out of memory. It lists the keys that would reduce the memory usage and
+    are not set yet."""
     settings, processes = config.train, collectives.world_size()
     per_pass = settings.batch_size // (settings.accumulate * processes)
     remedies = []

@@ -22,9 +22,9 @@ MAX_BYTES = 1_000_000  # maximum size of an overrides.txt that is read
 def shorter_run_hint(config: RunConfig) -> str | None:
     """Return a line that names the longest finished run that `config` could extend, or None if there is none.
 
-    The runs in the parent folder of the run directory are searched, and the runs of the sweeps in that folder. A run is
-    accepted if all of its overrides except the length equal the overrides of `config`. If the run of `config` has
-    already started, None is returned.
+    The search covers the runs in the parent folder of the run directory, and the runs of the sweeps in the same parent
+    folder. A run is accepted if all of its overrides except the length equal the overrides of `config`. If the run of
+    `config` has already started, None is returned.
     """
     run_dir = config.directory
     if (run_dir / "config.yaml").exists() or config.resume == "must":
@@ -47,7 +47,8 @@ def shorter_run_hint(config: RunConfig) -> str | None:
 
 
 def _runs_beside(run_dir: Path) -> Iterator[Path]:
-    """Yield finished runs, newest first: those in the parent folder of a run directory, and those in its sweeps."""
+    """Yield the finished runs in the parent folder of a run directory and in the sweeps of that folder, newest
+    first."""
     parent = run_dir.parent
     finished = [*parent.glob("*/done"), *parent.glob("sweep_*/*/done")]
     with suppress(OSError):  # a run was deleted after it had been listed

@@ -131,7 +131,7 @@ def load_subject(config: EvalConfig, device: torch.device) -> tuple[Subject, Sou
 
 
 def images_for(config: EvalConfig, saved: dict[str, Any]) -> tuple[Source, bool]:
-    """Return the images to evaluate on, and True if the run was not trained on them.
+    """Return the images to evaluate on, and a boolean: True if the run was trained on other images.
 
     If the command line chooses a `dataset`, its images are returned. Otherwise, the images of the run's dataset are
     returned, with the overrides `dataset.KEY=value` applied.
@@ -153,9 +153,9 @@ def has_other_images_than_run(
     """Return True if the images of `source` are not the images of the dataset of a run.
 
     `node` contains the settings of `source`, and `own` contains the dataset settings of the run. If the paths differ,
-    the images may only have been moved, so fingerprints are compared. If the run stored no fingerprint, it is computed
-    from the images at the old path. If the old path does not exist either, only the numbers of training images are
-    compared.
+    the same images may have been moved to another folder, so fingerprints are compared. If the run stored no
+    fingerprint, the fingerprint is computed from the images at the old path. If the old path no longer exists, only the
+    numbers of training images are compared.
     """
     if not has_same_keys(node, own):
         return True
@@ -187,9 +187,9 @@ def provenance_of(saved: dict[str, Any], run_dir: Path, loaded: checkpoint.Loade
 def load_checkpoint(run_dir: Path, which: str | int, saved: dict[str, Any]) -> checkpoint.Loaded:
     """Load the weights of the checkpoint `which`, see `find_checkpoint`. `saved` is the configuration of the run.
 
-    A run may write a newer checkpoint and delete this checkpoint while it is opened. Then the newest checkpoint is
-    loaded. Raises ConfigError if the checkpoint does not exist, is invalid, or belongs to a run with another
-    configuration.
+    A run that is still training may delete the checkpoint while this function opens it. In this case, the search for
+    the checkpoint `which` is repeated. Raises ConfigError if the checkpoint does not exist, is invalid, or belongs to a
+    run with another configuration.
     """
     for left in reversed(range(ATTEMPTS)):
         path = None

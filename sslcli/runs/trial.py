@@ -108,7 +108,7 @@ def draw(loader: Loader, count: int, device: torch.device) -> Batch:
 
 
 def _explain_view(loader: Loader, number: int, error: BaseException) -> str:
-    """Return the message for view `number` of a run, which raises `error` when it is drawn."""
+    """Return the message for view `number` of a run. Drawing this view raised `error`."""
     views = loader.views
     entry, size = views.entry_number(number), views.sizes(loader.source.image_size)[number]
     return (

@@ -249,8 +249,8 @@ def run_trial(config: RunConfig, loader: Loader, parts: Parts, device: torch.dev
 def check_dataset(config: RunConfig, parts: Parts, screen: Screen) -> tuple[str, ...]:
     """Compare the images with the images of the run, see `check_moved` and `check_images`.
 
-    Return the dataset settings, such as `root`, that contain another path than at the beginning of the run. Raises
-    ConfigError on all processes if the images differ.
+    Return the names of the dataset settings, such as `root`, whose paths have changed since the run was first started.
+    Raises ConfigError on all processes if the images differ.
     """
     run_dir = config.directory
     stored = directory.read_config(run_dir) if (run_dir / "config.yaml").exists() else {}

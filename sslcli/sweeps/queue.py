@@ -123,9 +123,10 @@ def forwarded_signals() -> list[signal.Signals]:
 class Relay:
     """Context manager that forwards signals to the running jobs. The jobs then save and stop.
 
-    After the block, when the jobs have saved, the handlers that were installed before are called for the received
-    signals. This has two uses. If this sweep runs inside another sweep, the handler of that sweep prevents it from
-    starting further jobs. If a scheduler's handler was installed, it may requeue the scheduler's job on SIGUSR2.
+    After the block, when the jobs have saved, the signal handlers from before the block are restored, and each is
+    called if its signal was received. This has two uses. If this sweep runs inside another sweep, the handler of that
+    sweep prevents it from starting further jobs. If a scheduler's handler was installed, it may requeue the scheduler's
+    job on SIGUSR2.
     """
 
     def __init__(self) -> None:

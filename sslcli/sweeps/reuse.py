@@ -92,10 +92,10 @@ def _other_jobs(sweep: Sweep) -> list[OtherJob]:
 
 
 def _is_placed(sweep: Sweep, job: Job) -> bool:
-    """Return True if the run directory of the job exists, or if its place is not the sweep's folder.
+    """Return True if the job does not need a new link, because its run directory exists or must not be a link.
 
-    A run directory outside of the sweep's folder, or none, is never linked. If the job is linked to another sweep,
-    repair the link. If the other sweep was deleted, remove the link.
+    Only a run directory directly in the sweep's folder may be a link to the run of another sweep. If the job is linked
+    to another sweep, repair the link. If the other sweep was deleted, remove the link.
     """
     run_dir = job.run_dir
     if run_dir is None or run_dir.parent != sweep.folder:

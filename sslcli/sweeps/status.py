@@ -55,13 +55,13 @@ def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = Fal
 
 
 def is_finished(sweep: Sweep, job: Job) -> bool:
-    """Return True if the run of a job has been trained to the length that the job has now."""
+    """Return True if the run of a job has been trained to the length in the current settings of the job."""
     record = replace(read_or_create_record(sweep, job), **settings_of(job))
     return job.run_dir is not None and is_complete(job.run_dir, record)
 
 
 def is_complete(run_dir: Path, record: Record) -> bool:
-    """Return True if the run of a job has been trained to the length of the job."""
+    """Return True if the run in `run_dir` has been trained to the length in `record`."""
     path = run_dir / "config.yaml"
     if record.epochs is None or not path.exists():
         return directory.is_finished(run_dir)

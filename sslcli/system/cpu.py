@@ -26,7 +26,9 @@ def cores_per_process() -> int:
 
 
 def requested_threads() -> int | None:
-    """Return the number of threads per process that the environment requests, at most the usable cores, or None.
+    """Return the number of threads per process that environment variables request, or None if they request none.
+
+    The number is at most the number of usable cores.
 
     As in torch, MKL_NUM_THREADS takes precedence over OMP_NUM_THREADS, and invalid values are ignored. torchrun sets
     OMP_NUM_THREADS=1 if the user has not set it. Therefore, this value is ignored under torchrun.
