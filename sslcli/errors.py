@@ -118,8 +118,8 @@ def printable(text: object, *, keep: str = "") -> str:
     """Return a value as text that is safe to print and to encode as UTF-8.
 
     Control characters become escapes: ESC becomes `\\x1b`. Without the escapes, a terminal would execute the commands
-    that a file name contains. Python decodes each byte of a file name that is not UTF-8 to a surrogate. Such a
-    surrogate also becomes an escape: the byte FF becomes `\\xff`.
+    that a file name contains. If a file name contains bytes that are not valid UTF-8, Python decodes each of these
+    bytes to a surrogate. Such a surrogate also becomes an escape: the byte FF becomes `\\xff`.
 
     Args:
         text: the value.
@@ -204,8 +204,7 @@ def print_unexpected(command: str, error: Exception) -> int:
     """Print an exception for which `ssl-COMMAND` has no message of its own, and return the exit code.
 
     The code is 2 if user code raised the exception, and 3 if the memory or the disk space is used up. All other
-    exceptions are
-    bugs of sslcli: the whole traceback is printed, and the code is 1.
+    exceptions are bugs of sslcli: the whole traceback is printed, and the code is 1.
     """
     if is_out_of_memory(error):
         print_error(command, f"out of memory ({first_line(error)}): reduce the batch size, or the size of the images")

@@ -193,7 +193,7 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
 def _changes_of_dataset(engine: Hydra, command: str, config_name: str, overrides: list[Override]) -> list[Override]:
     """Return the overrides `dataset.KEY=value`, or [] if the command line chooses a dataset.
 
-    If the command line chooses no dataset, Hydra composes none. The overrides are later applied to the run's dataset.
+    Without such a choice, Hydra composes no dataset, and the overrides are later applied to the run's dataset.
     """
     changes = [each for each in overrides if command == "eval" and is_change(each)]
     if not changes or any(hydra_errors.group_of(each) == "dataset" for each in overrides):

@@ -54,16 +54,14 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Standardize:
-    """Standardization of features to zero mean and unit standard deviation. The class method `of` computes the
-    statistics."""
+    """Standardization of features to zero mean and unit standard deviation. `of` computes the statistics."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
     def of(cls, features: Tensor) -> Standardize:
-        """Return the statistics of each of the d columns of `features` (n, d). Standard deviations are at least
-        1e-6."""
+        """Return the statistics of each column of `features` (n, d). Standard deviations are at least 1e-6."""
         return cls(mean=features.mean(dim=0), std=features.std(dim=0, correction=0).clamp_min(1e-6))
 
     def __call__(self, features: Tensor) -> Tensor:

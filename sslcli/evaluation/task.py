@@ -86,8 +86,10 @@ class Start:
     features: FeatureSet
 
     def classifier(self, task: Task, *, width: int | None = None) -> Classifier:
-        """Return a copy of the network with a zero-initialized linear classifier. `width` overrides the feature
-        dimension."""
+        """Return a copy of the network with a linear classifier.
+
+        The classifier is initialized with zeros. `width` overrides the feature dimension.
+        """
         assert self.net is not None
         return Classifier(
             copy.deepcopy(self.net),

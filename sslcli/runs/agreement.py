@@ -84,8 +84,8 @@ def differences(usual: dict[str, str], other: dict[str, str]) -> list[str]:
     """Return the items that differ between two processes, each as `name: usual value -> other value`.
 
     Args:
-        usual: the items that most processes have in common, see `fingerprint_items`.
-        other: the items of a process that differs from these processes.
+        usual: the items of the largest group of processes with equal items, see `fingerprint_items`.
+        other: the items of a process outside of this group.
     """
     return [
         f"{name}: {usual.get(name, 'absent')} -> {other.get(name, 'absent')}"

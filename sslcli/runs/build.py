@@ -191,8 +191,10 @@ def annotated_classes(owner: type, name: str) -> list[type]:
 
 
 def check_classes(nodes: Mapping[str, Any], *, trust: list[str]) -> None:
-    """Raise ConfigError unless the chosen class of each group is derived from the group's base class. Nothing is
-    built."""
+    """Raise ConfigError unless the chosen class of each group is derived from the base class of the group.
+
+    Nothing is built.
+    """
     for group, node in nodes.items():
         check_has_target(group, node)
         find_class(node["_target_"], base=BASES[group], trust=trust, where=f"{group}._target_")

@@ -223,8 +223,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def read_trained_config(run_dir: Path) -> dict[str, Any]:
-    """Return the configuration of a run, see `read_config`. Raises DamagedFile if keys that describe the network are
-    missing.
+    """Return the configuration of a run, see `read_config`. Raises DamagedFile if it does not describe the network.
 
     Call `check_input` before the keys of the dataset are used.
     """

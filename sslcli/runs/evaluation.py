@@ -107,8 +107,8 @@ class Evaluation:
         """Return the features of all splits. Cached features are used if possible.
 
         Args:
-            name: "trained", "random" or "pixels".
-            net: the network, or None for pixels.
+            name: "trained" or "random" for the features of a network, "pixels" for the pixels as features.
+            net: the network, or None if `name` is "pixels".
         """
         if net is not None:
             self.check_layer(net)
@@ -196,7 +196,7 @@ class Evaluation:
         return {key: value for key, value in vars(found).items() if isinstance(value, Tensor)}
 
     def key(self, name: str) -> list[Any]:
-        """Return the cache key of the features that `features(name, ...)` returns.
+        """Return the key under which the features of a network are cached. `name` is "trained", "random" or "pixels".
 
         The key contains everything on which these features depend.
         """

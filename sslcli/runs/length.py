@@ -1,6 +1,6 @@
 """Length of a run, compared with the length stored in its run directory, and the phases of extended runs.
 
-This module does not import torch.
+A phase is the part of a run that was trained with one length. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def has_same_length(config: Mapping[str, Any], values: Mapping[str, Any]) -> boo
 
 
 def is_earlier_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Return True if the run had already reached the length set in `values` before it was extended."""
+    """Return True if the run was extended after it had reached the length set in `values`."""
     phases, total = stored_phases(config), requested_steps(config, values)
     if total is None or newest_step(run_dir) < total:
         return False

@@ -47,8 +47,7 @@ def shorter_run_hint(config: RunConfig) -> str | None:
 
 
 def _runs_beside(run_dir: Path) -> Iterator[Path]:
-    """Yield the finished runs in the parent folder of a run directory and in the sweeps of that folder, newest
-    first."""
+    """Yield the finished runs in the parent folder of a run directory and in its sweeps, newest first."""
     parent = run_dir.parent
     finished = [*parent.glob("*/done"), *parent.glob("sweep_*/*/done")]
     with suppress(OSError):  # a run was deleted after it had been listed

@@ -80,7 +80,10 @@ def _config(run_dir: Path, _: tuple[int, int, int]) -> dict[str, Any]:
 
 
 def _version(path: Path) -> tuple[int, int, int]:
-    """Return values of which at least one differs after a file was written again, even within one tick of the clock."""
+    """Return three values that identify the version of a file.
+
+    At least one of them changes when the file is written again, even within one tick of the clock.
+    """
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
 

@@ -40,7 +40,7 @@ def launched() -> Member | None:
     """Return the place of this process in a process group, or None if no launcher started this process.
 
     If RANK or WORLD_SIZE is set, a launcher started this process, and all variables in `REQUIRED` must be set. If only
-    MASTER_ADDR or MASTER_PORT is set, they are ignored, since scripts often export them for other programs.
+    MASTER_ADDR and MASTER_PORT are set, they are ignored, since scripts often export them for other programs.
 
     Raises ConfigError if only some of the variables are set, or if a value is invalid.
     """
@@ -70,8 +70,7 @@ def local_world_size() -> int:
 
 
 def earlier_starts() -> int:
-    """Return how often the agent of sslcli, torchrun or the script of a Slurm job has restarted the processes of this
-    run."""
+    """Return how often the agent of sslcli, torchrun or a Slurm script has restarted the processes of this run."""
     return sum(_count(name, least=0) for name in (RESTARTS, "TORCHELASTIC_RESTART_COUNT") if name in os.environ)
 
 

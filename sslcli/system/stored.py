@@ -1,8 +1,8 @@
 """Typed reading of files that sslcli wrote earlier.
 
-All readers of such files use this module. If a damaged file cannot be computed again, `DamagedFile` is raised with the
-file, the damage and the remedy. If a damaged file can be computed again, it is renamed (set aside), and a warning is
-printed.
+All readers of such files use this module. If the content of a damaged file cannot be recomputed, `DamagedFile` is
+raised. Its message names the file, the damage and the remedy. If the content can be recomputed, the file is renamed
+(set aside), and a warning is printed.
 
 A shape is a dataclass or a TypedDict. Its fields are the required and optional keys of a file, with their types.
 """
