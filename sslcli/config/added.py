@@ -45,7 +45,7 @@ CLASSES = {
 
 
 def with_added_keys(stored: Any, now: Any = None) -> Any:
-    """Return the stored node `dataset` of a run, in which missing keys have their old values.
+    """Return a stored node `dataset` of a run. Missing keys are added with their old values.
 
     Args:
         stored: the node in the `config.yaml` or in a checkpoint of the run. If it is not a mapping, it is returned.
@@ -82,7 +82,7 @@ def resumed_dataset(dataset: dict[str, Any], stored: Any, set_keys: Collection[s
 
 
 def with_defaults(dataset: Any) -> Any:
-    """Return the node `dataset` of a command line, in which missing keys have their defaults.
+    """Return the node `dataset` of a command line. Missing keys are added with their defaults.
 
     A yaml file of the user may lack the keys. If the `config.yaml` of a new run lacked them too, the run would be taken
     for a run of an older version. Only nodes of built-in classes are changed.

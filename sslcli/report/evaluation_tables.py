@@ -80,7 +80,7 @@ def summary(folder: Path, screen: Screen) -> None:
     """Print all results in `folder`, one row each.
 
     The columns are the accuracies of raw pixels, of a random initialization and of the trained network, and the step of
-    the checkpoint. If a run was extended, its results may have different steps.
+    the checkpoint. If a run was extended, its results may belong to checkpoints of different steps.
     """
     table = Table()
     table.add_column("top-1", overflow="fold")

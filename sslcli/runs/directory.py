@@ -146,7 +146,7 @@ def is_complete(run_dir: Path, values: dict[str, Any], config: dict[str, Any] | 
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Return True if a process is running in this directory."""
+    """Return True if a process holds the lock of the run directory."""
     try:
         with (run_dir / ".lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -96,9 +96,9 @@ def load(evaluation: Evaluation, requested: str) -> FineTuned:
 def find_result(evaluation: Evaluation, requested: str) -> tuple[str, dict[str, Any]]:
     """Return the name and the content of the result `requested`.
 
-    `requested` is a protocol with or without a variant, or the full name of a result. Without a variant, it matches all
-    variants of the protocol. If several results match, the exact match is returned. Raises ConfigError if no result
-    matches, or if several results match and none of them exactly.
+    `requested` is a protocol with or without a variant, or the full name of a result. A protocol also matches all of
+    its variants. If several results match, the exact match is returned. Raises ConfigError if no result matches, or if
+    several results match and none of them exactly.
     """
     results_dir, matches = evaluation.subject.results_dir, {}
     for name, result in results(results_dir, evaluation.screen).items():

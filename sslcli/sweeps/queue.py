@@ -162,7 +162,8 @@ class Relay:
             one.process.send_signal(number)
 
     def add(self, one: Running) -> None:
-        """Add a job to which signals are forwarded. If a signal arrived while the job was started, send SIGTERM now."""
+        """Add a job to which signals are forwarded. If a signal arrived while the job was starting, send SIGTERM
+        now."""
         self.running.append(one)
         if self.is_stopping and not one.is_signaled:
             one.process.send_signal(signal.SIGTERM)

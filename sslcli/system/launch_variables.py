@@ -42,7 +42,7 @@ def launched() -> Member | None:
     If RANK or WORLD_SIZE is set, a launcher started this process, and all variables in `REQUIRED` must be set. If only
     MASTER_ADDR and MASTER_PORT are set, they are ignored, since scripts often export them for other programs.
 
-    Raises ConfigError if only some of the variables are set, or if a value is invalid.
+    Raises ConfigError if RANK or WORLD_SIZE is set but another variable in `REQUIRED` is not, or if a value is invalid.
     """
     given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if not given:
