@@ -73,7 +73,7 @@ def _numbers_as_text(value: Any, where: str, written: dict[str, str]) -> Any:
 
 
 def _text(value: Any, where: str, written: dict[str, str]) -> Any:
-    """Return a number as text, also inside a list or as a key of a mapping from paths to weights."""
+    """Return a number as text, also inside a list or as a key of a mapping from folders to sampling weights."""
     if isinstance(value, list):
         return [_text(inner, "", written) for inner in value]
     if isinstance(value, dict):
@@ -186,7 +186,8 @@ def _for_hub(convert: Convert) -> Convert:
 def _convert(value: Any, convert: Convert) -> Any:
     """Convert a path, or all paths in a list or a mapping.
 
-    The paths in a mapping are its values. If a mapping maps paths to weights, its keys are the paths.
+    The paths in a mapping are its values if any of them is a string or a list. Otherwise, the paths are its keys, as in
+    a mapping from folders to sampling weights.
     """
     if isinstance(value, str):
         return convert(value)

@@ -162,8 +162,7 @@ class Relay:
             one.process.send_signal(number)
 
     def add(self, one: Running) -> None:
-        """Add a job to which signals are forwarded. If a signal arrived while the job was starting, send SIGTERM
-        now."""
+        """Add a job to which signals are forwarded. Send it SIGTERM if a signal arrived while it was starting."""
         self.running.append(one)
         if self.is_stopping and not one.is_signaled:
             one.process.send_signal(signal.SIGTERM)
