@@ -259,8 +259,8 @@ def first_line(error: BaseException) -> str:
 def _user_part(error: BaseException) -> tuple[BaseException, TracebackType] | None:
     """Return the part of a traceback that starts in user code, with its exception. None if there is no user code.
 
-    The exception is `error` or one of its causes. Code in a module of the user takes precedence over code of sslcli or
-    torch that runs on an instance of a user's class.
+    The exception is `error` or one of its causes. If the traceback contains code in a module of the user, the part
+    starts there. Otherwise, it starts at code of sslcli or torch that runs on an instance of a user's class.
     """
     on_instance = None
     cause: BaseException | None = error

@@ -139,8 +139,8 @@ def current_target(target: str) -> str:
 def current_override(line: str, *, own_folder: Path | None = None) -> str:
     """Replace old names in an override of a command line by current names, in the key and in the value.
 
-    `own_folder` is the user's --config-dir. If this folder contains a yaml file with the name of a choice, this name is
-    kept.
+    `own_folder` is the user's --config-dir. If a value is the name of a yaml file in this folder,
+    the value is kept, even if it is also an old name.
     """
     prefix, key, rest = _parts(line)
     key = KEYS.get(key, key)

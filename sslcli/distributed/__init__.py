@@ -1,6 +1,6 @@
 """Collectives, device selection, process launch and the watchdog for stalled ranks.
 
-Methods in other packages may import the collectives from here.
+A package with a method of its own imports the collectives from this package.
 """
 
 from sslcli.distributed.batch_shuffle import BatchShuffle as BatchShuffle

@@ -107,8 +107,9 @@ def prune(newest: Path, *, keep: int) -> None:
 
     Also delete checksum files whose checkpoint does not exist.
 
-    Checkpoints after `newest` exist only if they were unreadable and the run resumed from an earlier checkpoint. They
-    are deleted, because they would otherwise count as the newest checkpoints.
+    `newest` is the checkpoint that the run has just written. Checkpoints with a larger step exist only if they could
+    not be read and the run resumed from an earlier checkpoint. They are deleted, because they would otherwise count as
+    the newest checkpoints.
     """
     paths = all_of(newest.parent.parent)
     before = [path for path in paths if step_of(path) < step_of(newest)]

@@ -58,8 +58,8 @@ class StopRequest:
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Record the signal, and interrupt a wait for images. A second Ctrl-C ends the process immediately.
 
-        Under an agent, one Ctrl-C arrives twice: from the terminal and from the agent. Therefore a repeated SIGINT
-        within 2 seconds does not count as a second Ctrl-C.
+        If a launcher such as torchrun started this process, one Ctrl-C arrives twice: from the terminal and from the
+        launcher. Therefore a repeated SIGINT within 2 seconds does not count as a second Ctrl-C.
         """
         now = time.monotonic()
         if self.reason and number == signal.SIGINT and now - self.received > 2:

@@ -33,8 +33,8 @@ CONFIG = "config.json"  # file name of a job's configuration, unless the job wai
 def launch(config: RunConfig) -> int:
     """Submit a run unless its job is already queued or running, and return the exit code.
 
-    A queued or running job may train the run to a shorter length than `config` requests. In this case, a second job is
-    submitted, which extends the run after the first job has ended.
+    If the run's job is already queued or running, but was submitted with fewer steps than `config` requests, a second
+    job is submitted. It extends the run after the first job has ended.
 
     `config.run_dir` must be absolute. If launcher.wait is true, this function prints the log until the job ends, and
     returns the exit code of the job. Raises ConfigError if the run cannot start or Slurm rejects the job.
