@@ -142,7 +142,12 @@ def open_file(path: str, *, pixel_format: PixelFormat = LEGACY) -> Encoded:
     return Encoded(read_file(path), path, pixel_format=pixel_format)
 
 
-def decode(path: str, *, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
+def full_rgb(image: Image.Image) -> Image.Image:
+    """Convert a PIL image to RGB with the value range "full"."""
+    return to_rgb(image, "full")
+
+
+def decode(path: str, *, convert: Callable[[Image.Image], Image.Image] = full_rgb) -> Image.Image:
     """Decode an image file with PIL alone, and return the result of `convert` for the decoded image.
 
     Raises BadImage as `open_file` does, and if PIL does not decode all bands of the file.

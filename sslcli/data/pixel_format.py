@@ -57,7 +57,7 @@ class PixelFormat:
         """Convert an image that Pillow opened. Raises ValueError if it has the wrong number of bands."""
         is_plain = self.value_range == "full" or (self.keeps_8_bits and not is_deep(image))
         if self.is_color and is_plain:
-            return self.from_rgb(to_rgb(image))
+            return self.from_rgb(to_rgb(image, "full"))
         return self.convert_samples(samples_of(image))
 
     def from_rgb(self, image: Image.Image) -> Image.Image | Pixels:
@@ -94,13 +94,15 @@ def pixel_format(channels: int, value_range: str | Sequence[float]) -> PixelForm
     return PixelFormat(channels, parse_value_range(value_range))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image to RGB. Values of more than 8 bits are mapped as by the value range "full".
+def to_rgb(image: Image.Image, value_range: ValueRange = "auto") -> Image.Image:
+    """Convert a PIL image to RGB. Values of more than 8 bits are mapped with `value_range`, see `to_8_bits`.
 
     Raises ValueError if the mode cannot be converted to RGB.
     """
     if is_deep(image):
-        return Image.fromarray(to_8_bits(np.asarray(image)[:, :, None], "full")[:, :, 0]).convert("RGB")
+        # "full" maps the values that Pillow returns, as in version 0.2.
+        samples = Samples(np.asarray(image)[:, :, None], 1) if value_range == "full" else samples_of(image)
+        return Image.fromarray(to_8_bits(samples.values, value_range, nodata=samples.nodata)[:, :, 0]).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

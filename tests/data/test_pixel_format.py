@@ -13,7 +13,7 @@ from PIL import Image
 from small_tiffs import RGB, needs_tifffile, save_tiff
 from sslcli.data.bad_images import BadImage
 from sslcli.data.decode import Encoded, decode, open_file
-from sslcli.data.pixel_format import LEGACY, PixelFormat, pixel_format
+from sslcli.data.pixel_format import LEGACY, PixelFormat, pixel_format, to_rgb
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8)
 
@@ -139,3 +139,13 @@ def test_wrong_numbers_of_channels_are_refused(channels: Any) -> None:
 def test_the_default_of_open_file_is_that_of_version_0_2(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 4095]], np.uint16)).save(tmp_path / "a.png")
     assert np.asarray(open_file(str(tmp_path / "a.png")).decode()).max() == 16
+
+
+def test_rgb_of_a_float_image_keeps_its_gray_levels_beside_missing_pixels() -> None:
+    values = np.random.default_rng(0).random((40, 40)).astype(np.float32)
+    values[0] = -3.4e38
+    image = Image.fromarray(values)
+    assert len(np.unique(np.asarray(to_rgb(image)))) > 100
+    assert len(np.unique(np.asarray(to_rgb(image, "full")))) == 2
+    twelve = Image.fromarray((np.arange(1600, dtype=np.uint16) * 2).reshape(40, 40))
+    assert len(np.unique(np.asarray(to_rgb(twelve)))) > 190

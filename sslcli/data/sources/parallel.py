@@ -77,7 +77,7 @@ class Modality:
     def convert(self, image: Image.Image) -> Image.Image:
         """Convert a decoded file to 8 bits per channel."""
         if self.span is None:
-            return to_rgb(image).convert(_MODES[self.channels])
+            return to_rgb(image, "full").convert(_MODES[self.channels])
         low, high = self.span
         gray = image if image.mode in ("I", "F") or image.mode.startswith("I;") else image.convert("L")
         scaled = (np.nan_to_num(np.asarray(gray, np.float64)) - low) / (high - low)
