@@ -25,7 +25,7 @@ from torch import Tensor
 from sslcli.data.loader import plain_batches
 from sslcli.distributed import watchdog
 from sslcli.engine.precision import DTYPES, autocast
-from sslcli.errors import ConfigError, NotFinite
+from sslcli.errors import ConfigError, NotFinite, is_out_of_memory
 from sslcli.system import atomic
 from sslcli.system.stored import DamagedFile, checked, read_or_set_aside
 from sslcli.weights.files import broken_part
@@ -89,7 +89,9 @@ def computed(
     if device.type == "cuda":
         try:
             return protocol(features.to(device), **given)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             torch.cuda.empty_cache()
     return protocol(features, **given)
 

@@ -20,7 +20,7 @@ from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
 from sslcli.distributed import collectives
 from sslcli.engine import precision
-from sslcli.errors import ConfigError, class_name, first_line, summary, user_code
+from sslcli.errors import ConfigError, class_name, first_line, is_out_of_memory, summary, user_code
 from sslcli.methods.base import Batch, Method
 from sslcli.nn.modes import evaluating
 from sslcli.runs.contract import check_embeddings, check_scalars, guard_warning
@@ -61,8 +61,10 @@ def trial(loader: Loader, method: Method, device: torch.device, precision_name: 
                 if loader.micro_batch_size <= COUNT:
                     raise
             return _examine(loader, method, draw(loader, loader.micro_batch_size, device), precision_name)
-    except torch.OutOfMemoryError:  # the first step reports the lack of memory
-        return Trial()
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):  # the first step reports the lack of memory
+            return Trial()
+        raise
 
 
 def _examine(loader: Loader, method: Method, batch: Batch, precision_name: str) -> Trial:

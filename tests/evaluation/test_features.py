@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sslcli.data.sources.base import BadImage
-from sslcli.evaluation.features import FeatureSet, cached, extract, from_bank, pixels
+from sslcli.evaluation.features import FeatureSet, cached, computed, extract, from_bank, pixels
 from sslcli.nn.modes import evaluating
 
 
@@ -334,3 +334,25 @@ def test_rows_of_a_bank_take_the_place_of_the_features_of_their_images():
     assert found.val is features.val
     with pytest.raises(ValueError, match="bank has 3 rows, but the training split 4 images"):
         from_bank(features, rows[:3], split)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+    ],
+)
+def test_a_protocol_for_which_the_gpu_lacks_memory_is_computed_on_the_cpu(error):
+    on_cpu, on_gpu = SimpleNamespace(), SimpleNamespace()
+    on_cpu.to = lambda device: on_gpu
+
+    def protocol(features):
+        if features is on_gpu:
+            raise error
+        return {"top1": 0.5}
+
+    assert computed(protocol, on_cpu, torch.device("cuda")) == {"top1": 0.5}
+    on_gpu, error = on_cpu, RuntimeError("another error")
+    with pytest.raises(RuntimeError, match="another error"):
+        computed(protocol, on_cpu, torch.device("cuda"))

@@ -188,3 +188,13 @@ def test_a_method_that_cannot_be_copied_has_no_trial() -> None:
     method = Broken(lambda x: {})
     method.lock = threading.Lock()  # type: ignore[assignment]
     assert trial(loader, method, CPU, "fp32") == Trial()
+
+
+def test_a_trial_without_memory_leaves_the_report_to_the_first_step() -> None:
+    class Huge(SimCLR):
+        def forward(self, batch: Batch) -> dict[str, Tensor]:
+            torch.empty(2**60, dtype=torch.uint8)  # torch's CPU allocator raises a plain RuntimeError
+            return super().forward(batch)
+
+    loader, method = built()
+    assert trial(loader, Huge(method.backbone), CPU, "fp32") == Trial()
