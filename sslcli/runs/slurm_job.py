@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from contextlib import suppress
@@ -25,7 +24,7 @@ from sslcli.runs.slurm import queue
 from sslcli.runs.slurm.script import render
 from sslcli.system import atomic, child_processes
 from sslcli.system.locks import locked
-from sslcli.system.stored import DamagedFile, read_json, read_text, shown
+from sslcli.system.stored import DamagedFile, read_json, read_line
 
 CONFIG = "config.json"  # file name of a job's configuration, unless the job waits for another job of the same run
 
@@ -87,14 +86,13 @@ def submit_once(run_dir: Path, config: RunConfig) -> str:
 
 def config_name(folder: Path) -> str:
     """Return the file name of the newest job's configuration. Raises DamagedFile if the stored name is damaged."""
-    path, remedy = folder / "job_config", "check with squeue that no job of this run is active, then remove it"
-    try:
-        name = read_text(path, remedy=remedy).strip()
-    except FileNotFoundError:
-        return CONFIG
-    if not re.fullmatch(rf"config(-after-{queue.JOB_ID})?\.json", name):
-        raise DamagedFile(path, f"its content is {shown(name)}, but it must be the name of a configuration", remedy)
-    return name
+    name = read_line(
+        folder / "job_config",
+        rf"config(-after-{queue.JOB_ID})?\.json",
+        what="the name of a configuration",
+        remedy=queue.CHECK_JOBS,
+    )
+    return CONFIG if name is None else name
 
 
 def is_longer(config: RunConfig, path: Path, job: str) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -64,6 +65,21 @@ def read_text(path: Path, *, remedy: str, most: int = MAX_JSON) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DamagedFile(path, f"byte {error.start} is not UTF-8", remedy) from error
+
+
+def read_line(path: Path, pattern: str, *, what: str, remedy: str) -> str | None:
+    """Return the text of a stored file with one value, without surrounding spaces, or None if there is no such file.
+
+    Raises DamagedFile unless the whole text matches the regular expression `pattern`. `what` names the value in the
+    message, as in "an exit code".
+    """
+    try:
+        text = read_text(path, remedy=remedy).strip()
+    except FileNotFoundError:
+        return None
+    if not re.fullmatch(pattern, text):
+        raise DamagedFile(path, f"its content is {shown(text)}, but it must be {what}", remedy)
+    return text
 
 
 def read_json(path: Path, shape: type[T], *, remedy: str) -> T:

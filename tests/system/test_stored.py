@@ -13,7 +13,16 @@ import torch
 
 from sslcli.errors import ConfigError
 from sslcli.system import stored
-from sslcli.system.stored import DamagedFile, checked, mismatch, read_json, read_or_set_aside, read_text, read_yaml
+from sslcli.system.stored import (
+    DamagedFile,
+    checked,
+    mismatch,
+    read_json,
+    read_line,
+    read_or_set_aside,
+    read_text,
+    read_yaml,
+)
 
 
 class Inner(TypedDict):
@@ -96,6 +105,16 @@ def test_a_damaged_file_is_refused_with_its_name_and_its_remedy(content: bytes, 
             read(path, Shape, remedy="restore it")  # type: ignore[operator]
         assert "\n" not in str(refused.value)
     assert path.read_bytes() == content
+
+
+def test_a_file_with_one_value_is_checked_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "code"
+    assert read_line(path, "[0-9]+", what="an exit code", remedy="remove it") is None
+    path.write_text(" 75\n")
+    assert read_line(path, "[0-9]+", what="an exit code", remedy="remove it") == "75"
+    path.write_text("75x")
+    with pytest.raises(DamagedFile, match=r"code is damaged.*'75x', but it must be an exit code.*remove it"):
+        read_line(path, "[0-9]+", what="an exit code", remedy="remove it")
 
 
 def test_what_is_no_file_and_what_is_too_large_is_refused_and_not_damaged(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import time
@@ -10,12 +9,13 @@ from pathlib import Path
 
 from sslcli.errors import EXIT_FAILED, EXIT_STOPPED, ConfigError
 from sslcli.report.terminal import print_text
-from sslcli.system.stored import DamagedFile, read_text, shown
+from sslcli.system.stored import read_line
 
 PATIENCE = 60.0  # timeout of a Slurm command in seconds
 QUERY_EVERY = 5.0  # seconds between queries, to limit the load on the shared controller
 READ_EVERY = 0.3  # seconds between reads of the log
 JOB_ID = r"[0-9]+([_+][0-9]+)?"  # a job, a task of an array, or a component of a heterogeneous job
+CHECK_JOBS = "check with squeue that no job of this run is active, then remove it"  # remedy for damaged files
 FINAL_STATES = {  # final state of a job -> exit code to return if the job recorded none
     "BOOT_FAIL": EXIT_STOPPED,
     "CANCELLED": EXIT_STOPPED,
@@ -66,14 +66,7 @@ def submitted_job(run_dir: Path) -> str | None:
 
     Raises DamagedFile if the file with the ID is damaged.
     """
-    path, remedy = run_dir / "slurm" / "job", "check with squeue that no job of this run is active, then remove it"
-    try:
-        job = read_text(path, remedy=remedy).strip()
-    except FileNotFoundError:
-        return None
-    if not re.fullmatch(JOB_ID, job):
-        raise DamagedFile(path, f"its content is {shown(job)}, but it must be the ID of a job", remedy)
-    return job
+    return read_line(run_dir / "slurm" / "job", JOB_ID, what="the ID of a job", remedy=CHECK_JOBS)
 
 
 def recorded_exit_code(run_dir: Path) -> int | None:
@@ -90,13 +83,8 @@ def read_exit_code(path: Path) -> int | None:
     Raises DamagedFile if the file is damaged. An empty file means that the job failed.
     """
     remedy = "remove it, and run the same command again to resume"
-    try:
-        text = read_text(path, remedy=remedy).strip()
-    except FileNotFoundError:
-        return None
-    if not re.fullmatch(r"[0-9]{0,3}", text):
-        raise DamagedFile(path, f"its content is {shown(text)}, but it must be an exit code", remedy)
-    return int(text or EXIT_FAILED)
+    text = read_line(path, r"[0-9]{0,3}", what="an exit code", remedy=remedy)
+    return None if text is None else int(text or EXIT_FAILED)
 
 
 def follow(job: str, script: Path) -> int:
