@@ -70,16 +70,13 @@ def has_lost_precision(image: Image.Image, content: bytes) -> bool:
 
 def samples_of(image: Image.Image) -> Samples:
     """Return the pixel values of an image that Pillow decodes. Palettes, CMYK and YCbCr become RGB."""
-    nodata = None
-    values: NDArray[Any]
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        nodata = _number(image.tag_v2.get(_NODATA))
+    tags: Any = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    nodata = _number(tags.get(_NODATA))
     if is_deep(image):
-        values = np.asarray(image)
-        if nodata_tags := getattr(image, "tag_v2", None):
-            is_unsigned = nodata_tags.get(_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED
-            if values.dtype == np.int32 and nodata_tags.get(_BITS) == (32,) and is_unsigned:
-                values = values.view(np.uint32)
+        values: NDArray[Any] = np.asarray(image)
+        is_unsigned = tags.get(_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED
+        if values.dtype == np.int32 and tags.get(_BITS) == (32,) and is_unsigned:
+            values = values.view(np.uint32)
         return Samples(values[:, :, None], 1, nodata=nodata)
     if image.mode == "L" and "transparency" not in image.info:
         return Samples(np.asarray(image)[:, :, None], 1, nodata=nodata)

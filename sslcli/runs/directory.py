@@ -15,7 +15,7 @@ from sslcli.config.added import with_added_keys
 from sslcli.config.comparison import changed_settings
 from sslcli.config.moved import current_config
 from sslcli.engine import checkpoint_names
-from sslcli.engine.phases import LENGTH_KEYS, Phase
+from sslcli.engine.phases import LENGTH_KEYS
 from sslcli.errors import ConfigError, is_disk_failure
 from sslcli.report.terminal import print_text
 from sslcli.runs import length
@@ -192,13 +192,6 @@ def check_resumable(run_dir: Path, values: dict[str, Any], *, may_differ: Collec
             "Use the same values to resume, or another run_dir to start a new run"
         )
     length.check_length(run_dir, stored, values)
-
-
-def phases_of(run_dir: Path, values: dict[str, Any]) -> tuple[Phase, ...]:
-    """Return the phases of a run that starts or resumes with the settings `values`, or () if it has no config.yaml."""
-    if not (run_dir / "config.yaml").exists():
-        return ()
-    return length.planned_phases(run_dir, read_config(run_dir), values)
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:

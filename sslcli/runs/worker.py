@@ -57,7 +57,7 @@ from sslcli.runs.build import Parts, build_optimizer, build_parts
 from sslcli.runs.description import write_description
 from sslcli.runs.dry_run import dry_run, save_views
 from sslcli.runs.image_changes import check_images
-from sslcli.runs.length import phase_rows
+from sslcli.runs.length import phase_rows, planned_phases
 from sslcli.runs.moved_images import check_moved, earlier_moved, moved_row, possibly_moved
 from sslcli.runs.out_of_memory import training_message
 from sslcli.runs.shorter_run import shorter_run_hint
@@ -194,8 +194,9 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
         # Check again, since now no other process can change the directory.
         directory.check_resumable(run_dir, config.values)
     with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
-        moved = check_dataset(config, parts, screen)
-        phases = directory.phases_of(run_dir, config.values)
+        stored = directory.read_config(run_dir) if (run_dir / "config.yaml").exists() else {}
+        moved = check_dataset(config, stored, parts, screen)
+        phases = planned_phases(run_dir, stored, config.values)
         job = assemble(config, parts, loader, optimizer, peak_lr, run_dir, device, screen, phases=phases, moved=moved)
         try:
             facts = startup_table(job, parts, config)
@@ -246,14 +247,15 @@ def run_trial(config: RunConfig, loader: Loader, parts: Parts, device: torch.dev
     return trial(loader, parts.method, place, precision.resolve(config.train.precision, place))
 
 
-def check_dataset(config: RunConfig, parts: Parts, screen: Screen) -> tuple[str, ...]:
+def check_dataset(config: RunConfig, stored: dict[str, Any], parts: Parts, screen: Screen) -> tuple[str, ...]:
     """Compare the images with the images of the run, see `check_moved` and `check_images`.
+
+    `stored` is the content of `config.yaml`, or {} for a new run.
 
     Return the names of the dataset settings, such as `root`, whose paths have changed since the run was first started.
     Raises ConfigError on all processes if the images differ.
     """
     run_dir = config.directory
-    stored = directory.read_config(run_dir) if (run_dir / "config.yaml").exists() else {}
     check_moved(run_dir, stored, config.values, parts.source, screen)
     check_images(run_dir, parts.source, screen, write=not config.dry_run)
     return (*earlier_moved(stored), *possibly_moved(stored, config.values))
