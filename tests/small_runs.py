@@ -23,6 +23,16 @@ from sslcli.engine import checkpoint
 
 SSL_TRAIN = str(Path(sys.executable).with_name("ssl-train"))
 CLOCKS = ("wall", "train/images_per_s", "train/data_wait")
+FOLDER_LINE = [  # a run on a folder of images, with a checkpoint after each step and without measurements
+    "dataset.workers=0",
+    "backbone.width=4",
+    "train.batch_size=16",
+    "train.save_every_steps=1",
+    "monitor.knn_every_epochs=0",
+    "monitor.pictures=0",
+    "launcher.threads=1",
+    "run_dir=run",
+]
 PATIENCE = 240.0  # seconds until a run counts as hanging
 
 

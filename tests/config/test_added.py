@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from command_line import Cli
-from small_runs import make_folder
+from small_runs import FOLDER_LINE, make_folder
 from sslcli.cli import compose
 from sslcli.config.added import CLASSES, KEYS, OLD_EXTENSIONS, resumed_dataset, with_added_keys, without_added_keys
 from sslcli.config.signatures import parameters_of
@@ -24,18 +24,7 @@ from sslcli.data.sources.scan import FileSearch
 
 FOLDER = "sslcli.data.sources.files.Folder"
 CONF = Path(__file__).parents[2] / "conf" / "dataset"
-LINE = [
-    "dataset.root=images",
-    "dataset.image_size=16",
-    "dataset.workers=0",
-    "backbone.width=4",
-    "train.batch_size=16",
-    "train.save_every_steps=1",
-    "monitor.knn_every_epochs=0",
-    "monitor.pictures=0",
-    "launcher.threads=1",
-    "run_dir=run",
-]
+LINE = ["dataset.root=images", "dataset.image_size=16", *FOLDER_LINE]
 MINE = "from sslcli.data.sources.files import Folder\nclass Mine(Folder): ...\n"
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ SLURM = {"SLURM_JOB_ID": "1", "SLURM_NODEID": "0"}
 pytestmark = pytest.mark.usefixtures("restored_signals")
 
 
+def exit_code(folder: Path, monkeypatch: pytest.MonkeyPatch, launch: Callable[[dict[str, str]], int]) -> object:
+    """Return the exit code of a process under an agent that runs `launch`."""
+    config = RunConfig.from_plain(composed("train")).changed(run_dir=str(folder))
+    (folder / "config.json").write_text(json.dumps(config.plain()))
+    monkeypatch.setenv(AGENT, "1")
+    monkeypatch.setattr("sslcli.distributed.processes.die_with_parent", lambda: None)
+    monkeypatch.setattr(_launch, "launch", launch)
+    monkeypatch.setattr(sys, "argv", ["-m", str(folder / "config.json")])
+    with pytest.raises(SystemExit) as ended:
+        _launch.main()
+    return ended.value.code
+
+
 @pytest.mark.parametrize(("saved", "code"), [(False, 1), (True, processes.EXIT_LOST)])
 def test_an_error_of_the_program_is_tried_again_only_from_a_newer_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: bool, code: int
@@ -33,16 +47,8 @@ def test_an_error_of_the_program_is_tried_again_only_from_a_newer_checkpoint(
             (tmp_path / "checkpoints" / "step-00000001.pt").touch()
         raise ZeroDivisionError
 
-    config = RunConfig.from_plain(composed("train")).changed(run_dir=str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(config.plain()))
-    monkeypatch.setenv(AGENT, "1")
     monkeypatch.setitem(globals(), "__name__", "sslcli.runs.worker")  # code of this module counts as code of sslcli
-    monkeypatch.setattr("sslcli.distributed.processes.die_with_parent", lambda: None)
-    monkeypatch.setattr(_launch, "launch", fail)
-    monkeypatch.setattr(sys, "argv", ["-m", str(tmp_path / "config.json")])
-    with pytest.raises(SystemExit) as ended:
-        _launch.main()
-    assert ended.value.code == code
+    assert exit_code(tmp_path, monkeypatch, fail) == code
     shown = capsys.readouterr().err
     assert shown.count("Traceback") == 1
     assert BUG in shown
@@ -56,15 +62,7 @@ def test_an_exception_of_user_code_is_never_tried_again(
         (tmp_path / "checkpoints" / "step-00000001.pt").touch()
         raise ZeroDivisionError
 
-    config = RunConfig.from_plain(composed("train")).changed(run_dir=str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(config.plain()))
-    monkeypatch.setenv(AGENT, "1")
-    monkeypatch.setattr("sslcli.distributed.processes.die_with_parent", lambda: None)
-    monkeypatch.setattr(_launch, "launch", fail)
-    monkeypatch.setattr(sys, "argv", ["-m", str(tmp_path / "config.json")])
-    with pytest.raises(SystemExit) as ended:
-        _launch.main()
-    assert ended.value.code == 2
+    assert exit_code(tmp_path, monkeypatch, fail) == 2
     assert "test_launch.fail failed while running ssl-train (ZeroDivisionError)" in capsys.readouterr().err
 
 

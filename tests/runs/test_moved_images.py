@@ -10,22 +10,11 @@ from pathlib import Path
 import pytest
 
 from command_line import Cli, Ended
-from small_runs import make_folder, metrics
+from small_runs import FOLDER_LINE, make_folder, metrics
 from sslcli.runs import directory
 from sslcli.runs.moved_images import earlier_moved, possibly_moved
 
-LINE = [
-    "dataset=folder",
-    "dataset.image_size=32",
-    "dataset.workers=0",
-    "backbone.width=4",
-    "train.batch_size=16",
-    "train.save_every_steps=1",
-    "monitor.knn_every_epochs=0",
-    "monitor.pictures=0",
-    "launcher.threads=1",
-    "run_dir=run",
-]
+LINE = ["dataset=folder", "dataset.image_size=32", *FOLDER_LINE]
 
 
 @pytest.fixture
