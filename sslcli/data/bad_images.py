@@ -1,4 +1,4 @@
-"""Record of the images that cannot be decoded. A run with too many bad images stops with an error."""
+"""Record of the bad images, which are those that cannot be read. A run with too many of them stops with an error."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from sslcli.errors import ConfigError, printable
 
-# Python decodes the bytes of a file name that are not UTF-8 to these surrogates.
+# Surrogate characters. Python decodes each byte of a file name that is not valid UTF-8 to one of them.
 RAW_BYTES = os.fsdecode(bytes(range(0x80, 0x100)))
 
 
 class BadImage(Exception):
-    """Raised when the image at `path` cannot be read. `reason` is a text with the cause."""
+    """Raised when the image at `path` cannot be read. `reason` is the cause as text."""
 
     def __init__(self, path: str, reason: str) -> None:
         # Both values are passed to Exception, because pickle needs them to restore an exception from a worker process.
@@ -48,7 +48,7 @@ class BadImages:
         return len(self.reasons)
 
     def add(self, path: str, reason: str) -> None:
-        """Add a bad image. A path counts only once."""
+        """Add the bad image at `path`, with the cause as text. If the path was added before, nothing changes."""
         self.reasons.setdefault(path, reason)
 
     def check(self) -> None:
@@ -67,7 +67,8 @@ class BadImages:
     def write(self, path: Path) -> None:
         """Write one line "path<TAB>reason" per bad image, sorted by path. Without bad images, the file is empty.
 
-        Control characters in a path become escapes such as `\\x1b`. Bytes that are not UTF-8 are written unchanged.
+        Control characters in a path become escapes such as `\\x1b`. Bytes of a path that are not UTF-8 are written
+        unchanged.
         """
         lines = [
             f"{printable(name, keep=RAW_BYTES)}\t{printable(' '.join(reason.split()))}\n"
@@ -77,6 +78,6 @@ class BadImages:
 
 
 def check_fraction(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is in [0, 1]."""
+    """Raise ValueError unless `value` is in [0, 1]. The message names the setting `dataset.<name>`."""
     if not 0 <= value <= 1:
         raise ValueError(f"dataset.{name} is {value}, but it must be a fraction of the images in [0, 1]")

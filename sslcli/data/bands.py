@@ -31,7 +31,7 @@ class Samples:
     """Pixel values of an image, before they are mapped to 8 bits.
 
     Attributes:
-        values: (H, W, B) integers or floats.
+        values: (H, W, B) integers or floats; B is the number of bands.
         num_colors: 1 = the first band is gray; 3 = the first three bands are RGB; 0 = no band is a color.
         alpha: index of the band with the transparency; None = there is none.
         nodata: the value of missing pixels; None = unknown.
@@ -44,13 +44,14 @@ class Samples:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Return whether an opened image has a single gray band of more than 8 bits."""
+    """Return whether an image opened by Pillow has a single gray band of more than 8 bits."""
     return image.mode in ("I", "F") or image.mode.startswith("I;")
 
 
 def has_lost_bands(image: Image.Image, *, only_colors: bool) -> bool:
-    """Return whether Pillow would decode only some of the bands of a file.
+    """Return whether Pillow would decode only some of the bands of a file. This happens only for TIFFs.
 
+    image: the file, opened by Pillow.
     only_colors: if True, only red, green and blue are needed, and the loss of other bands is ignored.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -61,10 +62,14 @@ def has_lost_bands(image: Image.Image, *, only_colors: bool) -> bool:
 
 
 def has_lost_precision(image: Image.Image, content: bytes) -> bool:
-    """Return whether the values of an encoded image have more than 8 bits, but Pillow would decode only 8 of them."""
+    """Return whether the values of a file have more than 8 bits, but Pillow would decode only 8 of them.
+
+    image: the file, opened by Pillow.
+    content: the bytes of the file.
+    """
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return not is_deep(image) and max(image.tag_v2.get(_BITS, (1,))) > 8
-    header = content[:26]  # ends with the bit depth and the color type
+    header = content[:26]  # bytes 24 and 25 of a PNG are the bit depth and the color type
     return image.format == "PNG" and header[24] == 16 and header[25] in _PNG_COLORS
 
 
@@ -89,7 +94,13 @@ def samples_of(image: Image.Image) -> Samples:
 
 
 class DeepPng:
-    """An opened PNG of 16 bits with the mode RGB or RGBA. Pillow decodes its high bytes and its low bytes separately.
+    """An opened PNG with the mode RGB or RGBA and 16 bits per channel.
+
+    Pillow returns only 8 of the 16 bits of a value. Therefore Pillow decodes the file twice: once to the high byte of
+    each value, and once to the low byte.
+
+    Args:
+        content: the bytes of the file.
 
     Attributes:
         size: width and height in pixels.
@@ -112,7 +123,10 @@ class DeepPng:
 
 
 class TiffBands:
-    """An opened TIFF, which the package tifffile decodes. Only the first page is used.
+    """An opened TIFF that the package tifffile decodes. Only the first page is used.
+
+    Args:
+        content: the bytes of the file.
 
     Attributes:
         size: width and height in pixels.
@@ -156,7 +170,7 @@ class TiffBands:
 
 
 def _tiff_file(content: bytes) -> Any:
-    """Return a `tifffile.TiffFile`. Raises ValueError if tifffile is not installed."""
+    """Open the bytes of a TIFF as a `tifffile.TiffFile`. Raises ValueError if tifffile is not installed."""
     try:
         import tifffile
     except ImportError as error:
@@ -169,7 +183,7 @@ def _tiff_file(content: bytes) -> Any:
 
 
 def _number(text: object) -> float | None:
-    """Return the number in a tag, or None if there is none."""
+    """Return the value of a TIFF tag as a number, or None if the value is not a number."""
     try:
         return float(str(text).strip("\0 \n"))
     except ValueError:

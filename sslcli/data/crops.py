@@ -1,9 +1,9 @@
 """Datasets that run in the data workers: decode each image once, crop and resize all of its views, return uint8.
 
-Crop boxes are drawn in pixels of the full-size image. If every crop of a JPEG is downscaled at least by 2, 4 or 8, the
-JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster. The boxes are then scaled down by the same factor.
-After the reduction, every crop is still at least as large as its view. docs/performance.md reports the speed, and the
-difference between the pixels of reduced and full-size decoding.
+The random crop boxes are given in pixels of the full-size image. If every crop of a JPEG is downscaled at least by 2, 4
+or 8, the JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster. The boxes are then scaled down by the same
+factor. After the reduction, every crop is still at least as large as its view. docs/performance.md reports the speed,
+and the difference between the pixels of reduced and full-size decoding.
 """
 
 from __future__ import annotations
@@ -34,31 +34,40 @@ BadImageList = list[tuple[str, str]]  # path and reason of each bad image
 PictureAndBoxes = tuple[Picture, list[list[int]]]  # a picture and one crop box per view: top, left, height, width
 
 _MAX_REPLACEMENTS = 20  # maximum number of replacement images to try if an image cannot be read
-_MAX_FILES_IN_MEMORY = 128
+_MAX_FILES_IN_MEMORY = 128  # number of images of a request that are opened before the first of them is decoded
 _MAX_ASPECT = 64  # largest ratio of the sides of an image that is resized whole for evaluation
-_SMALL_SIDE = 64  # pixels; images whose sides do not exceed it are cropped together in one call, which is faster
+_SMALL_SIDE = 64  # pixels; images of equal size with no longer side are cropped in one call, which is faster
 
 
 @dataclass(frozen=True)
 class Request:
-    """The images of one process's micro-batch, or of a part of it."""
+    """Request to a data worker for n images: the micro-batch of one process, or a part of this micro-batch."""
 
     index: Tensor  # (n,) index of each image in the training split
-    occurrence: Tensor  # (n,) epoch and repetition of each image, see epoch_order
-    is_last_read: Tensor  # (n,) bool, see last_read_mask; all False for datasets that are not read in chunks
+    occurrence: Tensor  # (n,) epoch + 2**32 * repetition of each image in the epoch, see epoch_order
+    is_last_read: (
+        Tensor  # (n,) bool: True = the worker can free the chunk of a shard after this image, see last_read_mask
+    )
 
 
 def concat_requests(requests: Sequence[Request]) -> Request:
-    """Concatenate crop requests along the image (batch) dimension."""
+    """Concatenate the images of several requests to one request, in order."""
     return Request(*(torch.cat([getattr(request, column.name) for request in requests]) for column in fields(Request)))
 
 
 class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
-    """Dataset of views for training, indexed by requests.
+    """Dataset of views for training. It is indexed by `Request` objects, each of which asks for n images.
 
-    An item is (request, views, positions, bad images). Each view is (n, C, S, S) uint8. `positions` (n,) contains, for
-    each row, the position of the image that was read. This is the requested image, or its replacement if the requested
-    image is bad.
+    An item is a tuple of four values:
+    - the request
+    - the views: one tensor (n, C, S, S) uint8 per view
+    - (n,) the positions in `source` of the images that were read; a bad image is replaced by another image
+    - the path of each bad image, and the reason why it cannot be read
+
+    Args:
+        source: the dataset of files or shards.
+        views: the distributions from which the views of each image are drawn.
+        seed: seed of the views.
     """
 
     def __init__(self, source: Source, views: Views, seed: int) -> None:
@@ -81,14 +90,20 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
     def write_crops(
         self, rows: list[int], positions: Tensor, key: Tensor, views: list[Tensor], read: Tensor
     ) -> BadImageList:
-        """Write the crops of some rows into `views`. Unreadable images are replaced, see `replacement`.
+        """Write the crops of some images of a request into `views`. Bad images are replaced, see `replacement`.
 
-        rows: the rows of the request to process.
-        read: (n,) output. The position of the image that was read is written into each row.
+        Args:
+            rows: the indices from 0 to n - 1 of these images in the request.
+            positions: (n,) position of each requested image in the dataset.
+            key: (n,) int64. All random numbers of an image are computed from its key.
+            views: one tensor (n, C, S, S) uint8 per view, for the output.
+            read: (n,) int64, for the output: the position of the image that was read for each row.
 
-        Returns the path of each image that cannot be read, and the reason.
+        Returns:
+            The path of each image that cannot be read, and the reason.
 
-        Raises ConfigError if an image and all of its replacements cannot be read.
+        Raises:
+            ConfigError: an image and all of its replacements cannot be read.
         """
         bad: BadImageList = []
         for attempt in range(_MAX_REPLACEMENTS + 1):
@@ -127,9 +142,12 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
         ) from failed[-1][1]
 
     def boxes(self, images: list[OpenedImage], key: Tensor) -> tuple[list[list[list[int]]], list[int]]:
-        """Return two values per image: the boxes (top, left, height, width) of all views, and the divisor for `decode`.
+        """Return two values per image: the crop boxes of all views, and the divisor for `OpenedImage.decode`.
 
-        The divisor is the largest divisor with which every crop is still at least as large as its view.
+        A box is (top, left, height, width) in pixels of the full-size image. An image is decoded at 1/divisor of its
+        size. The divisor is the largest one with which every crop is still at least as large as its view.
+
+        key: (n,) int64. All random numbers of an image are computed from its key.
         """
         if not images:
             return [], []
@@ -141,7 +159,11 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
         return boxes.tolist(), [max(d for d in DIVISORS if d <= max(1, factor)) for factor in factors.tolist()]
 
     def crop_together(self, group: dict[int, PictureAndBoxes], views: list[Tensor]) -> None:
-        """Crop full-size pictures that all have the same size into `views`, with one call per view."""
+        """Crop full-size pictures that all have the same size, with one call per view.
+
+        group: maps the row of each picture in `views` to the picture and its boxes, one per view.
+        views: one tensor (n, C, S, S) uint8 per view, for the output.
+        """
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in group.values()]))
         boxes = torch.tensor([boxes for _, boxes in group.values()])
         for number, (out, size, view) in enumerate(zip(views, self.sizes, self.views.views, strict=True)):
@@ -149,7 +171,12 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
             out[list(group)] = resize.resized_bytes(pixels, boxes[:, number], size, cubic=cubic)
 
     def crop_views(self, picture: Picture, full_size: tuple[int, int], boxes: list[list[int]]) -> list[Tensor]:
-        """Return one crop (C, S, S) uint8 per view. Boxes are in pixels of `full_size` (width, height)."""
+        """Return one crop (C, S, S) uint8 per view.
+
+        picture: the decoded image, at full size or at a reduced size.
+        full_size: width and height of the full-size image.
+        boxes: one box (top, left, height, width) per view, in pixels of the full-size image.
+        """
         filters = [view.interpolation for view in self.views.views]
         if picture.size != full_size:
             assert isinstance(picture, (Image.Image, Pixels))
@@ -170,14 +197,14 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
 
 
 def is_small(picture: Picture) -> bool:
-    """Return whether a picture is a single image whose sides have at most `_SMALL_SIDE` pixels."""
+    """Return whether a picture is one image (not several modalities) with sides of at most `_SMALL_SIDE` pixels."""
     return isinstance(picture, (Image.Image, Pixels)) and max(picture.size) <= _SMALL_SIDE
 
 
 def crop_and_resize(pixels: Tensor, box: Sequence[int], size: int, interpolation: str) -> Tensor:
     """Crop a box (top, left, height, width) of (C, H, W) uint8 and resize it to (size, size), antialiased.
 
-    Due to rounding, the result differs from the result of Pillow by at most 1 in 255. This function takes less than
+    Due to rounding, the values (0 to 255) differ from the values of Pillow by at most 1. This function takes less than
     half of Pillow's time, because torch has vectorized code for uint8 in channels-last layout.
     """
     top, left, height, width = box
@@ -201,10 +228,10 @@ def crop_and_resize_fractional(
 
 
 class PlainCrops(Dataset[tuple[Tensor, Tensor]]):
-    """Dataset of images for evaluation, indexed by positions (n,).
+    """Dataset of images for evaluation. It is indexed by tensors (n,) of positions in `source`.
 
-    An item is a tuple of the images (n, C, S, S) uint8 and a mask (n,) bool. The mask is True for images that could be
-    read.
+    An item is a tuple of the images (n, C, S, S) uint8 and a mask (n,) bool. The mask is False for images that cannot
+    be read. Each of them is replaced by a blank image.
     """
 
     def __init__(self, source: Source) -> None:
@@ -240,10 +267,10 @@ def center_crop(image: Picture, size: int) -> Picture:
 
 
 def _without_ends(image: Picture) -> Picture:
-    """Crop the center of the longer side to about `_MAX_ASPECT` times the shorter side.
+    """Shorten the longer side of an image to about `_MAX_ASPECT` times the shorter side.
 
-    The same number of pixels is removed at both ends, so the center does not move. An image whose sides differ less is
-    not changed.
+    The same number of pixels is removed at both ends, so the center does not move. If the longer side is not that long,
+    the image is returned unchanged.
     """
     # The whole image is resized before its center is cropped. Resized to a short side of 256 pixels, an image of
     # 16000 x 1 pixels would need gigabytes of memory.
@@ -255,5 +282,5 @@ def _without_ends(image: Picture) -> Picture:
 
 
 def to_uint8(images: Sequence[Picture]) -> Tensor:
-    """Stack images of one size into a tensor (n, C, H, W) uint8."""
+    """Stack images of equal size into a tensor (n, C, H, W) uint8."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)

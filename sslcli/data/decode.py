@@ -33,7 +33,7 @@ class Encoded:
     Args:
         content: the bytes of the file.
         path: path of the file, for error messages.
-        pixel_format: number of channels and value range of the decoded image.
+        pixel_format: the number of channels of the decoded image, and the mapping of pixel values to 8 bits.
 
     Attributes:
         size: width and height in pixels of the full-size image.
@@ -100,7 +100,7 @@ class Encoded:
             raise self.bad_image(error) from error
 
     def bad_image(self, error: Exception) -> BadImage:
-        """Return the BadImage whose reason is `error`."""
+        """Return a BadImage for this file. Its reason is the message of `error`."""
         return BadImage(self.path, str(error) or type(error).__name__)
 
 
@@ -122,7 +122,9 @@ def jpeg_size(content: bytes) -> tuple[int, int] | None:
 def decode_jpeg(content: bytes, size: tuple[int, int], divisor: int) -> Image.Image | Pixels:
     """Decode a JPEG of `size` (width, height) to RGB at 1/divisor of its size.
 
-    Raises ValueError if the JPEG is damaged, or if `divisor` is above 1 and both sides have less than 8 pixels.
+    divisor: 1, 2, 4 or 8.
+
+    Raises ValueError if the JPEG is damaged, or if `divisor` is above 1 and both sides have fewer than 8 pixels.
     """
     if divisor == 1:
         return Pixels(simplejpeg.decode_jpeg(content, "RGB"))
@@ -143,14 +145,15 @@ def open_file(path: str, *, pixel_format: PixelFormat = LEGACY) -> Encoded:
 
 
 def full_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image to RGB with the value range "full"."""
+    """Convert a PIL image to RGB. Values of more than 8 bits are mapped to 8 bits by the rule "full" of `to_8_bits`."""
     return to_rgb(image, "full")
 
 
 def decode(path: str, *, convert: Callable[[Image.Image], Image.Image] = full_rgb) -> Image.Image:
     """Decode an image file with PIL alone, and return the result of `convert` for the decoded image.
 
-    Raises BadImage as `open_file` does, and if PIL does not decode all bands of the file.
+    Raises BadImage if the file cannot be read, is not a regular file, has more than `MAX_FILE_BYTES`, is not an image,
+    or is a TIFF of which PIL would decode too few bands.
     """
     content = read_file(path)
     try:

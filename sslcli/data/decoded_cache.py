@@ -1,9 +1,9 @@
 """Cache of decoded images in memory or in a file. With the cache, an image is decoded once instead of in every epoch.
 
-The cache reserves a slot for the pixels of each image. The slot size is computed from the image size. When an image is
-first decoded, the process writes its pixels and then their checksum. Every read verifies the checksum. If a slot is
-empty or does not match its checksum, the image is decoded again. Therefore processes can share the cache without locks.
-A slot that is damaged, or incomplete because a process was killed, is never used.
+The cache reserves a slot for the pixels of each image. The slot size is computed from the image size. A process that
+decodes an image first writes the pixels into the slot, and then their checksum. Every read verifies the checksum. If a
+slot is empty or does not match its checksum, the image is decoded again. Therefore processes can share the cache
+without locks. A slot may be damaged, or incomplete because a process was killed. Such a slot is never used.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from sslcli.system.stored import renamed, set_aside
 
 KINDS = ("none", "ram", "disk")
 
-_HEADER = 4096
-_SAMPLE = 256
+_HEADER = 4096  # bytes of the header of a cache
+_SAMPLE = 256  # number of images from which the size of a cache is estimated
 _GB = 10**9
 
 
@@ -51,7 +51,10 @@ def check_cache_options(kind: str, gigabytes: float) -> None:
 
 
 def cache_folder(keep_dir: str | os.PathLike[str] | None) -> Path:
-    """Return the folder of the cache files: `dataset.keep_dir`, or a folder in the user's cache if it is None."""
+    """Return the folder of the cache files.
+
+    keep_dir: the setting `dataset.keep_dir`, which is this folder; None = a folder in the user's cache folder.
+    """
     if keep_dir is not None:
         return Path(keep_dir).expanduser()
     from sslcli.data.shards.index import default_cache  # imported here, because that module imports packages for shards
@@ -62,10 +65,10 @@ def cache_folder(keep_dir: str | os.PathLike[str] | None) -> Path:
 class DecodedCache:
     """Cache of the decoded images of a dataset of files.
 
-    Create the cache before the data workers start, so that they share it.
+    The data workers share the cache if it is created before they start.
 
     Args:
-        path: function that returns the path of the image at a position.
+        path: function that returns the path of the image at a position in the dataset.
         positions: (n,) int64, the positions of the images to cache, in ascending order.
         folder: folder of the cache file, or None to cache in memory.
         name: name of the dataset; the name of the cache file begins with it.
@@ -125,7 +128,10 @@ class DecodedCache:
         return None
 
     def create(self, gigabytes: float) -> mmap.mmap:
-        """Create an empty cache in memory or in a file. Raises ConfigError if the images need too much space."""
+        """Create an empty cache in memory or in a file.
+
+        Raises ConfigError if the images need more than `gigabytes` GB or more than the free space.
+        """
         count = len(self.positions)
         sample = self.positions[:: max(1, count // _SAMPLE)]
         channels = self.pixel_format.channels
@@ -153,9 +159,12 @@ class DecodedCache:
         return self.create_file(header, total)
 
     def create_file(self, header: bytes, total: int) -> mmap.mmap:
-        """Create an empty file with all of its space allocated, and open it.
+        """Create a cache file with empty slots, allocate all of its space, and map it into memory.
 
-        If another process has created the file in the meantime, open the file of that process instead.
+        If another process has created the file in the meantime, the file of that process is mapped instead.
+
+        header: the first bytes of the file.
+        total: size of the file in bytes.
         """
         assert self.file is not None
         try:
@@ -184,18 +193,18 @@ class DecodedCache:
             return (0, 0)
 
     def open(self, position: int) -> CachedImage | Encoded:
-        """Open the image at `position`: as a `CachedImage` if the image has a slot, else from its file."""
+        """Open the image at `position`. Return a `CachedImage` if the image has a slot, else the opened file."""
         slot = int(np.searchsorted(self.positions, position))
         if slot == len(self.positions) or self.positions[slot] != position or not self.sizes[slot].all():
             return self.open_file(position)
         return CachedImage(self, slot)
 
     def open_file(self, position: int) -> Encoded:
-        """Open the file at `position`. Raises BadImage if it cannot be read."""
+        """Open the file of the image at `position`. Raises BadImage if it cannot be read."""
         return open_file(self.path(position), pixel_format=self.pixel_format)
 
     def pixels(self, slot: int) -> memoryview:
-        """Return a writable view of the pixels (H, W, C) of a slot."""
+        """Return a writable view of the H * W * C bytes of a slot, the pixels of one image."""
         assert self.memory is not None
         width, height = self.sizes[slot].tolist()
         end = int(self.ends[slot])
@@ -203,7 +212,12 @@ class DecodedCache:
 
 
 class CachedImage:
-    """An image that is decoded once and then read from the cache; see `Encoded`."""
+    """An opened image that is decoded once and then read from the cache. It has the interface of `Encoded`.
+
+    Args:
+        cache: the cache with the pixels.
+        slot: index of the image among the images of the cache.
+    """
 
     def __init__(self, cache: DecodedCache, slot: int) -> None:
         self.cache, self.slot = cache, slot
@@ -219,7 +233,7 @@ class CachedImage:
         if divisor > 1:
             return self.cache.open_file(position).decode(divisor)
         stored, checksums = self.cache.pixels(self.slot), self.cache.checksums
-        # The lowest bit of a checksum is set to 1. Therefore the checksum of a filled slot is never 0.
+        # 0 marks an empty slot. The lowest bit of a stored checksum is 1, so the checksum of a filled slot is never 0.
         if checksums[self.slot] and int(checksums[self.slot]) == zlib.crc32(stored) << 1 | 1:
             width, height = self.size
             return Pixels(np.frombuffer(stored, np.uint8).reshape(height, width, -1))
@@ -232,7 +246,7 @@ class CachedImage:
 
 
 def _header(sizes: bytes, total: int) -> bytes:
-    """Return the header of a cache file of `total` bytes for images of these sizes."""
+    """Return the header of a cache of `total` bytes. `sizes` holds width and height of each image as int32 bytes."""
     content = {"sslcli": "decoded images", "version": 1, "bytes": total, "sizes": hashlib.sha256(sizes).hexdigest()}
     return json.dumps(content).encode().ljust(_HEADER)
 

@@ -42,7 +42,7 @@ EXTENSIONS = frozenset(extension for names in EXTENSIONS_BY_FORMAT.values() for 
 HEIF_EXTENSIONS = frozenset(["heic", "heif", "hif"])
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 HEIF_REMEDY = "HEIC files need the package pillow-heif: pip install pillow-heif, or convert them to JPEG or PNG"
-POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # first bytes of PostScript files
 START_BYTES = 32  # number of bytes that `is_image_start` needs
 _START = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{4}\0{4}|P[1-7fF]\s|II[*+]\0|MM\0[*+]|RIFF.{4}WEBP|8BPS\0\x01"
@@ -60,7 +60,7 @@ def has_heif() -> bool:
 
 @cache
 def listed_extensions() -> frozenset[str]:
-    """Return the extensions of image files on this machine. HEIC files are included if pillow-heif is installed."""
+    """Return the extensions of the files that are read as images: `EXTENSIONS`, and those of HEIC with pillow-heif."""
     return EXTENSIONS | HEIF_EXTENSIONS if has_heif() else EXTENSIONS
 
 
@@ -108,7 +108,7 @@ def open_image(content: bytes) -> Image.Image:
 
 
 def size_of(file: BinaryIO) -> tuple[int, int] | None:
-    """Return width and height in pixels of an image. Only the header is read. Return None if it cannot be read."""
+    """Return width and height of an image file in pixels from its header, or None if the header cannot be read."""
     try:
         with Image.open(file, formats=(*COMMON, *other_formats())) as image:
             return int(image.width), int(image.height)
@@ -147,9 +147,11 @@ def parse_extensions(extensions: Iterable[str] | None) -> frozenset[str] | None:
 
 
 def describe_left_out(counts: Mapping[str, int]) -> str:
-    """Return the number of files per extension as text, the most frequent extension first.
+    """Describe the files that a dataset leaves out: their number per extension, the most frequent extension first.
 
     If HEIC files are left out because pillow-heif is not installed, the text contains the remedy.
+
+    counts: number of these files for each extension; "" = files without an extension.
     """
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{count} {f'.{extension}' if extension else 'without an extension'}" for extension, count in ordered]

@@ -19,8 +19,9 @@ _MULTIPLE = 8  # the recommended size is a multiple of this number, because netw
 def typical_side(source: Source, *, sample: int = SAMPLE, seconds: float = SECONDS) -> tuple[float, int] | None:
     """Return the median of the shorter side of a sample of training images in pixels, and the size of the sample.
 
-    Return None if no image size can be read. The sample is spread over the training split. It is the same in every
-    call, unless `seconds` pass before all of its images are read. If the format allows it, only the headers are read.
+    Return None if the images are in memory or if no image size can be read. The sample is spread over the training
+    split. The sample is the same in every call, unless `seconds` pass before all of its images are read. Of formats
+    with the size in a header, only the headers are read.
 
     Args:
         source: the dataset.

@@ -75,8 +75,8 @@ class Loader:
         self.batch_size, self.accumulate, self.micro_batch_size = batch_size, accumulate, batch_size // divisor
         self.steps_per_epoch = num_images // batch_size
         self.bad = BadImages(max_bad=source.max_bad, total=len(source.splits["train"]))
-        # Every worker reads its own lanes of a dataset of shards. Therefore each micro-batch is split into one request
-        # per worker.
+        # A dataset of shards is read in parallel lanes (see order.py), and every worker reads its own lanes. Therefore
+        # each micro-batch is split into one request per worker.
         self.layout = source.layout
         self.workers = source.workers if self.layout is None else min(source.workers, self.micro_batch_size)
         self.requests_per_batch = 1 if self.layout is None else max(1, self.workers)
@@ -86,7 +86,7 @@ class Loader:
             check_shared_memory(self.workers, batch_bytes)
 
     def position(self, step: int) -> dict[str, Any]:
-        """Return the position of a run after `step` steps, as plain values for a checkpoint.
+        """Return the position of a run in the training images after `step` steps, for a checkpoint.
 
         The keys are:
         - "epoch": the number of the epoch
@@ -101,7 +101,11 @@ class Loader:
         return {"epoch": epoch, "image": done * self.batch_size, "images": images, "shards": shards}
 
     def check_position(self, step: int, saved: dict[str, Any] | None) -> None:
-        """Raise ConfigError unless `saved` is None or equals the position after `step` steps of this loader."""
+        """Raise ConfigError if the images changed since a checkpoint was written, so that a run cannot resume from it.
+
+        step: number of steps after which the checkpoint was written.
+        saved: the result of `position(step)` in the checkpoint; None = the checkpoint has none, and nothing is checked.
+        """
         current = self.position(step)
         if saved is None or saved == current:
             return
@@ -113,9 +117,9 @@ class Loader:
         )
 
     def requests(self, start: int, stop: int) -> Iterator[Request]:
-        """Yield the requests of this process for steps start to stop - 1.
+        """Yield the requests of this process for the steps from `start` to `stop` - 1.
 
-        A step has `accumulate` micro-batches, and each micro-batch has `requests_per_batch` requests.
+        A step has `accumulate` micro-batches. A micro-batch is split into `requests_per_batch` requests.
         """
         epoch = -1
         for step in range(start, stop):
@@ -132,7 +136,7 @@ class Loader:
     def request_columns(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the three fields of `Request` for all images that this process reads in an epoch.
 
-        Each field has the shape (steps, accumulate, micro_batch_size).
+        Each field is a tensor of shape (steps per epoch, accumulate, micro_batch_size).
         """
         shape = (self.steps_per_epoch, self.accumulate, world_size(), self.micro_batch_size)
         if self.layout is None:
@@ -148,13 +152,16 @@ class Loader:
         return index, torch.full_like(index, epoch), is_last_read.view_as(index)
 
     def steps(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
-        """Yield the micro-batches of each step from start to stop - 1. Closing the generator ends the workers."""
+        """Yield a list of the micro-batches of each step from `start` to `stop` - 1.
+
+        When the generator is closed, the data workers end.
+        """
         batches = self.from_memory(start, stop) if self.source.images is not None else self.from_files(start, stop)
         for first in batches:
             yield [first, *(next(batches) for _ in range(self.accumulate - 1))]
 
     def from_memory(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the micro-batches of a dataset in memory."""
+        """Yield the micro-batches of the steps from `start` to `stop` - 1, for a dataset in memory."""
         assert self.source.images is not None
         for request in self.requests(start, stop):
             position = self.source.splits["train"][request.index]
@@ -167,7 +174,12 @@ class Loader:
             yield self.batch(request, crops, position)
 
     def crop(self, images: Tensor, key: Tensor, numbers: range) -> Tensor:
-        """Crop images (n, C, H, W) for the views `numbers`. Return (len(numbers) * n, C, S, S), ordered by view."""
+        """Crop images for several views of one size. Return (len(numbers) * n, C, S, S), first all images of one view.
+
+        images: (n, C, H, W) uint8.
+        key: (n,) int64. All random numbers of an image are computed from its key.
+        numbers: the numbers of the views.
+        """
         view, key = repeat_for_views(numbers, key)
         height, width = (torch.full((len(key),), side) for side in images.shape[2:])
         boxes = self.views.boxes(view, key, height, width).to(self.device, non_blocking=True)
@@ -176,7 +188,7 @@ class Loader:
         return augment.resized_crop(images.repeat(len(numbers), 1, 1, 1), boxes, size, interpolation=interpolation)
 
     def from_files(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the micro-batches of a dataset of files or shards."""
+        """Yield the micro-batches of the steps from `start` to `stop` - 1, for a dataset of files or shards."""
         crops = ViewCrops(self.source, self.views, self.seed)
         sampler = RequestSampler(self.requests(start, stop))
         items = iterate_batches(crops, sampler, self.workers, owner=type(self.source), timeout=self.timeout)
@@ -191,11 +203,12 @@ class Loader:
             yield self.batch(concat_requests(requests), images, torch.cat(read))
 
     def batch(self, request: Request, crops: list[Tensor], read: Tensor) -> Batch:
-        """Apply the color operations and return the batch.
+        """Apply the color operations to the crops of a micro-batch of n images, and return the batch.
 
         Args:
-            request: the images of this process.
-            crops: one tensor for each group of `Views.groups`, float in [0, 1], with the shape that `crop` returns.
+            request: the request for these images.
+            crops: float in [0, 1], one tensor for each group of `Views.groups`. A group of v views has a tensor of
+                shape (v * n, C, S, S), first all images of one view.
             read: (n,) positions of the images that were read. Bad images are replaced, see `ViewCrops`.
         """
         source, views = self.source, list[Tensor]()
@@ -206,14 +219,19 @@ class Loader:
         return Batch(views, request.index, label, present).to(self.device)
 
     def color(self, request: Request, images: Tensor, numbers: range) -> tuple[Tensor, ...]:
-        """Apply the color operations of the views `numbers` to crops (len(numbers) * n, C, S, S). Return each view."""
+        """Apply the color operations of several views to their crops. Return one tensor (n, C, S, S) per view.
+
+        request: the request for the n images.
+        images: (len(numbers) * n, C, S, S) float in [0, 1], first all crops of one view.
+        numbers: the numbers of the views.
+        """
         view, key = repeat_for_views(numbers, self.key(request))
         mean, std = self.source.mean, self.source.std
         colored = self.views.color(view, key, images, mean=mean, std=std, photometric=self.source.photometric)
         return colored.contiguous(memory_format=torch.channels_last).tensor_split(len(numbers))
 
     def key(self, request: Request) -> Tensor:
-        """Return the keys (n,) int64 of the images.
+        """Return one key per image of a request: (n,) int64.
 
         All random numbers of the views of an image are computed from its key.
         """
@@ -221,18 +239,30 @@ class Loader:
 
 
 def repeat_for_views(numbers: range, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the view number and the key of each row of a batch. The batch contains all images once per view."""
+    """Return the view number and the key of each row of a batch that contains n images once per view.
+
+    Both results are (len(numbers) * n,) int64. The rows of one view follow each other.
+
+    numbers: the numbers of the views.
+    key: (n,) int64, the key of each image.
+    """
     return torch.tensor(numbers).repeat_interleave(len(key)), key.repeat(len(numbers))
 
 
 def plain_batches(
     source: Source, positions: Tensor, *, batch_size: int, workers: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches for evaluation, in the order of `positions`.
+    """Yield batches of images for evaluation, in the order of `positions`.
 
     A batch is a tuple of the images (n, C, S, S) uint8 and a mask (n,) bool. The mask is True for images that could be
     read. The shorter side of each image is resized to S * 8 / 7 pixels, and the center is cropped to S x S pixels.
     Images of S x S pixels are not changed.
+
+    Args:
+        source: the dataset; its `image_size` is S.
+        positions: (M,) int64, the positions of the images in `source`.
+        batch_size: number of images per batch; the last batch may be smaller.
+        workers: number of data workers; None = `source.workers`. Datasets in memory use no workers.
     """
     chunks = list(torch.split(positions, batch_size))
     if source.images is None:

@@ -1,6 +1,6 @@
 """Order of the training images in an epoch: a pure function of the seed and the epoch.
 
-The images of a dataset with random access are permuted. A dataset of shards has a `Layout`. It is read in lanes:
+The images of a dataset with random access are permuted. A dataset of shards, described by a `Layout`, is read in lanes:
 
     shards, concatenated in random order  | shard 3 | shard 0      | shard 4  | shard 1 | shard 2     |
     split into lanes of equal length      | lane 0         | lane 1         | lane 2         | lane 3  |
@@ -44,10 +44,17 @@ class Layout:
 
 
 def layout_of(shard: Tensor, chunk: Tensor, *, lanes: int, buffer: int) -> Layout:
-    """Return the layout of images from the numbers of their shards (n,) and chunks (n,), both non-decreasing.
+    """Return the layout of n images of a dataset of shards.
 
     A shard with more than 1 / (8 * lanes) of the images is split into segments at chunk boundaries. Therefore the
     quality of the shuffling is the same for a few large shards and for many small shards.
+
+    Args:
+        shard: (n,) number of the shard of each image, non-decreasing.
+        chunk: (n,) number of the chunk of each image, non-decreasing. A chunk is a part of a shard that is fetched with
+            one read.
+        lanes: number of segments that are read in parallel, at least 1.
+        buffer: total number of images in all shuffle buffers, at least 1.
     """
     position = torch.arange(len(shard))
     first_of_shard = torch.searchsorted(shard, shard)
@@ -58,7 +65,11 @@ def layout_of(shard: Tensor, chunk: Tensor, *, lanes: int, buffer: int) -> Layou
 
 
 def epoch_length(num_images: int, weights: Tensor | None) -> int:
-    """Return the number of images of an epoch, including the last images, which may not fill a batch."""
+    """Return the number of images of an epoch. The last images are included even if they do not fill a batch.
+
+    num_images: number n of images in the training split.
+    weights: (n,) number of times that each image occurs in an epoch on average; None = once.
+    """
     if weights is None:
         return num_images
     values = weights.tolist()
@@ -68,9 +79,12 @@ def epoch_length(num_images: int, weights: Tensor | None) -> int:
 def epoch_order(num_images: int, weights: Tensor | None, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
     """Return the order of the training images of an epoch: (M,) index in the training split, and (M,) occurrence.
 
-    An image of weight w occurs w times per epoch on average. If k images have the weight w, they occur
-    round(k * w) times per epoch in total. The occurrence is epoch + repetition * 2**32, so that the
+    The occurrence is epoch + repetition * 2**32. It is a key of the random numbers of the views. Therefore the
     repetitions of an image within an epoch get different views.
+
+    num_images: number n of images in the training split.
+    weights: (n,) weight of each image; None = all 1. An image of weight w occurs w times per epoch on average. If k
+        images have the weight w, they occur round(k * w) times per epoch in total.
     """
     index, repeat = torch.arange(num_images), torch.zeros(num_images, dtype=torch.long)
     if weights is not None:
@@ -92,9 +106,10 @@ def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Te
 
     The result is (steps * batch_size,) int64 indices into the n images of the layout.
 
-    The shuffle buffer is simulated by sorting: the i-th image that a lane reads gets the sort key i + buffer * u, with
-    u uniform in [0, 1). With this order, an image is never used before it is read. At most `buffer` images have been
-    read but not yet used. The images of any step are known without a replay of the earlier steps.
+    The shuffle buffer of a lane has room for b images. The buffer is simulated by sorting: the i-th image that the lane
+    reads gets the sort key i + b * u, with u uniform in [0, 1). With this order, an image is never used before it is
+    read. At most b images have been read but not yet used. The images of any step are known without a replay of the
+    earlier steps.
     """
     num_images = len(layout.segment)
     steps, lanes = num_images // batch_size, min(layout.lanes, batch_size)
@@ -115,9 +130,9 @@ def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Te
 
 
 def last_read_mask(chunk: Tensor, reader: Tensor) -> Tensor:
-    """Return a mask (n,) bool. It is True for the last image that each reader reads from each chunk.
+    """Return a mask (n,) bool, True for the last image that each reader (a data worker) reads from each chunk.
 
-    After this image, the reader can free the chunk.
+    After this image, the reader can free the chunk. A chunk is a part of a shard that is fetched with one read.
 
     chunk, reader: (n,) the chunk number and the reader number of each image, in the order of reading.
     """

@@ -44,11 +44,15 @@ class PixelFormat:
 
     @property
     def identity(self) -> bytes:
-        """Bytes that identify the format in cache keys; b"" for `LEGACY`, the only format of version 0.2."""
+        """Bytes that identify the format in cache keys. They are empty for `LEGACY`, the only format of version 0.2."""
         return b"" if self == LEGACY else f"{self.channels} {self.value_range}".encode()
 
     def needs_samples(self, image: Image.Image, content: bytes) -> bool:
-        """Return whether an image must be decoded by `bands`, because Pillow would lose needed bands or bits."""
+        """Return whether `sslcli.data.bands` must decode an image, because Pillow would lose needed bands or bits.
+
+        image: the file, opened by Pillow.
+        content: the bytes of the file.
+        """
         if has_lost_bands(image, only_colors=self.is_color):
             return True
         return has_lost_precision(image, content) and (not self.is_color or self.value_range != "full")
@@ -61,11 +65,11 @@ class PixelFormat:
         return self.convert_samples(samples_of(image))
 
     def from_rgb(self, image: Image.Image) -> Image.Image | Pixels:
-        """Return an RGB or gray image of 8 bits with one or three channels."""
+        """Convert an RGB or gray image of 8 bits to `channels` channels, which must be 1 or 3."""
         return image.convert("RGB") if self.channels == 3 else Pixels(np.asarray(image.convert("L"))[:, :, None])
 
     def convert_samples(self, samples: Samples) -> Image.Image | Pixels:
-        """Convert pixel values. Raises ValueError if there is the wrong number of bands."""
+        """Convert pixel values that are not mapped to 8 bits yet. Raises ValueError if the number of bands is wrong."""
         count = samples.values.shape[2]
         if not self.is_color:
             if count != self.channels:

@@ -13,9 +13,9 @@ ValueRange = str | tuple[float, float]  # "auto", "full", or the values that are
 
 MODES = ("auto", "full")
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # bit depths of cameras and scanners, whose values are stored with 16 bits
-PERCENTILES = (0.1, 99.9)
-NODATA_MAGNITUDE = 1e30  # larger floats mark missing pixels, such as -3.4e38, the lowest float of 32 bits
-_MAX_PERCENTILE_VALUES = 2**20
+PERCENTILES = (0.1, 99.9)  # "auto" maps these percentiles to 0 and 255, see _automatic_range
+NODATA_MAGNITUDE = 1e30  # floats of a larger magnitude mark missing pixels, such as -3.4e38, the lowest 32-bit float
+_MAX_PERCENTILE_VALUES = 2**20  # number of values from which the percentiles are computed, roughly
 
 
 def parse_value_range(value: str | Sequence[float]) -> ValueRange:
@@ -37,8 +37,9 @@ def to_8_bits(values: NDArray[Any], value_range: ValueRange, *, nodata: float | 
     Args:
         values: (H, W, B) integers, floats or booleans. All bands are mapped in the same way.
         value_range: "auto", "full", or the two values that are mapped to 0 and 255. Values outside are clipped.
-        nodata: the value of missing pixels, or None. Pixels that are NaN, infinite or above `NODATA_MAGNITUDE` are also
-            missing. Missing pixels become 0 and do not affect the range. With "full", no pixels count as missing.
+        nodata: the value of missing pixels, or None. Pixels are also missing if they are NaN, or if their magnitude is
+            at least `NODATA_MAGNITUDE`. Missing pixels become 0 and do not affect the range. With "full", no pixels
+            count as missing.
 
     Returns:
         (H, W, B). With "auto" and "full", values of 8 bits are not changed.
@@ -94,7 +95,14 @@ def _missing(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | 
 
 
 def _automatic_range(valid: NDArray[Any]) -> tuple[float, float]:
-    """Return the two values that "auto" maps to 0 and 255. `valid` are the values that are not missing."""
+    """Return the two values that "auto" maps to 0 and 255.
+
+    - Integers of at least 0 that fit into 16 bits: 0 and the largest value of the smallest sufficient bit depth in
+      `BIT_DEPTHS`.
+    - Other values: the percentiles `PERCENTILES`, or the minimum and maximum if both percentiles are equal.
+
+    valid: the pixel values that are not missing.
+    """
     least, most = float(valid.min()), float(valid.max())
     if valid.dtype.kind in "iu" and least >= 0 and most < 2 ** BIT_DEPTHS[-1]:
         return 0.0, float(next(2**depth - 1 for depth in BIT_DEPTHS if most < 2**depth))

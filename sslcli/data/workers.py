@@ -35,7 +35,7 @@ GRACE_PERIOD = 1.0  # seconds to wait for workers to end by themselves, before t
 SHARED_MEMORY = "/dev/shm"
 MAX_SOCKET_FOLDER = 70  # bytes; multiprocessing adds about 31 for the name of a socket, and Linux allows 107
 SHORT_FOLDERS = ("/tmp", "/var/tmp", SHARED_MEMORY)
-END = object()
+END = object()  # what next_item returns after the last item
 LIVE_WORKERS: set[BaseProcess] = set()
 # At exit, Python waits for its child processes. A worker that hangs in a read would block the exit forever.
 atexit.register(lambda: kill_processes(LIVE_WORKERS))
@@ -99,8 +99,8 @@ class ErrorReturningDataset(Dataset[Any]):
 def check_shared_memory(workers: int, batch_bytes: int) -> None:
     """Raise ConfigError if the shared memory is too small for the prefetched batches of all workers.
 
-    workers: number of workers per process.
-    batch_bytes: bytes of one batch.
+    workers: number of data workers of each process.
+    batch_bytes: bytes of one batch. A worker prefetches `PREFETCH_FACTOR` batches.
 
     On Linux, batches are passed through /dev/shm, which has only 64 MB in a container by default. Without this check,
     the workers would crash or hang.
@@ -156,7 +156,7 @@ class RequestSampler:
 def iterate_batches(
     dataset: Dataset[Any], sampler: Iterable[Any], workers: int, *, owner: type, timeout: float = DEFAULT_TIMEOUT
 ) -> Generator[Any, None, None]:
-    """Yield `dataset[request]` for each request, in order. Worker processes read the items.
+    """Yield `dataset[request]` for each request of `sampler`, in order. Worker processes read the items.
 
     The workers end when the generator is exhausted, is closed, or raises an exception.
 
@@ -197,7 +197,10 @@ def iterate_batches(
 
 @contextmanager
 def loader_iterator(loader: DataLoader[Any], workers: int) -> Iterator[Iterator[Any]]:
-    """Return an iterator over a loader, and end the workers of the loader on exit. See `iterate_batches` for errors."""
+    """Yield an iterator over a loader. When the block ends, end the workers. See `iterate_batches` for the errors.
+
+    workers: number of data workers of the loader.
+    """
     others = set(multiprocessing.active_children())
     try:
         iterator = iter(loader)
@@ -224,8 +227,8 @@ def next_item(iterator: Iterator[Any], timeout: float) -> Any:
 
     Raises TrainingFailed if no item arrives within `timeout` seconds.
 
-    The function waits in intervals of `POLL_INTERVAL`. Between intervals, torch checks that all workers are alive, and
-    Python handles signals.
+    The function waits in intervals of `POLL_INTERVAL` seconds. Between two intervals, torch checks that all workers are
+    alive, and Python handles signals.
     """
     start = time.monotonic()
     while True:
@@ -243,7 +246,10 @@ def next_item(iterator: Iterator[Any], timeout: float) -> Any:
 
 
 def init_worker(parent: int, number: int) -> None:
-    """Make a data worker ignore signals and end with its parent process.
+    """Make a data worker ignore signals and end with its parent process. This function runs in the worker.
+
+    parent: process id of the parent process.
+    number: number of the worker, which torch passes; it is not used.
 
     Schedulers and terminals send signals to the whole process group. If a signal killed a worker, a graceful stop would
     become a failure. A worker inherits the lock of the run directory through fork. If the worker outlived its run, it
