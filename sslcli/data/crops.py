@@ -45,9 +45,7 @@ class Request:
 
     index: Tensor  # (n,) index of each image in the training split
     occurrence: Tensor  # (n,) epoch + 2**32 * repetition of each image in the epoch, see epoch_order
-    is_last_read: (
-        Tensor  # (n,) bool: True = the worker can free the chunk of a shard after this image, see last_read_mask
-    )
+    is_last_read: Tensor  # (n,) bool, True if the chunk of a shard can be freed after this image, see last_read_mask
 
 
 def concat_requests(requests: Sequence[Request]) -> Request:

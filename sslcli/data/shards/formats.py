@@ -76,9 +76,18 @@ class Index:
 
 
 def build_index(file: IO[bytes], shard: Shard, *, image: str, label: str | None) -> Index:
-    """Read a shard and return its index. `image` and `label` are the arguments of `HfStream`.
+    """Read a shard and return its index.
 
-    Raises ConfigError if the shard is truncated, damaged or empty, or lacks the requested column.
+    Args:
+        file: the opened file of the shard.
+        shard: the address of the shard; its extension determines the format.
+        image: the image column of a parquet file, or the file extension of the images in a tar archive; "auto" detects
+            it.
+        label: the label column, or the file extension of the labels, or a field of the JSON files; "auto" detects it.
+            None = no labels.
+
+    Raises:
+        ConfigError: the shard is truncated, damaged or empty, or lacks the requested column.
     """
     read = _index_tar if shard.url.endswith(".tar") else _index_parquet
     index = read(file, shard, image=image, label=label)
@@ -93,7 +102,7 @@ def _index_tar(file: IO[bytes], shard: Shard, *, image: str, label: str | None) 
     for key, sample in _samples(file, shard):
         where = f"{shard.url} ({key})"
         images = [name for name in sample if image in (AUTO, name) and is_image_extension(name)]
-        if len(images) > 1:  # a rare format beside a common one, such as a depth map, is not the image
+        if len(images) > 1:  # the common format is the image; a second file in a rare format may be a depth map
             images = [name for name in images if name.rpartition(".")[2] in OLD_EXTENSIONS] or images
         extension = images[0] if len(images) == 1 else image_column(_columns(sample, file), image, where=where)
         spans.append(sample[extension])
@@ -103,7 +112,10 @@ def _index_tar(file: IO[bytes], shard: Shard, *, image: str, label: str | None) 
 
 
 def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
-    """Yield a pair for each image: the name of the image up to the first dot, and the files of the image."""
+    """Yield a pair for each image of a tar archive: its name up to the first dot, and the location of its files.
+
+    Raises ConfigError if the archive is truncated or damaged.
+    """
     previous, sample = "", Sample()
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -135,7 +147,12 @@ def is_image_extension(name: str) -> bool:
 
 
 def _columns(sample: Sample, file: IO[bytes]) -> dict[str, Column]:
-    """Return one column per file of an image. If no file is a label, add one column per field of the JSON file."""
+    """Describe the files of one image in a tar archive as columns of a table, for the detection of image and label.
+
+    There is one column per file extension. If no file is a label, there is also one column per field of the JSON file.
+
+    sample: the location of each file of the image in the archive `file`.
+    """
     columns = {name: Column(image=is_image_extension(name)) for name in sample}
     if "json" in sample and not any(name in sample for name in LABEL_NAMES):
         columns |= {name: Column() for name in _read_json(sample, file) if name not in columns}
@@ -143,9 +160,13 @@ def _columns(sample: Sample, file: IO[bytes]) -> dict[str, Column]:
 
 
 def _label(sample: Sample, file: IO[bytes], wanted: str | None, *, where: str) -> Value:
-    """Return the label of an image: the content of a file, or a field of the JSON file.
+    """Return the label of one image in a tar archive: the content of a file, or a field of the JSON file.
 
     Return None if the image has no label.
+
+    sample: the location of each file of the image in the archive `file`.
+    wanted: the extension of the label file, or the name of the field; "auto" detects it; None = no labels.
+    where: name of the image, for error messages.
     """
     name = next((name for name in LABEL_NAMES if name in sample), None) if wanted == AUTO else wanted
     if name is None and wanted == AUTO and "json" in sample:
@@ -189,7 +210,7 @@ def _index_parquet(file: IO[bytes], shard: Shard, *, image: str, label: str | No
 
 
 def open_parquet(file: IO[bytes], shard: Shard) -> Any:
-    """Open a parquet file with pyarrow.
+    """Open the parquet file of a shard with pyarrow. `shard` names the file in error messages.
 
     Raises ConfigError if `file` is not a parquet file, or if pyarrow is not installed.
     """

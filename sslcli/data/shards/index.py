@@ -1,6 +1,6 @@
 """Discovery of the shards of a dataset, and loading of their indices.
 
-Each index is built once and cached in a folder.
+The index of a shard contains the label and the location of each image. It is built once and cached in a folder.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ VERSION = 1  # version of the cached index files
 MAX_BYTES = 4_000_000_000  # maximum size of an index file; an index of a million images has about 20 MB
 _THREADS = 8
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+# Fields in fsspec's information about a file. They change when the file is rewritten.
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "blob_id")
 
 
@@ -127,7 +128,9 @@ def load_indices(shards: Sequence[Shard], cache: Path, *, image: str, label: str
 
     A lock on `cache` makes concurrent processes wait for each other, so that each index is built only once.
 
-    Raises ConfigError if a shard cannot be read or indexed (see `build_index`), or if `cache` cannot be written.
+    image, label: the image column and the label column, see `build_index`.
+
+    Raises ConfigError if a shard cannot be read or indexed, or if `cache` cannot be written.
     """
 
     def load(shard: Shard) -> Index:

@@ -1,4 +1,4 @@
-"""Reader of encoded images from the shards of a dataset. It caches the chunks in use."""
+"""Reader of encoded images from the shards of a dataset. It caches the parts of shards (chunks) that are in use."""
 
 from __future__ import annotations
 
@@ -27,12 +27,17 @@ T = TypeVar("T")
 
 
 class ShardReader:
-    """Reader of the images of indexed shards.
+    """Reader of the images of indexed shards. The images of all shards are numbered together by their positions.
 
+    A chunk is a part of a shard that is fetched with one read:
     - In a parquet file, a chunk is a row group.
     - In a tar archive, a chunk is a part of about 8 MB with at most 256 images.
 
-    A chunk is fetched with one read. Local tar archives are read image by image instead.
+    Local tar archives are read image by image instead of in chunks.
+
+    Args:
+        shards: the shards, in the order of the positions.
+        indices: the index of each shard.
     """
 
     def __init__(self, shards: Sequence[Shard], indices: Sequence[Index]) -> None:
@@ -66,21 +71,25 @@ class ShardReader:
         return shard, position - (int(self.ends[shard - 1]) if shard else 0)
 
     def hold(self, positions: Tensor) -> None:
-        """Fetch the chunks of these (n,) positions and keep them until `release`."""
+        """Fetch the chunks that contain the images at `positions` (n,), and keep the chunks in memory until `release`.
+
+        Chunks of local tar archives are not fetched.
+        """
         chunks, shards = self.chunk_of(positions.numpy()), self.shard_of(positions.numpy())
         for chunk, shard in zip(chunks.tolist(), shards.tolist(), strict=True):
             if chunk not in self.state.held and not self.reads_singly[shard]:
                 self.state.held[chunk] = self.fetch(chunk)
 
     def release(self, positions: Tensor) -> None:
-        """Free the chunks of these (n,) positions."""
+        """Free the memory of the chunks that contain the images at `positions` (n,)."""
         for chunk in self.chunk_of(positions.numpy()).tolist():
             self.state.held.pop(chunk, None)
 
     def content(self, position: int) -> bytes:
         """Return the encoded image at `position`.
 
-        Raises BadImage if the cell has no image, and ConfigError if the shard cannot be read.
+        Raises BadImage if a parquet file has no image in this row or a damaged row group, and ConfigError if the shard
+        cannot be read.
         """
         chunk, (shard, number) = int(self.chunk_of(np.int64(position))), self.locate(position)
         first = int(self.chunk_ends[chunk - 1]) if chunk else 0
@@ -98,7 +107,12 @@ class ShardReader:
         return image_in_cell(data[position - first].as_py(), path)
 
     def fetch(self, chunk: int) -> Any:
-        """Return a chunk: bytes of a tar archive, or an Arrow column. Return an error text if it cannot be decoded."""
+        """Return a chunk: bytes of a tar archive, or the image column of a row group of a parquet file.
+
+        If a row group cannot be decoded, an error text is returned instead.
+
+        chunk: number of the chunk; the chunks of all shards are numbered together.
+        """
         first, last = int(self.chunk_ends[chunk - 1]) if chunk else 0, int(self.chunk_ends[chunk]) - 1
         number, _ = self.locate(first)
         shard, state = self.shards[number], self.state
@@ -108,7 +122,11 @@ class ShardReader:
         return read_with_retries(shard, lambda: state.read_group(shard, group, self.columns[number]))
 
     def read_bytes(self, number: int, first: int, last: int) -> bytes:
-        """Return the images at positions `first` to `last` as contiguous bytes of tar archive `number`."""
+        """Return a part of a tar archive: from the first byte of an image to the last byte of a later image.
+
+        number: number of the shard.
+        first, last: positions of the two images.
+        """
         shard = self.shards[number]
         start, end = int(self.starts[first]), int(self.starts[last] + self.sizes[last])
         state = self.state
@@ -134,7 +152,14 @@ class ShardReader:
 
 
 class ReadState:
-    """State of one process: the held chunks, the chunk that was read last, and the open parquet files."""
+    """State of one process: the chunks in memory, the open parquet files, and the file systems.
+
+    Attributes:
+        held: the fetched chunks by number, see `ShardReader.hold`.
+        last: number and content of the chunk that `cached_chunk` returned last.
+        files: the open parquet files by address, the one that was used last at the end.
+        systems: file system and path of each shard by address.
+    """
 
     def __init__(self) -> None:
         self.held: dict[int, Any] = {}
@@ -149,16 +174,23 @@ class ReadState:
         return self.systems[shard.url]
 
     def cached_chunk(self, chunk: int, fetch: Callable[[int], Any]) -> Any:
-        """Return a chunk that `hold` did not fetch. Keep it in memory until another chunk is requested.
+        """Return the result of `fetch(chunk)`. Keep it in memory until another chunk is requested.
 
-        Evaluation reads in order, so most requests are for the same chunk as the request before.
+        This method is used for chunks that `ShardReader.hold` did not fetch. Evaluation reads in order, so most
+        requests are for the same chunk as the request before.
+
+        chunk: number of the chunk.
         """
         if self.last[0] != chunk:
             self.last = (chunk, fetch(chunk))
         return self.last[1]
 
     def read_group(self, shard: Shard, group: int, column: str) -> Any:
-        """Return the image column of a row group, or an error text if it cannot be decoded."""
+        """Return the image column of one row group of a parquet file, or an error text if it cannot be decoded.
+
+        group: number of the row group in the file.
+        column: name of the image column.
+        """
         parquet = self.files.pop(shard.url, None)
         if parquet is None:
             parquet = open_parquet(fsspec.open(shard.url, "rb", cache_type="none").open(), shard)
@@ -177,9 +209,9 @@ class ReadState:
 
 
 def chunk_lengths(index: Index) -> Integers:
-    """Return the number of images of each chunk of a shard.
+    """Return the number of images of each chunk of a shard. A chunk is a part of a shard that is fetched with one read.
 
-    Local and remote shards have the same chunks, because the order of an epoch depends on the chunks.
+    The order of the images in an epoch depends on the chunks. Therefore local and remote shards have the same chunks.
     """
     if len(index.groups):
         return index.groups
@@ -189,7 +221,13 @@ def chunk_lengths(index: Index) -> Integers:
 
 
 def image_in_cell(value: Any, path: str) -> bytes:
-    """Return the encoded image in a cell of an image column. Raises BadImage if the cell contains no image."""
+    """Return the encoded image in a cell of the image column of a parquet file.
+
+    value: content of the cell: bytes, or a mapping with the key "bytes".
+    path: text that names the image, for the error.
+
+    Raises BadImage if the cell contains no image.
+    """
     content = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(content, bytes):
         return content
@@ -197,7 +235,7 @@ def image_in_cell(value: Any, path: str) -> bytes:
 
 
 def read_with_retries(shard: Shard, read: Callable[[], T]) -> T:
-    """Return the result of `read`. If the shard is remote, retry after an error.
+    """Return the result of `read()`. If the shard is remote, call `read` again after an error, up to two times.
 
     Raises ConfigError if all attempts fail.
     """

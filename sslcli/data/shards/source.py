@@ -95,11 +95,11 @@ class HfStream(EncodedImages):
         return layout_of(shard, chunk, lanes=self.lanes, buffer=self.buffer)
 
     def hold(self, positions: Tensor) -> None:
-        """Fetch the chunks of these (n,) positions and keep them until `release`."""
+        """Fetch the parts of shards (chunks) that contain the images at `positions` (n,). Keep them until `release`."""
         self.reader.hold(positions)
 
     def release(self, positions: Tensor) -> None:
-        """Free the chunks of these (n,) positions."""
+        """Free the memory of the parts of shards (chunks) that contain the images at `positions` (n,)."""
         self.reader.release(positions)
 
     def open(self, position: int) -> Encoded:
@@ -136,7 +136,13 @@ class HfStream(EncodedImages):
         return digest((*rows, repr(self.classes).encode(), self.labels.numpy().tobytes()))
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return one record per shard. The label of a record is a hash of the labels of all images in the shard."""
+        """Return one record per shard, with which a resumed run detects changed shards.
+
+        The label of a record is a hash of the labels of all images in the shard.
+
+        contents: whether to hash the contents of the shards.
+        on_progress: callback that reports the progress of long calls.
+        """
         shards, ends = self.reader.shards, self.reader.ends.tolist()
         codes = label_codes(self.labels, self.classes)
         labels = [code_of(codes[a:b].tobytes()) for a, b in zip([0, *ends], ends, strict=False)]
@@ -157,9 +163,9 @@ class HfStream(EncodedImages):
 
 
 def labels_of(shards: Sequence[Shard], indices: Sequence[Index], *, num_pool: int) -> list[Labels]:
-    """Return the labels of each shard. The shards after the first `num_pool` are the official test split.
+    """Return the labels of each shard. Warn if some shards have labels and other shards have no labels.
 
-    Warns if some shards have labels and other shards have no labels.
+    num_pool: number of shards for training and validation. The shards after them are the official test split.
     """
     without = [s.url for s, index in zip(shards, indices, strict=True) if all(v is None for v in index.labels)]
     if 0 < len(without) < len(shards):
@@ -188,6 +194,8 @@ def image_hashes(shards: Sequence[Shard], lengths: Sequence[int]) -> Tensor:
 
     The hash does not depend on the folder of the shard. If several shards have the same name, a counter distinguishes
     them.
+
+    lengths: number of images of each shard.
     """
     counts: Counter[str] = Counter()
     parts = []

@@ -1,7 +1,7 @@
 """Batched augmentations of images (N, C, H, W): crop, flip and blur.
 
-The color operations of `sslcli.data.views.color` are re-exported. Each parameter has one value per image. There is no
-loop over images. No function modifies its input.
+The color operations of `sslcli.data.views.color` are re-exported. Each parameter of an operation has one value per
+image. There is no loop over images. No function modifies its input.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def crop_boxes(
     Args:
         area: (N, T) float, area of each of T candidates as a fraction of the image.
         ratio: (N, T) float, width / height of each candidate.
-        offset: (N, 2) float in [0, 1), the vertical and the horizontal position. 0 places the box at the top or
-            left edge.
+        offset: (N, 2) float in [0, 1), the vertical and the horizontal position of the box. 0 places the box at the top
+            or left edge, and the largest values place it at the bottom or right edge.
         height, width: (N,) int64 size of each image in pixels.
         ratio_range: allowed range of width / height. If no candidate fits an image, the largest centered box
             with an allowed ratio is returned.
@@ -79,7 +79,10 @@ def crop_boxes(
 
 
 def _centered_boxes(height: Tensor, width: Tensor, ratio_range: tuple[float, float]) -> Tensor:
-    """Return the largest centered box (N, 4) of each image with width / height in the range."""
+    """Return (N, 4) int64, for each image the largest centered box whose width / height is in `ratio_range`.
+
+    height, width: (N,) int64 size of each image in pixels.
+    """
     shape = width.double() / height
     box_height = torch.where(shape < ratio_range[0], (width.double() / ratio_range[0]).round().long(), height)
     box_width = torch.where(shape > ratio_range[1], (height.double() * ratio_range[1]).round().long(), width)
@@ -137,15 +140,19 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, *, interpolation: str
 def _resize_weights(
     start: Tensor, length: Tensor, pixels: int, size: int, interpolation: str, dtype: torch.dtype
 ) -> Tensor:
-    """Return the weights (N, size, pixels). An output pixel is the weighted sum of the input pixels.
+    """Return the weights (N, size, pixels) that resize N boxes along one axis, from `pixels` to `size` pixels.
 
-    The weights of an output pixel sum to 1. The weights of pixels outside of the box are 0.
+    An output pixel is the weighted sum of the input pixels. The weights of an output pixel sum to 1. The weights of
+    pixels outside of the box are 0.
+
+    start, length: (N,) int64, first pixel and number of pixels of each box along the axis.
+    interpolation: "bilinear" or "bicubic".
     """
     position = torch.arange(pixels, device=start.device) - start.unsqueeze(1)
     inside = (position >= 0) & (position < length.unsqueeze(1))
     scale = (length.to(dtype) / size).unsqueeze(1)
-    # For downscaling, the filter is widened so that every input pixel affects the result. For upscaling, it is not
-    # changed.
+    # For downscaling, the filter is widened so that every input pixel affects the result. For upscaling, the filter is
+    # not widened.
     inverse_width = 1 / scale.clamp(min=1)
     # A pixel outside of the box gets a position so far away that its filter weight is 0.
     pixel = torch.where(inside, (position + 0.5) * inverse_width, 1e4)
@@ -159,7 +166,7 @@ def _resize_weights(
 
 
 def _keys_cubic(distance: Tensor) -> Tensor:
-    """Return Keys' cubic convolution kernel (1981) with a = -0.5 at distances >= 0."""
+    """Return the values of Keys' cubic convolution kernel (1981) with a = -0.5, at distances >= 0 in pixels."""
     distance = distance.clamp_(max=2)
     near = (1.5 * distance - 2.5) * distance * distance + 1
     far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
@@ -217,7 +224,7 @@ def check_taps(kernel_size: int, height: int, width: int) -> None:
 
 
 def _gaussian_kernels(sigma: Tensor, kernel_size: int) -> Tensor:
-    """Return the kernels (N, kernel_size), each of which sums to 1."""
+    """Return N Gaussian kernels (N, kernel_size) with the standard deviations `sigma` (N,). Each kernel sums to 1."""
     offset = torch.arange(kernel_size, device=sigma.device) - kernel_size // 2
     kernels = torch.exp(-0.5 * (offset / sigma.unsqueeze(1)) ** 2)
     return kernels / kernels.sum(1, keepdim=True)
@@ -225,7 +232,11 @@ def _gaussian_kernels(sigma: Tensor, kernel_size: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _reflected_shifts(kernel_size: int, pixels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return one matrix per tap, (kernel_size, pixels * pixels), that shifts an image with reflected edges."""
+    """Return one flattened matrix (pixels, pixels) per tap of a blur kernel: (kernel_size, pixels * pixels).
+
+    The matrix of tap t, multiplied by a column of `pixels` pixels, shifts the column by t - kernel_size // 2 pixels.
+    The column is continued beyond its ends by reflection.
+    """
     index = torch.arange(pixels)
     source = index + (torch.arange(kernel_size) - kernel_size // 2).unsqueeze(1)
     source = source.abs()

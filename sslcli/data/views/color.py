@@ -16,8 +16,8 @@ from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
-# Ranges of the channels of Lab for sRGB colors in skimage. CMC uses them to map each channel to [-1, 1]
-# (CMC/train_CMC.py).
+# Ranges of the channels of Lab for all sRGB colors, as skimage converts them. The official code of CMC uses these
+# ranges to map each channel to [-1, 1] (CMC/train_CMC.py).
 _LAB_RANGE = ((0.0, 100.0), (-86.183, 98.233), (-107.857, 94.478))
 LAB_MEAN = tuple((high + low) / 2 for low, high in _LAB_RANGE)
 LAB_STD = tuple((high - low) / 2 for low, high in _LAB_RANGE)
@@ -60,10 +60,10 @@ def column(values: Tensor, images: Tensor) -> Tensor:
 
 
 def to_luma(images: Tensor) -> Tensor:
-    """Return the gray images (N, 1, H, W) as a new tensor.
+    """Convert images to gray. Return a new tensor (N, 1, H, W).
 
-    With three channels, this is the ITU-R 601-2 luma with torchvision's rounded weights. With another number of
-    channels, it is their mean.
+    The gray value of three channels is the ITU-R 601-2 luma with torchvision's rounded weights. The gray value of
+    another number of channels is their mean.
     """
     if images.shape[1] != 3:
         return images.mean(1, keepdim=True)
@@ -79,13 +79,13 @@ def _mean(gray: Tensor) -> Tensor:
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Multiply by factor (N,) >= 0 and clamp to [0, 1]. Factor 1 leaves an image unchanged."""
+    """Multiply each image by its `factor` (N,) >= 0 and clamp to [0, 1]. Factor 1 leaves an image unchanged."""
     work = in_working_precision(images)
     return (work * column(factor, work)).clamp_(0, 1).to(images.dtype)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean of the gray image.
+    """Blend each image with the mean value of its gray version, and clamp to [0, 1].
 
     `factor` (N,): 0 gives this mean, 1 the unchanged image, and above 1 more contrast.
     """
@@ -95,7 +95,7 @@ def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the gray image.
+    """Blend each image with its gray version, and clamp to [0, 1].
 
     `factor` (N,): 0 gives the gray image, 1 the unchanged image, and above 1 more saturation.
     """
@@ -105,7 +105,7 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
-    """Rotate the hue in HSV by factor (N,) turns, in [-0.5, 0.5]. Images with factor 0 do not change.
+    """Rotate the hue of each image in HSV by its `factor` (N,) in turns, in [-0.5, 0.5]. 0 leaves an image unchanged.
 
     Images whose number of channels is not three have no hue and do not change.
     """
@@ -116,7 +116,7 @@ def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hue of (N, 3, H, W) images in HSV by (N,) turns."""
+    """Rotate the hue of each image (3, H, W) in HSV by its number of `turns` (N,)."""
     # Only arithmetic is used, because comparisons and `where` are several times slower on the CPU.
     red, green, blue = images.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -174,9 +174,12 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def _jitter_group(images: Tensor, factors: Tensor, order: Tensor, hue_slot: int) -> Tensor:
-    """Apply the jitter to images whose hue is rotated at the same place `hue_slot` of their orders, 0 to 3.
+    """Apply the color jitter to images whose hue is rotated at the same place in the order of their operations.
 
-    If `hue_slot` is 4, no hue is rotated. This function modifies `images`.
+    This function modifies `images`.
+
+    factors, order: as for `color_jitter`.
+    hue_slot: this place, 0 to 3; 4 = no hue is rotated.
     """
     for slot in range(4):
         if slot == hue_slot:

@@ -92,7 +92,7 @@ def apply_operation(name: str, images: Tensor, level: Tensor, *, bicubic: Tensor
 
 
 def _recolor(name: str, images: Tensor, level: Tensor) -> Tensor:
-    """Apply an operation that is not geometric."""
+    """Apply the operation `name`, which is not geometric, to images (N, C, H, W). `level` (N,) is in [0, 10]."""
     strength = level / MAX_MAGNITUDE
     factor = 0.1 + 1.8 * strength
     if name == "auto_contrast":
@@ -155,7 +155,9 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 
 
 def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the image smoothed by PIL's SMOOTH filter.
+    """Blend each image with its smoothed version (PIL's SMOOTH filter), and clamp to [0, 1].
+
+    Pixels at the edges do not change.
 
     `factor` (N,): 0 gives the smoothed image, 1 the unchanged image, and above 1 a sharper image.
     """
@@ -174,6 +176,9 @@ def _matrices(operation: Tensor, level: Tensor, height: int, width: int) -> Tens
     """Return the matrices (N, 6) that map a pixel (x, y) of the result to a point of the image.
 
     The six columns are a, b, c, d, e, f. The point is (a x + b y + c, d x + e y + f).
+
+    operation: (N,) int64, the index in `OPERATIONS` of each image's geometric operation.
+    level: (N,) magnitude of each operation, in [-10, 10].
     """
     strength = level / MAX_MAGNITUDE
     names = [OPERATIONS[number] for number in operation.tolist()]
@@ -213,7 +218,7 @@ def affine(images: Tensor, matrix: Tensor, bicubic: Tensor, fill: Tensor) -> Ten
 
 
 def _sample(images: Tensor, matrix: Tensor, radius: int, fill: Tensor) -> Tensor:
-    """Resample all images with the same filter, see `affine`. A radius of 1 pixel is bilinear, 2 pixels are bicubic."""
+    """Resample all images as `affine` does, with the same filter. `radius` 1 is bilinear, and 2 is bicubic."""
     count, channels, height, width = images.shape
     y = (torch.arange(height, device=images.device) + 0.5).to(images.dtype).view(1, -1, 1)
     x = (torch.arange(width, device=images.device) + 0.5).to(images.dtype).view(1, 1, -1)
@@ -235,7 +240,14 @@ def _sample(images: Tensor, matrix: Tensor, radius: int, fill: Tensor) -> Tensor
 
 
 def _taps(position: Tensor, length: int, radius: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the indices and weights of the pixels around `position`. Beyond the edge, the edge pixel is repeated."""
+    """Return the indices and the filter weights of the 2 * `radius` pixels around each position along one axis.
+
+    Beyond the edge, the edge pixel is repeated.
+
+    position: (N, H, W) coordinate in the image; the center of pixel i is at i + 0.5.
+    length: number of pixels of the image along the axis.
+    radius: radius of the filter in pixels: 1 = bilinear, 2 = bicubic.
+    """
     first = (position - 0.5).floor()
     fraction = position - 0.5 - first
     index, weights = [], []

@@ -1,4 +1,4 @@
-"""Settings of a view: a distribution of random crops and color changes. An entry of a yaml file defines a view."""
+"""Settings of a view, a distribution of random crops and color changes. Yaml files list the views of a run."""
 
 from __future__ import annotations
 
@@ -165,7 +165,13 @@ def _field_error(name: str, value: object, constraint: str) -> ValueError:
 
 
 def parse(number: int, entry: Mapping[str, Any] | View) -> View:
-    """Return the View that entry `number` of the yaml list defines. Error messages name the entry."""
+    """Return the View that an entry of the list of views in a yaml file defines.
+
+    number: index of the entry in the list, for error messages.
+    entry: a mapping from fields of `View` to values. A `View` is returned unchanged.
+
+    Raises ValueError if a field is unknown or a value is out of range.
+    """
     if isinstance(entry, View):
         return entry
     if not isinstance(entry, Mapping):

@@ -1,8 +1,9 @@
 """Views of an image: random crops and color changes, drawn and applied in batches.
 
-`Views` has a list of distributions, see `spec`. It draws the views of each image from these distributions. Every
-parameter is a pure function of (image key, view number, operation), see `rng`. Therefore a view does not depend on the
-other images of the batch. The operations run in this order, and each operation is optional:
+`Views` has a list of distributions, see `sslcli.data.views.spec`. It draws the views of each image from these
+distributions. Every random parameter of an operation is a pure function of (key of the image, view number, operation),
+see `sslcli.data.rng`. Therefore a view does not depend on the other images of the batch. The operations run in this
+order, and each operation is optional:
 
     crop and resize -> flip -> color jitter -> grayscale -> blur -> solarize -> color space -> normalize
 
@@ -32,19 +33,20 @@ COLOR_SPACES = ("rgb", "lab", "ydbdr")
 
 # Streams of rng.uniform, one for each kind of parameter. Changing a number changes the results of every run.
 _FLIP, _JITTER, _ORDER, _FACTORS, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE, _COLOR_STREAMS = 0, 1, 2, 3, 7, 8, 9, 10, 11
-_TRIES = 10
+_TRIES = 10  # number of candidate boxes per crop
 _TOP, _LEFT, _AREA, _RATIO, _CROP_STREAMS = 0, 1, 2, 2 + _TRIES, 2 + 2 * _TRIES
 _FIRST_CROP_STREAM, _FIRST_RAND_AUGMENT_STREAM = 64, 128
 
-_ORDERS = torch.tensor(list(itertools.permutations(range(4))))
-_IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])
+_ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4) orders of the four operations of the jitter
+_IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])  # factors of the jitter that leave an image unchanged
 
 
 class Views:
-    """List of the views of an image. An entry with `count` n defines n consecutive views.
+    """List of the views of an image, and the operations that compute them.
 
     Args:
-        views: the distributions, each a `View` or a mapping with its fields.
+        views: the distributions, each a `View` or a mapping with its fields. An entry of this list with `count` n
+            defines n consecutive views.
         normalize: whether to subtract a mean and divide by a standard deviation at the end. With color_space "rgb", the
             mean and standard deviation of the dataset are used. With "lab" and "ydbdr", the constants of CMC are used,
             which map each channel to about [-1, 1].
@@ -86,7 +88,10 @@ class Views:
         return [view.size or image_size for view in self.views]
 
     def check_sizes(self, image_size: int) -> None:
-        """Raise ValueError if an entry cannot be drawn in a run with this image size. The message names its key."""
+        """Raise ValueError if the blur of an entry is too large for the views of a run with this image size.
+
+        The message names the key of the entry.
+        """
         for number, entry in enumerate(self.entries):
             try:
                 entry.check_size(entry.size or image_size)
@@ -138,14 +143,14 @@ class Views:
         std: Sequence[float],
         photometric: slice = slice(None),
     ) -> Tensor:
-        """Apply all operations after the crop: flip, photometric operations, then `finish`.
+        """Apply all operations after the crop: flip, photometric operations (such as jitter and blur), then `finish`.
 
         Args:
             view: number of the view, in range(num_views); or (N,) one number per image, all of the same entry.
             key: (N,) int64, the key of each image; preferably on the CPU, where the parameters are drawn.
             images: (N, C, S, S) float in [0, 1], the crops.
             mean, std: mean and standard deviation of the dataset, one value per channel, for values in [0, 1].
-            photometric: the channels that the operations between flip and `finish` change. The slice may be empty.
+            photometric: the channels that the photometric operations change. The slice may be empty.
 
         Returns:
             (N, C, S, S) of the dtype of `images`.
@@ -198,7 +203,9 @@ class Views:
     def statistics(self, *, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
         """Return the mean and standard deviation per channel with which `finish` normalizes images.
 
-        If `normalize` is False, they are 0 and 1. `mean` and `std` are the values of the dataset.
+        If `normalize` is False, they are 0 and 1.
+
+        mean, std: mean and standard deviation of the dataset, one value per channel.
         """
         if not self.normalize:
             return [0.0] * len(mean), [1.0] * len(std)
@@ -262,7 +269,7 @@ def _in_one_pass(
     images: Tensor,
     scale: tuple[Sequence[float], Sequence[float]] | None,
 ) -> Tensor | None:
-    """Apply all operations with one call of the compiled kernel. Return None if the kernel does not support them.
+    """Apply all operations after the crop with one call of the compiled kernel. Return None if it is not supported.
 
     scale: the mean and the standard deviation of each channel, for normalization at the end. None = do not normalize.
 
@@ -278,7 +285,10 @@ def _in_one_pass(
 
 
 def _photometric(spec: View, parameters: Parameters, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
-    """Apply jitter, RandAugment, grayscale, blur and solarize, in the order given in the module docstring."""
+    """Apply jitter, RandAugment, grayscale, blur and solarize, in the order given in the module docstring.
+
+    key, mean: see `_rand_augment`.
+    """
     unflipped = replace(parameters, flipped=torch.zeros_like(parameters.flipped))
     changed = _in_one_pass(spec, unflipped, images, None)
     if changed is not None:
@@ -302,7 +312,10 @@ def _photometric(spec: View, parameters: Parameters, key: Tensor, images: Tensor
 
 
 def _draw_parameters(spec: View, draws: Tensor, images: Tensor) -> Parameters:
-    """Compute the parameters of N images from uniform random numbers `draws` (streams, N)."""
+    """Compute the parameters of the color operations of N images (N, C, S, S).
+
+    draws: (streams, N) uniform random numbers in [0, 1), one row per stream of `rng.uniform`.
+    """
     factors = []
     for number, strength in enumerate(spec.jitter):
         low, high = (max(0.0, 1 - strength), 1 + strength) if number < 3 else (-strength, strength)
@@ -330,7 +343,10 @@ def _blur(spec: View, parameters: Parameters, images: Tensor) -> Tensor:
 
 
 def _rand_augment(spec: View, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
-    """Apply RandAugment. Areas outside of the original image get the mean color of the dataset."""
+    """Apply RandAugment. Areas outside of the original image get `mean`, the mean color of the dataset.
+
+    key: (N,) int64, the key of each image mixed with the view number.
+    """
     number = spec.rand_augment * rand_augment.STREAMS
     streams = torch.arange(_FIRST_RAND_AUGMENT_STREAM, _FIRST_RAND_AUGMENT_STREAM + number)
     draws = uniform(key.unsqueeze(0), streams.unsqueeze(1)).view(spec.rand_augment, rand_augment.STREAMS, -1)
