@@ -60,7 +60,7 @@ def read_lists(
 
     The test images are listed in the CSV file `test`, or in the rows of `file` whose split in the column `split` is
     "test". See `read_csv` for the other arguments. If `file` has no labels, the labels of the test images are ignored,
-    because no probe can be trained without training labels.
+    because no classifier can be trained without training labels.
 
     Raises ConfigError in the same cases as `read_csv`. Also raises ConfigError if `test` is the same file as `file`, or
     if `file` has no training images.
@@ -146,7 +146,11 @@ def check_files_exist(names: list[str], base: str, *, file: str) -> None:
 
 
 def _read_text(file: str, key: str) -> str:
-    """Return the text of a file. Raises ConfigError with the line if the file is not text in UTF-8."""
+    """Return the text of a CSV file. `key` is the configuration key of the file, for messages.
+
+    Raises ConfigError if the file cannot be read, or is not text in UTF-8, or in UTF-16 or UTF-32 with a byte order
+    mark. The message names the line.
+    """
     try:
         with open_regular(file) as opened:
             content = opened.read()
@@ -221,7 +225,7 @@ def _check_header(header: list[str], file: str, columns: list[str | None]) -> No
 
 
 def _rows(content: str, delimiter: str, file: str, key: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield a pair for each row that is not empty: the line number of its end, and its fields without outer spaces."""
+    """Yield a pair for each row that is not empty: the number of its last line, and its fields without outer spaces."""
     reader = csv.reader(StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         for row in reader:
@@ -244,7 +248,13 @@ def _check_row(file: str, number: int, name: str, label: str) -> None:
 
 
 def _split(value: str, where: str, column: str) -> str:
-    """Return the split that a value such as `training` or `val2017` names."""
+    """Return "train", "val" or "test", the split that a value such as `training` or `val2017` stands for.
+
+    where: file and line of the value, for messages.
+    column: name of the column of the value, for messages.
+
+    Raises ConfigError if the value stands for no split.
+    """
     kind = split_kind(value)
     if kind is None:
         raise ConfigError(
@@ -254,7 +264,10 @@ def _split(value: str, where: str, column: str) -> str:
 
 
 def _check_labels(file: str, labels: list[str]) -> None:
-    """Raise ConfigError if there is only one class and its name contains a delimiter."""
+    """Raise ConfigError if there is only one class and its name contains a delimiter.
+
+    Such a name seems to be several columns, separated by another delimiter than the columns of the header.
+    """
     found = {label for label in labels if label}
     if len(found) == 1 and len(labels) > 1:
         (label,) = found

@@ -27,7 +27,7 @@ class EncodedImages(Source):
         common: the arguments of `Source`. The defaults of `mean` and `std` are 0.5 and 0.25 for each channel.
 
     Attributes:
-        pixel_format: the conversion of decoded files.
+        pixel_format: the conversion of decoded files to `channels` channels of 8 bits.
     """
 
     def __init__(

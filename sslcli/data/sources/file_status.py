@@ -28,7 +28,10 @@ def status_of(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the sizes in bytes and the modification times in nanoseconds of `count` files.
 
-    Both are -1 for a file for which `stat` fails.
+    Both values are -1 for a file for which `stat` fails.
+
+    path: function that returns the path of file i, for i from 0 to `count` - 1.
+    on_progress: callback that is called with the number of files done and `count`.
     """
     sizes, stamps = np.full(count, -1, np.int64), np.full(count, -1, np.int64)
 
@@ -46,7 +49,11 @@ def status_of(
 def hashes_of(
     count: int, path: Callable[[int], str], on_progress: ProgressCallback | None = None
 ) -> NDArray[np.uint64]:
-    """Return the content hashes of `count` files. The hash of a file that cannot be read is `UNREADABLE`."""
+    """Return the content hashes of `count` files. The hash of a file that cannot be read is `UNREADABLE`.
+
+    path: function that returns the path of file i, for i from 0 to `count` - 1.
+    on_progress: callback that is called with the number of files done and `count`.
+    """
     hashes = np.zeros(count, np.uint64)
 
     def read(number: int) -> None:
@@ -73,7 +80,7 @@ def _hash_of_file(path: str) -> int:
 
 
 def _for_each(work: Callable[[int], None], count: int, on_progress: ProgressCallback | None) -> None:
-    """Call `work` for every number in range(count). If the calls are slow, use many threads."""
+    """Call `work` for every number in range(count). If the first calls are slow, use many threads for the others."""
     start = time.perf_counter()
     probes = min(count, _PROBES)
     for number in range(probes):

@@ -53,7 +53,10 @@ class ImageFiles(EncodedImages, Files):
         self.keep_dir = keep_dir
 
     def fill(self, pool: Listing, test: Listing, **options: Any) -> None:
-        """Set the files as `Files.fill` does. Also create the cache of decoded images."""
+        """Set the files as `Files.fill` does. Then check the splits, and create the cache of decoded images.
+
+        Raises ConfigError if the same file is in two splits, or if the images do not fit in the cache.
+        """
         super().fill(pool, test, **options)
         if sum(len(part) > 0 for part in self.splits.values()) > 1:
             check_shared_files(self.splits, self.path, roots=self.roots if self.lists_files_once else ())
@@ -70,7 +73,7 @@ class ImageFiles(EncodedImages, Files):
             )
 
     def open(self, position: int) -> OpenedImage:
-        """Open the image at `position`."""
+        """Open the image at `position`. Raises BadImage if the file cannot be read or is not an image."""
         if self.decoded_cache is not None:
             return self.decoded_cache.open(position)
         return open_file(self.path(position), pixel_format=self.pixel_format)
@@ -91,7 +94,8 @@ class Folder(ImageFiles):
     Class folders without images, images outside of class folders, and other files are ignored with a warning.
 
     Raises ValueError if a root is missing, is not a folder, cannot be read, or has no images in class folders. Raises
-    ConfigError if the same image would be in two splits, or if all class folders are named as splits, see `leaks`.
+    ConfigError if the same image would be in two splits, or if the names of all class folders are names of splits, such
+    as `train` and `test`.
     """
 
     def __init__(

@@ -30,8 +30,8 @@ from sslcli.errors import ConfigError, nearest
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 HubName = str  # a local path if this file or folder exists, else the name of a dataset on the hub
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)  # errors of a folder that cannot be written
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)  # errors of a folder that does not exist or is a file
 _FINGERPRINT_IMAGES = 512
 _ROWS_PER_READ = 1 << 16
 SAVED_FILES = ("dataset_dict.json", "state.json")  # `save_to_disk` writes one of these files into its folder
@@ -93,7 +93,7 @@ class Hf(EncodedImages):
         self.split(pool, labeled=self.labels[: len(pool)] >= 0, num_test=len(self.labels) - len(pool))
 
     def open(self, position: int) -> Encoded:
-        """Open the image at `position`. Raises BadImage if the cell is empty or is not an image."""
+        """Open the image at `position`. Raises BadImage if the row of the table contains no image."""
         value, path = self.cell(position), self.path(position)
         if isinstance(value, dict):  # `datasets` stores an image as a struct of bytes and path
             value = value.get("bytes") or value.get("path")
@@ -111,7 +111,7 @@ class Hf(EncodedImages):
             return None
 
     def cell(self, position: int) -> Any:
-        """Return the content of the image column at `position`, without decoding it."""
+        """Return the value of the image column in the row at `position`, without decoding the image."""
         test = position >= self._num_pool
         column = self._tables[test][position - test * self._num_pool].column(0)
         return column[0].as_py()
@@ -129,10 +129,14 @@ class Hf(EncodedImages):
         return digest((repr([len(self), self.classes]).encode(), self.labels.numpy().tobytes(), *cells))
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return one record per row, with the size of its image and a stamp of the files of the table.
+        """Return one record per row, with which a resumed run detects changed images.
 
-        If a row contains the path of an image file instead of an image, the record has the size of this file. The stamp
-        then also depends on the modification time of this file.
+        A record contains the size of the image in bytes, and a stamp that changes when the files of the table are
+        rewritten. If a row contains the path of an image file instead of an image, the record has the size of this
+        file. The stamp then also depends on the modification time of this file.
+
+        contents: whether to hash the images.
+        on_progress: callback that reports the progress of long calls.
         """
         paths, sizes, stamps = self._cells()
         external = np.flatnonzero([path is not None for path in paths])  # rows that contain the path of an image file
@@ -153,7 +157,10 @@ class Hf(EncodedImages):
         return make_records(names, labels, sizes=sizes, stamps=stamps, contents=hashes)
 
     def _cells(self) -> tuple[list[str | None], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the path, the size and the stamp of every row. The path is None if the table contains the image."""
+        """Return three values per row: path, size in bytes and stamp, see `cell_sizes` and `stamp_of`.
+
+        The path is None if the table contains the image itself.
+        """
         paths: list[str | None] = []
         sizes, stamps = [], []
         for table in self._tables:
@@ -168,10 +175,10 @@ class Hf(EncodedImages):
 
 
 def cell_sizes(column: Any) -> tuple[NDArray[np.int64], list[str | None]]:
-    """Return two values per cell of an image column: the number of bytes of the cell, and the path in the cell.
+    """Return two values per cell of an image column: the number of bytes of its image, and the path of an image file.
 
-    For a cell without bytes, the number of bytes is -1. For a cell with bytes, the path is None. Only the offsets of
-    the cells are read, not the images.
+    A cell contains the bytes of an image, or a path, or neither. Without bytes, the number of bytes is -1. With bytes,
+    the path is None. Only the offsets of the cells are read, not the images.
     """
     import pyarrow
     import pyarrow.compute

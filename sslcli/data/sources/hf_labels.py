@@ -22,6 +22,8 @@ def labels_of(
 ) -> list[Labels]:
     """Return the labels of the training split. If there are two tables, also return the labels of the test split.
 
+    The labels of a split are returned as one `Labels` object, or as one object per parquet file.
+
     Args:
         tables: one or two splits, each a `datasets.Dataset`.
         wanted: the argument `label` of `Hf`: the name of the label column, "auto" or None.
@@ -61,6 +63,8 @@ def parquet_files(path: str, options: Mapping[str, Any]) -> dict[str, list[str]]
 
     The library `datasets` applies the class names of the first file to the class numbers of all files. Therefore, the
     class names of each file must be read from the file itself.
+
+    path, options: the arguments of `datasets.load_dataset`.
     """
     import datasets
 
@@ -77,7 +81,10 @@ def parquet_files(path: str, options: Mapping[str, Any]) -> dict[str, list[str]]
 
 
 def labels_of_file(file: str, name: str, *, where: str, is_test: bool) -> Labels:
-    """Return the column `name` of a parquet file, with the class names stored in the file.
+    """Return the labels in the column `name` of a parquet file, with the class names stored in the file.
+
+    where: text that names the column, for messages.
+    is_test: whether the file belongs to the official test split.
 
     Raises ConfigError if the file has no column `name`.
     """

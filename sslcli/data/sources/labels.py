@@ -48,7 +48,9 @@ class Labels:
 
 
 def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
-    """Return the class numbers (n,) int64 of all parts in order (-1 = unknown), and the class names.
+    """Return the class numbers (n,) int64 of the images of all parts (-1 = unknown), and the class names.
+
+    A part contains the labels of one split, shard or file. The class numbers follow the order of the parts.
 
     - If any part has class names, the classes of all parts are merged by name, never by number.
     - If no part has class names, the classes are the distinct values of the training parts. The classes are in
@@ -74,7 +76,10 @@ def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
 
 
 def plain_label(value: object, *, where: str) -> Value:
-    """Convert a label to a type that JSON supports. Raises ConfigError if the value cannot be a label."""
+    """Convert a label to a type that JSON supports. `where` names the location of the label in messages.
+
+    Raises ConfigError if the value cannot be a label.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0):
@@ -152,7 +157,10 @@ Numbers = dict[int | str, int]
 
 
 def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]) -> tuple[list[str], list[Numbers]]:
-    """Return the merged class names, and one mapping per part from the labels of the part to class numbers."""
+    """Return the merged class names, and one mapping per part from the labels of the part to class numbers.
+
+    cleaned: the labels of each part, as `_cleaned` returns them.
+    """
     known = [{value for value in values if value is not None} for values in cleaned]
     named = [part for part in parts if part.classes]
     is_trained = any(values and not part.is_test for part, values in zip(parts, known, strict=True))
@@ -216,6 +224,8 @@ def _by_value(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]
     """Return the classes, and one mapping per part from the labels of the part to class numbers.
 
     No part has class names. The classes are the distinct labels of the training parts.
+
+    cleaned: the labels of each part, as `_cleaned` returns them.
     """
     known = [{value for value in values if value is not None} for values in cleaned]
     _check_kinds(parts, known)
@@ -298,7 +308,10 @@ def _check_spelling(classes: Sequence[str], part: Labels) -> None:
 
 
 def _check_kinds(parts: Sequence[Labels], known: Sequence[set[int | str]]) -> None:
-    """Raise ConfigError if the labels of one part are class numbers and the labels of another part are class names."""
+    """Raise ConfigError if the labels of one part are class numbers and the labels of another part are class names.
+
+    known: the distinct labels of each part, without unknown labels.
+    """
     filled = [(part, values) for part, values in zip(parts, known, strict=True) if values]
     numbered = [part for part, values in filled if all(isinstance(value, int) for value in values)]
     texts = [
@@ -315,7 +328,12 @@ def _check_kinds(parts: Sequence[Labels], known: Sequence[set[int | str]]) -> No
 
 
 def _numbered(part: Labels, values: Sequence[int | str | None], numbers: Numbers, classes: Sequence[str]) -> list[int]:
-    """Return the class number of each label of a part. Raises ConfigError if a label is not a class."""
+    """Return the class number of each label of a part; -1 = unknown. Raises ConfigError if a label is not a class.
+
+    values: the labels of the part, as `_cleaned` returns them.
+    numbers: class number of each label that is a class.
+    classes: the class names of the dataset, for messages.
+    """
     unknown = sorted({str(value) for value in values if value is not None and value not in numbers})
     indices = _indices(part.classes) if unknown else {}
     wrong = [label for label in unknown if part.classes and label not in indices]

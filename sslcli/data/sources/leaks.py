@@ -1,4 +1,4 @@
-"""Checks that no image is in two splits, through overlapping folders, splits in class folders, or linked files."""
+"""Checks that no image is in two splits, because of overlapping folders, folders of splits among classes, or links."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ def check_class_names(classes: Collection[str], root: str) -> None:
 
 
 def check_disjoint(roots: Iterable[str], test: str | None = None) -> None:
-    """Raise ConfigError if one of the folders contains another, or if `test` is one of `roots`. Links are resolved."""
+    """Raise ConfigError if two of the folders in `roots` and `test` are the same, or if one contains another.
+
+    Links are resolved before the folders are compared.
+    """
     named = [("dataset.root", root) for root in roots] + ([] if test is None else [("dataset.test", test)])
     for number, (key, folder) in enumerate(named):
         for other_key, other in named[:number]:
@@ -132,7 +135,11 @@ def _links_in(folder: str) -> list[str]:
 
 
 def _is_direct(folder: str, real: str, roots: Sequence[tuple[str, str]]) -> bool:
-    """Return whether the path from a root to `folder` has no link and no part such as `.`. `real` is its real path."""
+    """Return whether `folder` is below a root, and the path between them has no link and no part such as `.`.
+
+    real: the path of `folder` without links.
+    roots: a pair for each root: its path, and its path without links.
+    """
     for root, real_root in roots:
         if folder == root:
             return True

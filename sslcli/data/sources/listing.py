@@ -71,7 +71,7 @@ class Files(Source):
             name: name of the dataset.
             roots: the root folders. `pool` and `test` contain the numbers of the roots.
             classes: the class names.
-            weights: the weight of the images of each root. Empty = all weights are 1.
+            weights: number of times that each image of a root occurs in an epoch, one value per root. Empty = once.
             held_out: whether each file of `pool` is held out for validation; None = `val_fraction` decides.
         """
         names = [os.fsencode(file) for file in pool.names + test.names]
@@ -119,7 +119,10 @@ class Files(Source):
             yield os.fsencode(self.relative(position)) + f"\0{size}\0{label}".encode()
 
     def status(self, on_progress: ProgressCallback | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the sizes and the modification times of all files. The result is cached."""
+        """Return the sizes in bytes and the modification times in nanoseconds of all files. The result is cached.
+
+        on_progress: callback that is called with the number of files done and the number of all files.
+        """
         if self._status is None:
             self._status = status_of(self.num_files, self.file, on_progress)
         return self._status
@@ -143,11 +146,15 @@ class Files(Source):
             yield name if len(self.roots) == 1 else b"%d:%b" % (root, name)
 
     def file_labels(self) -> NDArray[np.int64]:
-        """Return the label code of every file, see `label_codes`."""
+        """Return a hash of the class name of every file; 0 = no label."""
         return label_codes(self.labels, self.classes)
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return one record per file."""
+        """Return one record per file, with which a resumed run detects changed files.
+
+        contents: whether to hash the contents of the files.
+        on_progress: callback that reports the progress of long calls.
+        """
         sizes, stamps = self.status(on_progress)
         if contents and self._hashes is None:
             self._hashes = hashes_of(self.num_files, self.file, on_progress)

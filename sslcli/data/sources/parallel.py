@@ -93,8 +93,8 @@ class Modality:
 class Layers:
     """The modalities of an image, with the interface of a PIL image. All modalities have the same size."""
 
-    layers: list[Image.Image]
-    nearest: list[bool]
+    layers: list[Image.Image]  # one image per modality
+    nearest: list[bool]  # whether each modality is resized with nearest-neighbor interpolation
 
     @property
     def size(self) -> tuple[int, int]:
@@ -204,11 +204,11 @@ class Parallel(Files):
         self._file_positions = np.argwhere(self._extension >= 0)  # position and modality of each file
 
     def match(self, root: str, *, key: str) -> dict[str, list[str | None]]:
-        """Return the file extensions of each image, one per modality. The key of an image is `<class>/<stem>`.
+        """Match the files of all modalities. Return a mapping from `<class>/<stem>` to one file extension per modality.
 
         The extension of a missing file is None. `key` is the configuration key of `root`, for messages.
 
-        Raises ValueError if a folder or file is missing, or a modality has two files with the same key.
+        Raises ValueError if a folder or file is missing, or a modality has two files with the same class and stem.
         """
         check_folder(root, key=key)
         found: dict[str, list[str | None]] = {}
@@ -238,7 +238,7 @@ class Parallel(Files):
         return self.path_of(position, int(self.present[position].int().argmax()))
 
     def path_of(self, position: int, modality: int) -> str:
-        """Return the path of the file of one modality. The modality must not be missing."""
+        """Return the path of the file of modality number `modality`. The modality must not be missing."""
         name, extension = list(self.modalities)[modality], self.extensions[self._extension[position, modality]]
         return os.path.join(self.roots[self._root_of[position]], name, self.relative(position) + extension)
 
@@ -262,7 +262,7 @@ class Parallel(Files):
         return Layers(resized, self.nearest)
 
     def fit_to_size(self, position: int, number: int, layer: Image.Image | None, size: tuple[int, int]) -> Image.Image:
-        """Return the image of modality `number`, resized to `size`. Return a blank image if the modality is missing.
+        """Return `layer`, the image of modality `number`, resized to `size`. If `layer` is None, return a blank image.
 
         Raises BadImage if the aspect ratio of the image differs from the aspect ratio of `size`.
         """
@@ -286,7 +286,7 @@ class Parallel(Files):
         return [modality.interpolation == "nearest" for modality in self.modalities.values()]
 
     def blank(self, size: int) -> Layers:
-        """Return a placeholder for an evaluation image that cannot be read."""
+        """Return a placeholder of size x size pixels for an evaluation image that cannot be read."""
         pairs = zip(self.modalities.values(), self.modality_channels, strict=True)
         return Layers([modality.blank((size, size), self.mean[channels]) for modality, channels in pairs], self.nearest)
 
@@ -304,7 +304,7 @@ class Parallel(Files):
         return len(self._file_positions)
 
     def file(self, number: int) -> str:
-        """Return the path of file `number`."""
+        """Return the path of file `number`. Files are numbered by image, then by modality."""
         position, modality = self._file_positions[number].tolist()
         return self.path_of(position, modality)
 
@@ -318,7 +318,7 @@ class Parallel(Files):
             yield os.fsencode(f"{prefix}{modalities[modality]}/{self.relative(position)}{extension}")
 
     def file_labels(self) -> NDArray[np.int64]:
-        """Return the label code of every file, see `label_codes`."""
+        """Return a hash of the class name of every file; 0 = no label."""
         labels: NDArray[np.int64] = super().file_labels()[self._file_positions[:, 0]]
         return labels
 

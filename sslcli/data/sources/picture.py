@@ -8,7 +8,7 @@ from PIL import Image
 
 
 class Picture(Protocol):
-    """Decoded image from which views are cropped: a PIL image, or several modalities as `parallel.Layers`."""
+    """Decoded image from which views are cropped: a PIL image, an array (`Pixels`) or several modalities (`Layers`)."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -42,7 +42,7 @@ class OpenedImage(Protocol):
 
 
 class DecodedImage:
-    """An opened image that is already decoded."""
+    """An opened image that is already decoded. `picture` is the decoded image."""
 
     def __init__(self, picture: Picture) -> None:
         self.picture, self.size = picture, picture.size

@@ -78,7 +78,10 @@ class Records:
             yield np.ascontiguousarray(column).tobytes()
 
     def digested(self) -> Iterator[bytes]:
-        """Yield all columns as bytes. The modification time is set to 0 in rows with a hash of the contents."""
+        """Yield all columns as bytes, for a hash that changes if an image changes.
+
+        In rows with a hash of the contents, the modification time is irrelevant. It is set to 0.
+        """
         known = self.contents != UNKNOWN
         yield from replace(self, stamps=np.where(known, 0, self.stamps)).columns()
 
@@ -92,7 +95,10 @@ def make_records(
     contents: NDArray[np.uint64] | None = None,
     unit: str = "images",
 ) -> Records:
-    """Return records with the given columns. If a column is None, it is filled with 0."""
+    """Return records with the given columns, see `Records`. If a column is None, it is filled with 0.
+
+    names: the name of each row.
+    """
     zeros = np.zeros(len(labels), np.int64)
     return Records(
         names=b"\0".join(names),
@@ -229,7 +235,7 @@ def compare(then: Records, now: Records, *, times: bool) -> Changes:
 
 
 def _positions(records: Records) -> dict[tuple[bytes, int], int]:
-    """Return a mapping from rows to positions. The key of a row is (name, number of earlier rows with this name)."""
+    """Return the position of each row. The key of a row is the pair (name, number of earlier rows with this name)."""
     counts: dict[bytes, int] = {}
     positions = {}
     for position, name in enumerate(records.names.split(b"\0")):

@@ -63,7 +63,11 @@ def check_folder(folder: str, *, key: str) -> None:
 
 
 def no_images(folder: str, extensions: Iterable[str], left_out: Mapping[str, int]) -> str:
-    """Return the message for a folder without images. See `FileSearch` for `extensions` and `left_out`."""
+    """Return the message for a folder without images.
+
+    extensions: the extensions of image files.
+    left_out: number of other files in the folder, by extension.
+    """
     patterns = ", *.".join(sorted(extensions))
     others = f"; the files there are: {printable(describe_left_out(left_out))}" if left_out else ""
     return f"there are no images in {folder}: it needs files named *.{patterns} (any case), at any depth{others}"
@@ -144,7 +148,9 @@ class FileSearch:
         self.links: list[str] = []
 
     def classes(self) -> dict[str, list[str]]:
-        """Return the files of each class folder of `root`, as paths relative to `root`. Warn about what is left out.
+        """Return the images of each class folder of `root`, as paths relative to `root`.
+
+        Warn about files that are left out, class folders without images, and links that are not followed.
 
         Raises ValueError if there are no class folders with images.
         """
@@ -174,7 +180,9 @@ class FileSearch:
         return {name: files for name, files in groups.items() if files}
 
     def files(self) -> list[str]:
-        """Return all images below `root`, as paths relative to `root`. Warn about what is left out.
+        """Return all images below `root`, as paths relative to `root`.
+
+        Warn about files that are left out and links that are not followed.
 
         Raises ValueError if there are no images.
         """

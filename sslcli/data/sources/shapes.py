@@ -67,8 +67,10 @@ class Nuisances:
 def draw(indices: Tensor, *, seed: int, size: int, nuisances: Nuisances = Nuisances()) -> tuple[Tensor, Tensor]:
     """Generate images of the dataset.
 
-    indices: (n,) int64 on the CPU, in any order; repeats are allowed.
+    indices: (n,) int64 on the CPU, the numbers of the images, in any order; repeats are allowed.
+    seed: seed of the dataset.
     size: side in pixels, at least 16.
+    nuisances: strength of the variation of each property other than the shape.
 
     Returns images (n, 3, size, size) uint8 and labels (n,) int64. Labels are indices into `CLASSES` and are uniformly
     distributed.
@@ -179,6 +181,8 @@ class _RandomNumbers:
 
     At most `count` calls are possible. The numbers of all calls are computed together when the object is created, which
     is faster if n is small.
+
+    key: (n,) int64, one key per image and element.
     """
 
     def __init__(self, key: Tensor, count: int = 20) -> None:
@@ -189,7 +193,11 @@ class _RandomNumbers:
 
 
 def _render(keys: Tensor, distance: Callable[[Tensor, Tensor], Tensor], size: int, nuisances: Nuisances) -> Tensor:
-    """Render images of one class: (n,) image keys -> (n, 3, S, S) uint8."""
+    """Render images of one class: (n,) image keys -> (n, 3, S, S) uint8.
+
+    distance: signed distance function of the shape, as in `_DISTANCES`.
+    size: side S in pixels.
+    """
     axis = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1
     x, y = axis.view(1, 1, size), axis.view(1, size, 1)
     numbers = _RandomNumbers(mix(keys, 1))
@@ -216,7 +224,12 @@ def _render(keys: Tensor, distance: Callable[[Tensor, Tensor], Tensor], size: in
 
 
 def _background(numbers: _RandomNumbers, x: Tensor, y: Tensor, lightness: Tensor, strength: float) -> Tensor:
-    """Return the background (n, 3, S, S) of images: one color per image, which changes in two random half-planes."""
+    """Return the background (n, 3, S, S) of images: one color per image, which changes in two random half-planes.
+
+    x, y: (1, 1, S) and (1, S, 1), the coordinates of the pixels in [-1, 1].
+    lightness: (n,) mean lightness of each background in [0, 1].
+    strength: strength of the variation of the color, in [0, 1].
+    """
     ground = lightness[:, None] + _chroma(numbers) * (0.15 * strength)
     image = ground[:, :, None, None].expand(-1, -1, y.shape[1], x.shape[2]).clone()
     for _ in range(2):
@@ -230,7 +243,7 @@ def _background(numbers: _RandomNumbers, x: Tensor, y: Tensor, lightness: Tensor
 def _fill_color(numbers: _RandomNumbers, background: Tensor, strength: float) -> Tensor:
     """Return colors (n, 3) that differ in lightness from the background, so that grayscale images show shapes.
 
-    `background` (n,) is the lightness of the background.
+    `background` (n,) is the lightness of the background. `strength` in [0, 1] is the strength of the variation.
     """
     darker = (background > 0.37) & (numbers() < 0.6)
     contrast = numbers(0.35, 0.5)
@@ -240,7 +253,10 @@ def _fill_color(numbers: _RandomNumbers, background: Tensor, strength: float) ->
 
 
 def _texture(numbers: _RandomNumbers, u: Tensor, v: Tensor) -> Tensor:
-    """Return a texture (n, S, S) in [-1, 1] of stripes or checks. u and v are the coordinates of the instance."""
+    """Return a texture (n, S, S) in [-1, 1] of stripes or checks.
+
+    u, v: (n, S, S) coordinates of the pixels, relative to the center and rotation of a shape, in units of its radius.
+    """
     cos, sin = _direction(numbers())
     frequency = numbers(0.4, 1.4)
     amount = numbers()
@@ -251,7 +267,11 @@ def _texture(numbers: _RandomNumbers, u: Tensor, v: Tensor) -> Tensor:
 
 
 def _light(numbers: _RandomNumbers, x: Tensor, y: Tensor, strength: float) -> Tensor:
-    """Return the factor (n, 3, S, S) of the light: overall brightness, a gradient across the image, and a tint."""
+    """Return the factor (n, 3, S, S) of the light: overall brightness, a gradient across the image, and a tint.
+
+    x, y: (1, 1, S) and (1, S, 1), the coordinates of the pixels in [-1, 1].
+    strength: strength of the variation of the light, in [0, 1].
+    """
     cos, sin = _direction(numbers())
     slope = numbers(0.0, 0.15)
     gain = (x * _field(cos) + y * _field(sin)) * _field(slope) + _field(numbers(-0.2, 0.1))
@@ -260,7 +280,11 @@ def _light(numbers: _RandomNumbers, x: Tensor, y: Tensor, strength: float) -> Te
 
 
 def _noise(key: Tensor, x: Tensor, y: Tensor, cells: int = 5) -> Tensor:
-    """Return value noise (n, S, S) in [-1, 1]: a random lattice that is smoothly interpolated and randomly shifted."""
+    """Return value noise (n, S, S) in [-1, 1]: a random lattice that is smoothly interpolated and randomly shifted.
+
+    key: (n,) int64, one key per image.
+    x, y: (1, 1, S) and (1, S, 1), the coordinates of the pixels in [-1, 1].
+    """
     nodes = torch.arange(cells + 1)
     lattice = uniform(mix(key[:, None, None], nodes[:, None], nodes), 0, -1.0, 1.0)
 

@@ -34,11 +34,16 @@ class Parts:
     pixels: list[NDArray[np.uint8]]  # each (n, 3, S, S)
     labels: list[NDArray[np.int64]]  # each (n,), -1 = unknown
     classes: list[str]
-    num_test: int
+    num_test: int  # number of images of the test split
 
 
 def read_parts(name: str, root: str | os.PathLike[str], *, download: bool, unlabeled: bool, memory_gb: float) -> Parts:
-    """Read a dataset. If files are missing and `download` is True, download it first. See `TorchvisionSet`.
+    """Read a dataset of torchvision. If files are missing and `download` is True, download it first.
+
+    name: "CIFAR10", "CIFAR100", "STL10" or "SVHN".
+    root: the folder of the files.
+    unlabeled: whether to read the unlabeled images of STL10.
+    memory_gb: the largest size of the pixels in GB (10**9 bytes).
 
     Raises ValueError if the name is unknown, the images exceed `memory_gb`, files are missing and cannot be downloaded,
     or files are damaged.
@@ -84,7 +89,7 @@ def _build(kind: Any, root: Path, part: str, **options: bool) -> Any:
 
 
 def _files(kind: Any, root: Path) -> list[Path]:
-    """Return the files that the dataset needs."""
+    """Return the paths of the files that a dataset needs. `kind` is torchvision's class, `root` the folder."""
     if kind.__name__ == "SVHN":
         return [root / kind.split_list[part][1] for part in ("train", "test")]
     names = [name for name, _ in kind.train_list + kind.test_list]
@@ -94,7 +99,7 @@ def _files(kind: Any, root: Path) -> list[Path]:
 
 
 def _download_missing(kind: Any, root: Path, files: list[Path], *, download: bool) -> None:
-    """Download missing files.
+    """Download a dataset if files are missing. See `_files` for `kind` and `root`.
 
     Raises ValueError if the download fails or is disabled. The message names the folder and the missing files.
     """
