@@ -44,7 +44,8 @@ class RefusedCheckpoint(ConfigError):
 def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
     """Write `state` as the checkpoint of step `state["step"]`. Then delete all checkpoints except the newest `keep`.
 
-    Raises TrainingFailed on a disk error. Earlier checkpoints then remain untouched.
+    Returns the path of the checkpoint. Raises TrainingFailed on a disk error. Earlier checkpoints then remain
+    untouched.
     """
     path = path_of(run_dir, state["step"])
     make_room(path.parent)
@@ -65,15 +66,15 @@ def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
 
 
 def make_room(parent: Path) -> None:
-    """Create the checkpoint folder, and delete temporary files of killed runs."""
+    """Create the checkpoint folder `parent`, and delete temporary files that killed runs left in it."""
     parent.mkdir(exist_ok=True)
     for leftover in parent.glob("*.tmp"):
         discard(leftover)
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Rename a complete checkpoint to its final name, and update the link `last`."""
-    if path.is_dir():  # an unreadable checkpoint: the run resumed from an earlier one, and has reached this step again
+    """Rename the complete checkpoint `temporary` to its final name `path`, and update the link `last`."""
+    if path.is_dir():  # it could not be read, so the run resumed from an earlier checkpoint and reached this step again
         discard(path)
     os.replace(temporary, path)
     with beside(path.parent / "last") as link:
@@ -169,7 +170,10 @@ def load_newest(
 def load(path: Path, *, device: torch.device, like: Placement | None = None, weights: bool = False) -> dict[str, Any]:
     """Load one checkpoint without executing code from the file. Raises ConfigError if the checkpoint is invalid.
 
-    If `weights` is True, the tensors of the optimizer are not loaded from a sharded checkpoint.
+    path: a file, or the folder of a sharded checkpoint.
+    device: device of tensors that are not sharded.
+    like: function that selects the tensors to shard, see `sharded_checkpoint.Placement`; None = no tensor is sharded.
+    weights: if True, the tensors of the optimizer are not loaded from a sharded checkpoint.
     """
     if not path.exists():
         raise ConfigError(f"there is no checkpoint {path}")
@@ -189,7 +193,7 @@ def load(path: Path, *, device: torch.device, like: Placement | None = None, wei
 
 
 def current_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a checkpoint in the current schema.
+    """Convert `state`, the content of the checkpoint `path`, to the current schema, and return it.
 
     Raises RefusedCheckpoint if a newer version of sslcli wrote the checkpoint. Raises ConfigError if a field that the
     conversion needs is missing.
@@ -271,7 +275,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Restore the states of torch's random number generators."""
+    """Restore the states of torch's random number generators from the result of `rng_state`."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

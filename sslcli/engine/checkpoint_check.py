@@ -29,21 +29,21 @@ class Generators(TypedDict):
 
 
 class Means(TypedDict):
-    """State of `MetricMeans`."""
+    """State of `sslcli.engine.monitor.MetricMeans` in a checkpoint."""
 
     sums: dict[str, Tensor]
     count: int
 
 
 class ProcessState(TypedDict):
-    """State of one process."""
+    """State of one process in a checkpoint."""
 
     rng: Generators
     metric_means: Means
 
 
 class DetectorState(TypedDict):
-    """State of `CollapseDetector`."""
+    """State of `sslcli.engine.collapse.CollapseDetector` in a checkpoint."""
 
     seen: float
     alarms: float
@@ -54,28 +54,28 @@ class DetectorState(TypedDict):
 
 
 class MonitorState(TypedDict):
-    """State of `Monitor`."""
+    """State of `sslcli.engine.monitor.Monitor` in a checkpoint."""
 
     detector: DetectorState
     wall: float
 
 
 class OptimizerState(TypedDict):
-    """State of an optimizer."""
+    """State of an optimizer in a checkpoint."""
 
     state: dict[Any, Any]
     param_groups: list[Any]
 
 
 class TrainingOptions(TypedDict, total=False):
-    """Optional fields, which some checkpoints lack."""
+    """Optional fields of a checkpoint. Some checkpoints lack them."""
 
     config: dict[str, Any] | None
     phases: list[dict[str, Any]]
 
 
 class TrainingState(TrainingOptions):
-    """Fields that a run needs to resume."""
+    """Fields of a checkpoint that a run needs to resume."""
 
     step: int
     method: dict[str, Any]

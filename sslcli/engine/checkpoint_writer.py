@@ -40,11 +40,13 @@ class Writer:
         self.failure: BaseException | None = None
 
     def save(self, state: dict[str, Any], *, keep: int) -> None:
-        """Write `state`, like the function `checkpoint.save`.
+        """Write `state` as a checkpoint. Then delete all checkpoints except the newest `keep`.
 
-        If sharded, wait for the previous write, start this write in the background, and return.
-        Raises TrainingFailed on all processes if the run directory was deleted, or if this write or the previous write
-        fails with a disk error.
+        If parameters are sharded, this method waits for the previous write, starts this write in the background, and
+        returns.
+
+        Raises TrainingFailed on all processes if the run directory was deleted, or on a disk error. An error of a write
+        in the background is raised by the next call of `save`, `wait` or `close`.
         """
         if self.group is not None:
             from sslcli.engine.sharded_checkpoint import Snapshot
@@ -79,7 +81,10 @@ class Writer:
             return True
 
     def wait(self) -> None:
-        """Wait until the pending write is on disk. If it failed, raise its error. A disk error is a TrainingFailed."""
+        """Wait until the write in the background is on disk.
+
+        If the write failed, its error is raised: TrainingFailed for a disk error.
+        """
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -88,7 +93,7 @@ class Writer:
             raise failure
 
     def close(self) -> None:
-        """Wait as `wait` does, and close the run directory."""
+        """Wait until the write in the background is on disk (see `wait`), and release the run directory."""
         try:
             self.wait()
         finally:

@@ -30,10 +30,10 @@ _ADVICE = {
 class CollapseDetector:
     """Detector of representation collapse from the metrics of the embeddings.
 
-    Call `update` at the first step, then at fixed intervals. An alarm fires if a metric is low *and* far below its peak
-    so far. The first step is the reference, because a severe collapse can be complete after 50 steps. A low value alone
-    does not fire an alarm, because the embeddings of a healthy network without BatchNorm are nearly equal in early
-    training.
+    Call `update` at the first step, then at fixed intervals. A call is one measurement of the metrics of
+    `sslcli.engine.health`. An alarm fires if a metric is low *and* far below its peak so far. The first step is the
+    reference, because a severe collapse can be complete after 50 steps. A low value alone does not fire an alarm,
+    because the embeddings of a healthy network without BatchNorm are nearly equal in early training.
 
     Any one of these conditions fires an alarm (d is the width of the embeddings):
 
@@ -93,7 +93,7 @@ class CollapseDetector:
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore the result of `state_dict`. Raises ValueError if the keys of `state` differ from this version's."""
+        """Restore the result of `state_dict`. Raises ValueError if `state` does not have the keys of this version."""
         if set(state) != set(self._state):
             raise ValueError(
                 f"collapse detector state has {sorted(state)}, but needs {sorted(self._state)}: start a new run"

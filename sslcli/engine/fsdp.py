@@ -44,6 +44,9 @@ def blocks(net: nn.Module) -> list[nn.Module]:
 def shard(method: Method, device: torch.device, precision: str) -> None:
     """Shard the parameters of a method over all processes, in place. Call this before the optimizer is built.
 
+    Backbones, and copies of them such as momentum encoders, are sharded block by block (see `blocks`), unless
+    `method.supports_block_wrapping` is False.
+
     With precision bf16, blocks without BatchNorm gather their parameters in bfloat16 and compute in bfloat16. The
     gradients of these blocks are averaged in float32. All other modules use autocast.
     """
@@ -87,11 +90,12 @@ def gathered(method: nn.Module) -> Iterator[None]:
 
 
 def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, ...], torch.Size], Tensor | None]:
-    """Return a function that selects the sharding of each checkpoint entry.
+    """Return a function that selects the sharding of each tensor in a checkpoint.
 
-    The arguments of the function are the path and the shape of an entry. A path is ("method", name) or ("optimizer",
-    "state", number, name). The function returns a tensor, and the entry gets the sharding of this tensor. The function
-    returns None if the entry is not sharded.
+    The arguments of the function are the path and the shape of a tensor in the checkpoint. The path of a parameter is
+    ("method", name). The path of an optimizer state is ("optimizer", "state", number of the parameter, name). The
+    function returns a tensor of `method`, whose sharding the tensor of the checkpoint gets. It returns None if the
+    tensor of the checkpoint is not to be sharded.
     """
     named = {name: value for name, value in method.state_dict().items() if hasattr(value, "to_local")}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -136,13 +140,16 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **o
 
 
 def _contexts(block: nn.Module) -> tuple[Any, Any]:
-    """Return the contexts for the forward pass of a block and for its recomputation."""
+    """Return two contexts: for the forward pass of a block, and for the recomputation in the backward pass."""
     return nullcontext(), _buffer_copies(block)
 
 
 @contextmanager
 def _buffer_copies(block: nn.Module) -> Iterator[None]:
-    """Replace the buffers by copies within the context. Recomputation then does not update the statistics again."""
+    """Replace the buffers of a block by copies within the context.
+
+    A recomputation in this context changes only the copies, so it does not update running statistics a second time.
+    """
     kept = [(part, name, value) for part in block.modules() for name, value in part._buffers.items()]
     for part, name, value in kept:
         part._buffers[name] = None if value is None else value.clone()

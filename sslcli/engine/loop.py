@@ -22,7 +22,7 @@ from sslcli.methods.base import Batch, Method
 
 
 def train(run: Run, step: int) -> None:
-    """Train from `step` to the last step. `step` is the return value of `resume`.
+    """Train a run to its last step. `step` is the number of steps already trained, as `resume` returns it.
 
     Raises Stopped after a signal or at the time limit, as soon as a checkpoint is saved. Raises TrainingFailed if the
     loss is not finite, if the representation has collapsed, or if the disk or a data worker fails.
@@ -56,7 +56,10 @@ def train(run: Run, step: int) -> None:
 
 
 def optimize(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
-    """Run one optimizer step on the micro-batches. Return the detached scalars of the step."""
+    """Run one optimizer step on the micro-batches. Return the loss and the other scalars of the step, detached.
+
+    model: `run.method`, or `run.method` wrapped by DistributedDataParallel.
+    """
     if run.settings.cached_gradients:
         means = gradient_cache.backward(
             run.method, micro_batches, device=run.device, dtype_name=run.precision, scaler=run.scaler
@@ -73,7 +76,10 @@ def optimize(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str
 
 
 def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
-    """Accumulate the gradient of the mean loss of the micro-batches. Return the mean of each scalar."""
+    """Accumulate the gradient of the mean loss of the micro-batches. Return the mean of each scalar.
+
+    model: `run.method`, or `run.method` wrapped by DistributedDataParallel.
+    """
     means: dict[str, Tensor] = {}
     fraction = 1 / len(micro_batches)
     for number, batch in enumerate(micro_batches, start=1):
@@ -87,7 +93,10 @@ def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[s
 
 
 def gradient_sync(model: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
-    """Return a context for `backward`. If `is_last` is False, `backward` does not average gradients over processes."""
+    """Return a context for the `backward` of one micro-batch, with gradients averaged over processes only if `is_last`.
+
+    is_last: True for the last micro-batch of a step.
+    """
     if fsdp.is_sharded(model):
         model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
     elif isinstance(model, DistributedDataParallel) and not is_last:
@@ -131,7 +140,7 @@ def average_each(bucket: Any) -> torch.futures.Future[Tensor]:
 
 
 def save_is_due(settings: TrainSettings, step: int, steps_per_epoch: int) -> bool:
-    """Return True if `settings` require a checkpoint after `step`."""
+    """Return True if `settings` require a checkpoint after `step` steps."""
     by_steps = settings.save_every_steps is not None and step % settings.save_every_steps == 0
     every = settings.save_every_epochs * steps_per_epoch
     return by_steps or (every > 0 and step % every == 0)

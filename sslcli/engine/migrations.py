@@ -1,8 +1,9 @@
 """Conversion of checkpoints of older versions to the current schema, version by version, at load time.
 
-To change the content of checkpoints, increment SCHEMA and add a function to this module. The function converts a state
-of the previous version. Existing files are not rewritten. The next checkpoint of the run has the newest version. The
-schema does not cover the names of parameters and buffers, see `sslcli.weights.renamed`.
+SCHEMA is the version of the content of checkpoints. To change the content, increment SCHEMA and add a function to this
+module. The function converts a state of the previous version. Existing files are not rewritten. The next checkpoint of
+the run has the newest version. The schema does not cover the names of parameters and buffers, see
+`sslcli.weights.renamed`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def upgrade(state: dict[str, Any]) -> dict[str, Any]:
 
 def add_environment(state: dict[str, Any]) -> dict[str, Any]:
     """Convert to version 2, which adds the environment of the run and the position of the loader."""
-    return {"loader": None} | state | {"circumstances": {}}  # unknown for older checkpoints
+    return {"loader": None} | state | {"circumstances": {}}  # both are unknown for older checkpoints
 
 
 def rename_fields(state: dict[str, Any]) -> dict[str, Any]:

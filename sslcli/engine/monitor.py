@@ -31,7 +31,7 @@ HEALTH_ROWS = 1024  # embeddings per batch used by the health metrics
 
 
 class MetricMeans:
-    """Means of the scalars since the last log. They stay on the device, so a step needs no host synchronization."""
+    """Means of the scalars since the last log. The sums stay on the device, so a step needs no host synchronization."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -47,7 +47,7 @@ class MetricMeans:
         self.first_bad = torch.where(finite | (before >= 0), before, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums of this process on the CPU. They are sent to processes that use other devices."""
+        """Return the sums of this process, on the CPU, because they are sent to processes that use other devices."""
         return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ class Monitor:
         self.screen.start("step", total=total, done=step)
 
     def add_run_facts(self) -> None:
-        """Write the hyperparameters, the final scalars and the picture of the views to TensorBoard."""
+        """Write the hyperparameters, the names of the final scalars and the picture of the views to TensorBoard."""
         from torch.utils.tensorboard.summary import hparams
 
         values = {name: plain(value) for name, value in sorted(self.hyperparameters.items())}
@@ -165,7 +165,13 @@ class Monitor:
         return result
 
     def after_step(self, step: int, scalars: dict[str, Tensor], *, lr: float, method: Method) -> None:
-        """Compute and log everything that is due after `step` steps. Write at most one line of metrics."""
+        """Compute and log everything that is due after `step` steps. Write at most one line of metrics.
+
+        scalars: the detached loss and other scalars of this step.
+        lr: learning rate of this step.
+
+        Raises TrainingFailed if a loss, a weight or a feature is not finite, or to stop the run after a collapse.
+        """
         self.metric_means.add(step, scalars)
         last = step == self.total
         line: dict[str, float] = {}
@@ -224,14 +230,20 @@ class Monitor:
         return values
 
     def measure_health(self, embeddings: tuple[Tensor, ...]) -> tuple[dict[str, float], str | None]:
-        """Return the health metrics over all processes, and an explanation if the model has collapsed, else None."""
+        """Return the health metrics over all processes, and an explanation if the model has collapsed, else None.
+
+        embeddings: (n, d) embeddings of this process for each view; the first two views are used.
+        """
         views = [collectives.all_gather(view)[:HEALTH_ROWS] for view in embeddings[:2]]
         values = health.measure(*views)
         verdict = self.detector.update(values, dim=views[0].shape[1])
         return {f"health/{name}": value for name, value in values.items()}, verdict
 
     def act_on_collapse(self, step: int, verdict: str) -> None:
-        """Ignore a collapse, warn about it once, or stop the run, as `monitor.on_collapse` requires."""
+        """Ignore a collapse, warn about it once, or stop the run, as `monitor.on_collapse` requires.
+
+        `verdict` is the explanation of the collapse. To stop the run, TrainingFailed is raised.
+        """
         message = f"the representation has probably collapsed at step {step}: {verdict}"
         if self.settings.on_collapse == "stop":
             raise TrainingFailed(message)

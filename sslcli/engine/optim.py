@@ -67,7 +67,7 @@ class LARS(Optimizer):
         return loss
 
     def move(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Update one parameter tensor in place."""
+        """Update the parameter tensor `weight` in place. `group` is its parameter group."""
         if group["adapt"]:
             grad = self.adapted(weight, grad, group)
         state = self.state[weight]
@@ -80,7 +80,8 @@ class LARS(Optimizer):
     def adapted(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
         """Return q * (gradient + weight decay). The factor q makes the step proportional to the norm of `weight`.
 
-        Norms of sharded tensors are computed over all shards. The host does not wait for the device.
+        Norms of sharded tensors are computed over all shards. The host does not wait for the device. `group` is the
+        parameter group of `weight`.
         """
         length = whole(torch.linalg.vector_norm(weight))
         decayed = grad.add(weight, alpha=group["weight_decay"])

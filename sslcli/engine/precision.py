@@ -10,7 +10,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """Resolve "auto" to bf16 if the hardware supports bf16 natively, else to fp32. Return other names unchanged.
+    """Resolve the precision "auto" to bf16 if `device` supports bf16 natively, else to fp32. Return others unchanged.
 
     The choice depends only on the hardware. A run that resumes on the same hardware therefore uses the same dtype.
     """
@@ -25,7 +25,7 @@ def resolve(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Return an autocast context for `precision`. With "fp32", autocast is disabled."""
+    """Return an autocast context for `precision`: "fp32", "bf16" or "fp16". With "fp32", autocast is disabled."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 

@@ -24,14 +24,14 @@ from sslcli.weights.renamed import with_current_names
 
 
 def save_good(run: Run, step: int, writer: Writer) -> None:
-    """Write a checkpoint if all weights and all losses so far are finite; otherwise raise TrainingFailed."""
+    """Write a checkpoint after `step` steps. Raises TrainingFailed instead if a weight or a loss is not finite."""
     run.monitor.check_finite()
     run.monitor.check_weights(step, run.method)
     save(run, step, writer)
 
 
 def save(run: Run, step: int, writer: Writer) -> None:
-    """Write a checkpoint. All processes must call this function.
+    """Write a checkpoint after `step` steps. All processes must call this function.
 
     Rank 0 writes the checkpoint. With sharded parameters, each rank writes its own shards in the background.
     """
@@ -88,9 +88,9 @@ def resume(run: Run) -> int:
 
 
 def restore(run: Run, state: dict[str, Any]) -> None:
-    """Load the state of a checkpoint into the objects of a run.
+    """Load the content `state` of a checkpoint into the objects of a run.
 
-    If the state does not fit these objects, exceptions of nearly any type may be raised.
+    If the content does not fit these objects, exceptions of nearly any type may be raised.
     """
     run.method.load_state_dict(with_current_names(state["method"], run.method.state_dict()))
     load_optimizer(run.optimizer, state["optimizer"])
@@ -108,8 +108,9 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 def resume_phases(run: Run, state: dict[str, Any]) -> None:
     """Set the phases of a run that resumes. If an extension begins, print how the schedules change.
 
-    If `config.yaml` contains several phases, they are used. Otherwise, the phases in the checkpoint are used: if the
-    user has deleted `config.yaml`, only the checkpoint contains the phases of earlier extensions.
+    A phase is a part of a run that was trained with one length, see `sslcli.engine.phases`. If `config.yaml` contains
+    several phases, they are used. Otherwise, the phases in the checkpoint `state` are used: if the user has deleted
+    `config.yaml`, only the checkpoint contains the phases of earlier extensions.
     """
     if len(run.phases) == 1 and (stored := phases_of_checkpoint(state, run.loader.steps_per_epoch)):
         run.phases = plan(stored, step=state["step"], total=run.total_steps, extend=run.settings.extend)
@@ -119,9 +120,10 @@ def resume_phases(run: Run, state: dict[str, Any]) -> None:
 
 
 def phases_of_checkpoint(state: dict[str, Any], steps_per_epoch: int) -> tuple[Phase, ...]:
-    """Return the phases in a checkpoint.
+    """Return the phases in a checkpoint. A phase is a part of a run that was trained with one length.
 
     A run that was never extended stores no phases. Its only phase is derived from the configuration in the checkpoint.
+    If the checkpoint has no configuration, the result is ().
     """
     if "phases" in state:
         return phases_from(state["phases"])
@@ -155,9 +157,9 @@ def describe_extension(run: Run) -> list[str]:
 
 
 def environment_fingerprint(run: Run) -> dict[str, str | int]:
-    """Return the properties of the environment on which the bits of the results depend, as name -> value.
+    """Return the properties of the environment on which the bits of the results depend, as a mapping by name.
 
-    The result does not contain the configuration, on which the bits also depend.
+    The bits also depend on the configuration. The result does not contain the configuration.
     """
     return {
         "torch": str(torch.__version__),

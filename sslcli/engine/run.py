@@ -59,5 +59,8 @@ class Run:
         return self.peak_lr * lr_factor(self.phases, step, settings=self.settings, steps_per_epoch=per_epoch)
 
     def progress_at(self, step: int) -> float:
-        """Return the argument of the method's `after_step` for the 0-based `step`, see `engine.phases.progress`."""
+        """Return the progress of the run at the 0-based `step`, in [0, 1), for the method's `after_step`.
+
+        After an extension with `restart`, the progress counts only the added steps.
+        """
         return progress(self.phases, step)

@@ -185,7 +185,10 @@ def read(
 
 
 def _structural_damage(index: Metadata, rest: Any) -> str:
-    """Return what is wrong with the structure of REST, or which of its tensors the index lacks; "" if all is well."""
+    """Describe what is wrong with `rest`, the content of the file rest.pt, or with `index`; "" if nothing is wrong.
+
+    The file must have the expected structure, and the index must contain all tensors that the file names.
+    """
     if (
         not isinstance(rest, dict)
         or not isinstance(rest.get("state"), dict)
@@ -224,7 +227,16 @@ def damage(folder: Path) -> str:
 
 
 def empty(index: Metadata, name: str, place: Place, *, device: torch.device, like: Placement | None) -> Tensor:
-    """Return an uninitialized tensor for the entry `name`. The tensor is sharded if `like` returns a sharded tensor."""
+    """Return an uninitialized tensor for the tensor `name` of a checkpoint.
+
+    Args:
+        index: the index of the checkpoint.
+        name: name of the tensor in the index.
+        place: path of keys to the tensor in the state.
+        device: device of the result if it is not sharded.
+        like: function of `place` and the shape. If it returns a tensor, the result gets the device and sharding of that
+            tensor. If `like` or its result is None, the result is not sharded.
+    """
     entry = index.state_dict_metadata[name]
     assert isinstance(entry, TensorStorageMetadata)
     dtype, model = entry.properties.dtype, None if like is None else like(place, entry.size)
@@ -234,7 +246,10 @@ def empty(index: Metadata, name: str, place: Place, *, device: torch.device, lik
 
 
 def spread(state: dict[Any, Any], like: Placement, place: Place = ()) -> dict[Any, Any]:
-    """Shard every tensor of a state for which `like` returns a sharded tensor, and return the new state."""
+    """Shard every tensor of a state for which `like` returns a sharded tensor, and return the new state.
+
+    place: path of keys to `state` in the whole checkpoint; () = `state` is the whole checkpoint.
+    """
 
     def placed(value: Any, here: Place) -> Any:
         if isinstance(value, dict):

@@ -9,8 +9,13 @@ LIMIT = 0.5  # a run is reported if it waits for images during more than this fr
 class SlowData:
     """Detector of steps that wait for images for more than half of the time.
 
-    Add the measurement of each logged interval. The first interval is ignored, because the data workers start in it.
-    The fraction is measured over `period` seconds, so that short runs and single slow reads are not reported.
+    Call `update` once for each interval between two logs. The first interval is ignored, because the data workers start
+    in it.
+
+    Args:
+        period: seconds of training over which the fraction of waiting time is measured, so that short runs and single
+            slow reads are not reported.
+        limit: the fraction in [0, 1] above which the waiting is reported.
     """
 
     def __init__(self, *, period: float = PERIOD, limit: float = LIMIT) -> None:
@@ -21,7 +26,7 @@ class SlowData:
     def update(self, spent: float, waited: float) -> float | None:
         """Add an interval. Return the fraction of the time spent waiting if it must be reported now, else None.
 
-        It is reported at most once.
+        In the life of the detector, a fraction is reported at most once.
 
         Args:
             spent: seconds of the interval, without evaluation.

@@ -31,8 +31,8 @@ class StopRequest:
 
     After a signal or at the time limit, the run finishes the current step, saves a checkpoint and stops.
 
-    A terminal sends SIGHUP when it closes. This signal is handled unless the process already ignores it, for example
-    under `nohup`.
+    The handled signals are `SIGNALS`. A terminal sends SIGHUP when it closes. SIGHUP is not handled if the process
+    already ignores it, for example under `nohup`.
 
     Args:
         max_seconds: time limit in seconds, counted from `start_time`; None = no limit.
