@@ -1,6 +1,7 @@
-"""Exceptions and exit codes of the commands. The CLI maps each exception to a message and an exit code.
+"""Exceptions and exit codes of ssl-train, ssl-eval and ssl-export.
 
-If a constructor raises a plain `ValueError` while a run is built, the command reports it like a ConfigError.
+Each command prints the message of such an exception and exits with the code of its class. A plain `ValueError` that a
+constructor raises while a run is built is reported like a ConfigError.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class ConfigError(ValueError):
 
 
 class UserCodeError(ConfigError):
-    """Code of the user raised an unexpected exception. The message ends with the traceback of that code."""
+    """User code (a user's own class, or a plug-in) raised an unexpected exception. The message has its traceback."""
 
 
 class TrainingFailed(RuntimeError):
@@ -41,14 +42,14 @@ class ProcessLost(TrainingFailed):
 
 
 class NotFinite(ValueError):
-    """Raised for features that are NaN or infinite. Metrics of such features have no meaning."""
+    """Raised if features contain NaN or infinite values. Metrics of such features would have no meaning."""
 
 
 class Stopped(Exception):
-    """The run saved a checkpoint and stopped. The exit code is 75; the same command resumes the run.
+    """The run saved a checkpoint and stopped before its end. The exit code is 75; the same command resumes the run.
 
     Args:
-        by_signal: True if a signal stopped the run, False if the time limit did.
+        by_signal: True if a signal stopped the run, False if the time limit `train.max_time` stopped it.
     """
 
     def __init__(self, message: str, *, by_signal: bool) -> None:
@@ -58,8 +59,8 @@ class Stopped(Exception):
 
 DEBUG = "SSLCLI_DEBUG"  # environment variable; 1 = print the traceback after each error message
 BUG = "this is a bug in sslcli: report it with the text above"
-# Top-level packages of sslcli, of its requirements in setup.cfg, and of the libraries that they use. All other packages
-# are code of the user.
+# Top-level packages of sslcli, of its requirements in setup.cfg, and of the libraries that these requirements use. Code
+# outside of these packages and of the standard library is code of the user.
 LIBRARIES = (
     "sslcli",
     "torch",
@@ -96,10 +97,15 @@ LIBRARIES = (
 
 
 def print_error(command: str, error: BaseException | str) -> None:
-    """Print an error of `ssl-COMMAND` on one line of standard error.
+    """Print `ssl-COMMAND: ERROR` to standard error.
 
-    With SSLCLI_DEBUG=1, the traceback is printed after the message. Otherwise, if code of the user or of a plug-in
-    raised the error, the message mentions SSLCLI_DEBUG.
+    If the environment variable SSLCLI_DEBUG is 1, the traceback of an exception is printed after the message.
+    Otherwise, if user code raised the exception, a hint about SSLCLI_DEBUG is added to the message. A UserCodeError
+    gets no hint, because its message already contains the traceback.
+
+    Args:
+        command: train, eval or export.
+        error: exception, or message.
     """
     hint = ""
     shows_traceback = isinstance(error, UserCodeError) or os.environ.get(DEBUG) == "1"
@@ -117,9 +123,9 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u
 def printable(text: object, *, keep: str = "") -> str:
     """Return a value as text that is safe to print and to encode as UTF-8.
 
-    Control characters become escapes: ESC becomes `\\x1b`. Without the escapes, a terminal would execute the commands
-    that a file name contains. If a file name contains bytes that are not valid UTF-8, Python decodes each of these
-    bytes to a surrogate. Such a surrogate also becomes an escape: the byte FF becomes `\\xff`.
+    Control characters are replaced by escapes: ESC becomes `\\x1b`. Otherwise, if a file name contains control
+    characters, a terminal would execute them. If a file name contains bytes that are not valid UTF-8, Python decodes
+    each of these bytes to a surrogate. Such a surrogate is also replaced by an escape: the byte FF becomes `\\xff`.
 
     Args:
         text: the value.
@@ -140,19 +146,21 @@ def user_code(
     explain: Callable[[BaseException], str] | None = None,
     passes: Callable[[BaseException], bool] = lambda error: False,
 ) -> Iterator[None]:
-    """Report an exception of user code in the `with` block as UserCodeError, with the traceback of that code.
+    """Convert exceptions that user code raises in the `with` block to UserCodeError.
 
-    Two kinds of code are user code: code outside of sslcli, its libraries and the standard library; and methods of
-    sslcli and torch that run on an instance of a user's class. The message names the class or function of the user.
+    User code is code outside of sslcli, its libraries and the standard library. A method of sslcli or torch also counts
+    as user code if it runs on an instance of a user's class. The message of the UserCodeError names the user's class or
+    function, and ends with the traceback of the user code.
 
-    Exceptions of other code stay unchanged, unless `explain` is given. Three kinds of exceptions always stay unchanged:
-    exceptions that already have a message for users, out-of-memory errors, and errors caused by a full disk.
+    Exceptions of all other code are raised unchanged. Three kinds of exceptions are always raised unchanged, even if
+    user code raises them: ConfigError, TrainingFailed and Stopped, which already have a message for users;
+    out-of-memory errors; and errors caused by a full disk.
 
     Args:
         action: what the block does, for the message, as in "computing the loss".
-        explain: function that returns the message for an exception. If it is given, every exception that does not stay
-            unchanged becomes a ConfigError with this message, and `action` is not used.
-        passes: function that returns True for further exceptions that must stay unchanged.
+        explain: function that returns the message for an exception. If it is given, exceptions of user code and of
+            other code become a ConfigError with this message, and `action` is not used.
+        passes: function that returns True for further exceptions that are always raised unchanged.
     """
     try:
         yield
@@ -172,11 +180,14 @@ def user_code(
 def user_code_error(action: str, error: BaseException, *, owner: type | None = None) -> UserCodeError | None:
     """Return the UserCodeError for an exception, or None if no user code raised it.
 
+    User code is code outside of sslcli, its libraries and the standard library. A method of sslcli or torch also counts
+    as user code if it runs on an instance of a user's class.
+
     Args:
-        action: what the code did, as in "reading images".
+        action: what the code did when the exception was raised, as in "reading images".
         error: the exception.
-        owner: the class of the object that was used. If this is a class of the user, but the traceback contains no user
-            code, the whole traceback is reported.
+        owner: class of the object that was used, or None. If the traceback contains no user code, but `owner` is a
+            class of the user, a UserCodeError with the whole traceback is returned.
     """
     found = _user_part(error)
     if found is None:
@@ -189,9 +200,9 @@ def user_code_error(action: str, error: BaseException, *, owner: type | None = N
 
 
 def with_traceback(message: str, error: BaseException) -> ConfigError:
-    """Return ConfigError with a message about `error`.
+    """Return a ConfigError with the given message. If user code raised `error`, add its traceback to the message.
 
-    If user code raised `error`, the traceback of that code is added.
+    In this case, the result is a UserCodeError, and the traceback starts at the user code.
     """
     found = _user_part(error)
     if found is None:
@@ -201,10 +212,10 @@ def with_traceback(message: str, error: BaseException) -> ConfigError:
 
 
 def print_unexpected(command: str, error: Exception) -> int:
-    """Print an exception for which `ssl-COMMAND` has no message of its own, and return the exit code.
+    """Print an exception that `ssl-COMMAND` does not expect, and return the exit code of the command.
 
-    The code is 2 if user code raised the exception, and 3 if the memory or the disk space is used up. All other
-    exceptions are bugs of sslcli: the whole traceback is printed, and the code is 1.
+    The code is 3 if the memory or the disk space is used up. Otherwise, the code is 2 if user code raised the
+    exception. All other exceptions are bugs of sslcli: the whole traceback is printed, and the code is 1.
     """
     if is_out_of_memory(error):
         print_error(command, f"out of memory ({first_line(error)}): reduce the batch size, or the size of the images")
@@ -222,7 +233,8 @@ def print_unexpected(command: str, error: Exception) -> int:
     return EXIT_BUG
 
 
-# Texts of RuntimeErrors that have no type of their own: torch's CPU allocator, MPS, the CUDA driver, cuBLAS and cuDNN.
+# Texts of out-of-memory errors that are plain RuntimeErrors. torch's CPU allocator, MPS, the CUDA driver, cuBLAS and
+# cuDNN raise such errors.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
@@ -257,10 +269,11 @@ def first_line(error: BaseException) -> str:
 
 
 def _user_part(error: BaseException) -> tuple[BaseException, TracebackType] | None:
-    """Return the part of a traceback that starts in user code, with its exception. None if there is no user code.
+    """Return an exception, and the part of its traceback that starts in user code; or None if there is no user code.
 
-    The exception is `error` or one of its causes. If the traceback contains code in a module of the user, the part
-    starts there. Otherwise, it starts at code of sslcli or torch that runs on an instance of a user's class.
+    The exception is `error` or one of its causes. The part starts at the first frame in a module of the user. If there
+    is no such frame, it starts at the first frame of a method of sslcli or torch that runs on an instance of a user's
+    class.
     """
     on_instance = None
     cause: BaseException | None = error
@@ -287,7 +300,10 @@ def _instance(frame: FrameType) -> object:
 
 
 def _name_of(frame: FrameType) -> str:
-    """Return the class whose method a frame runs, the function that it runs, or the module that it imports."""
+    """Return the dotted name of the class, function or module whose code a frame runs.
+
+    For a method, this is the class of `self`. For code outside of functions, it is the module.
+    """
     instance, module = _instance(frame), frame.f_globals.get("__name__")
     if instance is not None:
         return class_name(type(instance))
@@ -295,11 +311,15 @@ def _name_of(frame: FrameType) -> str:
 
 
 def disk_failure(error: OSError, path: object, key: str) -> tuple[str, int] | None:
-    """Return the message and exit code of a failed write, or None if the error is not a disk error.
+    """Return the message and the exit code for a failed write, or None if `error` is not a disk error.
+
+    The exit code is 2 if the permissions do not allow the write, and 3 if the disk is full or broken.
 
     Args:
+        error: error of the write.
         path: path for the message if `error` has no file name.
-        key: the configuration key of the output location.
+        key: setting that determines the output location, such as `run_dir`. The message suggests to change this
+            setting.
     """
     if error.errno not in DISK_ERRORS:
         return None
@@ -311,16 +331,16 @@ def disk_failure(error: OSError, path: object, key: str) -> tuple[str, int] | No
 
 
 def is_disk_failure(error: OSError) -> bool:
-    """Return True if a write failed because the disk is full or broken. Other settings do not help in this case."""
+    """Return True if the disk is full or broken. In this case, the same write fails with other settings too."""
     return error.errno in DISK_ERRORS and error.errno not in PERMISSION_ERRORS
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` with the known name closest to `name`, or "" if none is close. Ignore case.
+    """Return `" Did you mean 'x'?"`, where x is the known name most similar to `name`, or "" if none is similar.
 
-    Typing errors rarely change the first letter. A known name with another first letter must therefore be more similar
-    to `name`: for `dae`, `vae` is not suggested. A known name that begins with `name` may be less similar: for `retry`,
-    `retry_failed` is suggested.
+    Case is ignored. Typing errors rarely change the first letter. A known name with another first letter must therefore
+    be more similar to `name`: for `dae`, `vae` is not suggested. A known name that begins with `name` may be less
+    similar: for `retry`, `retry_failed` is suggested.
     """
     from difflib import SequenceMatcher
 
@@ -335,9 +355,10 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 
 def check_keys(where: str, keys: Iterable[object], known: Sequence[str]) -> None:
-    """Raise ValueError unless all keys are known.
+    """Raise ValueError unless every key in `keys` is in `known`.
 
-    The message contains `where`, the unknown key, the closest known key, and the list of known keys.
+    The message contains `where` (the place of the keys, such as the name of a setting), the unknown key, the most
+    similar known key, and all known keys.
     """
     for key in keys:
         if key not in known:
@@ -347,12 +368,15 @@ def check_keys(where: str, keys: Iterable[object], known: Sequence[str]) -> None
 
 
 def check_integer(name: str, value: object, *, minimum: int, hint: str = "") -> None:
-    """Raise ValueError unless `value` is an integer of at least `minimum`. True and False are rejected."""
+    """Raise ValueError unless `value` is an integer of at least `minimum`. True and False are rejected.
+
+    The message begins with `name`, the name of the argument, and ends with `hint`.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} is {value!r}, but it must be an integer of at least {minimum}{hint}")
 
 
 def check_positive(**values: int) -> None:
-    """Raise ValueError unless every named value is an integer of at least 1."""
+    """Raise ValueError unless the value of every keyword argument is an integer of at least 1."""
     for name, value in values.items():
         check_integer(name, value, minimum=1)

@@ -19,6 +19,7 @@ class Added(NamedTuple):
 
 # Extensions of the image files that version 0.2 listed.
 OLD_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
+# Key -> its old value and its default.
 KEYS = {
     "extensions": Added(list(OLD_EXTENSIONS), None),
     "linked_folders": Added("always", "once"),
@@ -45,12 +46,15 @@ CLASSES = {
 
 
 def with_added_keys(stored: Any, now: Any = None) -> Any:
-    """Return a stored node `dataset` of a run. Missing keys are added with their old values.
+    """Return the mapping `dataset` that a run stored, with the keys that were added after version 0.2.
+
+    If a key is missing, an older version stored the mapping. The key is then added with its old value, with which the
+    dataset is read as in the older version.
 
     Args:
-        stored: the node in the `config.yaml` or in a checkpoint of the run. If it is not a mapping, it is returned.
-        now: the node `dataset` of the command line. If it is given, only keys that it contains are added. None = add
-            all keys that the class accepts. These are known only for built-in classes.
+        stored: the mapping in the `config.yaml` or in a checkpoint of the run. Any other value is returned unchanged.
+        now: the mapping `dataset` of the command line. If it is given, only keys that it contains are added. None = add
+            all keys that the class of the dataset accepts. These are known only for built-in classes.
     """
     if not isinstance(stored, dict):
         return stored
@@ -59,15 +63,16 @@ def with_added_keys(stored: Any, now: Any = None) -> Any:
 
 
 def resumed_dataset(dataset: dict[str, Any], stored: Any, set_keys: Collection[str]) -> dict[str, Any]:
-    """Return the node `dataset` with which an existing run resumes.
+    """Return the mapping `dataset` with which an existing run resumes.
 
-    A key that has the default of the yaml files gets its old value in two cases: the stored configuration lacks the
-    key, because an older version wrote it; or the stored configuration contains the old value. Keys that the command
+    The keys in `KEYS` were added after version 0.2. Each has a default in the yaml files, and an old value with which
+    the dataset is read as in older versions. If a key in `dataset` has its default, it gets its old value in two cases:
+    `stored` lacks the key, because an older version wrote it; or `stored` contains the old value. Keys that the command
     line sets are not changed.
 
     Args:
-        dataset: the composed node.
-        stored: the node in the `config.yaml` of the run.
+        dataset: the mapping composed from yaml files and the command line.
+        stored: the mapping in the `config.yaml` of the run.
         set_keys: the dotted keys that the command line sets, such as `dataset.extensions`.
     """
     if not isinstance(stored, dict):
@@ -82,10 +87,10 @@ def resumed_dataset(dataset: dict[str, Any], stored: Any, set_keys: Collection[s
 
 
 def with_defaults(dataset: Any) -> Any:
-    """Return the node `dataset` of a command line. Missing keys are added with their defaults.
+    """Return the mapping `dataset` of a command line. Missing keys that are in `KEYS` are added with their defaults.
 
-    A yaml file of the user may lack the keys. If the `config.yaml` of a new run lacked them too, the run would be taken
-    for a run of an older version. Only nodes of built-in classes are changed.
+    A yaml file of the user may lack these keys. If the `config.yaml` of a new run lacked them too, the run would be
+    taken for a run of an older version. Only mappings whose `_target_` is a built-in class are changed.
     """
     if not isinstance(dataset, dict):
         return dataset
@@ -94,12 +99,19 @@ def with_defaults(dataset: Any) -> Any:
 
 
 def accepted_keys(dataset: Mapping[str, Any]) -> set[str]:
-    """Return the keys in `KEYS` that the class of a node accepts."""
+    """Return the keys in `KEYS` that the class of a dataset accepts.
+
+    `dataset` is the mapping `dataset` of a configuration. The keys that a built-in class accepts are known. For any
+    class, the keys that the mapping contains are returned as well.
+    """
     return {*CLASSES.get(str(dataset.get("_target_")), ()), *(KEYS.keys() & dataset.keys())}
 
 
 def without_added_keys(dataset: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the node `dataset` without the keys in `KEYS` that have their default and that `stored` lacks."""
+    """Return the mapping `dataset` without some of the keys that were added after version 0.2.
+
+    A key in `KEYS` is removed if it has its default and if the mapping `stored` lacks it.
+    """
     return {
         key: value for key, value in dataset.items() if key in stored or key not in KEYS or value != KEYS[key].default
     }

@@ -1,4 +1,7 @@
-"""Type checks of yaml values against annotations, and descriptions of annotations. Annotations are given as text."""
+"""Type checks of yaml values against annotations, and descriptions of annotations in words.
+
+Annotations are given as text, such as `"int | None"`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,11 @@ WORDS = {
 
 
 def fits(value: Any, annotation: str) -> bool:
-    """Return True if a value fits the annotation of a parameter. Every value fits an unknown annotation."""
+    """Return True if a value fits the annotation of a parameter.
+
+    Every value fits an annotation that this module does not know, such as the name of a class. In a union of a known
+    type and a class, only a mapping can describe an instance of the class.
+    """
     return _fits(value, _parse(annotation)) is not False
 
 
@@ -43,7 +50,7 @@ def _parse(annotation: str) -> ast.expr:
 
 
 def _options(node: ast.expr) -> list[ast.expr]:
-    """Return the types in a union. If the annotation is not a union, return a list with the annotation."""
+    """Return the members of a union. If the annotation is not a union, return a list with only the annotation."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return [*_options(node.left), *_options(node.right)]
     if isinstance(node, ast.Subscript) and _name(node) == "Optional":
@@ -54,7 +61,7 @@ def _options(node: ast.expr) -> list[ast.expr]:
 
 
 def _name(node: ast.expr) -> str:
-    """Return the last part of a dotted name, without the brackets and their content."""
+    """Return the name of a type without its package and its brackets: `typing.List[int]` -> `List`."""
     node = node.value if isinstance(node, ast.Subscript) else node
     return "None" if isinstance(node, ast.Constant) else ast.unparse(node).rpartition(".")[2]
 
@@ -117,7 +124,10 @@ def _fit_all(values: list[Any], name: str, inside: list[ast.expr]) -> bool:
 
 
 def _words(node: ast.expr, *, many: bool) -> str:
-    """Describe an annotation in words. In a union, omit classes if a command line can set one of the other types."""
+    """Describe an annotation in words, in the plural if `many` is True.
+
+    In a union, classes are omitted if a command line can set one of the other members.
+    """
     options = _options(node)
     plain = [option for option in options if _name(option) in (*WORDS, *LISTS, *MAPPINGS, "Literal")]
     has_paths = any(_name(option) in PATHS for option in options)

@@ -7,16 +7,17 @@ from typing import Any
 # Default of `dataset.channels`, and defaults of `dataset.mean` and `dataset.std` for three channels (from ImageNet).
 CHANNELS = 3
 DEFAULTS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-# Gray ImageNet images: the luma of the mean, and the mean standard deviation.
+# Default values for one channel. They are derived from ImageNet: the luma of the mean, and the mean of the standard
+# deviations.
 GRAY = {"mean": [0.459], "std": [0.226]}
-OTHER = {"mean": 0.5, "std": 0.25}
+OTHER = {"mean": 0.5, "std": 0.25}  # default values of each channel for any other number of channels
 
 
 def with_channel_statistics(dataset: Any) -> Any:
-    """Return the node `dataset` of a configuration with one mean and one standard deviation per channel.
+    """Return the mapping `dataset` of a configuration with one mean and one standard deviation per channel.
 
-    If the node sets a number of channels other than three, the default `mean` and `std` for three channels are replaced
-    by defaults for this number. A `mean` or `std` with other values is not changed.
+    The default values of `mean` and `std` are for three channels. If `channels` is another number, these default values
+    are replaced by default values for this number. A `mean` or `std` with other values is not changed.
     """
     channels = dataset.get("channels", CHANNELS) if isinstance(dataset, dict) else CHANNELS
     if channels == CHANNELS or isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
@@ -29,10 +30,10 @@ def with_channel_statistics(dataset: Any) -> Any:
 
 
 def with_channels_of(dataset: dict[str, Any], channels: int) -> dict[str, Any]:
-    """Return the node `dataset` with the number of channels of a network that was pre-trained on another dataset.
+    """Return the mapping `dataset` of a configuration, adapted to the input channels of a pre-trained network.
 
-    If the node has the key `channels` with the default value, the value is replaced by `channels`. Otherwise, the node
-    is returned unchanged.
+    `channels` is the number of input channels of the network. If the mapping has the key `channels` with the default
+    value, the value is replaced by `channels`. Otherwise, the mapping is returned unchanged.
     """
     if dataset.get("channels") != CHANNELS or channels == CHANNELS:
         return dataset

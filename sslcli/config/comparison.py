@@ -17,8 +17,11 @@ from sslcli.config.settings import NEUTRAL
 def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: Collection[str] = NEUTRAL) -> dict[str, Any]:
     """Return the values of a configuration as dotted key -> value.
 
-    The keys in `leave_out` and all keys inside these sections are omitted. By default, the result contains only values
-    that affect the results of a run.
+    The keys in `leave_out` are omitted. If such a key is a section, all keys inside the section are omitted. By
+    default, the result contains only values that affect the results of a run. The section `effective` and the top-level
+    keys that begin with `_` are always omitted.
+
+    `prefix` is the dotted key of `config` with a final period, or "" for a whole configuration.
     """
     found: dict[str, Any] = {}
     for key, value in config.items():
@@ -35,8 +38,9 @@ def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: Collection[s
 def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ: Collection[str] = ()) -> list[str]:
     """Return the differences between two configurations of a run, each as `key: stored value -> current value`.
 
-    Old names in `stored` are converted to current names. Keys that were added to datasets later get their old values.
-    Two paths are equal if they refer to the same file or folder.
+    An older version may have written `stored`. Therefore, its old names are first converted to current names. Keys of
+    the dataset that the older version did not have are added, with the values that correspond to the older version. Two
+    paths are equal if they refer to the same file or folder.
 
     Args:
         stored: plain values that the run stored earlier.
@@ -58,8 +62,9 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
 def moved_paths(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Return the paths of the dataset that differ, as dotted key -> (stored path, current path).
 
-    Only keys that have a path in both configurations are returned. Keys and classes in both configurations must have
-    the names of this version, not names of version 0.1.
+    `stored` is the configuration that a run stored, and `now` is the configuration of the command line. A key is
+    compared only if its value in both configurations is a single path. Keys and classes in both configurations must
+    have the names of this version, not names of version 0.1.
     """
     before, after = stored.get("dataset"), now.get("dataset")
     if not isinstance(before, dict) or not isinstance(after, dict):
@@ -76,9 +81,10 @@ def moved_paths(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 def digest_of_settings(config: dict[str, Any]) -> str:
     """Return a digest (16 hex digits) of the values that affect the results of a run.
 
-    If `changed_settings` finds no difference between two configurations, their digests are equal. The digest does not
-    depend on `train.extend`, which affects only extended runs. Therefore, do not compare digests of extended runs. Keys
-    and classes in `config` must have the names of this version, not names of version 0.1.
+    If `changed_settings` finds no difference between two configurations, their digests are equal. The key
+    `train.extend` is ignored, because it affects only runs that were extended to more epochs. Therefore, do not compare
+    digests of extended runs. Keys and classes in `config` must have the names of this version, not names of version
+    0.1.
     """
     values = flatten(map_paths(config, real_path), leave_out=(*NEUTRAL, "train.extend"))
     known = {key: _number(value) for key, value in values.items() if value is not None}
@@ -93,7 +99,7 @@ def _number(value: Any) -> Any:
 
 
 def relative_path_keys(config: dict[str, Any]) -> tuple[str, ...]:
-    """Return the keys of the dataset whose values are relative paths.
+    """Return the dotted keys of the dataset whose values are relative paths.
 
     Version 0.1 stored relative paths in checkpoints. Such a path has no meaning in another working directory.
     """

@@ -1,4 +1,4 @@
-"""Folders of yaml files: the folder of sslcli, and the user's folder from `--config-dir`."""
+"""Folders of yaml files: the folder of sslcli, and the folder that the user passes with `--config-dir`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def user_folders(arguments: list[str]) -> list[Path]:
-    """Return a list with the folder given by --config-dir, or an empty list."""
+    """Return a list with the folder that `--config-dir` or `-cd` names, or an empty list.
+
+    `arguments` are the arguments of the command line.
+    """
     for position, part in enumerate(arguments):
         flag, _, value = part.partition("=")
         if flag in ("--config-dir", "-cd"):
@@ -16,9 +19,10 @@ def user_folders(arguments: list[str]) -> list[Path]:
 
 
 def conf_folder(*, installed: bool = False) -> Path | None:
-    """Return the folder of the yaml files. If sslcli is not installed, this is the folder `conf` of the checkout.
+    """Return the folder of sslcli's yaml files.
 
-    With installed=True, return None if the package is not installed.
+    If sslcli is installed, this is the folder of the package `sslcli.conf`. Otherwise, it is the folder `conf` of the
+    checkout. If sslcli is not installed and `installed` is True, return None.
     """
     spec = find_spec("sslcli.conf")
     if spec is not None and spec.origin is not None:

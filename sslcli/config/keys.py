@@ -13,13 +13,14 @@ from sslcli.errors import ConfigError
 
 
 def check_path(command: str, path: str, base: DictConfig, *, may_add: bool) -> None:
-    """Raise ConfigError if a dotted key is neither in the yaml nor a parameter of the constructor.
+    """Raise ConfigError unless a dotted key is in the composed configuration, or may be added to it.
 
     Args:
         command: "train", "eval" or "export".
-        path: the dotted key.
+        path: the dotted key, such as `method.temperature`.
         base: the composed configuration.
-        may_add: True if the yaml may lack the key. This is allowed for overrides that begin with `+`, `++` or `~`.
+        may_add: True for overrides that begin with `+`, `++` or `~`. The key may then be missing in `base`, if the
+            constructor of the class that `_target_` names has a parameter with this name.
     """
     node: Any = base
     walked = ""
@@ -47,7 +48,17 @@ def check_path(command: str, path: str, base: DictConfig, *, may_add: bool) -> N
 
 
 def check_name(command: str, name: str, node: DictConfig, where: str) -> None:
-    """Raise ConfigError unless `name` is a key of the mapping `node` or a parameter of its constructor."""
+    """Raise ConfigError unless `name` is a key of the mapping `node` or a parameter of its constructor.
+
+    The constructor is that of the class that the key `_target_` of `node` names. If its parameters cannot be
+    determined, any name is accepted.
+
+    Args:
+        command: "train", "eval" or "export".
+        name: the key to check.
+        node: mapping in a composed configuration.
+        where: dotted key of the mapping, or "" for the whole configuration.
+    """
     known = {str(key) for key in node} - {"hydra"}
     target = node.get("_target_") if where else None
     parameters = parameters_of(target) if isinstance(target, str) else None

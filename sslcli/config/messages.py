@@ -1,4 +1,4 @@
-"""Messages about missing and unknown keys. A message about an unknown key suggests the closest known key."""
+"""Error messages about missing and unknown configuration keys. The closest known key to an unknown key is suggested."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from sslcli.errors import nearest
 
 
 def missing_message(where: str, names: list[str]) -> str:
-    """Return the error message for missing keys."""
+    """Return the error message for the missing keys `names`.
+
+    `where` is the dotted key of the mapping that lacks the keys, or "" for the whole configuration.
+    """
     path = f"{where}.{names[0]}" if where else names[0]
     return f"{where or 'the configuration'} lacks {', '.join(names)}: set it with {path}=..."
 
 
 def unknown_message(where: str, key: str, known: Iterable[str]) -> str:
-    """Return the error message for a key that does not exist."""
+    """Return the error message for a key that does not exist.
+
+    `where` is the dotted key of the mapping that contains `key`, or "" for the whole configuration. `known` are the
+    keys that this mapping may contain.
+    """
     names = sorted(str(name) for name in known)
     path = f"{where}.{key}" if where else key
     return (

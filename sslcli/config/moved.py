@@ -105,7 +105,9 @@ PACKAGES = {
 FOLDER = Path(__file__).parent / "renamed"  # yaml files with old names of choices
 # New module name -> {old name: new name} of functions that plug-ins import.
 FUNCTIONS = {"sslcli.nn.contrastive": {"mutual_info_nce": "nt_xent_symmetric"}}
+# Config group -> {old name of a choice: new name}.
 CHOICES = {"views": {"mocov1": "moco_v1", "mocov2": "moco_v2"}}
+# Old key -> new key.
 KEYS = {
     "dataset.unlabelled": "dataset.unlabeled",
     "monitor.health_every": "monitor.health_every_steps",
@@ -172,7 +174,10 @@ def old_override(line: str) -> str:
 
 
 def _parts(line: str) -> tuple[str, str, str]:
-    """Split an override into its prefix ("+", "++", "~" or ""), key, and the rest with the equals sign."""
+    """Split an override into its prefix ("+", "++", "~" or ""), its key, and the rest.
+
+    The rest begins with the equals sign.
+    """
     match = re.fullmatch(r"([+~]*)([^=]*)(.*)", line, re.DOTALL)
     assert match is not None
     return match[1], match[2], match[3]
@@ -194,8 +199,8 @@ def current_config(config: dict[str, Any], *, overridden: Iterable[str] = ()) ->
         if not isinstance(node, dict) or name not in node:
             continue
         value, name = node.pop(name), new.partition(".")[2]
-        # If a yaml file has the old name, the configuration has both keys. The old value is used if the new key has its
-        # default.
+        # If a yaml file of the user has the old name, the configuration has both keys. The value of the old key is then
+        # used, unless the new key has a value other than its default.
         if new not in overridden and node.get(name, DEFAULTS[new]) == DEFAULTS[new]:
             node[name] = value
         notes.append(f"{old} is now {new}")

@@ -30,7 +30,8 @@ READING = (
     "download",
     "memory_gb",
 )
-# Keys that select files. Two values may select the same images, which only a comparison of fingerprints shows.
+# Keys that select files. Two different values may select the same images. To detect this, compare the fingerprints of
+# the images.
 SELECTING = ("extensions", "linked_folders")
 
 
@@ -43,9 +44,14 @@ class Change(NamedTuple):
 
 
 def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[str]) -> dict[str, Any]:
-    """Return the node `dataset` of a run's configuration after applying and validating `changes`.
+    """Return the mapping `dataset` of a run's configuration after applying and validating `changes`.
 
-    Paths in the returned node are absolute.
+    Paths in the returned mapping are absolute.
+
+    Args:
+        saved: the configuration that the run stored.
+        changes: overrides of the command line. If there are none, the mapping is not validated.
+        trust: names of the packages that the user trusts. Their classes may be named as `_target_`.
 
     Raises ConfigError if a key is unknown or a value is invalid.
     """
@@ -74,7 +80,11 @@ def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[
 
 
 def _delete(node: Any, key: str) -> None:
-    """Delete a key of a nested setting of the dataset. Raises ConfigError if the key does not exist."""
+    """Delete a key of a mapping that is the value of a dataset setting.
+
+    `key` is the dotted key without the leading `dataset.`. Raises ConfigError if `key` is a setting itself, or if it
+    does not exist.
+    """
     where, _, name = key.rpartition(".")
     inside = OmegaConf.select(node, PREFIX + where) if where else None
     if not isinstance(inside, DictConfig):
@@ -85,7 +95,11 @@ def _delete(node: Any, key: str) -> None:
 
 
 def has_same_keys(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return True if two datasets are equal except for their paths and the keys in `READING` and `SELECTING`."""
+    """Return True if two datasets are equal except for their paths and some keys.
+
+    The ignored keys are those in `READING`, which affect only how images are read, and those in `SELECTING`, which
+    select files. `one` and `other` are mappings `dataset` of configurations.
+    """
     first, second = (
         {key: value for key, value in image_settings(node).items() if key not in SELECTING} for node in (one, other)
     )
@@ -93,17 +107,28 @@ def has_same_keys(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def has_same_paths(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return True if two datasets have the same paths and are equal except for the keys in `READING`."""
+    """Return True if two datasets are equal except for the keys in `READING`, which affect only how images are read.
+
+    Two paths are equal if they refer to the same file or folder. `one` and `other` are mappings `dataset` of
+    configurations.
+    """
     return same_paths(image_settings(one), image_settings(other))
 
 
 def image_settings(node: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that determine which images a dataset contains, without the keys in `READING`."""
+    """Return the settings of a dataset that determine which images it contains.
+
+    `node` is the mapping `dataset` of a configuration. The keys in `READING` are omitted, because they affect only how
+    images are read.
+    """
     return {key: value for key, value in node.items() if key not in READING}
 
 
 def missing_path_hint(node: dict[str, Any]) -> str:
-    """Return a hint about the first path of a dataset that does not exist, or "" if all paths exist."""
+    """Return a hint about the first path of a dataset that does not exist, or "" if all paths exist.
+
+    `node` is the mapping `dataset` of a run's configuration. The hint is the last part of an error message.
+    """
     absent = [(key, path) for key, path in paths_of(node) if os.path.isabs(path) and not os.path.exists(path)]
     if not absent:
         return ""

@@ -1,7 +1,7 @@
 """Conversion of paths in a composed configuration to absolute paths, and comparison of paths.
 
-With absolute paths, a configuration does not depend on the working directory. The annotations of the constructors
-determine which values are paths.
+With absolute paths, a configuration does not depend on the working directory. A node is a mapping whose key `_target_`
+names a class. The annotations of the constructor of this class determine which values of the node are paths.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Convert = Callable[[str], str]
 def absolute_paths(command: str, config: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration with `~` expanded and every path absolute. URLs and hub names are not changed.
 
-    Raises ConfigError if a `~` cannot be expanded.
+    `command` is train, eval or export. Raises ConfigError if a `~` cannot be expanded.
     """
     changed: dict[str, Any] = map_paths(config, absolute)
     for key in PLAIN[command]:
@@ -47,7 +47,8 @@ def numbers_as_text(command: str, config: dict[str, Any], lines: Iterable[str] =
     Args:
         command: train, eval or export.
         config: plain values.
-        lines: overrides of the command line. They contain the text of a number as the user wrote it, such as `1e3`.
+        lines: overrides of the command line. If one of them sets a number, the text is taken from this override.
+            Therefore `dataset.root=1e3` gives "1e3" and not "1000.0".
     """
     written = {key.lstrip("+"): text.strip() for key, _, text in (line.partition("=") for line in lines)}
     changed = {key: _numbers_as_text(value, key, written) for key, value in config.items()}
@@ -58,7 +59,10 @@ def numbers_as_text(command: str, config: dict[str, Any], lines: Iterable[str] =
 
 
 def _numbers_as_text(value: Any, where: str, written: dict[str, str]) -> Any:
-    """Replace the numbers in the path parameters of all nodes with a `_target_`. `where` is the dotted key."""
+    """Replace numbers by text in the path parameters of all nodes (mappings with a `_target_`) inside `value`.
+
+    `where` is the dotted key of `value`. `written` maps the keys of the command line to their values as text.
+    """
     if isinstance(value, list):
         return [_numbers_as_text(inner, where, written) for inner in value]
     if not isinstance(value, dict):
@@ -73,7 +77,13 @@ def _numbers_as_text(value: Any, where: str, written: dict[str, str]) -> Any:
 
 
 def _text(value: Any, where: str, written: dict[str, str]) -> Any:
-    """Return a number as text, also inside a list or as a key of a mapping from folders to sampling weights."""
+    """Replace the numbers in the value of a path parameter by text.
+
+    The value may be a path, a list of paths, or a mapping. The paths of a mapping are its values if any of them is a
+    string or a list. Otherwise, its paths are its keys, as in a mapping from folders to sampling weights.
+
+    `where` is the dotted key of the value. `written` maps the keys of the command line to their values as text.
+    """
     if isinstance(value, list):
         return [_text(inner, "", written) for inner in value]
     if isinstance(value, dict):
@@ -91,7 +101,7 @@ def _text(value: Any, where: str, written: dict[str, str]) -> Any:
 def quote_home_paths(line: str) -> str:
     """Return an override with quotes around every path that begins with `~`, since Hydra rejects an unquoted `~`.
 
-    In a key of a mapping, `~` is expanded instead, since Hydra rejects quotes in keys.
+    Hydra also rejects quotes in the keys of a mapping such as `{~/images: 1}`. In these keys, `~` is expanded instead.
     """
     key, equals, value = line.partition("=")
     if '"' in value or "'" in value:
@@ -101,7 +111,11 @@ def quote_home_paths(line: str) -> str:
 
 
 def map_paths(value: Any, convert: Convert) -> Any:
-    """Return a copy of a configuration with `convert` applied to all path parameters of nodes with a `_target_`."""
+    """Return a copy of a configuration with `convert` applied to every path.
+
+    A value is a path if it belongs to a node (a mapping with a `_target_`), and if the class that `_target_` names
+    annotates this parameter as a path.
+    """
     if isinstance(value, list):
         return [map_paths(inner, convert) for inner in value]
     if not isinstance(value, dict):
@@ -116,14 +130,20 @@ def map_paths(value: Any, convert: Convert) -> Any:
 
 
 def path_keys(node: dict[str, Any]) -> dict[str, bool]:
-    """Return the keys of a node whose values are paths, mapped to True if the value may also be a hub name."""
+    """Return the keys of `node` whose values are paths, as key -> True if the value may also be a hub name.
+
+    `node` is a mapping with a `_target_`. A value is a path if the class that `_target_` names annotates it as a path.
+    """
     target = node.get("_target_")
     names = names_in_annotations(target) if isinstance(target, str) else {}
     return {key: HUB_NAME in found for key, found in names.items() if key in node and found & PATH_TYPES}
 
 
 def paths_of(node: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (key, path) for every path in a node and in the nodes inside it."""
+    """Yield (key, path) for every path in a node, a mapping with a `_target_`.
+
+    If the value of a key is a list or a mapping that contains several paths, one pair is yielded for each path.
+    """
     for key in path_keys(node):
         found: list[str] = []
         _convert(node[key], lambda text, found=found: found.append(text) or text)  # type: ignore[misc]
@@ -131,12 +151,18 @@ def paths_of(node: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def same_paths(one: Any, other: Any) -> bool:
-    """Return True if two configurations are equal. Two paths are equal if they refer to the same file or folder."""
+    """Return True if two configurations are equal when their paths are resolved.
+
+    Two different paths are equal if they refer to the same file or folder, for example through a symbolic link.
+    """
     return bool(map_paths(one, real_path) == map_paths(other, real_path))
 
 
 def without_paths(config: Any) -> Any:
-    """Return the configuration with each path replaced by a number, so that comparisons ignore paths."""
+    """Return a copy of a configuration in which the paths are replaced by "path 0", "path 1" and so on.
+
+    If two configurations differ only in their paths, the results for both are equal.
+    """
     number = itertools.count()
     return map_paths(config, lambda text: f"path {next(number)}")
 
@@ -144,9 +170,11 @@ def without_paths(config: Any) -> Any:
 def absolute(path: str) -> str:
     """Return the absolute form of a path, with `~` and `~user` expanded. URLs, fsspec chains and "" are not changed.
 
-    `..` after a symbolic link means the parent of the link's target, even if the path does not exist yet. The result
-    contains no `..`, because much code resolves `..` by removing the preceding name, which is wrong if that name is a
-    symbolic link.
+    If `..` follows a symbolic link, it means the parent of the link's target. This is also the case if the whole path
+    does not exist yet. The result contains no `..`, because other code often resolves `..` by removing the preceding
+    name. The path would then be wrong if the preceding name is a symbolic link.
+
+    Raises ConfigError if the home directory is unknown.
     """
     if not path or "://" in path or "::" in path:
         return path
@@ -174,7 +202,10 @@ def real_path(path: str) -> str:
 
 
 def _for_hub(convert: Convert) -> Convert:
-    """Return a function that applies `convert` to paths and returns hub names unchanged."""
+    """Return a function that applies `convert` to paths and returns Hugging Face hub names unchanged.
+
+    A text is a path if it begins with `/`, `.` or `~`, or if a file or folder with this name exists.
+    """
 
     def local(text: str) -> str:
         is_path = text.startswith(("/", ".", "~")) or os.path.exists(text)
@@ -184,9 +215,9 @@ def _for_hub(convert: Convert) -> Convert:
 
 
 def _convert(value: Any, convert: Convert) -> Any:
-    """Convert a path, or all paths in a list or a mapping.
+    """Apply `convert` to the value of a path parameter: a path, a list of paths, or a mapping.
 
-    The paths in a mapping are its values if any of them is a string or a list. Otherwise, the paths are its keys, as in
+    The paths of a mapping are its values if any of them is a string or a list. Otherwise, its paths are its keys, as in
     a mapping from folders to sampling weights.
     """
     if isinstance(value, str):

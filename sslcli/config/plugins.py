@@ -1,4 +1,8 @@
-"""Installed plug-in packages. They are found by the entry point `sslcli.plugins` and not imported."""
+"""Installed plug-in packages.
+
+A plug-in is a package that declares an entry point in the group `sslcli.plugins`. Plug-ins are found without importing
+them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from pathlib import Path
 
 @lru_cache
 def plugins() -> tuple[str, ...]:
-    """Return the package names of all plug-ins."""
+    """Return the names of the packages of all installed plug-ins.
+
+    A plug-in is a package that declares an entry point in the group `sslcli.plugins`.
+    """
     from importlib.metadata import entry_points
 
     names = (entry.value.split(":")[0].split(".")[0] for entry in entry_points(group="sslcli.plugins"))
@@ -17,7 +24,10 @@ def plugins() -> tuple[str, ...]:
 
 
 def plugin_folders() -> dict[str, Path]:
-    """Return the folder `conf` of each plug-in that has one. Its subfolders are named after the config groups."""
+    """Return the folders `conf` of the installed plug-ins, as package name -> folder.
+
+    Plug-ins without such a folder are omitted. The subfolders of `conf` are named after the config groups.
+    """
     found = {}
     for name in plugins():
         try:

@@ -1,4 +1,7 @@
-"""Typed configurations of the commands, created from composed and validated plain values."""
+"""Typed configurations of ssl-train, ssl-eval and ssl-export.
+
+They are created from plain values that were composed from yaml files and the command line, and validated.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from sslcli.config.settings import (
 )
 from sslcli.config.slurm import SlurmSettings
 
-Node = dict[str, Any]  # plain values of a config group; `_target_` names the class
+Node = dict[str, Any]  # plain values of a config group; the key `_target_` names the class
 LAUNCHERS: dict[str, type[LauncherSettings]] = {  # by `launcher.kind`
     "local": LauncherSettings,
     "multi": MultiSettings,
@@ -27,13 +30,15 @@ LAUNCHERS: dict[str, type[LauncherSettings]] = {  # by `launcher.kind`
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(RunSettings):
-    """Configuration of ssl-train: top-level keys, sections, and one node for each group with a `_target_`.
+    """Configuration of ssl-train: top-level keys, sections, and one node for each config group with a `_target_`.
+
+    A node is a mapping. Its key `_target_` names a class, and its other keys are arguments of the constructor.
 
     Attributes:
         values: all settings as plain values, for `config.yaml`, checkpoints and comparisons.
-        choices: the name of the chosen yaml file of each group.
+        choices: the name of the chosen yaml file of each config group.
         digest: digest of the overrides that affect the results. The name of the default run directory contains it.
-        overrides: overrides of the command line.
+        overrides: overrides of the command line, such as `train.epochs=5`.
     """
 
     train: TrainSettings
@@ -51,7 +56,10 @@ class RunConfig(RunSettings):
 
     @classmethod
     def from_plain(cls, config: dict[str, Any]) -> RunConfig:
-        """Return the typed configuration of a validated job, or of the values that `plain()` returned."""
+        """Return the typed configuration of plain values.
+
+        `config` is the validated configuration of one job, or a result of `plain()`.
+        """
         values = {key: value for key, value in config.items() if not key.startswith("_")}
         nodes = {key: values[key] for key in ("method", "dataset", "backbone", "views", "optimizer")}
         return cls(
@@ -68,12 +76,18 @@ class RunConfig(RunSettings):
 
     @property
     def directory(self) -> Path:
-        """The run directory. `sslcli.runs.launch.launch` sets it before anything reads it."""
+        """The run directory.
+
+        `sslcli.runs.launch.launch` sets the key `run_dir` before any code reads this property.
+        """
         assert self.run_dir is not None
         return Path(self.run_dir)
 
     def plain(self) -> dict[str, Any]:
-        """Return JSON-serializable values, to pass the configuration to other processes."""
+        """Return JSON-serializable values, to pass the configuration to other processes.
+
+        `from_plain` converts them to a `RunConfig` again.
+        """
         return self.values | {"_choices_": self.choices, "_overrides_": self.digest, "_lines_": self.overrides}
 
     def changed(self, **values: Any) -> RunConfig:
@@ -83,11 +97,14 @@ class RunConfig(RunSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(EvalSettings):
-    """Configuration of ssl-eval: top-level keys, and one node for each group with a `_target_`.
+    """Configuration of ssl-eval: top-level keys, and one node for each config group with a `_target_`.
+
+    A node is a mapping. Its key `_target_` names a class, and its other keys are arguments of the constructor.
 
     Attributes:
-        dataset: the chosen dataset. None = the run's dataset, with `dataset_changes` applied.
-        backbone: the chosen backbone for a weight file. None = the backbone that is stored in the file.
+        protocol: node of the chosen evaluation protocol.
+        dataset: node of the chosen dataset. None = the run's dataset, with `dataset_changes` applied.
+        backbone: node of the chosen backbone for a weight file. None = the backbone that is stored in the file.
         dataset_changes: overrides of the run's dataset, see `sslcli.config.own_dataset.Change`.
     """
 
@@ -98,7 +115,7 @@ class EvalConfig(EvalSettings):
 
     @classmethod
     def from_plain(cls, config: dict[str, Any]) -> EvalConfig:
-        """Return the typed configuration of a validated job."""
+        """Return the typed configuration of the plain values `config`, the validated configuration of one job."""
         return cls(
             **{f.name: config[f.name] for f in fields(EvalSettings)},
             protocol=config["protocol"],
@@ -109,5 +126,5 @@ class EvalConfig(EvalSettings):
 
 
 def export_config(config: dict[str, Any]) -> ExportSettings:
-    """Return the typed configuration of a validated job of ssl-export."""
+    """Return the typed configuration of ssl-export from the plain values `config`, which must be validated."""
     return ExportSettings(**{f.name: config[f.name] for f in fields(ExportSettings)})

@@ -1,4 +1,8 @@
-"""Validation of composed configurations, which Hydra does not do: unknown keys, types, ranges and missing values."""
+"""Validation of composed configurations: unknown keys, types, ranges and missing values.
+
+Hydra does not check these. A config group is a top-level key such as `method`. Its value is called a node: a mapping
+that in most groups has a key `_target_`, the name of a class. The other keys of the node are arguments of this class.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +48,9 @@ HEADER = "a yaml that sets keys outside its own group begins with the line: # @p
 
 
 def check(command: str, config: dict[str, Any]) -> None:
-    """Raise ConfigError unless the configuration is valid.
+    """Raise ConfigError unless `config`, the composed configuration of a command, is valid.
 
-    The message names the key, the allowed values, and the closest valid name.
+    `command` is train, eval or export. The message names the key, the allowed values, and the closest valid name.
     """
     plain = [f.name for f in fields(PLAIN[command])]
     sections = ["train", "sweep"] if command == "train" else []
@@ -73,9 +77,10 @@ def check(command: str, config: dict[str, Any]) -> None:
 
 
 def check_group(group: str, node: Any) -> None:
-    """Raise ConfigError unless the node of a group is valid. It must be a mapping.
+    """Raise ConfigError unless `node`, the value of the config group `group`, is a valid mapping.
 
-    If `group` is in `BUILT`, the `_target_` and the keywords of the node are also checked.
+    If `group` is in `BUILT`, the mapping must have a `_target_`, the name of a class. The other keys must be keywords
+    of this class, and their values must have the right types.
     """
     if node is None:
         raise ConfigError(f"{group} is missing: choose one with {group}=...")
@@ -92,7 +97,10 @@ def check_group(group: str, node: Any) -> None:
 
 
 def check_has_target(where: str, node: Any) -> None:
-    """Raise ConfigError unless a node is a mapping with a `_target_`."""
+    """Raise ConfigError unless `node` is a mapping with a key `_target_`.
+
+    `where` is the dotted key of the node, for the message.
+    """
     if not isinstance(node, dict):
         raise ConfigError(f"{where} is {node!r}, but it must be a mapping of keys to values")
     if "_target_" not in node:
@@ -100,7 +108,12 @@ def check_has_target(where: str, node: Any) -> None:
 
 
 def check_node(where: str, node: dict[str, Any]) -> None:
-    """Raise ConfigError unless the keys and types of a node with a `_target_`, and of its inner nodes, are valid."""
+    """Raise ConfigError unless the keys and types of a node with a `_target_`, and of its inner nodes, are valid.
+
+    The keys must be keywords of the class that `_target_` names, and the values must fit the annotations. All required
+    keywords must be set. If the class is not part of sslcli and its keywords cannot be determined from its source text,
+    they are not checked. `where` is the dotted key of the node, for the message.
+    """
     for name, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
             check_node(f"{where}.{name}", value)
@@ -125,10 +138,10 @@ def check_node(where: str, node: dict[str, Any]) -> None:
 
 
 def check_mixture(method: dict[str, Any], *, takes_one: bool) -> None:
-    """Raise ConfigError if `method.mixture` is set, but the method has no such parameter, or the value is text.
+    """Raise ConfigError if `method.mixture` is set but the method has no such parameter, or if its value is a string.
 
     Args:
-        method: the node `method`.
+        method: the value of the config group `method`.
         takes_one: True if the constructor of the method has the parameter `mixture`.
     """
     mixture = method.get("mixture")
@@ -146,7 +159,10 @@ def check_mixture(method: dict[str, Any], *, takes_one: bool) -> None:
 
 
 def check_keys(where: str, node: dict[str, Any], known: Iterable[str]) -> None:
-    """Raise ConfigError if a key of `node` is not in `known`."""
+    """Raise ConfigError if a key of the mapping `node` is not in `known`.
+
+    `where` is the dotted key of the mapping, for the message.
+    """
     names = set(known)
     for key in node:
         if key not in names:
@@ -154,7 +170,11 @@ def check_keys(where: str, node: dict[str, Any], known: Iterable[str]) -> None:
 
 
 def check_types(where: str, node: dict[str, Any], annotations: dict[str, str]) -> None:
-    """Raise ConfigError if a value does not fit its annotation."""
+    """Raise ConfigError if a value of the mapping `node` does not fit the annotation of its key.
+
+    `where` is the dotted key of the mapping, for the message. `annotations` maps keys to annotations as text. Values of
+    other keys are not checked.
+    """
     for key, value in node.items():
         path = f"{where}.{key}" if where else key
         if key in annotations and not fits(value, annotations[key]):
@@ -164,7 +184,11 @@ def check_types(where: str, node: dict[str, Any], annotations: dict[str, str]) -
 
 
 def build_settings(kind: type, node: Any, where: str) -> Any:
-    """Return an instance of a settings class. Raises ConfigError if a key is unknown, missing or invalid."""
+    """Return an instance of the settings class `kind` with the values of the mapping `node`.
+
+    `where` is the dotted key of the mapping, for the message. Raises ConfigError if a key is unknown, missing or
+    invalid.
+    """
     annotations = {f.name: str(f.type) for f in fields(kind)}
     if not isinstance(node, dict):
         raise ConfigError(f"{where} is {node!r}, but it must be a mapping with the keys: {', '.join(annotations)}")
@@ -177,7 +201,10 @@ def build_settings(kind: type, node: Any, where: str) -> Any:
 
 
 def build_launcher(node: dict[str, Any]) -> LauncherSettings:
-    """Return the settings of a launcher. Raises ConfigError unless its keys are valid."""
+    """Return the settings of a launcher from `node`, the value of the config group `launcher`.
+
+    Raises ConfigError unless its keys are valid.
+    """
     kind = node.get("kind")
     if kind not in LAUNCHERS:
         raise ConfigError(f"launcher.kind is {kind!r}, but it must be one of: {', '.join(LAUNCHERS)}")
@@ -186,7 +213,10 @@ def build_launcher(node: dict[str, Any]) -> LauncherSettings:
 
 
 def check_split(train: TrainSettings, launcher: LauncherSettings) -> None:
-    """Raise ConfigError unless the batch of a Slurm job splits evenly over its processes and micro-batches."""
+    """Raise ConfigError unless the batch of a Slurm job splits evenly over its processes and micro-batches.
+
+    This function does not check other launchers.
+    """
     if isinstance(launcher, SlurmSettings):
         processes = launcher.nodes * launcher.processes
         if train.batch_size % (processes * train.accumulate):

@@ -1,7 +1,7 @@
-"""Types and valid ranges of the settings that belong to no config group. This module does not import torch.
+"""Types and valid ranges of the settings that are not arguments of a class with a `_target_`.
 
-The yaml files contain the values, and the classes of this module validate the values. A test checks that
-`conf/train.yaml` and `TrainSettings` have the same keys.
+The yaml files contain the default values, and the classes of this module validate the values. A test checks that
+`conf/train.yaml` and `TrainSettings` have the same keys. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
 EXPORTS = ("backbone", "method")
 RESUME = ("auto", "never", "must")
 DIRECTIONS = ("auto", "max", "min")
-# Scalars of a run. "max" means that the highest value is best, "min" that the lowest value is best.
+# Scalars in the metrics.jsonl of a run -> "max" if the highest value is best, "min" if the lowest value is best.
 KNOWN_METRICS = {
     "monitor/knn_top1": "max",
     "monitor/knn_top5": "max",
@@ -67,7 +67,10 @@ def check_range(
     least: float | None = None,
     most: float | None = None,
 ) -> None:
-    """Raise ConfigError unless `value` is None, or finite and > `above`, >= `least` and <= `most`."""
+    """Raise ConfigError unless `value` is None, or finite and > `above`, >= `least` and <= `most`.
+
+    A bound that is None is not checked. `name` is the key of the value, for the message.
+    """
     if value is None:
         return
     if not math.isfinite(value):
@@ -81,20 +84,26 @@ def check_range(
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ConfigError unless `value` is one of `allowed`."""
+    """Raise ConfigError unless `value` is one of `allowed`. `name` is the key of the value, for the message."""
     if value not in allowed:
         hint = nearest(value, allowed)
         raise ConfigError(f"{name} is {value!r}, but it must be one of: {', '.join(allowed)}{hint and '.' + hint}")
 
 
 def check_device(device: str) -> None:
-    """Raise ConfigError unless the device name is valid. Whether the device is available is checked later."""
+    """Raise ConfigError unless the device name is auto, cpu, mps, cuda or cuda:N.
+
+    Another function checks later whether the device is available.
+    """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise ConfigError(f"device is {device!r}, but it must be one of: auto, cpu, cuda, cuda:N (N = 0, 1, ...), mps")
 
 
 def check_checkpoint(checkpoint: str | int) -> None:
-    """Raise ConfigError unless the value is "last" or a step. Whether the checkpoint exists is checked later."""
+    """Raise ConfigError unless `checkpoint` is "last" or a step, an integer of at least 0.
+
+    Another function checks later whether the checkpoint exists.
+    """
     if isinstance(checkpoint, int):
         check_range("checkpoint", checkpoint, least=0)
     elif checkpoint != "last":
@@ -102,7 +111,10 @@ def check_checkpoint(checkpoint: str | int) -> None:
 
 
 def seconds(name: str, value: str | float | None) -> float | None:
-    """Convert a duration such as `90`, `"90s"`, `"10m"`, `"1.5h"` or `"2d"` to seconds. None is returned unchanged."""
+    """Convert a duration such as `90`, `"90s"`, `"10m"`, `"1.5h"` or `"2d"` to seconds. None is returned unchanged.
+
+    Raises ConfigError for other values. `name` is the key of the value, for the message.
+    """
     if value is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))
@@ -117,10 +129,10 @@ class TrainSettings:
 
     epochs: int
     max_steps: int | None  # overrides `epochs`
-    max_time: str | float | None  # time limit; the run then stops with exit code 75
+    max_time: str | float | None  # time limit; at its end, the run saves a checkpoint and stops with exit code 75
     batch_size: int  # images per optimizer step, over all processes and micro-batches
     accumulate: int  # micro-batches per optimizer step
-    cached_gradients: bool  # compute one loss over all micro-batches, for in-batch negatives
+    cached_gradients: bool  # compute one loss over all micro-batches; in-batch negatives then come from all of them
     precision: str
     compile: bool
     sharding: str  # fsdp: shard parameters, gradients and optimizer state over the processes
@@ -137,7 +149,8 @@ class TrainSettings:
     final_lr: float  # final learning rate of the cosine schedule, as a fraction of the peak learning rate
     milestones: list[float]  # for schedule=step: steps at which the rate drops, as fractions of the run
     decay_norm_and_bias: bool
-    extend: str = "rescale"  # learning rate after an extension. The default is for configurations of version 0.2
+    # Learning rate of a run that is extended to more epochs. The default is for config.yaml files of version 0.2.
+    extend: str = "rescale"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "log_every_steps", "keep"):
@@ -185,8 +198,8 @@ class MonitorSettings:
     knn_every_epochs: int  # epochs between k-NN evaluations; 0 = never, not even at the end
     knn_k: int
     knn_temperature: float
-    knn_images: int | None  # maximum number of training images in the bank; None = all
-    health_every_steps: int  # steps between health checks; 0 = never
+    knn_images: int | None  # maximum number of training images among which neighbors are searched; None = all
+    health_every_steps: int  # steps between checks of the embeddings for collapse; 0 = never
     on_collapse: str
     pictures: int  # images in the picture of the augmented views; 0 = none
 
@@ -213,7 +226,7 @@ class LauncherSettings:
 
     @property
     def timeout_seconds(self) -> float:
-        """Maximum wait for images or for another process, in seconds."""
+        """Maximum time in seconds that a process waits for images or for another process."""
         found = seconds("launcher.timeout", self.timeout)
         if found is None:
             raise ConfigError("launcher.timeout is null, but it must be a duration such as 10m")
@@ -235,9 +248,9 @@ class MultiSettings(LauncherSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
-    """Keys `sweep.*`, only for `--multirun`."""
+    """Keys `sweep.*`. They have an effect only with `--multirun`."""
 
-    metric: str  # scalar of metrics.jsonl that ranks the jobs
+    metric: str  # name of the scalar in metrics.jsonl that ranks the jobs of the sweep
     direction: str
     jobs: int | None  # concurrent jobs on this machine; None: one per device
     retry_failed: bool
@@ -259,7 +272,7 @@ class SweepSettings:
 
     @property
     def is_minimized(self) -> bool:
-        """True if the lowest value is best."""
+        """True if the lowest value of `metric` is best, False if the highest value is best."""
         return (KNOWN_METRICS[self.metric] if self.direction == "auto" else self.direction) == "min"
 
 
@@ -289,7 +302,7 @@ class EvalSettings:
     run: str | None
     weights: str | None
     checkpoint: str | int  # last, or a step
-    feature_layer: str  # backbone, projection, head1 ..., or a stage
+    feature_layer: str  # layer whose output is evaluated: backbone, projection, bank, head1 ..., or a stage
     device: str
     precision: str
     batch_size: int

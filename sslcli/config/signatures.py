@@ -1,4 +1,4 @@
-"""Parameters of the class that a `_target_` names.
+"""Parameters of the class or function that the key `_target_` of a configuration names.
 
 The parameters are read from the source text of the class, without importing torch or code of the user.
 """
@@ -18,7 +18,7 @@ METHOD_ARGUMENTS = (
     "num_images",
     "image_size",
     "channels",
-)  # arguments that the commands pass to a method; they are not in the yaml
+)  # arguments that the commands pass to a method; the yaml files do not contain them
 OPTIMIZER_ARGUMENTS = ("params",)  # arguments that the commands pass to an optimizer
 DEPTH = 8  # maximum number of imports and base classes to follow
 
@@ -35,7 +35,7 @@ class Parameter:
 
 @lru_cache
 def parameters_of(target: str) -> Parameters | None:
-    """Return the keywords of the class or function with this dotted name.
+    """Return the keyword arguments of the class or function with the dotted name `target`.
 
     Returns None if the keywords cannot all be determined from the source text.
     """
@@ -45,7 +45,11 @@ def parameters_of(target: str) -> Parameters | None:
 
 @lru_cache
 def names_in_annotations(target: str) -> dict[str, frozenset[str]]:
-    """Return the names in the annotation of each keyword. Type aliases and base classes are included.
+    """Return the names of the types in the annotation of each keyword argument, as keyword -> names.
+
+    `target` is the dotted name of a class or function. For `root: list[Path]`, the names are "list" and "Path". If an
+    annotation uses a type alias, the names in the definition of the alias are added. The keywords of base classes are
+    included.
 
     If a constructor has `**kwargs`, the result contains only the keywords that the source text declares.
     """
@@ -65,7 +69,7 @@ def names_in_annotations(target: str) -> dict[str, frozenset[str]]:
 
 
 def _annotations(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
-    """Yield the annotated keywords of a function, or of the constructor and the fields of a class."""
+    """Yield (keyword, annotation) for a function, or for the constructor and the fields of a class."""
     if isinstance(node, ast.FunctionDef):
         for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
             if argument.annotation is not None:
@@ -79,7 +83,10 @@ def _annotations(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _names(annotation: ast.expr, module: str, depth: int) -> frozenset[str]:
-    """Return the names in an annotation in `module`. Type aliases are replaced by their definitions."""
+    """Return the names in an annotation that occurs in `module`, and in the definitions of the type aliases in it.
+
+    `depth` is the maximum number of aliases and imports to follow.
+    """
     found: set[str] = set()
     for node in ast.walk(annotation):
         if isinstance(node, ast.Attribute):
@@ -96,7 +103,10 @@ def _names(annotation: ast.expr, module: str, depth: int) -> frozenset[str]:
 
 
 def _definition(module: str, name: str, depth: int) -> tuple[str, ast.stmt] | None:
-    """Return the module and the statement that define `name`, as seen from `module`, or None. Imports are followed."""
+    """Return the module and the statement that define `name`, or None.
+
+    `name` is searched in `module`. If `module` imports it, the import is followed, at most `depth` times.
+    """
     tree = _tree(module)
     if tree is None or depth <= 0:
         return None
@@ -143,7 +153,11 @@ def _tree(module: str) -> ast.Module | None:
 
 
 def _find(module: str, name: str, depth: int) -> Parameters | None:
-    """Return the keywords of `name` in `module`, or None if the keywords are unknown. Imports are followed."""
+    """Return the keyword arguments of the class or function `name` in `module`, or None if they are unknown.
+
+    If `module` imports `name`, the import is followed. `depth` is the maximum number of imports and base classes to
+    follow.
+    """
     tree = _tree(module)
     if tree is None or depth == 0:
         return None
@@ -160,7 +174,7 @@ def _find(module: str, name: str, depth: int) -> Parameters | None:
 
 
 def _absolute(module: str, node: ast.ImportFrom) -> str:
-    """Return the absolute name of the module that an import statement in `module` refers to."""
+    """Return the absolute name of the module in `node`, a statement `from ... import ...` that occurs in `module`."""
     if node.level == 0:
         return node.module or ""
     path = source_of(module)

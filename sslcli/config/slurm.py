@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from sslcli.config.settings import LauncherSettings, check_range, seconds
 from sslcli.errors import ConfigError
 
-LONGEST_WARNING = 65535  # seconds; maximum time that sbatch --signal accepts
-SET_BY_US = {  # sbatch option in the batch script -> key that sets the option
+LONGEST_WARNING = 65535  # maximum of launcher.stop_before in seconds, because sbatch --signal accepts no longer time
+SET_BY_US = {  # sbatch option that sslcli writes to the batch script -> key that determines the option
     "nodes": "launcher.nodes",
     "ntasks": "launcher.processes_per_node",
     "ntasks-per-node": "launcher.processes_per_node",
@@ -76,7 +76,12 @@ class SlurmSettings(LauncherSettings):
             check_directive(line)
 
     def check_times(self) -> None:
-        """Raise ConfigError unless the time limit of the job is longer than the time reserved for stopping."""
+        """Raise ConfigError unless `launcher.time` is longer than `launcher.stop_before`.
+
+        `launcher.time` is the time limit of the Slurm job. The run receives a signal `launcher.stop_before` before the
+        end of this time limit, and then saves a checkpoint and stops. `launcher.stop_before` must be between 1 s and 18
+        h.
+        """
         limit, before = time_limit("launcher.time", self.time), self.warning
         if not 0 < before <= LONGEST_WARNING:
             raise ConfigError(f"launcher.stop_before is {self.stop_before!r}, but it must be between 1s and 18h")
@@ -93,7 +98,7 @@ class SlurmSettings(LauncherSettings):
 
     @property
     def warning(self) -> int:
-        """Seconds between the warning signal and the end of the time limit."""
+        """Time in seconds between the signal to save and stop, and the end of the job's time limit."""
         return round(seconds("launcher.stop_before", self.stop_before) or 0)
 
 
@@ -102,6 +107,12 @@ def time_limit(name: str, value: str | int | None) -> int | None:
 
     The accepted formats are `90m`, `1.5h`, and Slurm's D-HH:MM:SS, HH:MM:SS and MM:SS. A number without a unit is
     rejected, because its meaning is unclear: Slurm reads it as minutes, and train.max_time reads it as seconds.
+
+    Args:
+        name: the setting, for the message.
+        value: the time limit; None = no limit.
+
+    Raises ConfigError if the value has another format.
     """
     if value is None:
         return None
@@ -121,7 +132,10 @@ def time_limit(name: str, value: str | int | None) -> int | None:
 
 
 def check_directive(line: str) -> None:
-    """Raise ConfigError if a line of launcher.extra is not an sbatch option, or sets an option that has its own key."""
+    """Raise ConfigError unless `line`, an entry of launcher.extra, is an option of sbatch such as `--mem=8G`.
+
+    An option that sslcli sets itself, from another key of the configuration, is rejected.
+    """
     match = re.match(r"--([\w-]+)|-(\w)", line)
     if match is None or not line.isprintable():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Search for `_target_` entries in a configuration, and checks that they name classes in trusted packages."""
+"""Search for the keys `_target_` of a configuration, and checks that their values name classes in trusted packages."""
 
 from __future__ import annotations
 
@@ -11,19 +11,31 @@ from sslcli.errors import ConfigError
 
 
 def trust_list(value: Any) -> list[str]:
-    """Return the value of `trust` as a list of package names. Raises ConfigError if the value has another type."""
+    """Return the value of the setting `trust` as a list of package names.
+
+    Raises ConfigError if the value is not a list of non-empty strings.
+    """
     if not fits(value, "list[str]") or not all(value):
         raise ConfigError(f"trust is {value!r}, but it must be a list of package names, as in trust=[torch,mypackage]")
     return list(value)
 
 
 def trusted_packages(trust: Iterable[str]) -> list[str]:
-    """Return the packages whose classes a `_target_` may name: sslcli, torch.optim, plug-ins, and `trust`."""
+    """Return the packages whose classes a `_target_` may name: sslcli, torch.optim, plug-ins, and `trust`.
+
+    `trust` are the names of the packages that the user trusts.
+    """
     return ["sslcli", "torch.optim", *plugins(), *trust]
 
 
 def check_target(target: Any, trust: Iterable[str], where: str) -> None:
-    """Raise ConfigError unless `target` is a dotted name in a trusted package."""
+    """Raise ConfigError unless `target` is a dotted name in a trusted package.
+
+    Args:
+        target: value of a key `_target_`.
+        trust: names of the packages that the user trusts in addition to sslcli, torch.optim and the plug-ins.
+        where: dotted key of the value, for the message.
+    """
     packages = trusted_packages(trust)
     if not isinstance(target, str) or "." not in target:
         raise ConfigError(f"{where} is {target!r}, but it must be the dotted name of a class, as in mypackage.MyClass")
@@ -35,7 +47,11 @@ def check_target(target: Any, trust: Iterable[str], where: str) -> None:
 
 
 def targets(where: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (path, target) for every `_target_` at any depth. Raises ConfigError if a mandatory value is not set."""
+    """Yield (dotted key, value) for every key `_target_` in a configuration, at any depth.
+
+    `value` is the configuration, and `where` is its dotted key ("" for a whole configuration). Raises ConfigError if a
+    value is "???", which marks a mandatory value that is not set.
+    """
     if value == "???":
         raise ConfigError(f"{where} has no value, but it is mandatory: set it with {where}=...")
     if isinstance(value, dict):

@@ -10,11 +10,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-MAX_VALUES = 100_000  # number of values of a document after each alias is replaced by its content
+MAX_VALUES = 100_000  # maximum number of values of a document after each alias is replaced by its content
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the content of yaml text as plain values, without resolving interpolations.
+    """Return the content of yaml text as plain values. Interpolations such as `${seed}` are not resolved.
 
     Raises ValueError if the text cannot be parsed, or if its aliases expand to more than `MAX_VALUES` values.
     """
@@ -34,7 +34,7 @@ def _check_aliases(text: str) -> None:
 
     def count(node: yaml.Node) -> float:
         if id(node) not in counts:
-            counts[id(node)] = math.inf  # an alias inside its own anchor expands without end
+            counts[id(node)] = math.inf  # if an alias is inside its own anchor, the expansion never ends
             if isinstance(node, yaml.MappingNode):
                 inner = [part for pair in node.value for part in pair]
             else:
