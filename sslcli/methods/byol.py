@@ -34,8 +34,10 @@ class BYOL(Method):
     Args:
         dim: embedding size D.
         hidden: width of the hidden layer of the projector and of the predictor.
-        momentum: initial momentum of the target network. The momentum increases to 1 with a cosine schedule. Official
-            values are 0.996 for 1000 epochs and 0.99 for 100 to 300 epochs.
+        momentum: initial momentum of the target network. Official values are 0.996 for 1000 epochs and 0.99 for 100 to
+            300 epochs.
+        final_momentum: momentum at the end of the run, 1 in the official code. The momentum increases to it with a
+            cosine schedule. The same value as `momentum` gives a constant momentum.
         predictor: False removes the predictor, as in an ablation of the paper. The representation then collapses.
         mixture: an `UnMix` that mixes the first views of different images; None adds no mixtures. The predictions for
             the mixtures are compared with the targets of both views.
@@ -50,17 +52,19 @@ class BYOL(Method):
         dim: int = 256,
         hidden: int = 4096,
         momentum: float = 0.996,
+        final_momentum: float = 1.0,
         predictor: bool = True,
         mixture: UnMix | None = None,
     ) -> None:
         super().__init__(backbone)
-        check_momentum(momentum)
+        check_momentum(momentum, final_momentum)
         self.projector = mlp([num_features(backbone), hidden, dim], bias=True)
         self.predictor = mlp([dim, hidden, dim], bias=True) if predictor else nn.Identity()
         convert_batch_norm(self, SyncBatchNorm)
         self.target_backbone = frozen_copy(self.backbone)
         self.target_projector = frozen_copy(self.projector)
         self.momentum = momentum
+        self.final_momentum = final_momentum
         self.mixture = mixture
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -82,7 +86,7 @@ class BYOL(Method):
         return self.target_projector(self.target_backbone(images))  # type: ignore[no-any-return]
 
     def scheduled(self, progress: float) -> dict[str, float]:
-        return {"EMA momentum": ema_momentum(progress, base=self.momentum)}
+        return {"EMA momentum": ema_momentum(progress, base=self.momentum, final=self.final_momentum)}
 
     def after_step(self, progress: float) -> None:
         momentum = self.scheduled(progress)["EMA momentum"]

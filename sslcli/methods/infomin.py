@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslcli.methods.base import Batch, num_features
-from sslcli.methods.moco import MoCo
+from sslcli.methods.moco import MoCo, projection_head
 from sslcli.nn.batch_norm import SplitBatchNorm
-from sslcli.nn.heads import mlp
 from sslcli.nn.modes import full_precision
 from sslcli.nn.noise import Noise
 
@@ -77,11 +76,12 @@ class InfoMin(MoCo):
         *,
         dim: int = 128,
         mlp_head: bool = True,
+        hidden: int | None = None,
         jigsaw_weight: float = 0.5,
         jigsaw_patch: float = 64 / 85,
         **moco: Any,
     ) -> None:
-        super().__init__(backbone, dim=dim, mlp_head=mlp_head, **moco)
+        super().__init__(backbone, dim=dim, mlp_head=mlp_head, hidden=hidden, **moco)
         if not 0 <= jigsaw_weight <= 1:
             raise ValueError(
                 f"jigsaw_weight is {jigsaw_weight}, but it is a fraction of the loss, so it must be in [0, 1]"
@@ -94,9 +94,7 @@ class InfoMin(MoCo):
         self.jigsaw_weight, self.jigsaw_patch = jigsaw_weight, jigsaw_patch
         self.num_views = 2 if jigsaw_weight == 0 else 3
         if jigsaw_weight > 0:
-            width = num_features(self.backbone)
-            layers = [width, *([width] if mlp_head else []), dim]
-            self.patch_head = mlp(layers, norm=False, bias=True, last_bias=True)
+            self.patch_head = projection_head(num_features(self.backbone), dim, mlp_head=mlp_head, hidden=hidden)
             self.jigsaw_head = nn.Linear(CELLS * dim, dim)
             self.noise = Noise()
 

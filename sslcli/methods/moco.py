@@ -18,11 +18,12 @@ from sslcli.distributed.batch_shuffle import BatchShuffle
 from sslcli.distributed.collectives import all_gather
 from sslcli.methods.base import Batch, Method, num_features
 from sslcli.methods.mixture import UnMix, add_mixture
-from sslcli.nn.batch_norm import SplitBatchNorm, average_statistics, convert_batch_norm
+from sslcli.nn.batch_norm import SplitBatchNorm, SyncBatchNorm, average_statistics, convert_batch_norm
 from sslcli.nn.contrastive import Contrast, check_momentum, check_temperature, info_nce
 from sslcli.nn.ema import ema_update, frozen_copy
 from sslcli.nn.heads import mlp
 from sslcli.nn.modes import full_precision
+from sslcli.nn.schedule import ema_momentum
 
 
 @torch.no_grad()
@@ -38,6 +39,18 @@ def enqueue(queue: Tensor, head: Tensor, keys: Tensor) -> None:
     head.copy_((head + len(keys)) % size)
 
 
+def projection_head(width: int, dim: int, *, mlp_head: bool, hidden: int | None) -> nn.Sequential:
+    """Return the head of v1 (one linear layer) or of v2 (`mlp_head`, with one hidden layer): (N, width) -> (N, dim).
+
+    `hidden` is the width of the hidden layer; None = `width`. Raises ValueError if it is set without a hidden layer.
+    """
+    if hidden is not None and not mlp_head:
+        raise ValueError(f"hidden is {hidden}, but a linear head has no hidden layer: set mlp_head=true or hidden=null")
+    if hidden is not None and hidden < 1:
+        raise ValueError(f"hidden is {hidden}, but the hidden layer of the head must have at least one unit")
+    return mlp([width, *([hidden or width] if mlp_head else []), dim], norm=False, bias=True, last_bias=True)
+
+
 class MoCo(Method):
     """Momentum contrast with a queue and shuffling BatchNorm.
 
@@ -45,12 +58,16 @@ class MoCo(Method):
         dim: embedding size D.
         queue_size: number K of keys in the queue of negatives.
         momentum: momentum of the momentum encoder, which computes the keys.
+        final_momentum: momentum at the end of the run. The momentum increases to it with a cosine schedule, as in MoCo
+            v2+ of solo-learn. None keeps the momentum constant, as in the official code.
         temperature: divisor of the cosine similarities.
-        mlp_head: use v2's head (one hidden layer as wide as the features) instead of one linear layer.
+        mlp_head: use v2's head, which has one hidden layer, instead of one linear layer.
+        hidden: width of the hidden layer of v2's head. None selects the width of the features, as in the official code.
         symmetric: also use view 2 as the query and view 1 as the key. The loss is the mean of both directions.
         bn_group: number of images that BatchNorm normalizes together. Keys are shuffled before they are grouped
             (sec. 3.3). Without the shuffling, batch statistics could identify the key of a query. 32 is the batch size
-            per GPU in the paper, which uses 8 GPUs.
+            per GPU in the paper, which uses 8 GPUs. None normalizes the images of all processes together, as solo-learn
+            does. The shuffling then has no effect.
         mixture: an `UnMix` that mixes the first views of different images; None adds no mixtures. The mixtures are
             additional queries. They are never enqueued as keys.
     """
@@ -66,27 +83,29 @@ class MoCo(Method):
         dim: int = 128,
         queue_size: int = 65536,
         momentum: float = 0.999,
+        final_momentum: float | None = None,
         temperature: float = 0.07,
         mlp_head: bool = False,
+        hidden: int | None = None,
         symmetric: bool = False,
-        bn_group: int = 32,
+        bn_group: int | None = 32,
         mixture: UnMix | None = None,
     ) -> None:
         super().__init__(backbone)
         check_temperature(temperature)
-        check_momentum(momentum)
+        check_momentum(momentum, final_momentum)
         if queue_size < 1:
             raise ValueError(f"queue_size is {queue_size}, but the queue must hold at least one key")
-        if bn_group < 2:
+        if bn_group is not None and bn_group < 2:
             raise ValueError(f"bn_group is {bn_group}, but BatchNorm needs at least 2 images to normalize together")
-        width = num_features(backbone)
-        self.head = mlp([width, *([width] if mlp_head else []), dim], norm=False, bias=True, last_bias=True)
-        for part in convert_batch_norm(self, SplitBatchNorm).modules():
-            if isinstance(part, SplitBatchNorm):
+        self.head = projection_head(num_features(backbone), dim, mlp_head=mlp_head, hidden=hidden)
+        for part in convert_batch_norm(self, SyncBatchNorm if bn_group is None else SplitBatchNorm).modules():
+            if isinstance(part, SplitBatchNorm) and bn_group is not None:
                 part.group = bn_group
         self.momentum_backbone = frozen_copy(self.backbone)
         self.momentum_head = frozen_copy(self.head)
         self.momentum = momentum
+        self.final_momentum = final_momentum
         self.temperature = temperature
         self.symmetric = symmetric
         self.mixture = mixture
@@ -130,10 +149,16 @@ class MoCo(Method):
         keys = self.momentum_head(self.momentum_backbone(order.shuffle(images)))
         return order.restore(F.normalize(full_precision(keys), dim=1))
 
+    def scheduled(self, progress: float) -> dict[str, float]:
+        if self.final_momentum is None:
+            return {}
+        return {"EMA momentum": ema_momentum(progress, base=self.momentum, final=self.final_momentum)}
+
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        ema_update(self.momentum_backbone, self.backbone, self.momentum)
-        ema_update(self.momentum_head, self.head, self.momentum)
+        momentum = self.scheduled(progress).get("EMA momentum", self.momentum)
+        ema_update(self.momentum_backbone, self.backbone, momentum)
+        ema_update(self.momentum_head, self.head, momentum)
         for keys in self.new_keys:
             enqueue(self.queue, self.queue_head, keys)
         self.new_keys.clear()
@@ -159,6 +184,8 @@ class MoCo(Method):
         return super().effective(batch_size) | {"images per BatchNorm group": self.groups(batch_size)}
 
     def groups(self, batch_size: int) -> str:
+        if any(isinstance(part, SyncBatchNorm) for part in self.backbone.modules()):
+            return f"{batch_size} (all)"
         norms = [part for part in self.backbone.modules() if isinstance(part, SplitBatchNorm)]
         if not norms:
             return "no BatchNorm"

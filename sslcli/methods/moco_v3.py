@@ -44,7 +44,9 @@ class MoCoV3(Method):
         projector_layers: number of projector layers; 2 for convolutional networks, 3 for ViT.
         predictor_norm: add BatchNorm without affine parameters after the predictor. The official runs with ViT use it;
             the official runs with ResNet do not.
-        momentum: initial momentum of the momentum encoder. The momentum rises to 1 with a cosine schedule.
+        momentum: initial momentum of the momentum encoder.
+        final_momentum: momentum at the end of the run, 1 in the official code. The momentum increases to it with a
+            cosine schedule. The same value as `momentum` gives a constant momentum.
         temperature: tau, 1.0 for ResNet-50 and 0.2 for ViT and CIFAR.
         mixture: an `UnMix` that mixes the first views of different images; None adds no mixtures. The mixtures are
             additional queries. They are compared with the keys of both views.
@@ -62,12 +64,13 @@ class MoCoV3(Method):
         projector_layers: int = 2,
         predictor_norm: bool = False,
         momentum: float = 0.99,
+        final_momentum: float = 1.0,
         temperature: float = 1.0,
         mixture: UnMix | None = None,
     ) -> None:
         super().__init__(backbone)
         check_temperature(temperature)
-        check_momentum(momentum)
+        check_momentum(momentum, final_momentum)
         if projector_layers < 2:
             raise ValueError(f"projector_layers is {projector_layers}, but the projector has at least 2 layers")
         inner = [hidden] * (projector_layers - 1)
@@ -77,6 +80,7 @@ class MoCoV3(Method):
         self.momentum_backbone = frozen_copy(self.backbone)
         self.momentum_projector = frozen_copy(self.projector)
         self.momentum = momentum
+        self.final_momentum = final_momentum
         self.temperature = temperature
         self.mixture = mixture
 
@@ -109,7 +113,7 @@ class MoCoV3(Method):
         return self.momentum_projector(self.momentum_backbone(images))  # type: ignore[no-any-return]
 
     def scheduled(self, progress: float) -> dict[str, float]:
-        return {"EMA momentum": ema_momentum(progress, base=self.momentum)}
+        return {"EMA momentum": ema_momentum(progress, base=self.momentum, final=self.final_momentum)}
 
     def after_step(self, progress: float) -> None:
         momentum = self.scheduled(progress)["EMA momentum"]

@@ -246,7 +246,15 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature is {temperature}, but it divides the similarities, so it must be positive")
 
 
-def check_momentum(momentum: float) -> None:
-    """Raise ValueError unless the momentum of a moving average is in [0, 1]."""
+def check_momentum(momentum: float, final_momentum: float | None = None) -> None:
+    """Raise ValueError unless the momentum of a moving average is in [0, 1].
+
+    If the momentum increases to `final_momentum`, raise ValueError unless this value is in [`momentum`, 1].
+    """
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum is {momentum}, but it must lie in [0, 1]; the papers use 0.99 to 0.9999")
+    if final_momentum is not None and not momentum <= final_momentum <= 1:
+        raise ValueError(
+            f"final_momentum is {final_momentum}, but the momentum increases to it from momentum={momentum}: choose a "
+            f"value from {momentum} to 1"
+        )

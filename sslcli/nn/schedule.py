@@ -29,12 +29,12 @@ def warmup_steps_down(step: int, *, total: int, warmup: int = 0, milestones: Seq
     return float(0.1 ** sum(step >= at * total for at in milestones))
 
 
-def ema_momentum(progress: float, *, base: float) -> float:
+def ema_momentum(progress: float, *, base: float, final: float = 1.0) -> float:
     """Return the momentum of a target network (BYOL app. A).
 
-    The momentum increases along half a cosine from `base` (at progress 0) to 1 (at progress 1).
+    The momentum increases along half a cosine from `base` (at progress 0) to `final` (at progress 1).
     """
-    return 1 - (1 - base) * 0.5 * (math.cos(math.pi * progress) + 1)
+    return final - (final - base) * 0.5 * (math.cos(math.pi * progress) + 1)
 
 
 def scale_lr(lr: float, *, batch_size: int, rule: str) -> float:

@@ -139,6 +139,20 @@ def test_every_batchnorm_is_synchronized() -> None:
     assert all(type(m) is SyncBatchNorm for m in norms)
 
 
-def test_impossible_momentum_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"momentum is 1\.1"):
-        tiny_byol(momentum=1.1)
+def test_a_final_momentum_equal_to_the_first_gives_a_constant_momentum() -> None:
+    method = tiny_byol(momentum=0.8, final_momentum=0.8)
+    assert [method.scheduled(t / 4)["EMA momentum"] for t in range(5)] == [0.8] * 5
+    assert tiny_byol(momentum=0.8, final_momentum=0.9).scheduled(1.0)["EMA momentum"] == 0.9
+    assert tiny_byol(momentum=0.8).scheduled(1.0)["EMA momentum"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"momentum": 1.1}, r"momentum is 1\.1"),
+        ({"momentum": 0.9, "final_momentum": 0.8}, r"final_momentum is 0\.8, .* choose a value from 0\.9 to 1"),
+    ],
+)
+def test_impossible_momentum_is_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_byol(**changes)

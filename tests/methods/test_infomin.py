@@ -193,3 +193,8 @@ def test_wrong_arguments_are_refused(changes: dict[str, float], message: str) ->
 def test_a_view_that_cannot_be_cut_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"jigsaw view has 32 x 32 pixels, .*size to a multiple of 3"):
         tiny()(three_views(side=32))
+
+
+def test_the_heads_of_image_and_patches_have_the_same_hidden_width() -> None:
+    method = tiny(hidden=16)
+    assert [layer.out_features for layer in (method.head[0], method.patch_head[0])] == [16, 16]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from golden_cases import Case, golden_cases
 from sslcli.methods.base import Batch
 from sslcli.methods.moco import MoCo, enqueue
-from sslcli.nn.batch_norm import SplitBatchNorm
+from sslcli.nn.batch_norm import SplitBatchNorm, SyncBatchNorm
 from sslcli.nn.contrastive import info_nce
 from tiny import TinyNet, make_batch
 
@@ -154,6 +156,25 @@ def test_key_encoder_is_the_weighted_sum_of_all_past_query_encoders() -> None:
         torch.testing.assert_close(key, expected)
 
 
+def test_the_momentum_rises_to_its_final_value_by_a_cosine() -> None:
+    method, total = tiny_moco(momentum=0.6, final_momentum=0.9), 4
+    expected = method.head[0].weight.detach().clone()
+    for step in range(total):
+        with torch.no_grad():
+            method.head[0].weight.add_(torch.randn(4, 8))
+        method.after_step(step / total)
+        momentum = 0.9 - (0.9 - 0.6) * (1 + math.cos(math.pi * step / total)) / 2
+        assert method.scheduled(step / total) == {"EMA momentum": pytest.approx(momentum)}
+        expected = momentum * expected + (1 - momentum) * method.head[0].weight.detach()
+        torch.testing.assert_close(method.momentum_head[0].weight.data, expected)
+    assert method.scheduled(0.0)["EMA momentum"] == pytest.approx(0.6)
+    assert method.scheduled(1.0)["EMA momentum"] == pytest.approx(0.9)
+
+
+def test_the_momentum_is_constant_by_default() -> None:
+    assert tiny_moco().scheduled(0.5) == {}
+
+
 def test_keys_take_no_gradient() -> None:
     method = tiny_moco(symmetric=True)
     method(make_batch())["loss"].backward()
@@ -174,6 +195,9 @@ def test_heads_are_those_of_the_papers() -> None:
     v2 = [(nn.Linear, 8, 8, True), (nn.ReLU,), (nn.Linear, 4, 8, True)]
     assert layers(tiny_moco(mlp_head=True).head) == v2
     assert layers(tiny_moco(mlp_head=True).momentum_head) == v2
+    wide = [(nn.Linear, 16, 8, True), (nn.ReLU,), (nn.Linear, 4, 16, True)]
+    assert layers(tiny_moco(mlp_head=True, hidden=16).head) == wide
+    assert layers(tiny_moco(mlp_head=True, hidden=16).momentum_head) == wide
 
 
 def test_symmetric_loss_is_the_mean_of_both_directions_and_both_keys_are_enqueued() -> None:
@@ -220,6 +244,18 @@ def test_batchnorm_sees_keys_in_shuffled_groups_and_queries_in_order() -> None:
     torch.testing.assert_close(keys, expected[torch.tensor(order).argsort()], rtol=1e-4, atol=1e-5)
 
 
+def test_without_groups_batchnorm_sees_the_whole_batch_and_shuffling_has_no_effect() -> None:
+    method, images = tiny_moco(bn_group=None), make_batch().views[1]
+    norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(type(m) is SyncBatchNorm for m in norms)
+    plain = F.normalize(method.momentum_head(method.momentum_backbone(images)), dim=1)
+    torch.testing.assert_close(method.encode_keys(images), plain, rtol=1e-4, atol=1e-5)
+    method(make_batch())["loss"].backward()
+    method.after_step(0.0)
+    assert not torch.allclose(plain, tiny_moco().encode_keys(images), atol=1e-3)
+
+
 def convert_back(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, SplitBatchNorm):
@@ -245,6 +281,9 @@ def test_every_shuffle_has_its_own_order_which_a_saved_run_continues() -> None:
         ({"bn_group": 1}, "bn_group is 1"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"momentum": 1.5}, "momentum is 1.5"),
+        ({"momentum": 0.9, "final_momentum": 0.8}, "final_momentum is 0.8, .* choose a value from 0.9 to 1"),
+        ({"hidden": 8}, "hidden is 8, but a linear head has no hidden layer: set mlp_head=true"),
+        ({"mlp_head": True, "hidden": 0}, "hidden is 0, but the hidden layer of the head must have at least one unit"),
     ],
 )
 def test_impossible_values_are_refused(changes: dict[str, float], message: str) -> None:
@@ -255,3 +294,4 @@ def test_impossible_values_are_refused(changes: dict[str, float], message: str) 
 def test_effective_values_tell_negatives_and_the_images_batchnorm_sees() -> None:
     assert tiny_moco().effective(32) == {"negatives per query": 12, "images per BatchNorm group": "4"}
     assert tiny_moco(norm=False).effective(32)["images per BatchNorm group"] == "no BatchNorm"
+    assert tiny_moco(bn_group=None).effective(32)["images per BatchNorm group"] == "32 (all)"

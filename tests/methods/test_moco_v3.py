@@ -118,6 +118,11 @@ def contrast_of_a_part(query: Tensor, key: Tensor, rank_rows: int) -> tuple[Tens
     return loss.detach(), mine.grad / 2  # processes average their gradients
 
 
+def test_the_momentum_ends_at_its_final_value() -> None:
+    assert tiny_moco_v3(momentum=0.9, final_momentum=0.95).scheduled(1.0)["EMA momentum"] == 0.95
+    assert tiny_moco_v3(momentum=0.9).scheduled(1.0)["EMA momentum"] == 1.0
+
+
 def test_two_processes_contrast_against_the_keys_of_both(pair: Pair) -> None:
     query, key = torch.randn(2, 6, 4, dtype=torch.float64)
     parts = pair.run(contrast_of_a_part, query, key, 3)
@@ -134,6 +139,7 @@ def test_two_processes_contrast_against_the_keys_of_both(pair: Pair) -> None:
         ({"projector_layers": 1}, "projector_layers is 1"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"momentum": -0.1}, "momentum is -0.1"),
+        ({"momentum": 0.9, "final_momentum": 1.5}, "final_momentum is 1.5"),
     ],
 )
 def test_impossible_values_are_refused(changes: dict[str, float], message: str) -> None:

@@ -195,3 +195,11 @@ def test_momentum_must_lie_between_zero_and_one(momentum: float) -> None:
 def test_momentum_of_zero_and_one_are_allowed() -> None:
     check_momentum(0.0)
     check_momentum(1.0)
+    check_momentum(0.0, 0.0)
+    check_momentum(0.5, 1.0)
+
+
+@pytest.mark.parametrize("final", [0.89, 1.01, float("nan")])
+def test_the_final_momentum_lies_between_the_first_and_one(final: float) -> None:
+    with pytest.raises(ValueError, match=f"final_momentum is {final}, .* choose a value from 0.9 to 1"):
+        check_momentum(0.9, final)

@@ -71,6 +71,8 @@ def test_momentum_rises_from_its_base_to_one() -> None:
     assert momenta[0] == pytest.approx(0.97)
     assert momenta[50] == 1.0
     assert all(earlier < later for earlier, later in pairwise(momenta))
+    assert ema_momentum(0.5, base=0.99, final=0.999) == pytest.approx(0.9945)  # solo-learn: MomentumUpdater
+    assert ema_momentum(1.0, base=0.99, final=0.999) == 0.999
 
 
 def test_learning_rate_scales_by_the_rule() -> None:
