@@ -29,9 +29,14 @@ PILOT_STEPS = (20, 80)  # steps of the two runs whose difference gives the CPU t
 # Overrides of the recipes, which are for hundreds of epochs: smaller heads, and learning rates for short runs.
 OVERRIDES: dict[str, list[str]] = {
     "simclr": ["experiment=cifar10_simclr"],
-    "byol": ["experiment=cifar10_byol"],
+    "byol": ["experiment=cifar10_byol", "optimizer.lr=0.12", "optimizer.weight_decay=5.0e-4"],
     "moco": ["experiment=cifar10_moco", "method.bn_group=32"],
-    "moco_v2": ["experiment=cifar10_moco_v2"],
+    "moco_v2": [
+        "experiment=cifar10_moco_v2",
+        "method.bn_group=32",
+        "method.symmetric=false",  # more images for the same time
+        "optimizer.lr=0.03",  # the rate of the recipe is too high for a small network
+    ],
     "moco_v3": [
         "method=moco_v3",
         "views=byol_cifar",

@@ -50,8 +50,10 @@ def test_presets_have_the_published_numbers() -> None:
         "moco_v1": [((0.2, 1), (0.4, 0.4, 0.4, 0.4), 1, 0, 0, 2)],
         "moco_v2": [((0.2, 1), mild, 0.8, 0.5, 0, 2)],
         "simclr": [((0.08, 1), simclr, 0.8, 0.5, 0, 2)],
+        "simclr_imagenet": [((0.08, 1), simclr, 0.8, 0.5, 0, 2)],
         "simclr_cifar": [((0.08, 1), mild, 0.8, 0, 0, 2)],
         "byol": [((0.08, 1), byol, 0.8, 1, 0, 1), ((0.08, 1), byol, 0.8, 0.1, 0.2, 1)],
+        "byol_imagenet": [((0.08, 1), byol, 0.8, 1, 0, 1), ((0.08, 1), byol, 0.8, 0.1, 0.2, 1)],
         "byol_cifar": [((0.08, 1), byol, 0.8, 0, 0, 1), ((0.08, 1), byol, 0.8, 0, 0.2, 1)],
         "swav": [((0.14, 1), simclr, 0.8, 0.5, 0, 2), ((0.05, 0.14), simclr, 0.8, 0.5, 0, 6)],
         "dino": [
@@ -69,6 +71,10 @@ def test_presets_have_the_published_numbers() -> None:
         assert got == rows, name
         assert all(view.grayscale == 0.2 and view.flip == 0.5 for view in _fields(name)), name
         assert all(view.grayscale_first == (name in ("instdisc", "moco_v1")) for view in _fields(name)), name
+    bicubic = {name for name in table if {view.interpolation for view in _fields(name)} == {"bicubic"}}
+    assert bicubic == {"simclr_imagenet", "byol_imagenet", "dino"} | {n for n in table if n.startswith("cifar_")}
+    blurred = {name for name in table if any(view.blur_kernel == 13 for view in _fields(name))}
+    assert blurred == {"cifar_symmetric", "cifar_symmetric_weak"}  # solo-learn: the whole Gaussian, by PIL
     assert [view.size for view in _fields("swav")] == [None, 96]
     assert [view.size for view in _fields("dino")] == [None, None, 96]
     (infomin,) = _fields("infomin")
