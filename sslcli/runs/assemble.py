@@ -35,7 +35,11 @@ from sslcli.system.cpu import cores_per_process
 
 
 def move_to_device(method: Method, settings: TrainSettings, device: torch.device) -> None:
-    """Move the method to the device. If train.sharding is fsdp, shard the method over the processes."""
+    """Move the method to the device.
+
+    If train.activation_checkpointing is true, enable it. If train.sharding is fsdp, shard the method over the
+    processes.
+    """
     if settings.activation_checkpointing:
         fsdp.recompute(method)
     if settings.sharding == "fsdp" and collectives.world_size() > 1:
@@ -151,9 +155,10 @@ def assemble(
 def build_probe(
     parts: Parts, monitor: MonitorSettings, device: torch.device, resolved: str, screen: Screen
 ) -> Callable[[], dict[str, float]] | None:
-    """Return the online k-NN probe, or None if k-NN is turned off or impossible.
+    """Return the online k-NN probe: a function that measures the k-NN accuracy of the method during training.
 
-    If k-NN is impossible, the reason is printed. Raises ConfigError if none of the held-out images can be read.
+    Return None if k-NN is turned off or impossible. If it is impossible, the reason is printed. `resolved` is the
+    precision: fp32, bf16 or fp16. Raises ConfigError if none of the held-out images can be read.
     """
     if monitor.knn_every_epochs == 0:
         return None
@@ -184,7 +189,7 @@ def has_pictures(parts: Parts, monitor: MonitorSettings) -> bool:
 
 
 def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the method's pictures for `count` images, as name -> grid.
+    """Return the method's pictures for `count` images: a mapping from a name to a grid of images (3, H, W) in [0, 1].
 
     The images are held-out images if the dataset has any, else training images.
     """
@@ -204,7 +209,7 @@ def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, t
 
 
 def startup_table(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
-    """Return the startup table: effective learning rate, steps, images per step, negatives, parameters, device."""
+    """Return the rows of the startup table by title: images, steps, learning rate, negatives, parameters, device."""
     settings, node = job.settings, config.optimizer
     processes = collectives.world_size()
     trainable = sum(p.numel() for p in parts.method.parameters() if p.requires_grad)

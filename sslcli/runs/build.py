@@ -47,7 +47,7 @@ BASES: dict[str, type] = {  # required base class of each group
 # Exceptions of constructors that reject a value. If a size is negative or too large, torch raises RuntimeError or
 # OverflowError.
 REJECTIONS = (ValueError, TypeError, RuntimeError, OverflowError)
-CONTRACTS = (Method, Source, nn.Module, Optimizer, Protocol, Backbone)
+CONTRACTS = (Method, Source, nn.Module, Optimizer, Protocol, Backbone)  # abstract base classes, which are not built
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def find_class(target: str, *, base: type[Built], trust: list[str], where: str) 
 def import_owner(name: str, setting: str) -> ModuleType:
     """Import and return the module `name`.
 
-    Raises ConfigError if the import fails. The message starts with `setting`.
+    Raises ConfigError if the import fails. The message starts with `setting`, the setting that names the module.
     """
     try:
         with user_code(
@@ -108,7 +108,10 @@ def import_owner(name: str, setting: str) -> ModuleType:
 
 
 def check_class(found: Any, target: str, *, base: type, where: str) -> None:
-    """Raise ConfigError unless `found` is a class derived from `base`. Abstract base classes of sslcli are rejected."""
+    """Raise ConfigError unless `found` is a class derived from `base`. Abstract base classes of sslcli are rejected.
+
+    `target` is the dotted name of `found`, and `where` is the key of the `_target_`, for messages.
+    """
     required = f"{base.__module__}.{base.__qualname__}"
     if not isinstance(found, type):
         raise ConfigError(
@@ -122,10 +125,13 @@ def check_class(found: Any, target: str, *, base: type, where: str) -> None:
 
 
 def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: str, **arguments: Any) -> Built:
-    """Return an instance of the class that a node's `_target_` names. The class must be derived from `base`.
+    """Return an instance of the class that a node of the configuration names.
 
-    Inner nodes are built first. The class of an inner node must be the class in the annotation of its parameter, or a
-    subclass of that class.
+    node: mapping with the key `_target_`, the dotted name of a class. The other keys are keyword arguments of the
+        constructor. If the value of a keyword is also a node, it is built first. The class of this inner node must be
+        the class in the annotation of the keyword, or a subclass of that class.
+    base, trust, where: as for `find_class`.
+    arguments: further keyword arguments of the constructor.
 
     Raises ConfigError if a keyword is unknown or the constructor rejects a value.
     """
@@ -157,7 +163,10 @@ def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: s
 
 
 def build_inner(owner: type, name: str, node: dict[str, Any], *, trust: list[str], where: str) -> Any:
-    """Build an inner node and return the instance. Its class must match the annotation of the parameter `name`."""
+    """Build a node that is the value of the constructor's parameter `name` of class `owner`. Return the instance.
+
+    The class of the node must match the annotation of the parameter, see `build`.
+    """
     allowed = annotated_classes(owner, name)
     if not allowed:
         raise ConfigError(
@@ -174,7 +183,10 @@ def build_inner(owner: type, name: str, node: dict[str, Any], *, trust: list[str
 
 
 def annotated_classes(owner: type, name: str) -> list[type]:
-    """Return the classes in the annotation of a constructor's parameter, except the types of plain yaml values."""
+    """Return the classes in the annotation of the constructor's parameter `name` of class `owner`.
+
+    The types of plain yaml values are left out. If there is no annotation, the result is [].
+    """
     for kind in owner.__mro__:
         try:
             init: Any = kind.__init__  # type: ignore[misc]
@@ -191,9 +203,9 @@ def annotated_classes(owner: type, name: str) -> list[type]:
 
 
 def check_classes(nodes: Mapping[str, Any], *, trust: list[str]) -> None:
-    """Raise ConfigError unless the chosen class of each group is derived from the base class of the group.
+    """Raise ConfigError unless the chosen class of each config group is derived from the base class of the group.
 
-    Nothing is built.
+    Nothing is built. `nodes` maps a group, such as "method", to its node with the key `_target_`.
     """
     for group, node in nodes.items():
         check_has_target(group, node)
@@ -225,7 +237,10 @@ def build_backbone(node: Node, *, image_size: int, trust: list[str]) -> Backbone
 def build_method(
     node: Node, backbone_node: Node, *, seed: int, image_size: int, num_images: int, trust: list[str]
 ) -> Method:
-    """Build and return the method with its backbone. The weights are initialized from the run's seed."""
+    """Build and return the method with its backbone. The weights are initialized from `seed`.
+
+    `image_size` is the side of the images in pixels, and `num_images` is the number of training images.
+    """
     torch.manual_seed(seed)
     backbone = build_backbone(backbone_node, image_size=image_size, trust=trust)
     target = find_class(node["_target_"], base=Method, trust=trust, where="method._target_")
@@ -280,7 +295,7 @@ def build_parts(config: RunConfig) -> Parts:
 
 
 def check_views(method: Method, views: Views, source: Source) -> None:
-    """Raise ConfigError unless the method accepts views of the images of the source."""
+    """Raise ConfigError unless the method accepts the views of the dataset's images, with their sizes and channels."""
     examples = []
     for number, size in enumerate(views.sizes(source.image_size)):
         try:

@@ -87,7 +87,7 @@ def check_embeddings(method: Method) -> None:
 
 
 def guard_warning(method: nn.Module) -> str:
-    """Return the warning about a method that does not set `embeddings`."""
+    """Return the warning about a method that does not set `embeddings`, which the detection of collapse needs."""
     return (
         f"collapse is not detected, because forward of {class_name(type(method))} does not set self.embeddings: set it "
         "to a tuple with one detached tensor of shape (N, D) per view, as in self.embeddings = (z1.detach(), "

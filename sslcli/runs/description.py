@@ -38,7 +38,12 @@ def write_description(
 ) -> None:
     """Write the files that describe the run: config.yaml, overrides.txt and environment.json.
 
-    If environment.json is damaged, the file is set aside, and `warn` is called.
+    If environment.json is damaged, the file is renamed, and `warn` is called.
+
+    values: the configuration, for config.yaml.
+    overrides: the overrides of the command line, for overrides.txt. An existing overrides.txt is not changed.
+    effective: the section `effective` of config.yaml.
+    device, threads: name of the device and number of CPU threads, for environment.json.
     """
     path = run_dir / "overrides.txt"
     if not path.exists():
@@ -59,7 +64,10 @@ def write_description(
 
 
 def environment(*, device: str, threads: int) -> dict[str, Any]:
-    """Return date and time, command, versions, machine and state of the git repository, as plain values."""
+    """Return date and time, command, versions, machine and state of the git repository, as plain values.
+
+    device, threads: name of the device and number of CPU threads.
+    """
     packages = ["sslcli", "torch", "torchvision", "hydra-core", "omegaconf", "numpy", "pillow"]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -41,7 +41,7 @@ FOLDERS = (checkpoint_names.FOLDER, "eval", "export", "pictures", "slurm", "tens
 
 
 class Node(TypedDict):
-    """A config group with a class."""
+    """Required key of a config group that names a class."""
 
     _target_: str
 
@@ -216,9 +216,10 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def read_trained_config(run_dir: Path) -> dict[str, Any]:
-    """Return the configuration of a run, see `read_config`. Raises DamagedFile if it does not describe the network.
+    """Return the stored configuration of a run, see `read_config`, for ssl-eval and ssl-export.
 
-    Call `check_input` before the keys of the dataset are used.
+    Raises DamagedFile if keys of `TrainedConfig` are missing or have wrong types. Call `check_input` before the keys of
+    the dataset are used.
     """
     config = read_config(run_dir)
     checked(config, TrainedConfig, run_dir / "config.yaml", remedy=REMEDY)

@@ -66,7 +66,7 @@ def run(config: EvalConfig) -> int:
 def _run_with_signal_handlers(config: EvalConfig) -> int:
     """Evaluate with signal handlers that raise StoppedBySignal.
 
-    A scheduler sends such a signal before it ends a job. A terminal sends SIGHUP when it closes.
+    A scheduler sends SIGTERM, SIGUSR1 or SIGUSR2 before it ends a job. A terminal sends SIGHUP when it closes.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -134,8 +134,8 @@ def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, scr
 def evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[str, Any]:
     """Evaluate one checkpoint or weight file, write the result file, and return the result.
 
-    The returned result contains `results_dir`, the folder of the result file. Raises TrainingFailed if it runs out of
-    memory.
+    The returned result contains `results_dir`, the folder of the result file. Raises TrainingFailed if the evaluation
+    runs out of memory.
     """
     try:
         return _evaluate(config, device, screen)
@@ -199,7 +199,7 @@ def check_classes(source: Source) -> None:
 
 
 def build_protocol(config: EvalConfig, subject: Subject) -> tuple[dict[str, Any], Protocol]:
-    """Return the settings of the chosen protocol, in which defaults replace null, and an instance of the protocol."""
+    """Return the settings of the chosen protocol and an instance of it. In the settings, defaults replace null."""
     node = dict(config.protocol)
     kind = find_class(node["_target_"], base=Protocol, trust=config.trust, where="protocol._target_")
     node |= {key: value for key, value in kind.defaults(subject.monitor).items() if node.get(key) is None}
@@ -208,7 +208,10 @@ def build_protocol(config: EvalConfig, subject: Subject) -> tuple[dict[str, Any]
 
 
 def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any]) -> Outcome:
-    """Run the protocol on the trained network and the baselines, and return its outcome."""
+    """Run the protocol on the trained network and the baselines, and return its outcome.
+
+    `node` contains the settings of the protocol.
+    """
     trained = evaluation.subject.net("trained")
     check_images_fit(evaluation, trained)
     example = evaluation.task().example()
@@ -253,7 +256,11 @@ def check_images_fit(evaluation: Evaluation, net: nn.Module) -> None:
 
 
 def write_outcome(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:
-    """Write the files and the network of an outcome. Return the entries of the result that refer to the network."""
+    """Write the files and the trained network that a protocol returned.
+
+    Return the entries of the result about the network: the path and the checksum of its file. If there is no network,
+    return {}.
+    """
     folder = evaluation.result_path(outcome.result["protocol"])
     for name, text in outcome.files.items():
         evaluation.write(folder / name, text.encode())

@@ -66,15 +66,16 @@ class Evaluation:
     variant: str = ""
 
     def quantity(self, protocol: str) -> str:
-        """Return the name of the measured quantity: protocol, variant, and the layer if it is not the default layer."""
+        """Return the name of the measured quantity, such as "knn": protocol, variant, and any layer but the default."""
         return join_parts(protocol, self.variant, self.layer if self.layer != self.default_layer else "")
 
     @property
     def conditions(self) -> str:
-        """Suffix of the result's name: the checkpoint and the dataset, joined by an underscore.
+        """Suffix of the names of result files. It states which checkpoint was evaluated, and on which dataset.
 
-        The checkpoint is omitted if it is the last one. The dataset is omitted if its images were also used in
-        pre-training.
+        An example is "step-100_cifar10-1a2b3c". If the last checkpoint was evaluated, the suffix contains only the
+        dataset. If the images were also used in pre-training, the suffix contains only the checkpoint. If both hold,
+        the suffix is "".
         """
         of_run, step = self.config.run is not None, self.config.checkpoint
         checkpoint = f"step-{step}" if of_run and step != "last" else ""
@@ -82,14 +83,14 @@ class Evaluation:
         return join_parts(checkpoint, images)
 
     def result_path(self, protocol: str) -> Path:
-        """Return the path of the result without file extension.
+        """Return the path of the result file of a protocol, without file extension.
 
-        Each combination of quantity, checkpoint and dataset has its own path.
+        Each combination of measured quantity, checkpoint and dataset has its own path.
         """
         return self.subject.results_dir / join_parts(self.quantity(protocol), self.conditions)
 
     def task(self, **callbacks: Any) -> Task:
-        """Return the `Task` for the protocol, with the given callbacks."""
+        """Return the `Task` of the protocol: images, preprocessing and screen. `callbacks` are its other fields."""
         return Task(
             source=self.source,
             views=self.subject.views,
@@ -148,7 +149,7 @@ class Evaluation:
         layers.check(net, self.layer, self.task().example())
 
     def warn_unreadable(self, tensors: dict[str, Tensor]) -> None:
-        """Warn about unreadable labeled images.
+        """Warn about unreadable labeled images, which are those without features. `tensors` are the features.
 
         Raises TooManyBadImages if the unreadable fraction of a split exceeds `dataset.max_bad`.
         """
@@ -169,7 +170,10 @@ class Evaluation:
                 )
 
     def extract(self, name: str, net: nn.Module | None) -> dict[str, Tensor]:
-        """Compute the features of all splits. Return a dictionary whose keys are names of fields of `FeatureSet`."""
+        """Compute the features of all splits. Return a dictionary whose keys are names of fields of `FeatureSet`.
+
+        See `features` for the arguments.
+        """
         completed: dict[str, int] = {}
 
         def encode(images: Tensor) -> Tensor:
@@ -212,10 +216,13 @@ class Evaluation:
         return [__version__, name, provenance, self.config.backbone, computation, images, preprocessing]
 
     def baseline(self, node: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the results of the baseline "random" or "pixels", from the cache or from `measure()`.
+        """Return the results of a baseline, from the cache or from `measure()`.
 
-        Results of baselines are cached, because they are the same for all checkpoints of a run. `node` contains the
-        settings of the protocol.
+        Results of baselines are cached, because they are the same for all checkpoints of a run.
+
+        node: the settings of the protocol.
+        name: "random" (an untrained network) or "pixels" (pixels as features).
+        measure: function that measures the baseline.
         """
         if not self.config.cache:
             return measure()
@@ -246,11 +253,13 @@ class Evaluation:
 
 
 class Starts(Mapping[str, Start]):
-    """Mapping from a name to a `Start`. Access to an item builds the network and extracts its features.
+    """The trained network and the baselines, each as a `Start` (a network and its features), by name.
+
+    The network of an item is built, and its features are extracted, when the item is accessed.
 
     Args:
         evaluation: the evaluation.
-        names: names of the starts: "trained" and baselines.
+        names: keys of the mapping: "trained", and the names of the baselines.
         trained: the trained network.
         keep: if True, keep networks and features in memory, for protocols that use them several times.
     """

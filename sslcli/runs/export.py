@@ -83,7 +83,7 @@ def export(config: ExportSettings) -> None:
 
 
 def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trust: list[str]) -> nn.Module:
-    """Return the backbone with `weights`.
+    """Return the backbone of a run with `weights`. `saved` is the configuration of the run.
 
     Raises ConfigError unless the backbone without the rest of the method computes the same features as the method.
     """
@@ -105,7 +105,10 @@ def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trus
 
 
 def description(saved: dict[str, Any], run_dir: Path, loaded: Loaded, *, trust: list[str]) -> dict[str, Any]:
-    """Return the entries of an export that describe the training of the weights, as plain values."""
+    """Return the entries of an export that describe the training of the weights, as plain values.
+
+    `saved` is the configuration of the run, and `loaded` is the exported checkpoint.
+    """
     dataset = saved["dataset"]
     mean, std = build_views(saved["views"], trust=trust).statistics(mean=dataset["mean"], std=dataset["std"])
     return {
@@ -127,7 +130,7 @@ def description(saved: dict[str, Any], run_dir: Path, loaded: Loaded, *, trust: 
 
 
 def write(out: Path, content: dict[str, Any]) -> None:
-    """Write the file atomically.
+    """Write the exported `content` to the file `out`, atomically.
 
     Raises TrainingFailed if the disk is full or broken, and ConfigError if `out` cannot be written for another reason.
     """

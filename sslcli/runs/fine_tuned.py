@@ -22,7 +22,7 @@ from sslcli.weights.files import load_strictly, load_weights
 
 
 class SavedNet(TypedDict):
-    """Required keys of a file with a network."""
+    """Required keys of a file with a network that a protocol trained."""
 
     net: dict[str, Any]
     layer: str
@@ -34,7 +34,10 @@ class SavedNet(TypedDict):
 
 
 def save(outcome: Outcome, path: Path, evaluation: Evaluation) -> dict[str, Any]:
-    """Write the network of an outcome. Return its file name and checksum for the result file."""
+    """Write the network that a protocol trained to `path`. Return its file name and checksum for the result file.
+
+    `outcome` is what the protocol returned.
+    """
     assert outcome.net is not None
     assert outcome.positions is not None
     buffer = io.BytesIO()
@@ -95,6 +98,8 @@ def load(evaluation: Evaluation, requested: str) -> FineTuned:
 
 def find_result(evaluation: Evaluation, requested: str) -> tuple[str, dict[str, Any]]:
     """Return the name and the content of the result `requested`.
+
+    Only results with a saved network are searched. Their checkpoint and dataset must be those of `evaluation`.
 
     `requested` is a protocol with or without a variant, or the full name of a result. A protocol also matches all of
     its variants. If several results match, the exact match is returned. Raises ConfigError if no result matches, or if

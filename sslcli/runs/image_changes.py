@@ -1,7 +1,8 @@
 """Detection of changed images. `images.npz` in the run directory contains records of the images.
 
 The current images are compared with these records when the run resumes and when it is evaluated. Only rank 0 compares
-them. It broadcasts the outcome, so that either all processes continue or all processes raise an error.
+them. Rank 0 then broadcasts whether they are equal, so that either all processes continue or all processes raise an
+error.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ def _records_to_write(run_dir: Path, source: Source, screen: Screen) -> Records 
 
 
 def changes_since(run_dir: Path, source: Source, screen: Screen) -> Changes | None:
-    """Return the changes since the run started. Return None if they are unknown, or if dataset.verify is `none`."""
+    """Return the changes of the images since the run started.
+
+    Return None if the run has no usable records of its images, or if dataset.verify is `none`.
+    """
     if source.verify == "none":
         return None
     try:
@@ -114,7 +118,7 @@ def stored_records(run_dir: Path) -> Records | None:
 
 
 def collect_records(source: Source, screen: Screen) -> Records:
-    """Return the records of the current images. If dataset.verify is `contents`, they include digests."""
+    """Return the records of the current images. If dataset.verify is `contents`, the records include digests."""
     title = "reading the images to compare them" if source.verify == "contents" else "checking the image files"
     started = False
 

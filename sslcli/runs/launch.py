@@ -24,7 +24,7 @@ from sslcli.system.launch_variables import AGENT, launched, local_world_size
 
 
 def launch(job: dict[str, Any]) -> int:
-    """Run ssl-train with a validated configuration, and return the exit code."""
+    """Run ssl-train and return the exit code. `job` is the validated configuration as plain values."""
     config = RunConfig.from_plain(job)
     config = config.changed(run_dir=run_dir_of(config))
     config = with_old_settings(config)

@@ -19,10 +19,9 @@ PHASES = "phases"  # key in the section `effective` of config.yaml; only runs th
 
 
 def stored_phases(config: Mapping[str, Any]) -> tuple[Phase, ...]:
-    """Return the phases of a run from the content of its `config.yaml`. Return () if the content has no number of
-    steps.
+    """Return the phases of a run from `config`, the content of its `config.yaml`.
 
-    Raises ValueError if the phases are invalid.
+    If the content has no number of steps, the result is (). Raises ValueError if the phases are invalid.
     """
     effective = config.get("effective") or {}
     rows = effective.get(PHASES)

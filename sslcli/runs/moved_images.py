@@ -17,10 +17,13 @@ MOVED = "moved paths"  # key in the section `effective` of config.yaml; only run
 
 
 def possibly_moved(stored: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
-    """Return the dataset settings, such as `root`, whose paths differ between `stored` and `now`.
+    """Return the dataset settings, such as `root`, whose paths have changed since the run was started.
 
-    `check_moved` then compares the images. If the run has no fingerprint of its images, the images cannot be compared,
-    and the result is ().
+    If the run stored no fingerprint of its images, the images at the old and the new path cannot be compared (see
+    `check_moved`), and the result is ().
+
+    stored: content of `config.yaml`, or {} for a new run.
+    now: settings of this start.
     """
     known = (stored.get("effective") or {}).get(FINGERPRINT)
     return tuple(moved_paths(stored, now)) if known else ()
@@ -29,7 +32,8 @@ def possibly_moved(stored: dict[str, Any], now: dict[str, Any]) -> tuple[str, ..
 def earlier_moved(stored: dict[str, Any]) -> tuple[str, ...]:
     """Return the dataset settings whose paths changed at an earlier start of the run.
 
-    Checkpoints that are older than that start contain the old paths.
+    Checkpoints that are older than that start contain the old paths. `stored` is the content of `config.yaml`, or {}
+    for a new run.
     """
     keys = (stored.get("effective") or {}).get(MOVED)
     return tuple(key for key in keys if isinstance(key, str)) if isinstance(keys, list) else ()

@@ -9,7 +9,7 @@ from sslcli.distributed import collectives
 def training_message(error: BaseException, config: RunConfig) -> str:
     """Return the message of a training that ran out of memory.
 
-    It lists the keys that would reduce the memory usage and are not set yet.
+    The message lists the settings that would reduce the memory usage and are not used yet.
     """
     settings, processes = config.train, collectives.world_size()
     per_pass = settings.batch_size // (settings.accumulate * processes)

@@ -169,7 +169,7 @@ def print_job(job: str, run_dir: Path) -> None:
 
 
 def wait(job: str, run_dir: Path) -> int:
-    """Print the log of a job until it ends, and return its exit code."""
+    """Print the log of a job until the job ends, and return its exit code. Ctrl-C ends only the printing."""
     try:
         return queue.follow(job, slurm_dir(run_dir) / "job.sbatch")
     except KeyboardInterrupt:

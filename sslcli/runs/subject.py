@@ -302,7 +302,10 @@ def _has_other_images_than_export(source: Source, node: dict[str, Any], exported
 def _network_builder(
     config: EvalConfig, exported: dict[str, Any], device: torch.device
 ) -> tuple[Callable[[int], nn.Module], dict[str, Any]]:
-    """Return a function and the network's provenance. The function maps an image size to the untrained network."""
+    """Return a function that builds the untrained network for an image size in pixels, and the network's provenance.
+
+    `exported` is the content of a file that ssl-export wrote, or {} for another weight file.
+    """
     trust, chosen = config.trust, config.backbone
     if exported.get("what", "backbone") == "method":
         _check_whole_method(config, exported)

@@ -137,7 +137,7 @@ def parameters_of(loss: Tensor) -> set[int]:
 
 
 def freeze(method: nn.Module, names: Sequence[str]) -> None:
-    """Freeze the named parameters, so that DistributedDataParallel does not wait for their gradients."""
+    """Freeze the parameters `names`, so that DistributedDataParallel does not wait for their gradients."""
     for name in names:
         method.get_parameter(name).requires_grad_(False)
 

@@ -239,7 +239,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
 
 
 def run_trial(config: RunConfig, loader: Loader, parts: Parts, device: torch.device) -> Trial:
-    """Run the trial of a run, and return what it found.
+    """Compute the loss once before the first step (see `trial`), and return what this trial found.
 
     A sharded method may be too large for one device, so its trial runs on the CPU.
     """
@@ -304,7 +304,7 @@ def request_requeue(run_dir: Path, why: Stopped) -> None:
 
 
 def describe(job: Run, parts: Parts, config: RunConfig, facts: dict[str, Any]) -> None:
-    """Write the files that describe the run, and prepare the monitor. `facts` is the startup table."""
+    """Write the files that describe the run, and pass its settings to the monitor. `facts` is the startup table."""
     write_description(
         job.run_dir,
         config.values,

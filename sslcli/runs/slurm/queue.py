@@ -88,7 +88,10 @@ def read_exit_code(path: Path) -> int | None:
 
 
 def follow(job: str, script: Path) -> int:
-    """Print the log of a job until it ends, and return its exit code."""
+    """Print the log of a job until the job ends, and return its exit code.
+
+    `script` is the path of the batch script. The log and the file with the exit code are in the same folder.
+    """
     log, exit_file = script.with_name(f"{job}.log"), script.with_name(f"{job}.exit")
     offset, last_query = 0, time.monotonic()
     while True:

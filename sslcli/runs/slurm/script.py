@@ -15,6 +15,7 @@ def render(settings: SlurmSettings, *, folder: Path, config: Path, cwd: Path, py
     """Return the text of the batch script.
 
     Args:
+        settings: the settings of the launcher.
         folder: folder for the script, its logs and its history. It is inside the run directory.
         config: file with the configuration of the run. The job reads it at every start.
         cwd: working directory of the run.
@@ -47,7 +48,7 @@ def render(settings: SlurmSettings, *, folder: Path, config: Path, cwd: Path, py
 
 
 def directives(settings: SlurmSettings, *, folder: Path, cwd: Path) -> list[str]:
-    """Return the #SBATCH lines."""
+    """Return the #SBATCH lines of the batch script. See `render` for the arguments."""
     limit = time_limit("launcher.time", settings.time)
     gpus = f"{settings.gpu_type}:{settings.gpus_per_node}" if settings.gpu_type else settings.gpus_per_node
     values = {
