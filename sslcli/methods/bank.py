@@ -92,7 +92,7 @@ def write(rows: Tensor, index: Tensor, embeddings: Tensor, *, momentum: float) -
 def scores(query: Tensor, rows: Tensor, chosen: Tensor, *, temperature: float) -> Tensor:
     """Return logits (N, K + 1): query[i] . rows[chosen[i, k]] / temperature. `rows` gets no gradient.
 
-    The shapes are `query` (N, D), `rows` (n, D) and `chosen` (N, K + 1).
+    The shapes are `query` (N, D), `rows` (n, D) and `chosen` (N, K + 1). `chosen` holds numbers of rows, int64.
     """
     rows = rows.detach()
     if len(rows) <= DENSE * chosen.shape[1]:
@@ -103,8 +103,9 @@ def scores(query: Tensor, rows: Tensor, chosen: Tensor, *, temperature: float) -
 def log_normalizer(logits: Tensor, num_images: int, present: Tensor | None = None) -> float | None:
     """Return log Z with Z = n * mean(exp(logits)) over the (N, K + 1) logits of all processes (1805.01978, eq. 8).
 
-    Only images for which `present` (N,) is True are included; None includes all images. Returns None if `present` is
-    False for all images of all processes.
+    Z normalizes the probabilities in `nce`, and n is `num_images`, the number of training images. Only images for which
+    `present` (N,) is True are included; None includes all images. Returns None if `present` is False for all images of
+    all processes.
     """
     rows = all_gather(logits.detach().double().logsumexp(1))  # (WN,)
     if present is not None:

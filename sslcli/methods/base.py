@@ -21,11 +21,11 @@ RENAMED = {  # old name of a class attribute in version 0.1 -> current name
 
 @dataclass(frozen=True)
 class Batch:
-    """The images of one step on one process."""
+    """The views of N images: the micro-batch of one process."""
 
     views: list[Tensor]  # one (N, C, H, W) tensor per view
-    index: Tensor  # (N,) position of each image in the training set; memory banks use it to find the image's row
-    label: Tensor  # (N,) class labels, only for probes; methods must not read them
+    index: Tensor  # (N,) index of each image in the training split; memory banks use it to find the image's row
+    label: Tensor  # (N,) class labels, -1 = unknown, only for evaluation; methods must not read them
     present: Tensor | None = None  # (N, M) bool: True if image n has modality m; None = all are present
 
     def to(self, device: torch.device) -> Batch:
@@ -85,14 +85,15 @@ class Method(nn.Module):
         self.mixture = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return scalars by name. The training loop calls backward on the scalar `loss` and logs all scalars."""
+        """Return scalar tensors by name. The training loop calls `backward` on the scalar `loss`, and logs them all."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the inputs of `compare`: tensors with one row per image. A row is computed from its image alone.
+        """Return the inputs of `compare` for a micro-batch: tensors with one row per image.
 
-        Only methods with `uses_in_batch_negatives` implement `embed`. A call of `embed` may change BatchNorm
-        statistics, but no other state.
+        A row is computed from its image alone, so that the rows of several micro-batches can be concatenated. Only
+        methods with `uses_in_batch_negatives` implement `embed`. A call of `embed` may change BatchNorm statistics, but
+        no other state.
         """
         raise NotImplementedError(f"{type(self).__name__} does not divide its loss")
 
@@ -106,7 +107,8 @@ class Method(nn.Module):
     def scheduled(self, progress: float) -> dict[str, float]:
         """Return the values that `after_step` derives from `progress`, such as the EMA momentum, by name.
 
-        If a run is extended, the values of the old and the new schedule are printed.
+        `progress` is t / T for the 0-based step t of T. If a run is extended, the values of the old and the new
+        schedule are printed.
         """
         return {}
 
@@ -156,13 +158,14 @@ class Method(nn.Module):
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
         """Return image grids by name, to be saved during training. A grid is a list of rows, each (n, C, H, W).
 
-        `images` (n, C, H, W) contains a few held-out images with the transform of the probes. This method is called in
-        evaluation mode. It must not draw random numbers from `self.noise`, because this would change the training.
+        `images` (n, C, H, W) contains a few held-out images, preprocessed as in evaluation. This method is called in
+        evaluation mode. It must not draw random numbers from a `Noise` module of the method, because this would change
+        the random numbers of the training.
         """
         return {}
 
     def effective(self, batch_size: int) -> dict[str, Any]:
-        """Return lines of the startup table by name, for a micro-batch of `batch_size` images over all processes."""
+        """Return rows of the startup table by title. `batch_size` is the size of a micro-batch over all processes."""
         negatives = self.num_negatives(batch_size)
         return {} if negatives is None else {"negatives per query": negatives}
 

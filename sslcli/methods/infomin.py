@@ -122,7 +122,7 @@ class InfoMin(MoCo):
             ) from error
 
     def jigsaw(self, images: Tensor) -> Tensor:
-        """Return one unit query per image from its nine patches in random order: (N, C, S, S) -> (N, D)."""
+        """Return the query of each image (unit norm) from its nine patches in random order: (N, C, S, S) -> (N, D)."""
         patches = self.patches(images)
         with self.grouped_by_image():
             features = self.backbone(patches.flatten(0, 1))  # (9N, F)
@@ -132,7 +132,7 @@ class InfoMin(MoCo):
         return F.normalize(full_precision(self.jigsaw_head(shuffled.flatten(1))), dim=1)
 
     def patches(self, images: Tensor) -> Tensor:
-        """Crop one patch at a random position of each cell: (N, C, S, S) -> (N, 9, C, p, p)."""
+        """Crop one patch of p x p pixels at a random position of each cell: (N, C, S, S) -> (N, 9, C, p, p)."""
         cells = cells_of(images)
         cell = cells.shape[-1]
         side = max(1, round(self.jigsaw_patch * cell))
@@ -143,7 +143,8 @@ class InfoMin(MoCo):
     def grouped_by_image(self) -> Iterator[None]:
         """Multiply the group size of BatchNorm by 9 within the `with` block.
 
-        A group then contains all nine patches of `bn_group` images.
+        BatchNorm normalizes groups of `bn_group` images, an argument of `MoCo`. With nine patches per image, a group
+        then contains all nine patches of `bn_group` images.
         """
         norms = [part for part in self.backbone.modules() if isinstance(part, SplitBatchNorm)]
         for norm in norms:

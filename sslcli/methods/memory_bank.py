@@ -95,8 +95,8 @@ class MemoryBank(Method):
     def contrast(self, v: Tensor, index: Tensor) -> dict[str, Tensor]:
         """Return loss and accuracy for unit embeddings `v` (N, D) of the images with positions `index` (N,).
 
-        Accuracy is the fraction of images whose own row has the largest logit. Loss and accuracy are means over all N
-        images. An image without a row contributes 0.
+        Accuracy is the fraction of images whose own row of the bank has the largest logit. Loss and accuracy are means
+        over all N images. An image whose row is still empty contributes 0.
         """
         num_images, known = len(self.bank.rows), self.bank.known(index)
         if self.loss == "full":

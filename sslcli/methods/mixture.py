@@ -22,12 +22,12 @@ from sslcli.nn.noise import Noise
 
 
 def mix_global(images: Tensor, weight: float) -> Tensor:
-    """Mix whole images as in mixup: return weight * x_i + (1 - weight) * x_(N-1-i) for images x (N, C, H, W)."""
+    """Mix whole images as in mixup: return weight * x_i + (1 - weight) * x_(N-1-i) for x = `images` (N, C, H, W)."""
     return weight * images + (1 - weight) * images.flip(0)
 
 
 def mix_region(images: Tensor, weight: float, center: tuple[int, int]) -> tuple[Tensor, float]:
-    """Paste a box of image N-1-i into image i, as in CutMix.
+    """Paste a box of image N-1-i into image i, as in CutMix, for `images` (N, C, H, W).
 
     Returns the mixed images, and the fraction of the area that still shows image i. The box has about the fraction
     1 - `weight` of the area, and its center is `center` (row, column). If the box extends beyond the image border, it
@@ -81,7 +81,8 @@ class UnMix(nn.Module):
     def forward(self, images: Tensor, query: Callable[[Tensor], Tensor], compare: Callable[[Tensor], Tensor]) -> Tensor:
         """Return weight * L(q) + (1 - weight) * L(q in reverse order).
 
-        q are the queries of the mixtures, L is the loss `compare`, and weight is the fraction of image i in mixture i.
+        q are the queries of the mixtures, computed by `query`. L is the loss `compare`, and weight is the fraction of
+        image i in mixture i. See `add_mixture` for the arguments.
         """
         mixed, weight = self.mix(images)
         queries = query(mixed)

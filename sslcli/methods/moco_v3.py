@@ -23,7 +23,7 @@ from sslcli.nn.schedule import ema_momentum
 
 
 def contrast(query: Tensor, key: Tensor, *, temperature: float) -> Contrast:
-    """Return the contrastive loss of Algorithm 1 (`ctr`): cross-entropy, multiplied by 2 tau.
+    """Return the contrastive loss of Algorithm 1 (`ctr`): cross-entropy, multiplied by 2 * `temperature`.
 
     `query` and `key` are (N, D) and are normalized in this function. Query i must identify key i among the keys of
     all processes. The negatives of query i are the keys of all other images. All keys are from the same view.

@@ -21,11 +21,12 @@ from sslcli.nn.modes import full_precision
 
 
 def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None = None) -> Contrast:
-    """Return the normalized temperature-scaled cross-entropy (eq. 1), as the mean over this process's 2N anchors.
+    """Return the normalized temperature-scaled cross-entropy (eq. 1), as the mean over the 2N anchors of this process.
 
-    `z1` and `z2` are (N, D) and are normalized in this function. Row i of `z1` and row i of `z2` are embeddings of the
-    same image. The negatives are the 2(WN - 1) views of all other images on all processes. Gradients flow through the
-    negatives of all processes. If `memory` (K, D) is given, its unit rows are additional negatives of every anchor.
+    `z1` and `z2` are (N, D) and are normalized in this function. Row i of `z1` and row i of `z2` are embeddings of two
+    views of the same image. Each row is an anchor, and the other view of its image is its positive. The negatives are
+    the 2(WN - 1) views of all other images on all W processes. Gradients flow through the negatives of all processes.
+    If `memory` (K, D) is given, its unit rows are additional negatives of every anchor.
     """
     rows = F.normalize(full_precision(torch.cat([z1, z2])), dim=1)
     if world_size() == 1 and memory is None and temperature >= MIN_TEMPERATURE:

@@ -92,7 +92,10 @@ class SimCLRv2(SimCLR):
         return super().compare((z1, z2))
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Contrast:
-        """Return the NT-Xent loss. The rows of the queue, if there is one, are additional negatives of every anchor."""
+        """Return the NT-Xent loss of the embeddings (N, D) of two views, see `nt_xent`.
+
+        If there is a queue, its rows are additional negatives of every anchor.
+        """
         return nt_xent(z1, z2, temperature=self.temperature, memory=self.queue if self.queue_size else None)
 
     @torch.no_grad()
