@@ -15,7 +15,7 @@ from sslcli.backbones.norm import norm_layer
 from sslcli.errors import check_positive, nearest
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "wide_resnet101_2")
-STEMS = ("auto", "imagenet", "cifar")
+STEMS = ("auto", "imagenet", "cifar", "cifar_padding2")
 LARGEST_CIFAR_IMAGE = 64
 
 
@@ -30,6 +30,8 @@ class ResNet(Backbone):
         stem: one of
             "imagenet": 7x7 convolution of stride 2, and max-pool.
             "cifar": 3x3 convolution of stride 1, without max-pool (SimCLR appendix B.9).
+            "cifar_padding2": "cifar" with a padding of 2 pixels instead of 1, as in solo-learn (solo/methods/base.py).
+                Images of 32 pixels then have maps of 34, 17, 9 and 5 pixels, instead of 32, 16, 8 and 4.
             "auto": "cifar" for images of up to 64 pixels, "imagenet" for larger images.
         in_channels: image channels. A value other than 3 changes only the first convolution.
         zero_init_residual: initialize the output of every residual branch to zero (Goyal et al. 2017, section 5.1).
@@ -85,8 +87,9 @@ class ResNet(Backbone):
         for name, child in net.named_children():
             if name != "fc":
                 self.add_module(name, child)
-        if stem == "cifar" or (stem == "auto" and image_size <= LARGEST_CIFAR_IMAGE):
-            self.conv1 = nn.Conv2d(in_channels, 64, 3, stride=1, padding=1, bias=False)
+        if stem.startswith("cifar") or (stem == "auto" and image_size <= LARGEST_CIFAR_IMAGE):
+            padding = 2 if stem == "cifar_padding2" else 1
+            self.conv1 = nn.Conv2d(in_channels, 64, 3, stride=1, padding=padding, bias=False)
             self.maxpool = nn.Identity()
         elif in_channels != 3:
             self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)

@@ -52,6 +52,18 @@ def test_the_stem_can_be_chosen_against_the_image_size(image_size: int) -> None:
     assert set(cifar.state_dict()) == set(imagenet.state_dict())
 
 
+def test_the_stem_of_solo_learn_has_the_weights_of_the_cifar_stem_and_larger_maps() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        solo = ResNet("resnet18", image_size=32, stem="cifar_padding2").eval()
+    usual = ResNet("resnet18", image_size=32, stem="cifar").eval()
+    usual.load_state_dict(solo.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    assert [m.shape[-1] for m in solo.stages(images).values()] == [34, 17, 9, 5]
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
+    torch.testing.assert_close(solo(images), usual(padded))
+
+
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 def test_other_channel_counts_change_the_first_convolution_alone(stem: str) -> None:
     with torch.device("meta"):
@@ -74,7 +86,7 @@ def test_zero_init_residual_starts_every_block_at_its_shortcut() -> None:
     assert set(last_norms(ResNet("resnet18", image_size=32))) == {1.0}
 
 
-@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.parametrize("stem", ["cifar", "cifar_padding2", "imagenet"])
 def test_gradients_reach_every_parameter(stem: str) -> None:
     net = ResNet("resnet18", image_size=32, stem=stem)
     net(torch.randn(4, 3, 32, 32)).square().sum().backward()
@@ -103,7 +115,7 @@ def test_channels_last_changes_nothing_but_the_layout() -> None:
 def test_wrong_values_are_refused_with_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"'resnet19'.*one of: resnet18, resnet34.*Did you mean 'resnet1"):
         ResNet("resnet19", image_size=32)
-    with pytest.raises(ValueError, match=r"stem is 'small', .* auto, imagenet, cifar"):
+    with pytest.raises(ValueError, match=r"stem is 'small', .* auto, imagenet, cifar, cifar_padding2"):
         ResNet("resnet18", image_size=32, stem="small")
     with pytest.raises(ValueError, match="image_size is 0"):
         ResNet("resnet18", image_size=0)
