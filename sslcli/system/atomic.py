@@ -1,8 +1,8 @@
 """Atomic file writes and checksums.
 
 New content is written to a temporary file with a unique name next to the target. The temporary file is then renamed to
-the target. Therefore any number of processes may write a file simultaneously. If a writer is killed, the next writer in
-the folder removes the temporary file of the killed writer.
+the target. Therefore any number of processes may write the same file simultaneously. If a process is killed while it
+writes, its temporary file stays in the folder. The next process that writes into the folder removes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sslcli.system.regular_files import open_regular
 
 TEMPORARY = re.compile(r".+\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]{8}\.tmp", re.DOTALL)
 OLD_TEMPORARY = re.compile(r"\..+\.\d{1,9}\.part", re.DOTALL)  # name of a temporary file in version 0.1
-ABANDONED = 86400.0  # seconds without a change after which a temporary file of another machine counts as abandoned
+ABANDONED = 86400.0  # seconds; a temporary file of another machine is removed if it has not changed for this time
 
 
 def sha256(path: Path) -> str:
@@ -42,17 +42,17 @@ def digest_of(file: BinaryIO) -> str:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file atomically. After a crash, the file has either the old or the new content."""
+    """Write a file atomically. After a crash, the file has either the old or the new content, never a mixture."""
     write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:
-    """Replace a file atomically. `fill(temporary)` writes the new content.
+    """Replace a file atomically.
 
     Args:
         path: file to replace.
-        fill: function that writes the content to a temporary path.
-        durable: fsync the content before the rename. If False, a machine crash may lose the content.
+        fill: function that writes the new content to the temporary path that it gets as its argument.
+        durable: fsync the content before the rename. If False, a crash of the machine may lose the content.
     """
     with beside(path) as temporary:
         fill(temporary)
@@ -63,7 +63,10 @@ def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """Yield a unique temporary path next to `path`. If the file exists after the `with` block, remove it."""
+    """Yield a unique temporary path next to `path`.
+
+    If a file or folder with the temporary path exists after the `with` block, it is removed.
+    """
     temporary = temporary_name(path)
     remove_abandoned(path.parent)
     try:
@@ -82,7 +85,10 @@ def temporary_name(path: Path) -> Path:
 
 @cache
 def machine() -> str:
-    """Return an ID of this machine, boot and container. Process IDs are unique only within one container and boot."""
+    """Return an ID (8 hex digits) of this machine, boot and container.
+
+    Process IDs are unique only within one boot of a machine and within one container.
+    """
     parts = [platform.node()]
     with suppress(OSError):  # only Linux has /proc
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
@@ -92,7 +98,10 @@ def machine() -> str:
 
 @cache
 def remove_abandoned(folder: Path) -> None:
-    """Remove temporary files of killed writers from a folder. Further calls with the same folder do nothing."""
+    """Remove the temporary files that killed processes have left in a folder.
+
+    Only the first call with a folder has an effect. Further calls with the same folder do nothing.
+    """
     try:
         names = [name for name in os.listdir(folder) if name.endswith((".tmp", ".part"))]
     except OSError:  # the write that follows reports the error
@@ -104,7 +113,11 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Return True if a temporary file belongs to a writer that has ended."""
+    """Return True if `path` is a temporary file of a process that has ended.
+
+    Whether a process has ended is known only for processes of this machine. A temporary file of another machine, or of
+    version 0.1, counts as abandoned if it has not changed for a day.
+    """
     match = TEMPORARY.fullmatch(path.name)
     if match is None and OLD_TEMPORARY.fullmatch(path.name) is None:
         return False

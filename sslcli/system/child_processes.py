@@ -20,7 +20,7 @@ WITHOUT = "import sys; sys.path[:1] = [path for path in sys.path[:1] if path]; i
 
 
 def arguments(module: str, *, ours: bool = True) -> list[str]:
-    """Return the Python arguments that run a module without importing from the current directory.
+    """Return the arguments of a Python interpreter that run a module without importing from the current directory.
 
     Args:
         module: name of the module; append the module's own arguments to the result.
@@ -72,21 +72,28 @@ def safe_children() -> Iterator[None]:
 
 
 def find_trusted(trust: Sequence[str]) -> None:
-    """Append the current directory to sys.path if `trust` is not empty. Installed packages still have priority."""
+    """Append the current directory to sys.path if `trust` is not empty. Installed packages still have priority.
+
+    `trust` are the names of the packages that the user trusts. They may be in the current directory.
+    """
     if trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
 
 def kill_with_parent(parent: int) -> None:
-    """Kill this process when `parent` exits or is killed (Linux only).
+    """Let the kernel kill this process when its parent process exits or is killed (Linux only).
 
-    An orphaned process would keep its run locked.
+    `parent` is the process ID of the parent process. Without this call, the process could continue without its parent,
+    and keep its run locked.
     """
     signal_with_parent(parent, signal.SIGKILL)
 
 
 def signal_with_parent(parent: int, number: signal.Signals) -> None:
-    """Let the kernel send a signal to this process when `parent` exits or is killed (Linux only)."""
+    """Let the kernel send the signal `number` to this process when its parent process ends (Linux only).
+
+    `parent` is the process ID of the parent process. The signal is also sent if the parent process is killed.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # the parent exited before prctl was called

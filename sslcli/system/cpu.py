@@ -7,7 +7,7 @@ import os
 from sslcli.system.launch_variables import AGENT, local_world_size
 
 # Number of times that an idle thread spins before it sleeps. 5,000 spins take about fifty microseconds. The default of
-# GNU OpenMP is 300,000, which takes milliseconds. With 1,000 or 0, threads sleep and wake up between operations on
+# GNU OpenMP is 300,000 spins, which take milliseconds. With 1,000 or 0, threads sleep and wake up between operations on
 # small tensors (e.g. in Winograd convolutions).
 SPINS = {"GOMP_SPINCOUNT": "5000"}
 _CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -21,7 +21,10 @@ def usable() -> list[int]:
 
 
 def cores_per_process() -> int:
-    """Return the number of cores per process, at least 1: usable cores / LOCAL_WORLD_SIZE (set by launchers)."""
+    """Return the number of usable cores divided by the number of processes on this node, at least 1.
+
+    The number of processes is the environment variable LOCAL_WORLD_SIZE, which launchers set.
+    """
     return max(1, len(usable()) // local_world_size())
 
 
@@ -30,8 +33,8 @@ def requested_threads() -> int | None:
 
     The number is at most the number of usable cores.
 
-    As in torch, MKL_NUM_THREADS takes precedence over OMP_NUM_THREADS, and invalid values are ignored. torchrun sets
-    OMP_NUM_THREADS=1 if the user has not set it. Therefore, this value is ignored under torchrun.
+    As in torch, MKL_NUM_THREADS takes precedence over OMP_NUM_THREADS, and invalid values are ignored. If the user has
+    not set OMP_NUM_THREADS, torchrun sets it to 1. Therefore, the value 1 of OMP_NUM_THREADS is ignored under torchrun.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and AGENT not in os.environ
     for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
@@ -47,10 +50,11 @@ def requested_threads() -> int | None:
 
 
 def limit_spinning() -> None:
-    """Set the spin count of GNU OpenMP unless the user has set it. Call this function before torch is imported.
+    """Limit how long idle OpenMP threads spin before they sleep. Call this function before torch is imported.
 
-    Spinning threads slow down other processes. In a test on two cores with two data workers, they took a third of the
-    workers' time, see docs/performance.md.
+    If the user has set the spin count or the wait policy, nothing is changed. Spinning threads slow down other
+    processes. In a test on two cores with two data workers, the spinning threads took a third of the workers' time, see
+    docs/performance.md.
     """
     if not any(name in os.environ for name in _CHOICES):
         os.environ.update(SPINS)

@@ -1,6 +1,6 @@
 """Environment variables by which a launcher such as torchrun describes the process group of a run.
 
-Only this module reads these variables. It does not import torch.
+No other module reads these variables. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from sslcli.errors import ConfigError
 
 REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Environment variables that our agent (`sslcli.distributed.elastic`) sets for its processes.
+# Environment variables that our agent sets for its processes. The agent (`sslcli.distributed.elastic`) starts and
+# restarts the processes of a run on one node.
 AGENT = "SSLCLI_AGENT"  # process id of the agent
 START_TIME = "SSLCLI_BEGUN"  # start time of the agent, by time.monotonic
 RESTARTS = "SSLCLI_RESTARTS"  # number of earlier starts of the processes
@@ -19,7 +20,7 @@ RESTARTS = "SSLCLI_RESTARTS"  # number of earlier starts of the processes
 
 @dataclass(frozen=True)
 class Member:
-    """Place of this process in a process group.
+    """Place of this process in the process group of a run.
 
     Attributes:
         rank: rank, in [0, world_size).
@@ -70,14 +71,19 @@ def local_world_size() -> int:
 
 
 def earlier_starts() -> int:
-    """Return how often the agent of sslcli, torchrun or a Slurm script has restarted the processes of this run."""
+    """Return how many times the processes of this run have been restarted.
+
+    The elastic agents of sslcli and torchrun, and the job script of Slurm, restart processes and count the restarts in
+    environment variables.
+    """
     return sum(_count(name, least=0) for name in (RESTARTS, "TORCHELASTIC_RESTART_COUNT") if name in os.environ)
 
 
 def _count(name: str, *, least: int, most: int | None = None, reason: str = "") -> int:
-    """Return an environment variable as an integer.
+    """Return the environment variable `name` as an integer.
 
-    Raises ConfigError if the value is not an integer, or if it is outside of the allowed range.
+    Raises ConfigError unless the value is an integer between `least` and `most`. If `most` is None, there is no
+    maximum. `reason` is the reason for the maximum, for the message.
     """
     text = os.environ[name]
     number = int(text) if text.strip().isdecimal() and text.isascii() else None

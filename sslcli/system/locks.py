@@ -1,4 +1,7 @@
-"""File locks (flock). The operating system releases a lock when all processes that hold the lock have exited."""
+"""File locks (flock).
+
+The operating system releases a lock when all processes that hold the lock have exited, even if they were killed.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,10 @@ def locked(path: Path) -> Iterator[None]:
 
 @cache
 def can_lock(folder: Path) -> bool:
-    """Return True if the file system of a folder supports locks."""
+    """Return True if the file system of a folder supports locks.
+
+    If the folder has no file `table.lock`, this function creates one.
+    """
     with (folder / "table.lock").open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

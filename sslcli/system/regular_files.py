@@ -32,7 +32,10 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
-    """Return the content of a regular file. Raises OSError if `path` is no regular file or exceeds `most` bytes."""
+    """Return the content of a regular file.
+
+    Raises OSError if `path` is not a regular file, or if the file has more than `most` bytes.
+    """
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -41,6 +44,6 @@ def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
 
 
 def kind_of(path: Path) -> str:
-    """Return the type of the file at `path` as a phrase for messages."""
+    """Return the type of the file at `path` as a phrase for messages, such as "a file" or "a folder"."""
     kind = stat.S_IFMT(path.stat().st_mode)
     return "a file" if kind == stat.S_IFREG else KINDS.get(kind, "something else")

@@ -1,6 +1,6 @@
 """Typed reading of files that sslcli wrote earlier.
 
-All readers of such files use this module. If the content of a damaged file cannot be recomputed, `DamagedFile` is
+All code that reads such files uses this module. If the content of a damaged file cannot be recomputed, `DamagedFile` is
 raised. Its message names the file, the damage and the remedy. If the content can be recomputed, the file is renamed
 (set aside), and a warning is printed.
 
@@ -36,7 +36,7 @@ class DamagedFile(ConfigError):
     Args:
         path: the file.
         reason: what is wrong with its content.
-        remedy: what the user can do, for the end of the message.
+        remedy: what the user can do. The message ends with it.
     """
 
     def __init__(self, path: Path, reason: str, remedy: str) -> None:
@@ -47,8 +47,12 @@ class DamagedFile(ConfigError):
 def read_bytes(path: Path, *, remedy: str, most: int = MAX_JSON) -> bytes:
     """Return the content of a stored file.
 
-    Raises FileNotFoundError if there is no such file. Raises ConfigError if the file cannot be opened or has more than
-    `most` bytes.
+    Args:
+        path: the file.
+        remedy: what the user can do if the file cannot be read. The error message ends with it.
+        most: maximum size in bytes.
+
+    Raises FileNotFoundError if there is no such file. Raises ConfigError if the file cannot be opened or is too large.
     """
     try:
         return read_regular(path, most=most)
@@ -59,7 +63,10 @@ def read_bytes(path: Path, *, remedy: str, most: int = MAX_JSON) -> bytes:
 
 
 def read_text(path: Path, *, remedy: str, most: int = MAX_JSON) -> str:
-    """Return the text of a stored file, see `read_bytes`. Raises DamagedFile if the file is not UTF-8."""
+    """Return the text of a stored file. For the arguments and errors, see `read_bytes`.
+
+    In addition, raises DamagedFile if the file is not UTF-8.
+    """
     content = read_bytes(path, remedy=remedy, most=most)
     try:
         return content.decode("utf-8")
@@ -68,10 +75,15 @@ def read_text(path: Path, *, remedy: str, most: int = MAX_JSON) -> str:
 
 
 def read_line(path: Path, pattern: str, *, what: str, remedy: str) -> str | None:
-    """Return the text of a stored file with one value, without surrounding spaces, or None if there is no such file.
+    """Return the text of a stored file that contains only one value. Return None if there is no such file.
 
-    Raises DamagedFile unless the whole text matches the regular expression `pattern`. `what` names the value in the
-    message, as in "an exit code".
+    Spaces around the text are removed.
+
+    Args:
+        path: the file.
+        pattern: regular expression. DamagedFile is raised unless it matches the whole text.
+        what: phrase for the value, for the error message, as in "an exit code".
+        remedy: what the user can do. The error message ends with it.
     """
     try:
         text = read_text(path, remedy=remedy).strip()
@@ -83,7 +95,11 @@ def read_line(path: Path, pattern: str, *, what: str, remedy: str) -> str | None
 
 
 def read_json(path: Path, shape: type[T], *, remedy: str) -> T:
-    """Return the content of a stored JSON file, see `read_text`. Raises DamagedFile unless it has this shape."""
+    """Return the content of a stored JSON file. Raises DamagedFile unless the content has the given shape.
+
+    `shape` is a dataclass or a TypedDict that declares the keys and their types. For `path`, `remedy` and further
+    errors, see `read_bytes`.
+    """
     text = read_text(path, remedy=remedy)
     if not text.strip("\0 \r\n\t"):
         raise DamagedFile(path, "it is empty", remedy)
@@ -97,7 +113,11 @@ def read_json(path: Path, shape: type[T], *, remedy: str) -> T:
 
 
 def read_yaml(path: Path, shape: type[T], *, remedy: str) -> T:
-    """Return the content of a stored yaml file, see `read_text`. Raises DamagedFile unless it has this shape."""
+    """Return the content of a stored yaml file. Raises DamagedFile unless the content has the given shape.
+
+    `shape` is a dataclass or a TypedDict that declares the keys and their types. For `path`, `remedy` and further
+    errors, see `read_bytes`.
+    """
     text = read_text(path, remedy=remedy, most=MAX_YAML)
     try:
         content = parse_yaml(text)
@@ -107,7 +127,10 @@ def read_yaml(path: Path, shape: type[T], *, remedy: str) -> T:
 
 
 def checked(content: Any, shape: type[T], path: Path, *, remedy: str) -> T:
-    """Return `content` if it has this shape; otherwise raise DamagedFile.
+    """Return `content`, the content of the stored file `path`. Raises DamagedFile unless it has the given shape.
+
+    `shape` is a dataclass or a TypedDict that declares the keys and their types. `remedy` is what the user can do; the
+    error message ends with it.
 
     If the shape is a dataclass, an instance is returned. Keys that are not fields of the dataclass are ignored, because
     a newer version may have written them.
@@ -123,13 +146,14 @@ def checked(content: Any, shape: type[T], path: Path, *, remedy: str) -> T:
 
 
 def mismatch(value: Any, kind: Any, where: str = "") -> str:
-    """Return the first difference between a value and a type as text, or "" if the value has the type.
+    """Return a description of the first difference between a value and a type, or "" if the value has the type.
 
     Args:
         value: plain values and tensors.
-        kind: the required type: a shape, a class, or an annotation of plain values such as `list[int]`. In an
-            annotation, the items of a `list` and the values of a `dict` may also be shapes or classes.
-        where: dotted key of the value, for the text.
+        kind: the required type. It is a shape (a dataclass or TypedDict that declares keys), another class, or an
+            annotation of plain values such as `list[int]`. In an annotation, the items of a `list` and the values of a
+            `dict` may also be shapes or classes.
+        where: dotted key of the value, for the description.
     """
     name = where or "its content"
     if _is_shape(kind):
@@ -158,7 +182,10 @@ def mismatch(value: Any, kind: Any, where: str = "") -> str:
 
 
 def shown(value: Any) -> str:
-    """Return the beginning of a value as text for a message."""
+    """Return a value as text for a message.
+
+    A long text is truncated. An object is described by the name of its class.
+    """
     if not isinstance(value, PLAIN):
         return f"a {type(value).__name__}"
     text = repr(value)
@@ -166,7 +193,10 @@ def shown(value: Any) -> str:
 
 
 def _is_class(kind: Any) -> bool:
-    """Return True for a shape or another class, and False for the types of plain values."""
+    """Return True for a class, and False for an annotation and for the types of plain values.
+
+    The types of plain values are int, float, bool, str, list, dict and None.
+    """
     return get_origin(kind) is None and isinstance(kind, type) and kind is not Any and kind not in PLAIN
 
 
@@ -176,7 +206,7 @@ def _is_shape(kind: Any) -> bool:
 
 @cache
 def _fields_of(shape: Any) -> tuple[frozenset[str], dict[str, Any]]:
-    """Return the names of the required fields of a shape, and the types of all of its fields."""
+    """Return the names of the required fields of a dataclass or TypedDict, and the types of all of its fields."""
     hints = get_type_hints(shape)
     if is_typeddict(shape):
         return shape.__required_keys__, hints
@@ -185,9 +215,14 @@ def _fields_of(shape: Any) -> tuple[frozenset[str], dict[str, Any]]:
 
 
 def read_or_set_aside(read: Callable[[], T], *, warn: Callable[[str], None], consequence: str) -> T | None:
-    """Return `read()`, or None if the file does not exist or cannot be used.
+    """Return the result of `read`, or None if the file does not exist or cannot be used.
 
-    A damaged file is renamed. A warning names the file, its new name, and the consequence for the user.
+    If the file is damaged, it is renamed. A warning names the file, its new name, and the consequence for the user.
+
+    Args:
+        read: function that reads a stored file with a function of this module.
+        warn: function that prints a warning.
+        consequence: what happens without the file, as in "it is computed again". The warning ends with it.
     """
     try:
         return read()
@@ -215,5 +250,8 @@ def set_aside(path: Path) -> Path | None:
 
 
 def renamed(target: Path | None) -> str:
-    """Return the part of a message that states the new name of a damaged file."""
+    """Return the part of a message that states the new name of a damaged file.
+
+    `target` is the new path of the file. If it is None, the file was not renamed, and "" is returned.
+    """
     return "" if target is None else f" and is now named {target.name}"
