@@ -1,7 +1,8 @@
-"""Color operations of a view in one compiled pass per image (`color.c`).
+"""Color augmentations in one compiled pass per image (`color.c`).
 
-`Views.color` uses this kernel if the kernel is available and supports the images. Otherwise `Views.color` uses the
-torch operations of `sslcli.data.views.augment`. They process whole batches and give the same result as the kernel.
+`sslcli.data.views.views.Views.color` uses this kernel if the kernel is available and supports the images. Otherwise,
+`Views.color` uses the torch operations in `sslcli.data.views.augment`. They process whole batches and give the same
+result as the kernel.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ PART = Path(__file__).with_suffix(".c")
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Parameters of the color operations for each of N images.
+    """Parameters of the color augmentations for each of N images.
 
-    The operations are applied in the order of the fields. If `gray_first` is True, gray is applied before the jitter.
+    The augmentations are applied in the order of the fields: flip, color jitter, conversion to gray, blur,
+    solarization. If `gray_first` is True, the conversion to gray comes before the jitter. A bool tensor is True for the
+    images to which an augmentation is applied.
     """
 
     flipped: Tensor  # (N,) bool, True for a left-right flip
@@ -54,8 +57,9 @@ def color_operations(
 
     Args:
         images: (N, C, H, W) float32 in [0, 1] on the CPU, C = 1 or 3.
-        chosen: parameters of the operations. The blur kernel must fit the images, see `augment.check_taps`.
-        mean, std: one value per channel; std must be above 0.
+        chosen: for each image, which operations are applied and with which parameters. The blur kernel must fit the
+            images, see `augment.check_taps`.
+        mean, std: one value per channel for the normalization; std must be above 0.
 
     Returns:
         (N, C, H, W) in channels-last memory format.

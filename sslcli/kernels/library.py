@@ -1,8 +1,8 @@
-"""Loading of the compiled C parts.
+"""Loading of the compiled C files.
 
-Each compiled part is a C file `NAME.c`, next to the Python module that calls its functions. During installation,
-setup.py compiles the C file to the library `_NAME.PLATFORM.sharedlib` if there is a C compiler with OpenMP. Without
-the library, torch operations are used.
+Each C file `NAME.c` is next to the Python module that calls its functions. During installation, setup.py compiles the C
+file to the library `_NAME.PLATFORM.sharedlib` if there is a C compiler with OpenMP. If there is no library, sslcli uses
+torch operations instead.
 """
 
 from __future__ import annotations
@@ -25,21 +25,25 @@ POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
 def file_of(part: Path) -> Path:
-    """Return the path of the library compiled from a C file, as setup.py names it."""
+    """Return the path of the library that setup.py compiles from the C file `part`."""
     return part.with_name(f"_{part.stem}.{sysconfig.get_platform()}.sharedlib")
 
 
 def older_file_of(part: Path) -> Path:
-    """Return the path of a library that setup.py of version 0.2 compiled. It has the name of a Python extension module.
+    """Return the path of the library that setup.py of version 0.2 compiled from the C file `part`.
 
-    After `git pull`, an editable installation has such libraries until it is installed again.
+    The library has the name of a Python extension module. After `git pull`, an editable installation still has such
+    libraries until sslcli is installed again.
     """
     return part.with_name(f"_{part.stem}{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
 @cache
 def present() -> list[str]:
-    """Return the names of the compiled parts that are installed and supported by this CPU."""
+    """Return the names of the C files whose compiled libraries can be used.
+
+    Such a library is installed, matches its C file, and is supported by this CPU.
+    """
     return [part.stem for part in PARTS if load(part, {}) is not None]
 
 
@@ -47,8 +51,8 @@ def load(part: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | No
     """Load the library compiled from the C file `part`, and declare its functions.
 
     `functions` maps the name of each C function to the types of its arguments. Returns None if the library is not
-    available. If the C file was changed after compilation (e.g. by `git pull`), `load` warns and returns None, because
-    the signatures of the C functions may differ.
+    available. If the C file was changed after compilation (e.g. by `git pull`), the signatures of the C functions may
+    differ. In this case, `load` warns and returns None.
     """
     if torch.backends.cpu.get_cpu_capability() not in CAPABLE:
         return None

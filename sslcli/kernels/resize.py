@@ -17,7 +17,7 @@ PART = Path(__file__).with_suffix(".c")
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled library, or None if it is not available."""
+    """Return the library compiled from `resize.c`, or None if it is not available."""
     return compiled.load(PART, {"resized_crops": [POINTER] * 5 + [LONG] * 6 + [INT] * 2})
 
 
@@ -56,7 +56,10 @@ def resized_bytes(pictures: Tensor, boxes: Tensor, size: int, *, cubic: bool) ->
 
 
 def _cut(images: Tensor, boxes: Tensor, out: Tensor, shape: tuple[int, int, int, int], size: int, cubic: bool) -> None:
-    """Write the resized crops to `out`. `shape` is (planes, height, width, channels per plane) of each image."""
+    """Crop a box from each image, resize it, and write the result to `out`, in float32 or uint8.
+
+    `shape` is (planes, height, width, channels per plane) of each image. For the other arguments, see `resized_crops`.
+    """
     passes = library()
     assert passes is not None
     assert boxes.dtype == torch.int64

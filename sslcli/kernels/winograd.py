@@ -1,6 +1,8 @@
-"""Winograd convolutions (3x3) on the CPU in float32. They need a quarter of a direct convolution's multiplications.
+"""Winograd convolutions (3x3) on the CPU in float32.
 
 Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the points 0, 1, -1, 2, -2 and infinity
+
+A Winograd convolution needs a quarter of the multiplications of a direct convolution.
 
 Shapes: N images, C input channels, O output channels, H x W maps, T tiles. A tile has 4 x 4 outputs, which depend on 6
 x 6 inputs. The inputs of a tile and the kernel are treated as polynomials and evaluated at 6 x 6 points. The
@@ -8,9 +10,10 @@ convolution then is a separate matrix product at each point: 36 products of (T, 
 computes one product of (16 T, 9 C) with (9 C, O). The gradient with respect to the images is also a convolution. The
 gradient with respect to the weight consists of 36 products, with the tiles as the inner dimension.
 
-There are two implementations. `winograd_passes.c` processes a few tiles at a time. The values of these tiles then stay
-in the cache of a core. The implementation in torch operations is used for wide layers, for which the C part would have
-to read the kernels repeatedly, and for all layers if sslcli was installed without a compiler.
+There are two implementations. The C code in `winograd_passes.c` processes a few tiles at a time. The values of these
+tiles then stay in the cache of a core. For wide layers, the C code would have to read the kernels repeatedly.
+Therefore, the implementation in torch operations is used for wide layers. If sslcli was installed without a compiler,
+the torch operations are used for all layers.
 
 Without this module, torch uses the direct convolutions of oneDNN. On CPUs with AVX2, oneDNN computes the weight
 gradient in channels-last memory format at only half the speed of the forward pass and of the input gradient.
@@ -30,7 +33,7 @@ from sslcli.kernels.winograd_transforms import POINTS, TILE, from_points, gradie
 LEAST_CHANNELS = 64  # with fewer channels, the transforms take more time than the products save
 LEAST_TILES = 32  # with fewer tiles, the transform of the weight takes more time than the products save
 MOST_PADDING = 1.4  # maximum of (values in padded tiles) / (values in the maps)
-CHUNK_BYTES = 4 * 2**20  # bytes per thread for a chunk of images, as values at the points; fit the caches
+CHUNK_BYTES = 4 * 2**20  # bytes per thread for the values of a chunk of images at the points; fit into the caches
 
 # Matrix that evaluates the three kernel values at each point: G in the paper.
 KERNEL_AT_POINTS = (
@@ -44,7 +47,10 @@ KERNEL_AT_POINTS = (
 
 
 class WinogradConv2d(nn.Conv2d):
-    """3x3 convolution with stride 1. It uses Winograd where this is faster: on the CPU, in float32, for large maps."""
+    """3x3 convolution with stride 1 that uses the Winograd algorithm where it is faster than torch's convolution.
+
+    This is the case on the CPU, in float32, for large maps.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution: (N, C, H, W) -> (N, O, H, W)."""
@@ -55,9 +61,10 @@ class WinogradConv2d(nn.Conv2d):
 
 
 def use_winograd(net: nn.Module) -> None:
-    """Convert all convolutions of `net` for which `fits` is True to `WinogradConv2d`, in place.
+    """Convert the convolutions of `net` that support the Winograd algorithm to `WinogradConv2d`, in place.
 
-    Names and parameters do not change.
+    These are the convolutions for which `fits` is True. Names and parameters do not change. On a CPU without AVX2,
+    nothing is converted.
     """
     if torch.backends.cpu.get_cpu_capability() not in library.CAPABLE:
         return
@@ -67,7 +74,11 @@ def use_winograd(net: nn.Module) -> None:
 
 
 def fits(conv: nn.Conv2d) -> bool:
-    """Return True if a convolution is 3x3 and has stride 1, zero padding of 1 and at least LEAST_CHANNELS channels."""
+    """Return True if a convolution can be replaced by `WinogradConv2d`.
+
+    The kernel must be 3x3, with stride 1, zero padding of 1, no dilation and no groups. The numbers of input and output
+    channels must be at least LEAST_CHANNELS.
+    """
     return (
         (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and (conv.groups, conv.padding_mode) == (1, "zeros")
@@ -76,7 +87,10 @@ def fits(conv: nn.Conv2d) -> bool:
 
 
 def pays(images: Tensor, weight: Tensor) -> bool:
-    """Return True if Winograd is faster for this shape, device and dtype."""
+    """Return True if a Winograd convolution is faster than torch's convolution.
+
+    This depends on the shape, device and dtype of `images` (N, C, H, W) and on the dtype of `weight` (O, C, 3, 3).
+    """
     if images.device.type != "cpu" or images.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
     if images.dim() != 4 or torch.is_autocast_enabled("cpu") or watched():
@@ -92,7 +106,10 @@ def watched() -> bool:
 
 
 class Convolution(torch.autograd.Function):
-    """Autograd function of the convolution (N, C, H, W), (O, C, 3, 3) -> (N, O, H, W), with padding 1."""
+    """Autograd function of the Winograd convolution with padding 1.
+
+    Shapes: images (N, C, H, W), weight (O, C, 3, 3) -> (N, O, H, W).
+    """
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor) -> Tensor:
@@ -116,7 +133,10 @@ class Convolution(torch.autograd.Function):
 
 
 def convolve(images: Tensor, weight: Tensor) -> Tensor:
-    """Return the convolution of (N, C, H, W) with (O, C, 3, 3), padding 1, in channels-last memory format."""
+    """Return the Winograd convolution of images (N, C, H, W) with a weight (O, C, 3, 3), with padding 1.
+
+    The result is (N, O, H, W) in channels-last memory format.
+    """
     maps = channels_last(images)
     kernels = kernel_points(weight)
     at_once = winograd_passes.convolve(maps, kernels)
@@ -149,9 +169,9 @@ def channels_last(images: Tensor) -> Tensor:
 def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
     """Divide the images into slices that are processed one after the other.
 
-    `maps` (N, H, W, C) are the images, and `kernels` (36, C, O) are the kernels at the points. The values of
-    a slice at the points need about `CHUNK_BYTES` per thread, so that they fit into the caches. However, a slice has at
-    least as many values as the kernels, because all kernels are read once per slice.
+    `maps` (N, H, W, C) are the images. `kernels` (36, C, O) are the values of the kernels at the 36 points. The values
+    of a slice at the points need about `CHUNK_BYTES` per thread, so that they fit into the caches. However, a slice has
+    at least as many values as the kernels, because all kernels are read once per slice.
     """
     n, high, wide = tiles(maps)
     image_bytes = 4 * POINTS**2 * maps.shape[3] * high * wide
@@ -160,13 +180,19 @@ def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
 
 
 def evaluation(like: Tensor) -> Tensor:
-    """Return the matrix (36, 9) that evaluates a 3x3 kernel at the 6 x 6 points."""
+    """Return the matrix (36, 9) that evaluates a 3x3 kernel at the 6 x 6 points.
+
+    The matrix has the device and dtype of the tensor `like`.
+    """
     rows = torch.tensor(KERNEL_AT_POINTS, dtype=torch.float64)
     return torch.kron(rows, rows).to(like)
 
 
 def kernel_points(weight: Tensor) -> Tensor:
-    """Evaluate kernels at the points: (O, C, 3, 3) -> (36, C, O). Channels keep the memory order of the weight."""
+    """Evaluate 3x3 kernels at the 6 x 6 points: (O, C, 3, 3) -> (36, C, O).
+
+    In the memory of the result, the input and output channels have the same order as in `weight`.
+    """
     if weight.stride(0) < weight.stride(1):  # the gradient of the images swaps the input and output channels
         return torch.matmul(evaluation(weight), weight.permute(1, 2, 3, 0).flatten(1, 2)).transpose(0, 1)
     return torch.matmul(evaluation(weight), weight.permute(0, 2, 3, 1).flatten(1, 2)).permute(1, 2, 0)

@@ -1,7 +1,8 @@
 """Python interface of the compiled Winograd convolutions in `winograd_passes.c`, loaded by `sslcli.kernels.library`.
 
-`sslcli.kernels.winograd` calls these functions first. If there is no compiled pass, a function returns None or False,
-and `sslcli.kernels.winograd` uses torch operations. There is no compiled pass in these cases:
+A pass is a C function that processes all tiles. `sslcli.kernels.winograd` first calls the functions of this module. If
+there is no pass for the arguments, a function returns None or False, and `sslcli.kernels.winograd` uses torch
+operations. There is no pass in these cases:
 
 - The dtype is not float32.
 - The number of channels is not a multiple of 16 (a cache line).
@@ -51,10 +52,10 @@ def passes_for(*tensors: Tensor) -> ctypes.CDLL | None:
 
 
 def transform(name: str, given: Tensor, out: Tensor, maps: Tensor) -> bool:
-    """Apply the compiled transform `name` to `given` and write the result to `out`.
+    """Apply the compiled transform `name` to `given`, and write to `out`. Return False if there is no compiled pass.
 
-    `maps` (n, H, W, C) is either `given` or `out`, depending on the transform. Return True if there is a compiled
-    transform, else False.
+    `name` is a function of `sslcli.kernels.winograd_transforms`: to_points, from_points or gradient_points. `maps` (n,
+    H, W, C) is the argument with this shape: `out` for from_points, and `given` for the other transforms.
     """
     passes = passes_for(maps)
     if passes is None:
@@ -66,9 +67,10 @@ def transform(name: str, given: Tensor, out: Tensor, maps: Tensor) -> bool:
 
 
 def convolve(maps: Tensor, kernels: Tensor) -> Tensor | None:
-    """Return the convolution (n, H, W, O) of `maps` (n, H, W, C) with kernel points `kernels` (36, C, O).
+    """Return the convolution (n, H, W, O) of `maps` (n, H, W, C), or None if there is no compiled pass.
 
-    Each thread processes a few tiles at a time. Return None if there is no compiled pass.
+    `kernels` (36, C, O) are the values of the 3x3 kernels at the 36 points of the Winograd algorithm. Each thread
+    processes a few tiles at a time.
     """
     channels, outs = kernels.shape[1:]
     passes = passes_for(maps, kernels)
@@ -85,9 +87,11 @@ def convolve(maps: Tensor, kernels: Tensor) -> Tensor | None:
 
 
 def weight_sums(maps: Tensor, gradients: Tensor) -> Tensor | None:
-    """Return the products (36, O, C) of `gradients` and `maps` at the points, summed over tiles.
+    """Return the products that the gradient of the weight needs, or None if there is no compiled pass.
 
-    Shapes: `maps` (n, H, W, C), `gradients` (n, H, W, O). Return None if there is no compiled pass.
+    The inputs `maps` (n, H, W, C) and the gradients of the outputs `gradients` (n, H, W, O) are divided into tiles and
+    evaluated at the 36 points of the Winograd algorithm. The result (36, O, C) is the product of both at each point,
+    summed over tiles.
     """
     channels, outs = maps.shape[3], gradients.shape[3]
     passes = passes_for(maps, gradients)

@@ -2,9 +2,10 @@
 
 Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the points 0, 1, -1, 2, -2 and infinity
 
-Each transform has a compiled pass and a fallback in torch operations. Both give bit-identical results.
+Each transform has a compiled pass in C and a fallback in torch operations. Both give bit-identical results.
 
-Shapes: n images, H x W maps, C or O channels, T tiles. A tile has 4 x 4 values.
+Shapes: n images, H x W maps, C or O channels, T tiles. A tile has 4 x 4 values. In two dimensions, there are 6 x 6 = 36
+points.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ Rows = Sequence[Tensor] | Tensor  # the first dimension counts tile values or po
 
 
 def whole(side: int) -> int:
-    """Round `side` up to a multiple of the tile side."""
+    """Round `side` up to a multiple of the side of a tile (4)."""
     return -(-side // TILE) * TILE
 
 
 def tiles(maps: Tensor) -> tuple[int, int, int]:
-    """Return (number of images, tiles per column, tiles per row) for maps (n, H, W, C) and 4 x 4 tiles."""
+    """Return (number of images, tiles per column, tiles per row) for maps (n, H, W, C) and tiles of 4 x 4 values."""
     return len(maps), whole(maps.shape[1]) // TILE, whole(maps.shape[2]) // TILE
 
 
 def to_points(maps: Tensor) -> Tensor:
-    """Evaluate each tile, with a border of one value, at the points: (n, H, W, C) -> (36, T, C)."""
+    """Evaluate the maps at the 36 points of the Winograd algorithm, for each of T tiles: (n, H, W, C) -> (36, T, C).
+
+    A tile has 4 x 4 values and a border of one value on each side, so 6 x 6 values are evaluated.
+    """
     (n, high, wide), channels = tiles(maps), maps.shape[3]
     points = maps.new_empty(POINTS, POINTS, n, high, wide, channels)
     if not transform("to_points", maps, points, maps):
@@ -44,7 +48,10 @@ def to_points(maps: Tensor) -> Tensor:
 
 
 def from_points(points: Tensor, out: Tensor) -> None:
-    """Compute maps from values at the points: `points` (36, T, O) -> `out` (n, H, W, O). `out` is overwritten."""
+    """Compute maps from values at the 36 points: `points` (36, T, O) -> `out` (n, H, W, O). `out` is overwritten.
+
+    Each of the T tiles gives 4 x 4 values of the maps.
+    """
     if transform("from_points", points, out, out):
         return
     (n, high, wide), channels = tiles(out), out.shape[3]
@@ -56,7 +63,10 @@ def from_points(points: Tensor, out: Tensor) -> None:
 
 
 def gradient_points(gradient: Tensor) -> Tensor:
-    """Apply the transpose of `from_points`: (n, H, W, O) -> (36, T, O)."""
+    """Apply the transpose of `from_points` to the gradient of a convolution's output: (n, H, W, O) -> (36, T, O).
+
+    T is the number of tiles of 4 x 4 values.
+    """
     (n, high, wide), channels = tiles(gradient), gradient.shape[3]
     points = gradient.new_empty(POINTS, POINTS, n, high, wide, channels)
     if not transform("gradient_points", gradient, points, gradient):
@@ -68,14 +78,20 @@ def gradient_points(gradient: Tensor) -> Tensor:
 
 
 def padded_to_tiles(maps: Tensor, *, border: int) -> Tensor:
-    """Zero-pad maps to whole tiles plus a border: (n, H, W, C) -> (n, H', W', C)."""
+    """Zero-pad maps to whole tiles of 4 x 4 values, plus a border: (n, H, W, C) -> (n, H', W', C).
+
+    `border` is the width of the border on each side.
+    """
     _, height, width, _ = maps.shape
     right, below = border + whole(width) - width, border + whole(height) - height
     return F.pad(maps, (0, 0, border, right, border, below)).contiguous()
 
 
 def evaluate(d: Rows, out: Rows) -> None:
-    """Map six tile values to values at six points with the matrix B^T of the paper for F(4x4, 3x3)."""
+    """Map six tile values to values at six points with the matrix B^T of the paper for F(4x4, 3x3).
+
+    The first dimension of `d` (input) and `out` (output) has size 6.
+    """
     even, odd = torch.sub(d[4], d[2], alpha=4), torch.sub(d[3], d[1], alpha=4)
     torch.add(even, odd, out=out[1])
     torch.sub(even, odd, out=out[2])
@@ -88,7 +104,10 @@ def evaluate(d: Rows, out: Rows) -> None:
 
 
 def interpolate(m: Rows, out: Rows) -> None:
-    """Map values at six points to four outputs with the matrix A^T of the paper."""
+    """Map values at six points to four outputs with the matrix A^T of the paper.
+
+    The first dimension of `m` (input) has size 6, and the first dimension of `out` (output) has size 4.
+    """
     even, odd = m[1] + m[2], m[1] - m[2]
     far_even, far_odd = m[3] + m[4], m[3] - m[4]
     torch.add(odd, far_odd, alpha=2, out=out[1])
@@ -98,7 +117,10 @@ def interpolate(m: Rows, out: Rows) -> None:
 
 
 def spread(y: Rows, out: Rows) -> None:
-    """Map four values to values at six points with the matrix A of the paper, the transpose of `interpolate`."""
+    """Map four values to values at six points with the matrix A of the paper, the transpose of `interpolate`.
+
+    The first dimension of `y` (input) has size 4, and the first dimension of `out` (output) has size 6.
+    """
     out[0].copy_(y[0])
     out[5].copy_(y[3])
     even, odd = y[0] + y[2], y[1] + y[3]
