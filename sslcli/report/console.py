@@ -1,4 +1,7 @@
-"""Console output of a run: a progress bar in a terminal, or plain lines elsewhere. console.log gets plain lines."""
+"""Console output of a run: a progress bar in a terminal, or plain lines elsewhere.
+
+The file console.log always gets plain lines.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ class Screen:
         self.say(f"warning: {message}", style="yellow")
 
     def table(self, title: str, rows: dict[str, Any]) -> None:
-        """Print and log a table of names and values with a title."""
+        """Print and log a table with a title. `rows` maps names to values, one row each."""
         # A rich.Table shortens or breaks values that are wider than the terminal, but a path must stay whole.
         self.console.print(plain_text(title, style="italic"))
         names = {name: printable(name) for name in rows}
@@ -70,7 +73,13 @@ class Screen:
             self.warn(f"{broken.name} cannot be written ({error.strerror}): the log ends here, the run continues")
 
     def start(self, title: str, *, total: int, done: int = 0) -> None:
-        """Start the progress display. `done` of `total` units of work are already completed."""
+        """Start the progress display.
+
+        Args:
+            title: text before the progress bar.
+            total: number of units of work, such as steps.
+            done: number of units that are already completed, for example before a run is resumed.
+        """
         self.title, self.total, self.start_time, self.done_at_start = printable(title), total, time.monotonic(), done
         self.last_line = time.monotonic()
         if self.console.is_terminal:
@@ -90,7 +99,11 @@ class Screen:
     def advance(self, done: int, facts: str = "", *, always: bool = False) -> None:
         """Update the progress display.
 
-        Plain lines are printed at most every `PLAIN_SECONDS`, or at each call if `always` is True.
+        Args:
+            done: number of units of work completed so far.
+            facts: text after the progress bar, such as the loss.
+            always: a plain line is written at most every `PLAIN_SECONDS`. If `always` is True, it is written at each
+                call.
         """
         facts = printable(facts)
         if self.bar is not None:
@@ -125,7 +138,8 @@ class Screen:
 def plain_text(text: object, *, style: str = "") -> Text:
     """Return text for the console and for cells of tables. Unsafe characters are escaped.
 
-    rich interprets `[red]` and `:smile:` in strings as color and emoji, but not in objects of the class `Text`.
+    rich interprets `[red]` and `:smile:` in strings as color and emoji. It does not interpret them in objects of the
+    class `Text`, which this function returns.
     """
     return Text(printable(text, keep="\n"), style=style)
 
@@ -152,13 +166,16 @@ def percent(fraction: float) -> str:
 
 
 class Progress:
-    """Progress bar for several pieces of work, such as several trainings. Each call adds completed units of work."""
+    """Progress bar for several pieces of work, such as several trainings.
+
+    A call of the instance adds completed units of work. `total` is the number of units in all pieces together.
+    """
 
     def __init__(self, screen: Screen, title: str, *, total: int) -> None:
         self.screen, self.done = screen, 0
         screen.start(title, total=total)
 
     def __call__(self, done: int, facts: str = "") -> None:
-        """Add `done` units of work, and show `facts`."""
+        """Add `done` completed units of work, and show the text `facts` after the bar."""
         self.done += done
         self.screen.advance(self.done, facts)

@@ -14,14 +14,14 @@ from sslcli.system.stored import read_json, read_or_set_aside
 
 
 class Score(TypedDict):
-    """Accuracy of one network: a fraction, and its 95 % confidence interval."""
+    """Accuracy of one network: a fraction in [0, 1], and its 95 % confidence interval."""
 
     top1: float
     interval: tuple[float, float]
 
 
 class ResultOptions(TypedDict, total=False):
-    """Optional keys of a result file."""
+    """Optional keys of a result file. ssl-eval writes one such JSON file per evaluation."""
 
     measured: str
     step: int
@@ -31,14 +31,20 @@ class ResultOptions(TypedDict, total=False):
 
 
 class Result(Score, ResultOptions):
-    """Content of a result file. Only the keys that the tables need are declared."""
+    """Content of a result file. ssl-eval writes one such JSON file per evaluation.
+
+    Only the keys that the tables need are declared.
+    """
 
     protocol: str
     split: str
 
 
 def details(result: dict[str, Any], screen: Screen) -> None:
-    """Print the results that the top-1 table does not contain: linear probe, teacher, utility curve."""
+    """Print the values that the table of top-1 accuracies does not contain: linear probe, teacher, utility curve.
+
+    `result` is the content of a result file. A value that it does not contain is not printed.
+    """
     if "linear" in result:
         others = [("trained", result), *result.get("baselines", {}).items()]
         found = ", ".join(f"{SUBJECTS[name]} {percent(one['linear']['top1'])}" for name, one in others)
@@ -50,7 +56,12 @@ def details(result: dict[str, Any], screen: Screen) -> None:
 
 
 def utility_table(curve: list[dict[str, Any]]) -> Table:
-    """Return the table of the utility of pre-training at each number of labels. Lower and upper bounds are marked."""
+    """Return a table with the utility of pre-training at each number of labels.
+
+    `curve` has one mapping per number of labels. The utility is the number of labels that pre-training saves divided by
+    the number of labels, see `sslcli.evaluation.utility`. If only a lower or an upper bound of the utility is known,
+    the bound is marked.
+    """
     table = Table("labels", SUBJECTS["random"], SUBJECTS["trained"], "utility: labels saved / labels")
     prefixes = {None: "", "lower": "at least ", "upper": "at most "}
     for point in curve:
@@ -60,9 +71,9 @@ def utility_table(curve: list[dict[str, Any]]) -> Table:
 
 
 def results(folder: Path, screen: Screen) -> dict[str, dict[str, Any]]:
-    """Return all results in `folder` as name -> result, sorted by name.
+    """Return the results of all evaluations in `folder` as name -> content of the result file, sorted by name.
 
-    Files that are not results are set aside with a warning.
+    A file that is not a result is renamed, and a warning is printed.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
@@ -77,10 +88,10 @@ def results(folder: Path, screen: Screen) -> dict[str, dict[str, Any]]:
 
 
 def summary(folder: Path, screen: Screen) -> None:
-    """Print all results in `folder`, one row each.
+    """Print the results of all evaluations in `folder`, one row each.
 
     The columns are the accuracies of raw pixels, of a random initialization and of the trained network, and the step of
-    the checkpoint. If a run was extended, its results may belong to checkpoints of different steps.
+    the checkpoint. If a run was extended to more epochs, its results may belong to checkpoints of different steps.
     """
     table = Table()
     table.add_column("top-1", overflow="fold")
@@ -98,7 +109,10 @@ def summary(folder: Path, screen: Screen) -> None:
 
 
 def cell(found: dict[str, Any] | None) -> str:
-    """Return a top-1 accuracy as text, with its 95 % confidence interval on a second line. Return "-" for None."""
+    """Return a top-1 accuracy as text, with its 95 % confidence interval on a second line. Return "-" for None.
+
+    `found` is a mapping with the keys `top1` and `interval`, both as fractions.
+    """
     if found is None:
         return "-"
     low, high = found["interval"]
@@ -106,7 +120,10 @@ def cell(found: dict[str, Any] | None) -> str:
 
 
 def step_of(result: dict[str, Any]) -> str:
-    """Return the step of the evaluated checkpoint as text, or "-" if a weight file was evaluated."""
+    """Return the step of the evaluated checkpoint as text, or "-" if a weight file was evaluated.
+
+    `result` is the content of a result file.
+    """
     return f"{result['step']:,}" if "step" in result else "-"
 
 

@@ -1,4 +1,7 @@
-"""File `metrics.jsonl`: one JSON object per line. Resuming a run causes no duplicate or missing steps."""
+"""File `metrics.jsonl` of a run: one JSON object per line, with the step and the scalars of this step.
+
+If a run is resumed, the file contains no step twice, and no step is missing.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from sslcli.system.stored import read_bytes, renamed, set_aside
 
 
 class Metrics:
-    """Writer of the metrics of a run.
+    """Writer of the file `metrics.jsonl` of a run.
 
     Args:
-        path: metrics file. Lines of steps after `step` are dropped, because the resumed run repeats these steps. An
-            incomplete last line is dropped as well.
+        path: the file. Lines of steps after `step` are removed, because the resumed run repeats these steps. An
+            incomplete last line is removed as well.
         step: step from which the run resumes.
         warn: function that prints a warning. It is called if lines in the middle of the file are damaged. The damaged
             file is then kept under another name.
@@ -27,7 +30,7 @@ class Metrics:
     def __init__(self, path: Path, *, step: int, warn: Callable[[str], None]) -> None:
         lines, damaged = read_lines(path)
         kept = [line for line in lines if line["step"] <= step]
-        self.dropped = lines[-1]["step"] if len(kept) < len(lines) else None  # newest dropped step
+        self.dropped = lines[-1]["step"] if len(kept) < len(lines) else None  # last of the removed steps
         if damaged:
             copy = renamed(set_aside(path))
             warn(f"{path} is damaged{copy}: {damaged} lines are dropped, the other {len(lines)} lines are kept")
@@ -35,7 +38,7 @@ class Metrics:
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line.
+        """Append one line. `line` maps the names of scalars to values, and contains the key "step".
 
         The line is not lost if the process crashes. After `synchronize`, it is not lost if the machine crashes.
         """
@@ -51,7 +54,7 @@ class Metrics:
 
 
 def encode(line: dict[str, Any]) -> str:
-    """Return a line of JSON. NaN and infinite values become null, because JSON has no such values."""
+    """Return a line of JSON text. NaN and infinite values become null, because JSON has no such values."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     return json.dumps(finite) + "\n"
 
@@ -100,6 +103,9 @@ def _parse(text: bytes) -> dict[str, Any] | None:
 
 
 def newest(path: Path, name: str) -> float | None:
-    """Return the newest value of a scalar in a metrics file, or None if the file has no value."""
+    """Return the value of the scalar `name` at the last step that has one, or None if no step has one.
+
+    `path` is the metrics file of a run.
+    """
     values = [line[name] for line in read(path) if line.get(name) is not None]
     return values[-1] if values else None

@@ -12,11 +12,12 @@ from torch import Tensor
 
 
 def grid(rows: list[Tensor], *, gap: int = 2, smallest: int = 64) -> Tensor:
-    """Return one picture (3, H', W') with images in a grid. Each element of `rows` is (n, C, H, W) in [0, 1].
+    """Return one picture (3, H', W') with images in a grid. Each element of `rows` is one row (n, C, H, W) in [0, 1].
 
     For images with one or two channels, the first channel is shown in gray. For images with more than three channels,
     the first three channels are shown in color. Image sizes may differ between rows. All images are resized to the
-    largest of these sizes, or to `smallest` pixels if that is larger.
+    largest of these sizes, or to `smallest` pixels if that is larger. `gap` is the number of white pixels between
+    images.
     """
     side = max(smallest, *(row.shape[-1] for row in rows))
     lines = []

@@ -1,7 +1,8 @@
-"""SVG plot of the result of protocol=utility. The x axis is the number of labels.
+"""SVG plot of the result of the evaluation protocol=utility. The x axis is the number of labels.
 
-The upper panel shows the accuracy of the two arms, fine-tuning and training from scratch. The lower panel shows the
-utility.
+The upper panel shows the accuracies of two networks: one is pre-trained and then fine-tuned, and one is trained from
+scratch. These are the two arms. The lower panel shows the utility: the number of labels that pre-training saves,
+divided by the number of labels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ Scale = Callable[[float], float]
 
 
 def curves(points: Sequence[dict[str, Any]]) -> str:
-    """Return the SVG text for the points of a utility result. Open circles are bounds, see `utility_curve`."""
+    """Return the text of the SVG file.
+
+    `points` is the result of the evaluation: one mapping per number of labels, with the accuracies and the utility. If
+    only a bound of a utility is known, its circle is open.
+    """
     counts = [point["labels"] for point in points]
     low, high = math.log(counts[0]), math.log(counts[-1])
 
@@ -44,7 +49,7 @@ def curves(points: Sequence[dict[str, Any]]) -> str:
 
 
 def axis(low: float, high: float, top: float) -> Scale:
-    """Return a function that maps values to y coordinates of a panel.
+    """Return a function that maps values to y coordinates of a panel of the plot.
 
     `low` and `high` are the smallest and the largest value to show, with a small margin below and above. `top` is the y
     coordinate of the panel's upper edge.
@@ -93,7 +98,12 @@ def frame(
 
 
 def arm_curve(points: Sequence[dict[str, Any]], arm: str, x: Scale, y: Scale) -> list[str]:
-    """Return the curve of mean accuracies of an arm, error bars of one standard deviation, and the legend entry."""
+    """Return the SVG elements of one arm: the curve of mean accuracies, the error bars, and the legend entry.
+
+    `points` has one mapping per number of labels. `arm` is "trained" (pre-trained, then fine-tuned) or "random"
+    (trained from scratch). `x` and `y` map values to coordinates. An error bar shows one standard deviation above and
+    below the mean.
+    """
     color, name = ARMS[arm]
     line = " ".join(f"{x(p['labels']):.1f},{y(p[arm]['top1']):.1f}" for p in points)
     parts = [f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>']
@@ -106,7 +116,11 @@ def arm_curve(points: Sequence[dict[str, Any]], arm: str, x: Scale, y: Scale) ->
 
 
 def utility_curve(points: Sequence[dict[str, Any]], x: Scale, y: Scale) -> list[str]:
-    """Return the utility curve. Bounds are open circles, and only a lower bound has an arrow."""
+    """Return the SVG elements of the utility curve.
+
+    `points` has one mapping per number of labels. `x` and `y` map values to coordinates. If only a lower or an upper
+    bound of a utility is known, its circle is open. A lower bound also has an arrow that points up.
+    """
     line = " ".join(f"{x(p['labels']):.1f},{y(p['utility']):.1f}" for p in points)
     zero = f'<path d="M{LEFT} {y(0.0):.1f}H{WIDTH - RIGHT}" stroke="#888" stroke-dasharray="4 3"/>'
     parts = [zero, f'<polyline points="{line}" fill="none" stroke="#333" stroke-width="1.5"/>']

@@ -1,4 +1,4 @@
-"""TensorBoard writer for folders with any name."""
+"""TensorBoard writer for folders with any name. TensorBoard itself rejects names that are not valid UTF-8."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ if TYPE_CHECKING:  # the import takes a second
 
 
 def open_writer(folder: Path, *, purge_step: int) -> SummaryWriter:
-    """Create `folder` if it does not exist, and return a writer of event files in it.
+    """Create `folder` if it does not exist, and return a writer of TensorBoard event files in it.
 
-    TensorBoard hides the entries of earlier writers from step `purge_step` on. With 0, it hides nothing.
+    The folder may contain files of earlier writers. TensorBoard hides their entries from step `purge_step` on, because
+    a resumed run writes these steps again. With 0, it hides nothing.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -23,9 +24,9 @@ def open_writer(folder: Path, *, purge_step: int) -> SummaryWriter:
 def utf8_path(folder: Path) -> str:
     """Return a path of `folder` that is valid UTF-8, because TensorBoard rejects all other paths.
 
-    If the name of the folder is not UTF-8, the folder is created and opened. The result is then the path of the open
-    folder in /proc (Linux). The folder stays open until the process exits, because the writer opens its file several
-    times.
+    If the name of the folder is not valid UTF-8, the folder is created and opened. The result is then the path of the
+    open folder in /proc (Linux). TensorBoard's writer opens its file several times. Therefore the folder stays open
+    until the process exits.
     """
     try:
         str(folder).encode()

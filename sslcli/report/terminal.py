@@ -15,7 +15,7 @@ from sslcli.errors import print_error, printable
 
 PACKAGE = Path(__file__).parents[1]
 
-PATIENCE = 10.0  # seconds to wait for a reader that has stopped reading
+PATIENCE = 10.0  # seconds to wait until a blocked stream accepts a write
 # Layout characters, and the codes that move the cursor and set colors. Progress bars print these codes.
 LAYOUT = re.compile(r"([\n\t\r\b]|\x1b\[[0-9;?]*[A-Za-z])")
 
@@ -73,9 +73,10 @@ class Terminal:
                 self.give_up()
 
     def has_room(self) -> bool:
-        """Return True if the stream accepts a write.
+        """Return True if the stream accepts a write without blocking.
 
-        The first call on a blocked stream waits up to `PATIENCE` seconds. Further calls do not wait.
+        The first call on a blocked stream waits up to `PATIENCE` seconds. Further calls do not wait until the stream
+        accepts a write again.
         """
         if self.poll is not None:
             with suppress(OSError):
@@ -83,7 +84,10 @@ class Terminal:
         return not self.is_blocked
 
     def give_up(self) -> None:
-        """Stop writing, and redirect the stream to the null device, so that buffered text causes no error at exit."""
+        """Stop writing, and redirect the stream to the null device.
+
+        Without the redirection, buffered text would cause an error at the exit of the process.
+        """
         self.is_broken = True
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -95,7 +99,10 @@ class Terminal:
 
 
 def guard_terminal() -> None:
-    """Wrap standard output and standard error of this process in one `Terminal` each. Make warnings printable."""
+    """Wrap standard output and standard error of this process in one `Terminal` each.
+
+    Also print warnings of Python's `warnings` with unsafe characters escaped.
+    """
     warnings.showwarning = show_warning
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -129,7 +136,10 @@ def print_text(text: str, *, to_stderr: bool = False) -> None:
 
 
 def log_and_print(run_dir: Path, message: str) -> None:
-    """Print a message about the processes of a run to standard error, and append it to the log of the run."""
+    """Print a message about the processes of a run to standard error, and append it to the console.log of the run.
+
+    If there is no console.log, the message is only printed.
+    """
     print_error("train", message)
     with suppress(OSError), (run_dir / "console.log").open("r+", encoding="utf-8") as log:  # only if it exists
         log.seek(0, os.SEEK_END)
