@@ -11,10 +11,10 @@ from sslcli.distributed.collectives import exchange, rank, world_size
 class BatchShuffle:
     """Random permutation of the W * N images of a step, identical on all processes (shuffling BN, MoCo sec. 3.3).
 
-    W is the number of processes, and N is the number of images per process. The permutation depends only on W * N and
-    on `draw`, the number of the shuffle. It does not change if a run is resumed, or if the batch is split over another
-    number of processes. Each row is sent only to the process that needs the row. Therefore the traffic per process does
-    not grow with W.
+    W is the number of processes, and N (`num_rows`) is the number of images per process. The permutation depends only
+    on W * N and on `draw`, the number of permutations that the run has drawn before. It does not change if a run is
+    resumed, or if the batch is split over another number of processes. Each row is sent only to the process that needs
+    the row. Therefore the traffic per process does not grow with W.
     """
 
     def __init__(self, num_rows: int, draw: int, device: torch.device) -> None:
@@ -37,6 +37,9 @@ class BatchShuffle:
         return there[self.arriving.argsort()]
 
     def restore(self, rows: Tensor) -> Tensor:
-        """Invert `shuffle`: return this process's part (N, ...) of the batch in the original order."""
+        """Invert `shuffle`: return this process's part (N, ...) of the batch in the original order, without gradient.
+
+        `rows` (N, ...) is this process's part of the shuffled batch.
+        """
         back = exchange(rows.detach()[self.arriving], self.received, self.sent)
         return back[self.leaving.argsort()]

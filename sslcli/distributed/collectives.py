@@ -29,7 +29,10 @@ _alone = False  # True within `single_process`
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Let this process act as a run with one process within the `with` block: all collectives return their input."""
+    """Let this process act as a run with one process within the `with` block.
+
+    All collectives then return their input, `rank()` is 0, and `world_size()` is 1.
+    """
     global _alone
     before, _alone = _alone, True
     try:
@@ -64,7 +67,10 @@ def barrier() -> None:
 
 @torch.no_grad()
 def all_gather(rows: Tensor) -> Tensor:
-    """Gather the rows (N, ...) of all processes to (W * N, ...), without gradient. N must be equal on all processes."""
+    """Gather the rows (N, ...) of all W processes to (W * N, ...), without gradient.
+
+    N must be equal on all processes.
+    """
     if world_size() == 1:
         return rows.detach()
     gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
@@ -87,11 +93,11 @@ class _GatherWithGrad(torch.autograd.Function):
 
 
 def all_gather_with_grad(rows: Tensor) -> Tensor:
-    """Gather the rows (N, ...) of all processes to (W * N, ...), with gradient.
+    """Gather the rows (N, ...) of all processes to (W * N, ...), with gradient. W is the number of processes.
 
-    The backward pass computes the gradient of the sum of the losses of all processes. If each process computes the mean
-    loss over its own rows, the gradient that DistributedDataParallel averages over processes equals the gradient of a
-    single process with the global batch.
+    The backward pass computes the gradient of the sum of the losses of all processes. DistributedDataParallel averages
+    this gradient over processes. If each process computes the mean loss over its own rows, the average equals the
+    gradient of a single process with the global batch.
     """
     return rows if world_size() == 1 else _GatherWithGrad.apply(rows)
 
@@ -108,13 +114,13 @@ def all_reduce_mean(value: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's shard of a sharded tensor. Return any other tensor unchanged."""
+    """Return this process's shard of a sharded tensor (DTensor). Return any other tensor unchanged."""
     # hasattr replaces isinstance, because importing DTensor takes seconds.
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor from all processes. Return any other tensor unchanged."""
+    """Gather a sharded tensor (DTensor) from all processes. Return any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -137,10 +143,15 @@ def broadcast_objects(values: list[Any]) -> None:
 
 @torch.no_grad()
 def exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-    """Send `sent[r]` consecutive rows of `rows` to each rank r. Return the rows received from all ranks in rank order.
+    """Send rows to all ranks, and return the rows received from all ranks in rank order.
 
-    `rows` has shape (N, ...), with N = sum(sent). The result has shape (sum(received), ...) and contains `received[r]`
-    rows from rank r.
+    Args:
+        rows: (N, ...), in the order of their destination ranks.
+        sent: number of rows to send to each rank; the sum is N.
+        received: number of rows that arrive from each rank.
+
+    Returns:
+        (sum(received), ...).
     """
     if world_size() == 1:
         return rows

@@ -15,8 +15,9 @@ from sslcli.system.launch_variables import launched, local_world_size
 def pick_device(name: str) -> torch.device:
     """Return the device of this process. A CUDA device is returned with its index, such as cuda:0.
 
-    "auto" selects CUDA if CUDA is available, else the CPU. "auto" never selects MPS, because MPS is untested. Raises
-    ConfigError if the device is not available. The message lists the available kinds of devices.
+    `name` is auto, cpu, mps, cuda or cuda:N. "auto" selects CUDA if CUDA is available, else the CPU. "auto" never
+    selects MPS, because MPS is untested. Raises ConfigError if the device is not available. The message lists the
+    available kinds of devices.
     """
     if name == "auto":
         name = "cuda" if "cuda" in available() else "cpu"
@@ -42,7 +43,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def available() -> list[str]:
-    """Return the kinds of devices of this machine."""
+    """Return the kinds of devices of this machine: cpu, and cuda and mps if they are available."""
     kinds = ["cpu"]
     if torch.cuda.is_available():
         kinds.append("cuda")
@@ -54,8 +55,8 @@ def available() -> list[str]:
 def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False) -> None:
     """Set the device of this process, and enable deterministic kernels if `deterministic` is True.
 
-    With `deterministic`, torch warns about operations that have no deterministic kernel. If `compiled` is also True,
-    the setting also applies to code that torch.compile generates. In this case, modules of torch.compile are imported,
+    With `deterministic`, torch warns about operations that have no deterministic kernel. If `compiled` is True, the
+    setting also applies to code that torch.compile generates. In this case, modules of torch.compile are imported,
     which takes seconds.
     """
     if device.type == "cuda":
@@ -72,7 +73,7 @@ def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False
 def set_threads(threads: int | None) -> None:
     """Set the number of CPU threads of torch.
 
-    With None, OMP_NUM_THREADS or MKL_NUM_THREADS is used if it is set. Otherwise, each process gets an equal fraction
-    of the cores.
+    If `threads` is None, the value of OMP_NUM_THREADS or MKL_NUM_THREADS is used if one is set. If neither is set, each
+    process gets an equal fraction of the cores.
     """
     torch.set_num_threads(threads or cpu.requested_threads() or cpu.cores_per_process())

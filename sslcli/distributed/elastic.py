@@ -1,4 +1,7 @@
-"""Launch of several processes per node with torch's elastic agent, with restarts after a crash."""
+"""Launch of several processes per node with torch's elastic agent, with restarts after a crash.
+
+The agent is the process on each node that starts the training processes and waits for them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ HINT = "The usual cause of SIGKILL is too little memory"
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Address and name that the agents of all nodes use to find each other."""
+    """Address and name that the elastic agents of all nodes use to find each other.
+
+    The agent is the process on each node that starts the training processes.
+    """
 
     name: str  # identical on all nodes, different for each start
     nodes: int = 1
@@ -41,17 +47,19 @@ def run_processes(
 ) -> int:
     """Run `python ARGUMENTS` in several processes on this node. Return one exit code for all processes.
 
+    torch's elastic agent starts the processes. It would restart them after any exit code, also after a failure that
+    would repeat (an invalid configuration, a failed training). Therefore the agent is not allowed to restart them.
+    Instead, this function starts a new agent if a process crashed or was killed.
+
     Args:
-        processes: number of processes; None = one per device.
-        max_restarts: maximum number of restarts. If a process crashes or is killed, all processes are restarted. A
-            failure that would repeat (an invalid configuration, a failed training) does not cause a restart. torch's
-            agent would restart processes after any exit code. Therefore each restart uses a new agent, which itself
-            never restarts processes.
-        on_message: called with a message before each restart, and after a crash that does not lead to a restart.
+        processes: number of processes; None = one per GPU, or 2 without GPUs.
+        max_restarts: maximum number of restarts. Each restarts all processes.
+        on_message: function that prints a message. It is called before each restart, and after a crash that does not
+            lead to a restart.
         rendezvous: for a run on several nodes; None for one node. With a rendezvous, call `run_processes` on all nodes.
-            In this case, `run_processes` returns EXIT_LOST after a crash. The agent ignores SIGUSR1 and SIGUSR2,
-            because the scheduler sends these signals to every process of the job. The training processes handle the
-            signals, and all of them stop after the same step.
+            It then returns EXIT_LOST after a crash. The agent ignores SIGUSR1 and SIGUSR2, because the scheduler sends
+            these signals to every process of the job. The training processes handle the signals, and all of them stop
+            after the same step.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -99,7 +107,10 @@ def run_processes(
 
 
 def run_once(arguments: list[str], count: int, rendezvous: Rendezvous) -> dict[int, int]:
-    """Run `python ARGUMENTS` in `count` processes. Return the exit codes of the first failures by rank; {} if none."""
+    """Run `python ARGUMENTS` in `count` processes on this node.
+
+    Return rank -> exit code for the processes that failed first, or {} if no process failed.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -131,8 +142,8 @@ def run_once(arguments: list[str], count: int, rendezvous: Rendezvous) -> dict[i
 def first_failures(codes: dict[int, int]) -> dict[int, int]:
     """Return `codes` (rank -> exit code) without the processes that were ended by SIGTERM.
 
-    After the first failure, the agent ends all other processes with SIGTERM, so these processes did not fail
-    themselves. If SIGTERM ended all processes, return all of `codes`.
+    After the first failure, torch's elastic agent ends all other processes with SIGTERM, so these processes did not
+    fail themselves. If SIGTERM ended all processes, return all of `codes`.
     """
     return {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes
 
@@ -140,27 +151,31 @@ def first_failures(codes: dict[int, int]) -> dict[int, int]:
 def crashed(codes: dict[int, int]) -> bool:
     """Return True if a restart is useful, because the failure may not repeat.
 
-    This is the case if a process was killed or lost contact with the others, and no process ended with EXIT_CONFIG,
-    EXIT_FAILED or EXIT_STOPPED. `codes` holds the exit codes by rank. A code -n means that signal n ended the process.
+    `codes` maps ranks to exit codes. A code -n means that signal n ended the process. EXIT_LOST means that the process
+    lost contact with the others. A restart is useful if one of these two occurs. However, it is not useful if any
+    process ended with EXIT_CONFIG, EXIT_FAILED or EXIT_STOPPED.
     """
     is_final = bool({EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED} & set(codes.values()))
     return not is_final and any(code < 0 or code == EXIT_LOST for code in codes.values())
 
 
 def describe_exits(codes: dict[int, int]) -> str:
-    """Return a message that describes the exit code of each rank. `codes` holds the exit codes by rank."""
+    """Return a phrase for the exit code of each rank, for messages. `codes` maps ranks to exit codes."""
     return ", ".join(f"process {rank} {describe_exit(code)}" for rank, code in sorted(codes.items()))
 
 
 def describe_exit(code: int) -> str:
-    """Return a phrase that describes an exit code."""
+    """Return a phrase for the exit code of one process. A code -n means that signal n ended the process."""
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
     return "lost contact with the others" if code == EXIT_LOST else f"ended with exit code {code}"
 
 
 def exit_code(codes: dict[int, int]) -> int:
-    """Return one exit code for all processes. `codes` holds the exit codes of the failed processes by rank."""
+    """Return one exit code for all processes of a run.
+
+    `codes` maps the ranks of the failed processes to their exit codes. It is empty if no process failed.
+    """
     if not codes:
         return 0
     known = (code for code in (EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED) if code in codes.values())

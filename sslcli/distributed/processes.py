@@ -1,6 +1,7 @@
 """Rank, process group and start time of a process that any launcher may have started.
 
-The environment variables of launchers are read in `sslcli.system.launch_variables`.
+A launcher is torchrun, Slurm, or our own agent, which starts and restarts the processes of ssl-train. The environment
+variables of launchers are read in `sslcli.system.launch_variables`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sslcli.errors import EXIT_FAILED
 from sslcli.system import child_processes
 from sslcli.system.launch_variables import AGENT, START_TIME, earlier_starts, launched
 
-EXIT_LOST = 4  # a process requests a restart from our agent with this exit code; the user sees EXIT_FAILED
+EXIT_LOST = 4  # with this exit code, a process asks our agent for a restart; the user sees EXIT_FAILED
 
 
 def is_launched() -> bool:
@@ -34,7 +35,10 @@ def number() -> int:
 
 
 def lost_contact(error: Exception) -> bool:
-    """Return True if torch raised `error` because another process of the run has ended."""
+    """Return True if torch raised `error` because another process of the run has ended.
+
+    The other processes then cannot complete their collectives.
+    """
     return is_launched() and (
         isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed" in str(error)
     )
@@ -44,7 +48,8 @@ def lost_contact(error: Exception) -> bool:
 def process_group(device: torch.device, *, limit: float, end: Callable[[str], None]) -> Iterator[None]:
     """Initialize the process group for the duration of the `with` block, if the run has several processes.
 
-    After `limit` seconds without progress, a thread of each process calls `end(message)`; see the module `watchdog`.
+    A watchdog thread of each process calls `end(message)` after `limit` seconds without progress, see the module
+    `watchdog`. `device` is the device of this process.
     """
     member = launched()
     if member is None:
@@ -69,24 +74,33 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
 
 
 def die_with_parent() -> None:
-    """End this process as soon as our agent, its parent, has ended. This also works if SIGKILL ended the agent."""
+    """End this process as soon as its parent has ended, even if SIGKILL ended the parent.
+
+    The parent is our agent, the process of ssl-train that starts and restarts the training processes.
+    """
     child_processes.kill_with_parent(int(os.environ[AGENT]))
 
 
 def restarted() -> bool:
-    """Return True if our agent, torchrun or the Slurm job script has restarted the processes of this run."""
+    """Return True if the processes of this run have been restarted.
+
+    Our agent, torchrun and the Slurm job script restart processes.
+    """
     return earlier_starts() > 0
 
 
 def start_time() -> float:
-    """Return the start time of the command on the clock `time.monotonic`. Restarts by our agent do not change it."""
+    """Return the start time of the command on the clock `time.monotonic`.
+
+    A restart of the processes by our agent does not change the start time.
+    """
     return float(os.environ.get(START_TIME, time.monotonic()))
 
 
 def exit_lost() -> int:
     """Return the exit code for a process that lost contact with another process of the run.
 
-    If our agent started the process, the exit code is EXIT_LOST, and the agent may then restart all processes.
-    Otherwise, the exit code is EXIT_FAILED.
+    If our agent (the process of ssl-train that starts the training processes) started this process, the code is
+    EXIT_LOST. The agent may then restart all processes. Otherwise, the code is EXIT_FAILED.
     """
     return EXIT_LOST if AGENT in os.environ else EXIT_FAILED

@@ -1,8 +1,9 @@
 """Watchdog that ends a run if a rank stalls, and reports the stalled rank.
 
 If a rank does not join a collective, all other ranks wait in this collective and cannot check for a timeout. Therefore
-each rank counts its actions. A watchdog thread of each rank publishes the counts in a store that all ranks share. If no
-rank makes progress within the time limit, the watchdog threads report the stalled ranks and end the processes.
+each rank counts its actions, such as steps and collectives. A watchdog thread of each rank publishes the counts in a
+store that all ranks share. If no rank makes progress within the time limit, the watchdog threads report the stalled
+ranks and end the processes.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from sslcli.system.launch_variables import Member
 
 SLOWEST = 10.0  # maximum seconds between two checks
 CHECKS = 20  # minimum number of checks within the time limit
-SLACK = 5.0  # seconds added to the time limit; the timeout of data workers then expires first
+SLACK = 5.0  # seconds added to the time limit, so that the timeout of data workers expires first
 IMAGES = "the images"  # prefix of `Progress.place` while a process waits for images
-SILENCE = 3  # a process counts as stopped after this number of checks without a new heartbeat
+SILENCE = 3  # after this number of checks without a new heartbeat, a process counts as stopped
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Progress:
 
     collectives: int = 0  # number of collectives that the process has entered
     actions: int = 0  # number of recorded actions, including collectives
-    place: str = "the start"
+    place: str = "the start"  # phrase for what the process does, such as "step 5"
     beats: int = 0  # number of heartbeats of the watchdog thread; they continue while the process waits
     host: str = ""
     pid: int = 0
@@ -46,7 +47,10 @@ _own = Progress()
 
 
 def report_progress(place: str = "") -> None:
-    """Record an action of this process. If `place` is not empty, record it as the current activity of the process."""
+    """Record that this process makes progress.
+
+    `place` is a phrase for what the process does now, such as "step 5". If it is empty, the phrase does not change.
+    """
     _own.actions += 1
     _own.place = place or _own.place
 
@@ -60,11 +64,15 @@ def record_collective() -> None:
 def join(member: Member, limit: float) -> Store:
     """Wait until all processes of the run have joined, and return the store that they share.
 
-    Raises TrainingFailed if a process has not joined after `limit` seconds. The message contains the missing ranks.
-    Raises ConfigError if this process is rank 0 and cannot listen on the port.
+    Args:
+        member: rank of this process, number of processes, and address of rank 0.
+        limit: maximum wait in seconds.
+
+    Raises TrainingFailed if a process has not joined within this time. The message contains the missing ranks. Raises
+    ConfigError if this process is rank 0 and cannot listen on the port.
     """
     rank, size, host, port = member.rank, member.world_size, member.address, member.port
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the agent serves
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the elastic agent serves
     try:
         store: Store = TCPStore(
             host,
@@ -115,6 +123,13 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
 
     After `limit` seconds without progress of any process, every process calls `end`. One process reports the stall and
     passes a message. All other processes pass an empty string. A single process is watched by `watched_alone`.
+
+    Args:
+        store: store that all processes share, from `join`.
+        rank: rank of this process.
+        size: number of processes.
+        limit: time limit in seconds.
+        end: function that ends this process. If the message is not empty, it first prints the message.
     """
     if size == 1:  # there is no other rank to watch
         with watched_alone(limit=limit, end=end):
@@ -128,7 +143,7 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
 def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]:
     """Call `end(message)` from a thread if a single-process run waits too long for images within the `with` block.
 
-    A wait is too long if it exceeds `limit` + `SLACK` seconds. Only waits for images that the process itself reads can
+    A wait is too long if it exceeds `limit` + `SLACK` seconds. Only waits for images that the process reads itself can
     become so long. If data workers read the images, the timeout of the workers expires first and ends the run with a
     regular error. Other actions of a process are not watched, because their maximum duration is not known.
     """
@@ -154,7 +169,10 @@ def in_thread(act: Callable[..., None], *arguments: object) -> Iterator[None]:
 
 
 def watch_image_waits(limit: float, end: Callable[[str], None], closing: threading.Event) -> None:
-    """Call `end` if this process waits for one batch of images for `limit` + `SLACK` seconds."""
+    """Call `end(message)` if this process waits for one batch of images for `limit` + `SLACK` seconds.
+
+    The function returns when the event `closing` is set.
+    """
     interval = min(limit / CHECKS, SLOWEST)
     still, before = 0.0, _own.actions
     while not closing.wait(interval):
@@ -175,8 +193,9 @@ def watch_ranks(
 ) -> None:
     """Publish the progress of this process. While it makes no progress, check the progress of the other processes.
 
-    The time without progress is the number of checks times the interval between checks. It is not measured by a clock,
-    because a clock would also count the time in which this process or its machine was suspended.
+    If no process makes progress for `limit` seconds, call `end(message)`. This time is the number of checks times the
+    interval between checks. It is not measured by a clock, because a clock would also count the time in which this
+    process or its machine was suspended. The function returns when the event `closing` is set.
     """
     interval = min(limit / CHECKS, SLOWEST)
     still, beats, before = 0.0, 0, _own.actions
@@ -202,13 +221,13 @@ def watch_ranks(
 
 
 def publish(store: Store, rank: int, own: Progress) -> None:
-    """Publish the progress of this process."""
+    """Publish `own`, the progress of this process, in the store that all processes share."""
     with suppress(RuntimeError):  # `read` detects a store that does not respond
         store.set(str(rank), json.dumps(asdict(own)))
 
 
 def read(store: Store, size: int) -> dict[int, Progress]:
-    """Return the progress of all processes, or {} if the store does not respond."""
+    """Return the progress of all `size` processes as rank -> progress, or {} if the store does not respond."""
     try:
         answers = store.multi_get([str(rank) for rank in range(size)])
     except RuntimeError:
@@ -217,10 +236,13 @@ def read(store: Store, size: int) -> dict[int, Progress]:
 
 
 def stall_message(rank: int, found: dict[int, Progress], silent: set[int], limit: float) -> str:
-    """Return the message that names the stalled processes. Return "" if another process reports the stall.
+    """Return the message that names the stalled processes, or "" if another process reports the stall.
 
-    `rank` is the rank of this process. `found` contains the progress of each rank. `silent` contains the ranks that no
-    longer publish heartbeats. `limit` is the time limit in seconds.
+    Args:
+        rank: rank of this process.
+        found: rank -> progress of this rank; empty if the store does not respond.
+        silent: ranks that no longer publish heartbeats.
+        limit: time limit in seconds.
     """
     remedy = (
         "the steps since the last checkpoint are lost. Run the same command again to resume, with a larger "
