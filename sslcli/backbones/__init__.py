@@ -1,4 +1,7 @@
-"""Backbones: networks from images to features. Each family has one module and files `conf/backbone/<name>.yaml`."""
+"""Backbones: networks from images to features.
+
+Each family of backbones has one module here, and yaml files `conf/backbone/<name>.yaml`.
+"""
 
 from __future__ import annotations
 

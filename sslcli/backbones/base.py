@@ -8,12 +8,13 @@ from torch import Tensor, nn
 class Backbone(nn.Module):
     """Network from images (N, C, H, W) to features (N, num_features).
 
-    A subclass sets `num_features` and defines `forward`. A subclass with feature maps also defines `stages`.
+    A subclass sets `num_features` and defines `forward`. A subclass that computes feature maps also defines `stages`,
+    which returns them.
 
     Attributes:
         num_features: number of features per image.
-        wrapped_name: if the backbone only wraps a network of another package, the name of the attribute that holds
-            this network; otherwise "". Exports omit the name of the attribute from the names of parameters.
+        wrapped_name: if the backbone only wraps a network of another package, the name of the attribute that holds this
+            network; otherwise "". Exported weights omit this name from the names of parameters.
     """
 
     num_features: int
@@ -24,9 +25,10 @@ class Backbone(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return feature maps (N, channels, height, width) by stage name, from shallow to deep, in one forward pass.
+        """Return the feature maps of all stages in one forward pass, as stage name -> (N, channels, height, width).
 
-        Raises ValueError if the backbone has no feature maps.
+        A stage is a group of layers of the backbone. The stages are ordered from shallow to deep. Raises ValueError if
+        the backbone has no feature maps.
         """
         raise ValueError(
             f"the backbone {type(self).__name__} returns features but no feature maps by stage: "

@@ -1,7 +1,7 @@
-"""DCGAN discriminator without its last layer. It has convolutions of stride 2 and flattens the last feature map.
+"""DCGAN discriminator without its last layer. Its convolutions have stride 2, and the last feature map is flattened.
 
 Radford et al. 2016  https://arxiv.org/abs/1511.06434  https://github.com/Newmu/dcgan_code  conf/backbone/dcgan.yaml
-Kernels are 4x4. The official code has 5x5 kernels.
+Kernels are 4x4. In the official code, they are 5x5.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ DEEPEST = 8  # maximum of (number of channels) / `width`
 class DCGANNet(Backbone):
     """4x4 convolutions of stride 2 with LeakyReLU. All convolutions except the first are followed by normalization.
 
-    The number of convolutions depends on `image_size`. With 64 pixels or more, the last feature map has a side of 4
-    to 7 pixels. With fewer pixels, the last feature map has a side of 2 or 3 pixels. `num_features` is the number of
-    channels of the last feature map times its number of positions.
+    The number of convolutions depends on `image_size`. With 64 pixels or more, the last feature map has a side of 4 to
+    7 pixels. With fewer pixels, it has a side of 2 or 3 pixels. `num_features` is the number of channels of the last
+    feature map times its number of positions.
 
     Args:
         image_size: side of the training images in pixels, at least 16.
-        width: channels of the first map. Each further convolution doubles the channels, up to 8 * width.
+        width: channels of the first feature map. Each further convolution doubles the channels, up to 8 * width.
         in_channels: image channels.
-        norm: batch, layer or none, see `norm_layer`.
+        norm: normalization layers: batch, layer or none, see `norm_layer`.
 
     Raises ValueError for arguments out of range.
     """
@@ -58,10 +58,10 @@ class DCGANNet(Backbone):
         self.num_features = widths[-1] * self.side**2
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the flattened last map: (N, in_channels, H, W) -> (N, num_features).
+        """Return the flattened last feature map: (N, in_channels, H, W) -> (N, num_features).
 
-        If the images do not have the training size, the last map is first average-pooled to the size that it has in
-        training.
+        If the images do not have the training size, the last feature map is first average-pooled to the size that it
+        has for images of the training size.
         """
         *_, last = self.stages(images).values()
         if last.shape[2:] != (self.side, self.side):

@@ -22,10 +22,11 @@ class Small(Backbone):
     """Five 3x3 convolutions with normalization and ReLU, then global average pooling; num_features = 8 * width.
 
     Args:
-        image_size: side of the training images in pixels, at least 16. Maps after block 5 have an eighth of this side.
+        image_size: side of the training images in pixels, at least 16. The last feature maps have an eighth of this
+            side.
         width: channels of block 1; the five blocks have 1, 2, 2, 4 and 8 times `width` channels.
         in_channels: image channels.
-        norm: batch, layer or none, see `norm_layer`.
+        norm: normalization layers: batch, layer or none, see `norm_layer`.
 
     Raises ValueError for arguments out of range.
     """
@@ -50,7 +51,10 @@ class Small(Backbone):
         return self.stages(images)["block5"].mean((2, 3))
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the maps after `block1` to `block5`. Their sides are 1/2, 1/4, 1/4, 1/8 and 1/8 of the image side."""
+        """Return the feature maps after `block1` to `block5`, as name -> (N, channels, height, width).
+
+        Their sides are 1/2, 1/4, 1/4, 1/8 and 1/8 of the image side.
+        """
         x = images
         maps = {}
         for name in ("block1", "block2", "block3", "block4", "block5"):

@@ -1,4 +1,4 @@
-"""Models of the timm library (https://github.com/huggingface/pytorch-image-models) without the classifier.
+"""Backbones from the timm library (https://github.com/huggingface/pytorch-image-models), without the classifier.
 
 conf/backbone/timm.yaml; timm is an optional dependency: pip install timm
 """
@@ -20,7 +20,7 @@ from sslcli.backbones.wrap import dry_output, pooled
 class Timm(Backbone):
     """Backbone from the timm model `name`.
 
-    Parameters have timm's names with the prefix `model.`, which exports omit.
+    Parameters have timm's names with the prefix `model.`. Exported weights omit this prefix.
 
     Args:
         name: a name from timm.list_models(), with or without a weights tag, or "hf-hub:owner/model".
@@ -56,7 +56,11 @@ class Timm(Backbone):
         return pooled(self.model(images))
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return maps `stage1`, `stage2`, ... from timm's forward_intermediates. A ViT has one map per block."""
+        """Return the feature maps of timm's forward_intermediates.
+
+        They are named `stage1`, `stage2` and so on, and have shape (N, channels, height, width). A ViT has one feature
+        map per block. Raises ValueError if timm has no feature maps for the model.
+        """
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(
                 f"timm has no feature maps by stage for {type(self.model).__name__}: choose another model, a resnet or "
@@ -67,7 +71,10 @@ class Timm(Backbone):
 
 
 def create(name: str, *, image_size: int, in_channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    """Create the timm model `name` without classifier. Raises ValueError in the cases that `Timm` lists."""
+    """Create the timm model `name` without classifier. For the arguments, see `Timm`.
+
+    Raises ValueError if timm cannot be imported, has no model `name`, or cannot build the model with these arguments.
+    """
     try:
         import timm
     except ImportError as error:
@@ -101,7 +108,7 @@ def _built(timm: Any, name: str, image_size: int, arguments: dict[str, Any]) -> 
 
 @contextmanager
 def without_pickles() -> Iterator[None]:
-    """Force torch.load to use weights_only=True within the `with` block, regardless of the arguments from timm.
+    """Force torch.load to use weights_only=True within the `with` block, whatever arguments timm passes to torch.load.
 
     Older versions of timm unpickle entire weight files. Unpickling can execute arbitrary code.
     """

@@ -37,7 +37,7 @@ def position_embedding(
     at several frequencies. Frequency i is 10000^(-i / (dim / 4)).
 
     `trained` = (rows, columns) is the patch grid used in training. For another grid, the patch centers are scaled to
-    the coordinates of the training grid, and their embedding is computed exactly instead of by interpolation.
+    the coordinates of the training grid. Their embedding is then computed exactly, without interpolation.
     """
     quarter = dim // 4
     frequency = 10000.0 ** (-torch.arange(quarter, device=device) / quarter)
@@ -125,7 +125,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Linear projection of every patch: (N, C, H, W) -> (N, D, H / patch, W / patch)."""
+    """Linear projection of every patch: (N, C, H, W) -> (N, D, H / patch_size, W / patch_size)."""
 
     def __init__(self, in_channels: int, width: int, *, patch_size: int) -> None:
         super().__init__()
@@ -204,7 +204,8 @@ class VisionTransformer(Backbone):
     def init_weights(self) -> None:
         """Initialize the parameters as in MoCo v3.
 
-        Weights are Xavier-uniform (q, k and v separately), biases are zero, and the class token is N(0, 1e-12).
+        Weights are Xavier-uniform (q, k and v separately), biases are zero, and the class token is normal with a
+        standard deviation of 1e-6.
         """
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear):
@@ -225,9 +226,9 @@ class VisionTransformer(Backbone):
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return {"patches": map} with the patch tokens after the final LayerNorm.
+        """Return {"patches": map}, where the map contains the patch tokens after the final LayerNorm.
 
-        The map is (N, width, H / patch, W / patch).
+        The map has shape (N, width, H / patch_size, W / patch_size).
         """
         tokens, grid = self.tokens(images)
         return {"patches": tokens[:, 1:].transpose(1, 2).reshape(len(tokens), -1, *grid)}

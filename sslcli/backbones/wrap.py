@@ -1,4 +1,4 @@
-"""Conversion of a module to a backbone. The module may return vectors or feature maps."""
+"""Conversion of any module that returns vectors or feature maps to a backbone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sslcli.nn.modes import evaluating
 def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> Tensor:
     """Return the output of `module` for two all-zero images (2, in_channels, image_size, image_size).
 
-    The module runs in evaluation mode, without gradient, on copies of its buffers. After the call, the random state and
-    the mode of the module are restored. The images have the device and dtype of the module's first parameter. Raises
+    The module runs in evaluation mode, without gradient, on copies of its buffers. Afterwards, the random state and the
+    mode of the module are as before. The images have the device and dtype of the module's first parameter. Raises
     ValueError if the module rejects the images, or if the output is neither (2, D) nor (2, C, H, W).
     """
     check_positive(image_size=image_size, in_channels=in_channels)
@@ -52,7 +52,13 @@ def pooled(out: Tensor) -> Tensor:
 
 
 class Wrapped(Backbone):
-    """Backbone around a user-defined module. Parameters are named `module.*`, and exports omit `module.`."""
+    """Backbone around a module of the user. Parameters are named `module.*`; exports omit the prefix `module.`.
+
+    Args:
+        module: the module, from images (N, C, H, W) to vectors (N, num_features) or feature maps (N, num_features, H,
+            W).
+        num_features: number of features per image.
+    """
 
     wrapped_name = "module"
 
@@ -74,9 +80,9 @@ def as_backbone(module: nn.Module, *, image_size: int, in_channels: int = 3) -> 
     if its class defines `stages`.
 
     Any other module is wrapped. An output (N, D) is used as features. An output (N, C, H, W) is averaged over
-    positions. Raises ValueError, with the shape in the message, if the output is neither (N, D) nor (N, C, H, W).
+    positions. Raises ValueError, with the shape in the message, if the output has another shape.
 
-    The trial pass leaves the mode and the buffers of the module, and the random state, unchanged.
+    The trial forward pass does not change the mode and the buffers of the module, or the random state.
     """
     out = dry_output(module, image_size=image_size, in_channels=in_channels)
     declared = getattr(module, "num_features", None)

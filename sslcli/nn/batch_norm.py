@@ -16,7 +16,7 @@ from sslcli.nn.modes import full_precision
 
 
 class SplitBatchNorm(_BatchNorm):
-    """BatchNorm that normalizes contiguous groups of about `group` images. Each group has its own statistics.
+    """BatchNorm that splits a batch into contiguous groups of about `group` images. Each group has its own statistics.
 
     The layer is equivalent to BatchNorm on several processes without synchronization. For example, one process with two
     groups gives the same result as two processes with one group each. The running statistics are the mean over groups.
@@ -29,15 +29,19 @@ class SplitBatchNorm(_BatchNorm):
             raise ValueError(f"expected (N, C, ...) but got {tuple(input.shape)}")
 
     def num_groups(self, num_images: int) -> int:
-        """Return the number of groups of a local batch.
+        """Return the number of groups into which a local batch of `num_images` images is split.
 
-        The number of groups over all processes is at least 2, because shuffling has no effect with a single group.
+        Over all processes, there are at least 2 groups. With a single group, shuffling the images of a batch (MoCo)
+        would not change the statistics.
         """
         fewest = 2 if collectives.world_size() == 1 else 1
         return max(fewest, round(num_images / self.group))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, C, ...) over each group of the batch. The output has the shape of the input."""
+        """Normalize (N, C, ...) over each group of the batch. The output has the shape of the input.
+
+        In evaluation mode, and for batches of fewer than 4 images, the layer acts like an ordinary BatchNorm.
+        """
         if not self.training or len(input) < 4:
             return super().forward(input)
         sizes = [len(rows) for rows in torch.arange(len(input)).tensor_split(self.num_groups(len(input)))]
@@ -58,10 +62,10 @@ class SplitBatchNorm(_BatchNorm):
 
 @torch.no_grad()
 def average_statistics(module: nn.Module) -> None:
-    """Replace the running statistics of all SplitBatchNorm layers by their mean over processes, in one all-reduce.
+    """Replace the running statistics of all SplitBatchNorm layers in `module` by their mean over processes.
 
-    Running statistics are linear in the batch statistics. Therefore their mean over processes equals the running
-    statistics of a single process with the global batch.
+    All statistics are averaged in one all-reduce. Running statistics are linear in the batch statistics. Therefore
+    their mean over processes equals the running statistics of a single process with the global batch.
     """
     parts = [part for part in module.modules() if isinstance(part, SplitBatchNorm)]
     if collectives.world_size() == 1 or not parts:
@@ -133,7 +137,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def convert_batch_norm(module: nn.Module, kind: type[_BatchNorm]) -> Any:
-    """Convert every BatchNorm inside `module` to the class `kind`, in place.
+    """Convert every BatchNorm inside `module` to the class `kind`, in place. Return `module`.
 
     The BatchNorm classes differ only in `forward`. The conversion only changes the class of each layer. Parameters,
     buffers and names do not change.

@@ -1,5 +1,7 @@
 """Losses that two or more methods use. Most of these losses are contrastive.
 
+A contrastive loss compares each anchor (query) with its positive and with negatives.
+
 Shapes: N anchors, M negatives, D embedding size.
 """
 
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_VALUES = 1 << 22  # maximum number of similarities in memory at once: 16 MB in float32
+CHUNK_VALUES = 1 << 22  # maximum number of similarities in memory at once; in float32, they take 16 MB
 MIN_TEMPERATURE = 0.05  # for `nt_xent_symmetric`: sums of exp(1 / 0.05) are far below the float32 maximum
 CPU_BLOCK = (256, 4096)  # (queries, negatives) per block of similarities; such a block fits the CPU caches
 
@@ -21,7 +23,8 @@ CPU_BLOCK = (256, 4096)  # (queries, negatives) per block of similarities; such 
 class Contrast(NamedTuple):
     """Result of a contrastive loss.
 
-    The fields are the mean loss, and the fraction of anchors whose positive has the largest logit.
+    `loss` is the mean loss. `accuracy` is the fraction of anchors for which the logit of the positive is larger than
+    the logits of all negatives.
     """
 
     loss: Tensor
@@ -29,9 +32,10 @@ class Contrast(NamedTuple):
 
 
 class _InfoNCE(torch.autograd.Function):
-    """InfoNCE loss and its gradients, computed in one pass over blocks of similarities.
+    """Autograd function of the InfoNCE loss.
 
-    The full (N, M) matrix of similarities is never in memory.
+    The loss and its gradients are computed in one pass over blocks of similarities. The full (N, M) matrix of
+    similarities between N queries and M negatives is never in memory.
     """
 
     @staticmethod
@@ -79,14 +83,18 @@ def _by_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute three values per query, in blocks of queries. Each block uses all negatives.
 
+    Args:
+        scaled_query: (N, D), query / temperature.
+        positive_logit: (N,), logit of each query with its positive.
+        negatives: (M, D).
+        exclude: (N, E) indices of the negatives to ignore for each query, or None.
+        grad_negatives: (M, D) or None. If it is given, the gradient of the summed losses with respect to the negatives
+            is added to it. This gradient is the sum of the scaled queries, weighted by softmax probabilities.
+
     Returns:
         The largest negative logit (N,).
         The log-sum-exp over the positive and the negatives (N,).
         The mean of the negatives, weighted by softmax probabilities (N, D).
-
-    `scaled_query` is query / temperature. If `grad_negatives` (M, D) is given, the gradient of the summed losses with
-    respect to the negatives is added to `grad_negatives`. This gradient is the sum of the scaled queries, weighted by
-    softmax probabilities.
     """
     found = []
     step = max(1, CHUNK_VALUES // len(negatives))
@@ -107,11 +115,11 @@ def _by_rows(
 
 
 def _by_columns(scaled_query: Tensor, positive_logit: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the values of `_by_rows` in blocks of negatives. Use this function for negatives without gradient.
+    """Compute the three values that `_by_rows` returns, in blocks of negatives, without the gradient of the negatives.
 
-    The function uses online softmax: partial sums are rescaled when the maximum changes (Milakov and Gimelshein 2018,
-    https://arxiv.org/abs/1805.02867). Therefore the blocks can be small enough for the CPU caches. Matrix products are
-    fastest in the CPU caches.
+    Blocks of queries and negatives are combined with online softmax: partial sums are rescaled when the maximum changes
+    (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867). Therefore the blocks can be small enough for the
+    CPU caches. Matrix products are fastest in the CPU caches.
     """
     found = []
     rows, columns = CPU_BLOCK if scaled_query.is_cpu else (len(scaled_query), max(1, CHUNK_VALUES // len(scaled_query)))
@@ -143,8 +151,8 @@ def info_nce(
         exclude: (N, E) indices into `negatives`; row i lists the negatives to ignore for query i. None = ignore none.
 
     The loss is the mean over the N rows. It is computed in float32 (float64 for float64 inputs), even under autocast.
-    In addition to the gradients, at most `CHUNK_VALUES` similarities are in memory. The loss is not twice
-    differentiable.
+    The (N, M) similarities are computed in blocks, so that at most `CHUNK_VALUES` of them are in memory at once. The
+    loss is not twice differentiable.
     """
     check_temperature(temperature)
     with torch.autocast(query.device.type, enabled=False):
@@ -154,7 +162,7 @@ def info_nce(
 
 
 class _Mutual(torch.autograd.Function):
-    """Symmetric InfoNCE among the rows of one tensor.
+    """Autograd function of the InfoNCE loss between the rows of one tensor (2N, D). Rows i and N + i are positives.
 
     The matrix of similarities is symmetric. Therefore the blocks below its diagonal are not computed.
     """
@@ -197,7 +205,8 @@ class _Mutual(torch.autograd.Function):
 def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield the blocks on and above the diagonal of the matrix of logits, as (rows, columns, logits of the block).
 
-    The logit of a row with itself and the logit of a row with its positive are -inf.
+    `rows` (2N, D) are unit rows, and the logits are their cosine similarities divided by `temperature`. The logits of a
+    row with itself and with its positive (row i with row N + i) are -inf.
     """
     num_rows, side = len(rows), math.isqrt(math.prod(CPU_BLOCK) if rows.is_cpu else CHUNK_VALUES)
     scaled_query = rows / temperature
@@ -215,9 +224,8 @@ def nt_xent_symmetric(rows: Tensor, *, temperature: float) -> Contrast:
     """Return the InfoNCE loss over unit rows (2N, D). The positive of row i is row N + i, and vice versa.
 
     All other rows are negatives. The similarity of two rows is computed once and used for the losses of both rows. This
-    saves a third of the products.
-    Exponentials are summed without subtracting a maximum. Therefore the temperature must be at least `MIN_TEMPERATURE`.
-    Raises ValueError if the temperature is lower. The loss is not twice differentiable.
+    saves a third of the products. Exponentials are summed without subtracting a maximum. Therefore the temperature must
+    be at least `MIN_TEMPERATURE`. Raises ValueError if the temperature is lower. The loss is not twice differentiable.
     """
     if temperature < MIN_TEMPERATURE:
         raise ValueError(f"temperature is {temperature}, but sums of exp(1 / temperature) must stay finite")

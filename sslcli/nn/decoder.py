@@ -1,11 +1,12 @@
-"""Convolutional decoder from codes to images, PSNR, and validation of images.
+"""Convolutional decoder from codes (latent vectors) to images, PSNR, and validation of images.
 
-Autoencoders and GAN generators use the decoder:
+Autoencoders and GAN generators use the decoder. Each of its blocks doubles the side of the feature map:
 
-    (N, dim) -> Linear -> (N, width, s, s) -> per octave [upsample x 2, 3x3 conv, BatchNorm, ReLU] -> 3x3 conv -> image
+    (N, dim) -> Linear -> (N, width, s, s) -> blocks [upsample x 2, 3x3 conv, BatchNorm, ReLU] -> 3x3 conv -> image
 
-Nearest-neighbor upsampling before a convolution avoids the checkerboard artifacts of transposed convolutions
-(Odena et al. 2016, https://distill.pub/2016/deconv-checkerboard). There are no skip connections.
+Here, s is the side of the first feature map. Nearest-neighbor upsampling before a convolution avoids the checkerboard
+artifacts of transposed convolutions (Odena et al. 2016, https://distill.pub/2016/deconv-checkerboard). There are no
+skip connections.
 """
 
 from __future__ import annotations
@@ -73,14 +74,18 @@ def up_block(in_channels: int, out_channels: int) -> nn.Sequential:
 def psnr(drawn: Tensor, images: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio in dB between images (N, C, H, W) in [0, 1], averaged over images.
 
-    The ratio of one image is -10 log10(mean squared error), at most 100 dB.
+    `drawn` are the generated images, and `images` are the original images. The ratio of one image is -10 log10(mean
+    squared error), at most 100 dB.
     """
     error = (full_precision(drawn) - full_precision(images)).square().flatten(1).mean(1)  # (N,)
     return -10 * error.clamp_min(1e-10).log10().mean()
 
 
 class FirstLook:
-    """Callable that runs `check_images` only at the first call, because the check synchronizes with the device."""
+    """Callable that runs `check_images` at its first call only, because the check synchronizes with the device.
+
+    `shape` is the shape (C, H, W) of one image that the decoder generates.
+    """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.shape, self.passed = shape, False
@@ -92,7 +97,10 @@ class FirstLook:
 
 
 def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
-    """Raise ConfigError unless all images have the decoder's output `shape` (C, H, W) and values in [0, 1]."""
+    """Raise ConfigError unless images (N, C, H, W) have the shape and the range that the decoder generates.
+
+    `shape` is the shape (C, H, W) of one generated image. The range is [0, 1].
+    """
     if tuple(images.shape[1:]) != shape:
         raise ConfigError(
             f"the views have the shape {tuple(images.shape[1:])}, but the decoder generates images of {shape}: set "

@@ -28,10 +28,10 @@ def frozen_copy(module: nn.Module) -> Any:
 
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """Update target <- momentum * target + (1 - momentum) * online (BYOL eq. 1, MoCo eq. 2).
+    """Update target <- momentum * target + (1 - momentum) * online (BYOL eq. 1, MoCo eq. 2), in place.
 
-    Only parameters are updated, not buffers. If the networks are sharded, both must be sharded in the same way. Each
-    process then updates its own shards.
+    `target` and `online` are modules with the same parameters. Only parameters are updated, not buffers. If the modules
+    are sharded, both must be sharded in the same way. Each process then updates its own shards.
     """
     averaged = [collectives.local(parameter) for parameter in target.parameters()]
     if averaged:  # a module may have no parameters

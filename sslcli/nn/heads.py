@@ -25,6 +25,8 @@ def mlp(
         last_norm: BatchNorm after the last layer: None, "affine", "scale" (without beta, as in SimCLR) or "plain"
             (without gamma and beta, as in MoCo v3).
         last_bias: add a bias to the last linear layer.
+
+    Raises ValueError if there are fewer than two widths, a width is below 1, or `last_norm` has another value.
     """
     if len(widths) < 2 or min(widths) < 1:
         raise ValueError(f"a head needs at least an input and an output width, all positive, but got {list(widths)}")

@@ -1,8 +1,8 @@
 """Random numbers for the images of a step. The numbers do not depend on the number of processes.
 
-torch's global generator has a different state on each process. With its numbers, results would depend on the number of
-processes. In this module, the random numbers of an image depend only on the seed, the number of draws so far, and the
-index of the image in the global batch. The checkpoint contains the seed and the number of draws.
+torch's global generator has a different state on each process. If methods used it, their results would depend on the
+number of processes. In this module, the random numbers of an image depend only on the seed, the number of draws so far,
+and the index of the image in the global batch. The checkpoint contains the seed and the number of draws.
 
 Shapes: N images per process, W processes.
 """
@@ -24,7 +24,7 @@ class Noise(nn.Module):
     """Random number generator that is part of a method's state. Its seed is drawn from torch's global generator.
 
     Each call of `normal`, `uniform`, `integers` or `shared` is one draw. All processes must make the same calls in the
-    same order.
+    same order. A row of a result belongs to one of the N images of this process.
     """
 
     def __init__(self) -> None:
@@ -72,9 +72,11 @@ class Noise(nn.Module):
 
 
 def _seed(seed: int, draw: int, place: int) -> int:
-    """Return a seed for a generator: the splitmix64 hash of `seed`, `draw` and `place`.
+    """Return a seed for a torch generator: the splitmix64 hash of `seed`, `draw` and `place`.
 
-    torch's CPU generators use only the low 32 bits of a seed. The hash mixes all arguments into these bits.
+    `seed` is the seed of the run's generator, `draw` is the number of draws so far, and `place` is the index of an
+    image in the global batch. torch's CPU generators use only the low 32 bits of a seed. The hash mixes all arguments
+    into these bits.
     """
     value = 0
     for part in (seed, draw, place):

@@ -1,4 +1,8 @@
-"""Schedules of learning rate and momentum. They are pure functions of step or progress and have no state."""
+"""Schedules of the learning rate and of the momentum of momentum encoders.
+
+They are functions without state. Their argument is the step, or the progress (the fraction of the run that is
+completed).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,9 @@ from collections.abc import Sequence
 def warmup_cosine(step: int, *, total: int, warmup: int = 0, final: float = 0.0) -> float:
     """Return the fraction of the peak learning rate at 0-based `step` of `total` steps (SimCLR, BYOL, MoCo v3).
 
-    During `warmup` steps, the fraction increases linearly from 0; the first step has learning rate 0. Then the fraction
-    decreases along half a cosine. It would reach `final` at step `total`, but the last step is `total` - 1.
+    During the first `warmup` steps, the fraction increases linearly from 0; the first step has learning rate 0. Then
+    the fraction decreases along half a cosine. It would reach `final` at step `total`, which is one step
+    after the last step.
     """
     if step < warmup:
         return step / warmup
@@ -21,8 +26,8 @@ def warmup_cosine(step: int, *, total: int, warmup: int = 0, final: float = 0.0)
 def warmup_steps_down(step: int, *, total: int, warmup: int = 0, milestones: Sequence[float] = ()) -> float:
     """Return the fraction of the peak learning rate at 0-based `step` of `total` steps.
 
-    During `warmup` steps, the fraction increases linearly. Then it is multiplied by 0.1 at each milestone. Milestones
-    are given as fractions of `total`.
+    During the first `warmup` steps, the fraction increases linearly. Then it is multiplied by 0.1 at each milestone.
+    Milestones are given as fractions of `total`.
     """
     if step < warmup:
         return step / warmup
@@ -30,9 +35,10 @@ def warmup_steps_down(step: int, *, total: int, warmup: int = 0, milestones: Seq
 
 
 def ema_momentum(progress: float, *, base: float, final: float = 1.0) -> float:
-    """Return the momentum of a target network (BYOL app. A).
+    """Return the momentum of a target network, which is a moving average of the online network (BYOL app. A).
 
-    The momentum increases along half a cosine from `base` (at progress 0) to `final` (at progress 1).
+    The momentum increases along half a cosine from `base` to `final`. `progress` is the fraction of the run that is
+    completed, in [0, 1].
     """
     return final - (final - base) * 0.5 * (math.cos(math.pi * progress) + 1)
 

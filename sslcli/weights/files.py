@@ -17,9 +17,9 @@ from sslcli.weights.renamed import with_current_names
 
 
 def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
-    """Load a dictionary that torch.save wrote, without executing code from the file.
+    """Load a dictionary from a file that torch.save wrote, without executing code from the file.
 
-    Raises ConfigError if the file cannot be read or does not contain a dictionary.
+    The tensors are moved to `device`. Raises ConfigError if the file cannot be read or does not contain a dictionary.
     """
     try:
         with open_regular(path) as file:
@@ -29,7 +29,10 @@ def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
 
 
 def read_weights(file: BinaryIO, path: Path, *, device: torch.device) -> dict[str, Any]:
-    """Load a dictionary from an open file, see `load_weights`. `path` is the name of the file for error messages."""
+    """Load a dictionary from an open file that torch.save wrote, without executing code from the file.
+
+    `path` is the name of the file for error messages. For the errors, see `load_weights`.
+    """
     try:
         state = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -43,18 +46,21 @@ def read_weights(file: BinaryIO, path: Path, *, device: torch.device) -> dict[st
 
 
 def unwrapped(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """Remove the prefix of a wrapping backbone from the names of a state dict, see `Backbone.wrapped_name`.
+    """Return a state dict of the backbone `net` with the names that the wrapped network itself uses.
 
-    `state` is a state dict of the backbone `net`. If `net` wraps no network, the names do not change.
+    If `net` only wraps a network of another package, the attribute that holds this network is a prefix of all names.
+    For example, `model.conv1.weight` becomes `conv1.weight`, see `Backbone.wrapped_name`. If `net` wraps no network,
+    the names do not change.
     """
     prefix = _prefix(net)
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def wrapped(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """Add the prefix that `unwrapped` removes to the names of `state`.
+    """Return `state` with the names that the backbone `net` uses. This is the inverse of `unwrapped`.
 
-    `state` is returned unchanged if its names match the names of `net` at least as well without the prefix.
+    If `net` only wraps a network of another package, a prefix such as `model.` is added to the names. The names do not
+    change if they match the names of `net` at least as well without the prefix.
     """
     prefix, own = _prefix(net), net.state_dict().keys()
     renamed = {f"{prefix}{name}": value for name, value in state.items()}
@@ -75,7 +81,11 @@ def broken_part(path: Path) -> str | None:
 
 
 def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:
-    """Load a state dict into `net`. Raises ConfigError if a key or shape differs. The message lists the differences."""
+    """Load a state dict into `net`. Raises ConfigError if a key or shape differs.
+
+    `where` describes the source of the state dict, such as the path of a file. The message begins with it and lists the
+    differences.
+    """
     own = net.state_dict()
     state = with_current_names(state, own)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

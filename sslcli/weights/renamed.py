@@ -34,9 +34,9 @@ def current_names(name: str) -> Iterator[str]:
 def with_current_names(state: dict[str, Any], wanted: Collection[str]) -> dict[str, Any]:
     """Return a copy of the state dict `state` in which older names are replaced by current names.
 
-    `wanted` holds the names that a module expects. Only names in `wanted` replace older names. A name of `state` that
-    is itself in `wanted` is not replaced. Modules of other packages may therefore use a name that is an older name in
-    sslcli.
+    `wanted` holds the names that a module expects. An older name is replaced only if its current name is in `wanted`. A
+    name of `state` that is itself in `wanted` is not replaced. Modules of other packages may therefore use a name that
+    is an older name in sslcli.
     """
     current = {
         older: name for name in wanted if name not in state for older in older_names(name) if older not in wanted
