@@ -27,7 +27,10 @@ ANSWERED_BY_HYDRA = ("hydra_help", "info", "shell_completion")
 
 
 def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
-    """Compose and validate the configuration of the command line, pass it to `run`, and return the exit code."""
+    """Compose and validate the configuration of the command line, pass it to `run`, and return the exit code.
+
+    `name` is train, eval or export. With `--multirun`, a sweep is started instead of `run`.
+    """
     guard_terminal()
     stop_with_sweep()
     limit_spinning()
@@ -58,7 +61,10 @@ def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
 
 
 def read_arguments(name: str) -> Namespace:
-    """Parse flags and overrides in any order. Raises ConfigError for unknown flags."""
+    """Parse the flags and overrides of the command line, in any order. Raises ConfigError for unknown flags.
+
+    `name` is train, eval or export. Old names in overrides are replaced by current names.
+    """
     arguments, unknown = get_args_parser().parse_known_intermixed_args()
     if unknown:
         raise ConfigError(
@@ -80,7 +86,11 @@ def read_arguments(name: str) -> Namespace:
 
 
 def _with_current_names(name: str, line: str, own_folder: Path | None) -> str:
-    """Return an override with current names. Print a note if the override contains old names."""
+    """Return an override in which names of version 0.1 are replaced by current names.
+
+    If the override contains such an old name, a note is printed. `own_folder` is the folder that the user passes with
+    `--config-dir`; choices in it are not replaced.
+    """
     current = current_override(line, own_folder=own_folder)
     if current != line:
         print_note(name, f"{line} is now {current}")
@@ -88,7 +98,11 @@ def _with_current_names(name: str, line: str, own_folder: Path | None) -> str:
 
 
 def hand_over(name: str, task: Callable[[DictConfig], Any], arguments: Namespace) -> None:
-    """Run Hydra's main function. It handles shell completion, Hydra's own help, and printing of the configuration."""
+    """Run Hydra's main function with the configuration file `name`.
+
+    It calls `task`, unless flags request something else: shell completion, Hydra's own help, or printing of the
+    configuration.
+    """
     # Hydra parses sys.argv, and accepts overrides only if there are no flags between them.
     sys.argv = [sys.argv[0], *arguments.overrides, *flags_of(arguments)]
     hydra.main(version_base="1.3", config_path=CONF, config_name=name)(task)()
@@ -105,7 +119,10 @@ def flags_of(arguments: Namespace, *, only: tuple[str, ...] = ()) -> list[str]:
 
 
 def sweep_jobs(name: str, jobs: list[dict[str, Any]], arguments: Namespace) -> int:
-    """Run the validated jobs of `--multirun`, and return the exit code."""
+    """Run the validated jobs of `--multirun`, and return the exit code.
+
+    `name` is train or eval. `jobs` are the configurations of the jobs, as plain values.
+    """
     from sslcli.cli import hydra_sweeps
     from sslcli.sweeps.sweep import CommandLine, run_sweep
 

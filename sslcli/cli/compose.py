@@ -47,7 +47,10 @@ CONF = "pkg://sslcli.conf" if conf_folder(installed=True) else str(conf_folder()
 
 
 class ConfOfPlugins(SearchPathPlugin):
-    """Hydra plugin that appends the yaml folders of plug-in packages to the search path of yaml files."""
+    """Hydra plugin that appends folders to the search path of yaml files.
+
+    These are the yaml folders of plug-in packages, and the folder of yaml files with old names.
+    """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("sslcli.renamed", f"file://{FOLDER}")
@@ -59,9 +62,11 @@ Plugins.instance().register(ConfOfPlugins)
 
 
 def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
-    """Return the resolved and validated configuration of every job, as plain values.
+    """Return the resolved and validated configuration of every job of the command line, as plain values.
 
-    Raises ConfigError if a configuration is invalid.
+    There is one job without `--multirun`, and one job per combination of values with `--multirun`. If a Hydra sweeper
+    plugin samples the values, examples of its jobs are returned. `name` is the command: train, eval or export. Raises
+    ConfigError if a configuration is invalid.
     """
     engine = engine_of(arguments)
     try:
@@ -86,12 +91,19 @@ def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
 
 
 def _first(overrides: list[Override]) -> list[str]:
-    """Return the overrides of the first job, which has the first value of each swept override."""
+    """Return the overrides of the first job.
+
+    An override of `--multirun` may have several values, as in `seed=0,1`. The first job has the first value of each
+    override.
+    """
     return [_values(each)[0] if each.is_sweep_override() else each.input_line or "" for each in overrides]
 
 
 def _values(override: Override) -> list[str]:
-    """Return one override per swept value. For a continuous interval, return one override for each end."""
+    """Return one override per value of an override with several values: `seed=0,1` -> `seed=0` and `seed=1`.
+
+    For a continuous interval, return one override for each end.
+    """
     key = override.get_key_element()
     if override.is_interval_sweep():
         interval = override.value()
@@ -104,7 +116,7 @@ def _values(override: Override) -> list[str]:
 
 
 def _points(overrides: list[Override]) -> list[list[str]]:
-    """Return the overrides of each job. There is one job for every combination of values."""
+    """Return the overrides of each job of `--multirun`. There is one job for every combination of values."""
     try:
         return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
     except (HydraException, ValueError) as error:
@@ -112,9 +124,9 @@ def _points(overrides: list[Override]) -> list[list[str]]:
 
 
 def _samples(overrides: list[Override]) -> list[list[str]]:
-    """Return examples of the jobs that a sweeper may sample.
+    """Return the overrides of examples of the jobs that a Hydra sweeper may sample, to validate them.
 
-    There is one job for each value of each override. All other overrides of this job have their first value.
+    Each value of each override occurs in one of these jobs. All other overrides of this job have their first value.
     """
     lines = [_first(overrides)]
     for place, override in enumerate(overrides):
@@ -191,9 +203,9 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
 
 
 def _changes_of_dataset(engine: Hydra, command: str, config_name: str, overrides: list[Override]) -> list[Override]:
-    """Return the overrides `dataset.KEY=value`, or [] if the command line chooses a dataset.
+    """Return the overrides `dataset.KEY=value` of ssl-eval, or [] if the command line chooses a dataset.
 
-    Without such a choice, Hydra composes no dataset, and the overrides are later applied to the run's dataset.
+    If no dataset is chosen, Hydra composes no dataset. ssl-eval then applies these overrides to the dataset of the run.
     """
     changes = [each for each in overrides if command == "eval" and is_change(each)]
     if not changes or any(hydra_errors.group_of(each) == "dataset" for each in overrides):
@@ -232,7 +244,10 @@ def _composed(engine: Hydra, command: str, name: str, lines: list[str]) -> DictC
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """Return the configuration as plain values with all interpolations resolved, without the `hydra` node."""
+    """Return a composed configuration as plain values with all interpolations resolved, without the `hydra` node.
+
+    Raises ConfigError if an interpolation cannot be resolved.
+    """
     try:
         own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         plain = OmegaConf.to_container(own, resolve=True, throw_on_missing=False)
@@ -244,12 +259,15 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def is_change(override: Override) -> bool:
-    """Return True if an override sets a key of `dataset`, and False if it chooses a dataset."""
+    """Return True if an override sets a key of the dataset, as in `dataset.KEY=value`, and False otherwise."""
     return hydra_errors.group_of(override).startswith(PREFIX)
 
 
 def change_of(override: Override) -> Change:
-    """Convert an override to a `Change`. Raises ConfigError if an interpolation cannot be resolved."""
+    """Convert an override `dataset.KEY=value` to a `Change`.
+
+    Raises ConfigError if an interpolation in the value cannot be resolved.
+    """
     key = hydra_errors.group_of(override)
     prefix = "++" if override.is_force_add() else "+" if override.is_add() else "~" if override.is_delete() else ""
     try:

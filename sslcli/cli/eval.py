@@ -36,9 +36,10 @@ def evaluate(config: dict[str, Any]) -> int:
 
 
 def check_changes(config: dict[str, Any]) -> None:
-    """Raise ConfigError if the run's dataset does not accept an override `dataset.KEY=value` of the command line.
+    """Raise ConfigError if the command line changes the run's dataset in an invalid way.
 
-    This function does not import torch.
+    The changes are overrides `dataset.KEY=value`. If `run` is a folder of several runs, the dataset of each run is
+    checked. This function does not import torch.
     """
     changes = config["_dataset_changes_"]
     if not changes:
@@ -53,7 +54,7 @@ def check_changes(config: dict[str, Any]) -> None:
     for found in sorted(run_dir.glob("*/config.yaml")):
         try:
             saved = read_config(found.parent)
-        except ConfigError:  # the evaluation reports this run, and evaluates the others
+        except ConfigError:  # the evaluation reports the error of this run, and evaluates the other runs
             continue
         dataset_of_run(saved, changes, trust=config["trust"])
 

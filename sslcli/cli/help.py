@@ -53,7 +53,10 @@ EXITS = {
 
 
 def answer(name: str, arguments: list[str]) -> str | None:
-    """Return the text for `--help` or `--version`, or None if the command line has neither flag."""
+    """Return the text for `--help` or `--version`, or None if the command line has neither flag.
+
+    `name` is train, eval or export. `arguments` are the arguments of the command line.
+    """
     if "--version" in arguments:
         return f"sslcli {__version__}"
     if not {"--help", "-h"} & set(arguments):
@@ -67,7 +70,10 @@ def answer(name: str, arguments: list[str]) -> str | None:
 
 
 def overview(name: str, folders: list[Path]) -> str:
-    """Return the help text of a command: groups and choices, keys and defaults, flags, and exit codes."""
+    """Return the help text of a command: groups and choices, keys and defaults, flags, and exit codes.
+
+    `name` is train, eval or export. `folders` contain the yaml files.
+    """
     text = ((conf_folder() or Path()) / f"{name}.yaml").read_text("utf-8")
     defaults = dict(re.findall(r"^  - (\w+): (\w+)", text, re.MULTILINE))
     keys = re.sub(r"^(#.*\n)*defaults:\n(  .*\n)+", "", text, count=1).partition("\nhydra:\n")[0]
@@ -85,16 +91,19 @@ def overview(name: str, folders: list[Path]) -> str:
 
 
 def listed(folders: list[Path], group: str, default: str) -> str:
-    """Return the choices of a group on one line, with the default in brackets."""
+    """Return the choices of a config group on one line, with the default in brackets.
+
+    A choice is the name of a yaml file in the subfolder `group` of one of `folders`.
+    """
     names = sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
     return "  ".join(f"[{name}]" if name == default else name for name in names)
 
 
 def find_choice(folders: list[Path], group: str, choice: str) -> Path | None:
-    """Return the yaml file of a choice.
+    """Return the yaml file of a choice of a config group, or None if there is no such file.
 
-    If several folders contain the file, the last of these folders is used. `folders` contains the folders of plug-ins,
-    then the folder of sslcli, then the user's folder.
+    `folders` contains the folders of plug-ins, then the folder of sslcli, then the user's folder. If several folders
+    contain the file, the last of these folders is used.
     """
     paths = [folder / group / f"{choice}.yaml" for folder in reversed(folders)]
     return next((path for path in paths if re.fullmatch(r"\w+/[\w-]+", f"{group}/{choice}") and path.is_file()), None)
@@ -106,7 +115,10 @@ def indented(text: str) -> str:
 
 
 def show_and_exit(name: str) -> None:
-    """Print the text for `--help` or `--version` and exit. Do nothing if the command line has neither flag."""
+    """Print the text for `--help` or `--version` and exit. Do nothing if the command line has neither flag.
+
+    `name` is the command: train, eval or export.
+    """
     text = answer(name, sys.argv[1:])
     if text is not None:
         guard_terminal()

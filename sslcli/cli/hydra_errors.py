@@ -44,12 +44,15 @@ def one_line(error: object) -> str:
 
 @cache
 def print_note(command: str, note: str) -> None:
-    """Print a note about an old name to standard error, once per process."""
+    """Print a note about a name of version 0.1 to standard error, once per process.
+
+    `command` is train, eval or export. `note` states the old and the current name.
+    """
     print_text(f"ssl-{command}: {note}; the old name is still accepted", to_stderr=True)
 
 
 def unreadable(line: str, error: BaseException | None = None) -> str:
-    """Return the message for an override that cannot be parsed."""
+    """Return the message for an override that cannot be parsed. `error` is Hydra's error, if there is one."""
     if "=" not in line.strip()[1:]:
         return f"cannot read {line!r} in the command line: settings are written key=value, as in train.epochs=5"
     key, _, value = line.partition("=")
@@ -65,7 +68,10 @@ def unreadable(line: str, error: BaseException | None = None) -> str:
 
 
 def missing(error: MissingConfigException) -> str:
-    """Return the message for a choice or a configuration file that does not exist."""
+    """Return the message for a yaml file that does not exist.
+
+    The file is a choice of a config group, as in `method=NAME`, or the file that `--config-name` names.
+    """
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
     options = [each for each in error.options or () if each not in CHOICES.get(group, {})]
     if error.missing_cfg_file in PLUGINS:
@@ -81,7 +87,11 @@ def missing(error: MissingConfigException) -> str:
 
 
 def readable(error: BaseException, *, groups: tuple[str, ...]) -> str:
-    """Return the message for any other Hydra error, without Hydra's advice on plus signs."""
+    """Return the message for an error of Hydra or OmegaConf that the other functions of this module do not handle.
+
+    Hydra's messages advise the user to add a plus sign to the override. This advice is removed. `groups` are the config
+    groups of the command.
+    """
     message = one_line(error)
     if error.__cause__ is not None:
         message += f" ({one_line(error.__cause__)})"
@@ -101,10 +111,10 @@ def readable(error: BaseException, *, groups: tuple[str, ...]) -> str:
 
 
 def check_files(lines: Iterable[str], folders: Iterable[Path]) -> None:
-    """Raise ConfigError if an override in `lines` chooses a yaml file that Hydra misreads. Only `folders` are searched.
+    """Raise ConfigError if an override chooses a yaml file that Hydra misreads. Only `folders` are searched.
 
-    Hydra ignores files with the extension .yml. It also ignores the header of a file that begins with a byte order
-    mark. Hydra's own messages would not name the cause.
+    `lines` are the overrides of the command line. Hydra ignores files with the extension .yml. If a file begins with a
+    byte order mark, Hydra ignores the header of the file. Hydra's own messages would not name the cause.
     """
     for line in lines:
         group, _, choices = line.lstrip("+").partition("=")
@@ -128,7 +138,7 @@ def check_encoding(file: str) -> None:
 
 
 def is_choice(override: Override, engine: Hydra) -> bool:
-    """Return True if an override chooses a file of a group, and False if it sets a value."""
+    """Return True if an override chooses a yaml file of a config group, and False if it sets the value of a key."""
     key = group_of(override)
     return "/" in key or key == "hydra.searchpath" or key in engine.config_loader.list_groups("")
 
@@ -139,9 +149,10 @@ def group_of(override: Override) -> str:
 
 
 def check_choices(command: str, overrides: list[Override], engine: Hydra) -> None:
-    """Raise ConfigError if an override names a group of another command, or names a group without a choice.
+    """Raise ConfigError if an override names a config group of another command, or a config group without a choice.
 
-    Hydra reports both errors with an unclear message or a traceback.
+    `command` is train, eval or export. An override without a choice is, for example, `method=null`. Hydra reports both
+    errors with an unclear message or a traceback.
     """
     own, others = schema.GROUPS[command], {group for groups in schema.GROUPS.values() for group in groups}
     for override in overrides:
@@ -155,9 +166,10 @@ def check_choices(command: str, overrides: list[Override], engine: Hydra) -> Non
 
 
 def check_overrides(command: str, overrides: list[Override], base: DictConfig) -> None:
-    """Raise ConfigError if an override is invalid. The message is about the first invalid override.
+    """Raise ConfigError if one of the overrides is invalid. The message is about the first invalid override.
 
-    `base` is the configuration that is composed from the chosen files, without the overrides that set values.
+    `command` is train, eval or export. `base` is the configuration that is composed from the chosen yaml files, without
+    the overrides that set values.
     """
     values = [override.value() for override in overrides if group_of(override) == "trust"]
     trust = trust_list(values[-1] if values else OmegaConf.to_container(base).get("trust", []))  # type: ignore[union-attr]
@@ -172,9 +184,9 @@ def check_overrides(command: str, overrides: list[Override], base: DictConfig) -
 
 
 def check_deletions(overrides: list[Override], config: DictConfig) -> None:
-    """Raise ConfigError if an override deletes a hyperparameter.
+    """Raise ConfigError if an override such as `~method.temperature` deletes a hyperparameter.
 
-    Without the hyperparameter, the constructor would use its default, which no yaml file shows.
+    The constructor would then use its own default, which no yaml file shows. `config` is the composed configuration.
     """
     for override in overrides:
         where, _, name = group_of(override).rpartition(".")

@@ -1,8 +1,8 @@
 """Validation of the `hydra` node of a configuration. The node may name only trusted code.
 
 Hydra instantiates the classes that `hydra.callbacks` names. Optuna's sweeper instantiates the class of its `sampler`,
-and Python's logging instantiates the configured handlers. The checks of `_target_` in other groups do not cover these
-classes.
+and Python's logging instantiates the configured handlers. Other modules check only the classes that are named as
+`_target_` outside of the `hydra` node.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sslcli.config.plugins import plugins
 from sslcli.errors import ConfigError
 
-ALLOWED = (  # (path inside `hydra`, names allowed at this path besides trusted packages), as regular expressions
+ALLOWED = (  # (dotted key inside `hydra`, names allowed there besides trusted packages), as regular expressions
     (r"(launcher|sweeper)\._target_", r"hydra_plugins\.[\w.]+|hydra\._internal\.core_plugins\.[\w.]+"),
     (r"sweeper\.(sampler|pruner)\._target_", r"optuna\.(samplers|pruners)\.\w+"),
     (
@@ -30,9 +30,9 @@ CALLED = ("_target_", "()", "class", "queue", "listener", "custom_search_space")
 
 
 def check_hydra(own: Any, trust: Iterable[str]) -> None:
-    """Raise ConfigError if the `hydra` node names code outside of Hydra and trusted packages.
+    """Raise ConfigError if the `hydra` node of a configuration names code outside of Hydra and trusted packages.
 
-    `own` is the node as plain values.
+    `own` is the node as plain values. `trust` are the names of the packages that the user trusts.
     """
     packages = [*plugins(), *trust]
     for path, name in named_code("", own):
@@ -45,7 +45,7 @@ def check_hydra(own: Any, trust: Iterable[str]) -> None:
 
 
 def resolved(node: Any, only: Iterable[str] | None = None) -> Any:
-    """Return a node as plain values. Interpolations are resolved if possible, else left unchanged.
+    """Return an OmegaConf node as plain values. An interpolation that cannot be resolved is left unchanged.
 
     Args:
         node: OmegaConf node, or a plain value.
@@ -65,9 +65,10 @@ def resolved(node: Any, only: Iterable[str] | None = None) -> Any:
 
 
 def is_reference(path: str, text: str) -> bool:
-    """Return True if `text` can refer to an object that is called.
+    """Return True if the string `text` can refer to code, such as a class, that Hydra or Python's logging calls.
 
-    The result is True for `ext://` references, which logging imports, and for unresolved interpolations in callbacks.
+    `path` is the dotted key of the string inside the `hydra` node. The result is True for `ext://` references in the
+    configuration of logging, and for unresolved interpolations in callbacks.
     """
     if path.partition(".")[0] == "callbacks":
         return "${" in text
@@ -75,7 +76,10 @@ def is_reference(path: str, text: str) -> bool:
 
 
 def named_code(where: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield (path, text) for every text that names an object that is called."""
+    """Yield (dotted key, string) for every string that names code (a class or function) that Hydra or logging calls.
+
+    `value` is the `hydra` node of a configuration, or a part of it. `where` is the dotted key of this part.
+    """
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in pairs:
         path = f"{where}.{key}" if where else str(key)

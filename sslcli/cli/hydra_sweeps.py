@@ -1,4 +1,8 @@
-"""Sweeps with Hydra plugins: a sweeper plugin samples the jobs, or a launcher plugin runs them."""
+"""Sweeps (`--multirun`) with Hydra plugins.
+
+A sweeper plugin samples the values of the jobs while the sweep runs. A launcher plugin runs the jobs, for example on
+other machines.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +42,19 @@ from sslcli.system.child_processes import safe_children
 
 
 class SweepStopped(Exception):
-    """Raised by the launcher to end a sweeper, so that it does not sample further jobs."""
+    """Raised by `QueueLauncher` if the sweep was stopped, so that Hydra's sweeper ends and samples no further jobs."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Function that a Hydra launcher calls for each job. It may be called in any process and on any node."""
+    """Function that a Hydra launcher calls for each job. It may be called in any process and on any node.
+
+    It runs the job, and returns the metric that the sweeper optimizes.
+
+    Attributes:
+        sweep: settings of the sweep.
+        slots: parts of this machine that run one job at a time; None = the job starts immediately.
+    """
 
     sweep: Sweep
     slots: list[Slot] | None
@@ -55,9 +66,9 @@ class Task:
 
 
 class QueueLauncher(Launcher):
-    """Hydra launcher that runs the jobs of a sweeper in parallel in the local job queue.
+    """Hydra launcher that runs jobs in parallel in the local job queue.
 
-    Hydra's default launcher runs the jobs one after another.
+    A Hydra sweeper passes the jobs. Hydra's default launcher would run them one after another.
     """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -79,7 +90,10 @@ class QueueLauncher(Launcher):
 
 
 def composed_job(sweep: Sweep, config: DictConfig, own: Any) -> Job:
-    """Return the `Job` for a configuration that Hydra composed. `own` is the `hydra` node of the configuration."""
+    """Return the `Job` for a configuration that Hydra composed from the overrides of one job.
+
+    `own` is the `hydra` node of the configuration.
+    """
     lines = list(own.overrides.task)
     values = numbers_as_text(sweep.command, current_config(plain(config))[0], lines)
     return job_of(
@@ -95,7 +109,10 @@ def composed_job(sweep: Sweep, config: DictConfig, own: Any) -> Job:
 
 
 def objective(sweep: Sweep, job: Job) -> float | None:
-    """Return the metric of a job, which the sweeper optimizes, or None if the job is not finished."""
+    """Return the value of the sweep's metric for a job, or None if the job is not finished or has no metric.
+
+    Hydra's sweeper optimizes this value.
+    """
     if (
         job.run_dir is None
         or sweep.metric is None
@@ -106,7 +123,11 @@ def objective(sweep: Sweep, job: Job) -> float | None:
 
 
 def launch_jobs(arguments: Namespace, sweep: Sweep, jobs: list[Job], slots: list[Slot] | None) -> tuple[bool, bool]:
-    """Run the jobs with the chosen launcher. Return two booleans: (sweep was stopped, launcher failed)."""
+    """Run `jobs` with the Hydra launcher that the command line chooses.
+
+    `slots` are parts of this machine that run one job at a time; None = jobs start immediately. Return two booleans:
+    (sweep was stopped, launcher failed).
+    """
 
     def launch(engine: Hydra) -> None:
         config = composed(engine, sweep, arguments, [])
@@ -121,7 +142,11 @@ def launch_jobs(arguments: Namespace, sweep: Sweep, jobs: list[Job], slots: list
 
 
 def draw_jobs(arguments: Namespace, sweep: Sweep, launcher: str, slots: list[Slot] | None) -> tuple[bool, bool]:
-    """Run the jobs that the chosen sweeper samples. Return two booleans: (sweep was stopped, sweeper failed)."""
+    """Run the jobs that Hydra's sweeper samples.
+
+    `launcher` is the name of the Hydra launcher that runs the jobs. `slots` are parts of this machine that run one job
+    at a time; None = jobs start immediately. Return two booleans: (sweep was stopped, sweeper failed).
+    """
     if launcher == "basic":  # Hydra cannot find QueueLauncher by name, so it replaces BasicLauncher
         Plugins.instance().class_name_to_class[f"{BasicLauncher.__module__}.BasicLauncher"] = QueueLauncher
 
@@ -139,14 +164,17 @@ def draw_jobs(arguments: Namespace, sweep: Sweep, launcher: str, slots: list[Slo
 
 
 def lines_of(sweep: Sweep, arguments: Namespace, more: list[str]) -> list[str]:
-    """Return the overrides for Hydra: the overrides of the command line, the sweep's folder, and `more`."""
+    """Return the overrides for Hydra: the overrides of the command line, the folder of the sweep, and `more`.
+
+    An override of the command line that sets the folder is omitted.
+    """
     overrides = [line for line in arguments.overrides if not line.startswith("hydra.sweep.dir=")]
     quoted = str(sweep.folder).replace("\\", "\\\\").replace('"', '\\"')
     return [*overrides, f'hydra.sweep.dir="{quoted}"', *more]
 
 
 def composed(engine: Hydra, sweep: Sweep, arguments: Namespace, more: list[str]) -> DictConfig:
-    """Return the configuration that Hydra composes for the whole command line."""
+    """Return the configuration that Hydra composes for the whole command line and the additional overrides `more`."""
     return engine.compose_config(
         config_name=arguments.config_name or sweep.command,
         overrides=lines_of(sweep, arguments, more),
@@ -156,10 +184,11 @@ def composed(engine: Hydra, sweep: Sweep, arguments: Namespace, more: list[str])
 
 
 def optuna_overrides(sweeper: Any, sweep: Sweep, slots: list[Slot] | None, arguments: Namespace) -> list[str]:
-    """Return overrides for Optuna's direction, number of parallel jobs and seed.
+    """Return overrides that set the direction, the number of parallel jobs and the seed of Optuna's sweeper.
 
-    Settings that the command line sets are omitted. Because the seed is fixed, the same command samples the same jobs
-    again and reuses the results of finished jobs.
+    `sweeper` is the configuration of the sweeper. If it is not Optuna's, the result is empty. Keys that the command
+    line sets are omitted. Because the seed is fixed, the same command samples the same jobs again and reuses the
+    results of finished jobs.
     """
     if "optuna" not in sweeper._target_:
         return []
@@ -182,7 +211,7 @@ def optuna_overrides(sweeper: Any, sweep: Sweep, slots: list[Slot] | None, argum
 
 
 def run_hydra(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]) -> tuple[bool, bool]:
-    """Call `start`, which runs a Hydra plugin until all jobs have ended.
+    """Call `start`, which runs a Hydra plugin (a sweeper or a launcher) until all jobs have ended.
 
     Return two booleans: (sweep was stopped, plugin failed). If the plugin fails after a job was started, the error is
     printed but not raised. The caller can then still write the table from the records of the jobs.
@@ -211,16 +240,19 @@ def run_hydra(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]
 
 
 def started(sweep: Sweep) -> dict[str, str | None]:
-    """Return the last start time of each job, as name of the job -> time."""
+    """Return the last start time of each job, as name of the job -> time.
+
+    The time of a job that never started is None.
+    """
     return {path.stem: read_record(sweep, path.stem).started for path in sweep.records.glob("*.json")}
 
 
 @contextmanager
 def signal_file(sweep: Sweep) -> Iterator[list[int]]:
-    """If a signal arrives within the block, create the file `jobs/stop` in the sweep's folder.
+    """If a signal arrives within the `with` block, create the file `jobs/stop` in the sweep's folder.
 
-    The jobs on all nodes check for this file. A SIGINT after an earlier signal ends the block immediately. Yields the
-    list of received signals.
+    The jobs on all nodes check for this file and stop if it exists. If SIGINT arrives after an earlier signal, the
+    block ends immediately. Yields the list of received signals.
     """
     received: list[int] = []
 
