@@ -1,1 +1,1 @@
-"""Sweeps (`--multirun`): jobs, the local job queue, and the table of results."""
+"""Sweeps (`--multirun`): jobs, the job queue of this machine, and the table of results."""

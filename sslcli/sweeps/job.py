@@ -1,4 +1,8 @@
-"""Jobs of a sweep: command lines and records. The records on disk remain after the sweep exits."""
+"""Jobs of a sweep (`--multirun`): their command lines, and their records.
+
+A record is a JSON file in the sweep's folder with the settings and the state of one job. It remains after the sweep
+exits.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ PARENT = "SSLCLI_SWEEP"  # environment variable of a job: process ID of the swee
 
 @dataclass(frozen=True)
 class Sweep:
-    """Settings that all jobs of a sweep have in common. Instances are picklable, to be sent to other processes."""
+    """Settings that all jobs of a sweep have in common. Instances can be pickled, to be sent to other processes."""
 
     command: str  # train or eval
     program: tuple[str, ...]  # beginning of the command line of a job
@@ -39,22 +43,25 @@ class Sweep:
 
     @property
     def records(self) -> Path:
-        """Folder of the job records and logs."""
+        """Folder of the records, logs and locks of the jobs."""
         return self.folder / "jobs"
 
     @property
     def metric(self) -> str | None:
-        """Metric that ranks the jobs. It is None for ssl-eval, because jobs of ssl-eval have no metrics.jsonl."""
+        """Name of the scalar in metrics.jsonl that ranks the jobs.
+
+        It is None for ssl-eval, because jobs of ssl-eval have no metrics.jsonl.
+        """
         return None if self.command == "eval" else self.settings.metric
 
     def title(self, job: Job) -> str:
-        """Return the display name of a job: the overrides that differ between the jobs."""
+        """Return the display name of a job: its overrides, without the overrides that all jobs have."""
         return " ".join(line for line in job.overrides if line not in self.shared) or "defaults"
 
 
 @dataclass(frozen=True)
 class Length:
-    """Keys of the section `train` on which the length of a run depends."""
+    """The keys of the section `train` that determine the number of steps of a run."""
 
     epochs: int
     max_steps: int | None
@@ -63,7 +70,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep: one combination of the swept values."""
+    """One job of a sweep: one combination of the values that are swept."""
 
     name: str  # name of the record, and of the run directory if run_dir is not set
     overrides: tuple[str, ...]  # as on the command line
@@ -76,9 +83,9 @@ class Job:
 class Record:
     """Record of a job on disk. The record remains after the sweep exits.
 
-    A job that belongs to several sweeps has one record per sweep. The record of the sweep that ran the job first
-    contains the fields `started`, `host`, `process` and `code`. In the other records, these fields are not used, and
-    `source` is the path of the first record.
+    A job that belongs to several sweeps has one record per sweep. The fields `started`, `host`, `process` and `code`
+    are its state. Only the record of the sweep that ran the job first contains the state. In the other records, these
+    fields are not used, and `source` is the path of the first record.
     """
 
     overrides: list[str]
@@ -95,7 +102,10 @@ class Record:
 
 
 def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
-    """Return the `Job` for a validated configuration that was composed from the overrides of one job."""
+    """Return the `Job` for the configuration of one job.
+
+    `config` contains validated plain values, which were composed from the overrides of the job.
+    """
     overrides = tuple(line for line in config["_lines_"] if not is_sweep_setting(line))
     if sweep.command == "eval":
         return Job(
@@ -123,7 +133,10 @@ def is_sweep_setting(line: str) -> bool:
 
 
 def command_line(sweep: Sweep, job: Job) -> list[str]:
-    """Return the command line of a job."""
+    """Return the command line that runs a job in its own process.
+
+    If the job has a run directory, the command line sets it.
+    """
     line = [*sweep.program, *sweep.flags, *job.overrides]
     if job.run_dir is not None and not any(override.startswith("run_dir=") for override in job.overrides):
         quoted = str(job.run_dir).replace("\\", "\\\\").replace('"', '\\"')
@@ -132,26 +145,33 @@ def command_line(sweep: Sweep, job: Job) -> list[str]:
 
 
 def log_of(sweep: Sweep, job: Job) -> Path:
-    """Return the log file of a job. If several jobs run in parallel, each job prints into its log file."""
+    """Return the log file of a job.
+
+    If several jobs run in parallel, each job prints into its log file instead of the console.
+    """
     return sweep.records / f"{job.name}.log"
 
 
 def record_path(sweep: Sweep, name: str) -> Path:
-    """Return the path of the record of a job in the sweep's folder."""
+    """Return the path of the record of the job `name` in the sweep's folder."""
     return sweep.records / f"{name}.json"
 
 
 def source_of(sweep: Sweep, record: Record) -> Path | None:
-    """Return the path of the other sweep's record to which `record` refers.
+    """Return the path of the record that contains the state of a job, if it is the record of another sweep.
 
-    Return None if `record` does not refer to another record, or if the other record was deleted.
+    The job then belongs to several sweeps, and another sweep ran it first. Return None if `record` itself contains the
+    state, or if the other record was deleted.
     """
     path = None if record.source is None else sweep.records / record.source
     return path if path is not None and path.exists() else None
 
 
 def read_record(sweep: Sweep, name: str) -> Record:
-    """Return the record of a job. If it refers to the record of another sweep, combine the two records."""
+    """Return the record of the job `name`.
+
+    If another sweep ran the job first, the state (start time, host, process, exit code) is taken from its record.
+    """
     record = read(record_path(sweep, name))
     source = source_of(sweep, record)
     if source is None:
@@ -161,7 +181,7 @@ def read_record(sweep: Sweep, name: str) -> Record:
 
 
 def read_or_create_record(sweep: Sweep, job: Job) -> Record:
-    """Return the record of a job. Create the record if it does not exist."""
+    """Return the record of a job. If it does not exist, write a record without a state, and return it."""
     path = record_path(sweep, job.name)
     if path.exists():
         return read_record(sweep, job.name)
@@ -178,12 +198,15 @@ def read_or_create_record(sweep: Sweep, job: Job) -> Record:
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """Return the fields of a record that contain the settings of a job."""
+    """Return the fields of a job's record that depend on the settings of the job: the digest and the length."""
     return {"digest": job.digest} | ({} if job.length is None else asdict(job.length))
 
 
 def record_settings(sweep: Sweep, job: Job) -> None:
-    """Record the current settings of a job. They may differ from those of an earlier command if a yaml file changed."""
+    """Write the current settings of a job to its record.
+
+    They may differ from those of an earlier command if a yaml file has changed since then.
+    """
     path = record_path(sweep, job.name)
     record = read(path)
     current = replace(record, **settings_of(job))
@@ -192,18 +215,21 @@ def record_settings(sweep: Sweep, job: Job) -> None:
 
 
 def record_start(sweep: Sweep, job: Job, process: int) -> None:
-    """Record the start of a job, with its process ID on this machine."""
+    """Write the start time, this machine, and the process ID `process` of a job to its record."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     _record_state(sweep, job, started=now, host=platform.node(), process=process, code=None)
 
 
 def record_end(sweep: Sweep, job: Job, code: int) -> None:
-    """Record the exit code of a job."""
+    """Write the exit code `code` of a job to its record."""
     _record_state(sweep, job, process=None, code=code)
 
 
 def _record_state(sweep: Sweep, job: Job, **changes: Any) -> None:
-    """Change fields of the record that contains the state of a job. This may be a record of another sweep."""
+    """Change fields of a job's state: start time, host, process or exit code.
+
+    If another sweep ran the job first, its record contains the state and is changed.
+    """
     path = source_of(sweep, read_or_create_record(sweep, job)) or record_path(sweep, job.name)
     write(path, replace(read(path), **changes))
 
@@ -222,7 +248,7 @@ def write(path: Path, record: Record) -> None:
 def stop_with_sweep() -> None:
     """If a sweep started this process, let the kernel send SIGTERM to this process when the sweep ends (Linux only).
 
-    This works even if SIGKILL ends the sweep. A run that receives SIGTERM saves a checkpoint and stops.
+    The kernel also does this if SIGKILL ends the sweep. A run that receives SIGTERM saves a checkpoint and stops.
     """
     parent = os.environ.pop(PARENT, None)
     if parent is not None:

@@ -1,4 +1,7 @@
-"""Local job queue: runs jobs in parallel on the devices of this machine. Each job has its own process."""
+"""Local job queue: runs the jobs of a sweep in parallel on the devices of this machine.
+
+Each job has its own process. A slot is a part of the machine (devices and CPU cores) that runs one job at a time.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +60,11 @@ def slots_of(config: dict[str, Any], *, jobs: int | None, wanted: int | None) ->
 
     Args:
         config: configuration of a job, with its device, threads and processes.
-        jobs: maximum number of slots. None: no maximum.
-        wanted: number of slots, from `sweep.jobs`. None: one slot per device, or on the CPU one slot per
-            `CORES_PER_JOB` cores.
+        jobs: number of jobs, which is the maximum number of slots. None: the number is not known, so there is no
+            maximum.
+        wanted: number of slots, from `sweep.jobs`. None: as many as possible, if a slot has one GPU per process of a
+            job. Without GPUs, a slot has one core per thread of a job. If the number of threads is not set, it is
+            `CORES_PER_JOB` per process.
     """
     launcher = config.get("launcher", {"kind": "local"})
     if launcher["kind"] == "slurm":  # jobs only submit their runs and need no resources of this machine
@@ -102,17 +107,17 @@ def cuda_devices(device: str) -> list[str]:
 
 @dataclass
 class Running:
-    """A running job."""
+    """A running job of a sweep, and its process."""
 
     job: Job
     process: subprocess.Popen[bytes]
     slot: int  # index of its slot
     locks: tuple[IO[str], ...]  # locks of the slot and the job; closing a file releases its lock
-    is_signaled: bool = False  # True after a signal was sent; a second signal could kill the job
+    is_signaled: bool = False  # True after a signal was sent to the job; a second signal could kill the job
 
 
 def forwarded_signals() -> list[signal.Signals]:
-    """Return the signals that stop a sweep.
+    """Return the signals that stop a sweep. They are forwarded to its jobs.
 
     If this process ignores SIGHUP (nohup), its jobs also ignore SIGHUP, and SIGHUP is not in the result.
     """
@@ -121,12 +126,19 @@ def forwarded_signals() -> list[signal.Signals]:
 
 
 class Relay:
-    """Context manager that forwards signals to the running jobs. The jobs then save and stop.
+    """Context manager that forwards signals to the running jobs of a sweep. The jobs then save and stop.
 
-    After the block, when the jobs have saved, the signal handlers from before the block are restored, and each is
-    called if its signal was received. This has two uses. If this sweep runs inside another sweep, the handler of that
-    sweep prevents it from starting further jobs. If a scheduler's handler was installed, it may requeue the scheduler's
-    job on SIGUSR2.
+    At the end of the block, all jobs have ended. The signal handlers from before the block are then restored. If a
+    signal was received, its earlier handler is called. This has two uses. If this sweep runs inside another sweep, the
+    handler of the other sweep prevents it from starting further jobs. If a scheduler's handler was installed, it may
+    requeue the scheduler's job on SIGUSR2.
+
+    Attributes:
+        running: jobs to which signals are forwarded.
+        received: numbers of the received signals.
+        is_stopping: True if no further job may start.
+        unfinished: True if a job has not finished. Only then, the earlier handler of SIGUSR2 is called.
+        previous: signal -> handler from before the block.
     """
 
     def __init__(self) -> None:
@@ -150,39 +162,45 @@ class Relay:
                 handler(number, None)
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Handle a signal: record it and stop the jobs."""
+        """Handle the signal `number`: record it, and stop the running jobs."""
         self.received.append(number)
         self.stop_jobs(signal.SIGTERM if number in SENT_AS_SIGTERM else number)
 
     def stop_jobs(self, number: int) -> None:
-        """Send a signal to the running jobs, and prevent the start of further jobs."""
+        """Send the signal `number` to the running jobs, and prevent the start of further jobs."""
         self.is_stopping = True
         for one in self.running:
             one.is_signaled = True
             one.process.send_signal(number)
 
     def add(self, one: Running) -> None:
-        """Add a job to which signals are forwarded. Send it SIGTERM if a signal arrived while it was starting."""
+        """Add a job to which signals are forwarded.
+
+        If a signal arrived while the job was starting, send SIGTERM to the job.
+        """
         self.running.append(one)
         if self.is_stopping and not one.is_signaled:
             one.process.send_signal(signal.SIGTERM)
 
 
 class PendingJobs:
-    """Jobs that this process has not started yet, including jobs that other processes run.
+    """Jobs of a sweep that this process has not started yet. A job that another process runs is called busy.
 
     Args:
         sweep: sweep of the jobs.
-        jobs: jobs in the order of their start.
+        jobs: jobs in the order in which they start.
     """
 
     def __init__(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
         self.sweep, self.jobs = sweep, list(jobs)
-        self.busy_counts: dict[str, int] = {}  # job name -> number of checks that found it busy
-        self.next_poll = 0.0  # on the clock time.monotonic
+        self.busy_counts: dict[str, int] = {}  # name of a busy job -> number of checks that found it busy
+        self.next_poll = 0.0  # time of the next check of the busy jobs, on the clock time.monotonic
 
     def is_poll_due(self) -> bool:
-        """Return True if busy jobs must be checked again. They are checked at most once per `BUSY_POLL_SECONDS`."""
+        """Return True if the busy jobs (jobs that another process runs) must be checked again now.
+
+        The result is True at most once per `BUSY_POLL_SECONDS`.
+        """
         now = time.monotonic()
         is_due = now >= self.next_poll
         if is_due:
@@ -190,7 +208,10 @@ class PendingJobs:
         return is_due
 
     def poll_busy(self) -> None:
-        """Update the jobs that other processes run, without claiming a job."""
+        """Check which jobs other processes run, without locking a job.
+
+        If a job is busy at the second check, a message is printed.
+        """
         for job in self.jobs if self.is_poll_due() else ():
             if is_running(self.sweep, job.name, read_or_create_record(self.sweep, job)):
                 self._count_busy(job)
@@ -198,7 +219,8 @@ class PendingJobs:
     def pop_free(self) -> tuple[Job, IO[str]] | None:
         """Remove the first job that this process can start now, and return the job and its open lock file.
 
-        Such a job is due, and no other process runs it. Return None if there is no such job.
+        Such a job is due (it must be started or resumed), and no other process runs it. A job that is not due is
+        removed and skipped. Return None if there is no job that can start now.
         """
         polls_busy = self.is_poll_due()
         for job in list(self.jobs):
@@ -215,21 +237,23 @@ class PendingJobs:
         return None
 
     def _count_busy(self, job: Job) -> None:
-        """Count a check that found a job busy. At the second such check, print a message."""
+        """Count a check that found that another process runs `job`. At the second such check, print a message."""
         self.busy_counts[job.name] = self.busy_counts.get(job.name, 0) + 1
         if self.busy_counts[job.name] == 2:
             print_text(f"waiting     {self.sweep.title(job)}: {describe_runner(self.sweep, job)} is running it")
 
 
 def run_queue(sweep: Sweep, jobs: list[Job], slots: list[Slot] | None, *, quiet: bool) -> bool:
-    """Run the jobs that are due, each as soon as a slot is free. Return True if the sweep was stopped.
+    """Run the jobs that must be started or resumed, each as soon as a slot is free.
+
+    Return True if the sweep was stopped. A slot is a part of this machine that runs one job at a time.
 
     - If `slots` is None, all jobs start immediately.
-    - If another process runs a job, the queue waits until that process ends. If the job is unfinished, the queue then
-      resumes the job.
-    - A slot is claimed by a lock in the sweep's folder, so that several processes on this machine can share the slots.
+    - If another process runs a job, the queue waits until that process ends. If the job is then unfinished, the queue
+      resumes it.
+    - A slot is locked by a file in the sweep's folder, so that several processes on this machine can share the slots.
     - If `quiet` is True, jobs print into their log files.
-    - The table is rewritten whenever a job ends.
+    - The table of results is rewritten whenever a job ends.
     """
     pending = PendingJobs(sweep, jobs)
     with Relay() as relay:
@@ -264,11 +288,13 @@ def claim_slot(
 ) -> tuple[int, tuple[IO[str], ...]] | None:
     """Lock a free slot. Return its index and its lock files, or None if all slots are in use.
 
+    A slot is a part of this machine that runs one job at a time.
+
     Args:
         sweep: sweep whose folder contains the lock files.
         slots: all slots. None: their number is unlimited.
-        used: indices of the slots that this process uses. These indices are needed on file systems that do not support
-            locks.
+        used: indices of the slots that this process uses. On file systems without locks, only these indices show which
+            slots are in use.
     """
     if slots is None:
         return -1, ()
@@ -280,7 +306,10 @@ def claim_slot(
 
 
 def _start_next(pending: PendingJobs, slots: list[Slot] | None, relay: Relay, *, quiet: bool) -> bool:
-    """If a slot is free, start the first job that is due and not busy. Return True if a job was started."""
+    """If a slot is free, start the first job that must run and that no other process runs.
+
+    Return True if a job was started.
+    """
     claimed = claim_slot(pending.sweep, slots, used=[one.slot for one in relay.running])
     if claimed is None:
         if not relay.running:  # another sweep uses all slots
@@ -300,9 +329,10 @@ def _start_next(pending: PendingJobs, slots: list[Slot] | None, relay: Relay, *,
 
 
 def _start(sweep: Sweep, job: Job, slot: Slot, job_lock: IO[str], *, quiet: bool) -> subprocess.Popen[bytes]:
-    """Start the process of a job.
+    """Start the process of a job in a slot, and return the process.
 
-    The process inherits the lock of the job, so the lock is held even if the sweep is killed.
+    The process inherits the open lock file `job_lock`. Therefore the job stays locked even if the sweep is killed. If
+    `quiet` is True, the job prints into its log file.
     """
     print_text(f"started     {sweep.title(job)} on {slot}" if quiet else f"\n=== {sweep.title(job)}")
     environment = os.environ | {PARENT: str(os.getpid())}
@@ -316,7 +346,7 @@ def _start(sweep: Sweep, job: Job, slot: Slot, job_lock: IO[str], *, quiet: bool
 
 
 def _end(sweep: Sweep, one: Running, *, quiet: bool) -> int:
-    """Record the end of a job, release its locks, and return its exit code."""
+    """Record the end of a job, release its locks, update the table of results, and return the exit code of the job."""
     code = one.process.wait()
     record_end(sweep, one.job, code)
     for file in one.locks:
@@ -330,7 +360,10 @@ def _end(sweep: Sweep, one: Running, *, quiet: bool) -> int:
 
 @contextmanager
 def pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
-    """Restrict processes that are started within the block to `cores`. This also sets their number of threads."""
+    """Restrict processes that are started within the `with` block to the CPU cores `cores`; None = no restriction.
+
+    The default number of threads of these processes depends on the number of cores.
+    """
     if cores is None or not hasattr(os, "sched_setaffinity"):
         yield
         return

@@ -1,8 +1,9 @@
-"""Reuse of jobs: a job that another sweep runs, or has run, is not run again.
+"""Reuse of jobs: if another sweep runs or has run a job, the job is not run again.
 
 The default folder of a sweep is named after its overrides, so a sweep with additional values has another folder. If a
-job is found in another sweep, the new folder contains a link to the run directory of that job. The record of the new
-job refers to the record in the other sweep. Both sweeps then use the same run, the same record and the same lock.
+job is found in another sweep, the new folder gets a symbolic link to the run directory of that job. The record of the
+new job (a JSON file) refers to the record in the other sweep. Both sweeps then use the same run, the same record and
+the same lock.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from sslcli.sweeps.status import FINISHED, RUNNING, claim_job, status_of, stored
 from sslcli.system.locks import can_lock, locked
 
 FOLDERS = "sweep_*"  # default folders of sweeps
-LOCK = ".sweeps.lock"  # in the parent folder; held while a sweep decides whether it runs a job itself
+LOCK = ".sweeps.lock"  # in the parent folder of the sweeps; held while a sweep searches for a job in other sweeps
 
 
 @dataclass(frozen=True)
 class OtherJob:
-    """Job of another sweep."""
+    """Job of another sweep in the same parent folder."""
 
     sweep: Sweep
     path: Path  # of its record
@@ -36,9 +37,11 @@ class OtherJob:
 
 
 def claim(sweep: Sweep, job: Job) -> IO[str] | None:
-    """Lock a job as `claim_job` does. If another sweep has started the same job in the meantime, link to that job.
+    """Lock a job, so that no other process runs it. Return the lock file, or None if another process runs the job.
 
-    The lock of the job is held during the search for the other sweep. Therefore two sweeps cannot start the same job.
+    While this process holds the lock, it searches other sweeps for the same job. Therefore two sweeps cannot start the
+    same job. If another sweep has started the job in the meantime, this job is linked to it, and the lock of the other
+    job is used instead.
     """
     file = claim_job(sweep, job)
     if file is not None and reuse(sweep, [job]):
@@ -50,7 +53,8 @@ def claim(sweep: Sweep, job: Job) -> IO[str] | None:
 def reuse(sweep: Sweep, jobs: Iterable[Job]) -> list[Job]:
     """Link each job that has not started yet to the same job of another sweep. Return the jobs with new links.
 
-    A link to a run that was deleted is removed, so that the job starts again.
+    A link consists of a symbolic link to the run directory of the other job, and of a reference to its record. If the
+    other run was deleted, the link is removed, so that the job starts again.
     """
     jobs = list(jobs)
     if not sweep.reuses or not can_lock(sweep.records):
@@ -64,7 +68,7 @@ def reuse(sweep: Sweep, jobs: Iterable[Job]) -> list[Job]:
 
 
 def reused_folders(sweep: Sweep, jobs: Iterable[Job]) -> list[Path]:
-    """Return the folder of the other sweep for each job that is linked."""
+    """Return the folders of the other sweeps whose jobs are reused, one for each reused job."""
     sources = (source_of(sweep, read(record_path(sweep, job.name))) for job in jobs)
     return [source.resolve().parent.parent for source in sources if source is not None]
 
@@ -75,7 +79,10 @@ def _other_folders(sweep: Sweep) -> Iterable[Path]:
 
 
 def _other_jobs(sweep: Sweep) -> list[OtherJob]:
-    """Return the jobs that other sweeps run themselves, without the jobs whose records cannot be read."""
+    """Return the jobs that other sweeps in the same parent folder run themselves, without linking to a third sweep.
+
+    Jobs whose records cannot be read are omitted.
+    """
     found = []
     for folder in _other_folders(sweep):
         for path in sorted((folder / "jobs").glob("*.json")):
@@ -92,10 +99,13 @@ def _other_jobs(sweep: Sweep) -> list[OtherJob]:
 
 
 def _is_placed(sweep: Sweep, job: Job) -> bool:
-    """Return True if the job does not need a new link, because its run directory exists or must not be a link.
+    """Return True if the job needs no new link to a job of another sweep.
 
-    Only a run directory directly in the sweep's folder may be a link to the run of another sweep. If the job is linked
-    to another sweep, repair the link. If the other sweep was deleted, remove the link.
+    This is the case if the run directory of the job exists, or if it is not directly in the sweep's folder. Only a run
+    directory directly in this folder may be a symbolic link to a run of another sweep.
+
+    If the job already refers to another sweep, its symbolic link is restored if it is missing. If the other sweep was
+    deleted, the symbolic link is removed.
     """
     run_dir = job.run_dir
     if run_dir is None or run_dir.parent != sweep.folder:
@@ -116,7 +126,10 @@ def _is_placed(sweep: Sweep, job: Job) -> bool:
 
 
 def _link_to_best(sweep: Sweep, job: Job, others: list[OtherJob]) -> bool:
-    """Link a job to the same job of another sweep, if there is one. A finished job is preferred."""
+    """Link `job` to the same job in `others`, if there is one. Return True if the job was linked.
+
+    If several jobs are the same, a finished job is preferred, then the job with the most steps.
+    """
     same = [other for other in others if _is_same(job, other)]
     if not same or job.run_dir is None:
         return False
@@ -136,9 +149,10 @@ def _link_to_best(sweep: Sweep, job: Job, others: list[OtherJob]) -> bool:
 
 
 def _is_same(job: Job, other: OtherJob) -> bool:
-    """Return True if a job of another sweep has the same settings, and has started.
+    """Return True if `other`, a job of another sweep, has started and has the same settings as `job`.
 
-    The settings in the run directory are compared. The process of a job writes them shortly after it starts.
+    The settings in the run directory are compared. The process of a job writes them shortly after it starts. Until
+    then, the settings in the record are compared, and the other job must be running or submitted to Slurm.
     """
     if other.record.digest not in (None, job.digest):
         return False
@@ -154,5 +168,8 @@ def _status(other: OtherJob) -> str:
 
 
 def _link(path: Path, target: Path) -> None:
-    """Create a relative link, so that the folder that contains all sweeps can be moved."""
+    """Create the symbolic link `path` to the folder `target`.
+
+    The link is relative, so that the folder that contains all sweeps can be moved.
+    """
     path.symlink_to(os.path.relpath(target.resolve(), path.parent.resolve()), target_is_directory=True)

@@ -25,13 +25,13 @@ FINISHED, STOPPED, INTERRUPTED, FAILED = "finished", "stopped", "interrupted", "
 def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = False) -> str:
     """Return the status of a job.
 
-    The status depends first on whether the run in the run directory is finished, then on whether a process runs the
-    job, and last on the exit code in the record.
+    The status is "finished" if the run in the run directory is finished. Otherwise, it is "running" if a process runs
+    the job. Otherwise, it depends on the exit code in the record.
 
     Args:
         sweep: sweep of the job.
         name: name of the job.
-        record: record of the job.
+        record: record of the job on disk.
         is_claimed: True if this process holds the lock of the job, so that no other process runs the job.
     """
     folder = sweep.folder
@@ -44,7 +44,7 @@ def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = Fal
     if code is None:
         return INTERRUPTED if record.started else WAITING
     if code == 0 and run_dir is not None:
-        if directory.is_finished(run_dir):  # trained with fewer epochs or steps than the job has now
+        if directory.is_finished(run_dir):  # it was trained with fewer epochs or steps than the job has now
             return STOPPED
         return CHECKED if submitted_job(run_dir) is None else SUBMITTED
     if code == 0:
@@ -55,13 +55,16 @@ def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = Fal
 
 
 def is_finished(sweep: Sweep, job: Job) -> bool:
-    """Return True if the run of a job has been trained to the length in the current settings of the job."""
+    """Return True if the run of a job has been trained to the number of steps in the current settings of the job."""
     record = replace(read_or_create_record(sweep, job), **settings_of(job))
     return job.run_dir is not None and is_complete(job.run_dir, record)
 
 
 def is_complete(run_dir: Path, record: Record) -> bool:
-    """Return True if the run in `run_dir` has been trained to the length in `record`."""
+    """Return True if the run in `run_dir` has been trained to the number of steps that `record` requires.
+
+    The record of a job of version 0.2 contains no number of epochs. In this case, return True if the run is finished.
+    """
     path = run_dir / "config.yaml"
     if record.epochs is None or not path.exists():
         return directory.is_finished(run_dir)
@@ -75,12 +78,15 @@ def is_complete(run_dir: Path, record: Record) -> bool:
 
 @cache
 def _config(run_dir: Path, _: tuple[int, int, int]) -> dict[str, Any]:
-    """Return the `config.yaml` of a run. Results are cached until the file changes."""
+    """Return the `config.yaml` of a run.
+
+    Results are cached. The second argument is the version of the file, so that a changed file is read again.
+    """
     return directory.read_config(run_dir)
 
 
 def _version(path: Path) -> tuple[int, int, int]:
-    """Return three values that identify the version of a file.
+    """Return three values that identify the version of a file: inode, size and modification time.
 
     At least one of them changes when the file is written again, even within one tick of the clock.
     """
@@ -89,9 +95,10 @@ def _version(path: Path) -> tuple[int, int, int]:
 
 
 def stored_digest(run_dir: Path) -> str | None:
-    """Return the digest of the settings in the `config.yaml` of a run that was never extended, else None.
+    """Return the digest of the settings in the `config.yaml` of a run, or None if the run was extended.
 
-    An extended run may have other results than a run that had the same length from the beginning.
+    A run is extended if it is resumed with more epochs or steps. An extended run may have other results than a run that
+    had the same length from the beginning. The result is also None if the file cannot be read.
     """
     path = run_dir / "config.yaml"
     try:
@@ -102,9 +109,9 @@ def stored_digest(run_dir: Path) -> str | None:
 
 
 def code_of(folder: Path, record: Record) -> int | None:
-    """Return the exit code of a job of the sweep in `folder`.
+    """Return the exit code of a job of the sweep in `folder`, or None if the job has not ended.
 
-    If the job submitted a Slurm job, return the exit code of the Slurm job.
+    If the process of the job submitted a Slurm job, return the exit code of the Slurm job.
     """
     if record.code == 0 and record.run_dir is not None:
         return recorded_exit_code(folder / record.run_dir) or 0
@@ -112,9 +119,10 @@ def code_of(folder: Path, record: Record) -> int | None:
 
 
 def is_running(sweep: Sweep, name: str, record: Record) -> bool:
-    """Return True if any process runs the job.
+    """Return True if any process runs the job `name`.
 
-    The process may have been started by another sweep, by a sweep that was killed, or by the user.
+    The process may have been started by this or another sweep, by a sweep that was killed, or by the user. `record` is
+    the record of the job on disk.
     """
     if record.run_dir is not None and directory.is_locked(sweep.folder / record.run_dir):
         return True
@@ -144,10 +152,10 @@ def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
 
 
 def lock_path(sweep: Sweep, name: str) -> Path:
-    """Return the lock file of a job.
+    """Return the lock file of the job `name`.
 
-    The sweep and the process of the job share the lock. The lock is held until both have ended. Sweeps that have the
-    same job use the same lock file.
+    The sweep and the process of the job share the lock. The lock is held until both have ended. If a job belongs to
+    several sweeps, all of them use the same lock file.
     """
     path = record_path(sweep, name)
     source = source_of(sweep, read(path)) if path.exists() else None
@@ -155,7 +163,7 @@ def lock_path(sweep: Sweep, name: str) -> Path:
 
 
 def describe_runner(sweep: Sweep, job: Job) -> str:
-    """Return a phrase that names the process that runs a job, for messages."""
+    """Return a phrase that describes the process that runs a job, for messages."""
     if job.run_dir is not None and directory.is_locked(job.run_dir):
         owner = (job.run_dir / ".lock").read_text(encoding="utf-8", errors="replace").strip()
         if owner:
@@ -165,9 +173,9 @@ def describe_runner(sweep: Sweep, job: Job) -> str:
 
 
 def _is_alive(record: Record) -> bool:
-    """Return True if the process of a job still runs on this machine.
+    """Return True if the process in the record of a job still runs on this machine.
 
-    Return False if another process has the same ID now.
+    If the process has ended and another process has the same ID now, return False.
     """
     if record.process is None or record.host != platform.node() or not atomic.is_alive(record.process):
         return False
@@ -184,7 +192,7 @@ def is_due(sweep: Sweep, job: Job, *, is_claimed: bool = False) -> bool:
     Args:
         sweep: sweep of the job.
         job: job to check.
-        is_claimed: see `status_of`.
+        is_claimed: True if this process holds the lock of the job, so that no other process runs the job.
     """
     status = status_of(sweep, job.name, read_or_create_record(sweep, job), is_claimed=is_claimed)
     if status == FINISHED:

@@ -1,7 +1,7 @@
-"""`--multirun`: runs the jobs of a sweep. Each job has its own process and a record in the sweep's folder.
+"""`--multirun`: runs the jobs of a sweep. Each job has its own process, and a record in the sweep's folder.
 
-By default, all jobs are known before the first job starts, and the local job queue of this machine runs the jobs. With
-a Hydra sweeper plugin, the jobs are sampled while the sweep runs. A Hydra launcher plugin can run the jobs on other
+By default, all jobs are known before the first job starts, and the job queue of this machine runs the jobs. With a
+Hydra sweeper plugin, the jobs are sampled while the sweep runs. A Hydra launcher plugin can run the jobs on other
 machines.
 """
 
@@ -79,10 +79,15 @@ class CommandLine:
 
 
 def run_sweep(command: str, configs: list[dict[str, Any]], line: CommandLine) -> int:
-    """Run the jobs of validated configurations, and return the exit code.
+    """Run the jobs of a sweep, and return the exit code.
 
     Exit code 75 means that a job was stopped; the same command resumes it. Exit code 2 or 3 means that all jobs were
     started, and at least one of them failed.
+
+    Args:
+        command: train or eval.
+        configs: validated configurations of the jobs, as plain values.
+        line: command line of the sweep.
     """
     sweep = sweep_of(command, configs, line)
     try:
@@ -130,10 +135,10 @@ def _run(sweep: Sweep, configs: list[dict[str, Any]], line: CommandLine) -> int:
 
 
 def _launch(sweep: Sweep, due: list[Job], line: CommandLine, slots: list[Slot] | None) -> tuple[bool, bool]:
-    """Run the jobs with a Hydra launcher. Return two booleans: (sweep was stopped, launcher failed).
+    """Run the jobs `due` with a Hydra launcher. Return two booleans: (sweep was stopped, launcher failed).
 
-    If another process runs a job, the job is launched after that process ends. An earlier launch would only occupy a
-    place in the launcher's queue.
+    If another process runs a job, the job is launched after that process ends. If the job were launched earlier, it
+    would only wait in the launcher's queue.
     """
     while due:
         busy = [job for job in due if is_running(sweep, job.name, read_or_create_record(sweep, job))]
@@ -149,7 +154,11 @@ def _launch(sweep: Sweep, due: list[Job], line: CommandLine, slots: list[Slot] |
 
 
 def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> Sweep:
-    """Return the `Sweep` of a command line. The name of its default folder contains a digest of the overrides."""
+    """Return the `Sweep` of a command line.
+
+    `command` is train or eval. `configs` are the configurations of the jobs. The name of the default folder of a sweep
+    contains a digest of the overrides.
+    """
     folder = configs[0]["_sweep_dir_"]
     is_default = folder == DEFAULT_FOLDER and not any(each.startswith("hydra.sweep.dir=") for each in line.overrides)
     if is_default:
@@ -168,12 +177,18 @@ def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> 
 
 
 def program_of(command: str) -> tuple[str, ...]:
-    """Return the first words of a command line that runs `command` with this interpreter, independent of PATH."""
+    """Return the first words of a command line that runs ssl-COMMAND with the Python interpreter of this process.
+
+    The command line does not depend on the environment variable PATH.
+    """
     return sys.executable, *child_processes.arguments(f"sslcli.cli.{command}")
 
 
 def check_plugins(sweep: Sweep, configs: list[dict[str, Any]], *, drawn: bool, launcher: str) -> None:
-    """Raise ConfigError if the chosen sweeper or launcher cannot run this sweep."""
+    """Raise ConfigError if the chosen Hydra sweeper or launcher cannot run this sweep.
+
+    `drawn` is True if a sweeper plugin samples the jobs. `launcher` is the name of the launcher.
+    """
     if launcher == "submitit_slurm" and shutil.which("sbatch") is None:
         raise ConfigError(
             "hydra/launcher=submitit_slurm needs Slurm, but sbatch is not installed on this machine: use submitit_local"
@@ -187,10 +202,10 @@ def check_plugins(sweep: Sweep, configs: list[dict[str, Any]], *, drawn: bool, l
 
 
 def distinct_jobs(sweep: Sweep, configs: list[dict[str, Any]]) -> list[Job]:
-    """Return the jobs of the configurations. Jobs with identical settings are one job.
+    """Return the jobs of the configurations. If several configurations have identical settings, they are one job.
 
     Raises ConfigError if two jobs have the same run directory, or differ only in settings that do not affect the
-    result.
+    results.
     """
     seen: dict[Path | str, tuple[Job, dict[str, Any]]] = {}
     for config in configs:
@@ -206,7 +221,10 @@ def distinct_jobs(sweep: Sweep, configs: list[dict[str, Any]]) -> list[Job]:
 
 
 def _conflict(one: Job, other: Job, *, has_own_place: bool) -> str:
-    """Return the error message for two jobs that would train the same run."""
+    """Return the error message for two jobs that would train the same run.
+
+    `has_own_place` is True if the command line or a yaml file sets `run_dir`.
+    """
     if has_own_place:
         return (
             f"run_dir is {str(one.run_dir)!r} for several jobs: set hydra.sweep.dir={one.run_dir} instead, and each "
@@ -219,7 +237,10 @@ def _conflict(one: Job, other: Job, *, has_own_place: bool) -> str:
 
 
 def prepare(sweep: Sweep, jobs: list[Job]) -> None:
-    """Create the folder of a sweep and the records of its jobs. Raises ConfigError if this fails."""
+    """Create the folder of a sweep and the records of its jobs. Link jobs that other sweeps have run.
+
+    Raises ConfigError if the folder cannot be written, or if it contains a different job with the same name.
+    """
     try:
         sweep.records.mkdir(parents=True, exist_ok=True)
         (sweep.records / "stop").unlink(missing_ok=True)
@@ -245,7 +266,8 @@ def prepare(sweep: Sweep, jobs: list[Job]) -> None:
 def summary(sweep: Sweep, jobs: list[Job], due: list[Job]) -> str:
     """Return one line with the number of jobs, their statuses, and the number of jobs that will run.
 
-    If jobs of other sweeps are reused, a second line shows the folders of these sweeps.
+    `due` are the jobs that must be started, resumed or waited for. If jobs of other sweeps are reused, further lines
+    show the folders of these sweeps.
     """
     counts = Counter(status_of(sweep, job.name, read_or_create_record(sweep, job)) for job in jobs)
     counts.pop(WAITING, None)
@@ -259,7 +281,10 @@ def summary(sweep: Sweep, jobs: list[Job], due: list[Job]) -> str:
 
 
 def exit_code(rows: list[Row], *, stopped: bool) -> int:
-    """Return the exit code of a sweep, given the table rows of its jobs."""
+    """Return the exit code of a sweep.
+
+    `rows` are the rows of its jobs in the table of results. `stopped` is True if the sweep was stopped.
+    """
     statuses = {row.status for row in rows}
     if stopped or STOPPED in statuses:
         return EXIT_STOPPED

@@ -1,4 +1,4 @@
-"""Results of a sweep: `sweep.csv`, and the table printed at the end."""
+"""Results of a sweep (`--multirun`): the file `sweep.csv`, and the table that is printed at the end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_WIDTH = 10_000  # characters per line; so large that only the terminal wraps
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: one job."""
+    """One job, as a row in the table of the results of a sweep."""
 
     name: str  # name of the job's record
     overrides: dict[str, str]
@@ -42,7 +42,10 @@ class Row:
 
 
 def update(sweep: Sweep) -> list[Row]:
-    """Read all job records in the sweep's folder, rewrite `sweep.csv`, and return its rows, best first."""
+    """Rewrite the file `sweep.csv` from the records of all jobs in the sweep's folder.
+
+    Return the rows of the table, best job first.
+    """
     with locked(sweep.records / "table.lock"):  # without this lock, a slower process could overwrite a newer table
         rows = ranked(rows_of(sweep), lowest=sweep.settings.is_minimized)
         atomic.replace(sweep.folder / "sweep.csv", as_csv(rows, sweep.metric).encode("utf-8", "surrogateescape"))
@@ -50,7 +53,7 @@ def update(sweep: Sweep) -> list[Row]:
 
 
 def rows_of(sweep: Sweep) -> list[Row]:
-    """Return one row per record."""
+    """Return one row for each job that has a record in the sweep's folder."""
     return [_row(sweep, path.stem, read_record(sweep, path.stem)) for path in sorted(sweep.records.glob("*.json"))]
 
 
@@ -74,22 +77,25 @@ def _row(sweep: Sweep, name: str, record: Record) -> Row:
 
 
 def value_of(run_dir: Path, metric: str) -> float | None:
-    """Return the newest value of a scalar of a run, or None if the run has no value."""
+    """Return the last value of the scalar `metric` in the metrics.jsonl of a run, or None if there is no value."""
     path = run_dir / "metrics.jsonl"
     return _newest(path, metric, path.stat().st_mtime_ns) if path.exists() else None
 
 
 @cache
 def _newest(path: Path, metric: str, _: int) -> float | None:
-    """Return `newest(path, metric)`. Results are cached until the modification time of the file changes."""
+    """Return the last value of the scalar `metric` in the metrics file `path`.
+
+    Results are cached. The third argument is the modification time of the file, so that a changed file is read again.
+    """
     return newest(path, metric)
 
 
 def ranked(rows: Iterable[Row], *, lowest: bool) -> list[Row]:
-    """Return the rows sorted by status and metric.
+    """Return the rows of the jobs, best job first.
 
-    Finished jobs come before all other jobs. Finished jobs and other jobs are each sorted by value: the best value
-    comes first, and jobs without a value come last.
+    Finished jobs come before all other jobs. Within each of these two parts, jobs are sorted by value: the best value
+    comes first, and jobs without a value come last. `lowest` is True if the lowest value is best.
     """
 
     def place(row: Row) -> tuple[bool, bool, float]:
@@ -100,7 +106,10 @@ def ranked(rows: Iterable[Row], *, lowest: bool) -> list[Row]:
 
 
 def as_csv(rows: list[Row], metric: str | None) -> str:
-    """Return the table as CSV text, with one column per override."""
+    """Return the table as CSV text, with one column for each key that an override sets.
+
+    `metric` is the name of the scalar that ranks the jobs; None for ssl-eval.
+    """
     keys = list(dict.fromkeys(key for row in rows for key in row.overrides))
     lines: list[list[object]] = [
         [*keys, "status", "exit_code", *([] if metric is None else ["steps", metric, "run_dir"])]
@@ -114,7 +123,10 @@ def as_csv(rows: list[Row], metric: str | None) -> str:
 
 
 def as_text(rows: list[Row], metric: str | None) -> str:
-    """Return the table as aligned text. Overrides that are equal in all jobs are omitted."""
+    """Return the table as aligned text. Overrides that are equal in all jobs are omitted.
+
+    `metric` is the name of the scalar that ranks the jobs; None for ssl-eval.
+    """
     keys = dict.fromkeys(key for row in rows for key in row.overrides)
     varied = [key for key in keys if len({row.overrides.get(key) for row in rows}) > 1]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -132,7 +144,7 @@ def as_text(rows: list[Row], metric: str | None) -> str:
 
 
 def shown(metric: str, value: float | None) -> str:
-    """Return a metric value as text, or "-" for None. Accuracies are in percent."""
+    """Return the value of the scalar `metric` as text, or "-" for None. k-NN accuracies are shown in percent."""
     if value is None:
         return "-"
     return f"{100 * value:.1f} %" if metric.startswith("monitor/knn") else f"{value:.5g}"
