@@ -264,7 +264,10 @@ def summary(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error message without the final period, or the class of an error without message."""
+    """Return the first line of the message of an exception, without the final period.
+
+    If the message is empty, return the name of the exception's class.
+    """
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
@@ -318,8 +321,8 @@ def disk_failure(error: OSError, path: object, key: str) -> tuple[str, int] | No
     Args:
         error: error of the write.
         path: path for the message if `error` has no file name.
-        key: setting that determines the output location, such as `run_dir`. The message suggests to change this
-            setting.
+        key: setting that determines the output location, such as `run_dir`. If the permissions do not allow the write,
+            the message suggests to change this setting.
     """
     if error.errno not in DISK_ERRORS:
         return None

@@ -69,7 +69,10 @@ class DCGANNet(Backbone):
         return last.flatten(1)
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the feature maps after `block1`, `block2`, ... Each map has half the side of the previous map."""
+        """Return the feature maps after `block1`, `block2`, ..., as name -> (N, channels, height, width).
+
+        Each feature map has half the side of the previous one.
+        """
         x = images
         maps = {}
         for number, layer in enumerate(self.blocks, start=1):

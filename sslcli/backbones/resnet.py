@@ -102,7 +102,10 @@ class ResNet(Backbone):
         return self.avgpool(self.stages(images)["layer4"]).flatten(1)  # type: ignore[no-any-return]
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the feature maps after `layer1` to `layer4`. Each map has half the side of the previous map."""
+        """Return the feature maps after `layer1` to `layer4`, as name -> (N, channels, height, width).
+
+        Each feature map has half the side of the previous one.
+        """
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = {}
         for name in ("layer1", "layer2", "layer3", "layer4"):

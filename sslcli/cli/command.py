@@ -109,7 +109,10 @@ def hand_over(name: str, task: Callable[[DictConfig], Any], arguments: Namespace
 
 
 def flags_of(arguments: Namespace, *, only: tuple[str, ...] = ()) -> list[str]:
-    """Return the flags of the command line as text. If `only` is not empty, return only the flags in `only`."""
+    """Return the flags of the command line as text, such as `--config-dir=DIR`.
+
+    `arguments` are the parsed arguments. If `only` is not empty, return only the flags with these names.
+    """
     flags = []
     for name, value in vars(arguments).items():
         if name == "overrides" or not value or (only and name not in only):

@@ -136,7 +136,10 @@ def _samples(overrides: list[Override]) -> list[list[str]]:
 
 
 def engine_of(arguments: Namespace) -> Hydra:
-    """Return the Hydra object that composes configurations. Raises ConfigError if a folder does not exist."""
+    """Return the Hydra object that composes configurations.
+
+    Raises ConfigError if the folder of `--config-dir` or `--config-path` does not exist.
+    """
     for flag, folder in (("--config-dir", arguments.config_dir), ("--config-path", arguments.config_path)):
         if folder is not None and not os.path.isdir(folder):
             raise ConfigError(f"{flag} is {folder}, but there is no such folder: set it to an existing one")

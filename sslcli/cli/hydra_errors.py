@@ -144,7 +144,10 @@ def is_choice(override: Override, engine: Hydra) -> bool:
 
 
 def group_of(override: Override) -> str:
-    """Return the key of an override, without the prefix (`+`, `++`, `~`) and the package."""
+    """Return the key of an override, or the config group that it chooses: `+views@a=moco_v2` -> `views`.
+
+    The prefix (`+`, `++` or `~`) and the package after `@` are removed.
+    """
     return override.get_key_element().split("@")[0].lstrip("+~")
 
 

@@ -67,8 +67,8 @@ def resumed_dataset(dataset: dict[str, Any], stored: Any, set_keys: Collection[s
 
     The keys in `KEYS` were added after version 0.2. Each has a default in the yaml files, and an old value with which
     the dataset is read as in older versions. If a key in `dataset` has its default, it gets its old value in two cases:
-    `stored` lacks the key, because an older version wrote it; or `stored` contains the old value. Keys that the command
-    line sets are not changed.
+    `stored` lacks the key, because an older version wrote the file; or `stored` contains the old value. Keys that the
+    command line sets are not changed.
 
     Args:
         dataset: the mapping composed from yaml files and the command line.
@@ -87,10 +87,11 @@ def resumed_dataset(dataset: dict[str, Any], stored: Any, set_keys: Collection[s
 
 
 def with_defaults(dataset: Any) -> Any:
-    """Return the mapping `dataset` of a command line. Missing keys that are in `KEYS` are added with their defaults.
+    """Return the mapping `dataset` of a command line, with all keys that were added after version 0.2.
 
-    A yaml file of the user may lack these keys. If the `config.yaml` of a new run lacked them too, the run would be
-    taken for a run of an older version. Only mappings whose `_target_` is a built-in class are changed.
+    A yaml file of the user may lack these keys. They are then added with the defaults of the yaml files of sslcli. If
+    the `config.yaml` of a new run lacked the keys, the run would be taken for a run of an older version. Only mappings
+    whose `_target_` is a built-in class are changed.
     """
     if not isinstance(dataset, dict):
         return dataset

@@ -27,8 +27,8 @@ WORDS = {
 def fits(value: Any, annotation: str) -> bool:
     """Return True if a value fits the annotation of a parameter.
 
-    Every value fits an annotation that this module does not know, such as the name of a class. In a union of a known
-    type and a class, only a mapping can describe an instance of the class.
+    Every value fits an annotation that this module does not know, such as the name of a class. A union of a known type
+    and a class accepts values of the known type, and mappings, which may describe an instance of the class.
     """
     return _fits(value, _parse(annotation)) is not False
 
@@ -73,7 +73,10 @@ def _arguments(node: ast.expr) -> list[ast.expr]:
 
 
 def _fits(value: Any, node: ast.expr) -> bool | None:
-    """Return True if the value fits the annotation, False if not, and None if the annotation is unknown."""
+    """Return True if the value fits the annotation, False if not, and None if it is unknown whether the value fits.
+
+    This is unknown for annotations other than plain types, lists and mappings, such as the name of a class.
+    """
     found = [_fits_one(value, option) for option in _options(node)]
     if True in found:
         return True

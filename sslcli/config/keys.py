@@ -1,4 +1,8 @@
-"""Validation of dotted keys against a composed configuration and the constructors of its `_target_` entries."""
+"""Validation of dotted keys such as `method.temperature`.
+
+A key is valid if the composed configuration contains it, or if the class that the key `_target_` names has such a
+parameter.
+"""
 
 from __future__ import annotations
 

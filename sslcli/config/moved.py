@@ -1,4 +1,4 @@
-"""Names of version 0.1 that are still accepted: modules, classes, choices of groups, and keys of settings.
+"""Names of version 0.1 that are still accepted: modules, classes, choices of config groups, and keys of settings.
 
 Old names occur in configurations of runs, exported files, records of sweeps, yaml files of users, and plug-ins. Code
 that reads such files calls functions of this module, which convert old names to current names.
@@ -123,9 +123,9 @@ DEFAULTS = {  # default values of the renamed keys, as in the yaml files of sslc
 
 
 def reject_old_attributes(kind: type, renamed: dict[str, str]) -> None:
-    """Raise ConfigError if a class defines an attribute or a method under its old name.
+    """Raise ConfigError if the class `kind` defines an attribute or a method under its old name.
 
-    An attribute or a method with an old name would have no effect.
+    Such an attribute or method would have no effect. `renamed` maps old names to current names.
     """
     for old, new in renamed.items():
         if old in vars(kind):
@@ -133,7 +133,10 @@ def reject_old_attributes(kind: type, renamed: dict[str, str]) -> None:
 
 
 def current_target(target: str) -> str:
-    """Return the current name of a class, or `target` itself if the class was not moved."""
+    """Return the current dotted name of a class, or `target` itself if the class was not moved.
+
+    `target` is a value of the key `_target_`, such as `sslcli.data.files.Folder`.
+    """
     module, _, name = target.rpartition(".")
     return f"{PACKAGES.get(module) or MODULES.get(module, module)}.{name}" if module else target
 
@@ -141,8 +144,9 @@ def current_target(target: str) -> str:
 def current_override(line: str, *, own_folder: Path | None = None) -> str:
     """Replace old names in an override of a command line by current names, in the key and in the value.
 
-    `own_folder` is the user's --config-dir. If a value is the name of a yaml file in this folder,
-    the value is kept, even if it is also an old name.
+    For example, `views=mocov2` becomes `views=moco_v2`. `own_folder` is the folder that the user passes with
+    `--config-dir`. If a value is the name of a yaml file in this folder, the value is kept, even if it is also an old
+    name.
     """
     prefix, key, rest = _parts(line)
     key = KEYS.get(key, key)
@@ -157,15 +161,19 @@ def current_override(line: str, *, own_folder: Path | None = None) -> str:
 
 
 def forced_override(line: str) -> str:
-    """Return an override that sets a renamed key even if the user's yaml file has only the old name of this key."""
+    """Return an override with the prefix `++` if its key was renamed and it has no prefix yet.
+
+    Without the prefix, Hydra rejects the override if the user's yaml file contains the key only under its old name.
+    """
     prefix, key, rest = _parts(line)
     return f"++{line}" if prefix == "" and rest and key in KEYS.values() else line
 
 
 def old_override(line: str) -> str:
-    """Return an override with the names of version 0.1.
+    """Return an override in which current names are replaced by the names of version 0.1.
 
-    The digest in default run directories is computed from these names.
+    The name of a default run directory contains a digest of the overrides. The digest is computed from the old names,
+    so that it is the same as in version 0.1.
     """
     prefix, key, rest = _parts(line)
     key = next((old for old, new in KEYS.items() if new == key), key)
@@ -184,7 +192,9 @@ def _parts(line: str) -> tuple[str, str, str]:
 
 
 def current_config(config: dict[str, Any], *, overridden: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
-    """Return a configuration with current names, and a note for each old name that was replaced.
+    """Return a configuration in which names of version 0.1 are replaced by current names, and a list of notes.
+
+    The names are keys of settings, and classes in `_target_`. There is one note for each name that was replaced.
 
     Args:
         config: plain values, as in the `config.yaml` of a run or composed from yaml files.
@@ -222,7 +232,8 @@ def _current_targets(value: Any, notes: list[str]) -> Any:
 class MovedModules:
     """Finder and loader that import modules by their old names. A DeprecationWarning states the new name.
 
-    It implements the protocols of `importlib.abc` without importing this module, since the import takes 8 ms.
+    The class implements the protocols of `importlib.abc`. It does not import `importlib.abc`, because the import takes
+    8 ms.
     """
 
     def find_spec(
@@ -232,10 +243,16 @@ class MovedModules:
         return ModuleSpec(fullname, self) if fullname in MODULES else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """Return None: Python creates an empty module, which `exec_module` replaces."""
+        """Return None, so that Python creates an empty module.
+
+        `exec_module` then replaces the empty module by the module with the new name.
+        """
 
     def exec_module(self, module: ModuleType) -> None:
-        """Import the module by its new name and register it under the old name."""
+        """Import the module by its new name and register it under the old name.
+
+        Functions of the module that were renamed get their old names as additional names.
+        """
         new = MODULES[module.__name__]
         warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
         found = import_module(new)
@@ -244,7 +261,11 @@ class MovedModules:
         sys.modules[module.__name__] = found
 
     def get_code(self, fullname: str) -> CodeType | None:
-        """Return the code of the new module, for `python -m OLD_NAME` in batch scripts that are still queued."""
+        """Return the code of the module with the new name, or None if there is no such module.
+
+        `python -m OLD_NAME` calls this function. Batch scripts of version 0.1 that are still queued contain such
+        commands.
+        """
         spec = find_spec(MODULES[fullname])
         if spec is None or spec.loader is None:
             return None

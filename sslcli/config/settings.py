@@ -125,7 +125,7 @@ def seconds(name: str, value: str | float | None) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Keys `train.*`."""
+    """Settings with the keys `train.*`, such as `train.epochs`. Raises ConfigError for a value out of range."""
 
     epochs: int
     max_steps: int | None  # overrides `epochs`
@@ -193,7 +193,7 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorSettings:
-    """Keys `monitor.*`."""
+    """Settings with the keys `monitor.*`, such as `monitor.knn_k`. Raises ConfigError for a value out of range."""
 
     knn_every_epochs: int  # epochs between k-NN evaluations; 0 = never, not even at the end
     knn_k: int
@@ -214,7 +214,10 @@ class MonitorSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LauncherSettings:
-    """Keys `launcher.*` that all launchers have. `launcher=local` has only these keys."""
+    """Settings with keys `launcher.*` that all launchers have. Raises ConfigError for a value out of range.
+
+    `launcher=local` has only these keys.
+    """
 
     kind: str
     timeout: str | float
@@ -235,7 +238,7 @@ class LauncherSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MultiSettings(LauncherSettings):
-    """Keys `launcher.*` of launcher=multi."""
+    """Settings with the keys `launcher.*` of launcher=multi. Raises ConfigError for a value out of range."""
 
     processes: int | None  # None: one per GPU, or 2 without GPUs
     max_restarts: int
@@ -248,7 +251,10 @@ class MultiSettings(LauncherSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
-    """Keys `sweep.*`. They have an effect only with `--multirun`."""
+    """Settings with the keys `sweep.*`, such as `sweep.metric`. Raises ConfigError for a value out of range.
+
+    They have an effect only with `--multirun`.
+    """
 
     metric: str  # name of the scalar in metrics.jsonl that ranks the jobs of the sweep
     direction: str
@@ -278,7 +284,7 @@ class SweepSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Top-level keys of ssl-train."""
+    """Settings with the top-level keys of ssl-train, such as `seed`. Raises ConfigError for a value out of range."""
 
     seed: int
     name: str | None
@@ -297,7 +303,7 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """Top-level keys of ssl-eval."""
+    """Settings with the top-level keys of ssl-eval, such as `run`. Raises ConfigError for a value out of range."""
 
     run: str | None
     weights: str | None
@@ -321,7 +327,7 @@ class EvalSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """Keys of ssl-export."""
+    """Settings with the keys of ssl-export, such as `out`. Raises ConfigError for a value out of range."""
 
     run: str | None
     checkpoint: str | int  # last, or a step

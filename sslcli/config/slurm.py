@@ -30,7 +30,7 @@ SHORT = {"N": "nodes", "n": "ntasks", "c": "cpus-per-task", "t": "time", "o": "o
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmSettings(LauncherSettings):
-    """Keys `launcher.*` of launcher=slurm."""
+    """Settings with the keys `launcher.*` of launcher=slurm. Raises ConfigError for a value out of range."""
 
     nodes: int
     gpus_per_node: int
@@ -79,8 +79,8 @@ class SlurmSettings(LauncherSettings):
         """Raise ConfigError unless `launcher.time` is longer than `launcher.stop_before`.
 
         `launcher.time` is the time limit of the Slurm job. The run receives a signal `launcher.stop_before` before the
-        end of this time limit, and then saves a checkpoint and stops. `launcher.stop_before` must be between 1 s and 18
-        h.
+        end of this time limit, and then saves a checkpoint and stops. `launcher.stop_before` must be at least 1 second
+        and at most 18 hours.
         """
         limit, before = time_limit("launcher.time", self.time), self.warning
         if not 0 < before <= LONGEST_WARNING:

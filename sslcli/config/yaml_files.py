@@ -1,4 +1,4 @@
-"""Parsing and writing of yaml text, for packages that must not import OmegaConf."""
+"""Parsing and writing of yaml text, for packages of sslcli that must not import OmegaConf themselves."""
 
 from __future__ import annotations
 

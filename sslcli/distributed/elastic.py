@@ -151,9 +151,9 @@ def first_failures(codes: dict[int, int]) -> dict[int, int]:
 def crashed(codes: dict[int, int]) -> bool:
     """Return True if a restart is useful, because the failure may not repeat.
 
-    `codes` maps ranks to exit codes. A code -n means that signal n ended the process. EXIT_LOST means that the process
-    lost contact with the others. A restart is useful if one of these two occurs. However, it is not useful if any
-    process ended with EXIT_CONFIG, EXIT_FAILED or EXIT_STOPPED.
+    `codes` maps ranks to exit codes. A restart is useful if a signal ended a process (its exit code is then negative),
+    or if a process lost contact with the others (EXIT_LOST). However, it is not useful if any process ended with
+    EXIT_CONFIG, EXIT_FAILED or EXIT_STOPPED.
     """
     is_final = bool({EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED} & set(codes.values()))
     return not is_final and any(code < 0 or code == EXIT_LOST for code in codes.values())
@@ -172,9 +172,9 @@ def describe_exit(code: int) -> str:
 
 
 def exit_code(codes: dict[int, int]) -> int:
-    """Return one exit code for all processes of a run.
+    """Return one exit code for all processes of a run, or 0 if no process failed.
 
-    `codes` maps the ranks of the failed processes to their exit codes. It is empty if no process failed.
+    `codes` maps the ranks of the failed processes to their exit codes.
     """
     if not codes:
         return 0

@@ -24,7 +24,10 @@ EXIT_LOST = 4  # with this exit code, a process asks our agent for a restart; th
 
 
 def is_launched() -> bool:
-    """Return True if a launcher (torchrun, our own agent, Slurm) started this process as a rank of a process group."""
+    """Return True if a launcher started this process as a rank of a process group.
+
+    A launcher is torchrun, Slurm, or our own agent, which starts the processes of ssl-train.
+    """
     return launched() is not None
 
 
@@ -92,7 +95,7 @@ def restarted() -> bool:
 def start_time() -> float:
     """Return the start time of the command on the clock `time.monotonic`.
 
-    A restart of the processes by our agent does not change the start time.
+    Our agent starts and restarts the processes of ssl-train. A restart does not change the start time.
     """
     return float(os.environ.get(START_TIME, time.monotonic()))
 

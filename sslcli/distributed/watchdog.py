@@ -33,7 +33,7 @@ SILENCE = 3  # after this number of checks without a new heartbeat, a process co
 
 @dataclass
 class Progress:
-    """State of a process, as published in the store."""
+    """State of a process. Each process publishes its state in a store that all processes share."""
 
     collectives: int = 0  # number of collectives that the process has entered
     actions: int = 0  # number of recorded actions, including collectives

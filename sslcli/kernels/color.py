@@ -46,7 +46,7 @@ class Parameters:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled kernel, or None if it is not available."""
+    """Return the library compiled from `color.c`, or None if it is not available."""
     return compiled.load(PART, {"color_operations": [POINTER] * 9 + [LONG] * 5 + [ctypes.c_float] + [INT] * 2})
 
 

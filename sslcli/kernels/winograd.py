@@ -149,7 +149,10 @@ def convolve(images: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(images: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient of the weight (O, C, 3, 3), from images (N, C, H, W) and output gradient (N, O, H, W)."""
+    """Return the gradient of the loss with respect to the weight (O, C, 3, 3) of a Winograd convolution.
+
+    `images` (N, C, H, W) are the inputs of the convolution. `gradient` (N, O, H, W) is the gradient of its outputs.
+    """
     maps, gradients = channels_last(images), channels_last(gradient)
     channels, out_channels = maps.shape[3], gradients.shape[3]
     sums = winograd_passes.weight_sums(maps, gradients)

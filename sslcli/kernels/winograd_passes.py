@@ -37,14 +37,15 @@ ARGUMENTS = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled library, or None if it is not available."""
+    """Return the library compiled from `winograd_passes.c`, or None if it is not available."""
     return compiled.load(PART, ARGUMENTS)
 
 
 def passes_for(*tensors: Tensor) -> ctypes.CDLL | None:
     """Return the compiled library if it supports the dtype and channels of all `tensors`, else None.
 
-    The channels must be the last dimension of each tensor.
+    It supports float32, and numbers of channels that are multiples of 16. The channels must be the last dimension of
+    each tensor.
     """
     if all(each.dtype == torch.float32 and each.shape[-1] % LINE == 0 for each in tensors):
         return library()

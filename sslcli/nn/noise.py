@@ -33,15 +33,24 @@ class Noise(nn.Module):
         self.draws = 0
 
     def normal(self, *shape: int, device: torch.device) -> Tensor:
-        """Draw standard normal numbers (N, ...), float32, different for each row of the global batch."""
+        """Draw standard normal numbers with `shape` (N, ...), float32, for the N images of this process.
+
+        The numbers are different for each image of the global batch.
+        """
         return self._rows(shape, device, lambda row, generator: row.normal_(generator=generator))
 
     def uniform(self, *shape: int, device: torch.device) -> Tensor:
-        """Draw uniform numbers (N, ...) in [0, 1), float32, different for each row of the global batch."""
+        """Draw uniform numbers in [0, 1) with `shape` (N, ...), float32, for the N images of this process.
+
+        The numbers are different for each image of the global batch.
+        """
         return self._rows(shape, device, lambda row, generator: row.uniform_(generator=generator))
 
     def integers(self, high: int, *shape: int, device: torch.device) -> Tensor:
-        """Draw uniform integers (N, ...) in [0, high), int64, different for each row of the global batch."""
+        """Draw uniform integers in [0, high) with `shape` (N, ...), int64, for the N images of this process.
+
+        The numbers are different for each image of the global batch.
+        """
         return self._rows(shape, device, lambda row, generator: row.random_(high, generator=generator), torch.int64)
 
     def shared(self) -> torch.Generator:

@@ -128,9 +128,9 @@ def step_of(result: dict[str, Any]) -> str:
 
 
 def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
-    """Print one row per run, with the best run first. Long names are wrapped, never truncated.
+    """Print the results of one evaluation protocol for several runs, one row per run, best run first.
 
-    `rows` contains one result per run, all of the same protocol.
+    `rows` contains the content of one result file per run. Long names are wrapped, never truncated.
     """
     table = Table(title=plain_text(rows[0]["measured"]))
     table.add_column("run", overflow="fold")

@@ -1,6 +1,6 @@
 """File `metrics.jsonl` of a run: one JSON object per line, with the step and the scalars of this step.
 
-If a run is resumed, the file contains no step twice, and no step is missing.
+After a run is resumed, the file contains no step twice, and no step is missing.
 """
 
 from __future__ import annotations

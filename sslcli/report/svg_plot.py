@@ -19,8 +19,8 @@ Scale = Callable[[float], float]
 def curves(points: Sequence[dict[str, Any]]) -> str:
     """Return the text of the SVG file.
 
-    `points` is the result of the evaluation: one mapping per number of labels, with the accuracies and the utility. If
-    only a bound of a utility is known, its circle is open.
+    `points` is the result of the evaluation: one mapping per number of labels, with the accuracies and the utility.
+    Each utility is drawn as a circle. The circle is open if only a bound of the utility is known.
     """
     counts = [point["labels"] for point in points]
     low, high = math.log(counts[0]), math.log(counts[-1])
@@ -118,8 +118,9 @@ def arm_curve(points: Sequence[dict[str, Any]], arm: str, x: Scale, y: Scale) ->
 def utility_curve(points: Sequence[dict[str, Any]], x: Scale, y: Scale) -> list[str]:
     """Return the SVG elements of the utility curve.
 
-    `points` has one mapping per number of labels. `x` and `y` map values to coordinates. If only a lower or an upper
-    bound of a utility is known, its circle is open. A lower bound also has an arrow that points up.
+    `points` has one mapping per number of labels. `x` and `y` map values to coordinates. Each utility is drawn as a
+    circle. The circle is open if only a lower or an upper bound of the utility is known. A lower bound also has an
+    arrow that points up.
     """
     line = " ".join(f"{x(p['labels']):.1f},{y(p['utility']):.1f}" for p in points)
     zero = f'<path d="M{LEFT} {y(0.0):.1f}H{WIDTH - RIGHT}" stroke="#888" stroke-dasharray="4 3"/>'

@@ -124,9 +124,9 @@ def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
 
 
 def is_sweep_setting(line: str) -> bool:
-    """Return True if an override applies to the sweep and not to its jobs.
+    """Return True if the override `line` applies to the sweep and not to its jobs.
 
-    The overrides of the sweep are all `sweep.*`, and all `hydra.*` except `hydra.searchpath`.
+    These are all overrides of `sweep.*` and `hydra.*`, except `hydra.searchpath`.
     """
     key = line.partition("=")[0].lstrip("+~")
     return key.startswith(("sweep.", "hydra.", "hydra/")) and key != "hydra.searchpath"
@@ -235,12 +235,12 @@ def _record_state(sweep: Sweep, job: Job, **changes: Any) -> None:
 
 
 def read(path: Path) -> Record:
-    """Read a record. Raises DamagedFile if the file is not the record of a job."""
+    """Read the record of a job from its JSON file. Raises DamagedFile if the file is not such a record."""
     return read_json(path, Record, remedy="remove it, or choose another hydra.sweep.dir")
 
 
 def write(path: Path, record: Record) -> None:
-    """Write a record atomically."""
+    """Write the record of a job to its JSON file atomically. The folder is created if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.replace(path, json.dumps(asdict(record), indent=2).encode())
 

@@ -42,7 +42,7 @@ CORES_PER_JOB = 4  # more threads make a single-process run only slightly faster
 
 @dataclass(frozen=True)
 class Slot:
-    """Devices and CPU cores for one job at a time."""
+    """Devices and CPU cores of this machine on which one job runs at a time."""
 
     devices: tuple[str, ...] | None = None  # CUDA devices of the job; None: all devices of this process
     cores: tuple[int, ...] | None = None  # CPU cores on which the job runs; None: any
@@ -208,9 +208,9 @@ class PendingJobs:
         return is_due
 
     def poll_busy(self) -> None:
-        """Check which jobs other processes run, without locking a job.
+        """Check which of the jobs other processes run, without locking a job.
 
-        If a job is busy at the second check, a message is printed.
+        If another process runs a job at two checks, a message is printed.
         """
         for job in self.jobs if self.is_poll_due() else ():
             if is_running(self.sweep, job.name, read_or_create_record(self.sweep, job)):
@@ -377,7 +377,10 @@ def pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
 
 @contextmanager
 def output(path: Path | None) -> Iterator[IO[bytes] | None]:
-    """Open the output file of a job for appending. If `path` is None, yield None: the job prints to the console."""
+    """Open the output file `path` of a job for appending, within the `with` block.
+
+    If `path` is None, yield None: the job prints to the console.
+    """
     if path is None:
         yield None
         return

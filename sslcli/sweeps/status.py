@@ -1,4 +1,4 @@
-"""Status of the jobs of a sweep, and locks that let only one process run a job."""
+"""Status of the jobs of a sweep, and locks that prevent several processes from running the same job."""
 
 from __future__ import annotations
 
@@ -136,9 +136,11 @@ def is_running(sweep: Sweep, name: str, record: Record) -> bool:
 def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
     """Lock a job, so that no other process runs it. Return the lock file, or None if another process runs the job.
 
-    The lock is held until the lock file and its copies in child processes are closed. If the process of a job only
-    submits a run to Slurm, the job can be locked while that Slurm job is queued or running. The process of the job then
-    finds the Slurm job, and does not submit it again.
+    The lock is held until the lock file and its copies in child processes are closed.
+
+    With launcher=slurm, the process of a job only submits a Slurm job and then ends. The job can then be locked again
+    while the Slurm job is queued or running. The next process of the job finds the Slurm job, and does not submit
+    another one.
     """
     file = lock(lock_path(sweep, job.name))
     if file is None:

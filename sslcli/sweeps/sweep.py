@@ -281,9 +281,10 @@ def summary(sweep: Sweep, jobs: list[Job], due: list[Job]) -> str:
 
 
 def exit_code(rows: list[Row], *, stopped: bool) -> int:
-    """Return the exit code of a sweep.
+    """Return the exit code of a sweep: 75 if it or a job was stopped, 0 if no job failed, and otherwise 2 or 3.
 
-    `rows` are the rows of its jobs in the table of results. `stopped` is True if the sweep was stopped.
+    The code is 2 if every failed job had an invalid configuration. `rows` are the rows of the jobs in the table of
+    results. `stopped` is True if the sweep was stopped.
     """
     statuses = {row.status for row in rows}
     if stopped or STOPPED in statuses:

@@ -127,13 +127,13 @@ def read_yaml(path: Path, shape: type[T], *, remedy: str) -> T:
 
 
 def checked(content: Any, shape: type[T], path: Path, *, remedy: str) -> T:
-    """Return `content`, the content of the stored file `path`. Raises DamagedFile unless it has the given shape.
+    """Check the content of the stored file `path`, and return it. Raises DamagedFile unless it has the given shape.
 
     `shape` is a dataclass or a TypedDict that declares the keys and their types. `remedy` is what the user can do; the
     error message ends with it.
 
-    If the shape is a dataclass, an instance is returned. Keys that are not fields of the dataclass are ignored, because
-    a newer version may have written them.
+    If the shape is a dataclass, an instance of it is returned. Keys that are not fields of the dataclass are ignored,
+    because a newer version may have written them.
     """
     wrong = mismatch(content, shape)
     if wrong:
