@@ -29,19 +29,23 @@ KEYS = {
     "split_column": Added(None, None),
     "channels": Added(3, 3),
     "value_range": Added("full", "auto"),
+    "pretrain_on_val": Added(False, True),
 }
 _SEARCH = ("extensions", "linked_folders")
 _FILES = "sslcli.data.sources.files"
 _FORMAT = ("channels", "value_range")
+_SPLIT = ("pretrain_on_val",)
 # Keys that each built-in class accepts. A class of a plug-in accepts the keys in its yaml file.
 CLASSES = {
-    f"{_FILES}.Folder": (*_SEARCH, *_FORMAT),
-    f"{_FILES}.Flat": (*_SEARCH, *_FORMAT),
-    f"{_FILES}.ImageNet": (*_SEARCH, *_FORMAT),
-    f"{_FILES}.ListFile": ("test", "image", "label", "split_column", *_FORMAT),
-    "sslcli.data.sources.hf.Hf": _FORMAT,
-    "sslcli.data.shards.source.HfStream": _FORMAT,
-    "sslcli.data.sources.parallel.Parallel": _SEARCH,
+    f"{_FILES}.Folder": (*_SPLIT, *_SEARCH, *_FORMAT),
+    f"{_FILES}.Flat": (*_SPLIT, *_SEARCH, *_FORMAT),
+    f"{_FILES}.ImageNet": (*_SPLIT, *_SEARCH, *_FORMAT),
+    f"{_FILES}.ListFile": (*_SPLIT, "test", "image", "label", "split_column", *_FORMAT),
+    "sslcli.data.sources.hf.Hf": (*_SPLIT, *_FORMAT),
+    "sslcli.data.shards.source.HfStream": (*_SPLIT, *_FORMAT),
+    "sslcli.data.sources.parallel.Parallel": (*_SPLIT, *_SEARCH),
+    "sslcli.data.sources.base.Shapes": _SPLIT,
+    "sslcli.data.sources.base.TorchvisionSet": _SPLIT,
 }
 
 

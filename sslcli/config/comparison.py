@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 from sslcli.config.added import with_added_keys
+from sslcli.config.class_defaults import default_of
 from sslcli.config.moved import current_config
 from sslcli.config.paths import absolute, map_paths, paths_of, real_path
 from sslcli.config.settings import NEUTRAL
@@ -39,8 +40,9 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
     """Return the differences between two configurations of a run, each as `key: stored value -> current value`.
 
     An older version may have written `stored`. Therefore, its old names are first converted to current names. Keys of
-    the dataset that the older version did not have are added, with the values that correspond to the older version. Two
-    paths are equal if they refer to the same file or folder.
+    the dataset that the older version did not have are added, with the values that correspond to the older version. A
+    key of another section that only one configuration has is equal to the default of its class. Two paths are equal if
+    they refer to the same file or folder.
 
     Args:
         stored: plain values that the run stored earlier.
@@ -55,8 +57,21 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
     return [
         f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and not _is_default_of_other(key, before, after)
     ]
+
+
+def _is_default_of_other(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Return True if only one of two flat configurations has `key`, with the default of the class."""
+    if key in before and key in after:
+        return False
+    value = before[key] if key in before else after[key]
+    return bool(_plain(default_of(key, before | after)) == _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value in which tuples are lists, as in yaml files."""
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def moved_paths(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[str, str]]:
@@ -83,11 +98,15 @@ def digest_of_settings(config: dict[str, Any]) -> str:
 
     If `changed_settings` finds no difference between two configurations, their digests are equal. The key
     `train.extend` is ignored, because it affects only runs that were extended to more epochs. Therefore, do not compare
-    digests of extended runs. Keys and classes in `config` must have the names of this version, not names of version
-    0.1.
+    digests of extended runs. Values that are the defaults of their classes are omitted, because older versions did not
+    have all keys. Keys and classes in `config` must have the names of this version, not names of version 0.1.
     """
     values = flatten(map_paths(config, real_path), leave_out=(*NEUTRAL, "train.extend"))
-    known = {key: _number(value) for key, value in values.items() if value is not None}
+    known = {
+        key: _number(value)
+        for key, value in values.items()
+        if value is not None and _plain(default_of(key, values)) != value
+    }
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -20,6 +20,8 @@ SHARDINGS = ("none", "fsdp")
 EXTENSIONS = ("rescale", "constant", "decay", "restart")
 SCHEDULES = ("cosine", "step", "constant")
 COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
+KNN_SPLITS = ("val", "test")
+TEST_METRIC = "monitor/test_"  # start of the names of scalars that are measured on test images
 EXPORTS = ("backbone", "method")
 RESUME = ("auto", "never", "must")
 DIRECTIONS = ("auto", "max", "min")
@@ -202,6 +204,7 @@ class MonitorSettings:
     health_every_steps: int  # steps between checks of the embeddings for collapse; 0 = never
     on_collapse: str
     pictures: int  # images in the picture of the augmented views; 0 = none
+    knn_split: str = "val"  # the split whose images are the queries of k-NN. The default is for older configurations
 
     def __post_init__(self) -> None:
         for name in ("knn_every_epochs", "health_every_steps", "pictures"):
@@ -210,6 +213,7 @@ class MonitorSettings:
         check_range("monitor.knn_images", self.knn_images, least=1)
         check_range("monitor.knn_temperature", self.knn_temperature, above=0)
         check_choice("monitor.on_collapse", self.on_collapse, COLLAPSE_ACTIONS)
+        check_choice("monitor.knn_split", self.knn_split, KNN_SPLITS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +273,11 @@ class SweepSettings:
             raise ConfigError(
                 f"sweep.metric is {self.metric!r}, but it must be a scalar of metrics.jsonl: train/..., monitor/... or "
                 f"health/...{hint and '.' + hint}"
+            )
+        if self.metric.startswith(TEST_METRIC):
+            raise ConfigError(
+                f"sweep.metric is {self.metric!r}, but the test images must not select a run: rank the jobs by "
+                f"{self.metric.replace(TEST_METRIC, 'monitor/')}, with monitor.knn_split=val"
             )
         if self.direction == "auto" and self.metric not in KNOWN_METRICS:
             raise ConfigError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 METHOD_ARGUMENTS = (
     "backbone",
@@ -66,6 +67,42 @@ def names_in_annotations(target: str) -> dict[str, frozenset[str]]:
     for key, annotation in _annotations(node):
         found[key] = found.get(key, frozenset()) | _names(annotation, module, DEPTH)
     return found
+
+
+@lru_cache
+def literal_defaults(target: str) -> dict[str, Any]:
+    """Return the default of each keyword of the class with this dotted name. Base classes are included.
+
+    Only defaults that are literals in the source text, such as 0.5, None or (1, 2), are known.
+    """
+    module, _, name = target.rpartition(".")
+    place = _definition(module, name, DEPTH)
+    if place is None:
+        return {}
+    module, node = place
+    found: dict[str, Any] = {}
+    if isinstance(node, ast.ClassDef):
+        for base in node.bases:
+            found |= literal_defaults(f"{module}.{base.id}") if isinstance(base, ast.Name) else {}
+    for key, default in _defaults(node):
+        found.pop(key, None)
+        with suppress(ValueError):
+            found[key] = ast.literal_eval(default)
+    return found
+
+
+def _defaults(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
+    """Yield the name and the default of each field of a dataclass, and of each argument of a constructor."""
+    for part in node.body if isinstance(node, ast.ClassDef) else ():
+        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and part.value is not None:
+            yield part.target.id, part.value
+        if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+            plain = [*part.args.posonlyargs, *part.args.args]
+            pairs = [
+                *zip(plain[len(plain) - len(part.args.defaults) :], part.args.defaults, strict=True),
+                *zip(part.args.kwonlyargs, part.args.kw_defaults, strict=True),
+            ]
+            yield from ((argument.arg, default) for argument, default in pairs if default is not None)
 
 
 def _annotations(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:

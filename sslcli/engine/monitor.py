@@ -267,8 +267,9 @@ class Monitor:
         failures = [each for each in collectives.gather_objects(failure) if each]
         if failures:
             raise TrainingFailed(f"after step {step}, {failures[0]}; {self.remedy()}")
-        if "knn_top1" in found:
-            self.facts["k-NN"] = percent(found["knn_top1"])
+        for name, label in (("knn_top1", "k-NN"), ("test_knn_top1", "k-NN (test)")):
+            if name in found:
+                self.facts[label] = percent(found[name])
         return found
 
     def show_pictures(self, step: int, found: dict[str, Tensor]) -> None:

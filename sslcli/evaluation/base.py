@@ -82,12 +82,16 @@ class Protocol:
         title: the name of the protocol in the progress bar.
         baselines: names of the baselines, which are evaluated in addition to the trained network if baselines=true.
             "random" is the network before training. "pixels" has no network and uses the pixels as features.
+        trains_on_val: True if the protocol may train on the labels of the split "val" when it reports on "test". Set it
+            only if the protocol selects hyperparameters on a part of its training images, because there is no
+            `FeatureSet.val` then.
         trains: True if the protocol trains copies of the networks. The networks and their features then stay in memory
             during the whole evaluation.
     """
 
     title: ClassVar[str] = "evaluation"
     baselines: ClassVar[tuple[str, ...]] = ("random",)
+    trains_on_val: ClassVar[bool] = False
     trains: ClassVar[bool] = True
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
@@ -114,8 +118,13 @@ class Protocol:
         return ""
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
-        """Return the positions (n,) of the training images to use. The default is all training images."""
-        return source.splits["train"]
+        """Return the positions (n,) of the training images to use.
+
+        The default is all training images except those of "val" and "test". If `trains_on_val` is True, only the images
+        of the reported splits are excluded.
+        """
+        excluded = self.reported_splits(source.nonempty_splits()) if self.trains_on_val else ("val", "test")
+        return source.without_labels_of(*excluded)
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Return the names of the splits on which accuracies are reported.

@@ -93,7 +93,7 @@ class Distill(Recipe):
         }
         progress = Progress(task.screen, "distilling", total=len(arms) * self.steps)
         student = arms["trained"]
-        self.distil(student, teacher, task, progress)
+        self.distil(student, teacher, task, split, progress)
         result = {
             "protocol": "distill",
             "split": split,
@@ -101,7 +101,7 @@ class Distill(Recipe):
             "teacher": teacher.provenance
             | self.numbers(label_rank(predict(teacher.net, task, at), labels), data.num_classes),
             "student": "the run's own net" if self.student is None else type(self.student).__name__,
-            "n_train": len(task.source.splits["train"]),
+            "n_train": len(task.source.without_labels_of(split)),
             "n_labels": len(teacher.positions),
             "n_test": len(at),
             "num_classes": data.num_classes,
@@ -129,8 +129,11 @@ class Distill(Recipe):
         student = Start(net=self.student.to(task.device), layer=BACKBONE, features=start.features)
         return student.classifier(task, width=num_features(self.student))
 
-    def distil(self, student: Classifier, teacher: FineTuned, task: Task, progress: Progress) -> None:
-        """Train the student on all training images. The student and the teacher get the same views."""
+    def distil(self, student: Classifier, teacher: FineTuned, task: Task, split: str, progress: Progress) -> None:
+        """Train the student on all training images that are not in the reported split `split`.
+
+        The student and the teacher get the same views.
+        """
         with evaluating(teacher.net), closing(self.labeled(teacher, task)) as labeled:
 
             def loss(net: Classifier, batch: Batch) -> Tensor:
@@ -141,7 +144,8 @@ class Distill(Recipe):
                     return soft
                 return self.alpha * soft + (1 - self.alpha) * cross_entropy(net, next(labeled))
 
-            everything = task.source.splits["train"]
+            # Images of the reported split are excluded, although training does not use their labels.
+            everything = task.source.without_labels_of(split)
             fit(student, task, everything, self, lr=self.lr, seed=self.seed, progress=progress, loss=loss)
 
     def labeled(self, teacher: FineTuned, task: Task) -> Generator[Batch, None, None]:

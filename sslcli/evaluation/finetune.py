@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,7 @@ def reported_positions(features: FeatureSet) -> Tensor:
 class Tuned(Recipe):
     """Base class of recipes that start from the network of a run and select the learning rate on held-out labels."""
 
+    trains_on_val: ClassVar[bool] = True
     lrs: Sequence[float] = (0.02, 0.1)
     val_fraction: float = 0.1
     warm_start: bool = False

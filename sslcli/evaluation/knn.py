@@ -109,8 +109,11 @@ def _check(*, k: int, temperature: float, chunk: int) -> None:
 
 
 def bank_positions(source: Source, limit: int | None) -> Tensor:
-    """Return the positions of the bank's images: all training images, or `limit` images selected by a fixed hash."""
-    positions = source.splits["train"]
+    """Return the positions of the bank's images: training images that are not in the splits "val" and "test".
+
+    If there are more than `limit` such images, `limit` of them are selected by a fixed hash.
+    """
+    positions = source.without_labels_of("val", "test")
     if limit is None or limit >= len(positions):
         return positions
     chosen = rng.permutation(len(positions), 0)[:limit].sort().values

@@ -202,6 +202,7 @@ class Linear(FeatureProtocol):
     """
 
     title: ClassVar[str] = "linear probe"
+    trains_on_val: ClassVar[bool] = True
     solver: str = "sgd"
     lrs: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     weight_decays: Sequence[float] = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)

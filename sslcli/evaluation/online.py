@@ -59,9 +59,14 @@ def collect(
 def knn_probe(
     method: Method, source: Source, views: Views, monitor: MonitorSettings, *, device: torch.device, precision: str
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that measures k-NN top-1 and top-5 accuracy of `method` on the held-out split, as fractions."""
+    """Return a function that measures the k-NN top-1 and top-5 accuracy of `method`, as fractions.
+
+    The queries are the images of the split `monitor.knn_split`. The names of the accuracies on "test" start with
+    "test_", so that nobody takes them for accuracies by which a run may be selected.
+    """
     protocol = Knn(k=monitor.knn_k, temperature=monitor.knn_temperature)
-    splits = {"train": bank_positions(source, monitor.knn_images), "val": source.splits["val"]}
+    splits = {"train": bank_positions(source, monitor.knn_images), "val": source.splits[monitor.knn_split]}
+    prefix = "" if monitor.knn_split == "val" else "test_"
 
     def probe() -> dict[str, float]:
         with evaluating(method):
@@ -75,6 +80,6 @@ def knn_probe(
                 precision=precision,
             )
         result = computed(protocol.measure, features, device)
-        return {"knn_top1": result["top1"], "knn_top5": result["top5"]}
+        return {f"{prefix}knn_top1": result["top1"], f"{prefix}knn_top5": result["top5"]}
 
     return probe

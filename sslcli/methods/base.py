@@ -158,9 +158,9 @@ class Method(nn.Module):
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
         """Return image grids by name, to be saved during training. A grid is a list of rows, each (n, C, H, W).
 
-        `images` (n, C, H, W) contains a few held-out images, preprocessed as in evaluation. This method is called in
-        evaluation mode. It must not draw random numbers from a `Noise` module of the method, because this would change
-        the random numbers of the training.
+        `images` (n, C, H, W) contains a few images of the split "val", preprocessed as in evaluation. This method is
+        called in evaluation mode. It must not draw random numbers from a `Noise` module of the method, because this
+        would change the random numbers of the training.
         """
         return {}
 

@@ -15,6 +15,7 @@ from sslcli.config.run_config import RunConfig
 from sslcli.config.settings import MonitorSettings, TrainSettings, seconds
 from sslcli.data.image_sizes import enlargement_warning
 from sslcli.data.loader import Loader, plain_batches
+from sslcli.data.sources.base import Source
 from sslcli.distributed import collectives, processes
 from sslcli.engine import fsdp, precision
 from sslcli.engine.monitor import Monitor
@@ -158,11 +159,17 @@ def build_probe(
     """Return the online k-NN probe: a function that measures the k-NN accuracy of the method during training.
 
     Return None if k-NN is turned off or impossible. If it is impossible, the reason is printed. `resolved` is the
-    precision: fp32, bf16 or fp16. Raises ConfigError if none of the held-out images can be read.
+    precision: fp32, bf16 or fp16. Raises ConfigError if none of the images that k-NN classifies can be read, or if
+    these images are the test images and the dataset has none.
     """
     if monitor.knn_every_epochs == 0:
         return None
-    if len(parts.source.splits["val"]) == 0:
+    queries = parts.source.splits.get(monitor.knn_split, torch.empty(0))
+    if len(queries) == 0 and monitor.knn_split == "test":
+        raise ConfigError(
+            f"monitor.knn_split is 'test', but {parts.source.name} has no test images: set monitor.knn_split=val"
+        )
+    if len(queries) == 0:
         screen.say(f"k-NN is skipped: {why_not_held_out(parts.source)}")
         return None
     bank = bank_positions(parts.source, monitor.knn_images)
@@ -171,9 +178,9 @@ def build_probe(
     except ConfigError as error:
         screen.say(f"k-NN is skipped: {error}")
         return None
-    if warning := unanswerable(parts.source, bank, parts.source.splits["val"]):
-        screen.warn(f"k-NN: of the held-out images {warning}")
-    check_readable(parts.source, parts.source.splits["val"], "val")
+    if warning := unanswerable(parts.source, bank, queries):
+        screen.warn(f"k-NN: of the images of {monitor.knn_split} {warning}")
+    check_readable(parts.source, queries, monitor.knn_split)
     measure = knn_probe(parts.method, parts.source, parts.views, monitor, device=device, precision=resolved)
 
     def probe() -> dict[str, float]:
@@ -181,6 +188,19 @@ def build_probe(
             return measure()
 
     return probe
+
+
+def knn_queries(source: Source, monitor: MonitorSettings) -> str | None:
+    """Return a text that describes the queries of the online k-NN, or None if there is no online k-NN."""
+    queries = source.splits.get(monitor.knn_split, torch.empty(0))
+    if monitor.knn_every_epochs == 0 or len(queries) == 0:
+        return None
+    bank = bank_positions(source, monitor.knn_images)
+    used = ""
+    if monitor.knn_split == "val":
+        is_pretrained = bool(torch.isin(queries, source.splits["train"]).any())
+        used = ", pre-trained on without labels" if is_pretrained else ", not pre-trained on"
+    return f"{len(queries):,} images of {monitor.knn_split}{used}; bank: {len(bank):,} other training images"
 
 
 def has_pictures(parts: Parts, monitor: MonitorSettings) -> bool:
@@ -191,7 +211,7 @@ def has_pictures(parts: Parts, monitor: MonitorSettings) -> bool:
 def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Return the method's pictures for `count` images: a mapping from a name to a grid of images (3, H, W) in [0, 1].
 
-    The images are held-out images if the dataset has any, else training images.
+    The images are images of the split "val" if it has any, else training images.
     """
     source, views = parts.source, parts.views
     positions = next(split for name in ("val", "train") if len(split := source.splits.get(name, torch.empty(0))))
@@ -217,8 +237,9 @@ def startup_table(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
     split = {name: len(positions) for name, positions in parts.source.splits.items()}
     return {
         "training images": split["train"],
-        "held-out images": split.get("val", 0),
+        "val images": split.get("val", 0),
         **({"test images": split["test"]} if split.get("test") else {}),
+        **({"k-NN queries": queries} if (queries := knn_queries(parts.source, config.monitor)) else {}),
         "images per step": settings.batch_size,
         "processes": processes,
         "micro-batches per step": settings.accumulate,

@@ -158,11 +158,14 @@ def _evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[
         warn_of_changes(Path(config.run), source, screen)
     check_classes(source)
     node, protocol = build_protocol(config, subject)
-    splits = {name: part for name, part in source.splits.items() if len(part)}
+    splits = source.nonempty_splits()
+    reported = protocol.reported_splits(splits)
+    if protocol.trains_on_val and "val" not in reported:
+        splits.pop("val", None)
     splits["train"] = protocol.training_positions(source, subject.monitor)
     check_answers(source, splits["train"])
-    check_reported(source, protocol.reported_splits(splits), splits["train"])
-    for name in protocol.reported_splits(splits):
+    check_reported(source, reported, splits["train"])
+    for name in reported:
         if warning := unanswerable(source, splits["train"], splits[name]):
             screen.warn(f"of the images of {name} {warning}")
     evaluation = Evaluation(config, device, screen, subject, source, splits, variant=protocol.variant(subject.monitor))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sslcli.config.added import resumed_dataset
+from sslcli.config.class_defaults import resumed_config
 from sslcli.config.run_config import RunConfig
 from sslcli.config.settings import LauncherSettings, MultiSettings
 from sslcli.engine import checkpoint_names
@@ -59,17 +60,21 @@ def launch(job: dict[str, Any]) -> int:
 def with_old_settings(config: RunConfig) -> RunConfig:
     """Return the configuration with which a run starts or resumes.
 
-    If an older version of sslcli started the run, its stored configuration lacks the dataset settings that were added
-    later. Each of these settings gets the value that reproduces the behavior of the older version, unless the command
-    line sets it.
+    If an older version of sslcli started the run, its stored configuration lacks the settings that were added later.
+    Each of these settings gets the value that reproduces the behavior of the older version, unless the command line
+    sets it.
     """
     if not (config.directory / "config.yaml").is_file():
         return config
     from sslcli.runs.directory import read_config
 
     set_keys = {line.partition("=")[0].lstrip("+~") for line in config.overrides}
-    dataset = resumed_dataset(config.dataset, read_config(config.directory).get("dataset"), set_keys)
-    return config if dataset == config.dataset else config.changed(dataset=dataset)
+    stored = read_config(config.directory)
+    dataset = resumed_dataset(config.dataset, stored.get("dataset"), set_keys)
+    others = {name: value for name, value in config.values.items() if name != "dataset"}
+    found = {"dataset": dataset} | resumed_config(others, stored, set_keys)
+    changed = {name: value for name, value in found.items() if value != config.values[name]}
+    return config.changed(**changed) if changed else config
 
 
 def check_other_launcher(settings: LauncherSettings) -> None:

@@ -50,10 +50,11 @@ def test_every_class_accepts_its_keys_and_has_their_defaults_in_its_yaml_file() 
     for target, keys in CLASSES.items():
         module, _, name = target.rpartition(".")
         assert hasattr(importlib.import_module(module), name)
-        (node,) = [node for node in files if node.get("_target_") == target]
+        nodes = [node for node in files if node.get("_target_") == target]
+        assert nodes
         for key in keys:
             assert key in (parameters_of(target) or {}), (target, key)
-            assert node[key] == KEYS[key].default, (target, key)
+            assert all(node[key] == KEYS[key].default for node in nodes), (target, key)
     assert {key for keys in CLASSES.values() for key in keys} == set(KEYS)
 
 
@@ -84,7 +85,7 @@ def test_a_run_that_lacks_a_key_resumes_with_its_old_value(
 ) -> None:
     target = {"_target_": FOLDER, "root": "x"}
     found = resumed_dataset(target | now, target | before, set_keys)
-    old = {"linked_folders": "always", "channels": 3, "value_range": "full"}
+    old = {"linked_folders": "always", "channels": 3, "value_range": "full", "pretrain_on_val": False}
     assert found == target | old | {"extensions": expected}
     assert resumed_dataset(target | now, None, set_keys) == target | now
 

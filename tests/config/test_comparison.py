@@ -46,6 +46,16 @@ def test_old_names_and_other_forms_of_a_path_are_the_same_settings(
     assert changed_settings(old, {"train": {"log_every_steps": 5}, "dataset": dataset}) == []
 
 
+def test_a_missing_key_is_the_default_of_the_class() -> None:
+    method = {"_target_": "sslcli.methods.byol.BYOL", "momentum": 0.996}  # BYOL's default
+    without, other = CONFIG | {"method": {"_target_": method["_target_"]}}, CONFIG | {"method": method | {"dim": 7}}
+    assert changed_settings(without, CONFIG | {"method": method}) == []
+    assert changed_settings(CONFIG | {"method": method}, without) == []
+    assert changed_settings(without, other) == ["method.dim: not set -> 7"]
+    assert digest_of_settings(without) == digest_of_settings(CONFIG | {"method": method})
+    assert digest_of_settings(without) != digest_of_settings(other)
+
+
 def test_the_digest_differs_exactly_if_settings_that_affect_the_results_differ() -> None:
     train = {"epochs": 10.0, "max_time": "5m", "extend": "decay", "clip_grad": None}
     same = CONFIG | {"run_dir": "other", "launcher": {"threads": 4}, "train": train, "_lines_": ["x"]}

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from sslcli.config.signatures import parameters_of, source_of
+from sslcli.config.signatures import literal_defaults, parameters_of, source_of
 
 CONF = Path(__file__).parents[2] / "conf"
 TARGETS = sorted(
@@ -108,3 +108,21 @@ def test_source_that_is_no_python_is_not_read(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "broken_of_test.py").write_text("def (:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert parameters_of("broken_of_test.Thing") is None
+
+
+def test_literal_defaults_are_those_of_the_class_and_its_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "defaults_of_test.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from sslcli.evaluation.knn import Knn\n"
+        "SIZE = 3\n"
+        "class Base:\n    def __init__(self, a, b=2, *, c=(1, 2), d=SIZE, e=None): ...\n"
+        "class Mine(Base):\n    def __init__(self, b=SIZE, *, f=0.5, **options): ...\n"
+        "@dataclass\nclass Data(Knn):\n    size: int = 7\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert literal_defaults("defaults_of_test.Base") == {"b": 2, "c": (1, 2), "e": None}
+    assert literal_defaults("defaults_of_test.Mine") == {"c": (1, 2), "e": None, "f": 0.5}
+    assert literal_defaults("defaults_of_test.Data")["size"] == 7
+    assert literal_defaults("defaults_of_test.Data")["resamples"] == 1000
+    assert literal_defaults("defaults_of_test.Nonesuch") == {}
+    assert "defaults_of_test" not in sys.modules

@@ -45,7 +45,7 @@ def test_one_image_a_class_is_warned_of_once(cli: Cli, tmp_path: Path) -> None:
     ended = cli("ssl-train", *LINE, f"dataset.root={tmp_path / 'images'}", f"run_dir={tmp_path / 'run'}")
     assert (ended.code, ended.err) == (0, "")
     output = ended.out.replace("\n", " ")
-    assert output.count("k-NN: of the held-out images 10 of 10 have classes that no training image has") == 1
+    assert output.count("k-NN: of the images of val 10 of 10 have classes that no training image has") == 1
     assert [name for name in metrics(tmp_path / "run") if "knn_top1" in name]
 
 
@@ -53,7 +53,7 @@ def test_the_advised_queue_is_shorter_than_the_set_and_a_shortened_warmup_is_nam
     line = ["method=moco", "dataset.train_images=300", "dataset.test_images=0", "train.batch_size=90", "dry_run=true"]
     line += ["method.queue_size=4096", "train.epochs=2", "train.warmup_epochs=5", "backbone.width=4"]
     output = cli("ssl-train", *line, f"run_dir={tmp_path / 'run'}").out
-    assert "the queue holds 4,096 keys but there are 270 images" in output
+    assert "the queue holds 4,096 keys but there are 300 images" in output
     assert "use method.queue_size=256" in output
     assert "train.warmup_epochs=5 is 15 steps, but the warmup takes at most a quarter of a run, here 1 of 6" in output
     line += ["method.queue_size=256", "train.warmup_epochs=0.3"]
@@ -72,3 +72,51 @@ def test_held_out_images_that_cannot_be_read_are_named_before_the_first_step(cli
         assert "none of the 16 images of val can be read" in ended.err
         assert "set dataset.val_fraction=0" in ended.err
         assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_the_queries_of_knn_are_printed_and_those_of_test_are_logged_under_another_name(
+    cli: Cli, tmp_path: Path
+) -> None:
+    line = ["dataset.train_images=100", "dataset.test_images=20", "backbone.width=4", "train.batch_size=50"]
+    line += ["train.max_steps=1", "monitor.pictures=0", "launcher.threads=1"]
+    for settings, queries, name in (
+        ([], "10 images of val, pre-trained on without labels; bank: 90 other training images", "knn_top1"),
+        (["dataset.pretrain_on_val=false"], "10 images of val, not pre-trained on; bank: 90", "knn_top1"),
+        (["monitor.knn_split=test"], "20 images of test; bank: 90 other training images", "test_knn_top1"),
+    ):
+        run_dir = tmp_path / f"{len(settings)}{name}"
+        ended = cli("ssl-train", *line, *settings, f"run_dir={run_dir}")
+        assert ended.code == 0, ended.err
+        assert queries in " ".join(ended.out.split())
+        logged = {key: value for text in (run_dir / "metrics.jsonl").open() for key, value in json.loads(text).items()}
+        assert [key for key in logged if key.endswith("knn_top1")] == [f"monitor/{name}"]
+        assert cli("ssl-eval", f"run={run_dir}", "protocol=knn", "baselines=false").code == 0
+        result = json.loads((run_dir / "eval/knn.json").read_text())
+        assert result[name.replace("knn_", "")] == logged[f"monitor/{name}"]
+
+
+def test_queries_of_a_dataset_without_test_images_are_refused(cli: Cli, tmp_path: Path) -> None:
+    line = ["dataset.test_images=0", "monitor.knn_split=test", f"run_dir={tmp_path / 'run'}"]
+    ended = cli("ssl-train", *line)
+    assert ended.code == 2
+    assert "monitor.knn_split is 'test', but shapes has no test images: set monitor.knn_split=val" in ended.err
+    ended = cli("ssl-train", "--multirun", "seed=0,1", "sweep.metric=monitor/test_knn_top1")
+    assert ended.code == 2
+    assert "the test images must not select a run: rank the jobs by monitor/knn_top1" in ended.err
+
+
+def test_the_linear_probe_trains_on_val_only_if_it_reports_on_test(cli: Cli, tmp_path: Path) -> None:
+    line = ["dataset.train_images=100", "backbone.width=4", "train.batch_size=50", "train.max_steps=1"]
+    line += ["monitor.pictures=0", "launcher.threads=1"]
+    for number, (settings, expected) in enumerate(
+        (
+            (["dataset.test_images=20"], ("test", 100, 20)),
+            (["dataset.test_images=20", "dataset.pretrain_on_val=false"], ("test", 90, 20)),
+            (["dataset.test_images=0"], ("val", 90, 10)),
+        )
+    ):
+        run_dir = tmp_path / str(number)
+        assert cli("ssl-train", *line, *settings, f"run_dir={run_dir}").code == 0
+        assert cli("ssl-eval", f"run={run_dir}", "protocol=linear", "protocol.epochs=1", "baselines=false").code == 0
+        result = json.loads((run_dir / "eval/linear.json").read_text())
+        assert (result["split"], result["n_train"], result["n_test"]) == expected

@@ -50,7 +50,10 @@ class Source:
         image_size: side in pixels of views and evaluation crops, at least 1.
         limit: the largest number of training images, and of validation images; None = no limit. Images are selected in
             hash order. Therefore the images of a smaller limit are a subset of the images of a larger limit.
-        val_fraction: fraction in [0, 1) of the labeled training images that is held out as "val".
+        val_fraction: fraction in [0, 1) of the labeled training images that forms the split "val".
+        pretrain_on_val: whether the images that `val_fraction` selects are also in "train". No protocol trains on the
+            label of an image on which it reports. The yaml files set true. The default is False, because datasets of
+            plug-ins were written when "val" was never in "train".
         workers: number of worker processes that decode images; 0 = decode in this process; None = `default_workers`.
             Datasets in memory use no workers.
         max_bad: the largest fraction in [0, 1] of images that may fail to decode before the run stops.
@@ -64,8 +67,8 @@ class Source:
         images: (M, C, H, W) uint8, or None for a dataset of files.
         labels: (M,) int64, -1 = unknown.
         classes: the class names; [] without labels.
-        splits: the sorted int64 positions of the images of "train", of "val" (empty if no image has a label), and of
-            "test" if the dataset has an official test split.
+        splits: the sorted int64 positions of the images of "train" (pre-training), of "val" (empty if no image has a
+            label), and of "test" if the dataset has an official test split. "val" may be a part of "train".
         weights: (len(train),) number of times that each training image occurs in an epoch; None = once.
         present: (M, modalities) bool, True if an image has a modality; None = all True.
         modality_channels: the channels of each modality, in order.
@@ -99,6 +102,7 @@ class Source:
         image_size: int,
         limit: int | None = None,
         val_fraction: float = 0.1,
+        pretrain_on_val: bool = False,
         workers: int | None = 0,
         max_bad: float = 0.01,
         verify: str = "times",
@@ -122,6 +126,7 @@ class Source:
         if min(std) <= 0:
             raise ValueError(f"dataset.std is {list(std)}, but each must be above 0, because it divides the pixels")
         self.image_size, self.limit, self.val_fraction = image_size, limit, val_fraction
+        self.pretrain_on_val = check_flag("pretrain_on_val", pretrain_on_val)
         self.workers = default_workers(image_size) if workers is None else workers
         self.max_bad, self.seed = max_bad, seed
         self.verify = check_verify(verify)
@@ -211,9 +216,11 @@ class Source:
         """Set `splits`. The last `num_test` positions are the official test split.
 
         hashes: (M - num_test,) int64, one value per image of the training pool. The images are sorted by a hash of the
-            seed and their value, and the first images are held out. Images with equal values are sorted by position.
-        labeled: (M - num_test,) bool, True if labeled. Only labeled images are held out, because a probe needs labels.
-        held_out: (M - num_test,) bool, True for images that must not be in "train"; None = `val_fraction` decides.
+            seed and their value, and the first labeled images form "val". Images with equal values are sorted by
+            position.
+        labeled: (M - num_test,) bool, True if labeled. Only labeled images are in "val", because a probe needs labels.
+        held_out: (M - num_test,) bool, True for images that must not be in "train"; None = `val_fraction` and
+            `pretrain_on_val` decide.
         """
         num_pool = len(hashes)
         order = rng.mix(self.seed, hashes).argsort(stable=True)
@@ -223,6 +230,11 @@ class Source:
         excluded = torch.zeros(num_pool, dtype=torch.bool) if held_out is None else held_out.clone()
         excluded[val] = True
         train = order[~excluded[order]]
+        if held_out is None and self.pretrain_on_val:
+            if self.limit is not None:  # "train" has `limit` images, and "val" is the usual fraction of them
+                val = val[: max(1, round(self.limit * self.val_fraction)) if self.limit > 1 else 0]
+            num_other = len(train) if self.limit is None else self.limit - len(val)
+            train = torch.cat([val, train[:num_other]])
         if len(train) == 0:
             raise ValueError(
                 f"dataset.val_fraction is {self.val_fraction}, which leaves none of the {num_pool} images for "
@@ -231,6 +243,28 @@ class Source:
         self.splits = {"train": train[: self.limit].sort().values, "val": val[: self.limit].sort().values}
         if num_test:
             self.splits["test"] = torch.arange(num_pool, num_pool + num_test)
+
+    def nonempty_splits(self) -> dict[str, Tensor]:
+        """Return the splits that contain at least one image."""
+        return {name: positions for name, positions in self.splits.items() if len(positions)}
+
+    def used(self) -> Tensor:
+        """Return the sorted positions (n,) of all images that are in a split."""
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        for positions in self.splits.values():
+            mask[positions] = True
+        return mask.nonzero().flatten()
+
+    def without_labels_of(self, *names: str) -> Tensor:
+        """Return the positions (n,) of the training images that are in none of the splits `names`.
+
+        A protocol may train on the labels of these images if it reports on the splits `names`.
+        """
+        train = self.splits["train"]
+        for name in names:
+            if name in self.splits:
+                train = train[~torch.isin(train, self.splits[name])]
+        return train
 
 
 def replacement(source: Source, position: int, attempt: int) -> int:
@@ -281,7 +315,7 @@ class Shapes(Source):
         total = train_images + test_images
         self.images = torch.zeros(total, self.channels, image_size, image_size, dtype=torch.uint8)
         self.labels = torch.full((total,), -1)
-        used = torch.cat(list(self.splits.values()))
+        used = self.used()
         self.images[used], self.labels[used] = self.draw(used)
         self.recipe = f"{train_images} {test_images} {image_size} {self.seed} {self.nuisances}"
 

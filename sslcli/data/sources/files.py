@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sslcli.data.decode import open_file
 from sslcli.data.decoded_cache import DecodedCache, cache_folder, check_cache_options
 from sslcli.data.image_formats import parse_extensions
@@ -58,14 +56,15 @@ class ImageFiles(EncodedImages, Files):
         Raises ConfigError if the same file is in two splits, or if the images do not fit in the cache.
         """
         super().fill(pool, test, **options)
-        if sum(len(part) > 0 for part in self.splits.values()) > 1:
-            check_shared_files(self.splits, self.path, roots=self.roots if self.lists_files_once else ())
+        splits = self.nonempty_splits()
+        if len(splits) > 1:
+            disjoint = splits | {"train": self.without_labels_of("val")}
+            check_shared_files(disjoint, self.path, roots=self.roots if self.lists_files_once else ())
         if self.keep_decoded != "none":
-            used = torch.cat(list(self.splits.values())).sort().values
             folder = cache_folder(self.keep_dir) if self.keep_decoded == "disk" else None
             self.decoded_cache = DecodedCache(
                 self.path,
-                used,
+                self.used(),
                 folder=folder,
                 name=self.name,
                 gigabytes=self.keep_gb,

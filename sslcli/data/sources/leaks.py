@@ -65,7 +65,7 @@ def check_disjoint(roots: Iterable[str], test: str | None = None) -> None:
             effect = (
                 "test images would be used for training: set dataset.test to a folder of other images, or to null"
                 if key == "dataset.test"
-                else "its images would occur twice, in training and among the held-out images: name only one of them"
+                else "its images would occur twice, in training and in the split val: name only one of them"
             )
             raise ConfigError(f"{key} is {folder}, which {relation} {other_key}={other}, so {effect}")
 

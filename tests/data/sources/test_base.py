@@ -59,6 +59,31 @@ def test_limits_nest_and_bound_both_splits():
         assert set(large.splits[split].tolist()) < set(everything.splits[split].tolist())
 
 
+def test_pre_training_on_val_adds_its_images_to_train_and_keeps_val():
+    splits, apart = Numbered(1000, unlabeled=100, pretrain_on_val=True).splits, Numbered(1000, unlabeled=100).splits
+    assert torch.equal(splits["train"], torch.arange(1000))
+    assert torch.equal(splits["val"], apart["val"])
+    without = Numbered(1000, unlabeled=100, pretrain_on_val=True).without_labels_of("val", "test")
+    assert torch.equal(without, apart["train"])
+
+
+def test_a_limit_includes_the_images_of_val_that_are_pre_trained_on():
+    sizes = {limit: Numbered(1000, limit=limit, pretrain_on_val=True) for limit in (1, 2, 30, 60, 2000)}
+    assert [len(s.splits["train"]) for s in sizes.values()] == [1, 2, 30, 60, 1000]
+    assert [len(s.splits["val"]) for s in sizes.values()] == [0, 1, 3, 6, 100]
+    for small, large in ((2, 30), (30, 60), (60, 2000)):
+        for split in ("train", "val"):
+            assert set(sizes[small].splits[split].tolist()) < set(sizes[large].splits[split].tolist())
+        assert set(sizes[large].splits["val"].tolist()) < set(sizes[large].splits["train"].tolist())
+
+
+def test_images_that_a_list_holds_out_are_not_pre_trained_on():
+    source = Numbered(10, pretrain_on_val=True)
+    source.split(torch.arange(10), labeled=torch.ones(10, dtype=torch.bool), held_out=torch.arange(10) < 4)
+    assert source.splits["val"].tolist() == [0, 1, 2, 3]
+    assert source.splits["train"].tolist() == [4, 5, 6, 7, 8, 9]
+
+
 def test_limit_above_the_set_means_all():
     assert torch.equal(Numbered(50, limit=10_000).splits["train"], Numbered(50).splits["train"])
 
@@ -70,6 +95,7 @@ def test_limit_above_the_set_means_all():
         ({"limit": 0}, r"dataset\.limit is 0"),
         ({"val_fraction": 1.0}, r"dataset\.val_fraction is 1\.0"),
         ({"val_fraction": -0.1}, r"dataset\.val_fraction is -0\.1"),
+        ({"pretrain_on_val": 1}, r"dataset\.pretrain_on_val is 1, but it must be true or false"),
         ({"val_fraction": 0.99}, r"leaves none of the 4 images for training"),
         ({"workers": -1}, r"dataset\.workers is -1"),
         ({"workers": 1.5}, r"dataset\.workers is 1\.5"),

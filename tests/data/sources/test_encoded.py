@@ -67,7 +67,7 @@ def test_a_run_is_trained_resumed_evaluated_and_exported(kind: str, channels: in
     Path("part/done").unlink()
     ended = cli("ssl-train", *line, "run_dir=part")
     assert ended.code == 0, ended.err
-    assert "step 2" in ended.out
+    assert "step 3" in ended.out
     whole, resumed = (
         torch.load(checkpoint.all_of(tmp_path / name)[-1], weights_only=True)["method"] for name in ("run", "part")
     )
