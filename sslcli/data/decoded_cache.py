@@ -193,7 +193,7 @@ class DecodedCache:
             return (0, 0)
 
     def open(self, position: int) -> CachedImage | Encoded:
-        """Open the image at `position`. Return a `CachedImage` if the image has a slot, else the opened file."""
+        """Open the image at `position`. Return a `CachedImage` if the cache has space for its pixels, else its file."""
         slot = int(np.searchsorted(self.positions, position))
         if slot == len(self.positions) or self.positions[slot] != position or not self.sizes[slot].all():
             return self.open_file(position)
@@ -204,7 +204,7 @@ class DecodedCache:
         return open_file(self.path(position), pixel_format=self.pixel_format)
 
     def pixels(self, slot: int) -> memoryview:
-        """Return a writable view of the H * W * C bytes of a slot, the pixels of one image."""
+        """Return a writable view of the pixels (H * W * C bytes) of the image with index `slot` in the cache."""
         assert self.memory is not None
         width, height = self.sizes[slot].tolist()
         end = int(self.ends[slot])

@@ -117,7 +117,7 @@ class Loader:
         )
 
     def requests(self, start: int, stop: int) -> Iterator[Request]:
-        """Yield the requests of this process for the steps from `start` to `stop` - 1.
+        """Yield the requests of this process to its data workers, for the steps from `start` to `stop` - 1.
 
         A step has `accumulate` micro-batches. A micro-batch is split into `requests_per_batch` requests.
         """
@@ -134,7 +134,7 @@ class Loader:
                 yield from (Request(*row) for row in zip(*rows, strict=True))
 
     def request_columns(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the three fields of `Request` for all images that this process reads in an epoch.
+        """Return index, occurrence and is_last_read (see `Request`) of all images that this process reads in an epoch.
 
         Each field is a tensor of shape (steps per epoch, accumulate, micro_batch_size).
         """

@@ -106,10 +106,10 @@ def shard_order(layout: Layout, *, seed: int, epoch: int, batch_size: int) -> Te
 
     The result is (steps * batch_size,) int64 indices into the n images of the layout.
 
-    The shuffle buffer of a lane has room for b images. The buffer is simulated by sorting: the i-th image that the lane
-    reads gets the sort key i + b * u, with u uniform in [0, 1). With this order, an image is never used before it is
-    read. At most b images have been read but not yet used. The images of any step are known without a replay of the
-    earlier steps.
+    The images are divided into lanes, which are read in parallel (see the module docstring). Each lane has a shuffle
+    buffer with room for b images. The buffer is simulated by sorting: the i-th image that a lane reads gets the sort
+    key i + b * u, with u uniform in [0, 1). With this order, an image is never used before it is read. At most b images
+    have been read but not yet used. The images of any step are known without a replay of the earlier steps.
     """
     num_images = len(layout.segment)
     steps, lanes = num_images // batch_size, min(layout.lanes, batch_size)

@@ -26,7 +26,7 @@ class PixelFormat:
 
     Attributes:
         channels: number of channels, at least 1.
-        value_range: see `to_8_bits`.
+        value_range: the mapping of pixel values to 8 bits, see `to_8_bits`.
     """
 
     channels: int = 3
@@ -34,7 +34,7 @@ class PixelFormat:
 
     @property
     def is_color(self) -> bool:
-        """Whether images become gray or RGB. Otherwise their bands are used unchanged."""
+        """True for one or three channels: images become gray or RGB. Otherwise, their bands are used unchanged."""
         return self.channels in (1, 3)
 
     @property

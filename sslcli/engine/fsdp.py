@@ -94,8 +94,8 @@ def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, .
 
     The arguments of the function are the path and the shape of a tensor in the checkpoint. The path of a parameter is
     ("method", name). The path of an optimizer state is ("optimizer", "state", number of the parameter, name). The
-    function returns a tensor of `method`, whose sharding the tensor of the checkpoint gets. It returns None if the
-    tensor of the checkpoint is not to be sharded.
+    function returns a tensor of `method` with the sharding that the tensor of the checkpoint gets. If the tensor of the
+    checkpoint is not to be sharded, the function returns None.
     """
     named = {name: value for name, value in method.state_dict().items() if hasattr(value, "to_local")}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

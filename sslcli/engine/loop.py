@@ -93,7 +93,7 @@ def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[s
 
 
 def gradient_sync(model: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
-    """Return a context for the `backward` of one micro-batch, with gradients averaged over processes only if `is_last`.
+    """Return a context for the `backward` of one micro-batch. Gradients are averaged over processes only if `is_last`.
 
     is_last: True for the last micro-batch of a step.
     """

@@ -28,7 +28,7 @@ def add_environment(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def rename_fields(state: dict[str, Any]) -> dict[str, Any]:
-    """Convert to version 3. In version 3, fields, compiled parts and settings have the names of sslcli 0.2."""
+    """Convert to version 3, in which fields, settings and compiled kernels have the names of sslcli 0.2."""
     state = dict(state)
     state["environment"] = state.pop("circumstances")
     if "compiled parts" in state["environment"]:

@@ -252,7 +252,7 @@ class Monitor:
         self.has_collapsed = True
 
     def measure_probe(self, step: int) -> dict[str, float]:
-        """Run the probe and return its scalars. If `together` is False, only the main process runs the probe.
+        """Run the probe (see `Monitor`) and return its scalars. Only the main process runs it, unless `together`.
 
         Raises TrainingFailed on all processes if features are not finite. In this case, the weights are finite but too
         large.
@@ -319,7 +319,7 @@ class Monitor:
             )
 
     def remedy(self) -> str:
-        """Return the part of an error message that names the last good checkpoint and the usual remedies."""
+        """Return the end of an error message: the last checkpoint with finite weights, and the usual remedies."""
         # Leave out checkpoints after `good_step`. They are damaged, which is why the run resumed from an older one.
         saved = [path for path in checkpoint.all_of(self.run_dir) if checkpoint.step_of(path) <= self.good_step]
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"

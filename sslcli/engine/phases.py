@@ -34,7 +34,7 @@ class Phase:
 
 
 def phases_from(rows: Any) -> tuple[Phase, ...]:
-    """Return the phases in a stored list of their fields. Raises ValueError if the list is invalid."""
+    """Return the phases in `rows`, a stored list of their fields. Raises ValueError if the list is invalid."""
     wrong = mismatch(rows, list[Phase])
     if wrong:
         raise ValueError(wrong)
@@ -53,8 +53,9 @@ def phases_from(rows: Any) -> tuple[Phase, ...]:
 def plan(history: Sequence[Phase], *, step: int, total: int, extend: str) -> tuple[Phase, ...]:
     """Return the phases of a run of `total` steps that continues after `step` steps.
 
-    If `total` is greater than the length of the last phase, a phase that starts at `step` is added. A phase that starts
-    at `step` or later is first discarded, because no checkpoint contains any of its steps.
+    A phase is a part of a run that was trained with one length. First, phases that start at `step` or later are
+    discarded, because no checkpoint contains any of their steps. Then, if `total` is greater than the length of the
+    last phase, a phase that starts at `step` is added.
 
     Args:
         history: the phases so far; empty for a new run.

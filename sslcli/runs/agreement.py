@@ -30,7 +30,8 @@ def check_agreement(config: dict[str, Any]) -> None:
 
     The message lists the differences between two of the processes.
 
-    Processes first compare digests of these items. They exchange the items themselves only if the digests differ.
+    Processes first exchange only a digest of configuration, versions and source code. If the digests differ, they also
+    exchange the values from which the digests are computed.
     """
     if collectives.world_size() == 1:
         return
@@ -64,7 +65,7 @@ def fingerprint_items(config: dict[str, Any]) -> dict[str, str]:
 
 
 def source_files(packages: Iterable[str]) -> list[tuple[Path, str]]:
-    """Return (path, name) of the source files of sslcli and of `packages`, except torch and torchvision.
+    """Return a pair (path, name) for each source file of sslcli and of `packages`, except torch and torchvision.
 
     A name is the path of the file relative to the folder that contains the package.
     """

@@ -213,17 +213,17 @@ def check_classes(nodes: Mapping[str, Any], *, trust: list[str]) -> None:
 
 
 def build_source(node: Node, *, trust: list[str]) -> Source:
-    """Build and return the dataset."""
+    """Build and return the dataset. `node` contains its settings, see `build`."""
     return build(node, base=Source, trust=trust, where="dataset")
 
 
 def build_views(node: Node, *, trust: list[str]) -> Views:
-    """Build and return the views."""
+    """Build and return the views. `node` contains their settings, see `build`."""
     return build(node, base=Views, trust=trust, where="views")
 
 
 def build_backbone(node: Node, *, image_size: int, trust: list[str]) -> Backbone:
-    """Build and return the backbone.
+    """Build and return the backbone. `node` contains its settings, see `build`.
 
     If the class does not declare the number of features, a forward pass determines it.
     """

@@ -42,7 +42,7 @@ def write_description(
 
     values: the configuration, for config.yaml.
     overrides: the overrides of the command line, for overrides.txt. An existing overrides.txt is not changed.
-    effective: the section `effective` of config.yaml.
+    effective: the section `effective` of config.yaml, with computed values such as the number of steps.
     device, threads: name of the device and number of CPU threads, for environment.json.
     """
     path = run_dir / "overrides.txt"

@@ -47,7 +47,7 @@ class Node(TypedDict):
 
 
 class StoredGroups(TypedDict, total=False):
-    """Keys of config.yaml whose types are checked if they exist."""
+    """Optional keys of config.yaml. If a key exists, its type is checked."""
 
     dataset: Node
     backbone: Node
@@ -131,10 +131,10 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def is_complete(run_dir: Path, values: dict[str, Any], config: dict[str, Any] | None = None) -> bool:
-    """Return True if the run in this directory has reached the length set in `values`.
+    """Return True if the run in this directory has trained as many steps as the settings `values` request.
 
-    If the run was extended, the result is also True if `values` sets a length that the run reached before an extension.
-    `config` is the content of `config.yaml`. If `config` is None, the file is read.
+    If the run was extended, the result is also True if `values` request a length at which the run ended before an
+    extension. `config` is the content of `config.yaml`. If `config` is None, the file is read.
     """
     if config is None:
         if not (run_dir / "config.yaml").exists():

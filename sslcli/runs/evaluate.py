@@ -191,7 +191,7 @@ def _evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[
 
 
 def check_classes(source: Source) -> None:
-    """Raise ConfigError unless the labels of a source have at least two classes."""
+    """Raise ConfigError unless the dataset has labels of at least two classes."""
     if not source.has_labels:
         raise ConfigError(f"{source.name} has no labels, but an evaluation needs them: choose a labeled dataset=...")
     if len(source.classes) < 2:
@@ -211,7 +211,7 @@ def build_protocol(config: EvalConfig, subject: Subject) -> tuple[dict[str, Any]
 
 
 def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any]) -> Outcome:
-    """Run the protocol on the trained network and the baselines, and return its outcome.
+    """Run the protocol on the trained network and the baselines. Return its `Outcome`, such as the accuracies.
 
     `node` contains the settings of the protocol.
     """

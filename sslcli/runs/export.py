@@ -83,7 +83,7 @@ def export(config: ExportSettings) -> None:
 
 
 def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trust: list[str]) -> nn.Module:
-    """Return the backbone of a run with `weights`. `saved` is the configuration of the run.
+    """Build the backbone of a run, load `weights`, and return it. `saved` is the configuration of the run.
 
     Raises ConfigError unless the backbone without the rest of the method computes the same features as the method.
     """

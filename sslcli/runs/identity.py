@@ -64,7 +64,10 @@ def _shortened(name: str) -> str:
 
 
 def default_name(choices: Mapping[str, str], digest: str) -> str:
-    """Return the name METHOD_DATASET_BACKBONE_DIGEST. If `digest` is "", the name ends after the backbone."""
+    """Return the name METHOD_DATASET_BACKBONE_DIGEST. If `digest` is "", the name ends after the backbone.
+
+    `choices` maps each config group, such as "method", to the chosen name, such as "simclr".
+    """
     parts = [choices["method"], choices["dataset"], choices["backbone"], digest]
     return "_".join(part for part in parts if part)
 
@@ -79,7 +82,10 @@ def digest_of(lines: Iterable[str]) -> str:
 
 
 def result_overrides(lines: Iterable[str]) -> list[str]:
-    """Return the overrides that affect the results, sorted, with keys and choices named as in version 0.1."""
+    """Return the overrides that affect the results, sorted.
+
+    Keys and choices are named as in version 0.1, so that renaming them does not change the digest of a command.
+    """
     return sorted(old_override(line) for line in lines if not _is_neutral(line.partition("=")[0].lstrip("+~")))
 
 

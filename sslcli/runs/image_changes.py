@@ -28,10 +28,11 @@ REMEDY = (
 
 
 def check_images(run_dir: Path, source: Source, screen: Screen, *, write: bool) -> None:
-    """Compare the images with the records of the run, and write new records.
+    """Compare the images with the records that the run stored of its images, and write new records.
 
-    This is a collective operation: all processes must call it. ConfigError is raised on all processes if the images
-    changed. `dataset.verify` selects what is compared.
+    A record contains the name, label, size and modification time of an image, and possibly a hash of its contents.
+    `dataset.verify` selects what is compared. This is a collective operation: all processes must call it. ConfigError
+    is raised on all processes if the images changed.
 
     Args:
         run_dir: the run directory. If it has no checkpoint or no records, no images are compared.
@@ -56,9 +57,10 @@ def check_images(run_dir: Path, source: Source, screen: Screen, *, write: bool) 
 
 
 def _records_to_write(run_dir: Path, source: Source, screen: Screen) -> Records | None:
-    """Return the records to write, or None if the stored records are up to date.
+    """Compare the current images with the stored records. Return new records if the stored ones must be replaced.
 
-    Raises ConfigError if the images changed or the stored records are damaged.
+    Return None if the stored records are up to date. Raises ConfigError if the images changed or the stored records are
+    damaged.
     """
     now = collect_records(source, screen)
     if not directory.has_checkpoint(run_dir):
@@ -102,7 +104,7 @@ def warn_of_changes(run_dir: Path, source: Source, screen: Screen) -> None:
 
 
 def stored_records(run_dir: Path) -> Records | None:
-    """Return the stored records of the images, or None if there are none.
+    """Return the records of the images in the file `images.npz` of the run, or None if there is no such file.
 
     Raises DamagedFile if the records are damaged, and ConfigError if the file cannot be read.
     """

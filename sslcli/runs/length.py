@@ -21,7 +21,8 @@ PHASES = "phases"  # key in the section `effective` of config.yaml; only runs th
 def stored_phases(config: Mapping[str, Any]) -> tuple[Phase, ...]:
     """Return the phases of a run from `config`, the content of its `config.yaml`.
 
-    If the content has no number of steps, the result is (). Raises ValueError if the phases are invalid.
+    A phase is a part of a run that was trained with one length. If the content has no number of steps, the result is
+    (). Raises ValueError if the phases are invalid.
     """
     effective = config.get("effective") or {}
     rows = effective.get(PHASES)
@@ -88,7 +89,8 @@ def check_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, 
 def planned_phases(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Phase, ...]:
     """Return the phases of a run that continues with the settings `values`. If the length is unknown, return ().
 
-    All processes get the same result, even if one of them has already stored the phases. Raises ConfigError in the same
+    A phase is a part of a run that is trained with one length. `config` is the content of the run's `config.yaml`. All
+    processes get the same result, even if one of them has already stored the phases. Raises ConfigError in the same
     cases as `plan`.
     """
     total = requested_steps(config, values)
@@ -100,7 +102,10 @@ def planned_phases(run_dir: Path, config: Mapping[str, Any], values: Mapping[str
 
 
 def phase_rows(phases: tuple[Phase, ...]) -> dict[str, Any]:
-    """Return the entry of the section `effective` that stores the phases, or {} if the run was never extended."""
+    """Return the entry of the section `effective` of config.yaml with the phases of an extended run.
+
+    If the run was never extended, return {}.
+    """
     return {PHASES: [asdict(phase) for phase in phases]} if len(phases) > 1 else {}
 
 

@@ -70,9 +70,9 @@ def check_moved(run_dir: Path, stored: dict[str, Any], now: dict[str, Any], sour
 
 
 def moved_row(keys: Iterable[str]) -> dict[str, Any]:
-    """Return the entry of the section `effective` that lists `keys`, the dataset settings whose paths changed.
+    """Return the entry of the section `effective` of config.yaml that lists the dataset settings whose paths changed.
 
-    Return {} if no path changed.
+    `keys` are the names of these settings. If there are none, return {}.
     """
     found = sorted(set(keys))
     return {MOVED: found} if found else {}

@@ -40,7 +40,7 @@ def evaluation_message(error: BaseException, config: EvalConfig) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the sentence of the error message that names the failed allocation."""
+    """Return the sentence in the message of `error` that names the failed allocation."""
     text = str(error).strip() or type(error).__name__
     for start in ("DefaultCPUAllocator", "Tried to allocate", "CUDA error"):
         text = text[text.find(start) :] if start in text else text

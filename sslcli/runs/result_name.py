@@ -19,12 +19,12 @@ def join_parts(*parts: str) -> str:
 def dataset_name(source: Source, *, image_size: int | None) -> str:
     """Return the part of a file name that identifies a dataset.
 
-    It contains the name, version, limit, split and image size of the dataset. Default values are omitted.
+    The part contains the name, version, limit, split and image size of the dataset. A limit of None, the default split
+    and the image size of pre-training are left out.
 
     Args:
         source: the dataset.
-        image_size: image size of pre-training in pixels, or None if it is unknown. If the dataset has the same image
-            size, the name omits the image size.
+        image_size: image size of pre-training in pixels; None = unknown.
     """
     readable = re.sub(r"[^\w.+-]+", "-", source.name)[:MAX_SET_NAME]
     limit = "" if source.limit is None else f"limit-{source.limit}"

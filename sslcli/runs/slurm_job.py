@@ -33,7 +33,7 @@ def launch(config: RunConfig) -> int:
     """Submit a run unless its job is already queued or running, and return the exit code.
 
     If the run's job is already queued or running, but was submitted with fewer steps than `config` requests, a second
-    job is submitted. It extends the run after the first job has ended.
+    job is submitted. The second job extends the run after the first job has ended.
 
     `config.run_dir` must be absolute. If launcher.wait is true, this function prints the log until the job ends, and
     returns the exit code of the job. Raises ConfigError if the run cannot start or Slurm rejects the job.

@@ -171,7 +171,10 @@ def has_other_images_than_run(
 
 
 def provenance_of(saved: dict[str, Any], run_dir: Path, loaded: checkpoint.Loaded) -> dict[str, Any]:
-    """Return the provenance of the weights in a checkpoint, as entries of the result file."""
+    """Return the provenance of the weights in a checkpoint, as entries of the result file.
+
+    `saved` is the configuration of the run, and `loaded` is the checkpoint.
+    """
     return {
         "run": str(run_dir.absolute()),
         "checkpoint": loaded.path.name,
@@ -221,7 +224,7 @@ def find_checkpoint(run_dir: Path, which: str | int) -> Path:
 
 
 def type_name(node: dict[str, Any]) -> str:
-    """Return the name of a dataset without building the dataset.
+    """Return the name of a dataset without building the dataset. `node` contains the settings of the dataset.
 
     The name is the setting `name`, or the name of the class in lower case.
     """

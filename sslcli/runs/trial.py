@@ -31,7 +31,7 @@ MAX_NAMED = 3  # number of parameters that a warning names
 
 @dataclass(frozen=True)
 class Trial:
-    """Result of the trial of a run.
+    """Result of a trial, which computes the loss once before the first step of a run.
 
     Attributes:
         unused: names of the trainable parameters on which the loss does not depend.
@@ -143,7 +143,10 @@ def freeze(method: nn.Module, names: Sequence[str]) -> None:
 
 
 def trial_warnings(found: Trial, method: Method, monitor: MonitorSettings) -> list[str]:
-    """Return the warnings at the start of a run: unused parameters, and a collapse detection without embeddings."""
+    """Return the warnings after a trial with the result `found`: unused parameters, and missing embeddings.
+
+    Without embeddings, collapse is not detected. There is no warning about them if `monitor` turns the detection off.
+    """
     warnings = [unused_warning(found.unused)] if found.unused else []
     detects = monitor.health_every_steps > 0 and monitor.on_collapse != "ignore"
     return warnings if found.has_embeddings or not detects else [*warnings, guard_warning(method)]

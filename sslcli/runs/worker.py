@@ -273,7 +273,7 @@ def enable_garbage_collection() -> None:
 
 
 def lock_patience(config: RunConfig) -> float:
-    """Return the maximum wait for the lock of the run directory, in seconds.
+    """Return the maximum wait for the lock of the run directory, in seconds: 0 unless Slurm has restarted the job.
 
     If Slurm loses contact with a node, it restarts the job. Processes on the lost node may still run and hold the lock.
     These processes detect the lost connection, and exit after at most `launcher.timeout`.
@@ -296,7 +296,8 @@ def acquire_lock(run_dir: Path, *, patience: float) -> IO[str]:
 def request_requeue(run_dir: Path, why: Stopped) -> None:
     """Write the file `want_requeue`, so that the batch script requeues the job.
 
-    The checkpoint must already be saved. This is a collective operation: all processes must call it.
+    The checkpoint must already be saved. This is a collective operation: all processes must call it. `why` is the
+    exception that ended the training. The file contains its reason.
     """
     if collectives.is_main():
         atomic.replace(run_dir / "slurm" / "want_requeue", str(why).partition(";")[0].encode())

@@ -142,7 +142,11 @@ def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
 
 
 def is_image_extension(name: str) -> bool:
-    """Return whether a file extension is that of an image. Only the part after its last dot, if any, is compared."""
+    """Return whether a file extension is that of an image, such as "jpg" or "left.jpg".
+
+    In tar archives, an extension is the part of a file name after the first dot. Only its part after the last dot
+    determines the result.
+    """
     return name.rpartition(".")[2] in listed_extensions()
 
 

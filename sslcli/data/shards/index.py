@@ -165,7 +165,7 @@ def _open_and_build(shard: Shard, *, image: str, label: str | None) -> Index:
 
 
 def read_error(shard: Shard, error: Exception) -> ConfigError:
-    """Return the error for a shard that cannot be read."""
+    """Return the error for a shard that cannot be read. `error` is the cause."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return ConfigError(
         f"{shard.url} cannot be read ({reason.splitlines()[0]}): check that it exists and is readable, then start the "

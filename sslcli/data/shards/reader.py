@@ -58,15 +58,15 @@ class ShardReader:
         self._states: dict[int, ReadState] = {}
 
     def shard_of(self, positions: Integers) -> Integers:
-        """Return the number of the shard of each position."""
+        """Return the number of the shard that contains the image at each of the `positions`."""
         return np.searchsorted(self.ends, positions, "right")
 
     def chunk_of(self, positions: Integers) -> Integers:
-        """Return the number of the chunk of each position."""
+        """Return the number of the chunk that contains the image at each of the `positions`."""
         return np.searchsorted(self.chunk_ends, positions, "right")
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Return the number of the shard that contains `position`, and the number of the image in this shard."""
+        """Return the number of the shard that contains the image at `position`, and the number of the image in it."""
         shard = int(self.shard_of(np.int64(position)))
         return shard, position - (int(self.ends[shard - 1]) if shard else 0)
 
@@ -88,8 +88,8 @@ class ShardReader:
     def content(self, position: int) -> bytes:
         """Return the encoded image at `position`.
 
-        Raises BadImage if a parquet file has no image in this row or a damaged row group, and ConfigError if the shard
-        cannot be read.
+        Raises ConfigError if the shard cannot be read. Raises BadImage if the cell of the image in a parquet file
+        contains no image, or if its row group is damaged.
         """
         chunk, (shard, number) = int(self.chunk_of(np.int64(position))), self.locate(position)
         first = int(self.chunk_ends[chunk - 1]) if chunk else 0
@@ -122,7 +122,7 @@ class ShardReader:
         return read_with_retries(shard, lambda: state.read_group(shard, group, self.columns[number]))
 
     def read_bytes(self, number: int, first: int, last: int) -> bytes:
-        """Return a part of a tar archive: from the first byte of an image to the last byte of a later image.
+        """Return a part of a tar archive, from the first byte of one image to the last byte of the same or a later one.
 
         number: number of the shard.
         first, last: positions of the two images.

@@ -89,7 +89,10 @@ class HfStream(EncodedImages):
 
     @property
     def layout(self) -> Layout:
-        """Layout of the training images. The images are in ascending order of their positions."""
+        """Location of the training images in the shards. It determines the order in which the images are read.
+
+        The images are in ascending order of their positions.
+        """
         train = self.splits["train"].numpy()
         shard, chunk = (torch.from_numpy(of(train)) for of in (self.reader.shard_of, self.reader.chunk_of))
         return layout_of(shard, chunk, lanes=self.lanes, buffer=self.buffer)
@@ -110,7 +113,10 @@ class HfStream(EncodedImages):
         return Encoded(self.reader.content(position), self.path(position), pixel_format=self.pixel_format)
 
     def stored_size(self, position: int) -> tuple[int, int] | None:
-        """Return width and height in pixels of the image at `position`, or None if it cannot be read or is remote."""
+        """Return width and height in pixels of the image at `position`.
+
+        Return None if the image cannot be read, or if its shard is remote.
+        """
         shard, _ = self.reader.locate(position)
         if "://" in self.reader.shards[shard].url:
             return None

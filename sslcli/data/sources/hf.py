@@ -249,7 +249,7 @@ def read_splits(path: str, wanted: list[str], **options: Any) -> list[Any]:
 
 
 def is_saved_to_disk(path: str) -> bool:
-    """Return whether `save_to_disk` wrote the folder."""
+    """Return whether the method `save_to_disk` of `datasets` wrote the folder `path`."""
     return any(os.path.exists(os.path.join(path, name)) for name in SAVED_FILES)
 
 

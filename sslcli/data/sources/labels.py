@@ -189,9 +189,10 @@ def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]])
 
 
 def _indices(names: Sequence[str]) -> Numbers:
-    """Return a mapping to class numbers from three kinds of keys: the number, the number as text, and the class name.
+    """Return the class numbers for the class names `names`: a mapping from labels to indices of this list.
 
-    If a text is both a class name and a class number, it counts as a class name.
+    A label may be a class number, a class number as text, or a class name. If a text is both a class name and a class
+    number, it counts as a class name.
     """
     table: Numbers = {number: number for number in range(len(names))}
     table |= {str(number): number for number in range(len(names))}

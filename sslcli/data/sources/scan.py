@@ -193,7 +193,7 @@ class FileSearch:
         return files
 
     def files_below(self, folder: str, prefix: str = "") -> list[str]:
-        """Return the paths of the images at any depth below `folder`. A path is `prefix` plus the relative path."""
+        """Return the images at any depth below `folder`. Each path is `prefix` plus the path relative to `folder`."""
         # A link to a parent of `root` must not lead to `root` again.
         listed = {folder_identity(self.root)} if self.lists_once and folder != self.root else set()
         files: list[str] = []
@@ -235,7 +235,10 @@ class FileSearch:
         return is_image
 
     def is_duplicate(self, entry: os.DirEntry[str]) -> bool:
-        """Return whether `entry` is a link to a folder inside of `root`. That folder is listed under its own path."""
+        """Return whether `entry` is a link that must not be followed, because it leads to a folder inside of `root`.
+
+        The images of that folder are listed under its own path. With linked_folders="always", return False.
+        """
         if not (self.lists_once and entry.is_symlink()):
             return False
         relative = os.path.relpath(os.path.realpath(entry.path), self.real_root)
