@@ -104,10 +104,10 @@ def with_defaults(dataset: Any) -> Any:
 
 
 def accepted_keys(dataset: Mapping[str, Any]) -> set[str]:
-    """Return the keys in `KEYS` that the class of a dataset accepts.
+    """Return the keys in `KEYS` (keys that were added after version 0.2) that the class of a dataset accepts.
 
-    `dataset` is the mapping `dataset` of a configuration. The keys that a built-in class accepts are known. For any
-    class, the keys that the mapping contains are returned as well.
+    `dataset` is the mapping `dataset` of a configuration. For a built-in class, the keys are listed in `CLASSES`. All
+    keys in `KEYS` that the mapping contains also count as accepted.
     """
     return {*CLASSES.get(str(dataset.get("_target_")), ()), *(KEYS.keys() & dataset.keys())}
 
@@ -115,7 +115,7 @@ def accepted_keys(dataset: Mapping[str, Any]) -> set[str]:
 def without_added_keys(dataset: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the mapping `dataset` without some of the keys that were added after version 0.2.
 
-    A key in `KEYS` is removed if it has its default and if the mapping `stored` lacks it.
+    A key in `KEYS` is removed if its value is the default of the yaml files and if the mapping `stored` lacks it.
     """
     return {
         key: value for key, value in dataset.items() if key in stored or key not in KEYS or value != KEYS[key].default

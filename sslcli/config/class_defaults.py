@@ -1,9 +1,8 @@
-"""Keys that an older version did not have: a configuration that lacks a key means the default of the class.
+"""Defaults for keys that the stored configuration of an older run lacks.
 
-If a new version adds a parameter to a class, the default in the constructor keeps the behavior of older versions, and
-the yaml file may set another value for new runs. The stored configuration of an older run lacks the key. The run must
-resume with the default of the constructor, and not with the value of the yaml file. `sslcli.config.added` describes the
-keys of datasets for which this rule does not hold.
+If a new version adds a parameter to a class, the default in the constructor keeps the behavior of older versions. The
+yaml file may set another value for new runs. An older run resumes with the default of the constructor, and not with the
+value of the yaml file. For some keys of datasets, this rule does not hold; see `sslcli.config.added`.
 """
 
 from __future__ import annotations
@@ -22,15 +21,19 @@ OTHERS = ("dataset",)  # sections with rules of their own, see `sslcli.config.ad
 
 @cache
 def section_defaults(section: str) -> dict[str, Any]:
-    """Return the default of each key of a section without `_target_` that has one."""
+    """Return the defaults of the keys of `train` or `monitor`, as key -> default.
+
+    These sections have no `_target_`. Keys without a default are omitted. For any other section, the result is empty.
+    """
     kind = SECTIONS.get(section)
     return {} if kind is None else {f.name: f.default for f in fields(kind) if f.default is not MISSING}
 
 
 def default_of(key: str, flat: Mapping[str, Any]) -> Any:
-    """Return the default of a dotted key, or MISSING if it is unknown.
+    """Return the default of a dotted key such as `method.temperature`, or MISSING if it is unknown.
 
-    `flat` is the configuration as dotted key -> value. It contains the `_target_` of the class.
+    The default is that of the constructor of the class that `_target_` names. `flat` is the whole configuration as
+    dotted key -> value.
     """
     parent, _, name = key.rpartition(".")
     if parent.partition(".")[0] in OTHERS:
@@ -42,10 +45,11 @@ def default_of(key: str, flat: Mapping[str, Any]) -> Any:
 def resumed_config(
     values: dict[str, Any], stored: Mapping[str, Any], set_keys: Collection[str], *, prefix: str = ""
 ) -> dict[str, Any]:
-    """Return the configuration `values` in which keys that `stored` lacks have the default of their class.
+    """Return the configuration with which an older run resumes.
 
-    Keys that the command line sets, and keys without a known default, keep their values. Only sections that have the
-    same class in both configurations are changed.
+    If `stored` lacks a key of `values`, the key gets the default in the constructor of its class. Keys that the command
+    line sets, and keys without a known default, keep their values. A section is changed only if it has the same class
+    in both configurations.
 
     Args:
         values: the composed configuration.

@@ -22,7 +22,7 @@ def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: Collection[s
     default, the result contains only values that affect the results of a run. The section `effective` and the top-level
     keys that begin with `_` are always omitted.
 
-    `prefix` is the dotted key of `config` with a final period, or "" for a whole configuration.
+    `prefix` is the dotted key of `config` with a trailing dot, or "" for a whole configuration.
     """
     found: dict[str, Any] = {}
     for key, value in config.items():
@@ -40,9 +40,9 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
     """Return the differences between two configurations of a run, each as `key: stored value -> current value`.
 
     An older version may have written `stored`. Therefore, its old names are first converted to current names. Keys of
-    the dataset that the older version did not have are added, with the values that correspond to the older version. A
-    key of another section that only one configuration has is equal to the default of its class. Two paths are equal if
-    they refer to the same file or folder.
+    the dataset that the older version did not have are added, with the values that correspond to the older version. If
+    only one configuration has a key of another section, the other configuration is taken to have the default of the
+    class. Two paths are equal if they refer to the same file or folder.
 
     Args:
         stored: plain values that the run stored earlier.
@@ -62,7 +62,10 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
 
 
 def _is_default_of_other(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """Return True if only one of two flat configurations has `key`, with the default of the class."""
+    """Return True if only one of two configurations has `key`, and the value is the default of the class.
+
+    `before` and `after` are the configurations as dotted key -> value.
+    """
     if key in before and key in after:
         return False
     value = before[key] if key in before else after[key]

@@ -67,7 +67,7 @@ def check_name(command: str, name: str, node: DictConfig, where: str) -> None:
     target = node.get("_target_") if where else None
     parameters = parameters_of(target) if isinstance(target, str) else None
     if name in known or name in (parameters or ()) or (target is not None and parameters is None):
-        return  # valid or unknown; if the signature cannot be read, keywords are checked later
+        return  # `name` is valid, or the signature cannot be read and the constructor checks its arguments later
     if not where:
         known |= set(schema.GROUPS[command])
     known |= set(parameters or ()) - {*METHOD_ARGUMENTS, *OPTIMIZER_ARGUMENTS}

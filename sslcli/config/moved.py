@@ -135,7 +135,7 @@ def reject_old_attributes(kind: type, renamed: dict[str, str]) -> None:
 def current_target(target: str) -> str:
     """Return the current dotted name of a class, or `target` itself if the class was not moved.
 
-    `target` is a value of the key `_target_`, such as `sslcli.data.files.Folder`.
+    `target` is a value of the key `_target_`: `sslcli.data.files.Folder` -> `sslcli.data.sources.files.Folder`.
     """
     module, _, name = target.rpartition(".")
     return f"{PACKAGES.get(module) or MODULES.get(module, module)}.{name}" if module else target
@@ -218,7 +218,10 @@ def current_config(config: dict[str, Any], *, overridden: Iterable[str] = ()) ->
 
 
 def _current_targets(value: Any, notes: list[str]) -> Any:
-    """Return a copy of nested plain values with the current name in each `_target_`."""
+    """Return a copy of nested plain values in which each `_target_` is the current name of its class.
+
+    For each name that is replaced, a note is appended to `notes`.
+    """
     if isinstance(value, dict):
         renamed = {key: _current_targets(inner, notes) for key, inner in value.items()}
         old = renamed.get("_target_")

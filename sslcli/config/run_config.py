@@ -21,7 +21,7 @@ from sslcli.config.settings import (
 from sslcli.config.slurm import SlurmSettings
 
 Node = dict[str, Any]  # plain values of a config group; the key `_target_` names the class
-LAUNCHERS: dict[str, type[LauncherSettings]] = {  # by `launcher.kind`
+LAUNCHERS: dict[str, type[LauncherSettings]] = {  # value of `launcher.kind` -> class of its settings
     "local": LauncherSettings,
     "multi": MultiSettings,
     "slurm": SlurmSettings,

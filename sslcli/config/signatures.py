@@ -71,9 +71,10 @@ def names_in_annotations(target: str) -> dict[str, frozenset[str]]:
 
 @lru_cache
 def literal_defaults(target: str) -> dict[str, Any]:
-    """Return the default of each keyword of the class with this dotted name. Base classes are included.
+    """Return the defaults of the keyword arguments of a class, as keyword -> default.
 
-    Only defaults that are literals in the source text, such as 0.5, None or (1, 2), are known.
+    `target` is the dotted name of the class. Keywords of base classes are included. Keywords whose default is not a
+    literal in the source text (such as 0.5, None or (1, 2)) are omitted.
     """
     module, _, name = target.rpartition(".")
     place = _definition(module, name, DEPTH)
@@ -92,7 +93,7 @@ def literal_defaults(target: str) -> dict[str, Any]:
 
 
 def _defaults(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
-    """Yield the name and the default of each field of a dataclass, and of each argument of a constructor."""
+    """Yield (name, default) for each field of a class and each argument of its constructor that has a default."""
     for part in node.body if isinstance(node, ast.ClassDef) else ():
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and part.value is not None:
             yield part.target.id, part.value

@@ -33,15 +33,15 @@ class Parameters:
 
     flipped: Tensor  # (N,) bool, True for a left-right flip
     jittered: Tensor  # (N,) bool
-    factors: Tensor  # (N, 4), see color_jitter
-    order: Tensor  # (N, 4) int64, see color_jitter
+    factors: Tensor  # (N, 4), see `sslcli.data.views.color.color_jitter`
+    order: Tensor  # (N, 4) int64, see `sslcli.data.views.color.color_jitter`
     gray: Tensor  # (N,) bool
     gray_first: bool
     blurred: Tensor  # (N,) bool
     sigma: Tensor  # (N,) standard deviation of the blur in pixels
     taps: int  # length of the blur kernel in pixels
     solarized: Tensor  # (N,) bool
-    threshold: float
+    threshold: float  # solarization inverts the values >= threshold
 
 
 @cache

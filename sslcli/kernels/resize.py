@@ -50,7 +50,7 @@ def resized_bytes(pictures: Tensor, boxes: Tensor, size: int, *, cubic: bool) ->
     out = torch.empty(count, channels, size, size, dtype=torch.uint8)
     if channels == 3:
         _cut(pictures.contiguous(), boxes, out, (1, height, width, channels), size, cubic)
-    else:  # only three channels can be interleaved
+    else:  # the C code supports interleaved channels only for three channels
         _cut(pictures.permute(0, 3, 1, 2).contiguous(), boxes, out, (channels, height, width, 1), size, cubic)
     return out
 

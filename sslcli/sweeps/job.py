@@ -37,7 +37,7 @@ class Sweep:
     folder: Path  # absolute
     settings: SweepSettings
     flags: tuple[str, ...]  # flags for every job, such as --config-dir=...
-    shared: tuple[str, ...]  # overrides of all jobs
+    shared: tuple[str, ...]  # overrides that all jobs have
     submits: bool = False  # True if a job's process only submits its run to Slurm
     reuses: bool = False  # True if jobs of other sweeps in the same parent folder are reused, see sslcli.sweeps.reuse
 

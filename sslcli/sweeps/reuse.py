@@ -31,7 +31,7 @@ class OtherJob:
     """Job of another sweep in the same parent folder."""
 
     sweep: Sweep
-    path: Path  # of its record
+    path: Path  # path of the record
     record: Record
     run_dir: Path
 
@@ -137,7 +137,7 @@ def _link_to_best(sweep: Sweep, job: Job, others: list[OtherJob]) -> bool:
     path = record_path(sweep, job.name)
     record = read(path)
     source = os.path.relpath(best.path.resolve(), path.parent.resolve())
-    # If the process is killed between the next two lines, `_is_placed` creates the link.
+    # If the process is killed between the next two lines, the next sweep creates the link in `_is_placed`.
     write(path, replace(record, source=source))
     best.run_dir.mkdir(exist_ok=True)
     try:
