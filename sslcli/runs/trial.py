@@ -23,10 +23,12 @@ from sslcli.engine import precision
 from sslcli.errors import ConfigError, class_name, first_line, is_out_of_memory, summary, user_code
 from sslcli.methods.base import Batch, Method
 from sslcli.nn.modes import evaluating
+from sslcli.nn.padding import recorded_weights
 from sslcli.runs.contract import check_embeddings, check_scalars, guard_warning
 
 COUNT = 2  # images of a trial; BatchNorm needs two
 MAX_NAMED = 3  # number of parameters that a warning names
+MAX_PADDING_FRACTION = 0.25  # of the convolution weights; above, a warning says that the images are too small
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,12 @@ class Trial:
     Attributes:
         unused: names of the trainable parameters on which the loss does not depend.
         has_embeddings: True if `forward` set `embeddings`, which the collapse detection needs.
+        padding_fraction: fraction of the convolution weights of the backbone that multiply only padding.
     """
 
     unused: tuple[str, ...] = ()
     has_embeddings: bool = True
+    padding_fraction: float = 0.0
 
 
 def trial(loader: Loader, method: Method, device: torch.device, precision_name: str) -> Trial:
@@ -75,12 +79,13 @@ def _examine(loader: Loader, method: Method, batch: Batch, precision_name: str) 
     with (
         user_code("computing the loss", explain=partial(_explain, loader, method)),
         precision.autocast(batch.index.device, precision_name),
+        recorded_weights(copied.backbone) as weights,
     ):
         scalars: object = copied(batch)
     reached = parameters_of(check_scalars(scalars, type(method)))
     check_embeddings(copied)
     unused = [name for name, p in copied.named_parameters() if p.requires_grad and id(p) not in reached]
-    return Trial(tuple(unused), has_embeddings=len(copied.embeddings) > 0)
+    return Trial(tuple(unused), len(copied.embeddings) > 0, weights.padding_fraction())
 
 
 def draw(loader: Loader, count: int, device: torch.device) -> Batch:
@@ -143,11 +148,14 @@ def freeze(method: nn.Module, names: Sequence[str]) -> None:
 
 
 def trial_warnings(found: Trial, method: Method, monitor: MonitorSettings) -> list[str]:
-    """Return the warnings after a trial with the result `found`: unused parameters, and missing embeddings.
+    """Return the warnings after a trial with the result `found`.
 
-    Without embeddings, collapse is not detected. There is no warning about them if `monitor` turns the detection off.
+    They are about unused parameters, weights that multiply only padding, and missing embeddings. Without embeddings,
+    collapse is not detected. There is no warning about them if `monitor` turns the detection off.
     """
     warnings = [unused_warning(found.unused)] if found.unused else []
+    if found.padding_fraction > MAX_PADDING_FRACTION:
+        warnings.append(padding_warning(found.padding_fraction))
     detects = monitor.health_every_steps > 0 and monitor.on_collapse != "ignore"
     return warnings if found.has_embeddings or not detects else [*warnings, guard_warning(method)]
 
@@ -158,6 +166,16 @@ def unused_warning(names: Sequence[str]) -> str:
     return (
         f"the loss does not depend on {len(names)} trainable parameters, so they keep their initial values: {listed}. "
         "Remove these layers, or use their output in the loss"
+    )
+
+
+def padding_warning(fraction: float) -> str:
+    """Return the warning about a backbone in which this fraction of the convolution weights multiplies only padding."""
+    return (
+        f"{fraction:.0%} of the convolution weights of the backbone multiply only padding, because its last feature "
+        "maps have too few pixels. These weights are not trained. Set a larger dataset.image_size (with cpc and "
+        "cpc_v2, larger patches: method.min_patch_size=16, or a smaller method.grid), or choose a backbone with "
+        "smaller strides, for example a resnet with backbone.stem=cifar"
     )
 
 
