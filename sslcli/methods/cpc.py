@@ -22,7 +22,15 @@ from sslcli.distributed.collectives import all_gather_with_grad, rank, world_siz
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, Method, num_features
 from sslcli.methods.cpc_context import context_network
-from sslcli.methods.cpc_patches import PatchAugmentation, patch_size, patchify, refuse_batch_norm
+from sslcli.methods.cpc_patches import (
+    SMALLEST_PATCH,
+    PatchAugmentation,
+    gray,
+    patch_size,
+    patchify,
+    refuse_batch_norm,
+    row_offsets,
+)
 from sslcli.nn.contrastive import Contrast, info_nce
 from sslcli.nn.noise import Noise
 
@@ -90,16 +98,20 @@ class PatchPrediction(Method):
 
     Args:
         image_size: side of the training images in pixels.
-        grid: g, the number of patches per side. None selects g from image_size. Patches overlap by half.
+        grid: g, the number of patches per side. None selects g from image_size and min_patch_size. Patches overlap by
+            half.
+        min_patch_size: with grid=None, the minimum patch side in pixels, if the image is large enough for it.
         context: name of the context network: gru, pixelcnn_gated or pixelcnn_v2.
         hidden: channels of the context network's hidden layers.
         steps: number of rows that are predicted from one context. None predicts all rows below the skipped rows.
         skip: number of rows directly below a context that are not predicted. The row directly below a context shares
-            half of its pixels with the row of the context.
+            half of its pixels with the row of the context. None skips 2 rows as in CPC v2, or 1 row if g is 3.
         directions: number of directions, 1 to 4. The first direction predicts from top to bottom. For each further
             direction, the grid is rotated by 90 degrees. All directions share the context network. Each direction has
             its own prediction layers.
         augmentation: augmentation that is applied to each patch independently, or None.
+        grayscale: True converts every color image to gray, in training and in `features`. The number of channels does
+            not change.
 
     Raises ValueError if the backbone has BatchNorm, or if the arguments are incompatible.
     """
@@ -112,23 +124,26 @@ class PatchPrediction(Method):
         *,
         image_size: int,
         grid: int | None,
+        min_patch_size: int,
         context: str,
         hidden: int,
         steps: int | None,
-        skip: int,
+        skip: int | None,
         directions: int,
         augmentation: PatchAugmentation | None,
+        grayscale: bool,
     ) -> None:
         super().__init__(backbone)
         check_positive(hidden=hidden)
         refuse_batch_norm(backbone)
-        self.patch = patch_size(image_size, grid)
+        self.patch = patch_size(image_size, grid, min_patch_size=min_patch_size)
         self.grid = 2 * image_size // self.patch - 1
-        self.offsets = range(skip + 1, skip + 1 + check_steps(steps, skip=skip, grid=self.grid))
+        self.offsets = row_offsets(steps, skip=skip, grid=self.grid)
         if directions not in (1, 2, 3, 4):
             raise ValueError(f"directions is {directions}, but a grid can be read in 1, 2, 3 or 4 directions")
         self.directions = directions
         self.augmentation = augmentation
+        self.grayscale = grayscale
         self.noise = Noise()
         self.dim = num_features(backbone)
         self.context = context_network(context, self.dim, hidden)
@@ -145,15 +160,16 @@ class PatchPrediction(Method):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (images,) = batch.views
-        patches = patchify(images, self.patch)
+        patches = self.patches(images)
         if self.augmentation is not None:
             patches = self.augmentation(patches, self.noise)
         z = self.encode(patches)
         self.embeddings = (z.detach().mean((1, 2)),)
+        rows = self.grid - self.offsets[0]  # R of the smallest offset; contexts do not depend on the rows below
         found: list[Contrast] = []
         for direction in range(self.directions):
             turned = torch.rot90(z, -direction, (1, 2))  # rotates targets and contexts together
-            context = self.context(turned.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (N, g, g, E)
+            context = self.context(turned[:, :rows].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (N, R, g, E)
             found += self.contrasts(context, turned, direction)
         losses, accuracies = (torch.stack(values) for values in zip(*found, strict=True))
         return {"loss": self.total(losses), "accuracy": accuracies.mean()}
@@ -173,6 +189,12 @@ class PatchPrediction(Method):
                 f"({error}): use a larger dataset.image_size, a smaller method.grid, or backbone=small_layernorm"
             ) from error
 
+    def patches(self, images: Tensor) -> Tensor:
+        """Return the patches of the images, in gray with grayscale=True: (N, C, S, S) -> (N, g, g, C, p, p)."""
+        if self.grayscale and images.shape[1] == 3:
+            images = gray(images).expand_as(images)
+        return patchify(images, self.patch)
+
     def encode(self, patches: Tensor) -> Tensor:
         """Encode each patch independently: (N, g, g, C, p, p) -> (N, g, g, D)."""
         flat = patches.flatten(0, 2).contiguous(memory_format=torch.channels_last)
@@ -181,7 +203,8 @@ class PatchPrediction(Method):
     def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:
         """Return one `Contrast` per offset for one direction.
 
-        `context` (N, g, g, E) contains the contexts, and `z` (N, g, g, D) contains the encodings.
+        `context` (N, R, g, E) contains the contexts of the first R rows, where R is the number of rows that have a
+        target at the smallest offset. `z` (N, g, g, D) contains the encodings of all rows.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define contrasts")
 
@@ -195,7 +218,7 @@ class PatchPrediction(Method):
         The backbone is trained only on patches, so images are also divided into patches here. The number of patches
         depends on S. The context network is not used.
         """
-        return self.encode(patchify(images, self.patch)).mean((1, 2))
+        return self.encode(self.patches(images)).mean((1, 2))
 
     def effective(self, batch_size: int) -> dict[str, Any]:
         rows = f"{self.offsets[0]} to {self.offsets[-1]}" if len(self.offsets) > 1 else str(self.offsets[0])
@@ -219,25 +242,29 @@ class CPC(PatchPrediction):
         *,
         image_size: int,
         grid: int | None = None,
+        min_patch_size: int = SMALLEST_PATCH,
         context: str = "pixelcnn_gated",
         hidden: int = 256,
         steps: int | None = None,
-        skip: int = 1,
+        skip: int | None = 1,
         negatives: int = 16,
         directions: int = 1,
         augmentation: PatchAugmentation | None = None,
+        grayscale: bool = False,
     ) -> None:
         check_positive(negatives=negatives)
         super().__init__(
             backbone,
             image_size=image_size,
             grid=grid,
+            min_patch_size=min_patch_size,
             context=context,
             hidden=hidden,
             steps=steps,
             skip=skip,
             directions=directions,
             augmentation=augmentation,
+            grayscale=grayscale,
         )
         self.negatives = negatives
         self.predict = self.predictors(self.dim, self.context.out_channels, bias=False)
@@ -271,14 +298,16 @@ class CPCv2(PatchPrediction):
         *,
         image_size: int,
         grid: int | None = None,
+        min_patch_size: int = SMALLEST_PATCH,
         context: str = "pixelcnn_v2",
         hidden: int = 256,
         steps: int | None = 1,
-        skip: int = 2,
+        skip: int | None = 2,
         dim: int = 64,
         scale: float = 0.1,
         directions: int = 4,
         augmentation: PatchAugmentation | None = None,
+        grayscale: bool = False,
     ) -> None:
         check_positive(dim=dim)
         if not scale > 0:
@@ -287,12 +316,14 @@ class CPCv2(PatchPrediction):
             backbone,
             image_size=image_size,
             grid=grid,
+            min_patch_size=min_patch_size,
             context=context,
             hidden=hidden,
             steps=steps,
             skip=skip,
             directions=directions,
             augmentation=augmentation,
+            grayscale=grayscale,
         )
         self.scale = scale
         self.target = nn.Linear(
@@ -303,7 +334,7 @@ class CPCv2(PatchPrediction):
     def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:
         targets, found = self.target(z), []
         for offset, predict in self.of_direction(self.predict, direction):
-            prediction = self.scale * predict(context[:, :-offset])
+            prediction = self.scale * predict(context[:, : self.grid - offset])
             found.append(full_contrast(prediction, targets, offset=offset))
         return found
 
@@ -312,18 +343,3 @@ class CPCv2(PatchPrediction):
 
     def num_negatives(self, batch_size: int) -> int:
         return batch_size * self.grid**2 - 1
-
-
-def check_steps(steps: int | None, *, skip: int, grid: int) -> int:
-    """Return the number of rows to predict. Raises ValueError if `skip` or `steps` is too large for the grid."""
-    most = grid - 1 - skip
-    if skip < 0 or most < 1:
-        raise ValueError(f"skip is {skip}, but it must be 0 to {grid - 2} to leave a row of the {grid} to predict")
-    if steps is None:
-        return most
-    if not 1 <= steps <= most:
-        raise ValueError(
-            f"steps is {steps}, but with {grid} rows of patches and skip={skip} it must be 1 to {most}: "
-            "use null for all of them, or a larger grid"
-        )
-    return steps

@@ -11,33 +11,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sslcli.errors import check_positive
 from sslcli.nn.noise import Noise
 
 USUAL_GRID = 7  # CPC v1: 7 x 7 patches of 64 pixels out of 256
-SMALLEST_PATCH = 8  # minimum patch side in pixels if grid=None
+SMALLEST_PATCH = 8  # smaller patches are used only if `grid` or `min_patch_size` asks for them
+USUAL_SKIP = 2  # CPC v2, appendix: steps_to_ignore
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 DRAWS = 12  # number of random numbers per patch
 
 
-def patch_size(image_size: int, grid: int | None) -> int:
+def patch_size(image_size: int, grid: int | None, *, min_patch_size: int = SMALLEST_PATCH) -> int:
     """Return the patch side p = 2 S / (g + 1) in pixels, where g is `grid`. Patches overlap by half.
 
-    With grid=None, g is the valid value nearest to 7 that gives patches with a side of at least 8 pixels. For images of
-    32, 64, 96 and 224 pixels, g is 7 and the patches have 8, 16, 24 and 56 pixels.
+    With grid=None, g is the valid value nearest to 7 that gives patches with a side of at least `min_patch_size`
+    pixels. If no valid value does, the largest patches are used, provided that they have at least 8 pixels. With 16,
+    images of 32 pixels have 3 x 3 patches of 16 pixels, and images of 64, 96 and 224 pixels have 7 x 7 patches of 16,
+    24 and 56 pixels.
 
     Raises ValueError if `grid` is below 3, or if the patch side is not an even whole number of pixels. The message
     lists the valid grids.
     """
+    check_positive(min_patch_size=min_patch_size)
     fitting = [n for n in range(3, image_size) if image_size % (n + 1) == 0 and 2 * image_size // (n + 1) >= 4]
     named = ", ".join(map(str, fitting)) or "none"
     if grid is None:
-        roomy = [n for n in fitting if 2 * image_size // (n + 1) >= SMALLEST_PATCH]
+        roomy = [n for n in fitting if 2 * image_size // (n + 1) >= min(min_patch_size, SMALLEST_PATCH)]
         if not roomy:
             raise ValueError(
                 f"images of {image_size} pixels have no grid of 3 x 3 or more patches of {SMALLEST_PATCH} pixels or "
                 f"more that overlap by half: set dataset.image_size to a size such as 32 (method.grid can be: {named})"
             )
-        grid = min(roomy, key=lambda n: abs(n - USUAL_GRID))
+        preferred = [n for n in roomy if 2 * image_size // (n + 1) >= min_patch_size]
+        grid = min(preferred, key=lambda n: abs(n - USUAL_GRID)) if preferred else roomy[0]
     elif grid not in fitting:
         raise ValueError(
             f"grid is {grid}, but images of {image_size} pixels cannot be divided into {grid} x {grid} patches of 2 * "
@@ -45,6 +51,32 @@ def patch_size(image_size: int, grid: int | None) -> int:
             f"it automatically, or set dataset.image_size to a multiple of {grid + 1}"
         )
     return 2 * image_size // (grid + 1)
+
+
+def row_offsets(steps: int | None, *, skip: int | None, grid: int) -> range:
+    """Return the distances in rows between a context and the targets that are predicted from it.
+
+    Args:
+        steps: number of predicted rows; None = all rows below the skipped rows.
+        skip: number of skipped rows directly below the context; None = 2, or 1 if the grid has 3 rows.
+        grid: g, the number of rows of the grid.
+
+    Raises ValueError if `skip` or `steps` is too large for the grid.
+    """
+    if skip is None:
+        skip = min(USUAL_SKIP, grid - 2)
+    most = grid - 1 - skip
+    if skip < 0 or most < 1:
+        raise ValueError(
+            f"skip is {skip}, but it must be 0 to {grid - 2} to leave a row of the {grid} to predict, or null to "
+            "choose it automatically"
+        )
+    if steps is not None and not 1 <= steps <= most:
+        raise ValueError(
+            f"steps is {steps}, but with {grid} rows of patches and skip={skip} it must be 1 to {most}: "
+            "use null for all of them, or a larger grid"
+        )
+    return range(skip + 1, skip + 1 + (most if steps is None else steps))
 
 
 def refuse_batch_norm(backbone: nn.Module) -> None:
@@ -139,7 +171,7 @@ def column(values: Tensor) -> Tensor:
 
 
 def gray(x: Tensor) -> Tensor:
-    """Return the luma (M, 1, p, p) of color patches (M, 3, p, p)."""
+    """Return the luma (M, 1, p, p) of color patches or images (M, 3, p, p)."""
     return torch.einsum("mchw,c->mhw", x, x.new_tensor(LUMA))[:, None]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -11,8 +12,10 @@ from golden_cases import Case, golden_cases
 from processes import Pair
 from sslcli.backbones.small import Small
 from sslcli.backbones.vit import VisionTransformer
+from sslcli.methods.base import Batch
 from sslcli.methods.cpc import CPC, CPCv2, PatchPrediction, full_contrast, own_places, sampled_contrast
-from sslcli.methods.cpc_patches import PatchAugmentation
+from sslcli.methods.cpc_context import CONTEXTS
+from sslcli.methods.cpc_patches import PatchAugmentation, patchify
 from tiny import TinyNet, make_batch
 
 KINDS = {"v1": CPC, "v2": CPCv2}
@@ -127,14 +130,35 @@ def test_each_direction_predicts_the_patch_that_lies_ahead_of_it(direction: int)
     method.contrasts = lambda context, z, d: (
         seen.append((context, z))
         or [  # type: ignore[method-assign,func-returns-value]
-            sampled_contrast(context, context, torch.zeros(1, 3, 3, 1, dtype=torch.long))
+            sampled_contrast(context, context, torch.zeros(1, 1, 3, 1, dtype=torch.long))
         ]
     )
     method.encode = lambda patches: marked  # type: ignore[method-assign]
     method(make_batch(1, views=1, size=16, dtype=torch.float64))
+    context, z = seen[direction]
     last_rows = [[6, 7, 8], [2, 5, 8], [2, 1, 0], [6, 3, 0]]
-    assert sorted(seen[direction][1][0, 2, :, 0].tolist()) == sorted(last_rows[direction])
-    torch.testing.assert_close(seen[direction][0], method.context(seen[direction][1].mT.transpose(1, 2)).movedim(1, 3))
+    assert sorted(z[0, 2, :, 0].tolist()) == sorted(last_rows[direction])
+    torch.testing.assert_close(context, method.context(z.mT.transpose(1, 2)).movedim(1, 3)[:, :1])
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_contexts_of_the_rows_without_targets_add_nothing_to_loss_and_gradients(kind: str, context: str) -> None:
+    """The same loss as with the contexts of all rows, from which `contrasts` takes the first."""
+    torch.manual_seed(0)
+    method = tiny_cpc(kind, image_size=32, grid=7, steps=2, skip=1, directions=4, context=context).double()
+    batch = make_batch(3, views=1, size=32, dtype=torch.float64)
+    noise = copy.deepcopy(method.noise)
+    loss = method(batch)["loss"]
+    found = [loss.detach(), *torch.autograd.grad(loss, list(method.parameters()))]
+    method.noise, losses = noise, []
+    z = method.encode(patchify(batch.views[0], method.patch))
+    for direction in DIRECTIONS:
+        turned = torch.rot90(z, -direction, (1, 2))
+        all_rows = method.context(turned.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        losses += [part.loss for part in method.contrasts(all_rows, turned, direction)]
+    loss = method.total(torch.stack(losses))
+    torch.testing.assert_close(found, [loss.detach(), *torch.autograd.grad(loss, list(method.parameters()))])
 
 
 def test_directions_share_the_context_network_and_not_the_predictions() -> None:
@@ -159,6 +183,22 @@ def test_features_are_the_mean_over_patches_encoded_one_by_one_without_augmentat
     torch.testing.assert_close(method.features(images), expected)
     assert not torch.allclose(expected, method.backbone(images))
     assert method.features(torch.randn(2, 3, 24, 24)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gray_images_are_seen_in_training_and_in_features(kind: str) -> None:
+    color, gray = (tiny_cpc(kind, grayscale=value) for value in (False, True))
+    color.load_state_dict(gray.state_dict())
+    images = torch.randn(2, 3, 16, 16)
+    luma = (images * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    gray_images = luma.expand(2, 3, 16, 16)
+    torch.testing.assert_close(gray.features(images), color.features(gray_images))
+    assert not torch.allclose(gray.features(images), color.features(images))
+    losses = [
+        method(Batch([view], torch.arange(2), torch.arange(2)))["loss"]
+        for method, view in ((gray, images), (color, gray_images))
+    ]
+    torch.testing.assert_close(*losses)
 
 
 def test_encodings_of_patches_do_not_depend_on_other_patches() -> None:
@@ -191,6 +231,9 @@ def test_networks_without_batchnorm_train_at_every_usual_size(kind: str, size: i
         assert found["loss"].isfinite()
         assert method.features(torch.zeros(2, 3, size, size)).shape == (2, net.num_features)
         assert method.effective(2)["patches"] == f"7 x 7 of {size // 4} pixels"
+        large = KINDS[kind](net, image_size=size, hidden=4, min_patch_size=16, skip=None)
+        assert large.effective(2)["patches"] == f"{3 if size == 32 else 7} x {3 if size == 32 else 7} of 16 pixels"
+        assert large(make_batch(2, views=1, size=size))["loss"].isfinite()
 
 
 def test_offsets_are_all_rows_below_the_skipped_ones_or_the_first_of_them() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslcli.methods.cpc_patches import PatchAugmentation, patch_size, patchify
+from sslcli.methods.cpc_patches import PatchAugmentation, patch_size, patchify, row_offsets
 from sslcli.nn.noise import Noise
 
 
@@ -18,6 +18,27 @@ def test_the_grid_is_7_or_the_nearest_with_patches_of_8_pixels(size: int, patch:
     assert patch_size(size, None) == patch == patch_size(size, grid)
     patches = patchify(torch.randn(2, 3, size, size), patch)
     assert patches.shape == (2, grid, grid, 3, patch, patch)
+
+
+@pytest.mark.parametrize(
+    ("size", "min_patch_size", "grid"),
+    [(32, 16, 3), (64, 16, 7), (96, 16, 7), (224, 16, 7), (28, 16, 3), (30, 16, 4), (32, 4, 7), (48, 24, 3)],
+)
+def test_the_grid_gives_patches_of_the_minimum_size_or_the_largest_there_are(
+    size: int, min_patch_size: int, grid: int
+) -> None:
+    assert patch_size(size, None, min_patch_size=min_patch_size) == 2 * size // (grid + 1)
+    assert patch_size(size, 3 if size % 4 == 0 else 4, min_patch_size=64) == 2 * size // (4 if size % 4 == 0 else 5)
+    with pytest.raises(ValueError, match="min_patch_size is 0"):
+        patch_size(size, None, min_patch_size=0)
+
+
+def test_the_skipped_rows_are_two_or_fewer_if_the_grid_is_smaller() -> None:
+    assert row_offsets(None, skip=None, grid=7) == range(3, 7)
+    assert row_offsets(1, skip=None, grid=7) == range(3, 4)
+    assert row_offsets(None, skip=None, grid=3) == range(2, 3)
+    with pytest.raises(ValueError, match=r"skip is 2, but it must be 0 to 1 .*or null"):
+        row_offsets(None, skip=2, grid=3)
 
 
 @pytest.mark.parametrize("size", [32, 96])

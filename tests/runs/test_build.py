@@ -38,7 +38,7 @@ def parts(*lines: str) -> Parts:
     ("lines", "expected"),
     [
         (
-            ["method=cpc", "backbone=dcgan", "backbone.norm=layer"],
+            ["method=cpc", "method.grid=7", "backbone=dcgan", "backbone.norm=layer"],
             r"patches of 8 pixels .* a larger dataset.image_size",
         ),
         (

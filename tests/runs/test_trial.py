@@ -23,7 +23,7 @@ from sslcli.methods.base import Batch, Method
 from sslcli.methods.simclr import SimCLR
 from sslcli.runs.assemble import build_loader
 from sslcli.runs.build import build_parts
-from sslcli.runs.trial import Trial, draw, freeze, trial, trial_warnings, unused_warning
+from sslcli.runs.trial import Trial, draw, freeze, padding_warning, trial, trial_warnings, unused_warning
 from tiny import TinyNet, copied_state, equal_states
 
 CPU = torch.device("cpu")
@@ -79,6 +79,22 @@ def test_a_trial_changes_nothing_and_finds_every_parameter_of_the_own_methods_us
     assert equal_states(before, copied_state(net))
     assert torch.equal(random, torch.get_rng_state())
     assert net.embeddings == ()
+
+
+def test_a_backbone_whose_weights_multiply_only_padding_is_warned_about_with_the_remedy() -> None:
+    """Patches of 8 pixels leave block4 a map of 2 pixels and block5 a map of 1 pixel: 5/9 and 8/9 are not used."""
+
+    monitor = MonitorSettings(**composed("train")["monitor"])
+
+    def warnings(*lines: str) -> list[str]:
+        loader, method = built("method=cpc", *lines)
+        return trial_warnings(trial(loader, method, CPU, "fp32"), method, monitor)
+
+    assert warnings() == []
+    (warning,) = warnings("method.min_patch_size=8")
+    assert warning.startswith("70% of the convolution weights of the backbone multiply only padding")
+    assert "method.min_patch_size=16" in warning
+    assert padding_warning(0.704) == warning
 
 
 def test_unused_parameters_are_named_and_can_be_frozen() -> None:
