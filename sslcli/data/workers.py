@@ -303,7 +303,7 @@ def default_sigchld() -> Iterator[None]:
 
 
 def worker_died_error(error: BaseException) -> ProcessLost:
-    """Return the error for a data worker that died."""
+    """Return the error for a data worker that died. `error` is the exception that its death caused."""
     return ProcessLost(
         f"a data worker died ({str(error).splitlines()[0]}). The usual cause is too little memory: "
         "lower dataset.workers (0 reads in the main process) and start the same command again to resume"

@@ -1,4 +1,4 @@
-"""Detection of representation collapse from the health metrics, with a likely cause and remedy."""
+"""Detection of representation collapse from the metrics of `sslcli.engine.health`, with a likely cause and remedy."""
 
 from __future__ import annotations
 
@@ -39,8 +39,11 @@ class CollapseDetector:
 
         std         < 0.2 / sqrt(d)                        and < half of its peak
         uniformity  > -0.5                                 and |uniformity| < a quarter of its peak
-        rankme      < 10 % of its peak                     and < 5 (ten separate classes are not a collapse)
+        rankme      < 10 % of its peak                     and < 5
         std         < 0.02 / sqrt(d) in `patience` consecutive measurements, whatever its peak
+
+    The limit of 5 for rankme is low, because embeddings that form ten separate clusters have a rank of about ten but
+    have not collapsed.
 
     A collapse is reported after two consecutive alarms, because a single batch is not reliable. Alarms in the first
     `grace` measurements are ignored. `state_dict` contains the complete state. A resumed run therefore gives the same

@@ -6,8 +6,8 @@ Gao et al. 2021  https://arxiv.org/abs/2101.06983   train.cached_gradients
     loss = compare(all rows);  gradients = d loss / d rows
     for every micro-batch x:  embed(x).backward(the part of `gradients` for x)
 
-The second call of `embed` uses the same random numbers as the first. The accumulated gradient therefore equals the
-gradient of `loss`.
+`embed` and `compare` are methods of `sslcli.methods.base.Method`. The rows are embeddings of images. The second call of
+`embed` uses the same random numbers as the first. The accumulated gradient therefore equals the gradient of `loss`.
 """
 
 from __future__ import annotations

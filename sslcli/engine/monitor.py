@@ -344,7 +344,7 @@ class Monitor:
             self.tensorboard.flush()
 
     def close(self) -> None:
-        """Close the files."""
+        """Stop the progress display, and close metrics.jsonl and the files of TensorBoard."""
         self.screen.stop()
         if self.writes and hasattr(self, "metrics"):
             with suppress(OSError):  # if the disk is full, the error that ended the run has already been reported

@@ -78,7 +78,7 @@ class LARS(Optimizer):
         weight.sub_(buffer, alpha=outside)
 
     def adapted(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return q * (gradient + weight decay). The factor q makes the step proportional to the norm of `weight`.
+        """Return q * (gradient + weight decay). The factor q (see `LARS`) makes the step proportional to |`weight`|.
 
         Norms of sharded tensors are computed over all shards. The host does not wait for the device. `group` is the
         parameter group of `weight`.

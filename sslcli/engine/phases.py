@@ -1,7 +1,8 @@
-"""Phases of a run whose length was changed, and the learning rate schedule of each phase. No torch is imported.
+"""Phases of a run whose length was changed, and the learning rate schedule of each phase.
 
-A run that was never extended has one phase. Each extension adds a phase. The learning rate of a step is a pure function
-of the step and the phases, so the phases are the only state of a schedule.
+A phase is a part of a run that was trained with one length. A run that was never extended has one phase. Each extension
+adds a phase. The learning rate of a step is a pure function of the step and the phases, so the phases are the only
+state of a schedule. This module does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Search for a shorter run with the same settings that a command could extend instead of starting a new run."""
+"""Search for a shorter run with the same settings. A command can extend this run instead of starting a new run."""
 
 from __future__ import annotations
 

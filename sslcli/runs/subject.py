@@ -1,4 +1,4 @@
-"""Loading of the network that ssl-eval evaluates, from a run or a weight file, and of the images."""
+"""Loading of the network that ssl-eval evaluates (from a run or a weight file), and of the images for evaluation."""
 
 from __future__ import annotations
 

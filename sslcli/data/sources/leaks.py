@@ -1,4 +1,4 @@
-"""Checks that no image is in two splits, because of overlapping folders, folders of splits among classes, or links."""
+"""Checks that no image is in two splits. Causes are overlapping folders, splits used as class folders, and links."""
 
 from __future__ import annotations
 
