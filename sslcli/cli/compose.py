@@ -49,7 +49,8 @@ CONF = "pkg://sslcli.conf" if conf_folder(installed=True) else str(conf_folder()
 class ConfOfPlugins(SearchPathPlugin):
     """Hydra plugin that appends folders to the search path of yaml files.
 
-    These are the yaml folders of plug-in packages, and the folder of yaml files with old names.
+    These are the yaml folders of plug-in packages, and a folder with the yaml files of choices that were renamed after
+    version 0.1.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -124,9 +125,10 @@ def _points(overrides: list[Override]) -> list[list[str]]:
 
 
 def _samples(overrides: list[Override]) -> list[list[str]]:
-    """Return the overrides of examples of the jobs that a Hydra sweeper may sample, to validate them.
+    """Return the overrides of example jobs, to validate the values that a Hydra sweeper may sample.
 
-    Each value of each override occurs in one of these jobs. All other overrides of this job have their first value.
+    The jobs themselves are not known before the sweeper runs. Each value of each override occurs in one example. All
+    other overrides of this example have their first value.
     """
     lines = [_first(overrides)]
     for place, override in enumerate(overrides):

@@ -251,8 +251,8 @@ def started(sweep: Sweep) -> dict[str, str | None]:
 def signal_file(sweep: Sweep) -> Iterator[list[int]]:
     """If a signal arrives within the `with` block, create the file `jobs/stop` in the sweep's folder.
 
-    The jobs on all nodes check for this file and stop if it exists. If SIGINT arrives after an earlier signal, the
-    block ends immediately. Yields the list of received signals.
+    Every process that runs jobs of the sweep, on any node, checks for this file and then stops its jobs. If SIGINT
+    arrives after an earlier signal, the block ends immediately. Yields the list of received signals.
     """
     received: list[int] = []
 

@@ -42,14 +42,14 @@ def single_process() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """Return the number of processes W."""
+    """Return the number of processes of the run, or 1 within `single_process`."""
     if _alone:
         return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return the rank of this process, 0 <= rank < W."""
+    """Return the rank of this process, at least 0 and less than the number of processes."""
     return dist.get_rank() if world_size() > 1 else 0
 
 

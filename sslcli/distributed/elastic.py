@@ -56,10 +56,10 @@ def run_processes(
         max_restarts: maximum number of restarts. Each restarts all processes.
         on_message: function that prints a message. It is called before each restart, and after a crash that does not
             lead to a restart.
-        rendezvous: for a run on several nodes; None for one node. With a rendezvous, call `run_processes` on all nodes.
-            It then returns EXIT_LOST after a crash. The agent ignores SIGUSR1 and SIGUSR2, because the scheduler sends
-            these signals to every process of the job. The training processes handle the signals, and all of them stop
-            after the same step.
+        rendezvous: address and name by which the agents of several nodes find each other; None for one node. With a
+            rendezvous, call `run_processes` on all nodes. It then returns EXIT_LOST after a crash. The agent ignores
+            SIGUSR1 and SIGUSR2, because the scheduler sends these signals to every process of the job. The training
+            processes handle the signals, and all of them stop after the same step.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -152,8 +152,9 @@ def crashed(codes: dict[int, int]) -> bool:
     """Return True if a restart is useful, because the failure may not repeat.
 
     `codes` maps ranks to exit codes. A restart is useful if a signal ended a process (its exit code is then negative),
-    or if a process lost contact with the others (EXIT_LOST). However, it is not useful if any process ended with
-    EXIT_CONFIG, EXIT_FAILED or EXIT_STOPPED.
+    or if a process lost contact with the others (EXIT_LOST). However, if any process ended with EXIT_CONFIG or
+    EXIT_FAILED, the failure would repeat. If any process ended with EXIT_STOPPED, the run was stopped on purpose. A
+    restart is not useful in these two cases.
     """
     is_final = bool({EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED} & set(codes.values()))
     return not is_final and any(code < 0 or code == EXIT_LOST for code in codes.values())

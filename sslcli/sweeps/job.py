@@ -30,7 +30,11 @@ PARENT = "SSLCLI_SWEEP"  # environment variable of a job: process ID of the swee
 
 @dataclass(frozen=True)
 class Sweep:
-    """Settings that all jobs of a sweep have in common. Instances can be pickled, to be sent to other processes."""
+    """Settings that all jobs of a sweep have in common.
+
+    A sweep (`--multirun`) runs one job for each combination of values. Instances can be pickled, to be sent to other
+    processes.
+    """
 
     command: str  # train or eval
     program: tuple[str, ...]  # beginning of the command line of a job
@@ -70,7 +74,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep: one combination of the values that are swept."""
+    """One job of a sweep (`--multirun`): one combination of the values that are swept."""
 
     name: str  # name of the record, and of the run directory if run_dir is not set
     overrides: tuple[str, ...]  # as on the command line
@@ -158,9 +162,10 @@ def record_path(sweep: Sweep, name: str) -> Path:
 
 
 def source_of(sweep: Sweep, record: Record) -> Path | None:
-    """Return the path of the record that contains the state of a job, if it is the record of another sweep.
+    """Return the path of another sweep's record, if that record contains the state of a job.
 
-    The job then belongs to several sweeps, and another sweep ran it first. Return None if `record` itself contains the
+    If a job belongs to several sweeps, only the record of the sweep that ran it first contains the state (start time,
+    host, process, exit code). `record` is the job's record in this sweep. Return None if `record` itself contains the
     state, or if the other record was deleted.
     """
     path = None if record.source is None else sweep.records / record.source

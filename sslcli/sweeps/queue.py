@@ -62,9 +62,9 @@ def slots_of(config: dict[str, Any], *, jobs: int | None, wanted: int | None) ->
         config: configuration of a job, with its device, threads and processes.
         jobs: number of jobs, which is the maximum number of slots. None: the number is not known, so there is no
             maximum.
-        wanted: number of slots, from `sweep.jobs`. None: as many as possible, if a slot has one GPU per process of a
-            job. Without GPUs, a slot has one core per thread of a job. If the number of threads is not set, it is
-            `CORES_PER_JOB` per process.
+        wanted: number of slots, from `sweep.jobs`. None: as many slots as the machine has room for. With GPUs, a slot
+            needs one GPU per process of a job. Without GPUs, it needs one core per thread. A process has
+            `CORES_PER_JOB` threads unless their number is set.
     """
     launcher = config.get("launcher", {"kind": "local"})
     if launcher["kind"] == "slurm":  # jobs only submit their runs and need no resources of this machine
@@ -130,8 +130,8 @@ class Relay:
 
     At the end of the block, all jobs have ended. The signal handlers from before the block are then restored. If a
     signal was received, its earlier handler is called. This has two uses. If this sweep runs inside another sweep, the
-    handler of the other sweep prevents it from starting further jobs. If a scheduler's handler was installed, it may
-    requeue the scheduler's job on SIGUSR2.
+    handler keeps the other sweep from starting further jobs. If a scheduler's handler was installed, it may requeue the
+    scheduler's job on SIGUSR2.
 
     Attributes:
         running: jobs to which signals are forwarded.

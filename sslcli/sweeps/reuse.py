@@ -40,8 +40,8 @@ def claim(sweep: Sweep, job: Job) -> IO[str] | None:
     """Lock a job, so that no other process runs it. Return the lock file, or None if another process runs the job.
 
     While this process holds the lock, it searches other sweeps for the same job. Therefore two sweeps cannot start the
-    same job. If another sweep has started the job in the meantime, this job is linked to it, and the lock of the other
-    job is used instead.
+    same job. If another sweep has started the same job in the meantime, its run is reused (see `reuse`), and its lock
+    is used instead.
     """
     file = claim_job(sweep, job)
     if file is not None and reuse(sweep, [job]):
@@ -53,8 +53,9 @@ def claim(sweep: Sweep, job: Job) -> IO[str] | None:
 def reuse(sweep: Sweep, jobs: Iterable[Job]) -> list[Job]:
     """Link each job that has not started yet to the same job of another sweep. Return the jobs with new links.
 
-    A link consists of a symbolic link to the run directory of the other job, and of a reference to its record. If the
-    other run was deleted, the link is removed, so that the job starts again.
+    Two jobs are the same if they have the same settings. A link consists of a symbolic link to the run directory of the
+    other job, and of a reference to its record. If the other run was deleted, the link is removed, so that the job
+    starts again.
     """
     jobs = list(jobs)
     if not sweep.reuses or not can_lock(sweep.records):
@@ -99,13 +100,13 @@ def _other_jobs(sweep: Sweep) -> list[OtherJob]:
 
 
 def _is_placed(sweep: Sweep, job: Job) -> bool:
-    """Return True if the job needs no new link to a job of another sweep.
+    """Return True if the job needs no new link to the run directory of the same job in another sweep.
 
     This is the case if the run directory of the job exists, or if it is not directly in the sweep's folder. Only a run
     directory directly in this folder may be a symbolic link to a run of another sweep.
 
-    If the job already refers to another sweep, its symbolic link is restored if it is missing. If the other sweep was
-    deleted, the symbolic link is removed.
+    If the record of the job already refers to another sweep, a missing symbolic link is restored. If the other sweep
+    was deleted, the symbolic link is removed.
     """
     run_dir = job.run_dir
     if run_dir is None or run_dir.parent != sweep.folder:
@@ -126,9 +127,9 @@ def _is_placed(sweep: Sweep, job: Job) -> bool:
 
 
 def _link_to_best(sweep: Sweep, job: Job, others: list[OtherJob]) -> bool:
-    """Link `job` to the same job in `others`, if there is one. Return True if the job was linked.
+    """Link `job` to a job in `others` with the same settings, if there is one. Return True if the job was linked.
 
-    If several jobs are the same, a finished job is preferred, then the job with the most steps.
+    If several jobs have the same settings, a finished job is preferred, then the job with the most steps.
     """
     same = [other for other in others if _is_same(job, other)]
     if not same or job.run_dir is None:

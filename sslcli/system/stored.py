@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class DamagedFile(ConfigError):
-    """Raised for a stored file whose content is not what sslcli writes.
+    """Raised for a stored file (a file that sslcli wrote earlier) whose content is not what sslcli writes.
 
     Args:
         path: the file.
@@ -45,7 +45,7 @@ class DamagedFile(ConfigError):
 
 
 def read_bytes(path: Path, *, remedy: str, most: int = MAX_JSON) -> bytes:
-    """Return the content of a stored file.
+    """Return the content of a stored file, which sslcli wrote earlier.
 
     Args:
         path: the file.
