@@ -273,7 +273,7 @@ class Monitor:
         return found
 
     def show_pictures(self, step: int, found: dict[str, Tensor]) -> None:
-        """Write the pictures to TensorBoard and to the run directory. They replace the files of earlier pictures."""
+        """Write the pictures `found` to TensorBoard and to the run directory, over the files of earlier pictures."""
         for name, picture in found.items() if self.writes else ():
             path = self.run_dir / "pictures" / f"{name}.png"
             path.parent.mkdir(exist_ok=True)

@@ -129,5 +129,8 @@ def scheduled_factor(step: int, *, total: int, settings: TrainSettings, steps_pe
 
 
 def warmup_steps(total: int, *, settings: TrainSettings, steps_per_epoch: int) -> int:
-    """Return the number of warmup steps: at most a quarter of `total`, so that a short run reaches the peak."""
+    """Return the number of warmup steps: `train.warmup_epochs` in steps, but at most a quarter of `total`.
+
+    With this limit, a short run also reaches the peak learning rate.
+    """
     return min(round(settings.warmup_epochs * steps_per_epoch), total // 4)

@@ -75,7 +75,7 @@ class StopRequest:
             raise Interrupted
 
     def check_time(self) -> None:
-        """If the time limit has passed, set it as the reason to stop, unless there is another reason."""
+        """If the time limit has passed, set it as the reason to stop. A reason that is already set is kept."""
         if self.deadline is not None and time.monotonic() > self.deadline and not self.reason:
             self.reason = TIME_LIMIT
 

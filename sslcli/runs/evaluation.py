@@ -66,7 +66,10 @@ class Evaluation:
     variant: str = ""
 
     def quantity(self, protocol: str) -> str:
-        """Return the name of the measured quantity, such as "knn": protocol, variant, and any layer but the default."""
+        """Return the name of the measured quantity, such as "knn": the names of protocol, variant and feature layer.
+
+        The default layer is not part of the name.
+        """
         return join_parts(protocol, self.variant, self.layer if self.layer != self.default_layer else "")
 
     @property

@@ -20,7 +20,9 @@ MAX_BYTES = 1_000_000  # maximum size of an overrides.txt that is read
 
 
 def shorter_run_hint(config: RunConfig) -> str | None:
-    """Return a line that names the longest finished run that `config` could extend, or None if there is none.
+    """Return a line that names the longest finished run that a command could extend, or None if there is none.
+
+    `config` is the configuration of the command, which would start a new run.
 
     The search covers the runs in the parent folder of the run directory, and the runs of the sweeps in the same parent
     folder. A run is accepted if all of its overrides except the length equal the overrides of `config`. If the run of

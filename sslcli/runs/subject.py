@@ -134,7 +134,7 @@ def images_for(config: EvalConfig, saved: dict[str, Any]) -> tuple[Source, bool]
     """Return the images to evaluate on, and a boolean: True if the run was trained on other images.
 
     If the command line chooses a `dataset`, its images are returned. Otherwise, the images of the run's dataset are
-    returned, with the overrides `dataset.KEY=value` applied.
+    returned, with the overrides `dataset.KEY=value` applied. `saved` is the configuration of the run.
     """
     trust = config.trust
     own = dataset_of_run(saved, [], trust=trust)
@@ -152,10 +152,10 @@ def has_other_images_than_run(
 ) -> bool:
     """Return True if the images of `source` are not the images of the dataset of a run.
 
-    `node` contains the settings of `source`, and `own` contains the dataset settings of the run. If the paths differ,
-    the same images may have been moved to another folder, so fingerprints are compared. If the run stored no
-    fingerprint, the fingerprint is computed from the images at the old path. If the old path no longer exists, only the
-    numbers of training images are compared.
+    `node` contains the settings of `source`. `own` contains the dataset settings of the run, and `effective` is the
+    section of this name in its config.yaml. If the paths differ, the same images may have been moved to another folder,
+    so fingerprints are compared. If the run stored no fingerprint, the fingerprint is computed from the images at the
+    old path. If the old path no longer exists, only the numbers of training images are compared.
     """
     if not has_same_keys(node, own):
         return True

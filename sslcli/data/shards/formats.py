@@ -34,7 +34,10 @@ Sample = dict[str, tuple[int, int]]  # one entry per file of an image: extension
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a dataset: its address, its size in bytes, and a stamp that changes when the file is rewritten."""
+    """A shard, which is one file of a dataset: its address, its size in bytes, and a stamp.
+
+    The stamp is a text that changes when the file is rewritten.
+    """
 
     url: str
     size: int

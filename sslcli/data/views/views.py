@@ -114,7 +114,7 @@ class Views:
         the largest centered box with an allowed ratio is returned.
 
         Args:
-            view: number of the view, in range(num_views); or (N,) one number per image, all of the same entry.
+            view: number of the view, in range(num_views); or (N,) one number per image, of views with equal settings.
             key: (N,) int64, the key of each image. All views of an image have the same key.
             height, width: (N,) int64 size of each image in pixels.
 
@@ -146,7 +146,7 @@ class Views:
         """Apply all operations after the crop: flip, photometric operations (such as jitter and blur), then `finish`.
 
         Args:
-            view: number of the view, in range(num_views); or (N,) one number per image, all of the same entry.
+            view: number of the view, in range(num_views); or (N,) one number per image, of views with equal settings.
             key: (N,) int64, the key of each image; preferably on the CPU, where the parameters are drawn.
             images: (N, C, S, S) float in [0, 1], the crops.
             mean, std: mean and standard deviation of the dataset, one value per channel, for values in [0, 1].
@@ -203,7 +203,7 @@ class Views:
     def statistics(self, *, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
         """Return the mean and standard deviation per channel with which `finish` normalizes images.
 
-        If `normalize` is False, they are 0 and 1.
+        If `normalize` is False, the results are 0 and 1.
 
         mean, std: mean and standard deviation of the dataset, one value per channel.
         """
@@ -269,7 +269,9 @@ def _in_one_pass(
     images: Tensor,
     scale: tuple[Sequence[float], Sequence[float]] | None,
 ) -> Tensor | None:
-    """Apply all operations after the crop with one call of the compiled kernel. Return None if it is not supported.
+    """Apply all operations after the crop with one call of the compiled kernel.
+
+    If the kernel does not support the operations, return None.
 
     scale: the mean and the standard deviation of each channel, for normalization at the end. None = do not normalize.
 
