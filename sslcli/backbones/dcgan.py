@@ -71,7 +71,7 @@ class DCGANNet(Backbone):
     def stages(self, images: Tensor) -> dict[str, Tensor]:
         """Return the feature maps after `block1`, `block2`, ..., as name -> (N, channels, height, width).
 
-        Each feature map has half the side of the previous one.
+        Each feature map has half the side of the previous one, rounded down.
         """
         x = images
         maps = {}

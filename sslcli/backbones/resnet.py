@@ -104,7 +104,7 @@ class ResNet(Backbone):
     def stages(self, images: Tensor) -> dict[str, Tensor]:
         """Return the feature maps after `layer1` to `layer4`, as name -> (N, channels, height, width).
 
-        Each feature map has half the side of the previous one.
+        Each feature map has half the side of the previous one, rounded up.
         """
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = {}

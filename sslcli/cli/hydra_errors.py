@@ -44,7 +44,7 @@ def one_line(error: object) -> str:
 
 @cache
 def print_note(command: str, note: str) -> None:
-    """Print a note about a name of version 0.1 to standard error, once per process.
+    """Print a note about a name of version 0.1 to standard error. The same note is printed once per process.
 
     `command` is train, eval or export. `note` states the old and the current name.
     """
@@ -128,7 +128,10 @@ def check_files(lines: Iterable[str], folders: Iterable[Path]) -> None:
 
 
 def check_encoding(file: str) -> None:
-    """Raise ConfigError if a yaml file is encoded as UTF-16, or if a byte order mark hides its header from Hydra."""
+    """Raise ConfigError if a yaml file is encoded as UTF-16, or if Hydra would ignore its line `# @package`.
+
+    Hydra ignores this line if the file begins with a byte order mark.
+    """
     with open(file, "rb") as opened:
         start = opened.read(4096)
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

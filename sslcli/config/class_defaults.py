@@ -32,8 +32,8 @@ def section_defaults(section: str) -> dict[str, Any]:
 def default_of(key: str, flat: Mapping[str, Any]) -> Any:
     """Return the default of a dotted key such as `method.temperature`, or MISSING if it is unknown.
 
-    The default is that of the constructor of the class that `_target_` names. `flat` is the whole configuration as
-    dotted key -> value.
+    The default is that of the constructor of the class that `_target_` names. For keys of `train` and `monitor`, it is
+    that of the settings class. `flat` is the whole configuration as dotted key -> value.
     """
     parent, _, name = key.rpartition(".")
     if parent.partition(".")[0] in OTHERS:

@@ -73,8 +73,8 @@ def names_in_annotations(target: str) -> dict[str, frozenset[str]]:
 def literal_defaults(target: str) -> dict[str, Any]:
     """Return the defaults of the keyword arguments of a class, as keyword -> default.
 
-    `target` is the dotted name of the class. Keywords of base classes are included. Keywords whose default is not a
-    literal in the source text (such as 0.5, None or (1, 2)) are omitted.
+    `target` is the dotted name of the class. Keywords of base classes are included. A default is known only if it is a
+    literal in the source text, such as 0.5, None or (1, 2). All other keywords are omitted.
     """
     module, _, name = target.rpartition(".")
     place = _definition(module, name, DEPTH)

@@ -203,7 +203,7 @@ class _Mutual(torch.autograd.Function):
 
 
 def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield the blocks on and above the diagonal of the matrix of logits, as (rows, columns, logits of the block).
+    """Yield the blocks on and above the diagonal of a matrix of logits, as (slice of rows, slice of columns, block).
 
     `rows` (2N, D) are unit rows, and the logits are their cosine similarities divided by `temperature`. The logits of a
     row with itself and with its positive (row i with row N + i) are -inf.
