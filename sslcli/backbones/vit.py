@@ -256,7 +256,10 @@ class VisionTransformer(Backbone):
 def check_values(
     image_size: int, patch_size: int, width: int, num_heads: int, mlp_ratio: float, pool: str, drop_path: float
 ) -> None:
-    """Raise ValueError if arguments are incompatible or out of range. The message states what to change."""
+    """Raise ValueError if arguments of `VisionTransformer` are incompatible or out of range.
+
+    The message states what to change.
+    """
     if image_size % patch_size:
         divisors = [size for size in range(2, image_size // 2 + 1) if image_size % size == 0]
         raise ValueError(

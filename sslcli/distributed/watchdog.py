@@ -195,7 +195,8 @@ def watch_ranks(
 
     If no process makes progress for `limit` seconds, call `end(message)`. This time is the number of checks times the
     interval between checks. It is not measured by a clock, because a clock would also count the time in which this
-    process or its machine was suspended. The function returns when the event `closing` is set.
+    process or its machine was suspended. The function returns when the event `closing` is set. For the other arguments,
+    see `watched`.
     """
     interval = min(limit / CHECKS, SLOWEST)
     still, beats, before = 0.0, 0, _own.actions

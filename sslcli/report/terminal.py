@@ -118,9 +118,10 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print a warning of Python's `warnings` with unsafe characters escaped. Replaces `warnings.showwarning`.
+    """Print a warning of Python's `warnings` with unsafe characters escaped.
 
-    Warnings of sslcli are for users, so they are printed without the line of code.
+    This function replaces `warnings.showwarning` and has the same arguments. Warnings of sslcli are for users, so they
+    are printed without the line of code.
     """
     if category is UserWarning and Path(filename).is_relative_to(PACKAGE):
         text = f"warning: {printable(message)}\n"

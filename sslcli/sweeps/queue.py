@@ -306,9 +306,10 @@ def claim_slot(
 
 
 def _start_next(pending: PendingJobs, slots: list[Slot] | None, relay: Relay, *, quiet: bool) -> bool:
-    """If a slot is free, start the first job that must run and that no other process runs.
+    """If a slot is free, start the first job in `pending` that must run and that no other process runs.
 
-    Return True if a job was started.
+    The job is added to the running jobs of `relay`. If `quiet` is True, it prints into its log file. Return True if a
+    job was started.
     """
     claimed = claim_slot(pending.sweep, slots, used=[one.slot for one in relay.running])
     if claimed is None:
@@ -346,7 +347,10 @@ def _start(sweep: Sweep, job: Job, slot: Slot, job_lock: IO[str], *, quiet: bool
 
 
 def _end(sweep: Sweep, one: Running, *, quiet: bool) -> int:
-    """Record the end of a job, release its locks, update the table of results, and return the exit code of the job."""
+    """Record the end of the job `one`, release its locks, update the table of results, and return its exit code.
+
+    If `quiet` is True, print a line with the status and the metric of the job.
+    """
     code = one.process.wait()
     record_end(sweep, one.job, code)
     for file in one.locks:
