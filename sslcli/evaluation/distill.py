@@ -150,7 +150,8 @@ class Distill(Recipe):
 
     def labeled(self, teacher: FineTuned, task: Task) -> Generator[Batch, None, None]:
         """Yield one batch of the teacher's labeled images per training step (`self.steps` batches)."""
-        loader = batches(task, teacher.positions, self, seed=self.seed + 1)
+        views = self.views(task)
+        loader = batches(task, teacher.positions, views, batch_size=self.batch_size, seed=self.seed + 1)
         with closing(loader.steps(0, self.steps)) as steps:
             for (batch,) in steps:
                 yield batch

@@ -24,9 +24,8 @@ from torch import Tensor
 from sslcli.engine.precision import DTYPES, resolve
 from sslcli.evaluation.base import FeatureProtocol, OnProgress, ignore_progress
 from sslcli.evaluation.features import FeatureSet
-from sslcli.evaluation.result import accuracy, bootstrap_interval, label_rank, top5
-
-Heads = tuple[Tensor, Tensor]  # weights (d, G*C) and biases (G*C,) of all heads
+from sslcli.evaluation.heads import Heads, SgdHeads, cross_entropy_gradient, score
+from sslcli.evaluation.result import accuracy, bootstrap_interval, top5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,50 +83,32 @@ def fit_sgd(
 ) -> Heads:
     """Train one head per pair (lrs[g], weight_decays[g]) on x (n, d) and y (n,). All heads use the same batches.
 
-    Weights are initialized with zeros. The loss is softmax cross-entropy, and the optimizer is SGD with momentum. A
-    cosine schedule, updated at every step, decreases the learning rate to 0. Biases have no weight decay. A head that
-    diverges to NaN does not affect the other heads. The result is deterministic for a given seed. Matrix products are
+    The loss is softmax cross-entropy, and the optimizer is SGD with momentum (`SgdHeads`). A cosine schedule, updated
+    at every step, decreases the learning rate to 0. The result is deterministic for a given seed. Matrix products are
     computed in the dtype of x, which may have 16 bits. Weights and their updates are accumulated in 32 bits.
     `on_progress(1)` is called after each epoch.
     """
     n, d = x.shape
-    # All matrices are transposed, with rows ordered by class, then head. In the usual layout, products with a narrow
-    # right matrix would take several times as long, and a softmax over ten adjacent elements would take longer than the
-    # products.
-    rows = num_classes * len(lrs)
     full = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = x.new_zeros(rows, d, dtype=full), x.new_zeros(rows, 1, dtype=full)
-    weight_step, bias_step = torch.zeros_like(weight), torch.zeros_like(bias)
-    lr = weight.new_tensor(lrs).repeat(num_classes)[:, None]
-    decay = weight.new_tensor(weight_decays).repeat(num_classes)[:, None]
+    heads = SgdHeads(
+        lrs=lrs,
+        weight_decays=weight_decays,
+        width=d,
+        num_classes=num_classes,
+        momentum=momentum,
+        device=x.device,
+        dtype=full,
+    )
     generator = torch.Generator().manual_seed(seed)
     total = epochs * math.ceil(n / batch_size)
     step = 0
     for _ in range(epochs):
         for index in torch.split(torch.randperm(n, generator=generator).to(x.device), batch_size):
-            images = x.index_select(0, index)
-            logits = (weight.to(x.dtype) @ images.T).to(weight.dtype).add_(bias)
-            error = _error(logits, y[index], num_classes)
             scale = 0.5 * (1 + math.cos(math.pi * step / total))
-            weight_step.mul_(momentum).add_(error.to(x.dtype) @ images).addcmul_(weight, decay)
-            bias_step.mul_(momentum).add_(error.sum(dim=1, keepdim=True))
-            weight.addcmul_(weight_step, lr, value=-scale)
-            bias.addcmul_(bias_step, lr, value=-scale)
+            heads.step(x.index_select(0, index), y[index], scale=scale)
             step += 1
         on_progress(1)
-    by_head = weight.view(num_classes, -1, d).permute(2, 1, 0)
-    return by_head.reshape(d, -1), bias.view(num_classes, -1).T.flatten()
-
-
-def _error(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return the gradient (C*G, b) of the mean cross-entropy over b images: (softmax - one-hot) / b.
-
-    `logits` is (C*G, b), and `labels` is (b,).
-    """
-    b = len(labels)
-    error = logits.view(num_classes, -1, b).softmax(dim=0)
-    error[labels, :, torch.arange(b, device=labels.device)] -= 1
-    return error.div_(b).view(-1, b)
+    return heads.heads()
 
 
 def fit_lbfgs(
@@ -160,7 +141,7 @@ def fit_lbfgs(
                 logits = torch.addmm(theta[:, -1:], weight, x.T)
                 penalty = weight.square().sum() / (2 * c * n)
                 loss = F.cross_entropy(logits[None], y[None]) + penalty
-                error = _error(logits, y, num_classes)
+                error = cross_entropy_gradient(logits, y, num_classes)
                 assert theta.grad is not None
                 theta.grad[:, :-1] = (error @ x).add_(weight, alpha=1 / (c * n))
                 theta.grad[:, -1] = error.sum(dim=1)
@@ -171,25 +152,6 @@ def fit_lbfgs(
         on_progress(1)
     heads = torch.cat([found[c] for c in cs]).T
     return heads[:-1].contiguous(), heads[-1].contiguous()
-
-
-@torch.no_grad()
-def score(x: Tensor, y: Tensor, heads: Heads, *, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return the rank of the true class (G, m) int64, see `label_rank`, and the mean cross-entropy (G,) on x (m, d).
-
-    A row with NaN or infinite logits counts as wrong. A NaN or infinite loss is replaced by the largest float.
-    """
-    weight, bias = heads
-    count = len(bias) // num_classes
-    chunk = max(1, (1 << 22) // len(bias))  # at most 16 MiB of logits, for cache locality
-    places, losses = [], x.new_zeros(count)
-    for rows, labels in zip(torch.split(x, chunk), torch.split(y, chunk), strict=True):
-        logits = torch.addmm(bias, rows, weight).view(-1, num_classes)  # (m*G, C)
-        repeated = labels.repeat_interleave(count)
-        loss = F.cross_entropy(logits, repeated, reduction="none").view(-1, count)
-        losses += loss.sum(dim=0)
-        places.append(label_rank(logits, repeated).view(-1, count))
-    return torch.cat(places).T, (losses / len(x)).nan_to_num(nan=torch.finfo(losses.dtype).max)
 
 
 @dataclass(frozen=True, kw_only=True)

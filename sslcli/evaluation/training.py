@@ -96,9 +96,7 @@ class Recipe(Protocol):
 
     def views(self, task: Task) -> Views:
         """Return the training augmentation with the color space and normalization of pre-training."""
-        views = copy.copy(task.views)
-        views.entries = views.views = [self.view()]
-        return views
+        return views_of(task, self.view())
 
     def solver(self, classifier: Classifier, *, lr: float) -> Optimizer:
         """Return the optimizer for the parameters of all levels of a classifier."""
@@ -120,14 +118,21 @@ class Recipe(Protocol):
         return {"seed": self.seed, "train_transform": self.view().describe()}
 
 
-def batches(task: Task, positions: Tensor, recipe: Recipe, *, seed: int) -> Loader:
+def views_of(task: Task, view: View) -> Views:
+    """Return the augmentation `view` with the color space and normalization of pre-training."""
+    views = copy.copy(task.views)
+    views.entries = views.views = [view]
+    return views
+
+
+def batches(task: Task, positions: Tensor, views: Views, *, batch_size: int, seed: int) -> Loader:
     """Return the loader of training batches of the images at `positions` (n,). The batch size is at most n."""
     part = copy.copy(task.source)
     part.splits, part.weights = {"train": positions}, None
     part.mean, part.std = tuple(task.mean), tuple(task.std)
     part.workers = part.workers if task.workers is None else task.workers
-    size = min(recipe.batch_size, len(positions))
-    return Loader(part, recipe.views(task), batch_size=size, accumulate=1, seed=seed, device=task.device)
+    size = min(batch_size, len(positions))
+    return Loader(part, views, batch_size=size, accumulate=1, seed=seed, device=task.device)
 
 
 def cross_entropy(classifier: Classifier, batch: Batch) -> Tensor:
@@ -157,7 +162,7 @@ def fit(
     scaler = precision.grad_scaler(task.device, task.precision)
     set_mode(classifier, batch_norm=recipe.batch_norm)
     warmup = round(recipe.warmup * recipe.steps)
-    loader = batches(task, positions, recipe, seed=seed)
+    loader = batches(task, positions, recipe.views(task), batch_size=recipe.batch_size, seed=seed)
     with (
         torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []),
         closing(loader.steps(0, recipe.steps)) as steps,

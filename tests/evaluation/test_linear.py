@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from sslcli.evaluation.features import FeatureSet
-from sslcli.evaluation.linear import Linear, Standardize, fit_lbfgs, fit_sgd, score
+from sslcli.evaluation.heads import score
+from sslcli.evaluation.linear import Linear, Standardize, fit_lbfgs, fit_sgd
 
 SOLVERS = ["sgd", "lbfgs"]
 

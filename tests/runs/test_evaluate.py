@@ -24,15 +24,15 @@ from sslcli.system import atomic
 FAST = ["protocol.epochs=2", "protocol.lrs=[0.1,1.0]", "protocol.weight_decays=[0.0,1e-4]"]
 
 
-@pytest.mark.parametrize("protocol", ["linear", "finetune", "utility"])
+@pytest.mark.parametrize("protocol", ["linear", "linear_sgd", "finetune", "utility"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)])
 def test_an_evaluation_that_a_signal_stops_says_so_and_can_be_started_again(
     protocol: str, number: signal.Signals, code: int, trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started to ignore it
     handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
-    line = [f"run={trained}", f"protocol={protocol}", *(FAST if protocol == "linear" else QUICK)]
-    line += ["protocol.seeds=1", "protocol.points=2"] if protocol == "utility" else []
+    settings = {"linear": FAST, "linear_sgd": FAST[:2], "utility": [*QUICK, "protocol.seeds=1", "protocol.points=2"]}
+    line = [f"run={trained}", f"protocol={protocol}", *settings.get(protocol, QUICK)]
     at = ("sslcli.evaluation.linear.fit_sgd", "sslcli.evaluation.training.Progress.__call__")[protocol != "linear"]
 
     def killed(*_: object, **__: object) -> None:
@@ -51,7 +51,7 @@ def test_an_evaluation_that_a_signal_stops_says_so_and_can_be_started_again(
     ended = cli("ssl-eval", *line)
     assert (ended.code, ended.err, left) == (0, "", [])
     assert "features, trained" not in ended.out
-    name = "utility_2-points" if protocol == "utility" else protocol
+    name = {"utility": "utility_2-points", "linear_sgd": "linear_sgd_epochs-2"}.get(protocol, protocol)
     assert result(trained / "eval", name)["protocol"] == protocol
 
 

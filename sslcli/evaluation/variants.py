@@ -1,0 +1,32 @@
+"""Suffixes of result names: the settings of a protocol that change the measured quantity.
+
+Two results have the same name only if they estimate the same quantity: the accuracy of the same kind of classifier,
+trained from the same weights and layer, on the same labeled images, for the same number of steps or epochs, and
+measured on the same images. Settings that only change how the optimum is searched (learning rates, optimizer, weight
+decay, solver, batch size, crops), how fast, or how the interval is computed are not part of the name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def suffix(settings: object, defaults: Mapping[str, Any]) -> str:
+    """Return the settings that differ from `defaults`, joined by underscores, as in "steps-1000_warm-start".
+
+    Args:
+        settings: object with the settings as attributes, such as a protocol.
+        defaults: the settings that belong in the name, in order, with the values of the yaml file.
+    """
+    found = ((name, getattr(settings, name)) for name in defaults)
+    return "_".join(written(name, value) for name, value in found if value != defaults[name])
+
+
+def written(name: str, value: object) -> str:
+    """Return a setting as part of a file name: "steps-1000", "lr-0.1", "warm-start", "no-warm-start"."""
+    readable = name.replace("_", "-")
+    if isinstance(value, bool):
+        return readable if value else f"no-{readable}"
+    text = f"{value:.10g}" if isinstance(value, float) else str(value).replace("_", "-")
+    return f"{readable}-{text}"
