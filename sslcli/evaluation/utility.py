@@ -7,7 +7,20 @@ training from scratch:
     n_hat(n) = smallest number of labels with A_s >= A_p(n)         U(n) = n_hat(n) / n - 1
 
 A utility of 0 means no benefit. A utility of 1 means that training from scratch needs twice as many labels. A negative
-value means that pre-training reduces the accuracy. Yaml: conf/protocol/utility.yaml.
+value means that pre-training reduces the accuracy. Yaml: conf/protocol/utility.yaml. S is the number of seeds.
+
+There are two estimates of n_hat ("inversions"):
+
+- "linear" is that of the official code,
+  https://github.com/princeton-vl/selfstudy/blob/d07ec91/util/vis.py#L377-L394. The mean curve of training from scratch
+  is interpolated linearly in n. n_hat is computed for each seed of A_p, and the utility is the mean over the seeds.
+- "log" interpolates linearly in ln n, after the mean curve was made non-decreasing (isotonic regression). n_hat is
+  computed once, for the mean of A_p over the seeds.
+
+Departures of "linear" from the official code: a seed whose accuracy is outside of the measured curve gives a bound (the
+official code sets n_hat to 0 below the curve and to -1 above). All counts are reported, those above the curve as bounds
+(the official code ends there with the point that `crossing` returns). 1 is subtracted from the utility of this point as
+well.
 """
 
 from __future__ import annotations
@@ -16,7 +29,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,6 +38,7 @@ from sslcli.evaluation.finetune import Tuned
 from sslcli.evaluation.result import bootstrap_runs
 from sslcli.evaluation.subsets import log_spaced, subset
 from sslcli.evaluation.task import Start, Task
+from sslcli.evaluation.variants import suffix
 from sslcli.report.console import Progress
 from sslcli.report.svg_plot import curves
 
@@ -49,8 +63,8 @@ def isotonic(values: Sequence[float], weights: Sequence[float] | None = None) ->
 class Need:
     """Number of labels that training from scratch needs to reach an accuracy.
 
-    If `bound` is "lower" or "upper", `labels` is only a lower or an upper bound of this number. If `bound` is None,
-    `labels` is the number itself.
+    If `bound` is "lower" or "upper", `labels` is only a lower or an upper bound of this number. If `bound` is "mixed",
+    `labels` is a mean of lower and upper bounds. If `bound` is None, `labels` is the number itself.
     """
 
     labels: float
@@ -85,14 +99,82 @@ def utilities(counts: Sequence[int], trained: Sequence[float], scratch: Sequence
     return [(need.labels / n - 1, need) for n, need in zip(counts, needs, strict=True)]
 
 
+def needed_linear(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> Need:
+    """Return the number of labels with which training from scratch reaches `accuracy`, interpolated linearly in n.
+
+    `scratch` contains the accuracy of training from scratch at each of `counts`. It may decrease. The first count with
+    a larger accuracy than `accuracy` determines the interval of the interpolation, as in the official code. Outside of
+    the measured range, the result is a bound, as in `needed`.
+    """
+    best = max(scratch)
+    if accuracy >= best:
+        return Need(float(counts[-1]), "lower") if accuracy > best else Need(float(counts[scratch.index(best)]))
+    place = next(i for i, reached in enumerate(scratch) if reached > accuracy)
+    if place == 0:
+        return Need(float(counts[0]), "upper")
+    fraction = (accuracy - scratch[place - 1]) / (scratch[place] - scratch[place - 1])
+    return Need(counts[place - 1] + fraction * (counts[place] - counts[place - 1]))
+
+
+def utilities_by_seed(
+    counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor
+) -> list[tuple[float, Need, list[float]]]:
+    """Return U(n), the mean `Need`, and the utility of every seed, for each number of labels n in `counts`.
+
+    `trained` and `scratch` contain accuracies (counts, S). The curve of training from scratch is the mean over seeds.
+    """
+    curve = scratch.mean(1).tolist()
+    found = []
+    for n, accuracies in zip(counts, trained.tolist(), strict=True):
+        needs = [needed_linear(accuracy, counts, curve) for accuracy in accuracies]
+        bounds = {need.bound for need in needs} - {None}
+        need = Need(fmean(need.labels for need in needs), "mixed" if len(bounds) > 1 else next(iter(bounds), None))
+        found.append((need.labels / n - 1, need, [need.labels / n - 1 for need in needs]))
+    return found
+
+
+def crossing(counts: Sequence[int], trained: Sequence[float], scratch: Sequence[float]) -> dict[str, float] | None:
+    """Return the number of labels with which fine-tuning reaches the best accuracy of scratch, and the utility there.
+
+    `trained` and `scratch` contain the mean accuracies at each of `counts`. `trained` is interpolated linearly in n,
+    from accuracy 0 with 0 labels. Returns None if fine-tuning does not exceed the best accuracy of scratch.
+    """
+    best = max(scratch)
+    place = next((i for i, accuracy in enumerate(trained) if accuracy > best), None)
+    if place is None:
+        return None
+    low, accuracy = (0, 0.0) if place == 0 else (counts[place - 1], trained[place - 1])
+    labels = low + (counts[place] - low) * (best - accuracy) / (trained[place] - accuracy)
+    return {"labels": labels, "utility": counts[scratch.index(best)] / labels - 1}
+
+
+def linear_inversion(counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor) -> list[tuple[float, Need]]:
+    """Return U(n) and the `Need` of the inversion "linear" for accuracies (counts, S)."""
+    return [(value, need) for value, need, _ in utilities_by_seed(counts, trained, scratch)]
+
+
+def log_inversion(counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor) -> list[tuple[float, Need]]:
+    """Return U(n) and the `Need` of the inversion "log" for accuracies (counts, S)."""
+    return utilities(counts, trained.mean(1).tolist(), scratch.mean(1).tolist())
+
+
+INVERSIONS = {"linear": linear_inversion, "log": log_inversion}
+
+
 def bootstrap_utilities(
-    counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor, *, seed: int, resamples: int
+    counts: Sequence[int],
+    trained: torch.Tensor,
+    scratch: torch.Tensor,
+    *,
+    seed: int,
+    resamples: int,
+    inversion: str = "log",
 ) -> list[list[float | None]]:
     """Return a 95 % bootstrap interval [low, high] of the utility at each of `counts`.
 
     `trained` and `scratch` contain accuracies (counts, seeds). The seeds are resampled. Each resample uses the same
     seeds for `trained` and `scratch`, because a seed determines which images are labeled. In some resamples, only a
-    lower bound of the utility is known (see `needed`). If this is the case in more than 2.5 % of the resamples, `high`
+    lower bound of the utility is known (see `Need`). If this is the case in more than 2.5 % of the resamples, `high`
     is None.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -100,13 +182,12 @@ def bootstrap_utilities(
     drawn: list[list[tuple[float, Need]]] = []
     for _ in range(resamples):
         chosen = torch.randint(seeds, (seeds,), generator=generator)
-        means = (part[:, chosen].mean(1).tolist() for part in (trained, scratch))
-        drawn.append(utilities(counts, *means))
+        drawn.append(INVERSIONS[inversion](counts, trained[:, chosen], scratch[:, chosen]))
     intervals: list[list[float | None]] = []
     for at_count in zip(*drawn, strict=True):
         values = torch.tensor([value for value, _ in at_count], dtype=torch.float64)
         low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        open_ended = sum(need.bound == "lower" for _, need in at_count) > 0.025 * resamples
+        open_ended = sum(need.bound in ("lower", "mixed") for _, need in at_count) > 0.025 * resamples
         intervals.append([low, None if open_ended else high])
     return intervals
 
@@ -119,21 +200,26 @@ class Utility(Tuned):
     learning rate grid. The sizes of the subsets are log-spaced.
     """
 
+    named: ClassVar[dict[str, Any]] = {"inversion": "log"}
+
     smallest: int = 90
     points: int = 4
     seeds: int = 3
+    inversion: str = "log"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.inversion not in INVERSIONS:
+            raise ValueError(f"inversion={self.inversion!r} is unknown: choose {' or '.join(INVERSIONS)}")
         log_spaced(self.smallest, self.smallest + 1, self.points)
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be at least 1: 3 to 5 are usual")
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with the smallest label count and the number of points. Default values are left out."""
+        """Return a suffix with the settings that differ from those of version 0.2, whose inversion was "log"."""
         smallest = f"from-{self.smallest}" if self.smallest != Utility.smallest else ""
         points = f"{self.points}-points" if self.points != Utility.points else ""
-        return "_".join(part for part in (smallest, points) if part)
+        return "_".join(part for part in (smallest, points, suffix(self, self.named)) if part)
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Evaluate both arms at every label count. Raises ValueError if the arm from scratch is missing."""
@@ -162,12 +248,15 @@ class Utility(Tuned):
         task.screen.stop()
         self.add_utilities(points)
         last = points[-1]
+        means = ([point[arm]["top1"] for point in points] for arm in ("trained", "random"))
         result = {
             "protocol": "utility",
             "split": data.reported()[0],
             "top1": last["trained"]["top1"],
             "interval": self.interval(places["trained"]),
+            "inversion": self.inversion,
             "curve": points,
+            "crossing": crossing([point["labels"] for point in points], *means),
             "n_train": last["labels"],
             "n_test": len(data.reported()[1]),
             "num_classes": data.num_classes,
@@ -185,9 +274,10 @@ class Utility(Tuned):
         runs = {
             arm: torch.tensor([p[arm]["runs"] for p in points], dtype=torch.float64) for arm in ("trained", "random")
         }
-        found = utilities(counts, runs["trained"].mean(1).tolist(), runs["random"].mean(1).tolist())
+        arms = runs["trained"], runs["random"]
+        found = INVERSIONS[self.inversion](counts, *arms)
         intervals = bootstrap_utilities(
-            counts, runs["trained"], runs["random"], seed=self.seed, resamples=self.resamples
+            counts, *arms, seed=self.seed, resamples=self.resamples, inversion=self.inversion
         )
         for point, (value, need), interval in zip(points, found, intervals, strict=True):
             point["utility"] = value
@@ -195,3 +285,6 @@ class Utility(Tuned):
             point["bound"] = need.bound
             point["censored"] = need.bound == "lower"
             point["utility_interval"] = interval
+        if self.inversion == "linear":
+            for point, (*_, values) in zip(points, utilities_by_seed(counts, *arms), strict=True):
+                point["utility_runs"] = values

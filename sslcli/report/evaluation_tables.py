@@ -63,7 +63,7 @@ def utility_table(curve: list[dict[str, Any]]) -> Table:
     the bound is marked.
     """
     table = Table("labels", SUBJECTS["random"], SUBJECTS["trained"], "utility: labels saved / labels")
-    prefixes = {None: "", "lower": "at least ", "upper": "at most "}
+    prefixes = {None: "", "lower": "at least ", "upper": "at most ", "mixed": "about "}
     for point in curve:
         numbers = (percent(point[arm]["top1"]) for arm in ("random", "trained"))
         table.add_row(f"{point['labels']:,}", *numbers, f"{prefixes[point['bound']]}{point['utility']:.2f}")

@@ -105,12 +105,14 @@ def test_few_labels_and_the_labels_saved_are_measured(trained: Path, cli: Cli) -
     line = ["protocol.smallest=20", "protocol.points=2", "protocol.seeds=1", "feature_layer=block3"]
     ended = cli("ssl-eval", f"run={trained}", "protocol=utility", *QUICK, *line)
     assert (ended.code, ended.err) == (0, "")
-    utility = result(trained / "eval", "utility_from-20_2-points_block3")
+    utility = result(trained / "eval", "utility_from-20_2-points_inversion-linear_block3")
     assert utility["feature_layer"] == "block3"
     assert [point["labels"] for point in utility["curve"]] == [19, 200]
     for point in utility["curve"]:
         assert f"{point['utility']:.2f} " in ended.out
-    assert (trained / "eval/utility_from-20_2-points_block3/utility.svg").read_text().startswith("<svg")
+    assert (
+        (trained / "eval/utility_from-20_2-points_inversion-linear_block3/utility.svg").read_text().startswith("<svg")
+    )
     ended = cli("ssl-eval", f"run={trained}", "protocol=utility", "baselines=false")
     assert ended.code == 2
     assert "baselines=true" in ended.err

@@ -11,7 +11,17 @@ import torch
 from sklearn.isotonic import IsotonicRegression
 
 from learnable import Colors, start_of, task_of
-from sslcli.evaluation.utility import Utility, bootstrap_utilities, isotonic, needed, utilities
+from sslcli.evaluation.utility import (
+    Need,
+    Utility,
+    bootstrap_utilities,
+    crossing,
+    isotonic,
+    needed,
+    needed_linear,
+    utilities,
+    utilities_by_seed,
+)
 from tiny import TinyNet
 
 COUNTS = [round(100 * 2 ** (k / 8)) for k in range(57)]  # 100 to 12,800, so dense that lines between are exact enough
@@ -91,14 +101,69 @@ def test_intervals_come_from_drawing_seeds_and_are_open_where_bounds_are() -> No
     )
 
 
+def official_x(counts: list[int], curve: list[float], y: float) -> float:
+    """The number of labels of the official code, https://github.com/princeton-vl/selfstudy util/vis.py."""
+    for place, reached in enumerate(curve):
+        if reached > y:
+            share = (y - curve[place - 1]) / (reached - curve[place - 1])
+            return counts[place - 1] + share * (counts[place] - counts[place - 1]) if place else 0.0
+    return -1.0
+
+
+def test_the_linear_inversion_equals_the_official_code_inside_the_curve() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = [100, 250, 1000, 4000, 20000]
+    base = (
+        torch.rand(5, 3, dtype=torch.float64, generator=generator) / 10 + torch.arange(5)[:, None] / 5
+    )  # may decrease
+    trained = base[:4] + torch.rand(4, 3, dtype=torch.float64, generator=generator) / 10
+    curve = base.mean(1).tolist()
+    compared = 0
+    for n, accuracies, (value, need, runs) in zip(
+        counts, trained.tolist(), utilities_by_seed(counts, torch.cat([trained, base[4:]]), base), strict=False
+    ):
+        official = [official_x(counts, curve, accuracy) / n - 1 for accuracy in accuracies]
+        inside = [curve[0] <= accuracy < max(curve) for accuracy in accuracies]
+        assert [one for one, known in zip(runs, inside, strict=True) if known] == pytest.approx(
+            [one for one, known in zip(official, inside, strict=True) if known]
+        )
+        if all(inside):
+            compared += 1
+            assert (value, need.bound) == (pytest.approx(sum(official) / 3), None)
+    assert compared >= 3
+
+
+def test_the_linear_inversion_takes_the_mean_of_the_seeds_and_marks_bounds() -> None:
+    counts = [10, 100, 1000]
+    base = torch.tensor([[0.2], [0.4], [0.6]], dtype=torch.float64)
+    trained = torch.tensor([[0.3, 0.5], [0.7, 0.5], [0.1, 0.7]], dtype=torch.float64)
+    (first, need, runs), (second, lower, _), (_, mixed, _) = utilities_by_seed(counts, trained, base)
+    assert runs == pytest.approx([4.5, 54.0])  # 55 and 550 labels
+    assert (first, need.bound) == (pytest.approx(29.25), None)
+    assert (second, lower.bound) == (pytest.approx((1000 + 550) / 2 / 100 - 1), "lower")
+    assert mixed == Need((10 + 1000) / 2, "mixed")
+    assert needed_linear(0.6, counts, [0.2, 0.4, 0.6]) == Need(1000.0)
+    assert needed_linear(0.1, counts, [0.2, 0.4, 0.6]) == Need(10.0, "upper")
+
+
+def test_the_crossing_is_where_fine_tuning_reaches_the_best_accuracy_of_scratch() -> None:
+    assert crossing([10, 100, 1000], [0.2, 0.5, 0.7], [0.1, 0.4, 0.6]) == {
+        "labels": pytest.approx(550.0),
+        "utility": pytest.approx(1000 / 550 - 1),
+    }
+    assert crossing([10, 100], [0.8, 0.9], [0.1, 0.4]) == {"labels": pytest.approx(5.0), "utility": pytest.approx(19.0)}
+    assert crossing([10, 100], [0.2, 0.4], [0.1, 0.4]) is None
+
+
 SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 8, "lrs": [0.5], "smallest": 6, "points": 3, "seeds": 2}
 
 
-def test_the_study_measures_both_arms_on_nested_subsets_and_draws_them() -> None:
+@pytest.mark.parametrize("inversion", ["linear", "log"])
+def test_the_study_measures_both_arms_on_nested_subsets_and_draws_them(inversion: str) -> None:
     task = task_of(Colors())
     torch.manual_seed(0)
     starts = {"trained": start_of(TinyNet(), task), "random": start_of(TinyNet(), task)}
-    found = Utility(**SETTINGS, resamples=20)(starts, task)
+    found = Utility(**SETTINGS, resamples=20, inversion=inversion)(starts, task)
     curve = found.result["curve"]
     assert [point["labels"] for point in curve] == [6, 18, 60]
     for point in curve:
@@ -106,6 +171,8 @@ def test_the_study_measures_both_arms_on_nested_subsets_and_draws_them() -> None
             assert point[arm]["top1"] == pytest.approx(sum(point[arm]["runs"]) / 2)
         assert point["utility"] == pytest.approx(point["scratch_labels"] / point["labels"] - 1)
         assert point["censored"] == (point["bound"] == "lower")
+        if inversion == "linear":
+            assert point["utility"] == pytest.approx(sum(point["utility_runs"]) / 2)
     assert found.result["top1"] == curve[-1]["trained"]["top1"]
     assert ET.fromstring(found.files["utility.svg"]).tag.endswith("svg")
     with pytest.raises(ValueError, match="baselines=true"):
@@ -113,8 +180,19 @@ def test_the_study_measures_both_arms_on_nested_subsets_and_draws_them() -> None
 
 
 @pytest.mark.parametrize(
-    ("settings", "wanted"), [({"points": 1}, "points"), ({"smallest": 0}, "smallest"), ({"seeds": 0}, "seeds=0")]
+    ("settings", "wanted"),
+    [
+        ({"points": 1}, "points"),
+        ({"smallest": 0}, "smallest"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"inversion": "cubic"}, "choose linear or log"),
+    ],
 )
 def test_values_out_of_range_are_refused(settings: dict[str, Any], wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted):
         Utility(**settings)
+
+
+def test_results_of_the_earlier_inversion_keep_their_names() -> None:
+    assert Utility(inversion="log").variant({}) == ""
+    assert Utility(inversion="linear", smallest=20, points=2).variant({}) == "from-20_2-points_inversion-linear"

@@ -51,7 +51,7 @@ def test_an_evaluation_that_a_signal_stops_says_so_and_can_be_started_again(
     ended = cli("ssl-eval", *line)
     assert (ended.code, ended.err, left) == (0, "", [])
     assert "features, trained" not in ended.out
-    name = {"utility": "utility_2-points", "linear_sgd": "linear_sgd_epochs-2"}.get(protocol, protocol)
+    name = {"utility": "utility_2-points_inversion-linear", "linear_sgd": "linear_sgd_epochs-2"}.get(protocol, protocol)
     assert result(trained / "eval", name)["protocol"] == protocol
 
 
