@@ -246,7 +246,7 @@ def test_a_network_that_was_fine_tuned_by_the_old_version_can_be_the_teacher(cli
     distill = ["protocol=distill", "protocol.steps=2", "protocol.batch_size=20", "device=cpu", "baselines=false"]
     code, _, err = cli("ssl-eval", "run=run_vae", *distill)
     assert code == 0, err
-    assert read(run_dir / "eval" / "distill.json")["teacher"]["net"] == "finetune/net.pt"
+    assert read(run_dir / "eval" / "distill_steps-2.json")["teacher"]["net"] == "finetune/net.pt"
 
 
 def test_the_jobs_of_an_old_sweep_are_finished(cli: Cli) -> None:

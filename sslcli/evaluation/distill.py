@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,8 @@ class Distill(Recipe):
     teacher, for the same number of steps as the distilled student.
     """
 
+    named: ClassVar[dict[str, Any]] = {"alpha": 1.0, "steps": 600, "batch_norm": "train", "seed": 0}
+
     teacher: str = "finetune"
     student: nn.Module | None = None
     lr: float = 0.1
@@ -72,11 +74,13 @@ class Distill(Recipe):
             raise ValueError(f"alpha={self.alpha} must be above 0 and at most 1; 1 uses no labels")
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return the class name of `student` with a digest of its layers, or "" if the student is the run's network."""
-        if self.student is None:
-            return ""
+        """Return a suffix with the student, unless it is the run's network, and the settings of `named`.
+
+        The student is its class name and a digest of its layers.
+        """
         digest = hashlib.sha256(repr(self.student).encode()).hexdigest()[:6]
-        return f"student-{type(self.student).__name__}-{digest}"
+        student = "" if self.student is None else f"student-{type(self.student).__name__}-{digest}"
+        return "_".join(part for part in (student, super().variant(monitor)) if part)
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Distill the teacher into a copy of the run's network.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -169,6 +169,8 @@ class Tuned(Recipe):
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Tuned):
     """The protocol `finetune`: all labels of the training split."""
+
+    named: ClassVar[dict[str, Any]] = {"steps": 350, "warm_start": False, "batch_norm": "train", "seed": 0}
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Fine-tune from each start: "trained", and "random" if `starts` contains it."""

@@ -13,7 +13,7 @@ Yaml: conf/protocol/linear.yaml. Sizes: n images, d dimensions, C classes, G hyp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from sslcli.evaluation.base import FeatureProtocol, OnProgress, ignore_progress
 from sslcli.evaluation.features import FeatureSet
 from sslcli.evaluation.heads import Heads, SgdHeads, cross_entropy_gradient, score
 from sslcli.evaluation.result import accuracy, bootstrap_interval, top5
+from sslcli.evaluation.variants import suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +166,7 @@ class Linear(FeatureProtocol):
 
     title: ClassVar[str] = "linear probe"
     trains_on_val: ClassVar[bool] = True
+    named: ClassVar[dict[str, Any]] = {"seed": 0}
     solver: str = "sgd"
     lrs: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     weight_decays: Sequence[float] = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
@@ -191,6 +193,10 @@ class Linear(FeatureProtocol):
             raise ValueError(f"momentum={self.momentum} must be in [0, 1): 0.9 is usual")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be between 0 and 1: 0.1 is usual")
+
+    def variant(self, monitor: Mapping[str, Any]) -> str:
+        """Return a suffix with the seed, unless it is 0."""
+        return suffix(self, self.named)
 
     @property
     def progress_units(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ class Semi(Tuned):
 
     Set either `fraction`, the fraction of the labels of each class, or `labels_per_class`, and leave the other null.
     """
+
+    named: ClassVar[dict[str, Any]] = {
+        "seeds": 3,
+        "seed": 0,
+        "steps": 150,
+        "warm_start": False,
+        "batch_norm": "train",
+    }
 
     fraction: float | None = 0.01
     labels_per_class: int | None = None
@@ -53,12 +61,13 @@ class Semi(Tuned):
         return None if self.labels_per_class is not None else self.fraction
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with the number of labels per class, or the percentage of labels."""
-        return (
+        """Return a suffix with the labels per class or the percentage of labels, and the settings of `named`."""
+        labels = (
             f"{self.labels_per_class}-per-class"
             if self.label_fraction is None
             else f"{100 * self.label_fraction:.10g}pct"
         )
+        return "_".join(part for part in (labels, super().variant(monitor)) if part)
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Train from each start. All starts use the same label subsets."""

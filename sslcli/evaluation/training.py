@@ -10,10 +10,10 @@ bit-identical results.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from sslcli.evaluation.linear import Linear
 from sslcli.evaluation.network import Classifier, parameter_groups, set_mode
 from sslcli.evaluation.result import accuracy, bootstrap_interval, top5
 from sslcli.evaluation.task import Task
+from sslcli.evaluation.variants import suffix
 from sslcli.methods.base import Batch
 from sslcli.nn import schedule
 from sslcli.nn.modes import evaluating
@@ -45,7 +46,14 @@ Loss = Callable[[Classifier, Batch], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Protocol):
-    """Base class of protocols that train, with their hyperparameters. Raises ValueError if a value is out of range."""
+    """Base class of protocols that train, with their hyperparameters. Raises ValueError if a value is out of range.
+
+    Attributes:
+        named: the settings that are part of the result's name, see `sslcli.evaluation.variants`, with the values of the
+            yaml file. A setting with this value is left out of the name.
+    """
+
+    named: ClassVar[dict[str, Any]] = {}
 
     optimizer: str = "sgd"
     weight_decay: float = 0.0
@@ -88,6 +96,10 @@ class Recipe(Protocol):
         if feature_layer == layers.BANK:
             raise ConfigError("feature_layer is 'bank', which cannot be trained: use protocol=knn or linear")
         return feature_layer, layers.BACKBONE
+
+    def variant(self, monitor: Mapping[str, Any]) -> str:
+        """Return a suffix with the settings of `named` that have another value."""
+        return suffix(self, self.named)
 
     def view(self) -> View:
         """Return the training augmentation."""

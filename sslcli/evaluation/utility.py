@@ -38,7 +38,6 @@ from sslcli.evaluation.finetune import Tuned
 from sslcli.evaluation.result import bootstrap_runs
 from sslcli.evaluation.subsets import log_spaced, subset
 from sslcli.evaluation.task import Start, Task
-from sslcli.evaluation.variants import suffix
 from sslcli.report.console import Progress
 from sslcli.report.svg_plot import curves
 
@@ -200,7 +199,14 @@ class Utility(Tuned):
     learning rate grid. The sizes of the subsets are log-spaced.
     """
 
-    named: ClassVar[dict[str, Any]] = {"inversion": "log"}
+    named: ClassVar[dict[str, Any]] = {
+        "seeds": 3,
+        "seed": 0,
+        "steps": 100,
+        "warm_start": False,
+        "batch_norm": "train",
+        "inversion": "log",  # not the value of the yaml file: results of version 0.2 are of "log"
+    }
 
     smallest: int = 90
     points: int = 4
@@ -219,7 +225,7 @@ class Utility(Tuned):
         """Return a suffix with the settings that differ from those of version 0.2, whose inversion was "log"."""
         smallest = f"from-{self.smallest}" if self.smallest != Utility.smallest else ""
         points = f"{self.points}-points" if self.points != Utility.points else ""
-        return "_".join(part for part in (smallest, points, suffix(self, self.named)) if part)
+        return "_".join(part for part in (smallest, points, super().variant(monitor)) if part)
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Evaluate both arms at every label count. Raises ValueError if the arm from scratch is missing."""

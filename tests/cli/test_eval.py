@@ -98,20 +98,22 @@ QUICK = ["protocol.steps=2", "protocol.batch_size=16", "protocol.lrs=[0.02,0.1]"
 def test_few_labels_and_the_labels_saved_are_measured(trained: Path, cli: Cli) -> None:
     ended = cli("ssl-eval", f"run={trained}", "protocol=semi", *QUICK, "protocol.labels_per_class=2")
     assert (ended.code, ended.err) == (0, "")
-    semi = result(trained / "eval", "semi_2-per-class")
+    semi = result(trained / "eval", "semi_2-per-class_steps-2")
     assert (semi["n_train"], len(semi["runs"]), semi["protocol_settings"]["labels_per_class"]) == (20, 3, 2)
     probed = f"linear probe of the same 20 labels: trained {100 * semi['linear']['top1']:.1f} %"
     assert probed in ended.out
     line = ["protocol.smallest=20", "protocol.points=2", "protocol.seeds=1", "feature_layer=block3"]
     ended = cli("ssl-eval", f"run={trained}", "protocol=utility", *QUICK, *line)
     assert (ended.code, ended.err) == (0, "")
-    utility = result(trained / "eval", "utility_from-20_2-points_inversion-linear_block3")
+    utility = result(trained / "eval", "utility_from-20_2-points_seeds-1_steps-2_inversion-linear_block3")
     assert utility["feature_layer"] == "block3"
     assert [point["labels"] for point in utility["curve"]] == [19, 200]
     for point in utility["curve"]:
         assert f"{point['utility']:.2f} " in ended.out
     assert (
-        (trained / "eval/utility_from-20_2-points_inversion-linear_block3/utility.svg").read_text().startswith("<svg")
+        (trained / "eval/utility_from-20_2-points_seeds-1_steps-2_inversion-linear_block3/utility.svg")
+        .read_text()
+        .startswith("<svg")
     )
     ended = cli("ssl-eval", f"run={trained}", "protocol=utility", "baselines=false")
     assert ended.code == 2

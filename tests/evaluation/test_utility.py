@@ -194,5 +194,7 @@ def test_values_out_of_range_are_refused(settings: dict[str, Any], wanted: str) 
 
 
 def test_results_of_the_earlier_inversion_keep_their_names() -> None:
-    assert Utility(inversion="log").variant({}) == ""
-    assert Utility(inversion="linear", smallest=20, points=2).variant({}) == "from-20_2-points_inversion-linear"
+    assert Utility(inversion="log", steps=100).variant({}) == ""
+    assert (
+        Utility(inversion="linear", steps=100, smallest=20, points=2).variant({}) == "from-20_2-points_inversion-linear"
+    )

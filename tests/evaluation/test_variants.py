@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
+from sslcli.evaluation.base import Protocol
+from sslcli.evaluation.distill import Distill
+from sslcli.evaluation.finetune import Finetune
+from sslcli.evaluation.linear import Linear
 from sslcli.evaluation.linear_sgd import LinearSgd
+from sslcli.evaluation.semi import Semi
+from sslcli.evaluation.utility import Utility
 from sslcli.evaluation.variants import suffix, written
 
 
@@ -34,7 +40,40 @@ def test_how_a_setting_is_written(name: str, value: object, text: str) -> None:
     assert written(name, value) == text
 
 
-@pytest.mark.parametrize(("name", "named"), [("linear_sgd", LinearSgd.named)])
-def test_the_defaults_are_those_of_the_yaml_file(name: str, named: dict[str, Any]) -> None:
+PROTOCOLS = {
+    "linear": Linear,
+    "linear_sgd": LinearSgd,
+    "finetune": Finetune,
+    "semi": Semi,
+    "distill": Distill,
+    "utility": Utility,
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_the_defaults_are_those_of_the_yaml_file(name: str) -> None:
     settings = yaml.safe_load((Path(__file__).parents[2] / f"conf/protocol/{name}.yaml").read_text())
-    assert {key: settings[key] for key in named} == named
+    named = PROTOCOLS[name].named
+    expected = {key: settings[key] for key in named}
+    if name == "utility":
+        assert expected.pop("inversion") == "linear"
+        named = {key: value for key, value in named.items() if key != "inversion"}
+    assert expected == named
+
+
+OTHER: dict[str, Any] = {"steps": 7, "batch_norm": "eval", "seed": 2}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "name"),
+    [
+        (Linear(seed=2, lrs=[1.0], solver="lbfgs"), "seed-2"),
+        (Finetune(**OTHER, lrs=[0.5], warm_start=True), "steps-7_warm-start_batch-norm-eval_seed-2"),
+        (Semi(**OTHER, seeds=5), "1pct_seeds-5_seed-2_steps-7_batch-norm-eval"),
+        (Semi(labels_per_class=4, steps=150), "4-per-class"),
+        (Distill(**OTHER, alpha=0.5, lr=1.0), "alpha-0.5_steps-7_batch-norm-eval_seed-2"),
+        (Utility(steps=100, seeds=5, points=8), "8-points_seeds-5"),
+    ],
+)
+def test_settings_that_change_the_quantity_are_in_the_name(protocol: Protocol, name: str) -> None:
+    assert protocol.variant({}) == name

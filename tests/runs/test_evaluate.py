@@ -51,8 +51,13 @@ def test_an_evaluation_that_a_signal_stops_says_so_and_can_be_started_again(
     ended = cli("ssl-eval", *line)
     assert (ended.code, ended.err, left) == (0, "", [])
     assert "features, trained" not in ended.out
-    name = {"utility": "utility_2-points_inversion-linear", "linear_sgd": "linear_sgd_epochs-2"}.get(protocol, protocol)
-    assert result(trained / "eval", name)["protocol"] == protocol
+    name = {
+        "linear": "linear",
+        "linear_sgd": "linear_sgd_epochs-2",
+        "finetune": "finetune_steps-2",
+        "utility": "utility_2-points_seeds-1_steps-2_inversion-linear",
+    }
+    assert result(trained / "eval", name[protocol])["protocol"] == protocol
 
 
 QUICK = ["protocol.steps=2", "protocol.batch_size=16", "protocol.lrs=[0.02,0.1]"]

@@ -63,24 +63,25 @@ def test_what_makes_numbers_incomparable_is_in_the_name_of_the_result(trained: P
     names = {"knn", "knn_k-3", "knn_temperature-0.1", "knn_step-3"}
     for extra in (["protocol.fraction=0.05"], ["protocol.labels_per_class=2"], ["protocol.fraction=0.1"]):
         assert cli("ssl-eval", *line, "protocol=semi", *QUICK, "protocol.seeds=1", *extra).code == 0
-    semi = {"semi_5pct", "semi_2-per-class", "semi_10pct"}
+    semi = {f"semi_{labels}_seeds-1_steps-2" for labels in ("5pct", "2-per-class", "10pct")}
     assert {path.stem for path in results_dir.glob("*.json")} == names | semi
     assert {path.parent.name for path in results_dir.glob("*/net.pt")} == semi
-    assert result(results_dir, "semi_5pct")["measured"] == "semi_5pct"
+    few = "semi_5pct_seeds-1_steps-2"
+    assert result(results_dir, few)["measured"] == few
 
     distill = [*line, "protocol=distill", "protocol.steps=2"]
     ended = cli("ssl-eval", *distill, "protocol.teacher=semi")
     assert ended.code == 2
-    assert "protocol.teacher is 'semi', which matches several: semi_10pct, semi_2-per-class, semi_5pct" in ended.err
+    assert f"protocol.teacher is 'semi', which matches several: {', '.join(sorted(semi))}" in ended.err
     assert cli("ssl-eval", *distill, "protocol.teacher=semi_5pct").code == 0
-    taught = result(results_dir, "distill_semi_5pct")["teacher"]
-    assert (taught["measured"], taught["net"]) == ("semi_5pct", "semi_5pct/net.pt")
-    for name in ("semi_10pct", "semi_2-per-class"):
+    taught = result(results_dir, f"distill_{few}_steps-2")["teacher"]
+    assert (taught["measured"], taught["net"]) == (few, f"{few}/net.pt")
+    for name in semi - {few}:
         (results_dir / f"{name}.json").unlink()
     student = "protocol.student={_target_: sslcli.backbones.small.Small, image_size: 32, width: 4}"
     ended = cli("ssl-eval", *distill, "protocol.teacher=semi", student)
     assert (ended.code, ended.err) == (0, "")
-    assert result(results_dir, "distill_semi_5pct_student-Small-??????")["student"] == "Small"
+    assert result(results_dir, f"distill_{few}_student-Small-??????_steps-2")["student"] == "Small"
 
 
 def test_images_cut_short_are_named_and_left_out_up_to_a_share(trained: Path, cli: Cli, tmp_path: Path) -> None:

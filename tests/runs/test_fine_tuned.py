@@ -27,7 +27,7 @@ def test_a_fine_tuned_net_is_kept_and_teaches_a_student(trained: Path, cli: Cli)
     checkpoint = (trained / "checkpoints/step-00000003.pt").read_bytes()
     ended = cli("ssl-eval", f"run={trained}", "protocol=finetune", *QUICK)
     assert (ended.code, ended.err) == (0, "")
-    tuned = result(trained / "eval", "finetune")
+    tuned = result(trained / "eval", "finetune_steps-2")
     assert (trained / "checkpoints/step-00000003.pt").read_bytes() == checkpoint
     kept = trained / "eval" / tuned["net"]
     assert tuned["net_sha256"] == hashlib.sha256(kept.read_bytes()).hexdigest()
@@ -37,10 +37,10 @@ def test_a_fine_tuned_net_is_kept_and_teaches_a_student(trained: Path, cli: Cli)
     for arm in (tuned, tuned["baselines"]["random"]):
         assert f"{100 * arm['top1']:.1f} %" in ended.out
     student = "protocol.student={_target_: sslcli.backbones.small.Small, image_size: 32, width: 4}"
-    for extra, name in (([], "distill"), ([student], "distill_student-Small-??????")):
+    for extra, name in (([], ""), ([student], "_student-Small-??????")):
         ended = cli("ssl-eval", *line, *extra)
         assert (ended.code, ended.err) == (0, "")
-        taught = result(trained / "eval", name)
+        taught = result(trained / "eval", f"distill_finetune_steps-2{name}_steps-2")
         assert taught["teacher"]["sha256"] == tuned["net_sha256"]
         assert taught["teacher"]["top1"] == tuned["top1"]
         assert f"teacher (200 labels): {100 * tuned['top1']:.1f} %" in ended.out
@@ -50,11 +50,11 @@ def test_a_fine_tuned_net_is_kept_and_teaches_a_student(trained: Path, cli: Cli)
     assert "Small does not accept images of shape (2, 3, 32, 32)" in ended.err
     ended = cli("ssl-eval", f"run={trained}", "protocol=finetune", *QUICK)
     clock = {"seconds": 0}
-    assert result(trained / "eval", "finetune") | clock == tuned | clock
+    assert result(trained / "eval", "finetune_steps-2") | clock == tuned | clock
     flip_a_bit(kept)
     ended = cli("ssl-eval", *line)
     assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert f"{kept} is damaged (it does not match the checksum in finetune.json)" in ended.err
+    assert f"{kept} is damaged (it does not match the checksum in finetune_steps-2.json)" in ended.err
 
 
 def evaluation_in(results_dir: Path, *, conditions: str = "") -> Any:
