@@ -107,7 +107,9 @@ class Tuned(Recipe):
         """
         return subsets + (choosing * len(self.lrs) if len(self.lrs) > 1 else 0)
 
-    def learn(self, start: Start, task: Task, subsets: list[Tensor], *, choosing: int, progress: Progress) -> Trained:
+    def learn(
+        self, start: Start, task: Task, subsets: Sequence[Tensor], *, choosing: int, progress: Progress
+    ) -> Trained:
         """Select the learning rate on the first `choosing` elements of `subsets`, then train on each element.
 
         Each element of `subsets` contains row numbers of start.features.train. The reported split is used once per

@@ -1,22 +1,29 @@
 """Semi-supervised evaluation: fine-tuning on few labels, in class-balanced nested subsets, with several seeds.
 
 SimCLR (arXiv:2002.05709, section 6) and SimCLR v2 (arXiv:2006.10029) use 1 % and 10 % of ImageNet's labels. SimCLR v2
-fine-tunes from the first layer of the head. Yaml: conf/protocol/semi.yaml. S is the number of seeds, m the number of
-images in the reported split.
+fine-tunes from the first layer of the head. SimCLR's subsets are published as list files, see
+`sslcli.evaluation.label_list`. Yaml: conf/protocol/semi.yaml. S is the number of seeds, m the number of images in the
+reported split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sslcli.data.sources.base import Source
 from sslcli.evaluation.base import Outcome
+from sslcli.evaluation.features import FeatureSet
 from sslcli.evaluation.finetune import Trained, Tuned
+from sslcli.evaluation.label_list import LabelList, read_list, rows_of
 from sslcli.evaluation.linear import Linear
 from sslcli.evaluation.result import accuracy, bootstrap_runs, label_rank, top5
 from sslcli.evaluation.subsets import subset
@@ -28,7 +35,11 @@ from sslcli.report.console import Progress
 class Semi(Tuned):
     """The protocol `semi`: fine-tuning on few labels. If `linear` is true, a linear probe is evaluated as well.
 
-    Set either `fraction`, the fraction of the labels of each class, or `labels_per_class`, and leave the other null.
+    Set `fraction`, the fraction of the labels of each class, or `labels_per_class`, or `list`, a file with the names of
+    the labeled images. The last two override `fraction`.
+
+    The labeled images are drawn from all labeled training images, also from those held out as `val`, unless `val` is
+    the reported split.
     """
 
     named: ClassVar[dict[str, Any]] = {
@@ -41,6 +52,7 @@ class Semi(Tuned):
 
     fraction: float | None = 0.01
     labels_per_class: int | None = None
+    list: str | os.PathLike[str] | None = None
     seeds: int = 3
     linear: bool = True
 
@@ -48,41 +60,50 @@ class Semi(Tuned):
         super().__post_init__()
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be at least 1: 3 to 5 are usual")
-        if self.fraction is None and self.labels_per_class is None:
-            raise ValueError("fraction and labels_per_class are both null: set one of them, as in fraction=0.01")
+        if self.fraction is None and self.labels_per_class is None and self.list is None:
+            raise ValueError("fraction, labels_per_class and list are all null: set one of them, as in fraction=0.01")
+        if self.labels_per_class is not None and self.list is not None:
+            raise ValueError(
+                f"labels_per_class={self.labels_per_class} and list={self.list} are two subsets of labels: set only one"
+            )
         if self.labels_per_class is not None and self.labels_per_class < 1:
             raise ValueError(f"labels_per_class={self.labels_per_class} must be at least 1: 4, 25 and 400 are usual")
         if self.label_fraction is not None and not 0 < self.label_fraction <= 1:
             raise ValueError(f"fraction={self.label_fraction} must be above 0 and at most 1: 0.01 and 0.1 are usual")
+        if self.list is not None:  # find errors in the list before features are extracted
+            read_list(Path(self.list))
 
     @property
     def label_fraction(self) -> float | None:
-        """Fraction of the labels of each class; None if `labels_per_class` is set."""
-        return None if self.labels_per_class is not None else self.fraction
+        """Fraction of the labels of each class; None if `labels_per_class` or `list` is set."""
+        return self.fraction if self.labels_per_class is None and self.list is None else None
+
+    @cached_property
+    def listed(self) -> LabelList | None:
+        """Content of the file `list`; None if there is no such file."""
+        return None if self.list is None else read_list(Path(self.list))
+
+    def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
+        """Return the positions (n,) of all images of the training set, except those of the reported split."""
+        splits = {name: part for name, part in source.splits.items() if len(part)}
+        pool = torch.cat([part for name, part in splits.items() if name != "test"]).unique()
+        reported = torch.cat([splits[name] for name in self.reported_splits(splits) if name in splits])
+        return pool[~torch.isin(pool, reported)]
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with the labels per class or the percentage of labels, and the settings of `named`."""
-        labels = (
-            f"{self.labels_per_class}-per-class"
-            if self.label_fraction is None
-            else f"{100 * self.label_fraction:.10g}pct"
-        )
+        """Return a suffix with the list, the labels per class or the percentage, and the settings of `named`."""
+        labels = f"{self.labels_per_class}-per-class"
+        if self.listed is not None:
+            labels = f"list-{self.listed.name}"
+        elif self.label_fraction is not None:
+            labels = f"{100 * self.label_fraction:.10g}pct"
         return "_".join(part for part in (labels, super().variant(monitor)) if part)
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Train from each start. All starts use the same label subsets."""
         data = starts["trained"].features
         assert data.train_positions is not None
-        subsets = [
-            subset(
-                data.train_positions,
-                data.train_labels,
-                seed=self.seed + number,
-                fraction=self.label_fraction,
-                per_class=self.labels_per_class,
-            )
-            for number in range(self.seeds)
-        ]
+        subsets = self.subsets(data, task.source)
         total = len(starts) * self.trainings(self.seeds, choosing=self.seeds) * self.steps
         progress = Progress(task.screen, "fine-tuning on few labels", total=total)
         found = {
@@ -99,6 +120,8 @@ class Semi(Tuned):
             "chosen": trained.chosen,
             "grid": trained.grid,
             "n_train": len(subsets[0]),
+            "n_pool": len(data.train),
+            **({} if self.listed is None else {"list_digest": self.listed.digest}),
             "n_test": trained.place.shape[1],
             "num_classes": data.num_classes,
             **self.facts(),
@@ -110,7 +133,34 @@ class Semi(Tuned):
             if self.linear:
                 random["linear"] = self.numbers(probed(starts["random"], subsets, seed=self.seed), data.num_classes)
             result["baselines"] = {"random": random}
-        return Outcome(result=result, net=trained.net, positions=data.train_positions[subsets[0]])
+        # Before, a fraction was that of the split "train", also if val was no reported split.
+        larger = self.label_fraction is not None and not bool(
+            torch.isin(data.train_positions, task.source.splits["train"]).all()
+        )
+        variant = "train-and-val" if larger else ""
+        return Outcome(result=result, net=trained.net, positions=data.train_positions[subsets[0]], variant=variant)
+
+    def subsets(self, data: FeatureSet, source: Source) -> Sequence[Tensor]:
+        """Return the rows (k,) of the labeled images in `data.train` for each of S seeds.
+
+        Raises ValueError if the list does not fit the images, or if its images have a single class.
+        """
+        assert data.train_positions is not None
+        if self.listed is None:
+            return [
+                subset(
+                    data.train_positions,
+                    data.train_labels,
+                    seed=self.seed + number,
+                    fraction=self.label_fraction,
+                    per_class=self.labels_per_class,
+                )
+                for number in range(self.seeds)
+            ]
+        rows = rows_of(self.listed, map(source.path, data.train_positions.tolist()))
+        if len(data.train_labels[rows].unique()) < 2:
+            raise ValueError(f"the images of list={self.list} have a single class: list images of two classes or more")
+        return [rows] * self.seeds
 
     def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
         """Return mean and standard deviation of the accuracy over seeds, and an interval.
@@ -127,13 +177,13 @@ class Semi(Tuned):
             "interval": list(interval),
         }
 
-    def runs(self, trained: Trained) -> list[dict[str, float]]:
+    def runs(self, trained: Trained) -> Sequence[Mapping[str, float]]:
         """Return the accuracies for each seed."""
         pairs = zip(trained.top(1), trained.top(5), strict=True)
         return [{"seed": self.seed + n, "top1": one, "top5": five} for n, (one, five) in enumerate(pairs)]
 
 
-def probed(start: Start, subsets: list[Tensor], *, seed: int) -> Tensor:
+def probed(start: Start, subsets: Sequence[Tensor], *, seed: int) -> Tensor:
     """Fit a linear probe of frozen features on each of S subsets, and return the ranks (S, m) of the true classes."""
     data = start.features
     _, x, y = data.reported()
