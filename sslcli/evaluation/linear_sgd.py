@@ -72,6 +72,7 @@ class LinearSgd(Protocol):
     """
 
     title: ClassVar[str] = "linear probe on random crops"
+    trains_on_val: ClassVar[bool] = True
     trains: ClassVar[bool] = False
     named: ClassVar[dict[str, Any]] = {"epochs": 100, "schedule": "cosine", "feature_norm": "none", "seed": 0}
 

@@ -116,7 +116,7 @@ def test_a_list_selects_its_images_also_those_of_val(layout: str, tmp_path: Path
     assert sorted(Path(source.path(int(p))).name for p in data.train_positions[one]) == names
     assert protocol.variant({}).startswith("list-few-")
     (tmp_path / "few.txt").write_text(Path(source.path(int(source.splits["test"][0]))).name)
-    with pytest.raises(ValueError, match="1 of the 1 names .* are not names of labeled training images"):
+    with pytest.raises(ValueError, match=r"1 of the 1 names .* are not names of labeled training images"):
         Semi(list=str(tmp_path / "few.txt")).subsets(data, source)
     (tmp_path / "few.txt").write_text("n00_0.JPEG\nn00_1.JPEG\n")
     with pytest.raises(ValueError, match="single class"):
