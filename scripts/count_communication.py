@@ -53,6 +53,7 @@ PURPOSES = {
     ("methods.vae", "over_processes"): "means",
     ("methods.vae", "forward"): "metrics",
     ("methods.gan", "distance"): "metrics",
+    ("methods.bigan", "reconstruction_errors"): "metrics",
 }
 
 

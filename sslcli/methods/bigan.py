@@ -3,28 +3,44 @@
 At the optimum, the encoder E inverts the generator G.
 
 Donahue et al. 2017  https://arxiv.org/abs/1605.09782   Dumoulin et al. 2017 (ALI)  https://arxiv.org/abs/1606.00704
-Donahue and Simonyan 2019 (BigBiGAN: unary scores, hinge)  https://arxiv.org/abs/1907.02544   conf/method/bigan.yaml
+Donahue and Simonyan 2019 (BigBiGAN: unary scores, hinge)  https://arxiv.org/abs/1907.02544
+Li et al. 2017 (ALICE: cycle loss)  https://arxiv.org/abs/1709.01215
+https://github.com/jeffdonahue/bigan  conf/method/bigan.yaml
 
 Shapes: N images per process, C channels, S image side in pixels, D code size, K logits per pair.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from sslcli.distributed.collectives import all_reduce_mean, world_size
 from sslcli.errors import check_positive
-from sslcli.methods.base import Batch, num_features
-from sslcli.methods.gan import Game, call_on_buffer_copies, discriminator_loss, distance, generator_loss, pixels
+from sslcli.methods.base import Batch, maps_of, num_features
+from sslcli.methods.gan import (
+    Game,
+    call_on_buffer_copies,
+    decoder_generator,
+    discriminator_loss,
+    distance,
+    generator_loss,
+    pixels,
+)
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
+from sslcli.nn.conditional_gan import INIT_STD, ConditionalDiscriminator, ConditionalGenerator
 from sslcli.nn.contrastive import check_momentum
 from sslcli.nn.ema import ema_update, frozen_copy
 from sslcli.nn.modes import full_precision
 
+CODE_SOURCES = ("features", "map")
+NETWORKS = ("compact", "official")
 SLOPE = 0.2  # negative slope of LeakyReLU, as in DCGAN
 
 
@@ -74,15 +90,27 @@ class BiGAN(Game):
     `encoder`. This average is evaluated and exported. BatchNorm statistics are copied from `encoder` without averaging.
 
     Args:
-        image_size, channels, dim, width, loss, r1, r1_every, discriminator_lr: see `Game`.
+        image_size, channels, dim, prior, loss, r1, r1_every, discriminator_lr: see `Game`. With the uniform prior, E
+            ends with tanh(v / 2), which bounds codes to [-1, 1], as `UniformDistribution` of the official code.
+        width: channels of the generator's first feature map, which has the smallest side.
+        code_from: features or map. With features, E computes the code from the output of the backbone, which most
+            backbones pool over positions. With map, E computes it from all values of the backbone's last feature map,
+            so the features need not encode positions.
+        networks: compact or official. In the compact networks, image and code meet in the last two layers of the
+            discriminator, and the code enters the generator at its first layer. In the official networks, the code
+            enters both at every convolution except the discriminator's first and the generator's last.
         discriminator_width: channels of the discriminator's first convolution.
-        hidden: width of the image and code embeddings in the discriminator.
+        hidden: width of the image and code embeddings in the compact discriminator.
         unary: True adds a score of the image alone and a score of the code alone to the discriminator.
         momentum: final momentum of the moving average, in [0, 1]. After t steps, the momentum is at most
             (1 + t) / (10 + t).
+        cycle: weight of the cycle loss mean (x - G(E(x)))^2 of E and G, at least 0 (ALICE); 0 disables it.
+
+    Raises ValueError if an argument is out of range, if the official networks are combined with `unary` or `r1`, or if
+    `code_from` is map and the backbone has no `stages`.
     """
 
-    decreasing_metric = "reconstruction"
+    decreasing_metric = "reconstruction_ratio"
     discriminator_parts = ("discriminator",)
 
     def __init__(
@@ -93,6 +121,9 @@ class BiGAN(Game):
         channels: int = 3,
         dim: int = 100,
         width: int = 512,
+        code_from: Literal["features", "map"] = "features",
+        prior: Literal["normal", "uniform"] = "normal",
+        networks: Literal["compact", "official"] = "compact",
         discriminator_width: int = 64,
         hidden: int = 512,
         loss: Literal["logistic", "hinge"] = "logistic",
@@ -101,34 +132,51 @@ class BiGAN(Game):
         r1_every: int = 16,
         discriminator_lr: float = 1.0,
         momentum: float = 0.999,
+        cycle: float = 0.0,
     ) -> None:
         check_momentum(momentum)
         check_positive(discriminator_width=discriminator_width, hidden=hidden)
+        check_options(code_from=code_from, networks=networks, unary=unary, r1=r1, cycle=cycle)
+        official, images = networks == "official", {"image_size": image_size, "channels": channels}
         super().__init__(
             frozen_copy(backbone),
-            image_size=image_size,
-            channels=channels,
+            generator=(
+                nn.Sequential(ConditionalGenerator(dim, **images, width=width), nn.Tanh())
+                if official
+                else decoder_generator(dim, **images, width=width)
+            ),
+            **images,
             dim=dim,
-            width=width,
+            prior=prior,
             loss=loss,
             r1=r1,
             r1_every=r1_every,
             discriminator_lr=discriminator_lr,
         )
-        self.encoder = nn.Sequential(backbone, nn.Linear(num_features(backbone), dim))
-        self.to_code = frozen_copy(self.encoder[1])
+        self.code_from = code_from
+        width_in = num_features(backbone)
+        if code_from == "map":
+            *_, last = maps_of(backbone, torch.zeros(2, channels, image_size, image_size)).values()
+            width_in = last[0].numel()
+        to_code = nn.Linear(width_in, dim)
+        if official:
+            nn.init.normal_(to_code.weight, std=INIT_STD)
+        self.encoder = nn.Sequential(backbone, to_code)
+        self.to_code = frozen_copy(to_code)
         convert_batch_norm(self, SyncBatchNorm)
         self.average_generator = frozen_copy(self.generator)
-        self.discriminator = Discriminator(
-            dim, image_size=image_size, channels=channels, width=discriminator_width, hidden=hidden, unary=unary
+        self.discriminator = (
+            convert_batch_norm(ConditionalDiscriminator(dim, **images, width=discriminator_width), SyncBatchNorm)
+            if official
+            else Discriminator(dim, **images, width=discriminator_width, hidden=hidden, unary=unary)
         )
-        self.momentum = momentum
+        self.momentum, self.cycle = momentum, cycle
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (images,) = batch.views
         self.first_look(images)
         prior = self.codes(images)
-        codes, drawn = self.encoder(images), pixels(self.generator(prior))
+        codes, drawn = self.encode(images, *self.encoder), pixels(self.generator(prior))
         self.embeddings = (codes.detach(),)
 
         # Discriminator loss: the encoder and the generator get no gradient.
@@ -144,20 +192,40 @@ class BiGAN(Game):
             self.discriminator, torch.cat([images, drawn]), torch.cat([codes, prior])
         ).chunk(2)
         loss_eg = generator_loss(-real, kind=self.loss) + generator_loss(fake, kind=self.loss)
+        rebuilt = self.reconstruct(codes)  # G(E(x))
+        cycle = self.cycle_loss(rebuilt, images)
         return {
-            "loss": loss_d + loss_eg + penalty.get("r1", 0.0),
+            "loss": loss_d + loss_eg + penalty.get("r1", 0.0) + cycle.get("cycle", 0.0),
             "loss_d": loss_d,
             "loss_g": loss_eg,
             **penalty,
-            "reconstruction": self.reconstruction_error(images, codes),
+            **cycle,
+            **reconstruction_errors(rebuilt, images),
             "distance": distance(drawn, images),
         }
 
-    @torch.no_grad()
-    def reconstruction_error(self, images: Tensor, codes: Tensor) -> Tensor:
-        """Return the root mean squared error between `images` x and G(E(x)), averaged over images; `codes` is E(x)."""
-        drawn = pixels(call_on_buffer_copies(self.generator, codes))
-        return (full_precision(drawn) - full_precision(images)).square().flatten(1).mean(1).sqrt().mean()
+    def encode(self, images: Tensor, backbone: nn.Module, to_code: nn.Module) -> Tensor:
+        """Return codes in the range of the prior: (N, C, S, S) -> (N, D)."""
+        if self.code_from == "map":
+            *_, inputs = backbone.stages(images).values()  # type: ignore[operator]
+        else:
+            inputs = backbone(images)
+        codes: Tensor = to_code(inputs.flatten(1))
+        return torch.tanh(codes / 2) if self.prior == "uniform" else codes
+
+    def reconstruct(self, codes: Tensor) -> Tensor:
+        """Return G(codes): (N, D) -> (N, C, S, S). E and G get a gradient only if the cycle loss is enabled.
+
+        BatchNorm's running statistics in G are those of codes from the prior, so this pass does not update them.
+        """
+        with torch.set_grad_enabled(self.cycle > 0 and torch.is_grad_enabled()):
+            return pixels(call_on_buffer_copies(self.generator, codes, learn=True))
+
+    def cycle_loss(self, rebuilt: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """Return {"cycle": weighted mean squared error of reconstructions (N, C, S, S)}, or {} if it is disabled."""
+        if not self.cycle:
+            return {}
+        return {"cycle": self.cycle * F.mse_loss(full_precision(rebuilt), full_precision(images))}
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -176,7 +244,7 @@ class BiGAN(Game):
 
     def projection(self, images: Tensor) -> Tensor:
         """Return the code: (N, C, S, S) -> (N, D)."""
-        return self.to_code(self.backbone(images))  # type: ignore[no-any-return]
+        return self.encode(images, self.backbone, self.to_code)
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
         drawn = pixels(self.average_generator(self.projection(images)))
@@ -184,3 +252,47 @@ class BiGAN(Game):
 
     def effective(self, batch_size: int) -> dict[str, Any]:
         return {"evaluated network": f"the average of the encoder, momentum {self.momentum}"}
+
+
+def check_options(*, code_from: str, networks: str, unary: bool, r1: float, cycle: float) -> None:
+    """Raise ValueError if a value is unknown or out of range, or if options exclude each other."""
+    if code_from not in CODE_SOURCES:
+        raise ValueError(f"code_from is {code_from!r}, but it must be one of {', '.join(CODE_SOURCES)}")
+    if networks not in NETWORKS:
+        raise ValueError(f"networks is {networks!r}, but it must be one of {', '.join(NETWORKS)}")
+    if networks == "official" and (unary or r1):
+        raise ValueError(
+            f"networks is 'official', but unary is {unary} and r1 is {r1}: the official discriminator has no score of "
+            "the image alone, and its BatchNorm makes the gradient of one image depend on other images. Use "
+            "unary=false and r1=0, or networks=compact"
+        )
+    if not 0 <= cycle < math.inf:
+        raise ValueError(f"cycle is {cycle}, but the weight of a loss must be at least 0 (0 disables it)")
+
+
+@torch.no_grad()
+def reconstruction_errors(rebuilt: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """Compare images x with their reconstructions G(E(x)) and with the reconstructions of other images.
+
+    `rebuilt` and `images` are (N, C, S, S). The values are root mean squared errors over the images of all processes:
+
+    - reconstruction: distance of x to G(E(x)).
+    - shuffled_reconstruction: distance of x to G(E(x')), over all pairs of two different images x and x'.
+    - reconstruction_ratio: the first distance divided by the second. At 1, reconstructions do not depend on their
+      image. A reconstruction by the mean color of all images has a small error and a ratio of 1.
+    """
+    # Values around 0, which reduces rounding errors. (N, C S S) each
+    x, y = (full_precision(part).flatten(1) - 0.5 for part in (images, rebuilt))
+    errors = torch.stack([(x - y).square().mean(), x.square().mean() + y.square().mean()])
+    means = all_reduce_mean(torch.cat([errors, x.mean(0), y.mean(0)]))  # one collective
+    paired, squares = means[:2]
+    mean_x, mean_y = means[2:].chunk(2)  # (C S S,) each
+    every = squares - 2 * (mean_x * mean_y).mean()  # mean over all pairs, including x' = x
+    count = world_size() * len(x)
+    shuffled = (count * every - paired) / (count - 1) if count > 1 else paired
+    paired, shuffled = paired.sqrt(), shuffled.sqrt()
+    return {
+        "reconstruction": paired,
+        "shuffled_reconstruction": shuffled,
+        "reconstruction_ratio": paired / shuffled,
+    }

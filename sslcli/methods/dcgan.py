@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, maps_of, num_features
-from sslcli.methods.gan import Game, call_on_buffer_copies, discriminator_loss, distance, generator_loss, pixels
+from sslcli.methods.gan import (
+    Game,
+    call_on_buffer_copies,
+    decoder_generator,
+    discriminator_loss,
+    distance,
+    generator_loss,
+    pixels,
+)
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.modes import evaluating
 
@@ -38,7 +46,8 @@ class DCGAN(Game):
     running statistics of BatchNorm in the discriminator, because features are computed from real images.
 
     Args:
-        image_size, channels, dim, width, loss, r1, r1_every, discriminator_lr: see `Game`.
+        image_size, channels, dim, prior, loss, r1, r1_every, discriminator_lr: see `Game`.
+        width: channels of the generator's first feature map, which has the smallest side.
         pool: maximum side of the pooled feature maps.
 
     Raises ValueError if an argument is out of range, or if the backbone has no `stages`.
@@ -55,6 +64,7 @@ class DCGAN(Game):
         channels: int = 3,
         dim: int = 100,
         width: int = 512,
+        prior: Literal["normal", "uniform"] = "normal",
         loss: Literal["logistic", "hinge"] = "logistic",
         r1: float = 0.0,
         r1_every: int = 16,
@@ -65,10 +75,11 @@ class DCGAN(Game):
         maps_of(backbone, torch.zeros(2, channels, image_size, image_size))  # raises if there are no maps
         super().__init__(
             backbone,
+            generator=decoder_generator(dim, image_size=image_size, channels=channels, width=width),
             image_size=image_size,
             channels=channels,
             dim=dim,
-            width=width,
+            prior=prior,
             loss=loss,
             r1=r1,
             r1_every=r1_every,

@@ -24,6 +24,7 @@ from sslcli.nn.modes import full_precision
 from sslcli.nn.noise import Noise
 
 LOSSES = ("logistic", "hinge")
+PRIORS = ("normal", "uniform")
 PICTURE_SEED = 0  # seed of the codes of saved samples; it is fixed to make the samples of different epochs comparable
 SAMPLE_ROWS = 4
 SQUARES = 4  # regions per side: `distance` compares the means of SQUARES x SQUARES image regions
@@ -98,6 +99,11 @@ def distance(drawn: Tensor, images: Tensor) -> Tensor:
     return all_reduce_mean((2 * lengths(x, all_y).mean() - within) / math.sqrt(x.shape[1]))
 
 
+def decoder_generator(dim: int, *, image_size: int, channels: int, width: int) -> nn.Module:
+    """Build a generator (N, dim) -> (N, channels, image_size, image_size) with values in [-1, 1], see `Decoder`."""
+    return nn.Sequential(Decoder(dim, image_size=image_size, channels=channels, width=width), nn.Tanh())
+
+
 class Game(Method):
     """Base class with a generator; subclasses add the discriminator. The loss is the sum of both players' losses.
 
@@ -106,10 +112,11 @@ class Game(Method):
     (views.normalize=false). The first step raises ConfigError if real images are outside this range.
 
     Args:
+        generator: module that maps codes (N, dim) to images (N, C, S, S) with values in [-1, 1].
         image_size: image side S in pixels.
         channels: image channels C.
         dim: size of the generator's input code.
-        width: channels of the generator's first feature map, which has the smallest side.
+        prior: distribution of the values of a code: normal (mean 0, variance 1) or uniform (in [-1, 1]).
         loss: logistic or hinge.
         r1: weight of the R1 penalty, at least 0; 0 disables the penalty.
         r1_every: number of steps between two R1 penalties. Each penalty is multiplied by this number (lazy
@@ -128,20 +135,21 @@ class Game(Method):
         self,
         backbone: nn.Module,
         *,
+        generator: nn.Module,
         image_size: int,
         channels: int,
         dim: int,
-        width: int,
+        prior: str,
         loss: str,
         r1: float,
         r1_every: int,
         discriminator_lr: float,
     ) -> None:
         super().__init__(backbone)
-        check_values(loss=loss, r1=r1, r1_every=r1_every, discriminator_lr=discriminator_lr)
-        self.generator = nn.Sequential(Decoder(dim, image_size=image_size, channels=channels, width=width), nn.Tanh())
+        check_values(prior=prior, loss=loss, r1=r1, r1_every=r1_every, discriminator_lr=discriminator_lr)
+        self.generator = generator
         self.noise = Noise()
-        self.first_look, self.dim = FirstLook((channels, image_size, image_size)), dim
+        self.first_look, self.dim, self.prior = FirstLook((channels, image_size, image_size)), dim, prior
         self.loss, self.r1, self.r1_every, self.discriminator_lr = loss, r1, r1_every, discriminator_lr
         self.steps = 0
 
@@ -150,7 +158,9 @@ class Game(Method):
 
     def codes(self, images: Tensor) -> Tensor:
         """Draw one code per image from the prior. The codes (N, dim) use new random numbers in each call."""
-        return self.noise.normal(len(images), self.dim, device=images.device).to(images.dtype)
+        draw = self.noise.uniform if self.prior == "uniform" else self.noise.normal
+        codes = draw(len(images), self.dim, device=images.device).to(images.dtype)
+        return 2 * codes - 1 if self.prior == "uniform" else codes
 
     def penalty(self, discriminate: Callable[[Tensor], Tensor], images: Tensor) -> dict[str, Tensor]:
         """Return {"r1": weighted R1 penalty}, or {} if R1 is disabled. In steps without a penalty, the value is 0."""
@@ -174,7 +184,9 @@ class Game(Method):
     def samples(self, generator: nn.Module, images: Tensor) -> list[Tensor]:
         """Generate rows of images from fixed codes. Each row has the shape of `images`, (n, C, S, S)."""
         numbers = torch.Generator().manual_seed(PICTURE_SEED)
-        codes = torch.randn(SAMPLE_ROWS * len(images), self.dim, generator=numbers)
+        size = (SAMPLE_ROWS * len(images), self.dim)
+        uniform = self.prior == "uniform"
+        codes = 2 * torch.rand(size, generator=numbers) - 1 if uniform else torch.randn(size, generator=numbers)
         return list(pixels(generator(codes.to(images))).chunk(SAMPLE_ROWS))
 
     def get_extra_state(self) -> Tensor:
@@ -201,8 +213,10 @@ def groups_of(parts: Iterable[nn.Module], lr_scale: float) -> list[dict[str, Any
     return [group for group in groups if group["params"]]
 
 
-def check_values(*, loss: str, r1: float, r1_every: int, discriminator_lr: float) -> None:
-    """Raise ValueError if the loss is unknown or a number is out of range."""
+def check_values(*, prior: str, loss: str, r1: float, r1_every: int, discriminator_lr: float) -> None:
+    """Raise ValueError if the prior or the loss is unknown or a number is out of range."""
+    if prior not in PRIORS:
+        raise ValueError(f"prior is {prior!r}, but it must be one of {', '.join(PRIORS)}")
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}, but it must be one of {', '.join(LOSSES)}")
     if not 0 <= r1 < math.inf:

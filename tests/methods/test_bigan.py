@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from processes import Pair
+from sslcli.distributed.collectives import rank
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Batch
-from sslcli.methods.bigan import BiGAN, Discriminator
+from sslcli.methods.bigan import BiGAN, Discriminator, reconstruction_errors
 from sslcli.methods.gan import discriminator_loss, generator_loss, pixels
+from sslcli.nn.batch_norm import SyncBatchNorm
+from sslcli.nn.conditional_gan import ConditionalDiscriminator
 from tiny import TinyNet
 
 SMALL = {"image_size": 8, "dim": 4, "width": 4, "discriminator_width": 4, "hidden": 8}
@@ -21,8 +25,8 @@ def tiny(**changes: object) -> BiGAN:
     return BiGAN(TinyNet(), **(SMALL | changes)).double()
 
 
-def batch(num_images: int = 6, *, seed: int = 0) -> Batch:
-    images = torch.rand(num_images, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def batch(num_images: int = 6, *, seed: int = 0, side: int = 8) -> Batch:
+    images = torch.rand(num_images, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return Batch([images], torch.arange(num_images), torch.zeros(num_images, dtype=torch.long))
 
 
@@ -141,12 +145,136 @@ def test_what_is_evaluated_is_the_average_of_what_learns() -> None:
     assert torch.equal(method.projection(images), method.to_code(method.backbone(images)))
 
 
-def test_reconstruction_is_the_distance_to_what_is_drawn_of_the_code() -> None:
-    method, images = tiny(), batch().views[0]
-    found = method(batch())["reconstruction"]
-    drawn = pixels(copy.deepcopy(method.generator)(method.embeddings[0]))
-    expected = torch.stack([((a - b) ** 2).mean().sqrt() for a, b in zip(drawn, images, strict=True)]).mean()
-    torch.testing.assert_close(found, expected.detach())
+@pytest.mark.parametrize("cycle", [0.0, 3.0])
+def test_reconstruction_errors_compare_an_image_with_its_own_and_with_other_reconstructions(cycle: float) -> None:
+    method, images = tiny(cycle=cycle), batch().views[0]
+    found = method(batch())
+    drawn = pixels(copy.deepcopy(method.generator)(method.embeddings[0])).detach()
+    errors = torch.stack([torch.stack([((x - y) ** 2).mean() for y in drawn]) for x in images])  # (N, N)
+    same = errors.diagonal().mean().sqrt()
+    other = errors[~torch.eye(len(images), dtype=torch.bool)].mean().sqrt()
+    expected = {"reconstruction": same, "shuffled_reconstruction": other, "reconstruction_ratio": same / other}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_only_the_ratio_shows_whether_reconstructions_depend_on_their_image() -> None:
+    images = torch.rand(50, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean = reconstruction_errors(images.mean(0).expand_as(images), images)
+    noisy = reconstruction_errors(images + 0.5 * (-1) ** torch.arange(8), images)
+    assert float(mean["reconstruction_ratio"]) == pytest.approx(1.0)
+    assert mean["reconstruction"] < noisy["reconstruction"]
+    assert noisy["reconstruction_ratio"] < 0.85
+    one = reconstruction_errors(images[:1] / 2, images[:1])
+    assert float(one["reconstruction_ratio"]) == pytest.approx(1.0)  # there is no other image
+
+
+def part_of_errors(drawn: Tensor, images: Tensor) -> dict[str, Tensor]:
+    return reconstruction_errors(drawn.chunk(2)[rank()], images.chunk(2)[rank()])
+
+
+def test_reconstruction_errors_are_over_the_images_of_all_processes(pair: Pair) -> None:
+    drawn, images = batch().views[0], batch(seed=1).views[0]
+    expected = reconstruction_errors(drawn, images)
+    for found in pair.run(part_of_errors, drawn, images):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
+
+
+def test_the_cycle_loss_is_the_squared_error_of_reconstructions_and_reaches_encoder_and_generator_alone() -> None:
+    method, images = tiny(cycle=3.0), batch().views[0]
+    plain, found = tiny()(batch()), method(batch())
+    assert "cycle" not in plain
+    torch.testing.assert_close(found["loss"], plain["loss"] + found["cycle"])
+    trained = {name: parameter for name, parameter in method.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(found["cycle"], [*trained.values()], retain_graph=True, allow_unused=True)
+    reached = {name.split(".")[0] for name, gradient in zip(trained, gradients, strict=True) if gradient is not None}
+    assert reached == {"encoder", "generator"}
+    twin = tiny()
+    expected = 3.0 * (pixels(twin.generator(twin.encoder(images))) - images).square().mean()
+    torch.testing.assert_close(found["cycle"], expected)
+    for part in ("encoder", "generator"):
+        for mine, theirs in zip(
+            torch.autograd.grad(found["cycle"], [*getattr(method, part).parameters()], retain_graph=True),
+            torch.autograd.grad(expected, [*getattr(twin, part).parameters()], retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_a_run_without_the_new_keys_has_the_losses_that_it_had() -> None:
+    method = tiny()
+    assert (method.cycle, method.prior, method.code_from) == (0.0, "normal", "features")
+    assert isinstance(method.discriminator, Discriminator)
+
+
+class Staged(TinyNet):
+    """With its one map as a stage."""
+
+    def stages(self, images: Tensor) -> dict[str, Tensor]:
+        return {"only": torch.relu(self.norm(self.conv(images)))}
+
+
+def test_codes_from_the_map_are_linear_in_all_values_of_the_last_map() -> None:
+    torch.manual_seed(0)
+    method = BiGAN(Staged(), **SMALL, code_from="map").double()
+    method(batch())["loss"].backward()
+    assert all(parameter.grad is not None for parameter in method.encoder.parameters())
+    method.eval()
+    images = batch().views[0]
+    found = method.backbone.stages(images)["only"].flatten(1)
+    assert method.to_code.in_features == found.shape[1] > method.features(images).shape[1]
+    torch.testing.assert_close(method.projection(images), method.to_code(found))
+    with pytest.raises(ValueError, match=r"TinyNet has no stages"):
+        tiny(code_from="map")
+
+
+def test_codes_of_a_uniform_prior_are_bounded_and_those_of_the_encoder_too() -> None:
+    method, images = tiny(prior="uniform"), batch().views[0]
+    with torch.no_grad():
+        for layer in (method.encoder[1], method.to_code):
+            layer.weight.mul_(100)
+    drawn = method.codes(torch.zeros(1000, 3, 8, 8, dtype=torch.float64))
+    assert drawn.min() < -0.99
+    assert drawn.max() > 0.99
+    assert float(drawn.var()) == pytest.approx(1 / 3, rel=0.05)
+    method(batch())
+    method.eval()
+    for codes in (method.embeddings[0], method.projection(images)):
+        assert 0.9 < codes.detach().abs().max() <= 1
+    expected = torch.tanh(method.to_code(method.backbone(images)) / 2)
+    torch.testing.assert_close(method.projection(images), expected)
+
+
+def test_the_official_networks_train_both_players_as_two_backward_passes_do() -> None:
+    method = tiny(networks="official", image_size=16, width=8, prior="uniform")
+    assert isinstance(method.discriminator, ConditionalDiscriminator)
+    nn.init.normal_(method.discriminator.to_logit.weight, std=0.1)  # zero at first
+    twin, given = copy.deepcopy(method), batch(side=16)
+    (images,) = given.views
+    method(given)["loss"].backward()
+
+    prior = 2 * twin.noise.uniform(6, 4, device=torch.device("cpu")).double() - 1
+    codes, drawn = torch.tanh(twin.encoder(images) / 2), pixels(twin.generator(prior))
+    opponent = twin.discriminator
+    real, fake = opponent.logits(2 * images - 1, codes.detach()), opponent.logits(2 * drawn.detach() - 1, prior)
+    discriminator_loss(real, fake, kind="logistic").backward()
+    opponent.requires_grad_(False)
+    real, fake = opponent.logits(2 * images - 1, codes), opponent.logits(2 * drawn - 1, prior)
+    (generator_loss(-real, kind="logistic") + generator_loss(fake, kind="logistic")).backward()
+    expected = dict(twin.named_parameters())
+    for name, parameter in method.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_with_the_official_networks_the_code_layer_starts_as_in_the_official_code() -> None:
+    torch.manual_seed(0)
+    method = BiGAN(TinyNet(), image_size=32, dim=200, networks="official", width=8, discriminator_width=4)
+    assert float(method.encoder[1].weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(method.encoder[1].weight, method.to_code.weight)
+    norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert all(type(m) is SyncBatchNorm for m in norms)
 
 
 def test_the_penalty_comes_every_so_many_steps_and_counts_for_them_all() -> None:
@@ -198,6 +326,13 @@ def test_normalized_images_are_refused_at_the_first_step() -> None:
         ({"hidden": 0}, "hidden is 0"),
         ({"discriminator_width": 0}, "discriminator_width is 0"),
         ({"loss": "mse"}, "loss is 'mse'"),
+        ({"prior": "beta"}, "prior is 'beta'.*normal, uniform"),
+        ({"cycle": -1.0}, r"cycle is -1\.0.*0 disables it"),
+        ({"cycle": math.inf}, "cycle is inf"),
+        ({"code_from": "head"}, "code_from is 'head'.*features, map"),
+        ({"networks": "large"}, "networks is 'large'.*compact, official"),
+        ({"networks": "official", "unary": True}, "unary is True.*networks=compact"),
+        ({"networks": "official", "r1": 1.0}, r"r1 is 1\.0.*networks=compact"),
     ],
 )
 def test_impossible_values_are_refused(changes: dict[str, object], message: str) -> None:

@@ -154,6 +154,24 @@ def test_distance_is_over_the_images_of_all_processes(pair: Pair) -> None:
         torch.testing.assert_close(found, distance(drawn, images))
 
 
+@pytest.mark.parametrize(("prior", "bound", "variance"), [("normal", math.inf, 1.0), ("uniform", 1.0, 1 / 3)])
+def test_codes_and_samples_are_drawn_from_the_prior(prior: str, bound: float, variance: float) -> None:
+    method = tiny(prior=prior)
+    codes = method.codes(torch.zeros(2000, 3, 8, 8))
+    assert codes.abs().max() <= bound
+    assert float(codes.mean()) == pytest.approx(0.0, abs=0.05)
+    assert float(codes.var()) == pytest.approx(variance, rel=0.05)
+    drawn: list[Tensor] = []
+
+    def generator(given: Tensor) -> Tensor:
+        drawn.append(given)
+        return torch.zeros(len(given), 3, 8, 8)
+
+    method.samples(generator, torch.zeros(500, 3, 8, 8))  # type: ignore[arg-type]
+    assert drawn[0].abs().max() <= bound
+    assert float(drawn[0].var()) == pytest.approx(variance, rel=0.05)
+
+
 def test_groups_hold_every_parameter_once_and_the_discriminator_has_its_own_rate() -> None:
     method = tiny(discriminator_lr=0.25)
     groups = parameter_groups(method, weight_decay=0.1)
@@ -171,6 +189,7 @@ def test_groups_hold_every_parameter_once_and_the_discriminator_has_its_own_rate
     ("changes", "message"),
     [
         ({"loss": "wasserstein"}, "loss is 'wasserstein'.*logistic, hinge"),
+        ({"prior": "beta"}, "prior is 'beta'.*normal, uniform"),
         ({"r1": -1.0}, r"r1 is -1\.0.*at least 0"),
         ({"r1": math.nan}, "r1 is nan"),
         ({"r1_every": 0}, "r1_every is 0"),
