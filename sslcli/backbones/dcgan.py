@@ -1,7 +1,8 @@
-"""DCGAN discriminator without its last layer. Its convolutions have stride 2, and the last feature map is flattened.
+"""DCGAN discriminator without its last layer. It has strided convolutions and flattens the last feature map.
 
 Radford et al. 2016  https://arxiv.org/abs/1511.06434  https://github.com/Newmu/dcgan_code  conf/backbone/dcgan.yaml
-Kernels are 4x4. In the official code, they are 5x5.
+Kernels are 4x4 or 3x3. The official code has 5x5 kernels for faces and 3x3 kernels for ImageNet:
+https://github.com/Newmu/dcgan_code/blob/ec3721a/imagenet/load_pretrained.py
 """
 
 from __future__ import annotations
@@ -18,26 +19,34 @@ from sslcli.errors import check_positive
 SLOPE = 0.2  # negative slope of LeakyReLU (section 4)
 INIT_STD = 0.02  # initial standard deviation of weights, and of BatchNorm's scales around 1 (section 4, official code)
 SMALLEST_IMAGE = 16
+KERNELS = (3, 4)
 DEEPEST = 8  # maximum of (number of channels) / `width`
 
 
 class DCGANNet(Backbone):
-    """4x4 convolutions of stride 2 with LeakyReLU. All convolutions except the first are followed by normalization.
+    """Convolutions with LeakyReLU that halve the side. All except the first are followed by normalization.
 
-    The number of convolutions depends on `image_size`. With 64 pixels or more, the last feature map has a side of 4 to
-    7 pixels. With fewer pixels, it has a side of 2 or 3 pixels. `num_features` is the number of channels of the last
-    feature map times its number of positions.
+    The number of convolutions depends on `image_size`. With `kernel` 4, all convolutions have stride 2. With 64 pixels
+    or more, the last feature map has a side of 4 to 7 pixels, and with fewer pixels a side of 2 or 3 pixels. With
+    `kernel` 3, a convolution of stride 1 precedes each convolution of stride 2, and the last feature map always has a
+    side of 4 to 7 pixels. `num_features` is the number of channels of the last feature map times its number of
+    positions.
 
     Args:
         image_size: side of the training images in pixels, at least 16.
-        width: channels of the first feature map. Each further convolution doubles the channels, up to 8 * width.
+        width: channels of the first feature map. Each further convolution (`kernel` 4) or pair of convolutions
+            (`kernel` 3) doubles the channels, up to 8 * width.
+        kernel: 4, or 3 for the network of the official code for ImageNet. At 32 pixels and width 128, that network has
+            128, 128, 256, 256, 512 and 512 channels.
         in_channels: image channels.
         norm: normalization layers: batch, layer or none, see `norm_layer`.
 
     Raises ValueError for arguments out of range.
     """
 
-    def __init__(self, *, image_size: int, width: int = 64, in_channels: int = 3, norm: str = "batch") -> None:
+    def __init__(
+        self, *, image_size: int, width: int = 64, kernel: int = 4, in_channels: int = 3, norm: str = "batch"
+    ) -> None:
         super().__init__()
         check_positive(image_size=image_size, width=width, in_channels=in_channels)
         if image_size < SMALLEST_IMAGE:
@@ -45,16 +54,22 @@ class DCGANNet(Backbone):
                 f"image_size is {image_size}, but the dcgan backbone needs at least {SMALLEST_IMAGE} pixels: "
                 "enlarge the images"
             )
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel is {kernel}, but it must be one of {', '.join(map(str, KERNELS))}")
         octaves = image_size.bit_length() - 3  # halvings to a side of 4 to 7 pixels: 16 -> 2, 32 -> 3, 64 -> 4
-        depth = max(octaves, min(octaves + 1, 4))
-        self.side = image_size >> depth
-        widths = [in_channels, *(width * min(2**number, DEEPEST) for number in range(depth))]
+        depth = octaves if kernel == 3 else max(octaves, min(octaves + 1, 4))
+        strides = (1, 2) * depth if kernel == 3 else (2,) * depth
+        per_octave = len(strides) // depth
+        widths = [in_channels, *(width * min(2 ** (n // per_octave), DEEPEST) for n in range(len(strides)))]
         self.blocks = nn.Sequential(
             *(
-                block(before, after, norm="none" if number == 0 else norm)
-                for number, (before, after) in enumerate(pairwise(widths))
+                block(before, after, kernel=kernel, stride=stride, norm="none" if number == 0 else norm)
+                for number, ((before, after), stride) in enumerate(zip(pairwise(widths), strides, strict=True))
             )
         )
+        self.side = image_size
+        for stride in strides:
+            self.side = (self.side + 2 - kernel) // stride + 1
         self.num_features = widths[-1] * self.side**2
 
     def forward(self, images: Tensor) -> Tensor:
@@ -71,7 +86,8 @@ class DCGANNet(Backbone):
     def stages(self, images: Tensor) -> dict[str, Tensor]:
         """Return the feature maps after `block1`, `block2`, ..., as name -> (N, channels, height, width).
 
-        Each feature map has half the side of the previous one, rounded down.
+        With `kernel` 4, each feature map has half the side of the previous one, rounded down. With `kernel` 3, every
+        second block halves the side, rounded up.
         """
         x = images
         maps = {}
@@ -80,12 +96,12 @@ class DCGANNet(Backbone):
         return maps
 
 
-def block(in_channels: int, out_channels: int, *, norm: str) -> nn.Sequential:
-    """Build a block of 4x4 convolution, normalization and LeakyReLU.
+def block(in_channels: int, out_channels: int, *, kernel: int, stride: int, norm: str) -> nn.Sequential:
+    """Build a block of convolution, normalization and LeakyReLU.
 
-    Shapes: (N, in_channels, H, W) -> (N, out_channels, H / 2, W / 2).
+    Shapes: (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride).
     """
-    conv = nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1, bias=norm == "none")
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=1, bias=norm == "none")
     normalize = norm_layer(norm, out_channels)
     nn.init.normal_(conv.weight, std=INIT_STD)
     if isinstance(normalize, nn.BatchNorm2d):

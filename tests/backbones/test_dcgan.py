@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sslcli.backbones.dcgan import DCGANNet
+from sslcli.methods.dcgan import pooled_maps
 
 
 @pytest.mark.parametrize(("image_size", "sides"), [(16, [8, 4, 2]), (32, [16, 8, 4, 2]), (64, [32, 16, 8, 4])])
@@ -19,6 +20,27 @@ def test_each_map_has_half_the_side_of_the_one_before(image_size: int, sides: li
     assert net.num_features == channels[-1] * sides[-1] ** 2
     net.eval()
     assert torch.equal(net(images), net.stages(images)[f"block{len(sides)}"].flatten(1))
+
+
+def test_the_network_for_imagenet_has_the_maps_and_features_of_the_paper() -> None:
+    with torch.device("meta"):
+        net = DCGANNet(image_size=32, width=128, kernel=3)
+        maps = net.stages(torch.zeros(1, 3, 32, 32))
+    assert [m.shape[1] for m in maps.values()] == [128, 128, 256, 256, 512, 512]
+    assert [m.shape[2] for m in maps.values()] == [32, 16, 16, 8, 8, 4]
+    assert [block[0].kernel_size for block in net.blocks] == [(3, 3)] * 6
+    assert net.num_features == 512 * 4 * 4
+    assert pooled_maps({name: torch.zeros(m.shape) for name, m in maps.items()}, 4).shape == (1, 28672)
+
+
+@pytest.mark.parametrize("image_size", [16, 33, 47, 64])
+def test_the_number_of_features_is_that_of_the_last_map_of_3x3_convolutions(image_size: int) -> None:
+    net = DCGANNet(image_size=image_size, width=2, kernel=3)
+    images = torch.randn(2, 3, image_size, image_size)
+    *_, last = net.stages(images).values()
+    assert 4 <= last.shape[2] <= 7
+    assert net(images).shape == (2, net.num_features)
+    assert torch.equal(net.eval()(images), net.stages(images)[f"block{len(net.blocks)}"].flatten(1))
 
 
 def test_large_images_end_in_maps_of_four_to_seven_pixels_and_few_channels_more() -> None:
@@ -52,5 +74,7 @@ def test_too_small_images_and_wrong_widths_are_refused() -> None:
         DCGANNet(image_size=8)
     with pytest.raises(ValueError, match="width is 0"):
         DCGANNet(image_size=32, width=0)
+    with pytest.raises(ValueError, match=r"kernel is 5.*3, 4"):
+        DCGANNet(image_size=32, kernel=5)
     with pytest.raises(ValueError, match="norm is 'group'"):
         DCGANNet(image_size=32, norm="group")
