@@ -76,9 +76,9 @@ class Evaluation:
     def conditions(self) -> str:
         """Suffix of the names of result files. It states which checkpoint was evaluated, and on which dataset.
 
-        An example is "step-100_cifar10-1a2b3c". If the last checkpoint was evaluated, the suffix contains only the
-        dataset. If the images were also used in pre-training, the suffix contains only the checkpoint. If both hold,
-        the suffix is "".
+        An example is "step-100_cifar10-1a2b3c". If the last checkpoint or a weight file was evaluated, the suffix
+        contains only the dataset. If the images were also used in pre-training, the suffix contains only the
+        checkpoint. If both hold, the suffix is "".
         """
         of_run, step = self.config.run is not None, self.config.checkpoint
         checkpoint = f"step-{step}" if of_run and step != "last" else ""
