@@ -44,8 +44,8 @@ OVERRIDES: dict[str, list[str]] = {
         "method.hidden=1024",
         "train.warmup_epochs=0",
     ],
-    "cpc": ["method=cpc", "backbone=small_layernorm", "train.batch_size=64"],
-    "cpc_v2": ["method=cpc_v2", "backbone=small_layernorm", "train.batch_size=64"],
+    "cpc": ["method=cpc", "backbone=small_layernorm", "train.batch_size=64", "train.lr_scaling=none"],
+    "cpc_v2": ["method=cpc_v2", "backbone=small_layernorm", "train.batch_size=64", "train.lr_scaling=none"],
     "deep_infomax": [
         "method=deep_infomax",
         "train.batch_size=64",

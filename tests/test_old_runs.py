@@ -336,7 +336,11 @@ def test_old_imports_work() -> None:
 
 def old_defaults(overrides: list[str]) -> list[str]:
     """The overrides that give the defaults of version 0.1, where they change the shapes of the method."""
-    return ["method.min_patch_size=8"] if overrides[0] in ("method=cpc", "method=cpc_v2") else []
+    defaults = {
+        "method=cpc": ["method.min_patch_size=8", "method.directions=1"],
+        "method=cpc_v2": ["method.min_patch_size=8"],
+    }
+    return defaults.get(overrides[0], [])
 
 
 @pytest.mark.parametrize("case", CASES, ids=title)
