@@ -51,7 +51,7 @@ class Terminal:
             self.poll = poll
 
     def write(self, text: str) -> int:
-        """Write `text` or drop it. Return the length of `text`."""
+        """Write `text` if the stream accepts it, else drop `text`. Return the length of `text` in both cases."""
         if not self.is_broken and self.has_room():
             parts = LAYOUT.split(text)  # the parts at odd indices are the matches
             safe = "".join(part if i % 2 else printable(part) for i, part in enumerate(parts))
@@ -75,8 +75,8 @@ class Terminal:
     def has_room(self) -> bool:
         """Return True if the stream accepts a write without blocking.
 
-        The first call on a blocked stream waits up to `PATIENCE` seconds. Further calls do not wait until the stream
-        accepts a write again.
+        The first call on a blocked stream waits up to `PATIENCE` seconds. As long as the stream stays blocked, further
+        calls return False immediately.
         """
         if self.poll is not None:
             with suppress(OSError):
@@ -84,9 +84,10 @@ class Terminal:
         return not self.is_blocked
 
     def give_up(self) -> None:
-        """Stop writing, and redirect the stream to the null device.
+        """Stop writing after an error, and redirect the stream to the null device.
 
-        Without the redirection, buffered text would cause an error at the exit of the process.
+        When the process exits, Python writes the text that is still buffered. Without the redirection, this write would
+        raise the error again.
         """
         self.is_broken = True
         with suppress(OSError, ValueError):

@@ -38,8 +38,8 @@ from sslcli.system.cpu import cores_per_process
 def move_to_device(method: Method, settings: TrainSettings, device: torch.device) -> None:
     """Move the method to the device.
 
-    If train.activation_checkpointing is true, enable it. If train.sharding is fsdp, shard the method over the
-    processes.
+    If train.activation_checkpointing is true, also enable activation checkpointing for the backbone. If train.sharding
+    is fsdp, also shard the method over the processes.
     """
     if settings.activation_checkpointing:
         fsdp.recompute(method)
@@ -49,7 +49,7 @@ def move_to_device(method: Method, settings: TrainSettings, device: torch.device
 
 
 def build_loader(config: RunConfig, parts: Parts, device: torch.device) -> Loader:
-    """Return the loader of a run."""
+    """Return the loader of a run's training images. `parts` contains the dataset and the views."""
     return Loader(
         parts.source,
         parts.views,
@@ -104,12 +104,14 @@ def assemble(
         parts: dataset, views and method. The method must already be on the device.
         loader: the loader of the training images.
         optimizer: the optimizer over the method's parameters.
-        peak_lr: peak learning rate after scaling.
+        peak_lr: peak learning rate, after it was scaled to the batch size.
         run_dir: the run directory.
         device: the device of this process.
         screen: the progress display.
-        phases: the planned phases of a run that has a config.yaml, or () for a new run.
-        moved: names of the dataset settings, such as `root`, whose paths have changed since the run was first started.
+        phases: the phases of a run that has a config.yaml, or () for a new run. A phase is a part of a run that is
+            trained with one length.
+        moved: names of dataset settings that contain a path, such as `root`. The listed settings have changed since the
+            run was first started.
     """
     settings, monitor_settings = config.train, config.monitor
     resolved = precision.resolve(settings.precision, device)
@@ -158,9 +160,12 @@ def build_probe(
 ) -> Callable[[], dict[str, float]] | None:
     """Return the online k-NN probe: a function that measures the k-NN accuracy of the method during training.
 
-    Return None if k-NN is turned off or impossible. If it is impossible, the reason is printed. `resolved` is the
-    precision: fp32, bf16 or fp16. Raises ConfigError if none of the images that k-NN classifies can be read, or if
-    these images are the test images and the dataset has none.
+    Return None if k-NN is turned off. If no images are held out for validation, or if the training images have fewer
+    than two classes, print the reason and return None.
+
+    `resolved` is the precision of forward passes: fp32, bf16 or fp16. monitor.knn_split selects the images that k-NN
+    classifies. Raises ConfigError if none of these images can be read, or if monitor.knn_split is test and the dataset
+    has no test images.
     """
     if monitor.knn_every_epochs == 0:
         return None
@@ -204,14 +209,18 @@ def knn_queries(source: Source, monitor: MonitorSettings) -> str | None:
 
 
 def has_pictures(parts: Parts, monitor: MonitorSettings) -> bool:
-    """Return True if the method overrides `pictures` and monitor.pictures is not 0."""
+    """Return True if pictures are saved during training.
+
+    Pictures are grids of images that a method returns in `Method.pictures`. They are saved if the method overrides this
+    function and monitor.pictures is not 0.
+    """
     return monitor.pictures > 0 and type(parts.method).pictures is not Method.pictures
 
 
 def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Return the method's pictures for `count` images: a mapping from a name to a grid of images (3, H, W) in [0, 1].
 
-    The images are images of the split "val" if it has any, else training images.
+    If the split "val" is not empty, the `count` images are from this split, else they are training images.
     """
     source, views = parts.source, parts.views
     positions = next(split for name in ("val", "train") if len(split := source.splits.get(name, torch.empty(0))))

@@ -225,7 +225,8 @@ def build_views(node: Node, *, trust: list[str]) -> Views:
 def build_backbone(node: Node, *, image_size: int, trust: list[str]) -> Backbone:
     """Build and return the backbone. `node` contains its settings, see `build`.
 
-    If the class does not declare the number of features, a forward pass determines it.
+    If the class does not declare the number of features, a forward pass determines this number. The images of the
+    forward pass have sides of `image_size` pixels.
     """
     module = build(node, base=nn.Module, trust=trust, where="backbone")
     try:
@@ -295,7 +296,10 @@ def build_parts(config: RunConfig) -> Parts:
 
 
 def check_views(method: Method, views: Views, source: Source) -> None:
-    """Raise ConfigError unless the method accepts the views of the dataset's images, with their sizes and channels."""
+    """Raise ConfigError unless the method accepts the views.
+
+    Random images are used for the check. They have the sizes of the views and the number of channels of the dataset.
+    """
     examples = []
     for number, size in enumerate(views.sizes(source.image_size)):
         try:
@@ -347,7 +351,10 @@ def check_channels(method: Method, source: Source) -> None:
 
 
 def build_optimizer(config: RunConfig, method: Method) -> tuple[Optimizer, float]:
-    """Return the optimizer over the method's parameter groups, and the peak learning rate after scaling."""
+    """Return the optimizer over the method's parameter groups, and the peak learning rate.
+
+    The peak learning rate is optimizer.lr scaled to the batch size. train.lr_scaling selects the scaling rule.
+    """
     node, train = config.optimizer, config.train
     for name in ("lr", "weight_decay"):
         value = node.get(name, 0.0)

@@ -75,7 +75,10 @@ def check_scalars(scalars: object, method: type) -> Tensor:
 
 
 def check_embeddings(method: Method) -> None:
-    """Raise ConfigError unless `method.embeddings` is a tuple with one tensor (N, D) per view, or an empty tuple."""
+    """Raise ConfigError unless `method.embeddings` is an empty tuple, or a tuple with one tensor (N, D) per view.
+
+    N is the number of images and D is the number of embedding dimensions.
+    """
     found: object = method.embeddings
     if isinstance(found, (tuple, list)) and all(isinstance(view, Tensor) and view.ndim == 2 for view in found):
         return
@@ -87,7 +90,7 @@ def check_embeddings(method: Method) -> None:
 
 
 def guard_warning(method: nn.Module) -> str:
-    """Return the warning about a method that does not set `embeddings`, which the detection of collapse needs."""
+    """Return the warning that collapse is not detected, because the method does not set `embeddings`."""
     return (
         f"collapse is not detected, because forward of {class_name(type(method))} does not set self.embeddings: set it "
         "to a tuple with one detached tensor of shape (N, D) per view, as in self.embeddings = (z1.detach(), "

@@ -41,7 +41,7 @@ FOLDERS = (checkpoint_names.FOLDER, "eval", "export", "pictures", "slurm", "tens
 
 
 class Node(TypedDict):
-    """Required key of a config group that names a class."""
+    """Required key of the config groups that select a class. The value of the key is the dotted name of the class."""
 
     _target_: str
 
@@ -95,11 +95,11 @@ class TrainedConfig(TypedDict):
 def check_layout(run_dir: Path) -> None:
     """Raise ConfigError if a path in a run directory has the wrong type.
 
-    For example, opening a FIFO would block, and opening a folder as a file would fail.
-
     - If a file is expected, the path must not be a FIFO, socket, device or folder. Only console.log may be a device,
-      because sslcli never reads it. For example, a link to /dev/null discards the log.
+      because sslcli never reads it. For example, console.log can be a link to /dev/null, which discards the log.
     - If a folder is expected, the path must be a folder.
+
+    Without this check, opening a FIFO would block, and opening a folder as a file would fail with an unclear error.
     """
     for name in FILES:
         path = run_dir / name
@@ -133,8 +133,10 @@ def is_finished(run_dir: Path) -> bool:
 def is_complete(run_dir: Path, values: dict[str, Any], config: dict[str, Any] | None = None) -> bool:
     """Return True if the run in this directory has trained as many steps as the settings `values` request.
 
-    If the run was extended, the result is also True if `values` request a length at which the run ended before an
-    extension. `config` is the content of `config.yaml`. If `config` is None, the file is read.
+    A run that was extended had a smaller length before. If `values` request such an earlier length and the run reached
+    it, the result is also True.
+
+    `config` is the content of `config.yaml`. If `config` is None, the file is read.
     """
     if config is None:
         if not (run_dir / "config.yaml").exists():
@@ -227,7 +229,10 @@ def read_trained_config(run_dir: Path) -> dict[str, Any]:
 
 
 def check_input(run_dir: Path, config: dict[str, Any]) -> None:
-    """Raise DamagedFile if the dataset of a run has no image size, means or standard deviations."""
+    """Raise DamagedFile if a key of `InputSettings` is missing in the dataset settings `config["dataset"]` of a run.
+
+    The keys are the image size, and the means and standard deviations for normalization.
+    """
     checked(config["dataset"], InputSettings, run_dir / "config.yaml", remedy=REMEDY)
 
 

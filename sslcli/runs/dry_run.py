@@ -74,8 +74,8 @@ def peak_memory(device: torch.device) -> float:
 def save_views(loader: Loader, parts: Parts, count: int, run_dir: Path) -> Path:
     """Write views.png and return its path.
 
-    The top row contains `count` original images, and the rows below contain their views. If the dataset has several
-    modalities, each modality has its own row.
+    The top row contains `count` original images. Each row below contains one view of each of these images. If the
+    dataset has several modalities, there is one row per modality instead of each of these rows.
     """
     batches = loader.steps(0, 1)
     batch = next(batches)[0]

@@ -49,7 +49,7 @@ class Evaluation:
         screen: the progress display.
         subject: the network and its provenance.
         source: the labeled images.
-        splits: positions of the images of each split in `source`.
+        splits: for each split, the indices of its images in `source`.
         layer: the layer whose features are evaluated.
         default_layer: the layer that is evaluated by default. Names of results do not contain it.
         variant: suffix of the result's name. It identifies protocol settings that change the measured quantity.
@@ -76,9 +76,9 @@ class Evaluation:
     def conditions(self) -> str:
         """Suffix of the names of result files. It states which checkpoint was evaluated, and on which dataset.
 
-        An example is "step-100_cifar10-1a2b3c". If the last checkpoint or a weight file was evaluated, the suffix
-        contains only the dataset. If the images were also used in pre-training, the suffix contains only the
-        checkpoint. If both hold, the suffix is "".
+        An example is "step-100_cifar10-1a2b3c". It means the checkpoint of step 100, and version 1a2b3c of the dataset
+        cifar10. If the last checkpoint or a weight file was evaluated, the suffix contains no step. If the images were
+        also used in pre-training, the suffix contains no dataset. If it contains neither, it is "".
         """
         of_run, step = self.config.run is not None, self.config.checkpoint
         checkpoint = f"step-{step}" if of_run and step != "last" else ""
@@ -93,7 +93,10 @@ class Evaluation:
         return self.subject.results_dir / join_parts(self.quantity(protocol), self.conditions)
 
     def task(self, **callbacks: Any) -> Task:
-        """Return the `Task` of the protocol: images, preprocessing and screen. `callbacks` are its other fields."""
+        """Return the `Task` of the protocol, which contains images, preprocessing and screen.
+
+        `callbacks` are values for the other fields of `Task`: the functions `fine_tuned` and `kept`.
+        """
         return Task(
             source=self.source,
             views=self.subject.views,
@@ -142,8 +145,9 @@ class Evaluation:
     def check_layer(self, net: nn.Module) -> None:
         """Check the feature layer.
 
-        Raises ValueError if the network does not have the layer. Raises ConfigError if the layer is the memory bank and
-        the images differ from the images of pre-training.
+        Raises ValueError if the network does not have the layer. The layer can also be "bank": the memory bank, in
+        which the method stores one feature vector per image of pre-training. In this case, raises ConfigError if the
+        images of the evaluation are not the images of pre-training.
         """
         if self.layer == layers.BANK and self.subject.has_other_images:
             raise ConfigError(
@@ -152,9 +156,10 @@ class Evaluation:
         layers.check(net, self.layer, self.task().example())
 
     def warn_unreadable(self, tensors: dict[str, Tensor]) -> None:
-        """Warn about unreadable labeled images, which are those without features. `tensors` are the features.
+        """Warn about labeled images that cannot be read. Raise TooManyBadImages if there are too many of them.
 
-        Raises TooManyBadImages if the unreadable fraction of a split exceeds `dataset.max_bad`.
+        There are too many if the unreadable fraction of a split exceeds `dataset.max_bad`. `tensors` is the result of
+        `extract`. An image that cannot be read has no features in `tensors`.
         """
         for name, positions in self.splits.items():
             labeled = positions[self.source.labels[positions] >= 0]

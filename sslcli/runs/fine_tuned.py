@@ -34,9 +34,10 @@ class SavedNet(TypedDict):
 
 
 def save(outcome: Outcome, path: Path, evaluation: Evaluation) -> dict[str, Any]:
-    """Write the network that a protocol trained to `path`. Return its file name and checksum for the result file.
+    """Write the network in `outcome` to the file `path`, and return the entries of the result file about the network.
 
-    `outcome` is what the protocol returned.
+    The entries are the file name and the checksum. `outcome` is the return value of the protocol that trained the
+    network.
     """
     assert outcome.net is not None
     assert outcome.positions is not None
@@ -101,9 +102,11 @@ def find_result(evaluation: Evaluation, requested: str) -> tuple[str, dict[str, 
 
     Only results with a saved network are searched. Their checkpoint and dataset must be those of `evaluation`.
 
-    `requested` is a protocol with or without a variant, or the full name of a result. A protocol also matches all of
-    its variants. If several results match, the exact match is returned. Raises ConfigError if no result matches, or if
-    several results match and none of them exactly.
+    `requested` is a protocol, a protocol with its variant, or the full name of a result. A variant is the suffix for
+    protocol settings that change the measured quantity. A protocol without a variant also matches all of its variants.
+
+    If several results match, the exact match is returned. Raises ConfigError if no result matches, or if several
+    results match and none of them exactly.
     """
     results_dir, matches = evaluation.subject.results_dir, {}
     for name, result in results(results_dir, evaluation.screen).items():

@@ -75,16 +75,18 @@ def default_name(choices: Mapping[str, str], digest: str) -> str:
 def digest_of(lines: Iterable[str]) -> str:
     """Return a digest (six hex digits) of the overrides that affect the results, or "" if there are none.
 
-    The name of the default run directory contains the digest, so that the same command uses the same directory.
+    `lines` are all overrides of a command. The name of the default run directory contains the digest, so that the same
+    command uses the same directory.
     """
     found = result_overrides(lines)
     return hashlib.sha256("\n".join(found).encode("utf-8", "surrogatepass")).hexdigest()[:6] if found else ""
 
 
 def result_overrides(lines: Iterable[str]) -> list[str]:
-    """Return the overrides that affect the results, sorted.
+    """Return the overrides that affect the results, sorted. `lines` are all overrides of a command.
 
-    Keys and choices are named as in version 0.1, so that renaming them does not change the digest of a command.
+    Some keys and choices were renamed after version 0.1. The returned overrides contain the names of version 0.1, so
+    that the digest of a command is the same in all versions.
     """
     return sorted(old_override(line) for line in lines if not _is_neutral(line.partition("=")[0].lstrip("+~")))
 

@@ -28,11 +28,11 @@ REMEDY = (
 
 
 def check_images(run_dir: Path, source: Source, screen: Screen, *, write: bool) -> None:
-    """Compare the images with the records that the run stored of its images, and write new records.
+    """Compare the current images with the stored records of the run's images, and write new records.
 
-    A record contains the name, label, size and modification time of an image, and possibly a hash of its contents.
-    `dataset.verify` selects what is compared. This is a collective operation: all processes must call it. ConfigError
-    is raised on all processes if the images changed.
+    A record contains the name, label, size and modification time of an image. If dataset.verify was `contents` at a
+    start of the run, it also contains a hash of the image file. `dataset.verify` selects what is compared. If the
+    images changed, ConfigError is raised on all processes. This is a collective operation: all processes must call it.
 
     Args:
         run_dir: the run directory. If it has no checkpoint or no records, no images are compared.
@@ -57,10 +57,10 @@ def check_images(run_dir: Path, source: Source, screen: Screen, *, write: bool) 
 
 
 def _records_to_write(run_dir: Path, source: Source, screen: Screen) -> Records | None:
-    """Compare the current images with the stored records. Return new records if the stored ones must be replaced.
+    """Compare the current images with the stored records. Return new records, or None if the stored ones are equal.
 
-    Return None if the stored records are up to date. Raises ConfigError if the images changed or the stored records are
-    damaged.
+    If the run has no checkpoint or no stored records, nothing is compared, and new records are returned. Raises
+    ConfigError if the images changed or the stored records are damaged.
     """
     now = collect_records(source, screen)
     if not directory.has_checkpoint(run_dir):
@@ -120,7 +120,10 @@ def stored_records(run_dir: Path) -> Records | None:
 
 
 def collect_records(source: Source, screen: Screen) -> Records:
-    """Return the records of the current images. If dataset.verify is `contents`, the records include digests."""
+    """Return the records of the current images.
+
+    If dataset.verify is `contents`, the records include hashes of the image files.
+    """
     title = "reading the images to compare them" if source.verify == "contents" else "checking the image files"
     started = False
 

@@ -94,7 +94,8 @@ def check_other_launcher(settings: LauncherSettings) -> None:
 def main() -> None:
     """Run one of several training processes: `python -m sslcli.runs.launch CONFIG.json`.
 
-    After an unexpected error, the exit code requests a restart only if the run has saved a new checkpoint.
+    After an unexpected error, the exit code requests a restart only if a checkpoint was saved since this process
+    started.
     """
     # Before the run installs its signal handlers, there is nothing to save, so Ctrl-C ends the run without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

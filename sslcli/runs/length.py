@@ -90,8 +90,10 @@ def planned_phases(run_dir: Path, config: Mapping[str, Any], values: Mapping[str
     """Return the phases of a run that continues with the settings `values`. If the length is unknown, return ().
 
     A phase is a part of a run that is trained with one length. `config` is the content of the run's `config.yaml`. All
-    processes get the same result, even if one of them has already stored the phases. Raises ConfigError in the same
-    cases as `plan`.
+    processes get the same result, even if one of them has already stored the phases.
+
+    Raises ConfigError if the run would become shorter, or if the run was already extended to the same length with
+    another value of `train.extend`.
     """
     total = requested_steps(config, values)
     stored = stored_phases(config)

@@ -19,8 +19,9 @@ def join_parts(*parts: str) -> str:
 def dataset_name(source: Source, *, image_size: int | None) -> str:
     """Return the part of a file name that identifies a dataset.
 
-    The part contains the name, version, limit, split and image size of the dataset. A limit of None, the default split
-    and the image size of pre-training are left out.
+    The part contains the name, version, limit, split and image size of the dataset. The limit is the setting
+    `dataset.limit`, the maximum number of training images. It is left out if it is None. The split is left out if it is
+    the default split. The image size is left out if it equals that of pre-training.
 
     Args:
         source: the dataset.

@@ -96,9 +96,10 @@ def config_name(folder: Path) -> str:
 
 
 def is_longer(config: RunConfig, path: Path, job: str) -> bool:
-    """Return True if `config` has a greater length than the configuration `path` of an active job, and False if equal.
+    """Compare the length of `config` with that of an active job. Return True if it is greater, and False if equal.
 
-    Raises ConfigError if the length is smaller, or if another setting that affects the result differs.
+    `path` is the configuration file of the job, and `job` is its ID. If the file does not exist, the result is False.
+    Raises ConfigError if the length of `config` is smaller, or if another setting that affects the results differs.
     """
     if not path.exists():
         return False

@@ -32,7 +32,7 @@ NETWORK_GROUPS = ("views", "method", "backbone")  # config groups from which a n
 
 
 class ExportOptions(TypedDict, total=False):
-    """Keys of exported files that older versions did not write."""
+    """Keys of exported files. The exported files of older versions lack some of these keys."""
 
     monitor: dict[str, Any]
     dataset: dict[str, Any]
@@ -152,10 +152,17 @@ def has_other_images_than_run(
 ) -> bool:
     """Return True if the images of `source` are not the images of the dataset of a run.
 
-    `node` contains the settings of `source`. `own` contains the dataset settings of the run, and `effective` is the
-    section of this name in its config.yaml. If the paths differ, the same images may have been moved to another folder,
-    so fingerprints are compared. If the run stored no fingerprint, the fingerprint is computed from the images at the
-    old path. If the old path no longer exists, only the numbers of training images are compared.
+    First, the dataset settings are compared. If only the paths differ, the same images may have been moved to another
+    folder. In this case, the fingerprints of both datasets are compared. The fingerprint identifies the images of a
+    dataset. If the run stored no fingerprint, it is computed from the images at the old path. If the old path no longer
+    exists, only the numbers of training images are compared.
+
+    Args:
+        source: the dataset.
+        node: the settings of `source`.
+        own: the dataset settings of the run.
+        effective: the section `effective` of the run's config.yaml.
+        trust: trusted packages, see `find_class`.
     """
     if not has_same_keys(node, own):
         return True

@@ -78,9 +78,10 @@ def recorded_exit_code(run_dir: Path) -> int | None:
 
 
 def read_exit_code(path: Path) -> int | None:
-    """Return the exit code in the file of a job, or None if there is no such file.
+    """Return the exit code that a job wrote to the file `path`, or None if there is no such file.
 
-    Raises DamagedFile if the file is damaged. An empty file means that the job failed.
+    If the file is empty, the job failed, and the result is the exit code of a failed run. Raises DamagedFile if the
+    file is damaged.
     """
     remedy = "remove it, and run the same command again to resume"
     text = read_line(path, r"[0-9]{0,3}", what="an exit code", remedy=remedy)
