@@ -45,8 +45,8 @@ def default_workers(image_size: int) -> int:
     """Return the number of data workers to use if `dataset.workers` is null.
 
     - With a GPU, the number is the number of cores of this process minus one, at least 1 and at most 8.
-    - Without a GPU, the number is 2, because training also needs the cores.
     - Without a GPU, if images have at most 64 pixels per side and the process has at most 2 cores, the number is 0.
+    - In all other cases without a GPU, the number is 2, because training also needs the cores.
 
     docs/performance.md has the measurements.
     """
@@ -63,8 +63,8 @@ class ErrorReturningDataset(Dataset[Any]):
 
     Args:
         dataset: the dataset to read.
-        owner: the class of the `Source`. If this class is not part of sslcli, its exceptions are reported as errors in
-            user code.
+        owner: the subclass of `Source` (dataset of sslcli) that reads the images. If this class is not part of sslcli,
+            its exceptions are reported as errors in user code.
     """
 
     def __init__(self, dataset: Dataset[Any], owner: type) -> None:
@@ -144,7 +144,10 @@ def choose_socket_folder() -> None:
 
 
 class RequestSampler:
-    """Sampler that yields the requests of an iterator. The sampler can be used only once."""
+    """Sampler that yields the items of the iterator `requests`. The sampler can be used only once.
+
+    A request is the index of one item of a dataset: for `ViewCrops`, a `Request` that lists the images of a batch.
+    """
 
     def __init__(self, requests: Iterator[Any]) -> None:
         self.requests = requests
@@ -156,7 +159,7 @@ class RequestSampler:
 def iterate_batches(
     dataset: Dataset[Any], sampler: Iterable[Any], workers: int, *, owner: type, timeout: float = DEFAULT_TIMEOUT
 ) -> Generator[Any, None, None]:
-    """Yield `dataset[request]` for each request of `sampler`, in order. Worker processes read the items.
+    """Yield `dataset[request]`, a batch, for each request of `sampler`, in order. Worker processes read the batches.
 
     The workers end when the generator is exhausted, is closed, or raises an exception.
 
@@ -164,7 +167,7 @@ def iterate_batches(
         dataset: the dataset to read.
         sampler: yields the requests.
         workers: number of worker processes; 0 = read in this process.
-        owner: the class of the `Source`, see `ErrorReturningDataset`.
+        owner: the class that reads the images, see `ErrorReturningDataset`.
         timeout: seconds to wait for a batch.
 
     Raises:
@@ -264,8 +267,8 @@ def init_worker(parent: int, number: int) -> None:
 def end_workers(iterator: Any, workers: list[BaseProcess]) -> None:
     """End data workers, including workers that hang in a read.
 
-    torch requests the workers to end, waits, and sends SIGTERM, which the workers ignore. Workers that still run after
-    `GRACE_PERIOD` are killed.
+    torch asks the workers to end and waits. Then it sends SIGTERM, but the workers ignore SIGTERM. Workers that still
+    run after `GRACE_PERIOD` seconds are therefore killed.
     """
     killer = threading.Timer(GRACE_PERIOD, kill_processes, [workers])
     killer.daemon = True

@@ -13,8 +13,8 @@ class BatchShuffle:
 
     W is the number of processes, and N (`num_rows`) is the number of images per process. The permutation depends only
     on W * N and on `draw`, the number of permutations that the run has drawn before. It does not change if a run is
-    resumed, or if the batch is split over another number of processes. Each row is sent only to the process that needs
-    the row. Therefore the traffic per process does not grow with W.
+    resumed, or if the same batch of W * N images is split over another number of processes. Each image (a row of a
+    tensor) is sent only to the process that needs it. Therefore the traffic per process does not grow with W.
     """
 
     def __init__(self, num_rows: int, draw: int, device: torch.device) -> None:

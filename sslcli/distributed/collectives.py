@@ -1,7 +1,8 @@
 """Communication between processes: rank, world size, collectives with and without gradient, and exchange of rows.
 
-With a single process, all collectives return their input. Rows of a gathered tensor are in rank order. If a global
-batch was split into contiguous parts, gathering the parts therefore restores the original order.
+A row is an entry of a tensor along the first dimension. With a single process, all collectives return their input. A
+gathered tensor has the rows of all processes in rank order. If a global batch was split into contiguous parts,
+gathering the parts therefore restores the original order.
 
 Shapes: N rows per process, W processes.
 """

@@ -47,19 +47,19 @@ def run_processes(
 ) -> int:
     """Run `python ARGUMENTS` in several processes on this node. Return one exit code for all processes.
 
-    torch's elastic agent starts the processes. It would restart them after any exit code, also after a failure that
-    would repeat (an invalid configuration, a failed training). Therefore the agent is not allowed to restart them.
-    Instead, this function starts a new agent if a process crashed or was killed.
+    torch's elastic agent starts the processes. The agent could also restart them, but it would do so after any failure,
+    even if the failure would repeat (an invalid configuration, a failed training). Therefore restarts by the agent are
+    disabled. Instead, this function starts a new agent if a process crashed or was killed.
 
     Args:
         processes: number of processes; None = one per GPU, or 2 without GPUs.
-        max_restarts: maximum number of restarts. Each restarts all processes.
+        max_restarts: maximum number of restarts. Each restart starts all processes again.
         on_message: function that prints a message. It is called before each restart, and after a crash that does not
             lead to a restart.
         rendezvous: address and name by which the agents of several nodes find each other; None for one node. With a
-            rendezvous, call `run_processes` on all nodes. It then returns EXIT_LOST after a crash. The agent ignores
-            SIGUSR1 and SIGUSR2, because the scheduler sends these signals to every process of the job. The training
-            processes handle the signals, and all of them stop after the same step.
+            rendezvous, call `run_processes` on all nodes. After a crash, it then returns EXIT_LOST. With a rendezvous,
+            the agent also ignores SIGUSR1 and SIGUSR2: the scheduler sends these signals to every process of the job,
+            so the training processes receive them too. They all stop after the same step.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -152,9 +152,9 @@ def crashed(codes: dict[int, int]) -> bool:
     """Return True if a restart is useful, because the failure may not repeat.
 
     `codes` maps ranks to exit codes. A restart is useful if a signal ended a process (its exit code is then negative),
-    or if a process lost contact with the others (EXIT_LOST). However, if any process ended with EXIT_CONFIG or
-    EXIT_FAILED, the failure would repeat. If any process ended with EXIT_STOPPED, the run was stopped on purpose. A
-    restart is not useful in these two cases.
+    or if a process lost contact with the others (EXIT_LOST). There are two exceptions, in which a restart is not
+    useful. If any process ended with EXIT_CONFIG or EXIT_FAILED, the failure would repeat. If any process ended with
+    EXIT_STOPPED, the run was stopped on purpose.
     """
     is_final = bool({EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED} & set(codes.values()))
     return not is_final and any(code < 0 or code == EXIT_LOST for code in codes.values())

@@ -121,8 +121,9 @@ def cannot_listen(port: int, error: str) -> str:
 def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[str], None]) -> Iterator[None]:
     """Watch all processes within the `with` block. A thread calls `end(message)` if no process makes progress.
 
-    After `limit` seconds without progress of any process, every process calls `end`. One process reports the stall and
-    passes a message. All other processes pass an empty string. A single process is watched by `watched_alone`.
+    After `limit` seconds without progress of any process, every process calls `end`. One process passes a message that
+    names the stalled processes. All other processes pass an empty string. If the run has only one process, see
+    `watched_alone`.
 
     Args:
         store: store that all processes share, from `join`.
@@ -143,9 +144,9 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
 def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]:
     """Call `end(message)` from a thread if a single-process run waits too long for images within the `with` block.
 
-    A wait is too long if it exceeds `limit` + `SLACK` seconds. Only waits for images that the process reads itself can
-    become so long. If data workers read the images, the timeout of the workers expires first and ends the run with a
-    regular error. Other actions of a process are not watched, because their maximum duration is not known.
+    A wait is too long if it exceeds `limit` + `SLACK` seconds. This happens only if the process reads the images
+    itself. If data workers read the images, the timeout of the workers expires first and ends the run with a regular
+    error. Other actions of a process are not watched, because their maximum duration is not known.
     """
     with in_thread(watch_image_waits, limit, end):
         yield
@@ -193,10 +194,10 @@ def watch_ranks(
 ) -> None:
     """Publish the progress of this process. While it makes no progress, check the progress of the other processes.
 
-    If no process makes progress for `limit` seconds, call `end(message)`. This time is the number of checks times the
-    interval between checks. It is not measured by a clock, because a clock would also count the time in which this
-    process or its machine was suspended. The function returns when the event `closing` is set. For the other arguments,
-    see `watched`.
+    If no process makes progress for `limit` seconds, call `end(message)`. The time without progress is computed as the
+    number of checks times the interval between checks. It is not measured by a clock, because a clock would also count
+    the time in which this process or its machine was suspended. The function returns when the event `closing` is set.
+    For the other arguments, see `watched`.
     """
     interval = min(limit / CHECKS, SLOWEST)
     still, beats, before = 0.0, 0, _own.actions
@@ -242,7 +243,7 @@ def stall_message(rank: int, found: dict[int, Progress], silent: set[int], limit
     Args:
         rank: rank of this process.
         found: rank -> progress of this rank; empty if the store does not respond.
-        silent: ranks that no longer publish heartbeats.
+        silent: ranks whose watchdog thread no longer publishes its state in the store.
         limit: time limit in seconds.
     """
     remedy = (

@@ -2,8 +2,8 @@
 
     <run_dir>/checkpoints/
         step-00001234.pt       tensors and plain values, readable with torch.load(weights_only=True)
-        step-00001234.sha256   checksum of this file, in the format of sha256sum
-        step-00001234/         replaces both files if parameters are sharded, see sharded_checkpoint.py
+        step-00001234.sha256   checksum of the file step-00001234.pt, in the format of sha256sum
+        step-00001234/         written instead of both files if parameters are sharded, see sharded_checkpoint.py
         last                   link to the newest checkpoint
 
 A checkpoint is written under a temporary name, synchronized to disk (fsync), and then renamed. The checksum file is
@@ -38,7 +38,11 @@ if TYPE_CHECKING:  # the import takes seconds and is only needed for sharded run
 
 
 class RefusedCheckpoint(ConfigError):
-    """Raised for an undamaged checkpoint that the run must not load. No older checkpoint is loaded in its place."""
+    """Raised for an undamaged checkpoint that the run must not load.
+
+    A newer version of sslcli, or a run with another configuration, wrote the checkpoint. No older checkpoint is loaded
+    in its place.
+    """
 
 
 def save(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
@@ -168,7 +172,9 @@ def load_newest(
 
 
 def load(path: Path, *, device: torch.device, like: Placement | None = None, weights: bool = False) -> dict[str, Any]:
-    """Load one checkpoint without executing code from the file. Raises ConfigError if the checkpoint is invalid.
+    """Load one checkpoint without executing code from the file.
+
+    Raises ConfigError if the checkpoint is missing or damaged, or if a newer version of sslcli wrote it.
 
     path: a file, or the folder of a sharded checkpoint.
     device: device of tensors that are not sharded.

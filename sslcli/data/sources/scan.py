@@ -66,7 +66,7 @@ def no_images(folder: str, extensions: Iterable[str], left_out: Mapping[str, int
     """Return the message for a folder without images.
 
     extensions: the extensions of image files.
-    left_out: number of other files in the folder, by extension.
+    left_out: number of files in the folder that are not images, by extension.
     """
     patterns = ", *.".join(sorted(extensions))
     others = f"; the files there are: {printable(describe_left_out(left_out))}" if left_out else ""
@@ -115,20 +115,22 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 class FileSearch:
     """Search for the image files below one root folder. It counts the files that it leaves out.
 
-    A file is an image if its extension is in `listed_extensions`. A file without an extension is an image if its
-    content begins like an image. Hidden files and folders are ignored.
+    If `extensions` is given, a file is an image if its extension is one of them. If `extensions` is None, two kinds of
+    files are images: files with an extension in `image_formats.listed_extensions`, and files without an extension whose
+    first bytes are those of an image format. Hidden files and folders are ignored.
 
     Links are followed. If `linked_folders` is "once", two kinds of links are not followed, so that no image is listed
     several times:
 
     - links to a folder inside of `root`, because the images of that folder are listed under its own path
-    - links to a folder outside of `root`, except the first link to each such folder. Each class folder is searched
-      separately: if several class folders link to the same folder, its images are listed once in each of these classes.
+    - links to a folder outside of `root`, except the first link to each such folder. A class folder is a folder in
+      `root` that contains the images of one class. Each class folder is searched separately. If several class folders
+      link to the same folder, the images of that folder are listed once in each of these classes.
 
     Args:
         root: the root folder.
-        extensions: the extensions of image files, see `parse_extensions`. None = all image files.
-        linked_folders: "once", or "always" = follow all links except those to a parent folder.
+        extensions: the extensions of image files, see `parse_extensions`; None = all image files.
+        linked_folders: "once" or "always". With "always", all links are followed except links to a parent folder.
 
     Attributes:
         left_out: the number of files that are not listed as images, by extension.
@@ -148,7 +150,7 @@ class FileSearch:
         self.links: list[str] = []
 
     def classes(self) -> dict[str, list[str]]:
-        """Return the images of each class folder of `root`, as paths relative to `root`.
+        """Return the images of each class folder as paths relative to `root`. Each folder in `root` is a class folder.
 
         Warn about files that are left out, class folders without images, and links that are not followed.
 
@@ -201,7 +203,11 @@ class FileSearch:
         return files
 
     def _add_files(self, folder: str, prefix: str, files: list[str], listed: set[tuple[int, int]]) -> None:
-        """Append the images below `folder` to `files`. `listed` contains the identities of listed folders."""
+        """Append the images below `folder` to `files`.
+
+        prefix: prefix of the appended paths, see `files_below`.
+        listed: identities (see `folder_identity`) of the folders whose images are already in `files`.
+        """
         current = folder_identity(folder)
         if current in listed:
             self.links.append(prefix.rstrip("/"))
@@ -237,7 +243,8 @@ class FileSearch:
     def is_duplicate(self, entry: os.DirEntry[str]) -> bool:
         """Return whether `entry` is a link that must not be followed, because it leads to a folder inside of `root`.
 
-        The images of that folder are listed under its own path. With linked_folders="always", return False.
+        The images of that folder are listed under its own path. With linked_folders="always", return False. This
+        function does not check links to folders outside of `root`.
         """
         if not (self.lists_once and entry.is_symlink()):
             return False
@@ -263,7 +270,10 @@ class FileSearch:
 
 
 def has_image_content(path: str) -> bool:
-    """Return whether a regular file begins like an image. Return False if the file cannot be read."""
+    """Return whether the first bytes of a regular file are those of an image format.
+
+    Return False if the file cannot be read.
+    """
     try:
         with open_regular(path) as file:
             return is_image_start(file.read(START_BYTES))

@@ -5,11 +5,12 @@ position differ between the instances of an image. Therefore two random crops ha
 background varies across the image, so a crop contains little information about the background of another crop. Each
 nuisance has a strength in [0, 1].
 
-The pixels of image i depend only on (seed, i, size, nuisances), and are bit-identical on all CPUs. The random numbers
-are stateless. The renderer uses only correctly rounded operations (+ - * / sqrt min max floor). Therefore no pixel
-depends on the split into batches, the number of threads or the vector width of the CPU. Edges are anti-aliased with
-signed distance functions (negative inside, unit slope near the edge; see
-https://iquilezles.org/articles/distfunctions2d/).
+The pixels of image i depend only on (seed, i, size, nuisances), and are bit-identical on all CPUs. Each random number
+is a hash of integers such as the seed and i, see `sslcli.data.rng`. The renderer uses only correctly rounded operations
+(+ - * / sqrt min max floor). Therefore no pixel depends on the split into batches, the number of threads or the vector
+width of the CPU. Edges are anti-aliased with signed distance functions, see
+https://iquilezles.org/articles/distfunctions2d/. Such a function is negative inside of a shape. Near the edge, its
+slope is 1.
 
 Tensor shapes: n images, side S in pixels. Lengths are in units of half the image side: x and y are in [-1, 1]. The y
 axis points down.
@@ -177,12 +178,12 @@ def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
 
 
 class _RandomNumbers:
-    """Random numbers for one element of n images, such as the background. Each call returns one number per image (n,).
+    """Random numbers for one part of n images. Each call returns one number per image (n,).
 
-    At most `count` calls are possible. The numbers of all calls are computed together when the object is created, which
-    is faster if n is small.
+    A part is the background, or one instance of the shape. At most `count` calls are possible. The numbers of all calls
+    are computed together when the object is created. If n is small, this is faster than one computation per call.
 
-    key: (n,) int64, one key per image and element.
+    key: (n,) int64, one key per image. The key of an image is different for each of its parts.
     """
 
     def __init__(self, key: Tensor, count: int = 20) -> None:
@@ -193,8 +194,9 @@ class _RandomNumbers:
 
 
 def _render(keys: Tensor, distance: Callable[[Tensor, Tensor], Tensor], size: int, nuisances: Nuisances) -> Tensor:
-    """Render images of one class: (n,) image keys -> (n, 3, S, S) uint8.
+    """Render n images of one class. Return (n, 3, S, S) uint8.
 
+    keys: (n,) int64, one key per image. All random numbers of an image are computed from its key.
     distance: signed distance function of the shape, as in `_DISTANCES`.
     size: side S in pixels.
     """
@@ -224,8 +226,9 @@ def _render(keys: Tensor, distance: Callable[[Tensor, Tensor], Tensor], size: in
 
 
 def _background(numbers: _RandomNumbers, x: Tensor, y: Tensor, lightness: Tensor, strength: float) -> Tensor:
-    """Return the background (n, 3, S, S) of images: one color per image, which changes in two random half-planes.
+    """Return the background (n, 3, S, S) of images: one color per image, changed in two random half-planes.
 
+    numbers: random numbers for the background.
     x, y: (1, 1, S) and (1, S, 1), the coordinates of the pixels in [-1, 1].
     lightness: (n,) mean lightness of each background in [0, 1].
     strength: strength of the variation of the color, in [0, 1].
@@ -241,7 +244,9 @@ def _background(numbers: _RandomNumbers, x: Tensor, y: Tensor, lightness: Tensor
 
 
 def _fill_color(numbers: _RandomNumbers, background: Tensor, strength: float) -> Tensor:
-    """Return colors (n, 3) that differ in lightness from the background, so that grayscale images show shapes.
+    """Return one color per image, (n, 3), for an instance of the shape.
+
+    The color differs in lightness from the background, so that the shape is also visible in grayscale.
 
     `background` (n,) is the lightness of the background. `strength` in [0, 1] is the strength of the variation.
     """
@@ -255,7 +260,8 @@ def _fill_color(numbers: _RandomNumbers, background: Tensor, strength: float) ->
 def _texture(numbers: _RandomNumbers, u: Tensor, v: Tensor) -> Tensor:
     """Return a texture (n, S, S) in [-1, 1] of stripes or checks.
 
-    u, v: (n, S, S) coordinates of the pixels, relative to the center and rotation of a shape, in units of its radius.
+    u, v: (n, S, S) coordinates of the pixels in units of the radius of an instance of the shape. The origin is the
+        center of the instance, and the axes are rotated with the instance.
     """
     cos, sin = _direction(numbers())
     frequency = numbers(0.4, 1.4)
@@ -267,7 +273,7 @@ def _texture(numbers: _RandomNumbers, u: Tensor, v: Tensor) -> Tensor:
 
 
 def _light(numbers: _RandomNumbers, x: Tensor, y: Tensor, strength: float) -> Tensor:
-    """Return the factor (n, 3, S, S) of the light: overall brightness, a gradient across the image, and a tint.
+    """Return the light (n, 3, S, S), a factor for each pixel: brightness, a gradient across the image, and a tint.
 
     x, y: (1, 1, S) and (1, S, 1), the coordinates of the pixels in [-1, 1].
     strength: strength of the variation of the light, in [0, 1].
@@ -284,6 +290,7 @@ def _noise(key: Tensor, x: Tensor, y: Tensor, cells: int = 5) -> Tensor:
 
     key: (n,) int64, one key per image.
     x, y: (1, 1, S) and (1, S, 1), the coordinates of the pixels in [-1, 1].
+    cells: number of lattice cells per axis. The random shift is less than one cell.
     """
     nodes = torch.arange(cells + 1)
     lattice = uniform(mix(key[:, None, None], nodes[:, None], nodes), 0, -1.0, 1.0)

@@ -29,7 +29,7 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class Parts:
-    """Pixels and labels of the splits. The training pool is first, the test split last."""
+    """Pixels and labels of each split: training images, then unlabeled images of STL10 if read, then test images."""
 
     pixels: list[NDArray[np.uint8]]  # each (n, 3, S, S)
     labels: list[NDArray[np.int64]]  # each (n,), -1 = unknown
@@ -43,7 +43,7 @@ def read_parts(name: str, root: str | os.PathLike[str], *, download: bool, unlab
     name: "CIFAR10", "CIFAR100", "STL10" or "SVHN".
     root: the folder of the files.
     unlabeled: whether to read the unlabeled images of STL10.
-    memory_gb: the largest size of the pixels in GB (10**9 bytes).
+    memory_gb: the largest allowed size of the pixels in GB (10**9 bytes).
 
     Raises ValueError if the name is unknown, the images exceed `memory_gb`, files are missing and cannot be downloaded,
     or files are damaged.

@@ -213,7 +213,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int, mask: Tensor)
 
 
 def check_taps(kernel_size: int, height: int, width: int) -> None:
-    """Raise ValueError unless `kernel_size` is odd, at least 1, and small enough for images of height x width."""
+    """Raise ValueError unless `kernel_size` is odd, at least 1, and at most 2 * min(height, width) - 1."""
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size is {kernel_size}, but it must be an odd number of at least 1")
     if kernel_size // 2 >= min(height, width):

@@ -2,9 +2,9 @@
 
 If `torchvision.transforms.v2.functional` has a function of the same name, the results are equal. Unlike torchvision's
 functions, the operations take one parameter per image and have no loop over images. Public functions do not modify
-their input. Parameters and masks may be on the device of the images or on the CPU. Prefer the CPU, because rows are
-then selected without waiting for the device. For float16 and bfloat16 images, all computations are in float32, and only
-the result is rounded.
+their input. Parameters and masks may be on the device of the images or on the CPU. Prefer the CPU: if a mask is on the
+CPU, the function selects the images of the mask without waiting for the device. For float16 and bfloat16 images, all
+computations are in float32, and only the result is rounded.
 """
 
 from __future__ import annotations
@@ -174,12 +174,12 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def _jitter_group(images: Tensor, factors: Tensor, order: Tensor, hue_slot: int) -> Tensor:
-    """Apply the color jitter to images whose hue is rotated at the same place in the order of their operations.
+    """Apply the color jitter to images that have the hue rotation at the same index in the order of their operations.
 
     This function modifies `images`.
 
     factors, order: as for `color_jitter`.
-    hue_slot: this place, 0 to 3; 4 = no hue is rotated.
+    hue_slot: index of the hue rotation in the order, 0 to 3. With 4, the hue is not rotated.
     """
     for slot in range(4):
         if slot == hue_slot:

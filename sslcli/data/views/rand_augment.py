@@ -44,8 +44,9 @@ def rand_augment(
 
     Args:
         images: (N, C, H, W).
-        draws: (L, STREAMS, N) uniform random numbers in [0, 1), for L operations per image; preferably on the CPU. With
-            L = 0, the images are returned unchanged.
+        draws: (L, STREAMS, N) uniform random numbers in [0, 1), preferably on the CPU. L is the number of operations
+            per image. STREAMS is the number of random numbers per operation and image. With L = 0, the images are
+            returned unchanged.
         magnitude: mean of the normal distribution of the magnitude, in [0, 10]. Drawn magnitudes are clipped to
             [0, 10].
         std: standard deviation of this normal distribution, at least 0.

@@ -1,4 +1,4 @@
-"""Settings of a view, a distribution of random crops and color changes. Yaml files list the views of a run."""
+"""Settings of views: the distributions of random crops and color changes that the yaml file of a run lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from sslcli.errors import check_keys
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One distribution of views. Probabilities are per image. Pairs are inclusive ranges (low, high).
+    """Distribution from which views are drawn. A view is a random crop of an image with random color changes.
+
+    Probabilities are per view. Pairs are inclusive ranges (low, high).
 
     Attributes:
         count: number of views per image that are drawn from this distribution.

@@ -1,9 +1,9 @@
 """Views of an image: random crops and color changes, drawn and applied in batches.
 
 `Views` has a list of distributions, see `sslcli.data.views.spec`. It draws the views of each image from these
-distributions. Every random parameter of an operation is a pure function of (key of the image, view number, operation),
-see `sslcli.data.rng`. Therefore a view does not depend on the other images of the batch. The operations run in this
-order, and each operation is optional:
+distributions. Each image has a key, a 64-bit integer that is different in each epoch. Every random parameter of an
+operation is a pure function of (key of the image, view number, operation), see `sslcli.data.rng`. Therefore a view does
+not depend on the other images of the batch. The operations run in this order, and each operation is optional:
 
     crop and resize -> flip -> color jitter -> grayscale -> blur -> solarize -> color space -> normalize
 
@@ -45,15 +45,16 @@ class Views:
     """List of the views of an image, and the operations that compute them.
 
     Args:
-        views: the distributions, each a `View` or a mapping with its fields. An entry of this list with `count` n
-            defines n consecutive views.
+        views: list of distributions. Each entry is a `View` or a mapping from fields of `View` to values. An entry with
+            `count` n defines n consecutive views.
         normalize: whether to subtract a mean and divide by a standard deviation at the end. With color_space "rgb", the
             mean and standard deviation of the dataset are used. With "lab" and "ydbdr", the constants of CMC are used,
             which map each channel to about [-1, 1].
         color_space: color space of the result: "rgb", "lab" (CIE Lab) or "ydbdr" (YDbDr).
 
     Raises:
-        ValueError: the list of views is empty, a key or the color space is unknown, or a value is out of range.
+        ValueError: the list of views is empty, a field of an entry is unknown, the color space is unknown, or a value
+            is out of range.
     """
 
     def __init__(
@@ -77,7 +78,8 @@ class Views:
     def groups(self) -> list[range]:
         """Groups of views, as ranges of view numbers. The views of a group are computed in one batch.
 
-        A group consists of one or two views, both of the same entry. Larger groups would need more memory.
+        A group consists of one view, or of two views that the same entry of the list of views defines. Larger groups
+        would need more memory.
         """
         ends = itertools.accumulate(entry.count for entry in self.entries)
         entries = [range(end - entry.count, end) for entry, end in zip(self.entries, ends, strict=True)]
@@ -88,9 +90,9 @@ class Views:
         return [view.size or image_size for view in self.views]
 
     def check_sizes(self, image_size: int) -> None:
-        """Raise ValueError if the blur of an entry is too large for the views of a run with this image size.
+        """Raise ValueError if the blur kernel of an entry of the list of views is too large for its views.
 
-        The message names the key of the entry.
+        The message names the entry. `image_size` is the image size of the run in pixels.
         """
         for number, entry in enumerate(self.entries):
             try:
@@ -99,12 +101,12 @@ class Views:
                 raise ValueError(f"views.views.{number}: {error}") from None
 
     def entry_number(self, view: int) -> int:
-        """Return the number of the entry that defines view number `view`."""
+        """Return the index of the entry in the list of views that defines view number `view`."""
         ends = itertools.accumulate(entry.count for entry in self.entries)
         return next(number for number, end in enumerate(ends) if view < end)
 
     def describe(self) -> list[str]:
-        """Return a description of each entry, one line each."""
+        """Return a one-line description of each entry of the list of views."""
         return [entry.describe() for entry in self.entries]
 
     def boxes(self, view: int | Tensor, key: Tensor, height: Tensor, width: Tensor) -> Tensor:
@@ -114,7 +116,8 @@ class Views:
         the largest centered box with an allowed ratio is returned.
 
         Args:
-            view: number of the view, in range(num_views); or (N,) one number per image, of views with equal settings.
+            view: number of the view, in range(num_views); or one number per image, (N,). These numbers must belong to
+                views with equal settings.
             key: (N,) int64, the key of each image. All views of an image have the same key.
             height, width: (N,) int64 size of each image in pixels.
 
@@ -146,7 +149,8 @@ class Views:
         """Apply all operations after the crop: flip, photometric operations (such as jitter and blur), then `finish`.
 
         Args:
-            view: number of the view, in range(num_views); or (N,) one number per image, of views with equal settings.
+            view: number of the view, in range(num_views); or one number per image, (N,). These numbers must belong to
+                views with equal settings.
             key: (N,) int64, the key of each image; preferably on the CPU, where the parameters are drawn.
             images: (N, C, S, S) float in [0, 1], the crops.
             mean, std: mean and standard deviation of the dataset, one value per channel, for values in [0, 1].
@@ -156,7 +160,8 @@ class Views:
             (N, C, S, S) of the dtype of `images`.
 
         Raises:
-            ValueError: the images are integers, or RandAugment is set but `photometric` does not contain all channels.
+            ValueError: the dtype of the images is not floating-point, or the views use RandAugment and `photometric`
+                does not contain all channels.
         """
         if not images.is_floating_point():
             raise ValueError(f"color() got images of dtype {images.dtype}: divide by 255 to get floats in [0, 1]")
@@ -316,7 +321,8 @@ def _photometric(spec: View, parameters: Parameters, key: Tensor, images: Tensor
 def _draw_parameters(spec: View, draws: Tensor, images: Tensor) -> Parameters:
     """Compute the parameters of the color operations of N images (N, C, S, S).
 
-    draws: (streams, N) uniform random numbers in [0, 1), one row per stream of `rng.uniform`.
+    draws: (streams, N) uniform random numbers in [0, 1). Each row is one stream, which gives one number per image: for
+        example, the numbers that determine the flip.
     """
     factors = []
     for number, strength in enumerate(spec.jitter):
@@ -347,7 +353,7 @@ def _blur(spec: View, parameters: Parameters, images: Tensor) -> Tensor:
 def _rand_augment(spec: View, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
     """Apply RandAugment. Areas outside of the original image get `mean`, the mean color of the dataset.
 
-    key: (N,) int64, the key of each image mixed with the view number.
+    key: (N,) int64, the hash of each image's key and of the view number, see `rng.mix`.
     """
     number = spec.rand_augment * rand_augment.STREAMS
     streams = torch.arange(_FIRST_RAND_AUGMENT_STREAM, _FIRST_RAND_AUGMENT_STREAM + number)
