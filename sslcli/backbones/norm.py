@@ -12,7 +12,7 @@ def norm_layer(norm: str, channels: int) -> nn.Module:
 
     `norm` is one of:
         batch: BatchNorm.
-        layer: normalization over the channels and positions of each image (GroupNorm with one group).
+        layer: normalization over channels, height and width of each image (GroupNorm with one group).
         none: identity.
 
     Raises ValueError for any other name.

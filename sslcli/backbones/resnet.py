@@ -31,13 +31,15 @@ class ResNet(Backbone):
             "imagenet": 7x7 convolution of stride 2, and max-pool.
             "cifar": 3x3 convolution of stride 1, without max-pool (SimCLR appendix B.9).
             "cifar_padding2": "cifar" with a padding of 2 pixels instead of 1, as in solo-learn (solo/methods/base.py).
-                Images of 32 pixels then have maps of 34, 17, 9 and 5 pixels, instead of 32, 16, 8 and 4.
+                For images of 32 pixels, the feature maps of the four stages then have sides of 34, 17, 9 and 5 pixels,
+                instead of 32, 16, 8 and 4.
             "auto": "cifar" for images of up to 64 pixels, "imagenet" for larger images.
         in_channels: image channels. A value other than 3 changes only the first convolution.
         zero_init_residual: initialize the output of every residual branch to zero (Goyal et al. 2017, section 5.1).
             It cannot be combined with norm="none".
         norm: batch, layer or none, see `norm_layer`. With none, the initial outputs of the L residual branches are
-            scaled by 1 / sqrt(L). The scaling keeps their sum bounded (after Zhang et al. 2019, arXiv:1901.09321).
+            scaled by 1 / sqrt(L). The scaling keeps the sum of the branches bounded for any L (after Zhang et al. 2019,
+            arXiv:1901.09321).
 
     Raises ValueError for an unknown arch, stem or norm, and for `zero_init_residual` with norm="none".
     """
@@ -98,7 +100,7 @@ class ResNet(Backbone):
             shrink_branches(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the output of layer4, averaged over positions: (N, in_channels, H, W) -> (N, num_features)."""
+        """Return the output of layer4, averaged over height and width: (N, in_channels, H, W) -> (N, num_features)."""
         return self.avgpool(self.stages(images)["layer4"]).flatten(1)  # type: ignore[no-any-return]
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:

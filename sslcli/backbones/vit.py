@@ -6,7 +6,7 @@ conf/backbone/vit_tiny.yaml, vit_small.yaml, vit_base.yaml
 The parameters have the same names as in timm's VisionTransformer. sslcli can load weights of timm, and timm can load
 weights of sslcli. sslcli can also load weights of the official MoCo v3.
 
-Shapes: N images, P patches, T = 1 + P tokens, D width, H heads, K width of a head.
+Shapes: N images, P patches, T = 1 + P tokens (class token and patches), D width, H heads, K width of a head.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def position_embedding(
     trained: tuple[int, int] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return the sin-cos embedding of a patch grid, (height * width, dim) float32, row by row (MoCo v3, section 3).
+    """Return the sin-cos embedding of a patch grid, (height * width, dim) float32 (MoCo v3, section 3).
+
+    The patches are ordered row by row.
 
     `dim` must be divisible by 4. The four quarters of `dim` hold sin(row), cos(row), sin(column) and cos(column), each
     at several frequencies. Frequency i is 10000^(-i / (dim / 4)).
@@ -146,8 +148,9 @@ class VisionTransformer(Backbone):
     """Vision Transformer with num_features = `width`.
 
     Args:
-        image_size: side of the training images in pixels, a multiple of `patch_size`. The side of other images
-            (multi-crop) must also be a multiple of `patch_size`. The position embedding is scaled to their size.
+        image_size: side of the training images in pixels, a multiple of `patch_size`. Images of another size are
+            accepted, such as the small crops of multi-crop. Their side must also be a multiple of `patch_size`. The
+            position embedding is scaled to their size.
         patch_size: side of a patch in pixels. None selects a value near image_size / 14, see `choose_patch_size`.
         width: token width, divisible by 4 and by `num_heads`.
         depth: number of blocks.

@@ -47,7 +47,7 @@ def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> T
 
 
 def pooled(out: Tensor) -> Tensor:
-    """Average feature maps over positions: (N, C, H, W) -> (N, C). Vectors (N, D) are returned unchanged."""
+    """Average feature maps over height and width: (N, C, H, W) -> (N, C). Vectors (N, D) are returned unchanged."""
     return out.mean((2, 3)) if out.ndim == 4 else out
 
 
@@ -68,7 +68,7 @@ class Wrapped(Backbone):
         self.num_features = num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return features: (N, C, H, W) -> (N, num_features). Feature maps are averaged over positions."""
+        """Return features: (N, C, H, W) -> (N, num_features). Feature maps are averaged over height and width."""
         return pooled(self.module(images))
 
 
@@ -79,8 +79,8 @@ def as_backbone(module: nn.Module, *, image_size: int, in_channels: int = 3) -> 
     of the module equals D, the module itself is returned. Its parameter names do not change, and it has `stages` only
     if its class defines `stages`.
 
-    Any other module is wrapped. An output (N, D) is used as features. An output (N, C, H, W) is averaged over
-    positions. Raises ValueError, with the shape in the message, if the output has another shape.
+    Any other module is wrapped. An output (N, D) is used as features. An output (N, C, H, W) is averaged over height
+    and width. Raises ValueError, with the shape in the message, if the output has another shape.
 
     The trial forward pass does not change the mode and the buffers of the module, or the random state.
     """

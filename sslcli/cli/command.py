@@ -29,7 +29,7 @@ ANSWERED_BY_HYDRA = ("hydra_help", "info", "shell_completion")
 def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
     """Compose and validate the configuration of the command line, pass it to `run`, and return the exit code.
 
-    `name` is train, eval or export. With `--multirun`, a sweep is started instead of `run`.
+    `name` is train, eval or export. With `--multirun`, a sweep is started and `run` is not called.
     """
     guard_terminal()
     stop_with_sweep()
@@ -89,7 +89,7 @@ def _with_current_names(name: str, line: str, own_folder: Path | None) -> str:
     """Return an override in which names of version 0.1 are replaced by current names.
 
     If the override contains such an old name, a note is printed. `own_folder` is the folder that the user passes with
-    `--config-dir`; choices in it are not replaced.
+    `--config-dir`. The names of yaml files in this folder are not replaced.
     """
     current = current_override(line, own_folder=own_folder)
     if current != line:
@@ -100,8 +100,8 @@ def _with_current_names(name: str, line: str, own_folder: Path | None) -> str:
 def hand_over(name: str, task: Callable[[DictConfig], Any], arguments: Namespace) -> None:
     """Run Hydra's main function with the configuration file `name`.
 
-    It calls `task`, unless flags request something else: shell completion, Hydra's own help, or printing of the
-    configuration.
+    Hydra's main function composes the configuration and calls `task` with it. If a flag requests shell completion,
+    Hydra's own help, or printing of the configuration, it does this instead, and `task` is not called.
     """
     # Hydra parses sys.argv, and accepts overrides only if there are no flags between them.
     sys.argv = [sys.argv[0], *arguments.overrides, *flags_of(arguments)]
@@ -124,7 +124,8 @@ def flags_of(arguments: Namespace, *, only: tuple[str, ...] = ()) -> list[str]:
 def sweep_jobs(name: str, jobs: list[dict[str, Any]], arguments: Namespace) -> int:
     """Run the validated jobs of `--multirun`, and return the exit code.
 
-    `name` is train or eval. `jobs` are the configurations of the jobs, as plain values.
+    `name` is train or eval. `jobs` are the configurations of the jobs, as plain values (dicts, lists, strings and
+    numbers).
     """
     from sslcli.cli import hydra_sweeps
     from sslcli.sweeps.sweep import CommandLine, run_sweep

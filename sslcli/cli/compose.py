@@ -63,7 +63,7 @@ Plugins.instance().register(ConfOfPlugins)
 
 
 def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
-    """Return the resolved and validated configuration of every job of the command line, as plain values.
+    """Return the resolved and validated configuration of every job of the command line, as plain Python values.
 
     There is one job without `--multirun`, and one job per combination of values with `--multirun`. If a Hydra sweeper
     plugin samples the values, examples of its jobs are returned. `name` is the command: train, eval or export. Raises
@@ -208,9 +208,10 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
 
 
 def _changes_of_dataset(engine: Hydra, command: str, config_name: str, overrides: list[Override]) -> list[Override]:
-    """Return the overrides `dataset.KEY=value` of ssl-eval, or [] if the command line chooses a dataset.
+    """Return the overrides `dataset.KEY=value` that ssl-eval applies to the dataset of the run that it evaluates.
 
-    If no dataset is chosen, Hydra composes no dataset. ssl-eval then applies these overrides to the dataset of the run.
+    The result is [] if the command line chooses a dataset, because Hydra then applies the overrides to this dataset. It
+    is also [] for commands other than ssl-eval. Raises ConfigError for `weights=FILE` without a dataset.
     """
     changes = [each for each in overrides if command == "eval" and is_change(each)]
     if not changes or any(hydra_errors.group_of(each) == "dataset" for each in overrides):
@@ -269,7 +270,7 @@ def is_change(override: Override) -> bool:
 
 
 def change_of(override: Override) -> Change:
-    """Convert an override `dataset.KEY=value` to a `Change`.
+    """Convert an override `dataset.KEY=value` to a `Change`, its form in plain values.
 
     Raises ConfigError if an interpolation in the value cannot be resolved.
     """

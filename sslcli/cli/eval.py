@@ -38,8 +38,8 @@ def evaluate(config: dict[str, Any]) -> int:
 def check_changes(config: dict[str, Any]) -> None:
     """Raise ConfigError if the command line changes the run's dataset in an invalid way.
 
-    The changes are overrides `dataset.KEY=value`. If `run` is a folder of several runs, the dataset of each run is
-    checked. This function does not import torch.
+    The changes are overrides `dataset.KEY=value`. If the setting `run` is a folder of several runs, the changes are
+    checked for each run. This function does not import torch.
     """
     changes = config["_dataset_changes_"]
     if not changes:
@@ -60,7 +60,7 @@ def check_changes(config: dict[str, Any]) -> None:
 
 
 def _suggestions(path: str) -> str:
-    """Return a hint for the error message about a missing path: the closest name, and the content of the folder."""
+    """Return a hint about a path that does not exist: the closest existing name, and the names in its parent folder."""
     folder = os.path.dirname(path.rstrip("/")) or "."
     there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     listed = ", ".join(there[:10]) + (", ..." if len(there) > 10 else "")

@@ -114,7 +114,7 @@ def check_files(lines: Iterable[str], folders: Iterable[Path]) -> None:
     """Raise ConfigError if an override chooses a yaml file that Hydra misreads. Only `folders` are searched.
 
     `lines` are the overrides of the command line. Hydra ignores files with the extension .yml. If a file begins with a
-    byte order mark, Hydra ignores the header of the file. Hydra's own messages would not name the cause.
+    byte order mark, Hydra ignores its header line `# @package`. Hydra's own messages would not name the cause.
     """
     for line in lines:
         group, _, choices = line.lstrip("+").partition("=")
@@ -147,7 +147,9 @@ def is_choice(override: Override, engine: Hydra) -> bool:
 
 
 def group_of(override: Override) -> str:
-    """Return the key of an override, or the config group that it chooses: `+views@a=moco_v2` -> `views`.
+    """Return the key of an override, or its config group if the override chooses a yaml file.
+
+    Example: `+views@a=moco_v2` -> `views`.
 
     The prefix (`+`, `++` or `~`) and the package after `@` are removed.
     """
@@ -192,7 +194,8 @@ def check_overrides(command: str, overrides: list[Override], base: DictConfig) -
 def check_deletions(overrides: list[Override], config: DictConfig) -> None:
     """Raise ConfigError if an override such as `~method.temperature` deletes a hyperparameter.
 
-    The constructor would then use its own default, which no yaml file shows. `config` is the composed configuration.
+    Without the key, the constructor of the class would use its own default, which no yaml file shows. `config` is the
+    composed configuration.
     """
     for override in overrides:
         where, _, name = group_of(override).rpartition(".")

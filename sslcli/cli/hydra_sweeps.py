@@ -53,7 +53,8 @@ class Task:
 
     Attributes:
         sweep: settings of the sweep.
-        slots: parts of this machine that run one job at a time; None = the job starts immediately.
+        slots: devices and CPU cores of this machine. Each slot runs one job at a time. None = the job starts without
+            waiting for a slot.
     """
 
     sweep: Sweep
@@ -68,7 +69,8 @@ class Task:
 class QueueLauncher(Launcher):
     """Hydra launcher that runs jobs in parallel in the local job queue.
 
-    A Hydra sweeper passes the jobs. Hydra's default launcher would run them one after another.
+    Hydra's sweeper calls `launch` with the overrides of the jobs. Hydra's default launcher would run the jobs one after
+    another.
     """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -125,8 +127,8 @@ def objective(sweep: Sweep, job: Job) -> float | None:
 def launch_jobs(arguments: Namespace, sweep: Sweep, jobs: list[Job], slots: list[Slot] | None) -> tuple[bool, bool]:
     """Run `jobs` with the Hydra launcher that the command line chooses.
 
-    `slots` are parts of this machine that run one job at a time; None = jobs start immediately. Return two booleans:
-    (sweep was stopped, launcher failed).
+    `slots` are devices and CPU cores of this machine. Each slot runs one job at a time. None = jobs start without
+    waiting for a slot. Return two booleans: (sweep was stopped, launcher failed).
     """
 
     def launch(engine: Hydra) -> None:
@@ -144,8 +146,9 @@ def launch_jobs(arguments: Namespace, sweep: Sweep, jobs: list[Job], slots: list
 def draw_jobs(arguments: Namespace, sweep: Sweep, launcher: str, slots: list[Slot] | None) -> tuple[bool, bool]:
     """Run the jobs that Hydra's sweeper samples.
 
-    `launcher` is the name of the Hydra launcher that runs the jobs. `slots` are parts of this machine that run one job
-    at a time; None = jobs start immediately. Return two booleans: (sweep was stopped, sweeper failed).
+    `launcher` is the name of the Hydra launcher that runs the jobs. `slots` are devices and CPU cores of this machine.
+    Each slot runs one job at a time. None = jobs start without waiting for a slot. Return two booleans: (sweep was
+    stopped, sweeper failed).
     """
     if launcher == "basic":  # Hydra cannot find QueueLauncher by name, so it replaces BasicLauncher
         Plugins.instance().class_name_to_class[f"{BasicLauncher.__module__}.BasicLauncher"] = QueueLauncher
@@ -166,7 +169,7 @@ def draw_jobs(arguments: Namespace, sweep: Sweep, launcher: str, slots: list[Slo
 def lines_of(sweep: Sweep, arguments: Namespace, more: list[str]) -> list[str]:
     """Return the overrides for Hydra: the overrides of the command line, the folder of the sweep, and `more`.
 
-    An override of the command line that sets the folder is omitted.
+    If the command line also sets the folder (`hydra.sweep.dir`), its override is omitted.
     """
     overrides = [line for line in arguments.overrides if not line.startswith("hydra.sweep.dir=")]
     quoted = str(sweep.folder).replace("\\", "\\\\").replace('"', '\\"')
@@ -184,11 +187,11 @@ def composed(engine: Hydra, sweep: Sweep, arguments: Namespace, more: list[str])
 
 
 def optuna_overrides(sweeper: Any, sweep: Sweep, slots: list[Slot] | None, arguments: Namespace) -> list[str]:
-    """Return overrides that set the direction, the number of parallel jobs and the seed of Optuna's sweeper.
+    """Return overrides for Optuna's sweeper: minimize or maximize, the number of parallel jobs, and the seed.
 
-    `sweeper` is the configuration of the sweeper. If it is not Optuna's, the result is empty. Keys that the command
-    line sets are omitted. Because the seed is fixed, the same command samples the same jobs again and reuses the
-    results of finished jobs.
+    `sweeper` is the configuration of the sweeper. For other sweepers, the result is empty. Keys that the command line
+    sets are omitted. Because the seed is fixed, the same command samples the same jobs again and reuses the results of
+    finished jobs.
     """
     if "optuna" not in sweeper._target_:
         return []
@@ -213,8 +216,10 @@ def optuna_overrides(sweeper: Any, sweep: Sweep, slots: list[Slot] | None, argum
 def run_hydra(sweep: Sweep, arguments: Namespace, start: Callable[[Hydra], None]) -> tuple[bool, bool]:
     """Call `start`, which runs a Hydra plugin (a sweeper or a launcher) until all jobs have ended.
 
-    Return two booleans: (sweep was stopped, plugin failed). If the plugin fails after a job was started, the error is
-    printed but not raised. The caller can then still write the table from the records of the jobs.
+    Return two booleans: (sweep was stopped, plugin failed).
+
+    If the plugin fails before any job was started, ConfigError is raised. If it fails later, the error is only printed,
+    so that the caller can still write the table of results from the records of the jobs.
     """
     before = started(sweep)
     with signal_file(sweep) as received:

@@ -58,7 +58,7 @@ def with_added_keys(stored: Any, now: Any = None) -> Any:
     Args:
         stored: the mapping in the `config.yaml` or in a checkpoint of the run. Any other value is returned unchanged.
         now: the mapping `dataset` of the command line. If it is given, only keys that it contains are added. None = add
-            all keys that the class of the dataset accepts. These are known only for built-in classes.
+            all keys that the class of the dataset accepts. The accepted keys are known only for built-in classes.
     """
     if not isinstance(stored, dict):
         return stored

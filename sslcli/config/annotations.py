@@ -113,9 +113,10 @@ def _is_plain(value: Any, name: str) -> bool:
 
 
 def _fit_all(values: list[Any], name: str, inside: list[ast.expr]) -> bool:
-    """Return True if all values of a list fit `inside`, the annotations in the brackets of `name`.
+    """Return True if the values of a list or tuple fit `inside`, the annotations in the brackets of the type `name`.
 
-    Example: for list[int], `name` is "list", and `inside` contains the annotation int.
+    For list[int], `name` is "list", and all values must fit the only annotation, int. For tuple[int, str], there must
+    be two values: the first must fit int, and the second must fit str.
     """
     if not inside:
         return True
@@ -129,7 +130,7 @@ def _fit_all(values: list[Any], name: str, inside: list[ast.expr]) -> bool:
 def _words(node: ast.expr, *, many: bool) -> str:
     """Describe an annotation in words, in the plural if `many` is True.
 
-    In a union, classes are omitted if a command line can set one of the other members.
+    Members of a union that are classes are omitted if another member is a type that a command line can set.
     """
     options = _options(node)
     plain = [option for option in options if _name(option) in (*WORDS, *LISTS, *MAPPINGS, "Literal")]

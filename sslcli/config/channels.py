@@ -33,7 +33,8 @@ def with_channels_of(dataset: dict[str, Any], channels: int) -> dict[str, Any]:
     """Return the mapping `dataset` of a configuration, adapted to the input channels of a pre-trained network.
 
     `channels` is the number of input channels of the network. If the mapping has the key `channels` with the default
-    value, the value is replaced by `channels`. Otherwise, the mapping is returned unchanged.
+    value 3, the value is replaced by the argument `channels`, and default values of `mean` and `std` are adapted.
+    Otherwise, the mapping is returned unchanged.
     """
     if dataset.get("channels") != CHANNELS or channels == CHANNELS:
         return dataset

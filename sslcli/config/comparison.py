@@ -19,8 +19,8 @@ def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: Collection[s
     """Return the values of a configuration as dotted key -> value.
 
     The keys in `leave_out` are omitted. If such a key is a section, all keys inside the section are omitted. By
-    default, the result contains only values that affect the results of a run. The section `effective` and the top-level
-    keys that begin with `_` are always omitted.
+    default, the result contains only values that affect the results of a run. Always omitted are top-level keys that
+    begin with `_`, and the section `effective`, which contains values that were computed from the settings.
 
     `prefix` is the dotted key of `config` with a trailing dot, or "" for a whole configuration.
     """
@@ -41,8 +41,8 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
 
     An older version may have written `stored`. Therefore, its old names are first converted to current names. Keys of
     the dataset that the older version did not have are added, with the values that correspond to the older version. If
-    only one configuration has a key of another section, the other configuration is taken to have the default of the
-    class. Two paths are equal if they refer to the same file or folder.
+    a key outside of the dataset is missing in one of the configurations, it counts there as the default of its class.
+    Two paths are equal if they refer to the same file or folder.
 
     Args:
         stored: plain values that the run stored earlier.

@@ -1,7 +1,7 @@
 """Validation of dotted keys such as `method.temperature`.
 
-A key is valid if the composed configuration contains it, or if the class that the key `_target_` names has such a
-parameter.
+A key is valid in two cases: the composed configuration contains it, or it is a parameter of the class that `_target_`
+names in the same mapping.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Error messages about missing and unknown configuration keys. The closest known key to an unknown key is suggested."""
+"""Error messages about missing and unknown configuration keys.
+
+For an unknown key, the closest known key is suggested.
+"""
 
 from __future__ import annotations
 

@@ -80,10 +80,10 @@ def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[
 
 
 def _delete(node: Any, key: str) -> None:
-    """Delete a key of a mapping that is the value of a dataset setting.
+    """Delete a key inside a dataset setting whose value is a mapping.
 
-    `key` is the dotted key without the leading `dataset.`. Raises ConfigError if `key` is a setting itself, or if it
-    does not exist.
+    `node` is the configuration. `key` is the dotted key without the leading `dataset.`, such as `modalities.ir`. Raises
+    ConfigError if `key` is a whole setting, such as `modalities`, or does not exist.
     """
     where, _, name = key.rpartition(".")
     inside = OmegaConf.select(node, PREFIX + where) if where else None

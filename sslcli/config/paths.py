@@ -28,7 +28,9 @@ Convert = Callable[[str], str]
 
 
 def absolute_paths(command: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with `~` expanded and every path absolute. URLs and hub names are not changed.
+    """Return the configuration with `~` expanded and every path absolute.
+
+    URLs and Hugging Face hub names are not changed.
 
     `command` is train, eval or export. Raises ConfigError if a `~` cannot be expanded.
     """
@@ -130,7 +132,9 @@ def map_paths(value: Any, convert: Convert) -> Any:
 
 
 def path_keys(node: dict[str, Any]) -> dict[str, bool]:
-    """Return the keys of `node` whose values are paths, as key -> True if the value may also be a hub name.
+    """Return the keys of `node` whose values are paths.
+
+    Each key is mapped to True if its value may also be the name of a data set or model on the Hugging Face hub.
 
     `node` is a mapping with a `_target_`. A value is a path if the class that `_target_` names annotates it as a path.
     """
@@ -168,7 +172,9 @@ def without_paths(config: Any) -> Any:
 
 
 def absolute(path: str) -> str:
-    """Return the absolute form of a path, with `~` and `~user` expanded. URLs, fsspec chains and "" are not changed.
+    """Return the absolute form of a path, with `~` and `~user` expanded.
+
+    URLs, URL chains of fsspec (`zip::s3://...`) and "" are not changed.
 
     If `..` follows a symbolic link, it means the parent of the link's target. This is also the case if the whole path
     does not exist yet. The result contains no `..`, because other code often resolves `..` by removing the preceding

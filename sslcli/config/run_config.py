@@ -1,6 +1,7 @@
 """Typed configurations of ssl-train, ssl-eval and ssl-export.
 
-They are created from plain values that were composed from yaml files and the command line, and validated.
+They are created from plain values. Other modules compose these values from yaml files and the command line, and
+validate them.
 """
 
 from __future__ import annotations
