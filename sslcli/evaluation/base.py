@@ -51,6 +51,15 @@ class Outcome:
     variant: str = ""
 
 
+def trained_and_measured(result: Mapping[str, Any]) -> str:
+    """Return the numbers of images of a result as text: trained on 50,000 images, measured on 10,000 images of test."""
+    counts = {key: f"{result[key]:,} " if key in result else "" for key in ("n_train", "n_test")}
+    return (
+        f"trained on {counts['n_train']}training images, measured on {counts['n_test']}images of {result['split']}"
+        + ("" if result["split"] == "test" else ", which are not the test images of publications")
+    )
+
+
 def check_outcome(outcome: Outcome, protocol: object) -> None:
     """Raise ConfigError unless the fields of an outcome have the types and keys that `Outcome` requires."""
     who = class_name(type(protocol))
@@ -70,6 +79,16 @@ def check_outcome(outcome: Outcome, protocol: object) -> None:
         json.dumps(result)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the result of {who} cannot be written as JSON: {error}") from error
+
+
+def described(protocol: Protocol, result: Mapping[str, Any]) -> str:
+    """Return `Protocol.description` for a result. Raises ConfigError unless it is one line of text."""
+    found = protocol.description(result)
+    if not isinstance(found, str) or not found or "\n" in found:
+        raise ConfigError(
+            f"description of {class_name(type(protocol))} returned {found!r}, but it must return one line of text"
+        )
+    return found
 
 
 class Protocol:
@@ -116,6 +135,14 @@ class Protocol:
         suffixes.
         """
         return ""
+
+    def description(self, result: Mapping[str, Any]) -> str:
+        """Return how the accuracy in `result` was measured and with which accuracies it can be compared, in one line.
+
+        `result` is `Outcome.result` of the trained network. `ssl-eval` prints the line below the accuracy, and stores
+        it in the result file.
+        """
+        return f"{self.title}, {trained_and_measured(result)}: comparable only with the same protocol and settings"
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
         """Return the positions (n,) of the training images to use.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sslcli.backbones.wrap import dry_output
-from sslcli.evaluation.base import Outcome
+from sslcli.evaluation.base import Outcome, trained_and_measured
 from sslcli.evaluation.finetune import reported_positions
 from sslcli.evaluation.layers import BACKBONE
 from sslcli.evaluation.network import Classifier
@@ -81,6 +81,13 @@ class Distill(Recipe):
         digest = hashlib.sha256(repr(self.student).encode()).hexdigest()[:6]
         student = "" if self.student is None else f"student-{type(self.student).__name__}-{digest}"
         return "_".join(part for part in (student, super().variant(monitor)) if part)
+
+    def description(self, result: Mapping[str, Any]) -> str:
+        """Return with which accuracies the accuracy can be compared."""
+        return (
+            f"student of the teacher {result['teacher']['measured']} ({result['n_labels']:,} labels), "
+            f"{trained_and_measured(result)} without labels: compare with the accuracy of the teacher"
+        )
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Distill the teacher into a copy of the run's network.

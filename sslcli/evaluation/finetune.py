@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sslcli.errors import ConfigError
 from sslcli.evaluation import layers
-from sslcli.evaluation.base import Outcome
+from sslcli.evaluation.base import Outcome, trained_and_measured
 from sslcli.evaluation.features import FeatureSet
 from sslcli.evaluation.network import Classifier
 from sslcli.evaluation.result import accuracy, label_rank
@@ -127,7 +127,7 @@ class Tuned(Recipe):
         return Trained(place=torch.stack(places), net=first, chosen=chosen, grid=grid)
 
     def choose(
-        self, start: Start, task: Task, subsets: list[Tensor], progress: Progress
+        self, start: Start, task: Task, subsets: Sequence[Tensor], progress: Progress
     ) -> tuple[list[Choice], Choice]:
         """Return the results of all learning rates, and the learning rate with the best pooled held-out accuracy.
 
@@ -173,6 +173,13 @@ class Finetune(Tuned):
     """The protocol `finetune`: all labels of the training split."""
 
     named: ClassVar[dict[str, Any]] = {"steps": 350, "warm_start": False, "batch_norm": "train", "seed": 0}
+
+    def description(self, result: Mapping[str, Any]) -> str:
+        """Return with which accuracies the accuracy can be compared."""
+        return (
+            f"fine-tuning of the whole network for {self.steps:,} steps, {trained_and_measured(result)}: compare with "
+            "the random initialization, which has the same steps; comparable with publications only with their steps"
+        )
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Fine-tune from each start: "trained", and "random" if `starts` contains it."""

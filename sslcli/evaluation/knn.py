@@ -8,8 +8,8 @@ conf/protocol/knn.yaml. n is the size of the bank, m the number of queries, d th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from sslcli.data.sources.base import Source
 from sslcli.evaluation.base import FeatureProtocol, OnProgress, ignore_progress
 from sslcli.evaluation.features import FeatureSet, check_features
 from sslcli.evaluation.result import accuracy, bootstrap_interval, label_rank, top5
+from sslcli.evaluation.splits import whole_training_set
+from sslcli.evaluation.variants import suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,8 @@ class Knn(FeatureProtocol):
     dataset has only one of the two splits, `top1` is the accuracy on this split, and there is no `test_top1`.
     """
 
+    name: ClassVar[str] = "knn"
+
     k: int | None = None  # None: the value of the run's monitor, or 200 without a run
     temperature: float | None = None  # None: the value of the run's monitor, or 0.07 without a run
     chunk: int = 1024
@@ -172,6 +176,20 @@ class Knn(FeatureProtocol):
             parts.append(f"temperature-{self.softmax_temperature:.10g}")
         return "_".join(parts)
 
+    def description(self, result: Mapping[str, Any]) -> str:
+        """Return in which way the accuracy differs from published k-NN accuracies."""
+        return (
+            f"{self.measured(result)}: comparable with the k-NN accuracy during training; publications use the whole "
+            "training set as the bank and test images as queries (protocol=knn_full)"
+        )
+
+    def measured(self, result: Mapping[str, Any]) -> str:
+        """Return k, temperature and the numbers of images of a result, in one line."""
+        return (
+            f"k-NN (k {result['k']}, temperature {result['temperature']:g}) with a bank of {result['n_train']:,} "
+            f"training images, measured on {result['n_test']:,} images of {result['split']}"
+        )
+
     def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:
         """Return a JSON-serializable result. Accuracies are fractions, and intervals are [low, high] at 95 %."""
         split, queries, labels = features.reported()
@@ -179,7 +197,7 @@ class Knn(FeatureProtocol):
             split, queries, labels = "val", features.val, features.val_labels
         found, interval = self._classify(features, queries, labels)
         result: dict[str, Any] = {
-            "protocol": "knn",
+            "protocol": self.name,
             "split": split,
             "top1": found.top1,
             "top5": found.top5,
@@ -209,3 +227,48 @@ class Knn(FeatureProtocol):
             chunk=self.chunk,
         )
         return found, list(bootstrap_interval(found.correct, seed=self.seed, resamples=self.resamples))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnFull(Knn):
+    """The protocol `knn_full`, k-NN as in publications: the bank is the whole training set, the queries are `test`.
+
+    If there is no test split, the queries are the images of val, and the bank is the rest of the training set.
+    """
+
+    name: ClassVar[str] = "knn_full"
+    trains_on_val: ClassVar[bool] = True
+    named: ClassVar[dict[str, Any]] = {"k": 200, "temperature": 0.1}
+
+    k: int | None = 200
+    temperature: float | None = 0.1
+
+    @classmethod
+    def defaults(cls, monitor: Mapping[str, Any]) -> dict[str, Any]:
+        """Return k 200 and temperature 0.1, which do not depend on the run's monitor."""
+        return dict(cls.named)
+
+    def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
+        """Return the positions of all images of the training set that are not in the reported split."""
+        return whole_training_set(source, self.reported_splits(source.nonempty_splits()))
+
+    def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Return the name of the split with the queries: test, or val if there is no test split."""
+        return FeatureProtocol.reported_splits(self, splits)
+
+    def variant(self, monitor: Mapping[str, Any]) -> str:
+        """Return a suffix with k and temperature, each only if it differs from 200 or 0.1."""
+        return suffix(self, self.named)
+
+    def description(self, result: Mapping[str, Any]) -> str:
+        """Return with which published accuracies the accuracy can be compared."""
+        return (
+            f"{self.measured(result)}: comparable with published k-NN accuracies of the same k, temperature and "
+            "feature layer" + ("" if result["split"] == "test" else ", except that these are measured on test images")
+        )
+
+    def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:
+        """Return the result of the reported split only: the images of val may be in the bank."""
+        if features.test is not None:
+            features = replace(features, val=None, val_labels=None, val_positions=None)
+        return super().measure(features, on_progress=on_progress)

@@ -36,7 +36,7 @@ from sslcli.data.views.spec import View
 from sslcli.engine import precision
 from sslcli.errors import ConfigError
 from sslcli.evaluation import layers
-from sslcli.evaluation.base import Outcome, Protocol
+from sslcli.evaluation.base import Outcome, Protocol, trained_and_measured
 from sslcli.evaluation.finetune import reported_positions
 from sslcli.evaluation.heads import Heads, SgdHeads, score
 from sslcli.evaluation.result import accuracy, bootstrap_interval, top5
@@ -115,6 +115,14 @@ class LinearSgd(Protocol):
     def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return a suffix with epochs, schedule, feature normalization and seed. Default values are left out."""
         return suffix(self, self.named)
+
+    def description(self, result: Mapping[str, Any]) -> str:
+        """Return with which published accuracies the accuracy can be compared."""
+        return (
+            f"linear classifier on random crops with a frozen backbone, {self.epochs} epochs, "
+            f"{trained_and_measured(result)}: comparable with published linear accuracies of the same backbone and "
+            "pre-training"
+        )
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
         """Return the layer of the features, and the default layer.

@@ -26,6 +26,7 @@ from sslcli.evaluation.finetune import Trained, Tuned
 from sslcli.evaluation.label_list import LabelList, read_list, rows_of
 from sslcli.evaluation.linear import Linear
 from sslcli.evaluation.result import accuracy, bootstrap_runs, label_rank, top5
+from sslcli.evaluation.splits import whole_training_set
 from sslcli.evaluation.subsets import subset
 from sslcli.evaluation.task import Start, Task
 from sslcli.report.console import Progress
@@ -85,10 +86,7 @@ class Semi(Tuned):
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
         """Return the positions (n,) of all images of the training set, except those of the reported split."""
-        splits = {name: part for name, part in source.splits.items() if len(part)}
-        pool = torch.cat([part for name, part in splits.items() if name != "test"]).unique()
-        reported = torch.cat([splits[name] for name in self.reported_splits(splits) if name in splits])
-        return pool[~torch.isin(pool, reported)]
+        return whole_training_set(source, self.reported_splits(source.nonempty_splits()))
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return a suffix with the list, the labels per class or the percentage, and the settings of `named`."""
@@ -98,6 +96,16 @@ class Semi(Tuned):
         elif self.label_fraction is not None:
             labels = f"{100 * self.label_fraction:.10g}pct"
         return "_".join(part for part in (labels, super().variant(monitor)) if part)
+
+    def description(self, result: Mapping[str, Any]) -> str:
+        """Return with which accuracies the accuracy can be compared."""
+        subsets = "the images of a list" if self.listed is not None else "random subsets, not those of publications"
+        return (
+            f"fine-tuning on {result['n_train']:,} of {result['n_pool']:,} labels for {self.steps:,} steps, mean over "
+            f"{self.seeds} seeds ({subsets}), measured on {result['n_test']:,} images of {result['split']}: compare "
+            "with the random initialization, which has the same labels and steps; comparable with publications only "
+            "with their labels and steps"
+        )
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Train from each start. All starts use the same label subsets."""
@@ -158,7 +166,7 @@ class Semi(Tuned):
                 for number in range(self.seeds)
             ]
         rows = rows_of(self.listed, map(source.path, data.train_positions.tolist()))
-        if len(data.train_labels[rows].unique()) < 2:
+        if len(set(data.train_labels[rows].tolist())) < 2:
             raise ValueError(f"the images of list={self.list} have a single class: list images of two classes or more")
         return [rows] * self.seeds
 

@@ -18,6 +18,19 @@ def classes_of(source: Source, positions: Tensor) -> list[int]:
     return sorted(set(source.labels[positions].tolist()) - {-1})
 
 
+def whole_training_set(source: Source, reported: Iterable[str]) -> Tensor:
+    """Return the sorted positions (n,) of the images in "train" and "val" that are in none of the splits `reported`.
+
+    "val" is included even if the images of "val" are not pre-trained on.
+    """
+    used = torch.zeros(len(source), dtype=torch.bool)
+    for name, positions in source.splits.items():
+        used[positions] = name != "test"
+    for name in reported:
+        used[source.splits.get(name, torch.empty(0, dtype=torch.int64))] = False
+    return used.nonzero().flatten()
+
+
 def check_answers(source: Source, bank: Tensor) -> None:
     """Raise ConfigError if the training images at the positions `bank` (n,) have fewer than two classes."""
     found = [source.classes[label] for label in classes_of(source, bank)]

@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from sslcli.evaluation.base import Outcome
+from sslcli.evaluation.base import Outcome, trained_and_measured
 from sslcli.evaluation.finetune import Tuned
 from sslcli.evaluation.result import bootstrap_runs
 from sslcli.evaluation.subsets import log_spaced, subset
@@ -226,6 +226,17 @@ class Utility(Tuned):
         smallest = f"from-{self.smallest}" if self.smallest != Utility.smallest else ""
         points = f"{self.points}-points" if self.points != Utility.points else ""
         return "_".join(part for part in (smallest, points, super().variant(monitor)) if part)
+
+    def description(self, result: Mapping[str, Any]) -> str:
+        """Return how the utility was estimated."""
+        how = {
+            "linear": "as in the official code, linearly in the number of labels and for each seed",
+            "log": "linearly in the logarithm of the number of labels, from the means over the seeds",
+        }[self.inversion]
+        return (
+            f"fine-tuning of the whole network for {self.steps:,} steps, {trained_and_measured(result)}: compare with "
+            f"the random initialization, which has the same steps; the utility is estimated {how}"
+        )
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Evaluate both arms at every label count. Raises ValueError if the arm from scratch is missing."""

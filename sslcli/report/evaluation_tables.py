@@ -24,6 +24,7 @@ class ResultOptions(TypedDict, total=False):
     """Optional keys of a result file. ssl-eval writes one such JSON file per evaluation."""
 
     measured: str
+    description: str
     step: int
     baselines: dict[str, Score]
     net: str
@@ -92,12 +93,16 @@ def summary(folder: Path, screen: Screen) -> None:
 
     The columns are the accuracies of raw pixels, of a random initialization and of the trained network, and the step of
     the checkpoint. If a run was extended to more epochs, its results may belong to checkpoints of different steps.
+
+    Below the table, one line per result states how the accuracy was measured and with which accuracies it can be
+    compared. Results of older versions have no such line.
     """
     table = Table()
     table.add_column("top-1", overflow="fold")
     for title in (*SUBJECTS.values(), "step"):
         table.add_column(title)
-    for name, result in results(folder, screen).items():
+    stored = results(folder, screen)
+    for name, result in stored.items():
         found = {**result.get("baselines", {}), "trained": result}
         table.add_row(
             plain_text(printable(f"{name} ({result['split']})")),
@@ -105,6 +110,9 @@ def summary(folder: Path, screen: Screen) -> None:
             step_of(result),
         )
     show(table, screen)
+    for name, result in stored.items():
+        if "description" in result:
+            screen.say(f"{name}: {result['description']}")
     screen.say(f"results: {folder}")
 
 

@@ -32,7 +32,7 @@ from sslcli.errors import (
     user_code,
 )
 from sslcli.evaluation import layers
-from sslcli.evaluation.base import Outcome, Protocol, check_outcome
+from sslcli.evaluation.base import Outcome, Protocol, check_outcome, described
 from sslcli.evaluation.splits import check_answers, check_reported, unanswerable
 from sslcli.nn.modes import evaluating
 from sslcli.report.console import Screen
@@ -125,6 +125,8 @@ def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, scr
             codes.add(report(error))
     if rows:
         comparison(rows, screen)
+        for line in dict.fromkeys(row["description"] for row in rows):
+            screen.say(line)
     if len(rows) < len(runs):
         screen.warn(f"{len(runs) - len(rows)} of {len(runs)} runs could not be evaluated, see the errors above")
     return max(codes)
@@ -175,6 +177,7 @@ def _evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[
     normalization = "normalized" if subject.views.normalize else "not normalized,"
     result |= {
         "measured": evaluation.quantity(result["protocol"]),
+        "description": described(protocol, outcome.result),
         **subject.provenance,
         "protocol_settings": {key: value for key, value in node.items() if key != "_target_"},
         "feature_layer": evaluation.layer,

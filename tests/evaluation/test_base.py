@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sslcli.evaluation.base import (
     Outcome,
     Protocol,
     check_outcome,
+    described,
     ignore_progress,
 )
 from sslcli.evaluation.features import FeatureSet
@@ -105,10 +107,27 @@ def test_defaults_of_a_protocol(task: Task) -> None:
     source = task.source
     assert protocol.defaults({"knn_k": 5}) == {}
     assert protocol.variant({}) == ""
+    result = {"split": "val", "n_train": 1200, "n_test": 300}
+    assert protocol.description(result) == (
+        "evaluation, trained on 1,200 training images, measured on 300 images of val, which are not the test images of "
+        "publications: comparable only with the same protocol and settings"
+    )
+    assert "measured on images of test: comparable" in protocol.description({"split": "test"})
     assert protocol.choose_layer("layer3", TinyNet(), task.example()) == ("layer3", layers.BACKBONE)
     assert torch.equal(protocol.training_positions(source, {}), source.splits["train"])
     assert (Protocol.baselines, Protocol.trains) == (("random",), True)
     assert (FeatureProtocol.baselines, FeatureProtocol.trains) == (("pixels", "random"), False)
+
+
+@pytest.mark.parametrize("text", ["", "two\nlines", None])
+def test_a_description_is_one_line_of_text(text: Any) -> None:
+    class Described(Protocol):
+        def description(self, result: Mapping[str, Any]) -> str:
+            return text  # type: ignore[no-any-return]
+
+    with pytest.raises(ConfigError, match=r"Described returned .*, but it must return one line of text"):
+        described(Described(), {})
+    assert described(Protocol(), {"split": "test"}).startswith("evaluation, ")
 
 
 def test_outcomes_do_not_share_their_files() -> None:

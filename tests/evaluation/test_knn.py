@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from golden_cases import Case, golden_cases
+from learnable import Colors
 from sslcli.evaluation.features import FeatureSet
-from sslcli.evaluation.knn import Knn, knn
+from sslcli.evaluation.knn import Knn, KnnFull, knn
 
 
 def problem(n: int = 60, m: int = 25, d: int = 6, c: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -159,3 +160,49 @@ def test_protocol_watches_val_and_reports_test_besides():
     only_test = Knn(k=5).measure(replace(both, val=None, val_labels=None))
     assert (only_test["split"], only_test["top1"]) == ("test", result["test_top1"])
     assert "test_top1" not in Knn(k=5).measure(replace(both, test=both.val, test_labels=both.val_labels))
+
+
+def test_the_full_bank_has_val_too_and_reports_test_alone():
+    source = Colors()
+    source.splits |= {"train": torch.arange(50), "val": torch.arange(50, 60)}  # val is not pre-trained on
+    protocol = KnnFull()
+    assert protocol.training_positions(source, {"knn_images": 20}).tolist() == list(range(60))
+    assert protocol.reported_splits(source.nonempty_splits()) == ("test",)
+    source.splits["train"] = torch.arange(60)
+    assert protocol.training_positions(source, {}).tolist() == list(range(60))
+    del source.splits["test"]
+    assert protocol.training_positions(source, {}).tolist() == list(range(50))
+    assert protocol.reported_splits(source.nonempty_splits()) == ("val",)
+
+
+def test_the_full_bank_has_the_settings_of_publications_whatever_the_monitor():
+    monitor = {"knn_k": 20, "knn_temperature": 0.5}
+    assert KnnFull.defaults(monitor) == {"k": 200, "temperature": 0.1}
+    assert KnnFull().variant(monitor) == ""
+    assert KnnFull(k=20, temperature=0.07, seed=3).variant(monitor) == "k-20_temperature-0.07"
+    train, labels, query, query_labels = problem()
+    both = FeatureSet(
+        train=train,
+        train_labels=labels,
+        val=query[:10],
+        val_labels=query_labels[:10],
+        test=query[10:],
+        test_labels=query_labels[10:],
+        num_classes=4,
+    )
+    result = KnnFull(k=5).measure(both)
+    assert (result["protocol"], result["split"], result["n_test"]) == ("knn_full", "test", 15)
+    expected = knn(train, labels, query[10:], query_labels[10:], k=5, temperature=0.1, num_classes=4)
+    assert result["top1"] == expected.top1
+    assert "test_top1" not in result
+
+
+def test_descriptions_name_bank_and_queries():
+    result = {"k": 200, "temperature": 0.1, "n_train": 50_000, "n_test": 10_000, "split": "test"}
+    used = "k-NN (k 200, temperature 0.1) with a bank of 50,000 training images, measured on 10,000 images of test: "
+    assert KnnFull().description(result).startswith(used + "comparable with published k-NN accuracies")
+    assert (
+        Knn().description(result).startswith(used + "comparable with the k-NN accuracy during training; publications")
+    )
+    assert "protocol=knn_full" in Knn().description(result)
+    assert "except" in KnnFull().description(result | {"split": "val"})

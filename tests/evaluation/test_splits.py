@@ -12,7 +12,14 @@ from small_runs import make_folder
 from sslcli.data.sources.base import Source
 from sslcli.data.sources.files import Folder
 from sslcli.errors import ConfigError
-from sslcli.evaluation.splits import check_answers, check_readable, check_reported, unanswerable, why_not_held_out
+from sslcli.evaluation.splits import (
+    check_answers,
+    check_readable,
+    check_reported,
+    unanswerable,
+    whole_training_set,
+    why_not_held_out,
+)
 
 
 def positions(*rows: int) -> Tensor:
@@ -34,6 +41,15 @@ class WithTest(Source):
 
     def __init__(self, *, test: str | None = None, **common: object) -> None:
         super().__init__(**common)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pretrain_on_val", [False, True])
+def test_the_whole_training_set_has_val_unless_it_is_reported(pretrain_on_val: bool) -> None:
+    source = source_of([0, 1] * 10, num_test=4, val_fraction=0.25, pretrain_on_val=pretrain_on_val)
+    val = set(source.splits["val"].tolist())
+    assert len(val) == 4
+    assert whole_training_set(source, ["test"]).tolist() == list(range(16))
+    assert set(whole_training_set(source, ["val"]).tolist()) == set(range(16)) - val
 
 
 def report(source: Source) -> None:
