@@ -46,12 +46,7 @@ OVERRIDES: dict[str, list[str]] = {
     ],
     "cpc": ["method=cpc", "backbone=small_layernorm", "train.batch_size=64", "train.lr_scaling=none"],
     "cpc_v2": ["method=cpc_v2", "backbone=small_layernorm", "train.batch_size=64", "train.lr_scaling=none"],
-    "deep_infomax": [
-        "method=deep_infomax",
-        "train.batch_size=64",
-        "optimizer.lr=1.0e-3",  # the official 1e-4 is for 1000 epochs
-        "train.schedule=cosine",
-    ],
+    "deep_infomax": ["method=deep_infomax", "train.batch_size=64"],
     "bigan": [
         "method=bigan",
         "train.batch_size=64",  # GANs need many steps rather than many images

@@ -1,6 +1,7 @@
 """Deep InfoMax: mutual information between the global vector of an image and each position of a feature map.
 
 Hjelm et al. 2019  https://arxiv.org/abs/1808.06670   conf/method/deep_infomax.yaml
+Official code  https://github.com/rdevon/DIM   File names in comments are those of its directory cortex_DIM.
 
 The training maximizes this mutual information.
 
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from sslcli.distributed.collectives import world_size
 from sslcli.errors import check_positive, nearest
 from sslcli.methods.base import Batch, Method, maps_of, num_features
+from sslcli.methods.gan import gradient_penalty
 from sslcli.methods.mutual_information import MEASURES, UNBOUNDED, concat_loss, dot_loss, prior_losses
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.heads import mlp
-from sslcli.nn.modes import evaluating
+from sslcli.nn.modes import evaluating, full_precision
 from sslcli.nn.noise import Noise
 
 SCORES = ("dot", "concat")
@@ -84,6 +86,32 @@ def map_encoder(channels: int, units: int, *, hidden: int) -> nn.Sequential:
     )
 
 
+def official_map_encoder(channels: int, height: int, width: int, units: int, *, hidden: int) -> nn.Sequential:
+    """Build the encoder of the local feature map as in the official code: (N, C, height, width) -> (N, u).
+
+    The official encoder of CIFAR-10 images has this local feature map: C = 128 channels, 8 x 8 positions. The map
+    encoder repeats the layers of that encoder from the layer of the map on (models/dim.py, GlobalDIM.build): two 4x4
+    convolutions of stride 2 with C and 2C channels, a hidden layer, and a linear layer.
+
+    Raises ValueError if a side of the map has fewer than 4 positions.
+    """
+    if min(height, width) < 4:
+        raise ValueError(
+            f"official_global is true, but the local feature map has {height} x {width} positions, and the official "
+            "map encoder needs at least 4 x 4: choose an earlier local_stage, or set official_global to false"
+        )
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(2 * channels),
+        nn.ReLU(),
+        nn.Flatten(),
+        mlp([2 * channels * (height // 4) * (width // 4), hidden, units], last_bias=True),
+    )
+
+
 def choose_stage(maps: dict[str, Tensor], name: str | None) -> str:
     """Return the name of the stage whose map is the local feature map: `name`, or a default if `name` is None.
 
@@ -117,12 +145,17 @@ def choose_stage(maps: dict[str, Tensor], name: str | None) -> str:
 class DeepInfoMax(Method):
     """Deep InfoMax. The loss is alpha * global + beta * local + gamma * prior + the discriminator loss.
 
+    The discriminator loss includes `gradient_penalty` times the gradient penalty.
+
     Args:
         image_size, channels: side in pixels and number of channels of the training images; ssl-train sets both.
         alpha: weight of the global term, which pairs the vector with an encoding of the whole local feature map.
         beta: weight of the local term, which pairs the vector with each position of the local feature map.
         gamma: weight of the prior term, which makes the distribution of the vectors uniform. 0 removes the prior term
             and the discriminator.
+        gradient_penalty: weight of the gradient penalty of the discriminator. The penalty is the squared norm of the
+            gradient of a score with respect to the input, averaged over the vectors and the samples of the prior. 0
+            removes the penalty.
         measure: measure of mutual information, one of MEASURES.
         score: "dot" or "concat". With "dot", the score of a pair is the dot product of two embeddings, and all other
             images are negatives. With "concat", a network computes the score from the concatenated pair, and the next
@@ -136,6 +169,8 @@ class DeepInfoMax(Method):
             8 x 8.
         official_mask: True: InfoNCE uses each position of the same image as a negative with score -10, as in the
             official code. False: positions of the same image are not used as negatives.
+        official_global: True: the networks of the global term are those of the official code: `official_map_encoder`,
+            and one linear layer for the vector. False: `map_encoder`, and `Embed` for the vector.
         gather_negatives: True: the images of all processes are negatives. False: only the images of the same process
             are negatives.
     """
@@ -152,6 +187,7 @@ class DeepInfoMax(Method):
         alpha: float = 0.0,
         beta: float = 1.0,
         gamma: float = 0.1,
+        gradient_penalty: float = 0.0,
         measure: str = "InfoNCE",
         score: str = "dot",
         dim: int = 64,
@@ -161,11 +197,12 @@ class DeepInfoMax(Method):
         prior_widths: Sequence[int] = (1000, 200),
         local_stage: str | None = None,
         official_mask: bool = False,
+        official_global: bool = False,
         gather_negatives: bool = True,
     ) -> None:
         super().__init__(backbone)
-        check_weights(alpha=alpha, beta=beta, gamma=gamma)
-        check_choices(measure, score, official_mask)
+        check_weights(alpha=alpha, beta=beta, gamma=gamma, gradient_penalty=gradient_penalty)
+        check_choices(measure, score, official_mask=official_mask, official_global=official_global)
         check_positive(dim=dim, units=units, map_hidden=map_hidden)
         images = torch.linspace(-1, 1, 2 * channels * image_size**2).view(2, channels, image_size, image_size)
         maps = maps_of(backbone, images)
@@ -175,19 +212,24 @@ class DeepInfoMax(Method):
         *_, self.last_stage = maps
         last = maps[self.last_stage].mean((2, 3))
         self.one_pass = last.shape == features.shape and torch.allclose(last, features, rtol=1e-4, atol=1e-6)
-        self.places = maps[self.local_stage].shape[2] * maps[self.local_stage].shape[3]
-        width, local_channels = num_features(backbone), maps[self.local_stage].shape[1]
+        _, local_channels, rows, columns = maps[self.local_stage].shape
+        self.places = rows * columns
+        width = num_features(backbone)
         self.head = mlp([width, *([] if hidden is None else [hidden]), dim], last_bias=True)
         dot = score == "dot"
         if beta:
             self.local_term = Pairing(local_channels, dim, units) if dot else scorer(dim + local_channels, units)
         if alpha:
-            self.map_encoder = map_encoder(local_channels, units, hidden=map_hidden)
-            self.global_term = Embed(dim, units) if dot else scorer(dim + units, units)
+            if official_global:
+                self.map_encoder = official_map_encoder(local_channels, rows, columns, units, hidden=map_hidden)
+                self.global_term: nn.Module = nn.Conv2d(dim, units, 1)  # a linear layer, on maps of one position
+            else:
+                self.map_encoder = map_encoder(local_channels, units, hidden=map_hidden)
+                self.global_term = Embed(dim, units) if dot else scorer(dim + units, units)
         if gamma:
             self.discriminator = mlp([dim, *prior_widths, 1], norm=False, bias=True, last_bias=True)
         convert_batch_norm(self, SyncBatchNorm)
-        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.alpha, self.beta, self.gamma, self.gradient_penalty = alpha, beta, gamma, gradient_penalty
         self.dot, self.measure = dot, measure
         self.official_mask = official_mask
         self.gather_negatives = gather_negatives
@@ -210,6 +252,9 @@ class DeepInfoMax(Method):
             prior = self.noise.uniform(*vectors.shape, device=vectors.device)
             scalars["prior"], scalars["discriminator"] = prior_losses(self.discriminator, vectors, prior)
             loss = loss + self.gamma * scalars["prior"] + scalars["discriminator"]
+            if self.gradient_penalty:
+                scalars["gradient_penalty"] = self.discriminator_penalty(vectors, prior)
+                loss = loss + self.gradient_penalty * scalars["gradient_penalty"]
         return {"loss": loss, **scalars}
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,6 +284,15 @@ class DeepInfoMax(Method):
         queries = self.global_term(vectors[:, :, None, None]).flatten(2)
         return dot_loss(whole, queries, official_mask=self.official_mask, **settings)
 
+    def discriminator_penalty(self, vectors: Tensor, prior: Tensor) -> Tensor:
+        """Return the gradient penalty of the discriminator, without its weight (models/discriminator.py).
+
+        `vectors` and the samples `prior` are (N, D). The penalty is the mean of |d score / d sigmoid(vector)|^2 and
+        |d score / d sample|^2, averaged over all vectors and samples. It has no gradient for the encoder.
+        """
+        inputs = torch.cat([full_precision(vectors).sigmoid().detach(), full_precision(prior)])
+        return 2 * gradient_penalty(self.discriminator, inputs)  # `gradient_penalty` returns half the squared norm
+
     def projection(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))  # type: ignore[no-any-return]
 
@@ -262,8 +316,8 @@ def check_weights(**weights: float) -> None:
         )
 
 
-def check_choices(measure: str, score: str, official_mask: bool) -> None:
-    """Raise ValueError if `measure`, `score` or `official_mask` is not valid. The message states what to change."""
+def check_choices(measure: str, score: str, *, official_mask: bool, official_global: bool) -> None:
+    """Raise ValueError if a value or the combination of values is not valid. The message states what to change."""
     if measure in UNBOUNDED:
         raise ValueError(
             f"measure is {measure!r}, whose loss decreases without bound as scores grow: choose one of "
@@ -279,3 +333,5 @@ def check_choices(measure: str, score: str, official_mask: bool) -> None:
             f"official_mask applies only to measure=InfoNCE with score=dot, but they are {measure} and {score}: "
             "set it to false"
         )
+    if official_global and score != "dot":
+        raise ValueError(f"official_global applies only to score=dot, but score is {score}: set it to false")

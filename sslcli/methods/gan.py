@@ -69,7 +69,10 @@ def call_on_buffer_copies(module: nn.Module, *inputs: Tensor, learn: bool = Fals
 
 
 def gradient_penalty(discriminate: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Return the R1 penalty: half the squared norm of d logits / d images (N, C, S, S), mean over images."""
+    """Return the R1 penalty: half the squared norm of d logits / d images, mean over images.
+
+    `images` are (N, C, S, S), or any other inputs (N, ...) of the discriminator.
+    """
     images = images.detach().requires_grad_()
     with torch.autocast(images.device.type, enabled=False):
         logits = full_precision(discriminate(images))

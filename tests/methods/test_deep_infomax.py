@@ -5,17 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from processes import Pair
 from sslcli.backbones.base import Backbone
 from sslcli.backbones.resnet import ResNet
 from sslcli.backbones.small import Small
 from sslcli.backbones.vit import VisionTransformer
+from sslcli.engine import fsdp
 from sslcli.methods.base import Batch
-from sslcli.methods.deep_infomax import DeepInfoMax, Embed, choose_stage
+from sslcli.methods.deep_infomax import DeepInfoMax, Embed, choose_stage, official_map_encoder
 from sslcli.methods.mutual_information import MEASURES, concat_loss, dot_loss
 from sslcli.nn.batch_norm import SyncBatchNorm
-from tiny import TinyNet, make_batch
+from tiny import TinyNet, make_batch, mine
 
 SIZE = 16
 
@@ -60,6 +63,89 @@ def test_concat_scores_the_vector_beside_each_place() -> None:
     maps, vectors = method.backbone.stages(batch.views[0])["block1"], method.projection(batch.views[0])
     expected = concat_loss(method.local_term, maps, vectors, measure="InfoNCE")
     torch.testing.assert_close(method(batch)["loss"], expected)
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_the_gradient_penalty_is_part_of_the_discriminators_loss(weight: float) -> None:
+    method, batch = small_deep_infomax(gamma=0.25, gradient_penalty=weight), batch_of()
+    scalars = method(batch)
+    expected = scalars["local"] + 0.25 * scalars["prior"] + scalars["discriminator"]
+    torch.testing.assert_close(scalars["loss"], expected + weight * scalars["gradient_penalty"])
+    names, parameters = zip(*method.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(scalars["gradient_penalty"], parameters, allow_unused=True)
+    reached = {name.partition(".")[0] for name, found in zip(names, gradients, strict=True) if found is not None}
+    assert reached == {"discriminator"}  # the encoder gets no gradient
+
+
+def penalty_by_hand(net: nn.Sequential, inputs: Tensor) -> Tensor:
+    """Mean squared norm of the gradient of ReLU layers: a product of weights, and masks of the active units."""
+    *hidden, last = [layer for layer in net if isinstance(layer, nn.Linear)]
+    rows = []
+    for x in inputs:
+        jacobian = torch.eye(len(x), dtype=x.dtype)
+        for layer in hidden:
+            x = layer(x)
+            jacobian = (x > 0)[:, None] * (layer.weight @ jacobian)
+            x = x.relu()
+        rows.append((last.weight @ jacobian).square().sum())
+    return torch.stack(rows).mean()
+
+
+def test_the_gradient_penalty_and_its_gradient_are_exact() -> None:
+    method = small_deep_infomax(gradient_penalty=1.0, prior_widths=(8, 6)).double()
+    vectors, prior = torch.randn(5, 4, dtype=torch.float64, requires_grad=True), torch.rand(5, 4, dtype=torch.float64)
+    weights = [layer.weight for layer in method.discriminator if isinstance(layer, nn.Linear)]
+    penalty = method.discriminator_penalty(vectors, prior)
+    of_vectors, of_samples = (penalty_by_hand(method.discriminator, part) for part in (vectors.sigmoid(), prior))
+    expected = (of_vectors + of_samples) / 2  # the official 0.5 * (penalty of one sample + penalty of the other)
+    torch.testing.assert_close(penalty, expected)
+    torch.testing.assert_close(torch.autograd.grad(penalty, weights), torch.autograd.grad(expected, weights))
+
+
+def test_the_gradient_penalty_is_float32_under_autocast() -> None:
+    method, vectors, prior = small_deep_infomax(gradient_penalty=1.0), torch.randn(5, 4), torch.rand(5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        penalty = method.discriminator_penalty(vectors.bfloat16(), prior)
+    assert penalty.dtype == torch.float32
+    torch.testing.assert_close(penalty, method.discriminator_penalty(vectors.bfloat16(), prior), rtol=0, atol=0)
+
+
+def test_old_runs_have_no_gradient_penalty() -> None:
+    assert "gradient_penalty" not in small_deep_infomax()(batch_of())
+
+
+def weights_of_a_sharded_step(batch: Batch) -> dict[str, Tensor]:
+    method = small_deep_infomax(alpha=1.0, gradient_penalty=1.0, official_global=True).double()
+    if torch.distributed.is_initialized():
+        fsdp.shard(method, torch.device("cpu"), "fp32")
+    optimizer = torch.optim.SGD(method.parameters(), 0.1)
+    for _ in range(2):
+        method(mine(batch))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {name: value for name, value in method.state_dict().items() if isinstance(value, Tensor)}
+    return {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in state.items()}
+
+
+def test_two_processes_with_sharded_parameters_train_as_one_does(pair: Pair) -> None:
+    batch = make_batch(views=1, size=SIZE, dtype=torch.float64)
+    expected = weights_of_a_sharded_step(batch)
+    for found in pair.run(weights_of_a_sharded_step, batch):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_official_global_networks_repeat_the_layers_of_the_official_encoder() -> None:
+    net = official_map_encoder(128, 8, 8, 2048, hidden=1024)  # the map of the official encoder for CIFAR-10
+    convolutions = [part for part in net if isinstance(part, nn.Conv2d)]
+    assert [tuple(part.weight.shape) for part in convolutions] == [(128, 128, 4, 4), (256, 128, 4, 4)]
+    assert [tuple(part.weight.shape) for part in net[-1] if isinstance(part, nn.Linear)] == [(1024, 1024), (2048, 1024)]
+    assert net(torch.randn(2, 128, 8, 8)).shape == (2, 2048)
+    assert official_map_encoder(2, 7, 5, 6, hidden=4)(torch.randn(3, 2, 7, 5)).shape == (3, 6)
+    method, batch = small_deep_infomax(alpha=1.0, beta=0.0, measure="JSD", official_global=True).eval(), batch_of()
+    maps = method.backbone.stages(batch.views[0])[method.local_stage]
+    queries = F.linear(method.projection(batch.views[0]), method.global_term.weight[..., 0, 0], method.global_term.bias)
+    expected = dot_loss(method.map_encoder(maps)[..., None], queries[..., None], measure="JSD")
+    torch.testing.assert_close(method(batch)["global"], expected)
 
 
 def test_a_weight_of_zero_leaves_out_the_term_and_its_networks() -> None:
@@ -201,6 +287,9 @@ class OnePlace(Backbone):
         (None, {"score": "cosine"}, "'cosine', but it must be one of: dot, concat"),
         (None, {"official_mask": True, "measure": "JSD"}, "only to measure=InfoNCE with score=dot"),
         (None, {"official_mask": True, "score": "concat"}, "only to measure=InfoNCE with score=dot"),
+        (None, {"official_global": True, "score": "concat"}, "official_global applies only to score=dot"),
+        (None, {"alpha": 1.0, "official_global": True, "local_stage": "block5"}, "2 x 2 positions.*at least 4 x 4"),
+        (None, {"gradient_penalty": -1.0}, r"gradient_penalty is -1\.0, but the weight"),
         (None, {"dim": 0}, "dim is 0"),
         (None, {"units": 0}, "units is 0"),
         (None, {"map_hidden": 0}, "map_hidden is 0"),
