@@ -239,7 +239,10 @@ def type_name(node: dict[str, Any]) -> str:
 
 
 def check_export(path: Path, content: dict[str, Any]) -> None:
-    """Raise DamagedFile if a file of ssl-export was altered, or if a value has the wrong type."""
+    """Raise DamagedFile if a file of ssl-export has a wrong checksum, lacks a key, or has a value of the wrong type.
+
+    `content` is the content of the file `path`.
+    """
     remedy = "export it again with ssl-export"
     broken = broken_part(path)
     if broken:
@@ -296,9 +299,10 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
 
 
 def _has_other_images_than_export(source: Source, node: dict[str, Any], exported: dict[str, Any]) -> bool:
-    """Return True if the images of `source` are not the images of the dataset of the exported run.
+    """Return True if the images of `source` are not the images of pre-training.
 
-    `exported` is the content of the exported file. If it has no dataset settings, return True.
+    `node` contains the settings of `source`. `exported` is the content of the file that ssl-export wrote. If this file
+    has no settings of the pre-training dataset, the result is True.
     """
     own, known = exported.get("dataset"), exported.get("image_fingerprint")
     if own is None:

@@ -47,9 +47,9 @@ class Trial:
 
 
 def trial(loader: Loader, method: Method, device: torch.device, precision_name: str) -> Trial:
-    """Compute the loss once on a copy of `method` on `device`, from the views of a few random images.
+    """Compute the loss once on a copy of `method` on `device`, from the views of a few images of random pixels.
 
-    The method, its buffers and all random states stay unchanged, and no other process takes part.
+    The method, its buffers and all random states stay unchanged. No other process takes part.
 
     Raises ConfigError if a view cannot be drawn, if the method does not accept the views, or if `forward` does not
     return what the training loop needs. The message names the key to change, or the class of the method.
@@ -150,8 +150,9 @@ def freeze(method: nn.Module, names: Sequence[str]) -> None:
 def trial_warnings(found: Trial, method: Method, monitor: MonitorSettings) -> list[str]:
     """Return the warnings after a trial with the result `found`.
 
-    They are about unused parameters, weights that multiply only padding, and missing embeddings. Without embeddings,
-    collapse is not detected. There is no warning about them if `monitor` turns the detection off.
+    The warnings are about unused parameters, weights that multiply only padding, and missing embeddings. Without
+    embeddings, collapse is not detected. If `monitor` turns the detection of collapse off, missing embeddings cause no
+    warning.
     """
     warnings = [unused_warning(found.unused)] if found.unused else []
     if found.padding_fraction > MAX_PADDING_FRACTION:

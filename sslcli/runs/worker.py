@@ -124,10 +124,11 @@ def run(config: RunConfig) -> int:
 
 
 def has_own_message(run_dir: Path, error: BaseException) -> bool:
-    """Return True if `error` has one of four causes, for which `run` has its own messages.
+    """Return True if `run` has its own message for the cause of `error`.
 
-    The causes: a data worker died, another process of the run ended, the loss of a step did not depend on all trainable
-    parameters, or a file of the run was deleted. Such errors are raised at any point, even while user code runs.
+    There are four such causes: a data worker died, another process of the run ended, the loss of a step did not depend
+    on all trainable parameters, or a file of the run was deleted. These errors can also be raised while code of the
+    user runs, although that code did not cause them.
     """
     if isinstance(error, OSError):
         return _deletion(error, run_dir) is not None
@@ -158,7 +159,8 @@ def _end(message: BaseException | str, code: int, *, wait: float | None = None) 
     """Print why this process ends, and return the exit code.
 
     Ranks other than 0 wait before they print. If all processes end for the same reason, rank 0 prints the reason. The
-    launcher then ends the other processes while they wait, so that the reason is printed only once.
+    launcher then ends the other processes while they wait, so that the reason is printed only once. `wait` is the wait
+    in seconds. If it is None, rank 0 does not wait, and all other ranks wait `WAIT` seconds.
     """
     time.sleep((WAIT if processes.number() > 0 else 0.0) if wait is None else wait)
     print_error("train", message)
@@ -168,7 +170,8 @@ def _end(message: BaseException | str, code: int, *, wait: float | None = None) 
 def _end_stalled_process(run_dir: Path, message: str) -> None:
     """End this process from its watchdog thread.
 
-    If `message` is "", this process first waits `WAIT` seconds, so that another process can print its own message.
+    If `message` is not "", it is first printed and appended to console.log. If `message` is "", another process prints
+    the message. This process then waits `WAIT` seconds before it ends, so that the other process has time to print.
     """
     if message:
         log_and_print(run_dir, message)
@@ -273,10 +276,11 @@ def enable_garbage_collection() -> None:
 
 
 def lock_patience(config: RunConfig) -> float:
-    """Return the maximum wait for the lock of the run directory, in seconds: 0 unless Slurm has restarted the job.
+    """Return the maximum wait for the lock of the run directory, in seconds.
 
-    If Slurm loses contact with a node, it restarts the job. Processes on the lost node may still run and hold the lock.
-    These processes detect the lost connection, and exit after at most `launcher.timeout`.
+    The wait is 0 unless Slurm has restarted the job. If Slurm loses contact with a node, it restarts the job. Processes
+    on the lost node may still run and hold the lock. They detect the lost connection, and exit after at most
+    `launcher.timeout`. Therefore the wait after a restart is `launcher.timeout` plus one minute.
     """
     return 0.0 if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0 else config.launcher.timeout_seconds + 60
 
@@ -305,7 +309,10 @@ def request_requeue(run_dir: Path, why: Stopped) -> None:
 
 
 def describe(job: Run, parts: Parts, config: RunConfig, facts: dict[str, Any]) -> None:
-    """Write the files that describe the run, and pass its settings to the monitor. `facts` is the startup table."""
+    """Write the files that describe the run, and pass the configuration to the monitor.
+
+    `facts` is the startup table.
+    """
     write_description(
         job.run_dir,
         config.values,

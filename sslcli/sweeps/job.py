@@ -108,7 +108,7 @@ class Record:
 def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
     """Return the `Job` for the configuration of one job.
 
-    `config` contains validated plain values, which were composed from the overrides of the job.
+    `config` is the validated configuration of the job, as plain values.
     """
     overrides = tuple(line for line in config["_lines_"] if not is_sweep_setting(line))
     if sweep.command == "eval":
@@ -130,7 +130,7 @@ def job_of(sweep: Sweep, config: dict[str, Any]) -> Job:
 def is_sweep_setting(line: str) -> bool:
     """Return True if the override `line` applies to the sweep and not to its jobs.
 
-    These are all overrides of `sweep.*` and `hydra.*`, except `hydra.searchpath`.
+    Overrides of `sweep.*` and `hydra.*` apply to the sweep. The only exception is `hydra.searchpath`.
     """
     key = line.partition("=")[0].lstrip("+~")
     return key.startswith(("sweep.", "hydra.", "hydra/")) and key != "hydra.searchpath"
@@ -139,7 +139,7 @@ def is_sweep_setting(line: str) -> bool:
 def command_line(sweep: Sweep, job: Job) -> list[str]:
     """Return the command line that runs a job in its own process.
 
-    If the job has a run directory, the command line sets it.
+    For ssl-train, the command line also sets the run directory. Jobs of ssl-eval have no run directory of their own.
     """
     line = [*sweep.program, *sweep.flags, *job.overrides]
     if job.run_dir is not None and not any(override.startswith("run_dir=") for override in job.overrides):
@@ -203,7 +203,11 @@ def read_or_create_record(sweep: Sweep, job: Job) -> Record:
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """Return the fields of a job's record that depend on the settings of the job: the digest and the length."""
+    """Return the fields of a job's record that depend on the settings of the job.
+
+    The fields are the digest of the settings that affect the results, and the length of the run. Jobs of ssl-eval have
+    no length.
+    """
     return {"digest": job.digest} | ({} if job.length is None else asdict(job.length))
 
 

@@ -129,15 +129,17 @@ class Relay:
     """Context manager that forwards signals to the running jobs of a sweep. The jobs then save and stop.
 
     At the end of the block, all jobs have ended. The signal handlers from before the block are then restored. If a
-    signal was received, its earlier handler is called. This has two uses. If this sweep runs inside another sweep, the
-    handler keeps the other sweep from starting further jobs. If a scheduler's handler was installed, it may requeue the
-    scheduler's job on SIGUSR2.
+    signal was received, its restored handler is called. However, the handler of SIGUSR2 is called only if a job has not
+    finished. Calling the handlers has two uses:
+
+    - If this sweep runs inside another sweep, the handler keeps the other sweep from starting further jobs.
+    - If a scheduler installed a handler of SIGUSR2, the handler may requeue the scheduler's job.
 
     Attributes:
         running: jobs to which signals are forwarded.
         received: numbers of the received signals.
         is_stopping: True if no further job may start.
-        unfinished: True if a job has not finished. Only then, the earlier handler of SIGUSR2 is called.
+        unfinished: True if a job has not finished.
         previous: signal -> handler from before the block.
     """
 
@@ -208,9 +210,9 @@ class PendingJobs:
         return is_due
 
     def poll_busy(self) -> None:
-        """Check which of the jobs other processes run, without locking a job.
+        """Check which jobs are run by other processes. No job is locked.
 
-        If another process runs a job at two checks, a message is printed.
+        At the second check that finds the same job run by another process, a message is printed.
         """
         for job in self.jobs if self.is_poll_due() else ():
             if is_running(self.sweep, job.name, read_or_create_record(self.sweep, job)):

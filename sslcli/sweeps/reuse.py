@@ -51,11 +51,13 @@ def claim(sweep: Sweep, job: Job) -> IO[str] | None:
 
 
 def reuse(sweep: Sweep, jobs: Iterable[Job]) -> list[Job]:
-    """Link each job that has not started yet to the same job of another sweep. Return the jobs with new links.
+    """Link jobs that have not started yet to jobs of other sweeps with the same settings. Return the linked jobs.
 
-    Two jobs are the same if they have the same settings. A link consists of a symbolic link to the run directory of the
-    other job, and of a reference to its record. If the other run was deleted, the link is removed, so that the job
-    starts again.
+    A job stays unlinked if no other sweep has a job with the same settings. A link consists of a symbolic link to the
+    run directory of the other job, and of a reference to its record. If the run of a linked job was deleted, the link
+    is removed, so that the job starts again.
+
+    The result contains only the jobs that this call has linked.
     """
     jobs = list(jobs)
     if not sweep.reuses or not can_lock(sweep.records):
@@ -100,13 +102,15 @@ def _other_jobs(sweep: Sweep) -> list[OtherJob]:
 
 
 def _is_placed(sweep: Sweep, job: Job) -> bool:
-    """Return True if the job needs no new link to the run directory of the same job in another sweep.
+    """Repair the link of a job to another sweep. Return True if the job needs no new link.
 
-    This is the case if the run directory of the job exists, or if it is not directly in the sweep's folder. Only a run
-    directory directly in this folder may be a symbolic link to a run of another sweep.
-
-    If the record of the job already refers to another sweep, a missing symbolic link is restored. If the other sweep
-    was deleted, the symbolic link is removed.
+    - If the run directory of the job is not directly in the sweep's folder, the result is True. Only a run directory
+      directly in this folder may be a symbolic link to a run of another sweep.
+    - If the record of the job already refers to another sweep, a missing symbolic link is restored, and the result is
+      True.
+    - If the other sweep was deleted, the symbolic link and the reference to it are removed. The run directory of the
+      job then no longer exists, so the result is False.
+    - If the job has no link, the result is True if its run directory exists.
     """
     run_dir = job.run_dir
     if run_dir is None or run_dir.parent != sweep.folder:

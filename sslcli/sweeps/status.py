@@ -26,7 +26,8 @@ def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = Fal
     """Return the status of a job.
 
     The status is "finished" if the run in the run directory is finished. Otherwise, it is "running" if a process runs
-    the job. Otherwise, it depends on the exit code in the record.
+    the job. Otherwise, the exit code in the record determines the status. If there is no exit code, the status is
+    "interrupted" if the job was started, and "waiting" if it was not.
 
     Args:
         sweep: sweep of the job.

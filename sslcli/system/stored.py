@@ -149,7 +149,7 @@ def mismatch(value: Any, kind: Any, where: str = "") -> str:
     """Return a description of the first difference between a value and a type, or "" if the value has the type.
 
     Args:
-        value: plain values and tensors.
+        value: the value to check. It consists of plain values and tensors.
         kind: the required type. It is a shape (a dataclass or TypedDict that declares keys), another class, or an
             annotation of plain values such as `list[int]`. In an annotation, the items of a `list` and the values of a
             `dict` may also be shapes or classes.
@@ -220,7 +220,7 @@ def read_or_set_aside(read: Callable[[], T], *, warn: Callable[[str], None], con
     If the file is damaged, it is renamed. A warning names the file, its new name, and the consequence for the user.
 
     Args:
-        read: function that reads a stored file with a function of this module.
+        read: function that reads a stored file. It must call a reading function of this module, such as `read_json`.
         warn: function that prints a warning.
         consequence: what happens without the file, as in "it is computed again". The warning ends with it.
     """

@@ -59,8 +59,8 @@ def unwrapped(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 def wrapped(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Return `state` with the names that the backbone `net` uses. This is the inverse of `unwrapped`.
 
-    If `net` only wraps a network of another package, a prefix such as `model.` is added to the names. The names do not
-    change if they match the names of `net` at least as well without the prefix.
+    If `net` only wraps a network of another package, a prefix such as `model.` is added to the names. The prefix is
+    added only if more names of `state` then equal names of `net` than without the prefix.
     """
     prefix, own = _prefix(net), net.state_dict().keys()
     renamed = {f"{prefix}{name}": value for name, value in state.items()}
@@ -74,7 +74,8 @@ def _prefix(net: nn.Module) -> str:
 def broken_part(path: Path) -> str | None:
     """Verify the checksums in a file written by torch.save, because torch.load does not verify them.
 
-    Returns the name of the first part of the file whose checksum is wrong, or None if all are correct.
+    The file is a ZIP archive, and each of its entries has a checksum. Returns the name of the first entry whose
+    checksum is wrong, or None if all checksums are correct.
     """
     with ZipFile(path) as archive:
         return archive.testzip()
