@@ -123,9 +123,9 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u
 def printable(text: object, *, keep: str = "") -> str:
     """Return a value as text that is safe to print and to encode as UTF-8.
 
-    Control characters are replaced by escapes: ESC becomes `\\x1b`. Otherwise, if a file name contains control
-    characters, a terminal would execute them. If a file name contains bytes that are not valid UTF-8, Python decodes
-    each of these bytes to a surrogate. Such a surrogate is also replaced by an escape: the byte FF becomes `\\xff`.
+    Control characters, for example in a file name, are replaced by escapes, because a terminal would execute them: ESC
+    becomes `\\x1b`. If a file name contains bytes that are not valid UTF-8, Python decodes each of these bytes to a
+    surrogate. Such a surrogate is also replaced by an escape: the byte FF becomes `\\xff`.
 
     Args:
         text: the value.
@@ -152,9 +152,9 @@ def user_code(
     as user code if it runs on an instance of a user's class. The message of the UserCodeError names the user's class or
     function, and ends with the traceback of the user code.
 
-    Exceptions of all other code are raised unchanged. Three kinds of exceptions are always raised unchanged, even if
-    user code raises them: ConfigError, TrainingFailed and Stopped, which already have a message for users;
-    out-of-memory errors; and errors caused by a full disk.
+    Exceptions of all other code are raised unchanged. Some exceptions are raised unchanged even if user code raises
+    them: out-of-memory errors, errors caused by a full disk, and ConfigError, TrainingFailed and Stopped. The last
+    three already have a message for users.
 
     Args:
         action: what the block does, for the message, as in "computing the loss".
@@ -341,9 +341,9 @@ def is_disk_failure(error: OSError) -> bool:
 def nearest(name: object, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"`, where x is the known name most similar to `name`, or "" if none is similar.
 
-    Case is ignored. Typing errors rarely change the first letter. A known name with another first letter must therefore
-    be more similar to `name`: for `dae`, `vae` is not suggested. A known name that begins with `name` may be less
-    similar: for `retry`, `retry_failed` is suggested.
+    Case is ignored. The required similarity depends on the known name. It is higher if the first letters differ,
+    because typing errors rarely change the first letter: for `dae`, `vae` is not suggested. It is lower if the known
+    name begins with `name`: for `retry`, `retry_failed` is suggested.
     """
     from difflib import SequenceMatcher
 

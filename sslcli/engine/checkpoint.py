@@ -273,7 +273,7 @@ def load_file(path: Path, *, device: torch.device) -> tuple[dict[str, Any], str]
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the states of torch's random number generators in this process."""
+    """Return the states of torch's random number generators in this process: of the CPU and, for CUDA, of `device`."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

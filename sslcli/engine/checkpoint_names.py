@@ -15,7 +15,10 @@ def folder(run_dir: Path) -> Path:
 
 
 def path_of(run_dir: Path, step: int) -> Path:
-    """Return the path of the checkpoint file after `step` optimizer steps. A folder of shards has no suffix `.pt`."""
+    """Return the path of the checkpoint file after `step` optimizer steps.
+
+    If parameters are sharded, the checkpoint is a folder instead, whose name is this name without the suffix `.pt`.
+    """
     return folder(run_dir) / f"step-{step:08d}.pt"
 
 

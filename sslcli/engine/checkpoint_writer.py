@@ -1,4 +1,4 @@
-"""Checkpoint writer of a run: all processes write their checkpoints through it."""
+"""Checkpoint writer of a run. All processes call it; if parameters are not sharded, only rank 0 writes files."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Writer:
             raise failure
 
     def close(self) -> None:
-        """Wait until the write in the background is on disk (see `wait`), and release the run directory."""
+        """Wait until the write in the background is on disk (see `wait`), and close the handle of the run directory."""
         try:
             self.wait()
         finally:

@@ -30,20 +30,20 @@ _ADVICE = {
 class CollapseDetector:
     """Detector of representation collapse from the metrics of the embeddings.
 
-    Call `update` at the first step, then at fixed intervals. A call is one measurement of the metrics of
-    `sslcli.engine.health`. An alarm fires if a metric is low *and* far below its peak so far. The first step is the
-    reference, because a severe collapse can be complete after 50 steps. A low value alone does not fire an alarm,
-    because the embeddings of a healthy network without BatchNorm are nearly equal in early training.
+    Call `update` after the first step, then at fixed intervals. A call is one measurement of the metrics of
+    `sslcli.engine.health`. The peak of a metric is its largest value so far. The first measurement must be after the
+    first step, because a severe collapse can be complete after 50 steps, and later peaks would then be too low.
 
     Any one of these conditions fires an alarm (d is the width of the embeddings):
 
-        std         < 0.2 / sqrt(d)                        and < half of its peak
-        uniformity  > -0.5                                 and |uniformity| < a quarter of its peak
-        rankme      < 10 % of its peak                     and < 5
-        std         < 0.02 / sqrt(d) in `patience` consecutive measurements, whatever its peak
+        std           < 0.2 / sqrt(d)     and < half of its peak
+        |uniformity|  < 0.5               and < a quarter of its peak
+        rankme        < 5                 and < 10 % of its peak
+        std           < 0.02 / sqrt(d)    in `patience` consecutive measurements, whatever its peak
 
-    The limit of 5 for rankme is low, because embeddings that form ten separate clusters have a rank of about ten but
-    have not collapsed.
+    One measurement that is low, but not far below the peak, does not fire an alarm, because the embeddings of a healthy
+    network without BatchNorm are nearly equal in early training. The limit of 5 for rankme is low, because embeddings
+    that form ten separate clusters have a rank of about ten but have not collapsed.
 
     A collapse is reported after two consecutive alarms, because a single batch is not reliable. Alarms in the first
     `grace` measurements are ignored. `state_dict` contains the complete state. A resumed run therefore gives the same
@@ -79,7 +79,12 @@ class CollapseDetector:
         return verdict if state["alarms"] >= 2 else None
 
     def _alarm(self, std: float, spread: float, rank: float, dim: int) -> str | None:
-        """Compare one measurement with the peaks so far. Return the message of the alarm, or None if no alarm fires."""
+        """Compare one measurement with the peaks so far. Return the message of the alarm, or None if no alarm fires.
+
+        spread: negative uniformity.
+        rank: rankme.
+        dim: width d of the embeddings.
+        """
         peak = self._state
         limit = 0.2 / math.sqrt(dim)
         if (std < limit and std < 0.5 * peak["std"]) or peak["stuck"] >= self.patience:

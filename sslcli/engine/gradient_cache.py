@@ -1,13 +1,15 @@
 """Gradient cache for contrastive losses over a large batch, with the activations of only one micro-batch in memory.
 
-Gao et al. 2021  https://arxiv.org/abs/2101.06983   train.cached_gradients
+Gao et al. 2021  https://arxiv.org/abs/2101.06983
 
-    rows = embed(x) for every micro-batch x, without an autograd graph
-    loss = compare(all rows);  gradients = d loss / d rows
+    for every micro-batch x:  rows(x) = embed(x), without an autograd graph
+    rows = concatenation of rows(x) over all micro-batches
+    loss = compare(rows);  gradients = d loss / d rows
     for every micro-batch x:  embed(x).backward(the part of `gradients` for x)
 
-`embed` and `compare` are methods of `sslcli.methods.base.Method`. The rows are embeddings of images. The second call of
-`embed` uses the same random numbers as the first. The accumulated gradient therefore equals the gradient of `loss`.
+The setting `train.cached_gradients` enables it. `embed` and `compare` are methods of `sslcli.methods.base.Method`. A
+row is the embedding of one image. The second call of `embed` uses the same random numbers as the first. The accumulated
+gradient therefore equals the gradient of `loss`.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ def backward(
 ) -> dict[str, Tensor]:
     """Compute the gradient of one loss over all micro-batches. Return the detached scalars of `method.compare`.
 
-    Gradients are accumulated in the parameters and averaged over processes. BatchNorm normalizes each micro-batch
-    separately. `dtype_name` is fp32, bf16 or fp16.
+    Gradients are accumulated in the `grad` attributes of the parameters and averaged over processes. BatchNorm
+    normalizes each micro-batch separately. `dtype_name` is fp32, bf16 or fp16. `scaler` scales the loss, so the
+    accumulated gradients are scaled too.
     """
     states, parts = [], []
     with torch.no_grad(), unchanged_statistics(method):

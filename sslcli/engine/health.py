@@ -49,10 +49,10 @@ def mean_norm(z: Tensor) -> Tensor:
 
 
 def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
-    """Return the mean of |x - y|^alpha over positive pairs. A pair is row i of `z1` and row i of `z2`, both (N, d).
+    """Return the mean of |x - y|^alpha over positive pairs (Wang and Isola, eq. 2).
 
-    The function normalizes the rows to x and y. The result is 0 if x = y for every pair. For alpha = 2, the result is
-    the mean of 2 - 2 cos(x, y) (Wang and Isola, eq. 2).
+    A pair is row i of `z1` and row i of `z2`, both (N, d). x and y are these two rows after L2 normalization. The
+    result is 0 if x = y for every pair. For alpha = 2, the result is the mean of 2 - 2 cos(x, y).
     """
     if z1.shape != z2.shape:
         raise ValueError(

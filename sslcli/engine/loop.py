@@ -24,8 +24,9 @@ from sslcli.methods.base import Batch, Method
 def train(run: Run, step: int) -> None:
     """Train a run to its last step. `step` is the number of steps already trained, as `resume` returns it.
 
-    Raises Stopped after a signal or at the time limit, as soon as a checkpoint is saved. Raises TrainingFailed if the
-    loss is not finite, if the representation has collapsed, or if the disk or a data worker fails.
+    After a signal or at the time limit, the function saves a checkpoint and then raises Stopped. It raises
+    TrainingFailed if the loss is not finite, if the representation has collapsed, or if the disk or a data worker
+    fails.
     """
     total, monitor = run.total_steps, run.monitor
     model = run.method if run.settings.cached_gradients else parallel(run.method, run.device)
@@ -107,8 +108,8 @@ def gradient_sync(model: nn.Module, *, is_last: bool) -> AbstractContextManager[
 def parallel(method: Method, device: torch.device) -> nn.Module:
     """Return `method`. With several processes and unsharded parameters, wrap it in DistributedDataParallel.
 
-    Buffers are not broadcast, because the queue of negatives and the synchronized statistics are identical on all
-    processes.
+    Buffers are not broadcast, because queues of negatives and the running statistics of SyncBatchNorm are identical on
+    all processes.
     """
     if collectives.world_size() == 1 or fsdp.is_sharded(method):
         return method
@@ -127,7 +128,8 @@ def average_each(bucket: Any) -> torch.futures.Future[Tensor]:
 
     With three or more processes, the last bit of a sum depends on the offset of the parameter in the reduced tensor.
     DistributedDataParallel changes these offsets, because it rebuilds its buckets after the first step. A resumed run
-    rebuilds them again. Separate reductions do not depend on the buckets.
+    starts with the initial buckets again, so a reduction of whole buckets would change its last bits. A separate
+    reduction per parameter does not depend on the buckets.
     """
     watchdog.record_collective()
     whole = bucket.buffer().div_(collectives.world_size())

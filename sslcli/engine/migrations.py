@@ -23,7 +23,7 @@ def upgrade(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_environment(state: dict[str, Any]) -> dict[str, Any]:
-    """Convert to version 2, which adds the environment of the run and the position of the loader."""
+    """Convert to version 2, which adds the environment of the run and the data loader's position in the epoch."""
     return {"loader": None} | state | {"circumstances": {}}  # both are unknown for older checkpoints
 
 

@@ -90,7 +90,8 @@ class Monitor:
         run_dir: the run directory. Only the main process writes to it.
         screen: progress display.
         probe: function that evaluates the representation and returns scalars by name; None if there are no labels.
-        draw: function that returns the method's pictures by name, each (3, H, W) in [0, 1].
+        draw: function that returns pictures of what the method computes, such as generated images: name -> (3, H, W) in
+            [0, 1]. None if the method has no pictures.
         together: True if parameters are sharded. All processes must then run `probe` and `draw`.
         faster_data: the remedies in the warning about steps that wait for images most of the time.
     """
@@ -144,7 +145,11 @@ class Monitor:
         self.screen.start("step", total=total, done=step)
 
     def add_run_facts(self) -> None:
-        """Write the hyperparameters, the names of the final scalars and the picture of the views to TensorBoard."""
+        """Write facts that do not change during the run to TensorBoard.
+
+        These are the hyperparameters, the names of the scalars that compare runs (such as "train/loss"), and a picture
+        of a few images with their views.
+        """
         from torch.utils.tensorboard.summary import hparams
 
         values = {name: plain(value) for name, value in sorted(self.hyperparameters.items())}
@@ -208,7 +213,10 @@ class Monitor:
             self.screen.stop()
 
     def health_is_due(self, step: int) -> bool:
-        """Return True every `health_every_steps` steps and after step 1. Step 1 is the reference for later steps."""
+        """Return True every `health_every_steps` steps and after step 1.
+
+        Collapse detection compares the metrics of later steps with those of step 1.
+        """
         return self.settings.health_every_steps > 0 and (step == 1 or step % self.settings.health_every_steps == 0)
 
     def epoch_ends(self, step: int) -> bool:
@@ -252,9 +260,10 @@ class Monitor:
         self.has_collapsed = True
 
     def measure_probe(self, step: int) -> dict[str, float]:
-        """Run the probe (see `Monitor`) and return its scalars. Only the main process runs it, unless `together`.
+        """Run the probe (see `Monitor`) and return its scalars.
 
-        Raises TrainingFailed on all processes if features are not finite. In this case, the weights are finite but too
+        Only the main process runs the probe. If parameters are sharded, all processes run it. Raises TrainingFailed on
+        all processes if features are not finite. The weights have been checked before, so they are then finite but too
         large.
         """
         assert self.probe is not None
@@ -303,7 +312,7 @@ class Monitor:
             )
 
     def warn_of_divergence(self, step: int, method: Method) -> None:
-        """Warn once if weights are finite but far larger than in normal training."""
+        """Warn once if the root mean square of a weight tensor is above `LARGE_WEIGHTS`."""
         sizes = {name: collectives.local(weight).detach().float() for name, weight in method.named_parameters()}
         roots = {name: values.square().mean().sqrt() for name, values in sizes.items() if values.numel()}
         if self.has_diverged or not roots:

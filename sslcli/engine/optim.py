@@ -18,9 +18,9 @@ NEVER_DECAYED = ("bias", "pos_embed", "cls_token", "mask_token")
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, https://arxiv.org/abs/1708.03888) with momentum.
 
-    MoCo v3, DINO, VISSL and BYOL use the default form: q = eta |w| / |g|, m <- momentum m + q g, w <- w - lr m.
-    w is a weight tensor, g is the gradient of w plus weight decay, and m is the momentum buffer of w. If |w| or |g| is
-    zero, q = 1.
+    Let w be a weight tensor, grad its gradient, g = grad + weight_decay w, and m its momentum buffer. MoCo v3, DINO,
+    VISSL and BYOL use the default form: q = eta |w| / |g|, m <- momentum m + q g, w <- w - lr m. If |w| or |g| is zero,
+    q = 1.
 
     Args:
         params: parameter groups. A group with `adapt=False` is updated by SGD with momentum and without weight decay.
@@ -104,7 +104,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return two groups of trainable parameters: one with weight decay and one without.
 
-    The group without weight decay contains biases, normalization parameters and tokens. For LARS, this group has
+    The group without weight decay contains biases, normalization parameters, and the class token, mask token and
+    position embeddings of ViT. For LARS, this group has
     `adapt=False`. If `decay_norm_and_bias` is True, all parameters are in the first group, as in MoCo v1 and v2. If
     `method.param_groups()` is not None, the function returns these groups unchanged.
     """
@@ -124,8 +125,9 @@ def parameter_groups(
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer state, but keep the `fused` setting of `optimizer`.
 
-    The `fused` setting depends on the current run. torch has no fused SGD for sharded parameters. With fp16, a fused
-    optimizer divides the gradients by the loss scale itself. State tensors are copied to the memory layout of their
+    The `fused` setting of the saved state may not suit the current run, for two reasons. torch has no fused SGD for
+    sharded parameters, and the saving run may have had no shards. With fp16, a fused optimizer divides the gradients by
+    the loss scale itself, but another optimizer does not. State tensors are copied to the memory layout of their
     parameters, because fused optimizers require this layout.
     """
     fused = [group.get("fused") for group in optimizer.param_groups]

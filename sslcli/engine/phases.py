@@ -35,7 +35,10 @@ class Phase:
 
 
 def phases_from(rows: Any) -> tuple[Phase, ...]:
-    """Return the phases in `rows`, a stored list of their fields. Raises ValueError if the list is invalid."""
+    """Return the phases in `rows`, a list with one mapping from fields of `Phase` to values per phase.
+
+    Raises ValueError if the list is invalid.
+    """
     wrong = mismatch(rows, list[Phase])
     if wrong:
         raise ValueError(wrong)
@@ -95,8 +98,8 @@ def phase_of(phases: Sequence[Phase], step: int) -> int:
 def progress(phases: Sequence[Phase], step: int) -> float:
     """Return the progress of the run at the 0-based `step`, in [0, 1). EMA momentum and similar values depend on it.
 
-    The progress is `step` divided by the length of the run. After an extension with `restart`, the progress counts only
-    the added steps.
+    The progress is `step` divided by the length of the run. After an extension with train.extend=restart, the progress
+    counts only the added steps.
     """
     phase = phases[phase_of(phases, step)]
     first = phase.start if phase.extend == "restart" else 0
@@ -119,7 +122,10 @@ def lr_factor(phases: Sequence[Phase], step: int, *, settings: TrainSettings, st
 
 
 def scheduled_factor(step: int, *, total: int, settings: TrainSettings, steps_per_epoch: int) -> float:
-    """Return the value of `train.schedule` at the 0-based `step` of `total`, as a fraction of the peak."""
+    """Return the learning rate that `train.schedule` gives at the 0-based `step` of `total`, as a fraction of the peak.
+
+    This function does not consider extensions of the run, see `lr_factor`.
+    """
     length = {"total": total, "warmup": warmup_steps(total, settings=settings, steps_per_epoch=steps_per_epoch)}
     if settings.schedule == "cosine":
         return schedule.warmup_cosine(step, final=settings.final_lr, **length)

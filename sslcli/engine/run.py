@@ -61,6 +61,6 @@ class Run:
     def progress_at(self, step: int) -> float:
         """Return the progress of the run at the 0-based `step`, in [0, 1), for the method's `after_step`.
 
-        After an extension with `restart`, the progress counts only the added steps.
+        After an extension with train.extend=restart, the progress counts only the added steps.
         """
         return progress(self.phases, step)

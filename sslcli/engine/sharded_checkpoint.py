@@ -1,7 +1,7 @@
 """Sharded checkpoints, written by all processes with torch.distributed.checkpoint.
 
     step-00001234/
-        .metadata           names and shapes of the tensors, and the location of each shard
+        .metadata           index: names and shapes of the tensors, and the location of each shard
         __0_0.distcp ...    the tensors of method and optimizer, one file per process
         rest.pt             all other values, readable with torch.load(weights_only=True)
         SHA256SUMS          checksums of the files above, in the format of sha256sum
@@ -55,7 +55,7 @@ class Snapshot:
     """Copy of the current state in main memory. For a sharded tensor, it contains only the shard of this process.
 
     Args:
-        state: nested dictionaries; tensors below the keys `PARTS` may be sharded.
+        state: nested dictionaries. The tensors in state["method"] and state["optimizer"] may be sharded.
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
@@ -185,9 +185,10 @@ def read(
 
 
 def _structural_damage(index: Metadata, rest: Any) -> str:
-    """Describe what is wrong with `rest`, the content of the file rest.pt, or with `index`; "" if nothing is wrong.
+    """Describe what is wrong with the files rest.pt or .metadata of a checkpoint. Return "" if nothing is wrong.
 
-    The file must have the expected structure, and the index must contain all tensors that the file names.
+    index: the index of the checkpoint, from .metadata. It must contain all tensors that rest.pt names.
+    rest: the content of rest.pt. It must have the expected structure.
     """
     if (
         not isinstance(rest, dict)
@@ -209,7 +210,10 @@ def _structural_damage(index: Metadata, rest: Any) -> str:
 
 
 def damage(folder: Path) -> str:
-    """Describe damage to the files of a checkpoint; return "" if there is none. Each process verifies some files."""
+    """Describe damage to the files of a checkpoint that this process verifies. Return "" if there is none.
+
+    The files are divided among the processes.
+    """
     try:
         sums = {name: digest for digest, name in map(str.split, (folder / SUMS).read_text("utf-8").splitlines())}
     except (OSError, ValueError) as error:
@@ -230,7 +234,7 @@ def empty(index: Metadata, name: str, place: Place, *, device: torch.device, lik
     """Return an uninitialized tensor for the tensor `name` of a checkpoint.
 
     Args:
-        index: the index of the checkpoint.
+        index: the index of the checkpoint, see `index_of`.
         name: name of the tensor in the index.
         place: path of keys to the tensor in the state.
         device: device of the result if it is not sharded.
@@ -263,7 +267,10 @@ def spread(state: dict[Any, Any], like: Placement, place: Place = ()) -> dict[An
 
 
 class Reader(FileSystemReader):
-    """Reader with an already loaded index. The base class would load the index file, which can execute code."""
+    """Reader with an already loaded index, see `index_of`.
+
+    The base class would load the index in a way that can execute code from the file.
+    """
 
     def __init__(self, folder: Path, index: Metadata) -> None:
         super().__init__(folder)
@@ -274,7 +281,10 @@ class Reader(FileSystemReader):
 
 
 def index_of(folder: Path) -> Metadata:
-    """Load the index of a checkpoint. Raises UnpicklingError if the file contains a class that no index needs."""
+    """Load the index of a checkpoint: names and shapes of its tensors, and the location of each shard.
+
+    Raises UnpicklingError if the file contains a class that no index needs.
+    """
     with (folder / INDEX).open("rb") as file:
         index = _Plain(file).load()
     if not isinstance(index, Metadata):
@@ -283,7 +293,7 @@ def index_of(folder: Path) -> Metadata:
 
 
 class _Plain(pickle.Unpickler):
-    """Unpickler that loads only the classes allowed in an index."""
+    """Unpickler that loads only the classes allowed in the index of a checkpoint (see `index_of`)."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.serialization", "_get_layout"):

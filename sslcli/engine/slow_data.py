@@ -13,8 +13,8 @@ class SlowData:
     in it.
 
     Args:
-        period: seconds of training over which the fraction of waiting time is measured, so that short runs and single
-            slow reads are not reported.
+        period: minimum seconds of training over which the fraction of waiting time is measured. Therefore short runs
+            and single slow reads are not reported.
         limit: the fraction in [0, 1] above which the waiting is reported.
     """
 

@@ -53,7 +53,9 @@ def library() -> ctypes.CDLL | None:
 def color_operations(
     images: Tensor, chosen: Parameters, *, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor | None:
-    """Flip, jitter, gray, blur, solarize and normalize images. Return None if the kernel does not support the images.
+    """Apply flip, color jitter, conversion to gray, blur and solarization to images, then normalize them.
+
+    Return None if the kernel does not support the images.
 
     Args:
         images: (N, C, H, W) float32 in [0, 1] on the CPU, C = 1 or 3.

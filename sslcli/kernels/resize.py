@@ -58,7 +58,8 @@ def resized_bytes(pictures: Tensor, boxes: Tensor, size: int, *, cubic: bool) ->
 def _cut(images: Tensor, boxes: Tensor, out: Tensor, shape: tuple[int, int, int, int], size: int, cubic: bool) -> None:
     """Crop a box from each image, resize it, and write the result to `out`, in float32 or uint8.
 
-    `shape` is (planes, height, width, channels per plane) of each image. For the other arguments, see `resized_crops`.
+    `shape` is (planes, height, width, channels per plane) of each image. A plane is a contiguous part of the image in
+    memory: one channel, or three channels that are interleaved. For the other arguments, see `resized_crops`.
     """
     passes = library()
     assert passes is not None

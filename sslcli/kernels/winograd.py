@@ -4,11 +4,11 @@ Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the po
 
 A Winograd convolution needs a quarter of the multiplications of a direct convolution.
 
-Shapes: N images, C input channels, O output channels, H x W maps, T tiles. A tile has 4 x 4 outputs, which depend on 6
-x 6 inputs. The inputs of a tile and the kernel are treated as polynomials and evaluated at 6 x 6 points. The
-convolution then is a separate matrix product at each point: 36 products of (T, C) with (C, O). A direct convolution
+Shapes: N images, C input channels, O output channels, feature maps of H x W, T tiles. A tile has 4 x 4 outputs, which
+depend on 6 x 6 inputs. The inputs of a tile and the kernel are treated as polynomials and evaluated at 6 x 6 points.
+The convolution then is a separate matrix product at each point: 36 products of (T, C) with (C, O). A direct convolution
 computes one product of (16 T, 9 C) with (9 C, O). The gradient with respect to the images is also a convolution. The
-gradient with respect to the weight consists of 36 products, with the tiles as the inner dimension.
+gradient with respect to the weight consists of 36 products of (O, T) with (T, C).
 
 There are two implementations. The C code in `winograd_passes.c` processes a few tiles at a time. The values of these
 tiles then stay in the cache of a core. For wide layers, the C code would have to read the kernels repeatedly.
@@ -47,9 +47,9 @@ KERNEL_AT_POINTS = (
 
 
 class WinogradConv2d(nn.Conv2d):
-    """3x3 convolution with stride 1 that uses the Winograd algorithm where it is faster than torch's convolution.
+    """3x3 convolution with stride 1 that uses the Winograd algorithm if it is faster than torch's convolution.
 
-    This is the case on the CPU, in float32, for large maps.
+    The Winograd algorithm is faster on the CPU, in float32, if the feature maps have enough tiles, see `pays`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -89,7 +89,8 @@ def fits(conv: nn.Conv2d) -> bool:
 def pays(images: Tensor, weight: Tensor) -> bool:
     """Return True if a Winograd convolution is faster than torch's convolution.
 
-    This depends on the shape, device and dtype of `images` (N, C, H, W) and on the dtype of `weight` (O, C, 3, 3).
+    This depends on the shape, device and dtype of `images` (N, C, H, W) and on the dtype of `weight` (O, C, 3, 3). The
+    batch must have at least LEAST_TILES tiles, and the padding to whole tiles must not be too large (MOST_PADDING).
     """
     if images.device.type != "cpu" or images.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
