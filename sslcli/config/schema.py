@@ -138,7 +138,10 @@ def check_node(where: str, node: dict[str, Any]) -> None:
 
 
 def check_mixture(method: dict[str, Any], *, takes_one: bool) -> None:
-    """Raise ConfigError if `method.mixture` is set but the method has no such parameter, or if its value is a string.
+    """Raise ConfigError if `method.mixture` is set for a method that has no parameter `mixture`.
+
+    ConfigError is also raised if the value is a string. A mixture is a config group: its yaml file is chosen with
+    `mixture=NAME`.
 
     Args:
         method: the value of the config group `method`.

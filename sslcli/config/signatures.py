@@ -121,9 +121,10 @@ def _annotations(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _names(annotation: ast.expr, module: str, depth: int) -> frozenset[str]:
-    """Return the names in an annotation that occurs in `module`, and in the definitions of the type aliases in it.
+    """Return the names of the types in an annotation. If a name is a type alias, add the names in its definition.
 
-    `depth` is the maximum number of aliases and imports to follow.
+    `module` is the module in which the annotation occurs. `depth` is the maximum number of aliases and imports to
+    follow.
     """
     found: set[str] = set()
     for node in ast.walk(annotation):
@@ -141,7 +142,7 @@ def _names(annotation: ast.expr, module: str, depth: int) -> frozenset[str]:
 
 
 def _definition(module: str, name: str, depth: int) -> tuple[str, ast.stmt] | None:
-    """Return the module and the statement that define `name`, or None.
+    """Return the module and the statement that define `name`, or None if no definition is found.
 
     `name` is searched in `module`. If `module` imports it, the import is followed, at most `depth` times.
     """
@@ -191,7 +192,9 @@ def _tree(module: str) -> ast.Module | None:
 
 
 def _find(module: str, name: str, depth: int) -> Parameters | None:
-    """Return the keyword arguments of the class or function `name` in `module`, or None if they are unknown.
+    """Return the keyword arguments of the class or function `name` in `module`.
+
+    Return None if the source text is not found, or does not state all keywords (for example because of `**kwargs`).
 
     If `module` imports `name`, the import is followed. `depth` is the maximum number of imports and base classes to
     follow.

@@ -78,9 +78,9 @@ class SlurmSettings(LauncherSettings):
     def check_times(self) -> None:
         """Raise ConfigError unless `launcher.time` is longer than `launcher.stop_before`.
 
-        `launcher.time` is the time limit of the Slurm job. The run receives a signal `launcher.stop_before` before the
-        end of this time limit, and then saves a checkpoint and stops. `launcher.stop_before` must be at least 1 second
-        and at most 18 hours.
+        `launcher.time` is the time limit of the Slurm job. `launcher.stop_before` is a duration before the end of this
+        time limit. At that time, the run receives a signal. It then saves a checkpoint and stops. The duration must be
+        at least 1 second and at most 18 hours.
         """
         limit, before = time_limit("launcher.time", self.time), self.warning
         if not 0 < before <= LONGEST_WARNING:
@@ -98,7 +98,7 @@ class SlurmSettings(LauncherSettings):
 
     @property
     def warning(self) -> int:
-        """Time in seconds between the signal to save and stop, and the end of the job's time limit."""
+        """Number of seconds before the end of the time limit at which the run gets the signal to save and stop."""
         return round(seconds("launcher.stop_before", self.stop_before) or 0)
 
 

@@ -62,7 +62,7 @@ def has_lost_bands(image: Image.Image, *, only_colors: bool) -> bool:
 
 
 def has_lost_precision(image: Image.Image, content: bytes) -> bool:
-    """Return whether the values of a file have more than 8 bits, but Pillow would decode only 8 of them.
+    """Return whether a file stores more than 8 bits per value, of which Pillow would decode only 8 bits.
 
     image: the file, opened by Pillow.
     content: the bytes of the file.
@@ -74,7 +74,7 @@ def has_lost_precision(image: Image.Image, content: bytes) -> bool:
 
 
 def samples_of(image: Image.Image) -> Samples:
-    """Return the pixel values of an image that Pillow decodes. Palettes, CMYK and YCbCr become RGB."""
+    """Return the pixel values of an image that Pillow decodes. Images in palette, CMYK and YCbCr modes become RGB."""
     tags: Any = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     nodata = _number(tags.get(_NODATA))
     if is_deep(image):

@@ -2,8 +2,8 @@
 
 The random crop boxes are given in pixels of the full-size image. If every crop of a JPEG is downscaled at least by 2, 4
 or 8, the JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster. The boxes are then scaled down by the same
-factor. After the reduction, every crop is still at least as large as its view. docs/performance.md reports the speed,
-and the difference between the pixels of reduced and full-size decoding.
+factor. Even in the reduced image, every box has at least as many pixels per side as the view to which it is resized.
+docs/performance.md reports the speed, and the difference between the pixels of reduced and full-size decoding.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
         """Return two values per image: the crop boxes of all views, and the divisor for `OpenedImage.decode`.
 
         A box is (top, left, height, width) in pixels of the full-size image. An image is decoded at 1/divisor of its
-        size. The divisor is the largest one with which every crop is still at least as large as its view.
+        size. The divisor is the largest one with which every crop still has at least as many pixels per side as its
+        view.
 
         key: (n,) int64. All random numbers of an image are computed from its key.
         """
@@ -267,8 +268,8 @@ def center_crop(image: Picture, size: int) -> Picture:
 def _without_ends(image: Picture) -> Picture:
     """Shorten the longer side of an image to about `_MAX_ASPECT` times the shorter side.
 
-    The same number of pixels is removed at both ends, so the center does not move. If the longer side is not that long,
-    the image is returned unchanged.
+    The same number of pixels is removed at both ends, so the center does not move. If the longer side is at most
+    `_MAX_ASPECT` times the shorter side, the image is returned unchanged.
     """
     # The whole image is resized before its center is cropped. Resized to a short side of 256 pixels, an image of
     # 16000 x 1 pixels would need gigabytes of memory.

@@ -40,7 +40,10 @@ _GB = 10**9
 
 
 def check_cache_options(kind: str, gigabytes: float) -> None:
-    """Raise ValueError unless `kind` is valid for `dataset.keep_decoded`, and `gigabytes` for `dataset.keep_gb`."""
+    """Raise ValueError unless `kind` is valid for `dataset.keep_decoded`, and `gigabytes` for `dataset.keep_gb`.
+
+    Also raise ValueError if a cache is requested on a system other than Linux.
+    """
     if kind not in KINDS:
         near = nearest(kind, KINDS)
         raise ValueError(f"dataset.keep_decoded is {kind!r}, but it must be one of {', '.join(KINDS)}.{near}")
@@ -53,7 +56,8 @@ def check_cache_options(kind: str, gigabytes: float) -> None:
 def cache_folder(keep_dir: str | os.PathLike[str] | None) -> Path:
     """Return the folder of the cache files.
 
-    keep_dir: the setting `dataset.keep_dir`, which is this folder; None = a folder in the user's cache folder.
+    keep_dir: the setting `dataset.keep_dir`. If it is a path, this path is returned. If it is None, a folder in the
+        user's cache folder is returned.
     """
     if keep_dir is not None:
         return Path(keep_dir).expanduser()
@@ -103,7 +107,7 @@ class DecodedCache:
         self.ends = _HEADER + 16 * count + self.sizes.astype(np.int64).prod(1).cumsum() * pixel_format.channels
 
     def file_identities(self) -> Iterator[bytes]:
-        """Yield the path, size and modification time of each file."""
+        """Yield the path, size and modification time of the file of each image to cache, as bytes."""
         for position in self.positions.tolist():
             path = self.path(position)
             try:
@@ -193,7 +197,7 @@ class DecodedCache:
             return (0, 0)
 
     def open(self, position: int) -> CachedImage | Encoded:
-        """Open the image at `position`. Return a `CachedImage` if the cache has space for its pixels, else its file."""
+        """Open the image at `position`. Return a `CachedImage` if the cache has a slot for it, else open its file."""
         slot = int(np.searchsorted(self.positions, position))
         if slot == len(self.positions) or self.positions[slot] != position or not self.sizes[slot].all():
             return self.open_file(position)

@@ -60,7 +60,10 @@ def has_heif() -> bool:
 
 @cache
 def listed_extensions() -> frozenset[str]:
-    """Return the extensions of the files that are read as images: `EXTENSIONS`, and those of HEIC with pillow-heif."""
+    """Return the extensions of the files that are read as images.
+
+    These are `EXTENSIONS` and, if pillow-heif is installed, the extensions of HEIC files.
+    """
     return EXTENSIONS | HEIF_EXTENSIONS if has_heif() else EXTENSIONS
 
 

@@ -17,11 +17,11 @@ _MULTIPLE = 8  # the recommended size is a multiple of this number, because netw
 
 
 def typical_side(source: Source, *, sample: int = SAMPLE, seconds: float = SECONDS) -> tuple[float, int] | None:
-    """Return the median of the shorter side of a sample of training images in pixels, and the size of the sample.
+    """Return the median shorter side (in pixels) of sampled training images, and the number of sampled images.
 
     Return None if the images are in memory or if no image size can be read. The sample is spread over the training
-    split. The sample is the same in every call, unless `seconds` pass before all of its images are read. Of formats
-    with the size in a header, only the headers are read.
+    split. The sample is the same in every call, unless `seconds` pass before all of its images are read. If the format
+    of an image stores the size in a header, only this header is read.
 
     Args:
         source: the dataset.
@@ -45,7 +45,11 @@ def typical_side(source: Source, *, sample: int = SAMPLE, seconds: float = SECON
 
 
 def enlargement_warning(source: Source) -> str | None:
-    """Return a warning if typical images are enlarged by more than `LARGEST_FACTOR`, else None."""
+    """Return a warning if `dataset.image_size` is more than `LARGEST_FACTOR` times the typical side, else None.
+
+    The typical side is the median that `typical_side` returns. Images that are much smaller than `dataset.image_size`
+    are enlarged in every step, which wastes computation.
+    """
     found = typical_side(source)
     if found is None or source.image_size <= LARGEST_FACTOR * found[0]:
         return None

@@ -174,7 +174,9 @@ class Loader:
             yield self.batch(request, crops, position)
 
     def crop(self, images: Tensor, key: Tensor, numbers: range) -> Tensor:
-        """Crop images for several views of one size. Return (len(numbers) * n, C, S, S), first all images of one view.
+        """Crop n images for several views of one size. Return (len(numbers) * n, C, S, S), ordered by view.
+
+        The first n crops belong to the first view, and so on.
 
         images: (n, C, H, W) uint8.
         key: (n,) int64. All random numbers of an image are computed from its key.
@@ -208,7 +210,7 @@ class Loader:
         Args:
             request: the request for these images.
             crops: float in [0, 1], one tensor for each group of `Views.groups`. A group of v views has a tensor of
-                shape (v * n, C, S, S), first all images of one view.
+                shape (v * n, C, S, S). Its first n crops belong to the first view of the group, and so on.
             read: (n,) positions of the images that were read. Bad images are replaced, see `ViewCrops`.
         """
         source, views = self.source, list[Tensor]()
@@ -222,7 +224,7 @@ class Loader:
         """Apply the color operations of several views to their crops. Return one tensor (n, C, S, S) per view.
 
         request: the request for the n images.
-        images: (len(numbers) * n, C, S, S) float in [0, 1], first all crops of one view.
+        images: (len(numbers) * n, C, S, S) float in [0, 1]. The first n crops belong to the first view, and so on.
         numbers: the numbers of the views.
         """
         view, key = repeat_for_views(numbers, self.key(request))
@@ -239,12 +241,12 @@ class Loader:
 
 
 def repeat_for_views(numbers: range, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the view number and the key of each row of a batch that contains n images once per view.
+    """Return the view number and the image key of each row of a batch with len(numbers) views of n images.
 
-    Both results are (len(numbers) * n,) int64. The rows of one view follow each other.
+    Both results are (len(numbers) * n,) int64. The first n rows belong to the first view, and so on.
 
     numbers: the numbers of the views.
-    key: (n,) int64, the key of each image.
+    key: (n,) int64, the key of each image, from which all of its random numbers are computed.
     """
     return torch.tensor(numbers).repeat_interleave(len(key)), key.repeat(len(numbers))
 

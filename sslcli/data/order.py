@@ -1,6 +1,7 @@
 """Order of the training images in an epoch: a pure function of the seed and the epoch.
 
-The images of a dataset with random access are permuted. A dataset of shards, described by a `Layout`, is read in lanes:
+The images of a dataset with random access are permuted. A dataset of shards (described by a `Layout`) is split into
+lanes, which are read in parallel, each from its start to its end:
 
     shards, concatenated in random order  | shard 3 | shard 0      | shard 4  | shard 1 | shard 2     |
     split into lanes of equal length      | lane 0         | lane 1         | lane 2         | lane 3  |
@@ -33,7 +34,8 @@ class Layout:
             large shard. The images of a segment are read in sequence. The shuffle buffer then changes their order.
         chunk: (n,) number of the chunk of each image, non-decreasing. A chunk is a part of a segment that is fetched
             with one read.
-        lanes: number of segments that are read in parallel, at least 1.
+        lanes: number of lanes, at least 1. The segments are concatenated in random order and split into this number of
+            lanes, which are read in parallel. Each lane has a shuffle buffer.
         buffer: total number of images in all shuffle buffers, at least 1.
     """
 
@@ -46,14 +48,14 @@ class Layout:
 def layout_of(shard: Tensor, chunk: Tensor, *, lanes: int, buffer: int) -> Layout:
     """Return the layout of n images of a dataset of shards.
 
-    A shard with more than 1 / (8 * lanes) of the images is split into segments at chunk boundaries. Therefore the
-    quality of the shuffling is the same for a few large shards and for many small shards.
+    A shard with more than 1 / (8 * lanes) of the images is split into segments at chunk boundaries. Therefore, a
+    dataset of a few large shards is shuffled as thoroughly as a dataset of many small shards.
 
     Args:
         shard: (n,) number of the shard of each image, non-decreasing.
         chunk: (n,) number of the chunk of each image, non-decreasing. A chunk is a part of a shard that is fetched with
             one read.
-        lanes: number of segments that are read in parallel, at least 1.
+        lanes: number of lanes, see `Layout`, at least 1.
         buffer: total number of images in all shuffle buffers, at least 1.
     """
     position = torch.arange(len(shard))

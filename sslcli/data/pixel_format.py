@@ -19,10 +19,10 @@ from sslcli.errors import check_integer
 class PixelFormat:
     """Conversion of decoded files to images of 8 bits with a fixed number of channels.
 
-    - One channel: color images become gray with the luma of ITU-R 601, as in Pillow.
-    - Three channels: gray images become RGB.
+    - With one channel, color images become gray with the luma of ITU-R 601, as in Pillow.
+    - With three channels, gray images become RGB.
     - With one or three channels, transparent images are composited over white.
-    - Another number of channels: the image must have this number of bands. Transparency counts as a band.
+    - With another number of channels, the image must have this number of bands. Transparency counts as a band.
 
     Attributes:
         channels: number of channels, at least 1.

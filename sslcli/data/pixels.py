@@ -12,8 +12,9 @@ from PIL import Image
 class Pixels:
     """A picture as a NumPy array (H, W, C) uint8. `crop` returns a view of the array.
 
-    Pictures of three channels are resized by Pillow as a whole. All other pictures are resized channel by channel, even
-    pictures of four channels, because Pillow would treat the fourth channel as transparency and change the colors.
+    If a picture has three channels, Pillow resizes it as a whole. All other pictures are resized channel by channel.
+    This is necessary even with four channels, because Pillow would treat the fourth channel as transparency and change
+    the colors.
     """
 
     def __init__(self, values: NDArray[np.uint8]) -> None:

@@ -50,7 +50,7 @@ class Shard:
 
     @property
     def real_url(self) -> str:
-        """The address; for a local file, the path without links."""
+        """The address. For a local file, the path with symbolic links resolved."""
         return self.url if "://" in self.url else os.path.realpath(self.url)
 
 
@@ -86,8 +86,8 @@ def build_index(file: IO[bytes], shard: Shard, *, image: str, label: str | None)
         shard: the address of the shard; its extension determines the format.
         image: the image column of a parquet file, or the file extension of the images in a tar archive; "auto" detects
             it.
-        label: the label column, or the file extension of the labels, or a field of the JSON files; "auto" detects it.
-            None = no labels.
+        label: the label column of a parquet file. For a tar archive, the file extension of the labels, or a field of
+            the JSON files. "auto" detects it. None = no labels.
 
     Raises:
         ConfigError: the shard is truncated, damaged or empty, or lacks the requested column.
@@ -154,7 +154,9 @@ def is_image_extension(name: str) -> bool:
 
 
 def _columns(sample: Sample, file: IO[bytes]) -> dict[str, Column]:
-    """Describe the files of one image in a tar archive as columns of a table, for the detection of image and label.
+    """Describe the files of one image in a tar archive as columns of a table.
+
+    The columns are used to detect which file contains the image, and which file or field contains the label.
 
     There is one column per file extension. If no file is a label, there is also one column per field of the JSON file.
 

@@ -27,7 +27,10 @@ T = TypeVar("T")
 
 
 class ShardReader:
-    """Reader of the images of indexed shards. The images of all shards are numbered together by their positions.
+    """Reader of the images of indexed shards.
+
+    An image is identified by its position: the images of the first shard have the positions 0, 1, ..., followed by
+    those of the second shard, and so on.
 
     A chunk is a part of a shard that is fetched with one read:
     - In a parquet file, a chunk is a row group.
@@ -157,7 +160,7 @@ class ReadState:
     Attributes:
         held: the fetched chunks by number, see `ShardReader.hold`.
         last: number and content of the chunk that `cached_chunk` returned last.
-        files: the open parquet files by address, the one that was used last at the end.
+        files: the open parquet files by address, in the order of their last use.
         systems: file system and path of each shard by address.
     """
 
