@@ -22,7 +22,10 @@ NO_CENTROID = -2.0  # score of a class without train images, below any cosine si
 
 
 def centroid_scores(train: Tensor, labels: Tensor, images: Tensor, *, num_classes: int) -> Tensor:
-    """Return the cosine similarity (m, C) of `images` (m, d) to the class means of `train` (n, d), labels (n,)."""
+    """Return the cosine similarity (m, C) of `images` (m, d) to the class means of `train` (n, d).
+
+    `labels` (n,) are the classes of the rows of `train`.
+    """
     one_hot = F.one_hot(labels, num_classes).float()  # (n, C)
     count = one_hot.sum(0)
     means = one_hot.T @ F.normalize(train.float(), dim=1) / count.clamp(min=1)[:, None]  # (C, d)
@@ -47,7 +50,7 @@ class Centroid(FeatureProtocol):
             raise ValueError(f"resamples={self.resamples} must be at least 1: 1000 is usual")
 
     def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:
-        """Return accuracies of the reported split as fractions, and the interval [low, high] at 95 %."""
+        """Return accuracies of the reported split as fractions, and the 95 % interval [low, high] of top1."""
         split, images, labels = features.reported()
         scores = centroid_scores(features.train, features.train_labels, images, num_classes=features.num_classes)
         rank = label_rank(scores, labels)  # (m,), 0 = correct

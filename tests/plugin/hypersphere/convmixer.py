@@ -18,7 +18,7 @@ def activated(convolution: nn.Conv2d) -> nn.Sequential:
 
 
 class Block(nn.Module):
-    """Depthwise convolution with a residual connection, then a pointwise one: (N, width, P, P) -> same shape."""
+    """Depthwise convolution with residual connection, then pointwise convolution: (N, width, P, P) -> same shape."""
 
     def __init__(self, width: int, kernel_size: int) -> None:
         super().__init__()
@@ -65,11 +65,11 @@ class ConvMixer(Backbone):
         self.blocks = nn.Sequential(*(Block(width, kernel_size) for _ in range(depth)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the mean over positions of the last block: (N, in_channels, H, W) -> (N, width)."""
+        """Return the output of the last block, averaged over height and width: (N, in_channels, H, W) -> (N, width)."""
         return self.stages(images)[f"block{len(self.blocks)}"].mean((2, 3))
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the maps (N, width, P, P) of `patches`, `block1`, `block2`, ..."""
+        """Return the feature maps (N, width, P, P) by stage name: `patches`, `block1`, `block2`, ..."""
         x = self.patches(images)
         maps = {"patches": x}
         for number, block in enumerate(self.blocks, start=1):
