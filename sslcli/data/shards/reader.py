@@ -65,7 +65,7 @@ class ShardReader:
         return np.searchsorted(self.ends, positions, "right")
 
     def chunk_of(self, positions: Integers) -> Integers:
-        """Return the number of the chunk that contains the image at each of the `positions`."""
+        """Return the number of the chunk (see `ShardReader`) that contains the image at each of the `positions`."""
         return np.searchsorted(self.chunk_ends, positions, "right")
 
     def locate(self, position: int) -> tuple[int, int]:
@@ -74,7 +74,9 @@ class ShardReader:
         return shard, position - (int(self.ends[shard - 1]) if shard else 0)
 
     def hold(self, positions: Tensor) -> None:
-        """Fetch the chunks that contain the images at `positions` (n,), and keep the chunks in memory until `release`.
+        """Fetch the chunks that contain the images at `positions` (n,), and keep them until `release` is called.
+
+        A chunk is a part of a shard that is fetched with one read.
 
         Chunks of local tar archives are not fetched.
         """
@@ -91,8 +93,8 @@ class ShardReader:
     def content(self, position: int) -> bytes:
         """Return the encoded image at `position`.
 
-        Raises ConfigError if the shard cannot be read. Raises BadImage if the cell of the image in a parquet file
-        contains no image, or if its row group is damaged.
+        Raises ConfigError if the shard cannot be read. For a parquet file, raises BadImage if the cell at `position`
+        contains no image, or if the row group of this cell is damaged.
         """
         chunk, (shard, number) = int(self.chunk_of(np.int64(position))), self.locate(position)
         first = int(self.chunk_ends[chunk - 1]) if chunk else 0

@@ -44,15 +44,16 @@ class HfStream(EncodedImages):
             "data/train-*.tar"; a range such as "train-{000..127}.tar"; an address such as
             "s3://bucket/train-*.parquet".
         test: the shards of the official test split, in the same form as `path`; None = no test split.
-        image, label: the names of the image column and the label column of parquet files. For tar archives, the part of
-            the file names after the first dot. The label may also be a field of the JSON file of an image. "auto"
-            detects the names. label=None: no labels.
+        image, label: for parquet files, the names of the image column and the label column. For tar archives, the file
+            extensions of images and labels: the parts of the file names after the first dot. The label may also be a
+            field of the JSON file of an image. "auto" detects the names. label=None: no labels.
         lanes: total number of shards that all processes and workers read in parallel, at least 1.
         buffer: total number of images in all shuffle buffers, at least 1.
         cache: the folder of the index files; None = a folder in the user's cache.
         common: the arguments of `EncodedImages`.
 
-    The shards are sorted by address, and the positions follow this order. The shards of `test` are last.
+    The shards of `path` are sorted by address. The shards of `test` follow them. The images of all shards are numbered
+    in this order. The number of an image is called its position.
 
     Raises ConfigError if a shard is missing, cannot be read, is damaged, or lacks a column.
     """
@@ -89,16 +90,19 @@ class HfStream(EncodedImages):
 
     @property
     def layout(self) -> Layout:
-        """Location of the training images in the shards. It determines the order in which the images are read.
+        """Location of the training images in the shards, from which the loader computes the order of reading.
 
-        The images are in ascending order of their positions.
+        The entries of the layout are in ascending order of the positions of the images.
         """
         train = self.splits["train"].numpy()
         shard, chunk = (torch.from_numpy(of(train)) for of in (self.reader.shard_of, self.reader.chunk_of))
         return layout_of(shard, chunk, lanes=self.lanes, buffer=self.buffer)
 
     def hold(self, positions: Tensor) -> None:
-        """Fetch the parts of shards (chunks) that contain the images at `positions` (n,). Keep them until `release`."""
+        """Fetch the parts of shards (chunks) that contain the images at `positions` (n,).
+
+        Keep them until `release` is called.
+        """
         self.reader.hold(positions)
 
     def release(self, positions: Tensor) -> None:

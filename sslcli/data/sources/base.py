@@ -48,8 +48,9 @@ class Source:
 
     Args:
         image_size: side in pixels of views and evaluation crops, at least 1.
-        limit: the largest number of training images, and of validation images; None = no limit. Images are selected in
-            hash order. Therefore the images of a smaller limit are a subset of the images of a larger limit.
+        limit: the largest number of training images, and of validation images; None = no limit. The images are sorted
+            by a hash, and the first ones are selected. Therefore the images of a smaller limit are a subset of the
+            images of a larger limit.
         val_fraction: fraction in [0, 1) of the labeled training images that forms the split "val".
         pretrain_on_val: whether the images that `val_fraction` selects are also in "train". No protocol trains on the
             label of an image on which it reports. The yaml files set true. The default is False, because datasets of
@@ -64,7 +65,7 @@ class Source:
         seed: seed of the split, and of the images of generated datasets.
 
     Attributes:
-        images: (M, C, H, W) uint8, or None for a dataset of files.
+        images: (M, C, H, W) uint8, the pixels of the M images of all splits; None for a dataset of files.
         labels: (M,) int64, -1 = unknown.
         classes: the class names; [] without labels.
         splits: the sorted int64 positions of the images of "train" (pre-training), of "val" (empty if no image has a
@@ -147,10 +148,13 @@ class Source:
         return None
 
     def hold(self, positions: Tensor) -> None:
-        """Fetch the data of these (n,) positions and keep it until `release`."""
+        """Fetch the data of the images at `positions` (n,) and keep it until `release` is called.
+
+        This method does nothing for datasets with random access.
+        """
 
     def release(self, positions: Tensor) -> None:
-        """Free the data that `hold` fetched for these (n,) positions."""
+        """Free the data that `hold` fetched for the images at `positions` (n,)."""
 
     def open(self, position: int) -> OpenedImage:
         """Open the image at `position` without decoding it. Raises BadImage for an unreadable image."""
@@ -162,7 +166,10 @@ class Source:
         return self.open(position).decode()
 
     def stored_size(self, position: int) -> tuple[int, int] | None:
-        """Return width and height in pixels of the stored image at `position`, or None if reading them may be slow."""
+        """Return width and height in pixels of the stored image at `position`, or None if they are unknown.
+
+        Subclasses read the size from the file of the image. They return None if this fails or may be slow.
+        """
         return None
 
     def blank(self, size: int) -> Picture:
@@ -175,9 +182,10 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the dataset in 16 hex digits: sha256 of shape, labels and a strided sample of the pixels.
+        """Identity of the dataset in 16 hex digits.
 
-        It does not depend on `limit`, `val_fraction` or the location of the dataset.
+        It is the sha256 of the shape of `images`, of all labels, and of the pixels of evenly spaced images. It does not
+        depend on `limit`, `val_fraction` or the location of the dataset.
         """
         assert self.images is not None
         sample = self.images[:: max(1, len(self) // _FINGERPRINT_IMAGES)].contiguous()
@@ -188,7 +196,8 @@ class Source:
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
         """Return the records of the images, see `sslcli.data.sources.records`.
 
-        contents: whether to hash the contents of the files. `path(i)` must be the path of the file of image i.
+        contents: whether to hash the contents of the files. In a dataset of files, `path(i)` must be the path of the
+            file of image i.
         on_progress: callback that reports the progress of long calls.
         """
         labels = label_codes(self.labels, self.classes)
@@ -216,8 +225,8 @@ class Source:
         """Set `splits`. The last `num_test` positions are the official test split.
 
         hashes: (M - num_test,) int64, one value per image of the training pool. The images are sorted by a hash of the
-            seed and their value, and the first labeled images form "val". Images with equal values are sorted by
-            position.
+            seed and their value. Images with equal values are sorted by position. The fraction `val_fraction` of the
+            labeled images that comes first in this order forms "val".
         labeled: (M - num_test,) bool, True if labeled. Only labeled images are in "val", because a probe needs labels.
         held_out: (M - num_test,) bool, True for images that must not be in "train"; None = `val_fraction` and
             `pretrain_on_val` decide.
@@ -290,7 +299,8 @@ class Shapes(Source):
     Args:
         train_images: number of images in train and val together, at least 1.
         test_images: number of test images; 0 = no test split. The test images have the last positions.
-        nuisances: mapping from fields of `shapes.Nuisances` to strengths in [0, 1]. The default strength is 1.
+        nuisances: how strongly properties other than the shape vary, such as the color. The keys are fields of
+            `shapes.Nuisances`, and the values are strengths in [0, 1]. The default strength is 1.
         common: the arguments of `Source`. `image_size` must be at least 16.
 
     If `limit` excludes an image from all splits, it is not generated: its pixels are 0 and its label is -1.
@@ -344,7 +354,8 @@ class TorchvisionSet(Source):
         name: "CIFAR10", "CIFAR100", "STL10" or "SVHN".
         root: the folder of the dataset's files. Downloaded files are written there.
         download: whether to download missing files.
-        unlabeled: whether to add the 100,000 unlabeled images of STL10 to the training pool. Only for STL10.
+        unlabeled: whether to add the 100,000 unlabeled images of STL10 to the training pool. It must be False for the
+            other datasets.
         memory_gb: the largest size of the pixels in GB (10**9 bytes). Reading the files takes twice the memory of the
             pixels.
         common: the arguments of `Source`.

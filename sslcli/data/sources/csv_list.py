@@ -37,7 +37,7 @@ class ImageList:
         names: path of each image.
         labels: label of each image as text; "" = unknown.
         splits: split of each image: "train", "val" or "test". If no column of splits is read, each split is "train".
-        label_column: name of the column of the labels; None = the file has none.
+        label_column: name of the column of the labels; None = no labels were read.
     """
 
     file: str
@@ -62,8 +62,8 @@ def read_lists(
     "test". See `read_csv` for the other arguments. If `file` has no labels, the labels of the test images are ignored,
     because no classifier can be trained without training labels.
 
-    Raises ConfigError in the same cases as `read_csv`. Also raises ConfigError if `test` is the same file as `file`, or
-    if `file` has no training images.
+    Raises ConfigError in the same cases as `read_csv`, and in three other cases: `test` is the same file as `file`;
+    `file` has no training images; `test` is given although `file` has test images.
     """
     if test is not None and os.path.exists(test) and os.path.exists(file) and os.path.samefile(file, test):
         raise ConfigError(
@@ -99,8 +99,8 @@ def read_csv(
         label: the column of the labels; "auto" = the column `label`, if it exists; None = no labels.
         split: the column of the splits; None = all images are training images.
 
-    Raises ConfigError if the file cannot be read, is not a valid CSV file, or lacks a column. The message names the
-    line.
+    Raises ConfigError if the file cannot be read, is not a valid CSV file, or lacks a column. If a line of the file is
+    invalid, the message contains its number.
     """
     content = _read_text(file, key)
     image_column = "path" if image == AUTO else image
@@ -149,7 +149,7 @@ def _read_text(file: str, key: str) -> str:
     """Return the text of a CSV file. `key` is the configuration key of the file, for messages.
 
     Raises ConfigError if the file cannot be read, or is not text in UTF-8, or in UTF-16 or UTF-32 with a byte order
-    mark. The message names the line.
+    mark. If a line contains invalid bytes, the message contains its number.
     """
     try:
         with open_regular(file) as opened:
@@ -174,7 +174,10 @@ def _read_text(file: str, key: str) -> str:
 
 
 def _delimiter(content: str, file: str, key: str, image_column: str) -> str:
-    """Return the first delimiter with which the header has the column `image_column`."""
+    """Return the first delimiter with which the header has the column `image_column`.
+
+    Raises ConfigError if there is no such delimiter.
+    """
     headers = []
     for delimiter in DELIMITERS:
         reader = csv.reader(StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True)

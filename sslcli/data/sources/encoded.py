@@ -19,10 +19,11 @@ class EncodedImages(Source):
         channels: number of channels of the images: 1 = gray, 3 = RGB. With another number, each image must have this
             number of bands.
         value_range: mapping of pixel values to 8 bits.
-            "auto" (in the yaml files): 8-bit images are not changed. For other integers, the bit depth is the smallest
-            of 8, 10, 12, 14 and 16 bits that can represent all values of the image, and the largest value of this bit
-            depth is mapped to 255. Floats are mapped by percentiles of the image.
-            "full" (as in version 0.2): the range of the data type is mapped.
+            "auto" (default in the yaml files): 8-bit images are not changed. For non-negative integers of up to 16
+            bits, the bit depth is the smallest of 8, 10, 12, 14 and 16 bits that can represent all values of the image.
+            The largest value of this bit depth is mapped to 255. For all other values, the percentiles 0.1 and 99.9 of
+            the image are mapped to 0 and 255.
+            "full" (as in version 0.2): the range of the data type is mapped to 0 to 255.
             A pair (low, high): these two values are mapped to 0 and 255.
         common: the arguments of `Source`. The defaults of `mean` and `std` are 0.5 and 0.25 for each channel.
 

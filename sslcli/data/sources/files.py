@@ -197,7 +197,8 @@ class ListFile(ImageFiles):
     The labels are text or integers, see `as_labels`. The classes of `file` and `test` are merged by name.
 
     Args:
-        file: the CSV file, see `read_csv`. Position i is row i of the file; test images have the last positions.
+        file: the CSV file, see `read_csv`. The positions of the images follow the order of the rows, but test images
+            have the last positions.
         root: the folder to which the paths are relative; None = the folder of the CSV file.
         test: a CSV file of the images of the official test split; None = no such file.
         image: the column of the paths; "auto" = the column `path`.

@@ -54,7 +54,8 @@ class Hf(EncodedImages):
             folder of the environment variable HF_HOME.
         common: the arguments of `EncodedImages`.
 
-    Position i is row i of `split`. The positions of the rows of `test` follow the positions of the rows of `split`.
+    Images are identified by positions: the image in row i of `split` has position i. The rows of `test` have the
+    positions after those.
 
     Raises ConfigError if `datasets` is not installed, or if the dataset cannot be found or read.
     """
@@ -123,7 +124,7 @@ class Hf(EncodedImages):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the dataset in 16 hex digits: sha256 of all labels and of a strided sample of the images."""
+        """Identity of the dataset in 16 hex digits: sha256 of all labels and of the images in evenly spaced rows."""
         sample = range(0, len(self), max(1, len(self) // _FINGERPRINT_IMAGES))
         cells = (repr(self.cell(position)).encode() for position in sample)
         return digest((repr([len(self), self.classes]).encode(), self.labels.numpy().tobytes(), *cells))

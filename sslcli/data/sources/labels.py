@@ -50,7 +50,8 @@ class Labels:
 def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
     """Return the class numbers (n,) int64 of the images of all parts (-1 = unknown), and the class names.
 
-    A part contains the labels of one split, shard or file. The class numbers follow the order of the parts.
+    A part contains the labels of one split, shard or file. In the tensor of class numbers, the images of the
+    first part come first, followed by the images of the second part, and so on.
 
     - If any part has class names, the classes of all parts are merged by name, never by number.
     - If no part has class names, the classes are the distinct values of the training parts. The classes are in
@@ -189,7 +190,7 @@ def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]])
 
 
 def _indices(names: Sequence[str]) -> Numbers:
-    """Return the class numbers for the class names `names`: a mapping from labels to indices of this list.
+    """Return a mapping from labels to class numbers. The class number of a class is its index in `names`.
 
     A label may be a class number, a class number as text, or a class name. If a text is both a class name and a class
     number, it counts as a class name.

@@ -1,4 +1,7 @@
-"""Checks that no image is in two splits. Causes are overlapping folders, splits used as class folders, and links."""
+"""Checks that no image is in two splits.
+
+An image can be in two splits if folders overlap, if the folders of splits are used as class folders, or through links.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ def split_kind(name: str) -> str | None:
 def check_class_names(classes: Collection[str], root: str) -> None:
     """Raise ConfigError if the class folders in `root` are the folders of splits, such as `train2017` and `val2017`.
 
-    Warn if only some of the class folders are named as splits.
+    Warn if only some of the class folders have names of splits, among them a name of the training split and a name of
+    another split.
     """
     kinds = {name: kind for name in classes if (kind := split_kind(name)) is not None}
     by_kind = {kind: name for name, kind in sorted(kinds.items(), reverse=True)}
@@ -137,8 +141,8 @@ def _links_in(folder: str) -> list[str]:
 def _is_direct(folder: str, real: str, roots: Sequence[tuple[str, str]]) -> bool:
     """Return whether `folder` is below a root, and the path between them has no link and no part such as `.`.
 
-    real: the path of `folder` without links.
-    roots: a pair for each root: its path, and its path without links.
+    real: the path of `folder` with links resolved.
+    roots: a pair for each root: its path, and its path with links resolved.
     """
     for root, real_root in roots:
         if folder == root:

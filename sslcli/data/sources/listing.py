@@ -69,7 +69,7 @@ class Files(Source):
             pool: the files that are split into train and val.
             test: the files of the official test split; may be empty.
             name: name of the dataset.
-            roots: the root folders. `pool` and `test` contain the numbers of the roots.
+            roots: the root folders. The root numbers in `pool` and `test` are indices into this list.
             classes: the class names.
             weights: number of times that each image of a root occurs in an epoch, one value per root. Empty = once.
             held_out: whether each file of `pool` is held out for validation; None = `val_fraction` decides.
@@ -109,7 +109,7 @@ class Files(Source):
         """Identity of the dataset in 16 hex digits.
 
         The fingerprint is the sha256 of the relative path, the size in bytes (-1 = unknown) and the label of every
-        file. One `stat` call per file is needed, which takes a while for a million files.
+        file. It needs one `stat` call per file. A million files therefore take a while.
         """
         return digest(self._rows())
 

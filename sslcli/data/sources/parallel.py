@@ -127,7 +127,9 @@ class Layers:
 
 
 class Parallel(Files):
-    """Class folders of several modalities: `root/<modality>/<class>/<stem>.<ext>`, matched by class and stem.
+    """Class folders of several modalities: `root/<modality>/<class>/<stem>.<ext>`.
+
+    The files with the same class and stem (file name without extension) are the modalities of one image.
 
     Args:
         root: the folder that contains one folder per modality.

@@ -1,7 +1,8 @@
 """Records of the images of a dataset. A resumed run compares records to detect images that changed since its start.
 
-A record is a name and a row of integers. Records are computed from the list of the files and one `stat` call per file,
-which is fast. The contents of the files are read only with dataset.verify=contents.
+A record describes an image, a file or a shard. It consists of a name and four integers: size, modification time, hash
+of the label, and hash of the contents. The contents are read only with dataset.verify=contents. Otherwise, one `stat`
+call per file is enough.
 """
 
 from __future__ import annotations
@@ -199,8 +200,8 @@ class Changes:
 def compare(then: Records, now: Records, *, times: bool) -> Changes:
     """Return the changes from the older records `then` to the newer records `now`.
 
-    If both records have a hash of the contents of a row, the hashes are compared. If not, the modification times of the
-    row are compared, unless `times` is False.
+    The labels and sizes of all rows are compared. If both records have a hash of the contents of a row, the hashes are
+    compared, too. If not, the modification times of the row are compared, unless `times` is False.
     """
     if then.names == now.names:
         before = after = np.arange(len(then))
@@ -235,7 +236,10 @@ def compare(then: Records, now: Records, *, times: bool) -> Changes:
 
 
 def _positions(records: Records) -> dict[tuple[bytes, int], int]:
-    """Return the position of each row. The key of a row is the pair (name, number of earlier rows with this name)."""
+    """Return the index of each row in `records`.
+
+    The key of a row is the pair (name, number of earlier rows with this name).
+    """
     counts: dict[bytes, int] = {}
     positions = {}
     for position, name in enumerate(records.names.split(b"\0")):
