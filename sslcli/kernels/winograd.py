@@ -173,9 +173,10 @@ def channels_last(images: Tensor) -> Tensor:
 def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
     """Divide the images into slices that are processed one after the other.
 
-    `maps` (N, H, W, C) are the images. `kernels` (36, C, O) are the values of the kernels at the 36 points. The values
-    of a slice at the points need about `CHUNK_BYTES` per thread, so that they fit into the caches. However, a slice has
-    at least as many values as the kernels, because all kernels are read once per slice.
+    `maps` (N, H, W, C) are the images. `kernels` (36, C, O) are the values of the kernels at the 36 points of the
+    Winograd algorithm. The values of a slice at these points need about `CHUNK_BYTES` per thread and therefore fit into
+    the CPU caches. For large kernels, the slices are larger: a slice has at least as many values as the kernels,
+    because all kernels are read once per slice.
     """
     n, high, wide = tiles(maps)
     image_bytes = 4 * POINTS**2 * maps.shape[3] * high * wide
@@ -184,7 +185,7 @@ def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
 
 
 def evaluation(like: Tensor) -> Tensor:
-    """Return the matrix (36, 9) that evaluates a 3x3 kernel at the 6 x 6 points.
+    """Return the matrix (36, 9) that evaluates a 3x3 kernel at the 6 x 6 points of the Winograd algorithm.
 
     The matrix has the device and dtype of the tensor `like`.
     """
@@ -193,9 +194,10 @@ def evaluation(like: Tensor) -> Tensor:
 
 
 def kernel_points(weight: Tensor) -> Tensor:
-    """Evaluate 3x3 kernels at the 6 x 6 points: (O, C, 3, 3) -> (36, C, O).
+    """Evaluate 3x3 kernels at the 6 x 6 points of the Winograd algorithm: (O, C, 3, 3) -> (36, C, O).
 
-    In the memory of the result, the input and output channels have the same order as in `weight`.
+    One of the two channel dimensions has the smaller stride in `weight`. The same one has the smaller stride in the
+    result.
     """
     if weight.stride(0) < weight.stride(1):  # the gradient of the images swaps the input and output channels
         return torch.matmul(evaluation(weight), weight.permute(1, 2, 3, 0).flatten(1, 2)).transpose(0, 1)

@@ -1,5 +1,7 @@
 """Transforms of Winograd convolutions: from tile values to values at points, and from points to tile values.
 
+The tile values are treated as coefficients of a polynomial, and the points are the numbers at which it is evaluated.
+
 Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the points 0, 1, -1, 2, -2 and infinity
 
 Each transform has a compiled pass in C and a fallback in torch operations. Both give bit-identical results.

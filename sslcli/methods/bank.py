@@ -90,9 +90,10 @@ def write(rows: Tensor, index: Tensor, embeddings: Tensor, *, momentum: float) -
 
 
 def scores(query: Tensor, rows: Tensor, chosen: Tensor, *, temperature: float) -> Tensor:
-    """Return logits (N, K + 1): query[i] . rows[chosen[i, k]] / temperature. `rows` gets no gradient.
+    """Return logits (N, K + 1): the dot product of query[i] and rows[chosen[i, k]], divided by `temperature`.
 
-    The shapes are `query` (N, D), `rows` (n, D) and `chosen` (N, K + 1). `chosen` holds numbers of rows, int64.
+    The shapes are `query` (N, D), `rows` (n, D) and `chosen` (N, K + 1). `chosen` contains int64 indices of rows.
+    `rows` gets no gradient.
     """
     rows = rows.detach()
     if len(rows) <= DENSE * chosen.shape[1]:

@@ -85,7 +85,7 @@ class Method(nn.Module):
         self.mixture = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return scalar tensors by name. The training loop calls `backward` on the scalar `loss`, and logs them all."""
+        """Return scalar tensors by name. The training loop logs them, and calls `backward` on the scalar "loss"."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -124,7 +124,10 @@ class Method(nn.Module):
         return self.backbone(images)  # type: ignore[no-any-return]
 
     def projection(self, images: Tensor) -> Tensor:
-        """Return the input of the loss before normalization, by default the features: (N, C, H, W) -> (N, D)."""
+        """Return the input of the loss before normalization: (N, C, H, W) -> (N, D).
+
+        By default, the features are returned.
+        """
         return self.features(images)
 
     def head_features(self, images: Tensor, layer: int) -> Tensor:
@@ -148,7 +151,10 @@ class Method(nn.Module):
         return 0
 
     def num_negatives(self, batch_size: int) -> int | None:
-        """Return the number of negatives per query for a micro-batch of `batch_size` images, or None if undefined."""
+        """Return the number of negatives per query for a micro-batch of `batch_size` images.
+
+        Return None if the method does not state this number. The startup table then does not show it.
+        """
         return None
 
     def param_groups(self) -> list[dict[str, Any]] | None:
@@ -165,7 +171,10 @@ class Method(nn.Module):
         return {}
 
     def effective(self, batch_size: int) -> dict[str, Any]:
-        """Return rows of the startup table by title. `batch_size` is the size of a micro-batch over all processes."""
+        """Return rows of the startup table as title -> value.
+
+        `batch_size` is the number of images in the micro-batches of all processes together.
+        """
         negatives = self.num_negatives(batch_size)
         return {} if negatives is None else {"negatives per query": negatives}
 

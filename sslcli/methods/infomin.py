@@ -66,8 +66,8 @@ class InfoMin(MoCo):
             the cell is random.
         moco: the arguments of `MoCo`.
 
-    The first view is the query, the second view is the key. With the jigsaw branch, a third view is divided into
-    patches. The side of the third view must be a multiple of 3.
+    The query is computed from the first view and the key from the second view. With the jigsaw branch, the patches of
+    the second query are cropped from a third view. The side of the third view must be a multiple of 3.
     """
 
     def __init__(

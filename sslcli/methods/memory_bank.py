@@ -93,7 +93,9 @@ class MemoryBank(Method):
         return scalars
 
     def contrast(self, v: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """Return loss and accuracy for unit embeddings `v` (N, D) of the images with positions `index` (N,).
+        """Return loss and accuracy for unit embeddings `v` (N, D) of N images.
+
+        `index` (N,) contains the positions of these images in the training split.
 
         Accuracy is the fraction of images whose own row of the bank has the largest logit. Loss and accuracy are means
         over all N images. An image whose row is still empty contributes 0.
@@ -130,9 +132,9 @@ class MemoryBank(Method):
     def stored(self) -> Tensor:
         """Return the bank rows (n, D), in the order of the training split.
 
-        Rows have unit norm. For k-NN on these rows, the queries are outputs of `projection`. The accuracy differs from
-        the accuracy of k-NN on features of unaugmented images, because each row is a moving average of embeddings of
-        augmented views, computed with past weights of the network.
+        Rows have unit norm. For k-NN on these rows, the queries are outputs of `projection`. The accuracy of this k-NN
+        differs from that of k-NN on the usual features of unaugmented images. The reason is that each row is a moving
+        average of embeddings of augmented views, computed with past weights of the network.
         """
         return self.bank.rows
 

@@ -82,7 +82,8 @@ class UnMix(nn.Module):
         """Return weight * L(q) + (1 - weight) * L(q in reverse order).
 
         q are the queries of the mixtures, computed by `query`. L is the loss `compare`, and weight is the fraction of
-        image i in mixture i. See `add_mixture` for the arguments.
+        image i in mixture i. In reverse order, q contains the query of mixture N-1-i at index i. This mixture contains
+        the fraction 1 - weight of image i. See `add_mixture` for the arguments.
         """
         mixed, weight = self.mix(images)
         queries = query(mixed)
@@ -98,9 +99,10 @@ def add_mixture(
     query: Callable[[Tensor], Tensor],
     compare: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Return `scalars` with the loss of mixtures of `images` added to the value of "loss".
+    """Compute the loss of mixtures of `images`. Return `scalars` with this loss added to the value of "loss".
 
-    If `mixture` is None, `scalars` is returned unchanged.
+    The result also contains the loss of the mixtures alone as "mixture_loss". If `mixture` is None, `scalars` is
+    returned unchanged.
 
     Args:
         mixture: the method's mixture option.

@@ -116,8 +116,8 @@ class SimCLRv2(SimCLR):
     def head_features(self, images: Tensor, layer: int) -> Tensor:
         """Return the output of the head layer number `layer`: (N, C, H, W) -> (N, width of the layer).
 
-        Layer 0 is the backbone: its output is the features. The output of a hidden layer is taken after BatchNorm and
-        ReLU. Raises ValueError if the head has no such layer.
+        `layer` is 0 to the number of linear layers of the head. With 0, the result is the features of the backbone. The
+        output of a hidden layer is taken after BatchNorm and ReLU. Raises ValueError for any other layer.
         """
         if not 0 <= layer <= self.head_layers:
             raise ValueError(

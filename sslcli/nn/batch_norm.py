@@ -64,8 +64,9 @@ class SplitBatchNorm(_BatchNorm):
 def average_statistics(module: nn.Module) -> None:
     """Replace the running statistics of all SplitBatchNorm layers in `module` by their mean over processes.
 
-    All statistics are averaged in one all-reduce. Running statistics are linear in the batch statistics. Therefore
-    their mean over processes equals the running statistics of a single process with the global batch.
+    All statistics are averaged in one all-reduce. Running statistics are linear in the batch statistics of the groups.
+    Therefore their mean over processes equals the running statistics of a single process that has the groups of all
+    processes.
     """
     parts = [part for part in module.modules() if isinstance(part, SplitBatchNorm)]
     if collectives.world_size() == 1 or not parts:

@@ -1,9 +1,9 @@
-"""Generator and discriminator that receive the code at every layer: the networks of the official code of BiGAN.
+"""Generator and discriminator that receive the latent code at every layer: the networks of BiGAN's official code.
 
 Donahue et al. 2017  https://arxiv.org/abs/1605.09782
 deconvnet_64 and convnet_64 of https://github.com/jeffdonahue/bigan/blob/8301961/net.py, for any image size
 
-Shapes: N images per process, C channels, S image side in pixels, D code size.
+Shapes: N images per process, C channels, S image side in pixels, D size of the latent code.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ SMALLEST_IMAGE = 16  # with 8 pixels, there would be no convolution at which the
 
 
 class ConditionalGenerator(nn.Module):
-    """Transposed 5x5 convolutions of stride 2. A linear map of the code is added to the output of each but the last.
+    """Transposed 5x5 convolutions of stride 2, which generate images from latent codes.
+
+    A linear map of the code is added to the output of every convolution except the last.
 
     Args:
-        dim: code size D.
+        dim: size D of the latent code.
         image_size: image side S in pixels, at least 16.
         channels: image channels C.
-        width: channels of the first map. Each further map has half as many. With S = 64 there are 8, 4, 2 and 1 times
-            `--gen_net_size` of the official code.
+        width: channels of the first feature map. Each further feature map has half as many as the one before it. With
+            S = 64, the channels are 8, 4, 2 and 1 times `--gen_net_size` of the official code.
 
     Raises ValueError for arguments out of range.
     """
@@ -58,9 +60,10 @@ class ConditionalGenerator(nn.Module):
         initialize(self)
 
     def forward(self, code: Tensor) -> Tensor:
-        """Generate (N, D) -> (N, C, S, S), before the final tanh.
+        """Generate images from codes: (N, D) -> (N, C, S, S). The caller must apply the final tanh.
 
-        The official code ends with sigmoid(v) of values v and scales the result to [-1, 1], which is tanh(v / 2).
+        Let v be the output of the last convolution. The official code computes sigmoid(v) and scales the result to
+        [-1, 1], which equals tanh(v / 2). This function therefore returns v / 2.
         """
         maps = self.start(self.spread(code)).view(len(code), -1, self.smallest, self.smallest)
         for layer in self.layers:
@@ -72,15 +75,16 @@ class ConditionalGenerator(nn.Module):
 
 
 class ConditionalDiscriminator(nn.Module):
-    """5x5 convolutions of stride 2 with LeakyReLU. The code enters at every convolution except the first.
+    """5x5 convolutions of stride 2 with LeakyReLU, which compute one logit per pair of an image and a latent code.
 
-    The first convolution has no BatchNorm. The last layer starts with zero weights, so all logits are 0 at first.
+    A linear map of the code is added to the output of every convolution except the first. The first convolution has no
+    BatchNorm. The last layer starts with zero weights, so all logits are 0 at first.
 
     Args:
-        dim: code size D.
-        image_size: image side S in pixels, at least 16. The last map has a side of 4 to 7 pixels.
+        dim: size D of the latent code.
+        image_size: image side S in pixels, at least 16. The last feature map has a side of 4 to 7 pixels.
         channels: image channels C.
-        width: channels of the first map. Each further map has twice as many.
+        width: channels of the first feature map. Each further feature map has twice as many as the one before it.
 
     Raises ValueError for arguments out of range.
     """
@@ -105,14 +109,18 @@ class ConditionalDiscriminator(nn.Module):
     def forward(self, images: Tensor, codes: Tensor) -> Tensor:
         """Return logits (2N, 1) for images (2N, C, S, S) in [0, 1] and codes (2N, D).
 
-        The first half of the rows are the real pairs and the second half the generated pairs. BatchNorm normalizes
-        each half by its own statistics, as in the official code without `--cat_inputs`.
+        The first half of the rows are real pairs: an image of the dataset and its encoded code. The second half are
+        generated pairs: a random code and the image generated from it. BatchNorm normalizes each half by its own
+        statistics, as in the official code without `--cat_inputs`.
         """
         halves = zip(images.chunk(2), codes.chunk(2), strict=True)
         return torch.cat([self.logits(2 * x - 1, z) for x, z in halves])
 
     def logits(self, images: Tensor, codes: Tensor) -> Tensor:
-        """Return logits (N, 1) for images (N, C, S, S) in [-1, 1] and codes (N, D) of one kind, real or generated."""
+        """Return logits (N, 1) for images (N, C, S, S) in [-1, 1] and codes (N, D).
+
+        All pairs of an image and a code must be of one kind, real or generated.
+        """
         maps = self.first(images)
         for layer in self.layers:
             maps = layer(maps, codes)
@@ -120,7 +128,7 @@ class ConditionalDiscriminator(nn.Module):
 
 
 class ConditionalLayer(nn.Module):
-    """Convolution plus a linear map of the code, then BatchNorm and activation.
+    """Convolution plus a linear map of the latent code, then BatchNorm and activation.
 
     The linear map adds one value per channel to all positions (`apply_cond` of the official code).
     """
@@ -139,7 +147,10 @@ class ConditionalLayer(nn.Module):
 
 
 def num_octaves(image_size: int) -> int:
-    """Return how often the image side is halved to reach 4 to 7 pixels. Raises ValueError for too small images."""
+    """Return how often the image side is halved to reach 4 to 7 pixels.
+
+    Raises ValueError if `image_size` is below `SMALLEST_IMAGE`.
+    """
     if image_size < SMALLEST_IMAGE:
         raise ValueError(
             f"image_size is {image_size}, but the conditional networks need at least {SMALLEST_IMAGE} pixels: "
@@ -161,7 +172,10 @@ def transposed(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
 
 
 def initialize(module: nn.Module) -> None:
-    """Draw weights from N(0, 0.02), and those of the layers that add the code from N(0, 0.5)."""
+    """Draw all weights from normal distributions with mean 0.
+
+    The standard deviation is 0.5 for the linear maps of the latent code, and 0.02 for all other layers.
+    """
     for part in module.modules():
         if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(part.weight, std=INIT_STD)

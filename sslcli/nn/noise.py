@@ -21,7 +21,10 @@ _MASK = (1 << 64) - 1
 
 
 class Noise(nn.Module):
-    """Random number generator that is part of a method's state. Its seed is drawn from torch's global generator.
+    """Random number generator that is part of a method's state.
+
+    Its seed is drawn from torch's global generator when the method is built. At this time, the global generator has the
+    same state on all processes.
 
     Each call of `normal`, `uniform`, `integers` or `shared` is one draw. All processes must make the same calls in the
     same order. A row of a result belongs to one of the N images of this process.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class UsedWeights:
-    """The kernel positions of each convolution that multiplied pixels, and not only zero padding.
+    """For each convolution, the positions in its kernel whose weights multiplied pixels and not only zero padding.
 
     Attributes:
         used: for each `nn.Conv2d` that was called, its name and a bool tensor (kernel height, kernel width). An entry

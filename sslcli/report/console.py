@@ -28,7 +28,7 @@ class Screen:
 
     Args:
         log: file to which every plain line is appended, or None.
-        silent: if True, print and log nothing. It is True on all ranks except rank 0.
+        silent: if True, print and log nothing. Callers pass True on all ranks except rank 0.
     """
 
     def __init__(self, log: Path | None = None, *, silent: bool = False) -> None:

@@ -42,8 +42,9 @@ class Result(Score, ResultOptions):
 
 
 def details(result: dict[str, Any], screen: Screen) -> None:
-    """Print the values that the table of top-1 accuracies does not contain: linear probe, teacher, utility curve.
+    """Print the values that the table of top-1 accuracies does not contain.
 
+    These are the accuracy of a linear probe, the accuracy of the teacher of a distillation, and the utility curve.
     `result` is the content of a result file. A value that it does not contain is not printed.
     """
     if "linear" in result:
@@ -59,9 +60,9 @@ def details(result: dict[str, Any], screen: Screen) -> None:
 def utility_table(curve: list[dict[str, Any]]) -> Table:
     """Return a table with the utility of pre-training at each number of labels.
 
-    `curve` has one mapping per number of labels. The utility is the number of labels that pre-training saves divided by
-    the number of labels, see `sslcli.evaluation.utility`. If only a lower or an upper bound of the utility is known,
-    the bound is marked.
+    `curve` has one mapping per number of labels. The utility at n labels is s / n, if pre-training saves s labels, see
+    `sslcli.evaluation.utility`. If only a lower or an upper bound of the utility is known, the table contains the bound
+    with "at least" or "at most" before it.
     """
     table = Table("labels", SUBJECTS["random"], SUBJECTS["trained"], "utility: labels saved / labels")
     prefixes = {None: "", "lower": "at least ", "upper": "at most ", "mixed": "about "}
@@ -158,5 +159,5 @@ def comparison(rows: list[dict[str, Any]], screen: Screen) -> None:
 
 
 def show(table: Table, screen: Screen) -> None:
-    """Print a table with its cells wrapped to the width of the terminal. The console does not wrap other output."""
+    """Print a table, with long cells wrapped so that the table fits the width of the terminal."""
     screen.console.print(table, soft_wrap=False)
