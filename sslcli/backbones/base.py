@@ -13,8 +13,8 @@ class Backbone(nn.Module):
 
     Attributes:
         num_features: number of features per image.
-        wrapped_name: if the backbone only wraps a network of another package, the name of the attribute that holds this
-            network; otherwise "". Exported weights omit this name from the names of parameters.
+        wrapped_name: for a backbone that only wraps a network of another package, the name of the attribute that holds
+            this network. Exported weights omit this name from the names of parameters. For other backbones, "".
     """
 
     num_features: int

@@ -47,7 +47,7 @@ class Small(Backbone):
         self.num_features = 8 * width
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the output of block 5, averaged over positions: (N, in_channels, H, W) -> (N, 8 * width)."""
+        """Return the output of block 5, averaged over height and width: (N, in_channels, H, W) -> (N, 8 * width)."""
         return self.stages(images)["block5"].mean((2, 3))
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:

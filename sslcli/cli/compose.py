@@ -66,8 +66,8 @@ def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
     """Return the resolved and validated configuration of every job of the command line, as plain Python values.
 
     There is one job without `--multirun`, and one job per combination of values with `--multirun`. If a Hydra sweeper
-    plugin samples the values, examples of its jobs are returned. `name` is the command: train, eval or export. Raises
-    ConfigError if a configuration is invalid.
+    plugin samples the values, the jobs are not known yet. Example jobs are then returned, to validate their values
+    before the sweep. `name` is the command: train, eval or export. Raises ConfigError if a configuration is invalid.
     """
     engine = engine_of(arguments)
     try:

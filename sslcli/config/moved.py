@@ -161,7 +161,7 @@ def current_override(line: str, *, own_folder: Path | None = None) -> str:
 
 
 def forced_override(line: str) -> str:
-    """Return an override with the prefix `++` if its key was renamed and it has no prefix yet.
+    """Return an override with the prefix `++` if the override has no prefix yet and its key was renamed.
 
     Without the prefix, Hydra rejects the override if the user's yaml file contains the key only under its old name.
     """

@@ -33,6 +33,8 @@ LAUNCHERS: dict[str, type[LauncherSettings]] = {  # value of `launcher.kind` -> 
 class RunConfig(RunSettings):
     """Configuration of ssl-train: top-level keys, sections, and one node for each config group with a `_target_`.
 
+    The sections are `train`, `monitor` and `launcher`.
+
     A node is a mapping. Its key `_target_` names a class, and its other keys are arguments of the constructor.
 
     Attributes:

@@ -91,7 +91,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
         """Write the crops of some images of a request into `views`. Bad images are replaced, see `replacement`.
 
         Args:
-            rows: the indices from 0 to n - 1 of these images in the request.
+            rows: index of each of these images in the request, from 0 to n - 1.
             positions: (n,) position of each requested image in the dataset.
             key: (n,) int64. All random numbers of an image are computed from its key.
             views: one tensor (n, C, S, S) uint8 per view, for the output.

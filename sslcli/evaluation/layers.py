@@ -4,7 +4,7 @@ backbone     `features` of a method, or the output of a backbone without a metho
 projection   the input of the method's loss
 bank         the method's memory bank (`stored`) for training images, the projection for other images
 head1, ...   a layer of the projection head, only for methods with `head_features`
-layer3, ...  a stage of the backbone, averaged over positions
+layer3, ...  a stage of the backbone, averaged over height and width
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ class BiGAN(Game):
             ends with tanh(v / 2), which bounds codes to [-1, 1], as `UniformDistribution` of the official code.
         width: channels of the generator's first feature map, which has the smallest side.
         code_from: features or map. With features, E computes the code from the output of the backbone, which most
-            backbones pool over positions. With map, E computes it from all values of the backbone's last feature map,
-            so the features need not encode positions.
+            backbones average over height and width. With map, E computes it from all values of the backbone's last
+            feature map, so the features need not encode positions in the image.
         networks: compact or official. In the compact networks, image and code meet in the last two layers of the
             discriminator, and the code enters the generator at its first layer. In the official networks, the code
             enters both at every convolution except the discriminator's first and the generator's last.

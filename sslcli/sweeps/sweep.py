@@ -138,8 +138,8 @@ def _launch(sweep: Sweep, due: list[Job], line: CommandLine, slots: list[Slot] |
     """Run the jobs `due` with a Hydra launcher. Return two booleans: (sweep was stopped, launcher failed).
 
     If another process runs a job, the job is launched after that process ends. If the job were launched earlier, it
-    would only wait in the launcher's queue. `slots` are parts of this machine that run one job at a time; None = jobs
-    start immediately.
+    would only wait in the launcher's queue. `slots` are devices and CPU cores of this machine. Each slot runs one job
+    at a time. None = jobs start immediately.
     """
     while due:
         busy = [job for job in due if is_running(sweep, job.name, read_or_create_record(sweep, job))]
