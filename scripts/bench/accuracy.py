@@ -50,6 +50,7 @@ def sslcli_curve(method: str, images: Path, out: Path, seconds: float) -> Curve:
         "dataset=folder",
         f"dataset.root={images}",
         "dataset.image_size=32",
+        "dataset.pretrain_on_val=false",
         f"train.batch_size={BATCH}",
         *([f"method.bn_group={BATCH}"] if method == "moco_v2" else []),
     ]
@@ -124,8 +125,13 @@ def lightly_curve(method: str, images: Path, seconds: float) -> Curve:
     return curve
 
 
-def knn_top1(net: torch.nn.Module, source: Any) -> float:
-    """Return the k-NN top-1 accuracy in [0, 1] of the features of a network, computed as during training."""
+def knn_top1(
+    net: torch.nn.Module, source: Any, *, k: int = 200, temperature: float = 0.07, bank: int | None = BANK
+) -> float:
+    """Return the k-NN top-1 accuracy in [0, 1] of the features of a network, computed as during training.
+
+    `bank` is the number of training images that k-NN compares with; None = all.
+    """
     from sslcli.evaluation.knn import Knn, bank_positions
     from sslcli.evaluation.online import collect
     from sslcli.nn.modes import evaluating
@@ -138,13 +144,13 @@ def knn_top1(net: torch.nn.Module, source: Any) -> float:
         features = collect(
             net,
             source,
-            {"train": bank_positions(source, BANK), "val": source.splits["val"]},
+            {"train": bank_positions(source, bank), "val": source.splits["val"]},
             prepare=normalized,
             batch_size=512,
             device=torch.device("cpu"),
             precision="fp32",
         )
-    return float(Knn().measure(features)["top1"])
+    return float(Knn(k=k, temperature=temperature).measure(features)["top1"])
 
 
 def plot(curves: dict[str, Curve], out: Path) -> None:

@@ -6,7 +6,8 @@ validate them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,11 @@ class RunConfig(RunSettings):
         return self.from_plain(self.plain() | values)
 
 
+def keys_of(overrides: Iterable[str]) -> set[str]:
+    """Return the dotted keys that overrides such as `+dataset.limit=100` set."""
+    return {line.partition("=")[0].lstrip("+~") for line in overrides}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(EvalSettings):
     """Configuration of ssl-eval: top-level keys, and one node for each config group with a `_target_`.
@@ -109,12 +115,19 @@ class EvalConfig(EvalSettings):
         dataset: node of the chosen dataset. None = the run's dataset, with `dataset_changes` applied.
         backbone: node of the chosen backbone for a weight file. None = the backbone that is stored in the file.
         dataset_changes: overrides of the run's dataset, see `sslcli.config.own_dataset.Change`.
+        overrides: overrides of the command line.
     """
 
     protocol: Node
     dataset: Node | None
     backbone: Node | None
     dataset_changes: list[Any]
+    overrides: list[str] = field(default_factory=list)
+
+    @property
+    def set_keys(self) -> set[str]:
+        """The dotted keys that the command line sets, such as `dataset.limit`."""
+        return keys_of(self.overrides)
 
     @classmethod
     def from_plain(cls, config: dict[str, Any]) -> EvalConfig:
@@ -125,6 +138,7 @@ class EvalConfig(EvalSettings):
             dataset=config.get("dataset"),
             backbone=config.get("backbone"),
             dataset_changes=config.get("_dataset_changes_", []),
+            overrides=config.get("_lines_", []),
         )
 
 

@@ -200,11 +200,11 @@ class MonitorSettings:
     knn_every_epochs: int  # epochs between k-NN evaluations; 0 = never, not even at the end
     knn_k: int
     knn_temperature: float
+    knn_split: str = "val"  # the split whose images are the queries of k-NN. The default is for older configurations
     knn_images: int | None  # maximum number of training images among which neighbors are searched; None = all
     health_every_steps: int  # steps between checks of the embeddings for collapse; 0 = never
     on_collapse: str
     pictures: int  # images in the picture of the augmented views; 0 = none
-    knn_split: str = "val"  # the split whose images are the queries of k-NN. The default is for older configurations
 
     def __post_init__(self) -> None:
         for name in ("knn_every_epochs", "health_every_steps", "pictures"):

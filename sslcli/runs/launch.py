@@ -14,7 +14,7 @@ from typing import Any
 
 from sslcli.config.added import resumed_dataset
 from sslcli.config.class_defaults import resumed_config
-from sslcli.config.run_config import RunConfig
+from sslcli.config.run_config import RunConfig, keys_of
 from sslcli.config.settings import LauncherSettings, MultiSettings
 from sslcli.engine import checkpoint_names
 from sslcli.errors import EXIT_CONFIG, ConfigError, print_error, print_unexpected
@@ -68,7 +68,7 @@ def with_old_settings(config: RunConfig) -> RunConfig:
         return config
     from sslcli.runs.directory import read_config
 
-    set_keys = {line.partition("=")[0].lstrip("+~") for line in config.overrides}
+    set_keys = keys_of(config.overrides)
     stored = read_config(config.directory)
     dataset = resumed_dataset(config.dataset, stored.get("dataset"), set_keys)
     others = {name: value for name, value in config.values.items() if name != "dataset"}

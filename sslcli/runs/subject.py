@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from sslcli.config.added import without_added_keys
+from sslcli.config.added import resumed_dataset, with_added_keys, without_added_keys
 from sslcli.config.channels import with_channels_of
 from sslcli.config.moved import current_config
 from sslcli.config.own_dataset import FINGERPRINT, dataset_of_run, has_same_keys, has_same_paths, missing_path_hint
@@ -139,12 +139,31 @@ def images_for(config: EvalConfig, saved: dict[str, Any]) -> tuple[Source, bool]
     trust = config.trust
     own = dataset_of_run(saved, [], trust=trust)
     chosen = with_channels_of(config.dataset, len(own["mean"])) if config.dataset else None
-    node = chosen or dataset_of_run(saved, config.dataset_changes, trust=trust)
+    node = (
+        as_in_pretraining(chosen, own, config.set_keys)
+        if chosen
+        else dataset_of_run(saved, config.dataset_changes, trust=trust)
+    )
     try:
         source = build_source(node, trust=trust)
     except ConfigError as error:
         raise ConfigError(f"{error}{'' if chosen else missing_path_hint(node)}") from error
     return source, has_other_images_than_run(source, node, own, saved["effective"], trust=trust)
+
+
+def as_in_pretraining(node: dict[str, Any], own: dict[str, Any], set_keys: Collection[str]) -> dict[str, Any]:
+    """Return the settings of the chosen dataset. If it is the dataset of pre-training, keep the behavior it had there.
+
+    An older version may have pre-trained the network. The keys of datasets that were added later then get the values
+    that reproduce the behavior of the older version.
+
+    Args:
+        node: the settings of the chosen dataset.
+        own: the settings of the dataset of pre-training.
+        set_keys: the dotted keys that the command line sets. They are not changed.
+    """
+    found = resumed_dataset(node, own, set_keys)
+    return found if has_same_keys(found, with_added_keys(own, found)) else node
 
 
 def has_other_images_than_run(
@@ -265,6 +284,8 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
         raise ConfigError("weights=FILE requires dataset=...: choose the images to evaluate on")
     build_net, facts = _network_builder(config, exported, device)
     node = with_channels_of(config.dataset, len(exported["mean"])) if is_export else config.dataset
+    if exported.get("dataset") is not None:
+        node = as_in_pretraining(node, exported["dataset"], config.set_keys)
     source = build_source(node, trust=trust)
 
     def build_untrained() -> nn.Module:
