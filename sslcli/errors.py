@@ -1,7 +1,7 @@
 """Exceptions and exit codes of ssl-train, ssl-eval and ssl-export.
 
-Each command prints the message of such an exception and exits with the code of its class. A plain `ValueError` that a
-constructor raises while a run is built is reported like a ConfigError.
+If one of these exceptions is raised, the command prints its message and exits with the code of its class. A plain
+`ValueError` that a constructor raises while a run is built is reported like a ConfigError.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ def to_8_bits(values: NDArray[Any], value_range: ValueRange, *, nodata: float | 
 
     Args:
         values: (H, W, B) integers, floats or booleans. All bands are mapped in the same way.
-        value_range: "auto", "full", or the two values that are mapped to 0 and 255. Values outside are clipped.
+        value_range: "auto", "full", or the two values that are mapped to 0 and 255. Values outside of the range between
+            these two values are clipped.
         nodata: the value of missing pixels, or None. Pixels are also missing if they are NaN, or if their magnitude is
             at least `NODATA_MAGNITUDE`. Missing pixels become 0 and do not affect the range. With "full", no pixels
             count as missing.
@@ -68,9 +69,10 @@ def _is_number(value: object) -> bool:
 
 
 def _full_range(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Map the range of the type to 0 to 255: the range of 8 or 16 bits for integers, and [0, 1] for floats.
+    """Map the range of the dtype to 0 to 255.
 
-    If the values exceed this range, their minimum is mapped to 0 and their maximum to 255.
+    The range is [0, 1] for floats, and 0 to 65535 for integers. Values of 8 bits are not changed. If the values exceed
+    the range, their minimum is mapped to 0 and their maximum to 255.
     """
     if values.dtype == np.uint8:
         return values
@@ -97,9 +99,9 @@ def _missing(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | 
 def _automatic_range(valid: NDArray[Any]) -> tuple[float, float]:
     """Return the two values that "auto" maps to 0 and 255.
 
-    - Integers of at least 0 that fit into 16 bits: 0 and the largest value of the smallest sufficient bit depth in
-      `BIT_DEPTHS`.
-    - Other values: the percentiles `PERCENTILES`, or the minimum and maximum if both percentiles are equal.
+    - If all values are integers from 0 to 65535: 0 and 2**b - 1, where b is the smallest bit depth in `BIT_DEPTHS` that
+      can represent all values.
+    - Otherwise: the percentiles `PERCENTILES` of the values. If both percentiles are equal: the minimum and maximum.
 
     valid: the pixel values that are not missing.
     """

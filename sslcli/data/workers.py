@@ -306,7 +306,7 @@ def default_sigchld() -> Iterator[None]:
 
 
 def worker_died_error(error: BaseException) -> ProcessLost:
-    """Return the error for a data worker that died. `error` is the exception that its death caused."""
+    """Return the error for a data worker that died. `error` is the exception that torch raised because of it."""
     return ProcessLost(
         f"a data worker died ({str(error).splitlines()[0]}). The usual cause is too little memory: "
         "lower dataset.workers (0 reads in the main process) and start the same command again to resume"

@@ -1,6 +1,6 @@
 """Collectives, device selection, process launch and the watchdog for stalled ranks.
 
-Packages of users with their own methods import the collectives from here.
+Users who write their own methods import the collectives from here.
 """
 
 from sslcli.distributed.batch_shuffle import BatchShuffle as BatchShuffle

@@ -55,9 +55,9 @@ def available() -> list[str]:
 def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False) -> None:
     """Set the device of this process, and enable deterministic kernels if `deterministic` is True.
 
-    With `deterministic`, torch warns about operations that have no deterministic kernel. If `compiled` is True, the
-    setting also applies to code that torch.compile generates. In this case, modules of torch.compile are imported,
-    which takes seconds.
+    If `deterministic` is True, torch warns about operations that have no deterministic kernel. If `compiled` is True,
+    `deterministic` also applies to code that torch.compile generates. In this case, modules of torch.compile are
+    imported, which takes seconds.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)

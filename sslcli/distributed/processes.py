@@ -1,4 +1,4 @@
-"""Rank, process group and start time of a process that any launcher may have started.
+"""Rank, process group and start time of this process, for all launchers.
 
 A launcher is torchrun, Slurm, or our own agent, which starts and restarts the processes of ssl-train. The environment
 variables of launchers are read in `sslcli.system.launch_variables`.
@@ -40,7 +40,7 @@ def number() -> int:
 def lost_contact(error: Exception) -> bool:
     """Return True if torch raised `error` because another process of the run has ended.
 
-    The other processes then cannot complete their collectives.
+    If a process ends, the remaining processes cannot complete their collectives, and torch raises an error.
     """
     return is_launched() and (
         isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed" in str(error)

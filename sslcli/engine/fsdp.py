@@ -44,8 +44,8 @@ def blocks(net: nn.Module) -> list[nn.Module]:
 def shard(method: Method, device: torch.device, precision: str) -> None:
     """Shard the parameters of a method over all processes, in place. Call this before the optimizer is built.
 
-    Backbones, and copies of them such as momentum encoders, are sharded block by block (see `blocks`), unless
-    `method.supports_block_wrapping` is False.
+    A backbone is sharded block by block (see `blocks`), unless `method.supports_block_wrapping` is False. The same
+    applies to copies of the backbone, such as momentum encoders.
 
     With precision bf16, blocks without BatchNorm gather their parameters in bfloat16 and compute in bfloat16. The
     gradients of these blocks are averaged in float32. All other modules use autocast.
@@ -90,12 +90,12 @@ def gathered(method: nn.Module) -> Iterator[None]:
 
 
 def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, ...], torch.Size], Tensor | None]:
-    """Return a function that selects the sharding of each tensor in a checkpoint.
+    """Return a function that determines how each tensor of a checkpoint is sharded when the checkpoint is loaded.
 
     The arguments of the function are the path and the shape of a tensor in the checkpoint. The path of a parameter is
     ("method", name). The path of an optimizer state is ("optimizer", "state", number of the parameter, name). The
-    function returns a tensor of `method` with the sharding that the tensor of the checkpoint gets. If the tensor of the
-    checkpoint is not to be sharded, the function returns None.
+    function returns a parameter of `method`. The tensor of the checkpoint then gets the same sharding. If the
+    function returns None, the tensor is not sharded.
     """
     named = {name: value for name, value in method.state_dict().items() if hasattr(value, "to_local")}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

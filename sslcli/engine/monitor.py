@@ -47,7 +47,10 @@ class MetricMeans:
         self.first_bad = torch.where(finite | (before >= 0), before, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums of this process, on the CPU, because they are sent to processes that use other devices."""
+        """Return the sums of this process.
+
+        The tensors are on the CPU, because they are sent to processes that use other devices.
+        """
         return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -282,7 +285,10 @@ class Monitor:
         return found
 
     def show_pictures(self, step: int, found: dict[str, Tensor]) -> None:
-        """Write the pictures `found` to TensorBoard and to the run directory, over the files of earlier pictures."""
+        """Write the pictures `found` (name -> picture) to TensorBoard and to the run directory.
+
+        In the run directory, the file of an earlier picture of the same name is overwritten.
+        """
         for name, picture in found.items() if self.writes else ():
             path = self.run_dir / "pictures" / f"{name}.png"
             path.parent.mkdir(exist_ok=True)

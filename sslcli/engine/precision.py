@@ -10,7 +10,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """Resolve the precision "auto" to bf16 if `device` supports bf16 natively, else to fp32. Return others unchanged.
+    """Return the precision to use on `device`.
+
+    "auto" becomes bf16 if `device` supports bf16 natively, else fp32. Any other name is returned unchanged.
 
     The choice depends only on the hardware. A run that resumes on the same hardware therefore uses the same dtype.
     """

@@ -157,9 +157,9 @@ def describe_extension(run: Run) -> list[str]:
 
 
 def environment_fingerprint(run: Run) -> dict[str, str | int]:
-    """Return the properties of the environment on which the bits of the results depend, as a mapping by name.
+    """Return the properties of the environment that can change the last bits of the results: name -> value.
 
-    The bits also depend on the configuration. The result does not contain the configuration.
+    The results also depend on the configuration, which is not returned.
     """
     return {
         "torch": str(torch.__version__),

@@ -1,4 +1,5 @@
 """Self-supervised methods, one file per family of papers.
 
-Outside of this package, its modules import only sslcli.nn, sslcli.distributed and sslcli.errors from sslcli.
+Apart from each other, the modules of this package import only sslcli.nn, sslcli.distributed and sslcli.errors from
+sslcli.
 """

@@ -116,7 +116,7 @@ class Method(nn.Module):
         """Raise ValueError if the method cannot train on views of this shape or value range.
 
         `views` contains one tensor (2, C, H, W) per view. This method is called once before training, in evaluation
-        mode. The pixels of the views are random: black, white or fully saturated colors.
+        mode. To cover the whole value range, the pixels of the views are random black, white or saturated colors.
         """
 
     def features(self, images: Tensor) -> Tensor:

@@ -102,8 +102,8 @@ class Screen:
         Args:
             done: number of units of work completed so far.
             facts: text after the progress bar, such as the loss.
-            always: a plain line is written at most every `PLAIN_SECONDS`. If `always` is True, it is written at each
-                call.
+            always: True writes a plain line in any case. With False, a plain line is written at most every
+                `PLAIN_SECONDS` seconds.
         """
         facts = printable(facts)
         if self.bar is not None:

@@ -98,7 +98,7 @@ def folder_identity(folder: str) -> tuple[int, int]:
 
 
 def listing_error(folder: str, error: OSError) -> ValueError:
-    """Return the error for a folder inside a dataset that cannot be listed."""
+    """Return the error to raise if a folder of a dataset cannot be listed. `error` is the reason."""
     return ValueError(
         f"the folder {folder} cannot be listed ({error.strerror}): give yourself permission to read it, or move it"
     )

@@ -1,4 +1,4 @@
-"""Reader of torchvision's datasets. It downloads missing files."""
+"""Reader of torchvision's datasets. It can download missing files."""
 
 from __future__ import annotations
 
@@ -89,7 +89,11 @@ def _build(kind: Any, root: Path, part: str, **options: bool) -> Any:
 
 
 def _files(kind: Any, root: Path) -> list[Path]:
-    """Return the paths of the files that a dataset needs. `kind` is torchvision's class, `root` the folder."""
+    """Return the paths of the files that a dataset needs.
+
+    kind: torchvision's class of the dataset.
+    root: the folder of the files.
+    """
     if kind.__name__ == "SVHN":
         return [root / kind.split_list[part][1] for part in ("train", "test")]
     names = [name for name, _ in kind.train_list + kind.test_list]
@@ -127,7 +131,7 @@ def _download_missing(kind: Any, root: Path, files: list[Path], *, download: boo
 def exclusive_lock(root: Path) -> Iterator[None]:
     """Hold an exclusive lock on a folder within the block.
 
-    Other processes wait for the lock before they write to the folder.
+    If another process holds the lock, wait until it releases the lock.
     """
     import fcntl
 

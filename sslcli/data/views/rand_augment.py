@@ -1,11 +1,12 @@
-"""Batched RandAugment: a few of fifteen operations are drawn and applied, separately for each view of each image.
+"""Batched RandAugment: for each view of each image, a few of fifteen operations are drawn and applied at random.
 
 Source: Cubuk et al. 2020, https://arxiv.org/abs/1909.13719. Each drawn operation is applied with probability 0.5. This
 probability, the operations and their magnitudes are the same as in the InfoMin training of PyContrast
 (pycontrast/datasets/RandAugment.py, based on timm's auto_augment.py).
-The images of a batch are sorted by operation, so that each operation runs once per batch. Four operations are defined
-on 8 bits: equalize, posterize, solarize and solarize_add. They first round the values to 8 bits. The other operations
-do not round.
+
+If L operations are drawn per view, there are L rounds. In each round, the images of a batch are sorted by operation, so
+that each operation runs at most once. Four operations are defined on 8 bits: equalize, posterize, solarize and
+solarize_add. They first round the values to 8 bits. The other operations do not round.
 
 Shapes: N images, C channels, H x W pixels; images are float in [0, 1].
 """
@@ -40,7 +41,7 @@ _CUBIC = -1.0  # coefficient of Keys' kernel in PIL's Image.transform; Image.res
 def rand_augment(
     images: Tensor, draws: Tensor, *, magnitude: float, std: float, probability: float, fill: Tensor
 ) -> Tensor:
-    """Draw L operations for each image and apply them one after the other.
+    """Draw L operations for each image. Apply each of them with the given probability, one after the other.
 
     Args:
         images: (N, C, H, W).
