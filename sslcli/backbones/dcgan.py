@@ -29,7 +29,7 @@ class DCGANNet(Backbone):
     The number of convolutions depends on `image_size`. With `kernel` 4, all convolutions have stride 2. With 64 pixels
     or more, the last feature map has a side of 4 to 7 pixels, and with fewer pixels a side of 2 or 3 pixels. With
     `kernel` 3, a convolution of stride 1 precedes each convolution of stride 2, and the last feature map always has a
-    side of 4 to 7 pixels. `num_features` is the number of channels of the last feature map times its number of
+    side of 4 to 8 pixels. `num_features` is the number of channels of the last feature map times its number of
     positions.
 
     Args:

@@ -33,12 +33,12 @@ def test_the_network_for_imagenet_has_the_maps_and_features_of_the_paper() -> No
     assert pooled_maps({name: torch.zeros(m.shape) for name, m in maps.items()}, 4).shape == (1, 28672)
 
 
-@pytest.mark.parametrize("image_size", [16, 33, 47, 64])
+@pytest.mark.parametrize("image_size", [16, 33, 63, 64])
 def test_the_number_of_features_is_that_of_the_last_map_of_3x3_convolutions(image_size: int) -> None:
     net = DCGANNet(image_size=image_size, width=2, kernel=3)
     images = torch.randn(2, 3, image_size, image_size)
     *_, last = net.stages(images).values()
-    assert 4 <= last.shape[2] <= 7
+    assert 4 <= last.shape[2] <= 8
     assert net(images).shape == (2, net.num_features)
     assert torch.equal(net.eval()(images), net.stages(images)[f"block{len(net.blocks)}"].flatten(1))
 
