@@ -49,6 +49,8 @@ OVERRIDES: dict[str, list[str]] = {
     "deep_infomax": ["method=deep_infomax", "train.batch_size=64"],
     "bigan": [
         "method=bigan",
+        "method.width=16",  # half the time per image of 32, and the same accuracy after 10,000 images
+        "optimizer.lr=1.0e-3",  # the official 2e-4 is for hundreds of epochs
         "train.batch_size=64",  # GANs need many steps rather than many images
         "train.lr_scaling=none",
         "train.warmup_epochs=0",
