@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslcli.errors import check_positive
-from sslcli.methods.base import Batch, Method, num_features
+from sslcli.methods.base import Batch, Method, maps_of, num_features
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.decoder import Decoder, FirstLook, psnr
 from sslcli.nn.modes import full_precision
@@ -23,6 +23,7 @@ from sslcli.nn.noise import Noise
 
 CORRUPTIONS = ("gaussian", "pixel_mask", "block_mask", "salt_pepper")
 LOSSES = ("mse", "l1", "bce", "patch")
+SOURCES = ("features", "map")
 PICTURE_SEED = 0  # seed of the corruption in saved images; constant, so that the images of all epochs are comparable
 
 
@@ -88,6 +89,8 @@ class Autoencoder(Method):
         image_size: image side S in pixels.
         channels: image channels C.
         dim: code size D.
+        code_from: input of the linear layer that computes the code. features: the output of the backbone, which for
+            most backbones is a mean over positions. map: the last feature map of the backbone with all positions.
         width: channels of the decoder's first feature map, which has the smallest side.
         loss: mse, l1, bce or patch. With bce, the decoder outputs logits. With patch, the loss is the mse between the
             decoder output and the images, after each patch of the images is standardized.
@@ -111,6 +114,7 @@ class Autoencoder(Method):
         image_size: int,
         channels: int = 3,
         dim: int = 128,
+        code_from: Literal["features", "map"] = "features",
         width: int = 512,
         loss: Literal["mse", "l1", "bce", "patch"] = "mse",
         patch_size: int = 4,
@@ -121,13 +125,21 @@ class Autoencoder(Method):
         super().__init__(backbone)
         if loss not in LOSSES:
             raise ValueError(f"loss is {loss!r}, but it must be one of {', '.join(LOSSES)}")
+        if code_from not in SOURCES:
+            raise ValueError(f"code_from is {code_from!r}, but it must be one of {', '.join(SOURCES)}")
         check_positive(dim=dim, patch_size=patch_size)
         if loss == "patch" and (image_size % patch_size or patch_size < 2):
             raise ValueError(
                 f"patch_size is {patch_size}, but it must be at least 2 and divide the {image_size} pixels of a side"
             )
         check_corruption(corruption, strength=strength, block_size=block_size)
-        self.to_code = nn.Linear(num_features(backbone), dim)
+        self.code_from = code_from
+        if code_from == "map":
+            images = torch.linspace(0, 1, 2 * channels * image_size**2).view(2, channels, image_size, image_size)
+            *_, last = maps_of(backbone, images).values()
+            self.to_code = nn.Linear(last[0].numel(), dim)
+        else:
+            self.to_code = nn.Linear(num_features(backbone), dim)
         self.decoder = Decoder(dim, image_size=image_size, channels=channels, width=width)
         convert_batch_norm(self, SyncBatchNorm)
         self.noise = Noise()
@@ -187,7 +199,10 @@ class Autoencoder(Method):
 
     def projection(self, images: Tensor) -> Tensor:
         """Return the code: (N, C, S, S) -> (N, D)."""
-        return self.to_code(self.backbone(images))  # type: ignore[no-any-return]
+        if self.code_from == "features":
+            return self.to_code(self.backbone(images))  # type: ignore[no-any-return]
+        *_, last = self.backbone.stages(images).values()  # type: ignore[operator]
+        return self.to_code(last.flatten(1))  # type: ignore[no-any-return]
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
         seen = self.corrupted(images, torch.Generator().manual_seed(PICTURE_SEED))

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
 from processes import Pair
+from sslcli.backbones.base import Backbone
+from sslcli.backbones.small import Small
 from sslcli.errors import ConfigError
 from sslcli.methods.autoencoder import CORRUPTIONS, LOSSES, Autoencoder, patch_statistics, reconstruction_loss
 from sslcli.methods.base import Batch
 from sslcli.nn.batch_norm import SyncBatchNorm
 from sslcli.nn.decoder import check_images, psnr
-from tiny import TinyNet
+from tiny import TinyNet, copied_state, equal_states
 
 
 class Flat(nn.Module):
@@ -65,6 +67,44 @@ def test_loss_is_the_mean_squared_error_to_the_clean_image() -> None:
     torch.testing.assert_close(found["loss"], ((drawn - images) ** 2).mean(), rtol=0, atol=1e-7)
     expected = torch.stack([-10 * ((a - b) ** 2).mean().log10() for a, b in zip(drawn, images, strict=True)]).mean()
     torch.testing.assert_close(found["psnr"], expected.detach())
+
+
+class Mosaic(Backbone):
+    """One channel with the mean of each 2 x 2 square: its mean over positions cannot tell where a square is."""
+
+    num_features = 1
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.stages(images)["squares"].mean((2, 3))
+
+    def stages(self, images: Tensor) -> dict[str, Tensor]:
+        return {"early": images, "squares": F.avg_pool2d(images.mean(1, keepdim=True), 2)}
+
+
+@pytest.mark.parametrize(("code_from", "inputs"), [("features", 1), ("map", 16)])
+def test_the_code_is_computed_from_the_features_or_from_every_position_of_the_last_map(
+    code_from: str, inputs: int
+) -> None:
+    torch.manual_seed(0)
+    method = Autoencoder(Mosaic(), image_size=8, dim=4, width=2, code_from=code_from).double()
+    images = rand(4, 3, 8, 8)
+    assert method.to_code.in_features == inputs
+    given = method.backbone(images) if code_from == "features" else F.avg_pool2d(images.mean(1, keepdim=True), 2)
+    torch.testing.assert_close(method.projection(images), method.to_code(given.flatten(1)))
+    moved = images.roll(2, -1)  # the same squares at other positions
+    assert torch.allclose(method.projection(moved), method.projection(images)) == (code_from == "features")
+    assert torch.equal(method.features(images), method.backbone(images))
+
+
+def test_an_old_configuration_has_its_code_from_the_features() -> None:
+    assert tiny().code_from == "features"
+
+
+def test_finding_the_map_leaves_the_statistics_of_the_backbone_unchanged() -> None:
+    torch.manual_seed(0)
+    backbone = Small(image_size=16, width=2)
+    before = copied_state(backbone)
+    assert equal_states(Autoencoder(backbone, image_size=16, width=2, code_from="map").backbone.state_dict(), before)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -301,6 +341,8 @@ def test_images_that_cannot_be_drawn_are_refused_at_the_first_step(images: Tenso
         ({"corruption": "pixel_mask", "strength": 1.5}, r"strength is 1\.5.*fraction of the pixels"),
         ({"corruption": "salt_pepper", "strength": math.nan}, "strength is nan"),
         ({"corruption": "block_mask", "block_size": 0}, "block_size is 0"),
+        ({"code_from": "pooled"}, "code_from is 'pooled'.*features, map"),
+        ({"code_from": "map"}, r"TinyNet has no stages\(images\)"),
         ({"dim": 0}, "dim is 0"),
         ({"image_size": 4}, "image_size is 4"),
     ],
