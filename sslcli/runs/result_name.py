@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
+
 from sslcli.data.sources.base import Source
 
 MAX_SET_NAME = 40  # maximum characters of a dataset's name, to limit file names to 255 bytes
@@ -31,10 +33,12 @@ def dataset_name(source: Source, *, image_size: int | None) -> str:
     limit = "" if source.limit is None else f"limit-{source.limit}"
     held_out = "" if source.val_fraction == DEFAULT_SPLIT["val_fraction"] else f"val-{source.val_fraction:.10g}"
     seed = "" if source.seed == DEFAULT_SPLIT["seed"] else f"seed-{source.seed}"
+    # Results of older versions are of splits without common images.
+    shared = bool(torch.isin(source.splits["val"], source.splits["train"]).any())
     size = "" if source.image_size == image_size else f"{source.image_size}px"
     # Use the version instead of the fingerprint. Datasets whose files have equal names and sizes have equal
     # fingerprints.
-    return join_parts(f"{readable}-{source.version[:6]}", limit, held_out, seed, size)
+    return join_parts(f"{readable}-{source.version[:6]}", limit, held_out, "val-in-train" if shared else "", seed, size)
 
 
 def dataset_facts(source: Source) -> dict[str, Any]:
@@ -45,6 +49,7 @@ def dataset_facts(source: Source) -> dict[str, Any]:
         "dataset_version": source.version,
         "dataset_limit": source.limit,
         "val_fraction": source.val_fraction,
+        "pretrain_on_val": source.pretrain_on_val,
         "split_seed": source.seed,
         "image_size": source.image_size,
     }

@@ -84,7 +84,7 @@ def test_another_data_set_has_a_result_of_its_own(trained: Path, cli: Cli, tmp_p
     line = ["dataset=folder", f"dataset.root={tmp_path / 'images'}", "dataset.image_size=32", "dataset.workers=0"]
     ended = cli("ssl-eval", f"run={trained}", "protocol=knn", "baselines=false", *line)
     assert (ended.code, ended.err) == (0, "")
-    other = result(trained / "eval", "knn_images-??????")
+    other = result(trained / "eval", "knn_images-??????_val-in-train")
     assert (other["dataset"], other["pretrained_on"], other["num_classes"]) == ("images", "shapes", 2)
     assert other["dataset_fingerprint"] != own["dataset_fingerprint"]
     assert result(trained / "eval", "knn") == own

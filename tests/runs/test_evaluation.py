@@ -96,7 +96,7 @@ def test_images_cut_short_are_named_and_left_out_up_to_a_share(trained: Path, cl
         ended = cli("ssl-eval", *line, *protocol, "dataset.max_bad=0.2")
         assert (ended.code, ended.err) == (0, "")
         assert "cannot be read and are skipped: " in ended.out
-    found = result(trained / "eval", "knn_images-??????_val-0.5")
+    found = result(trained / "eval", "knn_images-??????_val-0.5_val-in-train")
     assert found["n_train"] + found["n_test"] == 57
 
 

@@ -16,6 +16,8 @@ from small_runs import make_folder
 from sslcli.data.sources.base import Source
 from sslcli.runs.result_name import MAX_SET_NAME, dataset_facts, dataset_name, join_parts
 
+ENDS = ("_val-in-train", "_limit-20_val-in-train", "_val-in-train_16px")
+
 
 def test_sets_whose_folders_are_called_alike_have_results_of_their_own(
     trained: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -37,7 +39,7 @@ def test_sets_whose_folders_are_called_alike_have_results_of_their_own(
             assert (ended.code, ended.err) == (0, "")
     found = {path.stem: json.loads(path.read_text()) for path in (trained / "eval").glob("*.json")}
     prints = {one["dataset_version"][:6] for one in found.values()}
-    names = (f"knn_train.v2-{digits}{end}" for digits in prints for end in ("", "_limit-20", "_16px"))
+    names = (f"knn_train.v2-{digits}{end}" for digits in prints for end in ENDS)
     assert len(prints) == 2
     assert sorted(found) == sorted(names)
     assert {one["image_size"] for name, one in found.items() if name.endswith("_16px")} == {16}
@@ -48,6 +50,7 @@ def source_of(*, name: str = "pets", limit: int | None = None, val_fraction: flo
     source = Source(image_size=32, val_fraction=val_fraction, seed=seed)
     source.name, source.limit = name, limit
     source.fingerprint, source.version = "0123456789", "abcdef123456"
+    source.splits = {"train": torch.arange(8), "val": torch.arange(8, 10)}
     return source
 
 
@@ -73,6 +76,14 @@ def test_what_differs_from_the_default_is_in_the_name(changes: dict[str, Any], i
     assert dataset_name(source_of(**changes), image_size=image_size) == expected
 
 
+def test_images_of_val_that_are_also_in_train_are_in_the_name() -> None:
+    source = source_of(limit=8)
+    source.splits["train"] = torch.arange(10)
+    assert dataset_name(source, image_size=64) == "pets-abcdef_limit-8_val-in-train_32px"
+    source.splits["val"] = torch.arange(0)
+    assert dataset_name(source, image_size=32) == "pets-abcdef_limit-8"
+
+
 def test_a_long_name_fits_into_a_file_name() -> None:
     found = dataset_name(source_of(name="\u732b" * 300), image_size=32)
     assert found == "\u732b" * MAX_SET_NAME + "-abcdef"
@@ -87,6 +98,7 @@ def test_the_result_file_identifies_the_image_set() -> None:
         "dataset_version": "abcdef123456",
         "dataset_limit": 5,
         "val_fraction": 0.1,
+        "pretrain_on_val": False,
         "split_seed": 0,
         "image_size": 32,
     }
