@@ -99,7 +99,7 @@ VARIANTS = [
     Case("bigan, hinge, R1", ("method=bigan", "method.loss=hinge", "method.unary=true", "method.r1=1"), rounding=ADAM),
     Case("dcgan, R1", ("method=dcgan", "method.r1=1"), rounding=NORM),
 ]
-ROUNDING = {"dcgan": NORM, "deep_infomax": ADAM}  # cases of the methods with their default settings
+ROUNDING = {"bigan": NORM, "dcgan": NORM, "deep_infomax": ADAM}  # cases of the methods with their default settings
 MORE_OVERRIDES = {"memory_bank": (TWO_EPOCHS,)}
 CASES = [
     *(
