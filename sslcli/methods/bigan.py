@@ -41,6 +41,7 @@ from sslcli.nn.modes import full_precision
 
 CODE_SOURCES = ("features", "map")
 NETWORKS = ("compact", "official")
+SMALLEST_ERROR = 1e-12  # lower bound of a mean squared error by which another is divided
 SLOPE = 0.2  # negative slope of LeakyReLU, as in DCGAN
 
 
@@ -290,7 +291,8 @@ def reconstruction_errors(rebuilt: Tensor, images: Tensor) -> dict[str, Tensor]:
     every = squares - 2 * (mean_x * mean_y).mean()  # mean over all pairs, including x' = x
     count = world_size() * len(x)
     shuffled = (count * every - paired) / (count - 1) if count > 1 else paired
-    paired, shuffled = paired.sqrt(), shuffled.sqrt()
+    # The bound matters only if all images and reconstructions are equal.
+    paired, shuffled = paired.sqrt(), shuffled.clamp_min(SMALLEST_ERROR).sqrt()
     return {
         "reconstruction": paired,
         "shuffled_reconstruction": shuffled,

@@ -167,6 +167,8 @@ def test_only_the_ratio_shows_whether_reconstructions_depend_on_their_image() ->
     assert noisy["reconstruction_ratio"] < 0.85
     one = reconstruction_errors(images[:1] / 2, images[:1])
     assert float(one["reconstruction_ratio"]) == pytest.approx(1.0)  # there is no other image
+    equal = images[:1].expand_as(images)
+    assert float(reconstruction_errors(equal, equal)["reconstruction_ratio"]) < 1e-3
 
 
 def part_of_errors(drawn: Tensor, images: Tensor) -> dict[str, Tensor]:
