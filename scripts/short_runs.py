@@ -108,7 +108,7 @@ def short_run(method: str, images: Path, out: Path, *, seconds: float, threads: 
             num_steps.write_text(str(int(seconds * (long - short) / (after - before))))
         subprocess.run([*line, f"train.max_steps={num_steps.read_text()}", f"run_dir={run_dir}"], check=True)
     for protocol in PROTOCOLS:
-        if not (run_dir / "eval" / f"{protocol}.json").exists():
+        if not result_of(run_dir, protocol):
             subprocess.run([command("ssl-eval"), f"run={run_dir}", f"protocol={protocol}"], check=True)
 
 
@@ -161,10 +161,21 @@ def row(run: Path) -> str:
     batch = yaml.safe_load((run / "config.yaml").read_text())["train"]["batch_size"]
     cells = [f"`{run.name}`", f"{last['step'] * batch:,}"]
     for protocol in PROTOCOLS:
-        path = run / "eval" / f"{protocol}.json"
-        result = json.loads(path.read_text()) if path.exists() else {}
+        result = result_of(run, protocol)
         cells += [cell(result), cell(result.get("baselines", {}).get("random", {}))]
     return "| " + " | ".join(cells) + " |"
+
+
+def result_of(run: Path, protocol: str) -> dict[str, Any]:
+    """Return the content of the first result file of a protocol, or {} if there is none.
+
+    The name of the file may contain settings, such as the fraction of labels of `semi`.
+    """
+    for path in sorted((run / "eval").glob(f"{protocol}*.json")):
+        result: dict[str, Any] = json.loads(path.read_text())
+        if result.get("protocol") == protocol:
+            return result
+    return {}
 
 
 def cell(result: dict[str, Any]) -> str:

@@ -63,6 +63,7 @@ def test_a_student_reaches_its_teacher_without_seeing_a_label(
     before = {name: value.clone() for name, value in teacher.net.state_dict().items()}
     monkeypatch.setattr(task.source, "labels", torch.where(torch.arange(90) < 60, -1, task.source.labels))
     result = Distill(**QUICK)({"trained": starts["trained"]}, replace(task, fine_tuned=lambda wanted: teacher)).result
+    assert "without labels: compare with the accuracy of the teacher" in Distill(**QUICK).description(result)
     assert result["teacher"]["top1"] > 0.6
     assert result["top1"] > result["teacher"]["top1"] - 0.15
     assert (result["n_train"], result["n_labels"]) == (60, 6)

@@ -20,6 +20,12 @@ QUICK: dict[str, Any] = {"steps": 12, "batch_size": 16, "lrs": [0.1, 1.0]}
 def test_the_whole_net_is_trained_and_the_start_is_left_as_it_is(task: Task, starts: dict[str, Start]) -> None:
     before = copied_state(starts["trained"].net)
     found = Finetune(**QUICK)(starts, task)
+    described = (
+        "fine-tuning of the whole network for 12 steps, trained on 60 training images, measured on 30 images of test"
+    )
+    assert (
+        Finetune(**QUICK).description(found.result).startswith(f"{described}: compare with the random initialization")
+    )
     assert equal_states(copied_state(starts["trained"].net), before)
     assert found.net is not None
     after = found.net.net.state_dict()

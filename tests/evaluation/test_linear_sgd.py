@@ -69,6 +69,10 @@ def test_the_learning_rate_is_selected_on_held_out_images_and_reported_on_test(
     assert (result["protocol"], result["split"], result["n_train"], result["n_test"]) == ("linear_sgd", "test", 60, 30)
     best = max(result["grid"], key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
     assert result["chosen"] == {"lr": best["lr"]}
+    assert protocol.description(result) == (
+        "linear classifier on random crops with a frozen backbone, 5 epochs, trained on 60 training images, measured "
+        "on 30 images of test: comparable with published linear accuracies of the same backbone and pre-training"
+    )
     layer = trained_by_torch(protocol, start, task, best["lr"] * 16 / 256, torch.arange(60))
     place = label_rank(layer(start.features.test), start.features.test_labels)
     assert result["top1"] == pytest.approx(float((place == 0).double().mean()))

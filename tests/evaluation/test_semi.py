@@ -30,6 +30,12 @@ def test_few_labels_give_the_mean_and_deviation_over_seeds(task: Task, starts: d
     assert [run["seed"] for run in result["runs"]] == [0, 1, 2]
     assert (result["top1"], result["std"]) == (fmean(top1), stdev(top1))
     assert result["n_train"] == 12
+    described = (
+        "fine-tuning on 12 of 60 labels for 12 steps, mean over 3 seeds (random subsets, not those of publications)"
+    )
+    assert protocol.description(result).startswith(
+        f"{described}, measured on 30 images of test: compare with the random"
+    )
     assert torch.bincount(task.source.labels[found.positions]).tolist() == [4, 4, 4]
     assert result["interval"][0] <= result["top1"] <= result["interval"][1]
     for arm in (result, result["baselines"]["random"]):

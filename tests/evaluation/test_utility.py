@@ -163,7 +163,10 @@ def test_the_study_measures_both_arms_on_nested_subsets_and_draws_them(inversion
     task = task_of(Colors())
     torch.manual_seed(0)
     starts = {"trained": start_of(TinyNet(), task), "random": start_of(TinyNet(), task)}
-    found = Utility(**SETTINGS, resamples=20, inversion=inversion)(starts, task)
+    protocol = Utility(**SETTINGS, resamples=20, inversion=inversion)
+    found = protocol(starts, task)
+    how = {"linear": "for each seed", "log": "in the logarithm of the number of labels"}[inversion]
+    assert how in protocol.description(found.result)
     curve = found.result["curve"]
     assert [point["labels"] for point in curve] == [6, 18, 60]
     for point in curve:
