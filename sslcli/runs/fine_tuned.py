@@ -105,7 +105,8 @@ def find_result(evaluation: Evaluation, requested: str) -> tuple[str, dict[str, 
     The name of a result starts with its protocol and its variant, as in `semi_5-per-class`. The variant (`5-per-class`)
     stands for those settings of the protocol that change the measured quantity.
 
-    `requested` is a protocol, a protocol with its variant, or the full name of a result. A protocol without a variant also matches all of its variants.
+    `requested` is a protocol, a protocol with its variant, or the full name of a result. A protocol without a variant
+    also matches all of its variants.
 
     If several results match, the exact match is returned. Raises ConfigError if no result matches, or if several
     results match and none of them exactly.
