@@ -74,7 +74,14 @@ class LinearSgd(Protocol):
     title: ClassVar[str] = "linear probe on random crops"
     trains_on_val: ClassVar[bool] = True
     trains: ClassVar[bool] = False
-    named: ClassVar[dict[str, Any]] = {"epochs": 100, "schedule": "cosine", "feature_norm": "none", "seed": 0}
+    named: ClassVar[dict[str, Any]] = {
+        "epochs": 100,
+        "schedule": "cosine",
+        "feature_norm": "none",
+        "crop_scale": [0.08, 1.0],
+        "flip": 0.5,
+        "seed": 0,
+    }
 
     lrs: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     feature_norm: str = "none"
@@ -113,7 +120,7 @@ class LinearSgd(Protocol):
         self.view()  # check the settings before features are extracted
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with epochs, schedule, feature normalization and seed. Default values are left out."""
+        """Return a suffix with epochs, schedule, feature normalization, crops, flip and seed, without defaults."""
         return suffix(self, self.named)
 
     def description(self, result: Mapping[str, Any]) -> str:

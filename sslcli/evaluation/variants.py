@@ -3,7 +3,7 @@
 Two results have the same name only if they estimate the same quantity: the accuracy of the same kind of classifier,
 trained from the same weights and layer, on the same labeled images, for the same number of steps or epochs, and
 measured on the same images. Settings that only change how the optimum is searched (learning rates, optimizer, weight
-decay, solver, batch size, crops), how fast, or how the interval is computed are not part of the name.
+decay, solver, batch size, crops of fine-tuning), how fast, or how the interval is computed are not part of the name.
 """
 
 from __future__ import annotations
@@ -20,13 +20,22 @@ def suffix(settings: object, defaults: Mapping[str, Any]) -> str:
         defaults: the settings that belong in the name, in order, with the values of the yaml file.
     """
     found = ((name, getattr(settings, name)) for name in defaults)
-    return "_".join(written(name, value) for name, value in found if value != defaults[name])
+    return "_".join(written(name, value) for name, value in found if plain(value) != plain(defaults[name]))
+
+
+def plain(value: object) -> object:
+    """Return a value for comparison: a tuple as a list, as yaml files have it, and any other value unchanged."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def written(name: str, value: object) -> str:
-    """Return a setting as part of a file name: "steps-1000", "lr-0.1", "warm-start", "no-warm-start"."""
+    """Return a setting as part of a file name: "steps-1000", "crop-scale-0.5-1", "warm-start", "no-warm-start"."""
     readable = name.replace("_", "-")
     if isinstance(value, bool):
         return readable if value else f"no-{readable}"
-    text = f"{value:.10g}" if isinstance(value, float) else str(value).replace("_", "-")
-    return f"{readable}-{text}"
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    texts = (
+        f"{part:.10g}" if isinstance(part, float) else "none" if part is None else str(part).replace("_", "-")
+        for part in parts
+    )
+    return "-".join((readable, *texts))

@@ -134,6 +134,9 @@ def test_the_name_has_what_changes_the_quantity() -> None:
     assert LinearSgd(lrs=[30.0], batch_size=512, schedule="step").variant({}) == "schedule-step"
     changed = LinearSgd(epochs=90, feature_norm="batch_norm", seed=2)
     assert changed.variant({}) == "epochs-90_feature-norm-batch-norm_seed-2"
+    assert LinearSgd(crop_scale=[0.08, 1.0]).variant({}) == LinearSgd(crop_scale=(0.08, 1.0)).variant({}) == ""
+    assert LinearSgd(crop_scale=[0.5, 1.0], flip=0.0).variant({}) == "crop-scale-0.5-1_flip-0"
+    assert LinearSgd(crop_scale=None).variant({}) == "crop-scale-none"
 
 
 def test_the_memory_bank_has_no_random_crops() -> None:

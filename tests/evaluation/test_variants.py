@@ -30,6 +30,9 @@ def test_only_settings_with_another_value_are_named_in_order() -> None:
     [
         ("steps", 1000, "steps-1000"),
         ("lr", 0.1, "lr-0.1"),
+        ("crop_scale", [0.5, 1.0], "crop-scale-0.5-1"),
+        ("crop_scale", (0.5, 1.0), "crop-scale-0.5-1"),
+        ("crop_scale", None, "crop-scale-none"),
         ("warm_start", True, "warm-start"),
         ("warm_start", False, "no-warm-start"),
         ("batch_norm", "eval", "batch-norm-eval"),

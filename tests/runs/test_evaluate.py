@@ -92,6 +92,11 @@ def test_a_folder_of_runs_becomes_a_table(trained: Path, cli: Cli, tmp_path: Pat
         ("run={run}s", ["no such path. Did you mean", "contains:"]),
         ("run={run} protocol=semi protocol.labels_per_class=500", ["labels_per_class is 500", "labeled training"]),
         (
+            "run={run} protocol=semi protocol.list=nowhere.txt",
+            ["nowhere.txt cannot be read (No such file or directory)"],
+        ),
+        ("run={run} protocol=semi protocol.list=few.txt", ["2 of the 2 names in list=", "such as 'shapes[9999]'"]),
+        (
             "run={run} dataset.val_fraction=0 dataset.test_images=0",
             ["no images of shapes are held", "set it above 0"],
         ),
@@ -107,6 +112,7 @@ def test_what_cannot_be_measured_is_refused_in_one_message(
 ) -> None:
     make_folder(tmp_path / "images", per_class=4, broken=0)
     shutil.copytree(tmp_path / "images/a", tmp_path / "single/a")
+    (tmp_path / "few.txt").write_text("shapes[9999]\nshapes[9998]\n")
     for modality in ("rgb", "depth"):
         make_folder(tmp_path / "many" / modality, per_class=10, broken=0)
     ended = cli("ssl-eval", *line.format(run=trained).split())
