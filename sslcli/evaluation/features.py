@@ -99,6 +99,9 @@ def computed(
 def from_bank(features: FeatureSet, rows: Tensor, split: Tensor) -> FeatureSet:
     """Return a copy of `features` in which the rows of a memory bank replace the train features.
 
+    Images that are not in the training split have no row in the bank and are dropped: images of "val" that are not
+    pre-trained on, in protocols that use their labels.
+
     Args:
         features: features of a layer with d dimensions.
         rows: (n, d), one row per image of the training split. All-zero rows were never written and are dropped.
@@ -110,8 +113,9 @@ def from_bank(features: FeatureSet, rows: Tensor, split: Tensor) -> FeatureSet:
         raise ValueError(f"the memory bank has {len(rows):,} rows, but the training split {len(split):,} images")
     assert features.train_positions is not None
     ordered, places = split.sort()
-    mine = rows.float().cpu()[places[torch.searchsorted(ordered, features.train_positions)]]
-    known = mine.any(1)
+    index = torch.searchsorted(ordered, features.train_positions).clamp(max=len(ordered) - 1)
+    mine = rows.float().cpu()[places[index]]
+    known = mine.any(1) & (ordered[index] == features.train_positions)
     return replace(
         features,
         train=mine[known],

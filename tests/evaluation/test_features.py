@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -332,6 +333,15 @@ def test_rows_of_a_bank_take_the_place_of_the_features_of_their_images():
     assert found.train.tolist() == [[3.0, 4.0], [1.0, 2.0]]
     assert (found.train_labels.tolist(), found.train_positions.tolist()) == ([0, 0], [2, 7])
     assert found.val is features.val
+    with_others = replace(
+        features,
+        train=torch.zeros(4, 2),
+        train_labels=torch.tensor([0, 1, 1, 0]),
+        train_positions=torch.tensor([2, 3, 99, 7]),
+    )
+    found = from_bank(with_others, rows, split)  # 3 and 99 are not in the split
+    assert found.train.tolist() == [[3.0, 4.0], [1.0, 2.0]]
+    assert (found.train_labels.tolist(), found.train_positions.tolist()) == ([0, 0], [2, 7])
     with pytest.raises(ValueError, match="bank has 3 rows, but the training split 4 images"):
         from_bank(features, rows[:3], split)
 
