@@ -166,8 +166,7 @@ def _text(value: Any) -> str:
     """Return a value as in the yaml files; a view as one line."""
     if isinstance(value, View):
         kernel = f", kernel of {value.blur_kernel} px" if value.blur > 0 and value.blur_kernel else ""
-        crop = "" if value.interpolation == "bilinear" else f", {value.interpolation}"
-        return value.describe() + kernel + crop
+        return value.describe() + kernel
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list):

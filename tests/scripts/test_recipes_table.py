@@ -6,8 +6,10 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
 import recipes_table as table
+from sslcli.cli.compose import checked_jobs
 
 NAMES = sorted(path.stem for path in table.RECIPES.glob("*.yaml"))
 TABLES = table.tables()
@@ -41,6 +43,9 @@ def test_a_published_number_says_how_it_was_measured(name: str) -> None:
     assert published.startswith(("none", "about")) or published[0].isdigit()
     assert ("evaluate" in TABLES[name]) == (not published.startswith("none"))
     if "evaluate" in TABLES[name]:
+        command, *words = TABLES[name]["evaluate"].split()
+        assert command == "ssl-eval"
+        assert len(checked_jobs("eval", get_args_parser().parse_args(words))) == 1
         assert any(word in published for word in ("k-NN", "linear probe", "linear classifier", "MLP", "fine-tun"))
         assert " images" in published
 
