@@ -148,8 +148,8 @@ def section(name: str, entry: dict[str, Any], found: list[Row]) -> str:
     for row in found:
         cells = (
             f"`{row.key}`" if row.key != RATE else RATE,
-            _text(row.official),
-            _text(row.ours),
+            text_of(row.official),
+            text_of(row.ours),
             row.source,
             row.reason,
         )
@@ -162,7 +162,7 @@ def _line(cells: tuple[str, ...]) -> str:
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """Return a value as in the yaml files; a view as one line."""
     if isinstance(value, View):
         kernel = f", kernel of {value.blur_kernel} px" if value.blur > 0 and value.blur_kernel else ""
@@ -170,7 +170,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list):
-        return "[" + ", ".join(_text(item) for item in value) + "]"
+        return "[" + ", ".join(text_of(item) for item in value) + "]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

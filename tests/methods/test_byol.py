@@ -60,6 +60,15 @@ def test_gradient_turns_a_prediction_without_changing_its_length() -> None:
     assert (p1.grad.norm(dim=1) > 1e-3).all()
 
 
+def test_gradient_is_four_times_that_of_the_mean_of_both_negative_cosines() -> None:  # lightly's loss: cifar10_byol
+    p1, p2, z1, z2 = torch.randn(4, 5, 3, dtype=torch.float64)
+    inputs = (p1.requires_grad_(), p2.requires_grad_())
+    ours = torch.autograd.grad(byol_loss(p1, p2, z1, z2), inputs)
+    mean = -(F.cosine_similarity(p1, z2).mean() + F.cosine_similarity(p2, z1).mean()) / 2
+    theirs = torch.autograd.grad(mean, inputs)
+    torch.testing.assert_close(ours, tuple(4 * grad for grad in theirs))
+
+
 def test_each_view_is_predicted_from_the_other_by_both_networks() -> None:
     method, batch = tiny_byol(), make_batch()
     with torch.no_grad():
