@@ -126,9 +126,9 @@ class LinearSgd(Protocol):
     def description(self, result: Mapping[str, Any]) -> str:
         """Return with which published accuracies the accuracy can be compared."""
         return (
-            f"linear classifier on random crops with a frozen backbone, {self.epochs} epochs, "
-            f"{trained_and_measured(result)}: comparable with published linear accuracies of the same backbone and "
-            "pre-training"
+            f"linear classifier on a frozen backbone ({result['train_transform']}), {self.epochs} epochs, "
+            f"{trained_and_measured(result)}: comparable with published linear accuracies of the same backbone, "
+            "pre-training and crops"
         )
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:

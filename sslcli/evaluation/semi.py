@@ -100,11 +100,12 @@ class Semi(Tuned):
     def description(self, result: Mapping[str, Any]) -> str:
         """Return with which accuracies the accuracy can be compared."""
         subsets = "the images of a list" if self.listed is not None else "random subsets, not those of publications"
+        seeds = "one seed" if self.seeds == 1 else f"mean over {self.seeds} seeds"
         return (
-            f"fine-tuning on {result['n_train']:,} of {result['n_pool']:,} labels for {self.steps:,} steps, mean over "
-            f"{self.seeds} seeds ({subsets}), measured on {result['n_test']:,} images of {result['split']}: compare "
-            "with the random initialization, which has the same labels and steps; comparable with publications only "
-            "with their labels and steps"
+            f"fine-tuning on {result['n_train']:,} of {result['n_pool']:,} labels for {self.steps:,} steps, {seeds} "
+            f"({subsets}), measured on {result['n_test']:,} images of {result['split']}: compare with the random "
+            "initialization, which has the same labels and steps; comparable with publications only with their labels "
+            "and steps"
         )
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:

@@ -70,8 +70,9 @@ def test_the_learning_rate_is_selected_on_held_out_images_and_reported_on_test(
     best = max(result["grid"], key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
     assert result["chosen"] == {"lr": best["lr"]}
     assert protocol.description(result) == (
-        "linear classifier on random crops with a frozen backbone, 5 epochs, trained on 60 training images, measured "
-        "on 30 images of test: comparable with published linear accuracies of the same backbone and pre-training"
+        "linear classifier on a frozen backbone (1 x image size, crop 0.08-1, flip p=0.5), 5 epochs, trained on 60 "
+        "training images, measured on 30 images of test: comparable with published linear accuracies of the same "
+        "backbone, pre-training and crops"
     )
     layer = trained_by_torch(protocol, start, task, best["lr"] * 16 / 256, torch.arange(60))
     place = label_rank(layer(start.features.test), start.features.test_labels)
