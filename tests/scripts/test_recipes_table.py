@@ -85,4 +85,5 @@ def test_values_are_written_as_in_the_yaml_files() -> None:
     found = [table.text_of(value) for value in (None, True, 5e-4, [0.1, 2], "sgd", 128)]
     assert found == ["null", "true", "0.0005", "[0.1, 2]", "sgd", "128"]
     view = table.parse(0, {"interpolation": "bicubic", "blur": 0.5, "blur_kernel": 13})
-    assert table.text_of(view).endswith("kernel of 13 px, bicubic")
+    assert "bicubic" in table.text_of(view)
+    assert table.text_of(view).endswith("kernel of 13 px")
