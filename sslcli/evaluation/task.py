@@ -68,7 +68,7 @@ class Task:
     kept: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]] = compute
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Apply the test transform to images in [0, 1]."""
+        """Convert images in [0, 1] to the color space and normalization of pre-training (the test transform)."""
         return self.views.finish(images, mean=self.mean, std=self.std)
 
     def example(self) -> Tensor:
@@ -79,16 +79,17 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A network to evaluate or to train from, and its frozen features at one layer."""
+    """A network that is evaluated or that a training starts from, and its frozen features at one layer."""
 
     net: nn.Module | None  # protocols train only copies of it; None: the features are pixels
     layer: str
     features: FeatureSet
 
     def classifier(self, task: Task, *, width: int | None = None) -> Classifier:
-        """Return a copy of the network with a linear classifier.
+        """Return a copy of the network with a linear classifier on the features at `layer`.
 
-        The classifier is initialized with zeros. `width` overrides the feature dimension.
+        The classifier is initialized with zeros. `width` is the number of features at `layer`. None = the number of
+        features in `features`.
         """
         assert self.net is not None
         return Classifier(

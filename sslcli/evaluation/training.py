@@ -1,8 +1,9 @@
 """Shared parts of the protocols that train a network: recipe, training loop and predictions.
 
-    labeled positions -> Loader (crop, flip) -> Classifier -> loss -> SGD or AdamW, cosine schedule per step
+    labeled images -> Loader (crop, flip) -> Classifier -> loss -> SGD or AdamW, cosine schedule per step
 
-Every training starts from a copy of the same network. The order of the images, their views and random numbers in the
+The labeled images are given by their positions, which are indices in the source of the images. Every training starts
+from a copy of the same network. The order of the images, their random crops and flips, and random numbers in the
 network (dropout) depend only on the seed. Two trainings with the same seed, machine and number of threads have
 bit-identical results.
 """
@@ -49,8 +50,8 @@ class Recipe(Protocol):
     """Base class of protocols that train, with their hyperparameters. Raises ValueError if a value is out of range.
 
     Attributes:
-        named: the settings that are part of the result's name, see `sslcli.evaluation.variants`, with the values of the
-            yaml file. A setting with this value is left out of the name.
+        named: maps the name of each setting that can be part of the result's name to its value in the yaml file. A
+            setting with the value of the yaml file is left out of the name, see `sslcli.evaluation.variants`.
     """
 
     named: ClassVar[dict[str, Any]] = {}
@@ -89,16 +90,17 @@ class Recipe(Protocol):
         self.view()  # check the settings before features are extracted
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
-        """Return the layer to train from, and the default layer.
+        """Return `feature_layer`, the layer on which the classifier is trained, and the default layer.
 
-        Raises ConfigError if `feature_layer` is the memory bank.
+        The default layer is the output of the backbone. Raises ConfigError if `feature_layer` is "bank", the embeddings
+        in the memory bank.
         """
         if feature_layer == layers.BANK:
             raise ConfigError("feature_layer is 'bank', which cannot be trained: use protocol=knn or linear")
         return feature_layer, layers.BACKBONE
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with the settings of `named` that have another value."""
+        """Return a suffix for the result's name: the settings whose values differ from those in `named`."""
         return suffix(self, self.named)
 
     def view(self) -> View:
@@ -111,16 +113,19 @@ class Recipe(Protocol):
         return views_of(task, self.view())
 
     def solver(self, classifier: Classifier, *, lr: float) -> Optimizer:
-        """Return the optimizer for the parameters of all levels of a classifier."""
+        """Return the optimizer for the parameters of `classifier`, which include the parameters of its network.
+
+        Each parameter group has a factor `lr_scale` for the learning rate, see `parameter_groups`.
+        """
         groups = parameter_groups(classifier, layer_decay=self.layer_decay, weight_decay=self.weight_decay)
         if self.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=lr, betas=(self.momentum, 0.999))
         return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, nesterov=self.momentum > 0)
 
     def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
-        """Return the accuracies and the confidence interval of top-1.
+        """Return the top-1 accuracy, the top-5 accuracy, and the confidence interval of the top-1 accuracy.
 
-        `place` (m,) contains the rank of each image's true class.
+        `place` (m,) contains the rank of each image's true class among the predictions; 0 is the best rank.
         """
         interval = bootstrap_interval(place == 0, seed=self.seed, resamples=self.resamples)
         return {"top1": accuracy(place, 1), "top5": top5(place, num_classes), "interval": list(interval)}
@@ -138,7 +143,10 @@ def views_of(task: Task, view: View) -> Views:
 
 
 def batches(task: Task, positions: Tensor, views: Views, *, batch_size: int, seed: int) -> Loader:
-    """Return the loader of training batches of the images at `positions` (n,). The batch size is at most n."""
+    """Return the loader of training batches of the images at `positions` (n,) of the source.
+
+    If `batch_size` is larger than n, the batches have n images.
+    """
     part = copy.copy(task.source)
     part.splits, part.weights = {"train": positions}, None
     part.mean, part.std = tuple(task.mean), tuple(task.std)
@@ -164,9 +172,10 @@ def fit(
     loss: Loss = cross_entropy,
     facts: str = "",
 ) -> None:
-    """Train `classifier` in place on the images at `positions` (n,), n >= 2. Stop early if the loss diverges.
+    """Train `classifier` in place on the images at `positions` (n,) of the source, n >= 2.
 
-    `facts` is text that the progress display shows.
+    The training stops early if the loss is not finite. The loss is checked every `LOOK` steps. `facts` is text that the
+    progress display shows.
     """
     if len(positions) < 2:
         raise ValueError(f"training needs at least 2 labeled images, got {len(positions)}: use more labels")
@@ -197,7 +206,10 @@ def fit(
 
 
 def predict(classifier: Classifier, task: Task, positions: Tensor) -> Tensor:
-    """Return the logits (n, num_classes) float32 of the images at `positions`. Use eval mode and the test transform."""
+    """Return the logits (n, num_classes) float32 of the images at `positions` (n,) of the source.
+
+    The classifier is in evaluation mode. The images are preprocessed by `Task.prepare`.
+    """
     with evaluating(classifier):
         return extract(
             classifier,

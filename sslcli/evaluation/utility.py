@@ -1,4 +1,4 @@
-"""Utility of pre-training: the relative number of labels that pre-training saves, for each number of labels.
+"""Utility of pre-training: the relative number of labels that it saves, for each number of labels n.
 
 The definition is from Newell and Deng 2020, "How Useful is Self-Supervised Pretraining for Visual Tasks?",
 arXiv:2003.14323, section 3. With n labels, A_p(n) is the accuracy after pre-training, and A_s(n) is the accuracy of
@@ -7,20 +7,24 @@ training from scratch:
     n_hat(n) = smallest number of labels with A_s >= A_p(n)         U(n) = n_hat(n) / n - 1
 
 A utility of 0 means no benefit. A utility of 1 means that training from scratch needs twice as many labels. A negative
-value means that pre-training reduces the accuracy. Yaml: conf/protocol/utility.yaml. S is the number of seeds.
+value means that pre-training reduces the accuracy. Yaml: conf/protocol/utility.yaml.
 
-There are two estimates of n_hat ("inversions"):
+Both accuracies are measured for several numbers of labels ("counts") and S seeds. The mean curve is A_s at each count,
+averaged over the seeds. There are two methods to compute n_hat from the mean curve ("inversions"):
 
-- "linear" is that of the official code,
-  https://github.com/princeton-vl/selfstudy/blob/d07ec91/util/vis.py#L377-L394. The mean curve of training from scratch
-  is interpolated linearly in n. n_hat is computed for each seed of A_p, and the utility is the mean over the seeds.
-- "log" interpolates linearly in ln n, after the mean curve was made non-decreasing (isotonic regression). n_hat is
-  computed once, for the mean of A_p over the seeds.
+- "linear" is the method of the official code,
+  https://github.com/princeton-vl/selfstudy/blob/d07ec91/util/vis.py#L377-L394. The mean curve is interpolated linearly
+  in n. n_hat is computed for each seed of A_p, and the utility is the mean over the seeds.
+- "log" first makes the mean curve non-decreasing (isotonic regression), and then interpolates it linearly in ln n.
+  n_hat is computed once, for the mean of A_p over the seeds.
 
-Departures of "linear" from the official code: a seed whose accuracy is outside of the measured curve gives a bound (the
-official code sets n_hat to 0 below the curve and to -1 above). All counts are reported, those above the curve as bounds
-(the official code ends there with the point that `crossing` returns). 1 is subtracted from the utility of this point as
-well.
+"linear" departs from the official code as follows:
+
+- If A_p of a seed is below or above all values of the mean curve, n_hat is a bound. The official code sets n_hat to 0
+  if A_p is below the curve, and to -1 if it is above.
+- The utility is reported for all counts. The official code stops at the first count at which the mean of A_p over the
+  seeds is above the curve, and reports the point that `crossing` returns instead.
+- The utility of this point is also n_hat / n - 1. The official code does not subtract 1 there.
 """
 
 from __future__ import annotations
@@ -63,7 +67,8 @@ class Need:
     """Number of labels that training from scratch needs to reach an accuracy.
 
     If `bound` is "lower" or "upper", `labels` is only a lower or an upper bound of this number. If `bound` is "mixed",
-    `labels` is a mean of lower and upper bounds. If `bound` is None, `labels` is the number itself.
+    `labels` is a mean over seeds, some with a lower and some with an upper bound. If `bound` is None, `labels` is the
+    number itself.
     """
 
     labels: float
@@ -120,7 +125,9 @@ def utilities_by_seed(
 ) -> list[tuple[float, Need, list[float]]]:
     """Return U(n), the mean `Need`, and the utility of every seed, for each number of labels n in `counts`.
 
-    `trained` and `scratch` contain accuracies (counts, S). The curve of training from scratch is the mean over seeds.
+    `trained` and `scratch` contain accuracies (counts, S), where S is the number of seeds. The curve of training from
+    scratch is the mean over seeds. The mean `Need` contains the mean of `labels` over the seeds, and U(n) is computed
+    from it.
     """
     curve = scratch.mean(1).tolist()
     found = []
@@ -135,8 +142,9 @@ def utilities_by_seed(
 def crossing(counts: Sequence[int], trained: Sequence[float], scratch: Sequence[float]) -> dict[str, float] | None:
     """Return the number of labels with which fine-tuning reaches the best accuracy of scratch, and the utility there.
 
-    `trained` and `scratch` contain the mean accuracies at each of `counts`. `trained` is interpolated linearly in n,
-    from accuracy 0 with 0 labels. Returns None if fine-tuning does not exceed the best accuracy of scratch.
+    `trained` and `scratch` contain the mean accuracies of fine-tuning and of training from scratch at each of `counts`.
+    `trained` is interpolated linearly in n. Below the smallest count, the interpolation starts at accuracy 0 with 0
+    labels. Returns None if fine-tuning does not exceed the best accuracy of scratch.
     """
     best = max(scratch)
     place = next((i for i, accuracy in enumerate(trained) if accuracy > best), None)
@@ -148,12 +156,18 @@ def crossing(counts: Sequence[int], trained: Sequence[float], scratch: Sequence[
 
 
 def linear_inversion(counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor) -> list[tuple[float, Need]]:
-    """Return U(n) and the `Need` of the inversion "linear" for accuracies (counts, S)."""
+    """Return U(n) and its `Need` for each number of labels n in `counts`, computed by the inversion "linear".
+
+    `trained` and `scratch` contain accuracies (counts, S), where S is the number of seeds.
+    """
     return [(value, need) for value, need, _ in utilities_by_seed(counts, trained, scratch)]
 
 
 def log_inversion(counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor) -> list[tuple[float, Need]]:
-    """Return U(n) and the `Need` of the inversion "log" for accuracies (counts, S)."""
+    """Return U(n) and its `Need` for each number of labels n in `counts`, computed by the inversion "log".
+
+    `trained` and `scratch` contain accuracies (counts, S), where S is the number of seeds.
+    """
     return utilities(counts, trained.mean(1).tolist(), scratch.mean(1).tolist())
 
 
@@ -222,7 +236,10 @@ class Utility(Tuned):
             raise ValueError(f"seeds={self.seeds} must be at least 1: 3 to 5 are usual")
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with the settings that differ from those of version 0.2, whose inversion was "log"."""
+        """Return a suffix for the result's name: the settings that differ from the defaults of version 0.2.
+
+        In version 0.2, the inversion was always "log".
+        """
         smallest = f"from-{self.smallest}" if self.smallest != Utility.smallest else ""
         points = f"{self.points}-points" if self.points != Utility.points else ""
         return "_".join(part for part in (smallest, points, super().variant(monitor)) if part)

@@ -162,8 +162,8 @@ class Autoencoder(Method):
         """Return the input of the backbone: `images` (N, C, S, S) or a corrupted copy of it.
 
         No image is corrupted if the method has no corruption. Otherwise, all images are corrupted in training mode, and
-        in evaluation mode only if `generator` is given. `generator` must be on the CPU. It replaces the random numbers
-        of the method.
+        in evaluation mode only if `generator` is given. If `generator` is given, it draws the random numbers of the
+        corruption. It must be on the CPU.
         """
         if self.corruption is None or not (self.training or generator):
             return images

@@ -92,14 +92,16 @@ class BiGAN(Game):
 
     Args:
         image_size, channels, dim, prior, loss, r1, r1_every, discriminator_lr: see `Game`. With the uniform prior, E
-            ends with tanh(v / 2), which bounds codes to [-1, 1], as `UniformDistribution` of the official code.
+            ends with tanh(v / 2), where v is the output of the linear layer. This bounds codes to [-1, 1], as in
+            `UniformDistribution` of the official code.
         width: channels of the generator's first feature map, which has the smallest side.
         code_from: features or map. With features, E computes the code from the output of the backbone, which most
             backbones average over height and width. With map, E computes it from all values of the backbone's last
-            feature map, so the features need not encode positions in the image.
-        networks: compact or official. In the compact networks, image and code meet in the last two layers of the
-            discriminator, and the code enters the generator at its first layer. In the official networks, the code
-            enters both at every convolution except the discriminator's first and the generator's last.
+            feature map. The code can then contain positions in the image even if the features do not.
+        networks: compact or official. In the compact networks, the discriminator combines image and code only in its
+            last two layers, and the code enters the generator at its first layer. In the official networks, the code
+            enters the discriminator at every convolution except the first, and the generator at every convolution
+            except the last.
         discriminator_width: channels of the discriminator's first convolution.
         hidden: width of the image and code embeddings in the compact discriminator.
         unary: True adds a score of the image alone and a score of the code alone to the discriminator.
@@ -223,7 +225,10 @@ class BiGAN(Game):
             return pixels(call_on_buffer_copies(self.generator, codes, learn=True))
 
     def cycle_loss(self, rebuilt: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """Return {"cycle": weighted mean squared error of reconstructions (N, C, S, S)}, or {} if it is disabled."""
+        """Return {"cycle": weighted cycle loss}, or {} if the cycle loss is disabled.
+
+        The cycle loss is the mean squared error between reconstructions `rebuilt` and `images`, both (N, C, S, S).
+        """
         if not self.cycle:
             return {}
         return {"cycle": self.cycle * F.mse_loss(full_precision(rebuilt), full_precision(images))}

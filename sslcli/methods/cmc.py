@@ -2,7 +2,8 @@
 
 Tian et al. 2020  https://arxiv.org/abs/1906.05849   conf/method/cmc.yaml
 
-Shapes: N images per process, W processes, M modalities, n training images, D embedding size, K noise rows per image.
+Shapes: N images per process, W processes, M modalities, n training images, D embedding size. With a memory bank, each
+image is compared with K random rows of the bank.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ class CMC(Method):
         num_images: number of training images n; ssl-train sets it.
         channels: number of image channels; ssl-train sets it.
         modalities: maps the name of each modality to its number of channels, in the channel order of the images. None
-            means {L: 1, ab: 2}. The columns of `Batch.present` are in the order of the modalities. If an image lacks a
-            modality, the image is excluded from all pairs with this modality.
+            means {L: 1, ab: 2}. `Batch.present` states which modalities each image has; its columns are in the order of
+            `modalities`. If an image lacks a modality, the image is excluded from all pairs with this modality.
         graph: "core" pairs the first modality with each of the others (eq. 7). "full" uses all pairs (eq. 8). The loss
             of each pair is computed in both directions.
         dim: embedding size D.
@@ -133,8 +134,8 @@ class CMC(Method):
             memory bank of the other modality: the row of the same image and K random rows. "nce" is noise-contrastive
             estimation, and "softmax" is the cross-entropy. With "batch", there is no bank. The loss is the
             cross-entropy over the embeddings of the other modality in the global batch.
-        negatives: K. The K images whose rows are used are drawn uniformly with replacement. They are the same for all
-            pairs of modalities. Unused with "batch".
+        negatives: K, the number of random rows. They are drawn uniformly with replacement, and have the same indices in
+            all pairs of modalities. Unused with "batch".
         momentum: weight of the old row in an update of a bank.
         temperature: the similarities are divided by this value.
 
@@ -236,8 +237,11 @@ class CMC(Method):
 
         A hit is 1 if the largest logit belongs to the row of the same image, else 0. `direction` is a pair: the index
         of the modality of `v`, and the index of the other modality. `both` (N,) is True if the image has both
-        modalities; the normalizer Z is computed from these images only. Each direction has its own Z, because the
-        similarities of different directions may differ in scale. `chosen` is described in `contrast`.
+        modalities. `chosen` is described in `contrast`.
+
+        The loss "nce" divides by a constant Z, see `log_normalizer`. Z is computed once per direction, in the first
+        batch that has images with both modalities, and from these images only. Each direction has its own Z, because
+        the similarities of different directions may differ in scale.
         """
         bank = self.banks[self.names[direction[1]]]
         logits = scores(v, bank.rows, chosen, temperature=self.temperature)  # type: ignore[arg-type]

@@ -3,11 +3,12 @@
 v1  van den Oord, Li, Vinyals 2018  https://arxiv.org/abs/1807.03748  conf/method/cpc.yaml
 v2  Henaff et al. 2020              https://arxiv.org/abs/1905.09272  conf/method/cpc_v2.yaml
 
-In v2, all other patches are negatives, the grid is read in four directions, and each patch is augmented independently.
+In v2, all other patches are negatives, and each patch is augmented independently. Predictions are made in four
+directions: from top to bottom, and likewise after the grid is rotated by 90, 180 and 270 degrees.
 
-Shapes: N images per process, W processes, g x g patches per image, D encoding size, E context size, M negatives. The
-contexts of one row of the grid predict the row that is `offset` rows lower. Only the first R = g - offset rows of the
-grid have such a target row.
+Shapes: N images per process, W processes, p pixels per patch side, g x g patches per image (the grid), D encoding size,
+E context size, M negatives. The contexts of one row of the grid predict the row that is `offset` rows lower. Only the
+first R = g - offset rows of the grid have such a target row.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Cont
 
     Args:
         context: (N, R, g, E).
-        targets: (N, R, g, E), for each context the vector W_k z of the patch to predict.
+        targets: (N, R, g, E). The target of a context is W_k z: z is the encoding of the patch to predict, and W_k is
+            the linear layer for the offset k between context and patch.
         negative: (N, R, g, M) int64, indices of the M negatives of each context, into the targets of all processes
             flattened to (W N R g, E). The sampled indices may include the target of the context itself, as in public
             implementations. The loss therefore does not reach 0.
@@ -68,8 +70,8 @@ def full_contrast(prediction: Tensor, targets: Tensor, *, offset: int) -> Contra
     """Return the cross-entropy of the target of each prediction among all patches of all images (CPC v2, appendix).
 
     Args:
-        prediction: (N, R, g, E), the predictions from the R = g - offset rows of contexts that have a target row.
-        targets: (N, g, g, E), the projected encodings of all patches.
+        prediction: (N, R, g, dim), the predictions from the R = g - offset rows of contexts that have a target row.
+        targets: (N, g, g, dim), the projected encodings of all patches.
         offset: the target is `offset` rows below the context.
 
     The cross-entropy is averaged over predictions. It is computed in float32 (or float64 if the input is float64), even
@@ -84,9 +86,10 @@ def full_contrast(prediction: Tensor, targets: Tensor, *, offset: int) -> Contra
 
 
 def own_places(num_images: int, rows: int, columns: int, *, offset: int, device: torch.device) -> Tensor:
-    """Return indices (N R g,), int64, of the target of each context in the flattened patches of all processes.
+    """Return the index of the target of each context, (N R g,) int64, for N images, R rows and g columns of contexts.
 
-    The target is the patch `offset` rows below the context.
+    The target is the patch `offset` rows below the context. The indices refer to the patches of the images of all
+    processes, flattened to one dimension of W N g g.
     """
     image = rank() * num_images + torch.arange(num_images, device=device)[:, None, None]
     row = torch.arange(rows, device=device)[:, None] + offset
@@ -149,12 +152,15 @@ class PatchPrediction(Method):
         self.context = context_network(context, self.dim, hidden)
 
     def predictors(self, in_features: int, out_features: int, *, bias: bool) -> nn.ModuleList:
-        """Return one linear layer per direction and offset, sorted by direction first and by offset second."""
+        """Return one linear layer per direction and offset, sorted by direction first and by offset second.
+
+        An offset is the distance in rows between a context and the patch that it predicts.
+        """
         count = self.directions * len(self.offsets)
         return nn.ModuleList(nn.Linear(in_features, out_features, bias=bias) for _ in range(count))
 
     def of_direction(self, predictors: nn.ModuleList, direction: int) -> list[tuple[int, nn.Module]]:
-        """Return one pair (offset, linear layer) for each offset of `direction`."""
+        """Return the linear layers of `direction` in `predictors`, as one pair (offset, linear layer) per offset."""
         first = direction * len(self.offsets)
         return list(zip(self.offsets, predictors[first : first + len(self.offsets)], strict=True))
 
@@ -202,6 +208,8 @@ class PatchPrediction(Method):
 
     def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:
         """Return one `Contrast` per offset for one direction.
+
+        An offset is the distance in rows between a context and its target, the patch that it predicts.
 
         `context` (N, R, g, E) contains the contexts of the first R rows, where R is the number of rows that have a
         target at the smallest offset. `z` (N, g, g, D) contains the encodings of all rows.

@@ -4,8 +4,9 @@ v1     van den Oord, Li, Vinyals 2018  https://arxiv.org/abs/1807.03748
 v2     Henaff et al. 2020              https://arxiv.org/abs/1905.09272
 gated  van den Oord et al. 2016        https://arxiv.org/abs/1606.05328
 
-Each network maps encodings (N, D, g, g) to contexts (N, out_channels, g, g). Row i of the contexts depends only on the
-rows 0 to i of the encodings. No network normalizes over images.
+Each network maps encodings (N, D, g, g) of N images with g x g patches to contexts (N, out_channels, g, g). Row i of
+the contexts depends only on the rows 0 to i of the encodings. No network has a normalization layer, so the contexts of
+an image do not depend on other images.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ class GruContext(Context):
 
 
 class GatedLayer(nn.Module):
-    """Gated convolution tanh(a) * sigmoid(b) over three columns of the current row and the row above.
+    """Gated convolution: tanh(a) * sigmoid(b), where a and b are the two halves of a convolution's output channels.
 
-    A 3x3 convolution whose last row is masked gives the same result, but needs 50 % more arithmetic.
+    The convolution covers two rows (the current row and the row above it) and three columns. A 3x3 convolution whose
+    last row is masked gives the same result, but needs 50 % more arithmetic.
     """
 
     def __init__(self, in_channels: int, hidden: int) -> None:

@@ -24,13 +24,15 @@ DRAWS = 12  # number of random numbers per patch
 def patch_size(image_size: int, grid: int | None, *, min_patch_size: int = SMALLEST_PATCH) -> int:
     """Return the patch side p = 2 S / (g + 1) in pixels, where g is `grid`. Patches overlap by half.
 
-    With grid=None, g is the valid value nearest to 7 that gives patches with a side of at least `min_patch_size`
-    pixels. If no valid value does, the largest patches are used, provided that they have at least 8 pixels. With 16,
-    images of 32 pixels have 3 x 3 patches of 16 pixels, and images of 64, 96 and 224 pixels have 7 x 7 patches of 16,
-    24 and 56 pixels.
+    A value of g is valid if it is at least 3, and if p is an even whole number of at least 4. With grid=None, g is the
+    valid value nearest to 7 for which p is at least `min_patch_size`. If there is no such value, g is the valid value
+    with the largest p, provided that this p is at least 8.
 
-    Raises ValueError if `grid` is below 3, or if the patch side is not an even whole number of pixels. The message
-    lists the valid grids.
+    For example, with grid=None and min_patch_size=16, images of 32 pixels have 3 x 3 patches of 16 pixels. Images of
+    64, 96 and 224 pixels have 7 x 7 patches of 16, 24 and 56 pixels.
+
+    Raises ValueError if `grid` is not valid, or if there is no suitable g with grid=None. The message lists the valid
+    values.
     """
     check_positive(min_patch_size=min_patch_size)
     fitting = [n for n in range(3, image_size) if image_size % (n + 1) == 0 and 2 * image_size // (n + 1) >= 4]
@@ -112,7 +114,7 @@ class PatchAugmentation(nn.Module):
 
     Args:
         crop: fraction of the patch side that a random crop removes, at least one pixel. The crop is padded with zeros.
-            0 disables cropping. CPC v1 keeps 60 of 64 pixels.
+            0 disables cropping. In CPC v1, the crop keeps 60 of the 64 pixels of a side.
         jitter: maximum strength of the changes of brightness, contrast and saturation.
         jitter_p: probability of color jitter per patch.
         grayscale: probability of conversion to gray per patch.
@@ -144,7 +146,10 @@ class PatchAugmentation(nn.Module):
         self.drop_colors, self.shear, self.shear_p = drop_colors, shear, shear_p
 
     def forward(self, patches: Tensor, noise: Noise) -> Tensor:
-        """Return augmented patches: (N, g, g, C, p, p) -> the same shape. Each patch has its own random numbers."""
+        """Return augmented patches: (N, g, g, C, p, p) -> the same shape.
+
+        `noise` draws the random numbers. Each patch has its own random numbers.
+        """
         num_images, rows, columns = patches.shape[:3]
         u = noise.uniform(num_images, rows * columns, DRAWS, device=patches.device).to(patches.dtype)
         draws = u.flatten(0, 1)  # (N g g, DRAWS)
@@ -178,8 +183,9 @@ def gray(x: Tensor) -> Tensor:
 def jittered(x: Tensor, strength: Tensor) -> Tensor:
     """Change the brightness, contrast and saturation of patches (M, C, p, p) by `strength` (M, 3) in [-1, 1].
 
-    A strength of 0 changes nothing. Brightness is added to the pixels, as in the first implementation of SimCLR.
-    Contrast scales the difference from the mean. Saturation scales the difference from the gray image.
+    The columns of `strength` are those of brightness, contrast and saturation. 0 changes nothing. Brightness is added
+    to the pixels, as in the first implementation of SimCLR. Contrast scales the difference from the mean. Saturation
+    scales the difference from the gray image.
     """
     brightness, contrast, saturation = (column(part) for part in strength.unbind(1))
     x = x + brightness

@@ -2,7 +2,7 @@
 
 Radford et al. 2016  https://arxiv.org/abs/1511.06434  https://github.com/Newmu/dcgan_code  conf/method/dcgan.yaml
 
-Shapes: N images per process, C channels, S image side in pixels.
+Shapes: N images per process, C channels, S image side in pixels, F number of features.
 """
 
 from __future__ import annotations
@@ -133,7 +133,11 @@ class DCGAN(Game):
 
 
 def start(module: nn.Module) -> None:
-    """Initialize weights from N(0, 0.02) and BatchNorm scales from N(1, 0.02) (section 4, official code)."""
+    """Initialize convolutions, linear layers and BatchNorm scales as in section 4 and the official code.
+
+    Weights have mean 0 and standard deviation 0.02. BatchNorm scales have mean 1 and standard deviation 0.02. Biases of
+    convolutions and linear layers are 0.
+    """
     for part in module.modules():
         if isinstance(part, (nn.Conv2d, nn.Linear)):
             nn.init.normal_(part.weight, std=INIT_STD)

@@ -1,9 +1,11 @@
-"""Deep InfoMax: mutual information between the global vector of an image and each position of a feature map.
+"""Deep InfoMax: maximize the mutual information between the global vector of an image and its feature map.
 
 Hjelm et al. 2019  https://arxiv.org/abs/1808.06670   conf/method/deep_infomax.yaml
 Official code  https://github.com/rdevon/DIM   File names in comments are those of its directory cortex_DIM.
 
-The training maximizes this mutual information.
+The local feature map is the map of one stage of the backbone. The global vector is computed from the features of the
+whole image. The global term of the loss compares the vector with an encoding of the whole local feature map. The local
+term compares the vector with each position of the map, which means with the C values of the map at this position.
 
 Shapes: N images per process; C channels and n = H W positions of the local feature map; D vector size. Vectors and
 positions are embedded to u values and then compared.
@@ -56,7 +58,7 @@ class Embed(nn.Module):
 
 
 class Pairing(nn.Module):
-    """The two embedding networks of the local term: positions -> (N, u, n), vectors -> (N, u, 1)."""
+    """The two embedding networks of the local term: maps (N, C, H, W) -> (N, u, n), vectors (N, D) -> (N, u, 1)."""
 
     def __init__(self, channels: int, dim: int, units: int) -> None:
         super().__init__()
@@ -68,14 +70,18 @@ class Pairing(nn.Module):
 
 
 def scorer(channels: int, units: int) -> nn.Sequential:
-    """Build a network that scores a concatenated vector and position: (N, channels, H, W) -> (N, 1, H, W)."""
+    """Build a network that scores pairs of a vector and a position: (N, channels, H, W) -> (N, 1, H, W).
+
+    The vector of an image is concatenated with the local features at each position. `channels` is the size of both
+    together.
+    """
     return nn.Sequential(
         nn.Conv2d(channels, units, 1), nn.ReLU(), nn.Conv2d(units, units, 1), nn.ReLU(), nn.Conv2d(units, 1, 1)
     )
 
 
 def map_encoder(channels: int, units: int, *, hidden: int) -> nn.Sequential:
-    """Build the encoder of the local feature map for the global term: (N, C, H, W) -> (N, u)."""
+    """Build the network that encodes the whole local feature map for the global term: (N, C, H, W) -> (N, u)."""
     return nn.Sequential(
         nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(2 * channels),
@@ -89,9 +95,10 @@ def map_encoder(channels: int, units: int, *, hidden: int) -> nn.Sequential:
 def official_map_encoder(channels: int, height: int, width: int, units: int, *, hidden: int) -> nn.Sequential:
     """Build the encoder of the local feature map as in the official code: (N, C, height, width) -> (N, u).
 
-    The official encoder of CIFAR-10 images has this local feature map: C = 128 channels, 8 x 8 positions. The map
-    encoder repeats the layers of that encoder from the layer of the map on (models/dim.py, GlobalDIM.build): two 4x4
-    convolutions of stride 2 with C and 2C channels, a hidden layer, and a linear layer.
+    In the official code, the local feature map of CIFAR-10 images has C = 128 channels and 8 x 8 positions. The map
+    encoder has the layers of the image encoder, starting with the layer that computes the local feature map
+    (models/dim.py, GlobalDIM.build). These are two 4x4 convolutions of stride 2 with C and 2C channels, a hidden layer,
+    and a linear layer.
 
     Raises ValueError if a side of the map has fewer than 4 positions.
     """

@@ -59,8 +59,8 @@ def generator_loss(fake: Tensor, *, kind: str) -> Tensor:
 def call_on_buffer_copies(module: nn.Module, *inputs: Tensor, learn: bool = False) -> Any:
     """Call `module(*inputs)` on copies of the module's buffers.
 
-    The running statistics and singular vectors of the module therefore do not change. If `learn` is False, the
-    parameters are detached, and only the inputs receive a gradient.
+    The buffers of the module therefore do not change: the running statistics of BatchNorm, and the singular vectors of
+    spectral normalization. If `learn` is False, the parameters are detached, and only the inputs receive a gradient.
     """
     state = {name: buffer.clone() for name, buffer in module.named_buffers()}
     if not learn:
@@ -185,7 +185,10 @@ class Game(Method):
         ]
 
     def samples(self, generator: nn.Module, images: Tensor) -> list[Tensor]:
-        """Generate rows of images from fixed codes. Each row has the shape of `images`, (n, C, S, S)."""
+        """Return `SAMPLE_ROWS` rows of generated images, each with the shape of `images`, (n, C, S, S).
+
+        The codes are the same in each call.
+        """
         numbers = torch.Generator().manual_seed(PICTURE_SEED)
         size = (SAMPLE_ROWS * len(images), self.dim)
         uniform = self.prior == "uniform"
@@ -205,7 +208,10 @@ def pixels(drawn: Tensor) -> Tensor:
 
 
 def groups_of(parts: Iterable[nn.Module], lr_scale: float) -> list[dict[str, Any]]:
-    """Return the trainable parameters of one player as optimizer groups. Empty groups are left out."""
+    """Return the trainable parameters of one player as two optimizer groups. Empty groups are left out.
+
+    The second group contains the biases and norm parameters. `lr_scale` is the factor for the learning rate.
+    """
     trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim > 1]
     plain = [parameter for parameter in trained if parameter.ndim <= 1]

@@ -42,7 +42,8 @@ def enqueue(queue: Tensor, head: Tensor, keys: Tensor) -> None:
 def projection_head(width: int, dim: int, *, mlp_head: bool, hidden: int | None) -> nn.Sequential:
     """Return the head of v1 (one linear layer) or of v2 (`mlp_head`, with one hidden layer): (N, width) -> (N, dim).
 
-    `hidden` is the width of the hidden layer; None = `width`. Raises ValueError if it is set without a hidden layer.
+    `hidden` is the width of the hidden layer; None = `width`. Raises ValueError if `hidden` is below 1, or if it is set
+    although `mlp_head` is False.
     """
     if hidden is not None and not mlp_head:
         raise ValueError(f"hidden is {hidden}, but a linear head has no hidden layer: set mlp_head=true or hidden=null")

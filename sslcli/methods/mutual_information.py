@@ -2,8 +2,9 @@
 
 Hjelm et al. 2019  https://arxiv.org/abs/1808.06670   used by sslcli/methods/deep_infomax.py
 
-Shapes: N images per process, W processes, M images whose maps are compared (WN, or N without gathering), n positions of
-a feature map, k vectors per image (1 in the paper), u size of the embeddings that are compared, D vector size.
+Shapes: N images per process, W processes, M images whose feature maps are compared with each vector, n positions of a
+feature map, k vectors per image (1 in the paper), u size of the embeddings that are compared, D vector size. M is W N
+if the maps of all processes are gathered, else N.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ MEASURES = ("InfoNCE", "DV", *(name for name in _ELEMENTWISE if name not in UNBO
 def expectations(positive: Tensor, negative: Tensor, measure: str) -> tuple[Tensor, Tensor]:
     """Return the expectation over positive scores and the expectation over negative scores, for scores of any shape.
 
-    The first expectation minus the second one is a lower bound of a divergence. The loss is the negative of this bound
-    (sec. 3.1).
+    `measure` selects a divergence. The first expectation minus the second one is a lower bound of this divergence. The
+    loss is the negative of the bound (sec. 3.1).
     """
     if measure == "DV":
         return positive.mean(), negative.flatten().logsumexp(0) - math.log(negative.numel())
@@ -72,11 +73,12 @@ def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str
 
 
 def reduce_negatives(scores: Tensor, own: Tensor | None, *, measure: str, official_mask: bool = False) -> Tensor:
-    """Reduce the scores of each vector with C positions, by sum or log-sum-exp: (..., C) -> (...).
+    """Reduce the scores of each vector with a number of positions to one value: (..., positions) -> (...).
 
-    `own` (broadcastable to `scores`) is True for positions of the vector's own image. The scores of these positions are
-    excluded, with one exception: if `official_mask` is True, InfoNCE includes them with the value -10, as in the
-    official code. None means that no position belongs to the vector's own image.
+    The measures InfoNCE and DV use the log-sum-exp of the scores. All other measures use the sum of a function of the
+    scores. `own` (broadcastable to `scores`) is True for positions of the vector's own image. The scores of these
+    positions are excluded, with one exception: if `official_mask` is True, InfoNCE includes them with the value -10, as
+    in the official code. If `own` is None, no position belongs to the vector's own image.
     """
     if measure in ("InfoNCE", "DV"):
         mask = OFFICIAL_MASK if official_mask and measure == "InfoNCE" else -torch.inf

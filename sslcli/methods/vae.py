@@ -88,16 +88,19 @@ def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, sigma: floa
 def divergence_loss(posterior: Posterior, *, free_bits: float = 0.0) -> Tensor:
     """Return KL(q(z|x) || p(z)) in nats, with free bits.
 
-    For each dimension, the mean over the images of all processes is computed and then clamped to at least `free_bits`.
-    The result is the sum over dimensions. The mean is clamped, not the value of each image. A few images may therefore
-    use all free bits of a dimension.
+    For each dimension, the mean divergence over the images of all processes is computed and then clamped to at least
+    `free_bits`. The result is the sum over dimensions. The mean is clamped, not the divergence of each image. A few
+    images may therefore use all free bits of a dimension.
     """
     units = over_processes(posterior.divergence().mean(0))  # (D,)
     return units.clamp_min(free_bits).sum() if free_bits else units.sum()
 
 
 def active_units(means: Tensor) -> Tensor:
-    """Return the number of active code dimensions, 0 to D, for posterior means (N, D). 0 is posterior collapse."""
+    """Return the number of active code dimensions, 0 to D, for posterior means (N, D). 0 is posterior collapse.
+
+    A dimension is active if the variance of its posterior mean over the N images is larger than `ACTIVE`.
+    """
     return (means.var(0, correction=0) > ACTIVE).sum().to(means.dtype)
 
 
@@ -196,7 +199,7 @@ class VAE(Method):
         return self.to_mean(self.backbone(images))  # type: ignore[no-any-return]
 
     def pixels(self, drawn: Tensor) -> Tensor:
-        """Convert the decoder output to pixels."""
+        """Convert the decoder output to pixels: the sigmoid for "bernoulli", the output itself for "gaussian"."""
         return drawn.sigmoid() if self.reconstruction == "bernoulli" else drawn
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:

@@ -1,7 +1,8 @@
-"""Generator and discriminator that receive the latent code at every layer: the networks of BiGAN's official code.
+"""Generator and discriminator that receive the latent code at several layers: the networks of BiGAN's official code.
 
 Donahue et al. 2017  https://arxiv.org/abs/1605.09782
-deconvnet_64 and convnet_64 of https://github.com/jeffdonahue/bigan/blob/8301961/net.py, for any image size
+The networks are deconvnet_64 and convnet_64 of https://github.com/jeffdonahue/bigan/blob/8301961/net.py. The official
+networks are for images of 64 pixels. The networks here are for images of 16 or more pixels.
 
 Shapes: N images per process, C channels, S image side in pixels, D size of the latent code.
 """
@@ -109,9 +110,9 @@ class ConditionalDiscriminator(nn.Module):
     def forward(self, images: Tensor, codes: Tensor) -> Tensor:
         """Return logits (2N, 1) for images (2N, C, S, S) in [0, 1] and codes (2N, D).
 
-        The first half of the rows are real pairs: an image of the dataset and its encoded code. The second half are
-        generated pairs: a random code and the image generated from it. BatchNorm normalizes each half by its own
-        statistics, as in the official code without `--cat_inputs`.
+        The first half of the rows are real pairs: an image of the dataset and its code from the encoder. The second
+        half are generated pairs: a random code and the image generated from it. BatchNorm normalizes each half by its
+        own statistics, as the official code does if its option `--cat_inputs` is not set.
         """
         halves = zip(images.chunk(2), codes.chunk(2), strict=True)
         return torch.cat([self.logits(2 * x - 1, z) for x, z in halves])

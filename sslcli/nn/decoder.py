@@ -32,7 +32,7 @@ class Decoder(nn.Module):
         width: channels of the first feature map. Each block halves the number of channels, but not below 64.
 
     The first feature map has a side of 4 to 7 pixels, and each block doubles the side. If no number of doublings gives
-    a side of exactly `image_size` (e.g. 100), the decoder computes the next larger image and center-crops it.
+    a side of exactly `image_size` (e.g. 100), the decoder computes a larger image and center-crops it to `image_size`.
 
     Raises ValueError for arguments out of range.
     """
@@ -82,9 +82,10 @@ def psnr(drawn: Tensor, images: Tensor) -> Tensor:
 
 
 class FirstLook:
-    """Callable that runs `check_images` at its first call only, because the check synchronizes with the device.
+    """Callable that runs `check_images` at its first call only.
 
-    `shape` is the shape (C, H, W) of one image that the decoder generates.
+    The check is slow, because the CPU must wait for the device. `shape` is the shape (C, H, W) of one image that the
+    decoder generates.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:

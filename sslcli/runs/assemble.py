@@ -108,8 +108,8 @@ def assemble(
         run_dir: the run directory.
         device: the device of this process.
         screen: the progress display.
-        phases: the phases of a run that has a config.yaml, or () for a new run. A phase is a part of a run that is
-            trained with one length.
+        phases: the phases of a run that has a config.yaml, or () for a new run. A new phase starts when a run is
+            extended to a larger number of steps, see `Phase`.
         moved: names of dataset settings that contain a path, such as `root`. The listed settings have changed since the
             run was first started.
     """
@@ -196,7 +196,7 @@ def build_probe(
 
 
 def knn_queries(source: Source, monitor: MonitorSettings) -> str | None:
-    """Return a text that describes the queries of the online k-NN, or None if there is no online k-NN."""
+    """Return a text that describes the images that the online k-NN classifies, or None if there is no online k-NN."""
     queries = source.splits.get(monitor.knn_split, torch.empty(0))
     if monitor.knn_every_epochs == 0 or len(queries) == 0:
         return None

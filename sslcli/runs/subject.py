@@ -32,7 +32,7 @@ NETWORK_GROUPS = ("views", "method", "backbone")  # config groups from which a n
 
 
 class ExportOptions(TypedDict, total=False):
-    """Keys of exported files. The exported files of older versions lack some of these keys."""
+    """Optional keys of a file that ssl-export wrote. The files of older versions lack some of these keys."""
 
     monitor: dict[str, Any]
     dataset: dict[str, Any]
@@ -152,10 +152,11 @@ def images_for(config: EvalConfig, saved: dict[str, Any]) -> tuple[Source, bool]
 
 
 def as_in_pretraining(node: dict[str, Any], own: dict[str, Any], set_keys: Collection[str]) -> dict[str, Any]:
-    """Return the settings of the chosen dataset. If it is the dataset of pre-training, keep the behavior it had there.
+    """Return the settings of the chosen dataset, with the behavior of pre-training if it is the same dataset.
 
-    An older version may have pre-trained the network. The keys of datasets that were added later then get the values
-    that reproduce the behavior of the older version.
+    The network may have been pre-trained with an older version, in which some settings of datasets did not exist. If
+    the chosen dataset is the dataset of pre-training, these settings get the values that reproduce the behavior of the
+    older version. If it is another dataset, `node` is returned unchanged.
 
     Args:
         node: the settings of the chosen dataset.
@@ -270,9 +271,9 @@ def check_export(path: Path, content: dict[str, Any]) -> None:
 
 
 def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject, Source]:
-    """Return the network of a weight file, and the images.
+    """Return the network of a weight file, and the images to evaluate it on.
 
-    A file written by ssl-export contains the settings of its run.
+    If ssl-export wrote the file, the settings of the network's run are read from the file.
     """
     path, trust = Path(str(config.weights)), config.trust
     found = load_weights(path, device=device)
