@@ -1,7 +1,7 @@
 """DCGAN discriminator without its last layer. It has strided convolutions and flattens the last feature map.
 
 Radford et al. 2016  https://arxiv.org/abs/1511.06434  https://github.com/Newmu/dcgan_code  conf/backbone/dcgan.yaml
-Kernels are 4x4 or 3x3. The official code has 5x5 kernels for faces and 3x3 kernels for ImageNet:
+In this implementation, kernels are 4x4 or 3x3. In the official code, they are 5x5 for faces, and 3x3 for ImageNet:
 https://github.com/Newmu/dcgan_code/blob/ec3721a/imagenet/load_pretrained.py
 """
 
@@ -24,13 +24,16 @@ DEEPEST = 8  # maximum of (number of channels) / `width`
 
 
 class DCGANNet(Backbone):
-    """Convolutions with LeakyReLU that halve the side. All except the first are followed by normalization.
+    """Convolutions with LeakyReLU. All convolutions except the first are followed by normalization.
 
-    The number of convolutions depends on `image_size`. With `kernel` 4, all convolutions have stride 2. With 64 pixels
-    or more, the last feature map has a side of 4 to 7 pixels, and with fewer pixels a side of 2 or 3 pixels. With
-    `kernel` 3, a convolution of stride 1 precedes each convolution of stride 2, and the last feature map always has a
-    side of 4 to 8 pixels. `num_features` is the number of channels of the last feature map times its number of
-    positions.
+    The number of convolutions depends on `image_size`.
+
+    - With `kernel` 4, every convolution has stride 2. If `image_size` is at least 64, the last feature map has a side
+      of 4 to 7 pixels. For smaller images, this side is 2 or 3 pixels.
+    - With `kernel` 3, a convolution of stride 1 precedes each convolution of stride 2. The last feature map always has
+      a side of 4 to 8 pixels.
+
+    `num_features` is channels * height * width of the last feature map.
 
     Args:
         image_size: side of the training images in pixels, at least 16.
@@ -99,7 +102,8 @@ class DCGANNet(Backbone):
 def block(in_channels: int, out_channels: int, *, kernel: int, stride: int, norm: str) -> nn.Sequential:
     """Build a block of convolution, normalization and LeakyReLU.
 
-    Shapes: (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride).
+    Shapes: (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride). The quotients are rounded down with
+    `kernel` 4, and rounded up with `kernel` 3.
     """
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=1, bias=norm == "none")
     normalize = norm_layer(norm, out_channels)

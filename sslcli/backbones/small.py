@@ -65,7 +65,7 @@ class Small(Backbone):
 def block(in_channels: int, out_channels: int, *, stride: int, norm: str) -> nn.Sequential:
     """Build a block of 3x3 convolution, normalization and ReLU.
 
-    Shapes: (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride).
+    Shapes: (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride). The quotients are rounded up.
     """
     conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=norm == "none")
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")

@@ -1,8 +1,9 @@
 """Defaults for keys that the stored configuration of an older run lacks.
 
 If a new version adds a parameter to a class, the default in the constructor keeps the behavior of older versions. The
-yaml file may set another value for new runs. An older run resumes with the default of the constructor, and not with the
-value of the yaml file. For some keys of datasets, this rule does not hold; see `sslcli.config.added`.
+yaml file may set another value for new runs. If an older run is resumed, its stored configuration lacks the new key.
+The key then gets the default of the constructor, and not the value of the yaml file. Keys of the section `dataset`
+follow other rules, see `sslcli.config.added`.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ def section_defaults(section: str) -> dict[str, Any]:
 
 
 def default_of(key: str, flat: Mapping[str, Any]) -> Any:
-    """Return the default of a dotted key such as `method.temperature`, or MISSING if it is unknown.
+    """Return the default of a dotted key such as `method.temperature`, or MISSING if no default is known.
 
     The default is that of the constructor of the class that `_target_` names. For keys of `train` and `monitor`, it is
-    that of the settings class. `flat` is the whole configuration as dotted key -> value.
+    the default in `TrainSettings` or `MonitorSettings`. For all keys of `dataset`, the result is MISSING. `flat` is the
+    whole configuration as dotted key -> value.
     """
     parent, _, name = key.rpartition(".")
     if parent.partition(".")[0] in OTHERS:

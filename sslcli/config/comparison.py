@@ -19,8 +19,9 @@ def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: Collection[s
     """Return the values of a configuration as dotted key -> value.
 
     The keys in `leave_out` are omitted. If such a key is a section, all keys inside the section are omitted. By
-    default, the result contains only values that affect the results of a run. Always omitted are top-level keys that
-    begin with `_`, and the section `effective`, which contains values that were computed from the settings.
+    default, the result contains only values that affect the results of a run. Top-level keys that begin with `_` are
+    always omitted. The section `effective` contains values that were computed from the settings, and is also always
+    omitted.
 
     `prefix` is the dotted key of `config` with a trailing dot, or "" for a whole configuration.
     """
@@ -39,10 +40,11 @@ def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: Collection[s
 def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ: Collection[str] = ()) -> list[str]:
     """Return the differences between two configurations of a run, each as `key: stored value -> current value`.
 
-    An older version may have written `stored`. Therefore, its old names are first converted to current names. Keys of
-    the dataset that the older version did not have are added, with the values that correspond to the older version. If
-    a key outside of the dataset is missing in one of the configurations, it counts there as the default of its class.
-    Two paths are equal if they refer to the same file or folder.
+    An older version may have written `stored`. Therefore, old names of keys and classes in `stored` are first converted
+    to current names. `stored` may also lack keys of the dataset that the older version did not have. They are added
+    with the values with which the dataset is read as in the older version. If any other key is missing in one
+    configuration, the default of its class is compared instead. Two paths are equal if they refer to the same file or
+    folder.
 
     Args:
         stored: plain values that the run stored earlier.
@@ -62,9 +64,9 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
 
 
 def _is_default_of_other(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """Return True if only one of two configurations has `key`, and the value is the default of the class.
+    """Return True if only one of two configurations has `key`, and its value is the default value of the key.
 
-    `before` and `after` are the configurations as dotted key -> value.
+    `before` and `after` are the configurations as dotted key -> value. See `default_of` for the default values.
     """
     if key in before and key in after:
         return False
@@ -101,8 +103,9 @@ def digest_of_settings(config: dict[str, Any]) -> str:
 
     If `changed_settings` finds no difference between two configurations, their digests are equal. The key
     `train.extend` is ignored, because it affects only runs that were extended to more epochs. Therefore, do not compare
-    digests of extended runs. Values that are the defaults of their classes are omitted, because older versions did not
-    have all keys. Keys and classes in `config` must have the names of this version, not names of version 0.1.
+    digests of extended runs. A key with the default value of its class is omitted. Therefore, the configuration of an
+    older version, which lacks the key, has the same digest. Keys and classes in `config` must have the names of this
+    version, not names of version 0.1.
     """
     values = flatten(map_paths(config, real_path), leave_out=(*NEUTRAL, "train.extend"))
     known = {
@@ -114,7 +117,10 @@ def digest_of_settings(config: dict[str, Any]) -> str:
 
 
 def _number(value: Any) -> Any:
-    """Replace each float that is an integer, such as 1.0, by this integer, so that equal numbers have equal JSON."""
+    """Return `value` with each whole float, such as 1.0, as an int. Equal numbers then have equal JSON.
+
+    `value` is a number, a list that may be nested, or any other value, which is returned unchanged.
+    """
     if isinstance(value, list):
         return [_number(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

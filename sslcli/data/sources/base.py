@@ -1,10 +1,10 @@
 """Base class of all datasets (images, labels and splits), and the datasets in memory.
 
-The images of all splits of a source are numbered together: position i identifies image i. A dataset in memory is one
-uint8 tensor and needs no workers. Datasets of files (`sslcli.data.sources.files`) are decoded by workers. A hash of an
-image's name or number decides whether the image is held out for validation. Therefore the order of the files in a
-directory has no effect on the held-out split. If images are added or removed, nearly all other images stay in their
-split.
+In the code, a dataset is called a source. The images of all its splits are numbered together. The number of an image
+is called its position. A dataset in memory is one uint8 tensor and needs no worker processes. The images of datasets of
+files (`sslcli.data.sources.files`) are decoded by worker processes. A hash of an image's name or number decides whether
+the image is held out for validation. Therefore the order of the files in a directory has no effect on the held-out
+split. If images are added or removed, nearly all other images stay in their split.
 """
 
 from __future__ import annotations
@@ -52,15 +52,16 @@ class Source:
             by a hash, and the first ones are selected. Therefore the images of a smaller limit are a subset of the
             images of a larger limit.
         val_fraction: fraction in [0, 1) of the labeled training images that forms the split "val".
-        pretrain_on_val: whether the images that `val_fraction` selects are also in "train". No protocol trains on the
-            label of an image on which it reports. The yaml files set true. The default is False, because datasets of
-            plug-ins were written when "val" was never in "train".
+        pretrain_on_val: whether the images that `val_fraction` selects are also in "train". In both cases, no
+            evaluation protocol trains on the label of an image on which it reports an accuracy. The yaml files of the
+            built-in datasets set true. The default here is False, because older plug-ins with datasets expect that
+            "val" is never in "train".
         workers: number of worker processes that decode images; 0 = decode in this process; None = `default_workers`.
             Datasets in memory use no workers.
         max_bad: the largest fraction in [0, 1] of images that may fail to decode before the run stops.
-        verify: properties that a resumed run compares, to detect images that changed since its start. "sizes" compares
-            names, labels and sizes. "times" also compares modification times, and "contents" also compares hashes of
-            the contents. "none" compares nothing.
+        verify: properties of the images that a resumed run compares, to detect images that changed since the run was
+            started. "sizes" compares names, labels and sizes. "times" also compares modification times, and "contents"
+            also compares hashes of the contents. "none" compares nothing.
         mean, std: mean and standard deviation of each channel, for images in [0, 1]. Each std must be above 0.
         seed: seed of the split, and of the images of generated datasets.
 
@@ -68,12 +69,13 @@ class Source:
         images: (M, C, H, W) uint8, the pixels of the M images of all splits; None for a dataset of files.
         labels: (M,) int64, -1 = unknown.
         classes: the class names; [] without labels.
-        splits: the sorted int64 positions of the images of "train" (pre-training), of "val" (empty if no image has a
-            label), and of "test" if the dataset has an official test split. "val" may be a part of "train".
+        splits: name of a split -> the sorted int64 positions of its images. "train" is for pre-training. "val" may be a
+            part of "train", and is empty if no image has a label. "test" exists only if the dataset has an official
+            test split.
         weights: (len(train),) number of times that each training image occurs in an epoch; None = once.
-        present: (M, modalities) bool, True if an image has a modality; None = all True.
+        present: (M, modalities) bool, True if an image has a modality, such as color or depth; None = all True.
         modality_channels: the channels of each modality, in order.
-        photometric: the channels that the color operations of views change.
+        photometric: the channels to which the color operations of views are applied.
         scaled_decode: True if JPEGs may be decoded at 1/n of their size, with n = 2, 4 or 8. A JPEG is decoded at 1/n
             only if all of its training crops are downscaled at least by the factor n.
 
@@ -93,7 +95,7 @@ class Source:
     name: str
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Raise ConfigError if a subclass sets an attribute under its old name of version 0.1."""
+        """Raise ConfigError if a subclass sets an attribute under the name that it had in version 0.1."""
         super().__init_subclass__(**keywords)
         reject_old_attributes(cls, RENAMED)
 
@@ -173,7 +175,7 @@ class Source:
         return None
 
     def blank(self, size: int) -> Picture:
-        """Return a placeholder for an evaluation image that cannot be read."""
+        """Return a black image of `size` x `size` pixels. It replaces an evaluation image that cannot be read."""
         return as_picture(np.zeros((size, size, self.channels), np.uint8))
 
     def path(self, position: int) -> str:
@@ -184,8 +186,8 @@ class Source:
     def fingerprint(self) -> str:
         """Identity of the dataset in 16 hex digits.
 
-        It is the sha256 of the shape of `images`, of all labels, and of the pixels of evenly spaced images. It does not
-        depend on `limit`, `val_fraction` or the location of the dataset.
+        It is the sha256 of the shape of `images`, of all labels, and of the pixels of a sample of the images at evenly
+        spaced positions. It does not depend on `limit`, `val_fraction` or the location of the dataset.
         """
         assert self.images is not None
         sample = self.images[:: max(1, len(self) // _FINGERPRINT_IMAGES)].contiguous()
@@ -194,7 +196,10 @@ class Source:
         )
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return the records of the images, see `sslcli.data.sources.records`.
+        """Return the records of the images. A resumed run compares records to detect images that changed.
+
+        A record consists of a name, a size, a modification time, and hashes of the label and of the contents, see
+        `sslcli.data.sources.records`.
 
         contents: whether to hash the contents of the files. In a dataset of files, `path(i)` must be the path of the
             file of image i.
@@ -215,8 +220,9 @@ class Source:
     def version(self) -> str:
         """Version of the images in 16 hex digits. It is the cache key of all results that are computed from the images.
 
-        The version changes if any image changes. If the contents are not hashed, it also changes if a modification time
-        changes. It does not depend on the location of the dataset.
+        The version changes if any image changes. It also changes if a modification time changes, unless the contents
+        are hashed (if `verify` is "contents", and for datasets in memory). It does not depend on the location of the
+        dataset.
         """
         records = self.records(contents=self.verify == "contents")
         return digest((repr(self.classes).encode(), *records.digested()))
@@ -224,12 +230,12 @@ class Source:
     def split(self, hashes: Tensor, *, labeled: Tensor, num_test: int = 0, held_out: Tensor | None = None) -> None:
         """Set `splits`. The last `num_test` positions are the official test split.
 
-        hashes: (M - num_test,) int64, one value per image of the training pool. The images are sorted by a hash of the
-            seed and their value. Images with equal values are sorted by position. The fraction `val_fraction` of the
-            labeled images that comes first in this order forms "val".
+        hashes: (M - num_test,) int64, one value per image of the training pool (all images except the test images). The
+            images are sorted by a hash of the seed and this value. Images with equal values are sorted by position. The
+            fraction `val_fraction` of the labeled images forms "val": those that come first in this order.
         labeled: (M - num_test,) bool, True if labeled. Only labeled images are in "val", because a probe needs labels.
-        held_out: (M - num_test,) bool, True for images that must not be in "train"; None = `val_fraction` and
-            `pretrain_on_val` decide.
+        held_out: (M - num_test,) bool, True for images that must not be in "train". The labeled ones form "val". None =
+            `val_fraction` and `pretrain_on_val` decide.
         """
         num_pool = len(hashes)
         order = rng.mix(self.seed, hashes).argsort(stable=True)
@@ -277,9 +283,10 @@ class Source:
 
 
 def replacement(source: Source, position: int, attempt: int) -> int:
-    """Return the position of the training image that replaces the bad image at `position`. It is never `position`.
+    """Return the position of a training image that replaces the unreadable image at `position`.
 
-    The result depends only on the arguments. Callers try attempt = 1, 2, ... until an image is readable.
+    The result is never `position`. It depends only on the arguments. Callers try attempt = 1, 2, ... until an image
+    is readable.
 
     Raises ConfigError if there is no other training image.
     """
@@ -330,7 +337,10 @@ class Shapes(Source):
         self.recipe = f"{train_images} {test_images} {image_size} {self.seed} {self.nuisances}"
 
     def draw(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Generate the images (n, 3, S, S) uint8 and labels (n,) at `positions`. `limit` has no effect."""
+        """Generate the images (n, 3, S, S) uint8 and labels (n,) at `positions`, with S = `image_size`.
+
+        Images that `limit` excludes from all splits are also generated.
+        """
         return shapes.draw(positions, seed=self.seed, size=self.image_size, nuisances=self.nuisances)
 
     @cached_property
@@ -341,7 +351,7 @@ class Shapes(Source):
         return digest((self.recipe.encode(), images.numpy().tobytes()))
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return a single record with the fingerprint. The dataset has no files."""
+        """Return a single record for the whole dataset, because it has no files. Its hash is the fingerprint."""
         return make_records(
             [self.name.encode()], np.zeros(1, np.int64), contents=np.array([int(self.fingerprint, 16) | 1], np.uint64)
         )
@@ -360,7 +370,8 @@ class TorchvisionSet(Source):
             pixels.
         common: the arguments of `Source`.
 
-    Raises ValueError if the pixels exceed `memory_gb`, or if files are damaged or missing and cannot be downloaded.
+    Raises ValueError if a value is invalid, if the pixels exceed `memory_gb`, or if files are damaged. If files are
+    missing, raises ValueError if the download fails or `download` is False.
     """
 
     def __init__(
