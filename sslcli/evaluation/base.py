@@ -35,8 +35,9 @@ class Outcome:
     """Outcome of a protocol.
 
     Attributes:
-        result: JSON-serializable values. The keys include protocol (name), split, top1, interval ([low, high] at 95 %),
-            n_train, n_test, num_classes, and baselines (name -> values with at least top1 and interval).
+        result: JSON-serializable values. The keys include protocol (name), split, top1, interval (the 95 % confidence
+            interval [low, high] of top1), n_train, n_test, num_classes, and baselines (name -> values with at least
+            top1 and interval).
         net: a trained network to save, or None. protocol=distill can use it as the teacher.
         positions: (n,) indices, in the source, of the labeled images on which `net` was trained.
         files: further text files to write: name -> content.
@@ -52,7 +53,10 @@ class Outcome:
 
 
 def trained_and_measured(result: Mapping[str, Any]) -> str:
-    """Return the numbers of images of a result as text: trained on 50,000 images, measured on 10,000 images of test."""
+    """Return text with the numbers of images that a result was trained on and measured on.
+
+    An example is "trained on 50,000 training images, measured on 10,000 images of test".
+    """
     counts = {key: f"{result[key]:,} " if key in result else "" for key in ("n_train", "n_test")}
     return (
         f"trained on {counts['n_train']}training images, measured on {counts['n_test']}images of {result['split']}"
@@ -101,9 +105,9 @@ class Protocol:
         title: the name of the protocol in the progress bar.
         baselines: names of the baselines, which are evaluated in addition to the trained network if baselines=true.
             "random" is the network before training. "pixels" has no network and uses the pixels as features.
-        trains_on_val: True if the protocol may train on the labels of the split "val" when it reports on "test". Set it
-            only if the protocol selects hyperparameters on a part of its training images, because there is no
-            `FeatureSet.val` then.
+        trains_on_val: True if the protocol may train on the labels of the split "val" when it reports on "test". In
+            this case, `FeatureSet.val` is None, so the protocol cannot select hyperparameters on "val". If it has
+            hyperparameters to select, it must hold out a part of its training images for the selection.
         trains: True if the protocol trains copies of the networks. The networks and their features then stay in memory
             during the whole evaluation.
     """
@@ -116,7 +120,7 @@ class Protocol:
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Evaluate the networks in `starts`. The keys are "trained" and the names of the baselines.
 
-        Select all hyperparameters before you use the reported split (`FeatureSet.reported`).
+        An implementation must select all hyperparameters before it uses the reported split (`FeatureSet.reported`).
         """
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
@@ -132,7 +136,7 @@ class Protocol:
         """Return a suffix for the result's name if the settings change the measured quantity, else "".
 
         A new result replaces an older result of the same name. Results of different quantities therefore need different
-        suffixes.
+        suffixes. `monitor` contains the settings `monitor.*` of the run.
         """
         return ""
 
@@ -148,7 +152,7 @@ class Protocol:
         """Return the positions (n,) of the training images to use.
 
         The default is all training images except those of "val" and "test". If `trains_on_val` is True, only the images
-        of the reported splits are excluded.
+        of the reported splits are excluded. `monitor` contains the settings `monitor.*` of the run.
         """
         excluded = self.reported_splits(source.nonempty_splits()) if self.trains_on_val else ("val", "test")
         return source.without_labels_of(*excluded)

@@ -74,16 +74,17 @@ class Distill(Recipe):
             raise ValueError(f"alpha={self.alpha} must be above 0 and at most 1; 1 uses no labels")
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with the student, unless it is the run's network, and the settings of `named`.
+        """Return a suffix for the result's name, with the student and the settings that are not at their defaults.
 
-        The student is its class name and a digest of its layers.
+        The student is written as its class name and a digest of its layers. If it is the run's network, it is left out.
+        Of the other settings, only those in `named` are part of the suffix.
         """
         digest = hashlib.sha256(repr(self.student).encode()).hexdigest()[:6]
         student = "" if self.student is None else f"student-{type(self.student).__name__}-{digest}"
         return "_".join(part for part in (student, super().variant(monitor)) if part)
 
     def description(self, result: Mapping[str, Any]) -> str:
-        """Return with which accuracies the accuracy can be compared."""
+        """Return one line that states with which other accuracies the accuracy in `result` can be compared."""
         return (
             f"student of the teacher {result['teacher']['measured']} ({result['n_labels']:,} labels), "
             f"{trained_and_measured(result)} without labels: compare with the accuracy of the teacher"

@@ -99,11 +99,11 @@ def computed(
 def from_bank(features: FeatureSet, rows: Tensor, split: Tensor) -> FeatureSet:
     """Return a copy of `features` in which the rows of a memory bank replace the train features.
 
-    Images that are not in the training split have no row in the bank and are dropped: images of "val" that are not
-    pre-trained on, in protocols that use their labels.
+    The bank has rows only for images of the training split. Other images are dropped. There are such images if a
+    protocol uses the labels of "val", and the images of "val" are not pre-trained on.
 
     Args:
-        features: features of a layer with d dimensions.
+        features: features with d dimensions.
         rows: (n, d), one row per image of the training split. All-zero rows were never written and are dropped.
         split: (n,) positions of the training images in their source.
 
@@ -222,8 +222,8 @@ def _encode_batch(
 def pixels(images: Tensor) -> Tensor:
     """Return the pixels of images (N, C, H, W) as features (N, d). They are a baseline for learned features.
 
-    If the longer side exceeds 32 pixels, the images are shrunk by area averaging, so that it has 32 pixels. d is
-    therefore at most C * 1024.
+    If the longer side of the images exceeds 32 pixels, area averaging reduces this side to 32 pixels. d is therefore at
+    most C * 1024.
     """
     height, width = images.shape[-2:]
     if (longest := max(height, width)) > 32:
@@ -242,7 +242,7 @@ def cached(
     `weights_only=True`, and written atomically (temporary file, then rename).
 
     - A file with another key is replaced.
-    - A damaged file is set aside with a warning.
+    - A damaged file is renamed, and a warning is printed.
     - If the file cannot be written, a warning is printed, and the tensors are still returned.
     """
     stored = _load(path, key, warn)
@@ -268,7 +268,7 @@ class CachedFeatures(TypedDict):
 def _load(path: Path, key: str, warn: Callable[[str], None]) -> dict[str, Tensor] | None:
     """Return the tensors of a cache file, or None if the file is absent, is damaged or has another key.
 
-    A damaged file is set aside.
+    A damaged file is renamed, and a warning is printed.
     """
     stored = read_or_set_aside(partial(_read, path), warn=warn, consequence="its features are computed again")
     return None if stored is None or stored["key"] != key else dict(stored["tensors"])

@@ -1,10 +1,10 @@
 """Fine-tuning of the whole network on labels, from pre-trained weights and, as a baseline, from scratch.
 
-Fine-tuning follows SimCLR (arXiv:2002.05709, appendix B.8) and SimCLR v2 (arXiv:2006.10029, section 3), which
-fine-tunes from a middle layer of the head. Layer-wise learning rate decay is as in MAE (arXiv:2111.06377). The linear
-classifier is initialized with zeros, as in SimCLR v2. If `warm_start` is true, the classifier is initialized with a
-linear probe of the frozen features, as in LP-FT (arXiv:2202.10054). Yaml: conf/protocol/finetune.yaml. S is the number
-of label subsets, m the number of images in the reported split.
+Fine-tuning follows SimCLR (arXiv:2002.05709, appendix B.8) and SimCLR v2 (arXiv:2006.10029, section 3). SimCLR v2
+fine-tunes from a middle layer of the projection head. Layer-wise learning rate decay is as in MAE (arXiv:2111.06377).
+By default, the linear classifier is initialized with zeros, as in SimCLR v2. If `warm_start` is true, it is initialized
+with a linear probe of the frozen features, as in LP-FT (arXiv:2202.10054). Yaml: conf/protocol/finetune.yaml. S is the
+number of label subsets, m the number of images in the reported split.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def reported_positions(features: FeatureSet) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned(Recipe):
-    """Base class of recipes that start from the network of a run and select the learning rate on held-out labels."""
+    """Base class of protocols that train the network of a run on labels.
+
+    The learning rate is selected by the accuracy on labeled images that are held out of the training.
+    """
 
     trains_on_val: ClassVar[bool] = True
     lrs: Sequence[float] = (0.02, 0.1)
@@ -170,19 +173,19 @@ class Tuned(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Tuned):
-    """The protocol `finetune`: all labels of the training split."""
+    """The protocol `finetune`: fine-tuning on all labels of the training split."""
 
     named: ClassVar[dict[str, Any]] = {"steps": 350, "warm_start": False, "batch_norm": "train", "seed": 0}
 
     def description(self, result: Mapping[str, Any]) -> str:
-        """Return with which accuracies the accuracy can be compared."""
+        """Return one line that states with which other accuracies the accuracy in `result` can be compared."""
         return (
             f"fine-tuning of the whole network for {self.steps:,} steps, {trained_and_measured(result)}: compare with "
             "the random initialization, which has the same steps; comparable with publications only with their steps"
         )
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Fine-tune from each start: "trained", and "random" if `starts` contains it."""
+        """Fine-tune a copy of each network in `starts`: of "trained", and of "random" if `starts` contains it."""
         data = starts["trained"].features
         rows = torch.arange(len(data.train))
         total = len(starts) * self.trainings(1, choosing=1) * self.steps

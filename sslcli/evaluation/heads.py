@@ -85,9 +85,10 @@ class SgdHeads:
 
 
 def cross_entropy_gradient(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return the gradient (C*G, b) of the mean cross-entropy over b images: (softmax - one-hot) / b.
+    """Return the gradient of the mean cross-entropy with respect to `logits`: (softmax - one-hot) / b.
 
-    `logits` is (C*G, b), and `labels` is (b,).
+    `logits` (C*G, b) are the outputs of G heads for C classes and b images, and `labels` is (b,). The gradient has the
+    shape of `logits`.
     """
     b = len(labels)
     error = logits.view(num_classes, -1, b).softmax(dim=0)
@@ -97,9 +98,10 @@ def cross_entropy_gradient(logits: Tensor, labels: Tensor, num_classes: int) -> 
 
 @torch.no_grad()
 def score(x: Tensor, y: Tensor, heads: Heads, *, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return the rank of the true class (G, m) int64, see `label_rank`, and the mean cross-entropy (G,) on x (m, d).
+    """Evaluate G heads (linear classifiers) on features x (m, d) with labels y (m,).
 
-    A row with NaN or infinite logits counts as wrong. A NaN or infinite loss is replaced by the largest float.
+    Returns the ranks (G, m) int64 of the true classes, see `label_rank`, and the mean cross-entropies (G,). A
+    row with NaN or infinite logits counts as wrong. A NaN or infinite loss is replaced by the largest float.
     """
     weight, bias = heads
     count = len(bias) // num_classes

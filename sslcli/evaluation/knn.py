@@ -2,7 +2,8 @@
 
 The method is from Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination",
 arXiv:1805.01978, section 3.4. This implementation follows DINO, arXiv:2104.14294, appendix F.1. Yaml:
-conf/protocol/knn.yaml. n is the size of the bank, m the number of queries, d the feature dimension.
+conf/protocol/knn.yaml. The bank is the set of labeled training images among which the neighbors of a query are found. n
+is the size of the bank, m the number of queries, d the feature dimension.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def knn(
     - A query without a neighbor of its own class counts as wrong for top-1 and top-5, even if fewer than five classes
       got votes.
     - At most chunk x n similarities are in memory.
-    - A query must not be in the bank.
+    - The image of a query must not be among the images of `train`.
 
     Raises ValueError if a value is out of range.
     """
@@ -111,9 +112,10 @@ def _check(*, k: int, temperature: float, chunk: int) -> None:
 
 
 def bank_positions(source: Source, limit: int | None) -> Tensor:
-    """Return the positions of the bank's images: training images that are not in the splits "val" and "test".
+    """Return the positions of the images among which neighbors are searched (the bank).
 
-    If there are more than `limit` such images, `limit` of them are selected by a fixed hash.
+    These are the training images that are not in the splits "val" and "test". If there are more than `limit` such
+    images, `limit` of them are selected by a fixed hash.
     """
     positions = source.without_labels_of("val", "test")
     if limit is None or limit >= len(positions):
@@ -124,7 +126,9 @@ def bank_positions(source: Source, limit: int | None) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(FeatureProtocol):
-    """The k-NN protocol. The bank is the train split; the queries are the splits val and test.
+    """The k-NN protocol. Images of val and test are classified by their nearest neighbors in train.
+
+    The images of val and test are the queries. The bank consists of images of train that are not in val.
 
     In the result, `top1` is the accuracy on val, which the monitor also measures during training. It may be used to
     select hyperparameters. `test_top1` is the accuracy to report, and must not be used for any selection. If the
@@ -160,7 +164,7 @@ class Knn(FeatureProtocol):
         return {"k": monitor.get("knn_k"), "temperature": monitor.get("knn_temperature")}
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
-        """Return the positions of the images that the run's monitor uses as the bank."""
+        """Return the positions of the training images among which the run's monitor searches neighbors (the bank)."""
         return bank_positions(source, monitor.get("knn_images"))
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -177,7 +181,7 @@ class Knn(FeatureProtocol):
         return "_".join(parts)
 
     def description(self, result: Mapping[str, Any]) -> str:
-        """Return in which way the accuracy differs from published k-NN accuracies."""
+        """Return one line that states how the accuracy in `result` differs from published k-NN accuracies."""
         return (
             f"{self.measured(result)}: comparable with the k-NN accuracy during training; publications use the whole "
             "training set as the bank and test images as queries (protocol=knn_full)"
@@ -231,9 +235,10 @@ class Knn(FeatureProtocol):
 
 @dataclass(frozen=True, kw_only=True)
 class KnnFull(Knn):
-    """The protocol `knn_full`, k-NN as in publications: the bank is the whole training set, the queries are `test`.
+    """The protocol `knn_full`: k-NN as in publications, with neighbors from the whole training set.
 
-    If there is no test split, the queries are the images of val, and the bank is the rest of the training set.
+    The training set is the bank, and the images of test are the queries. If there is no test split, the queries are the
+    images of val, and the bank is the rest of the training set.
     """
 
     name: ClassVar[str] = "knn_full"
@@ -257,18 +262,21 @@ class KnnFull(Knn):
         return FeatureProtocol.reported_splits(self, splits)
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with k and temperature, each only if it differs from 200 or 0.1."""
+        """Return a suffix with k unless it is 200, and with the temperature unless it is 0.1."""
         return suffix(self, self.named)
 
     def description(self, result: Mapping[str, Any]) -> str:
-        """Return with which published accuracies the accuracy can be compared."""
+        """Return one line that states with which published accuracies the accuracy in `result` can be compared."""
         return (
             f"{self.measured(result)}: comparable with published k-NN accuracies of the same k, temperature and "
             "feature layer" + ("" if result["split"] == "test" else ", except that these are measured on test images")
         )
 
     def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:
-        """Return the result of the reported split only: the images of val may be in the bank."""
+        """Return the result of the reported split.
+
+        Unlike in `Knn`, there is no result for val in addition to test, because the images of val may be in the bank.
+        """
         if features.test is not None:
             features = replace(features, val=None, val_labels=None, val_positions=None)
         return super().measure(features, on_progress=on_progress)

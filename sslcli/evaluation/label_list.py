@@ -68,8 +68,8 @@ def rows_of(listed: LabelList, paths: Iterable[str]) -> Tensor:
     the name has folders, at least the last folder must also match. If several paths match, the path with the most
     matching folders is used.
 
-    Raises ValueError, with the number of names and an example, if names match no path or several paths equally well, or
-    if two names match the same path.
+    Raises ValueError if a name matches no path, if a name matches several paths equally well, or if two names match the
+    same path. The message has the number of such names and an example.
     """
     wanted = {name.rpartition("/")[2] for name in listed.names}
     places: dict[str, list[tuple[int, list[str]]]] = {}
@@ -107,7 +107,10 @@ def rows_of(listed: LabelList, paths: Iterable[str]) -> Tensor:
 
 
 def best_matches(name: str, places: Sequence[tuple[int, Sequence[str]]]) -> Sequence[int]:
-    """Return the rows of the paths that match a name best. `places` has the row and the parts of each path."""
+    """Return the row numbers of the paths that match a name best.
+
+    `places` contains, for each path, its row number and its parts (folders and file name).
+    """
     parts = [part for part in name.split("/") if part not in ("", ".")]
     counts = [matching_parts(parts, path) for _, path in places]
     most = max(counts, default=0)

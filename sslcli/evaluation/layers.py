@@ -2,7 +2,7 @@
 
 backbone     `features` of a method, or the output of a backbone without a method
 projection   the input of the method's loss
-bank         the method's memory bank (`stored`) for training images, the projection for other images
+bank         rows of the method's memory bank (`stored`) for training images, the projection for other images
 head1, ...   a layer of the projection head, only for methods with `head_features`
 layer3, ...  a stage of the backbone, averaged over height and width
 """
@@ -49,7 +49,11 @@ def check(net: nn.Module, layer: str, images: Tensor) -> None:
 
 
 def read(net: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """Return the features (N, d) of images (N, C, H, W) at an existing layer. For `bank`, return the projection."""
+    """Return the features (N, d) of images (N, C, H, W) at an existing layer.
+
+    For the layer `bank`, the projection is returned for all images. `features.from_bank` then replaces the features of
+    training images by rows of the memory bank.
+    """
     if layer == BACKBONE:
         found: Tensor = net.features(images) if isinstance(net, Method) else net(images)
     elif layer in ("projection", BANK) and isinstance(net, Method):

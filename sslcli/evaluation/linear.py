@@ -1,9 +1,9 @@
-"""Linear probe: multinomial logistic regression on frozen features, trained for all grid entries simultaneously.
+"""Linear probe: multinomial logistic regression on frozen features, with hyperparameters selected from a grid.
 
 There are two solvers:
 
 - "sgd" is SGD with momentum and cosine schedule, as in the common linear probe, but without augmentation. The accuracy
-  is 0 to 1.5 points lower than with augmentation.
+  is 0 to 1.5 points lower than with augmentation. The probes of all entries of the grid are trained simultaneously.
 - "lbfgs" is L-BFGS along a regularization path (as in DINOv2, arXiv:2304.07193). It is deterministic and runs to
   convergence.
 
@@ -199,7 +199,7 @@ class Linear(FeatureProtocol):
         return suffix(self, self.named)
 
     def description(self, result: Mapping[str, Any]) -> str:
-        """Return in which way the accuracy differs from published linear accuracies."""
+        """Return one line that states how the accuracy in `result` differs from published linear accuracies."""
         return (
             f"linear probe on cached features without augmentation, {trained_and_measured(result)}: usually 0 to 1.5 "
             "points below the published protocol (protocol=linear_sgd)"
@@ -207,7 +207,10 @@ class Linear(FeatureProtocol):
 
     @property
     def progress_units(self) -> int:
-        """Number of `on_progress(1)` calls in a fit: epochs with SGD, solutions with L-BFGS."""
+        """Number of `on_progress(1)` calls in `fit`, for the selection and the final fit together.
+
+        There is one call per epoch with SGD, and one call per solved problem with L-BFGS.
+        """
         return 2 * self.epochs if self.solver == "sgd" else len(self.cs) + 1
 
     def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:

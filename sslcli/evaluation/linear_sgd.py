@@ -1,7 +1,7 @@
 """Published linear protocol: a linear classifier on a frozen backbone, trained with SGD on random crops and flips.
 
-MoCo (He et al. 2020, arXiv:1911.05722, section 4.1), SimCLR (arXiv:2002.05709, appendix B.6), official code of MoCo:
-https://github.com/facebookresearch/moco/blob/main/main_lincls.py. Yaml: conf/protocol/linear_sgd.yaml.
+Papers: MoCo (He et al. 2020, arXiv:1911.05722, section 4.1) and SimCLR (arXiv:2002.05709, appendix B.6). Official code
+of MoCo: https://github.com/facebookresearch/moco/blob/main/main_lincls.py. Yaml: conf/protocol/linear_sgd.yaml.
 
     for images (N, 3, S, S), labels y (N,) in loader:        # random resized crop and flip, new at every step
         x = backbone(images)                                 # (N, d), frozen, evaluation mode, no gradient
@@ -12,9 +12,10 @@ Sizes: N images per batch, d features, C classes, G learning rates, n training i
 
 Departures from the official code, which trains one classifier and reports the best epoch on the reported split:
 
-- All learning rates are trained on the same features of the same crops. Each has two classifiers: one skips the
-  held-out part of the training images, and its accuracy on this part selects the learning rate. The other one is
-  trained on all images and is reported. The reported split is used once, after the last epoch.
+- The classifiers of all learning rates are trained on the same features of the same crops. Each learning rate has two
+  classifiers. One classifier skips the held-out part of the training images, and its accuracy on this part is used to
+  select the learning rate. The other classifier is trained on all training images, and its accuracy is reported. The
+  reported split is used once, after the last epoch.
 - Weights are initialized with zeros instead of N(0, 0.01). The loss is convex.
 - Learning rates are for 256 images and scaled by N / 256, as in MoCo v3:
   https://github.com/facebookresearch/moco-v3/blob/main/main_lincls.py#L178. With MoCo's N = 256, nothing changes.
@@ -120,11 +121,11 @@ class LinearSgd(Protocol):
         self.view()  # check the settings before features are extracted
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with epochs, schedule, feature normalization, crops, flip and seed, without defaults."""
+        """Return a suffix for the result's name, with the settings in `named` that are not at their defaults."""
         return suffix(self, self.named)
 
     def description(self, result: Mapping[str, Any]) -> str:
-        """Return with which published accuracies the accuracy can be compared."""
+        """Return one line that states with which published accuracies the accuracy in `result` can be compared."""
         return (
             f"linear classifier on a frozen backbone ({result['train_transform']}), {self.epochs} epochs, "
             f"{trained_and_measured(result)}: comparable with published linear accuracies of the same backbone, "
@@ -194,9 +195,10 @@ class LinearSgd(Protocol):
         }
 
     def split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Split the training images with `labels` (n,) by class. Return the rows that are kept and held out.
+        """Split the training images into kept and held-out images, and return the rows of both.
 
-        No image is held out if there is only one learning rate.
+        `labels` (n,) are the labels of the training images. The split is stratified by class. If there is only one
+        learning rate, no image is held out.
         """
         rows = torch.arange(len(labels))
         if len(self.lrs) == 1:
@@ -252,9 +254,10 @@ class LinearSgd(Protocol):
         )
 
     def norm(self, width: int) -> nn.Module:
-        """Return the normalization of features (n, width). MAE (arXiv:2111.06377, A.1) has a BatchNorm without affine.
+        """Return the normalization layer for features (n, width): BatchNorm without affine parameters, or none.
 
-        Its eps is that of https://github.com/facebookresearch/mae/blob/main/main_linprobe.py#L222.
+        The linear probe of MAE (arXiv:2111.06377, A.1) has such a BatchNorm. Its eps is that of
+        https://github.com/facebookresearch/mae/blob/main/main_linprobe.py#L222.
         """
         return nn.BatchNorm1d(width, affine=False, eps=1e-6) if self.feature_norm == "batch_norm" else nn.Identity()
 
@@ -265,9 +268,10 @@ class LinearSgd(Protocol):
         return warmup_cosine(step, total=total)
 
     def select(self, probe: Probe, x: Tensor, y: Tensor, task: Task) -> tuple[list[dict[str, float]], int]:
-        """Return the grid with the accuracy and loss of every learning rate on x (m, d) and y (m,), and the best index.
+        """Return a list with the held-out accuracy and loss of every learning rate, and the index of the best one.
 
-        Without held-out images (m = 0), the grid is empty, and the index is 0.
+        x (m, d) and y (m,) are the features and labels of the held-out images. If there are none (m = 0), the list is
+        empty, and the index is 0.
         """
         if len(x) == 0:
             return [], 0
@@ -279,7 +283,10 @@ class LinearSgd(Protocol):
         return grid, max(range(len(grid)), key=lambda number: (grid[number]["val_top1"], -grid[number]["val_loss"]))
 
     def score(self, probe: Probe, heads: Heads, x: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-        """Return the ranks (G, m) of the true classes and the mean losses (G,) of features x (m, d), labels y (m,)."""
+        """Evaluate G classifiers, one per learning rate, on features x (m, d) with labels y (m,).
+
+        Returns the ranks (G, m) of the true classes, and the mean losses (G,).
+        """
         num_classes = len(heads[1]) // len(self.lrs)
         places, losses = [], torch.zeros(len(self.lrs))
         for rows, labels in zip(torch.split(x, task.batch_size), torch.split(y, task.batch_size), strict=True):

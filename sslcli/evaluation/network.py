@@ -1,7 +1,8 @@
 """A network with a linear classifier on top, and its parameter groups with layer-wise learning rates.
 
-The layer-wise learning rate decay is as in BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377, appendix A.2). The L
-levels below the classifier are numbered from 1 at the input. Level l has the learning rate lr * decay ** (L + 1 - l).
+The layer-wise learning rate decay is as in BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377, appendix A.2). The
+parameters below the classifier are divided into L levels, see `levels`. The levels are numbered from 1 at the input.
+Level l has the learning rate lr * decay ** (L + 1 - l).
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class Classifier(nn.Module):
         return self.classify(layers.read(self.net, self.layer, images))  # type: ignore[no-any-return]
 
     def _open(self, images: Tensor) -> None:
-        """Set requires_grad for exactly the parameters on which the features depend. `images` may be any two images."""
+        """Set requires_grad to True for the parameters on which the features depend, and to False for all others.
+
+        `images` (2, C, H, W) is an example input. Its pixel values have no effect.
+        """
         parameters = list(self.net.requires_grad_(True).parameters())
         with evaluating(self.net), torch.random.fork_rng(devices=[]), torch.enable_grad():
             total = layers.read(self.net, self.layer, images).sum()

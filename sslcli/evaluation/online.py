@@ -61,8 +61,8 @@ def knn_probe(
 ) -> Callable[[], dict[str, float]]:
     """Return a function that measures the k-NN top-1 and top-5 accuracy of `method`, as fractions.
 
-    The queries are the images of the split `monitor.knn_split`. The names of the accuracies on "test" start with
-    "test_", so that nobody takes them for accuracies by which a run may be selected.
+    The queries are the images of the split `monitor.knn_split`. The names of accuracies on "test" start with "test_",
+    because these accuracies must not be used to select a run.
     """
     protocol = Knn(k=monitor.knn_k, temperature=monitor.knn_temperature)
     splits = {"train": bank_positions(source, monitor.knn_images), "val": source.splits[monitor.knn_split]}

@@ -61,7 +61,8 @@ def bootstrap_runs(correct: Tensor, *, seed: int, resamples: int = 1000, level: 
     """Return the percentile bootstrap interval (low, high) of the mean of `correct` (S runs, m images) bool.
 
     Both runs and images are resampled, so the interval covers the variance over runs and over images. All runs of a
-    resample use the same images. If there are few runs, the interval is nevertheless too narrow.
+    resample use the same images. With few runs, the interval is too narrow, because resampling a few runs
+    underestimates the variance over runs.
     """
     if correct.ndim != 2 or correct.numel() == 0:
         raise ValueError(f"correct has shape {tuple(correct.shape)}, but must be (runs, images), at least one of each")

@@ -1,7 +1,7 @@
 """Semi-supervised evaluation: fine-tuning on few labels, in class-balanced nested subsets, with several seeds.
 
 SimCLR (arXiv:2002.05709, section 6) and SimCLR v2 (arXiv:2006.10029) use 1 % and 10 % of ImageNet's labels. SimCLR v2
-fine-tunes from the first layer of the head. SimCLR's subsets are published as list files, see
+fine-tunes from the first layer of the projection head. SimCLR's subsets are published as list files, see
 `sslcli.evaluation.label_list`. Yaml: conf/protocol/semi.yaml. S is the number of seeds, m the number of images in the
 reported split.
 """
@@ -36,11 +36,12 @@ from sslcli.report.console import Progress
 class Semi(Tuned):
     """The protocol `semi`: fine-tuning on few labels. If `linear` is true, a linear probe is evaluated as well.
 
-    Set `fraction`, the fraction of the labels of each class, or `labels_per_class`, or `list`, a file with the names of
-    the labeled images. The last two override `fraction`.
+    Three settings select the labels: `fraction` (of the labels of each class), `labels_per_class`, and `list` (a file
+    with the names of the labeled images). `labels_per_class` and `list` override `fraction`, and only one of them may
+    be set.
 
-    The labeled images are drawn from all labeled training images, also from those held out as `val`, unless `val` is
-    the reported split.
+    The labeled images are drawn from all labeled training images. The images of `val` are included, unless `val` is the
+    reported split.
     """
 
     named: ClassVar[dict[str, Any]] = {
@@ -81,7 +82,7 @@ class Semi(Tuned):
 
     @cached_property
     def listed(self) -> LabelList | None:
-        """Content of the file `list`; None if there is no such file."""
+        """Content of the file `list`; None if `list` is not set."""
         return None if self.list is None else read_list(Path(self.list))
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
@@ -89,7 +90,11 @@ class Semi(Tuned):
         return whole_training_set(source, self.reported_splits(source.nonempty_splits()))
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with the list, the labels per class or the percentage, and the settings of `named`."""
+        """Return a suffix for the result's name, with the label subset and the settings that are not at their defaults.
+
+        The label subset is written as the name of the list, the labels per class, or the percentage of the labels. Of
+        the other settings, only those in `named` are part of the suffix.
+        """
         labels = f"{self.labels_per_class}-per-class"
         if self.listed is not None:
             labels = f"list-{self.listed.name}"
@@ -98,7 +103,7 @@ class Semi(Tuned):
         return "_".join(part for part in (labels, super().variant(monitor)) if part)
 
     def description(self, result: Mapping[str, Any]) -> str:
-        """Return with which accuracies the accuracy can be compared."""
+        """Return one line that states with which other accuracies the accuracy in `result` can be compared."""
         subsets = "the images of a list" if self.listed is not None else "random subsets, not those of publications"
         seeds = "one seed" if self.seeds == 1 else f"mean over {self.seeds} seeds"
         return (
@@ -109,7 +114,7 @@ class Semi(Tuned):
         )
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Train from each start. All starts use the same label subsets."""
+        """Train copies of each network in `starts`. The label subsets are the same for all networks."""
         data = starts["trained"].features
         assert data.train_positions is not None
         subsets = self.subsets(data, task.source)
@@ -152,7 +157,8 @@ class Semi(Tuned):
     def subsets(self, data: FeatureSet, source: Source) -> Sequence[Tensor]:
         """Return the rows (k,) of the labeled images in `data.train` for each of S seeds.
 
-        Raises ValueError if the list does not fit the images, or if its images have a single class.
+        If `list` is set, raises ValueError if its names do not match the images (see `rows_of`), or if the images of
+        the list have a single class.
         """
         assert data.train_positions is not None
         if self.listed is None:
@@ -172,7 +178,7 @@ class Semi(Tuned):
         return [rows] * self.seeds
 
     def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
-        """Return mean and standard deviation of the accuracy over seeds, and an interval.
+        """Return mean and standard deviation of the accuracy over seeds, and a confidence interval of the mean.
 
         `place` (S, m) contains the ranks of the true classes. The interval covers the sampling of seeds and the
         sampling of images.

@@ -119,7 +119,8 @@ def why_not_held_out(source: Source) -> str:
 def unanswerable(source: Source, bank: Tensor, queries: Tensor) -> str | None:
     """Return a warning if some queries have a class that no image of the bank has, else None.
 
-    `bank` and `queries` contain the positions of images in `source`.
+    `bank` contains the positions of the training images in `source`. `queries` contains the positions of the images to
+    classify.
     """
     labels = source.labels[queries]
     labels = labels[labels >= 0]

@@ -22,8 +22,9 @@ def subset(
     The row numbers are indices into `positions` and `labels`, in ascending order.
 
     Set either `fraction` in (0, 1], the fraction of each class, or `per_class`, the number of images of each class.
-    With `fraction`, the number of images of a class is rounded and at least one. Subsets with the same seed are nested.
-    Raises ValueError if a value is out of range or a class has fewer than `per_class` images.
+    With `fraction`, the number of images of a class is rounded and at least one. Subsets with the same seed are nested:
+    a larger subset contains all images of a smaller one. Raises ValueError if a value is out of range or a class has
+    fewer than `per_class` images.
     """
     if (fraction is None) == (per_class is None):
         raise ValueError(f"fraction is {fraction} and labels_per_class {per_class}, but exactly one must be given")

@@ -20,7 +20,7 @@ from sslcli.report.console import Screen
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuned:
-    """A fine-tuned network, its provenance, and the positions of the labeled images on which it was trained."""
+    """A fine-tuned network, a record of its origin, and the positions of the labeled images on which it was trained."""
 
     net: Classifier
     positions: Tensor
