@@ -20,10 +20,12 @@ averaged over the seeds. There are two methods to compute n_hat from the mean cu
 
 "linear" departs from the official code as follows:
 
-- If A_p of a seed is below or above all values of the mean curve, n_hat is a bound. The official code sets n_hat to 0
-  if A_p is below the curve, and to -1 if it is above.
+- If A_p of a seed is below the value of the mean curve at the smallest count, n_hat is the smallest count, as an
+  upper bound. The official code sets n_hat to 0.
+- If A_p of a seed is above all values of the mean curve, n_hat is the largest count, as a lower bound. The official
+  code sets n_hat to -1.
 - The utility is reported for all counts. The official code stops at the first count at which the mean of A_p over the
-  seeds is above the curve, and reports the point that `crossing` returns instead.
+  seeds is above all values of the mean curve, and reports the point that `crossing` returns instead.
 - The utility of this point is also n_hat / n - 1. The official code does not subtract 1 there.
 """
 
@@ -106,9 +108,10 @@ def utilities(counts: Sequence[int], trained: Sequence[float], scratch: Sequence
 def needed_linear(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> Need:
     """Return the number of labels with which training from scratch reaches `accuracy`, interpolated linearly in n.
 
-    `scratch` contains the accuracy of training from scratch at each of `counts`. It may decrease. The first count with
-    a larger accuracy than `accuracy` determines the interval of the interpolation, as in the official code. Outside of
-    the measured range, the result is a bound, as in `needed`.
+    `scratch` contains the accuracy of training from scratch at each of `counts`. The values may decrease. As in the
+    official code, the interpolation is between the first count with a larger accuracy than `accuracy` and the count
+    before it. If `accuracy` is above all values in `scratch` or below the first value, the result is a bound, as in
+    `needed`.
     """
     best = max(scratch)
     if accuracy >= best:
@@ -186,9 +189,9 @@ def bootstrap_utilities(
     """Return a 95 % bootstrap interval [low, high] of the utility at each of `counts`.
 
     `trained` and `scratch` contain accuracies (counts, seeds). The seeds are resampled. Each resample uses the same
-    seeds for `trained` and `scratch`, because a seed determines which images are labeled. In some resamples, only a
-    lower bound of the utility is known (see `Need`). If this is the case in more than 2.5 % of the resamples, `high`
-    is None.
+    seeds for `trained` and `scratch`, because a seed determines which images are labeled. In some resamples, the
+    utility has no known upper limit, because the bound of its `Need` is "lower" or "mixed". If this is the case in more
+    than 2.5 % of the resamples, `high` is None.
     """
     generator = torch.Generator().manual_seed(seed)
     seeds = trained.shape[1]

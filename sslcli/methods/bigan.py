@@ -219,7 +219,8 @@ class BiGAN(Game):
     def reconstruct(self, codes: Tensor) -> Tensor:
         """Return G(codes): (N, D) -> (N, C, S, S). E and G get a gradient only if the cycle loss is enabled.
 
-        BatchNorm's running statistics in G are those of codes from the prior, so this pass does not update them.
+        This pass does not update the running statistics of BatchNorm in G. They are computed only for codes from
+        the prior.
         """
         with torch.set_grad_enabled(self.cycle > 0 and torch.is_grad_enabled()):
             return pixels(call_on_buffer_copies(self.generator, codes, learn=True))

@@ -103,7 +103,8 @@ class PatchPrediction(Method):
         image_size: side of the training images in pixels.
         grid: g, the number of patches per side. None selects g from image_size and min_patch_size. Patches overlap by
             half.
-        min_patch_size: with grid=None, the minimum patch side in pixels, if the image is large enough for it.
+        min_patch_size: minimum patch side in pixels with grid=None. In small images, patches may be smaller, see
+            `patch_size`.
         context: name of the context network: gru, pixelcnn_gated or pixelcnn_v2.
         hidden: channels of the context network's hidden layers.
         steps: number of rows that are predicted from one context. None predicts all rows below the skipped rows.

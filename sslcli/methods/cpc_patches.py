@@ -110,11 +110,11 @@ def patchify(images: Tensor, size: int) -> Tensor:
 class PatchAugmentation(nn.Module):
     """Random augmentation of each patch, independent of the other patches.
 
-    The network therefore cannot predict a patch merely by continuing the colors and edges of its neighbors.
+    It prevents the network from predicting a patch merely by continuing the colors and edges of its neighbors.
 
     Args:
-        crop: fraction of the patch side that a random crop removes, at least one pixel. The crop is padded with zeros.
-            0 disables cropping. In CPC v1, the crop keeps 60 of the 64 pixels of a side.
+        crop: fraction of the patch side that a random crop removes; 0 disables cropping. If it is not 0, at least one
+            pixel is removed. The crop is padded with zeros. In CPC v1, the crop keeps 60 of the 64 pixels of a side.
         jitter: maximum strength of the changes of brightness, contrast and saturation.
         jitter_p: probability of color jitter per patch.
         grayscale: probability of conversion to gray per patch.

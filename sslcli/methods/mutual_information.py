@@ -92,7 +92,9 @@ def reduce_negatives(scores: Tensor, own: Tensor | None, *, measure: str, offici
 def dot_loss(
     places: Tensor, vectors: Tensor, *, measure: str, official_mask: bool = False, gather: bool = True
 ) -> Tensor:
-    """Return the loss for dot-product scores, without temperature and normalization. All other images are negatives.
+    """Return the loss for pairs whose score is the dot product of two embeddings. All other images are negatives.
+
+    The embeddings are not normalized, and the scores are not divided by a temperature.
 
     `places` (N, u, n) are the embeddings of the map positions, and `vectors` (N, u, k) are the embeddings of the global
     vectors. If `gather` is True, the negatives are positions of images of all processes. If it is False, they are

@@ -70,7 +70,9 @@ def over_processes(local: Tensor) -> Tensor:
 
 
 def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, sigma: float | None) -> Tensor:
-    """Return -log p(x | z) in nats without constants, summed over the values of an image, mean over images.
+    """Return -log p(x | z) in nats, summed over the values of an image, mean over images.
+
+    Constants are left out, such as log(2 pi) terms of the normal distribution.
 
     kind="bernoulli": `drawn` are logits, and the loss is the binary cross-entropy.
     kind="gaussian": the loss is |drawn - images|^2 / (2 sigma^2). If `sigma` is None, the sigma that maximizes the
