@@ -132,7 +132,7 @@ class Distill(Recipe):
         return Outcome(result=result, net=student, positions=teacher.positions, variant=variant)
 
     def fresh(self, start: Start, task: Task) -> Classifier:
-        """Return the configured student, randomly initialized.
+        """Return the randomly initialized network of the setting `student`, with a linear classifier.
 
         Raises ValueError if the student does not accept the images.
         """

@@ -33,7 +33,9 @@ from sslcli.evaluation.variants import suffix
 class LinearResult:
     """Result of one probe. Accuracies are fractions. `interval` is the 95 % bootstrap interval of `top1`.
 
-    `chosen` and the entries of `grid` have the keys lr and weight_decay (sgd) or c (lbfgs), val_top1 and val_loss.
+    `grid` has one entry per choice of hyperparameters, and `chosen` is the best entry. The keys of an entry are lr and
+    weight_decay with the solver "sgd", or c with "lbfgs". The keys val_top1 and val_loss are the accuracy and loss on
+    held-out images.
     """
 
     top1: float
@@ -262,7 +264,7 @@ class Linear(FeatureProtocol):
     def choose(
         self, x: Tensor, y: Tensor, *, num_classes: int, on_progress: OnProgress = ignore_progress
     ) -> tuple[list[dict[str, float]], dict[str, float]]:
-        """Return the grid with the held-out accuracy and loss of every entry, and the best entry."""
+        """Return the grid with the held-out accuracy and loss of each entry, and the best entry. See `LinearResult`."""
         n = len(x)
         if n < 2:
             raise ValueError(f"the linear protocol needs at least 2 training images, got {n}: raise dataset.limit")

@@ -242,7 +242,7 @@ class LinearSgd(Protocol):
         return Probe(reported=reported.heads(), selecting=selecting.heads(), norm=norm.eval())
 
     def heads(self, width: int, num_classes: int, batch_size: int, task: Task) -> SgdHeads:
-        """Return one untrained classifier per learning rate, for batches of `batch_size` images."""
+        """Return one untrained classifier per learning rate. The learning rates are scaled by `batch_size` / 256."""
         return SgdHeads(
             lrs=[scale_lr(lr, batch_size=batch_size, rule="linear") for lr in self.lrs],
             weight_decays=[self.weight_decay] * len(self.lrs),
@@ -262,7 +262,7 @@ class LinearSgd(Protocol):
         return nn.BatchNorm1d(width, affine=False, eps=1e-6) if self.feature_norm == "batch_norm" else nn.Identity()
 
     def factor(self, step: int, *, total: int) -> float:
-        """Return the factor of the learning rates at 0-based `step` of `total` steps."""
+        """Return the factor by which the learning rates are multiplied at 0-based `step` of `total` steps."""
         if self.schedule == "step":
             return warmup_steps_down(step, total=total, milestones=self.milestones)
         return warmup_cosine(step, total=total)
