@@ -29,18 +29,20 @@ GENERAL = (
 )
 INTRODUCTION = """# Recipes and their sources
 
-A recipe (`ssl-train experiment=NAME`) follows a published configuration, if there is one. This page compares the two
-value by value. `python scripts/recipes_table.py` generates the page from `tests/official_values/`, and
-`tests/scripts/test_recipes_table.py` compares the values with the composed configurations.
+A recipe (`ssl-train experiment=NAME`) follows a published configuration, if there is one. This page compares each
+recipe with this configuration, value by value. `python scripts/recipes_table.py` generates the page from
+`tests/official_values/` and from the configurations that Hydra composes for the recipes.
 
 - **official** is the value in the source. `-` means that the source has no value.
-- **difference** gives the reason if the recipe has another value. An empty cell means that both values are equal.
+- **difference** gives the reason if the recipe has another value for a key. If the values of a key are equal, the cell
+  is empty. The last rows of some tables describe differences that no key controls. In these rows, the cell is also
+  empty.
 - **learning rate** is the effective rate: `optimizer.lr`, scaled with the batch size by `train.lr_scaling`.
 - **published** is the number that the source reports, with its protocol. **nearest command** evaluates a run `DIR` with
   the protocol of sslcli that is nearest to it. [Evaluation](evaluation.md) describes how the protocols differ.
 
 All sources train on all training images, and so do the recipes (`dataset.pretrain_on_val`, [data](data.md#splits)).
-Views are computed on floats; most sources compute them on bytes.
+The color operations of views are computed on floats. In most sources, they are computed on bytes.
 
 The values of a recipe are those of its yaml file. To change a value, add it to the command:
 `ssl-train experiment=cifar10_byol train.epochs=800`.
