@@ -96,6 +96,7 @@ class Runs:
             "dataset.buffer=16",
             "dataset.image_size=16",
             "dataset.val_fraction=0.25",
+            "dataset.pretrain_on_val=false",
             f"train.batch_size={BATCH}",
             f"train.epochs={EPOCHS}",
             "train.save_every_steps=3",
