@@ -1,8 +1,8 @@
 """Phases of a run whose length was changed, and the learning rate schedule of each phase.
 
-A phase is a part of a run that was trained with one length. A run that was never extended has one phase. Each extension
-adds a phase. The learning rate of a step is a pure function of the step and the phases, so the phases are the only
-state of a schedule. This module does not import torch.
+A phase is a part of a run during which the length that the command sets did not change. A run that was never extended
+has one phase. Each extension adds a phase. The learning rate of a step is a pure function of the step and the phases,
+so the phases are the only state of a schedule. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def phases_from(rows: Any) -> tuple[Phase, ...]:
 def plan(history: Sequence[Phase], *, step: int, total: int, extend: str) -> tuple[Phase, ...]:
     """Return the phases of a run of `total` steps that continues after `step` steps.
 
-    A phase is a part of a run that was trained with one length. First, phases that start at `step` or later are
-    discarded, because no checkpoint contains any of their steps. Then, if `total` is greater than the length of the
-    last phase, a phase that starts at `step` is added.
+    First, phases that start at `step` or later are discarded, because no checkpoint contains any of their steps. Then,
+    if `total` is greater than the length of the run in the last phase (`Phase.total`), a phase that starts at `step` is
+    added.
 
     Args:
         history: the phases so far; empty for a new run.

@@ -259,7 +259,10 @@ class Utility(Tuned):
         )
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Evaluate both arms at every label count. Raises ValueError if the arm from scratch is missing."""
+        """Evaluate the pre-trained network and the network that is trained from scratch at every label count.
+
+        Raises ValueError if `starts` has no entry "random", which is trained from scratch.
+        """
         if "random" not in starts:
             raise ValueError("utility compares with training from scratch, so it needs baselines=true")
         data = starts["trained"].features

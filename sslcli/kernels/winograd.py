@@ -175,8 +175,8 @@ def chunks(maps: Tensor, kernels: Tensor) -> list[slice]:
 
     `maps` (N, H, W, C) are the images. `kernels` (36, C, O) are the values of the kernels at the 36 points of the
     Winograd algorithm. The values of a slice at these points need about `CHUNK_BYTES` per thread and therefore fit into
-    the CPU caches. For large kernels, the slices are larger: a slice has at least as many values as the kernels,
-    because all kernels are read once per slice.
+    the CPU caches. All kernels are read once per slice. To keep this cost small, a slice has at least as many values
+    as the kernels, even if these values then exceed `CHUNK_BYTES`.
     """
     n, high, wide = tiles(maps)
     image_bytes = 4 * POINTS**2 * maps.shape[3] * high * wide

@@ -1,6 +1,7 @@
-"""Length of a run, compared with the length stored in its run directory, and the phases of extended runs.
+"""Compare the length that a command sets for a run with the length in its run directory, and plan an extension.
 
-A phase is the part of a run that was trained with one length. This module does not import torch.
+An extension adds a phase to a run. A phase is a part of a run during which the length that the command sets did not
+change. This module does not import torch.
 """
 
 from __future__ import annotations
