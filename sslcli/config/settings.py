@@ -257,7 +257,7 @@ class MultiSettings(LauncherSettings):
 class SweepSettings:
     """Settings with the keys `sweep.*`, such as `sweep.metric`. Raises ConfigError for a value out of range.
 
-    They have an effect only with `--multirun`.
+    The settings have an effect only with `--multirun`.
     """
 
     metric: str  # name of the scalar in metrics.jsonl that ranks the jobs of the sweep

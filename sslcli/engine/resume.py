@@ -134,7 +134,10 @@ def phases_of_checkpoint(state: dict[str, Any], steps_per_epoch: int) -> tuple[P
 
 
 def describe_extension(run: Run) -> list[str]:
-    """Return the lines that describe the last extension: lengths, learning rates and other scheduled values."""
+    """Return the lines that describe the last extension of a run to more steps.
+
+    They show the lengths, the learning rates and the other scheduled values before and after the extension.
+    """
     before, last = run.phases[-2:]
     per_epoch = run.loader.steps_per_epoch
     old, new = run.lr_at(max(0, last.start - 1)), run.lr_at(last.start)

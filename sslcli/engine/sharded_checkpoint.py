@@ -210,9 +210,9 @@ def _structural_damage(index: Metadata, rest: Any) -> str:
 
 
 def damage(folder: Path) -> str:
-    """Describe damage to the files of a checkpoint that this process verifies. Return "" if there is none.
+    """Describe damage to files of a checkpoint. Return "" if there is none.
 
-    The files are divided among the processes.
+    The files are divided among the processes. Each process verifies only its own part of the files.
     """
     try:
         sums = {name: digest for digest, name in map(str.split, (folder / SUMS).read_text("utf-8").splitlines())}

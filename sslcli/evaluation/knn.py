@@ -164,7 +164,10 @@ class Knn(FeatureProtocol):
         return {"k": monitor.get("knn_k"), "temperature": monitor.get("knn_temperature")}
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
-        """Return the positions of the training images among which the run's monitor searches neighbors (the bank)."""
+        """Return the positions in `source` of the images of the bank.
+
+        The bank consists of the training images among which the run's monitor searches neighbors.
+        """
         return bank_positions(source, monitor.get("knn_images"))
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -172,7 +175,10 @@ class Knn(FeatureProtocol):
         return tuple(name for name in ("val", "test") if name in splits) or ("val",)
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with k and temperature, each only if it differs from the setting of the run's monitor."""
+        """Return a suffix for the result's name, with k and temperature.
+
+        k and temperature are each omitted if they equal the setting of the run's monitor.
+        """
         parts = []
         if self.num_neighbors != monitor.get("knn_k", 200):
             parts.append(f"k-{self.num_neighbors}")
@@ -262,7 +268,7 @@ class KnnFull(Knn):
         return FeatureProtocol.reported_splits(self, splits)
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix with k unless it is 200, and with the temperature unless it is 0.1."""
+        """Return a suffix for the result's name, with k unless it is 200, and the temperature unless it is 0.1."""
         return suffix(self, self.named)
 
     def description(self, result: Mapping[str, Any]) -> str:

@@ -62,11 +62,11 @@ def check_unique(names: Sequence[str], path: Path) -> None:
 
 
 def rows_of(listed: LabelList, paths: Iterable[str]) -> Tensor:
-    """Return the rows (k,) int64, in ascending order, of the images with the k names of a list.
+    """Return the indices (k,) int64, in ascending order, of the images with the k names of a list.
 
-    `paths` (n,) contains the paths of the labeled training images. A name matches a path with the same file name. If
-    the name has folders, at least the last folder must also match. If several paths match, the path with the most
-    matching folders is used.
+    `paths` (n,) contains the paths of the labeled training images, and the indices refer to `paths`. A name matches a
+    path with the same file name. If the name has folders, at least the last folder must also match. If several paths
+    match, the path with the most matching folders is used.
 
     Raises ValueError if a name matches no path, if a name matches several paths equally well, or if two names match the
     same path. The message has the number of such names and an example.

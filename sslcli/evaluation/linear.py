@@ -209,9 +209,11 @@ class Linear(FeatureProtocol):
 
     @property
     def progress_units(self) -> int:
-        """Number of `on_progress(1)` calls in `fit`, for the selection and the final fit together.
+        """Number of `on_progress(1)` calls in `fit`.
 
-        There is one call per epoch with SGD, and one call per solved problem with L-BFGS.
+        `fit` trains twice: to select the hyperparameters, and then on all training images. With SGD, there is one call
+        per epoch. With L-BFGS, there is one call per value of `cs` in the selection, and one call in the final
+        training.
         """
         return 2 * self.epochs if self.solver == "sgd" else len(self.cs) + 1
 

@@ -121,7 +121,10 @@ class LinearSgd(Protocol):
         self.view()  # check the settings before features are extracted
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix for the result's name, with the settings in `named` that are not at their defaults."""
+        """Return a suffix for the result's name.
+
+        The suffix contains the settings in `named` whose values differ from the values in `named`.
+        """
         return suffix(self, self.named)
 
     def description(self, result: Mapping[str, Any]) -> str:
@@ -206,9 +209,10 @@ class LinearSgd(Protocol):
         return held_out(rows, labels, fraction=self.val_fraction, seed=self.seed)
 
     def train(self, name: str, start: Start, task: Task, kept: Tensor | None) -> Probe:
-        """Train two classifiers per learning rate: one on all images, and one on the rows `kept` (k,).
+        """Train two classifiers per learning rate: one on all training images, and one on some of them.
 
-        If `kept` is None, the second one is not trained.
+        `kept` (k,) contains the indices of the training images of the second classifier. If `kept` is None, the second
+        classifier is not trained.
         """
         data, net = start.features, start.net
         assert net is not None

@@ -50,8 +50,8 @@ class Recipe(Protocol):
     """Base class of protocols that train, with their hyperparameters. Raises ValueError if a value is out of range.
 
     Attributes:
-        named: maps the name of each setting that can be part of the result's name to its value in the yaml file. A
-            setting with the value of the yaml file is left out of the name, see `sslcli.evaluation.variants`.
+        named: the settings that can be part of the result's name, as setting -> value in the yaml file. A setting with
+            the value of the yaml file is left out of the name, see `sslcli.evaluation.variants`.
     """
 
     named: ClassVar[dict[str, Any]] = {}

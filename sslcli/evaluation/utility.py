@@ -25,7 +25,8 @@ averaged over the seeds. There are two methods to compute n_hat from the mean cu
 - If A_p of a seed is above all values of the mean curve, n_hat is the largest count, as a lower bound. The official
   code sets n_hat to -1.
 - The utility is reported for all counts. The official code stops at the first count at which the mean of A_p over the
-  seeds is above all values of the mean curve, and reports the point that `crossing` returns instead.
+  seeds is above all values of the mean curve. Instead of the utility at this count, it reports the utility at the point
+  that `crossing` returns.
 - The utility of this point is also n_hat / n - 1. The official code does not subtract 1 there.
 """
 
@@ -189,8 +190,8 @@ def bootstrap_utilities(
     """Return a 95 % bootstrap interval [low, high] of the utility at each of `counts`.
 
     `trained` and `scratch` contain accuracies (counts, seeds). The seeds are resampled. Each resample uses the same
-    seeds for `trained` and `scratch`, because a seed determines which images are labeled. In some resamples, the
-    utility has no known upper limit, because the bound of its `Need` is "lower" or "mixed". If this is the case in more
+    seeds for `trained` and `scratch`, because a seed determines which images are labeled. In some resamples, there is
+    no upper bound of the utility: the field `bound` of its `Need` is "lower" or "mixed". If this is the case in more
     than 2.5 % of the resamples, `high` is None.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -68,7 +68,7 @@ def transform(name: str, given: Tensor, out: Tensor, maps: Tensor) -> bool:
 
 
 def convolve(maps: Tensor, kernels: Tensor) -> Tensor | None:
-    """Return the convolution (n, H, W, O) of `maps` (n, H, W, C), or None if there is no compiled pass.
+    """Return the convolution (n, H, W, O) of `maps` (n, H, W, C), or None if no compiled function supports them.
 
     `kernels` (36, C, O) are the values of the 3x3 kernels at the 36 points of the Winograd algorithm. Each thread
     processes a few tiles at a time.

@@ -106,7 +106,7 @@ def evaluate(d: Rows, out: Rows) -> None:
 
 
 def interpolate(m: Rows, out: Rows) -> None:
-    """Map values at six points to four outputs with the matrix A^T of the paper.
+    """Map values at six points to four outputs with the matrix A^T of the paper (arXiv:1509.09308).
 
     The first dimension of `m` (input) has size 6, and the first dimension of `out` (output) has size 4.
     """

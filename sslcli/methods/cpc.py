@@ -197,7 +197,10 @@ class PatchPrediction(Method):
             ) from error
 
     def patches(self, images: Tensor) -> Tensor:
-        """Return the patches of the images, in gray with grayscale=True: (N, C, S, S) -> (N, g, g, C, p, p)."""
+        """Return the g x g patches of each image, (N, C, S, S) -> (N, g, g, C, p, p). A patch has p x p pixels.
+
+        If `grayscale` is True, color images are converted to gray first. The number of channels C does not change.
+        """
         if self.grayscale and images.shape[1] == 3:
             images = gray(images).expand_as(images)
         return patchify(images, self.patch)

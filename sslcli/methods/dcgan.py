@@ -133,7 +133,7 @@ class DCGAN(Game):
 
 
 def start(module: nn.Module) -> None:
-    """Initialize convolutions, linear layers and BatchNorm scales as in section 4 and the official code.
+    """Initialize convolutions, linear layers and BatchNorm scales as in the paper (section 4) and the official code.
 
     Weights have mean 0 and standard deviation 0.02. BatchNorm scales have mean 1 and standard deviation 0.02. Biases of
     convolutions and linear layers are 0.

@@ -58,7 +58,11 @@ class Embed(nn.Module):
 
 
 class Pairing(nn.Module):
-    """The two embedding networks of the local term: maps (N, C, H, W) -> (N, u, n), vectors (N, D) -> (N, u, 1)."""
+    """The two embedding networks of the local term of the loss: one for feature maps, one for global vectors.
+
+    Shapes: maps (N, C, H, W) -> (N, u, n), vectors (N, D) -> (N, u, 1). u is the embedding size, and n = H W is the
+    number of positions of a map.
+    """
 
     def __init__(self, channels: int, dim: int, units: int) -> None:
         super().__init__()

@@ -26,14 +26,16 @@ LOSSES = ("full", "nce", "softmax")
 class MemoryBank(Method):
     """Instance discrimination: compare each image with a bank that holds past embeddings of all training images.
 
+    The bank has one row per training image. Equations are those of the paper (arXiv:1805.01978).
+
     Args:
         num_images: number of training images n; `ssl-train` sets this argument.
         dim: embedding size D.
         loss: "full" is the cross-entropy over all n rows (eq. 2). "nce" is noise-contrastive estimation with K noise
-            rows (eq. 7). "softmax" is the cross-entropy over the image's own row and K other rows (the later official
-            release).
-        negatives: number K of noise rows. They are drawn uniformly with replacement and may include the image's own
-            row. Unused with loss="full".
+            rows (eq. 7). "softmax" is the cross-entropy over the image's own row and K noise rows, as in the later
+            release of the official code.
+        negatives: number K of noise rows, which are random rows of the bank. They are drawn uniformly with replacement
+            and may include the image's own row. Unused with loss="full".
         momentum: weight of the old row in an update; 0.5 in the official code.
         temperature: divisor of the similarities.
         proximal: weight of the squared distance between an embedding and the row of its image (eq. 10). The official

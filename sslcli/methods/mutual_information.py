@@ -73,12 +73,13 @@ def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str
 
 
 def reduce_negatives(scores: Tensor, own: Tensor | None, *, measure: str, official_mask: bool = False) -> Tensor:
-    """Reduce the scores of each vector with a number of positions to one value: (..., positions) -> (...).
+    """Reduce the scores of each vector to one value: (..., positions) -> (...).
 
-    The measures InfoNCE and DV use the log-sum-exp of the scores. All other measures use the sum of a function of the
-    scores. `own` (broadcastable to `scores`) is True for positions of the vector's own image. The scores of these
-    positions are excluded, with one exception: if `official_mask` is True, InfoNCE includes them with the value -10, as
-    in the official code. If `own` is None, no position belongs to the vector's own image.
+    A score compares a vector with one position of a feature map. The measures InfoNCE and DV use the log-sum-exp of the
+    scores. All other measures use the sum of a function of the scores. `own` (broadcastable to `scores`) is True for
+    positions of the vector's own image. The scores of these positions are excluded, with one exception: if
+    `official_mask` is True, InfoNCE includes them with the value -10, as in the official code. If `own` is None, no
+    position belongs to the vector's own image.
     """
     if measure in ("InfoNCE", "DV"):
         mask = OFFICIAL_MASK if official_mask and measure == "InfoNCE" else -torch.inf

@@ -31,8 +31,8 @@ class SplitBatchNorm(_BatchNorm):
     def num_groups(self, num_images: int) -> int:
         """Return the number of groups into which a local batch of `num_images` images is split.
 
-        Over all processes, there are at least 2 groups. With a single group, shuffling the images of a batch (MoCo)
-        would not change the statistics.
+        The layer computes separate statistics for each group. Over all processes, there are at least 2 groups. With a
+        single group, shuffling the images of a batch, as MoCo does, would not change the statistics.
         """
         fewest = 2 if collectives.world_size() == 1 else 1
         return max(fewest, round(num_images / self.group))

@@ -111,7 +111,7 @@ class Evaluation:
         )
 
     def features(self, name: str, net: nn.Module | None) -> FeatureSet:
-        """Return the features of all splits. Cached features are used if possible.
+        """Return the features of all splits. If the cache contains these features, they are not computed again.
 
         Args:
             name: "trained" or "random" for the features of a network, "pixels" for the pixels as features.

@@ -175,7 +175,8 @@ def source_of(sweep: Sweep, record: Record) -> Path | None:
 def read_record(sweep: Sweep, name: str) -> Record:
     """Return the record of the job `name`.
 
-    If another sweep ran the job first, the state (start time, host, process, exit code) is taken from its record.
+    If another sweep ran the job first, the state (start time, host, process, exit code) is taken from that sweep's
+    record of the job.
     """
     record = read(record_path(sweep, name))
     source = source_of(sweep, record)
@@ -237,7 +238,8 @@ def record_end(sweep: Sweep, job: Job, code: int) -> None:
 def _record_state(sweep: Sweep, job: Job, **changes: Any) -> None:
     """Change fields of a job's state: start time, host, process or exit code.
 
-    If another sweep ran the job first, its record contains the state and is changed.
+    If another sweep ran the job first, that sweep's record of the job contains the state. In this case, that record is
+    changed.
     """
     path = source_of(sweep, read_or_create_record(sweep, job)) or record_path(sweep, job.name)
     write(path, replace(read(path), **changes))

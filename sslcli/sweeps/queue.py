@@ -351,7 +351,8 @@ def _start(sweep: Sweep, job: Job, slot: Slot, job_lock: IO[str], *, quiet: bool
 def _end(sweep: Sweep, one: Running, *, quiet: bool) -> int:
     """Record the end of the job `one`, release its locks, update the table of results, and return its exit code.
 
-    If `quiet` is True, print a line with the status and the metric of the job.
+    `quiet` is True if the job printed into its log file. In this case, print a line with the status and the metric of
+    the job.
     """
     code = one.process.wait()
     record_end(sweep, one.job, code)

@@ -157,8 +157,8 @@ def _launch(sweep: Sweep, due: list[Job], line: CommandLine, slots: list[Slot] |
 def sweep_of(command: str, configs: list[dict[str, Any]], line: CommandLine) -> Sweep:
     """Return the `Sweep` of a command line.
 
-    `command` is train or eval. `configs` are the configurations of the jobs. The name of the default folder of a sweep
-    contains a digest of the overrides.
+    `command` is train or eval. `configs` are the configurations of the jobs. If the command line does not choose the
+    folder of the sweep, the name of the folder contains a digest of the overrides.
     """
     folder = configs[0]["_sweep_dir_"]
     is_default = folder == DEFAULT_FOLDER and not any(each.startswith("hydra.sweep.dir=") for each in line.overrides)

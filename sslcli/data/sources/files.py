@@ -203,8 +203,8 @@ class ListFile(ImageFiles):
         test: a CSV file of the images of the official test split; None = no such file.
         image: the column of the paths; "auto" = the column `path`.
         label: the column of the labels; "auto" = the column `label`, if it exists; None = no labels.
-        split_column: the column of the splits (train, val, test); None = all images of `file` are in the training pool.
-            If the column has validation images, `val_fraction` has no effect.
+        split_column: the column of the splits (train, val, test). None = `file` has no test images, and its validation
+            images are selected with `val_fraction`. If the column has validation images, `val_fraction` has no effect.
         common: the arguments of `ImageFiles`.
 
     Raises ConfigError in three cases: a CSV file is missing or invalid, lacks a column, or has no rows; none of about

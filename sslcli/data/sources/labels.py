@@ -120,7 +120,10 @@ def _cleaned(part: Labels) -> list[int | str | None]:
 
 
 def _without_bool(value: Value, part: Labels) -> Value:
-    """Convert a boolean: to a class number if the part has class names, else to text. Return other values unchanged."""
+    """Convert a boolean label to a class number if its `part` has class names, else to text.
+
+    Return other values unchanged.
+    """
     if not isinstance(value, bool):
         return value
     return int(value) if part.classes else str(value)

@@ -162,7 +162,10 @@ def unpack(content: bytes) -> Records:
 
 @dataclass(frozen=True)
 class Changes:
-    """Differences between the records of a dataset at two times, as lists of names."""
+    """Differences between the records of a dataset at two times.
+
+    A record describes an image, a file or a shard. The differences are lists of names of records.
+    """
 
     total: int  # number of rows in the older records
     unit: str

@@ -140,10 +140,10 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, *, interpolation: str
 def _resize_weights(
     start: Tensor, length: Tensor, pixels: int, size: int, interpolation: str, dtype: torch.dtype
 ) -> Tensor:
-    """Return the weights (N, size, pixels) that resize N boxes along one axis, from `pixels` to `size` pixels.
+    """Return the weights (N, size, pixels) that resize one box of each of N images to `size` pixels along one axis.
 
-    An output pixel is the weighted sum of the input pixels. The weights of an output pixel sum to 1. The weights of
-    pixels outside of the box are 0.
+    `pixels` is the number of pixels of an image along this axis. An output pixel is the weighted sum of the input
+    pixels. The weights of an output pixel sum to 1. The weights of pixels outside of the box are 0.
 
     start, length: (N,) int64, first pixel and number of pixels of each box along the axis.
     interpolation: "bilinear" or "bicubic".
