@@ -160,7 +160,11 @@ class Tuned(Recipe):
         return grid, max(grid, key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
 
     def train(self, start: Start, task: Task, rows: Tensor, lr: float, number: int, progress: Progress) -> Classifier:
-        """Return a network trained on `rows` (k,) of start.features.train. `number` is the index of the subset."""
+        """Return a network trained on a subset of the training images.
+
+        `rows` (k,) are the rows of start.features.train that belong to the subset. `number` is the index of the subset.
+        It is added to the seed.
+        """
         data, seed = start.features, self.seed + number
         assert data.train_positions is not None
         net = start.classifier(task)

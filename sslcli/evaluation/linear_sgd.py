@@ -16,7 +16,8 @@ Departures from the official code, which trains one classifier and reports the b
   classifiers. One classifier skips the held-out part of the training images, and its accuracy on this part is used to
   select the learning rate. The other classifier is trained on all training images, and its accuracy is reported. The
   reported split is used once, after the last epoch.
-- Weights are initialized with zeros instead of N(0, 0.01). The loss is convex.
+- Weights are initialized with zeros instead of N(0, 0.01). The loss is convex, so its minimum does not depend on the
+  initial weights.
 - Learning rates are for 256 images and scaled by N / 256, as in MoCo v3:
   https://github.com/facebookresearch/moco-v3/blob/main/main_lincls.py#L178. With MoCo's N = 256, nothing changes.
 - The cosine schedule is updated at every step instead of every epoch. The last incomplete batch of an epoch is dropped.

@@ -114,7 +114,10 @@ class Semi(Tuned):
         )
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Train copies of each network in `starts`. The label subsets are the same for all networks."""
+        """Train copies of each network in `starts`, each copy on a small subset of the labeled images.
+
+        There is one subset per seed. The subsets are the same for all networks.
+        """
         data = starts["trained"].features
         assert data.train_positions is not None
         subsets = self.subsets(data, task.source)

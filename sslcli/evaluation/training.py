@@ -100,7 +100,10 @@ class Recipe(Protocol):
         return feature_layer, layers.BACKBONE
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix for the result's name: the settings whose values differ from those in `named`."""
+        """Return a suffix for the result's name: the settings that differ from their defaults.
+
+        Only the settings in the class attribute `named`, which contains their defaults, are part of the suffix.
+        """
         return suffix(self, self.named)
 
     def view(self) -> View:

@@ -79,12 +79,14 @@ class Need:
 
 
 def needed(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> Need:
-    """Return inf{n : A_s(n) >= accuracy}, the number of labels with which training from scratch reaches `accuracy`.
+    """Return the number of labels with which training from scratch reaches `accuracy`.
 
-    `scratch` contains A_s, the accuracy of training from scratch, at each of `counts`. It must be non-decreasing.
-    Between two counts, A_s is interpolated linearly in (ln n, A). Outside of the measured range, the result is a bound.
-    If `accuracy` is above the best value of A_s, the result is the largest count, a lower bound. If `accuracy` is below
-    the first value, the result is the smallest count, an upper bound.
+    Let A_s(n) be the accuracy of training from scratch with n labels. The result is inf{n : A_s(n) >= accuracy}.
+    `scratch` contains A_s at each number of labels in `counts`, and must be non-decreasing. Between two counts, A_s is
+    interpolated linearly in ln n.
+
+    If `accuracy` is above all values in `scratch`, the result is the largest count, as a lower bound. If `accuracy` is
+    below all values, the result is the smallest count, as an upper bound.
     """
     if accuracy > scratch[-1]:
         return Need(float(counts[-1]), "lower")
@@ -127,11 +129,12 @@ def needed_linear(accuracy: float, counts: Sequence[int], scratch: Sequence[floa
 def utilities_by_seed(
     counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor
 ) -> list[tuple[float, Need, list[float]]]:
-    """Return U(n), the mean `Need`, and the utility of every seed, for each number of labels n in `counts`.
+    """Return the utility U(n), the mean `Need`, and the utility of every seed, for each number of labels n in `counts`.
 
-    `trained` and `scratch` contain accuracies (counts, S), where S is the number of seeds. The curve of training from
-    scratch is the mean over seeds. The mean `Need` contains the mean of `labels` over the seeds, and U(n) is computed
-    from it.
+    `trained` and `scratch` contain accuracies (counts, S), where S is the number of seeds. The accuracies of training
+    from scratch are averaged over the seeds. Then one `Need` is computed per seed, from the accuracy of the trained
+    network with this seed. The field `labels` of the mean `Need` is the mean of `labels` over the seeds. U(n) is
+    computed from this mean.
     """
     curve = scratch.mean(1).tolist()
     found = []

@@ -17,10 +17,11 @@ Scale = Callable[[float], float]
 
 
 def curves(points: Sequence[dict[str, Any]]) -> str:
-    """Return the text of the SVG file.
+    """Return the SVG text of a plot of accuracy and utility against the number of labels.
 
-    `points` is the result of the evaluation: one mapping per number of labels, with the accuracies and the utility.
-    Each utility is drawn as a circle. The circle is open if only a bound of the utility is known.
+    `points` contains one mapping per number of labels, with the accuracies and the utility at this number. It is the
+    value of the key `curve` in the result of protocol=utility. Each utility is drawn as a circle. If only a bound of
+    the utility is known, the circle is open.
     """
     counts = [point["labels"] for point in points]
     low, high = math.log(counts[0]), math.log(counts[-1])
