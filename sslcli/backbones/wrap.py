@@ -76,8 +76,8 @@ def as_backbone(module: nn.Module, *, image_size: int, in_channels: int = 3) -> 
     """Convert `module` to a backbone for images of `image_size` pixels.
 
     A trial forward pass determines the number of features D. If the output is (N, D) and the attribute `num_features`
-    of the module equals D, the module itself is returned. Its parameter names do not change, and it has `stages` only
-    if its class defines `stages`.
+    of the module equals D, the module itself is returned, so its parameter names do not change. Feature maps of this
+    backbone are available only if its class defines the method `stages`.
 
     Any other module is wrapped. An output (N, D) is used as features. An output (N, C, H, W) is averaged over height
     and width. Raises ValueError, with the shape in the message, if the output has another shape.

@@ -1,5 +1,5 @@
 """Self-supervised methods, one file per family of papers.
 
-Apart from each other, the modules of this package import only sslcli.nn, sslcli.distributed and sslcli.errors from
-sslcli.
+The modules of this package import each other, sslcli.nn, sslcli.distributed and sslcli.errors. They import no other
+modules of sslcli.
 """

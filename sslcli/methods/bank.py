@@ -135,7 +135,8 @@ def nce(logits: Tensor, *, log_z: float, num_images: int) -> Tensor:
 def sampled_softmax(logits: Tensor) -> Tensor:
     """Return the cross-entropy (N,) over the columns of `logits` (N, K + 1).
 
-    The target is column 0, the logit of an image with its own row of the bank.
+    Row i contains the logits of image i with rows of the bank: column 0 with the image's own row, and the other columns
+    with K noise rows. The target is column 0.
     """
     own = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return F.cross_entropy(logits, own, reduction="none")

@@ -241,10 +241,13 @@ class PatchPrediction(Method):
 
 
 class CPC(PatchPrediction):
-    """CPC v1: each target is contrasted with `negatives` patches, sampled from all targets of the same offset.
+    """CPC v1: the target of each prediction is contrasted with `negatives` other targets, drawn at random.
+
+    A target is the encoding of a patch that is a fixed number of rows (the offset) below the context that predicts it.
+    The negatives of a prediction are drawn from the targets with the same offset.
 
     In addition to the arguments of `PatchPrediction`:
-        negatives: M, the number of negatives per prediction. They are drawn with replacement from the images of all
+        negatives: M, the number of negatives per prediction. They are drawn with replacement from the targets of all
             processes.
     """
 

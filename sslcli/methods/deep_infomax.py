@@ -77,7 +77,7 @@ def scorer(channels: int, units: int) -> nn.Sequential:
     """Build a network that scores pairs of a vector and a position: (N, channels, H, W) -> (N, 1, H, W).
 
     The vector of an image is concatenated with the local features at each position. `channels` is the size of both
-    together.
+    together. `units` is the number of channels of the hidden layers.
     """
     return nn.Sequential(
         nn.Conv2d(channels, units, 1), nn.ReLU(), nn.Conv2d(units, units, 1), nn.ReLU(), nn.Conv2d(units, 1, 1)

@@ -97,11 +97,14 @@ def dot_loss(
 
     The embeddings are not normalized, and the scores are not divided by a temperature.
 
-    `places` (N, u, n) are the embeddings of the map positions, and `vectors` (N, u, k) are the embeddings of the global
-    vectors. If `gather` is True, the negatives are positions of images of all processes. If it is False, they are
-    positions of images of this process. The loss is computed in float32, or in float64 for float64 inputs. If there are
-    more than about `CHUNK_VALUES` scores, they are computed in blocks, and the backward pass computes each block again.
-    The scores therefore never need more memory than one block.
+    `places` (N, u, n) are the embeddings of the n positions of each map. `vectors` (N, u, k) are the embeddings of the
+    k global vectors of each image. `measure` is one of MEASURES. `official_mask` is described in `reduce_negatives`. If
+    `gather` is True, the negatives are positions of images of all processes. If it is False, they are positions of
+    images of this process.
+
+    The loss is computed in float32, or in float64 for float64 inputs. If there are more than about `CHUNK_VALUES`
+    scores, they are computed in blocks, and the backward pass computes each block again. The scores therefore never
+    need more memory than one block.
 
     Raises ValueError if there are fewer than 2 images.
     """

@@ -223,10 +223,12 @@ def _upper_blocks(rows: Tensor, temperature: float) -> Iterator[tuple[slice, sli
 def nt_xent_symmetric(rows: Tensor, *, temperature: float) -> Contrast:
     """Return the InfoNCE loss over unit rows (2N, D). The positive of row i is row N + i, and vice versa.
 
-    All other rows are negatives. The similarity of two rows is computed once and used for the losses of both rows. The
-    forward and the backward pass together then need two thirds of the matrix products. Exponentials are summed without
-    subtracting a maximum. Therefore the temperature must be at least `MIN_TEMPERATURE`. Raises ValueError if the
-    temperature is lower. The loss is not twice differentiable.
+    All other rows are negatives. The similarity of two rows is computed once and used for the losses of both rows.
+    Forward and backward pass together therefore need only two thirds of the matrix products of a loss whose queries and
+    keys are two different tensors. The loss is not twice differentiable.
+
+    Exponentials are summed without subtracting a maximum. Therefore the temperature must be at least `MIN_TEMPERATURE`.
+    Raises ValueError if the temperature is lower.
     """
     if temperature < MIN_TEMPERATURE:
         raise ValueError(f"temperature is {temperature}, but sums of exp(1 / temperature) must stay finite")

@@ -95,7 +95,7 @@ class Source:
     name: str
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Raise ConfigError if a subclass sets an attribute under the name that it had in version 0.1."""
+        """Raise ConfigError if a subclass sets an attribute whose name was valid only in version 0.1."""
         super().__init_subclass__(**keywords)
         reject_old_attributes(cls, RENAMED)
 

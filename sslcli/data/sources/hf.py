@@ -54,8 +54,8 @@ class Hf(EncodedImages):
             folder of the environment variable HF_HOME.
         common: the arguments of `EncodedImages`.
 
-    Images are identified by positions: the image in row i of `split` has position i. The rows of `test` have the
-    positions after those.
+    Images are identified by positions: the image in row i of `split` has position i. The positions of `test` begin
+    after the last position of `split`.
 
     Raises ConfigError if `datasets` is not installed, or if the dataset cannot be found or read.
     """
@@ -158,9 +158,10 @@ class Hf(EncodedImages):
         return make_records(names, labels, sizes=sizes, stamps=stamps, contents=hashes)
 
     def _cells(self) -> tuple[list[str | None], NDArray[np.int64], NDArray[np.int64]]:
-        """Return three values per row: path, size in bytes and stamp, see `cell_sizes` and `stamp_of`.
+        """Return three values per row of the tables: path, size in bytes, and stamp.
 
-        The path is None if the table contains the image itself.
+        The path is the path of the image file, or None if the table contains the image itself. The stamp is a number
+        that changes when the files of the table are rewritten. See `cell_sizes` and `stamp_of`.
         """
         paths: list[str | None] = []
         sizes, stamps = [], []

@@ -216,7 +216,7 @@ def _check_names(part: Labels, values: Iterable[int | str], named: Labels) -> No
 
 
 def _check_unique(part: Labels) -> None:
-    """Raise ConfigError if two classes of a part have the same name, because classes are merged by name."""
+    """Raise ConfigError if two classes of `part` have the same name, because classes are merged by name."""
     name, count = Counter(part.classes).most_common(1)[0]
     if count > 1:
         raise ConfigError(

@@ -21,7 +21,10 @@ Root = str | os.PathLike[str] | Sequence[str] | Mapping[str, float]
 def parse_roots(root: Root) -> dict[str, float]:
     """Return a mapping from each root folder to its weight.
 
-    Raises ValueError if `root` contains no folder, a folder is missing or occurs twice, or a weight is not above 0.
+    `root` is a folder, a list of folders, or a mapping from folders to weights. Without a mapping, every weight is 1.
+
+    Raises ValueError if `root` names no folder, if a named folder does not exist or is named twice, or if a weight is
+    not above 0.
     """
     if not isinstance(root, (str, os.PathLike, Sequence, Mapping)):
         raise ValueError(f"dataset.root is {root!r}, but it must be a folder, a list of folders, or {{folder: weight}}")

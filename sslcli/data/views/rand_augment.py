@@ -220,7 +220,10 @@ def affine(images: Tensor, matrix: Tensor, bicubic: Tensor, fill: Tensor) -> Ten
 
 
 def _sample(images: Tensor, matrix: Tensor, radius: int, fill: Tensor) -> Tensor:
-    """Resample all images as `affine` does, with the same filter. `radius` 1 is bilinear, and 2 is bicubic."""
+    """Resample images as `affine` does, but with one filter for all images.
+
+    The filter is bilinear for `radius` 1 and bicubic for `radius` 2.
+    """
     count, channels, height, width = images.shape
     y = (torch.arange(height, device=images.device) + 0.5).to(images.dtype).view(1, -1, 1)
     x = (torch.arange(width, device=images.device) + 0.5).to(images.dtype).view(1, 1, -1)

@@ -190,7 +190,7 @@ class Views:
         return self.views[view if isinstance(view, int) else int(view[0])]
 
     def finish(self, images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Convert images to the color space and normalize them. Evaluation applies only this function.
+        """Convert images to the color space and normalize them. Evaluation applies no other operation of the views.
 
         Args:
             images: (N, C, H, W) float in [0, 1].
