@@ -254,7 +254,7 @@ class MovedModules:
     def exec_module(self, module: ModuleType) -> None:
         """Import the module by its new name and register it under the old name.
 
-        Functions of the module that were renamed get their old names as additional names.
+        If functions of the module were renamed, their old names are added to the module.
         """
         new = MODULES[module.__name__]
         warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)

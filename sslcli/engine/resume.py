@@ -33,7 +33,8 @@ def save_good(run: Run, step: int, writer: Writer) -> None:
 def save(run: Run, step: int, writer: Writer) -> None:
     """Write a checkpoint after `step` steps. All processes must call this function.
 
-    Rank 0 writes the checkpoint. With sharded parameters, each rank writes its own shards in the background.
+    If the parameters are not sharded, rank 0 writes the whole checkpoint. If the parameters are sharded, each rank
+    writes its own shards in the background, and rank 0 writes all other values.
     """
     watchdog.report_progress(f"the checkpoint after step {step}")
     mine = {"rng": checkpoint.rng_state(run.device), "metric_means": run.monitor.metric_means.state_dict()}

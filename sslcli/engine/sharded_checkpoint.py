@@ -267,9 +267,9 @@ def spread(state: dict[Any, Any], like: Placement, place: Place = ()) -> dict[An
 
 
 class Reader(FileSystemReader):
-    """Reader with an already loaded index, see `index_of`.
+    """Reader of a sharded checkpoint whose index is already loaded (see `index_of`).
 
-    The base class would load the index in a way that can execute code from the file.
+    The base class would load the index itself, in a way that can execute code from the file.
     """
 
     def __init__(self, folder: Path, index: Metadata) -> None:

@@ -49,7 +49,10 @@ def shorter_run_hint(config: RunConfig) -> str | None:
 
 
 def _runs_beside(run_dir: Path) -> Iterator[Path]:
-    """Yield the finished runs in the parent folder of a run directory and in its sweeps, newest first."""
+    """Yield finished runs in the parent folder of `run_dir` and in the sweeps in that folder, newest first.
+
+    `run_dir` itself and symbolic links to runs are omitted.
+    """
     parent = run_dir.parent
     finished = [*parent.glob("*/done"), *parent.glob("sweep_*/*/done")]
     with suppress(OSError):  # a run was deleted after it had been listed

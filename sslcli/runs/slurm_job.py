@@ -96,10 +96,12 @@ def config_name(folder: Path) -> str:
 
 
 def is_longer(config: RunConfig, path: Path, job: str) -> bool:
-    """Compare the length of `config` with that of an active job. Return True if it is greater, and False if equal.
+    """Return True if `config` requests a longer run than an active job, and False if both lengths are equal.
 
-    `path` is the configuration file of the job, and `job` is its ID. If the file does not exist, the result is False.
-    Raises ConfigError if the length of `config` is smaller, or if another setting that affects the results differs.
+    The length is `train.max_steps`, or `train.epochs` if `train.max_steps` is not set. `path` is the configuration file
+    of the job, and `job` is its ID. If the file does not exist, the result is False.
+
+    Raises ConfigError if `config` requests a shorter run, or if another setting that affects the results differs.
     """
     if not path.exists():
         return False

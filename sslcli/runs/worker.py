@@ -251,7 +251,9 @@ def run_trial(config: RunConfig, loader: Loader, parts: Parts, device: torch.dev
 
 
 def check_dataset(config: RunConfig, stored: dict[str, Any], parts: Parts, screen: Screen) -> tuple[str, ...]:
-    """Compare the images with the images of the run, see `check_moved` and `check_images`.
+    """Compare the current images with the images of earlier starts of the run.
+
+    The comparison is described in `check_moved` and `check_images`.
 
     `stored` is the content of `config.yaml`, or {} for a new run.
 

@@ -82,9 +82,10 @@ def _other_folders(sweep: Sweep) -> Iterable[Path]:
 
 
 def _other_jobs(sweep: Sweep) -> list[OtherJob]:
-    """Return the jobs that other sweeps in the same parent folder run themselves, without linking to a third sweep.
+    """Return the jobs of other sweeps in the same parent folder.
 
-    Jobs whose records cannot be read are omitted.
+    A job is omitted if its record cannot be read, if it reuses the run of another sweep, or if its run directory is not
+    directly in the folder of its sweep.
     """
     found = []
     for folder in _other_folders(sweep):

@@ -265,10 +265,10 @@ def prepare(sweep: Sweep, jobs: list[Job]) -> None:
 
 
 def summary(sweep: Sweep, jobs: list[Job], due: list[Job]) -> str:
-    """Return one line with the number of jobs, their statuses, and the number of jobs that will run.
+    """Return text whose first line shows the number of jobs, their statuses, and the number of jobs that will run.
 
-    `due` are the jobs that must be started, resumed or waited for. If jobs of other sweeps are reused, further lines
-    show the folders of these sweeps.
+    If jobs of other sweeps are reused, further lines show the folders of these sweeps. `due` are the jobs that must be
+    started, resumed or waited for.
     """
     counts = Counter(status_of(sweep, job.name, read_or_create_record(sweep, job)) for job in jobs)
     counts.pop(WAITING, None)

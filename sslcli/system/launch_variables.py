@@ -38,7 +38,7 @@ class Member:
 
 
 def launched() -> Member | None:
-    """Return the place of this process in a process group, or None if no launcher started this process.
+    """Return rank, world size and the address of rank 0, or None if no launcher started this process.
 
     If RANK or WORLD_SIZE is set, a launcher started this process, and all variables in `REQUIRED` must be set. If only
     MASTER_ADDR and MASTER_PORT are set, they are ignored, since scripts often export them for other programs.
