@@ -89,8 +89,9 @@ class DCGANNet(Backbone):
     def stages(self, images: Tensor) -> dict[str, Tensor]:
         """Return the feature maps after `block1`, `block2`, ..., as name -> (N, channels, height, width).
 
-        With `kernel` 4, each feature map has half the side of the previous one, rounded down. With `kernel` 3, every
-        second block halves the side, rounded up.
+        The sides of the maps depend on `kernel`, an argument of the constructor. With `kernel` 4, each feature map has
+        half the side of the previous one, rounded down. With `kernel` 3, every second block halves the side, rounded
+        up.
         """
         x = images
         maps = {}

@@ -248,7 +248,10 @@ class VisionTransformer(Backbone):
         return self.norm(self.blocks(x)), grid
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Return the position embedding (1, 1 + P, width) of a grid (rows, columns). The class token gets zeros."""
+        """Return the position embedding (1, 1 + P, width) of the class token and P patches.
+
+        The patches form a grid (rows, columns), so P is rows * columns. The embedding of the class token is zero.
+        """
         if grid == self.grid:
             return self.pos_embed
         device, dtype = self.pos_embed.device, self.pos_embed.dtype

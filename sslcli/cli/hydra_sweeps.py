@@ -94,7 +94,7 @@ class QueueLauncher(Launcher):
 def composed_job(sweep: Sweep, config: DictConfig, own: Any) -> Job:
     """Return the `Job` for a configuration that Hydra composed from the overrides of one job.
 
-    `own` is the `hydra` node of the configuration.
+    `own` contains the settings of Hydra itself for this job, which Hydra stores under the key `hydra`.
     """
     lines = list(own.overrides.task)
     values = numbers_as_text(sweep.command, current_config(plain(config))[0], lines)

@@ -115,8 +115,8 @@ def quote_home_paths(line: str) -> str:
 def map_paths(value: Any, convert: Convert) -> Any:
     """Return a copy of a configuration with `convert` applied to every path.
 
-    A value is a path if it belongs to a node (a mapping with a `_target_`), and if the class that `_target_` names
-    annotates this parameter as a path.
+    A node is a mapping with the key `_target_`, which names a class. Each other key of a node is a parameter of this
+    class. The value of a key is a path if the class annotates the parameter as a path.
     """
     if isinstance(value, list):
         return [map_paths(inner, convert) for inner in value]

@@ -229,9 +229,10 @@ class CachedImage:
         self.size: tuple[int, int] = (width, height)
 
     def decode(self, divisor: int = 1) -> Image.Image | Pixels:
-        """Decode the pixels as `Encoded.decode` does. Only full-size pixels are cached.
+        """Return the pixels that `Encoded.decode` returns, from the cache if possible.
 
-        If the divisor is above 1, the image is therefore decoded from its file, and the cache is not used.
+        With a divisor above 1, a JPEG is decoded at 1/divisor of its size. The cache contains only images at full size,
+        so it is not used in this case.
         """
         position = int(self.cache.positions[self.slot])
         if divisor > 1:

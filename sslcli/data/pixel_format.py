@@ -69,7 +69,10 @@ class PixelFormat:
         return image.convert("RGB") if self.channels == 3 else Pixels(np.asarray(image.convert("L"))[:, :, None])
 
     def convert_samples(self, samples: Samples) -> Image.Image | Pixels:
-        """Convert pixel values that are not mapped to 8 bits yet. Raises ValueError if the number of bands is wrong."""
+        """Map pixel values to 8 bits, and return an image with `channels` channels.
+
+        Raises ValueError if the number of bands is wrong.
+        """
         count = samples.values.shape[2]
         if not self.is_color:
             if count != self.channels:

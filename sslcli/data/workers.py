@@ -144,9 +144,10 @@ def choose_socket_folder() -> None:
 
 
 class RequestSampler:
-    """Sampler that yields the items of the iterator `requests`. The sampler can be used only once.
+    """Sampler that yields the elements of the iterator `requests`. The sampler can be used only once.
 
-    A request is the index of one item of a dataset: for `ViewCrops`, a `Request` that lists the images of a batch.
+    A request is an index with which a dataset returns one batch. The index for the dataset `ViewCrops` is a `Request`,
+    which lists the images of the batch.
     """
 
     def __init__(self, requests: Iterator[Any]) -> None:

@@ -93,9 +93,10 @@ def rankme(z: Tensor, *, eps: float = 1e-7) -> Tensor:
 
 
 def effective_rank(z: Tensor) -> Tensor:
-    """Return exp of the entropy of the singular values of centered `z` (N, d), without eps (Roy and Vetterli, 2007).
+    """Return exp of the entropy of the singular values of centered `z` (N, d) (Roy and Vetterli, 2007).
 
-    The result is in [1, min(N - 1, d)]. Centering removes the direction of the mean; `rankme` includes this direction.
+    The result is in [1, min(N - 1, d)]. `rankme` differs in two points: it does not center `z`, so it includes the
+    direction of the mean, and it adds a small constant eps to the normalized singular values.
     """
     z = _matrix(z)
     sigma = torch.linalg.svdvals(z - z.mean(dim=0))

@@ -27,7 +27,14 @@ from sslcli.evaluation.variants import suffix
 
 @dataclass(frozen=True, kw_only=True)
 class KnnResult:
-    """Accuracies (fractions), predictions (m,) int64, votes (m, C) whose rows sum to 1, and correct (m,) bool."""
+    """Result of a k-NN classification of m query images into C classes.
+
+    Attributes:
+        top1, top5: the accuracies, as fractions.
+        predictions: (m,) int64, the predicted classes.
+        votes: (m, C), the votes of the neighbors of each query for each class. The votes of a query sum to 1.
+        correct: (m,) bool, True if the predicted class is the true class.
+    """
 
     top1: float
     top5: float
@@ -256,7 +263,10 @@ class KnnFull(Knn):
 
     @classmethod
     def defaults(cls, monitor: Mapping[str, Any]) -> dict[str, Any]:
-        """Return k 200 and temperature 0.1, which do not depend on the run's monitor."""
+        """Return the default values of k (200) and temperature (0.1).
+
+        In contrast to `Knn`, these values do not depend on the settings `monitor` of the run.
+        """
         return dict(cls.named)
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:

@@ -39,7 +39,10 @@ def names(net: nn.Module, images: Tensor) -> list[str]:
 
 
 def check(net: nn.Module, layer: str, images: Tensor) -> None:
-    """Raise ValueError unless the network has the layer. The message lists the available layers."""
+    """Raise ValueError unless the network has the layer. The message lists the available layers.
+
+    `images` (N, C, H, W) is an example input of the network.
+    """
     known = names(net, images)
     if layer not in known:
         raise ValueError(

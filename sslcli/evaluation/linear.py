@@ -266,7 +266,10 @@ class Linear(FeatureProtocol):
     def choose(
         self, x: Tensor, y: Tensor, *, num_classes: int, on_progress: OnProgress = ignore_progress
     ) -> tuple[list[dict[str, float]], dict[str, float]]:
-        """Return the grid with the held-out accuracy and loss of each entry, and the best entry. See `LinearResult`."""
+        """Return all tested choices of hyperparameters (the grid), and the best choice.
+
+        Each choice contains its accuracy and loss on held-out images. For the keys, see `LinearResult`.
+        """
         n = len(x)
         if n < 2:
             raise ValueError(f"the linear protocol needs at least 2 training images, got {n}: raise dataset.limit")

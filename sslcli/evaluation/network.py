@@ -68,7 +68,7 @@ def levels(net: nn.Module) -> list[Level]:
     Each child module of a backbone is a level. If a child is a list of blocks (ViT), each block is a level. A child
     that has only norm layers belongs to the previous level. Parameters of the backbone module itself (tokens) belong to
     the first level. All other parts of a method, such as the projection head, form one further level. If a method has
-    no attribute `backbone`, its largest part is treated as the backbone.
+    no attribute `backbone`, its child module with the most trainable parameters is treated as the backbone.
     """
     if not isinstance(net, Method):
         return _levels_of(net, "")

@@ -20,7 +20,7 @@ def label_rank(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracy(place: Tensor, k: int) -> float:
-    """Return the top-k accuracy in [0, 1]. `place` (m,) is the result of `label_rank`."""
+    """Return the top-k accuracy in [0, 1]. `place` (m,) are the ranks of the true classes (see `label_rank`)."""
     return int((place < k).sum()) / len(place)
 
 

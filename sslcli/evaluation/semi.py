@@ -183,8 +183,8 @@ class Semi(Tuned):
     def numbers(self, place: Tensor, num_classes: int) -> dict[str, Any]:
         """Return mean and standard deviation of the accuracy over seeds, and a confidence interval of the mean.
 
-        `place` (S, m) contains the ranks of the true classes. The interval covers the sampling of seeds and the
-        sampling of images.
+        `place` (S, m) contains the ranks of the true classes of m images for S seeds. The best rank is 0. The interval
+        accounts for the random choice of the seeds and for the random choice of the images.
         """
         top1 = [accuracy(row, 1) for row in place]
         interval = bootstrap_runs(place == 0, seed=self.seed, resamples=self.resamples)
@@ -202,7 +202,10 @@ class Semi(Tuned):
 
 
 def probed(start: Start, subsets: Sequence[Tensor], *, seed: int) -> Tensor:
-    """Fit a linear probe of frozen features on each of S subsets, and return the ranks (S, m) of the true classes."""
+    """Fit a linear probe of frozen features on each of S subsets of the training images, and return ranks (S, m).
+
+    The ranks are those of the true classes of the m images of the reported split. The best rank is 0.
+    """
     data = start.features
     _, x, y = data.reported()
     places = []

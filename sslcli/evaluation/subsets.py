@@ -1,7 +1,7 @@
 """Nested, class-balanced subsets of labeled images.
 
-The images of a class are ordered by a hash of (seed, position). The hash of an image depends on no random generator and
-on no other image.
+The images of a class are ordered by a hash of the seed and of the position of the image (its index in the dataset). The
+hash of an image depends on no random generator and on no other image.
 """
 
 from __future__ import annotations

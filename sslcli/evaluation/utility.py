@@ -163,17 +163,19 @@ def crossing(counts: Sequence[int], trained: Sequence[float], scratch: Sequence[
 
 
 def linear_inversion(counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor) -> list[tuple[float, Need]]:
-    """Return U(n) and its `Need` for each number of labels n in `counts`, computed by the inversion "linear".
+    """Return the utility U(n) of pre-training and the `Need` of training from scratch, for each n in `counts`.
 
-    `trained` and `scratch` contain accuracies (counts, S), where S is the number of seeds.
+    n is a number of labels. Both values are computed by the method "linear", see the module docstring. `trained` and
+    `scratch` (counts, S) contain the accuracies after pre-training and from scratch, for S seeds.
     """
     return [(value, need) for value, need, _ in utilities_by_seed(counts, trained, scratch)]
 
 
 def log_inversion(counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor) -> list[tuple[float, Need]]:
-    """Return U(n) and its `Need` for each number of labels n in `counts`, computed by the inversion "log".
+    """Return the utility U(n) of pre-training and the `Need` of training from scratch, for each n in `counts`.
 
-    `trained` and `scratch` contain accuracies (counts, S), where S is the number of seeds.
+    n is a number of labels. Both values are computed by the method "log", see the module docstring. `trained` and
+    `scratch` (counts, S) contain the accuracies after pre-training and from scratch, for S seeds.
     """
     return utilities(counts, trained.mean(1).tolist(), scratch.mean(1).tolist())
 
@@ -313,7 +315,10 @@ class Utility(Tuned):
         return list(bootstrap_runs(place == 0, seed=self.seed, resamples=self.resamples))
 
     def add_utilities(self, points: list[dict[str, Any]]) -> None:
-        """Add the utility U, its bound and its interval to every point of the curve."""
+        """Add the utility of pre-training, its bound and its confidence interval to each of `points`.
+
+        A point contains the accuracies for one number of labels.
+        """
         counts = [point["labels"] for point in points]
         runs = {
             arm: torch.tensor([p[arm]["runs"] for p in points], dtype=torch.float64) for arm in ("trained", "random")

@@ -173,7 +173,8 @@ class Method(nn.Module):
     def effective(self, batch_size: int) -> dict[str, Any]:
         """Return rows of the startup table as title -> value.
 
-        `batch_size` is the number of images in the micro-batches of all processes together.
+        `batch_size` is the number of images in one micro-batch, summed over all processes. With
+        `train.cached_gradients`, it is the number of images in a whole step, also summed over all processes.
         """
         negatives = self.num_negatives(batch_size)
         return {} if negatives is None else {"negatives per query": negatives}

@@ -85,7 +85,7 @@ class Discriminator(nn.Module):
 
 
 class BiGAN(Game):
-    """Adversarial feature learning with a deterministic encoder: a backbone and a linear layer.
+    """Adversarial feature learning with a generator G and a deterministic encoder E (a backbone and a linear layer).
 
     `encoder` is the trained encoder. `backbone` and `to_code` are the exponential moving average of the weights of
     `encoder`. This average is evaluated and exported. BatchNorm statistics are copied from `encoder` without averaging.

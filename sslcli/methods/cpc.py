@@ -69,10 +69,13 @@ def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Cont
 def full_contrast(prediction: Tensor, targets: Tensor, *, offset: int) -> Contrast:
     """Return the cross-entropy of the target of each prediction among all patches of all images (CPC v2, appendix).
 
+    Each of N images has a grid of g x g patches. A prediction is computed from the context of one patch. Its target is
+    the patch `offset` rows below. Only the first R = g - offset rows of the grid have such a target.
+
     Args:
-        prediction: (N, R, g, dim), the predictions from the R = g - offset rows of contexts that have a target row.
+        prediction: (N, R, g, dim), the predictions.
         targets: (N, g, g, dim), the projected encodings of all patches.
-        offset: the target is `offset` rows below the context.
+        offset: number of rows from the context to the target.
 
     The cross-entropy is averaged over predictions. It is computed in float32 (or float64 if the input is float64), even
     under autocast.
@@ -98,6 +101,9 @@ def own_places(num_images: int, rows: int, columns: int, *, offset: int, device:
 
 class PatchPrediction(Method):
     """Base class of CPC v1 and v2. It computes patches, encodings, and contexts in one to four directions.
+
+    The context of a patch is a vector that summarizes the encodings of patches in the row of this patch and in the rows
+    above it. It predicts the encodings of patches in lower rows.
 
     Args:
         image_size: side of the training images in pixels.

@@ -287,7 +287,10 @@ class DeepInfoMax(Method):
         return dot_loss(places, queries, official_mask=self.official_mask, **settings)
 
     def global_loss(self, maps: Tensor, vectors: Tensor) -> Tensor:
-        """Return the global term of the loss, between vectors (N, D) and encodings of whole maps (N, C, H, W)."""
+        """Return the global term of the loss, which compares global vectors with encodings of whole feature maps.
+
+        `maps` (N, C, H, W) are the local feature maps, which this function encodes. `vectors` are (N, D).
+        """
         settings: dict[str, Any] = {"measure": self.measure, "gather": self.gather_negatives}
         whole = self.map_encoder(maps)[:, :, None]  # (N, u, 1)
         if not self.dot:

@@ -33,6 +33,8 @@ SQUARES = 4  # regions per side: `distance` compares the means of SQUARES x SQUA
 def discriminator_loss(real: Tensor, fake: Tensor, *, kind: str) -> Tensor:
     """Return the discriminator loss for logits (N, K) of real and generated inputs: summed over K, mean over N.
 
+    N is the number of inputs, and K is the number of logits that the discriminator computes for each input.
+
     kind="logistic": -log sigmoid(real) - log(1 - sigmoid(fake)) (Goodfellow et al., eq. 1). If all logits are 0, the
     loss is 2 K log 2.
     kind="hinge": relu(1 - real) + relu(1 + fake) (Miyato et al. 2018, arXiv:1802.05957, eq. 16).
@@ -45,6 +47,8 @@ def discriminator_loss(real: Tensor, fake: Tensor, *, kind: str) -> Tensor:
 
 def generator_loss(fake: Tensor, *, kind: str) -> Tensor:
     """Return the generator loss for the discriminator's logits (N, K) of generated inputs: summed over K, mean over N.
+
+    N is the number of inputs, and K is the number of logits that the discriminator computes for each input.
 
     kind="logistic": -log sigmoid(fake), the non-saturating loss (Goodfellow et al., section 3).
     kind="hinge": -fake (Miyato et al., eq. 17).
@@ -108,10 +112,11 @@ def decoder_generator(dim: int, *, image_size: int, channels: int, width: int) -
 
 
 class Game(Method):
-    """Base class with a generator; subclasses add the discriminator. The loss is the sum of both players' losses.
+    """Base class of methods that train a generator against a discriminator. Subclasses define the discriminator.
 
-    The loss of each player treats the parameters of the other player as constants. One backward pass of the sum
-    therefore gives each player the gradient of its own loss. Real and generated images are in [0, 1]
+    The generator and the discriminator are called the players. The loss of the method is the sum of the losses of both
+    players. The loss of each player treats the parameters of the other player as constants. One backward pass of the
+    sum therefore gives each player the gradient of its own loss. Real and generated images are in [0, 1]
     (views.normalize=false). The first step raises ConfigError if real images are outside this range.
 
     Args:

@@ -47,7 +47,8 @@ def cells_of(images: Tensor) -> Tensor:
 def crops_of(cells: Tensor, corner: Tensor, side: int) -> Tensor:
     """Crop a square of `side` pixels from each cell: `cells` (N, 9, C, s, s) -> (N, 9, C, side, side).
 
-    `corner` (N, 9, 2) holds the top and left coordinates of each square in its cell.
+    The cells are the 3 x 3 parts of an image, each with a side of s pixels. `corner` (N, 9, 2) holds the top and left
+    coordinates of each square in its cell.
     """
     channels, height = cells.shape[2:4]
     place = corner[..., None] + torch.arange(side, device=cells.device)  # (N, 9, 2, side)

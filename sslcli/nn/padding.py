@@ -59,7 +59,10 @@ def used_positions(conv: nn.Conv2d, axis: int, size: int) -> Tensor:
 
 @contextmanager
 def recorded_weights(net: nn.Module) -> Iterator[UsedWeights]:
-    """Record which convolution weights of `net` multiply pixels in the forward passes of the `with` block."""
+    """Record which convolution weights of `net` are used in the forward passes of the `with` block.
+
+    A weight is used if it multiplies at least one pixel. All other weights multiply only zero padding.
+    """
     found = UsedWeights()
 
     def record(name: str, conv: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:

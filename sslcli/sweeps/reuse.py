@@ -71,7 +71,10 @@ def reuse(sweep: Sweep, jobs: Iterable[Job]) -> list[Job]:
 
 
 def reused_folders(sweep: Sweep, jobs: Iterable[Job]) -> list[Path]:
-    """Return the folders of the other sweeps whose jobs are reused, one for each reused job."""
+    """Return the folders of the sweeps from which `jobs` of `sweep` are reused.
+
+    The list has one folder for each reused job. A sweep from which several jobs are reused occurs several times.
+    """
     sources = (source_of(sweep, read(record_path(sweep, job.name))) for job in jobs)
     return [source.resolve().parent.parent for source in sources if source is not None]
 

@@ -193,9 +193,10 @@ def shown(value: Any) -> str:
 
 
 def _is_class(kind: Any) -> bool:
-    """Return True for a class, and False for an annotation and for the types of plain values.
+    """Return True if `kind` is a class other than the types of plain values, and False for any other annotation.
 
-    The types of plain values are int, float, bool, str, list, dict and None.
+    The types of plain values are int, float, bool, str, list, dict and None. An example of another annotation is
+    `list[int]`.
     """
     return get_origin(kind) is None and isinstance(kind, type) and kind is not Any and kind not in PLAIN
 

@@ -115,7 +115,10 @@ def _index_tar(file: IO[bytes], shard: Shard, *, image: str, label: str | None) 
 
 
 def _samples(file: IO[bytes], shard: Shard) -> Iterator[tuple[str, Sample]]:
-    """Yield a pair for each image of a tar archive: its name up to the first dot, and the location of its files.
+    """Yield a pair for each image of a tar archive: the common name and the locations of the files of the image.
+
+    The files of an image are the image file and files with other data, such as the label. They have the same name up to
+    the first dot.
 
     Raises ConfigError if the archive is truncated or damaged.
     """

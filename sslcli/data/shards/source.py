@@ -49,7 +49,8 @@ class HfStream(EncodedImages):
             field of the JSON file of an image. "auto" detects the names. label=None: no labels.
         lanes: total number of shards that all processes and workers read in parallel, at least 1.
         buffer: total number of images in all shuffle buffers, at least 1.
-        cache: the folder of the index files; None = a folder in the user's cache.
+        cache: the folder of the index files; None = a folder in the user's cache. The index file of a shard contains
+            the label and the location of each image.
         common: the arguments of `EncodedImages`.
 
     The shards of `path` are sorted by address. The shards of `test` follow them. The images of all shards are numbered

@@ -53,6 +53,9 @@ class ImageFiles(EncodedImages, Files):
     def fill(self, pool: Listing, test: Listing, **options: Any) -> None:
         """Set the files as `Files.fill` does. Then check the splits, and create the cache of decoded images.
 
+        pool: the files that are split into train and val.
+        test: the files of the official test split; may be empty.
+
         Raises ConfigError if the same file is in two splits, or if the images do not fit in the cache.
         """
         super().fill(pool, test, **options)

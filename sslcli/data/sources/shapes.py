@@ -275,6 +275,7 @@ def _texture(numbers: _RandomNumbers, u: Tensor, v: Tensor) -> Tensor:
 def _light(numbers: _RandomNumbers, x: Tensor, y: Tensor, strength: float) -> Tensor:
     """Return the light (n, 3, S, S), a factor for each pixel: brightness, a gradient across the image, and a tint.
 
+    numbers: source of the random numbers of n images.
     x, y: (1, 1, S) and (1, S, 1), the coordinates of the pixels in [-1, 1].
     strength: strength of the variation of the light, in [0, 1].
     """
