@@ -127,8 +127,9 @@ def _points(overrides: list[Override]) -> list[list[str]]:
 def _samples(overrides: list[Override]) -> list[list[str]]:
     """Return the overrides of example jobs, to validate the values that a Hydra sweeper may sample.
 
-    The jobs themselves are not known before the sweeper runs. Each value of each override occurs in one example. All
-    other overrides of this example have their first value.
+    The jobs themselves are not known before the sweeper runs. In the first example, all overrides have their first
+    value. Every other example differs from the first one in one override. Together, the examples contain every value
+    of every override.
     """
     lines = [_first(overrides)]
     for place, override in enumerate(overrides):

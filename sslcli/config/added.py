@@ -71,8 +71,11 @@ def resumed_dataset(dataset: dict[str, Any], stored: Any, set_keys: Collection[s
 
     The keys in `KEYS` were added after version 0.2. Each has a default in the yaml files, and an old value with which
     the dataset is read as in older versions. If a key in `dataset` has its default, it gets its old value in two cases:
-    `stored` lacks the key, because an older version wrote the file; or `stored` contains the old value. Keys that the
-    command line sets are not changed.
+
+    - `stored` lacks the key, because an older version of sslcli started the run.
+    - `stored` contains the old value.
+
+    Keys that the command line sets are not changed.
 
     Args:
         dataset: the mapping composed from yaml files and the command line.

@@ -88,14 +88,16 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
     def write_crops(
         self, rows: list[int], positions: Tensor, key: Tensor, views: list[Tensor], read: Tensor
     ) -> BadImageList:
-        """Write the crops of some images of a request into `views`. Bad images are replaced, see `replacement`.
+        """Write the crops of some of the n images of a request into `views`. Bad images are replaced.
+
+        The function `replacement` selects the image that replaces a bad image.
 
         Args:
-            rows: index of each of these images in the request, from 0 to n - 1.
+            rows: index in the request, from 0 to n - 1, of each image whose crops are written.
             positions: (n,) position of each requested image in the dataset.
             key: (n,) int64. All random numbers of an image are computed from its key.
             views: one tensor (n, C, S, S) uint8 per view, for the output.
-            read: (n,) int64, for the output: the position of the image that was read for each row.
+            read: (n,) int64, for the output: the position in the dataset of the image that was read.
 
         Returns:
             The path of each image that cannot be read, and the reason.

@@ -2,9 +2,10 @@
 
     source -> [worker: decode once, crop each view, uint8] -> device -> batched color operations -> Batch
 
-The images of step t are a function of (seed, t). The views of an image are a function of (seed, epoch, index).
-Therefore a checkpoint need not save any state of the loader, and the batches do not depend on the number of workers or
-processes.
+The images of step t are a function of (seed, t). The views of an image are a function of (seed, epoch, index), where
+index is the index of the image in the training split. If an epoch contains an image several times, the views also
+depend on the number of the repetition. Therefore a checkpoint need not save any state of the loader, and the batches do
+not depend on the number of workers or processes.
 """
 
 from __future__ import annotations

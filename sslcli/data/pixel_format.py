@@ -39,7 +39,7 @@ class PixelFormat:
 
     @property
     def keeps_8_bits(self) -> bool:
-        """Whether 8-bit values are kept unchanged. If False, they are mapped like all other values."""
+        """Whether 8-bit values are kept unchanged. If False, they are mapped like values of more than 8 bits."""
         return isinstance(self.value_range, str)
 
     @property

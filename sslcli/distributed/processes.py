@@ -87,7 +87,8 @@ def die_with_parent() -> None:
 def restarted() -> bool:
     """Return True if the processes of this run have been restarted.
 
-    Our agent, torchrun and the Slurm job script restart processes.
+    Processes are restarted by the agent (the process of ssl-train that starts the training processes), by torchrun, or
+    by the Slurm job script.
     """
     return earlier_starts() > 0
 

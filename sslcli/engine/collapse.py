@@ -79,8 +79,11 @@ class CollapseDetector:
         return verdict if state["alarms"] >= 2 else None
 
     def _alarm(self, std: float, spread: float, rank: float, dim: int) -> str | None:
-        """Compare one measurement with the peaks so far. Return the message of the alarm, or None if no alarm fires.
+        """Check the conditions of an alarm for one measurement. Return the message of the alarm, or None.
 
+        Each metric is compared with a fixed limit and with its peak, the largest value so far.
+
+        std: standard deviation of the normalized embeddings.
         spread: negative uniformity.
         rank: rankme.
         dim: width d of the embeddings.
@@ -101,7 +104,7 @@ class CollapseDetector:
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore the result of `state_dict`. Raises ValueError if `state` does not have the keys of this version."""
+        """Restore a state that `state_dict` returned. Raises ValueError if `state` has missing or additional keys."""
         if set(state) != set(self._state):
             raise ValueError(
                 f"collapse detector state has {sorted(state)}, but needs {sorted(self._state)}: start a new run"

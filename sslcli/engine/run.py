@@ -50,7 +50,7 @@ class Run:
 
     @property
     def warmup_steps(self) -> int:
-        """Number of warmup steps of a run of this length that was never extended."""
+        """Number of warmup steps, computed from the current length of the run as if the run had never been extended."""
         return warmup_steps(self.total_steps, settings=self.settings, steps_per_epoch=self.loader.steps_per_epoch)
 
     def lr_at(self, step: int) -> float:

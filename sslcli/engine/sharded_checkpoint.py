@@ -105,7 +105,10 @@ def write(folder: Path, snapshot: Snapshot, *, group: dist.ProcessGroup) -> None
 
 
 def together(act: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
-    """Call `act` on every process. Return all results by rank. If one call fails, raise OSError on all processes."""
+    """Call `act` on every process of `group`. Return the results of all processes in rank order.
+
+    If `act` raises OSError on one process, OSError is raised on all processes.
+    """
     watchdog.report_progress()
     mine: tuple[T | None, str] = (None, "")
     try:

@@ -36,8 +36,13 @@ Choice = dict[str, float]
 class Trained:
     """Result of training on S label subsets.
 
-    It contains the rank (S, m) of the true class of each reported image after training on each subset, and the network
-    that was trained on the first subset.
+    One network is trained on each subset, and is evaluated on the m images of the reported split.
+
+    Attributes:
+        place: (S, m) the rank of the true class of each image, for the network of each subset.
+        net: the network that was trained on the first subset.
+        chosen: the selected learning rate, with its held-out accuracy and loss if candidates were compared.
+        grid: the held-out accuracy and loss of each candidate learning rate; empty if no candidates were compared.
     """
 
     place: Tensor
@@ -189,7 +194,11 @@ class Finetune(Tuned):
         )
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Fine-tune a copy of each network in `starts`: of "trained", and of "random" if `starts` contains it."""
+        """Fine-tune a copy of each network in `starts`.
+
+        "trained" is the pre-trained network, and is required. "random" is the same network before training, and is
+        optional.
+        """
         data = starts["trained"].features
         rows = torch.arange(len(data.train))
         total = len(starts) * self.trainings(1, choosing=1) * self.steps

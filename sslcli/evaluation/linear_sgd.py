@@ -137,9 +137,10 @@ class LinearSgd(Protocol):
         )
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
-        """Return the layer of the features, and the default layer.
+        """Return `feature_layer`, the layer whose output the classifiers get, and the default layer.
 
-        Raises ConfigError if `feature_layer` is the memory bank, which has no features of random crops.
+        The default layer is the output of the backbone. Raises ConfigError if `feature_layer` is "bank", the memory
+        bank. The bank contains one embedding per image, but no features of random crops.
         """
         if feature_layer == layers.BANK:
             raise ConfigError(

@@ -20,7 +20,14 @@ from sslcli.report.console import Screen
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuned:
-    """A fine-tuned network, a record of its origin, and the positions of the labeled images on which it was trained."""
+    """A network that an earlier evaluation fine-tuned.
+
+    Attributes:
+        net: the network with its classifier.
+        positions: positions in the dataset of the labeled images on which it was trained.
+        provenance: entries of the result file that state the origin of the network: the protocol that fine-tuned it,
+            the file of the network, and the SHA-256 digest of this file.
+    """
 
     net: Classifier
     positions: Tensor

@@ -50,9 +50,10 @@ def to_points(maps: Tensor) -> Tensor:
 
 
 def from_points(points: Tensor, out: Tensor) -> None:
-    """Compute maps from values at the 36 points: `points` (36, T, O) -> `out` (n, H, W, O). `out` is overwritten.
+    """Compute maps from values at the 36 points of the Winograd algorithm, for each of T tiles.
 
-    Each of the T tiles gives 4 x 4 values of the maps.
+    `points` (36, T, O) contains the values at the points. The maps (n, H, W, O) are written to `out`. Each tile gives
+    4 x 4 values of the maps.
     """
     if transform("from_points", points, out, out):
         return
@@ -119,7 +120,7 @@ def interpolate(m: Rows, out: Rows) -> None:
 
 
 def spread(y: Rows, out: Rows) -> None:
-    """Map four values to values at six points with the matrix A of the paper, the transpose of `interpolate`.
+    """Map four values to six values with the matrix A of the paper (arXiv:1509.09308), the transpose of `interpolate`.
 
     The first dimension of `y` (input) has size 4, and the first dimension of `out` (output) has size 6.
     """

@@ -120,9 +120,10 @@ def nce(logits: Tensor, *, log_z: float, num_images: int) -> Tensor:
     """Return noise-contrastive estimation losses (N,), each summed over K + 1 rows (1805.01978, eq. 4 to 7).
 
     Column 0 of `logits` (N, K + 1) is the logit of an image with its own row of the bank. The other columns are its
-    logits with K noise rows, drawn uniformly from all n rows. The log-probabilities are log P = logits - log_z, and the
-    noise mass is c = K / n. The loss is the negative sum of log(P / (P + c)) for the image's own row and
-    log(c / (P + c)) for each noise row. These terms are computed from log P to avoid overflow.
+    logits with K noise rows, drawn uniformly from the n rows of the bank. n is `num_images`. `log_z` is the log of the
+    normalizer Z, see `log_normalizer`. The log-probabilities are log P = logits - log_z, and the noise mass is
+    c = K / n. The loss is the negative sum of log(P / (P + c)) for the image's own row and log(c / (P + c)) for each
+    noise row. These terms are computed from log P to avoid overflow.
     """
     noise = (logits.shape[1] - 1) / num_images
     log_p = logits - log_z

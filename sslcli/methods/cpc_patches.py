@@ -146,7 +146,7 @@ class PatchAugmentation(nn.Module):
         self.drop_colors, self.shear, self.shear_p = drop_colors, shear, shear_p
 
     def forward(self, patches: Tensor, noise: Noise) -> Tensor:
-        """Return augmented patches: (N, g, g, C, p, p) -> the same shape.
+        """Return augmented patches: (N, g, g, C, p, p) -> the same shape, for g x g patches of side p per image.
 
         `noise` draws the random numbers. Each patch has its own random numbers.
         """

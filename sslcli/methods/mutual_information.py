@@ -2,9 +2,10 @@
 
 Hjelm et al. 2019  https://arxiv.org/abs/1808.06670   used by sslcli/methods/deep_infomax.py
 
-Shapes: N images per process, W processes, M images whose feature maps are compared with each vector, n positions of a
-feature map, k vectors per image (1 in the paper), u size of the embeddings that are compared, D vector size. M is W N
-if the maps of all processes are gathered, else N.
+Shapes: N images per process, W processes, M images whose feature maps are compared with each global vector, n positions
+of a feature map, k global vectors per image (1 in the paper), D size of a global vector. `dot_loss` compares embeddings
+of positions with embeddings of global vectors, and u is the size of these embeddings. M is W N if the maps of all
+processes are gathered, else N.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""BatchNorm variants with statistics over groups of images (as on several GPUs) or over all processes."""
+"""BatchNorm variants whose statistics are computed over small groups of images, or over the images of all processes.
+
+With groups, the normalization is the same as on several GPUs that each normalize only their own images.
+"""
 
 from __future__ import annotations
 

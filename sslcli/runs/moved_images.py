@@ -42,8 +42,8 @@ def earlier_moved(stored: dict[str, Any]) -> tuple[str, ...]:
 def check_moved(run_dir: Path, stored: dict[str, Any], now: dict[str, Any], source: Source, screen: Screen) -> None:
     """Raise ConfigError on all processes if paths of the dataset changed and the images are not the same.
 
-    Names relative to the root, sizes and labels are compared. `check_images` then compares modification times or
-    contents. This is a collective operation: all processes must call it.
+    The sizes, the labels and the names relative to the root are compared. The function `check_images`, which is called
+    later, compares modification times or contents. This is a collective operation: all processes must call it.
 
     Args:
         run_dir: the run directory, for the message.

@@ -187,7 +187,10 @@ def read_record(sweep: Sweep, name: str) -> Record:
 
 
 def read_or_create_record(sweep: Sweep, job: Job) -> Record:
-    """Return the record of a job. If it does not exist, write a record without a state, and return it."""
+    """Return the record of a job. If it does not exist, write and return a new record.
+
+    A new record has no state (start time, host, process, exit code).
+    """
     path = record_path(sweep, job.name)
     if path.exists():
         return read_record(sweep, job.name)

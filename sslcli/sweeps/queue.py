@@ -310,8 +310,8 @@ def claim_slot(
 def _start_next(pending: PendingJobs, slots: list[Slot] | None, relay: Relay, *, quiet: bool) -> bool:
     """If a slot is free, start the first job in `pending` that must run and that no other process runs.
 
-    The job is added to the running jobs of `relay`. If `quiet` is True, it prints into its log file. Return True if a
-    job was started.
+    The job is added to the running jobs of `relay`. If `quiet` is True, the job prints into its log file. Return True
+    if a job was started.
     """
     claimed = claim_slot(pending.sweep, slots, used=[one.slot for one in relay.running])
     if claimed is None:

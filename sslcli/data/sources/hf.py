@@ -94,7 +94,7 @@ class Hf(EncodedImages):
         self.split(pool, labeled=self.labels[: len(pool)] >= 0, num_test=len(self.labels) - len(pool))
 
     def open(self, position: int) -> Encoded:
-        """Open the image at `position`. Raises BadImage if the row of the table contains no image."""
+        """Open the image at `position`. Raises BadImage if this row of the dataset contains no image."""
         value, path = self.cell(position), self.path(position)
         if isinstance(value, dict):  # `datasets` stores an image as a struct of bytes and path
             value = value.get("bytes") or value.get("path")

@@ -40,10 +40,10 @@ def check_verify(value: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Records of a dataset, in position order.
+    """Records of the images of a dataset, in position order. One record is called a row.
 
-    Each row describes one image. There are two exceptions: in a dataset of shards, each row describes one shard, and in
-    a dataset with several files per image, each row describes one file.
+    A row describes one image. There are two exceptions: in a dataset of shards, a row describes one shard, and in a
+    dataset with several files per image, a row describes one file.
 
     Attributes:
         names: the names of all rows as bytes, joined by NUL. No file name contains NUL.
