@@ -60,7 +60,7 @@ class RunConfig(RunSettings):
 
     @classmethod
     def from_plain(cls, config: dict[str, Any]) -> RunConfig:
-        """Return the typed configuration of plain values.
+        """Convert a configuration from dictionaries and JSON values to a `RunConfig`.
 
         `config` is the validated configuration of one job, or a result of `plain()`.
         """
@@ -131,7 +131,7 @@ class EvalConfig(EvalSettings):
 
     @classmethod
     def from_plain(cls, config: dict[str, Any]) -> EvalConfig:
-        """Return the typed configuration of the plain values `config`, the validated configuration of one job."""
+        """Convert `config`, the validated configuration of one job, from a dictionary to an `EvalConfig`."""
         return cls(
             **{f.name: config[f.name] for f in fields(EvalSettings)},
             protocol=config["protocol"],
@@ -143,5 +143,5 @@ class EvalConfig(EvalSettings):
 
 
 def export_config(config: dict[str, Any]) -> ExportSettings:
-    """Return the typed configuration of ssl-export from the plain values `config`, which must be validated."""
+    """Convert `config`, the validated configuration of ssl-export, from a dictionary to `ExportSettings`."""
     return ExportSettings(**{f.name: config[f.name] for f in fields(ExportSettings)})

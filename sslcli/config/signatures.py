@@ -93,7 +93,10 @@ def literal_defaults(target: str) -> dict[str, Any]:
 
 
 def _defaults(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
-    """Yield (name, default) for each field of a class and each argument of its constructor that has a default."""
+    """Yield (name, default) for the annotated fields of a class and the arguments of its constructor.
+
+    Fields and arguments without a default are skipped. If `node` is not a class, nothing is yielded.
+    """
     for part in node.body if isinstance(node, ast.ClassDef) else ():
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and part.value is not None:
             yield part.target.id, part.value

@@ -34,7 +34,7 @@ class PixelFormat:
 
     @property
     def is_color(self) -> bool:
-        """True for one or three channels: images become gray or RGB. Otherwise, their bands are used unchanged."""
+        """True if `channels` is 1 or 3: images become gray or RGB. If False, the bands of an image are its channels."""
         return self.channels in (1, 3)
 
     @property

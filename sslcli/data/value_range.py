@@ -85,7 +85,10 @@ def _full_range(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _missing(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
-    """Return the mask of the missing pixels. Return None if no pixel is missing."""
+    """Return the mask of the missing pixels. Return None if no pixel is missing.
+
+    A pixel is missing if its value is `nodata` or NaN, or if the magnitude of a float is at least `NODATA_MAGNITUDE`.
+    """
     found = None
     if nodata is not None and not math.isnan(nodata):
         with np.errstate(over="ignore"):

@@ -42,8 +42,8 @@ class Writer:
     def save(self, state: dict[str, Any], *, keep: int) -> None:
         """Write `state` as a checkpoint. Then delete all checkpoints except the newest `keep`.
 
-        If parameters are sharded, this method waits for the previous write, starts this write in the background, and
-        returns.
+        If no parameters are sharded, this method returns after the write. If parameters are sharded, this method waits
+        for the previous write, starts this write in the background, and returns.
 
         Raises TrainingFailed on all processes if the run directory was deleted, or on a disk error. An error of a write
         in the background is raised by the next call of `save`, `wait` or `close`.

@@ -93,9 +93,9 @@ def placement(method: nn.Module, optimizer: Optimizer) -> Callable[[tuple[Any, .
     """Return a function that determines how each tensor of a checkpoint is sharded when the checkpoint is loaded.
 
     The arguments of the function are the path and the shape of a tensor in the checkpoint. The path of a parameter is
-    ("method", name). The path of an optimizer state is ("optimizer", "state", number of the parameter, name). The
-    function returns a parameter of `method`. The tensor of the checkpoint then gets the same sharding. If the
-    function returns None, the tensor is not sharded.
+    ("method", name). The path of an optimizer state is ("optimizer", "state", number of the parameter, name). If
+    the function returns a parameter of `method`, the tensor gets the same sharding as this parameter. If the function
+    returns None, the tensor is not sharded.
     """
     named = {name: value for name, value in method.state_dict().items() if hasattr(value, "to_local")}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

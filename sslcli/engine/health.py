@@ -43,7 +43,10 @@ def feature_std(z: Tensor, *, biased: bool = False) -> Tensor:
 
 
 def mean_norm(z: Tensor) -> Tensor:
-    """Return the norm of the mean L2-normalized row of `z` (N, d): 0 for a centered cloud, 1 for a single point."""
+    """Return the norm of the mean of the L2-normalized rows of `z` (N, d), in [0, 1].
+
+    The norm is 0 if the directions of the rows cancel out, and 1 if all rows have the same direction.
+    """
     norm: Tensor = torch.linalg.vector_norm(F.normalize(_matrix(z), dim=1).mean(dim=0))
     return norm
 

@@ -105,8 +105,8 @@ def parameter_groups(
     """Return two groups of trainable parameters: one with weight decay and one without.
 
     The group without weight decay contains biases, normalization parameters, and the class token, mask token and
-    position embeddings of ViT. For LARS, this group has
-    `adapt=False`. If `decay_norm_and_bias` is True, all parameters are in the first group, as in MoCo v1 and v2. If
+    position embeddings of ViT. The optimizer LARS does not adapt the learning rate of this group (`adapt=False`). If
+    `decay_norm_and_bias` is True, there is only the group with weight decay, as in MoCo v1 and v2. If
     `method.param_groups()` is not None, the function returns these groups unchanged.
     """
     own = method.param_groups() if isinstance(method, Method) else None

@@ -3,8 +3,10 @@
 Fine-tuning follows SimCLR (arXiv:2002.05709, appendix B.8) and SimCLR v2 (arXiv:2006.10029, section 3). SimCLR v2
 fine-tunes from a middle layer of the projection head. Layer-wise learning rate decay is as in MAE (arXiv:2111.06377).
 By default, the linear classifier is initialized with zeros, as in SimCLR v2. If `warm_start` is true, it is initialized
-with a linear probe of the frozen features, as in LP-FT (arXiv:2202.10054). Yaml: conf/protocol/finetune.yaml. S is the
-number of label subsets, m the number of images in the reported split.
+with a linear probe of the frozen features, as in LP-FT (arXiv:2202.10054). Yaml: conf/protocol/finetune.yaml.
+
+Shapes: S label subsets, m images in the split on which accuracies are reported. A copy of the network is trained on
+each subset. S is 1 for `finetune`, and the number of seeds for `semi` and `utility`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class LabelList:
 
     @property
     def name(self) -> str:
-        """Name of the list in file names: the stem of the file and the digest, as in "10percent-3fa2b1"."""
+        """Name of the list in names of results: the stem of `path` and the digest, as in "10percent-3fa2b1"."""
         readable = re.sub(r"[^\w.+-]+", "-", self.path.stem)[:MAX_STEM]
         return f"{readable}-{self.digest}"
 

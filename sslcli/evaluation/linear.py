@@ -218,7 +218,7 @@ class Linear(FeatureProtocol):
         return 2 * self.epochs if self.solver == "sgd" else len(self.cs) + 1
 
     def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:
-        """Return a JSON-serializable result. Accuracies are fractions, and the interval is [low, high] at 95 %."""
+        """Return a JSON-serializable result: accuracies as fractions, and the 95 % interval [low, high] of top1."""
         split, x_test, y_test = features.reported()
         num_classes, x, y = features.num_classes, features.train, features.train_labels
         found = self.fit(x, y, x_test, y_test, num_classes=num_classes, on_progress=on_progress)

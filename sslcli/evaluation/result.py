@@ -25,7 +25,11 @@ def accuracy(place: Tensor, k: int) -> float:
 
 
 def top5(place: Tensor, num_classes: int) -> float:
-    """Return the top-5 accuracy in [0, 1], or the top-C accuracy if there are C < 5 classes. Rank C counts as wrong."""
+    """Return the top-5 accuracy in [0, 1], or the top-C accuracy if there are C < 5 classes.
+
+    `place` (m,) is the result of `label_rank`: the 0-based rank of the true class of each image. Rank C, the rank if
+    the scores are not finite, counts as wrong.
+    """
     return accuracy(place, min(5, num_classes))
 
 

@@ -92,8 +92,8 @@ class Semi(Tuned):
     def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return a suffix for the result's name, with the label subset and the settings that are not at their defaults.
 
-        The label subset is written as the name of the list, the labels per class, or the percentage of the labels. Of
-        the other settings, only those in `named` are part of the suffix.
+        The label subset is written as the name of the list file, the labels per class, or the percentage of the labels.
+        Of the other settings, only the keys of the class attribute `named` can be part of the suffix.
         """
         labels = f"{self.labels_per_class}-per-class"
         if self.listed is not None:

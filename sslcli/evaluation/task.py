@@ -58,8 +58,8 @@ class Task:
         screen: progress display.
         fine_tuned: function that takes the name of an earlier result and returns the network saved with that result. It
             raises ConfigError if there is no such network.
-        kept: function that takes the name of a baseline and a function that measures the baseline. It returns the
-            cached numbers if possible, else it calls the function.
+        kept: function of two arguments: the name of a baseline, and a function that measures this baseline. If the
+            cache contains the results of this baseline, they are returned. Otherwise, the baseline is measured.
     """
 
     source: Source

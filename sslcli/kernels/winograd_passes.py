@@ -53,7 +53,9 @@ def passes_for(*tensors: Tensor) -> ctypes.CDLL | None:
 
 
 def transform(name: str, given: Tensor, out: Tensor, maps: Tensor) -> bool:
-    """Apply the compiled transform `name` to `given`, and write to `out`. Return False if there is no compiled pass.
+    """Apply the compiled transform `name` to `given`, and write the result to `out`.
+
+    Return False, and write nothing, if there is no compiled C function (pass) for these arguments.
 
     `name` is a function of `sslcli.kernels.winograd_transforms`: to_points, from_points or gradient_points. `maps` (n,
     H, W, C) is the argument with this shape: `out` for from_points, and `given` for the other transforms.

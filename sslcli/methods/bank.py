@@ -69,7 +69,7 @@ class Bank(nn.Module):
         self.new.append((index, embeddings))
 
     def update(self) -> None:
-        """Update the rows with all embeddings that `remember` has stored since the previous call of `update`."""
+        """Update the rows of the bank with all embeddings that `remember` got since the previous call of `update`."""
         if self.new:
             index, embeddings = (torch.cat(parts) for parts in zip(*self.new, strict=True))
             write(self.rows, index, embeddings, momentum=self.momentum)

@@ -98,7 +98,10 @@ class Method(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not divide its loss")
 
     def compare(self, rows: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Return the scalars of `forward`, computed from `rows`, the output of `embed` for the whole batch."""
+        """Return the scalars of `forward` for the whole batch.
+
+        `rows` are the outputs of `embed` for all micro-batches, concatenated.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not divide its loss")
 
     def after_step(self, progress: float) -> None:

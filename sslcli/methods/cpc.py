@@ -167,7 +167,11 @@ class PatchPrediction(Method):
         return nn.ModuleList(nn.Linear(in_features, out_features, bias=bias) for _ in range(count))
 
     def of_direction(self, predictors: nn.ModuleList, direction: int) -> list[tuple[int, nn.Module]]:
-        """Return the linear layers of `direction` in `predictors`, as one pair (offset, linear layer) per offset."""
+        """Return the linear layers of one direction, as one pair (offset, linear layer) per offset.
+
+        `predictors` contains the linear layers of all directions. `direction` is the number of 90-degree rotations of
+        the grid. The layer of an offset predicts the row of patches that is `offset` rows lower.
+        """
         first = direction * len(self.offsets)
         return list(zip(self.offsets, predictors[first : first + len(self.offsets)], strict=True))
 

@@ -213,9 +213,10 @@ def pixels(drawn: Tensor) -> Tensor:
 
 
 def groups_of(parts: Iterable[nn.Module], lr_scale: float) -> list[dict[str, Any]]:
-    """Return the trainable parameters of one player as two optimizer groups. Empty groups are left out.
+    """Return the trainable parameters of `parts` as two optimizer groups. Empty groups are left out.
 
-    The second group contains the biases and norm parameters. `lr_scale` is the factor for the learning rate.
+    `parts` are the modules of one player: of the discriminator, or of the networks that it plays against. The second
+    group contains the biases and norm parameters. `lr_scale` is the factor for the learning rate.
     """
     trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim > 1]

@@ -133,7 +133,7 @@ class InfoMin(MoCo):
         return F.normalize(full_precision(self.jigsaw_head(shuffled.flatten(1))), dim=1)
 
     def patches(self, images: Tensor) -> Tensor:
-        """Crop one patch of p x p pixels at a random position of each cell: (N, C, S, S) -> (N, 9, C, p, p)."""
+        """Crop a random patch of p x p pixels from each of 3 x 3 image cells: (N, C, S, S) -> (N, 9, C, p, p)."""
         cells = cells_of(images)
         cell = cells.shape[-1]
         side = max(1, round(self.jigsaw_patch * cell))

@@ -82,10 +82,10 @@ def psnr(drawn: Tensor, images: Tensor) -> Tensor:
 
 
 class FirstLook:
-    """Callable that runs `check_images` at its first call only.
+    """Callable that checks images at its first call only.
 
-    The check is slow, because the CPU must wait for the device. `shape` is the shape (C, H, W) of one image that the
-    decoder generates.
+    It raises ConfigError unless the images have the shape and the range that the decoder generates, see `check_images`.
+    The check is slow, because the CPU must wait for the device. `shape` is the shape (C, H, W) of one generated image.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:

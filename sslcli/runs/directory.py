@@ -41,7 +41,7 @@ FOLDERS = (checkpoint_names.FOLDER, "eval", "export", "pictures", "slurm", "tens
 
 
 class Node(TypedDict):
-    """Required key of the config groups that select a class. The value of the key is the dotted name of the class."""
+    """Settings of a config group that selects a class. The value of `_target_` is the dotted name of the class."""
 
     _target_: str
 

@@ -75,7 +75,7 @@ def save_views(loader: Loader, parts: Parts, count: int, run_dir: Path) -> Path:
     """Write views.png and return its path.
 
     The top row contains `count` original images. Each row below contains one view of each of these images. If the
-    dataset has several modalities, there is one row per modality instead of each of these rows.
+    dataset has several modalities, each modality has a row of its own, both for the original images and for each view.
     """
     batches = loader.steps(0, 1)
     batch = next(batches)[0]

@@ -152,7 +152,7 @@ def images_for(config: EvalConfig, saved: dict[str, Any]) -> tuple[Source, bool]
 
 
 def as_in_pretraining(node: dict[str, Any], own: dict[str, Any], set_keys: Collection[str]) -> dict[str, Any]:
-    """Return the settings of the chosen dataset, with the behavior of pre-training if it is the same dataset.
+    """Return the settings of the chosen dataset. If it is the dataset of pre-training, it behaves as in pre-training.
 
     The network may have been pre-trained with an older version, in which some settings of datasets did not exist. If
     the chosen dataset is the dataset of pre-training, these settings get the values that reproduce the behavior of the

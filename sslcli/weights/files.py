@@ -59,8 +59,9 @@ def unwrapped(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 def wrapped(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Return `state` with the names that the backbone `net` uses. This is the inverse of `unwrapped`.
 
-    If `net` only wraps a network of another package, a prefix such as `model.` is added to the names. The prefix is
-    added only if more names of `state` then equal names of `net` than without the prefix.
+    If `net` only wraps a network of another package, its names may begin with a prefix such as `model.` that the names
+    of `state` lack. Therefore the names of `state` are compared with the names of `net` twice: with the prefix and
+    without it. If more names are equal with the prefix, the prefix is added, else `state` is returned unchanged.
     """
     prefix, own = _prefix(net), net.state_dict().keys()
     renamed = {f"{prefix}{name}": value for name, value in state.items()}

@@ -159,6 +159,8 @@ class ShardReader:
 class ReadState:
     """State of one process: the chunks in memory, the open parquet files, and the file systems.
 
+    A chunk is a part of a shard that is fetched with one read.
+
     Attributes:
         held: the fetched chunks by number, see `ShardReader.hold`.
         last: number and content of the chunk that `cached_chunk` returned last.

@@ -228,7 +228,7 @@ class Source:
         return digest((repr(self.classes).encode(), *records.digested()))
 
     def split(self, hashes: Tensor, *, labeled: Tensor, num_test: int = 0, held_out: Tensor | None = None) -> None:
-        """Set `splits`. The last `num_test` positions are the official test split.
+        """Divide the M images of the dataset into `splits`. The last `num_test` positions are the official test split.
 
         hashes: (M - num_test,) int64, one value per image of the training pool (all images except the test images). The
             images are sorted by a hash of the seed and this value. Images with equal values are sorted by position. The
@@ -351,7 +351,10 @@ class Shapes(Source):
         return digest((self.recipe.encode(), images.numpy().tobytes()))
 
     def records(self, *, contents: bool = False, on_progress: ProgressCallback | None = None) -> Records:
-        """Return a single record for the whole dataset, because it has no files. Its hash is the fingerprint."""
+        """Return a single record for the whole dataset, because the dataset has no files.
+
+        The hash of the contents in this record is the fingerprint of the dataset.
+        """
         return make_records(
             [self.name.encode()], np.zeros(1, np.int64), contents=np.array([int(self.fingerprint, 16) | 1], np.uint64)
         )

@@ -228,8 +228,9 @@ def _check_unique(part: Labels) -> None:
 def _by_value(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]) -> tuple[list[str], list[Numbers]]:
     """Return the classes, and one mapping per part from the labels of the part to class numbers.
 
-    No part has class names. The classes are the distinct labels of the training parts.
+    This function is for parts without class names. The classes are the distinct labels of the training parts.
 
+    parts: the labels of each split, shard or file.
     cleaned: the labels of each part, as `_cleaned` returns them.
     """
     known = [{value for value in values if value is not None} for values in cleaned]

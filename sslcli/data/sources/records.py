@@ -203,8 +203,9 @@ class Changes:
 def compare(then: Records, now: Records, *, times: bool) -> Changes:
     """Return the changes from the older records `then` to the newer records `now`.
 
-    The labels and sizes of all rows are compared. If both records have a hash of the contents of a row, the hashes are
-    compared, too. If not, the modification times of the row are compared, unless `times` is False.
+    The names, order, labels and sizes are always compared. If a hash of the contents of an item (an image, a file or a
+    shard) is known in both `then` and `now`, the hashes are compared, too. If not, the modification times of the item
+    are compared, unless `times` is False.
     """
     if then.names == now.names:
         before = after = np.arange(len(then))

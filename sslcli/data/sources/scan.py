@@ -122,13 +122,15 @@ class FileSearch:
     files are images: files with an extension in `image_formats.listed_extensions`, and files without an extension whose
     first bytes are those of an image format. Hidden files and folders are ignored.
 
-    Links are followed. If `linked_folders` is "once", two kinds of links are not followed, so that no image is listed
-    several times:
+    Links are followed. If `linked_folders` is "once", two kinds of links are not followed, because they lead to images
+    that are already listed:
 
     - links to a folder inside of `root`, because the images of that folder are listed under its own path
-    - links to a folder outside of `root`, except the first link to each such folder. A class folder is a folder in
-      `root` that contains the images of one class. Each class folder is searched separately. If several class folders
-      link to the same folder, the images of that folder are listed once in each of these classes.
+    - links to a folder outside of `root`, except the first link to each such folder
+
+    A class folder is a folder in `root` that contains the images of one class. Each class folder is searched
+    separately. Therefore, if several class folders link to the same folder outside of `root`, the images of that folder
+    are listed once in each of these classes.
 
     Args:
         root: the root folder.
