@@ -86,7 +86,10 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A network that is evaluated or that a training starts from, and its frozen features at one layer."""
+    """A network and its frozen features at one layer.
+
+    A protocol evaluates the network, or trains a copy that starts from its weights.
+    """
 
     net: nn.Module | None  # protocols train only copies of it; None: the features are pixels
     layer: str

@@ -195,8 +195,8 @@ def bootstrap_utilities(
     """Return a 95 % bootstrap interval [low, high] of the utility at each of `counts`.
 
     `trained` and `scratch` contain accuracies (counts, seeds). The seeds are resampled. Each resample uses the same
-    seeds for `trained` and `scratch`, because a seed determines which images are labeled. In some resamples, there is
-    no upper bound of the utility: the field `bound` of its `Need` is "lower" or "mixed". If this is the case in more
+    seeds for `trained` and `scratch`, because a seed determines which images are labeled. In some resamples, no upper
+    bound of the utility is known: the field `bound` of its `Need` is "lower" or "mixed". If this is the case in more
     than 2.5 % of the resamples, `high` is None.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -44,8 +44,9 @@ class Result(Score, ResultOptions):
 def details(result: dict[str, Any], screen: Screen) -> None:
     """Print the values that the table of top-1 accuracies does not contain.
 
-    These are the accuracy of a linear probe, the accuracy of the teacher of a distillation, and the utility curve.
-    `result` is the content of a result file. A value that it does not contain is not printed.
+    These are the accuracy of a linear probe, the accuracy of the teacher of a distillation, and a table with the
+    utility of pre-training at each number of labels. `result` is the content of a result file. A value that it does not
+    contain is not printed.
     """
     if "linear" in result:
         others = [("trained", result), *result.get("baselines", {}).items()]

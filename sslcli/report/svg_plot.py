@@ -1,8 +1,8 @@
-"""SVG plot of the result of the evaluation protocol=utility. The x axis is the number of labels.
+"""SVG plot of the result of the evaluation protocol=utility. The x-axis is the number of labels used for training.
 
-The upper panel shows the accuracies of two networks: one is pre-trained and then fine-tuned, and one is trained from
-scratch. These are the two arms. The lower panel shows the utility: the number of labels that pre-training saves,
-divided by the number of labels.
+The upper panel shows the accuracies of two networks, which are called arms: one is pre-trained and then fine-tuned, and
+one is trained from scratch. The lower panel shows the utility: the number of labels that pre-training saves, divided by
+the number of labels on the x-axis.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Terminal:
 def guard_terminal() -> None:
     """Wrap standard output and standard error of this process in one `Terminal` each.
 
-    Also print warnings of Python's `warnings` with unsafe characters escaped.
+    Also escape unsafe characters, such as control characters, in warnings of Python's `warnings`.
     """
     warnings.showwarning = show_warning
     for name in ("stdout", "stderr"):

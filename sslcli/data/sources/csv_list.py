@@ -174,7 +174,7 @@ def _read_text(file: str, key: str) -> str:
 
 
 def _delimiter(content: str, file: str, key: str, image_column: str) -> str:
-    """Return the first delimiter with which the header has the column `image_column`.
+    """Return the first of `DELIMITERS` that splits the header into columns of which one is `image_column`.
 
     Raises ConfigError if there is no such delimiter.
     """

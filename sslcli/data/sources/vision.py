@@ -29,7 +29,10 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class Parts:
-    """Pixels and labels of each split: training images, then unlabeled images of STL10 if read, then test images."""
+    """Pixels and labels of each part of a dataset, in the order training images, unlabeled images, test images.
+
+    Only STL10 has unlabeled images, and they are optional.
+    """
 
     pixels: list[NDArray[np.uint8]]  # each (n, 3, S, S)
     labels: list[NDArray[np.int64]]  # each (n,), -1 = unknown
