@@ -97,9 +97,9 @@ class StopRequest:
     def unless_stopped(self, get: Callable[[], T]) -> T | None:
         """Return `get()`, or None if the call was interrupted.
 
-        A received signal interrupts the call. After the time limit, a call that takes more than `GRACE` seconds is also
-        interrupted. With several processes, `get` is never interrupted, because all processes must stop after the same
-        step.
+        With one process, a received signal interrupts the call. The time limit does not interrupt it immediately: after
+        the time limit, the call may take up to `GRACE` seconds. With several processes, the call is never interrupted,
+        because all processes must stop after the same step.
         """
         if world_size() > 1:
             return get()

@@ -306,7 +306,10 @@ class Parallel(Files):
         return len(self._file_positions)
 
     def file(self, number: int) -> str:
-        """Return the path of file `number`. Files are numbered by image, then by modality."""
+        """Return the path of file `number`.
+
+        The numbers follow the order of the images. The files of one image follow the order of the modalities.
+        """
         position, modality = self._file_positions[number].tolist()
         return self.path_of(position, modality)
 
