@@ -109,7 +109,7 @@ def run_processes(
 def run_once(arguments: list[str], count: int, rendezvous: Rendezvous) -> dict[int, int]:
     """Run `python ARGUMENTS` in `count` processes on this node.
 
-    Return rank -> exit code for the processes that failed first, or {} if no process failed.
+    Return rank -> exit code for the processes that failed, see `first_failures`, or {} if no process failed.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError

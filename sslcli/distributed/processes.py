@@ -94,7 +94,7 @@ def restarted() -> bool:
 
 
 def start_time() -> float:
-    """Return the start time of the command on the clock `time.monotonic`.
+    """Return the start time of the command `ssl-train` on the clock `time.monotonic`.
 
     Our agent starts and restarts the processes of ssl-train. A restart does not change the start time.
     """

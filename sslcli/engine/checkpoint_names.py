@@ -17,7 +17,8 @@ def folder(run_dir: Path) -> Path:
 def path_of(run_dir: Path, step: int) -> Path:
     """Return the path of the checkpoint file after `step` optimizer steps.
 
-    If parameters are sharded, the checkpoint is a folder instead, whose name is this name without the suffix `.pt`.
+    If parameters are sharded, the checkpoint is a folder instead. The path of the folder is the returned path without
+    the suffix `.pt`.
     """
     return folder(run_dir) / f"step-{step:08d}.pt"
 

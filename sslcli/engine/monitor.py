@@ -227,7 +227,7 @@ class Monitor:
         return every > 0 and step % every == 0
 
     def speed(self, step: int) -> dict[str, float]:
-        """Return two scalars since the last log: images per second, and the fraction of time spent waiting for data."""
+        """Return images per second and the fraction of time spent waiting for data, both since the last call."""
         now = time.perf_counter()
         (then, last_step), self.last_log = self.last_log, (now, step)
         spent = max(now - then - self.seconds_evaluating, 1e-9)

@@ -133,7 +133,7 @@ class Protocol:
         return {}
 
     def variant(self, monitor: Mapping[str, Any]) -> str:
-        """Return a suffix for the result's name if the settings change the measured quantity, else "".
+        """Return a suffix for the result's name if the protocol's settings change the measured quantity, else "".
 
         A new result replaces an older result of the same name. Results of different quantities therefore need different
         suffixes. `monitor` contains the settings `monitor.*` of the run.

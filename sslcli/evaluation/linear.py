@@ -63,7 +63,10 @@ class Standardize:
 
     @classmethod
     def of(cls, features: Tensor) -> Standardize:
-        """Return the statistics of each column of `features` (n, d). Standard deviations are at least 1e-6."""
+        """Return the standardization with mean and standard deviation of each column of `features` (n, d).
+
+        Standard deviations are at least 1e-6.
+        """
         return cls(mean=features.mean(dim=0), std=features.std(dim=0, correction=0).clamp_min(1e-6))
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -291,7 +294,11 @@ class Linear(FeatureProtocol):
         return grid, max(grid, key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
 
     def head(self, x: Tensor, y: Tensor, *, num_classes: int) -> Head:
-        """Return a probe for raw features, fitted to x (n, d) and y (n,). Its weights include the standardization."""
+        """Return a linear classifier, trained on features x (n, d) and labels y (n,).
+
+        The classifier is trained on standardized features. The standardization is then merged into its weights and
+        biases, so the classifier takes features that are not standardized.
+        """
         x = x.float()
         _, chosen = self.choose(x, y, num_classes=num_classes)
         scale = Standardize.of(x)

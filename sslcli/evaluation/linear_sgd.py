@@ -56,9 +56,12 @@ FEATURE_NORMS = ("none", "batch_norm")
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Trained classifiers, one per learning rate: `reported` on all images, `selecting` without the held-out images.
+    """Trained linear classifiers on frozen features, two per learning rate.
 
-    `norm` maps features (n, d) to the input of the classifiers.
+    Attributes:
+        reported: one classifier per learning rate, trained on all training images.
+        selecting: one classifier per learning rate, trained without the held-out images, to select the learning rate.
+        norm: module that maps features (n, d) to the input of the classifiers.
     """
 
     reported: Heads

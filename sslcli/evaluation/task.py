@@ -35,7 +35,10 @@ class FineTuned:
 
 
 def no_fine_tuned(name: str) -> FineTuned:
-    """Raise ConfigError, because this task has no earlier results. This is the default of `Task.fine_tuned`."""
+    """Raise ConfigError. This is the default of `Task.fine_tuned`, for tasks without saved fine-tuned networks.
+
+    `name` is the name of the result with which the network would be saved.
+    """
     raise ConfigError(f"there is no fine-tuned network {name!r}")
 
 

@@ -25,7 +25,7 @@ def suffix(settings: object, defaults: Mapping[str, Any]) -> str:
 
 
 def plain(value: object) -> object:
-    """Return a value for comparison: a tuple as a list, as yaml files have it, and any other value unchanged."""
+    """Convert a tuple to a list, so that it can equal a list from a yaml file. Return any other value unchanged."""
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -90,11 +90,12 @@ def convolve(maps: Tensor, kernels: Tensor) -> Tensor | None:
 
 
 def weight_sums(maps: Tensor, gradients: Tensor) -> Tensor | None:
-    """Return the products that the gradient of the weight needs, or None if there is no compiled pass.
+    """Return the products from which the gradient of the weight is computed, (36, O, C).
 
-    The inputs `maps` (n, H, W, C) and the gradients of the outputs `gradients` (n, H, W, O) are divided into tiles and
-    evaluated at the 36 points of the Winograd algorithm. The result (36, O, C) is the product of both at each point,
-    summed over tiles.
+    `maps` (n, H, W, C) are the inputs of the convolution for n images, and `gradients` (n, H, W, O) are the gradients
+    of its outputs. Both are divided into tiles and evaluated at the 36 points of the Winograd algorithm. The result is
+    the product of both at each point, summed over tiles. If there is no compiled function for the arguments, the
+    result is None.
     """
     channels, outs = maps.shape[3], gradients.shape[3]
     passes = passes_for(maps, gradients)

@@ -316,9 +316,9 @@ def in_batch_loss(query: Tensor, other: Tensor, present: Tensor | None, *, tempe
     """Return the cross-entropy (N,) of identifying, for each row of `query`, the row of `other` of the same image.
 
     Also returns hits (N,): 1 if the row of the same image has the largest logit, else 0. `query` and `other` (N, D) are
-    unit embeddings of the same images. The candidates are the rows of `other` of all processes. Gradients flow to
-    `query` and `other` on every process. Images for which `present` (N,) is False lack the other modality. These images
-    are not used as negatives, and the caller masks their losses.
+    unit embeddings of two modalities of the same images. The candidates are the rows of `other` of all processes.
+    Gradients flow to `query` and `other` on every process. Images for which `present` (N,) is False lack the modality
+    of `other`. These images are not used as negatives, and the caller masks their losses.
     """
     logits = query @ all_gather_with_grad(other).T / temperature  # (N, WN)
     if present is not None:

@@ -91,8 +91,8 @@ def full_contrast(prediction: Tensor, targets: Tensor, *, offset: int) -> Contra
 def own_places(num_images: int, rows: int, columns: int, *, offset: int, device: torch.device) -> Tensor:
     """Return the index of the target of each context, (N R g,) int64, for N images, R rows and g columns of contexts.
 
-    The target is the patch `offset` rows below the context. The indices refer to the patches of the images of all
-    processes, flattened to one dimension of W N g g.
+    The target is the patch `offset` rows below the context. Each image has a grid of R + offset rows and g columns of
+    patches. The grids of the images of all processes are flattened to one dimension, to which the indices refer.
     """
     image = rank() * num_images + torch.arange(num_images, device=device)[:, None, None]
     row = torch.arange(rows, device=device)[:, None] + offset

@@ -205,7 +205,8 @@ def sheared(x: Tensor, slopes: Tensor) -> Tensor:
 def cropped(x: Tensor, place: Tensor, margin: int) -> Tensor:
     """Remove `margin` pixels per axis by cropping, and center the crop in zeros: (M, C, p, p) -> the same shape.
 
-    `place` (M, 2) in [0, 1) is the vertical and horizontal position of the crop: 0 is the top or left border.
+    `place` (M, 2) in [0, 1) selects which part of each patch is kept, vertically and horizontally. With 0, the crop
+    begins at the top or left border of the patch.
     """
     side = x.shape[-1]
     offset = (place * (margin + 1)).long()  # (M, 2), 0 to margin

@@ -122,7 +122,11 @@ class DCGAN(Game):
             return self.to_logit(self.backbone(images))  # type: ignore[no-any-return]
 
     def features(self, images: Tensor) -> Tensor:
-        """Return features of norm 1, with up to pool^2 values per channel of each stage: (N, C, S, S) -> (N, F)."""
+        """Return F features of norm 1: (N, C, S, S) -> (N, F).
+
+        The map of each stage of the backbone is max-pooled to at most `pool` x `pool` positions. The features are the
+        values of all pooled maps.
+        """
         return pooled_maps(self.backbone.stages(images), self.pool)  # type: ignore[operator]
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:

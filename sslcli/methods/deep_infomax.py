@@ -34,10 +34,11 @@ SCORES = ("dot", "concat")
 
 
 class Embed(nn.Module):
-    """Embedding of each position of a feature map independently: (N, C, H, W) -> (N, u, H, W).
+    """Network that embeds each position of a feature map independently: (N, C, H, W) -> (N, u, H, W).
 
-    The embedding is the sum of a network with one hidden layer and a linear shortcut, followed by LayerNorm over the u
-    channels. If u >= C, the shortcut is initialized close to the identity.
+    The C values of a position are embedded to u values, the argument `units`. The embedding is the sum of a network
+    with one hidden layer and a linear shortcut. LayerNorm over the u values follows. If u >= C, the shortcut is
+    initialized close to the identity.
     """
 
     def __init__(self, channels: int, units: int) -> None:

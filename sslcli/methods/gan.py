@@ -190,9 +190,9 @@ class Game(Method):
         ]
 
     def samples(self, generator: nn.Module, images: Tensor) -> list[Tensor]:
-        """Return `SAMPLE_ROWS` rows of generated images, each with the shape of `images`, (n, C, S, S).
+        """Return a list of `SAMPLE_ROWS` tensors of generated images, one for each row of a picture.
 
-        The codes are the same in each call.
+        Each tensor has the shape of `images`, (n, C, S, S). The codes are the same in each call.
         """
         numbers = torch.Generator().manual_seed(PICTURE_SEED)
         size = (SAMPLE_ROWS * len(images), self.dim)

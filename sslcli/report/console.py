@@ -102,8 +102,8 @@ class Screen:
         Args:
             done: number of units of work completed so far.
             facts: text after the progress bar, such as the loss.
-            always: True writes a plain line in any case. With False, a plain line is written at most every
-                `PLAIN_SECONDS` seconds.
+            always: True appends a line of text to the log in any case. With False, a line is appended at most every
+                `PLAIN_SECONDS` seconds. If the console is not a terminal, it shows these lines instead of a bar.
         """
         facts = printable(facts)
         if self.bar is not None:

@@ -163,9 +163,10 @@ def build(node: dict[str, Any], *, base: type[Built], trust: list[str], where: s
 
 
 def build_inner(owner: type, name: str, node: dict[str, Any], *, trust: list[str], where: str) -> Any:
-    """Build a node that is the value of the constructor's parameter `name` of class `owner`. Return the instance.
+    """Build the instance that `node` describes, as a constructor argument of the class `owner`. Return the instance.
 
-    The class of the node must match the annotation of the parameter, see `build`.
+    `name` is the name of the argument. `_target_` of `node` names the class of the instance. This class must match the
+    annotation of the argument, see `build`. `where` is the dotted key of `node`, for messages.
     """
     allowed = annotated_classes(owner, name)
     if not allowed:
@@ -225,8 +226,8 @@ def build_views(node: Node, *, trust: list[str]) -> Views:
 def build_backbone(node: Node, *, image_size: int, trust: list[str]) -> Backbone:
     """Build and return the backbone. `node` contains its settings, see `build`.
 
-    If the class does not declare the number of features, a forward pass determines this number. The images of the
-    forward pass have sides of `image_size` pixels.
+    If the class of the backbone does not declare the number of features, a forward pass determines this number. The
+    images of the forward pass have sides of `image_size` pixels.
     """
     module = build(node, base=nn.Module, trust=trust, where="backbone")
     try:

@@ -64,7 +64,10 @@ def has_same_length(config: Mapping[str, Any], values: Mapping[str, Any]) -> boo
 
 
 def is_earlier_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Return True if the run was extended after it had reached the length set in `values`."""
+    """Return True if the run first reached the length that `values` set, and was extended after that.
+
+    `config` is the content of the run's `config.yaml`, and `values` are the settings of the current command.
+    """
     phases, total = stored_phases(config), requested_steps(config, values)
     if total is None or newest_step(run_dir) < total:
         return False

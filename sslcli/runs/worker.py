@@ -137,7 +137,7 @@ def has_own_message(run_dir: Path, error: BaseException) -> bool:
 
 
 def _deletion(error: OSError, run_dir: Path) -> tuple[str, int] | None:
-    """Return the message and exit code if a file of the run was deleted during the run, or None otherwise."""
+    """Return the message and exit code if `error` was raised because a file in `run_dir` was deleted, else None."""
     if error.errno not in (errno.ENOENT, errno.ESTALE) or not error.filename:
         return None
     path = Path(os.fsdecode(error.filename))

@@ -196,7 +196,11 @@ def _delimiter(content: str, file: str, key: str, image_column: str) -> str:
 
 
 def _label_column(header: list[str], file: str, wanted: str | None) -> str | None:
-    """Return the name of the column of the labels. Warn if the labels seem to be in a column with another name."""
+    """Return the name of the column of the labels, or None if the images have no labels.
+
+    wanted: the setting `dataset.label`. "auto" selects the column `label`. If `header` has no such column, but another
+        column whose name suggests labels, a warning is printed.
+    """
     if wanted != AUTO:
         return wanted
     if "label" in header:

@@ -110,7 +110,7 @@ def plain_label(value: object, *, where: str) -> Value:
 
 
 def _cleaned(part: Labels) -> list[int | str | None]:
-    """Return the values of a part as integers or stripped texts; None = unknown."""
+    """Return the labels in `part.values` as integers or stripped texts; None = unknown."""
     values: Sequence[object] = part.values
     if not set(map(type, values)) <= {int, float, str, type(None)}:
         values = [_without_bool(plain_label(value, where=part.where), part) for value in values]
@@ -163,6 +163,7 @@ Numbers = dict[int | str, int]
 def _by_name(parts: Sequence[Labels], cleaned: Sequence[list[int | str | None]]) -> tuple[list[str], list[Numbers]]:
     """Return the merged class names, and one mapping per part from the labels of the part to class numbers.
 
+    parts: the labels of the splits, shards or files of a dataset.
     cleaned: the labels of each part, as `_cleaned` returns them.
     """
     known = [{value for value in values if value is not None} for values in cleaned]
@@ -205,7 +206,11 @@ def _indices(names: Sequence[str]) -> Numbers:
 
 
 def _check_names(part: Labels, values: Iterable[int | str], named: Labels) -> None:
-    """Raise ConfigError if `part` has no class names and its labels are numbers. `named` is a part with class names."""
+    """Raise ConfigError if a label is a number, because class numbers cannot be matched to class names.
+
+    part: labels of a split, shard or file without class names. `values` are its distinct labels.
+    named: labels of another split, shard or file of the same dataset, with class names.
+    """
     numbers = [v for v in values if isinstance(v, int) or (_NUMBER.fullmatch(v) and v not in named.classes)]
     if numbers:
         raise ConfigError(
@@ -334,9 +339,10 @@ def _check_kinds(parts: Sequence[Labels], known: Sequence[set[int | str]]) -> No
 
 
 def _numbered(part: Labels, values: Sequence[int | str | None], numbers: Numbers, classes: Sequence[str]) -> list[int]:
-    """Return the class number of each label of a part; -1 = unknown. Raises ConfigError if a label is not a class.
+    """Return the class number of each label in `values`; -1 = unknown. Raises ConfigError if a label is not a class.
 
-    values: the labels of the part, as `_cleaned` returns them.
+    part: the labels of one split, shard or file.
+    values: the same labels, as `_cleaned` returns them.
     numbers: class number of each label that is a class.
     classes: the class names of the dataset, for messages.
     """

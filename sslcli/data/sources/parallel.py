@@ -143,7 +143,7 @@ class Parallel(Files):
     modality that is not missing.
 
     Attributes:
-        present: (M, number of modalities) bool, True if the image has a file of the modality.
+        present: (number of images, number of modalities) bool, True if the image has a file of the modality.
         modality_channels: the channels of each modality.
 
     Raises ValueError if a folder or file is missing, or a modality is invalid.
