@@ -41,10 +41,10 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
     """Return the differences between two configurations of a run, each as `key: stored value -> current value`.
 
     An older version may have written `stored`. Therefore, old names of keys and classes in `stored` are first converted
-    to current names. `stored` may also lack keys of the dataset that the older version did not have. They are added
-    with the values with which the dataset is read as in the older version. If any other key is missing in one
-    configuration, the default of its class is compared instead. Two paths are equal if they refer to the same file or
-    folder.
+    to current names. `stored` may also lack keys of the dataset that the older version did not have. Each of these keys
+    is added with the value that makes this version read the dataset as the older version did. If any other key is
+    missing in one configuration, the default of its class is compared instead. Two paths are equal if they refer to the
+    same file or folder.
 
     Args:
         stored: plain values that the run stored earlier.

@@ -125,9 +125,10 @@ def image_settings(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def missing_path_hint(node: dict[str, Any]) -> str:
-    """Return a hint about the first path of a dataset that does not exist, or "" if all paths exist.
+    """Return a hint about a path in a dataset's settings that does not exist, or "" if all paths exist.
 
-    `node` is the mapping `dataset` of a run's configuration. The hint is the last part of an error message.
+    `node` is the mapping `dataset` of a run's configuration. If several paths do not exist, the hint is about the first
+    of them. The hint is the last part of an error message.
     """
     absent = [(key, path) for key, path in paths_of(node) if os.path.isabs(path) and not os.path.exists(path)]
     if not absent:

@@ -165,7 +165,7 @@ def same_paths(one: Any, other: Any) -> bool:
 def without_paths(config: Any) -> Any:
     """Return a copy of a configuration in which the paths are replaced by "path 0", "path 1" and so on.
 
-    If two configurations differ only in their paths, the results for both are equal.
+    If two configurations differ only in their paths, their copies are equal.
     """
     number = itertools.count()
     return map_paths(config, lambda text: f"path {next(number)}")

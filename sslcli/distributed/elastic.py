@@ -175,7 +175,9 @@ def describe_exit(code: int) -> str:
 def exit_code(codes: dict[int, int]) -> int:
     """Return one exit code for all processes of a run, or 0 if no process failed.
 
-    `codes` maps the ranks of the failed processes to their exit codes.
+    `codes` maps the ranks of the failed processes to their exit codes. The result is the first of these codes that a
+    failed process has: 2 (invalid configuration), 3 (training failed), 75 (stopped). If none has such a code, the
+    result is 3 if a process was killed by a signal or lost another process, and 1 otherwise.
     """
     if not codes:
         return 0

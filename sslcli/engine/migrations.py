@@ -23,12 +23,18 @@ def upgrade(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_environment(state: dict[str, Any]) -> dict[str, Any]:
-    """Convert to version 2, which adds the environment of the run and the data loader's position in the epoch."""
+    """Convert a checkpoint state of version 1 to version 2.
+
+    Version 2 adds the environment of the run and the data loader's position in the epoch.
+    """
     return {"loader": None} | state | {"circumstances": {}}  # both are unknown for older checkpoints
 
 
 def rename_fields(state: dict[str, Any]) -> dict[str, Any]:
-    """Convert to version 3, in which fields, settings and compiled kernels have the names of sslcli 0.2."""
+    """Convert a checkpoint state of version 2 to version 3.
+
+    In version 3, fields, settings and compiled kernels have the names of sslcli 0.2.
+    """
     state = dict(state)
     state["environment"] = state.pop("circumstances")
     if "compiled parts" in state["environment"]:

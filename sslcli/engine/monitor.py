@@ -47,7 +47,7 @@ class MetricMeans:
         self.first_bad = torch.where(finite | (before >= 0), before, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums of this process.
+        """Return the sums of the scalars of this process since the last log, and the number of steps in the sums.
 
         The tensors are on the CPU, because they are sent to processes that use other devices.
         """
@@ -59,7 +59,8 @@ class MetricMeans:
     def load_mean(self, states: list[dict[str, Any]]) -> None:
         """Load `states`, one per process of a run that had a different number of processes.
 
-        Each process gets the mean of the sums in `states`. The next logged means therefore do not change.
+        Each state contains the sums of scalars that `state_dict` returned. Each process now gets the mean of these
+        sums. The next logged means therefore do not change.
         """
         self.count = states[0]["count"]
         self.sums = {name: torch.stack([state["sums"][name] for state in states]).mean(0) for name in states[0]["sums"]}
@@ -265,9 +266,9 @@ class Monitor:
     def measure_probe(self, step: int) -> dict[str, float]:
         """Run the probe (see `Monitor`) and return its scalars.
 
-        Only the main process runs the probe. If parameters are sharded, all processes run it. Raises TrainingFailed on
-        all processes if features are not finite. The weights have been checked before, so they are then finite but too
-        large.
+        If parameters are sharded, all processes run the probe. Otherwise, only the main process runs it. Raises
+        TrainingFailed on all processes if features are not finite. In this case, the weights are too large. They are
+        finite, because they were checked before.
         """
         assert self.probe is not None
         watchdog.report_progress("the k-NN")

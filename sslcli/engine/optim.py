@@ -125,10 +125,13 @@ def parameter_groups(
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer state, but keep the `fused` setting of `optimizer`.
 
-    The `fused` setting of the saved state may not suit the current run, for two reasons. torch has no fused SGD for
-    sharded parameters, and the saving run may have had no shards. With fp16, a fused optimizer divides the gradients by
-    the loss scale itself, but another optimizer does not. State tensors are copied to the memory layout of their
-    parameters, because fused optimizers require this layout.
+    The `fused` setting of the saved state may not suit the current run, for two reasons:
+
+    - torch has no fused SGD for sharded parameters. The parameters may be sharded in the current run, but not in the
+      run that saved the state.
+    - With fp16, a fused optimizer divides the gradients by the loss scale itself. Other optimizers do not.
+
+    State tensors are copied to the memory layout of their parameters, because fused optimizers require this layout.
     """
     fused = [group.get("fused") for group in optimizer.param_groups]
     optimizer.load_state_dict(state)

@@ -26,7 +26,8 @@ class SlowData:
     def update(self, spent: float, waited: float) -> float | None:
         """Add an interval. Return the fraction of the time spent waiting if it must be reported now, else None.
 
-        In the life of the detector, a fraction is reported at most once.
+        The fraction is computed when the intervals since the last computation have lasted `period` seconds. It must be
+        reported if it is above `limit`. After the first report, the result is always None.
 
         Args:
             spent: seconds of the interval, without evaluation.

@@ -113,7 +113,9 @@ class Tuned(Recipe):
     def trainings(self, subsets: int, *, choosing: int) -> int:
         """Return the number of networks that `learn` trains.
 
-        `subsets` is the number of subsets. The learning rate is selected on the first `choosing` of them.
+        `subsets` is the number of subsets of the training images. One network is trained on each subset. If there are
+        several learning rates to select from, one network per learning rate is also trained on each of the first
+        `choosing` subsets.
         """
         return subsets + (choosing * len(self.lrs) if len(self.lrs) > 1 else 0)
 

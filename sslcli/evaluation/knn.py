@@ -289,9 +289,10 @@ class KnnFull(Knn):
         )
 
     def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:
-        """Return the result of the reported split.
+        """Return the result of the reported split: test, or val if there is no test split.
 
-        Unlike in `Knn`, there is no result for val in addition to test, because the images of val may be in the bank.
+        `Knn` evaluates both splits. Here, val is not evaluated if there is a test split, because the images of val may
+        then be in the bank.
         """
         if features.test is not None:
             features = replace(features, val=None, val_labels=None, val_positions=None)

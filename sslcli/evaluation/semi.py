@@ -77,7 +77,7 @@ class Semi(Tuned):
 
     @property
     def label_fraction(self) -> float | None:
-        """Fraction of the labels of each class; None if `labels_per_class` or `list` is set."""
+        """Fraction of the labels of each class that are used; None if `labels_per_class` or `list` is set."""
         return self.fraction if self.labels_per_class is None and self.list is None else None
 
     @cached_property

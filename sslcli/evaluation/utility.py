@@ -99,9 +99,10 @@ def needed(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> 
 
 
 def utilities(counts: Sequence[int], trained: Sequence[float], scratch: Sequence[float]) -> list[tuple[float, Need]]:
-    """Return U(n) and the `Need` from which it is computed, for each number of labels n in `counts`.
+    """Return the utility U(n) and the `Need` from which it is computed, for each number of labels n in `counts`.
 
-    `trained` and `scratch` contain the mean accuracies at each of `counts`. `scratch` is first made non-decreasing.
+    `trained` contains the mean accuracy of pre-trained networks at each of `counts`, and `scratch` the mean accuracy of
+    training from scratch. `scratch` is first made non-decreasing.
     """
     monotone = isotonic(scratch)
     needs = [needed(accuracy, counts, monotone) for accuracy in trained]
@@ -247,7 +248,7 @@ class Utility(Tuned):
     def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return a suffix for the result's name: the settings that differ from the defaults of version 0.2.
 
-        In version 0.2, the inversion was always "log".
+        Version 0.2 had no setting `inversion`. It always used the method "log", which therefore counts as the default.
         """
         smallest = f"from-{self.smallest}" if self.smallest != Utility.smallest else ""
         points = f"{self.points}-points" if self.points != Utility.points else ""

@@ -40,12 +40,12 @@ def sampled_contrast(context: Tensor, targets: Tensor, negative: Tensor) -> Cont
     """Return the cross-entropy of the target of each context among sampled targets (CPC v1, eq. 4).
 
     Args:
-        context: (N, R, g, E).
+        context: (N, R, g, E), the contexts of size E, for N images, R rows and g columns of the grid of patches.
         targets: (N, R, g, E). The target of a context is W_k z: z is the encoding of the patch to predict, and W_k is
             the linear layer for the offset k between context and patch.
-        negative: (N, R, g, M) int64, indices of the M negatives of each context, into the targets of all processes
-            flattened to (W N R g, E). The sampled indices may include the target of the context itself, as in public
-            implementations. The loss therefore does not reach 0.
+        negative: (N, R, g, M) int64, indices of the M negatives of each context. The indices refer to the targets of
+            all W processes, flattened to (W N R g, E). The sampled indices may include the target of the context
+            itself, as in public implementations. The loss therefore does not reach 0.
 
     The cross-entropy is averaged over contexts. It is computed in float32 (or float64 if the input is float64), even
     under autocast. The log-softmax is exact. Public implementations use log(softmax + 1e-11). The gradient of this

@@ -22,7 +22,10 @@ RESIDUAL_BLOCKS = 5  # CPC v2, appendix
 
 
 class Context(nn.Module):
-    """Base class of context networks: encodings (N, D, g, g) -> contexts (N, out_channels, g, g)."""
+    """Base class of context networks, which map encodings (N, D, g, g) to contexts (N, out_channels, g, g).
+
+    Each of the N images is divided into g x g patches. D is the size of the encoding of a patch.
+    """
 
     out_channels: int
 

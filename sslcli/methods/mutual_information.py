@@ -55,10 +55,13 @@ def expectations(positive: Tensor, negative: Tensor, measure: str) -> tuple[Tens
 
 
 def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str, gather: bool = True) -> Tensor:
-    """Return the negative of the bound on mutual information; for InfoNCE, the cross-entropy (sec. 3.1).
+    """Return the loss that maximizes the mutual information of vectors and feature maps of the same image (sec. 3.1).
+
+    For InfoNCE, the loss is a cross-entropy. For all other measures, it is the negative of a bound on the mutual
+    information. Each of the N images has k vectors, and a feature map with n positions.
 
     Args:
-        positive: (N, k, n) scores of vectors and positions of the same image.
+        positive: (N, k, n) scores of each vector with each position of the same image.
         rows: (N, k) output of `reduce_negatives` for the scores of each vector with other images.
         count: number of scores that are reduced to one element of `rows`.
         measure: one of MEASURES.

@@ -1,4 +1,4 @@
-"""SimCLR v2: SimCLR with a deeper head, whose first layers are used for fine-tuning, and an optional MoCo queue.
+"""SimCLR v2: SimCLR with a deeper head, whose first layer is used for fine-tuning, and an optional MoCo queue.
 
 Chen et al. 2020  https://arxiv.org/abs/2006.10029   conf/method/simclr_v2.yaml
 

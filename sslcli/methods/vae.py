@@ -52,7 +52,7 @@ class Posterior(NamedTuple):
 
 
 def squared_error(drawn: Tensor, images: Tensor) -> Tensor:
-    """Return the squared error per image (N,), summed over all values of the image."""
+    """Return the squared error (N,) of the reconstructions `drawn`, summed over all values of each image."""
     return (drawn - images).square().flatten(1).sum(1)
 
 

@@ -110,8 +110,8 @@ def assemble(
         screen: the progress display.
         phases: the phases of a run that has a config.yaml, or () for a new run. A new phase starts when a run is
             extended to a larger number of steps, see `Phase`.
-        moved: names of dataset settings that contain a path, such as `root`. The listed settings have changed since the
-            run was first started.
+        moved: names of the dataset settings with a path, such as `root`, that have changed since the run was first
+            started.
     """
     settings, monitor_settings = config.train, config.monitor
     resolved = precision.resolve(settings.precision, device)

@@ -55,7 +55,11 @@ def newest_step(run_dir: Path) -> int:
 
 
 def has_same_length(config: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Return True if the length set in `values` equals the length in `config`, the content of `config.yaml`."""
+    """Return True if a command sets the length that a run already has.
+
+    `config` is the content of the run's `config.yaml`, and `values` is the configuration of the command. Two lengths
+    are equal if they have the same number of steps.
+    """
     stored = stored_phases(config)
     one, other = config.get("train") or {}, values["train"]
     if all(one.get(key) == other.get(key) for key in ("epochs", "max_steps")):

@@ -136,7 +136,7 @@ class Source:
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
 
     def __len__(self) -> int:
-        """Number of positions M, including images that are in no split because of `limit`."""
+        """Number of images M, including the images that are in no split because of `limit`."""
         return len(self.labels)
 
     @property
@@ -186,8 +186,8 @@ class Source:
     def fingerprint(self) -> str:
         """Identity of the dataset in 16 hex digits.
 
-        It is the sha256 of the shape of `images`, of all labels, and of the pixels of a sample of the images at evenly
-        spaced positions. It does not depend on `limit`, `val_fraction` or the location of the dataset.
+        The digits are the start of a sha256. The hash includes the shape of `images`, all labels, and the pixels of
+        images at evenly spaced positions. It does not depend on `limit`, `val_fraction` or the location of the dataset.
         """
         assert self.images is not None
         sample = self.images[:: max(1, len(self) // _FINGERPRINT_IMAGES)].contiguous()

@@ -1,6 +1,7 @@
 """Checks that no image is in two splits.
 
-An image can be in two splits if folders overlap, if the folders of splits are used as class folders, or through links.
+An image can be in two splits if the folders of two splits overlap, if the folders of splits (such as `train` and `val`)
+are used as class folders, or if a link in one split leads to an image in another split.
 """
 
 from __future__ import annotations
