@@ -162,7 +162,8 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
     def crop_together(self, group: dict[int, PictureAndBoxes], views: list[Tensor]) -> None:
         """Crop full-size pictures that all have the same size, with one call per view.
 
-        group: maps the row of each picture in `views` to the picture and its boxes, one per view.
+        group: maps indices to pairs of a picture and its boxes, one box per view. The crops of the picture are written
+            to this index of the tensors in `views`.
         views: one tensor (n, C, S, S) uint8 per view, for the output.
         """
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in group.values()]))

@@ -190,7 +190,10 @@ class DecodedCache:
             ) from error
 
     def size_of(self, position: int) -> tuple[int, int]:
-        """Return width and height from the header of the file. Return (0, 0) if the file cannot be read."""
+        """Return width and height of the image with index `position`, from the header of its file.
+
+        Return (0, 0) if the file cannot be read.
+        """
         try:
             return self.open_file(position).size
         except BadImage:

@@ -102,7 +102,7 @@ class Loader:
         return {"epoch": epoch, "image": done * self.batch_size, "images": images, "shards": shards}
 
     def check_position(self, step: int, saved: dict[str, Any] | None) -> None:
-        """Raise ConfigError if the images changed since a checkpoint was written, so that a run cannot resume from it.
+        """Raise ConfigError if the images changed since a checkpoint was written. The run then cannot resume from it.
 
         step: number of steps after which the checkpoint was written.
         saved: the result of `position(step)` in the checkpoint; None = the checkpoint has none, and nothing is checked.

@@ -55,7 +55,8 @@ def layout_of(shard: Tensor, chunk: Tensor, *, lanes: int, buffer: int) -> Layou
         shard: (n,) number of the shard of each image, non-decreasing.
         chunk: (n,) number of the chunk of each image, non-decreasing. A chunk is a part of a shard that is fetched with
             one read.
-        lanes: number of lanes, see `Layout`, at least 1.
+        lanes: number of lanes, at least 1. A lane is a sequence of images that is read in parallel with the other
+            lanes, see `Layout`.
         buffer: total number of images in all shuffle buffers, at least 1.
     """
     position = torch.arange(len(shard))
@@ -81,8 +82,9 @@ def epoch_length(num_images: int, weights: Tensor | None) -> int:
 def epoch_order(num_images: int, weights: Tensor | None, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
     """Return the order of the training images of an epoch: (M,) index in the training split, and (M,) occurrence.
 
-    The occurrence is epoch + repetition * 2**32. It is a key of the random numbers of the views. Therefore the
-    repetitions of an image within an epoch get different views.
+    M is the number of images of the epoch. Repetitions of an image are counted. The occurrence is
+    epoch + repetition * 2**32. It is a key of the random numbers of the views. Therefore the repetitions of an image
+    within an epoch get different views.
 
     num_images: number n of images in the training split.
     weights: (n,) weight of each image; None = all 1. An image of weight w occurs w times per epoch on average. If k

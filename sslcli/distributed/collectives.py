@@ -136,7 +136,7 @@ def gather_objects(mine: T) -> list[T]:
 
 
 def broadcast_objects(values: list[Any]) -> None:
-    """Replace the elements of the list `values` with the elements of rank 0, in place."""
+    """Replace the elements of the list `values` with the elements of the list on rank 0, in place."""
     if world_size() > 1:
         watchdog.record_collective()
         dist.broadcast_object_list(values, src=0)

@@ -161,7 +161,7 @@ def crashed(codes: dict[int, int]) -> bool:
 
 
 def describe_exits(codes: dict[int, int]) -> str:
-    """Return a phrase for the exit code of each rank, for messages. `codes` maps ranks to exit codes."""
+    """Return text that lists how the process of each rank ended, for messages. `codes` maps ranks to exit codes."""
     return ", ".join(f"process {rank} {describe_exit(code)}" for rank, code in sorted(codes.items()))
 
 

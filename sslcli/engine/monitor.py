@@ -31,7 +31,10 @@ HEALTH_ROWS = 1024  # embeddings per batch used by the health metrics
 
 
 class MetricMeans:
-    """Means of the scalars since the last log. The sums stay on the device, so a step needs no host synchronization."""
+    """Means of the scalars over the steps since the last log.
+
+    The sums of the scalars stay on the device, so adding a step needs no host synchronization.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -305,7 +308,8 @@ class Monitor:
     def check_weights(self, step: int, method: Method) -> None:
         """Raise TrainingFailed if a weight is not finite. Call this method before each checkpoint is saved.
 
-        Each process checks its own weights or shards. If one process finds a non-finite weight, all processes raise.
+        Each process checks all weights or, if the parameters are sharded, its own shards of the weights. If one process
+        finds a non-finite weight, all processes raise.
         """
         finite = {name: collectives.local(weight).isfinite().all() for name, weight in method.named_parameters()}
         broken: list[str] = []

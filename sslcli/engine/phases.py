@@ -21,7 +21,7 @@ LENGTH_KEYS = ("train.epochs", "train.max_steps", "train.extend")  # may change 
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a run that was trained with one length.
+    """Part of a run during which the length that the command sets did not change.
 
     Attributes:
         start: first 0-based step of the phase.

@@ -109,9 +109,9 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 def resume_phases(run: Run, state: dict[str, Any]) -> None:
     """Set the phases of a run that resumes. If an extension begins, print how the schedules change.
 
-    A phase is a part of a run that was trained with one length, see `sslcli.engine.phases`. If `config.yaml` contains
-    several phases, they are used. Otherwise, the phases in the checkpoint `state` are used: if the user has deleted
-    `config.yaml`, only the checkpoint contains the phases of earlier extensions.
+    A run has one phase, and each extension of the run adds a phase, see `sslcli.engine.phases`. If `config.yaml`
+    contains several phases, they are used. Otherwise, the phases in the checkpoint `state` are used: if the user has
+    deleted `config.yaml`, only the checkpoint contains the phases of earlier extensions.
     """
     if len(run.phases) == 1 and (stored := phases_of_checkpoint(state, run.loader.steps_per_epoch)):
         run.phases = plan(stored, step=state["step"], total=run.total_steps, extend=run.settings.extend)
@@ -121,7 +121,7 @@ def resume_phases(run: Run, state: dict[str, Any]) -> None:
 
 
 def phases_of_checkpoint(state: dict[str, Any], steps_per_epoch: int) -> tuple[Phase, ...]:
-    """Return the phases in a checkpoint. A phase is a part of a run that was trained with one length.
+    """Return the phases in a checkpoint. A run has one phase, and each extension of the run adds a phase.
 
     A run that was never extended stores no phases. Its only phase is derived from the configuration in the checkpoint.
     If the checkpoint has no configuration, the result is ().

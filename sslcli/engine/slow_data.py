@@ -7,14 +7,14 @@ LIMIT = 0.5  # a run is reported if it waits for images during more than this fr
 
 
 class SlowData:
-    """Detector of steps that wait for images for more than half of the time.
+    """Detector of training that waits for images during more than the fraction `limit` of the time.
 
     Call `update` once for each interval between two logs. The first interval is ignored, because the data workers start
     in it.
 
     Args:
-        period: minimum seconds of training over which the fraction of waiting time is measured. Therefore short runs
-            and single slow reads are not reported.
+        period: the fraction of waiting time is measured over at least this many seconds of training. Therefore short
+            runs and single slow reads are not reported.
         limit: the fraction in [0, 1] above which the waiting is reported.
     """
 

@@ -188,7 +188,7 @@ class FeatureProtocol(Protocol):
         return 0
 
     def measure(self, features: FeatureSet, *, on_progress: OnProgress = ignore_progress) -> dict[str, Any]:
-        """Return the result for the features of one network, with the keys of `Outcome.result` except baselines."""
+        """Return the result for the features of one network: all keys of `Outcome.result` except "baselines"."""
         raise NotImplementedError(f"{type(self).__name__} does not define measure")
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:

@@ -49,7 +49,7 @@ KERNEL_AT_POINTS = (
 class WinogradConv2d(nn.Conv2d):
     """3x3 convolution with stride 1 that uses the Winograd algorithm if it is faster than torch's convolution.
 
-    The Winograd algorithm is faster on the CPU, in float32, if the feature maps have enough tiles, see `pays`.
+    It is faster on the CPU, in float32, if the feature maps of a batch have enough tiles of 4 x 4 values, see `pays`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -89,8 +89,9 @@ def fits(conv: nn.Conv2d) -> bool:
 def pays(images: Tensor, weight: Tensor) -> bool:
     """Return True if a Winograd convolution is faster than torch's convolution.
 
-    This depends on the shape, device and dtype of `images` (N, C, H, W) and on the dtype of `weight` (O, C, 3, 3). The
-    batch must have at least LEAST_TILES tiles, and the padding to whole tiles must not be too large (MOST_PADDING).
+    This depends on the shape, device and dtype of `images` (N, C, H, W) and on the dtype of `weight` (O, C, 3, 3). A
+    tile is a block of 4 x 4 values of a feature map. The batch must have at least LEAST_TILES tiles, and the padding to
+    whole tiles must not be too large (MOST_PADDING).
     """
     if images.device.type != "cpu" or images.dtype != torch.float32 or weight.dtype != torch.float32:
         return False

@@ -35,9 +35,10 @@ def tiles(maps: Tensor) -> tuple[int, int, int]:
 
 
 def to_points(maps: Tensor) -> Tensor:
-    """Evaluate the maps at the 36 points of the Winograd algorithm, for each of T tiles: (n, H, W, C) -> (36, T, C).
+    """Evaluate the polynomials of T tiles at the 36 points of the Winograd algorithm: (n, H, W, C) -> (36, T, C).
 
-    A tile has 4 x 4 values and a border of one value on each side, so 6 x 6 values are evaluated.
+    A tile has 4 x 4 values of a map. With a border of one value on each side, there are 6 x 6 values. They are the
+    coefficients of the polynomial of the tile.
     """
     (n, high, wide), channels = tiles(maps), maps.shape[3]
     points = maps.new_empty(POINTS, POINTS, n, high, wide, channels)

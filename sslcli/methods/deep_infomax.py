@@ -159,7 +159,9 @@ def choose_stage(maps: dict[str, Tensor], name: str | None) -> str:
 class DeepInfoMax(Method):
     """Deep InfoMax. The loss is alpha * global + beta * local + gamma * prior + the discriminator loss.
 
-    The discriminator loss includes `gradient_penalty` times the gradient penalty.
+    The discriminator loss includes `gradient_penalty` times the gradient penalty. "The vector" below is the global
+    vector of an image, computed from the features of the whole image. The local feature map is the map of one stage of
+    the backbone.
 
     Args:
         image_size, channels: side in pixels and number of channels of the training images; ssl-train sets both.

@@ -182,7 +182,10 @@ class Game(Method):
         self.steps += 1
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Return two groups per player. The group of biases and norm parameters has no weight decay."""
+        """Return two parameter groups for the discriminator, and two for all other networks.
+
+        One group of each pair contains the biases and norm parameters. This group has no weight decay.
+        """
         others = [name for name, _ in self.named_children() if name not in self.discriminator_parts]
         return [
             *groups_of((self.get_submodule(name) for name in self.discriminator_parts), self.discriminator_lr),

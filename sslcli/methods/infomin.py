@@ -144,8 +144,9 @@ class InfoMin(MoCo):
     def grouped_by_image(self) -> Iterator[None]:
         """Multiply the group size of BatchNorm by 9 within the `with` block.
 
-        BatchNorm normalizes groups of `bn_group` images, an argument of `MoCo`. With nine patches per image, a group
-        then contains all nine patches of `bn_group` images.
+        BatchNorm normalizes groups of images. The argument `bn_group` of `MoCo` is the number of images per group. The
+        jigsaw branch encodes nine patches per image. Within the block, a group contains all nine patches of `bn_group`
+        images.
         """
         norms = [part for part in self.backbone.modules() if isinstance(part, SplitBatchNorm)]
         for norm in norms:

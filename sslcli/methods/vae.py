@@ -47,7 +47,10 @@ class Posterior(NamedTuple):
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def divergence(self) -> Tensor:
-        """Return the KL divergence of each dimension from the standard normal, (N, D) in nats (appendix B)."""
+        """Return the KL divergence of each dimension of the posterior from the standard normal (appendix B).
+
+        Shape: (N, D) for N images and D dimensions, in nats.
+        """
         return -0.5 * (1 + self.logvar - self.mean.square() - self.logvar.exp())
 
 

@@ -52,8 +52,8 @@ def curves(points: Sequence[dict[str, Any]]) -> str:
 def axis(low: float, high: float, top: float) -> Scale:
     """Return a function that maps values to y coordinates of a panel of the plot.
 
-    `low` and `high` are the smallest and the largest value to show, with a small margin below and above. `top` is the y
-    coordinate of the panel's upper edge.
+    `low` and `high` are the smallest and the largest value to show. The panel has a small margin below `low` and above
+    `high`. `top` is the y coordinate of the panel's upper edge.
     """
     air = 0.06 * (high - low)
     return lambda value: top + PANEL * (1 - (value - low + air) / (high - low + 2 * air))

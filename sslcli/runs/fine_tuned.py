@@ -62,6 +62,8 @@ def save(outcome: Outcome, path: Path, evaluation: Evaluation) -> dict[str, Any]
 def load(evaluation: Evaluation, requested: str) -> FineTuned:
     """Return the network that was saved with the result `requested`.
 
+    `requested` is the name of a result or a part of it, see `find_result`.
+
     Raises ConfigError in four cases:
 
     - There is no such network.

@@ -22,8 +22,8 @@ PHASES = "phases"  # key in the section `effective` of config.yaml; only runs th
 def stored_phases(config: Mapping[str, Any]) -> tuple[Phase, ...]:
     """Return the phases of a run from `config`, the content of its `config.yaml`.
 
-    A phase is a part of a run that was trained with one length. If the content has no number of steps, the result is
-    (). Raises ValueError if the phases are invalid.
+    A run has one phase, and each extension of the run adds a phase. If the content has no number of steps, the result
+    is (). Raises ValueError if the phases are invalid.
     """
     effective = config.get("effective") or {}
     rows = effective.get(PHASES)
@@ -97,8 +97,8 @@ def check_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, 
 def planned_phases(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Phase, ...]:
     """Return the phases of a run that continues with the settings `values`. If the length is unknown, return ().
 
-    A phase is a part of a run that is trained with one length. `config` is the content of the run's `config.yaml`. All
-    processes get the same result, even if one of them has already stored the phases.
+    A run has one phase, and each extension of the run adds a phase. `config` is the content of the run's `config.yaml`.
+    All processes get the same result, even if one of them has already stored the phases.
 
     Raises ConfigError if the run would become shorter, or if the run was already extended to the same length with
     another value of `train.extend`.

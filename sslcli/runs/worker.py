@@ -330,7 +330,8 @@ def describe(job: Run, parts: Parts, config: RunConfig, facts: dict[str, Any]) -
 def prepare_monitor(job: Run, parts: Parts, config: RunConfig) -> None:
     """Pass the configuration to the monitor, which writes it to TensorBoard.
 
-    If the run has no checkpoint yet, also pass the picture of the views.
+    If the run has no checkpoint yet and `monitor.pictures` is above 0, also save a picture that shows views of some
+    images, and pass it to the monitor.
     """
     job.monitor.hyperparameters = flatten(config.values)
     if job.monitor.settings.pictures and not checkpoint.all_of(job.run_dir):

@@ -239,7 +239,7 @@ class PendingJobs:
         return None
 
     def _count_busy(self, job: Job) -> None:
-        """Count a check that found that another process runs `job`. At the second such check, print a message."""
+        """Count how often another process was found to be running `job`. The second time, print a message."""
         self.busy_counts[job.name] = self.busy_counts.get(job.name, 0) + 1
         if self.busy_counts[job.name] == 2:
             print_text(f"waiting     {self.sweep.title(job)}: {describe_runner(self.sweep, job)} is running it")

@@ -40,8 +40,8 @@ def claim(sweep: Sweep, job: Job) -> IO[str] | None:
     """Lock a job, so that no other process runs it. Return the lock file, or None if another process runs the job.
 
     While this process holds the lock, it searches other sweeps for the same job. Therefore two sweeps cannot start the
-    same job. If another sweep has started the same job in the meantime, its run is reused (see `reuse`), and its lock
-    is used instead.
+    same job. If another sweep has started the same job in the meantime, the run of the other sweep is reused (see
+    `reuse`), and this function locks the reused job instead.
     """
     file = claim_job(sweep, job)
     if file is not None and reuse(sweep, [job]):
@@ -160,8 +160,9 @@ def _link_to_best(sweep: Sweep, job: Job, others: list[OtherJob]) -> bool:
 def _is_same(job: Job, other: OtherJob) -> bool:
     """Return True if `other`, a job of another sweep, has started and has the same settings as `job`.
 
-    The settings in the run directory are compared. The process of a job writes them shortly after it starts. Until
-    then, the settings in the record are compared, and the other job must be running or submitted to Slurm.
+    If the run directory of `other` contains settings, these settings are compared. The process of a job writes them
+    shortly after it starts. Until then, the settings in the record of `other` (a file in the folder of its sweep) are
+    compared. In this case, `other` must also be running or submitted to Slurm.
     """
     if other.record.digest not in (None, job.digest):
         return False

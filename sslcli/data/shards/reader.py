@@ -76,9 +76,8 @@ class ShardReader:
     def hold(self, positions: Tensor) -> None:
         """Fetch the chunks that contain the images at `positions` (n,), and keep them until `release` is called.
 
-        A chunk is a part of a shard that is fetched with one read.
-
-        Chunks of local tar archives are not fetched.
+        A chunk is a part of a shard that is fetched with one read. Images in local tar archives are read one by one, so
+        nothing is fetched for them.
         """
         chunks, shards = self.chunk_of(positions.numpy()), self.shard_of(positions.numpy())
         for chunk, shard in zip(chunks.tolist(), shards.tolist(), strict=True):

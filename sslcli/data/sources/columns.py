@@ -66,8 +66,8 @@ def label_column(columns: Mapping[str, Column], wanted: str | None, *, where: st
     """Return the name of the label column, or None if there are no labels.
 
     If `wanted` is a column name, this name is returned. If `wanted` is "auto", the column with a name in `LABEL_NAMES`
-    is returned. If there is no such column, the column with class names is returned. If `wanted` is None, None is
-    returned.
+    is returned. If there is no such column, the column for which the table stores class names is returned. If `wanted`
+    is None, None is returned.
 
     Raises ConfigError if there is no column `wanted`, or if "auto" finds several columns. The message contains `where`
     (the name of the table) and the columns.

@@ -22,7 +22,8 @@ def labels_of(
 ) -> list[Labels]:
     """Return the labels of the training split. If there are two tables, also return the labels of the test split.
 
-    The labels of a split are returned as one `Labels` object, or as one object per parquet file.
+    If a split consists of local parquet files, its labels are returned as one `Labels` object per file, because the
+    class names may differ between files. Otherwise, they are returned as one object.
 
     Args:
         tables: one or two splits, each a `datasets.Dataset`.

@@ -133,7 +133,7 @@ class Files(Source):
         return len(self)
 
     def file(self, number: int) -> str:
-        """Return the path of file `number`. Files are numbered in the order of the positions."""
+        """Return the path of file `number`. Files have the same order as the images of the dataset."""
         return self.path(number)
 
     def file_names(self) -> Iterator[bytes]:

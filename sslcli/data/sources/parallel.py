@@ -114,7 +114,10 @@ class Layers:
         return Layers([layer.crop(box) for layer in self.layers], self.nearest)
 
     def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Layers:
-        """Resize all modalities. Nearest-neighbor replaces `resample` in modalities for which `nearest` is True."""
+        """Resize all modalities to `size`, width and height in pixels.
+
+        If the attribute `nearest` is True for a modality, nearest-neighbor interpolation is used instead of `resample`.
+        """
         filters = [Image.Resampling.NEAREST if nearest else resample for nearest in self.nearest]
         layers = [layer.resize(size, filter) for layer, filter in zip(self.layers, filters, strict=True)]
         return Layers(layers, self.nearest)
@@ -245,7 +248,10 @@ class Parallel(Files):
         return os.path.join(self.roots[self._root_of[position]], name, self.relative(position) + extension)
 
     def open(self, position: int) -> DecodedImage:
-        """Open and decode all modalities at `position`, at full size, since not all formats support scaled decoding."""
+        """Open and decode all modalities of the image with index `position`.
+
+        They are decoded at full size, because not all formats support decoding at a reduced size.
+        """
         return DecodedImage(self.read(position))
 
     def read(self, position: int) -> Layers:

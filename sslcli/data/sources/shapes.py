@@ -248,7 +248,8 @@ def _fill_color(numbers: _RandomNumbers, background: Tensor, strength: float) ->
 
     The color differs in lightness from the background, so that the shape is also visible in grayscale.
 
-    `background` (n,) is the lightness of the background. `strength` in [0, 1] is the strength of the variation.
+    `background` (n,) is the lightness of the background. `strength` in [0, 1] is the strength of the variation of the
+    color. If `strength` is 0, all images get the same light gray.
     """
     darker = (background > 0.37) & (numbers() < 0.6)
     contrast = numbers(0.35, 0.5)
