@@ -89,9 +89,9 @@ class Tuned(Recipe):
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
         """Return the layer to train from, and the default layer.
 
-        If `feature_layer` is not the output of the backbone, it is returned unchanged. Otherwise, the returned layer is
-        layer number `from_layer` of the projection head. If `from_layer` is None, the method's `finetune_layer` is the
-        number. Number 0 means the output of the backbone.
+        If `feature_layer` is not the output of the backbone, it is the layer to train from. Otherwise, the layer to
+        train from is layer number `from_layer` of the projection head. Number 0 means the output of the backbone. If
+        `from_layer` is None, the method's `finetune_layer` is the number.
         """
         feature_layer, _ = super().choose_layer(feature_layer, net, images)
         usual = net.finetune_layer if isinstance(net, Method) else 0

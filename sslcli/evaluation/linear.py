@@ -33,9 +33,9 @@ from sslcli.evaluation.variants import suffix
 class LinearResult:
     """Result of one probe. Accuracies are fractions. `interval` is the 95 % bootstrap interval of `top1`.
 
-    `grid` has one entry per choice of hyperparameters, and `chosen` is the best entry. The keys of an entry are lr and
-    weight_decay with the solver "sgd", or c with "lbfgs". The keys val_top1 and val_loss are the accuracy and loss on
-    held-out images.
+    `grid` has one entry per choice of hyperparameters, and `chosen` is the best entry. Every entry has the keys
+    val_top1 and val_loss, the accuracy and the loss on held-out images. The other keys are the hyperparameters: lr and
+    weight_decay with the solver "sgd", or c with "lbfgs".
     """
 
     top1: float

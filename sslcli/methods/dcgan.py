@@ -31,9 +31,10 @@ INIT_STD = 0.02  # initial standard deviation of all weights (section 4)
 
 
 def pooled_maps(maps: dict[str, Tensor], side: int) -> Tensor:
-    """Return max-pooled, concatenated and L2-normalized maps: (N, channels, height, width) by stage -> (N, F).
+    """Return one feature vector per image: the feature maps of all stages, max-pooled, concatenated and L2-normalized.
 
-    Each map is pooled to at most `side` x `side` positions, as in svhn/svhn_semisup_analysis.py of the official code.
+    `maps` contains one map (N, channels, height, width) per stage. The result is (N, number of pooled values). Each map
+    is pooled to at most `side` x `side` positions, as in svhn/svhn_semisup_analysis.py of the official code.
     """
     pooled = [F.adaptive_max_pool2d(m, (min(side, m.shape[2]), min(side, m.shape[3]))) for m in maps.values()]
     return F.normalize(torch.cat([part.flatten(1) for part in pooled], 1), dim=1)

@@ -146,8 +146,8 @@ def concat_loss(score: nn.Module, maps: Tensor, vectors: Tensor, *, measure: str
     """Return the loss of the scores of pairs: a global vector, and the local features at one position of a map.
 
     `maps` is (N, C, H, W), `vectors` is (N, D). The network `score` computes the scores (N, 1, H, W) from the
-    concatenated pairs (N, D + C, H, W). The negatives of an image are the local features of the
-    next image. `gather` is described in `dot_loss`.
+    concatenated pairs (N, D + C, H, W). The negatives of an image are the local features of the next image.
+    `measure` and `gather` are described in `dot_loss`.
     """
     maps, vectors = full_precision(maps), full_precision(vectors)
     everyone, first = (all_gather_with_grad(maps), rank() * len(maps)) if gather else (maps, 0)

@@ -149,7 +149,7 @@ def _read_text(file: str, key: str) -> str:
     """Return the text of a CSV file. `key` is the configuration key of the file, for messages.
 
     Raises ConfigError if the file cannot be read, or is not text in UTF-8, or in UTF-16 or UTF-32 with a byte order
-    mark. If a line contains invalid bytes, the message contains its number.
+    mark. If a byte is invalid, the message contains the number of its line.
     """
     try:
         with open_regular(file) as opened:
