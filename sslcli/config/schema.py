@@ -206,7 +206,7 @@ def build_settings(kind: type, node: Any, where: str) -> Any:
 def build_launcher(node: dict[str, Any]) -> LauncherSettings:
     """Return the settings of a launcher from `node`, the value of the config group `launcher`.
 
-    Raises ConfigError unless its keys are valid.
+    Raises ConfigError if a key of `node` is unknown or missing, or if a value is invalid.
     """
     kind = node.get("kind")
     if kind not in LAUNCHERS:

@@ -57,9 +57,10 @@ def run_processes(
         on_message: function that prints a message. It is called before each restart, and after a crash that does not
             lead to a restart.
         rendezvous: address and name by which the agents of several nodes find each other; None for one node. With a
-            rendezvous, call `run_processes` on all nodes. After a crash, it then returns EXIT_LOST. With a rendezvous,
-            the agent also ignores SIGUSR1 and SIGUSR2: the scheduler sends these signals to every process of the job,
-            so the training processes receive them too. They all stop after the same step.
+            rendezvous, `run_processes` must be called on all nodes. If a process crashes and no restart is left,
+            `run_processes` then returns EXIT_LOST. With a rendezvous, the agent also ignores SIGUSR1 and SIGUSR2: the
+            scheduler sends these signals to every process of the job, so the training processes receive them too. They
+            all stop after the same step.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 

@@ -383,5 +383,9 @@ class Monitor:
 
 
 def plain(value: Any) -> bool | int | float | str:
-    """Return a configuration value as a type that TensorBoard accepts. Unsafe characters of text are escaped."""
+    """Return a configuration value as a type that TensorBoard accepts.
+
+    Numbers and booleans are returned unchanged. Other values are converted to text, in which control characters are
+    escaped.
+    """
     return value if isinstance(value, (bool, int, float)) else printable(value)

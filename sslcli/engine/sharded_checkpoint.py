@@ -52,7 +52,9 @@ T = TypeVar("T")
 
 
 class Snapshot:
-    """Copy of the current state in main memory. For a sharded tensor, it contains only the shard of this process.
+    """Copy of the state of a run, in main memory. A later training step does not change the copy.
+
+    For a sharded tensor, the copy contains only the shard of this process.
 
     Args:
         state: nested dictionaries. The tensors in state["method"] and state["optimizer"] may be sharded.

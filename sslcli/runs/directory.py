@@ -133,8 +133,8 @@ def is_finished(run_dir: Path) -> bool:
 def is_complete(run_dir: Path, values: dict[str, Any], config: dict[str, Any] | None = None) -> bool:
     """Return True if the run in this directory has trained as many steps as the settings `values` request.
 
-    A run that was extended had a smaller length before. If `values` request such an earlier length and the run reached
-    it, the result is also True.
+    If a run was extended, it had a smaller length before the extension. If `values` request such an earlier length and
+    the run reached it, the result is also True.
 
     `config` is the content of `config.yaml`. If `config` is None, the file is read.
     """

@@ -149,7 +149,7 @@ def mismatch(value: Any, kind: Any, where: str = "") -> str:
     """Return a description of the first difference between a value and a type, or "" if the value has the type.
 
     Args:
-        value: the value to check. It consists of plain values and tensors.
+        value: the value to check. It consists of tensors and plain values (numbers, texts, lists, mappings, None).
         kind: the required type. It is a shape (a dataclass or TypedDict that declares keys), another class, or an
             annotation of plain values such as `list[int]`. In an annotation, the items of a `list` and the values of a
             `dict` may also be shapes or classes.
