@@ -192,7 +192,7 @@ class FeatureProtocol(Protocol):
         raise NotImplementedError(f"{type(self).__name__} does not define measure")
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Call `measure` with the features of every network in `starts`.
+        """Call `measure` with the features of every network in `starts`: the trained network and the baselines.
 
         Results of baselines are cached, because they are the same for all checkpoints of a run.
         """

@@ -157,9 +157,10 @@ class LinearSgd(Protocol):
         return View(crop_scale=scale, flip=self.flip)  # type: ignore[arg-type]
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
-        """Train and evaluate the classifiers of each network, one network after the other.
+        """Train and evaluate the classifiers of each network in `starts`, one network after the other.
 
-        Results of baselines are cached, because they are the same for all checkpoints of a run.
+        The networks are the trained network and the baselines. Results of baselines are cached, because they are
+        the same for all checkpoints of a run.
         """
 
         def numbers(name: str) -> dict[str, Any]:

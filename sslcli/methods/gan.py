@@ -171,7 +171,10 @@ class Game(Method):
         return 2 * codes - 1 if self.prior == "uniform" else codes
 
     def penalty(self, discriminate: Callable[[Tensor], Tensor], images: Tensor) -> dict[str, Tensor]:
-        """Return {"r1": weighted R1 penalty}, or {} if R1 is disabled. In steps without a penalty, the value is 0."""
+        """Return {"r1": weighted R1 penalty}, or {} if R1 is disabled.
+
+        The penalty is computed only in every `r1_every`-th step. In all other steps, the value is 0.
+        """
         if not self.r1:
             return {}
         if self.steps % self.r1_every:
