@@ -130,7 +130,7 @@ def _fit_all(values: list[Any], name: str, inside: list[ast.expr]) -> bool:
 def _words(node: ast.expr, *, many: bool) -> str:
     """Describe an annotation in words, in the plural if `many` is True.
 
-    Members of a union that are classes are omitted if another member is a type that a command line can set.
+    If a union contains types that a command line can set, such as `int`, the other types of the union are omitted.
     """
     options = _options(node)
     plain = [option for option in options if _name(option) in (*WORDS, *LISTS, *MAPPINGS, "Literal")]

@@ -2,8 +2,9 @@
 
 SimCLR (arXiv:2002.05709, section 6) and SimCLR v2 (arXiv:2006.10029) use 1 % and 10 % of ImageNet's labels. SimCLR v2
 fine-tunes from the first layer of the projection head. SimCLR's subsets are published as list files, see
-`sslcli.evaluation.label_list`. Yaml: conf/protocol/semi.yaml. S is the number of seeds, m the number of images in the
-reported split.
+`sslcli.evaluation.label_list`. Yaml: conf/protocol/semi.yaml.
+
+Shapes: S seeds, m images in the split on which accuracies are reported.
 """
 
 from __future__ import annotations

@@ -51,7 +51,10 @@ class Terminal:
             self.poll = poll
 
     def write(self, text: str) -> int:
-        """Write `text` if the stream accepts it, else drop `text`. Return the length of `text` in both cases."""
+        """Write `text`. If the write would block, or if a write has failed, drop `text`.
+
+        Return the length of `text` in all cases.
+        """
         if not self.is_broken and self.has_room():
             parts = LAYOUT.split(text)  # the parts at odd indices are the matches
             safe = "".join(part if i % 2 else printable(part) for i, part in enumerate(parts))

@@ -64,7 +64,7 @@ class Index:
         starts, sizes: (n,) offset of the first byte and number of bytes of each image in a tar archive; empty for
             parquet.
         groups: (g,) number of rows in each row group of a parquet file; empty for tar.
-        image: the name of the image column, or the file extension of the images.
+        image: for parquet, the name of the image column; for tar, the file extension of the images.
     """
 
     labels: list[Value]

@@ -339,7 +339,10 @@ class Parallel(Files):
 
 
 def parse(modalities: Mapping[str, Mapping[str, Any]]) -> dict[str, Modality]:
-    """Return the modalities that a yaml file defines, by name. Raises ValueError if a modality is invalid."""
+    """Convert the setting `dataset.modalities` to `Modality` objects, as name -> modality.
+
+    Raises ValueError if there is no modality, or if a modality is invalid.
+    """
     if not isinstance(modalities, Mapping) or not modalities:
         raise ValueError(f"dataset.modalities is {modalities!r}, but it must have at least one folder of images")
     known = [field.name for field in fields(Modality)]
