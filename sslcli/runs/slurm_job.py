@@ -103,7 +103,8 @@ def is_longer(config: RunConfig, path: Path, job: str) -> bool:
     """Return True if `config` requests a longer run than an active job, and False if both lengths are equal.
 
     The length is `train.max_steps`, or `train.epochs` if `train.max_steps` is not set. `path` is the configuration file
-    of the job, and `job` is its ID. If the file does not exist, the result is False.
+    of the job, and `job` is its ID. If the file does not exist, the result is False. If one length is in steps and the
+    other in epochs, they cannot be compared, and the result is True.
 
     Raises ConfigError if `config` requests a shorter run, or if another setting that affects the results differs.
     """
