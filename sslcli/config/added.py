@@ -56,7 +56,8 @@ def with_added_keys(stored: Any, now: Any = None) -> Any:
     dataset is read as in the older version.
 
     Args:
-        stored: the mapping in the `config.yaml` or in a checkpoint of the run. Any other value is returned unchanged.
+        stored: the mapping in the `config.yaml` or in a checkpoint of the run. A value that is not a mapping is
+            returned unchanged.
         now: the mapping `dataset` of the command line. If it is given, only keys that it contains are added. None = add
             all keys that the class of the dataset accepts. The accepted keys are known only for built-in classes.
     """

@@ -80,7 +80,7 @@ def dataset_of_run(saved: dict[str, Any], changes: list[Change], *, trust: list[
 
 
 def _delete(node: Any, key: str) -> None:
-    """Delete a key inside a dataset setting whose value is a mapping.
+    """Delete one key of a mapping that is the value of a dataset setting.
 
     `node` is the configuration. `key` is the dotted key without the leading `dataset.`, such as `modalities.ir`. Raises
     ConfigError if `key` is a whole setting, such as `modalities`, or does not exist.
