@@ -58,7 +58,7 @@ class Trained:
 
 
 def reported_positions(features: FeatureSet) -> Tensor:
-    """Return the indices, in the source, of the images of the reported split."""
+    """Return the indices, in the source, of the images on which the reported accuracy is measured."""
     positions = features.val_positions if features.test is None else features.test_positions
     assert positions is not None
     return positions

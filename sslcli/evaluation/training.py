@@ -211,7 +211,7 @@ def fit(
 def predict(classifier: Classifier, task: Task, positions: Tensor) -> Tensor:
     """Return the logits (n, num_classes) float32 of the images at `positions` (n,) of the source.
 
-    The classifier is in evaluation mode. The images are preprocessed by `Task.prepare`.
+    The logits are computed in evaluation mode. The images are preprocessed by `Task.prepare`.
     """
     with evaluating(classifier):
         return extract(

@@ -321,7 +321,7 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
 
 
 def _has_other_images_than_export(source: Source, node: dict[str, Any], exported: dict[str, Any]) -> bool:
-    """Return True if the images of `source` are not the images of pre-training.
+    """Return True if the images of `source` are not the images on which the exported network was pre-trained.
 
     `node` contains the settings of `source`. `exported` is the content of the file that ssl-export wrote. If this file
     has no settings of the pre-training dataset, the result is True.

@@ -184,6 +184,7 @@ class _RandomNumbers:
     are computed together when the object is created. If n is small, this is faster than one computation per call.
 
     key: (n,) int64, one key per image. The key of an image is different for each of its parts.
+    count: maximum number of calls.
     """
 
     def __init__(self, key: Tensor, count: int = 20) -> None:
