@@ -176,9 +176,9 @@ def absolute(path: str) -> str:
 
     URLs, URL chains of fsspec (`zip::s3://...`) and "" are not changed.
 
-    If `..` follows a symbolic link, it means the parent of the link's target. This is also the case if the whole path
-    does not exist yet. The result contains no `..`, because other code often resolves `..` by removing the preceding
-    name. The path would then be wrong if the preceding name is a symbolic link.
+    If `..` follows a symbolic link, it means the parent of the link's target, even if the part of the path after
+    `..` does not exist yet. The result contains no `..`, because other code often resolves `..` by removing the
+    preceding name. If the preceding name is a symbolic link, this gives a wrong path.
 
     Raises ConfigError if the home directory is unknown.
     """

@@ -32,7 +32,8 @@ class CollapseDetector:
 
     Call `update` after the first step, then at fixed intervals. A call is one measurement of the metrics of
     `sslcli.engine.health`. The peak of a metric is its largest value so far. The first measurement must be after the
-    first step, because a severe collapse can be complete after 50 steps, and later peaks would then be too low.
+    first step. A severe collapse can be complete after 50 steps. If the first measurement were later, the peaks would
+    be too low.
 
     Any one of these conditions fires an alarm (d is the width of the embeddings):
 

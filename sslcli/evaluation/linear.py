@@ -47,7 +47,10 @@ class LinearResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A linear layer for raw (not standardized) features: weight (C, d), bias (C,), and its hyperparameters."""
+    """A linear layer for raw (not standardized) features: weight (C, d) and bias (C,) for C classes and d dimensions.
+
+    `chosen` contains the selected hyperparameters with which the layer was trained.
+    """
 
     weight: Tensor
     bias: Tensor

@@ -27,7 +27,7 @@ class Noise(nn.Module):
     same state on all processes.
 
     Each call of `normal`, `uniform`, `integers` or `shared` is one draw. All processes must make the same calls in the
-    same order. A row of a result belongs to one of the N images of this process.
+    same order. The results of `normal`, `uniform` and `integers` have one row for each of the N images of this process.
     """
 
     def __init__(self) -> None:
