@@ -84,7 +84,7 @@ class Distill(Recipe):
         return "_".join(part for part in (student, super().variant(monitor)) if part)
 
     def description(self, result: Mapping[str, Any]) -> str:
-        """Return one line that states with which other accuracies the accuracy in `result` can be compared."""
+        """Return one line that names the other accuracies to which the accuracy in `result` can be compared."""
         return (
             f"student of the teacher {result['teacher']['measured']} ({result['n_labels']:,} labels), "
             f"{trained_and_measured(result)} without labels: compare with the accuracy of the teacher"

@@ -191,7 +191,7 @@ class Finetune(Tuned):
     named: ClassVar[dict[str, Any]] = {"steps": 350, "warm_start": False, "batch_norm": "train", "seed": 0}
 
     def description(self, result: Mapping[str, Any]) -> str:
-        """Return one line that states with which other accuracies the accuracy in `result` can be compared."""
+        """Return one line that names the other accuracies to which the accuracy in `result` can be compared."""
         return (
             f"fine-tuning of the whole network for {self.steps:,} steps, {trained_and_measured(result)}: compare with "
             "the random initialization, which has the same steps; comparable with publications only with their steps"

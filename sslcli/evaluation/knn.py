@@ -282,7 +282,7 @@ class KnnFull(Knn):
         return suffix(self, self.named)
 
     def description(self, result: Mapping[str, Any]) -> str:
-        """Return one line that states with which published accuracies the accuracy in `result` can be compared."""
+        """Return one line that names the published accuracies to which the accuracy in `result` can be compared."""
         return (
             f"{self.measured(result)}: comparable with published k-NN accuracies of the same k, temperature and "
             "feature layer" + ("" if result["split"] == "test" else ", except that these are measured on test images")

@@ -132,7 +132,7 @@ class LinearSgd(Protocol):
         return suffix(self, self.named)
 
     def description(self, result: Mapping[str, Any]) -> str:
-        """Return one line that states with which published accuracies the accuracy in `result` can be compared."""
+        """Return one line that names the published accuracies to which the accuracy in `result` can be compared."""
         return (
             f"linear classifier on a frozen backbone ({result['train_transform']}), {self.epochs} epochs, "
             f"{trained_and_measured(result)}: comparable with published linear accuracies of the same backbone, "

@@ -104,7 +104,7 @@ class Semi(Tuned):
         return "_".join(part for part in (labels, super().variant(monitor)) if part)
 
     def description(self, result: Mapping[str, Any]) -> str:
-        """Return one line that states with which other accuracies the accuracy in `result` can be compared."""
+        """Return one line that names the other accuracies to which the accuracy in `result` can be compared."""
         subsets = "the images of a list" if self.listed is not None else "random subsets, not those of publications"
         seeds = "one seed" if self.seeds == 1 else f"mean over {self.seeds} seeds"
         return (

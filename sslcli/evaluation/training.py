@@ -175,7 +175,9 @@ def fit(
     loss: Loss = cross_entropy,
     facts: str = "",
 ) -> None:
-    """Train `classifier` in place on the images at `positions` (n,) of the source, n >= 2.
+    """Train `classifier` in place on the images of the dataset `task.source` at the indices `positions` (n,).
+
+    At least two images are needed: n >= 2.
 
     The training stops early if the loss is not finite. The loss is checked every `LOOK` steps. `facts` is text that the
     progress display shows.

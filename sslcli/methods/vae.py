@@ -78,8 +78,9 @@ def reconstruction_loss(drawn: Tensor, images: Tensor, *, kind: str, sigma: floa
     Constants are left out, such as log(2 pi) terms of the normal distribution.
 
     kind="bernoulli": `drawn` are logits, and the loss is the binary cross-entropy.
-    kind="gaussian": the loss is |drawn - images|^2 / (2 sigma^2). If `sigma` is None, the sigma that maximizes the
-    likelihood of the step is used (Rybkin et al.). The loss is then M/2 log(mean squared error) for M values per image.
+    kind="gaussian": the loss is |drawn - images|^2 / (2 sigma^2). If `sigma` is None, the one sigma that
+    maximizes the likelihood of all images of the step is used (Rybkin et al.). The loss is then M/2 log(mean squared
+    error) for M values per image.
     """
     if kind == "bernoulli":
         return bernoulli_nll(drawn, images).mean()

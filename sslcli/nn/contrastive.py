@@ -115,11 +115,12 @@ def _by_rows(
 
 
 def _by_columns(scaled_query: Tensor, positive_logit: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the three values that `_by_rows` returns, in blocks of negatives, without the gradient of the negatives.
+    """Compute the largest negative logit, the log-sum-exp and the mean of the negatives, as `_by_rows` returns them.
 
-    For the arguments, see `_by_rows`. Blocks of queries and negatives are combined with online softmax: partial sums
-    are rescaled when the maximum changes (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867). Therefore the
-    blocks can be small enough for the CPU caches. Matrix products are fastest in the CPU caches.
+    Here, the negatives are constants: no gradient is computed for them. For the arguments, see `_by_rows`. Blocks of
+    queries and negatives are combined with online softmax: partial sums are rescaled when the maximum changes (Milakov
+    and Gimelshein 2018, https://arxiv.org/abs/1805.02867). Therefore the blocks can be small enough for the CPU caches.
+    Matrix products are fastest in the CPU caches.
     """
     found = []
     rows, columns = CPU_BLOCK if scaled_query.is_cpu else (len(scaled_query), max(1, CHUNK_VALUES // len(scaled_query)))
