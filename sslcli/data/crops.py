@@ -173,7 +173,7 @@ class ViewCrops(Dataset[tuple[Request, list[Tensor], Tensor, BadImageList]]):
             out[list(group)] = resize.resized_bytes(pixels, boxes[:, number], size, cubic=cubic)
 
     def crop_views(self, picture: Picture, full_size: tuple[int, int], boxes: list[list[int]]) -> list[Tensor]:
-        """Return one crop (C, S, S) uint8 per view.
+        """Return one crop (C, S, S) uint8 per view. S is the side of the view in pixels.
 
         picture: the decoded image, at full size or at a reduced size.
         full_size: width and height of the full-size image.

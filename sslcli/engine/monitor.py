@@ -87,7 +87,9 @@ class MetricMeans:
 
 
 class Monitor:
-    """Monitor of a run: writes metrics.jsonl and TensorBoard, prints progress, computes health and k-NN on schedule.
+    """Monitor of a run: writes metrics.jsonl and TensorBoard, and prints progress.
+
+    At regular intervals, it also computes the k-NN accuracy, and the health metrics that show a collapse.
 
     Args:
         settings: which metrics are computed, and how often.

@@ -39,7 +39,7 @@ class Outcome:
             interval [low, high] of top1), n_train, n_test, num_classes, and baselines (name -> values with at least
             top1 and interval).
         net: a trained network to save, or None. protocol=distill can use it as the teacher.
-        positions: (n,) indices, in the source, of the labeled images on which `net` was trained.
+        positions: (n,) indices, in the evaluated dataset, of the labeled images on which `net` was trained.
         files: further text files to write: name -> content.
         variant: a suffix for the result's name that is known only after the evaluation, or "". It is placed before the
             suffix from `Protocol.variant`. For a suffix that depends only on settings, override `Protocol.variant`.

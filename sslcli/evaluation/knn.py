@@ -201,7 +201,7 @@ class Knn(FeatureProtocol):
         )
 
     def measured(self, result: Mapping[str, Any]) -> str:
-        """Return k, temperature and the numbers of images of a result, in one line."""
+        """Return one line with k, the temperature, and the numbers of training images and of evaluated images."""
         return (
             f"k-NN (k {result['k']}, temperature {result['temperature']:g}) with a bank of {result['n_train']:,} "
             f"training images, measured on {result['n_test']:,} images of {result['split']}"

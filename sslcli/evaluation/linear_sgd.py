@@ -278,10 +278,10 @@ class LinearSgd(Protocol):
         return warmup_cosine(step, total=total)
 
     def select(self, probe: Probe, x: Tensor, y: Tensor, task: Task) -> tuple[list[dict[str, float]], int]:
-        """Return a list with the held-out accuracy and loss of every learning rate, and the index of the best one.
+        """Return the held-out accuracy and loss of every learning rate as a list, and the index of the best one.
 
-        x (m, d) and y (m,) are the features and labels of the held-out images. If there are none (m = 0), the list is
-        empty, and the index is 0.
+        `probe` contains one classifier per learning rate. x (m, d) and y (m,) are the features and labels of the
+        held-out images. If there are no held-out images (m = 0), the list is empty, and the index is 0.
         """
         if len(x) == 0:
             return [], 0

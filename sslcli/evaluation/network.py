@@ -112,9 +112,9 @@ def _trainable(module: nn.Module, prefix: str) -> Level:
 def parameter_groups(classifier: Classifier, *, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
     """Return the parameter groups for the optimizer. `lr_scale` is the factor for the learning rate of a group.
 
-    A level is a part of the network that has one learning rate, such as a stage or a block, see `levels`. `lr_scale` is
-    1 for the classifier. For each level below the classifier, it is `layer_decay` times the `lr_scale` of the next
-    higher level. Biases, norms and tokens have no weight decay.
+    A level is a part of the network that has one learning rate, such as a stage or a block, see `levels`. The highest
+    level is the linear layer of `classifier`. Its `lr_scale` is 1. For each lower level, `lr_scale` is `layer_decay`
+    times the `lr_scale` of the next higher level. Biases, norms and tokens have no weight decay.
     """
     stack = [*levels(classifier.net), dict(classifier.classify.named_parameters())]
     groups = []

@@ -101,8 +101,9 @@ def needed(accuracy: float, counts: Sequence[int], scratch: Sequence[float]) -> 
 def utilities(counts: Sequence[int], trained: Sequence[float], scratch: Sequence[float]) -> list[tuple[float, Need]]:
     """Return the utility U(n) and the `Need` from which it is computed, for each number of labels n in `counts`.
 
-    `trained` contains the mean accuracy of pre-trained networks at each of `counts`, and `scratch` the mean accuracy of
-    training from scratch. `scratch` is first made non-decreasing.
+    U(n) is `labels` of the `Need`, divided by n, minus 1. `trained` contains the mean accuracy of pre-trained networks
+    at each of `counts`, and `scratch` contains the mean accuracy of training from scratch. `scratch` is first made
+    non-decreasing.
     """
     monotone = isotonic(scratch)
     needs = [needed(accuracy, counts, monotone) for accuracy in trained]

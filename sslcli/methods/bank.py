@@ -104,9 +104,9 @@ def scores(query: Tensor, rows: Tensor, chosen: Tensor, *, temperature: float) -
 def log_normalizer(logits: Tensor, num_images: int, present: Tensor | None = None) -> float | None:
     """Return log Z with Z = n * mean(exp(logits)) over the (N, K + 1) logits of all processes (1805.01978, eq. 8).
 
-    Z normalizes the probabilities in `nce`, and n is `num_images`, the number of training images. Only images for which
-    `present` (N,) is True are included; None includes all images. Returns None if `present` is False for all images of
-    all processes.
+    Z normalizes the probabilities in `nce`. K is the number of noise rows, and n is `num_images`, the number of
+    training images. Only images for which `present` (N,) is True are included; None includes all images. Returns None
+    if `present` is False for all images of all processes.
     """
     rows = all_gather(logits.detach().double().logsumexp(1))  # (WN,)
     if present is not None:

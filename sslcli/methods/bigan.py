@@ -217,10 +217,10 @@ class BiGAN(Game):
         return torch.tanh(codes / 2) if self.prior == "uniform" else codes
 
     def reconstruct(self, codes: Tensor) -> Tensor:
-        """Return G(codes): (N, D) -> (N, C, S, S). E and G get a gradient only if the cycle loss is enabled.
+        """Return the images that the generator G computes from codes: (N, D) -> (N, C, S, S).
 
-        This pass does not update the running statistics of BatchNorm in G. They are computed only for codes from
-        the prior.
+        G and the encoder E, which computes the codes, get a gradient only if the cycle loss is enabled. This pass does
+        not update the running statistics of BatchNorm in G. Only passes with codes from the prior update them.
         """
         with torch.set_grad_enabled(self.cycle > 0 and torch.is_grad_enabled()):
             return pixels(call_on_buffer_copies(self.generator, codes, learn=True))

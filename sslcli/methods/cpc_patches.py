@@ -118,7 +118,7 @@ class PatchAugmentation(nn.Module):
         jitter: maximum strength of the changes of brightness, contrast and saturation.
         jitter_p: probability of color jitter per patch.
         grayscale: probability of conversion to gray per patch.
-        drop_colors: probability of setting two of the three channels to zero per patch (Doersch et al. 2015).
+        drop_colors: probability per patch that two of its three channels are set to zero (Doersch et al. 2015).
         shear: maximum shear along each axis, in pixels per pixel.
         shear_p: probability of shear per patch.
 

@@ -276,8 +276,8 @@ class DeepInfoMax(Method):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return local feature maps (N, C, H, W) and features (N, num_features).
 
-        One forward pass is sufficient if the features are the mean of the last map. Otherwise, the features need a
-        second forward pass.
+        The maps are those of one stage of the backbone, see `local_stage`. If the features of the backbone are the mean
+        of the map of its last stage, one forward pass is sufficient. Otherwise, the features need a second one.
         """
         maps = self.backbone.stages(images)  # type: ignore[operator]
         features = maps[self.last_stage].mean((2, 3)) if self.one_pass else self.backbone(images)

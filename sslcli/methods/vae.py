@@ -43,7 +43,10 @@ class Posterior(NamedTuple):
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Return mean + standard deviation * `noise` (eq. 10). `noise` (N, D) is standard normal."""
+        """Return one sample per image from its posterior, (N, D): mean + standard deviation * `noise` (eq. 10).
+
+        `noise` (N, D) contains standard normal random numbers.
+        """
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def divergence(self) -> Tensor:

@@ -88,7 +88,7 @@ class Evaluation:
     def result_path(self, protocol: str) -> Path:
         """Return the path of the result file of a protocol, without file extension.
 
-        Each combination of measured quantity, checkpoint and dataset has its own path.
+        Each combination of measured quantity (see `quantity`), checkpoint and dataset has its own path.
         """
         return self.subject.results_dir / join_parts(self.quantity(protocol), self.conditions)
 

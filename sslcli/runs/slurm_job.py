@@ -87,8 +87,8 @@ def submit_once(run_dir: Path, config: RunConfig) -> str:
 def config_name(folder: Path) -> str:
     """Return the name of the file with the configuration of a run's newest Slurm job.
 
-    `folder` is the result of `slurm_dir` for the run. The name is stored in its file `job_config`. Raises DamagedFile
-    if the stored name is damaged.
+    `folder` is the result of `slurm_dir` for the run. The file `job_config` in `folder` stores the name. Raises
+    DamagedFile if the stored name is damaged.
     """
     name = read_line(
         folder / "job_config",

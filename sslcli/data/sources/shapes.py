@@ -245,12 +245,13 @@ def _background(numbers: _RandomNumbers, x: Tensor, y: Tensor, lightness: Tensor
 
 
 def _fill_color(numbers: _RandomNumbers, background: Tensor, strength: float) -> Tensor:
-    """Return one color per image, (n, 3), for an instance of the shape.
+    """Return the fill color of one instance of the shape in each of n images, (n, 3).
 
     The color differs in lightness from the background, so that the shape is also visible in grayscale.
 
-    `background` (n,) is the lightness of the background. `strength` in [0, 1] is the strength of the variation of the
-    color. If `strength` is 0, all images get the same light gray.
+    numbers: random numbers for this instance.
+    background: (n,) lightness of the background.
+    strength: strength of the variation of the color, in [0, 1]. If it is 0, all images get the same light gray.
     """
     darker = (background > 0.37) & (numbers() < 0.6)
     contrast = numbers(0.35, 0.5)
@@ -275,7 +276,9 @@ def _texture(numbers: _RandomNumbers, u: Tensor, v: Tensor) -> Tensor:
 
 
 def _light(numbers: _RandomNumbers, x: Tensor, y: Tensor, strength: float) -> Tensor:
-    """Return the light (n, 3, S, S), a factor for each pixel: brightness, a gradient across the image, and a tint.
+    """Return the light (n, 3, S, S): a factor by which each channel of each pixel is multiplied.
+
+    The factor is 1 plus the sum of an offset of the brightness, a gradient across the image, and a tint.
 
     numbers: source of the random numbers of n images.
     x, y: (1, 1, S) and (1, S, 1), the coordinates of the pixels in [-1, 1].

@@ -94,7 +94,10 @@ def apply_operation(name: str, images: Tensor, level: Tensor, *, bicubic: Tensor
 
 
 def _recolor(name: str, images: Tensor, level: Tensor) -> Tensor:
-    """Apply the operation `name`, which is not geometric, to images (N, C, H, W). `level` (N,) is in [0, 10]."""
+    """Apply the operation `name`, which is not geometric, to images (N, C, H, W).
+
+    `level` (N,) is the magnitude of the operation for each image, in [0, 10].
+    """
     strength = level / MAX_MAGNITUDE
     factor = 0.1 + 1.8 * strength
     if name == "auto_contrast":
@@ -136,7 +139,7 @@ def auto_contrast(images: Tensor) -> Tensor:
 def equalize(images: Tensor) -> Tensor:
     """Equalize the histogram of each channel of each image, over 256 levels.
 
-    As in PIL, a channel with fewer than 255 pixels below its maximum does not change.
+    As in PIL, a channel does not change if fewer than 255 of its pixels have a value below the maximum of the channel.
     """
     count, channels, height, width = images.shape
     level = _levels(images).long().flatten(2)  # (N, C, H * W)
