@@ -169,7 +169,7 @@ def draw_jobs(arguments: Namespace, sweep: Sweep, launcher: str, slots: list[Slo
 def lines_of(sweep: Sweep, arguments: Namespace, more: list[str]) -> list[str]:
     """Return the overrides for Hydra: the overrides of the command line, the folder of the sweep, and `more`.
 
-    If the command line also sets the folder (`hydra.sweep.dir`), its override is omitted.
+    If the command line contains `hydra.sweep.dir=...`, this override is replaced by the folder of `sweep`.
     """
     overrides = [line for line in arguments.overrides if not line.startswith("hydra.sweep.dir=")]
     quoted = str(sweep.folder).replace("\\", "\\\\").replace('"', '\\"')

@@ -1,4 +1,4 @@
-"""Search for the keys `_target_` of a configuration, and checks that their values name classes in trusted packages."""
+"""Functions that find the keys `_target_` of a configuration, and check that their classes are in trusted packages."""
 
 from __future__ import annotations
 

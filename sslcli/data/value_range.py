@@ -69,10 +69,10 @@ def _is_number(value: object) -> bool:
 
 
 def _full_range(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Map the range of the dtype to 0 to 255.
+    """Map a fixed range to 0 to 255: the range [0, 1] for floats, and 0 to 65535 for integers.
 
-    The range is [0, 1] for floats, and 0 to 65535 for integers. Values of 8 bits are not changed. If the values exceed
-    the range, their minimum is mapped to 0 and their maximum to 255.
+    Values of 8 bits are not changed. If any value is outside of the fixed range, the minimum of the values is mapped to
+    0 and their maximum to 255.
     """
     if values.dtype == np.uint8:
         return values

@@ -44,11 +44,11 @@ def blocks(net: nn.Module) -> list[nn.Module]:
 def shard(method: Method, device: torch.device, precision: str) -> None:
     """Shard the parameters of a method over all processes, in place. Call this before the optimizer is built.
 
-    A backbone is sharded block by block (see `blocks`), unless `method.supports_block_wrapping` is False. The same
-    applies to copies of the backbone, such as momentum encoders.
+    If `method.supports_block_wrapping` is True, each block of the backbone (see `blocks`) is sharded as a separate
+    unit. The same applies to copies of the backbone, such as momentum encoders. All other parameters form one unit.
 
-    With precision bf16, blocks without BatchNorm gather their parameters in bfloat16 and compute in bfloat16. The
-    gradients of these blocks are averaged in float32. All other modules use autocast.
+    With precision bf16, separately sharded blocks without BatchNorm gather their parameters in bfloat16 and compute in
+    bfloat16. The gradients of these blocks are averaged in float32. All other modules use autocast.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -78,10 +78,10 @@ class LARS(Optimizer):
         weight.sub_(buffer, alpha=outside)
 
     def adapted(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return q * (gradient + weight decay). The factor q (see `LARS`) makes the step proportional to |`weight`|.
+        """Return q * (grad + weight_decay * weight), with the factor q of `LARS`.
 
-        Norms of sharded tensors are computed over all shards. The host does not wait for the device. `group` is the
-        parameter group of `weight`.
+        The factor makes the step proportional to |`weight`|. Norms of sharded tensors are computed over all shards. All
+        values stay on the device, so the host does not wait for them. `group` is the parameter group of `weight`.
         """
         length = whole(torch.linalg.vector_norm(weight))
         decayed = grad.add(weight, alpha=group["weight_decay"])

@@ -24,7 +24,7 @@ class SlowData:
         self._spent = self._waited = 0.0
 
     def update(self, spent: float, waited: float) -> float | None:
-        """Add an interval. Return the fraction of the time spent waiting if it must be reported now, else None.
+        """Add an interval between two logs. Return the fraction of waiting time if it must be reported, else None.
 
         The fraction is computed when the intervals since the last computation have lasted `period` seconds. It must be
         reported if it is above `limit`. After the first report, the result is always None.

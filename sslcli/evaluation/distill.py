@@ -77,7 +77,8 @@ class Distill(Recipe):
         """Return a suffix for the result's name, with the student and the settings that are not at their defaults.
 
         The student is written as its class name and a digest of its layers. If it is the run's network, it is left out.
-        Of the other settings, only the keys of the class attribute `named` can be part of the suffix.
+        Of the other settings, only the keys of the class attribute `named` can be part of the suffix. `monitor` has no
+        effect.
         """
         digest = hashlib.sha256(repr(self.student).encode()).hexdigest()[:6]
         student = "" if self.student is None else f"student-{type(self.student).__name__}-{digest}"

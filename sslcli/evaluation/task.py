@@ -43,7 +43,10 @@ def no_fine_tuned(name: str) -> FineTuned:
 
 
 def compute(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return `measure()` without caching the result. This is the default of `Task.kept`."""
+    """Return `measure()`, the result of the baseline `name`, without using a cache.
+
+    This function is the default of `Task.kept`. `name` has no effect.
+    """
     return measure()
 
 

@@ -194,7 +194,11 @@ def jittered(x: Tensor, strength: Tensor) -> Tensor:
 
 
 def sheared(x: Tensor, slopes: Tensor) -> Tensor:
-    """Shear patches (M, C, p, p) along both axes by `slopes` (M, 2), in pixels per pixel, with zero padding."""
+    """Shear patches (M, C, p, p) along both axes, with zero padding.
+
+    `slopes` (M, 2) contains two displacements in pixels per patch: the horizontal displacement from one row to the
+    next, and the vertical displacement from one column to the next.
+    """
     one = torch.ones_like(slopes[:, 0])
     across = torch.stack([one, slopes[:, 0], 0 * one], 1)
     down = torch.stack([slopes[:, 1], one, 0 * one], 1)

@@ -109,8 +109,8 @@ def add_mixture(
         scalars: scalars of the step for the unmixed views.
         images: (N, C, H, W), the first view.
         query: the method's query encoder: (N, C, H, W) -> (N, D).
-        compare: function that returns the scalar loss of queries (N, D). It compares query i with the targets of the
-            unmixed image i.
+        compare: function that returns the scalar loss of queries (N, D). It compares query i with the same targets as
+            the query of the unmixed image i. In MoCo, these are the keys.
     """
     if mixture is None:
         return scalars

@@ -211,8 +211,8 @@ def knn_queries(source: Source, monitor: MonitorSettings) -> str | None:
 def has_pictures(parts: Parts, monitor: MonitorSettings) -> bool:
     """Return True if pictures are saved during training.
 
-    Pictures are grids of images that a method returns in `Method.pictures`. They are saved if the method overrides this
-    function and monitor.pictures is not 0.
+    Pictures are grids of images, which `Method.pictures` returns. They are saved if the class of the method overrides
+    `pictures` and if monitor.pictures is not 0.
     """
     return monitor.pictures > 0 and type(parts.method).pictures is not Method.pictures
 

@@ -253,7 +253,7 @@ def find_checkpoint(run_dir: Path, which: str | int) -> Path:
 def type_name(node: dict[str, Any]) -> str:
     """Return the name of a dataset without building the dataset. `node` contains the settings of the dataset.
 
-    The name is the setting `name`, or the name of the class in lower case.
+    The name is the setting `name` if `node` has this setting, else the name of the class in lower case.
     """
     return str(node.get("name") or node["_target_"].rpartition(".")[2].lower())
 
@@ -338,7 +338,10 @@ def _has_other_images_than_export(source: Source, node: dict[str, Any], exported
 def _network_builder(
     config: EvalConfig, exported: dict[str, Any], device: torch.device
 ) -> tuple[Callable[[int], nn.Module], dict[str, Any]]:
-    """Return a function that builds the untrained network for an image size in pixels, and the network's provenance.
+    """Return two values: a function that builds the untrained network, and the provenance of the network.
+
+    The argument of the function is an image size in pixels. If `exported` contains an image size, the function uses
+    that size instead of its argument.
 
     `exported` is the content of a file that ssl-export wrote, or {} for another weight file.
     """

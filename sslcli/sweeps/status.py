@@ -64,7 +64,8 @@ def is_finished(sweep: Sweep, job: Job) -> bool:
 def is_complete(run_dir: Path, record: Record) -> bool:
     """Return True if the run in `run_dir` has been trained to the number of steps that `record` requires.
 
-    The record of a job of version 0.2 contains no number of epochs. In this case, return True if the run is finished.
+    This number of steps is computed from the number of epochs in `record`. A record of version 0.2 contains no number
+    of epochs. For such a record, return True if the run is finished.
     """
     path = run_dir / "config.yaml"
     if record.epochs is None or not path.exists():

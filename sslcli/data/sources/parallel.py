@@ -272,7 +272,9 @@ class Parallel(Files):
     def fit_to_size(self, position: int, number: int, layer: Image.Image | None, size: tuple[int, int]) -> Image.Image:
         """Return `layer`, the image of modality `number`, resized to `size`. If `layer` is None, return a blank image.
 
-        Raises BadImage if the aspect ratio of the image differs from the aspect ratio of `size`.
+        `position` is the index of the image in the dataset.
+
+        Raises BadImage if the aspect ratio of `layer` differs from the aspect ratio of `size`.
         """
         modality = list(self.modalities.values())[number]
         if layer is None:
