@@ -334,7 +334,7 @@ def disk_failure(error: OSError, path: object, key: str) -> tuple[str, int] | No
 
 
 def is_disk_failure(error: OSError) -> bool:
-    """Return True if the disk is full or broken, so that writing also fails with other settings."""
+    """Return True if the disk is full or broken. Other settings of the command then do not prevent the error."""
     return error.errno in DISK_ERRORS and error.errno not in PERMISSION_ERRORS
 
 

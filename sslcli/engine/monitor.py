@@ -71,7 +71,7 @@ class MetricMeans:
     def bad_step(self) -> tuple[int, str]:
         """Return the first step with a non-finite loss on any process, and the scalar means of that process as text.
 
-        If all losses are finite, return -1 and "".
+        Each mean is over the steps since the last call of `means`. If all losses are finite, return -1 and "".
         """
         mine = -1 if self.first_bad is None else int(self.first_bad)
         means_text = ", ".join(f"{name} {float(value) / self.count:g}" for name, value in self.sums.items())

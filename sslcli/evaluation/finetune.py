@@ -41,7 +41,8 @@ class Trained:
     One network is trained on each subset, and is evaluated on the m images of the reported split.
 
     Attributes:
-        place: (S, m) the rank of the true class of each image, for the network of each subset.
+        place: (S, m) the 0-based rank of the true class among the predictions for each image, for the network of each
+            subset. A rank of 0 is a correct prediction.
         net: the network that was trained on the first subset.
         chosen: the selected learning rate, with its held-out accuracy and loss if candidates were compared.
         grid: the held-out accuracy and loss of each candidate learning rate; empty if no candidates were compared.
@@ -88,6 +89,8 @@ class Tuned(Recipe):
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
         """Return the layer to train from, and the default layer.
+
+        The default layer is the layer to train from if neither `feature_layer` nor `from_layer` is set.
 
         If `feature_layer` is not the output of the backbone, it is the layer to train from. Otherwise, the layer to
         train from is layer number `from_layer` of the projection head. Number 0 means the output of the backbone. If

@@ -109,7 +109,11 @@ def rows_of(listed: LabelList, paths: Iterable[str]) -> Tensor:
 def best_matches(name: str, places: Sequence[tuple[int, Sequence[str]]]) -> Sequence[int]:
     """Return the row numbers of the paths that match a name best.
 
-    `places` contains, for each path, its row number and its parts (folders and file name).
+    A path matches better if more parts at its end (file name and folders) equal those of the name. At least the file
+    name must be equal. If the name contains a folder, the last folder must be equal too. If no path fulfills these
+    conditions, the result is empty.
+
+    `places` contains, for each path, its row number and its parts.
     """
     parts = [part for part in name.split("/") if part not in ("", ".")]
     counts = [matching_parts(parts, path) for _, path in places]

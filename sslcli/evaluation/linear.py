@@ -132,8 +132,9 @@ def fit_lbfgs(
     """Minimize cross-entropy + |W|^2 / (2 c n) for each c of `cs` by L-BFGS, on x (n, d) and y (n,).
 
     c is the inverse regularization strength, called C in scikit-learn's LogisticRegression. The problems are solved
-    from strong to weak regularization, and each solution initializes the next problem. The solver stops when the
-    gradient is below 1e-5, or after `max_iterations`. `on_progress(1)` is called after each c.
+    from strong to weak regularization, and each solution initializes the next problem. The solver stops when all
+    elements of the gradient are at most 1e-5 in absolute value, when an iteration changes the loss or the weights by
+    less than 1e-9, or after `max_iterations`. `on_progress(1)` is called after each c.
     """
     n, d = x.shape
     theta = x.new_zeros(num_classes, d + 1, requires_grad=True)  # the last column is the bias

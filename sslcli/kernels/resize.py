@@ -22,10 +22,12 @@ def library() -> ctypes.CDLL | None:
 
 
 def resized_crops(images: Tensor, boxes: Tensor, size: int, *, cubic: bool) -> Tensor | None:
-    """Crop a box from each image and resize it to (size, size). Return None if the kernel does not support the images.
+    """Crop a box from each image and resize it to (size, size). Return None if the kernel cannot be used.
+
+    The kernel cannot be used if it was not compiled, if `images` is not uint8, or if `images` is not on the CPU.
 
     Args:
-        images: (N, C, H, W) uint8 on the CPU.
+        images: (N, C, H, W).
         boxes: (N, 4) int64: top, left, height, width. Boxes must be inside the image, with height and width above 0.
         size: side of the result in pixels.
         cubic: True for bicubic, False for bilinear interpolation.

@@ -28,9 +28,11 @@ DENSE = 8
 class Bank(nn.Module):
     """Moving averages of the embeddings of all training images, identical on all processes.
 
+    The bank is a matrix (n, D). Row i is the moving average of the embedding of training image i.
+
     Args:
-        num_images: number of rows n.
-        dim: row width D.
+        num_images: number of training images n.
+        dim: width D of the embeddings.
         momentum: weight of the old row in an update, in [0, 1].
         empty: initialization of the rows. True: all rows are zero, and the first embedding of an image becomes its row.
             False: the values are uniform in +-sqrt(3 / D), which gives rows with a mean squared norm of 1.

@@ -38,7 +38,7 @@ class BYOL(Method):
             300 epochs.
         final_momentum: momentum at the end of the run, 1 in the official code. The momentum increases to it with a
             cosine schedule. The same value as `momentum` gives a constant momentum.
-        predictor: False removes the predictor, as in an ablation of the paper. The representation then collapses.
+        predictor: False removes the predictor, as in an ablation of the paper. The embeddings may then collapse.
         mixture: an `UnMix` that mixes the first views of different images; None adds no mixtures. The predictions for
             the mixtures are compared with the targets of both views.
     """

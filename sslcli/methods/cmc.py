@@ -289,10 +289,14 @@ class CMC(Method):
 
 
 def checked(modalities: Mapping[str, int], channels: int) -> dict[str, int]:
-    """Return the modalities as a dict.
+    """Return the modalities as a dict, from the name of each modality to its number of channels.
 
-    Raises ValueError if there are fewer than two modalities, if a name is not valid, or if the numbers of channels do
-    not sum to `channels`.
+    Raises ValueError in these cases:
+
+    - There are fewer than two modalities.
+    - A name is not valid as the name of a submodule in `nn.ModuleDict`.
+    - A modality has no channels.
+    - The numbers of channels do not sum to `channels`, the number of channels of the images.
     """
     text = "{" + ", ".join(f"{name}: {count}" for name, count in modalities.items()) + "}"
     if len(modalities) < 2:

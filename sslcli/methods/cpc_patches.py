@@ -184,7 +184,7 @@ def jittered(x: Tensor, strength: Tensor) -> Tensor:
     """Change the brightness, contrast and saturation of patches (M, C, p, p) by `strength` (M, 3) in [-1, 1].
 
     The columns of `strength` are those of brightness, contrast and saturation. 0 changes nothing. Brightness is added
-    to the pixels, as in the first implementation of SimCLR. Contrast scales the difference from the mean. Saturation
+    to the pixels, as in the official code of SimCLR v1. Contrast scales the difference from the mean. Saturation
     scales the difference from the gray image.
     """
     brightness, contrast, saturation = (column(part) for part in strength.unbind(1))

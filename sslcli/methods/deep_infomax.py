@@ -294,7 +294,8 @@ class DeepInfoMax(Method):
     def global_loss(self, maps: Tensor, vectors: Tensor) -> Tensor:
         """Return the global term of the loss, which compares global vectors with encodings of whole feature maps.
 
-        `maps` (N, C, H, W) are the local feature maps, which this function encodes. `vectors` are (N, D).
+        `maps` (N, C, H, W) are the local feature maps, which this function encodes. `vectors` (N, D) are the
+        global vectors.
         """
         settings: dict[str, Any] = {"measure": self.measure, "gather": self.gather_negatives}
         whole = self.map_encoder(maps)[:, :, None]  # (N, u, 1)

@@ -63,8 +63,8 @@ class InfoMin(MoCo):
     Args:
         jigsaw_weight: beta in [0, 1]. The loss is (1 - beta) * MoCo loss + beta * jigsaw loss. 0 disables the jigsaw
             branch, and the method is then identical to MoCo and takes two views.
-        jigsaw_patch: side of a patch as a fraction of the side of its cell, in (0, 1]. The position of the patch in
-            the cell is random.
+        jigsaw_patch: side of a patch as a fraction of the side of its cell, in (0, 1]. The image is divided into 3 x 3
+            cells. One patch is cropped from each cell, at a random position.
         moco: the arguments of `MoCo`.
 
     The query is computed from the first view and the key from the second view. With the jigsaw branch, the patches of

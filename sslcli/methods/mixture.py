@@ -81,9 +81,10 @@ class UnMix(nn.Module):
     def forward(self, images: Tensor, query: Callable[[Tensor], Tensor], compare: Callable[[Tensor], Tensor]) -> Tensor:
         """Return weight * L(q) + (1 - weight) * L(q in reverse order).
 
-        q are the queries of the mixtures, computed by `query`. L is the loss `compare`, and weight is the fraction of
-        image i in mixture i. In reverse order, q contains the query of mixture N-1-i at index i. This mixture contains
-        the fraction 1 - weight of image i. See `add_mixture` for the arguments.
+        Mixture i of a batch of N images consists of image i, with the fraction weight, and image N-1-i, with the
+        fraction 1 - weight. q are the queries of the mixtures, computed by `query`. L is the loss `compare`, which
+        compares query i with the targets of image i. In reverse order, query i is the query of mixture N-1-i, which
+        contains image i with the fraction 1 - weight. See `add_mixture` for the arguments.
         """
         mixed, weight = self.mix(images)
         queries = query(mixed)

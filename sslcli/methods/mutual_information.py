@@ -46,7 +46,7 @@ def expectations(positive: Tensor, negative: Tensor, measure: str) -> tuple[Tens
     """Return the expectation over positive scores and the expectation over negative scores, for scores of any shape.
 
     `measure` selects a divergence. The first expectation minus the second one is a lower bound of this divergence. The
-    loss is the negative of the bound (sec. 3.1).
+    loss is the negative of the bound (section 3.1 of the Deep InfoMax paper).
     """
     if measure == "DV":
         return positive.mean(), negative.flatten().logsumexp(0) - math.log(negative.numel())

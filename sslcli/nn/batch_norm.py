@@ -41,7 +41,7 @@ class SplitBatchNorm(_BatchNorm):
         return max(fewest, round(num_images / self.group))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, C, ...) over each group of the batch. The output has the shape of the input.
+        """Normalize each group of images in the batch (N, C, ...) separately. The output has the shape of the input.
 
         In evaluation mode, and for batches of fewer than 4 images, the layer acts like an ordinary BatchNorm.
         """

@@ -52,7 +52,7 @@ class Noise(nn.Module):
     def integers(self, high: int, *shape: int, device: torch.device) -> Tensor:
         """Draw uniform integers in [0, high) with `shape` (N, ...), int64, for the N images of this process.
 
-        The numbers are different for each image of the global batch.
+        The numbers are drawn independently for each image of the global batch.
         """
         return self._rows(shape, device, lambda row, generator: row.random_(high, generator=generator), torch.int64)
 

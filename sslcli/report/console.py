@@ -38,7 +38,7 @@ class Screen:
         self.last_line = 0.0
 
     def say(self, message: str, *, style: str = "") -> None:
-        """Print and log a message. `style` is a style of rich for the console, such as `yellow`."""
+        """Print and log a message. `style` is a text style of the library rich, such as `yellow`, for the console."""
         self.console.print(plain_text(message, style=style))
         self.write(message)
 

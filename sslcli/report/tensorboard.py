@@ -14,7 +14,7 @@ def open_writer(folder: Path, *, purge_step: int) -> SummaryWriter:
     """Create `folder` if it does not exist, and return a writer of TensorBoard event files in it.
 
     The folder may contain files of earlier writers. TensorBoard hides their entries from step `purge_step` on, because
-    a resumed run writes these steps again. With 0, it hides nothing.
+    a resumed run writes these steps again. If `purge_step` is 0, TensorBoard hides all entries of earlier writers.
     """
     from torch.utils.tensorboard import SummaryWriter
 

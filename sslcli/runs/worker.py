@@ -158,9 +158,9 @@ def _ignore_disk_error(failure: threading.ExceptHookArgs) -> None:
 def _end(message: BaseException | str, code: int, *, wait: float | None = None) -> int:
     """Print why this process ends, and return the exit code.
 
-    Ranks other than 0 wait before they print. If all processes end for the same reason, rank 0 prints the reason. The
-    launcher then ends the other processes while they wait, so that the reason is printed only once. `wait` is the wait
-    in seconds. If it is None, rank 0 does not wait, and all other ranks wait `WAIT` seconds.
+    By default (`wait` is None), rank 0 prints immediately, and all other ranks first wait `WAIT` seconds. If all
+    processes end for the same reason, rank 0 prints the reason. The launcher then ends the other processes while they
+    wait, so that the reason is printed only once. If `wait` is a number, every rank waits this number of seconds.
     """
     time.sleep((WAIT if processes.number() > 0 else 0.0) if wait is None else wait)
     print_error("train", message)

@@ -128,9 +128,9 @@ def forwarded_signals() -> list[signal.Signals]:
 class Relay:
     """Context manager that forwards signals to the running jobs of a sweep. The jobs then save and stop.
 
-    At the end of the block, all jobs have ended. The signal handlers from before the block are then restored. If a
-    signal was received, its restored handler is called. However, the handler of SIGUSR2 is called only if a job has not
-    finished. Calling the handlers has two uses:
+    The block must not end before all jobs have ended. At its end, the signal handlers from before the block are
+    restored. If a signal was received, its restored handler is called. However, the handler of SIGUSR2 is called only
+    if a job has not finished. Calling the handlers has two uses:
 
     - If this sweep runs inside another sweep, the handler keeps the other sweep from starting further jobs.
     - If a scheduler installed a handler of SIGUSR2, the handler may requeue the scheduler's job.

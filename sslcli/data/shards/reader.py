@@ -85,7 +85,10 @@ class ShardReader:
                 self.state.held[chunk] = self.fetch(chunk)
 
     def release(self, positions: Tensor) -> None:
-        """Free the memory of the chunks that contain the images at `positions` (n,)."""
+        """Free the memory of the chunks that contain the images at `positions` (n,).
+
+        A chunk is a part of a shard that is fetched with one read.
+        """
         for chunk in self.chunk_of(positions.numpy()).tolist():
             self.state.held.pop(chunk, None)
 

@@ -232,7 +232,11 @@ def _check_header(header: list[str], file: str, columns: list[str | None]) -> No
 
 
 def _rows(content: str, delimiter: str, file: str, key: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield a pair for each row that is not empty: the number of its last line, and its fields without outer spaces."""
+    """Yield a pair for each row that is not empty: the number of its last line, and its fields without outer spaces.
+
+    `content` is the text of the CSV file. `file` (the path of the file) and `key` (the setting that contains the path)
+    are used in error messages. Raises ConfigError if the text is not valid CSV.
+    """
     reader = csv.reader(StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         for row in reader:

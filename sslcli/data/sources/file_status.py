@@ -80,7 +80,11 @@ def _hash_of_file(path: str) -> int:
 
 
 def _for_each(work: Callable[[int], None], count: int, on_progress: ProgressCallback | None) -> None:
-    """Call `work` for every number in range(count). If the first calls are slow, use many threads for the others."""
+    """Call `work` for every number in range(count). If the first calls are slow, use many threads for the others.
+
+    If `on_progress` is not None, it is called after every `_FILES_PER_REPORT` further calls, with the number of
+    completed calls and with `count`.
+    """
     start = time.perf_counter()
     probes = min(count, _PROBES)
     for number in range(probes):

@@ -79,7 +79,8 @@ def as_labels(parts: Sequence[Labels]) -> tuple[Tensor, list[str]]:
 def plain_label(value: object, *, where: str) -> Value:
     """Convert a label to a type that JSON supports. `where` names the location of the label in messages.
 
-    Raises ConfigError if the value cannot be a label.
+    A label may be None, a boolean, a number, a text, or UTF-8 bytes. It may also be a scalar of NumPy, torch or pyarrow
+    with such a value. Raises ConfigError for any other value, such as a list.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -120,9 +121,9 @@ def _cleaned(part: Labels) -> list[int | str | None]:
 
 
 def _without_bool(value: Value, part: Labels) -> Value:
-    """Convert a boolean label to a class number if its `part` has class names, else to text.
+    """Convert a boolean label to an integer if the dataset has class names, else to text.
 
-    Return other values unchanged.
+    `part` contains the label. Its attribute `classes` contains the class names. Return other values unchanged.
     """
     if not isinstance(value, bool):
         return value
@@ -290,7 +291,9 @@ def _warn_of_many_classes(
 
 
 def _number_name(value: int | str, part: Labels) -> str:
-    """Return the class name for a numeric label. A float with an integer value, such as "3.0", gives the class "3".
+    """Return the class name for a numeric label. `value` may be a text: both "3" and "3.0" give the class "3".
+
+    `part` contains the label. Its attributes `where` and `remedy` are used in error messages.
 
     Raises ConfigError if the number is negative or not an integer.
     """

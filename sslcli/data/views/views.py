@@ -101,7 +101,10 @@ class Views:
                 raise ValueError(f"views.views.{number}: {error}") from None
 
     def entry_number(self, view: int) -> int:
-        """Return the index of the entry in the list of views that defines view number `view`."""
+        """Return the index of the entry (element of `entries`) that defines the view number `view`.
+
+        An entry defines `count` views. The views of the first entry have the numbers 0 to `count` - 1.
+        """
         ends = itertools.accumulate(entry.count for entry in self.entries)
         return next(number for number, end in enumerate(ends) if view < end)
 
