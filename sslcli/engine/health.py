@@ -88,7 +88,7 @@ def rankme(z: Tensor, *, eps: float = 1e-7) -> Tensor:
     """Return exp of the entropy of the singular values of `z` (N, d): a smooth rank in [1, min(N, d)].
 
     `z` is not centered. With the singular values sigma, the entropy is computed for p = sigma / sum(sigma) + eps
-    (Garrido et al., eq. 2). Compare results only for equal N. The paper uses N = 25,600.
+    (RankMe, arXiv:2210.02885, eq. 2). Compare results only for equal N. The paper uses N = 25,600.
     """
     sigma = torch.linalg.svdvals(_matrix(z))
     p = sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny) + eps

@@ -50,7 +50,10 @@ class Run:
 
     @property
     def warmup_steps(self) -> int:
-        """Number of warmup steps, computed from the current length of the run as if the run had never been extended."""
+        """Number of warmup steps of a run that has the current length from the start.
+
+        If this run was extended, the number may differ from the number of warmup steps in its schedule.
+        """
         return warmup_steps(self.total_steps, settings=self.settings, steps_per_epoch=self.loader.steps_per_epoch)
 
     def lr_at(self, step: int) -> float:

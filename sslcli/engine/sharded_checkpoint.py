@@ -241,7 +241,7 @@ def empty(index: Metadata, name: str, place: Place, *, device: torch.device, lik
     Args:
         index: the index of the checkpoint, see `index_of`.
         name: name of the tensor in the index.
-        place: path of keys to the tensor in the state.
+        place: path of keys to the tensor in the nested dictionary that the checkpoint contains.
         device: device of the result if it is not sharded.
         like: function of `place` and the shape. If it returns a tensor, the result gets the device and sharding of that
             tensor. If `like` or its result is None, the result is not sharded.

@@ -171,9 +171,10 @@ class Knn(FeatureProtocol):
         return {"k": monitor.get("knn_k"), "temperature": monitor.get("knn_temperature")}
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
-        """Return the positions in `source` of the images of the bank.
+        """Return the positions of the bank images in `source`.
 
-        The bank consists of the training images among which the run's monitor searches neighbors.
+        The bank is the set of images among which neighbors are searched. It consists of the same training images as
+        the bank of the run's monitor.
         """
         return bank_positions(source, monitor.get("knn_images"))
 

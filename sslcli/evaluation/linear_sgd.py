@@ -127,7 +127,8 @@ class LinearSgd(Protocol):
     def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return a suffix for the result's name.
 
-        The suffix contains the settings in `named` whose values differ from the values in `named`.
+        The class attribute `named` maps settings to the values of the yaml file. The suffix contains those settings
+        of this protocol that have another value.
         """
         return suffix(self, self.named)
 
@@ -140,10 +141,11 @@ class LinearSgd(Protocol):
         )
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
-        """Return `feature_layer`, the layer whose output the classifiers get, and the default layer.
+        """Return two layers: the layer whose output the classifiers get, and the default layer.
 
-        The default layer is the output of the backbone. Raises ConfigError if `feature_layer` is "bank", the memory
-        bank. The bank contains one embedding per image, but no features of random crops.
+        The first is `feature_layer`. The default layer is the output of the backbone. Raises ConfigError if
+        `feature_layer` is "bank", the memory bank. The bank contains one embedding per image, but no features of random
+        crops.
         """
         if feature_layer == layers.BANK:
             raise ConfigError(
@@ -294,6 +296,8 @@ class LinearSgd(Protocol):
 
     def score(self, probe: Probe, heads: Heads, x: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
         """Evaluate G classifiers, one per learning rate, on features x (m, d) with labels y (m,).
+
+        `heads` contains the weights and biases of the classifiers. `probe.norm` normalizes the features first.
 
         Returns the ranks (G, m) of the true classes, and the mean losses (G,).
         """

@@ -239,9 +239,9 @@ class CMC(Method):
         of the modality of `v`, and the index of the other modality. `both` (N,) is True if the image has both
         modalities. `chosen` is described in `contrast`.
 
-        The loss "nce" divides by a constant Z, see `log_normalizer`. Z is computed once per direction, in the first
-        batch that has images with both modalities, and from these images only. Each direction has its own Z, because
-        the similarities of different directions may differ in scale.
+        With the loss "nce", the exponentials of the logits are divided by a constant Z, see `log_normalizer`. Z is
+        computed once per direction, in the first batch that has images with both modalities, and from these images
+        only. Each direction has its own Z, because the similarities of different directions may differ in scale.
         """
         bank = self.banks[self.names[direction[1]]]
         logits = scores(v, bank.rows, chosen, temperature=self.temperature)  # type: ignore[arg-type]

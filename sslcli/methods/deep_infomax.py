@@ -305,7 +305,9 @@ class DeepInfoMax(Method):
         return dot_loss(whole, queries, official_mask=self.official_mask, **settings)
 
     def discriminator_penalty(self, vectors: Tensor, prior: Tensor) -> Tensor:
-        """Return the gradient penalty of the discriminator, without its weight (models/discriminator.py).
+        """Return the gradient penalty of the discriminator, not multiplied by the weight of the penalty.
+
+        In the official code, models/discriminator.py adds the penalty to the loss.
 
         `vectors` and the samples `prior` are (N, D). The penalty is the mean of |d score / d sigmoid(vector)|^2 and
         |d score / d sample|^2, averaged over all vectors and samples. It has no gradient for the encoder.

@@ -55,10 +55,11 @@ def expectations(positive: Tensor, negative: Tensor, measure: str) -> tuple[Tens
 
 
 def information_loss(positive: Tensor, rows: Tensor, *, count: int, measure: str, gather: bool = True) -> Tensor:
-    """Return the loss that maximizes the mutual information of vectors and feature maps of the same image (sec. 3.1).
+    """Return the loss that maximizes the mutual information of vectors and feature maps of the same image.
 
-    For InfoNCE, the loss is a cross-entropy. For all other measures, it is the negative of a bound on the mutual
-    information. Each of the N images has k vectors, and a feature map with n positions.
+    The loss is from section 3.1 of Deep InfoMax (arXiv:1808.06670). For InfoNCE, it is a cross-entropy. For all other
+    measures, it is the negative of a bound on the mutual information. Each of the N images has k vectors, and a feature
+    map with n positions.
 
     Args:
         positive: (N, k, n) scores of each vector with each position of the same image.
@@ -97,14 +98,16 @@ def reduce_negatives(scores: Tensor, own: Tensor | None, *, measure: str, offici
 def dot_loss(
     places: Tensor, vectors: Tensor, *, measure: str, official_mask: bool = False, gather: bool = True
 ) -> Tensor:
-    """Return the loss for pairs whose score is the dot product of two embeddings. All other images are negatives.
+    """Return the loss for pairs of a global vector and a position of a feature map, with dot products as scores.
 
-    The embeddings are not normalized, and the scores are not divided by a temperature.
+    The score of a pair is the dot product of two embeddings of size u. The embeddings are not normalized, and the
+    scores are not divided by a temperature. The positives of a vector are the positions of its own image. The negatives
+    are positions of other images.
 
-    `places` (N, u, n) are the embeddings of the n positions of each map. `vectors` (N, u, k) are the embeddings of the
-    k global vectors of each image. `measure` is one of MEASURES. `official_mask` is described in `reduce_negatives`. If
-    `gather` is True, the negatives are positions of images of all processes. If it is False, they are positions of
-    images of this process.
+    `places` (N, u, n) are the embeddings of the n positions of the map of each image. `vectors` (N, u, k) are the
+    embeddings of the k global vectors of each image. `measure` is one of MEASURES. `official_mask` is described in
+    `reduce_negatives`. If `gather` is True, the negatives are positions of images of all processes. If it is False,
+    they are positions of images of this process.
 
     The loss is computed in float32, or in float64 for float64 inputs. If there are more than about `CHUNK_VALUES`
     scores, they are computed in blocks, and the backward pass computes each block again. The scores therefore never

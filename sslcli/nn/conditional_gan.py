@@ -112,7 +112,7 @@ class ConditionalDiscriminator(nn.Module):
 
         The first half of the rows are real pairs: an image of the dataset and its code from the encoder. The second
         half are generated pairs: a random code and the image generated from it. BatchNorm normalizes each half by its
-        own statistics, as the official code does if its option `--cat_inputs` is not set.
+        own statistics, as the official code of BiGAN does if its option `--cat_inputs` is not set.
         """
         halves = zip(images.chunk(2), codes.chunk(2), strict=True)
         return torch.cat([self.logits(2 * x - 1, z) for x, z in halves])
@@ -131,7 +131,8 @@ class ConditionalDiscriminator(nn.Module):
 class ConditionalLayer(nn.Module):
     """Convolution plus a linear map of the latent code, then BatchNorm and activation.
 
-    The linear map adds one value per channel to all positions (`apply_cond` of the official code).
+    The linear map adds one value per channel to all positions, as the function `apply_cond` of BiGAN's official code
+    does.
     """
 
     def __init__(self, convolution: nn.Module, dim: int, out_channels: int, activation: nn.Module) -> None:

@@ -136,7 +136,7 @@ class Screen:
 
 
 def plain_text(text: object, *, style: str = "") -> Text:
-    """Return text for the console and for cells of tables. Unsafe characters are escaped.
+    """Return text for the console and for cells of tables. Control characters are escaped, see `printable`.
 
     rich interprets `[red]` and `:smile:` in strings as color and emoji. It does not interpret them in objects of the
     class `Text`, which this function returns.

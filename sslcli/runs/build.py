@@ -241,7 +241,8 @@ def build_method(
 ) -> Method:
     """Build and return the method with its backbone. The weights are initialized from `seed`.
 
-    `image_size` is the side of the images in pixels, and `num_images` is the number of training images.
+    `node` and `backbone_node` are the settings of the method and of the backbone. `image_size` is the side of the
+    images in pixels, and `num_images` is the number of training images. `trust` is described in `find_class`.
     """
     torch.manual_seed(seed)
     backbone = build_backbone(backbone_node, image_size=image_size, trust=trust)

@@ -77,8 +77,9 @@ class Evaluation:
         """Suffix of the names of result files. It states which checkpoint was evaluated, and on which dataset.
 
         An example is "step-100_cifar10-1a2b3c". It means the checkpoint of step 100, and version 1a2b3c of the dataset
-        cifar10. If the last checkpoint or a weight file was evaluated, the suffix contains no step. If the images were
-        also used in pre-training, the suffix contains no dataset. If it contains neither, it is "".
+        cifar10. If the last checkpoint or a weight file was evaluated, the suffix contains no step. If the network was
+        pre-trained on the evaluated dataset, the suffix contains no dataset. If it contains neither a step nor a
+        dataset, it is "".
         """
         of_run, step = self.config.run is not None, self.config.checkpoint
         checkpoint = f"step-{step}" if of_run and step != "last" else ""

@@ -139,7 +139,7 @@ def slurm_dir(run_dir: Path) -> Path:
 
 
 def active_job(run_dir: Path) -> tuple[str, str] | None:
-    """Return the ID and the state of the run's job, or None if no job is queued or running."""
+    """Return the ID and the state of the Slurm job of a run, or None if the run has no queued or running job."""
     job = queue.submitted_job(run_dir)
     if job is None:
         return None
@@ -262,7 +262,10 @@ def check_endpoint(text: str) -> None:
 
 
 def main() -> None:
-    """Run one node of a job: `python -m sslcli.runs.slurm_job CONFIG.json HOST:PORT`."""
+    """Run the training processes of one node of a Slurm job.
+
+    The command is `python -m sslcli.runs.slurm_job CONFIG.json HOST:PORT`.
+    """
     guard_terminal()
     try:
         config, endpoint = child_processes.given_arguments(

@@ -53,9 +53,9 @@ def claim(sweep: Sweep, job: Job) -> IO[str] | None:
 def reuse(sweep: Sweep, jobs: Iterable[Job]) -> list[Job]:
     """Link jobs that have not started yet to jobs of other sweeps with the same settings. Return the linked jobs.
 
-    A job stays unlinked if no other sweep has a job with the same settings. A link consists of a symbolic link to the
-    run directory of the other job, and of a reference to its record. If the run of a linked job was deleted, the link
-    is removed, so that the job starts again.
+    A job stays unlinked if no other sweep has a job with the same settings. A link consists of two parts: a symbolic
+    link to the run directory of the other job, and a reference to the record (JSON file) of the other job. If the run
+    of a linked job was deleted, the link is removed, so that the job starts again.
 
     The result contains only the jobs that this call has linked.
     """

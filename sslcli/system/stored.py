@@ -1,10 +1,9 @@
 """Typed reading of files that sslcli wrote earlier.
 
-All code that reads such files uses this module. If the content of a damaged file cannot be recomputed, `DamagedFile` is
-raised. Its message names the file, the damage and the remedy. If the content can be recomputed, the file is renamed
-(set aside), and a warning is printed.
-
-A shape is a dataclass or a TypedDict. Its fields are the required and optional keys of a file, with their types.
+All code that reads such files uses this module. The content of a JSON or yaml file is compared with a shape: a
+dataclass or a TypedDict. The fields of a shape are the required and optional keys of the file, with their types. If the
+content of a damaged file cannot be recomputed, `DamagedFile` is raised. Its message names the file, the damage and the
+remedy. If the content can be recomputed, the file is renamed (set aside), and a warning is printed.
 """
 
 from __future__ import annotations

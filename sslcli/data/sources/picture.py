@@ -1,4 +1,7 @@
-"""Protocols for images: opened images of known size, and decoded pictures from which views are cropped."""
+"""Interfaces (`typing.Protocol`) of opened images, whose size is known, and of decoded pictures.
+
+Views are cropped from decoded pictures.
+"""
 
 from __future__ import annotations
 
