@@ -52,8 +52,8 @@ CLASSES = {
 def with_added_keys(stored: Any, now: Any = None) -> Any:
     """Return the mapping `dataset` that a run stored, with the keys that were added after version 0.2.
 
-    If a key is missing, an older version stored the mapping. The key is then added with its old value, with which the
-    dataset is read as in the older version.
+    A mapping that an older version stored lacks these keys. Each missing key is added with the value with which the
+    dataset is read as in the older version. `KEYS` contains this value.
 
     Args:
         stored: the mapping in the `config.yaml` or in a checkpoint of the run. A value that is not a mapping is

@@ -264,7 +264,7 @@ class MovedModules:
         sys.modules[module.__name__] = found
 
     def get_code(self, fullname: str) -> CodeType | None:
-        """Return the code of the module with the new name, or None if there is no such module.
+        """Return the code of the renamed module whose old name is `fullname`, or None if there is no such module.
 
         `python -m OLD_NAME` calls this function. Batch scripts of version 0.1 that are still queued contain such
         commands.

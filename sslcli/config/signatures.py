@@ -110,7 +110,10 @@ def _defaults(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _annotations(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
-    """Yield (keyword, annotation) for a function, or for the constructor and the fields of a class."""
+    """Yield (name, annotation) for each annotated argument of a function.
+
+    If `node` is a class, yield (name, annotation) for each field and for each annotated argument of the constructor.
+    """
     if isinstance(node, ast.FunctionDef):
         for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
             if argument.annotation is not None:

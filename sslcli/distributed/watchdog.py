@@ -240,11 +240,13 @@ def read(store: Store, size: int) -> dict[int, Progress]:
 def stall_message(rank: int, found: dict[int, Progress], silent: set[int], limit: float) -> str:
     """Return the message that names the stalled processes, or "" if another process reports the stall.
 
+    Each process publishes its progress in a store that all processes share.
+
     Args:
         rank: rank of this process.
         found: rank -> progress of this rank; empty if the store does not respond.
-        silent: ranks whose watchdog thread no longer publishes its state in the store.
-        limit: time limit in seconds.
+        silent: ranks whose watchdog thread no longer publishes in the store.
+        limit: time in seconds without progress after which a stall is reported.
     """
     remedy = (
         "the steps since the last checkpoint are lost. Run the same command again to resume, with a larger "

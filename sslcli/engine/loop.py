@@ -149,7 +149,10 @@ def save_is_due(settings: TrainSettings, step: int, steps_per_epoch: int) -> boo
 
 
 def stopped(run: Run, step: int) -> Stopped:
-    """Return the exception that ends a run after a signal or at the time limit. Save the checkpoint before the call."""
+    """Return the exception that ends a run after a signal or at the time limit.
+
+    Its message states that the checkpoint is saved, so the caller must save the checkpoint first.
+    """
     reason = run.stop.reason or "another process's " + ("signal" if run.stop.by_signal else "time limit")
     return Stopped(
         f"stopped by {reason} after step {step} of {run.total_steps}; the checkpoint is saved: run the same command "

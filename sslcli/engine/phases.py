@@ -21,7 +21,7 @@ LENGTH_KEYS = ("train.epochs", "train.max_steps", "train.extend")  # may change 
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a run during which the length that the command sets did not change.
+    """Part of a run during which the requested length of the run did not change.
 
     Attributes:
         start: first 0-based step of the phase.
@@ -124,7 +124,7 @@ def lr_factor(phases: Sequence[Phase], step: int, *, settings: TrainSettings, st
 def scheduled_factor(step: int, *, total: int, settings: TrainSettings, steps_per_epoch: int) -> float:
     """Return the learning rate that `train.schedule` gives at the 0-based `step` of `total`, as a fraction of the peak.
 
-    This function does not consider extensions of the run, see `lr_factor`.
+    `total` is the length of the schedule in steps. For a run that was extended to more steps, use `lr_factor` instead.
     """
     length = {"total": total, "warmup": warmup_steps(total, settings=settings, steps_per_epoch=steps_per_epoch)}
     if settings.schedule == "cosine":

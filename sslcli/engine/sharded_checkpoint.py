@@ -255,7 +255,10 @@ def empty(index: Metadata, name: str, place: Place, *, device: torch.device, lik
 
 
 def spread(state: dict[Any, Any], like: Placement, place: Place = ()) -> dict[Any, Any]:
-    """Shard every tensor of a state for which `like` returns a sharded tensor, and return the new state.
+    """Return a copy of a state in which some tensors are sharded. `like` selects these tensors.
+
+    `like` is called with the path and the shape of a tensor. If it returns a sharded tensor, the tensor in the state is
+    sharded in the same way.
 
     place: path of keys to `state` in the whole checkpoint; () = `state` is the whole checkpoint.
     """

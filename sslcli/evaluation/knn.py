@@ -271,7 +271,7 @@ class KnnFull(Knn):
         return dict(cls.named)
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
-        """Return the positions of all images of the training set that are not in the reported split."""
+        """Return the positions of the images of "train" and "val". If "val" is reported, leave out its images."""
         return whole_training_set(source, self.reported_splits(source.nonempty_splits()))
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:

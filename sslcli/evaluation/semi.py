@@ -87,7 +87,7 @@ class Semi(Tuned):
         return None if self.list is None else read_list(Path(self.list))
 
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
-        """Return the positions (n,) of all images of the training set, except those of the reported split."""
+        """Return the positions (n,) of the images of "train" and "val". If "val" is reported, leave out its images."""
         return whole_training_set(source, self.reported_splits(source.nonempty_splits()))
 
     def variant(self, monitor: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ class FineTuned:
 def no_fine_tuned(name: str) -> FineTuned:
     """Raise ConfigError. This is the default of `Task.fine_tuned`, for tasks without saved fine-tuned networks.
 
-    `name` is the name of the result with which the network would be saved.
+    `name` is the name of an evaluation result. A fine-tuned network is saved together with its result.
     """
     raise ConfigError(f"there is no fine-tuned network {name!r}")
 

@@ -70,10 +70,12 @@ def transform(name: str, given: Tensor, out: Tensor, maps: Tensor) -> bool:
 
 
 def convolve(maps: Tensor, kernels: Tensor) -> Tensor | None:
-    """Return the convolution (n, H, W, O) of `maps` (n, H, W, C), or None if no compiled function supports them.
+    """Return the convolution (n, H, W, O) of `maps` (n, H, W, C).
 
-    `kernels` (36, C, O) are the values of the 3x3 kernels at the 36 points of the Winograd algorithm. Each thread
-    processes a few tiles at a time.
+    If there is no compiled function for the arguments, the result is None.
+
+    `kernels` (36, C, O) are the values of the 3x3 kernels at the 36 points of the Winograd algorithm. The algorithm
+    divides the maps into tiles. Each thread processes a few tiles at a time.
     """
     channels, outs = kernels.shape[1:]
     passes = passes_for(maps, kernels)

@@ -1,5 +1,5 @@
 """Self-supervised methods, one file per family of papers.
 
-The modules of this package import each other, sslcli.nn, sslcli.distributed and sslcli.errors. They import no other
-modules of sslcli.
+The modules of this package may import from this package, sslcli.nn, sslcli.distributed and sslcli.errors. They import
+no other modules of sslcli.
 """

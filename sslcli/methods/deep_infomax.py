@@ -36,8 +36,8 @@ SCORES = ("dot", "concat")
 class Embed(nn.Module):
     """Network that embeds each position of a feature map independently: (N, C, H, W) -> (N, u, H, W).
 
-    The C values of a position are embedded to u values, the argument `units`. The embedding is the sum of a network
-    with one hidden layer and a linear shortcut. LayerNorm over the u values follows. If u >= C, the shortcut is
+    The C values of a position are mapped to u values. u is the argument `units`. The outputs of a network with one
+    hidden layer and of a linear shortcut are added. LayerNorm over the u values follows. If u >= C, the shortcut is
     initialized close to the identity.
     """
 

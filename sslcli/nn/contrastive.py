@@ -142,7 +142,7 @@ def _by_columns(scaled_query: Tensor, positive_logit: Tensor, negatives: Tensor)
 def info_nce(
     query: Tensor, positive: Tensor, negatives: Tensor, *, temperature: float, exclude: Tensor | None = None
 ) -> Contrast:
-    """Return the InfoNCE loss of each `query[i]` with `positive[i]` and all `negatives` (CPC eq. 4, MoCo eq. 1).
+    """Return the mean InfoNCE loss of `query[i]` with `positive[i]` and all `negatives` (CPC eq. 4, MoCo eq. 1).
 
     Args:
         query: (N, D), unit rows.

@@ -78,7 +78,7 @@ class Screen:
         Args:
             title: text before the progress bar.
             total: number of units of work, such as steps.
-            done: number of units that are already completed, such as the steps of a run before it was resumed.
+            done: number of units that are already completed, such as the earlier steps of a resumed run.
         """
         self.title, self.total, self.start_time, self.done_at_start = printable(title), total, time.monotonic(), done
         self.last_line = time.monotonic()

@@ -66,9 +66,10 @@ class Evaluation:
     variant: str = ""
 
     def quantity(self, protocol: str) -> str:
-        """Return the name of the measured quantity, such as "knn": the names of protocol, variant and feature layer.
+        """Return the name of the measured quantity, such as "knn".
 
-        The default layer is not part of the name.
+        The name consists of `protocol`, `self.variant` (the settings of the protocol that change the quantity) and the
+        name of the feature layer. The default layer is not part of the name.
         """
         return join_parts(protocol, self.variant, self.layer if self.layer != self.default_layer else "")
 

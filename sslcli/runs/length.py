@@ -95,9 +95,10 @@ def check_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, 
 
 
 def planned_phases(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Phase, ...]:
-    """Return the phases of a run that continues with the settings `values`. If the length is unknown, return ().
+    """Return the phases of a run that continues with the settings `values`.
 
     A run has one phase, and each extension of the run adds a phase. `config` is the content of the run's `config.yaml`.
+    If `config` does not contain the numbers from which the length of the run in steps is computed, the result is ().
     All processes get the same result, even if one of them has already stored the phases.
 
     Raises ConfigError if the run would become shorter, or if the run was already extended to the same length with

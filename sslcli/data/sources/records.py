@@ -79,9 +79,9 @@ class Records:
             yield np.ascontiguousarray(column).tobytes()
 
     def digested(self) -> Iterator[bytes]:
-        """Yield all columns as bytes, for a hash that changes if an image changes.
+        """Yield the columns of the records as bytes, for a hash that changes if an image changes.
 
-        In rows with a hash of the contents, the modification time is irrelevant. It is set to 0.
+        If a row has a hash of the contents, the modification time of the row is irrelevant, so it is yielded as 0.
         """
         known = self.contents != UNKNOWN
         yield from replace(self, stamps=np.where(known, 0, self.stamps)).columns()
