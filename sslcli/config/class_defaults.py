@@ -33,9 +33,9 @@ def section_defaults(section: str) -> dict[str, Any]:
 def default_of(key: str, flat: Mapping[str, Any]) -> Any:
     """Return the default of a dotted key such as `method.temperature`, or MISSING if no default is known.
 
-    The default is that of the constructor of the class that `_target_` names. For keys of `train` and `monitor`, it is
-    the default in `TrainSettings` or `MonitorSettings`. For all keys of `dataset`, the result is MISSING. `flat` is the
-    whole configuration as dotted key -> value.
+    The default is that in the constructor of a class. For `method.temperature`, `method._target_` names this class.
+    For keys of `train` and `monitor`, the default is that in `TrainSettings` or `MonitorSettings`. For all keys of
+    `dataset`, the result is MISSING. `flat` is the whole configuration as dotted key -> value.
     """
     parent, _, name = key.rpartition(".")
     if parent.partition(".")[0] in OTHERS:

@@ -252,9 +252,9 @@ class MovedModules:
         """
 
     def exec_module(self, module: ModuleType) -> None:
-        """Import the module by its new name and register it under the old name.
+        """Import the module with the new name, and register it under the old name, which is the name of `module`.
 
-        If functions of the module were renamed, their old names are added to the module.
+        If functions of the imported module were renamed, their old names are added to it.
         """
         new = MODULES[module.__name__]
         warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)

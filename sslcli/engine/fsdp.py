@@ -140,7 +140,10 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **o
 
 
 def _contexts(block: nn.Module) -> tuple[Any, Any]:
-    """Return two contexts: for the forward pass of a block, and for the recomputation in the backward pass."""
+    """Return two contexts: for the forward pass of a block, and for the recomputation in the backward pass.
+
+    The first context has no effect. Within the second context, copies replace the buffers, see `_buffer_copies`.
+    """
     return nullcontext(), _buffer_copies(block)
 
 

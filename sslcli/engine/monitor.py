@@ -271,9 +271,10 @@ class Monitor:
     def measure_probe(self, step: int) -> dict[str, float]:
         """Run the probe (see `Monitor`) and return its scalars.
 
-        If parameters are sharded, all processes run the probe. Otherwise, only the main process runs it. Raises
-        TrainingFailed on all processes if features are not finite. In this case, the weights are too large. They are
-        finite, because they were checked before.
+        If parameters are sharded, all processes run the probe. Otherwise, only the main process runs it.
+
+        Raises TrainingFailed on all processes if features are not finite. The cause is then that the weights are too
+        large. The weights themselves are finite, because they were checked before this call.
         """
         assert self.probe is not None
         watchdog.report_progress("the k-NN")

@@ -199,9 +199,11 @@ def bootstrap_utilities(
     """Return a 95 % bootstrap interval [low, high] of the utility at each of `counts`.
 
     `trained` and `scratch` contain accuracies (counts, seeds). The seeds are resampled. Each resample uses the same
-    seeds for `trained` and `scratch`, because a seed determines which images are labeled. In some resamples, no upper
-    bound of the utility is known: the field `bound` of its `Need` is "lower" or "mixed". If this is the case in more
-    than 2.5 % of the resamples, `high` is None.
+    seeds for `trained` and `scratch`, because a seed determines which images are labeled.
+
+    The utility is computed from a `Need`: the number of labels with which training from scratch reaches the accuracy of
+    fine-tuning. If the field `bound` of the `Need` is "lower" or "mixed", the utility of the resample has no known
+    upper bound. If this is the case in more than 2.5 % of the resamples, `high` is None.
     """
     generator = torch.Generator().manual_seed(seed)
     seeds = trained.shape[1]

@@ -6,7 +6,8 @@ operations. There is no pass in these cases:
 
 - The dtype is not float32.
 - The number of channels is not a multiple of 16 (a cache line).
-- The layer is wide: input channels x output channels exceed MOST_KERNELS, or MOST_SUMS in `weight_sums`.
+- The product of the numbers of input and output channels is too large. The maximum is MOST_KERNELS in `convolve`, and
+  MOST_SUMS in `weight_sums`.
 - sslcli was installed without a compiler.
 """
 

@@ -82,9 +82,9 @@ def gradient_points(gradient: Tensor) -> Tensor:
 
 
 def padded_to_tiles(maps: Tensor, *, border: int) -> Tensor:
-    """Zero-pad maps to whole tiles of 4 x 4 values, plus a border: (n, H, W, C) -> (n, H', W', C).
+    """Zero-pad maps to whole tiles of 4 x 4 values, and add a border of zeros: (n, H, W, C) -> (n, H', W', C).
 
-    `border` is the width of the border on each side.
+    `border` is the width of the border on each side, in values.
     """
     _, height, width, _ = maps.shape
     right, below = border + whole(width) - width, border + whole(height) - height

@@ -77,7 +77,11 @@ class Discriminator(nn.Module):
             spectral_norm(layer)
 
     def forward(self, images: Tensor, codes: Tensor) -> Tensor:
-        """Return logits (N, K) for images (N, C, S, S) in [0, 1] and codes (N, D). K is 1, or 3 with unary scores."""
+        """Return logits (N, K) for images (N, C, S, S) in [0, 1] and codes (N, D).
+
+        K is 1: a logit for each pair of image and code. If `unary` is True, K is 3: the other logits are for the image
+        alone and for the code alone.
+        """
         x, z = self.of_images(2 * images - 1), self.of_codes(codes)  # (N, hidden) each
         scores = [self.of_pairs(torch.cat([x, z], 1))]
         scores += [score(part) for score, part in zip(self.unary, (x, z), strict=False)]

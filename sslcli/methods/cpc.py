@@ -253,8 +253,8 @@ class PatchPrediction(Method):
 class CPC(PatchPrediction):
     """CPC v1: the target of each prediction is contrasted with `negatives` targets that are drawn at random.
 
-    A target is computed from the patch that is a fixed number of rows (the offset) below the context that predicts it.
-    The negatives of a prediction are drawn from all targets with the same offset.
+    A context belongs to a patch. Its target is computed from the patch a fixed number of rows (the offset) below. The
+    negatives of a prediction are drawn from all targets with the same offset.
 
     In addition to the arguments of `PatchPrediction`:
         negatives: M, the number of negatives per prediction. They are drawn with replacement from the targets of all

@@ -86,7 +86,8 @@ class GatedContext(Context):
 class ResidualContext(Context):
     """Context network: five residual blocks and a ReLU (CPC v2, appendix).
 
-    Each block covers two rows (the current row and the row above it) and three columns.
+    The network computes a context for each patch of a grid. The context depends only on patches in the same row and in
+    the rows above. Each block covers two rows (the current row and the row above it) and three columns.
     """
 
     def __init__(self, dim: int, hidden: int) -> None:

@@ -86,7 +86,11 @@ def scorer(channels: int, units: int) -> nn.Sequential:
 
 
 def map_encoder(channels: int, units: int, *, hidden: int) -> nn.Sequential:
-    """Build the network that encodes the whole local feature map for the global term: (N, C, H, W) -> (N, u)."""
+    """Build the network that encodes a whole local feature map as one vector: (N, C, H, W) -> (N, units).
+
+    The global term of the loss compares this vector with the global vector of an image. C is `channels`, and `hidden`
+    is the width of the hidden layer.
+    """
     return nn.Sequential(
         nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(2 * channels),

@@ -164,7 +164,7 @@ def concat_loss(score: nn.Module, maps: Tensor, vectors: Tensor, *, measure: str
 
 
 def prior_losses(discriminator: nn.Module, vectors: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the losses of encoder and discriminator for matching sigmoid(`vectors`) to the prior (sec. 3.3).
+    """Return the losses of encoder and discriminator for matching sigmoid(`vectors`) to the prior (paper, sec. 3.3).
 
     `vectors` and the samples `prior` are (N, D). The encoder loss is non-saturating. The encoder loss has no gradient
     for the discriminator, and the discriminator loss has no gradient for the encoder. One backward pass of the sum

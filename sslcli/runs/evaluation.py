@@ -95,9 +95,9 @@ class Evaluation:
         return self.subject.results_dir / join_parts(self.quantity(protocol), self.conditions)
 
     def task(self, **callbacks: Any) -> Task:
-        """Return the `Task` of the protocol, which contains images, preprocessing and screen.
+        """Return the `Task` of the protocol: the images, their preprocessing, the progress display, and `callbacks`.
 
-        `callbacks` are values for the other fields of `Task`: the functions `fine_tuned` and `kept`.
+        `callbacks` are values for the fields `fine_tuned` and `kept`, which are functions that return earlier results.
         """
         return Task(
             source=self.source,

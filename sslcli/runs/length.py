@@ -68,7 +68,7 @@ def has_same_length(config: Mapping[str, Any], values: Mapping[str, Any]) -> boo
 
 
 def is_earlier_length(run_dir: Path, config: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Return True if the run first reached the length that `values` set, and was extended after that.
+    """Return True if `values` set a length that the run has reached, and the run was then extended beyond it.
 
     `config` is the content of the run's `config.yaml`, and `values` are the settings of the current command.
     """

@@ -198,7 +198,9 @@ def has_other_images_than_run(
 
 
 def provenance_of(saved: dict[str, Any], run_dir: Path, loaded: checkpoint.Loaded) -> dict[str, Any]:
-    """Return the provenance of the weights in a checkpoint, as entries of the result file.
+    """Return the entries of the result file that state where the weights in a checkpoint come from.
+
+    Examples are the run directory, the hash of the checkpoint file, and the class of the method.
 
     `saved` is the configuration of the run, and `loaded` is the checkpoint.
     """
@@ -273,7 +275,8 @@ def check_export(path: Path, content: dict[str, Any]) -> None:
 def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject, Source]:
     """Return the network of a weight file, and the images to evaluate it on.
 
-    If ssl-export wrote the file, the settings of the network's run are read from the file.
+    The images are those of the setting `dataset`. If ssl-export wrote the file, the settings of the network's run are
+    read from the file.
     """
     path, trust = Path(str(config.weights)), config.trust
     found = load_weights(path, device=device)

@@ -288,7 +288,7 @@ def lock_patience(config: RunConfig) -> float:
 
 
 def acquire_lock(run_dir: Path, *, patience: float) -> IO[str]:
-    """Lock the run directory. Raises ConfigError if another run keeps the lock for more than `patience` seconds."""
+    """Lock the run directory. Raises ConfigError if another process keeps the lock for more than `patience` seconds."""
     start = time.monotonic()
     while True:
         try:

@@ -158,8 +158,8 @@ def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
 def lock_path(sweep: Sweep, name: str) -> Path:
     """Return the lock file of the job `name`.
 
-    The sweep and the process of the job share the lock. The lock is held until both have ended. If a job belongs to
-    several sweeps, all of them use the same lock file.
+    The process of the sweep and the process of the job share the lock. The lock is held until both processes have
+    ended. If a job belongs to several sweeps, all of these sweeps use the same lock file.
     """
     path = record_path(sweep, name)
     source = source_of(sweep, read(path)) if path.exists() else None

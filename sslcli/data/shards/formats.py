@@ -36,7 +36,7 @@ Sample = dict[str, tuple[int, int]]  # one entry per file of an image: extension
 class Shard:
     """A shard, which is one file of a dataset: its address, its size in bytes, and a stamp.
 
-    The stamp is a text that changes when the file is rewritten.
+    The stamp is a string that changes when the file is rewritten.
     """
 
     url: str

@@ -149,7 +149,10 @@ class ShardReader:
 
     @property
     def state(self) -> ReadState:
-        """State of this process. A forked process gets a new state, because processes must not share open files."""
+        """What this process has in memory and has opened: chunks of shards, files and file systems.
+
+        A forked process gets a new state, because processes must not share open files.
+        """
         if os.getpid() not in self._states:
             self._states = {os.getpid(): ReadState()}
         return self._states[os.getpid()]

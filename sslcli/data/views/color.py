@@ -146,7 +146,8 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     Args:
         images: (N, C, H, W). Only images of three channels are rotated in hue. With one channel, saturation has no
             effect.
-        factors: (N, 4) factors of brightness, contrast, saturation and hue; (1, 1, 1, 0) leaves an image unchanged.
+        factors: (N, 4). The first three columns are the factors of brightness, contrast and saturation. The last column
+            is the rotation of the hue in turns. The row (1, 1, 1, 0) leaves an image unchanged.
         order: (N, 4) int64. Row i lists the columns of `factors` (0 to 3) in the order in which they are applied to
             image i.
 

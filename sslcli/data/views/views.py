@@ -356,7 +356,8 @@ def _blur(spec: View, parameters: Parameters, images: Tensor) -> Tensor:
 def _rand_augment(spec: View, key: Tensor, images: Tensor, mean: Sequence[float]) -> Tensor:
     """Apply RandAugment. Areas outside of the original image get `mean`, the mean color of the dataset.
 
-    key: (N,) int64, the hash of each image's key and of the view number, see `rng.mix`.
+    key: (N,) int64, one hash per image, from which the random numbers of RandAugment are computed. The hash is computed
+        from the key of the image (see `Views.color`) and the number of the view.
     """
     number = spec.rand_augment * rand_augment.STREAMS
     streams = torch.arange(_FIRST_RAND_AUGMENT_STREAM, _FIRST_RAND_AUGMENT_STREAM + number)
