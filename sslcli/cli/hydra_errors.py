@@ -194,8 +194,8 @@ def check_overrides(command: str, overrides: list[Override], base: DictConfig) -
 def check_deletions(overrides: list[Override], config: DictConfig) -> None:
     """Raise ConfigError if an override such as `~method.temperature` deletes a hyperparameter.
 
-    Without the key, the constructor of the class would use its own default, which no yaml file shows. `config` is the
-    composed configuration.
+    In this example, `method._target_` names a class. Without the key `temperature`, the constructor of this class would
+    use its own default, which no yaml file shows. `config` is the composed configuration.
     """
     for override in overrides:
         where, _, name = group_of(override).rpartition(".")

@@ -1,9 +1,9 @@
 """Cache of decoded images in memory or in a file. With the cache, an image is decoded once instead of in every epoch.
 
 The cache reserves a slot for the pixels of each image. The slot size is computed from the image size. After a process
-has decoded an image, it writes the pixels into the slot, and then their checksum. Every read verifies the checksum. If
-a slot is empty or does not match its checksum, the image is decoded again. Therefore processes can share the cache
-without locks. A slot may be damaged, or incomplete because a process was killed. Such a slot is never used.
+has decoded an image, it writes the pixels into the slot, and then their checksum. Every read verifies the checksum. The
+pixels of a slot do not match the checksum if they are damaged, or incomplete because a process was killed. If a slot is
+empty or does not match its checksum, the image is decoded again. Therefore processes can share the cache without locks.
 """
 
 from __future__ import annotations

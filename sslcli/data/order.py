@@ -56,8 +56,8 @@ def layout_of(shard: Tensor, chunk: Tensor, *, lanes: int, buffer: int) -> Layou
         chunk: (n,) number of the chunk of each image, non-decreasing. A chunk is a part of a shard that is fetched with
             one read.
         lanes: number of lanes, at least 1. A lane is a sequence of images that is read in parallel with the other
-            lanes, see `Layout`.
-        buffer: total number of images in all shuffle buffers, at least 1.
+            lanes, see `Layout`. Each lane has a buffer that shuffles its images.
+        buffer: total number of images in the shuffle buffers of all lanes, at least 1.
     """
     position = torch.arange(len(shard))
     first_of_shard = torch.searchsorted(shard, shard)

@@ -23,7 +23,10 @@ from sslcli.nn.modes import full_precision
 
 
 def _matrix(z: Tensor, name: str = "z") -> Tensor:
-    """Validate that `z` is a floating-point (N >= 2, d) matrix. Return `z` in float32 or float64, for exp and SVD."""
+    """Validate that `z` is a floating-point (N >= 2, d) matrix. Return `z` in float32, or in float64 if it is float64.
+
+    float32 is needed because the metrics use exp and the singular value decomposition.
+    """
     if z.ndim != 2 or len(z) < 2 or not z.is_floating_point():
         raise ValueError(
             f"{name} has shape {tuple(z.shape)} and dtype {z.dtype}, but features must be a floating matrix "

@@ -77,7 +77,9 @@ def optimize(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str
 
 
 def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str, Tensor]:
-    """Accumulate the gradient of the mean loss of the micro-batches. Return the mean of each scalar.
+    """Accumulate the gradient of the mean loss of the micro-batches.
+
+    Return each scalar that the method computes, including the loss, averaged over the micro-batches.
 
     model: `run.method`, or `run.method` wrapped by DistributedDataParallel.
     """

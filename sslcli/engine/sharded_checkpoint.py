@@ -215,7 +215,7 @@ def _structural_damage(index: Metadata, rest: Any) -> str:
 
 
 def damage(folder: Path) -> str:
-    """Describe damage to files of a checkpoint. Return "" if there is none.
+    """Describe damage to files of a checkpoint. Return "" if this process finds none.
 
     The files are divided among the processes. Each process verifies only its own part of the files.
     """

@@ -167,18 +167,20 @@ def crossing(counts: Sequence[int], trained: Sequence[float], scratch: Sequence[
 
 
 def linear_inversion(counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor) -> list[tuple[float, Need]]:
-    """Return the utility U(n) of pre-training and the `Need` of training from scratch, for each n in `counts`.
+    """Return the utility U(n) of pre-training and a `Need`, for each number of labels n in `counts`.
 
-    n is a number of labels. Both values are computed by the method "linear", see the module docstring. `trained` and
+    The `Need` is the number of labels with which training from scratch reaches the accuracy after pre-training, or a
+    bound of this number. Both values are computed by the method "linear", see the module docstring. `trained` and
     `scratch` (counts, S) contain the accuracies after pre-training and from scratch, for S seeds.
     """
     return [(value, need) for value, need, _ in utilities_by_seed(counts, trained, scratch)]
 
 
 def log_inversion(counts: Sequence[int], trained: torch.Tensor, scratch: torch.Tensor) -> list[tuple[float, Need]]:
-    """Return the utility U(n) of pre-training and the `Need` of training from scratch, for each n in `counts`.
+    """Return the utility U(n) of pre-training and a `Need`, for each number of labels n in `counts`.
 
-    n is a number of labels. Both values are computed by the method "log", see the module docstring. `trained` and
+    The `Need` is the number of labels with which training from scratch reaches the accuracy after pre-training, or a
+    bound of this number. Both values are computed by the method "log", see the module docstring. `trained` and
     `scratch` (counts, S) contain the accuracies after pre-training and from scratch, for S seeds.
     """
     return utilities(counts, trained.mean(1).tolist(), scratch.mean(1).tolist())

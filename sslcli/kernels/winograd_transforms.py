@@ -4,7 +4,8 @@ The tile values are treated as coefficients of a polynomial, and the points are 
 
 Lavin & Gray 2015  https://arxiv.org/abs/1509.09308     F(4x4, 3x3), with the points 0, 1, -1, 2, -2 and infinity
 
-Each transform has a compiled pass in C and a fallback in torch operations. Both give bit-identical results.
+Each transform has two implementations: a compiled C function (pass), and torch operations, which are used if the
+compiled function is not available. Both give bit-identical results.
 
 Shapes: n images, H x W maps, C or O channels, T tiles. A tile has 4 x 4 values. In two dimensions, there are 6 x 6 = 36
 points.

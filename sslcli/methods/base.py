@@ -118,8 +118,9 @@ class Method(nn.Module):
     def check_views(self, views: list[Tensor]) -> None:
         """Raise ValueError if the method cannot train on views of this shape or value range.
 
-        `views` contains one tensor (2, C, H, W) per view. This method is called once before training, in evaluation
-        mode. To cover the whole value range, the pixels of the views are random black, white or saturated colors.
+        `views` contains one tensor (2, C, H, W) per view, computed from two images. To cover the whole value range, the
+        pixels of the images are random black, white or saturated colors. `check_views` is called once before training,
+        in evaluation mode.
         """
 
     def features(self, images: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ class PatchPrediction(Method):
         """Return the linear layers of one direction, as one pair (offset, linear layer) per offset.
 
         `predictors` contains the linear layers of all directions. `direction` is the number of 90-degree rotations of
-        the grid. The layer of an offset predicts the row of patches that is `offset` rows lower.
+        the grid. The layer of an offset predicts the patch that is `offset` rows below the patch of the context.
         """
         first = direction * len(self.offsets)
         return list(zip(self.offsets, predictors[first : first + len(self.offsets)], strict=True))

@@ -144,7 +144,11 @@ class MoCo(Method):
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor) -> Tensor:
-        """Return unit keys: (N, C, H, W) -> (N, D). Keys and queries have different BatchNorm groups (sec. 3.3)."""
+        """Return keys of length 1: (N, C, H, W) -> (N, D).
+
+        The images of all processes are shuffled before they are encoded (MoCo v1, section 3.3). BatchNorm therefore
+        normalizes the key of an image together with other images than its query.
+        """
         order = BatchShuffle(len(images), self.draws, images.device)
         self.draws += 1
         keys = self.momentum_head(self.momentum_backbone(order.shuffle(images)))

@@ -99,11 +99,11 @@ def frame(
 
 
 def arm_curve(points: Sequence[dict[str, Any]], arm: str, x: Scale, y: Scale) -> list[str]:
-    """Return the SVG elements of one arm: the curve of mean accuracies, the error bars, and the legend entry.
+    """Return the SVG elements of one curve of mean accuracies, with its error bars and its legend entry.
 
-    `points` has one mapping per number of labels. `arm` is "trained" (pre-trained, then fine-tuned) or "random"
-    (trained from scratch). `x` and `y` map values to coordinates. An error bar shows one standard deviation above and
-    below the mean.
+    `points` has one mapping per number of labels. `arm` selects the curve: "trained" (pre-trained, then fine-tuned) or
+    "random" (trained from scratch). `x` and `y` map values to coordinates. An error bar shows one standard deviation
+    above and below the mean.
     """
     color, name = ARMS[arm]
     line = " ".join(f"{x(p['labels']):.1f},{y(p[arm]['top1']):.1f}" for p in points)

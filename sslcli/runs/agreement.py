@@ -28,8 +28,8 @@ MAX_SHOWN = 10  # maximum number of differences in a message
 def check_agreement(config: dict[str, Any]) -> None:
     """Raise ConfigError on every process unless all processes have the same configuration, versions and source code.
 
-    The message lists the differences between two processes: a process of the largest group of equal processes, and a
-    process outside of this group.
+    The message lists the differences between two processes. The first one belongs to the largest group of processes
+    that have the same values. The second one is outside of this group.
 
     Processes first exchange only a digest of configuration, versions and source code. If the digests differ, they also
     exchange the values from which the digests are computed.

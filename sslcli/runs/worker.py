@@ -124,7 +124,7 @@ def run(config: RunConfig) -> int:
 
 
 def has_own_message(run_dir: Path, error: BaseException) -> bool:
-    """Return True if `run` has its own message for the cause of `error`.
+    """Return True if the function `run` of this module has its own message for the cause of `error`.
 
     There are four such causes: a data worker died, another process of the run ended, the loss of a step did not depend
     on all trainable parameters, or a file of the run was deleted. These errors can also be raised while code of the
@@ -242,7 +242,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
 
 
 def run_trial(config: RunConfig, loader: Loader, parts: Parts, device: torch.device) -> Trial:
-    """Compute the loss once before the first step (see `trial`), and return what this trial found.
+    """Compute the loss once before the first step, and return the result (see `Trial`).
 
     A sharded method may be too large for one device, so its trial runs on the CPU.
     """

@@ -238,7 +238,9 @@ def _conflict(one: Job, other: Job, *, has_own_place: bool) -> str:
 
 
 def prepare(sweep: Sweep, jobs: list[Job]) -> None:
-    """Create the folder of a sweep and the records of its jobs. Link jobs that other sweeps have run.
+    """Create the folder of a sweep and the records of its jobs.
+
+    If another sweep has the same job, link the job to it (see `reuse.reuse`).
 
     Raises ConfigError if the folder cannot be written, or if it contains a different job with the same name.
     """

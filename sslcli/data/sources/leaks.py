@@ -85,16 +85,16 @@ def _relation(folder: str, other: str) -> str | None:
 
 
 def check_shared_files(splits: Mapping[str, Tensor], path: Callable[[int], str], *, roots: Sequence[str]) -> None:
-    """Raise ConfigError if a file of the test split is also in another split, under another path or through a link.
+    """Raise ConfigError if a file of the test split is also in another split.
 
-    Warn if a file is in both the training and the validation split. The files are not read: only paths are compared.
-    Nothing is compared if there are more than `MAX_COMPARED` files.
+    Warn if a file is in both the training and the validation split. The files are not read: only their paths are
+    compared, after links are resolved. Nothing is compared if there are more than `MAX_COMPARED` files.
 
     Args:
         splits: the positions of each split.
         path: function that returns the path of the image at a position.
-        roots: the root folders. If they contain no links, the comparison is skipped, because no file can be in two
-            splits. If the same path may be listed in two splits, pass (), so that paths are always compared.
+        roots: the root folders, or (). If the root folders contain no links, the comparison is skipped. Pass () if the
+            same path may be in two splits even without links, so that paths are always compared.
     """
     if sum(map(len, splits.values())) > MAX_COMPARED:
         return

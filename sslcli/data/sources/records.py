@@ -240,9 +240,9 @@ def compare(then: Records, now: Records, *, times: bool) -> Changes:
 
 
 def _positions(records: Records) -> dict[tuple[bytes, int], int]:
-    """Return the index of each row in `records`.
+    """Return a mapping from the key of each record to its index in `records`.
 
-    The key of a row is the pair (name, number of earlier rows with this name).
+    The key is the pair (name, number of earlier records with this name).
     """
     counts: dict[bytes, int] = {}
     positions = {}
