@@ -181,7 +181,7 @@ class Loader:
 
         images: (n, C, H, W) uint8.
         key: (n,) int64. All random numbers of an image are computed from its key.
-        numbers: the numbers of the views.
+        numbers: indices of these views among all views of an image.
         """
         view, key = repeat_for_views(numbers, key)
         height, width = (torch.full((len(key),), side) for side in images.shape[2:])
@@ -226,7 +226,7 @@ class Loader:
 
         request: the request for the n images.
         images: (len(numbers) * n, C, S, S) float in [0, 1]. The first n crops belong to the first view, and so on.
-        numbers: the numbers of the views.
+        numbers: indices of these views among all views of an image.
         """
         view, key = repeat_for_views(numbers, self.key(request))
         mean, std = self.source.mean, self.source.std
@@ -246,7 +246,7 @@ def repeat_for_views(numbers: range, key: Tensor) -> tuple[Tensor, Tensor]:
 
     Both results are (len(numbers) * n,) int64. The first n rows belong to the first view, and so on.
 
-    numbers: the numbers of the views.
+    numbers: indices of these views among all views of an image.
     key: (n,) int64, the key of each image, from which all of its random numbers are computed.
     """
     return torch.tensor(numbers).repeat_interleave(len(key)), key.repeat(len(numbers))

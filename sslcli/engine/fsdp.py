@@ -151,7 +151,9 @@ def _contexts(block: nn.Module) -> tuple[Any, Any]:
 def _buffer_copies(block: nn.Module) -> Iterator[None]:
     """Replace the buffers of a block by copies within the context.
 
-    A recomputation in this context changes only the copies, so it does not update running statistics a second time.
+    With activation checkpointing, the backward pass computes the forward pass of the block again, in this context. This
+    recomputation changes only the copies. The running statistics of the block are therefore updated once, by the
+    first forward pass.
     """
     kept = [(part, name, value) for part in block.modules() for name, value in part._buffers.items()]
     for part, name, value in kept:

@@ -35,7 +35,7 @@ class Phase:
 
 
 def phases_from(rows: Any) -> tuple[Phase, ...]:
-    """Return the phases in `rows`, a list with one mapping from fields of `Phase` to values per phase.
+    """Return the phases in the list `rows`. Each row defines one phase: it maps the fields of `Phase` to values.
 
     Raises ValueError if the list is invalid.
     """

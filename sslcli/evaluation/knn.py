@@ -293,7 +293,7 @@ class KnnFull(Knn):
         """Return the result of the reported split: test, or val if there is no test split.
 
         `Knn` evaluates both splits. Here, val is not evaluated if there is a test split, because the images of val may
-        then be in the bank.
+        then be in the bank, the labeled images among which neighbors are searched.
         """
         if features.test is not None:
             features = replace(features, val=None, val_labels=None, val_positions=None)

@@ -71,7 +71,9 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSgd(Protocol):
-    """The protocol `linear_sgd`: train linear classifiers on random crops, select the learning rate, then report.
+    """The protocol `linear_sgd`: linear classifiers are trained on random crops.
+
+    The learning rate is selected on held-out training images. Then the accuracy on the reported split is measured.
 
     Raises ValueError if a value is out of range.
     """

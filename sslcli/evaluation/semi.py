@@ -161,8 +161,8 @@ class Semi(Tuned):
     def subsets(self, data: FeatureSet, source: Source) -> Sequence[Tensor]:
         """Return the rows (k,) of the labeled images in `data.train` for each of S seeds.
 
-        If `list` is set, raises ValueError if its names do not match the images (see `rows_of`), or if the images of
-        the list have a single class.
+        The setting `list` names a file with the names of the labeled images. Raises ValueError if these names do not
+        match the training images (see `rows_of`), or if the images with these names have a single class.
         """
         assert data.train_positions is not None
         if self.listed is None:

@@ -323,9 +323,10 @@ class Utility(Tuned):
         return list(bootstrap_runs(place == 0, seed=self.seed, resamples=self.resamples))
 
     def add_utilities(self, points: list[dict[str, Any]]) -> None:
-        """Add the utility of pre-training, its bound and its confidence interval to each of `points`.
+        """Add the utility of pre-training and its confidence interval to each of `points`.
 
-        A point contains the accuracies for one number of labels.
+        A point contains the accuracies for one number of labels. The utility may be only a lower or an upper bound. The
+        field `bound` of the point states this.
         """
         counts = [point["labels"] for point in points]
         runs = {

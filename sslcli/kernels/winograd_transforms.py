@@ -93,9 +93,10 @@ def padded_to_tiles(maps: Tensor, *, border: int) -> Tensor:
 
 
 def evaluate(d: Rows, out: Rows) -> None:
-    """Map six tile values to values at six points with the matrix B^T of the paper for F(4x4, 3x3).
+    """Evaluate a polynomial at the six points of the Winograd algorithm. Its coefficients are six tile values.
 
-    The first dimension of `d` (input) and `out` (output) has size 6.
+    This is the product with the matrix B^T of the paper (arXiv:1509.09308) for F(4x4, 3x3). The first dimension of `d`
+    (input) and `out` (output) has size 6.
     """
     even, odd = torch.sub(d[4], d[2], alpha=4), torch.sub(d[3], d[1], alpha=4)
     torch.add(even, odd, out=out[1])
@@ -109,9 +110,10 @@ def evaluate(d: Rows, out: Rows) -> None:
 
 
 def interpolate(m: Rows, out: Rows) -> None:
-    """Map values at six points to four outputs with the matrix A^T of the paper (arXiv:1509.09308).
+    """Compute four outputs of a convolution from the values at the six points of the Winograd algorithm.
 
-    The first dimension of `m` (input) has size 6, and the first dimension of `out` (output) has size 4.
+    This is the product with the matrix A^T of the paper (arXiv:1509.09308) for F(4x4, 3x3). The first dimension of `m`
+    (input) has size 6, and the first dimension of `out` (output) has size 4.
     """
     even, odd = m[1] + m[2], m[1] - m[2]
     far_even, far_odd = m[3] + m[4], m[3] - m[4]

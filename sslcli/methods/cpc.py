@@ -223,10 +223,14 @@ class PatchPrediction(Method):
     def contrasts(self, context: Tensor, z: Tensor, direction: int) -> list[Contrast]:
         """Return one `Contrast` per offset for one direction.
 
-        An offset is the distance in rows between a context and its target, the patch that it predicts.
+        The patches of an image are a grid of g rows and g columns. A context predicts the encoding of another patch,
+        its target. An offset is the number of rows from a context down to its target.
 
-        `context` (N, R, g, E) contains the contexts of the first R rows, where R is the number of rows that have a
-        target at the smallest offset. `z` (N, g, g, D) contains the encodings of all rows.
+        Args:
+            context: (N, R, g, E), the contexts of size E. R is the number of rows that have a target at the smallest
+                offset. These are the first R rows of the grid.
+            z: (N, g, g, D), the encodings of size D of all patches.
+            direction: number of 90-degree rotations of the grid. `context` and `z` are already rotated.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define contrasts")
 

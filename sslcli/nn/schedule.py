@@ -26,8 +26,8 @@ def warmup_cosine(step: int, *, total: int, warmup: int = 0, final: float = 0.0)
 def warmup_steps_down(step: int, *, total: int, warmup: int = 0, milestones: Sequence[float] = ()) -> float:
     """Return the fraction of the peak learning rate at 0-based `step` of `total` steps.
 
-    During the first `warmup` steps, the fraction increases linearly. Then it is multiplied by 0.1 at each milestone.
-    Milestones are given as fractions of `total`.
+    During the first `warmup` steps, the fraction increases linearly from 0 to 1. At each milestone, it is multiplied by
+    0.1. Milestones are given as fractions of `total`.
     """
     if step < warmup:
         return step / warmup

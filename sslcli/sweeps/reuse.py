@@ -39,9 +39,9 @@ class OtherJob:
 def claim(sweep: Sweep, job: Job) -> IO[str] | None:
     """Lock a job, so that no other process runs it. Return the lock file, or None if another process runs the job.
 
-    While this process holds the lock, it searches other sweeps for the same job. Therefore two sweeps cannot start the
-    same job. If another sweep has started the same job in the meantime, the run of the other sweep is reused (see
-    `reuse`), and this function locks the reused job instead.
+    After this process has locked the job, it searches other sweeps for a started job with the same settings. A locked
+    job counts as started. Therefore, if two sweeps lock the same job at the same time, one of them finds the job of the
+    other. If a job is found, its run is reused (see `reuse`), and this function locks the found job instead.
     """
     file = claim_job(sweep, job)
     if file is not None and reuse(sweep, [job]):

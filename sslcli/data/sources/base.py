@@ -201,8 +201,10 @@ class Source:
         A record consists of a name, a size, a modification time, and hashes of the label and of the contents, see
         `sslcli.data.sources.records`.
 
-        contents: whether to hash the contents of the files. In a dataset of files, `path(i)` must be the path of the
-            file of image i.
+        If the images are not in memory, this method reads the file `path(i)` for each image i. If `path(i)` is not the
+        path of a file, the size and the time of image i are recorded as unknown.
+
+        contents: whether to hash the contents of the files. Images in memory are always hashed.
         on_progress: callback that reports the progress of long calls.
         """
         labels = label_codes(self.labels, self.classes)

@@ -198,8 +198,9 @@ def _render(keys: Tensor, distance: Callable[[Tensor, Tensor], Tensor], size: in
     """Render n images of one class. Return (n, 3, S, S) uint8.
 
     keys: (n,) int64, one key per image. All random numbers of an image are computed from its key.
-    distance: signed distance function of the shape, as in `_DISTANCES`.
+    distance: signed distance function of the shape of the class, as in `_DISTANCES`.
     size: side S in pixels.
+    nuisances: strengths of the variations that do not depend on the class, such as color and rotation.
     """
     axis = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1
     x, y = axis.view(1, 1, size), axis.view(1, size, 1)
