@@ -53,7 +53,7 @@ class Outcome:
 
 
 def trained_and_measured(result: Mapping[str, Any]) -> str:
-    """Return text with the numbers of images that a result was trained on and measured on.
+    """Return text with the number of images used for training and the number of images used to measure the accuracy.
 
     An example is "trained on 50,000 training images, measured on 10,000 images of test".
     """

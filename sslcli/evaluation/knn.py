@@ -62,8 +62,8 @@ def knn(
     - The features are L2-normalized, in float32 or float64.
     - k is capped at n.
     - If several classes have equal votes, the class with the lowest index is ranked first.
-    - A query without a neighbor of its own class counts as wrong for top-1 and top-5, even if fewer than five classes
-      got votes.
+    - If none of the k neighbors of a query has the class of the query, the query counts as wrong for top-1 and top-5.
+      This is also true if fewer than five classes got votes.
     - At most chunk x n similarities are in memory.
     - The image of a query must not be among the images of `train`.
 
