@@ -1,4 +1,4 @@
-"""Default mean and standard deviation of images that do not have three channels."""
+"""Default number of image channels, and default mean and standard deviation for each number of channels."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def loader_iterator(loader: DataLoader[Any], workers: int) -> Iterator[Iterator[
 
 
 def next_item(iterator: Iterator[Any], timeout: float) -> Any:
-    """Return the next item, or END after the last item.
+    """Return the next item of `iterator`, or the constant END after the last item.
 
     Raises TrainingFailed if no item arrives within `timeout` seconds.
 

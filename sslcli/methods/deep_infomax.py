@@ -104,7 +104,7 @@ def map_encoder(channels: int, units: int, *, hidden: int) -> nn.Sequential:
 def official_map_encoder(channels: int, height: int, width: int, units: int, *, hidden: int) -> nn.Sequential:
     """Build the encoder of the local feature map as in the official code: (N, C, height, width) -> (N, units).
 
-    C is `channels`.
+    C is `channels`, and `hidden` is the width of the hidden layer.
 
     In the official code, the local feature map of CIFAR-10 images has C = 128 channels and 8 x 8 positions. The map
     encoder has the layers of the image encoder, starting with the layer that computes the local feature map

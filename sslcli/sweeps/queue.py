@@ -210,9 +210,9 @@ class PendingJobs:
         return is_due
 
     def poll_busy(self) -> None:
-        """Check which jobs are run by other processes. After the check, this process has not locked any of them.
+        """Check which jobs are run by other processes. After the check, this process holds no lock of a job.
 
-        A message is printed when the check finds for the second time that another process runs a job.
+        If another process runs a job, the second check that detects this prints a message about the job.
         """
         for job in self.jobs if self.is_poll_due() else ():
             if is_running(self.sweep, job.name, read_or_create_record(self.sweep, job)):

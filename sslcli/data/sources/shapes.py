@@ -264,6 +264,7 @@ def _fill_color(numbers: _RandomNumbers, background: Tensor, strength: float) ->
 def _texture(numbers: _RandomNumbers, u: Tensor, v: Tensor) -> Tensor:
     """Return a texture of stripes or checks in [-1, 1], for n images of S x S pixels: (n, S, S).
 
+    numbers: source of the random numbers of n images.
     u, v: (n, S, S) coordinates of the pixels in units of the radius of an instance of the shape. The origin is the
         center of the instance, and the axes are rotated with the instance.
     """
