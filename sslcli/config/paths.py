@@ -63,7 +63,8 @@ def numbers_as_text(command: str, config: dict[str, Any], lines: Iterable[str] =
 def _numbers_as_text(value: Any, where: str, written: dict[str, str]) -> Any:
     """Replace numbers by text in the path parameters of all nodes (mappings with a `_target_`) inside `value`.
 
-    `where` is the dotted key of `value`. `written` maps the keys of the command line to their values as text.
+    `where` is the dotted key of `value`. `written` maps each dotted key that the command line sets to the text of its
+    value.
     """
     if isinstance(value, list):
         return [_numbers_as_text(inner, where, written) for inner in value]
@@ -84,7 +85,8 @@ def _text(value: Any, where: str, written: dict[str, str]) -> Any:
     The value may be a path, a list of paths, or a mapping. The paths of a mapping are its values if any of them is a
     string or a list. Otherwise, its paths are its keys, as in a mapping from folders to sampling weights.
 
-    `where` is the dotted key of the value. `written` maps the keys of the command line to their values as text.
+    `where` is the dotted key of the value. `written` maps each dotted key that the command line sets to the text of its
+    value.
     """
     if isinstance(value, list):
         return [_text(inner, "", written) for inner in value]

@@ -175,7 +175,7 @@ class Tuned(Recipe):
         """Return a network trained on a subset of the training images.
 
         `rows` (k,) are the rows of start.features.train that belong to the subset. `number` is the index of the subset.
-        It is added to the seed.
+        The seed of the training is the seed of the protocol plus `number`.
         """
         data, seed = start.features, self.seed + number
         assert data.train_positions is not None

@@ -70,7 +70,8 @@ def from_points(points: Tensor, out: Tensor) -> None:
 def gradient_points(gradient: Tensor) -> Tensor:
     """Apply the transpose of `from_points` to the gradient of a convolution's output: (n, H, W, O) -> (36, T, O).
 
-    T is the number of tiles of 4 x 4 values.
+    n is the number of images, O the number of output channels, and T the number of tiles of 4 x 4 values. 36 is the
+    number of points at which the Winograd algorithm evaluates the polynomials of a tile.
     """
     (n, high, wide), channels = tiles(gradient), gradient.shape[3]
     points = gradient.new_empty(POINTS, POINTS, n, high, wide, channels)

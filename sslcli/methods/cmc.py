@@ -317,10 +317,10 @@ def checked(modalities: Mapping[str, int], channels: int) -> dict[str, int]:
 
 
 def in_batch_loss(query: Tensor, other: Tensor, present: Tensor | None, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy (N,) of identifying, for each row of `query`, the row of `other` of the same image.
+    """Return the cross-entropy (N,) of each row of `query`. The correct class is the row of `other` of the same image.
 
-    Also returns hits (N,): 1 if the row of the same image has the largest logit, else 0. `query` and `other` (N, D) are
-    unit embeddings of two modalities of the same images. The candidates are the rows of `other` of all processes.
+    The classes are the rows of `other` of all processes. `query` and `other` (N, D) are unit embeddings of two
+    modalities of the same images. Also returns hits (N,): 1 if the correct class has the largest logit, else 0.
     Gradients flow to `query` and `other` on every process. Images for which `present` (N,) is False lack the modality
     of `other`. These images are not used as negatives, and the caller masks their losses.
     """

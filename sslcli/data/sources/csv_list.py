@@ -148,8 +148,9 @@ def check_files_exist(names: list[str], base: str, *, file: str) -> None:
 def _read_text(file: str, key: str) -> str:
     """Return the text of a CSV file. `key` is the configuration key of the file, for messages.
 
-    Raises ConfigError if the file cannot be read, or is not text in UTF-8, or in UTF-16 or UTF-32 with a byte order
-    mark. If a byte is invalid, the message contains the number of its line.
+    The encoding is UTF-8, or UTF-16 or UTF-32 if the file starts with a byte order mark of this encoding. Raises
+    ConfigError if the file cannot be read or is not text in this encoding. If a byte is invalid, the message contains
+    the number of its line.
     """
     try:
         with open_regular(file) as opened:
