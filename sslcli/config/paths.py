@@ -225,8 +225,8 @@ def _for_hub(convert: Convert) -> Convert:
 def _convert(value: Any, convert: Convert) -> Any:
     """Apply `convert` to the value of a path parameter: a path, a list of paths, or a mapping.
 
-    The paths of a mapping are its values if any of them is a string or a list. Otherwise, its paths are its keys, as in
-    a mapping from folders to sampling weights.
+    If any value of a mapping is a string or a list, the values of the mapping are paths. Otherwise, the keys of the
+    mapping are paths, as in a mapping from folders to sampling weights.
     """
     if isinstance(value, str):
         return convert(value)

@@ -143,7 +143,10 @@ class ConditionalLayer(nn.Module):
         self.activation = activation
 
     def forward(self, maps: Tensor, codes: Tensor) -> Tensor:
-        """Map (N, in_channels, H, W) and codes (N, D) to (N, out_channels, H', W')."""
+        """Map feature maps (N, in_channels, H, W) and codes (N, D) to feature maps (N, out_channels, H', W').
+
+        H' and W' are the height and width of the output of the convolution.
+        """
         added = self.of_code(codes)[:, :, None, None]
         return self.activation(self.normalize(self.convolution(maps) + added))  # type: ignore[no-any-return]
 

@@ -53,8 +53,11 @@ class ImageFiles(EncodedImages, Files):
     def fill(self, pool: Listing, test: Listing, **options: Any) -> None:
         """Set the files as `Files.fill` does. Then check the splits, and create the cache of decoded images.
 
+        If `keep_decoded` is "none", no cache is created.
+
         pool: the files that are split into train and val.
         test: the files of the official test split; may be empty.
+        options: further arguments of `Files.fill`.
 
         Raises ConfigError if the same file is in two splits, or if the images do not fit in the cache.
         """
