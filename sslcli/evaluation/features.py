@@ -207,7 +207,11 @@ def _encode_batch(
     device: torch.device,
     precision: str,
 ) -> Tensor:
-    """Encode uint8 images (N, C, S, S). The returned features (N, d) are a CPU tensor with the dtype of `precision`."""
+    """Encode uint8 images (N, C, S, S). The returned features (N, d) are a CPU tensor with the dtype of `precision`.
+
+    The images are first scaled to [0, 1]. `prepare` then converts them, for example by normalization, to the input of
+    `encode`.
+    """
     prepared = prepare(images.to(device, non_blocking=True).float() / 255)
     with autocast(device, precision):
         features = encode(prepared.contiguous(memory_format=torch.channels_last))

@@ -96,8 +96,8 @@ def _votes(
 ) -> tuple[Tensor, Tensor]:
     """Return the class votes (b, C) of b queries, and a mask (b, C) of the classes to which their neighbors belong.
 
-    The votes of a query sum to 1. `rows` (b, d) are the features of the queries, and `bank` (n, d) are the features of
-    the training images. Both are L2-normalized.
+    C is `num_classes`. The votes of a query sum to 1. `rows` (b, d) are the features of the queries, and `bank` (n, d)
+    are the features of the training images. Both are L2-normalized.
     """
     similarity, neighbor = (rows @ bank.T).topk(k, dim=1)
     # softmax avoids overflow: exp(1 / temperature) exceeds the range of float32 for temperatures below 0.0113

@@ -205,7 +205,10 @@ def check_classes(source: Source) -> None:
 
 
 def build_protocol(config: EvalConfig, subject: Subject) -> tuple[dict[str, Any], Protocol]:
-    """Return the settings of the chosen protocol and an instance of it. In the settings, defaults replace null."""
+    """Return the settings of the chosen protocol and an instance of it.
+
+    A setting of null is replaced by the protocol's default for the run, if the protocol has one.
+    """
     node = dict(config.protocol)
     kind = find_class(node["_target_"], base=Protocol, trust=config.trust, where="protocol._target_")
     node |= {key: value for key, value in kind.defaults(subject.monitor).items() if node.get(key) is None}
