@@ -162,7 +162,10 @@ class Distill(Recipe):
             fit(student, task, everything, self, lr=self.lr, seed=self.seed, progress=progress, loss=loss)
 
     def labeled(self, teacher: FineTuned, task: Task) -> Generator[Batch, None, None]:
-        """Yield one batch of the teacher's labeled images per training step (`self.steps` batches)."""
+        """Yield one batch of labeled images per training step (`self.steps` batches).
+
+        The labeled images are those that the teacher was fine-tuned on.
+        """
         views = self.views(task)
         loader = batches(task, teacher.positions, views, batch_size=self.batch_size, seed=self.seed + 1)
         with closing(loader.steps(0, self.steps)) as steps:

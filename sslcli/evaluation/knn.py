@@ -122,7 +122,8 @@ def bank_positions(source: Source, limit: int | None) -> Tensor:
     """Return the positions of the images among which neighbors are searched (the bank).
 
     These are the training images that are not in the splits "val" and "test". If there are more than `limit` such
-    images, `limit` of them are selected by a fixed hash.
+    images, a random selection of `limit` of them is returned. Calls with equal arguments make the
+    same selection.
     """
     positions = source.without_labels_of("val", "test")
     if limit is None or limit >= len(positions):
@@ -185,7 +186,8 @@ class Knn(FeatureProtocol):
     def variant(self, monitor: Mapping[str, Any]) -> str:
         """Return a suffix for the result's name, with k and temperature.
 
-        k and temperature are each omitted if they equal the setting of the run's monitor.
+        k is omitted if it equals the run's setting `monitor.knn_k`. The temperature is omitted if it equals the run's
+        setting `monitor.knn_temperature`.
         """
         parts = []
         if self.num_neighbors != monitor.get("knn_k", 200):

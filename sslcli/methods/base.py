@@ -98,7 +98,7 @@ class Method(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not divide its loss")
 
     def compare(self, rows: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Return the scalars of `forward` for the whole batch.
+        """Return the scalars that `forward` would return for the whole batch.
 
         `rows` are the outputs of `embed` for all micro-batches, concatenated.
         """

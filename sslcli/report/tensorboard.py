@@ -24,9 +24,9 @@ def open_writer(folder: Path, *, purge_step: int) -> SummaryWriter:
 def utf8_path(folder: Path) -> str:
     """Return a path of `folder` that is valid UTF-8, because TensorBoard rejects all other paths.
 
-    If the name of the folder is not valid UTF-8, the folder is created and opened. The result is then the path of the
-    open folder in /proc (Linux). TensorBoard's writer opens its file several times. Therefore the folder stays open
-    until the process exits.
+    If the path of the folder is not valid UTF-8, the folder is created if it is missing, and it is opened. The result
+    is then the path of the open folder in /proc (Linux). TensorBoard's writer opens its file several times. Therefore
+    the folder stays open until the process exits.
     """
     try:
         str(folder).encode()

@@ -86,7 +86,7 @@ def differences(usual: dict[str, str], other: dict[str, str]) -> list[str]:
     """Return the items that differ between two processes, each as `name: usual value -> other value`.
 
     Args:
-        usual: the items of the largest group of processes with equal items, see `fingerprint_items`.
+        usual: the items (name -> value) of the largest group of processes with equal items, see `fingerprint_items`.
         other: the items of a process outside of this group.
     """
     return [

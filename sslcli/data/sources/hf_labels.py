@@ -60,7 +60,9 @@ def labels_of(
 
 
 def parquet_files(path: str, options: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the local parquet files of each split, in order. Return {} for a dataset in another format.
+    """Return the local parquet files of each split, in the order in which `datasets` reads them.
+
+    If the dataset is not local or has another format, return {}.
 
     The library `datasets` applies the class names of the first file to the class numbers of all files. Therefore, the
     class names of each file must be read from the file itself.
