@@ -79,7 +79,7 @@ class DecodedCache:
         gigabytes: the largest size of the cache in GB (10**9 bytes).
         pixel_format: format of the decoded images. It is part of the name of the cache file.
 
-    Raises ConfigError if the images need more than `gigabytes` or more than the free space.
+    Raises ConfigError if the images need more than `gigabytes`, or more than the free memory or disk space.
     """
 
     def __init__(

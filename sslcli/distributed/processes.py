@@ -104,7 +104,8 @@ def start_time() -> float:
 def exit_lost() -> int:
     """Return the exit code for a process that lost contact with another process of the run.
 
-    If our agent (the process of ssl-train that starts the training processes) started this process, the code is
-    EXIT_LOST. The agent may then restart all processes. Otherwise, the code is EXIT_FAILED.
+    The agent is the process of ssl-train that starts the training processes. If an agent started this process, the code
+    is EXIT_LOST, and the agent may restart all processes. Otherwise, for example under torchrun, the code is
+    EXIT_FAILED.
     """
     return EXIT_LOST if AGENT in os.environ else EXIT_FAILED

@@ -192,7 +192,7 @@ def watch_image_waits(limit: float, end: Callable[[str], None], closing: threadi
 def watch_ranks(
     store: Store, rank: int, size: int, limit: float, end: Callable[[str], None], closing: threading.Event
 ) -> None:
-    """Publish the progress of this process in `store`. While it makes none, check the progress of the other processes.
+    """Publish the progress of this process in `store`. If it makes no progress, check the other processes for progress.
 
     If no process makes progress for `limit` seconds, call `end(message)`. The time without progress is computed as the
     number of checks times the interval between checks. It is not measured by a clock, because a clock would also count

@@ -219,8 +219,8 @@ class Linear(FeatureProtocol):
         """Number of `on_progress(1)` calls in `fit`.
 
         `fit` trains twice: to select the hyperparameters, and then on all training images. With SGD, there is one call
-        per epoch. With L-BFGS, there is one call per value of `cs` in the selection, and one call in the final
-        training.
+        per epoch. With L-BFGS, there is one call per value of `cs` (inverse regularization strengths) in the selection,
+        and one call in the final training.
         """
         return 2 * self.epochs if self.solver == "sgd" else len(self.cs) + 1
 

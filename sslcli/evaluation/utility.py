@@ -25,9 +25,9 @@ averaged over the seeds. There are two methods to compute n_hat from the mean cu
 - If A_p of a seed is above all values of the mean curve, n_hat is the largest count, as a lower bound. The official
   code sets n_hat to -1.
 - The utility is reported for all counts. The official code stops at the first count at which the mean of A_p over the
-  seeds is above all values of the mean curve. Instead of the utility at this count, it reports the utility at the point
-  that `crossing` returns.
-- The utility of this point is also n_hat / n - 1. The official code does not subtract 1 there.
+  seeds is above all values of the mean curve. Instead of the utility at this count, it reports the utility at
+  the number of labels that `crossing` returns.
+- The utility at this number of labels is also n_hat / n - 1. The official code does not subtract 1 from this utility.
 """
 
 from __future__ import annotations

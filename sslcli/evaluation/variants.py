@@ -3,8 +3,8 @@
 Two results have the same name only if they estimate the same quantity: the accuracy of the same kind of classifier,
 trained from the same weights and layer, on the same labeled images, for the same number of steps or epochs, and
 measured on the same images. All other settings are not part of the name: settings of the optimization (learning rates,
-optimizer, weight decay, solver, batch size, crops of fine-tuning), settings of the speed, and settings of the
-confidence interval.
+optimizer, weight decay, solver, batch size, crops of fine-tuning), settings that change only the speed, and settings of
+the confidence interval.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class HfStream(EncodedImages):
         self.reader.release(positions)
 
     def open(self, position: int) -> Encoded:
-        """Open the image at `position`.
+        """Open the image with index `position` in the dataset.
 
         Raises BadImage if the image is invalid, and ConfigError if the shard cannot be read.
         """
