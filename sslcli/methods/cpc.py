@@ -114,8 +114,8 @@ class PatchPrediction(Method):
         context: name of the context network: gru, pixelcnn_gated or pixelcnn_v2.
         hidden: channels of the context network's hidden layers.
         steps: number of rows that are predicted from one context. None predicts all rows below the skipped rows.
-        skip: number of rows directly below a context that are not predicted. The row directly below a context shares
-            half of its pixels with the row of the context. None skips 2 rows as in CPC v2, or 1 row if g is 3.
+        skip: number of rows directly below the row of a context that are not predicted. The patches of
+            adjacent rows share half of their pixels. None skips 2 rows as in CPC v2, or 1 row if g is 3.
         directions: number of directions, 1 to 4. The first direction predicts from top to bottom. For each further
             direction, the grid is rotated by 90 degrees. All directions share the context network. Each direction has
             its own prediction layers.
