@@ -122,8 +122,7 @@ def bank_positions(source: Source, limit: int | None) -> Tensor:
     """Return the positions of the images among which neighbors are searched (the bank).
 
     These are the training images that are not in the splits "val" and "test". If there are more than `limit` such
-    images, a random selection of `limit` of them is returned. Calls with equal arguments make the
-    same selection.
+    images, a random selection of `limit` of them is returned. Calls with equal arguments make the same selection.
     """
     positions = source.without_labels_of("val", "test")
     if limit is None or limit >= len(positions):

@@ -149,7 +149,7 @@ class ShardReader:
 
     @property
     def state(self) -> ReadState:
-        """What this process has in memory and has opened: chunks of shards, files and file systems.
+        """Chunks in memory, open files and file systems of this process.
 
         A forked process gets a new state, because processes must not share open files.
         """
