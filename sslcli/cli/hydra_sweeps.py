@@ -187,11 +187,11 @@ def composed(engine: Hydra, sweep: Sweep, arguments: Namespace, more: list[str])
 
 
 def optuna_overrides(sweeper: Any, sweep: Sweep, slots: list[Slot] | None, arguments: Namespace) -> list[str]:
-    """Return overrides for Optuna's sweeper: minimize or maximize, the number of parallel jobs, and the seed.
+    """Return overrides for Optuna's sweeper: the direction of the search, the number of parallel jobs, and the seed.
 
-    `sweeper` is the configuration of the sweeper. For other sweepers, the result is empty. Keys that the command line
-    sets are omitted. Because the seed is fixed, the same command samples the same jobs again and reuses the results of
-    finished jobs.
+    The direction is "minimize" or "maximize". Because the seed is always 0, the same command samples the same jobs
+    again and reuses the results of finished jobs. Keys that the command line sets are omitted. If `sweeper`, the
+    configuration of the sweeper, does not belong to Optuna, the result is empty.
     """
     if "optuna" not in sweeper._target_:
         return []

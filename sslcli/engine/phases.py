@@ -107,7 +107,10 @@ def progress(phases: Sequence[Phase], step: int) -> float:
 
 
 def lr_factor(phases: Sequence[Phase], step: int, *, settings: TrainSettings, steps_per_epoch: int) -> float:
-    """Return the learning rate of the 0-based `step` as a fraction of the peak learning rate."""
+    """Return the learning rate of the 0-based `step` as a fraction of the peak learning rate.
+
+    `phases` are all phases of the run. A run has one phase, and each extension of the run adds a phase.
+    """
     number = phase_of(phases, step)
     phase = phases[number]
     if number == 0 or phase.extend == "rescale":

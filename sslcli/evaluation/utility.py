@@ -133,10 +133,13 @@ def utilities_by_seed(
 ) -> list[tuple[float, Need, list[float]]]:
     """Return the utility U(n), the mean `Need`, and the utility of every seed, for each number of labels n in `counts`.
 
-    `trained` and `scratch` contain accuracies (counts, S), where S is the number of seeds. The accuracies of training
-    from scratch are averaged over the seeds. Then one `Need` is computed per seed, from the accuracy of the trained
-    network with this seed. The field `labels` of the mean `Need` is the mean of `labels` over the seeds. U(n) is
-    computed from this mean.
+    A `Need` contains the number of labels with which training from scratch reaches the accuracy that fine-tuning
+    reaches with n labels. U(n) is this number divided by n, minus 1.
+
+    `trained` contains the accuracies of fine-tuning, and `scratch` those of training from scratch. Both have the shape
+    (counts, S), where S is the number of seeds. First, the values in `scratch` are averaged over the seeds. Then one
+    `Need` is computed for each seed, from the accuracy of fine-tuning with this seed. The field `labels` of the mean
+    `Need` is the mean of `labels` over the seeds. U(n) is computed from this mean.
     """
     curve = scratch.mean(1).tolist()
     found = []

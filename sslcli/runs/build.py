@@ -219,7 +219,7 @@ def build_source(node: Node, *, trust: list[str]) -> Source:
 
 
 def build_views(node: Node, *, trust: list[str]) -> Views:
-    """Build and return the views. `node` contains their settings, see `build`."""
+    """Build and return the views. `node` is the mapping of the settings in the config group `views`, see `build`."""
     return build(node, base=Views, trust=trust, where="views")
 
 

@@ -191,7 +191,7 @@ class ReadState:
         This method is used for chunks that `ShardReader.hold` did not fetch. Evaluation reads in order, so most
         requests are for the same chunk as the request before.
 
-        chunk: number of the chunk.
+        chunk: number of the chunk, which is a part of a shard that is fetched with one read.
         """
         if self.last[0] != chunk:
             self.last = (chunk, fetch(chunk))
