@@ -153,7 +153,8 @@ def decode(path: str, *, convert: Callable[[Image.Image], Image.Image] = full_rg
     """Decode an image file with PIL alone, and return the result of `convert` for the decoded image.
 
     Raises BadImage if the file cannot be read, is not a regular file, has more than `MAX_FILE_BYTES`, is not an image,
-    or is a TIFF of which PIL would decode too few bands.
+    or is a TIFF with more bands than PIL would decode. A TIFF of which PIL decodes red, green and blue is accepted,
+    even if it has further bands.
     """
     content = read_file(path)
     try:

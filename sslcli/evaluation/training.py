@@ -90,10 +90,10 @@ class Recipe(Protocol):
         self.view()  # check the settings before features are extracted
 
     def choose_layer(self, feature_layer: str, net: nn.Module, images: Tensor) -> tuple[str, str]:
-        """Return `feature_layer`, the layer on which the classifier is trained, and the default layer.
+        """Return two names of layers: the layer on which the classifier is trained, and the default layer.
 
-        The default layer is the output of the backbone. Raises ConfigError if `feature_layer` is "bank", the embeddings
-        in the memory bank.
+        The first name is `feature_layer`. The default layer is the output of the backbone. Raises ConfigError if
+        `feature_layer` is "bank", the embeddings in the memory bank.
         """
         if feature_layer == layers.BANK:
             raise ConfigError("feature_layer is 'bank', which cannot be trained: use protocol=knn or linear")

@@ -152,13 +152,15 @@ def utilities_by_seed(
 
 
 def crossing(counts: Sequence[int], trained: Sequence[float], scratch: Sequence[float]) -> dict[str, float] | None:
-    """Return how many labels fine-tuning needs for the best accuracy of training from scratch, and the utility there.
+    """Return the number of labels with which fine-tuning reaches the best accuracy of training from scratch.
+
+    The utility of pre-training at this number of labels is also returned.
 
     `trained` and `scratch` contain the mean accuracies of fine-tuning and of training from scratch for each number of
     labels in `counts`. `trained` is interpolated linearly between the numbers of labels. Below the smallest number, the
-    interpolation starts at accuracy 0 with 0 labels. The utility is m / labels - 1, where `labels` is the returned
-    number, and m is the number of labels with the best accuracy of training from scratch. Returns None if fine-tuning
-    does not exceed this best accuracy.
+    interpolation starts at accuracy 0 with 0 labels. The utility is m / labels - 1. Here `labels` is the
+    returned number of labels, and m is the number of labels with which training from scratch reaches its best accuracy.
+    Returns None if fine-tuning does not exceed this best accuracy.
     """
     best = max(scratch)
     place = next((i for i, accuracy in enumerate(trained) if accuracy > best), None)

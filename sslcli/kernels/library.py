@@ -51,8 +51,8 @@ def load(part: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | No
     """Load the library compiled from the C file `part`, and declare its functions.
 
     `functions` maps the name of each C function to the types of its arguments. Returns None if the library is not
-    available. If the C file was changed after compilation (e.g. by `git pull`), the signatures of the C functions may
-    differ. In this case, `load` warns and returns None.
+    available. If the C file was changed after compilation (e.g. by `git pull`), `load` also returns None, with a
+    warning, because the functions of the library may have other arguments than those in `functions`.
     """
     if torch.backends.cpu.get_cpu_capability() not in CAPABLE:
         return None

@@ -75,10 +75,10 @@ class Pairing(nn.Module):
 
 
 def scorer(channels: int, units: int) -> nn.Sequential:
-    """Build a network that scores pairs of a vector and a position: (N, channels, H, W) -> (N, 1, H, W).
+    """Build a network that computes one score at each position: (N, channels, H, W) -> (N, 1, H, W).
 
-    The vector of an image is concatenated with the local features at each position. `channels` is the size of both
-    together. `units` is the number of channels of the hidden layers.
+    The input at a position is a pair: one vector per image, and the local features at this position. Both are
+    concatenated, and `channels` is their total size. `units` is the number of channels of the hidden layers.
     """
     return nn.Sequential(
         nn.Conv2d(channels, units, 1), nn.ReLU(), nn.Conv2d(units, units, 1), nn.ReLU(), nn.Conv2d(units, 1, 1)

@@ -27,7 +27,7 @@ class Screen:
     """Console output of a run.
 
     Args:
-        log: file to which every plain line is appended, or None.
+        log: file to which every printed line is appended, without styles and progress bars; None = no log.
         silent: if True, print and log nothing. Callers pass True on all ranks except rank 0.
     """
 

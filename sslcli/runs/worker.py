@@ -303,7 +303,7 @@ def request_requeue(run_dir: Path, why: Stopped) -> None:
     """Write the file `want_requeue`, so that the batch script requeues the job.
 
     The checkpoint must already be saved. This is a collective operation: all processes must call it. `why` is the
-    exception that ended the training. The file contains its reason.
+    exception that ended the training. The file contains the first part of its message, the reason.
     """
     if collectives.is_main():
         atomic.replace(run_dir / "slurm" / "want_requeue", str(why).partition(";")[0].encode())

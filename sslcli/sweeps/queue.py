@@ -294,7 +294,7 @@ def claim_slot(
 
     Args:
         sweep: sweep whose folder contains the lock files.
-        slots: all slots. None: their number is unlimited.
+        slots: all slots of this machine, or None if the number of jobs at a time is unlimited.
         used: indices of the slots that this process uses. On file systems without locks, only these indices show which
             slots are in use.
     """

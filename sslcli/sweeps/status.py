@@ -82,7 +82,8 @@ def is_complete(run_dir: Path, record: Record) -> bool:
 def _config(run_dir: Path, _: tuple[int, int, int]) -> dict[str, Any]:
     """Return the `config.yaml` of a run.
 
-    Results are cached. The second argument is the version of the file, so that a changed file is read again.
+    Results are cached. The second argument is the version of the file. It is not used, but it is part of the cache key:
+    a changed file has another version and is read again.
     """
     return directory.read_config(run_dir)
 

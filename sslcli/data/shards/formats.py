@@ -161,8 +161,8 @@ def _columns(sample: Sample, file: IO[bytes]) -> dict[str, Column]:
 
     The columns are used to detect which file contains the image, and which file or field contains the label.
 
-    There is one column per file extension. If none of the extensions is in `LABEL_NAMES`, there is also one column per
-    field of the image's JSON file.
+    There is one column per file extension. `LABEL_NAMES` contains the extensions of label files. If the image has a
+    JSON file but no file with one of these extensions, there is also one column per field of the JSON file.
 
     sample: the location of each file of the image in the archive `file`.
     """

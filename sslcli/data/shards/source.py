@@ -139,8 +139,8 @@ class HfStream(EncodedImages):
     def fingerprint(self) -> str:
         """Identity of the dataset in 16 hex digits.
 
-        The fingerprint is the sha256 of all labels, and of the name, the size in bytes and the number of images of each
-        shard.
+        The digits are the start of a sha256. The hash includes all labels, and the name, the size in bytes and the
+        number of images of each shard.
         """
         counts = np.diff(self.reader.ends, prepend=0).tolist()
         rows = [repr((s.name, s.size, count)).encode() for s, count in zip(self.reader.shards, counts, strict=True)]

@@ -124,7 +124,11 @@ class Hf(EncodedImages):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the dataset in 16 hex digits: sha256 of all labels and of the images in evenly spaced rows."""
+        """Identity of the dataset in 16 hex digits.
+
+        The digits are the start of a sha256. The hash includes the number of rows, the class names, all labels, and the
+        images in evenly spaced rows.
+        """
         sample = range(0, len(self), max(1, len(self) // _FINGERPRINT_IMAGES))
         cells = (repr(self.cell(position)).encode() for position in sample)
         return digest((repr([len(self), self.classes]).encode(), self.labels.numpy().tobytes(), *cells))

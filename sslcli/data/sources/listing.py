@@ -108,8 +108,8 @@ class Files(Source):
     def fingerprint(self) -> str:
         """Identity of the dataset in 16 hex digits.
 
-        The fingerprint is the sha256 of the relative path, the size in bytes (-1 = unknown) and the label of every
-        file. It needs one `stat` call per file. A million files therefore take a while.
+        The digits are the start of a sha256. The hash includes the relative path, the size in bytes (-1 = unknown) and
+        the label of every file. It needs one `stat` call per file. A million files therefore take a while.
         """
         return digest(self._rows())
 
