@@ -52,10 +52,9 @@ def check_path(command: str, path: str, base: DictConfig, *, may_add: bool) -> N
 
 
 def check_name(command: str, name: str, node: DictConfig, where: str) -> None:
-    """Raise ConfigError unless `name` is a key of the mapping `node` or a parameter of its constructor.
+    """Raise ConfigError unless `name` is a key of the mapping `node` or a parameter of the class in its `_target_`.
 
-    The constructor is that of the class that the key `_target_` of `node` names. If its parameters cannot be
-    determined, any name is accepted.
+    If the parameters of this class cannot be determined, any name is accepted.
 
     Args:
         command: "train", "eval" or "export".

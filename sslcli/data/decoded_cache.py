@@ -163,7 +163,7 @@ class DecodedCache:
         return self.create_file(header, total)
 
     def create_file(self, header: bytes, total: int) -> mmap.mmap:
-        """Create a cache file with empty slots, allocate all of its space, and map it into memory.
+        """Create a cache file with one empty slot per image, allocate all of its space, and map it into memory.
 
         If another process has created the file in the meantime, the file of that process is mapped instead.
 

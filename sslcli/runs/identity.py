@@ -42,7 +42,10 @@ def _check_name(name: str) -> None:
 
 
 def _check_path(key: str, path: str) -> None:
-    """Raise ConfigError if a part of the path or the whole path is too long, or if it contains a NUL character."""
+    """Raise ConfigError if `path` contains a NUL character, or if the path or one of its parts is too long.
+
+    `key` is the setting that the message names.
+    """
     if "\0" in path:
         raise ConfigError(f"{key} is {path!r}, but a path cannot contain the NUL character: remove it")
     longest = max((os.fsencode(part) for part in path.split("/")), key=len)
