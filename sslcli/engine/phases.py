@@ -58,8 +58,8 @@ def plan(history: Sequence[Phase], *, step: int, total: int, extend: str) -> tup
     """Return the phases of a run of `total` steps that continues after `step` steps.
 
     First, phases that start at `step` or later are discarded, because no checkpoint contains any of their steps. Then,
-    if `total` is greater than the length of the run in the last phase (`Phase.total`), a phase that starts at `step` is
-    added.
+    if `total` is greater than the length of the run that the last remaining phase contains (`Phase.total`), a new phase
+    that starts at `step` is added.
 
     Args:
         history: the phases so far; empty for a new run.
