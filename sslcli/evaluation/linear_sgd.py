@@ -151,7 +151,7 @@ class LinearSgd(Protocol):
         """
         if feature_layer == layers.BANK:
             raise ConfigError(
-                "feature_layer is 'bank', which has no features of random crops: use protocol=knn or linear"
+                "feature_layer is 'bank', which has no features of random crops: use protocol=knn, knn_full or linear"
             )
         return feature_layer, layers.BACKBONE
 

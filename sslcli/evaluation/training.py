@@ -96,7 +96,7 @@ class Recipe(Protocol):
         `feature_layer` is "bank", the embeddings in the memory bank.
         """
         if feature_layer == layers.BANK:
-            raise ConfigError("feature_layer is 'bank', which cannot be trained: use protocol=knn or linear")
+            raise ConfigError("feature_layer is 'bank', which cannot be trained: use protocol=knn, knn_full or linear")
         return feature_layer, layers.BACKBONE
 
     def variant(self, monitor: Mapping[str, Any]) -> str:

@@ -161,7 +161,7 @@ def test_the_rows_of_a_memory_bank_classify_in_place_of_fresh_features(cli: Cli,
     assert found["n_train"] == 173
     assert "random" in found["baselines"]
     ended = cli("ssl-eval", f"run={run}", "protocol=finetune", "feature_layer=bank")
-    assert (ended.code, "use protocol=knn or linear" in ended.err) == (2, True)
+    assert (ended.code, "use protocol=knn, knn_full or linear" in ended.err) == (2, True)
     ended = cli("ssl-eval", f"run={run}", "protocol=knn", "feature_layer=bank", *OTHER)
     assert (ended.code, "of the images of pre-training" in ended.err) == (2, True)
 
