@@ -59,7 +59,7 @@ def test_results_of_a_file_on_other_images_have_names_of_their_own(trained: Path
     for extra in ([], ["dataset.seed=1"], ["dataset.limit=150"]):
         assert cli("ssl-eval", f"weights={path}", *SAME, *KNN, *extra).code == 0
     names = {re.sub("-[0-9a-f]{6}", "", found.stem) for found in Path(f"{path}.eval").glob("*.json")}
-    assert names == {"knn", "knn_shapes_limit-200_seed-1", "knn_shapes_limit-150"}
+    assert names == {"knn", "knn_shapes_limit-200_val-in-train_seed-1", "knn_shapes_limit-150_val-in-train"}
 
 
 @pytest.mark.parametrize(
