@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -173,6 +173,26 @@ class Protocol:
         return feature_layer, layers.BACKBONE
 
 
+def outcome_of(
+    measure: Callable[[str], dict[str, Any]], names: Iterable[str], task: Task, *, kept: Callable[[str], bool]
+) -> Outcome:
+    """Return the outcome of a protocol that measures each network on its own. Results of baselines are cached.
+
+    Args:
+        measure: function that returns the result of the network with this name: "trained" or the name of a baseline.
+        names: the names of all networks.
+        task: the task, which caches the results of baselines.
+        kept: whether a key of the result of a baseline is stored.
+    """
+
+    def numbers(name: str) -> dict[str, Any]:
+        return {key: value for key, value in measure(name).items() if kept(key)}
+
+    result = measure("trained")
+    baselines = {name: task.kept(name, partial(numbers, name)) for name in names if name != "trained"}
+    return Outcome(result=result | ({"baselines": baselines} if baselines else {}))
+
+
 class FeatureProtocol(Protocol):
     """Base class of a protocol that computes its result from frozen features. Subclasses define `measure`.
 
@@ -197,13 +217,12 @@ class FeatureProtocol(Protocol):
         Results of baselines are cached, because they are the same for all checkpoints of a run.
         """
 
-        def numbers(name: str) -> dict[str, Any]:
-            found = self._measured(name, starts[name], task)
-            return {key: value for key, value in found.items() if "top" in key or "interval" in key}
-
-        result = self._measured("trained", starts["trained"], task)
-        baselines = {name: task.kept(name, partial(numbers, name)) for name in starts if name != "trained"}
-        return Outcome(result=result | ({"baselines": baselines} if baselines else {}))
+        return outcome_of(
+            lambda name: self._measured(name, starts[name], task),
+            starts,
+            task,
+            kept=lambda key: "top" in key or "interval" in key,
+        )
 
     def _measured(self, name: str, start: Start, task: Task) -> dict[str, Any]:
         if not self.progress_units:

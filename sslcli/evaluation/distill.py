@@ -24,6 +24,7 @@ from sslcli.evaluation.network import Classifier
 from sslcli.evaluation.result import label_rank
 from sslcli.evaluation.task import FineTuned, Start, Task
 from sslcli.evaluation.training import Recipe, batches, cross_entropy, fit, predict
+from sslcli.evaluation.variants import join_parts
 from sslcli.methods.base import Batch, num_features
 from sslcli.nn.modes import evaluating
 from sslcli.report.console import Progress
@@ -82,7 +83,7 @@ class Distill(Recipe):
         """
         digest = hashlib.sha256(repr(self.student).encode()).hexdigest()[:6]
         student = "" if self.student is None else f"student-{type(self.student).__name__}-{digest}"
-        return "_".join(part for part in (student, super().variant(monitor)) if part)
+        return join_parts(student, super().variant(monitor))
 
     def description(self, result: Mapping[str, Any]) -> str:
         """Return one line that names the other accuracies to which the accuracy in `result` can be compared."""

@@ -24,7 +24,7 @@ from sslcli.evaluation import layers
 from sslcli.evaluation.base import Outcome, trained_and_measured
 from sslcli.evaluation.features import FeatureSet
 from sslcli.evaluation.network import Classifier
-from sslcli.evaluation.result import accuracy, label_rank
+from sslcli.evaluation.result import accuracy, best, label_rank
 from sslcli.evaluation.subsets import held_out
 from sslcli.evaluation.task import Start, Task
 from sslcli.evaluation.training import Recipe, fit, predict, warm
@@ -169,7 +169,7 @@ class Tuned(Recipe):
                 losses.append(F.cross_entropy(logits, data.train_labels[out], reduction="none"))
             loss = float(torch.cat(losses).mean().nan_to_num(nan=torch.inf).clamp(max=torch.finfo(torch.float32).max))
             grid.append({"lr": float(lr), "val_top1": accuracy(torch.cat(places), 1), "val_loss": loss})
-        return grid, max(grid, key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
+        return grid, grid[best(grid)]
 
     def train(self, start: Start, task: Task, rows: Tensor, lr: float, number: int, progress: Progress) -> Classifier:
         """Return a network trained on a subset of the training images.

@@ -25,7 +25,7 @@ from sslcli.engine.precision import DTYPES, resolve
 from sslcli.evaluation.base import FeatureProtocol, OnProgress, ignore_progress, trained_and_measured
 from sslcli.evaluation.features import FeatureSet
 from sslcli.evaluation.heads import Heads, SgdHeads, cross_entropy_gradient, score
-from sslcli.evaluation.result import accuracy, bootstrap_interval, top5
+from sslcli.evaluation.result import accuracy, best, bootstrap_interval, top5
 from sslcli.evaluation.variants import suffix
 
 
@@ -294,8 +294,7 @@ class Linear(FeatureProtocol):
             {**choice, "val_top1": accuracy(p, 1), "val_loss": float(v)}
             for choice, p, v in zip(self._choices(), place, loss, strict=True)
         ]
-        # With a small held-out split, many entries have the same accuracy. Among these, select the lowest loss.
-        return grid, max(grid, key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
+        return grid, grid[best(grid)]
 
     def head(self, x: Tensor, y: Tensor, *, num_classes: int) -> Head:
         """Return a linear classifier, trained on features x (n, d) and labels y (n,).

@@ -28,7 +28,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -38,10 +37,10 @@ from sslcli.data.views.spec import View
 from sslcli.engine import precision
 from sslcli.errors import ConfigError
 from sslcli.evaluation import layers
-from sslcli.evaluation.base import Outcome, Protocol, trained_and_measured
+from sslcli.evaluation.base import Outcome, Protocol, outcome_of, trained_and_measured
 from sslcli.evaluation.finetune import reported_positions
 from sslcli.evaluation.heads import Heads, SgdHeads, score
-from sslcli.evaluation.result import accuracy, bootstrap_interval, top5
+from sslcli.evaluation.result import accuracy, best, bootstrap_interval, top5
 from sslcli.evaluation.subsets import held_out
 from sslcli.evaluation.task import Start, Task
 from sslcli.evaluation.training import batches, views_of
@@ -166,14 +165,12 @@ class LinearSgd(Protocol):
         The networks are the trained network and the baselines. Results of baselines are cached, because they are
         the same for all checkpoints of a run.
         """
-
-        def numbers(name: str) -> dict[str, Any]:
-            found = self.measure(name, starts[name], task)
-            return {key: found[key] for key in ("top1", "top5", "interval", "chosen")}
-
-        result = self.measure("trained", starts["trained"], task)
-        baselines = {name: task.kept(name, partial(numbers, name)) for name in starts if name != "trained"}
-        return Outcome(result=result | ({"baselines": baselines} if baselines else {}))
+        return outcome_of(
+            lambda name: self.measure(name, starts[name], task),
+            starts,
+            task,
+            kept=lambda key: key in ("top1", "top5", "interval", "chosen"),
+        )
 
     def measure(self, name: str, start: Start, task: Task) -> dict[str, Any]:
         """Return the result of one network. Accuracies are fractions, and the interval is [low, high] at 95 %.
@@ -294,7 +291,7 @@ class LinearSgd(Protocol):
             {"lr": float(lr), "val_top1": accuracy(place, 1), "val_loss": float(loss)}
             for lr, place, loss in zip(self.lrs, places, losses, strict=True)
         ]
-        return grid, max(range(len(grid)), key=lambda number: (grid[number]["val_top1"], -grid[number]["val_loss"]))
+        return grid, best(grid)
 
     def score(self, probe: Probe, heads: Heads, x: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
         """Evaluate G classifiers, one per learning rate, on features x (m, d) with labels y (m,).

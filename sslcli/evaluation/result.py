@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,6 +34,15 @@ def top5(place: Tensor, num_classes: int) -> float:
     the scores are not finite, counts as wrong.
     """
     return accuracy(place, min(5, num_classes))
+
+
+def best(grid: Sequence[Mapping[str, Any]]) -> int:
+    """Return the index of the best entry of a hyperparameter grid.
+
+    The entry with the highest held-out accuracy `val_top1` is the best. With few held-out images, many entries have the
+    same accuracy. Of these, the entry with the lowest held-out loss `val_loss` is the best.
+    """
+    return max(range(len(grid)), key=lambda number: (grid[number]["val_top1"], -grid[number]["val_loss"]))
 
 
 def bootstrap_interval(

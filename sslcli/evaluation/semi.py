@@ -30,6 +30,7 @@ from sslcli.evaluation.result import accuracy, bootstrap_runs, label_rank, top5
 from sslcli.evaluation.splits import whole_training_set
 from sslcli.evaluation.subsets import subset
 from sslcli.evaluation.task import Start, Task
+from sslcli.evaluation.variants import join_parts
 from sslcli.report.console import Progress
 
 
@@ -71,15 +72,14 @@ class Semi(Tuned):
             )
         if self.labels_per_class is not None and self.labels_per_class < 1:
             raise ValueError(f"labels_per_class={self.labels_per_class} must be at least 1: 4, 25 and 400 are usual")
+        # This reads the list, so that errors in it are found before features are extracted.
         if self.label_fraction is not None and not 0 < self.label_fraction <= 1:
             raise ValueError(f"fraction={self.label_fraction} must be above 0 and at most 1: 0.01 and 0.1 are usual")
-        if self.list is not None:  # find errors in the list before features are extracted
-            read_list(Path(self.list))
 
     @property
     def label_fraction(self) -> float | None:
         """Fraction of the labels of each class that are used; None if `labels_per_class` or `list` is set."""
-        return self.fraction if self.labels_per_class is None and self.list is None else None
+        return self.fraction if self.labels_per_class is None and self.listed is None else None
 
     @cached_property
     def listed(self) -> LabelList | None:
@@ -101,7 +101,7 @@ class Semi(Tuned):
             labels = f"list-{self.listed.name}"
         elif self.label_fraction is not None:
             labels = f"{100 * self.label_fraction:.10g}pct"
-        return "_".join(part for part in (labels, super().variant(monitor)) if part)
+        return join_parts(labels, super().variant(monitor))
 
     def description(self, result: Mapping[str, Any]) -> str:
         """Return one line that names the other accuracies to which the accuracy in `result` can be compared."""

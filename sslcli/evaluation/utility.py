@@ -45,6 +45,7 @@ from sslcli.evaluation.finetune import Tuned
 from sslcli.evaluation.result import bootstrap_runs
 from sslcli.evaluation.subsets import log_spaced, subset
 from sslcli.evaluation.task import Start, Task
+from sslcli.evaluation.variants import join_parts
 from sslcli.report.console import Progress
 from sslcli.report.svg_plot import curves
 
@@ -264,7 +265,7 @@ class Utility(Tuned):
         """
         smallest = f"from-{self.smallest}" if self.smallest != Utility.smallest else ""
         points = f"{self.points}-points" if self.points != Utility.points else ""
-        return "_".join(part for part in (smallest, points, super().variant(monitor)) if part)
+        return join_parts(smallest, points, super().variant(monitor))
 
     def description(self, result: Mapping[str, Any]) -> str:
         """Return how the utility was estimated."""

@@ -13,6 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def join_parts(*parts: str) -> str:
+    """Return the parts of a name that are not empty, joined by underscores."""
+    return "_".join(part for part in parts if part)
+
+
 def suffix(settings: object, defaults: Mapping[str, Any]) -> str:
     """Return the settings that differ from `defaults`, joined by underscores, as in "steps-1000_warm-start".
 
@@ -21,7 +26,7 @@ def suffix(settings: object, defaults: Mapping[str, Any]) -> str:
         defaults: the settings that belong in the name, in order, with the values of the yaml file.
     """
     found = ((name, getattr(settings, name)) for name in defaults)
-    return "_".join(written(name, value) for name, value in found if plain(value) != plain(defaults[name]))
+    return join_parts(*(written(name, value) for name, value in found if plain(value) != plain(defaults[name])))
 
 
 def plain(value: object) -> object:

@@ -34,6 +34,7 @@ from sslcli.errors import (
 from sslcli.evaluation import layers
 from sslcli.evaluation.base import Outcome, Protocol, check_outcome, described
 from sslcli.evaluation.splits import check_answers, check_reported, unanswerable
+from sslcli.evaluation.variants import join_parts
 from sslcli.nn.modes import evaluating
 from sslcli.report.console import Screen
 from sslcli.report.evaluation_tables import comparison, details, summary
@@ -42,7 +43,7 @@ from sslcli.runs.build import build, find_class
 from sslcli.runs.evaluation import Evaluation, Starts, check_results_dir
 from sslcli.runs.image_changes import warn_of_changes
 from sslcli.runs.out_of_memory import evaluation_message
-from sslcli.runs.result_name import dataset_facts, join_parts
+from sslcli.runs.result_name import dataset_facts
 from sslcli.runs.subject import Subject, load_subject
 from sslcli.system.memory import keep_freed_memory
 

@@ -26,11 +26,12 @@ from sslcli.evaluation import layers
 from sslcli.evaluation.features import FeatureSet, cached, from_bank, pixels
 from sslcli.evaluation.online import collect
 from sslcli.evaluation.task import Start, Task
+from sslcli.evaluation.variants import join_parts
 from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
 from sslcli.report.console import SUBJECTS, Screen
 from sslcli.report.evaluation_tables import Score
-from sslcli.runs.result_name import dataset_name, join_parts
+from sslcli.runs.result_name import dataset_name
 from sslcli.runs.subject import Subject
 from sslcli.system import atomic
 from sslcli.system.stored import read_json, read_or_set_aside

@@ -14,9 +14,9 @@ from sslcli.errors import ConfigError
 from sslcli.evaluation.base import Outcome
 from sslcli.evaluation.network import Classifier
 from sslcli.evaluation.task import FineTuned
+from sslcli.evaluation.variants import join_parts
 from sslcli.report.evaluation_tables import results
 from sslcli.runs.evaluation import Evaluation
-from sslcli.runs.result_name import join_parts
 from sslcli.system.stored import DamagedFile, checked
 from sslcli.weights.files import load_strictly, load_weights
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sslcli.evaluation.result import accuracy, bootstrap_interval, bootstrap_runs, label_rank, top5
+from sslcli.evaluation.result import accuracy, best, bootstrap_interval, bootstrap_runs, label_rank, top5
 
 
 def test_the_interval_of_runs_is_that_of_images_where_all_runs_agree_and_wider_where_they_do_not() -> None:
@@ -43,3 +43,8 @@ def test_bootstrap_refuses_values_out_of_range(change, message):
         bootstrap_interval(torch.ones(3, dtype=torch.bool), seed=0, **change)
     with pytest.raises(ValueError, match="at least one image"):
         bootstrap_interval(torch.ones(0, dtype=torch.bool), seed=0)
+
+
+def test_the_best_entry_has_the_highest_accuracy_and_of_equal_ones_the_lowest_loss() -> None:
+    pairs = [(0.5, 1.0), (0.7, 3.0), (0.7, 2.0), (0.7, 2.0)]
+    assert best([{"val_top1": accuracy, "val_loss": loss} for accuracy, loss in pairs]) == 2

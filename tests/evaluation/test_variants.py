@@ -16,7 +16,12 @@ from sslcli.evaluation.linear import Linear
 from sslcli.evaluation.linear_sgd import LinearSgd
 from sslcli.evaluation.semi import Semi
 from sslcli.evaluation.utility import Utility
-from sslcli.evaluation.variants import suffix, written
+from sslcli.evaluation.variants import join_parts, suffix, written
+
+
+def test_parts_that_are_empty_are_left_out() -> None:
+    assert join_parts("knn", "", "step-5") == "knn_step-5"
+    assert join_parts("", "") == ""
 
 
 def test_only_settings_with_another_value_are_named_in_order() -> None:
