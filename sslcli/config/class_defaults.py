@@ -40,8 +40,12 @@ def default_of(key: str, flat: Mapping[str, Any]) -> Any:
     parent, _, name = key.rpartition(".")
     if parent.partition(".")[0] in OTHERS:
         return MISSING
-    target = flat.get(f"{parent}._target_")
-    return (literal_defaults(target) if isinstance(target, str) else section_defaults(parent)).get(name, MISSING)
+    return _defaults_of(parent, flat.get(f"{parent}._target_")).get(name, MISSING)
+
+
+def _defaults_of(section: str, target: object) -> dict[str, Any]:
+    """Return the defaults of the class `target` (a dotted name), or of a section that has no class."""
+    return literal_defaults(target) if isinstance(target, str) else section_defaults(section)
 
 
 def resumed_config(
@@ -59,15 +63,13 @@ def resumed_config(
         set_keys: the dotted keys that the command line sets, such as `method.temperature`.
         prefix: the dotted key of `values` with a trailing dot, or "" for the whole configuration.
     """
-    section = prefix.rstrip(".")
     target = values.get("_target_")
-    known = literal_defaults(target) if isinstance(target, str) else section_defaults(section)
     found = dict(values)
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in stored:
-            is_fixed = key in set_keys or target != stored.get("_target_")
-            found[name] = value if is_fixed else known.get(name, value)
+            if key not in set_keys and target == stored.get("_target_"):
+                found[name] = _defaults_of(prefix.rstrip("."), target).get(name, value)
         elif isinstance(value, dict) and isinstance(stored[name], Mapping) and key not in OTHERS:
             found[name] = resumed_config(value, stored[name], set_keys, prefix=f"{key}.")
     return found

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslcli.errors import check_positive
-from sslcli.methods.base import Batch, Method, maps_of, num_features
+from sslcli.methods.base import Batch, Method
+from sslcli.methods.code_input import check_code_from, code_input, code_input_width
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.decoder import Decoder, FirstLook, psnr
 from sslcli.nn.modes import full_precision
@@ -23,7 +24,6 @@ from sslcli.nn.noise import Noise
 
 CORRUPTIONS = ("gaussian", "pixel_mask", "block_mask", "salt_pepper")
 LOSSES = ("mse", "l1", "bce", "patch")
-SOURCES = ("features", "map")
 PICTURE_SEED = 0  # seed of the corruption in saved images; constant, so that the images of all epochs are comparable
 
 
@@ -125,8 +125,7 @@ class Autoencoder(Method):
         super().__init__(backbone)
         if loss not in LOSSES:
             raise ValueError(f"loss is {loss!r}, but it must be one of {', '.join(LOSSES)}")
-        if code_from not in SOURCES:
-            raise ValueError(f"code_from is {code_from!r}, but it must be one of {', '.join(SOURCES)}")
+        check_code_from(code_from)
         check_positive(dim=dim, patch_size=patch_size)
         if loss == "patch" and (image_size % patch_size or patch_size < 2):
             raise ValueError(
@@ -134,12 +133,8 @@ class Autoencoder(Method):
             )
         check_corruption(corruption, strength=strength, block_size=block_size)
         self.code_from = code_from
-        if code_from == "map":
-            images = torch.linspace(0, 1, 2 * channels * image_size**2).view(2, channels, image_size, image_size)
-            *_, last = maps_of(backbone, images).values()
-            self.to_code = nn.Linear(last[0].numel(), dim)
-        else:
-            self.to_code = nn.Linear(num_features(backbone), dim)
+        width_in = code_input_width(backbone, code_from, image_size=image_size, channels=channels)
+        self.to_code = nn.Linear(width_in, dim)
         self.decoder = Decoder(dim, image_size=image_size, channels=channels, width=width)
         convert_batch_norm(self, SyncBatchNorm)
         self.noise = Noise()
@@ -199,10 +194,7 @@ class Autoencoder(Method):
 
     def projection(self, images: Tensor) -> Tensor:
         """Return the code: (N, C, S, S) -> (N, D)."""
-        if self.code_from == "features":
-            return self.to_code(self.backbone(images))  # type: ignore[no-any-return]
-        *_, last = self.backbone.stages(images).values()  # type: ignore[operator]
-        return self.to_code(last.flatten(1))  # type: ignore[no-any-return]
+        return self.to_code(code_input(self.backbone, self.code_from, images))  # type: ignore[no-any-return]
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:
         seen = self.corrupted(images, torch.Generator().manual_seed(PICTURE_SEED))

@@ -23,7 +23,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from sslcli.distributed.collectives import all_reduce_mean, world_size
 from sslcli.errors import check_positive
-from sslcli.methods.base import Batch, maps_of, num_features
+from sslcli.methods.base import Batch
+from sslcli.methods.code_input import check_code_from, code_input, code_input_width
 from sslcli.methods.gan import (
     Game,
     call_on_buffer_copies,
@@ -39,7 +40,6 @@ from sslcli.nn.contrastive import check_momentum
 from sslcli.nn.ema import ema_update, frozen_copy
 from sslcli.nn.modes import full_precision
 
-CODE_SOURCES = ("features", "map")
 NETWORKS = ("compact", "official")
 SMALLEST_ERROR = 1e-12  # lower bound of a mean squared error by which another is divided
 SLOPE = 0.2  # negative slope of LeakyReLU, as in DCGAN
@@ -161,11 +161,7 @@ class BiGAN(Game):
             discriminator_lr=discriminator_lr,
         )
         self.code_from = code_from
-        width_in = num_features(backbone)
-        if code_from == "map":
-            *_, last = maps_of(backbone, torch.zeros(2, channels, image_size, image_size)).values()
-            width_in = last[0].numel()
-        to_code = nn.Linear(width_in, dim)
+        to_code = nn.Linear(code_input_width(backbone, code_from, **images), dim)
         if official:
             nn.init.normal_(to_code.weight, std=INIT_STD)
         self.encoder = nn.Sequential(backbone, to_code)
@@ -213,11 +209,7 @@ class BiGAN(Game):
 
     def encode(self, images: Tensor, backbone: nn.Module, to_code: nn.Module) -> Tensor:
         """Return codes in the range of the prior: (N, C, S, S) -> (N, D)."""
-        if self.code_from == "map":
-            *_, inputs = backbone.stages(images).values()  # type: ignore[operator]
-        else:
-            inputs = backbone(images)
-        codes: Tensor = to_code(inputs.flatten(1))
+        codes: Tensor = to_code(code_input(backbone, self.code_from, images))
         return torch.tanh(codes / 2) if self.prior == "uniform" else codes
 
     def reconstruct(self, codes: Tensor) -> Tensor:
@@ -267,8 +259,7 @@ class BiGAN(Game):
 
 def check_options(*, code_from: str, networks: str, unary: bool, r1: float, cycle: float) -> None:
     """Raise ValueError if a value is unknown or out of range, or if options exclude each other."""
-    if code_from not in CODE_SOURCES:
-        raise ValueError(f"code_from is {code_from!r}, but it must be one of {', '.join(CODE_SOURCES)}")
+    check_code_from(code_from)
     if networks not in NETWORKS:
         raise ValueError(f"networks is {networks!r}, but it must be one of {', '.join(NETWORKS)}")
     if networks == "official" and (unary or r1):

@@ -203,8 +203,7 @@ def knn_queries(source: Source, monitor: MonitorSettings) -> str | None:
     bank = bank_positions(source, monitor.knn_images)
     used = ""
     if monitor.knn_split == "val":
-        is_pretrained = bool(torch.isin(queries, source.splits["train"]).any())
-        used = ", pre-trained on without labels" if is_pretrained else ", not pre-trained on"
+        used = ", pre-trained on without labels" if source.has_val_in_train else ", not pre-trained on"
     return f"{len(queries):,} images of {monitor.knn_split}{used}; bank: {len(bank):,} other training images"
 
 

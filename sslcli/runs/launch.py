@@ -71,8 +71,7 @@ def with_old_settings(config: RunConfig) -> RunConfig:
     set_keys = keys_of(config.overrides)
     stored = read_config(config.directory)
     dataset = resumed_dataset(config.dataset, stored.get("dataset"), set_keys)
-    others = {name: value for name, value in config.values.items() if name != "dataset"}
-    found = {"dataset": dataset} | resumed_config(others, stored, set_keys)
+    found = resumed_config(config.values, stored, set_keys) | {"dataset": dataset}
     changed = {name: value for name, value in found.items() if value != config.values[name]}
     return config.changed(**changed) if changed else config
 

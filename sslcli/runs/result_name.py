@@ -5,17 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
-
 from sslcli.data.sources.base import Source
+from sslcli.evaluation.variants import join_parts
 
 MAX_SET_NAME = 40  # maximum characters of a dataset's name, to limit file names to 255 bytes
 DEFAULT_SPLIT = {"val_fraction": 0.1, "seed": 0}
-
-
-def join_parts(*parts: str) -> str:
-    """Return the parts that are not empty, joined by underscores."""
-    return "_".join(part for part in parts if part)
 
 
 def dataset_name(source: Source, *, image_size: int | None) -> str:
@@ -34,11 +28,11 @@ def dataset_name(source: Source, *, image_size: int | None) -> str:
     held_out = "" if source.val_fraction == DEFAULT_SPLIT["val_fraction"] else f"val-{source.val_fraction:.10g}"
     seed = "" if source.seed == DEFAULT_SPLIT["seed"] else f"seed-{source.seed}"
     # Results of older versions are of splits without common images.
-    shared = bool(torch.isin(source.splits["val"], source.splits["train"]).any())
+    shared = "val-in-train" if source.has_val_in_train else ""
     size = "" if source.image_size == image_size else f"{source.image_size}px"
     # Use the version instead of the fingerprint. Datasets whose files have equal names and sizes have equal
     # fingerprints.
-    return join_parts(f"{readable}-{source.version[:6]}", limit, held_out, "val-in-train" if shared else "", seed, size)
+    return join_parts(f"{readable}-{source.version[:6]}", limit, held_out, shared, seed, size)
 
 
 def dataset_facts(source: Source) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 from command_line import Cli
 from small_runs import make_folder
 from sslcli.data.sources.base import Source
-from sslcli.runs.result_name import MAX_SET_NAME, dataset_facts, dataset_name, join_parts
+from sslcli.runs.result_name import MAX_SET_NAME, dataset_facts, dataset_name
 
 ENDS = ("_val-in-train", "_limit-20_val-in-train", "_val-in-train_16px")
 
@@ -48,15 +48,10 @@ def test_sets_whose_folders_are_called_alike_have_results_of_their_own(
 
 def source_of(*, name: str = "pets", limit: int | None = None, val_fraction: float = 0.1, seed: int = 0) -> Source:
     source = Source(image_size=32, val_fraction=val_fraction, seed=seed)
-    source.name, source.limit = name, limit
+    source.name, source.limit, source.labels = name, limit, torch.zeros(10, dtype=torch.int64)
     source.fingerprint, source.version = "0123456789", "abcdef123456"
     source.splits = {"train": torch.arange(8), "val": torch.arange(8, 10)}
     return source
-
-
-def test_parts_that_are_empty_are_left_out() -> None:
-    assert join_parts("knn", "", "step-5") == "knn_step-5"
-    assert join_parts("", "") == ""
 
 
 @pytest.mark.parametrize(

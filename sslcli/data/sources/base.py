@@ -34,6 +34,7 @@ from sslcli.data.sources.picture import DecodedImage as DecodedImage
 from sslcli.data.sources.picture import OpenedImage as OpenedImage
 from sslcli.data.sources.picture import Picture as Picture
 from sslcli.data.sources.records import ProgressCallback, Records, check_verify, digest, label_codes, make_records
+from sslcli.data.sources.split import train_and_val
 from sslcli.data.workers import default_workers
 from sslcli.errors import ConfigError, check_integer
 
@@ -232,34 +233,21 @@ class Source:
     def split(self, hashes: Tensor, *, labeled: Tensor, num_test: int = 0, held_out: Tensor | None = None) -> None:
         """Divide the M images of the dataset into `splits`. The last `num_test` positions are the official test split.
 
-        hashes: (M - num_test,) int64, one value per image of the training pool (all images except the test images). The
-            images are sorted by a hash of the seed and this value. Images with equal values are sorted by position. The
-            fraction `val_fraction` of the labeled images forms "val": those that come first in this order.
-        labeled: (M - num_test,) bool, True if labeled. Only labeled images are in "val", because a probe needs labels.
-        held_out: (M - num_test,) bool, True for images that must not be in "train". The labeled ones form "val". None =
-            `val_fraction` and `pretrain_on_val` decide.
+        The other images form the training pool. hashes, labeled and held_out (M - num_test,) have one value per image
+        of this pool: see `train_and_val`.
         """
-        num_pool = len(hashes)
-        order = rng.mix(self.seed, hashes).argsort(stable=True)
-        candidates = order[labeled[order]]
-        first = candidates[: round(len(candidates) * self.val_fraction)]
-        val = first if held_out is None else candidates[held_out[candidates]]
-        excluded = torch.zeros(num_pool, dtype=torch.bool) if held_out is None else held_out.clone()
-        excluded[val] = True
-        train = order[~excluded[order]]
-        if held_out is None and self.pretrain_on_val:
-            if self.limit is not None:  # "train" has `limit` images, and "val" is the usual fraction of them
-                val = val[: max(1, round(self.limit * self.val_fraction)) if self.limit > 1 else 0]
-            num_other = len(train) if self.limit is None else self.limit - len(val)
-            train = torch.cat([val, train[:num_other]])
-        if len(train) == 0:
-            raise ValueError(
-                f"dataset.val_fraction is {self.val_fraction}, which leaves none of the {num_pool} images for "
-                "training: lower dataset.val_fraction"
-            )
-        self.splits = {"train": train[: self.limit].sort().values, "val": val[: self.limit].sort().values}
+        train, val = train_and_val(
+            hashes,
+            labeled=labeled,
+            held_out=held_out,
+            seed=self.seed,
+            val_fraction=self.val_fraction,
+            pretrain_on_val=self.pretrain_on_val,
+            limit=self.limit,
+        )
+        self.splits = {"train": train, "val": val}
         if num_test:
-            self.splits["test"] = torch.arange(num_pool, num_pool + num_test)
+            self.splits["test"] = torch.arange(len(hashes), len(hashes) + num_test)
 
     def nonempty_splits(self) -> dict[str, Tensor]:
         """Return the splits that contain at least one image."""
@@ -277,11 +265,17 @@ class Source:
 
         A protocol may train on the labels of these images if it reports on the splits `names`.
         """
-        train = self.splits["train"]
+        excluded = torch.zeros(len(self), dtype=torch.bool)
         for name in names:
             if name in self.splits:
-                train = train[~torch.isin(train, self.splits[name])]
-        return train
+                excluded[self.splits[name]] = True
+        train = self.splits["train"]
+        return train[~excluded[train]]
+
+    @property
+    def has_val_in_train(self) -> bool:
+        """Whether any image of "val" is also in "train"."""
+        return len(self.without_labels_of("val")) < len(self.splits["train"])
 
 
 def replacement(source: Source, position: int, attempt: int) -> int:
