@@ -58,7 +58,10 @@ def check_unique(names: Sequence[str], path: Path) -> None:
     seen: set[str] = set()
     repeated = [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
     if repeated:
-        raise ValueError(f"list={path} contains {len(repeated):,} names more than once, such as {repeated[0]!r}")
+        raise ValueError(
+            f"list={path} contains {len(repeated):,} names more than once, such as {repeated[0]!r}: remove the "
+            "repeated lines"
+        )
 
 
 def rows_of(listed: LabelList, paths: Iterable[str]) -> Tensor:
@@ -102,7 +105,10 @@ def rows_of(listed: LabelList, paths: Iterable[str]) -> Tensor:
         )
     if repeated:
         one, other = repeated[0]
-        raise ValueError(f"{len(repeated):,} training images have two names in {where}, such as {one!r} and {other!r}")
+        raise ValueError(
+            f"{len(repeated):,} training images have two names in {where}, such as {one!r} and {other!r}: remove one "
+            "of the two lines"
+        )
     return torch.tensor(sorted(found))
 
 

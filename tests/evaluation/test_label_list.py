@@ -35,7 +35,7 @@ def test_a_list_is_read_and_named_by_its_content_whatever_the_order(tmp_path: Pa
         (None, "cannot be read"),
         (b"\xff\xfe\x00", "not text in UTF-8"),
         (b"\n \n", "contains no names"),
-        (b"a.png\nb.png\na.png\nb.png\n", "2 names more than once, such as 'a.png'"),
+        (b"a.png\nb.png\na.png\nb.png\n", "2 names more than once, such as 'a.png': remove the repeated lines"),
     ],
 )
 def test_files_that_are_no_lists_are_refused(content: bytes | None, wanted: str, tmp_path: Path) -> None:
@@ -68,7 +68,11 @@ def test_names_match_by_file_name_and_last_folders(names: Sequence[str], paths: 
         (["n00_1.JPEG", "n07_1.JPEG", "x"], IMAGENET, "2 of the 3 names .* not names .*, such as 'n07_1.JPEG'"),
         (["n01/n00_1.JPEG"], IMAGENET, "1 of the 1 names .* not names"),
         (["001.png", "dog/002.png"], FOLDERS, "1 of the 2 names .* match several .*'001.png': write the class folder"),
-        (["n00_1.JPEG", "n00/n00_1.JPEG"], IMAGENET, "1 training images have two names .*'n00_1.JPEG' and 'n00/n00_1"),
+        (
+            ["n00_1.JPEG", "n00/n00_1.JPEG"],
+            IMAGENET,
+            "1 training images have two names .*'n00_1.JPEG' and 'n00/n00_1.JPEG': remove one of the two lines",
+        ),
     ],
 )
 def test_names_that_do_not_match_one_image_are_counted(names: Sequence[str], paths: Sequence[str], wanted: str) -> None:
