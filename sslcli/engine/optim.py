@@ -122,6 +122,19 @@ def parameter_groups(
     return [*groups, {"params": plain, "weight_decay": 0.0, "adapt": False}] if plain else groups
 
 
+def zero_momentum(optimizer: Optimizer) -> None:
+    """Give each parameter of a fused SGD optimizer a momentum buffer of zeros. Other optimizers are left unchanged.
+
+    Call this function before the first step of an fp16 run. In its first step, torch's fused SGD allocates the buffers
+    without initializing them, because that step overwrites them. If the gradients of that step overflow, the step is
+    skipped, the buffers are not written, and the next step would use the arbitrary contents of the memory.
+    """
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else []:
+        if group["fused"] and group["momentum"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer state, but keep the `fused` setting of `optimizer`.
 

@@ -19,6 +19,7 @@ from sslcli.data.sources.base import Source
 from sslcli.distributed import collectives, processes
 from sslcli.engine import fsdp, precision
 from sslcli.engine.monitor import Monitor
+from sslcli.engine.optim import zero_momentum
 from sslcli.engine.phases import LENGTH_KEYS, Phase
 from sslcli.engine.run import Run
 from sslcli.engine.slow_data import faster_data
@@ -133,6 +134,8 @@ def assemble(
             can_cache=config.dataset.get("keep_decoded") == "none",
         ),
     )
+    if resolved == "fp16":
+        zero_momentum(optimizer)
     if settings.compile:
         parts.method.backbone.compile()
     torch.manual_seed(config.seed + 1_000_003 * (collectives.rank() + 1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
-from sslcli.engine.optim import LARS, load_optimizer, parameter_groups
+from sslcli.engine.optim import LARS, load_optimizer, parameter_groups, zero_momentum
 from sslcli.methods.base import Method
 
 REFERENCE = ("mocov3", "dino", "vissl", "byol")
@@ -255,3 +255,35 @@ def test_a_step_is_computed_as_this_run_does_it(
     step(one, first)
     step(other, second)
     torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_an_overflow_in_the_first_step_leaves_no_arbitrary_momentum(
+    monkeypatch: pytest.MonkeyPatch, momentum: float
+) -> None:
+    weight = nn.Parameter(torch.ones(8, 8))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=momentum, fused=True)
+    # Memory that was not initialized may contain anything. Here it contains NaN.
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **_: torch.full_like(tensor, float("nan")))
+    zero_momentum(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    for factor in (float("inf"), 1.0):
+        scaler.scale((weight * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    torch.testing.assert_close(weight.detach(), torch.full((8, 8), 0.9))
+
+
+def test_momentum_of_zeros_changes_no_step() -> None:
+    weights = []
+    for initialized in (False, True):
+        weight = nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4))
+        optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.01, fused=True)
+        if initialized:
+            zero_momentum(optimizer)
+        for _ in range(3):
+            weight.grad = weight.detach().sin()
+            optimizer.step()
+        weights.append(weight.detach())
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
