@@ -57,9 +57,13 @@ class Case:
         )
 
 
-def golden_cases(prefix: str) -> pytest.MarkDecorator:
-    """Run a test over all cases whose name begins with `prefix`, in float32 and float64, as its argument `case`."""
+def golden_cases(prefix: str, *, but_not: str | tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Run a test over all cases whose name begins with `prefix`, in float32 and float64, as its argument `case`.
+
+    Cases whose name begins with `but_not`, or with one of its elements, are left out.
+    """
     entries = [e for e in json.loads((FOLDER / "index.json").read_text()) if e["case"].startswith(prefix)]
+    entries = [e for e in entries if not but_not or not e["case"].startswith(but_not)]
     if not entries:
         raise LookupError(f"no golden case begins with {prefix!r}")
     cases = [

@@ -33,7 +33,7 @@ def recorded_steps(case: Case, **dialect: bool) -> tuple[list[Tensor], list[Tens
     return weights, biases
 
 
-@golden_cases("lars_")
+@golden_cases("lars_", but_not="lars_barlow")
 def test_reference_form_takes_the_steps_of_four_official_codes(case: Case) -> None:
     weights, biases = recorded_steps(case)
     for code in REFERENCE:
@@ -41,7 +41,7 @@ def test_reference_form_takes_the_steps_of_four_official_codes(case: Case) -> No
         case.check(biases, f"b_{code}")
 
 
-@golden_cases("lars_")
+@golden_cases("lars_", but_not="lars_barlow")
 def test_separate_norms_take_the_steps_of_lightly_and_solo_learn(case: Case) -> None:
     weights, biases = recorded_steps(case, separate_norms=True)
     # without decay lightly does not adapt at all
@@ -50,18 +50,39 @@ def test_separate_norms_take_the_steps_of_lightly_and_solo_learn(case: Case) -> 
         case.check(biases, f"b_{code}")
 
 
-@golden_cases("lars_")
+@golden_cases("lars_", but_not="lars_barlow")
 def test_learning_rate_in_the_buffer_takes_the_steps_of_simclr(case: Case) -> None:
     weights, biases = recorded_steps(case, lr_in_buffer=True)
     case.check(weights, "w_simclr")
     case.check(biases, "b_simclr")
 
 
-@golden_cases("lars_")
+@golden_cases("lars_", but_not="lars_barlow")
 def test_both_dialects_together_take_the_steps_of_mmselfsup(case: Case) -> None:
     weights, biases = recorded_steps(case, separate_norms=True, lr_in_buffer=True)
     case.check(weights, "w_mmselfsup")
     case.check(biases, "b_mmselfsup")
+
+
+@golden_cases("lars_barlow")
+def test_groups_with_their_own_rates_take_the_steps_of_barlow_twins(case: Case) -> None:
+    x, params = case.inputs, case.params
+    weight, bias = nn.Parameter(x["w0"]), nn.Parameter(x["b0"])
+    zeros = nn.Parameter(torch.zeros_like(x["grad_z"][0]))  # a matrix that starts at zero
+    groups = [{"params": [weight, zeros]}, {"params": [bias], "weight_decay": 0.0, "adapt": False}]
+    optimizer = LARS(
+        groups, lr=1.0, eta=params["eta"], weight_decay=params["weight_decay"], momentum=params["momentum"]
+    )
+    steps: dict[str, list[Tensor]] = {"w": [], "b": [], "z": []}
+    for step in range(params["steps"]):
+        optimizer.param_groups[0]["lr"] = params["lr_weights"][step]
+        optimizer.param_groups[1]["lr"] = params["lr_biases"][step]
+        weight.grad, bias.grad, zeros.grad = (x[f"grad_{name}"][step].clone() for name in ("w", "b", "z"))
+        optimizer.step()
+        for name, value in (("w", weight), ("b", bias), ("z", zeros)):
+            steps[name].append(value.detach().clone())
+    for name, values in steps.items():
+        case.check(values, name)
 
 
 def train_two_layers(grad_scale: float = 1.0, **values: Any) -> list[dict[str, Tensor]]:
