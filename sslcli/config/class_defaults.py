@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any
 
-from sslcli.config.settings import MonitorSettings, TrainSettings
+from sslcli.config.settings import AUTO_KEYS, MonitorSettings, TrainSettings
 from sslcli.config.signatures import literal_defaults
 
 SECTIONS = {"monitor": MonitorSettings, "train": TrainSettings}  # sections without `_target_`
@@ -55,7 +55,7 @@ def resumed_config(
 
     If `stored` lacks a key of `values`, the key gets the default in the constructor of its class. Keys that the command
     line sets, and keys without a known default, keep their values. A section is changed only if it has the same class
-    in both configurations.
+    in both configurations. A key in `AUTO_KEYS` that the command line does not set keeps the stored value.
 
     Args:
         values: the composed configuration.
@@ -70,6 +70,8 @@ def resumed_config(
         if name not in stored:
             if key not in set_keys and target == stored.get("_target_"):
                 found[name] = _defaults_of(prefix.rstrip("."), target).get(name, value)
+        elif key in AUTO_KEYS and key not in set_keys:
+            found[name] = stored[name]
         elif isinstance(value, dict) and isinstance(stored[name], Mapping) and key not in OTHERS:
             found[name] = resumed_config(value, stored[name], set_keys, prefix=f"{key}.")
     return found

@@ -12,7 +12,7 @@ from sslcli.config.added import with_added_keys
 from sslcli.config.class_defaults import default_of
 from sslcli.config.moved import current_config
 from sslcli.config.paths import absolute, map_paths, paths_of, real_path
-from sslcli.config.settings import NEUTRAL
+from sslcli.config.settings import AUTO_KEYS, NEUTRAL
 
 
 def flatten(config: dict[str, Any], prefix: str = "", *, leave_out: Collection[str] = NEUTRAL) -> dict[str, Any]:
@@ -55,12 +55,21 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
     stored = current_config(stored)[0]
     if "dataset" in stored:
         stored["dataset"] = with_added_keys(stored["dataset"], now.get("dataset"))
-    before, after = (flatten(map_paths(config, real_path), leave_out=leave_out) for config in (stored, now))
+    before, after = (_compared_values(config, leave_out) for config in (stored, now))
     return [
         f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not _is_default_of_other(key, before, after)
     ]
+
+
+def _compared_values(config: dict[str, Any], leave_out: Collection[str]) -> dict[str, Any]:
+    """Return the values of a configuration for a comparison, as dotted key -> value.
+
+    Paths are replaced by real paths. For the keys in `AUTO_KEYS`, "auto" is replaced by the default of older versions.
+    """
+    found = flatten(map_paths(config, real_path), leave_out=leave_out)
+    return found | {key: default_of(key, found) for key in AUTO_KEYS if found.get(key) == "auto"}
 
 
 def _is_default_of_other(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
@@ -107,7 +116,7 @@ def digest_of_settings(config: dict[str, Any]) -> str:
     older version, which lacks the key, has the same digest. Keys and classes in `config` must have the names of this
     version, not names of version 0.1.
     """
-    values = flatten(map_paths(config, real_path), leave_out=(*NEUTRAL, "train.extend"))
+    values = _compared_values(config, (*NEUTRAL, "train.extend"))
     known = {
         key: _number(value)
         for key, value in values.items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sslcli.errors import ConfigError, nearest
 
@@ -59,6 +59,11 @@ NEUTRAL = (
     "train.sharding",
     "train.activation_checkpointing",
 )
+
+
+# Keys with "auto" in the yaml files since version 0.3. Older runs stored the default of the settings class, so the two
+# values count as equal when settings are compared. A run that stored the default resumes with it.
+AUTO_KEYS = ("train.compile", "train.deterministic")
 
 
 def check_range(
@@ -136,10 +141,10 @@ class TrainSettings:
     accumulate: int  # micro-batches per optimizer step
     cached_gradients: bool  # compute one loss over all micro-batches; in-batch negatives then come from all of them
     precision: str
-    compile: bool
+    compile: Literal["auto"] | bool = False  # the defaults of this and of `deterministic` are for older runs
     sharding: str  # fsdp: shard parameters, gradients and optimizer state over the processes
     activation_checkpointing: bool  # recompute the blocks of the backbone in the backward pass
-    deterministic: bool
+    deterministic: Literal["auto"] | bool = True
     clip_grad: float | None  # maximum norm of the total gradient
     log_every_steps: int
     save_every_epochs: int
@@ -180,7 +185,7 @@ class TrainSettings:
                 "train.sharding is 'fsdp' and train.cached_gradients is true, but cached gradients call parts of the "
                 "method, whose parameters FSDP gathers only during the forward of the whole method: set one of them"
             )
-        if self.compile and (self.sharding == "fsdp" or self.activation_checkpointing):
+        if self.compile is True and (self.sharding == "fsdp" or self.activation_checkpointing):
             raise ConfigError(
                 f"train.compile is true, train.sharding is {self.sharding!r} and train.activation_checkpointing is "
                 f"{str(self.activation_checkpointing).lower()}, but a compiled backbone cannot be wrapped block by "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
 
@@ -52,17 +53,27 @@ def available() -> list[str]:
     return kinds
 
 
-def prepare(device: torch.device, *, deterministic: bool, compiled: bool = False) -> None:
+def uses_deterministic_kernels(setting: Literal["auto"] | bool, device: torch.device) -> bool:
+    """Return the value of `train.deterministic` (`setting`) on `device`. "auto" is True on the CPU, else False.
+
+    On a GPU, deterministic kernels are slower, and cuDNN cannot select its fastest kernels by measuring them.
+    """
+    return setting if isinstance(setting, bool) else device.type == "cpu"
+
+
+def prepare(device: torch.device, *, deterministic: bool) -> None:
     """Set the device of this process, and enable deterministic kernels if `deterministic` is True.
 
-    If `deterministic` is True, torch warns about operations that have no deterministic kernel. If `compiled` is True,
-    `deterministic` also applies to code that torch.compile generates. In this case, modules of torch.compile are
-    imported, which takes seconds.
+    If `deterministic` is True, torch warns about operations that have no deterministic kernel. Otherwise, cuDNN
+    measures its kernels and selects the fastest one.
+
+    On CUDA, float32 convolutions use TF32, which is torch's default. Float32 matrix products do not: their inputs would
+    be rounded to 10 bits, and losses divide products of embeddings by temperatures such as 0.07.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if compiled:
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
     torch.set_deterministic_debug_mode("warn" if deterministic else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic

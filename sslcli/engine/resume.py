@@ -171,5 +171,7 @@ def environment_fingerprint(run: Run) -> dict[str, str | int]:
         "precision": run.precision,
         "processes": collectives.world_size(),
         "threads": torch.get_num_threads(),
+        "deterministic kernels": torch.are_deterministic_algorithms_enabled(),
+        "torch.compile": run.compiled,
         "compiled parts": ", ".join(library.present()) or "none",
     }

@@ -36,6 +36,7 @@ class Run:
     screen: Screen
     monitor: Monitor
     stop: StopRequest
+    compiled: bool = False  # True if torch.compile compiles the steps
     may_differ: tuple[str, ...] = ()  # keys whose values may differ from the configuration in the checkpoint
     phases: tuple[Phase, ...] = ()  # one phase, unless the run was extended
     scaler: torch.amp.GradScaler = field(init=False)

@@ -17,7 +17,7 @@ from sslcli.data.image_sizes import enlargement_warning
 from sslcli.data.loader import Loader, plain_batches
 from sslcli.data.sources.base import Source
 from sslcli.distributed import collectives, processes
-from sslcli.engine import fsdp, precision
+from sslcli.engine import compilation, fsdp, precision
 from sslcli.engine.monitor import Monitor
 from sslcli.engine.optim import zero_momentum
 from sslcli.engine.phases import LENGTH_KEYS, Phase
@@ -34,6 +34,8 @@ from sslcli.report import pictures
 from sslcli.report.console import Screen
 from sslcli.runs.build import Parts
 from sslcli.system.cpu import cores_per_process
+
+NOT_DETERMINISTIC = "off: resuming is not bit-exact"
 
 
 def move_to_device(method: Method, settings: TrainSettings, device: torch.device) -> None:
@@ -136,10 +138,8 @@ def assemble(
     )
     if resolved == "fp16":
         zero_momentum(optimizer)
-    if settings.compile:
-        parts.method.backbone.compile()
     torch.manual_seed(config.seed + 1_000_003 * (collectives.rank() + 1))
-    return Run(
+    job = Run(
         method=parts.method,
         optimizer=optimizer,
         loader=loader,
@@ -156,6 +156,10 @@ def assemble(
         may_differ=(*(LENGTH_KEYS if phases else ()), *moved),
         stop=StopRequest(seconds("train.max_time", settings.max_time), start_time=processes.start_time()),
     )
+    job.compiled = compilation.why_not(settings, device, job.total_steps) is None
+    if job.compiled:
+        compilation.compile_method(parts.method)
+    return job
 
 
 def build_probe(
@@ -246,6 +250,7 @@ def startup_table(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
     trainable = sum(p.numel() for p in parts.method.parameters() if p.requires_grad)
     local_parameters = sum(collectives.local(p).numel() for p in parts.method.parameters())
     split = {name: len(positions) for name, positions in parts.source.splits.items()}
+    not_compiled = compilation.why_not(settings, job.device, job.total_steps)
     return {
         "training images": split["train"],
         "val images": split.get("val", 0),
@@ -265,6 +270,8 @@ def startup_table(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
         **parts.method.effective(settings.batch_size // (1 if settings.cached_gradients else settings.accumulate)),
         "precision": job.precision,
         "device": str(job.device),
+        "deterministic kernels": "on" if torch.are_deterministic_algorithms_enabled() else NOT_DETERMINISTIC,
+        "torch.compile": "on" if not_compiled is None else f"off: {not_compiled}",
         "CPU threads per process": torch.get_num_threads(),
     }
 

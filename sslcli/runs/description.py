@@ -32,8 +32,7 @@ def write_description(
     *,
     overrides: list[str],
     effective: dict[str, Any],
-    device: str,
-    threads: int,
+    execution: dict[str, Any],
     warn: Callable[[str], None],
 ) -> None:
     """Write the files that describe the run: config.yaml, overrides.txt and environment.json.
@@ -43,13 +42,13 @@ def write_description(
     values: the configuration, for config.yaml.
     overrides: the overrides of the command line, for overrides.txt. An existing overrides.txt is not changed.
     effective: the section `effective` of config.yaml, with computed values such as the number of steps.
-    device, threads: name of the device and number of CPU threads, for environment.json.
+    execution: how steps are computed, for environment.json: device, number of CPU threads, and kind of kernels.
     """
     path = run_dir / "overrides.txt"
     if not path.exists():
         atomic.replace(path, "".join(f"{line}\n" for line in overrides).encode("utf-8", "surrogateescape"))
     path = run_dir / "environment.json"
-    now = environment(device=device, threads=threads)
+    now = environment(execution)
     earlier = read_or_set_aside(
         partial(read_json, path, Environment, remedy="remove it"),
         warn=warn,
@@ -63,10 +62,10 @@ def write_description(
     atomic.replace(run_dir / "config.yaml", as_yaml(values | {"effective": effective}).encode())
 
 
-def environment(*, device: str, threads: int) -> dict[str, Any]:
+def environment(execution: dict[str, Any]) -> dict[str, Any]:
     """Return date and time, command, versions, machine and state of the git repository, as plain values.
 
-    device, threads: name of the device and number of CPU threads.
+    execution: how steps are computed, such as the device and the number of CPU threads.
     """
     packages = ["sslcli", "torch", "torchvision", "hydra-core", "omegaconf", "numpy", "pillow"]
     return {
@@ -76,8 +75,7 @@ def environment(*, device: str, threads: int) -> dict[str, Any]:
         "versions": {name: version(name) for name in packages},
         "platform": platform.platform(),
         "host": platform.node(),
-        "device": device,
-        "threads": threads,
+        **execution,
         "git": git_state(),
     }
 

@@ -18,7 +18,7 @@ def training_message(error: BaseException, config: RunConfig) -> str:
         smaller = f"train.accumulate={2 * settings.accumulate} halves the images per forward pass"
         cached = "" if settings.cached_gradients else ", which also halves in-batch negatives"
         remedies.append(f"{smaller} (now {per_pass}{cached})")
-    if not settings.activation_checkpointing and not settings.compile:
+    if not settings.activation_checkpointing and settings.compile is not True:
         remedies.append("train.activation_checkpointing=true keeps fewer activations, at the cost of speed")
     if settings.precision == "fp32":
         remedies.append("train.precision=bf16 halves activations")

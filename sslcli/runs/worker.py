@@ -90,7 +90,8 @@ def run(config: RunConfig) -> int:
         device = devices.pick_device(config.device)
         keep_freed_memory()
         devices.set_threads(config.launcher.threads)
-        devices.prepare(device, deterministic=config.train.deterministic, compiled=config.train.compile)
+        deterministic = devices.uses_deterministic_kernels(config.train.deterministic, device)
+        devices.prepare(device, deterministic=deterministic)
         limit = config.launcher.timeout_seconds
         with processes.process_group(device, limit=limit, end=partial(_end_stalled_process, run_dir)):
             check_agreement(config.values)
@@ -320,8 +321,12 @@ def describe(job: Run, parts: Parts, config: RunConfig, facts: dict[str, Any]) -
         config.values,
         overrides=config.overrides,
         effective=facts | {FINGERPRINT: parts.source.fingerprint, **phase_rows(job.phases)},
-        device=str(job.device),
-        threads=torch.get_num_threads(),
+        execution={
+            "device": str(job.device),
+            "threads": torch.get_num_threads(),
+            "deterministic_kernels": torch.are_deterministic_algorithms_enabled(),
+            "compiled": job.compiled,
+        },
         warn=job.screen.warn,
     )
     prepare_monitor(job, parts, config)

@@ -71,6 +71,15 @@ def test_a_key_that_the_stored_configuration_lacks_gets_the_default(
     assert found == {"seed": 1, "method": {"_target_": target} | expected}
 
 
+def test_a_run_keeps_the_value_in_place_of_which_newer_versions_have_auto() -> None:
+    values = {"train": {"compile": "auto", "deterministic": "auto", "keep": 3}}
+    stored = {"train": {"compile": False, "deterministic": True, "keep": 5}}
+    kept = {"train": {"compile": False, "deterministic": True, "keep": 3}}
+    assert resumed_config(values, stored, ()) == kept
+    assert resumed_config(values, {"train": {}}, ()) == kept
+    assert resumed_config(values, stored, ("train.compile",))["train"]["compile"] == "auto"
+
+
 def test_a_run_resumes_with_the_default_after_its_method_got_a_new_key(cli: Cli, tmp_path: Path) -> None:
     make_folder(tmp_path / "images", broken=0)
     folder = tmp_path / "conf/method"

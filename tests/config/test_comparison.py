@@ -56,6 +56,18 @@ def test_a_missing_key_is_the_default_of_the_class() -> None:
     assert digest_of_settings(without) != digest_of_settings(other)
 
 
+def test_auto_is_the_default_of_older_versions() -> None:
+    auto, old, other = (
+        CONFIG | {"train": {"epochs": 10, "compile": compiled, "deterministic": deterministic}}
+        for compiled, deterministic in (("auto", "auto"), (False, True), (True, False))
+    )
+    for stored in (CONFIG, old, auto):
+        assert changed_settings(stored, auto) == []
+        assert digest_of_settings(stored) == digest_of_settings(auto)
+    assert changed_settings(auto, other) == ["train.compile: False -> True", "train.deterministic: True -> False"]
+    assert digest_of_settings(auto) != digest_of_settings(other)
+
+
 def test_the_digest_differs_exactly_if_settings_that_affect_the_results_differ() -> None:
     train = {"epochs": 10.0, "max_time": "5m", "extend": "decay", "clip_grad": None}
     same = CONFIG | {"run_dir": "other", "launcher": {"threads": 4}, "train": train, "_lines_": ["x"]}

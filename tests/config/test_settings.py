@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from command_line import composed
 from default_settings import TRAIN
 from sslcli.config.settings import (
     EvalSettings,
@@ -201,3 +202,22 @@ def test_which_way_a_metric_is_good_is_known_or_told(metric: str, direction: str
 def test_what_does_not_go_with_sharding_is_refused(values: dict[str, Any], wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
         replace(TRAIN, **values)
+
+
+def test_an_automatic_compilation_gives_way_to_sharding() -> None:
+    for other in ({"sharding": "fsdp"}, {"activation_checkpointing": True}):
+        assert replace(TRAIN, **other).compile == "auto"
+
+
+@pytest.mark.parametrize("key", ["compile", "deterministic"])
+@pytest.mark.parametrize("value", ["auto", "true", "false"])
+def test_kernels_are_automatic_or_a_choice(key: str, value: str) -> None:
+    found = composed("train", f"train.{key}={value}")["train"][key]
+    assert found == {"auto": "auto", "true": True, "false": False}[value]
+
+
+@pytest.mark.parametrize("key", ["compile", "deterministic"])
+@pytest.mark.parametrize("value", ["Auto", "yes", "1", "null", "[true]"])
+def test_other_kernels_are_refused(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"^train.{key} is .* but it must be 'auto' or true or false"):
+        composed("train", f"train.{key}={value}")

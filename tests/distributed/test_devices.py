@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -74,6 +74,34 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     yield current
     torch.set_deterministic_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("setting", "on_cpu", "on_gpu"), [("auto", True, False), (True, True, True), (False, False, False)]
+)
+def test_kernels_are_deterministic_by_default_only_on_the_cpu(
+    setting: Literal["auto"] | bool, on_cpu: bool, on_gpu: bool
+) -> None:
+    assert devices.uses_deterministic_kernels(setting, torch.device("cpu")) is on_cpu
+    for name in ("cuda:0", "mps"):
+        assert devices.uses_deterministic_kernels(setting, torch.device(name)) is on_gpu
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_kernels_of_a_gpu_are_measured_unless_they_are_deterministic(
+    one_gpu: list[int], deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        devices.prepare(torch.device("cuda", 0), deterministic=deterministic)
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.benchmark is not deterministic
+    assert torch.are_deterministic_algorithms_enabled() is deterministic
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])

@@ -15,11 +15,15 @@ from sslcli.runs.description import git_state, write_description
 FACTS: dict[str, Any] = {"effective": {"steps": 3}}
 
 
+def execution(device: str, threads: int) -> dict[str, Any]:
+    return {"device": device, "threads": threads}
+
+
 def described(run_dir: Path) -> Path:
     """Create the directory of a run, without checkpoint."""
     run_dir.mkdir()
     lines = ["method=byol", "seed=0"]
-    write_description(run_dir, {"seed": 0}, overrides=lines, **FACTS, device="cpu", threads=1, warn=pytest.fail)
+    write_description(run_dir, {"seed": 0}, overrides=lines, **FACTS, execution=execution("cpu", 1), warn=pytest.fail)
     return run_dir
 
 
@@ -33,7 +37,7 @@ def test_a_continued_run_keeps_its_first_command_line_and_environment_and_adds_t
 
 
 def describe_again(run_dir: Path, warn: Callable[[str], None]) -> None:
-    write_description(run_dir, {"seed": 0}, overrides=["x=1"], **FACTS, device="cuda:0", threads=4, warn=warn)
+    write_description(run_dir, {"seed": 0}, overrides=["x=1"], **FACTS, execution=execution("cuda:0", 4), warn=warn)
 
 
 @pytest.mark.parametrize(

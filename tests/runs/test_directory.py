@@ -42,8 +42,7 @@ def started(run_dir: Path) -> Path:
         CONFIG,
         overrides=["method=byol", "seed=0"],
         effective={"steps": 3},
-        device="cpu",
-        threads=1,
+        execution={"device": "cpu", "threads": 1},
         warn=pytest.fail,
     )
     return run_dir

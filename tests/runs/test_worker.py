@@ -6,6 +6,7 @@ import errno
 import gc
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ import pytest
 from command_line import SMALL, Cli, Ended, composed
 from small_runs import complete, start_ranks, start_warm
 from sslcli.config.run_config import RunConfig
+from sslcli.distributed import devices
 from sslcli.engine.run import Run
 from sslcli.errors import ConfigError, Stopped
 from sslcli.runs import directory
@@ -34,6 +36,36 @@ def test_resume_never_and_must_are_obeyed(run_dir: Path, cli: Cli, tmp_path: Pat
     assert not (tmp_path / "new").exists()
     ended = cli("ssl-train", *SMALL, "monitor.knn_k=10", f"run_dir={run_dir}", "resume=must")
     assert (ended.code, ended.err) == (0, "")
+
+
+def test_the_kind_of_kernels_is_shown_and_recorded(cli: Cli, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    line = [*QUICK, f"run_dir={run_dir}"]
+    ended = cli("ssl-train", *line, "train.max_steps=1", "train.deterministic=false")
+    assert (ended.code, ended.err) == (0, "")
+    assert re.search(r"deterministic kernels +off: resuming is not bit-exact", ended.out)
+    assert re.search(r"torch.compile +off: train.compile=auto does not compile on cpu", ended.out)
+    assert directory.read_config(run_dir)["effective"]["deterministic kernels"].startswith("off")
+    found = json.loads((run_dir / "environment.json").read_text())["latest"]
+    assert (found["deterministic_kernels"], found["compiled"]) == (False, False)
+    ended = cli("ssl-train", *line, "train.max_steps=2")  # keeps the stored value
+    assert (ended.code, ended.err) == (0, "")
+    assert re.search(r"deterministic kernels +off", ended.out)
+    ended = cli("ssl-train", *line, "train.max_steps=3", "train.deterministic=true")
+    assert (ended.code, "train.deterministic: False -> True" in ended.err) == (2, True)
+
+
+def test_a_run_on_a_gpu_is_not_exact_where_its_kernels_change(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = [*QUICK, f"run_dir={tmp_path / 'run'}"]
+    monkeypatch.setattr(devices, "uses_deterministic_kernels", lambda setting, device: False)
+    assert cli("ssl-train", *line, "train.max_steps=1").code == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    ended = cli("ssl-train", *line, "train.max_steps=2")
+    assert (ended.code, ended.err) == (0, "")
+    assert "results will not be bit-identical: deterministic kernels False -> True" in " ".join(ended.out.split())
 
 
 def test_a_start_that_is_refused_writes_no_configuration(trained: Path, cli: Cli) -> None:
