@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules._functions import SyncBatchNorm as _FusedSyncNormalize
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslcli.distributed import collectives, watchdog
@@ -81,7 +80,10 @@ def average_statistics(module: nn.Module) -> None:
 
 
 class _SyncNormalize(torch.autograd.Function):
-    """Normalization by the statistics of the global batch. All processes must have the same local batch size."""
+    """Normalization by the statistics of the global batch, in operations of any device that torch.compile can fuse.
+
+    All processes must have the same local batch size.
+    """
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
@@ -114,30 +116,106 @@ class _SyncNormalize(torch.autograd.Function):
         return grad_input.to(input.dtype), None if weight is None else sums[1], sums[0] if has_bias else None, None
 
 
+class _FusedSyncNormalize(torch.autograd.Function):
+    """Normalization by the statistics of the global batch, in the CUDA kernels of torch.nn.SyncBatchNorm.
+
+    torch.nn.SyncBatchNorm selects the processes whose batch is not empty. This selection makes the host wait for the
+    device three times per call. Here, all processes must have the same local batch size, so nothing is selected.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        input = _dense(input)
+        local = torch.stack(torch.batch_norm_stats(input, eps))  # mean and 1 / std: (2, C)
+        means, inv_stds = collectives.all_gather(local[None]).unbind(1)  # (W, C) each
+        counts = means.new_full((len(means),), input.numel() // input.size(1))
+        mean, inv_std = torch.batch_norm_gather_stats_with_counts(
+            input, means, inv_stds, running_mean, running_var, momentum, eps, counts
+        )
+        ctx.save_for_backward(input, weight, mean, inv_std)
+        return torch.batch_norm_elemt(input, weight, bias, mean, inv_std, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, inv_std = ctx.saved_tensors
+        grad = _dense(grad)
+        has_input, has_weight, has_bias = ctx.needs_input_grad[:3]
+        *sums, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+            grad, input, mean, inv_std, weight, has_input, has_weight, has_bias
+        )
+        grad_input = None
+        if has_input:
+            total = torch.stack(sums)  # (2, C)
+            watchdog.record_collective()
+            dist.all_reduce(total)
+            count = input.numel() // input.size(1) * collectives.world_size()
+            counts = torch.full((1,), count, dtype=torch.int32, device=input.device)
+            grad_input = torch.batch_norm_backward_elemt(grad, input, mean, inv_std, weight, total[0], total[1], counts)
+        return grad_input, grad_weight if has_weight else None, grad_bias if has_bias else None, *[None] * 4
+
+
+def _dense(maps: Tensor) -> Tensor:
+    """Return `maps` in a memory format that the CUDA kernels of BatchNorm support: contiguous or channels-last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if maps.dim() in formats and maps.is_contiguous(memory_format=formats[maps.dim()]):
+        return maps
+    return maps.contiguous()
+
+
 class SyncBatchNorm(_BatchNorm):
     """BatchNorm over the global batch on any device. (torch.nn.SyncBatchNorm supports only GPUs.)
+
+    The local batch size must be the same on all processes. Statistics of half-precision inputs are float32. In a
+    forward pass, the processes exchange data once, and so they do in a backward pass. The host never waits for the
+    device.
 
     This class is not a subclass of torch.nn.SyncBatchNorm, because DistributedDataParallel rejects such subclasses on
     the CPU.
     """
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected (N, C, ...) but got {tuple(input.shape)}")
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, ...) over the global batch. The output has the shape of the input."""
-        world_size, momentum = collectives.world_size(), self.momentum or 0.0
-        state = (self.running_mean, self.running_var)
-        if self.training:
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        world_size = collectives.world_size()
         if not self.training or world_size == 1:
-            return F.batch_norm(input, *state, self.weight, self.bias, self.training, momentum, self.eps)
-        if input.is_cuda and self.bias is not None:
-            settings = (self.eps, momentum, dist.group.WORLD, world_size)
-            return _FusedSyncNormalize.apply(input, self.weight, self.bias, *state, *settings)  # type: ignore[no-any-return]
-        out, mean, variance = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)
-        count = input.numel() / input.size(1) * world_size
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, momentum)  # type: ignore[union-attr]
-            self.running_var.lerp_(variance * count / (count - 1), momentum)  # type: ignore[union-attr]
+            return super().forward(input)
+        self._check_input_dim(input)
+        mean, variance = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        if self.track_running_stats:
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        if self._uses_cuda_kernels(input):
+            state = (mean, variance, self.momentum)
+            return _FusedSyncNormalize.apply(input, self.weight, self.bias, *state, self.eps)  # type: ignore[no-any-return]
+        out, batch_mean, batch_variance = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)
+        if mean is not None and variance is not None:
+            count = input.numel() / input.size(1) * world_size
+            momentum: Any = self.momentum
+            if momentum is None:  # the average over all batches
+                momentum = self.num_batches_tracked.to(mean.dtype).reciprocal()  # type: ignore[union-attr]
+            with torch.no_grad():
+                mean.lerp_(batch_mean, momentum)
+                variance.lerp_(batch_variance * count / (count - 1), momentum)
         return out  # type: ignore[no-any-return]
+
+    def _uses_cuda_kernels(self, input: Tensor) -> bool:
+        """Return True if `_FusedSyncNormalize` is faster than `_SyncNormalize`, and supports the settings of the layer.
+
+        Within torch.compile, `_SyncNormalize` is faster, because it is fused with the operations around it. A
+        cumulative average (`momentum=None`) has a factor on the device, which the CUDA kernels do not accept.
+        """
+        return input.is_cuda and self.momentum is not None and not torch.compiler.is_compiling()
 
 
 def convert_batch_norm(module: nn.Module, kind: type[_BatchNorm]) -> Any:

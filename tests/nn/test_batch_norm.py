@@ -1,11 +1,19 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from processes import Pair, my_half
 from sslcli.nn.batch_norm import SplitBatchNorm, SyncBatchNorm, average_statistics, convert_batch_norm
@@ -95,46 +103,222 @@ def test_averaging_statistics_of_one_process_changes_nothing() -> None:
     assert torch.equal(divided.running_mean, mean)
 
 
-def normalized(norm: nn.Module, images: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-    """Output, gradients and statistics of two steps on this process's part of the images."""
+def channels_of(values: Tensor) -> list[int]:
+    """The shape that broadcasts a value per channel to `values`."""
+    return [1, -1] + [1] * (values.dim() - 2)
+
+
+def other_axes(values: Tensor) -> list[int]:
+    return [axis for axis in range(values.dim()) if axis != 1]
+
+
+def stats(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(
+        input.to(torch.promote_types(input.dtype, torch.float32)), other_axes(input), correction=0
+    )
+    return mean, (variance + eps).rsqrt()
+
+
+def gather_stats(
+    input: Tensor,
+    means: Tensor,
+    inv_stds: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    counts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    fractions = (counts / counts.sum())[:, None]
+    mean = (fractions * means).sum(0)
+    variance = (fractions * (inv_stds**-2 - eps + (means - mean) ** 2)).sum(0)
+    if running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * counts.sum() / (counts.sum() - 1), momentum)
+    return mean, (variance + eps).rsqrt()
+
+
+def elemt(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inv_std: Tensor, eps: float
+) -> Tensor:
+    shape = channels_of(input)
+    out = (input - mean.view(shape)) * inv_std.view(shape)
+    out = out if weight is None else out * weight.view(shape)
+    return (out if bias is None else out + bias.view(shape)).to(input.dtype)
+
+
+def backward_reduce(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor | None,
+    input_g: bool,
+    weight_g: bool,
+    bias_g: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    centered = input - mean.view(channels_of(input))
+    sum_grad = grad.to(mean.dtype).sum(other_axes(grad))
+    sum_grad_centered = (grad * centered).sum(other_axes(grad))
+    return sum_grad, sum_grad_centered, sum_grad_centered * inv_std, sum_grad.clone()
+
+
+def backward_elemt(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor | None,
+    sum_grad: Tensor,
+    sum_grad_centered: Tensor,
+    counts: Tensor,
+) -> Tensor:
+    assert counts.dtype == torch.int32
+    shape, count = channels_of(input), counts.sum()
+    slope = (input - mean.view(shape)) * (inv_std**2 * sum_grad_centered / count).view(shape)
+    scale = inv_std if weight is None else inv_std * weight
+    return ((grad - (sum_grad / count).view(shape) - slope) * scale.view(shape)).to(input.dtype)
+
+
+@contextmanager
+def cuda_kernels_on_the_cpu() -> Iterator[None]:
+    """Let SyncBatchNorm take its path for CUDA, with kernels that compute on the CPU what torch's CUDA kernels do."""
+    kernels = {
+        "batch_norm_stats": stats,
+        "batch_norm_gather_stats_with_counts": gather_stats,
+        "batch_norm_elemt": elemt,
+        "batch_norm_backward_reduce": backward_reduce,
+        "batch_norm_backward_elemt": backward_elemt,
+    }
+    with (
+        torch.library._scoped_library("aten", "IMPL") as library,
+        mock.patch.object(SyncBatchNorm, "_uses_cuda_kernels", lambda self, input: self.momentum is not None),
+    ):
+        for name, kernel in kernels.items():
+            library.impl(name, kernel, "CPU")
+        yield
+
+
+class TorchSync(SyncBatchNorm):
+    """The layer with the autograd function of torch.nn.SyncBatchNorm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        world = dist.group.WORLD
+        state = (self.running_mean, self.running_var, self.eps, self.momentum, world, dist.get_world_size())
+        self.num_batches_tracked.add_(1)
+        return TorchSyncBatchNorm.apply(input, self.weight, self.bias, *state)
+
+
+def normalized(
+    norm: nn.Module, images: Tensor, weights: Tensor, kernels: bool = False
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Output and gradient of the images, gradients of parameters, and buffers, after two steps on this process."""
     mine = my_half(images).requires_grad_()
-    for _ in range(2):
-        mine.grad = None
-        norm.zero_grad()
-        out = norm(mine)
-        (out * my_half(weights)).sum().backward()
-    grads = [mine.grad, *(p.grad for p in norm.parameters())]
-    return out.detach(), *grads, norm.running_mean, norm.running_var, norm.num_batches_tracked
+    with cuda_kernels_on_the_cpu() if kernels else nullcontext():
+        for _ in range(2):
+            mine.grad = None
+            norm.zero_grad()
+            out = norm(mine)
+            assert out.stride() == mine.stride()
+            (out * my_half(weights)).sum().backward()
+    return torch.stack([out.detach(), mine.grad]), [p.grad for p in norm.parameters()], [*norm.buffers()]
 
 
-def last_norms() -> list[nn.Module]:
-    """With gamma and beta, with gamma alone (SimCLR's last), with neither (MoCo v3's last)."""
-    scale = nn.BatchNorm2d(3)
-    scale.register_parameter("bias", None)
-    norms = [nn.BatchNorm2d(3), scale, nn.BatchNorm2d(3, affine=False)]
-    for parameter in (p for norm in norms for p in norm.parameters()):
+def layer(kind: str, *, bias: bool = True, **settings: Any) -> _BatchNorm:
+    """BatchNorm with random weights in float64."""
+    norm = getattr(nn, kind)(3, dtype=torch.float64, **settings)
+    if not bias:
+        norm.register_parameter("bias", None)
+    for parameter in norm.parameters():
         parameter.data.add_(torch.randn(3) / 4)
-    return norms
+    return norm
 
 
-@pytest.mark.parametrize("which", [0, 1, 2], ids=["affine", "scale", "plain"])
-def test_synchronized_batchnorm_is_the_batchnorm_of_the_whole_batch(which: int, pair: Pair) -> None:
-    norm = last_norms()[which]
-    images, weights = 3 * torch.randn(6, 3, 4, 4) + 5, torch.randn(6, 3, 4, 4)
+LAYERS: dict[str, dict[str, Any]] = {
+    "affine": {},
+    "scale": {"bias": False},  # the last layer of SimCLR
+    "plain": {"affine": False},  # the last layer of MoCo v3
+    "cumulative": {"momentum": None},
+    "untracked": {"track_running_stats": False},
+}
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["any device", "CUDA"])
+@pytest.mark.parametrize("kind", ["BatchNorm1d", "BatchNorm2d"])
+@pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS)
+def test_synchronized_batchnorm_is_the_batchnorm_of_the_whole_batch(
+    settings: dict[str, Any], kind: str, kernels: bool, pair: Pair
+) -> None:
+    norm = layer(kind, **settings)
+    images, weights = torch.randn(2, 6, 3, *[5, 4][: 2 * (kind == "BatchNorm2d")], dtype=torch.float64)
+    images = 3 * images + 5
+    if kind == "BatchNorm2d":
+        images = images.contiguous(memory_format=torch.channels_last)
     converted = convert_batch_norm(copy.deepcopy(norm), SyncBatchNorm)
-    parts = pair.run(normalized, converted, images, weights)
-    out, grad_input, *rest = normalized(norm, images, weights)
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(torch.cat([part[0] for part in parts]), out, **close)
-    torch.testing.assert_close(torch.cat([part[1] for part in parts]), grad_input, **close)
-    num_parameters = len(list(norm.parameters()))
-    for first, second, expected in zip(parts[0][2:], parts[1][2:], rest, strict=True):
-        if num_parameters > 0:  # gradients of parameters are those of the own rows, and summed by the loop
-            torch.testing.assert_close(first + second, expected, **close)
-            num_parameters -= 1
-        else:
-            torch.testing.assert_close(first, expected, **close)
-            assert torch.equal(first, second)
+    parts = pair.run(normalized, converted, images, weights, kernels)
+    out, grads, buffers = normalized(norm, images, weights)
+    close = {"rtol": 1e-9, "atol": 1e-10}
+    torch.testing.assert_close(torch.cat([part[0] for part in parts], dim=1), out, **close)
+    for first, second, expected in zip(parts[0][1], parts[1][1], grads, strict=True):
+        torch.testing.assert_close(first + second, expected, **close)  # the training loop sums them over processes
+    for first, second, expected in zip(parts[0][2], parts[1][2], buffers, strict=True):
+        torch.testing.assert_close(first, expected, **close)
+        assert torch.equal(first, second)
+
+
+def test_cuda_kernels_are_called_as_torch_calls_them(pair: Pair) -> None:
+    images, weights = torch.randn(2, 6, 3, 4, 4)
+    norm = nn.BatchNorm2d(3)
+    ours, torchs = (
+        pair.run(normalized, convert_batch_norm(copy.deepcopy(norm), kind), images, weights, True)
+        for kind in (SyncBatchNorm, TorchSync)
+    )
+    torch.testing.assert_close(ours, torchs, rtol=0, atol=0)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+SYNCHRONIZING = {"aten::nonzero", "aten::index.Tensor", "aten::masked_select", "aten::_local_scalar_dense"}
+
+
+def operations(kind: type[_BatchNorm], settings: dict[str, Any], kernels: bool) -> Counter[str]:
+    norm = convert_batch_norm(nn.BatchNorm2d(3, **settings), kind)
+    images = torch.randn(4, 3, 4, 4, requires_grad=True)
+    with cuda_kernels_on_the_cpu() if kernels else nullcontext(), Operations() as seen:
+        norm(images).square().sum().backward()
+    return seen.counts
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["any device", "CUDA"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_synchronized_batchnorm_never_waits_for_the_device(momentum: float | None, kernels: bool, pair: Pair) -> None:
+    for found in pair.run(operations, SyncBatchNorm, {"momentum": momentum}, kernels):
+        assert not SYNCHRONIZING & found.keys()
+        assert sum(count for name, count in found.items() if "c10d" in name) == 2  # one in each direction
+    assert pair.run(operations, TorchSync, {}, True)[0]["aten::index.Tensor"] == 3
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["any device", "CUDA"])
+def test_synchronized_batchnorm_of_half_precision_has_statistics_in_full_precision(kernels: bool, pair: Pair) -> None:
+    images = (torch.randn(6, 3, 4, 4) + 20).bfloat16()
+    norm = nn.BatchNorm2d(3)
+    (values, _, buffers), _ = pair.run(
+        normalized, convert_batch_norm(copy.deepcopy(norm), SyncBatchNorm), images, torch.ones_like(images), kernels
+    )
+    _, _, expected = normalized(norm.double(), images.double(), torch.ones_like(images))
+    assert values.dtype == torch.bfloat16
+    assert buffers[0].dtype == torch.float32
+    torch.testing.assert_close(buffers, [e.to(b.dtype) for e, b in zip(expected, buffers, strict=True)])
 
 
 def sync_in_double(norm: nn.Module, images: Tensor) -> Tensor:
