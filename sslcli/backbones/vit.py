@@ -6,19 +6,21 @@ conf/backbone/vit_tiny.yaml, vit_small.yaml, vit_base.yaml
 The parameters have the same names as in timm's VisionTransformer. sslcli can load weights of timm, and timm can load
 weights of sslcli. sslcli can also load weights of the official MoCo v3.
 
-Shapes: N images, P patches, T = 1 + P tokens (class token and patches), D width, H heads, K width of a head.
+Shapes: N images, P patches, T tokens (class token, registers and patches), D width.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslcli.backbones.base import Backbone
 from sslcli.errors import check_positive
+from sslcli.nn.noise import Noise
+from sslcli.nn.transformer import Block, init_linear
 
 POOLS = ("cls", "mean")
 
@@ -68,62 +70,16 @@ def choose_patch_size(image_size: int) -> int:
     return min(divisors, key=lambda size: abs(size - image_size / 14))
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, (N, T, D) -> (N, T, D)."""
+def masked(patches: Tensor, mask: Tensor, mask_token: Tensor | None) -> Tensor:
+    """Return the patch embeddings (N, P, D), with the masked ones replaced by `mask_token`.
 
-    def __init__(self, width: int, *, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (N, T, 3, H, K)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, H, T, K) each
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-
-
-class Mlp(nn.Module):
-    """Two linear layers with GELU in between, applied to each token."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: drop the residual branch of each image with probability `drop_prob` (arXiv:1603.09382)."""
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_prob == 0.0:
-            return x
-        keep = 1.0 - self.drop_prob
-        return x * x.new_empty(len(x), 1, 1).bernoulli_(keep) / keep
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: attention and MLP, each with LayerNorm and a residual connection."""
-
-    def __init__(self, width: int, *, num_heads: int, hidden: int, drop_prob: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, num_heads=num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, hidden)
-        self.drop_path = DropPath(drop_prob)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+    `mask` is (N, P) bool, and True means masked. Raises ValueError if `mask_token` is None or `mask` has another shape.
+    """
+    if mask_token is None:
+        raise ValueError("mask is given without mask_token: pass the tensor that replaces the masked patches")
+    if mask.shape != patches.shape[:2]:
+        raise ValueError(f"mask has the shape {tuple(mask.shape)}, but the patches have {tuple(patches.shape[:2])}")
+    return torch.where(mask[..., None], mask_token, patches)
 
 
 class PatchEmbed(nn.Module):
@@ -162,6 +118,10 @@ class VisionTransformer(Backbone):
         pool: "cls" selects the class token, and "mean" selects the mean over patches. Both follow the final LayerNorm.
         drop_path: stochastic depth rate of the last block, in [0, 1). The rate of the first block is 0, and the rate
             increases linearly with depth.
+        registers: number of register tokens, which have no position and are not part of the features
+            (arXiv:2309.16588).
+        layer_scale: initial value of a trained factor per channel of each residual branch (arXiv:2103.17239). None adds
+            no factors.
 
     Raises ValueError for arguments out of range.
     """
@@ -181,24 +141,33 @@ class VisionTransformer(Backbone):
         frozen_patch_projection: bool = False,
         pool: str = "cls",
         drop_path: float = 0.0,
+        registers: int = 0,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         check_positive(image_size=image_size, width=width, depth=depth, num_heads=num_heads, in_channels=in_channels)
         patch_size = choose_patch_size(image_size) if patch_size is None else patch_size
         check_positive(patch_size=patch_size)
-        check_values(image_size, patch_size, width, num_heads, mlp_ratio, pool, drop_path)
+        check_values(image_size, patch_size, width, num_heads, mlp_ratio, pool, drop_path, registers, layer_scale)
         grid = image_size // patch_size
         self.num_features = width
+        self.patch_size = patch_size
+        self.num_prefix_tokens = 1 + registers
         self.grid = (grid, grid)
         self.pool = pool
         self.patch_embed = PatchEmbed(in_channels, width, patch_size=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         positions = torch.cat([torch.zeros(1, width), position_embedding(grid, grid, width)])
         self.register_buffer("pos_embed", positions[None])
+        self.noise = Noise() if drop_path else None
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         hidden = round(width * mlp_ratio)
         self.blocks = nn.Sequential(
-            *(Block(width, num_heads=num_heads, hidden=hidden, drop_prob=rate) for rate in rates)
+            *(
+                Block(width, num_heads=num_heads, hidden=hidden, drop_prob=rate, layer_scale=layer_scale)
+                for rate in rates
+            )
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.init_weights()
@@ -207,26 +176,23 @@ class VisionTransformer(Backbone):
     def init_weights(self) -> None:
         """Initialize the parameters as in MoCo v3.
 
-        Weights are Xavier-uniform (q, k and v separately), biases are zero, and the class token is normal with a
-        standard deviation of 1e-6.
+        Weights are Xavier-uniform (q, k and v separately), biases are zero, and the class token and the registers are
+        normal with a standard deviation of 1e-6.
         """
-        for name, layer in self.named_modules():
-            if isinstance(layer, nn.Linear):
-                fan_out = layer.out_features // 3 if name.endswith("qkv") else layer.out_features
-                bound = math.sqrt(6 / (layer.in_features + fan_out))
-                nn.init.uniform_(layer.weight, -bound, bound)
-                nn.init.zeros_(layer.bias)
+        init_linear(self)
         patches = self.patch_embed.proj
         bound = math.sqrt(6 / (patches.weight[0].numel() + patches.out_channels))
         nn.init.uniform_(patches.weight, -bound, bound)
         assert patches.bias is not None
         nn.init.zeros_(patches.bias)
         nn.init.normal_(self.cls_token, std=1e-6)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=1e-6)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features: (N, in_channels, H, W) -> (N, width)."""
         tokens, _ = self.tokens(images)
-        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)
+        return tokens[:, 0] if self.pool == "cls" else tokens[:, self.num_prefix_tokens :].mean(1)
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
         """Return {"patches": map}, where the map contains the patch tokens after the final LayerNorm.
@@ -234,18 +200,54 @@ class VisionTransformer(Backbone):
         The map has shape (N, width, H / patch_size, W / patch_size).
         """
         tokens, grid = self.tokens(images)
-        return {"patches": tokens[:, 1:].transpose(1, 2).reshape(len(tokens), -1, *grid)}
+        patches = tokens[:, self.num_prefix_tokens :]
+        return {"patches": patches.transpose(1, 2).reshape(len(patches), -1, *grid)}
 
-    def tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Return all tokens after the final LayerNorm, and the patch grid (rows, columns).
+    def tokens(
+        self,
+        images: Tensor,
+        *,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Return the tokens after the final LayerNorm, and the patch grid (rows, columns). See `Backbone.tokens`.
 
-        The tokens are (N, 1 + P, width). The class token comes first.
+        The tokens are (N, num_prefix_tokens + P, width). The class token comes first, then the registers.
         """
         maps = self.patch_embed(images)
         grid = (maps.shape[2], maps.shape[3])
-        x = maps.permute(0, 2, 3, 1).flatten(1, 2)  # (N, P, D), without a copy for channels_last maps
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions(grid)
-        return self.norm(self.blocks(x)), grid
+        patches = maps.permute(0, 2, 3, 1).flatten(1, 2)  # without a copy for channels_last maps
+        if mask is not None:
+            patches = masked(patches, mask, mask_token)
+        x = self.input_tokens(patches, grid, keep=keep)
+        for block, kept in zip(self.blocks, self.kept_branches(len(x), x.device), strict=True):
+            x = block(x, kept)
+        return self.norm(x), grid
+
+    def input_tokens(self, patches: Tensor, grid: tuple[int, int], *, keep: Tensor | None = None) -> Tensor:
+        """Return the input of the first block: class token, registers and patches, with positions.
+
+        `patches` are the embeddings (N, P, width) of the patch `grid` (rows, columns). `keep` (N, K) int64 has the
+        indices of the patches in the result, None = all. The registers have no position.
+        """
+        positions = self.positions(grid)
+        patches = patches + positions[:, 1:]
+        if keep is not None:
+            patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[2]))
+        first = [self.cls_token + positions[:, :1], *([] if self.reg_token is None else [self.reg_token])]
+        return torch.cat([*(token.expand(len(patches), -1, -1) for token in first), patches], dim=1)
+
+    def kept_branches(self, num_images: int, device: torch.device) -> Iterable[Tensor | None]:
+        """Draw the images whose residual branches are not dropped: for each block, (2, N) bool or None = all images.
+
+        See `Block`. The random numbers do not depend on the number of processes.
+        """
+        rates = [float(block.drop_prob) for block in self.blocks]  # type: ignore[arg-type]
+        if self.noise is None or not self.training or not any(rates):
+            return [None] * len(rates)
+        numbers = self.noise.uniform(num_images, len(rates), 2, device=device).permute(1, 2, 0)
+        return [number >= rate if rate else None for number, rate in zip(numbers, rates, strict=True)]
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Return the position embedding (1, 1 + P, width) of the class token and P patches.
@@ -260,7 +262,15 @@ class VisionTransformer(Backbone):
 
 
 def check_values(
-    image_size: int, patch_size: int, width: int, num_heads: int, mlp_ratio: float, pool: str, drop_path: float
+    image_size: int,
+    patch_size: int,
+    width: int,
+    num_heads: int,
+    mlp_ratio: float,
+    pool: str,
+    drop_path: float,
+    registers: int,
+    layer_scale: float | None,
 ) -> None:
     """Raise ValueError if arguments of `VisionTransformer` are incompatible or out of range.
 
@@ -283,3 +293,7 @@ def check_values(
         raise ValueError(f"pool is {pool!r}, but it must be one of: {', '.join(POOLS)}")
     if not 0 <= drop_path < 1:
         raise ValueError(f"drop_path is {drop_path}, but it must be at least 0 and less than 1")
+    if registers < 0:
+        raise ValueError(f"registers is {registers}, but it must be at least 0; DINOv2 uses 0 or 4")
+    if layer_scale is not None and not layer_scale > 0:
+        raise ValueError(f"layer_scale is {layer_scale}, but it must be null or greater than 0; DINOv2 uses 1e-5")

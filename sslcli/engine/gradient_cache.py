@@ -22,6 +22,7 @@ from sslcli.distributed import collectives, watchdog
 from sslcli.engine import checkpoint, precision
 from sslcli.methods.base import Batch, Method
 from sslcli.nn.modes import unchanged_statistics
+from sslcli.nn.noise import Noise
 
 
 def backward(
@@ -41,10 +42,10 @@ def backward(
     states, parts = [], []
     with torch.no_grad(), unchanged_statistics(method):
         for batch in micro_batches:
-            states.append(checkpoint.rng_state(device))
+            states.append(_random_state(method, device))
             with precision.autocast(device, dtype_name):
                 parts.append(method.embed(batch))
-    after = checkpoint.rng_state(device)
+    after = _random_state(method, device)
     rows = [torch.cat(column) for column in zip(*parts, strict=True)]
     learned = [row.is_floating_point() for row in rows]
     rows = [row.requires_grad_(learns) for row, learns in zip(rows, learned, strict=True)]
@@ -54,12 +55,12 @@ def backward(
     gradients = zip(*(torch.split(row.grad, len(parts[0][0])) for row in rows if row.grad is not None), strict=True)
     places = [place for place, row in enumerate(rows) if row.grad is not None]
     for batch, state, slope in zip(micro_batches, states, gradients, strict=True):
-        checkpoint.set_rng_state(state, device)
+        _set_random_state(state, method, device)
         with precision.autocast(device, dtype_name):
             again = method.embed(batch)
         pairs = [(again[place], grad) for place, grad in zip(places, slope, strict=True) if again[place].requires_grad]
         torch.autograd.backward([row for row, _ in pairs], [grad for _, grad in pairs])
-    checkpoint.set_rng_state(after, device)
+    _set_random_state(after, method, device)
     average_gradients(method)
     return {name: value.detach() for name, value in scalars.items()}
 
@@ -73,3 +74,16 @@ def average_gradients(module: nn.Module) -> None:
     for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
         work.wait()
     torch._foreach_div_(gradients, collectives.world_size())
+
+
+def _random_state(method: nn.Module, device: torch.device) -> tuple[dict[str, Tensor], list[int]]:
+    """Return the states of torch's generators and of all `Noise` modules of the method."""
+    return checkpoint.rng_state(device), [part.draws for part in method.modules() if isinstance(part, Noise)]
+
+
+def _set_random_state(state: tuple[dict[str, Tensor], list[int]], method: nn.Module, device: torch.device) -> None:
+    """Set all generators to a state that `_random_state` returned."""
+    checkpoint.set_rng_state(state[0], device)
+    noises = [part for part in method.modules() if isinstance(part, Noise)]
+    for noise, draws in zip(noises, state[1], strict=True):
+        noise.draws = draws

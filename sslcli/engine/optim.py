@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from sslcli.distributed.collectives import whole
 from sslcli.methods.base import Method
 
-NEVER_DECAYED = ("bias", "pos_embed", "cls_token", "mask_token")
+NEVER_DECAYED = ("bias", "pos_embed", "cls_token", "reg_token", "mask_token")
 
 
 class LARS(Optimizer):
@@ -104,9 +104,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return two groups of trainable parameters: one with weight decay and one without.
 
-    The group without weight decay contains biases, normalization parameters, and the class token, mask token and
-    position embeddings of ViT. The optimizer LARS does not adapt the learning rate of this group (`adapt=False`). If
-    `decay_norm_and_bias` is True, there is only the group with weight decay, as in MoCo v1 and v2. If
+    The group without weight decay contains biases, normalization parameters, and the class token, registers, mask token
+    and position embeddings of ViT. The optimizer LARS does not adapt the learning rate of this group (`adapt=False`).
+    If `decay_norm_and_bias` is True, there is only the group with weight decay, as in MoCo v1 and v2. If
     `method.param_groups()` is not None, the function returns these groups unchanged.
     """
     own = method.param_groups() if isinstance(method, Method) else None

@@ -20,6 +20,7 @@ from sslcli.engine.phases import Phase, phases_from, plan
 from sslcli.engine.run import Run
 from sslcli.errors import TrainingFailed, with_traceback
 from sslcli.kernels import library
+from sslcli.weights.files import with_noise_states
 from sslcli.weights.renamed import with_current_names
 
 
@@ -93,7 +94,8 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 
     If the content does not fit these objects, exceptions of nearly any type may be raised.
     """
-    run.method.load_state_dict(with_current_names(state["method"], run.method.state_dict()))
+    own = run.method.state_dict()
+    run.method.load_state_dict(with_noise_states(with_current_names(state["method"], own), own))
     load_optimizer(run.optimizer, state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.monitor.load_state_dict(state["monitor"])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslcli.backbones.base import Backbone
 from sslcli.config.moved import reject_old_attributes
 from sslcli.methods.mixture import UnMix
 from sslcli.nn.modes import evaluating
@@ -203,6 +204,16 @@ def maps_of(backbone: nn.Module, images: Tensor) -> dict[str, Tensor]:
             f"the backbone {name} returns no feature maps for images of {images.shape[-1]} pixels ({error}): "
             "use larger images or another backbone"
         ) from error
+
+
+def token_backbone(backbone: nn.Module) -> Backbone:
+    """Return `backbone`, for methods that mask patches. Raises ValueError if the backbone has no patch tokens."""
+    if not isinstance(backbone, Backbone) or backbone.patch_size is None:
+        raise ValueError(
+            f"this method masks patches, but the backbone {type(backbone).__name__} has no patch tokens: choose "
+            "backbone=vit_tiny, vit_small or vit_base, or define patch_size and tokens in your own (see Backbone)"
+        )
+    return backbone
 
 
 def num_features(backbone: nn.Module) -> int:

@@ -39,7 +39,7 @@ from sslcli.runs import directory
 from sslcli.runs.build import build_backbone, build_views, find_class
 from sslcli.runs.subject import load_checkpoint, provenance_of
 from sslcli.system import atomic
-from sslcli.weights.files import load_strictly, unwrapped
+from sslcli.weights.files import is_noise_state, load_strictly, unwrapped
 
 BACKBONE = "backbone."  # prefix of the backbone's parameters in the state of a method
 
@@ -63,7 +63,11 @@ def export(config: ExportSettings) -> None:
     weights, step = loaded.weights, loaded.step
     out = Path(config.out or run_dir / "export" / f"{what}-step-{step:08d}.pt")
     if what == "backbone":
-        weights = {name[len(BACKBONE) :]: value for name, value in weights.items() if name.startswith(BACKBONE)}
+        weights = {
+            name[len(BACKBONE) :]: value
+            for name, value in weights.items()
+            if name.startswith(BACKBONE) and not is_noise_state(name)
+        }
         weights = unwrapped(check_backbone_alone(saved, weights, trust=config.trust), weights)
     write(out, {"state_dict": weights, "what": what, **description(saved, run_dir, loaded, trust=config.trust)})
     broken = [name for name, value in weights.items() if isinstance(value, Tensor) and not value.isfinite().all()]

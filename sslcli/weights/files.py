@@ -82,6 +82,21 @@ def broken_part(path: Path) -> str | None:
         return archive.testzip()
 
 
+def with_noise_states(state: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return `state` with the states of random number generators that a network has, and no others.
+
+    `own` is the state dict of the network. A vision transformer has such a generator only with stochastic depth, which
+    does not change its weights. Generators that `state` lacks keep their states.
+    """
+    kept = {name: value for name, value in state.items() if name in own or not is_noise_state(name)}
+    return {name: value for name, value in own.items() if is_noise_state(name)} | kept
+
+
+def is_noise_state(name: str) -> bool:
+    """Return True if `name` is the name of the state of a `Noise` module in a state dict."""
+    return name.endswith("noise._extra_state")
+
+
 def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:
     """Load a state dict into `net`. Raises ConfigError if a key or shape differs.
 
@@ -89,7 +104,7 @@ def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:
     differences.
     """
     own = net.state_dict()
-    state = with_current_names(state, own)
+    state = with_noise_states(with_current_names(state, own), own)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
         f"{key} is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"

@@ -16,6 +16,14 @@ def test_a_backbone_without_maps_says_which_one_it_is() -> None:
         Bare().stages(torch.zeros(1, 3, 8, 8))
 
 
+def test_a_backbone_without_patch_tokens_says_which_ones_have_them() -> None:
+    with pytest.raises(
+        ValueError, match=r"backbone Bare has no patch tokens: choose backbone=vit_tiny.*define patch_size"
+    ):
+        Bare().tokens(torch.zeros(1, 3, 8, 8))
+    assert (Bare().patch_size, Bare().num_prefix_tokens) == (None, 0)
+
+
 def test_a_backbone_without_forward_says_which_one_it_is() -> None:
     with pytest.raises(NotImplementedError, match="Bare"):
         Bare()(torch.zeros(1, 3, 8, 8))

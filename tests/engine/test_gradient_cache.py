@@ -25,7 +25,7 @@ from sslcli.methods.moco_v3 import MoCoV3
 from sslcli.methods.simclr import SimCLR
 from sslcli.methods.simclr_v2 import SimCLRv2
 from sslcli.runs.assemble import check_cached_gradients
-from tiny import TinyNet, make_batch
+from tiny import TinyNet, make_batch, vit
 
 CPU = torch.device("cpu")
 Build = Callable[[], Method]
@@ -131,6 +131,20 @@ def test_batch_norm_counts_each_micro_batch_once() -> None:
     assert any("running_mean" in name for name in buffers)
     for name, value in parted.named_buffers():
         torch.testing.assert_close(value, buffers[name], rtol=0, atol=0)
+
+
+def test_stochastic_depth_drops_the_same_branches_in_both_passes() -> None:
+    torch.manual_seed(1)
+    method = SimCLR(vit(drop_path=0.5), dim=4, norm=False).double()
+    twin = copy.deepcopy(method)
+    parts = divided(batch_for(method), 4)
+    rows = zip(*(twin.embed(part) for part in parts), strict=True)
+    expected = twin.compare(tuple(torch.cat(column) for column in rows))
+    expected["loss"].backward()
+    found = in_parts(method, parts)
+    torch.testing.assert_close(found["loss"], expected["loss"].detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(method), gradients(twin), rtol=1e-9, atol=1e-12)
+    assert method.backbone.noise.draws == twin.backbone.noise.draws == 8  # one per forward pass of a view
 
 
 def test_random_numbers_of_the_first_pass_come_again_in_the_second() -> None:

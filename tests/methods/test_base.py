@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from sslcli.methods.base import Batch, Method
+from sslcli.backbones.resnet import ResNet
+from sslcli.methods.base import Batch, Method, token_backbone
+from tiny import vit
 
 ROOT = Path(__file__).parents[2]
 OF_TORCH = set(dir(nn.Module)) | set(nn.Module.__annotations__)
@@ -37,6 +39,19 @@ def test_no_member_of_a_method_is_found_by_probing() -> None:
         if probing.search(line)
     ]
     assert found == []
+
+
+@pytest.mark.parametrize("backbone", [nn.Flatten(), ResNet("resnet18", image_size=8)], ids=["module", "resnet"])
+def test_a_backbone_without_patch_tokens_is_refused_for_methods_that_mask_patches(backbone: nn.Module) -> None:
+    with pytest.raises(
+        ValueError, match=rf"backbone {type(backbone).__name__} has no patch tokens: choose backbone=vit"
+    ):
+        token_backbone(backbone)
+
+
+def test_a_vision_transformer_has_patch_tokens() -> None:
+    net = vit()
+    assert token_backbone(net) is net
 
 
 def test_what_a_method_leaves_out_means_nothing() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from sslcli.backbones.wrap import Wrapped
 from sslcli.errors import ConfigError
 from sslcli.weights.files import load_strictly, load_weights, unwrapped, wrapped
+from tiny import vit
 
 CPU = torch.device("cpu")
 
@@ -57,6 +58,15 @@ def test_a_state_that_fits_is_loaded() -> None:
     net, other = nn.Linear(3, 2), nn.Linear(3, 2)
     load_strictly(net, other.state_dict(), "the file")
     assert torch.equal(net.weight, other.weight)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(0.0, 0.5), (0.5, 0.0), (0.5, 0.5)])
+def test_weights_fit_with_and_without_stochastic_depth(saved: float, loaded: float) -> None:
+    net, other = vit(drop_path=loaded), vit(drop_path=saved)
+    load_strictly(net, other.state_dict(), "the file")
+    assert torch.equal(net.blocks[1].attn.qkv.weight, other.blocks[1].attn.qkv.weight)
+    if net.noise is not None and other.noise is not None:
+        assert net.noise.seed == other.noise.seed
 
 
 def test_a_state_that_does_not_fit_is_refused_with_what_differs_and_nothing_is_loaded() -> None:
