@@ -153,6 +153,7 @@ def count_step(config: RunConfig) -> tuple[int, dict[str, CollectiveCount]]:
     counters = []
     for step, micro_batches in enumerate(job.loader.steps(0, 2)):
         with CollectiveCounter() as counter:
+            job.method.before_step(step / 2, 0.0)
             optimize(job, model, micro_batches)
             job.method.after_step(step / 2)
             job.stop.agreed()

@@ -155,6 +155,7 @@ def train(config: RunConfig, dtype: torch.dtype) -> Trace:
     job.optimizer.register_step_pre_hook(record_gradients)
     model = parallel(job.method, job.device)
     for step, micro_batches in enumerate(job.loader.steps(0, STEPS)):
+        job.method.before_step(step / STEPS, 0.0)
         scalars = optimize(job, model, [in_dtype(batch, dtype) for batch in micro_batches])
         trace.scalars.append({name: collectives.all_reduce_mean(value) for name, value in scalars.items()})
         job.method.after_step(step / STEPS)

@@ -145,7 +145,7 @@ class TrainSettings:
     sharding: str  # fsdp: shard parameters, gradients and optimizer state over the processes
     activation_checkpointing: bool  # recompute the blocks of the backbone in the backward pass
     deterministic: Literal["auto"] | bool = True
-    clip_grad: float | None  # maximum norm of the total gradient
+    clip_grad: float | None  # maximum norm of the gradient
     log_every_steps: int
     save_every_epochs: int
     save_every_steps: int | None
@@ -158,6 +158,10 @@ class TrainSettings:
     decay_norm_and_bias: bool
     # Learning rate of a run that is extended to more epochs. The default is for config.yaml files of version 0.2.
     extend: str = "rescale"
+    # Defaults of keys that were added after version 0.2
+    warmup_from: float = 0.0  # learning rate at the first step of the warmup, as a fraction of the peak learning rate
+    schedule_length: float = 1.0  # length of the cosine schedules, as a multiple of the length of the run
+    final_weight_decay: float | None = None  # weight decay at the end of its cosine schedule; None = constant
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "log_every_steps", "keep"):
@@ -168,6 +172,9 @@ class TrainSettings:
         check_range("train.warmup_epochs", self.warmup_epochs, least=0)
         check_range("train.clip_grad", self.clip_grad, above=0)
         check_range("train.final_lr", self.final_lr, least=0)
+        check_range("train.warmup_from", self.warmup_from, least=0, most=1)
+        check_range("train.schedule_length", self.schedule_length, least=1)
+        check_range("train.final_weight_decay", self.final_weight_decay, least=0)
         check_choice("train.precision", self.precision, PRECISIONS)
         check_choice("train.sharding", self.sharding, SHARDINGS)
         check_choice("train.lr_scaling", self.lr_scaling, SCALINGS)

@@ -15,6 +15,7 @@ from sslcli.config.settings import TrainSettings
 from sslcli.distributed import collectives, watchdog
 from sslcli.engine import fsdp, gradient_cache, precision
 from sslcli.engine.checkpoint_writer import Writer
+from sslcli.engine.optim import drop_frozen_gradients
 from sslcli.engine.resume import save_good
 from sslcli.engine.run import Run
 from sslcli.errors import Stopped
@@ -40,10 +41,7 @@ def train(run: Run, step: int) -> None:
                 save_good(run, step, writer)
                 raise stopped(run, step)
             watchdog.report_progress(f"step {step + 1}")
-            lr = run.lr_at(step)
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-
+            lr = run.begin_step(step)
             scalars = optimize(run, model, micro_batches)
             run.method.after_step(run.progress_at(step))
             step += 1
@@ -67,6 +65,7 @@ def optimize(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str
         )
     else:
         means = accumulate(run, model, micro_batches)
+    drop_frozen_gradients(run.optimizer)
     if run.settings.clip_grad is not None:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.method.parameters(), run.settings.clip_grad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sslcli.distributed.collectives import whole
-from sslcli.methods.base import Method
+from sslcli.methods.base import GroupOptions, Method
 
 NEVER_DECAYED = ("bias", "pos_embed", "cls_token", "reg_token", "mask_token")
 
@@ -106,20 +106,47 @@ def parameter_groups(
 
     The group without weight decay contains biases, normalization parameters, and the class token, registers, mask token
     and position embeddings of ViT. The optimizer LARS does not adapt the learning rate of this group (`adapt=False`).
-    If `decay_norm_and_bias` is True, there is only the group with weight decay, as in MoCo v1 and v2. If
-    `method.param_groups()` is not None, the function returns these groups unchanged.
+    If `decay_norm_and_bias` is True, there is only the group with weight decay, as in MoCo v1 and v2. Parameters for
+    which `method.group_options()` returns options get groups of their own. If `method.param_groups()` is not None, the
+    function returns these groups. `wd_scale` of each group is the factor of the optimizer's weight decay.
     """
     own = method.param_groups() if isinstance(method, Method) else None
     if own is not None:
-        return own
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
+        return [{"wd_scale": 0.0 if group.get("weight_decay") == 0 else 1.0, **group} for group in own]
+    options = method.group_options() if isinstance(method, Method) else {}
+    members: dict[tuple[Any, bool], list[Tensor]] = {}  # the keys are the options, and if there is weight decay
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             excluded = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in NEVER_DECAYED
-            (plain if excluded and not decay_norm_and_bias else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay, "adapt": True}]
-    return [*groups, {"params": plain, "weight_decay": 0.0, "adapt": False}] if plain else groups
+            chosen = tuple(sorted(options_of(name, options).items()))
+            for adapt in (True, False):  # of groups with the same options, the one with weight decay comes first
+                members.setdefault((chosen, adapt), [])
+            members[chosen, decay_norm_and_bias or not excluded].append(parameter)
+    groups = []
+    for (chosen, adapt), parameters in members.items():
+        if parameters:
+            group = {"wd_scale": 1.0, **dict(chosen), "adapt": adapt, "params": parameters}
+            if not adapt:
+                group["wd_scale"] = 0.0
+            groups.append(group | {"weight_decay": weight_decay * group["wd_scale"]})
+    return groups
+
+
+def options_of(name: str, options: Mapping[str, GroupOptions]) -> GroupOptions:
+    """Return the options of the parameter `name`. The longest key of `options` that the name starts with decides.
+
+    A key is the name of a parameter, or of a module that contains the parameter.
+    """
+    found = [start for start in options if name == start or name.startswith(f"{start}.")]
+    return options[max(found, key=len)] if found else {}
+
+
+def drop_frozen_gradients(optimizer: Optimizer) -> None:
+    """Remove the gradients of frozen groups, so that the optimizer changes neither their parameters nor its state."""
+    for group in optimizer.param_groups:
+        if group.get("is_frozen"):
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def zero_momentum(optimizer: Optimizer) -> None:

@@ -129,12 +129,15 @@ def scheduled_factor(step: int, *, total: int, settings: TrainSettings, steps_pe
 
     `total` is the length of the schedule in steps. For a run that was extended to more steps, use `lr_factor` instead.
     """
-    length = {"total": total, "warmup": warmup_steps(total, settings=settings, steps_per_epoch=steps_per_epoch)}
+    length: dict[str, Any] = {
+        "total": total,
+        "warmup": warmup_steps(total, settings=settings, steps_per_epoch=steps_per_epoch),
+    }
     if settings.schedule == "cosine":
-        return schedule.warmup_cosine(step, final=settings.final_lr, **length)
-    return schedule.warmup_steps_down(
-        step, milestones=settings.milestones if settings.schedule == "step" else (), **length
-    )
+        length["total"] *= settings.schedule_length
+        return schedule.warmup_cosine(step, final=settings.final_lr, warmup_from=settings.warmup_from, **length)
+    milestones = settings.milestones if settings.schedule == "step" else ()
+    return schedule.warmup_steps_down(step, milestones=milestones, warmup_from=settings.warmup_from, **length)
 
 
 def warmup_steps(total: int, *, settings: TrainSettings, steps_per_epoch: int) -> int:

@@ -1,4 +1,4 @@
-"""Objects and settings of a run, and its learning rate schedule."""
+"""Objects and settings of a run, and its schedules."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sslcli.engine.monitor import Monitor
 from sslcli.engine.phases import Phase, lr_factor, progress, warmup_steps
 from sslcli.engine.stop import StopRequest
 from sslcli.methods.base import Method
+from sslcli.nn import schedule
 from sslcli.report.console import Screen
 
 
@@ -62,9 +63,39 @@ class Run:
         per_epoch = self.loader.steps_per_epoch
         return self.peak_lr * lr_factor(self.phases, step, settings=self.settings, steps_per_epoch=per_epoch)
 
-    def progress_at(self, step: int) -> float:
-        """Return the progress of the run at the 0-based `step`, in [0, 1), for the method's `after_step`.
+    def weight_decay_at(self, step: int) -> float | None:
+        """Return the weight decay of the 0-based `step`, or None if the weight decay is constant."""
+        end = self.settings.final_weight_decay
+        if end is None:
+            return None
+        return schedule.cosine(self.progress_at(step), start=self.optimizer.defaults["weight_decay"], end=end)
 
-        After an extension with train.extend=restart, the progress counts only the added steps.
+    def progress_at(self, step: int) -> float:
+        """Return the progress of the run at the 0-based `step`, in [0, 1), for the method's schedules.
+
+        It is divided by train.schedule_length. After an extension with train.extend=restart, the progress counts only
+        the added steps.
         """
-        return progress(self.phases, step)
+        return progress(self.phases, step) / self.settings.schedule_length
+
+    def is_frozen_at(self, step: int, frozen_epochs: float) -> bool:
+        """Return True if a group with this `frozen_epochs` is frozen at the 0-based `step`.
+
+        The group is frozen during at most a quarter of the run (before any extension), so that a short run trains it.
+        """
+        return step < min(round(frozen_epochs * self.loader.steps_per_epoch), self.phases[0].total // 4)
+
+    def begin_step(self, step: int) -> float:
+        """Set the values of all schedules for the 0-based `step`, and return the learning rate.
+
+        All values are pure functions of the step. Therefore, a resumed run has the same values.
+        """
+        lr, weight_decay = self.lr_at(step), self.weight_decay_at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = (self.peak_lr if group.get("constant_lr") else lr) * group.get("lr_scale", 1.0)
+            if weight_decay is not None:
+                group["weight_decay"] = weight_decay * group["wd_scale"]
+            if "frozen_epochs" in group:
+                group["is_frozen"] = self.is_frozen_at(step, group["frozen_epochs"])
+        self.method.before_step(self.progress_at(step), step / self.loader.steps_per_epoch)
+        return lr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,15 @@ class Batch:
         present = None if self.present is None else self.present.to(device, non_blocking=True)
         index, label = (rows.to(device, non_blocking=True) for rows in (self.index, self.label))
         return Batch(views, index, label, present)
+
+
+class GroupOptions(TypedDict, total=False):
+    """Options of parameters that the optimizer treats differently. All are optional."""
+
+    lr_scale: float  # factor of the learning rate
+    wd_scale: float  # factor of the weight decay; has no effect on parameters without weight decay
+    constant_lr: bool  # True: the peak learning rate at every step, without warmup and schedule
+    frozen_epochs: float  # epochs at the start of the run, at most a quarter of it, in which there is no update
 
 
 class Method(nn.Module):
@@ -105,6 +114,17 @@ class Method(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not divide its loss")
 
+    def before_step(self, progress: float, epoch: float) -> None:
+        """Set the values that `forward` needs and that change during the run, such as a teacher temperature.
+
+        Write such a value to a buffer with `fill_`: attributes that are Python numbers would recompile a compiled
+        method at every step. Compute the value from the arguments alone, so that a resumed run has the same value.
+
+        Args:
+            progress: t / T for the 0-based step t of T, as in `after_step`.
+            epoch: number of epochs before this step, with its fraction: t / steps per epoch.
+        """
+
     def after_step(self, progress: float) -> None:
         """Update the state of the method after an optimizer step; `progress` is t / T for the 0-based step t of T."""
 
@@ -162,8 +182,20 @@ class Method(nn.Module):
         """
         return None
 
+    def group_options(self) -> dict[str, GroupOptions]:
+        """Return options of parameters that the optimizer treats differently.
+
+        A key is the name of a parameter or of a module, such as "predictor", which stands for all its parameters. If
+        several keys apply to a parameter, the longest key decides.
+        """
+        return {}
+
     def param_groups(self) -> list[dict[str, Any]] | None:
-        """Return the parameter groups for a torch optimizer, or None to use the groups of `sslcli.engine.optim`."""
+        """Return the parameter groups for a torch optimizer, or None to use the groups of `sslcli.engine.optim`.
+
+        The groups may contain the keys of `GroupOptions`. To change the options of some parameters only, override
+        `group_options` instead.
+        """
         return None
 
     def pictures(self, images: Tensor) -> dict[str, list[Tensor]]:

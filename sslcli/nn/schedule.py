@@ -1,7 +1,7 @@
-"""Schedules of the learning rate and of the momentum of momentum encoders.
+"""Schedules of the learning rate, the weight decay, the momentum of momentum encoders and the teacher temperature.
 
-They are functions without state. Their argument is the step, or the progress (the fraction of the run that is
-completed).
+They are functions without state. Their argument is the step, the epoch, or the progress (the fraction of the run that
+is completed).
 """
 
 from __future__ import annotations
@@ -10,27 +10,29 @@ import math
 from collections.abc import Sequence
 
 
-def warmup_cosine(step: int, *, total: int, warmup: int = 0, final: float = 0.0) -> float:
+def warmup_cosine(step: float, *, total: float, warmup: int = 0, final: float = 0.0, warmup_from: float = 0.0) -> float:
     """Return the fraction of the peak learning rate at 0-based `step` of `total` steps (SimCLR, BYOL, MoCo v3).
 
-    During the first `warmup` steps, the fraction increases linearly from 0; the first step has learning rate 0. Then
-    the fraction decreases along half a cosine. It would reach `final` at step `total`, which is one step
+    During the first `warmup` steps, the fraction increases linearly from `warmup_from`, which is the value of the first
+    step. Then the fraction decreases along half a cosine. It would reach `final` at step `total`, which is one step
     after the last step.
     """
     if step < warmup:
-        return step / warmup
+        return warmup_from + (1 - warmup_from) * (step / warmup)
     angle = math.pi * (step - warmup) / max(1, total - warmup)
     return final + (1 - final) * 0.5 * (1 + math.cos(angle))
 
 
-def warmup_steps_down(step: int, *, total: int, warmup: int = 0, milestones: Sequence[float] = ()) -> float:
+def warmup_steps_down(
+    step: int, *, total: float, warmup: int = 0, milestones: Sequence[float] = (), warmup_from: float = 0.0
+) -> float:
     """Return the fraction of the peak learning rate at 0-based `step` of `total` steps.
 
-    During the first `warmup` steps, the fraction increases linearly from 0 to 1. At each milestone, it is multiplied by
-    0.1. Milestones are given as fractions of `total`.
+    During the first `warmup` steps, the fraction increases linearly from `warmup_from` to 1. At each milestone, it is
+    multiplied by 0.1. Milestones are given as fractions of `total`.
     """
     if step < warmup:
-        return step / warmup
+        return warmup_from + (1 - warmup_from) * (step / warmup)
     return float(0.1 ** sum(step >= at * total for at in milestones))
 
 
@@ -40,7 +42,23 @@ def ema_momentum(progress: float, *, base: float, final: float = 1.0) -> float:
     The momentum increases along half a cosine from `base` to `final`. `progress` is the fraction of the run that is
     completed, in [0, 1].
     """
-    return final - (final - base) * 0.5 * (math.cos(math.pi * progress) + 1)
+    return cosine(progress, start=base, end=final)
+
+
+def cosine(progress: float, *, start: float, end: float) -> float:
+    """Return a value that changes from `start` to `end` along half a cosine (weight decay in DINO and I-JEPA).
+
+    `progress` is the fraction of the run that is completed, in [0, 1].
+    """
+    return end - (end - start) * 0.5 * (math.cos(math.pi * progress) + 1)
+
+
+def linear(position: float, *, start: float, end: float, length: float) -> float:
+    """Return a value that changes linearly from `start` to `end` and then stays (teacher temperature in DINO).
+
+    `position` counts from 0, in the unit of `length`: steps, epochs or progress. The value is `end` from `length` on.
+    """
+    return start + (end - start) * (position / length) if position < length else end
 
 
 def scale_lr(lr: float, *, batch_size: int, rule: str) -> float:

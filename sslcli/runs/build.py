@@ -362,6 +362,11 @@ def build_optimizer(config: RunConfig, method: Method) -> tuple[Optimizer, float
         value = node.get(name, 0.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
             raise ConfigError(f"optimizer.{name} is {value!r}, but it must be a number of at least 0")
+    if train.final_weight_decay is not None and "weight_decay" not in node:
+        raise ConfigError(
+            f"train.final_weight_decay is {train.final_weight_decay}, but the optimizer {node['_target_']} has no "
+            "weight_decay to start from: set optimizer.weight_decay, or train.final_weight_decay=null"
+        )
     peak = schedule.scale_lr(node["lr"], batch_size=train.batch_size, rule=train.lr_scaling)
     groups = parameter_groups(
         method, weight_decay=node.get("weight_decay", 0.0), decay_norm_and_bias=train.decay_norm_and_bias

@@ -35,6 +35,7 @@ def dry_run(job: Run, parts: Parts) -> int:
     for micro_batches in job.loader.steps(0, min(STEPS, job.total_steps)):
         synchronize(job.device)
         start = time.perf_counter()
+        job.method.before_step(0.0, 0.0)
         scalars = optimize(job, job.method, micro_batches)
         job.method.after_step(0.0)
         synchronize(job.device)

@@ -81,6 +81,7 @@ def _examine(loader: Loader, method: Method, batch: Batch, precision_name: str) 
         precision.autocast(batch.index.device, precision_name),
         recorded_weights(copied.backbone) as weights,
     ):
+        copied.before_step(0.0, 0.0)
         scalars: object = copied(batch)
     reached = parameters_of(check_scalars(scalars, type(method)))
     check_embeddings(copied)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
-from sslcli.engine.optim import LARS, load_optimizer, parameter_groups, zero_momentum
-from sslcli.methods.base import Method
+from sslcli.engine.optim import LARS, drop_frozen_gradients, load_optimizer, parameter_groups, zero_momentum
+from sslcli.methods.base import GroupOptions, Method
 
 REFERENCE = ("mocov3", "dino", "vissl", "byol")
 
@@ -237,10 +237,54 @@ def test_a_net_without_biases_has_one_group() -> None:
 def test_a_method_may_say_its_own_groups() -> None:
     class Own(Method):
         def param_groups(self) -> list[dict[str, Any]]:
-            return [{"params": [*self.backbone.parameters()], "lr_scale": 0.1}]
+            weight, bias = self.backbone.parameters()
+            return [{"params": [weight], "lr_scale": 0.1}, {"params": [bias], "weight_decay": 0.0}]
 
     method = Own(nn.Linear(2, 2))
-    assert parameter_groups(method, weight_decay=0.1) == method.param_groups()
+    weights, biases = method.param_groups()
+    assert parameter_groups(method, weight_decay=0.1) == [weights | {"wd_scale": 1.0}, biases | {"wd_scale": 0.0}]
+
+
+class Slow(Method):
+    """A method whose head has options of its own, and one of its layers others."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__(backbone)
+        self.head = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        self.heading = nn.Linear(2, 2)
+
+    def group_options(self) -> dict[str, GroupOptions]:
+        return {"head": {"lr_scale": 0.5, "wd_scale": 0.1}, "head.1": {"constant_lr": True}}
+
+
+def test_options_split_the_groups_of_a_method() -> None:
+    method = Slow(nn.Linear(2, 2))
+    groups = parameter_groups(method, weight_decay=0.2)
+    found = [(sorted(names_in(method, group)), {k: v for k, v in group.items() if k != "params"}) for group in groups]
+    common = {"lr_scale": 0.5, "wd_scale": 0.1}
+    assert found == [
+        (["backbone.weight", "heading.weight"], {"weight_decay": 0.2, "wd_scale": 1.0, "adapt": True}),
+        (["backbone.bias", "heading.bias"], {"weight_decay": 0.0, "wd_scale": 0.0, "adapt": False}),
+        (["head.0.weight"], common | {"weight_decay": pytest.approx(0.02), "adapt": True}),
+        (["head.0.bias"], common | {"weight_decay": 0.0, "wd_scale": 0.0, "adapt": False}),
+        (["head.1.weight"], {"constant_lr": True, "weight_decay": 0.2, "wd_scale": 1.0, "adapt": True}),
+        (["head.1.bias"], {"constant_lr": True, "weight_decay": 0.0, "wd_scale": 0.0, "adapt": False}),
+    ]
+    assert len(parameter_groups(method, weight_decay=0.2, decay_norm_and_bias=True)) == 3
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, LARS])
+def test_a_frozen_group_is_neither_changed_nor_decayed_and_gets_no_state(kind: Any) -> None:
+    method = Slow(nn.Linear(2, 2))
+    optimizer = kind(parameter_groups(method, weight_decay=0.2), lr=0.1)
+    optimizer.param_groups[2]["is_frozen"] = True
+    before = copy.deepcopy(method.state_dict())
+    sum(p.square().sum() for p in method.parameters()).backward()
+    drop_frozen_gradients(optimizer)
+    optimizer.step()
+    changed = {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == before.keys() - {"head.0.weight"}
+    assert method.head[0].weight not in optimizer.state
 
 
 def test_groups_suit_torch_optimizers_and_lars_alike() -> None:

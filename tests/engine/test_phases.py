@@ -17,6 +17,7 @@ def settings(**changes: object) -> TrainSettings:
     values |= {"epochs": 2, "batch_size": 8, "accumulate": 1, "log_every_steps": 1, "keep": 1, "save_every_epochs": 1}
     values |= {"precision": "fp32", "sharding": "none", "lr_scaling": "none", "schedule": "cosine", "warmup_epochs": 0}
     values |= {"final_lr": 0.0, "milestones": [0.5], "compile": False, "cached_gradients": False, "extend": "rescale"}
+    values |= {"warmup_from": 0.0, "schedule_length": 1.0}
     return TrainSettings(**(values | changes))  # type: ignore[arg-type]
 
 
@@ -71,6 +72,12 @@ def test_rescale_is_the_schedule_of_the_new_length_and_restart_that_of_the_added
         for step in range(start, 60):
             assert factor(rescaled, step, **given) == factor(whole, step, **given)
             assert factor(restarted, step, **given) == factor(added, step - start, **given)
+
+
+def test_a_schedule_longer_than_the_run_ends_early() -> None:
+    for step in range(20):
+        longer = warmup_cosine(step, total=25, warmup=5, warmup_from=0.1)
+        assert factor((FIRST,), step, schedule_length=1.25, warmup_epochs=0.5, warmup_from=0.1) == longer
 
 
 def test_constant_keeps_the_last_learning_rate_and_decay_lets_it_fall_to_the_final_one() -> None:

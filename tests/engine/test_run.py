@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from one_run import finish, make_run
+from small_runs import differences, newest
+from sslcli.engine.run import Run
+from sslcli.methods.base import GroupOptions
+from sslcli.methods.byol import BYOL
 from sslcli.report.metrics import read
 
 
@@ -35,3 +42,76 @@ def test_epochs_are_counted_in_steps(tmp_path: Path, overrides: list[str], total
     run.stop.close()
     run.monitor.close()
     assert (run.total_steps, run.warmup_steps) == (total, warmup)
+
+
+def scheduled_run(run_dir: Path, *overrides: str) -> Run:
+    """A run of 3 steps per epoch. The group of projector.0 is frozen during one epoch."""
+    lines = ["method=byol", "method.hidden=16", "method.dim=8", "dataset.image_size=16", "train.warmup_epochs=0.67"]
+    lines += ["optimizer=adamw", "optimizer.weight_decay=0.04", "train.final_weight_decay=0.4"]
+    return make_run(run_dir, *lines, "train.max_steps=12", "train.save_every_steps=2", *overrides)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
+    """Give parts of BYOL schedules of their own. The arguments of `before_step` are added to the list."""
+    calls: list[tuple[float, float]] = []
+    options: dict[str, GroupOptions] = {
+        "predictor": {"constant_lr": True, "wd_scale": 0.5},
+        "projector.0": {"frozen_epochs": 1},
+    }
+    monkeypatch.setattr(BYOL, "group_options", lambda self: options)
+    monkeypatch.setattr(BYOL, "before_step", lambda self, progress, epoch: calls.append((progress, epoch)))
+    return calls
+
+
+def test_groups_have_the_schedules_that_the_method_asks_for(tmp_path: Path, seen: list[tuple[float, float]]) -> None:
+    run = scheduled_run(tmp_path, "train.schedule_length=1.25")
+    name_of = {parameter: name for name, parameter in run.method.named_parameters()}
+    steps = []
+    original = run.optimizer.step
+
+    def step(*arguments: object, **options: object) -> object:
+        groups = {name_of[group["params"][0]]: dict(group) for group in run.optimizer.param_groups}
+        frozen = run.method.get_parameter("projector.0.weight")
+        steps.append((groups, frozen.grad is None, frozen.detach().clone()))
+        return original(*arguments, **options)  # type: ignore[arg-type]
+
+    run.optimizer.step = step  # type: ignore[method-assign, assignment]
+    finish(run)
+    assert len(steps) == 12
+    rates = [groups["backbone.block1.0.weight"]["lr"] for groups, *_ in steps]
+    assert rates == [run.lr_at(step) for step in range(12)]
+    assert rates[0] == 0
+    assert {groups["predictor.0.weight"]["lr"] for groups, *_ in steps} == {run.peak_lr}
+    decays = [groups["backbone.block1.0.weight"]["weight_decay"] for groups, *_ in steps]
+    assert decays[0] == pytest.approx(0.04)
+    assert decays == [run.weight_decay_at(step) for step in range(12)]
+    assert decays[-1] == pytest.approx(0.4 - 0.36 * 0.5 * (1 + math.cos(math.pi * 11 / 15)))
+    assert [groups["predictor.0.weight"]["weight_decay"] for groups, *_ in steps] == [d / 2 for d in decays]
+    assert {groups["predictor.0.bias"]["weight_decay"] for groups, *_ in steps} == {0.0}
+    assert [frozen for _, frozen, _ in steps] == [True] * 3 + [False] * 9
+    weights = [weight for *_, weight in steps]
+    assert all(torch.equal(weight, weights[0]) for weight in weights[:4])
+    assert not torch.equal(weights[4], weights[3])
+    assert seen == [(pytest.approx(step / 15), pytest.approx(step / 3)) for step in range(12)]
+
+
+@pytest.mark.usefixtures("seen")
+@pytest.mark.parametrize("first", [2, 6])  # while the group is frozen, and afterwards
+def test_a_run_with_schedules_resumes_bit_for_bit(tmp_path: Path, first: int) -> None:
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    finish(scheduled_run(whole, "train.keep=9"))
+    (half / "checkpoints").mkdir(parents=True)
+    for path in (whole / "checkpoints").glob(f"step-{first:08d}.*"):
+        shutil.copy(path, half / "checkpoints")
+    assert newest(half)["step"] == first
+    finish(scheduled_run(half, "train.keep=9"))
+    assert differences(newest(half), newest(whole)) == []
+
+
+def test_a_short_run_is_frozen_for_a_quarter_of_its_length(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "train.max_steps=8")
+    run.stop.close()
+    run.monitor.close()
+    assert [run.is_frozen_at(step, 10) for step in range(4)] == [True, True, False, False]
+    assert not run.is_frozen_at(0, 0)

@@ -58,7 +58,8 @@ def test_what_a_method_leaves_out_means_nothing() -> None:
     method, images = Method(nn.Flatten()), torch.zeros(2, 3, 4, 4)
     assert (method.stored(), method.param_groups(), method.mixture) == (None, None, None)
     assert (method.queue_length, method.num_negatives(8), method.head_layers, method.finetune_layer) == (0, None, 0, 0)
-    assert method.effective(8) == {}
+    assert (method.effective(8), method.group_options()) == ({}, {})
+    method.before_step(0.5, 3.5)
     assert torch.equal(method.projection(images), method.features(images))
     assert method.pictures(images) == {}
     with pytest.raises(ValueError, match="layer is 1, but Method has no features inside its head"):
