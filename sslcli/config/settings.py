@@ -19,6 +19,7 @@ SCALINGS = ("linear", "sqrt", "none")
 SHARDINGS = ("none", "fsdp")
 EXTENSIONS = ("rescale", "constant", "decay", "restart")
 SCHEDULES = ("cosine", "step", "constant")
+CLIPPINGS = ("all", "tensor", "module")
 COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
 KNN_SPLITS = ("val", "test")
 TEST_METRIC = "monitor/test_"  # start of the names of scalars that are measured on test images
@@ -161,6 +162,7 @@ class TrainSettings:
     # Defaults of keys that were added after version 0.2
     warmup_from: float = 0.0  # learning rate at the first step of the warmup, as a fraction of the peak learning rate
     schedule_length: float = 1.0  # length of the cosine schedules, as a multiple of the length of the run
+    clip_grad_by: str = "all"  # the norm that clip_grad limits: of the whole gradient, of each tensor or of each module
     final_weight_decay: float | None = None  # weight decay at the end of its cosine schedule; None = constant
 
     def __post_init__(self) -> None:
@@ -175,6 +177,7 @@ class TrainSettings:
         check_range("train.warmup_from", self.warmup_from, least=0, most=1)
         check_range("train.schedule_length", self.schedule_length, least=1)
         check_range("train.final_weight_decay", self.final_weight_decay, least=0)
+        check_choice("train.clip_grad_by", self.clip_grad_by, CLIPPINGS)
         check_choice("train.precision", self.precision, PRECISIONS)
         check_choice("train.sharding", self.sharding, SHARDINGS)
         check_choice("train.lr_scaling", self.lr_scaling, SCALINGS)

@@ -15,6 +15,7 @@ from sslcli.config.settings import TrainSettings
 from sslcli.distributed import collectives, watchdog
 from sslcli.engine import fsdp, gradient_cache, precision
 from sslcli.engine.checkpoint_writer import Writer
+from sslcli.engine.clipping import clip_gradients
 from sslcli.engine.optim import drop_frozen_gradients
 from sslcli.engine.resume import save_good
 from sslcli.engine.run import Run
@@ -68,7 +69,7 @@ def optimize(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[str
     drop_frozen_gradients(run.optimizer)
     if run.settings.clip_grad is not None:
         run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.method.parameters(), run.settings.clip_grad)
+        clip_gradients(run.method, run.settings.clip_grad, by=run.settings.clip_grad_by)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)

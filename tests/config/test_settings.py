@@ -63,6 +63,7 @@ EVAL = EvalSettings(
         (TRAIN, "schedule", ["cosine", "step", "constant"], ["linear"]),
         (TRAIN, "warmup_epochs", [0, 0.5], [-1, float("inf")]),
         (TRAIN, "final_lr", [0, 1], [-0.1, 1.1]),
+        (TRAIN, "clip_grad_by", ["all", "tensor", "module"], ["parameter", ""]),
         (TRAIN, "warmup_from", [0, 1], [-0.1, 1.1]),
         (TRAIN, "schedule_length", [1, 1.25], [0.9, float("inf")]),
         (TRAIN, "final_weight_decay", [None, 0, 0.4], [-0.1]),

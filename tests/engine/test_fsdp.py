@@ -17,6 +17,7 @@ from sslcli.backbones.small import Small
 from sslcli.backbones.vit import Block, VisionTransformer
 from sslcli.distributed import collectives
 from sslcli.engine import fsdp
+from sslcli.engine.clipping import clip_gradients
 from sslcli.engine.loop import gradient_sync, parallel
 from sslcli.engine.optim import LARS, parameter_groups
 from sslcli.errors import ConfigError
@@ -57,6 +58,7 @@ class Plan:
     precision: str = "fp32"
     accumulate: int = 1
     clip: float | None = None
+    clip_by: str = "all"
     recompute: bool = False
     backbone: dict[str, Any] = field(default_factory=dict)
 
@@ -82,7 +84,7 @@ def trained(plan: Plan) -> tuple[list[float], dict[str, Tensor]]:
                 loss.backward()
             total = total + loss.detach()
         if plan.clip is not None:
-            nn.utils.clip_grad_norm_(method.parameters(), plan.clip)
+            clip_gradients(method, plan.clip, by=plan.clip_by)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         method.after_step(step / 4)
@@ -93,7 +95,7 @@ def trained(plan: Plan) -> tuple[list[float], dict[str, Tensor]]:
 PLANS = [
     *(Plan(method=word, optimizer=optimizer) for word in METHODS for optimizer in ("adamw", "lars")),
     Plan(accumulate=2),
-    Plan(clip=0.05),
+    *(Plan(clip=0.05, clip_by=by) for by in ("all", "tensor", "module")),
     Plan(recompute=True),
 ]
 
