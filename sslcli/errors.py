@@ -214,12 +214,12 @@ def with_traceback(message: str, error: BaseException) -> ConfigError:
 def print_unexpected(command: str, error: Exception) -> int:
     """Print an exception that `ssl-COMMAND` does not expect, and return the exit code of the command.
 
-    The code is 3 if the memory or the disk space is used up. Otherwise, the code is 2 if user code raised the
-    exception. All other exceptions are bugs of sslcli: the whole traceback is printed, and the code is 1.
+    The code is 3 if the disk space is used up, and 2 if the memory is used up or if user code raised the exception. All
+    other exceptions are bugs of sslcli: the whole traceback is printed, and the code is 1.
     """
     if is_out_of_memory(error):
         print_error(command, f"out of memory ({first_line(error)}): reduce the batch size, or the size of the images")
-        return EXIT_FAILED
+        return EXIT_CONFIG
     if isinstance(error, OSError) and _is_full_disk(error):
         message, code = disk_failure(error, "a file", "directory") or ("", EXIT_FAILED)
         print_error(command, message)

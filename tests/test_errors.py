@@ -270,20 +270,25 @@ def test_an_unexpected_exception_is_printed(
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("error", "code", "expected"),
     [
-        (MemoryError(), "out of memory (MemoryError): reduce the batch size"),
+        (MemoryError(), EXIT_CONFIG, "out of memory (MemoryError): reduce the batch size"),
         (
             type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory.\nmore"),
+            EXIT_CONFIG,
             "out of memory (CUDA out of memory): reduce",
         ),
-        (OSError(errno.ENOSPC, "No space left", "/big"), "/big cannot be written (No space left): free space"),
+        (
+            OSError(errno.ENOSPC, "No space left", "/big"),
+            EXIT_FAILED,
+            "/big cannot be written (No space left): free space",
+        ),
     ],
 )
 def test_a_lack_of_memory_or_disk_space_is_no_bug(
-    error: Exception, expected: str, capsys: pytest.CaptureFixture[str]
+    error: Exception, code: int, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert print_unexpected("train", error) == EXIT_FAILED
+    assert print_unexpected("train", error) == code
     shown = capsys.readouterr().err
     assert expected in shown
     assert "Traceback" not in shown

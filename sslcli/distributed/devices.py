@@ -1,8 +1,10 @@
-"""Device of a process, deterministic kernels, and number of CPU threads."""
+"""Device of a process, its memory, deterministic kernels, and number of CPU threads."""
 
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from typing import Literal
 
 import torch
@@ -79,6 +81,22 @@ def prepare(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:  # without this variable, older versions of torch warn about every matrix product
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all kernels on a GPU are complete. Do nothing on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory in bytes: of the tensors on a CUDA device, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def set_threads(threads: int | None) -> None:

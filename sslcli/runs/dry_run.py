@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from pathlib import Path
 
-import torch
-
 from sslcli.data.loader import Loader, plain_batches
+from sslcli.distributed.devices import peak_memory, synchronize
 from sslcli.engine.loop import optimize
 from sslcli.engine.run import Run
 from sslcli.errors import ConfigError
@@ -48,7 +45,7 @@ def dry_run(job: Run, parts: Parts) -> int:
         "seconds per step, without data": elapsed,
         "steps to train": left if len(job.phases) == 1 else f"{left}, after {job.phases[-1].start} steps",
         "estimated time, without data": duration(elapsed * left),
-        "peak memory (GB)": peak_memory(job.device),
+        "peak memory (GB)": peak_memory(job.device) / 1e9,
         "views": str(picture),
     }
     job.screen.table("dry run", facts)
@@ -56,20 +53,6 @@ def dry_run(job: Run, parts: Parts) -> int:
         job.screen.say(f"  view {number}: {line}")
     job.screen.say("the dry run is complete, no checkpoint was saved: run the command without dry_run to train")
     return 0
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until all kernels on a GPU are complete. Do nothing for other devices."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Return the peak memory in GB: the memory of the GPU if the device is a GPU, else the memory of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in kilobytes on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def save_views(loader: Loader, parts: Parts, count: int, run_dir: Path) -> Path:

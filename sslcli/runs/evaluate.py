@@ -137,14 +137,14 @@ def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, scr
 def evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[str, Any]:
     """Evaluate one checkpoint or weight file, write the result file, and return the result.
 
-    The returned result contains `results_dir`, the folder of the result file. Raises TrainingFailed if the evaluation
+    The returned result contains `results_dir`, the folder of the result file. Raises ConfigError if the evaluation
     runs out of memory.
     """
     try:
         return _evaluate(config, device, screen)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise TrainingFailed(evaluation_message(error, config)) from error
+            raise ConfigError(evaluation_message(error, config, device)) from error
         raise
 
 

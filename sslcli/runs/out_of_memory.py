@@ -1,9 +1,32 @@
-"""Messages for commands that ran out of memory. They list configuration keys that reduce the memory usage."""
+"""Messages for commands that ran out of memory: what takes the memory, and configuration keys that reduce it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
 from sslcli.config.run_config import EvalConfig, RunConfig
 from sslcli.distributed import collectives
+from sslcli.distributed.devices import peak_memory
+from sslcli.errors import ConfigError, is_out_of_memory
+
+
+@contextmanager
+def explained(
+    config: RunConfig, method: nn.Module, device: torch.device, optimizer: Optimizer | None = None
+) -> Iterator[None]:
+    """Convert out-of-memory errors in the `with` block to a ConfigError with `training_message`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        usage = memory_usage(method, optimizer, device)
+        raise ConfigError(f"{training_message(error, config)}\n{usage}") from error
 
 
 def training_message(error: BaseException, config: RunConfig) -> str:
@@ -16,7 +39,9 @@ def training_message(error: BaseException, config: RunConfig) -> str:
     remedies = []
     if per_pass > 1:
         smaller = f"train.accumulate={2 * settings.accumulate} halves the images per forward pass"
-        cached = "" if settings.cached_gradients else ", which also halves in-batch negatives"
+        cached = ""
+        if not settings.cached_gradients:
+            cached = ", which also halves in-batch negatives; train.cached_gradients=true keeps them"
         remedies.append(f"{smaller} (now {per_pass}{cached})")
     if not settings.activation_checkpointing and settings.compile is not True:
         remedies.append("train.activation_checkpointing=true keeps fewer activations, at the cost of speed")
@@ -24,19 +49,59 @@ def training_message(error: BaseException, config: RunConfig) -> str:
         remedies.append("train.precision=bf16 halves activations")
     if processes > 1 and settings.sharding == "none":
         remedies.append("train.sharding=fsdp divides the parameters among the processes")
-    remedies.append("reduce train.batch_size or dataset.image_size")
+    remedies.append(f"reduce train.batch_size (now {settings.batch_size}) or dataset.image_size")
+    remedies.append("on a GPU, dry_run=true find_batch_size=true finds the largest train.batch_size")
     return f"out of memory ({_cause(error)}). To use less memory: {'; '.join(remedies)}"
 
 
-def evaluation_message(error: BaseException, config: EvalConfig) -> str:
-    """Return the message of an evaluation that ran out of memory."""
+def memory_usage(method: nn.Module, optimizer: Optimizer | None, device: torch.device) -> str:
+    """Return a line that lists what takes the memory of this process on `device`, in GB.
+
+    Activations are not listed anywhere in torch. Their memory is the peak memory without all other tensors. On the CPU,
+    the peak includes the program and its libraries.
+    """
+    parameters = list(method.parameters())
+    buffers = {name: _bytes([buffer]) for name, buffer in method.named_buffers()}
+    largest = max(buffers, key=lambda name: buffers[name], default="")
+    state = [] if optimizer is None else [value for values in optimizer.state.values() for value in values.values()]
+    parts = {
+        "parameters": _bytes(parameters),
+        "gradients": _bytes(parameter.grad for parameter in parameters),
+        "optimizer state" if state else "optimizer state (it is created by the first step)": _bytes(state),
+        f"buffers (the largest is {largest})" if largest else "buffers": sum(buffers.values()),
+    }
+    peak = peak_memory(device)
+    rest = max(0, peak - sum(parts.values()))
+    parts["activations" if device.type == "cuda" else "activations, images and the program"] = rest
+    listed = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in parts.items())
+    return f"Memory of this process on {device}, in GB: {listed}. The {_peak(device)}"
+
+
+def _peak(device: torch.device) -> str:
+    """Return a phrase with the peak memory of this process, and with the total memory if the device is a GPU."""
+    peak = f"peak memory is {peak_memory(device) / 1e9:.2f} GB"
+    if device.type != "cuda":
+        return peak
+    return f"{peak} of {torch.cuda.get_device_properties(device).total_memory / 1e9:.2f} GB"
+
+
+def _bytes(values: Iterable[object]) -> int:
+    """Return the size of the local part of all tensors in `values`. Other values are ignored."""
+    tensors = [collectives.local(value) for value in values if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def evaluation_message(error: BaseException, config: EvalConfig, device: torch.device) -> str:
+    """Return the message of an evaluation that ran out of memory, with the settings that would reduce the usage."""
     remedies = (
         [f"batch_size={max(1, config.batch_size // 2)} (now {config.batch_size})"] if config.batch_size > 1 else []
     )
     if "batch_size" in config.protocol:
         remedies.append(f"a protocol.batch_size below {config.protocol['batch_size']}")
+    if config.precision == "fp32":
+        remedies.append("precision=bf16")
     remedies.append("a dataset.limit, for fewer images")
-    return f"out of memory ({_cause(error)}). To use less memory, set {', or '.join(remedies)}"
+    return f"out of memory ({_cause(error)}). To use less memory, set {', or '.join(remedies)}. The {_peak(device)}"
 
 
 def _cause(error: BaseException) -> str:

@@ -51,31 +51,32 @@ def trial(loader: Loader, method: Method, device: torch.device, precision_name: 
 
     The method, its buffers and all random states stay unchanged. No other process takes part.
 
+    If the memory is too small, an error is raised for which `is_out_of_memory` returns True. A training step needs at
+    least as much memory.
+
     Raises ConfigError if a view cannot be drawn, if the method does not accept the views, or if `forward` does not
     return what the training loop needs. The message names the key to change, or the class of the method.
     """
-    try:
-        with _unchanged_random_state(device), collectives.single_process():
-            batch = draw(loader, COUNT, device)
-            try:
-                return _examine(loader, method, batch, precision_name)
-            except ConfigError:
-                # A method may need more than `COUNT` images. Therefore the trial is repeated with a whole micro-batch,
-                # unless the micro-batch is not larger than `COUNT`.
-                if loader.micro_batch_size <= COUNT:
-                    raise
-            return _examine(loader, method, draw(loader, loader.micro_batch_size, device), precision_name)
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):  # the first step reports the lack of memory
-            return Trial()
-        raise
+    with _unchanged_random_state(device), collectives.single_process():
+        batch = draw(loader, COUNT, device)
+        try:
+            return _examine(loader, method, batch, precision_name)
+        except ConfigError:
+            # A method may need more than `COUNT` images. Therefore the trial is repeated with a whole micro-batch,
+            # unless the micro-batch is not larger than `COUNT`.
+            if loader.micro_batch_size <= COUNT:
+                raise
+        return _examine(loader, method, draw(loader, loader.micro_batch_size, device), precision_name)
 
 
 def _examine(loader: Loader, method: Method, batch: Batch, precision_name: str) -> Trial:
     try:
-        copied = copy.deepcopy(method).to(batch.index.device).train()
-    except Exception:  # a module of the user holds something that cannot be copied, such as a lock
+        copied = copy.deepcopy(method)
+    except Exception as error:  # a module of the user holds something that cannot be copied, such as a lock
+        if is_out_of_memory(error):
+            raise
         return Trial()
+    copied.to(batch.index.device).train()
     with (
         user_code("computing the loss", explain=partial(_explain, loader, method)),
         precision.autocast(batch.index.device, precision_name),

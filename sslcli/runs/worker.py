@@ -59,7 +59,7 @@ from sslcli.runs.dry_run import dry_run, save_views
 from sslcli.runs.image_changes import check_images
 from sslcli.runs.length import phase_rows, planned_phases
 from sslcli.runs.moved_images import check_moved, earlier_moved, moved_row, possibly_moved
-from sslcli.runs.out_of_memory import training_message
+from sslcli.runs.out_of_memory import explained, training_message
 from sslcli.runs.shorter_run import shorter_run_hint
 from sslcli.runs.trial import Trial, freeze, trial, trial_warnings
 from sslcli.system import atomic
@@ -107,7 +107,7 @@ def run(config: RunConfig) -> int:
         return EXIT_STOPPED if processes.number() > 0 else _end(str(error), EXIT_STOPPED)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            return _end(training_message(error, config), EXIT_FAILED)
+            return _end(training_message(error, config), EXIT_CONFIG)
         if DEAD_WORKER in str(error):
             return _end(str(worker_died_error(error)), processes.exit_lost())
         if UNUSED_IN_STEP in str(error):
@@ -187,8 +187,9 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
     loader = build_loader(config, parts, device)
     check_batch(loader, parts)
     check_cached_gradients(parts.method, config.train.cached_gradients)
-    found = run_trial(config, loader, parts, device)
-    move_to_device(parts.method, config.train, device)
+    with explained(config, parts.method, device):
+        found = run_trial(config, loader, parts, device)
+        move_to_device(parts.method, config.train, device)
     optimizer, peak_lr = build_optimizer(config, parts.method)
     if collectives.world_size() > 1:
         # Freeze after the optimizer was built, so that the optimizer has the same parameters as with one process.
@@ -211,16 +212,17 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
                 screen.warn(warning)
             if main and (hint := shorter_run_hint(config)):
                 screen.say(hint)
-            if dry:
-                job.stop.close()  # then an interrupt ends the dry run immediately
-                return dry_run(job, parts)
-            # Resume before config.yaml is written, so that config.yaml stays unchanged if the checkpoint is refused.
-            step = resume(job)
-            if main:
-                describe(job, parts, config, facts | moved_row(moved))
-            enable_garbage_collection()
-            with user_code("training", passes=partial(has_own_message, run_dir)):
-                train(job, step)
+            with explained(config, parts.method, device, optimizer):
+                if dry:
+                    job.stop.close()  # then an interrupt ends the dry run immediately
+                    return dry_run(job, parts)
+                # Resume before config.yaml is written, so that it stays unchanged if the checkpoint is refused.
+                step = resume(job)
+                if main:
+                    describe(job, parts, config, facts | moved_row(moved))
+                enable_garbage_collection()
+                with user_code("training", passes=partial(has_own_message, run_dir)):
+                    train(job, step)
         except Stopped as error:
             screen.write(str(error))
             if error.by_signal and config.launcher.kind == "slurm":
@@ -245,10 +247,18 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
 def run_trial(config: RunConfig, loader: Loader, parts: Parts, device: torch.device) -> Trial:
     """Compute the loss once before the first step, and return the result (see `Trial`).
 
-    A sharded method may be too large for one device, so its trial runs on the CPU.
+    A sharded method may be too large for one device, so its trial runs on the CPU. If the main memory is too small for
+    this, there is no trial.
     """
-    place = torch.device("cpu") if config.train.sharding == "fsdp" else device
-    return trial(loader, parts.method, place, precision.resolve(config.train.precision, place))
+    if config.train.sharding != "fsdp":
+        return trial(loader, parts.method, device, precision.resolve(config.train.precision, device))
+    place = torch.device("cpu")
+    try:
+        return trial(loader, parts.method, place, precision.resolve(config.train.precision, place))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Trial()
 
 
 def check_dataset(config: RunConfig, stored: dict[str, Any], parts: Parts, screen: Screen) -> tuple[str, ...]:

@@ -153,6 +153,21 @@ def test_a_method_is_placed_on_the_gpu_whole(one_gpu: list[int], monkeypatch: py
     assert {tensor.device.type for tensor in method.state_dict().values()} == {"meta"}
 
 
+def test_the_peak_memory_is_that_of_the_gpu_or_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 5e7 < devices.peak_memory(torch.device("cpu")) < 5e11
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 7 if device.index == 1 else 0)
+    assert devices.peak_memory(torch.device("cuda", 1)) == 7
+
+
+def test_a_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[object] = []
+    monkeypatch.setattr("torch.cuda.synchronize", waited.append)
+    monkeypatch.setattr("torch.mps.synchronize", lambda: waited.append("mps"))
+    for name in ("cpu", "cuda:1", "mps"):
+        devices.synchronize(torch.device(name))
+    assert waited == [torch.device("cuda", 1), "mps"]
+
+
 def test_the_number_of_threads_is_the_first_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
     before = torch.get_num_threads()

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from command_line import SMALL, Cli, composed
 from sslcli.config.run_config import RunConfig
 from sslcli.errors import is_out_of_memory
 from sslcli.evaluation import features
-from sslcli.runs import worker
-from sslcli.runs.out_of_memory import training_message
+from sslcli.runs import out_of_memory, worker
+from sslcli.runs.out_of_memory import memory_usage, training_message
 
 CUDA = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.25 GiB is free."
@@ -47,7 +50,8 @@ def test_the_message_names_the_allocation_and_only_keys_that_still_help() -> Non
     said = message(CUDA, "train.batch_size=256", "train.accumulate=2")
     assert said.startswith("out of memory (Tried to allocate 2.00 GiB). ")
     assert (
-        "train.accumulate=4 halves the images per forward pass (now 128, which also halves in-batch negatives)" in said
+        "train.accumulate=4 halves the images per forward pass (now 128, which also halves in-batch negatives; "
+        "train.cached_gradients=true keeps them)" in said
     )
     assert "train.activation_checkpointing=true" in said
     said = message(CUDA, "train.activation_checkpointing=true", "train.cached_gradients=true", "train.precision=bf16")
@@ -59,15 +63,52 @@ def test_the_message_names_the_allocation_and_only_keys_that_still_help() -> Non
     assert "out of memory (MemoryError)" in message(MemoryError())
 
 
-def test_a_step_without_memory_ends_a_run_with_a_message(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_the_memory_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate the memory of a GPU; all tensors are on the CPU."""
+    method = nn.BatchNorm1d(10**6)  # parameters of 8 MB, buffers of 8 MB
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 10**9)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=2 * 10**9))
+    listed = memory_usage(method, optimizer, torch.device("cuda", 0))
+    assert "parameters 0.008, gradients 0.000, optimizer state (it is created by the first step) 0.000," in listed
+    assert "buffers (the largest is running_mean) 0.008, activations 0.984." in listed
+    assert listed.endswith("The peak memory is 1.00 GB of 2.00 GB")
+    method(torch.ones(2, 10**6)).sum().backward()
+    optimizer.step()
+    assert "gradients 0.008, optimizer state 0.008, buffers" in memory_usage(method, optimizer, torch.device("cpu"))
+
+
+def test_tensors_that_take_more_than_the_peak_leave_nothing_for_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(out_of_memory, "peak_memory", lambda device: 0)
+    assert "and the program 0.000. The peak" in memory_usage(nn.Linear(2, 2), None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("stage", ["trial", "move_to_device", "dry_run", "train"])
+def test_a_run_without_memory_ends_with_a_message(stage: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **named: object) -> None:
         raise CUDA
 
-    monkeypatch.setattr(worker, "train", fail)
-    ended = cli("ssl-train", *SMALL, "run_dir=run")
-    assert ended.code == 3
+    monkeypatch.setattr(worker, stage, fail)
+    ended = cli("ssl-train", *SMALL, "run_dir=run", f"dry_run={str(stage == 'dry_run').lower()}")
+    assert ended.code == 2
     assert "ssl-train: out of memory (Tried to allocate 2.00 GiB). To use less memory" in ended.err
+    assert "reduce train.batch_size (now 32)" in ended.err
+    assert re.search(
+        r"\nMemory of this process on cpu, in GB: parameters .* The peak memory is \d+\.\d\d GB", ended.err
+    )
     assert "Traceback" not in ended.err
+    if stage == "train":
+        assert "Memory of this process" in Path("run/console.log").read_text()
+
+
+def test_a_trial_of_a_sharded_run_without_memory_is_left_out(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial of a sharded run is on the CPU, but its training is not."""
+
+    def fail(*arguments: object, **named: object) -> None:
+        raise cpu_error()
+
+    monkeypatch.setattr(worker, "trial", fail)
+    assert cli("ssl-train", *SMALL, "run_dir=run", "train.sharding=fsdp", "train.max_steps=1").code == 0
 
 
 def test_an_evaluation_without_memory_ends_with_a_message(
@@ -77,7 +118,10 @@ def test_an_evaluation_without_memory_ends_with_a_message(
         raise cpu_error()
 
     monkeypatch.setattr(features, "plain_batches", fail)
-    ended = cli("ssl-eval", f"run={run_dir}", "cache=false", "batch_size=64")
-    assert ended.code == 3
+    ended = cli("ssl-eval", f"run={run_dir}", "cache=false", "batch_size=64", "precision=fp32")
+    assert ended.code == 2
     assert "ssl-eval: out of memory (DefaultCPUAllocator" in ended.err
-    assert "set batch_size=32 (now 64)" in ended.err
+    assert "set batch_size=32 (now 64), " in ended.err
+    assert "precision=bf16, or a dataset.limit, for fewer images. The peak" in ended.err
+    assert re.search(r"The peak memory is [\d.]+ GB", ended.err)
+    assert "Traceback" not in ended.err

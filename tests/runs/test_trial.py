@@ -206,11 +206,23 @@ def test_a_method_that_cannot_be_copied_has_no_trial() -> None:
     assert trial(loader, method, CPU, "fp32") == Trial()
 
 
-def test_a_trial_without_memory_leaves_the_report_to_the_first_step() -> None:
+def test_a_trial_without_memory_is_no_error_of_the_method() -> None:
     class Huge(SimCLR):
         def forward(self, batch: Batch) -> dict[str, Tensor]:
             torch.empty(2**60, dtype=torch.uint8)  # torch's CPU allocator raises a plain RuntimeError
             return super().forward(batch)
 
     loader, method = built()
-    assert trial(loader, Huge(method.backbone), CPU, "fp32") == Trial()
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        trial(loader, Huge(method.backbone), CPU, "fp32")
+
+
+def test_a_copy_for_a_trial_without_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, method = built()
+
+    def fail(value: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("copy.deepcopy", fail)
+    with pytest.raises(MemoryError):
+        trial(loader, method, CPU, "fp32")
