@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 
 import pytest
 import torch
@@ -17,3 +18,4 @@ needs_glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc",
     reason="only malloc of glibc has these options",
 )
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only on Linux do data workers start by fork")

@@ -30,6 +30,7 @@ from sslcli.data.pixel_format import LEGACY, PixelFormat
 from sslcli.data.pixels import Pixels
 from sslcli.errors import ConfigError, nearest
 from sslcli.system import atomic
+from sslcli.system.memory import available_memory
 from sslcli.system.stored import renamed, set_aside
 
 KINDS = ("none", "ram", "disk")
@@ -151,7 +152,7 @@ class DecodedCache:
             raise _too_large_error(count, f"{total / _GB:.2f}", gigabytes)
         header = _header(sizes.tobytes(), total) + sizes.tobytes()
         if self.file is None:
-            free = _free_memory()
+            free = available_memory()
             if total > free:
                 raise ConfigError(
                     f"dataset.keep_decoded=ram needs {total / _GB:.2f} GB for {count} images, but only "
@@ -264,11 +265,3 @@ def _too_large_error(count: int, needed: str, gigabytes: float) -> ConfigError:
         f"dataset.keep_decoded needs {needed} GB for {count} images, but dataset.keep_gb is {gigabytes:g}: increase "
         "dataset.keep_gb, lower dataset.limit, or use none"
     )
-
-
-def _free_memory() -> int:
-    """Return the available memory of this machine in bytes."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return sys.maxsize

@@ -21,12 +21,13 @@ from torch import Tensor
 from sslcli.data import rng
 from sslcli.data.bad_images import BadImages
 from sslcli.data.crops import PlainCrops, Request, ViewCrops, center_crop, concat_requests, to_uint8
+from sslcli.data.num_workers import BatchMemory
 from sslcli.data.order import epoch_length, epoch_order, last_read_mask, shard_order
 from sslcli.data.pixels import as_picture
 from sslcli.data.sources.base import Source
 from sslcli.data.views import augment
 from sslcli.data.views.views import Views
-from sslcli.data.workers import DEFAULT_TIMEOUT, RequestSampler, check_shared_memory, iterate_batches
+from sslcli.data.workers import DEFAULT_TIMEOUT, iterate_batches
 from sslcli.distributed.collectives import rank, world_size
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Batch
@@ -79,12 +80,23 @@ class Loader:
         # A dataset of shards is read in parallel lanes (see order.py), and every worker reads its own lanes. Therefore
         # each micro-batch is split into one request per worker.
         self.layout = source.layout
-        self.workers = source.workers if self.layout is None else min(source.workers, self.micro_batch_size)
+        pixels = sum(size * size for size in views.sizes(source.image_size))
+        self.memory = BatchMemory(self.micro_batch_size * source.channels * pixels, self.layout is not None)
+        self.workers = self.num_workers()
         self.requests_per_batch = 1 if self.layout is None else max(1, self.workers)
-        if source.images is None:
-            pixels = sum(size * size for size in views.sizes(source.image_size))
-            batch_bytes = self.micro_batch_size * source.channels * pixels // self.requests_per_batch
-            check_shared_memory(self.workers, batch_bytes)
+
+    def num_workers(self) -> int:
+        """Return the number of data workers.
+
+        Raises ConfigError if the number that the user set needs too much memory. A default number is reduced instead.
+        """
+        if self.source.images is not None:
+            return 0
+        workers = self.source.workers if self.layout is None else min(self.source.workers, self.micro_batch_size)
+        if self.source.chooses_workers:
+            return self.memory.reduced_workers(workers)
+        self.memory.check(workers)
+        return workers
 
     def position(self, step: int) -> dict[str, Any]:
         """Return the position of a run in the training images after `step` steps, for a checkpoint.
@@ -193,8 +205,15 @@ class Loader:
     def from_files(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the micro-batches of the steps from `start` to `stop` - 1, for a dataset of files or shards."""
         crops = ViewCrops(self.source, self.views, self.seed)
-        sampler = RequestSampler(self.requests(start, stop))
-        items = iterate_batches(crops, sampler, self.workers, owner=type(self.source), timeout=self.timeout)
+        items = iterate_batches(
+            crops,
+            self.requests(start, stop),
+            self.workers,
+            owner=type(self.source),
+            timeout=self.timeout,
+            memory=self.memory,
+            pin_memory=self.device.type == "cuda",
+        )
         while group := list(islice(items, self.requests_per_batch)):
             requests, views, read, bad = zip(*group, strict=True)
             for path, reason in chain(*bad):
@@ -269,9 +288,16 @@ def plain_batches(
     """
     chunks = list(torch.split(positions, batch_size))
     if source.images is None:
-        workers = source.workers if workers is None else workers
-        check_shared_memory(workers, min(batch_size, len(positions)) * source.channels * source.image_size**2)
-        yield from iterate_batches(PlainCrops(source), chunks, workers, owner=type(source))
+        memory = BatchMemory(min(batch_size, len(positions)) * source.channels * source.image_size**2)
+        wanted = min(source.workers if workers is None else workers, len(chunks))
+        if workers is None:
+            wanted = memory.reduced_workers(wanted)
+        else:
+            memory.check(wanted)
+        pin_memory = torch.cuda.is_available()
+        yield from iterate_batches(
+            PlainCrops(source), chunks, wanted, owner=type(source), memory=memory, pin_memory=pin_memory
+        )
         return
     size = source.image_size
     for chunk in chunks:

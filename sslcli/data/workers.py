@@ -21,19 +21,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from sslcli.data.batch_slots import BatchSlots, PackedBatch, pack
+from sslcli.data.num_workers import BatchMemory, prefetch_factor
 from sslcli.errors import BUG, ConfigError, ProcessLost, TrainingFailed, class_name, summary, user_code_error
-from sslcli.system import cpu
 from sslcli.system.child_processes import kill_with_parent
-from sslcli.system.launch_variables import local_world_size
 
-MAX_GPU_WORKERS, CPU_WORKERS = 8, 2
-SMALL_SIDE, FEW_CORES = 64, 2  # pixels per side, cores per process; see default_workers
-PREFETCH_FACTOR = 4  # number of batches that a worker prefetches
 DEFAULT_TIMEOUT = 600.0  # seconds to wait for a batch
 POLL_INTERVAL = 1.0  # seconds between checks of the workers while waiting
 GRACE_PERIOD = 1.0  # seconds to wait for workers to end by themselves, before they are killed
-SHARED_MEMORY = "/dev/shm"
 MAX_SOCKET_FOLDER = 70  # bytes; multiprocessing adds about 31 for the name of a socket, and Linux allows 107
+SHARED_MEMORY = "/dev/shm"
 SHORT_FOLDERS = ("/tmp", "/var/tmp", SHARED_MEMORY)
 END = object()  # what next_item returns after the last item
 LIVE_WORKERS: set[BaseProcess] = set()
@@ -41,38 +38,29 @@ LIVE_WORKERS: set[BaseProcess] = set()
 atexit.register(lambda: kill_processes(LIVE_WORKERS))
 
 
-def default_workers(image_size: int) -> int:
-    """Return the number of data workers to use if `dataset.workers` is null.
-
-    - With a GPU, the number is the number of cores of this process minus one, at least 1 and at most 8.
-    - Without a GPU, if images have at most 64 pixels per side and the process has at most 2 cores, the number is 0.
-    - In all other cases without a GPU, the number is 2, because training also needs the cores.
-
-    docs/performance.md has the measurements.
-    """
-    if torch.cuda.is_available():
-        return min(MAX_GPU_WORKERS, max(1, cpu.cores_per_process() - 1))
-    return 0 if image_size <= SMALL_SIDE and cpu.cores_per_process() <= FEW_CORES else CPU_WORKERS
-
-
 class ErrorReturningDataset(Dataset[Any]):
-    """Dataset that returns an exception as a value instead of raising it.
+    """Dataset that returns an exception as a value instead of raising it, and returns batches in slots.
 
     If a worker raised an exception, torch would raise another exception in the main process, with the traceback as text
     in its message. A returned exception reaches the main process unchanged.
+
+    An index is a tuple of a slot and a request. If the slot is None, the batch is returned as it is.
 
     Args:
         dataset: the dataset to read.
         owner: the subclass of `Source` (dataset of sslcli) that reads the images. If this class is not part of sslcli,
             its exceptions are reported as errors in user code.
+        slots: memory for batches; None = no slots.
     """
 
-    def __init__(self, dataset: Dataset[Any], owner: type) -> None:
-        self.dataset, self.owner = dataset, owner
+    def __init__(self, dataset: Dataset[Any], owner: type, slots: BatchSlots | None = None) -> None:
+        self.dataset, self.owner, self.slots = dataset, owner, slots
 
-    def __getitem__(self, request: Any) -> Any:
+    def __getitem__(self, index: tuple[int | None, Any]) -> Any:
+        slot, request = index
         try:
-            return self.dataset[request]
+            batch = self.dataset[request]
+            return batch if self.slots is None or slot is None else pack(batch, self.slots, slot)
         except (ConfigError, TrainingFailed) as error:
             return error
         except MemoryError:
@@ -94,29 +82,6 @@ class ErrorReturningDataset(Dataset[Any]):
         lines = traceback.format_exception(error)
         text = f"{class_name(self.owner)} failed while reading images ({summary(error)})\n{''.join(lines)}"
         return TrainingFailed(f"{text.rstrip()}\n{'' if isinstance(error, OSError) else BUG}".rstrip())
-
-
-def check_shared_memory(workers: int, batch_bytes: int) -> None:
-    """Raise ConfigError if the shared memory is too small for the prefetched batches of all workers.
-
-    workers: number of data workers of each process.
-    batch_bytes: bytes of one batch. A worker prefetches `PREFETCH_FACTOR` batches.
-
-    On Linux, batches are passed through /dev/shm, which has only 64 MB in a container by default. Without this check,
-    the workers would crash or hang.
-    """
-    try:
-        state = os.statvfs(SHARED_MEMORY)
-    except OSError:  # another operating system
-        return
-    needed, free = batch_bytes * PREFETCH_FACTOR * workers * local_world_size(), state.f_bavail * state.f_frsize
-    if needed > free:
-        raise ConfigError(
-            f"dataset.workers is {workers}, which needs about {needed / 1e6:,.0f} MB of shared memory, but "
-            f"{SHARED_MEMORY} has {free / 1e6:,.0f} MB: give the container more (docker run "
-            f"--shm-size={needed / 1e9 + 1:.0f}g, or --ipc=host), read in the main process (dataset.workers=0; "
-            "ssl-eval: workers=0), or lower the batch size"
-        )
 
 
 def choose_socket_folder() -> None:
@@ -144,32 +109,41 @@ def choose_socket_folder() -> None:
 
 
 class RequestSampler:
-    """Sampler that yields the elements of the iterator `requests`. The sampler can be used only once.
+    """Sampler that yields a slot and a request for each element of `requests`. The sampler can be used only once.
 
     A request is an index with which a dataset returns one batch. The index for the dataset `ViewCrops` is a `Request`,
-    which lists the images of the batch.
+    which lists the images of the batch. The slot is None if there are no slots or if no slot is free.
     """
 
-    def __init__(self, requests: Iterator[Any]) -> None:
-        self.requests = requests
+    def __init__(self, requests: Iterable[Any], slots: BatchSlots | None) -> None:
+        self.requests, self.slots = requests, slots
 
-    def __iter__(self) -> Iterator[Any]:
-        return self.requests
+    def __iter__(self) -> Iterator[tuple[int | None, Any]]:
+        return ((None if self.slots is None else self.slots.take(), request) for request in self.requests)
 
 
 def iterate_batches(
-    dataset: Dataset[Any], sampler: Iterable[Any], workers: int, *, owner: type, timeout: float = DEFAULT_TIMEOUT
+    dataset: Dataset[Any],
+    requests: Iterable[Any],
+    workers: int,
+    *,
+    owner: type,
+    timeout: float = DEFAULT_TIMEOUT,
+    memory: BatchMemory | None = None,
+    pin_memory: bool = False,
 ) -> Generator[Any, None, None]:
-    """Yield `dataset[request]`, a batch, for each request of `sampler`, in order. Worker processes read the batches.
+    """Yield `dataset[request]`, a batch, for each request, in order. Worker processes read the batches.
 
     The workers end when the generator is exhausted, is closed, or raises an exception.
 
     Args:
         dataset: the dataset to read.
-        sampler: yields the requests.
+        requests: the requests.
         workers: number of worker processes; 0 = read in this process.
         owner: the class that reads the images, see `ErrorReturningDataset`.
         timeout: seconds to wait for a batch.
+        memory: the size of the batches. If it is given, workers write batches to slots, see `batch_slots`.
+        pin_memory: whether to copy batches to pinned memory, from which copies to a GPU are asynchronous.
 
     Raises:
         ConfigError: the data is invalid, or user code raised an error.
@@ -178,16 +152,18 @@ def iterate_batches(
     """
     if workers:
         choose_socket_folder()
+    forks = workers > 0 and sys.platform == "linux"  # see init_worker
+    slots = BatchSlots(memory.num_slots(workers), memory.slot_bytes(workers)) if forks and memory is not None else None
     loader = DataLoader(
-        ErrorReturningDataset(dataset, owner),
+        ErrorReturningDataset(dataset, owner, slots),
         batch_size=None,
-        sampler=sampler,
+        sampler=RequestSampler(requests, slots),
         num_workers=workers,
-        prefetch_factor=PREFETCH_FACTOR if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=prefetch_factor(workers) if workers else None,
+        pin_memory=pin_memory,
         timeout=POLL_INTERVAL if workers else 0,
         worker_init_fn=partial(init_worker, os.getpid()),
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # see init_worker
+        multiprocessing_context="fork" if forks else None,
         # By default, each start of workers draws a number from the global generator. A resumed run starts workers more
         # often, so its other random numbers would differ.
         generator=torch.Generator(),
@@ -196,7 +172,7 @@ def iterate_batches(
         while (item := next_item(iterator, timeout)) is not END:
             if isinstance(item, Exception):
                 raise item
-            yield item
+            yield item.unpack() if isinstance(item, PackedBatch) else item
 
 
 @contextmanager
@@ -219,7 +195,7 @@ def loader_iterator(loader: DataLoader[Any], workers: int) -> Iterator[Iterator[
         yield iterator
     except (RuntimeError, ConnectionError, EOFError) as error:
         if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
-            raise worker_died_error(error) from error
+            raise worker_died_error(error, started) from error
         raise
     finally:
         if started:
@@ -306,9 +282,32 @@ def default_sigchld() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-def worker_died_error(error: BaseException) -> ProcessLost:
-    """Return the error for a data worker that died. `error` is the exception that torch raised because of it."""
+def worker_died_error(error: BaseException, workers: Iterable[BaseProcess] = ()) -> ProcessLost:
+    """Return the error for a data worker that died.
+
+    error: the exception that torch raised because of it.
+    workers: the data workers; their exit codes may tell more than the exception.
+    """
+    first = str(error).splitlines()[0].partition(". It is possible")[0]
+    if "Bus error" in first or any(worker.exitcode == -signal.SIGBUS for worker in workers):
+        cause = (
+            f"It got a bus error. The usual cause is that {SHARED_MEMORY} is full ({free_shared_memory()}), or that an "
+            "image file became shorter while it was read: give a container more shared memory (docker run "
+            "--shm-size=8g, or --ipc=host), or"
+        )
+    else:
+        cause = "The usual cause is too little memory:"
     return ProcessLost(
-        f"a data worker died ({str(error).splitlines()[0]}). The usual cause is too little memory: "
-        "lower dataset.workers (0 reads in the main process) and start the same command again to resume"
+        f"a data worker died ({first}). {cause} lower dataset.workers (0 reads in the main process) and start the same "
+        "command again to resume"
     )
+
+
+def free_shared_memory() -> str:
+    """Return how much of the shared memory is free, as text."""
+    try:
+        state = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return "its size is unknown"
+    free, total = (blocks * state.f_frsize / 1e6 for blocks in (state.f_bavail, state.f_blocks))
+    return f"{free:,.0f} of {total:,.0f} MB are free"

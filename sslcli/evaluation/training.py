@@ -153,7 +153,8 @@ def batches(task: Task, positions: Tensor, views: Views, *, batch_size: int, see
     part = copy.copy(task.source)
     part.splits, part.weights = {"train": positions}, None
     part.mean, part.std = tuple(task.mean), tuple(task.std)
-    part.workers = part.workers if task.workers is None else task.workers
+    if task.workers is not None:
+        part.workers, part.chooses_workers = task.workers, False
     size = min(batch_size, len(positions))
     return Loader(part, views, batch_size=size, accumulate=1, seed=seed, device=task.device)
 

@@ -273,6 +273,7 @@ def startup_table(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
         "deterministic kernels": "on" if torch.are_deterministic_algorithms_enabled() else NOT_DETERMINISTIC,
         "torch.compile": "on" if not_compiled is None else f"off: {not_compiled}",
         "CPU threads per process": torch.get_num_threads(),
+        **({} if parts.source.images is not None else {"data workers per process": job.loader.workers}),
     }
 
 

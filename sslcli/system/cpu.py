@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 
+from sslcli.system import cgroup
 from sslcli.system.launch_variables import AGENT, local_world_size
 
 # Number of times that an idle thread spins before it sleeps. 5,000 spins take about fifty microseconds. The default of
@@ -23,9 +25,12 @@ def usable() -> list[int]:
 def cores_per_process() -> int:
     """Return the number of usable cores divided by the number of processes on this node, at least 1.
 
-    The number of processes is the environment variable LOCAL_WORLD_SIZE, which launchers set.
+    If a control group limits the CPU time of the processes, at most as many cores as this limit are usable. The number
+    of processes is the environment variable LOCAL_WORLD_SIZE, which launchers set.
     """
-    return max(1, len(usable()) // local_world_size())
+    quota = cgroup.cpu_quota()
+    cores = len(usable()) if quota is None else min(len(usable()), math.ceil(quota))
+    return max(1, cores // local_world_size())
 
 
 def requested_threads() -> int | None:

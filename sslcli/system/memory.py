@@ -1,9 +1,12 @@
-"""Settings of glibc's malloc that keep freed memory in the process, so that training steps cause no page faults."""
+"""Available memory, and settings of glibc's malloc with which training steps cause no page faults."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
+
+from sslcli.system import cgroup
 
 # (option number in glibc's malloc.h, value). malloc then allocates all blocks on the heap and never trims the heap.
 _OPTIONS = (
@@ -23,3 +26,17 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(mallopt(option, value) == 1 for option, value in _OPTIONS)
+
+
+def available_memory() -> int:
+    """Return the available memory in bytes: of this machine, or of the control group of this process if it has less.
+
+    On systems without /proc/meminfo, the result is sys.maxsize.
+    """
+    limits = [found for found in (cgroup.free_memory(),) if found is not None]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min(limits, default=sys.maxsize)

@@ -140,7 +140,7 @@ def test_a_set_that_does_not_fit_is_refused_with_its_size(photos: Path, monkeypa
         source(photos, "ram", keep_gb=1e-6)
     with pytest.raises(ConfigError, match=r"needs 0\.00 GB for 14 images, but dataset\.keep_gb is 8e-05"):
         source(photos, "ram", keep_gb=8e-5)
-    monkeypatch.setattr(decoded_cache, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(decoded_cache, "available_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"keep_decoded=ram needs .* only 0\.00 GB of memory are free"):
         source(photos, "ram")
 

@@ -187,3 +187,18 @@ def test_evaluation_marks_images_that_cannot_be_read(images: Path) -> None:
     assert (~readable).sum() == 1
     assert source.path(int(source.splits["train"][~readable])).endswith("05.png")
     assert all(pixels.shape[1:] == (3, 16, 16) and pixels.dtype == torch.uint8 for pixels, _ in batches)
+
+
+def test_a_default_number_of_workers_is_reduced_and_a_chosen_number_is_an_error(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sslcli.data.num_workers.available_memory", lambda: 500_000_000)
+    with pytest.raises(ConfigError, match=r"dataset.workers is 6, .* \(dataset.workers=4; "):
+        loader(folder(images, workers=6))
+    source = folder(images, workers=6)
+    source.chooses_workers = True
+    with pytest.warns(UserWarning, match="2 data workers per process instead of 6"):
+        assert loader(source).workers == 2
+    positions = torch.arange(24)
+    with pytest.warns(UserWarning, match="2 data workers per process instead of 3"):
+        assert len(list(plain_batches(folder(images, workers=6), positions, batch_size=8))) == 3

@@ -1,4 +1,4 @@
-"""Number of data workers, and their end."""
+"""Data workers: errors and end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset
 
 from sslcli.data import workers as _workers
 from sslcli.data.sources.base import Source
-from sslcli.data.workers import RequestSampler, check_shared_memory, default_workers, iterate_batches
+from sslcli.data.workers import iterate_batches
 from sslcli.errors import BUG, ConfigError, ProcessLost, TrainingFailed
 
 
@@ -54,8 +53,16 @@ class Failing(Dataset[int]):
         return item
 
 
+class Space(NamedTuple):
+    """Replace the result of os.statvfs."""
+
+    f_bavail: int
+    f_blocks: int
+    f_frsize: int
+
+
 def read(dataset: Dataset[int], *, workers: int = 2, owner: type = Source, timeout: float = 60) -> list[int]:
-    return list(iterate_batches(dataset, RequestSampler(iter(range(8))), workers, owner=owner, timeout=timeout))
+    return list(iterate_batches(dataset, range(8), workers, owner=owner, timeout=timeout))
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +80,22 @@ def test_a_worker_that_died_is_told_once() -> None:
     assert callable(signal.getsignal(signal.SIGCHLD))  # torch's handler is there again, for the workers to come
 
 
+class BusError(Dataset[int]):
+    """Kills the process that asks for item 1, as the kernel does if shared memory is full."""
+
+    def __getitem__(self, item: int) -> int:
+        if item == 1:
+            os.kill(os.getpid(), signal.SIGBUS)
+        return item
+
+
+def test_a_bus_error_is_explained_with_the_size_of_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.statvfs", lambda path: Space(1000, 15_625, 4096))
+    expected = r"got a bus error. .* /dev/shm is full \(4 of 64 MB are free\).*docker run --shm-size=8g"
+    with pytest.raises(ProcessLost, match=expected):
+        read(BusError())
+
+
 def test_a_batch_that_never_comes_ends_in_time_and_its_worker_with_it() -> None:
     start = time.monotonic()
     with pytest.raises(
@@ -83,7 +106,7 @@ def test_a_batch_that_never_comes_ends_in_time_and_its_worker_with_it() -> None:
 
 
 def test_workers_end_with_a_reader_that_stops_in_the_midst() -> None:
-    batches = iterate_batches(Stuck(), RequestSampler(iter(range(8))), 2, owner=Source)
+    batches = iterate_batches(Stuck(), range(8), 2, owner=Source)
     assert next(batches) == 0
     start = time.monotonic()
     batches.close()
@@ -138,70 +161,17 @@ def test_workers_that_cannot_be_started_are_told(monkeypatch: pytest.MonkeyPatch
         read(Stuck())
 
 
-class Room(NamedTuple):
-    """Replace the reported free space of /dev/shm."""
-
-    f_bavail: int
-    f_frsize: int
-
-
-@pytest.mark.parametrize(
-    ("workers", "batch", "processes", "expected"),
-    [
-        (2, 8_000_000, 1, None),
-        (2, 8_000_001, 1, r"workers is 2, .* 64 MB of shared memory, but /dev/shm has 64 MB: .*--shm-size=1g"),
-        (2, 4_000_001, 2, r"about 64 MB"),
-        (0, 10**12, 1, None),
-        (8, 10**9, 1, r"about 32,000 MB .*--shm-size=33g"),
-    ],
-)
-def test_shared_memory_that_is_too_small_is_told_at_the_start(
-    workers: int, batch: int, processes: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.statvfs", lambda path: Room(15_625, 4096))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    with pytest.raises(ConfigError, match=expected) if expected else nullcontext():
-        check_shared_memory(workers, batch)
-
-
-@pytest.mark.parametrize(
-    ("cores", "processes", "gpu", "image_size", "expected"),
-    [
-        (2, None, False, 32, 0),
-        (2, None, False, 64, 0),
-        (2, None, False, 65, 2),
-        (3, None, False, 32, 2),
-        (8, 4, False, 32, 0),
-        (1, None, True, 32, 1),
-        (4, None, True, 224, 3),
-        (64, 4, True, 224, 8),
-        (8, 4, True, 224, 1),
-    ],
-)
-def test_the_workers_that_pay(
-    cores: int, processes: int | None, gpu: bool, image_size: int, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    if processes is None:
-        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    else:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert default_workers(image_size) == expected
-    assert Source(image_size=image_size, workers=None).workers == expected
-
-
 SENDS_TENSORS = """
 import sys
 import torch
 from sslcli.data.sources.base import Source
-from sslcli.data.workers import RequestSampler, iterate_batches
+from sslcli.data.workers import iterate_batches
 
 class Tensors(torch.utils.data.Dataset):
     def __getitem__(self, item):
         return torch.full((1000,), item)
 
-read = iterate_batches(Tensors(), RequestSampler(iter(range(8))), 2, owner=Source, timeout=30)
+read = iterate_batches(Tensors(), range(8), 2, owner=Source, timeout=30)
 print(sum(int(tensor[0]) for tensor in read))
 """
 

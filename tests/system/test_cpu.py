@@ -34,6 +34,18 @@ def test_processes_of_a_run_share(processes: str | None, expected: int, monkeypa
     assert cpu.cores_per_process() == expected
 
 
+@pytest.mark.parametrize(
+    ("quota", "processes", "expected"), [(None, 1, 6), (4.0, 1, 4), (3.5, 1, 4), (0.5, 1, 1), (99.0, 1, 6), (4.0, 2, 2)]
+)
+def test_a_quota_limits_the_cores(
+    quota: float | None, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    monkeypatch.setattr("sslcli.system.cgroup.cpu_quota", lambda: quota)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert cpu.cores_per_process() == expected
+
+
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
 
 

@@ -1,11 +1,14 @@
-"""Page faults, measured in separate processes, since the setting cannot be undone."""
+"""Available memory; page faults, measured in separate processes, since the setting cannot be undone."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+import pytest
+
 from platforms import needs_glibc
+from sslcli.system import cgroup, memory
 
 PROGRAM = """
 import resource, sys
@@ -37,3 +40,13 @@ def page_faults(mode: str) -> int:
 def test_a_step_like_the_one_before_faults_in_no_pages() -> None:
     assert page_faults("keep") < 100
     assert page_faults("leave") > 1000  # else this test shows nothing
+
+
+def test_available_memory_is_that_of_the_machine_or_of_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "free_memory", lambda: None)
+    machine = memory.available_memory()
+    assert 0 < machine <= sys.maxsize
+    monkeypatch.setattr(cgroup, "free_memory", lambda: 1000)
+    assert memory.available_memory() == 1000
+    monkeypatch.setattr(cgroup, "free_memory", lambda: 10**18)
+    assert memory.available_memory() < 10**18

@@ -26,6 +26,7 @@ from sslcli.data.bad_images import BadImage as BadImage
 from sslcli.data.bad_images import BadImages as BadImages
 from sslcli.data.bad_images import TooManyBadImages as TooManyBadImages
 from sslcli.data.bad_images import check_fraction
+from sslcli.data.num_workers import default_workers
 from sslcli.data.order import Layout
 from sslcli.data.pixels import as_picture
 from sslcli.data.sources import shapes
@@ -35,7 +36,6 @@ from sslcli.data.sources.picture import OpenedImage as OpenedImage
 from sslcli.data.sources.picture import Picture as Picture
 from sslcli.data.sources.records import ProgressCallback, Records, check_verify, digest, label_codes, make_records
 from sslcli.data.sources.split import train_and_val
-from sslcli.data.workers import default_workers
 from sslcli.errors import ConfigError, check_integer
 
 _FINGERPRINT_IMAGES = 512
@@ -77,6 +77,7 @@ class Source:
         present: (M, modalities) bool, True if an image has a modality, such as color or depth; None = all True.
         modality_channels: the channels of each modality, in order.
         photometric: the channels to which the color operations of views are applied.
+        chooses_workers: True if `workers` was chosen by `default_workers`. Callers may then reduce the number.
         scaled_decode: True if JPEGs may be decoded at 1/n of their size, with n = 2, 4 or 8. A JPEG is decoded at 1/n
             only if all of its training crops are downscaled at least by the factor n.
 
@@ -91,6 +92,7 @@ class Source:
     present: Tensor | None = None
     modality_channels: Sequence[slice] = (slice(None),)
     photometric: slice = slice(None)
+    chooses_workers: bool = False
     scaled_decode: bool = False
     channels: int = 3
     name: str
@@ -131,6 +133,7 @@ class Source:
             raise ValueError(f"dataset.std is {list(std)}, but each must be above 0, because it divides the pixels")
         self.image_size, self.limit, self.val_fraction = image_size, limit, val_fraction
         self.pretrain_on_val = check_flag("pretrain_on_val", pretrain_on_val)
+        self.chooses_workers = workers is None
         self.workers = default_workers(image_size) if workers is None else workers
         self.max_bad, self.seed = max_bad, seed
         self.verify = check_verify(verify)
