@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sslcli.backbones.base import Backbone
 from sslcli.errors import check_positive
+from sslcli.nn.masks import take_patches
 from sslcli.nn.noise import Noise
 from sslcli.nn.transformer import Block, init_linear
 
@@ -234,7 +235,7 @@ class VisionTransformer(Backbone):
         positions = self.positions(grid)
         patches = patches + positions[:, 1:]
         if keep is not None:
-            patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[2]))
+            patches = take_patches(patches, keep)
         first = [self.cls_token + positions[:, :1], *([] if self.reg_token is None else [self.reg_token])]
         return torch.cat([*(token.expand(len(patches), -1, -1) for token in first), patches], dim=1)
 
