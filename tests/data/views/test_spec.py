@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ def test_presets_have_the_published_numbers() -> None:
             ((0.4, 1), byol, 0.8, 0.1, 0.2, 1),
             ((0.05, 0.4), byol, 0.8, 0.5, 0, 8),
         ],
+        "swav_cifar": [((0.14, 1), mild, 0.8, 0, 0, 2), ((0.05, 0.14), mild, 0.8, 0, 0, 4)],
+        "dino_cifar": [
+            ((0.4, 1), byol, 0.8, 0, 0, 1),
+            ((0.4, 1), byol, 0.8, 0, 0.2, 1),
+            ((0.05, 0.4), byol, 0.8, 0, 0, 4),
+        ],
         "infomin": [((0.2, 1), simclr, 0.8, 0.5, 0, 2)],
         "cifar_symmetric": [((0.08, 1), simclr, 0.8, 0.5, 0, 2)],
         "cifar_symmetric_weak": [((0.08, 1), mild, 0.8, 0.5, 0, 2)],
@@ -72,11 +79,17 @@ def test_presets_have_the_published_numbers() -> None:
         assert all(view.grayscale == 0.2 and view.flip == 0.5 for view in _fields(name)), name
         assert all(view.grayscale_first == (name in ("instdisc", "moco_v1")) for view in _fields(name)), name
     bicubic = {name for name in table if {view.interpolation for view in _fields(name)} == {"bicubic"}}
-    assert bicubic == {"simclr_imagenet", "byol_imagenet", "dino"} | {n for n in table if n.startswith("cifar_")}
+    assert bicubic == {"simclr_imagenet", "byol_imagenet", "dino", "dino_cifar"} | {
+        n for n in table if n.startswith("cifar_")
+    }
     blurred = {name for name in table if any(view.blur_kernel == 13 for view in _fields(name))}
     assert blurred == {"cifar_symmetric", "cifar_symmetric_weak"}  # solo-learn: the whole Gaussian, by PIL
-    assert [view.size for view in _fields("swav")] == [None, 96]
-    assert [view.size for view in _fields("dino")] == [None, None, 96]
+    for suffix, size in (("", 96), ("_stl10", 40), ("_cifar", 16)):
+        assert [view.size for view in _fields(f"swav{suffix}")] == [None, size]
+        assert [view.size for view in _fields(f"dino{suffix}")] == [None, None, size]
+    for name in ("swav", "dino"):
+        large, small = _fields(name), _fields(f"{name}_stl10")
+        assert [replace(view, size=None) for view in large] == [replace(view, size=None) for view in small]
     (infomin,) = _fields("infomin")
     assert (infomin.rand_augment, infomin.rand_augment_magnitude, infomin.rand_augment_std) == (2, 10, 0.5)
     assert infomin.kernel_size(224) == 23

@@ -1,0 +1,32 @@
+"""Sinkhorn-Knopp: assignments of images to prototypes that use all prototypes equally often.
+
+Cuturi 2013  https://arxiv.org/abs/1306.0895; used by SwAV, DINOv2 and MSN.
+
+Shapes: N images per process, K prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sslcli.distributed.collectives import all_gather
+
+
+@torch.no_grad()
+def sinkhorn(logits: Tensor, *, temperature: float, iterations: int = 3) -> Tensor:
+    """Return the assignment probabilities (N, K) of the rows of `logits` (N, K), in float32 or float64.
+
+    Starting from exp(logits / temperature), each iteration scales the columns to equal sums over the images of all
+    processes, and then the rows to the sum 1. With few iterations, the columns are only nearly equal; the rows always
+    sum to 1. N may differ between processes and may be 0.
+
+    The computation is in the log domain, so that no `logits` overflow, also with fp16 and a low temperature. Each
+    iteration has one collective, of K numbers per process.
+    """
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    for _ in range(iterations):
+        of_process = torch.logsumexp(scores, dim=0, keepdim=True)  # (1, K)
+        scores = scores - torch.logsumexp(all_gather(of_process), dim=0)
+        scores = scores - torch.logsumexp(scores, dim=1, keepdim=True)
+    return scores.exp()
