@@ -1,15 +1,16 @@
-# make install | demo | test | lint | bench | clean
+# make install | demo | test | gpu | lint | bench | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: help install dev demo test lint bench clean
+.PHONY: help install dev demo test gpu lint bench clean
 
 help:
 	@echo "make install   create .venv and install sslcli into it"
 	@echo "make demo      train with the default settings, then evaluate (at most 4 minutes on 2 cores)"
 	@echo "make test      install the test dependencies, lint, type-check, run all tests"
+	@echo "make gpu       on a machine with a GPU: run the GPU tests"
 	@echo "make lint      check formatting, ruff and mypy"
 	@echo "make bench     benchmark sslcli, lightly and stable-pretraining on the same tasks"
 	@echo "make clean     remove .venv, caches and runs"
@@ -40,6 +41,10 @@ lint: dev
 
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# Serial: the tests measure and limit the memory of the GPU.
+gpu: dev
+	@$(BIN)/python -m pytest -m gpu --device cuda --session-timeout 330
 
 bench: install
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from command_line import SMALL, Cli, Ended, installed
+from gpu_device import chosen
 from processes import Pair
 from small_sweeps import JOB
 from sslcli.cli import eval as ssl_eval
@@ -17,6 +19,23 @@ from sslcli.cli import export as ssl_export
 from sslcli.cli import train as ssl_train
 
 MAINS = {"ssl-train": ssl_train.main, "ssl-eval": ssl_eval.main, "ssl-export": ssl_export.main}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cuda", "cpu"),
+        default=os.environ.get("SSLCLI_TEST_DEVICE"),
+        help="run all GPU tests (tests/gpu) on this device; by default, a part of them runs on the CPU",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if chosen(config) != "cuda":
+        return
+    if not torch.cuda.is_available():
+        pytest.exit("there is no CUDA device: run the GPU tests on a machine with a GPU, or with --device cpu", 2)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read only once, before the first matrix product
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,63 +6,19 @@ import copy
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra._internal.utils import get_args_parser
 from torch import Tensor
 
-import sslcli
+from method_runs import METHODS, config_of, iterate_batches
 from small_runs import differences, newest
-from sslcli.cli.compose import checked_jobs
 from sslcli.config.run_config import RunConfig
 from sslcli.methods.base import Batch, Method
 from sslcli.runs import worker
 from sslcli.runs.build import build_optimizer, build_parts
-
-METHODS = sorted(path.stem for path in (Path(sslcli.__file__).parents[1] / "conf" / "method").glob("*.yaml"))
-CPU = torch.device("cpu")
-OVERRIDES = [
-    "dataset=shapes",
-    "dataset.train_images=64",
-    "dataset.test_images=0",
-    "dataset.val_fraction=0",
-    "device=cpu",
-    "launcher.threads=1",
-    "train.batch_size=16",
-    "train.precision=fp32",
-    "train.max_steps=10",
-    "train.save_every_steps=5",
-    "train.log_every_steps=1",
-    "monitor.knn_every_epochs=0",
-    "monitor.pictures=0",
-    "monitor.health_every_steps=4",
-]
-SMALLER = {"queue_size": 40, "hidden": 32, "dim": 16, "width": 4}  # of the keys a method or backbone has
-
-
-@cache
-def composed(word: str) -> RunConfig:
-    """A very short run of the method; tests must not modify it."""
-    job = checked_jobs("train", get_args_parser().parse_args([f"method={word}", *OVERRIDES]))[0]
-    for group in ("method", "backbone"):
-        job[group] |= {key: value for key, value in SMALLER.items() if job[group].get(key) is not None}
-    return RunConfig.from_plain(job)
-
-
-def config_of(word: str) -> RunConfig:
-    return copy.deepcopy(composed(word))
-
-
-@cache
-def iterate_batches(word: str) -> list[Batch]:
-    """The first epoch of that run: four batches."""
-    config = composed(word)
-    loader = worker.build_loader(config, build_parts(config), CPU)
-    return [micro_batches[0] for micro_batches in loader.steps(0, 4)]
 
 
 @dataclass
