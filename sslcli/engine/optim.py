@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sslcli.distributed.collectives import whole
+from sslcli.distributed.collectives import local, whole
 from sslcli.methods.base import GroupOptions, Method
 
 NEVER_DECAYED = ("bias", "pos_embed", "cls_token", "reg_token", "mask_token")
@@ -61,42 +61,84 @@ class LARS(Optimizer):
         """Perform one optimization step for all parameters with a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
+            by_type: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self.move(weight, weight.grad, group)
+                    by_type.setdefault((weight.device, weight.dtype), []).append(weight)
+            for weights in by_type.values():
+                self.move(weights, group)
         return loss
 
-    def move(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Update the parameter tensor `weight` in place. `group` is its parameter group."""
-        if group["adapt"]:
-            grad = self.adapted(weight, grad, group)
-        state = self.state[weight]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        inside, outside = (group["lr"], 1.0) if self.lr_in_buffer else (1.0, group["lr"])
-        buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(grad, alpha=inside)
-        weight.sub_(buffer, alpha=outside)
+    def move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """Update the parameter tensors `weights` in place. `group` is their parameter group.
 
-    def adapted(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return q * (grad + weight_decay * weight), with the factor q of `LARS`.
-
-        The factor makes the step proportional to |`weight`|. Norms of sharded tensors are computed over all shards. All
-        values stay on the device, so the host does not wait for them. `group` is the parameter group of `weight`.
+        All tensors must have a gradient, and the same device and dtype. On a GPU, all tensors are updated by the same
+        few kernels.
         """
-        length = whole(torch.linalg.vector_norm(weight))
-        decayed = grad.add(weight, alpha=group["weight_decay"])
+        grads = [weight.grad for weight in weights if weight.grad is not None]
+        steps = self.adapted(weights, grads, group) if group["adapt"] else [local(grad) for grad in grads]
+        for weight in weights:
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        inside, outside = (group["lr"], 1.0) if self.lr_in_buffer else (1.0, group["lr"])
+        buffers = [local(self.state[weight]["momentum_buffer"]) for weight in weights]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, steps, alpha=inside)
+        torch._foreach_sub_([local(weight) for weight in weights], buffers, alpha=outside)
+
+    def adapted(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Return q * (grad + weight_decay * weight) for each of K tensors, with the factors q of `LARS`.
+
+        A factor makes the step proportional to |weight|. Norms of sharded tensors are computed over all shards, and the
+        result contains this process's shards. All values stay on the device, so the host does not wait for them.
+        `group` is the parameter group of `weights`.
+        """
+        decay = group["weight_decay"]
+        lengths = norms(weights)  # (K,)
         if self.separate_norms:
-            of_gradient = whole(torch.linalg.vector_norm(grad))
-            divisor = of_gradient + group["weight_decay"] * length + 1e-8
-            usable = (length > 0) & (of_gradient > 0)
-            decayed = torch.where(usable, decayed, grad)  # if a norm is zero, `separate_norms` turns off weight decay
+            of_gradients = norms(grads)
+            divisors = of_gradients + decay * lengths + 1e-8
+            usable = (lengths > 0) & (of_gradients > 0)
+            # If a norm is zero, `separate_norms` turns off weight decay.
+            kept = scaled([local(weight) for weight in weights], usable.to(lengths.dtype))
+            decayed = torch._foreach_add([local(grad) for grad in grads], kept, alpha=decay)
         else:
-            divisor = whole(torch.linalg.vector_norm(decayed))
-            usable = (length > 0) & (divisor > 0)
-        trust = group["eta"] * length / divisor
+            decayed = torch._foreach_add(grads, weights, alpha=decay)
+            divisors = norms(decayed)
+            usable = (lengths > 0) & (divisors > 0)
+        trust = group["eta"] * lengths / divisors
         if self.clip_lr and group["lr"] > 0:
             trust = (trust / group["lr"]).clamp(max=1.0)
-        return decayed * torch.where(usable, trust, 1.0)
+        return scaled([local(tensor) for tensor in decayed], torch.where(usable, trust, 1.0))
+
+
+def norms(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """Return the Euclidean norms (K,) of K tensors. The norm of a sharded tensor (DTensor) is that of all shards."""
+    if local(tensors[0]) is tensors[0]:
+        return torch.stack(torch._foreach_norm(tensors))
+    return torch.stack([whole(torch.linalg.vector_norm(tensor)) for tensor in tensors])
+
+
+def scaled(tensors: list[Tensor], factors: Tensor) -> list[Tensor]:
+    """Return the product of each of K tensors and its factor in `factors` (K,). The tensors must be dense."""
+    if factors.device.type == "cpu":  # one kernel would be slower than K, because of the copy in `scaled_together`
+        return list(torch._foreach_mul(tensors, factors.unbind()))
+    return scaled_together(tensors, factors)
+
+
+def scaled_together(tensors: list[Tensor], factors: Tensor) -> list[Tensor]:
+    """Return the same as `scaled`, with a number of kernels that does not depend on K.
+
+    torch multiplies a list of tensors in one kernel only if all have the same factor. Therefore the tensors are
+    concatenated, in the order of their memory.
+    """
+    flat = torch.cat([tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors])
+    flat *= torch.cat([factor.expand(tensor.numel()) for tensor, factor in zip(tensors, factors, strict=True)])
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [
+        part.as_strided(tensor.shape, tensor.stride(), part.storage_offset())
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
 
 
 def parameter_groups(

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from golden_cases import Case, golden_cases
+from sslcli.engine import optim
 from sslcli.engine.optim import LARS, drop_frozen_gradients, load_optimizer, parameter_groups, zero_momentum
 from sslcli.methods.base import GroupOptions, Method
 
@@ -182,6 +184,98 @@ def test_a_restored_optimizer_goes_on_as_if_never_stopped() -> None:
     optimizer.step()
     restored.step()
     assert torch.equal(weight, twin)
+
+
+DIALECTS: list[dict[str, Any]] = [
+    {},
+    {"separate_norms": True},
+    {"lr_in_buffer": True},
+    {"separate_norms": True, "clip_lr": True},
+    {"clip_lr": True},
+]
+
+
+def tensors_of_all_layouts() -> list[nn.Parameter]:
+    """Parameters of several shapes and memory layouts, with gradients, and some with a norm of zero."""
+    tensors = [torch.randn(4, 3, 3, 3), torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last)]
+    tensors += [torch.randn(7, 5).T, torch.randn(6), torch.zeros(3, 2), torch.randn(1, 1)]
+    parameters = [nn.Parameter(tensor) for tensor in tensors]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    parameters[3].grad = torch.zeros(6)
+    parameters[1].grad = parameters[1].grad.contiguous()
+    return parameters
+
+
+def loop(parameters: list[nn.Parameter], buffers: list[Tensor], lr: float, dialect: dict[str, Any]) -> None:
+    """One step of LARS, one tensor after another."""
+    separate, inside, clip = (dialect.get(key, False) for key in ("separate_norms", "lr_in_buffer", "clip_lr"))
+    for weight, buffer in zip(parameters, buffers, strict=True):
+        grad, length = weight.grad, torch.linalg.vector_norm(weight)
+        decayed = grad.add(weight, alpha=1e-2)
+        other = torch.linalg.vector_norm(grad if separate else decayed)
+        trust = 0.02 * length / (other + 1e-2 * length + 1e-8 if separate else other)
+        trust = (trust / lr).clamp(max=1.0) if clip else trust
+        usable = length > 0 and other > 0
+        step = decayed * trust if usable else grad if separate else decayed
+        buffer.mul_(0.9).add_(step, alpha=lr if inside else 1.0)
+        weight.sub_(buffer, alpha=1.0 if inside else lr)
+
+
+@pytest.mark.parametrize("device", ["cpu", "other"])
+@pytest.mark.parametrize("dialect", DIALECTS, ids=str)
+def test_all_tensors_together_take_the_steps_of_a_loop(
+    dialect: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "other":
+        monkeypatch.setattr(optim, "scaled", optim.scaled_together)
+    together = tensors_of_all_layouts()
+    alone = copy.deepcopy(together)
+    for one, other in zip(alone, together, strict=True):
+        one.grad = other.grad
+    optimizer = LARS(together, lr=1.0, weight_decay=1e-2, eta=0.02, **dialect)
+    buffers = [torch.zeros_like(parameter) for parameter in alone]
+    for lr in (0.3, 0.2):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        with torch.no_grad():
+            loop(alone, buffers, lr, dialect)
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that are not views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=str)
+def test_the_number_of_kernels_does_not_grow_with_the_number_of_tensors(dialect: dict[str, Any]) -> None:
+    counts = []
+    for number in (2, 50):
+        layers = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(number)]
+        net = nn.Sequential(*layers).to("meta")
+        optimizer = LARS(parameter_groups(net, weight_decay=0.1), lr=0.1, **dialect)
+        for parameter in net.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()  # allocates the momentum buffers
+        with Kernels() as kernels:
+            optimizer.step()
+        counts.append(kernels.count)
+    assert counts[0] == counts[1] < 40
+
+
+def test_parameters_of_several_dtypes_are_updated_by_one_optimizer() -> None:
+    parameters = [nn.Parameter(torch.ones(2, 2, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    LARS(parameters, lr=0.5).step()
+    torch.testing.assert_close(parameters[0].double(), parameters[1])
 
 
 def test_parameters_without_gradient_stay() -> None:
