@@ -217,6 +217,7 @@ class MonitorSettings:
     knn_temperature: float
     knn_split: str = "val"  # the split whose images are the queries of k-NN. The default is for older configurations
     knn_images: int | None  # maximum number of training images among which neighbors are searched; None = all
+    knn_queries: int | None = None  # maximum number of images that k-NN classifies; None = all
     health_every_steps: int  # steps between checks of the embeddings for collapse; 0 = never
     on_collapse: str
     pictures: int  # images in the picture of the augmented views; 0 = none
@@ -226,6 +227,7 @@ class MonitorSettings:
             check_range(f"monitor.{name}", getattr(self, name), least=0)
         check_range("monitor.knn_k", self.knn_k, least=1)
         check_range("monitor.knn_images", self.knn_images, least=1)
+        check_range("monitor.knn_queries", self.knn_queries, least=1)
         check_range("monitor.knn_temperature", self.knn_temperature, above=0)
         check_choice("monitor.on_collapse", self.on_collapse, COLLAPSE_ACTIONS)
         check_choice("monitor.knn_split", self.knn_split, KNN_SPLITS)

@@ -9,7 +9,7 @@ Shapes: N rows per process, W processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -36,6 +36,17 @@ def single_process() -> Iterator[None]:
     """
     global _alone
     before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+@contextmanager
+def all_processes() -> Iterator[None]:
+    """Let this process act as one of all processes again within the `with` block, inside of `single_process`."""
+    global _alone
+    before, _alone = _alone, False
     try:
         yield
     finally:
@@ -140,6 +151,19 @@ def broadcast_objects(values: list[Any]) -> None:
     if world_size() > 1:
         watchdog.record_collective()
         dist.broadcast_object_list(values, src=0)
+
+
+@torch.no_grad()
+def broadcast(tensors: Sequence[Tensor | None]) -> None:
+    """Replace the values of `tensors` by those of rank 0, in place. All tensors have one dtype; None is skipped."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    if world_size() == 1 or not found:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in found])
+    watchdog.record_collective()
+    dist.broadcast(flat, src=0)
+    for tensor, value in zip(found, torch.split(flat, [tensor.numel() for tensor in found]), strict=True):
+        tensor.copy_(value.view_as(tensor))
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ SLOWEST = 10.0  # maximum seconds between two checks
 CHECKS = 20  # minimum number of checks within the time limit
 SLACK = 5.0  # seconds added to the time limit, so that the timeout of data workers expires first
 IMAGES = "the images"  # prefix of `Progress.place` while a process waits for images
+BUSY_INTERVAL = 1.0  # seconds between two reports within `busy`
 SILENCE = 3  # after this number of checks without a new heartbeat, a process counts as stopped
 
 
@@ -149,6 +150,21 @@ def watched_alone(*, limit: float, end: Callable[[str], None]) -> Iterator[None]
     error. Other actions of a process are not watched, because their maximum duration is not known.
     """
     with in_thread(watch_image_waits, limit, end):
+        yield
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """Report progress of this process at regular intervals within the `with` block, which may take any time.
+
+    Within the block, the process counts as stalled only if it is stopped or its machine fails.
+    """
+
+    def report(closing: threading.Event) -> None:
+        while not closing.wait(BUSY_INTERVAL):
+            report_progress()
+
+    with in_thread(report):
         yield
 
 

@@ -98,10 +98,11 @@ class Monitor:
         steps_per_epoch: used to convert steps to epochs.
         run_dir: the run directory. Only the main process writes to it.
         screen: progress display.
-        probe: function that evaluates the representation and returns scalars by name; None if there are no labels.
+        probe: function that evaluates the representation and returns scalars by name; None if there are no labels. All
+            processes run it, and share its work.
         draw: function that returns pictures of what the method computes, such as generated images: name -> (3, H, W) in
             [0, 1]. None if the method has no pictures.
-        together: True if parameters are sharded. All processes must then run `probe` and `draw`.
+        together: True if parameters are sharded. All processes must then run `draw`.
         faster_data: the remedies in the warning about steps that wait for images most of the time.
     """
 
@@ -124,7 +125,7 @@ class Monitor:
         self.draw, self.faster_data = draw, faster_data
         self.slow_data = SlowData()
         self.writes = collectives.is_main()
-        self.evaluates = self.writes or together
+        self.draws = self.writes or together
         self.metric_means = MetricMeans()
         self.detector = collapse.CollapseDetector()
         self.wall = 0.0  # seconds of training in earlier starts of the run
@@ -209,7 +210,7 @@ class Monitor:
         if self.probe is not None and is_measured:
             found = self.measure_probe(step)
             line |= {f"monitor/{name}": value for name, value in found.items()}
-        if self.draw is not None and self.evaluates and is_measured:
+        if self.draw is not None and self.draws and is_measured:
             self.show_pictures(step, self.draw())
         self.seconds_evaluating += time.perf_counter() - before
         if line and self.writes:
@@ -269,9 +270,7 @@ class Monitor:
         self.has_collapsed = True
 
     def measure_probe(self, step: int) -> dict[str, float]:
-        """Run the probe (see `Monitor`) and return its scalars.
-
-        If parameters are sharded, all processes run the probe. Otherwise, only the main process runs it.
+        """Run the probe (see `Monitor`) on all processes, and return its scalars.
 
         Raises TrainingFailed on all processes if features are not finite. The cause is then that the weights are too
         large. The weights themselves are finite, because they were checked before this call.
@@ -280,7 +279,7 @@ class Monitor:
         watchdog.report_progress("the k-NN")
         found, failure = {}, ""
         try:
-            found = self.probe() if self.evaluates else {}
+            found = self.probe()
         except NotFinite as error:
             failure = str(error).partition(":")[0]
         failures = [each for each in collectives.gather_objects(failure) if each]

@@ -157,6 +157,13 @@ class Protocol:
         excluded = self.reported_splits(source.nonempty_splits()) if self.trains_on_val else ("val", "test")
         return source.without_labels_of(*excluded)
 
+    def query_positions(self, source: Source, split: str, monitor: Mapping[str, Any]) -> Tensor:
+        """Return the positions (n,) of the images of `split`, one of the reported splits, that are evaluated.
+
+        The default is all images of the split. `monitor` contains the settings `monitor.*` of the run.
+        """
+        return source.splits[split]
+
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Return the names of the splits on which accuracies are reported.
 

@@ -12,7 +12,8 @@ The monitor during training and `ssl-eval` both call `extract`, so both report t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslcli.data.loader import plain_batches
-from sslcli.distributed import watchdog
+from sslcli.distributed import collectives, shared_work, watchdog
 from sslcli.engine.precision import DTYPES, autocast
 from sslcli.errors import ConfigError, NotFinite, is_out_of_memory
 from sslcli.system import atomic
@@ -85,10 +86,13 @@ class FeatureSet:
 def computed(
     protocol: Callable[..., dict[str, Any]], features: FeatureSet, device: torch.device, **given: Any
 ) -> dict[str, Any]:
-    """Return `protocol(features, **given)`, computed on `device`, or on the CPU if the GPU has too little memory."""
+    """Return `protocol(features, **given)`, computed on `device`, or on the CPU if the GPU has too little memory.
+
+    With several processes, all of them must call `computed`, and all compute on the CPU if one GPU lacks memory.
+    """
     if device.type == "cuda":
         try:
-            return protocol(features.to(device), **given)
+            return protocol(shared_work.agreed(partial(features.to, device)), **given)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -159,6 +163,7 @@ def extract(
     precision: str,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    is_sharded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Extract the features of the images of `source` at `positions` (n,) int64.
 
@@ -169,31 +174,71 @@ def extract(
     `prepare` maps float images (N, C, S, S) in [0, 1] to the network's input (`Views.finish`), and `encode` maps this
     input to (N, d). The caller must put the network in eval mode with `evaluating`. `progress(done, total)` is called
     after each batch. `extract` changes no parameter, buffer or random state, so it has no effect on training.
+
+    With several processes, all of them must call `extract` with the same arguments. Each process reads and encodes a
+    part of the batches, and all processes return all features. The batches are those of one process, because the last
+    bits of a feature may depend on the other images of its batch. If `is_sharded` is True, the parameters of the
+    network are sharded over the processes. All processes then call `encode` equally often, and an error on one process
+    is not raised on the others.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1: 256 is usual")
-    total = len(positions)
-    if total == 0:
+    if len(positions) == 0:
         raise ValueError("there are no images to extract features of: the split is empty; check dataset.limit")
-    device = torch.device(device)
+    parts = shared_work.parts(len(positions), chunk=batch_size)
+    mine, sizes = parts[collectives.rank()], [len(part) for part in parts]
+    own, done = positions[mine.start : mine.stop], 0
+
+    def encode_batch(images: Tensor) -> Tensor:
+        return _encode_batch(encode, images, prepare=prepare, device=torch.device(device), precision=precision)
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        watchdog.report_progress()
+        if progress is not None:
+            progress(len(positions) * done // len(own), len(positions))
+
+    def extract_own() -> tuple[Tensor, Tensor]:
+        batches_of_own = plain_batches(source, own, batch_size=batch_size, workers=workers) if len(own) else ()
+        # A DataLoader draws the base seed of its workers from the global generator, so fork the generator's state.
+        with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+            features, readable = _extract_part(encode_batch, batches_of_own, len(own), report=report)
+            if features is None or math.ceil(len(own) / batch_size) < math.ceil(max(sizes) / batch_size):
+                blank = torch.zeros(1, source.channels, source.image_size, source.image_size, dtype=torch.uint8)
+                empty = encode_batch(blank)[:0]  # has the shape (0, d), which a process without images needs
+                features = empty if features is None else features
+        return features, readable
+
+    watchdog.report_progress(f"{watchdog.IMAGES} of an evaluation")
+    features, readable = extract_own() if is_sharded else shared_work.agreed(extract_own)
+    watchdog.report_progress("an evaluation")
+    gathered = shared_work.gather_parts(features, sizes)
+    return gathered, shared_work.gather_parts(readable.to(torch.uint8), sizes).bool()
+
+
+def _extract_part(
+    encode_batch: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    total: int,
+    *,
+    report: Callable[[int], None],
+) -> tuple[Tensor | None, Tensor]:
+    """Return the features (total, d) of `batches`, and a mask (total,) of the readable images.
+
+    The features are None if `batches` is empty. `report(n)` is called after each batch of n images.
+    """
     features: Tensor | None = None
     readable = torch.empty(total, dtype=torch.bool)
     done = 0
-    watchdog.report_progress(f"{watchdog.IMAGES} of an evaluation")
-    # A DataLoader draws the base seed of its workers from the global generator, so fork the generator's state.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for images, whole in plain_batches(source, positions, batch_size=batch_size, workers=workers):
-            batch = _encode_batch(encode, images, prepare=prepare, device=device, precision=precision)
-            if features is None:
-                features = torch.empty(total, batch.shape[1], dtype=batch.dtype)
-            features[done : done + len(batch)] = batch
-            readable[done : done + len(batch)] = whole
-            done += len(batch)
-            watchdog.report_progress()
-            if progress is not None:
-                progress(done, total)
-    watchdog.report_progress("an evaluation")
-    assert features is not None
+    for images, whole in batches:
+        batch = encode_batch(images)
+        if features is None:
+            features = torch.empty(total, batch.shape[1], dtype=batch.dtype)
+        features[done : done + len(batch)] = batch
+        readable[done : done + len(batch)] = whole
+        done += len(batch)
+        report(len(batch))
     assert done == total
     return features, readable
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sslcli.data import rng
 from sslcli.data.sources.base import Source
+from sslcli.distributed import collectives, shared_work
 from sslcli.evaluation.base import FeatureProtocol, OnProgress, ignore_progress
 from sslcli.evaluation.features import FeatureSet, check_features
 from sslcli.evaluation.result import accuracy, bootstrap_interval, label_rank, top5
@@ -34,6 +35,7 @@ class KnnResult:
         predictions: (m,) int64, the predicted classes.
         votes: (m, C), the votes of the neighbors of each query for each class. The votes of a query sum to 1.
         correct: (m,) bool, True if the predicted class is the true class.
+        place: (m,) int64, the ranks of the true classes. 0 is the best rank, C means that no neighbor has it.
     """
 
     top1: float
@@ -41,6 +43,7 @@ class KnnResult:
     predictions: Tensor
     votes: Tensor
     correct: Tensor
+    place: Tensor
 
 
 @torch.no_grad()
@@ -88,6 +91,7 @@ def knn(
         predictions=votes.argmax(dim=1),
         votes=votes,
         correct=place == 0,
+        place=place,
     )
 
 
@@ -129,6 +133,26 @@ def bank_positions(source: Source, limit: int | None) -> Tensor:
         return positions
     chosen = rng.permutation(len(positions), 0)[:limit].sort().values
     return positions[chosen]
+
+
+def query_positions(source: Source, split: str, limit: int | None) -> Tensor:
+    """Return the positions of the images of `split` that the k-NN monitor classifies (the queries), in their order.
+
+    If there are more than `limit` labeled images, `limit` of them are selected. Each class keeps its fraction of the
+    images, so the accuracy on the selection estimates the accuracy on the split. The selection depends only on the
+    positions and labels of the images, and a smaller selection is part of a larger one.
+    """
+    positions = source.splits[split]
+    labeled = positions[source.labels[positions] >= 0]
+    if limit is None or limit >= len(labeled):
+        return positions
+    order = rng.mix(0, labeled).argsort()
+    order = order[source.labels[labeled[order]].argsort(stable=True)]  # by class, in each class in the order of a hash
+    counts = torch.bincount(source.labels[labeled])
+    counts = counts[counts > 0]
+    within = torch.cat([(torch.arange(int(count)) + 0.5) / count for count in counts.double()])
+    chosen = order[within.argsort(stable=True)[:limit]]
+    return labeled[chosen.sort().values]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +202,11 @@ class Knn(FeatureProtocol):
         """
         return bank_positions(source, monitor.get("knn_images"))
 
+    def query_positions(self, source: Source, split: str, monitor: Mapping[str, Any]) -> Tensor:
+        """Return the positions of the queries in `split`. The monitor's split has the same queries as the monitor."""
+        is_monitored = split == monitor.get("knn_split", "val")
+        return query_positions(source, split, monitor.get("knn_queries") if is_monitored else None)
+
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Return the names of the query splits that exist: val, test or both."""
         return tuple(name for name in ("val", "test") if name in splits) or ("val",)
@@ -214,12 +243,12 @@ class Knn(FeatureProtocol):
         split, queries, labels = features.reported()
         if features.val is not None and features.val_labels is not None:
             split, queries, labels = "val", features.val, features.val_labels
-        found, interval = self._classify(features, queries, labels)
+        top1, best5, interval = self._classify(features, queries, labels)
         result: dict[str, Any] = {
             "protocol": self.name,
             "split": split,
-            "top1": found.top1,
-            "top5": found.top5,
+            "top1": top1,
+            "top5": best5,
             "interval": interval,
             "n_train": len(features.train),
             "n_test": len(queries),
@@ -230,22 +259,35 @@ class Knn(FeatureProtocol):
         }
         test, labels_of_test = features.test, features.test_labels
         if split == "val" and test is not None and labels_of_test is not None and test is not queries:
-            found, interval = self._classify(features, test, labels_of_test)
-            result |= {"test_top1": found.top1, "test_top5": found.top5, "test_interval": interval}
+            top1, best5, interval = self._classify(features, test, labels_of_test)
+            result |= {"test_top1": top1, "test_top5": best5, "test_interval": interval}
         return result
 
-    def _classify(self, features: FeatureSet, queries: Tensor, labels: Tensor) -> tuple[KnnResult, list[float]]:
-        found = knn(
-            features.train,
-            features.train_labels,
-            queries,
-            labels,
-            k=self.num_neighbors,
-            temperature=self.softmax_temperature,
-            num_classes=features.num_classes,
-            chunk=self.chunk,
-        )
-        return found, list(bootstrap_interval(found.correct, seed=self.seed, resamples=self.resamples))
+    def _classify(self, features: FeatureSet, queries: Tensor, labels: Tensor) -> tuple[float, float, list[float]]:
+        """Return the top-1 accuracy, the top-5 accuracy, and the 95 % interval of the top-1 accuracy.
+
+        Each process classifies a part of the queries. All processes return the accuracies of all queries.
+        """
+        parts = shared_work.parts(len(queries), chunk=self.chunk)
+        mine = parts[collectives.rank()]
+
+        def ranks() -> Tensor:
+            if len(mine) == 0:
+                return labels[:0]
+            return knn(
+                features.train,
+                features.train_labels,
+                queries[mine.start : mine.stop],
+                labels[mine.start : mine.stop],
+                k=self.num_neighbors,
+                temperature=self.softmax_temperature,
+                num_classes=features.num_classes,
+                chunk=self.chunk,
+            ).place
+
+        place = shared_work.gather_parts(shared_work.agreed(ranks), [len(part) for part in parts])
+        interval = bootstrap_interval(place == 0, seed=self.seed, resamples=self.resamples)
+        return accuracy(place, 1), top5(place, features.num_classes), list(interval)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +316,10 @@ class KnnFull(Knn):
     def training_positions(self, source: Source, monitor: Mapping[str, Any]) -> Tensor:
         """Return the positions of the images of "train" and "val". If "val" is reported, leave out its images."""
         return whole_training_set(source, self.reported_splits(source.nonempty_splits()))
+
+    def query_positions(self, source: Source, split: str, monitor: Mapping[str, Any]) -> Tensor:
+        """Return the positions of all images of `split`."""
+        return FeatureProtocol.query_positions(self, source, split, monitor)
 
     def reported_splits(self, splits: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Return the name of the split with the queries: test, or val if there is no test split."""

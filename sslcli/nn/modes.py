@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sslcli.distributed import collectives
+
 
 def full_precision(values: Tensor) -> Tensor:
     """Convert a tensor to float32. A float64 tensor is returned unchanged."""
@@ -38,3 +40,18 @@ def unchanged_statistics(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
+
+
+@contextmanager
+def statistics_of_main(module: nn.Module) -> Iterator[None]:
+    """Let every process use the running statistics of rank 0 within the `with` block, and its own after the block.
+
+    The statistics of processes differ if a BatchNorm is not synchronized. All processes must enter the block.
+    """
+    if collectives.world_size() == 1:
+        yield
+        return
+    with unchanged_statistics(module):
+        norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+        collectives.broadcast([value for norm in norms for value in (norm.running_mean, norm.running_var)])
+        yield

@@ -25,7 +25,7 @@ from sslcli.engine.run import Run
 from sslcli.engine.slow_data import faster_data
 from sslcli.engine.stop import StopRequest
 from sslcli.errors import ConfigError
-from sslcli.evaluation.knn import bank_positions
+from sslcli.evaluation.knn import bank_positions, query_positions
 from sslcli.evaluation.online import knn_probe
 from sslcli.evaluation.splits import check_answers, check_readable, unanswerable, why_not_held_out
 from sslcli.methods.base import Method
@@ -184,6 +184,7 @@ def build_probe(
     if len(queries) == 0:
         screen.say(f"k-NN is skipped: {why_not_held_out(parts.source)}")
         return None
+    queries = query_positions(parts.source, monitor.knn_split, monitor.knn_queries)
     bank = bank_positions(parts.source, monitor.knn_images)
     try:
         check_answers(parts.source, bank)
@@ -193,25 +194,21 @@ def build_probe(
     if warning := unanswerable(parts.source, bank, queries):
         screen.warn(f"k-NN: of the images of {monitor.knn_split} {warning}")
     check_readable(parts.source, queries, monitor.knn_split)
-    measure = knn_probe(parts.method, parts.source, parts.views, monitor, device=device, precision=resolved)
-
-    def probe() -> dict[str, float]:
-        with fsdp.gathered(parts.method):
-            return measure()
-
-    return probe
+    return knn_probe(parts.method, parts.source, parts.views, monitor, device=device, precision=resolved)
 
 
 def knn_queries(source: Source, monitor: MonitorSettings) -> str | None:
     """Return a text that describes the images that the online k-NN classifies, or None if there is no online k-NN."""
-    queries = source.splits.get(monitor.knn_split, torch.empty(0))
-    if monitor.knn_every_epochs == 0 or len(queries) == 0:
+    total = len(source.splits.get(monitor.knn_split, torch.empty(0)))
+    if monitor.knn_every_epochs == 0 or total == 0:
         return None
+    queries = len(query_positions(source, monitor.knn_split, monitor.knn_queries))
     bank = bank_positions(source, monitor.knn_images)
     used = ""
     if monitor.knn_split == "val":
         used = ", pre-trained on without labels" if source.has_val_in_train else ", not pre-trained on"
-    return f"{len(queries):,} images of {monitor.knn_split}{used}; bank: {len(bank):,} other training images"
+    count = f"{queries:,}" if queries == total else f"{queries:,} of {total:,}"
+    return f"{count} images of {monitor.knn_split}{used}; bank: {len(bank):,} other training images"
 
 
 def has_pictures(parts: Parts, monitor: MonitorSettings) -> bool:

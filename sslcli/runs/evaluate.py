@@ -166,6 +166,8 @@ def _evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[
     if protocol.trains_on_val and "val" not in reported:
         splits.pop("val", None)
     splits["train"] = protocol.training_positions(source, subject.monitor)
+    for name in (name for name in reported if name in splits):
+        splits[name] = protocol.query_positions(source, name, subject.monitor)
     check_answers(source, splits["train"])
     check_reported(source, reported, splits["train"])
     for name in reported:

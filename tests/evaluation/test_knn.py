@@ -11,7 +11,7 @@ from torch import Tensor
 from golden_cases import Case, golden_cases
 from learnable import Colors
 from sslcli.evaluation.features import FeatureSet
-from sslcli.evaluation.knn import Knn, KnnFull, knn
+from sslcli.evaluation.knn import Knn, KnnFull, knn, query_positions
 
 
 def problem(n: int = 60, m: int = 25, d: int = 6, c: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -206,3 +206,39 @@ def test_descriptions_name_bank_and_queries():
     )
     assert "protocol=knn_full" in Knn().description(result)
     assert "except" in KnnFull().description(result | {"split": "val"})
+
+
+class Labeled:
+    """Positions 100 to 399 in the split val: class 0 has 200 images, class 1 has 80, class 2 has 10, 10 have none."""
+
+    def __init__(self) -> None:
+        self.labels = torch.tensor([3] * 100 + [0] * 200 + [1] * 80 + [2] * 10 + [-1] * 10)
+        self.splits = {"val": torch.arange(100, 400)}
+
+
+def test_queries_keep_the_fractions_of_the_classes_and_smaller_selections_are_part_of_larger_ones():
+    source = Labeled()
+    found = query_positions(source, "val", 29)
+    assert torch.equal(found, found.sort().values)
+    assert torch.bincount(source.labels[found]).tolist() == [20, 8, 1]
+    assert torch.equal(found, query_positions(source, "val", 29))
+    larger = query_positions(source, "val", 58)
+    assert torch.bincount(source.labels[larger]).tolist() == [40, 16, 2]
+    assert torch.isin(found, larger).all()
+    assert not torch.equal(found, source.splits["val"][:29])
+    assert len(query_positions(source, "val", 1)) == 1
+    for limit in (None, 290, 1000):
+        assert torch.equal(query_positions(source, "val", limit), source.splits["val"])
+
+
+def test_the_protocol_has_the_queries_of_the_monitor_in_its_split_only():
+    source = Labeled()
+    source.splits = {"val": source.splits["val"], "test": torch.arange(100, 390)}
+    for monitor, val, test in (
+        ({"knn_queries": 29}, 29, 290),
+        ({"knn_queries": 29, "knn_split": "test"}, 300, 29),
+        ({}, 300, 290),
+    ):
+        assert len(Knn().query_positions(source, "val", monitor)) == val
+        assert len(Knn().query_positions(source, "test", monitor)) == test
+        assert len(KnnFull().query_positions(source, "val", monitor)) == 300
