@@ -44,6 +44,7 @@ NEUTRAL = (
     "run_dir",
     "name",
     "dry_run",
+    "find_batch_size",
     "trust",
     "launcher",
     "device",
@@ -318,12 +319,18 @@ class RunSettings:
     resume: str
     device: str  # auto, cpu, cuda, cuda:1, mps
     dry_run: bool
+    find_batch_size: bool = False  # the default is for the config.yaml files of older versions
     trust: list[str]
     about: dict[str, Any] | None = None  # description of the method, for tables only
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, least=0, most=LARGEST_SEED)
         check_choice("resume", self.resume, RESUME)
+        if self.find_batch_size and not self.dry_run:
+            raise ConfigError(
+                "find_batch_size is true, but dry_run is false: add dry_run=true to find the batch size without "
+                "training, or remove find_batch_size to train"
+            )
         check_device(self.device)
 
 

@@ -32,13 +32,24 @@ def launch(job: dict[str, Any]) -> int:
     kind = config.launcher.kind if launched() is None else "local"
     if kind != config.launcher.kind and AGENT not in os.environ:
         check_other_launcher(config.launcher)
+    if kind == "slurm" and config.find_batch_size:
+        raise ConfigError(
+            "find_batch_size is true, but with launcher=slurm dry_run=true only prints the batch script: run the "
+            "command on a node with the GPUs of the run, with launcher=local, or launcher=multi for several GPUs"
+        )
     if kind == "slurm":
         from sslcli.runs import slurm_job
 
         return slurm_job.launch(config)
-    if isinstance(config.launcher, MultiSettings) and kind == "multi" and not config.dry_run:
+    if (
+        isinstance(config.launcher, MultiSettings)
+        and kind == "multi"
+        and (config.find_batch_size or not config.dry_run)
+    ):
         from sslcli.distributed.elastic import run_processes
 
+        if config.find_batch_size:  # every process would print an error
+            check_device_of_search(config)
         with tempfile.TemporaryDirectory(prefix="sslcli-") as folder:
             path = Path(folder) / "config.json"
             path.write_text(json.dumps(config.plain()), encoding="utf-8")
@@ -55,6 +66,14 @@ def launch(job: dict[str, Any]) -> int:
         return run(config)
     finally:
         gc.enable()
+
+
+def check_device_of_search(config: RunConfig) -> None:
+    """Raise ConfigError unless this machine has GPUs, on which a batch size can be searched."""
+    from sslcli.distributed.devices import pick_device
+    from sslcli.runs.batch_size_search import configured
+
+    configured(config, pick_device(config.device))
 
 
 def with_old_settings(config: RunConfig) -> RunConfig:

@@ -53,6 +53,7 @@ from sslcli.runs.assemble import (
     startup_table,
     suspicious_settings,
 )
+from sslcli.runs.batch_size_search import configured, find_batch_size
 from sslcli.runs.build import Parts, build_optimizer, build_parts
 from sslcli.runs.description import write_description
 from sslcli.runs.dry_run import dry_run, save_views
@@ -88,6 +89,8 @@ def run(config: RunConfig) -> int:
             return 0
         directory.check_resumable(run_dir, config.values)
         device = devices.pick_device(config.device)
+        if config.find_batch_size:
+            config = configured(config, device)
         keep_freed_memory()
         devices.set_threads(config.launcher.threads)
         deterministic = devices.uses_deterministic_kernels(config.train.deterministic, device)
@@ -215,7 +218,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
             with explained(config, parts.method, device, optimizer):
                 if dry:
                     job.stop.close()  # then an interrupt ends the dry run immediately
-                    return dry_run(job, parts)
+                    return find_batch_size(job) if config.find_batch_size else dry_run(job, parts)
                 # Resume before config.yaml is written, so that it stays unchanged if the checkpoint is refused.
                 step = resume(job)
                 if main:
