@@ -69,5 +69,5 @@ def read(net: nn.Module, layer: str, images: Tensor) -> Tensor:
 
 
 def _stages(net: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    backbone = net.backbone if isinstance(net, Method) else net
+    backbone = net.evaluated_network if isinstance(net, Method) else net
     return backbone.stages(images)  # type: ignore[operator, no-any-return]

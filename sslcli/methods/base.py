@@ -63,6 +63,8 @@ class Method(nn.Module):
             not decrease, so adversarial methods name a different scalar.
         supports_block_wrapping: True if FSDP and activation checkpointing may wrap single blocks of the backbone. Must
             be False if the method calls the backbone with weights other than the backbone's own parameters.
+        evaluated_part: the dotted name of the network that `features` calls and that ssl-export writes, such as
+            "teacher.backbone". It must have the parameters of the backbone by name. Probes, k-NN and pictures use it.
         embeddings: detached embeddings of the last forward pass, one tensor (N, D) per view. The health metrics are
             computed from them.
         head_layers: the number of layers of the projection head whose output `head_features` can return; 0 = none.
@@ -76,6 +78,7 @@ class Method(nn.Module):
     color_spaces: tuple[str, ...] = ()
     decreasing_metric: str = "loss"
     supports_block_wrapping: bool = True
+    evaluated_part: str = "backbone"
     embeddings: tuple[Tensor, ...] = ()
     head_layers: int = 0
     finetune_layer: int = 0
@@ -144,9 +147,14 @@ class Method(nn.Module):
         in evaluation mode.
         """
 
+    @property
+    def evaluated_network(self) -> nn.Module:
+        """The network that probes and exports use: the submodule that `evaluated_part` names."""
+        return self.get_submodule(self.evaluated_part)
+
     def features(self, images: Tensor) -> Tensor:
         """Return the features for probes and exports: (N, C, H, W) -> (N, num_features)."""
-        return self.backbone(images)  # type: ignore[no-any-return]
+        return self.evaluated_network(images)  # type: ignore[no-any-return]
 
     def projection(self, images: Tensor) -> Tensor:
         """Return the input of the loss before normalization: (N, C, H, W) -> (N, D).

@@ -246,6 +246,7 @@ def startup_table(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
     processes = collectives.world_size()
     trainable = sum(p.numel() for p in parts.method.parameters() if p.requires_grad)
     local_parameters = sum(collectives.local(p).numel() for p in parts.method.parameters())
+    part = parts.method.evaluated_part
     split = {name: len(positions) for name, positions in parts.source.splits.items()}
     not_compiled = compilation.why_not(settings, job.device, job.total_steps)
     return {
@@ -264,6 +265,7 @@ def startup_table(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
         "trainable parameters": trainable,
         **({"parameters per process": local_parameters} if processes > 1 else {}),
         "backbone features": parts.method.backbone.num_features,
+        **({} if part == Method.evaluated_part else {"evaluated part": part}),
         **parts.method.effective(settings.batch_size // (1 if settings.cached_gradients else settings.accumulate)),
         "precision": job.precision,
         "device": str(job.device),

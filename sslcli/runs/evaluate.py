@@ -35,6 +35,7 @@ from sslcli.evaluation import layers
 from sslcli.evaluation.base import Outcome, Protocol, check_outcome, described
 from sslcli.evaluation.splits import check_answers, check_reported, unanswerable
 from sslcli.evaluation.variants import join_parts
+from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
 from sslcli.report.console import Screen
 from sslcli.report.evaluation_tables import comparison, details, summary
@@ -184,6 +185,7 @@ def _evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[
         **subject.provenance,
         "protocol_settings": {key: value for key, value in node.items() if key != "_target_"},
         "feature_layer": evaluation.layer,
+        "evaluated_part": evaluation.evaluated_part,
         "transform": f"test transform at {source.image_size} px, {normalization} as in pre-training",
         **dataset_facts(source),
         "precision": subject.precision,
@@ -227,6 +229,7 @@ def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any
     trained = evaluation.subject.net("trained")
     check_images_fit(evaluation, trained)
     example = evaluation.task().example()
+    evaluation.evaluated_part = trained.evaluated_part if isinstance(trained, Method) else evaluation.evaluated_part
     evaluation.layer, evaluation.default_layer = protocol.choose_layer(
         evaluation.config.feature_layer, trained, example
     )

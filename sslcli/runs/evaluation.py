@@ -52,6 +52,7 @@ class Evaluation:
         source: the labeled images.
         splits: for each split, the indices of its images in `source`.
         layer: the layer whose features are evaluated.
+        evaluated_part: the part of the method that is evaluated, see `Method.evaluated_part`.
         default_layer: the layer that is evaluated by default. Names of results do not contain it.
         variant: suffix of the result's name. It identifies protocol settings that change the measured quantity.
     """
@@ -64,6 +65,7 @@ class Evaluation:
     splits: dict[str, Tensor]
     layer: str = layers.BACKBONE
     default_layer: str = layers.BACKBONE
+    evaluated_part: str = Method.evaluated_part
     variant: str = ""
 
     def quantity(self, protocol: str) -> str:

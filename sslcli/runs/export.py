@@ -7,6 +7,8 @@ Keys of the file:
 state_dict    the weights, named as in `state_dict()` of the backbone or the method. If the backbone wraps a network of
               another package, such as timm, the weights are named as in `state_dict()` of this network
 what          "backbone" or "method"
+evaluated_part
+              the part of the method that is evaluated, such as "backbone". With what=backbone, its weights are exported
 backbone      `_target_` and arguments of the backbone
 method        `_target_` and arguments of the method
 seed, num_images
@@ -41,8 +43,6 @@ from sslcli.runs.subject import load_checkpoint, provenance_of
 from sslcli.system import atomic
 from sslcli.weights.files import is_noise_state, load_strictly, unwrapped
 
-BACKBONE = "backbone."  # prefix of the backbone's parameters in the state of a method
-
 
 def run(config: ExportSettings) -> int:
     """Run ssl-export with a validated configuration, and return the exit code."""
@@ -62,20 +62,29 @@ def export(config: ExportSettings) -> None:
     loaded = load_checkpoint(run_dir, config.checkpoint, saved)
     weights, step = loaded.weights, loaded.step
     out = Path(config.out or run_dir / "export" / f"{what}-step-{step:08d}.pt")
+    method = find_class(saved["method"]["_target_"], base=Method, trust=config.trust, where="method._target_")
     if what == "backbone":
+        prefix = f"{method.evaluated_part}."
         weights = {
-            name[len(BACKBONE) :]: value
+            name.removeprefix(prefix): value
             for name, value in weights.items()
-            if name.startswith(BACKBONE) and not is_noise_state(name)
+            if name.startswith(prefix) and not is_noise_state(name)
         }
-        weights = unwrapped(check_backbone_alone(saved, weights, trust=config.trust), weights)
-    write(out, {"state_dict": weights, "what": what, **description(saved, run_dir, loaded, trust=config.trust)})
+        weights = unwrapped(check_backbone_alone(method, saved, weights, trust=config.trust), weights)
+    content = {"state_dict": weights, "what": what, "evaluated_part": method.evaluated_part}
+    write(out, content | description(saved, run_dir, loaded, trust=config.trust))
     broken = [name for name, value in weights.items() if isinstance(value, Tensor) and not value.isfinite().all()]
     numbers = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
     with Screen() as screen:
         screen.table(
             f"exported: {out}",
-            {"what": what, "step": step, "parameters": numbers, "size (MB)": round(out.stat().st_size / 1e6, 1)},
+            {
+                "what": what,
+                "evaluated part": method.evaluated_part,
+                "step": step,
+                "parameters": numbers,
+                "size (MB)": round(out.stat().st_size / 1e6, 1),
+            },
         )
         if broken:
             screen.warn(
@@ -86,12 +95,13 @@ def export(config: ExportSettings) -> None:
         screen.say(f"to evaluate it: ssl-eval weights={out} dataset=... dataset.image_size={size}")
 
 
-def check_backbone_alone(saved: dict[str, Any], weights: dict[str, Any], *, trust: list[str]) -> nn.Module:
+def check_backbone_alone(
+    method: type[Method], saved: dict[str, Any], weights: dict[str, Any], *, trust: list[str]
+) -> nn.Module:
     """Build the backbone of a run, load `weights`, and return it. `saved` is the configuration of the run.
 
     Raises ConfigError unless the backbone without the rest of the method computes the same features as the method.
     """
-    method = find_class(saved["method"]["_target_"], base=Method, trust=trust, where="method._target_")
     remedy = (
         "so the backbone alone does not give the accuracies of the run: export what=method, which ssl-eval "
         "weights=FILE evaluates as well"

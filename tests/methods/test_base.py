@@ -59,6 +59,7 @@ def test_what_a_method_leaves_out_means_nothing() -> None:
     assert (method.stored(), method.param_groups(), method.mixture) == (None, None, None)
     assert (method.queue_length, method.num_negatives(8), method.head_layers, method.finetune_layer) == (0, None, 0, 0)
     assert (method.effective(8), method.group_options()) == ({}, {})
+    assert method.evaluated_network is method.backbone
     method.before_step(0.5, 3.5)
     assert torch.equal(method.projection(images), method.features(images))
     assert method.pictures(images) == {}

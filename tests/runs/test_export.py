@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from command_line import SMALL, Cli, installed
+from sslcli.methods.byol import BYOL
 
 SAME = ["dataset=shapes", "dataset.limit=200", "dataset.test_images=100"]  # as the run was trained on
 KNN = ["protocol=knn", "baselines=false"]
@@ -63,6 +64,32 @@ def test_a_file_gives_the_numbers_of_its_run(
     assert (ended.code, ended.err) == (0, "")
     name = "knn" if layer == "backbone" else f"knn_{layer}"
     assert numbers(Path(f"{out}.eval") / f"{name}.json") == numbers(run / f"eval/{name}.json")
+
+
+def test_the_evaluated_part_is_measured_fine_tuned_and_exported(
+    run_of: Callable[[str], Path], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = Path(shutil.copytree(run_of("byol"), tmp_path / "run", symlinks=True)), tmp_path / "out.pt"
+    assert cli("ssl-eval", f"run={run}", "protocol=knn").code == 0
+    online = json.loads((run / "eval/knn.json").read_text())
+    shutil.rmtree(run / "eval")  # and the cached features in it
+    monkeypatch.setattr(BYOL, "evaluated_part", "target_backbone")
+    assert cli("ssl-eval", f"run={run}", "protocol=knn").code == 0
+    target = json.loads((run / "eval/knn.json").read_text())
+    assert (online["evaluated_part"], target["evaluated_part"]) == ("backbone", "target_backbone")
+    ended = cli("ssl-export", f"run={run}", f"out={out}")
+    assert ended.code == 0
+    assert "target_backbone" in ended.out
+    exported = torch.load(out, weights_only=True)
+    assert exported["evaluated_part"] == "target_backbone"
+    saved = torch.load(max((run / "checkpoints").glob("*.pt")), weights_only=True)["method"]
+    names = [name for name in exported["state_dict"] if name.endswith("weight")]
+    assert all(torch.equal(exported["state_dict"][name], saved[f"target_backbone.{name}"]) for name in names)
+    assert not all(torch.equal(exported["state_dict"][name], saved[f"backbone.{name}"]) for name in names)
+    assert cli("ssl-eval", f"weights={out}", *SAME, "protocol=knn").code == 0
+    assert numbers(Path(f"{out}.eval") / "knn.json") == numbers(run / "eval/knn.json")
+    tuning = ["protocol=finetune", "protocol.steps=2", "protocol.lrs=[0.1]", "baselines=false"]
+    assert cli("ssl-eval", f"run={run}", *tuning).code == 0
 
 
 @pytest.mark.parametrize(
