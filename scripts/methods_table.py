@@ -11,7 +11,13 @@ import yaml
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 HEADER = "| method | year | paper | family | needs | recipes | published |\n|---|---|---|---|---|---|---|\n"
-FAMILIES = ("generative", "predictive", "contrastive", "self-distillation")  # in the order of the table
+FAMILIES = (
+    "generative",
+    "predictive",
+    "contrastive",
+    "self-distillation",
+    "redundancy reduction",
+)  # in the order of the table
 
 
 def table() -> str:

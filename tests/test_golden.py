@@ -33,7 +33,7 @@ OF_OTHER_METHODS = {
         "mae",
         "msn",
     ),
-    *("nnclr", "ressl", "schedule", "simmim", "simsiam", "swav", "vicreg", "vicregl"),
+    *("schedule", "simmim", "simsiam", "swav", "vicregl"),
 }
 
 

@@ -1,6 +1,7 @@
 """SimCLR: contrast two views of an image with all other views of the batch.
 
 Chen et al. 2020  https://arxiv.org/abs/2002.05709   conf/method/simclr.yaml
+Yeh et al. 2022   https://arxiv.org/abs/2110.06848   option `decoupled`: DCL and DCLW
 
 Shapes: N images per process, W processes, D embedding size.
 """
@@ -11,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.distributed.collectives import all_gather_with_grad, rank, world_size
+from sslcli.distributed.collectives import all_gather, all_gather_with_grad, rank, world_size
 from sslcli.methods.base import Batch, Method, num_features
 from sslcli.methods.mixture import UnMix, add_mixture
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.contrastive import MIN_TEMPERATURE, Contrast, check_temperature, info_nce, nt_xent_symmetric
 from sslcli.nn.heads import mlp
 from sslcli.nn.modes import full_precision
+
+DECOUPLED = ("none", "unweighted", "weighted")
 
 
 def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None = None) -> Contrast:
@@ -40,6 +43,37 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, memory: Tensor | None
     return info_nce(rows, torch.cat([z2, z1]), candidates, temperature=temperature, exclude=same_image)
 
 
+def decoupled_nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, sigma: float | None = None) -> Contrast:
+    """Return the decoupled contrastive loss (DCL, eq. 6), as the mean over the 2N anchors of this process.
+
+    The arguments are those of `nt_xent`. The loss of an anchor is -w s / temperature + log sum exp(t / temperature),
+    where s is its similarity to its positive, and the sum is over its similarities t to all negatives. Unlike in
+    `nt_xent`, the sum does not contain the positive. The loss may therefore be negative.
+
+    sigma: None selects w = 1 (DCL). A number selects the weights of DCLW, w_i = 2 - G softmax_i(s_i / sigma) over the G
+        images of all processes (eq. 7). Pairs with different views then have larger weights. The mean of w is 1. The
+        weights are constants for the gradient, as in lightly.
+    """
+    check_temperature(temperature)
+    with torch.autocast(z1.device.type, enabled=False):
+        z1, z2 = (F.normalize(full_precision(z), dim=1) for z in (z1, z2))
+        num_rows, total = len(z1), world_size() * len(z1)
+        candidates = torch.cat([all_gather_with_grad(z1), all_gather_with_grad(z2)])  # (2WN, D)
+        similarity = (z1 * z2).sum(1)
+        mine = rank() * num_rows + torch.arange(num_rows, device=z1.device)
+        same_image = torch.stack([mine, mine + total], dim=1).repeat(
+            2, 1
+        )  # (2N, 2): the anchor itself and its positive
+        logits = (torch.cat([z1, z2]) @ candidates.T / temperature).scatter(1, same_image, -torch.inf)
+        weight = torch.ones_like(similarity)
+        if sigma is not None:
+            share = F.softmax(all_gather(similarity) / sigma, dim=0)  # (WN,)
+            weight = 2 - total * share[mine]
+        positive = (similarity / temperature).repeat(2)
+        loss = (torch.logsumexp(logits, 1) - weight.repeat(2) * positive).mean()
+        return Contrast(loss, (positive > logits.amax(1)).to(loss.dtype).mean().detach())
+
+
 class SimCLR(Method):
     """SimCLR: NT-Xent loss between two views, with the views of the global batch as negatives.
 
@@ -52,6 +86,8 @@ class SimCLR(Method):
             default initialization. In a layer with BatchNorm, the scale of the weights does not change the output.
             However, small weights have a higher effective learning rate. LARS compensates for this, but SGD does not.
         temperature: divisor of the similarities: 0.1 on ImageNet with large batches, 0.5 on CIFAR-10.
+        decoupled: "none", or the loss without the positive in its denominator: "unweighted" (DCL) or "weighted" (DCLW).
+        sigma: temperature of the weights of DCLW.
         mixture: an `UnMix` that mixes the first views of different images; None adds no mixtures. In a second loss
             term, the mixtures replace the first views.
     """
@@ -69,10 +105,16 @@ class SimCLR(Method):
         norm: bool = True,
         init_std: float | None = None,
         temperature: float = 0.1,
+        decoupled: str = "none",
+        sigma: float = 0.5,
         mixture: UnMix | None = None,
     ) -> None:
         super().__init__(backbone)
         check_temperature(temperature)
+        if decoupled not in DECOUPLED:
+            raise ValueError(f"decoupled is {decoupled!r}, but it must be one of {', '.join(DECOUPLED)}")
+        if not sigma > 0:
+            raise ValueError(f"sigma is {sigma}, but it divides similarities, so it must be positive")
         if layers < 1:
             raise ValueError(f"layers is {layers}, but the head has at least one")
         width = num_features(backbone)
@@ -85,6 +127,7 @@ class SimCLR(Method):
                     nn.init.normal_(layer.weight, std=init_std)
         convert_batch_norm(self, SyncBatchNorm)
         self.temperature = temperature
+        self.decoupled, self.sigma = decoupled, sigma
         self.mixture = mixture
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -109,7 +152,10 @@ class SimCLR(Method):
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Contrast:
         """Return the loss of the embeddings (N, D) of two views."""
-        return nt_xent(z1, z2, temperature=self.temperature)
+        if self.decoupled == "none":
+            return nt_xent(z1, z2, temperature=self.temperature)
+        sigma = self.sigma if self.decoupled == "weighted" else None
+        return decoupled_nt_xent(z1, z2, temperature=self.temperature, sigma=sigma)
 
     def projection(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))  # type: ignore[no-any-return]

@@ -12,12 +12,13 @@ from command_line import SMALL, installed
 from one_run import finish, make_run
 from sslcli.data.loader import Loader
 from sslcli.engine.loop import optimize
+from sslcli.engine.run import Run
 from sslcli.errors import EXIT_FAILED, TrainingFailed
 from sslcli.methods.moco import MoCo
 from sslcli.report.metrics import read
 from tiny import TinyNet, make_batch
 
-HEALTHY = ["moco", "moco_v2", "moco_v3", "simclr", "byol"]
+HEALTHY = ["moco", "moco_v2", "moco_v3", "simclr", "byol", "nnclr", "ressl", "barlow_twins", "vicreg"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_checkpoint(tmp_path: Path) -> None:
@@ -119,9 +120,23 @@ def test_byol_without_predictor_and_momentum_is_caught_within_200_steps(tmp_path
         finish(run)
 
 
+def test_vicreg_without_variance_is_caught_within_200_steps(tmp_path: Path) -> None:
+    def vicreg(run_dir: Path, weight: float) -> Run:
+        return make_run(
+            run_dir, "method=vicreg", "method.hidden=64", "method.dim=64", f"method.variance={weight}",
+            "dataset.image_size=16", "train.max_steps=200", "optimizer.lr=2.4", "monitor.on_collapse=stop",
+        )  # fmt: skip
+
+    finish(vicreg(tmp_path / "with", 25.0))
+    with pytest.raises(TrainingFailed, match=r"collapsed at step (100|150|200)"):
+        finish(vicreg(tmp_path / "without", 0.0))
+
+
 @pytest.mark.parametrize("method", HEALTHY)
 def test_a_healthy_run_is_not_flagged(tmp_path: Path, method: str) -> None:
     smaller = {"byol": ["method.hidden=64"], "moco_v3": ["method.hidden=64"], "moco": ["method.queue_size=256"]}
+    smaller |= {name: ["method.hidden=64", "method.dim=64"] for name in ("barlow_twins", "vicreg", "nnclr")}
+    smaller["ressl"] = ["method.hidden=64", "method.queue_size=256"]
     run = make_run(
         tmp_path, f"method={method}", "dataset.image_size=16", "train.max_steps=150", "train.save_every_epochs=0",
         "monitor.on_collapse=stop", *smaller.get(method, smaller["moco"] if "moco_v2" in method else []),

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
-from processes import Pair
-from sslcli.methods.simclr import SimCLR, nt_xent
+from processes import Pair, my_half
+from sslcli.methods.simclr import SimCLR, decoupled_nt_xent, nt_xent
 from sslcli.nn.batch_norm import SyncBatchNorm
 from tiny import TinyNet, make_batch
 
@@ -27,6 +27,75 @@ def test_loss_and_gradients_equal_the_official_code(case: Case) -> None:
     case.check(2 * loss, "loss_sum_of_views")  # Google's code does not halve
     case.check(z1.grad, "grad_z1")
     case.check(z2.grad, "grad_z2")
+
+
+@golden_cases("dcl_")
+def test_decoupled_losses_and_gradients_equal_public_code(case: Case) -> None:
+    for name, sigma in (("dcl", None), ("dclw", case.params["sigma"])):
+        z1, z2 = (case.inputs[name].requires_grad_() for name in ("z1", "z2"))
+        loss = decoupled_nt_xent(z1, z2, temperature=case.params["temperature"], sigma=sigma).loss
+        loss.backward()
+        case.check(loss, f"loss_{name}")
+        case.check(z1.grad, f"grad_z1_{name}")
+        case.check(z2.grad, f"grad_z2_{name}")
+
+
+@golden_cases("dclw_variants")
+def test_weighted_decoupled_loss_equals_lightly(case: Case) -> None:
+    z1, z2 = (case.inputs[name].requires_grad_() for name in ("z1", "z2"))
+    loss = decoupled_nt_xent(z1, z2, temperature=case.params["temperature"], sigma=case.params["sigma"]).loss
+    loss.backward()
+    case.check(loss, "loss_dclw")
+    case.check((case.outputs["loss_dclw_12"] + case.outputs["loss_dclw_21"]) / 2, "loss_dclw")
+    case.check(z1.grad, "grad_z1")
+
+
+def test_decoupled_loss_lacks_the_positive_in_the_denominator() -> None:
+    z1, z2 = torch.randn(2, 6, 4, dtype=torch.float64)
+    rows = F.normalize(torch.cat([z1, z2]), dim=1)
+    logits = (rows @ rows.T / 0.3).fill_diagonal_(-torch.inf)
+    share = logits.softmax(1)[torch.arange(12), torch.arange(12).roll(6)]  # of the positive
+    explicit = nt_xent_of_anchors(logits) + torch.log1p(-share)
+    torch.testing.assert_close(decoupled_nt_xent(z1, z2, temperature=0.3).loss, explicit.mean())
+
+
+def nt_xent_of_anchors(logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits, torch.arange(len(logits)).roll(len(logits) // 2), reduction="none")
+
+
+def test_decoupled_gradient_of_two_images_is_finite() -> None:
+    z1, z2 = torch.randn(2, 2, 4, requires_grad=True).unbind()
+    assert torch.autograd.grad(decoupled_nt_xent(z1, z2, temperature=0.1, sigma=0.5).loss, z1)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["unweighted", "weighted"])
+def test_a_method_with_the_decoupled_loss_computes_it_from_its_embeddings(kind: str) -> None:
+    method, batch = tiny_simclr(decoupled=kind, sigma=0.3), make_batch()
+    z1, z2 = method.embed(batch)
+    expected = decoupled_nt_xent(z1, z2, temperature=0.5, sigma=0.3 if kind == "weighted" else None).loss
+    torch.testing.assert_close(method.compare((z1, z2))["loss"], expected)
+    assert float(expected.detach()) != pytest.approx(float(nt_xent(z1, z2, temperature=0.5).loss.detach()))
+
+
+def decoupled_of_a_part(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = my_half(z1).requires_grad_(), my_half(z2).requires_grad_()
+    loss = decoupled_nt_xent(a, b, temperature=0.2, sigma=0.5).loss
+    loss.backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    return loss.detach(), a.grad / 2, b.grad / 2  # processes average their gradients
+
+
+def test_two_processes_compute_the_weighted_decoupled_loss_of_the_whole_batch(pair: Pair) -> None:
+    z1, z2 = torch.randn(2, 6, 4, dtype=torch.float64)
+    (loss1, *first), (loss2, *second) = pair.run(decoupled_of_a_part, z1, z2)
+    z1.requires_grad_()
+    z2.requires_grad_()
+    whole = decoupled_nt_xent(z1, z2, temperature=0.2, sigma=0.5).loss
+    whole.backward()
+    torch.testing.assert_close((loss1 + loss2) / 2, whole.detach())
+    for z, *parts in zip((z1, z2), first, second, strict=True):
+        torch.testing.assert_close(torch.cat(parts), z.grad)
 
 
 def test_loss_is_the_mean_over_both_views_of_the_explicit_cross_entropy() -> None:
@@ -126,8 +195,14 @@ def test_two_processes_compute_the_loss_and_gradient_of_the_whole_batch(pair: Pa
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"layers": 0}, "layers is 0"), ({"temperature": 0.0}, "temperature is 0.0")]
+    ("changes", "message"),
+    [
+        ({"layers": 0}, "layers is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"sigma": 0.0}, "sigma is 0.0"),
+        ({"decoupled": "yes"}, "decoupled is 'yes', but it must be one of none, unweighted, weighted"),
+    ],
 )
-def test_impossible_values_are_refused(changes: dict[str, float], message: str) -> None:
+def test_impossible_values_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_simclr(**changes)
