@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sslcli.backbones.base import Backbone
+from sslcli.distributed.devices import unchanged_random_state
 from sslcli.errors import check_positive
 from sslcli.nn.modes import evaluating
 
@@ -24,9 +25,8 @@ def dry_output(module: nn.Module, *, image_size: int, in_channels: int = 3) -> T
     first = next(module.parameters(), torch.empty(0))
     images = torch.zeros(2, in_channels, image_size, image_size, device=first.device, dtype=first.dtype)
     buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
-    devices = [first.device] if first.is_cuda else []
     try:
-        with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices):
+        with evaluating(module), torch.no_grad(), unchanged_random_state(first.device):
             out = torch.func.functional_call(module, buffers, (images,))
     except Exception as error:  # code of the user can raise any exception, and timm raises AssertionError
         raise ValueError(

@@ -66,7 +66,9 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
     with watchdog.watched(store, rank=member.rank, size=member.world_size, limit=limit, end=end):
         watchdog.record_collective()
         # Normally the watchdog ends a run that hangs. This longer timeout is a fallback.
-        dist.init_process_group(backend, timeout=timedelta(seconds=max(10 * limit, 3600)))
+        timeout = timedelta(seconds=max(10 * limit, 3600))
+        # Without `device_id`, NCCL would derive the GPU of collectives such as `barrier` from the rank.
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
         try:
             yield
         except BaseException:

@@ -273,10 +273,12 @@ def load_file(path: Path, *, device: torch.device) -> tuple[dict[str, Any], str]
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the states of torch's random number generators in this process: of the CPU and, for CUDA, of `device`."""
+    """Return the states of torch's random number generators in this process: of the CPU and, for GPUs, of `device`."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -285,3 +287,5 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"].cpu())

@@ -61,8 +61,10 @@ def save(run: Run, step: int, writer: Writer) -> None:
 def resume(run: Run) -> int:
     """Load the newest checkpoint into the run. Return its step, or 0 if there is no checkpoint."""
     like = fsdp.placement(run.method, run.optimizer) if fsdp.is_sharded(run.method) else None
+    # Some tensors of a checkpoint are float64, which MPS does not support. The load functions below copy the others.
+    device = torch.device("cpu") if run.device.type == "mps" else run.device
     state = checkpoint.load_newest(
-        run.run_dir, device=run.device, warn=run.screen.warn, like=like, check=partial(check_state, run)
+        run.run_dir, device=device, warn=run.screen.warn, like=like, check=partial(check_state, run)
     )
     run.method.train()
     found = collectives.gather_objects(0 if state is None else state["step"])

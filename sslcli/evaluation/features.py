@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sslcli.data.loader import plain_batches
 from sslcli.distributed import collectives, shared_work, watchdog
+from sslcli.distributed.devices import unchanged_random_state
 from sslcli.engine.precision import DTYPES, autocast
 from sslcli.errors import ConfigError, NotFinite, is_out_of_memory
 from sslcli.system import atomic
@@ -202,7 +203,7 @@ def extract(
     def extract_own() -> tuple[Tensor, Tensor]:
         batches_of_own = plain_batches(source, own, batch_size=batch_size, workers=workers) if len(own) else ()
         # A DataLoader draws the base seed of its workers from the global generator, so fork the generator's state.
-        with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+        with unchanged_random_state(torch.device(device)):
             features, readable = _extract_part(encode_batch, batches_of_own, len(own), report=report)
             if features is None or math.ceil(len(own) / batch_size) < math.ceil(max(sizes) / batch_size):
                 blank = torch.zeros(1, source.channels, source.image_size, source.image_size, dtype=torch.uint8)

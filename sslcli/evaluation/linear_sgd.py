@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from sslcli.data.views.spec import View
+from sslcli.distributed.devices import unchanged_random_state
 from sslcli.engine import precision
 from sslcli.errors import ConfigError
 from sslcli.evaluation import layers
@@ -236,7 +237,7 @@ class LinearSgd(Protocol):
         with (
             torch.no_grad(),
             evaluating(net),
-            torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []),
+            unchanged_random_state(task.device),
             closing(loader.steps(0, total)) as steps,
         ):
             torch.manual_seed(self.seed)  # a DataLoader draws the base seed of its workers from the global generator

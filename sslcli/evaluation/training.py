@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from sslcli.data.loader import Loader
 from sslcli.data.views.spec import View
 from sslcli.data.views.views import Views
+from sslcli.distributed.devices import unchanged_random_state
 from sslcli.engine import precision
 from sslcli.errors import ConfigError
 from sslcli.evaluation import layers
@@ -191,7 +192,7 @@ def fit(
     warmup = round(recipe.warmup * recipe.steps)
     loader = batches(task, positions, recipe.views(task), batch_size=recipe.batch_size, seed=seed)
     with (
-        torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []),
+        unchanged_random_state(task.device),
         closing(loader.steps(0, recipe.steps)) as steps,
     ):
         torch.manual_seed(seed)  # for dropout and other noise of the network

@@ -17,6 +17,7 @@ from sslcli.data.image_sizes import enlargement_warning
 from sslcli.data.loader import Loader, plain_batches
 from sslcli.data.sources.base import Source
 from sslcli.distributed import collectives, processes
+from sslcli.distributed.devices import unchanged_random_state
 from sslcli.engine import compilation, fsdp, precision
 from sslcli.engine.monitor import Monitor
 from sslcli.engine.optim import zero_momentum
@@ -233,7 +234,7 @@ def draw_pictures(parts: Parts, count: int, device: torch.device) -> dict[str, t
         evaluating(parts.method),
         fsdp.gathered(parts.method),
         torch.no_grad(),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        unchanged_random_state(device),
     ):
         found = parts.method.pictures(prepared)
     restore = partial(views.restore, mean=source.mean, std=source.std)

@@ -264,7 +264,7 @@ def check_images_fit(evaluation: Evaluation, net: nn.Module) -> None:
         ),
         evaluating(net),
         torch.no_grad(),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        devices.unchanged_random_state(device),
         autocast(device, subject.precision),
     ):
         layers.read(net, layers.BACKBONE, evaluation.task().example())

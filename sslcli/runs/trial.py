@@ -19,6 +19,7 @@ from sslcli.data.loader import Loader
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
 from sslcli.distributed import collectives
+from sslcli.distributed.devices import unchanged_random_state
 from sslcli.engine import precision
 from sslcli.errors import ConfigError, class_name, first_line, is_out_of_memory, summary, user_code
 from sslcli.methods.base import Batch, Method
@@ -227,7 +228,7 @@ def _unchanged_random_state(device: torch.device) -> Iterator[None]:
     """Restore the random states of torch, numpy and Python after the `with` block."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with unchanged_random_state(device):
             yield
     finally:
         random.setstate(python_state)

@@ -25,6 +25,14 @@ def has(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.parametrize("cuda", [True, False])
+@pytest.mark.parametrize("mps", [True, False])
+def test_kinds_of_devices_are_those_of_torch(cuda: bool, mps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
+    assert devices.available() == ["cpu"] + ["cuda"] * cuda + ["mps"] * mps
+
+
 @pytest.mark.parametrize(("kinds", "expected"), [((), "cpu"), (("cuda",), "cuda:0"), (("mps",), "cpu")], ids=str)
 def test_auto_is_what_was_tried(kinds: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     has(monkeypatch, *kinds)
@@ -118,7 +126,7 @@ def test_processes_with_gpus_meet_over_nccl(one_gpu: list[int], monkeypatch: pyt
     joined = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     for name, value in joined.items():
         monkeypatch.setenv(name, value)
-    calls: list[tuple[str, ...]] = []
+    calls: list[tuple[object, ...]] = []
 
     @contextmanager
     def watched(*args: Any, **settings: Any) -> Iterator[None]:
@@ -127,15 +135,19 @@ def test_processes_with_gpus_meet_over_nccl(one_gpu: list[int], monkeypatch: pyt
     monkeypatch.setattr("sslcli.distributed.watchdog.join", lambda member, limit: None)
     monkeypatch.setattr("sslcli.distributed.watchdog.watched", watched)
     monkeypatch.setattr(
-        "torch.distributed.init_process_group", lambda backend, timeout: calls.append(("join", backend))
+        "torch.distributed.init_process_group",
+        lambda backend, timeout, device_id: calls.append(("join", backend, device_id)),
     )
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: calls.append(("leave",)))
     device = devices.pick_device("auto")
     devices.prepare(device, deterministic=False)
     with processes.process_group(device, limit=60, end=lambda message: None):
-        assert calls == [("join", "cpu:gloo,cuda:nccl")]
+        assert calls == [("join", "cpu:gloo,cuda:nccl", device)]
     assert calls[1:] == [("leave",)]
     assert one_gpu == [0]
+    with pytest.raises(ValueError, match="a step"), processes.process_group(device, limit=60, end=lambda message: None):
+        raise ValueError("a step")
+    assert calls[2:] == [("join", "cpu:gloo,cuda:nccl", device)]  # destroying the group would wait for other processes
 
 
 def test_a_method_is_placed_on_the_gpu_whole(one_gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +165,7 @@ def test_a_method_is_placed_on_the_gpu_whole(one_gpu: list[int], monkeypatch: py
     assert {tensor.device.type for tensor in method.state_dict().values()} == {"meta"}
 
 
-def test_the_peak_memory_is_that_of_the_gpu_or_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 5e7 < devices.peak_memory(torch.device("cpu")) < 5e11
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 7 if device.index == 1 else 0)
     assert devices.peak_memory(torch.device("cuda", 1)) == 7
@@ -166,6 +178,28 @@ def test_a_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cpu", "cuda:1", "mps"):
         devices.synchronize(torch.device(name))
     assert waited == [torch.device("cuda", 1), "mps"]
+
+
+def test_random_states_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    forked: list[list[torch.device]] = []
+    states = {"mps": torch.ones(1)}
+    fork_rng = torch.random.fork_rng
+
+    def fork(devices: list[torch.device]) -> Any:
+        forked.append(devices)
+        return fork_rng(devices=[])
+
+    monkeypatch.setattr("torch.random.fork_rng", fork)
+    monkeypatch.setattr("torch.mps.get_rng_state", lambda: states["mps"])
+    monkeypatch.setattr("torch.mps.set_rng_state", lambda state: states.update(mps=state))
+    before = torch.get_rng_state()
+    for name in ("cpu", "cuda:1", "mps"):
+        with devices.unchanged_random_state(torch.device(name)):
+            torch.rand(3)
+            states["mps"] = torch.zeros(1) if name == "mps" else states["mps"]
+        assert torch.equal(torch.get_rng_state(), before)
+        assert states["mps"] == 1
+    assert forked == [[], [torch.device("cuda", 1)], []]
 
 
 def test_the_number_of_threads_is_the_first_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

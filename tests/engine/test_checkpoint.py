@@ -301,3 +301,21 @@ def test_a_worker_that_dies_during_a_save_is_not_taken_for_a_full_disk(
     monkeypatch.undo()
     assert newest_step(tmp_path) == 1
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_random_states_of_a_gpu_are_stored_and_restored(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate the generator of a GPU."""
+    device, own = torch.device(kind, 0), torch.ones(2, dtype=torch.uint8)
+    restored: list[object] = []
+    monkeypatch.setattr(f"torch.{kind}.get_rng_state", lambda *device: own)
+    monkeypatch.setattr(f"torch.{kind}.set_rng_state", lambda *arguments: restored.append(arguments))
+    state = checkpoint.rng_state(device)
+    assert set(state) == {"cpu", kind}
+    torch.rand(3)
+    checkpoint.set_rng_state(state, device)
+    assert torch.equal(torch.get_rng_state(), state["cpu"])
+    assert restored == [(own, device) if kind == "cuda" else (own,)]
+    checkpoint.set_rng_state(state, torch.device("cpu"))
+    checkpoint.set_rng_state({"cpu": state["cpu"]}, device)  # of a run that was started on the CPU
+    assert len(restored) == 1

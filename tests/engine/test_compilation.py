@@ -58,7 +58,7 @@ def test_long_runs_on_a_gpu_are_compiled(
         ("shutil.which", None, "finds no C compiler"),
     ],
 )
-def test_what_a_machine_lacks_is_a_reason_for_auto_and_an_error_for_true(
+def test_what_a_machine_lacks_is_a_reason_or_an_error(
     name: str, answer: object, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(name, lambda given: answer)

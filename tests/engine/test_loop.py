@@ -11,6 +11,7 @@ import torch
 from command_line import SMALL, installed
 from one_run import finish, make_run
 from sslcli.data.loader import Loader
+from sslcli.engine import loop
 from sslcli.engine.loop import optimize
 from sslcli.engine.run import Run
 from sslcli.errors import EXIT_FAILED, TrainingFailed
@@ -144,3 +145,22 @@ def test_a_healthy_run_is_not_flagged(tmp_path: Path, method: str) -> None:
     finish(run)
     measured = [line for line in read(tmp_path / "metrics.jsonl") if "health/std" in line]
     assert [line["step"] for line in measured] == [1, 50, 100, 150]
+
+
+@pytest.mark.parametrize(("device", "ids", "hooks"), [("cpu", None, 1), ("cuda:1", [1], 0)])
+def test_gradients_of_a_gpu_are_averaged_by_nccl(
+    device: str, ids: list[int] | None, hooks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+
+    class Parallel:
+        def __init__(self, method: object, *, device_ids: object, **options: object) -> None:
+            calls.append(device_ids)
+
+        def register_comm_hook(self, state: object, hook: object) -> None:
+            calls.append(hook)
+
+    monkeypatch.setattr(loop, "DistributedDataParallel", Parallel)
+    monkeypatch.setattr("sslcli.distributed.collectives.world_size", lambda: 2)
+    loop.parallel(MoCo(TinyNet(), queue_size=8), torch.device(device))
+    assert (calls[0], len(calls) - 1) == (ids, hooks)

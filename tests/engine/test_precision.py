@@ -19,6 +19,15 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(
     assert resolve("auto", CPU) == expected
 
 
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_bf16_where_a_gpu_multiplies_it_without_emulation(
+    supported: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: supported or including_emulation)
+    assert resolve("auto", torch.device("cuda", 0)) == expected
+    assert resolve("auto", torch.device("mps")) == "fp32"
+
+
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
 def test_a_named_format_is_taken_at_its_word(name: str) -> None:
     assert resolve(name, CPU) == name

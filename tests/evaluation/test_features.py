@@ -353,7 +353,7 @@ def test_rows_of_a_bank_take_the_place_of_the_features_of_their_images():
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
     ],
 )
-def test_a_protocol_for_which_the_gpu_lacks_memory_is_computed_on_the_cpu(error):
+def test_the_cpu_computes_a_protocol_if_the_gpu_lacks_memory(error):
     on_cpu, on_gpu = SimpleNamespace(), SimpleNamespace()
     on_cpu.to = lambda device: on_gpu
 

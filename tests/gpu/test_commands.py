@@ -128,7 +128,15 @@ def test_out_of_memory_ends_with_the_keys_that_help(cli: Cli, device: torch.devi
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         torch.cuda.empty_cache()
-    assert ended.code == 3
+    assert ended.code == 2
     assert "ssl-train: out of memory (Tried to allocate" in ended.err
+    assert f"Memory of this process on {device}, in GB: parameters 0." in ended.err
     assert "reduce train.batch_size" in ended.err
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.cuda
+def test_the_largest_batch_that_fits_is_found(cli: Cli) -> None:
+    ended = cli("ssl-train", *SMALL, "dry_run=true", "find_batch_size=true", "device=cuda")
+    assert (ended.code, ended.err) == (0, "")
+    assert "the largest train.batch_size that fits is 200, which is limited by" in ended.out

@@ -171,7 +171,7 @@ def test_a_search_with_several_processes_starts_them(monkeypatch: pytest.MonkeyP
     assert launch.launch(composed("train", *line)) == 75
 
 
-def test_memory_of_a_gpu_is_released_before_each_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_gpu_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: calls.append("empty"))
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", calls.append)

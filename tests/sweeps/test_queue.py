@@ -88,6 +88,7 @@ def test_threads_of_the_environment_count_as_cores_of_a_job(monkeypatch: pytest.
 
 def test_a_named_gpu_takes_one_job_at_a_time_and_slurm_takes_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slots(monkeypatch, gpus=4, device="cuda:1") == [Slot()]
+    assert slots(monkeypatch, device="mps") == [Slot()]
     assert slots(monkeypatch, gpus=4, device="cpu", cores=4) == [Slot()]
     assert slots(monkeypatch, launcher={"kind": "slurm"}, jobs=7) == [Slot()] * 7
     assert len(slots(monkeypatch, gpus=8, jobs=None)) == 8
