@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import sslcli
 from command_line import composed
@@ -38,10 +37,14 @@ HERE = Path(__file__).parent
 REACHED = dict(
     line.split()
     for line in """
+data/device_copies.py:_finished data/test_device_copies.py:test_copies_run_one_batch_ahead_on_a_side_stream
+data/device_copies.py:_on_side_stream data/test_device_copies.py:test_copies_run_one_batch_ahead_on_a_side_stream
+data/device_copies.py:copy_batches data/test_device_copies.py:test_copies_run_one_batch_ahead_on_a_side_stream
+data/loader.py:crop data/test_loader.py:test_boxes_are_copied_to_a_gpu_without_waiting
 data/loader.py:from_files test_device_branches.py:test_batches_of_files_are_pinned_for_a_gpu
-data/loader.py:from_memory test_device_branches.py:test_images_in_memory_are_pinned_and_copied_to_a_gpu
 data/loader.py:plain_batches test_device_branches.py:test_batches_of_files_are_pinned_for_a_gpu
 data/num_workers.py:default_workers data/test_num_workers.py:test_default_follows_the_cores_of_a_process
+data/resident.py:is_resident data/test_resident.py:test_setting_and_device
 distributed/devices.py:available distributed/test_devices.py:test_kinds_of_devices_are_those_of_torch
 distributed/devices.py:peak_memory distributed/test_devices.py:test_the_peak_memory_is_that_of_the_device
 distributed/devices.py:pick_device distributed/test_devices.py:test_each_process_of_a_node_takes_its_own_gpu
@@ -102,37 +105,6 @@ def test_every_function_with_code_for_a_device_is_listed_with_its_test() -> None
     for place in REACHED.values():
         file, name = place.split(":")
         assert f"\ndef {name}(" in (HERE / file).read_text("utf-8"), place
-
-
-@pytest.fixture
-def copied_to_gpu(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Simulate copies to a GPU: tensors stay on the CPU. Return whether each copied image tensor was pinned."""
-    pinned: set[int] = set()
-    copied: list[bool] = []
-    to, kept = Tensor.to, list[Tensor]()
-
-    def pin_memory(tensor: Tensor) -> Tensor:
-        pinned.add(id(tensor))
-        kept.append(tensor)
-        return tensor
-
-    def copy(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        if arguments[:1] != (GPU,):
-            return to(tensor, *arguments, **options)
-        if tensor.dtype == torch.uint8:
-            copied.append(id(tensor) in pinned and options["non_blocking"])
-        return tensor
-
-    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
-    monkeypatch.setattr(Tensor, "to", copy)
-    return copied
-
-
-def test_images_in_memory_are_pinned_and_copied_to_a_gpu(tmp_path: Path, copied_to_gpu: list[bool]) -> None:
-    run = make_run(tmp_path)
-    run.loader.device = GPU
-    assert len(next(run.loader.steps(0, 1))) == 1
-    assert copied_to_gpu == [True]
 
 
 @pytest.mark.parametrize("gpu", [True, False])

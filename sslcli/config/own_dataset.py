@@ -21,6 +21,7 @@ FINGERPRINT = "image fingerprint"  # a key in the section `effective` of a run's
 # Keys that affect how the images of a dataset are read, but not which images the dataset contains.
 READING = (
     "workers",
+    "resident",
     "max_bad",
     "verify",
     "scaled_decode",

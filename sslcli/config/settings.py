@@ -49,6 +49,7 @@ NEUTRAL = (
     "launcher",
     "device",
     "dataset.workers",
+    "dataset.resident",
     "dataset.cache",
     "dataset.keep_decoded",
     "dataset.keep_gb",

@@ -11,9 +11,11 @@ not depend on the number of workers or processes.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Generator, Iterator
+from functools import cached_property
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +23,11 @@ from torch import Tensor
 from sslcli.data import rng
 from sslcli.data.bad_images import BadImages
 from sslcli.data.crops import PlainCrops, Request, ViewCrops, center_crop, concat_requests, to_uint8
+from sslcli.data.device_copies import HostBatch, copy_batches
 from sslcli.data.num_workers import BatchMemory
 from sslcli.data.order import epoch_length, epoch_order, last_read_mask, shard_order
 from sslcli.data.pixels import as_picture
+from sslcli.data.resident import is_resident, train_images
 from sslcli.data.sources.base import Source
 from sslcli.data.views import augment
 from sslcli.data.views.views import Views
@@ -31,6 +35,8 @@ from sslcli.data.workers import DEFAULT_TIMEOUT, iterate_batches
 from sslcli.distributed.collectives import rank, world_size
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Batch
+
+T = TypeVar("T")
 
 
 class Loader:
@@ -84,6 +90,8 @@ class Loader:
         self.memory = BatchMemory(self.micro_batch_size * source.channels * pixels, self.layout is not None)
         self.workers = self.num_workers()
         self.requests_per_batch = 1 if self.layout is None else max(1, self.workers)
+        self.is_resident = is_resident(source, device)
+        self.seconds_waited = 0.0  # time in which `steps` waited for images, see `timed`
 
     def num_workers(self) -> int:
         """Return the number of data workers.
@@ -169,22 +177,50 @@ class Loader:
 
         When the generator is closed, the data workers end.
         """
-        batches = self.from_memory(start, stop) if self.source.images is not None else self.from_files(start, stop)
+        hosts = self.from_memory(start, stop) if self.source.images is not None else self.from_files(start, stop)
+        # A GPU computes asynchronously: to launch its kernels is not to wait for images, even if the launch blocks. On
+        # a CPU, all computations of the views delay the step.
+        is_cpu = self.device.type == "cpu"
+        batches = self.on_device(hosts if is_cpu else self.timed(hosts))
+        batches = self.timed(batches) if is_cpu else batches
         for first in batches:
             yield [first, *(next(batches) for _ in range(self.accumulate - 1))]
 
-    def from_memory(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the micro-batches of the steps from `start` to `stop` - 1, for a dataset in memory."""
+    def timed(self, items: Iterator[T]) -> Iterator[T]:
+        """Yield the items, and add the time that they take to `seconds_waited`."""
+        while True:
+            before = time.perf_counter()
+            item = next(items, None)
+            self.seconds_waited += time.perf_counter() - before
+            if item is None:
+                return
+            yield item
+
+    def on_device(self, hosts: Iterator[HostBatch]) -> Iterator[Batch]:
+        """Copy micro-batches to the device, and yield their views."""
+        for host, tensors in copy_batches(hosts, self.device):
+            if self.source.images is None:
+                crops = self.crops_of_workers(tensors)
+            else:
+                images = self.resident_images[tensors[0]] if self.is_resident else tensors[0]
+                key = self.key(host.request)
+                crops = [self.crop(images, key, numbers) for numbers in self.views.groups]
+            yield self.batch(host.request, crops, host.read)
+
+    @cached_property
+    def resident_images(self) -> Tensor:
+        """The training images on the device: (len(train), C, H, W) uint8."""
+        return train_images(self.source, self.device)
+
+    def from_memory(self, start: int, stop: int) -> Iterator[HostBatch]:
+        """Yield the micro-batches of the steps from `start` to `stop` - 1, for a dataset in memory.
+
+        Their only tensor is the images (n, C, H, W), or the indices of resident images (n,).
+        """
         assert self.source.images is not None
         for request in self.requests(start, stop):
             position = self.source.splits["train"][request.index]
-            images = self.source.images[position]  # (n, C, H, W)
-            if self.device.type == "cuda":  # a copy from pageable memory would block this process
-                images = images.pin_memory()
-            images = images.to(self.device, non_blocking=True)
-            key = self.key(request)
-            crops = [self.crop(images, key, numbers) for numbers in self.views.groups]
-            yield self.batch(request, crops, position)
+            yield HostBatch(request, position, [request.index if self.is_resident else self.source.images[position]])
 
     def crop(self, images: Tensor, key: Tensor, numbers: range) -> Tensor:
         """Crop n images for several views of one size. Return (len(numbers) * n, C, S, S), ordered by view.
@@ -197,13 +233,16 @@ class Loader:
         """
         view, key = repeat_for_views(numbers, key)
         height, width = (torch.full((len(key),), side) for side in images.shape[2:])
-        boxes = self.views.boxes(view, key, height, width).to(self.device, non_blocking=True)
+        boxes = self.views.boxes(view, key, height, width).to(self.device, non_blocking=self.device.type == "cuda")
         size = self.views.sizes(self.source.image_size)[numbers[0]]
         interpolation = self.views.views[numbers[0]].interpolation
         return augment.resized_crop(images.repeat(len(numbers), 1, 1, 1), boxes, size, interpolation=interpolation)
 
-    def from_files(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the micro-batches of the steps from `start` to `stop` - 1, for a dataset of files or shards."""
+    def from_files(self, start: int, stop: int) -> Iterator[HostBatch]:
+        """Yield the micro-batches of the steps from `start` to `stop` - 1, for a dataset of files or shards.
+
+        Their tensors are the parts of the first view, one part per request, then the parts of the second view, etc.
+        """
         crops = ViewCrops(self.source, self.views, self.seed)
         items = iterate_batches(
             crops,
@@ -219,10 +258,13 @@ class Loader:
             for path, reason in chain(*bad):
                 self.bad.add(path, reason)
             self.bad.check()
-            parts = [[part.to(self.device, non_blocking=True) for part in view] for view in zip(*views, strict=True)]
-            crops_by_group = [list(chain(*parts[numbers.start : numbers.stop])) for numbers in self.views.groups]
-            images = [(torch.cat(crop) if len(crop) > 1 else crop[0]).float().div_(255) for crop in crops_by_group]
-            yield self.batch(concat_requests(requests), images, torch.cat(read))
+            yield HostBatch(concat_requests(requests), torch.cat(read), list(chain(*zip(*views, strict=True))))
+
+    def crops_of_workers(self, parts: list[Tensor]) -> list[Tensor]:
+        """Return the crops that `batch` needs. `parts` are the tensors of `from_files`, on the device."""
+        views = list(zip(*[iter(parts)] * self.requests_per_batch, strict=True))
+        groups = [list(chain(*views[numbers.start : numbers.stop])) for numbers in self.views.groups]
+        return [(torch.cat(group) if len(group) > 1 else group[0]).float().div_(255) for group in groups]
 
     def batch(self, request: Request, crops: list[Tensor], read: Tensor) -> Batch:
         """Apply the color operations to the crops of a micro-batch of n images, and return the batch.

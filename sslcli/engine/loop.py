@@ -37,7 +37,7 @@ def train(run: Run, step: int) -> None:
     with closing(run.loader.steps(step, total)) as batches, closing(writer):
         while step < total:
             watchdog.report_progress(f"{watchdog.IMAGES} of step {step + 1}")
-            micro_batches = run.stop.unless_stopped(lambda: monitor.timed_next(batches))
+            micro_batches = run.stop.unless_stopped(lambda: next(batches))
             if micro_batches is None:
                 save_good(run, step, writer)
                 raise stopped(run, step)

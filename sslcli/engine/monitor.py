@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from sslcli.distributed import collectives, watchdog
 from sslcli.engine import checkpoint, collapse, health
 from sslcli.engine.slow_data import SlowData
 from sslcli.errors import NotFinite, TrainingFailed, printable
-from sslcli.methods.base import Batch, Method
+from sslcli.methods.base import Method
 from sslcli.report import pictures
 from sslcli.report.console import Screen, percent
 from sslcli.report.metrics import Metrics
@@ -103,6 +103,7 @@ class Monitor:
         draw: function that returns pictures of what the method computes, such as generated images: name -> (3, H, W) in
             [0, 1]. None if the method has no pictures.
         together: True if parameters are sharded. All processes must then run `draw`.
+        seconds_waited: function that returns the seconds in which the steps waited for images, since the start.
         faster_data: the remedies in the warning about steps that wait for images most of the time.
     """
 
@@ -118,18 +119,19 @@ class Monitor:
         probe: Callable[[], dict[str, float]] | None,
         draw: Callable[[], dict[str, Tensor]] | None = None,
         together: bool = False,
+        seconds_waited: Callable[[], float] = lambda: 0.0,
         faster_data: str = "",
     ) -> None:
         self.settings, self.log_every_steps, self.batch_size = settings, log_every_steps, batch_size
         self.steps_per_epoch, self.run_dir, self.screen, self.probe = steps_per_epoch, run_dir, screen, probe
-        self.draw, self.faster_data = draw, faster_data
+        self.draw, self.seconds_waited, self.faster_data = draw, seconds_waited, faster_data
         self.slow_data = SlowData()
         self.writes = collectives.is_main()
         self.draws = self.writes or together
         self.metric_means = MetricMeans()
         self.detector = collapse.CollapseDetector()
         self.wall = 0.0  # seconds of training in earlier starts of the run
-        self.waited = 0.0  # seconds the loop waited for data since the last log
+        self.last_waited = 0.0  # value of `seconds_waited` at the last log
         self.seconds_evaluating = 0.0  # seconds spent on evaluation since the last log
         self.good_step = 0  # step of the checkpoint that the run resumed from or saved last; its weights are finite
         self.has_diverged = False  # True after the warning about divergence
@@ -141,7 +143,7 @@ class Monitor:
     def start(self, step: int, total: int) -> None:
         """Open the files and start the progress display at `step` of `total`."""
         self.total, self.start_time = total, time.perf_counter()
-        self.last_log = (self.start_time, step)
+        self.last_log, self.last_waited = (self.start_time, step), self.seconds_waited()
         if self.writes:
             self.metrics = Metrics(self.run_dir / "metrics.jsonl", step=step, warn=self.screen.warn)
             if step == 0 and self.metrics.dropped is not None:
@@ -171,13 +173,6 @@ class Monitor:
             self.tensorboard.add_text("configuration", f"| key | value |\n|---|---|\n{rows}", 0)
         if self.picture is not None:
             self.tensorboard.add_image("views", self.picture, 0)
-
-    def timed_next(self, batches: Iterator[list[Batch]]) -> list[Batch]:
-        """Return the micro-batches of the next step. Add the time spent waiting for them to `self.waited`."""
-        before = time.perf_counter()
-        result = next(batches)
-        self.waited += time.perf_counter() - before
-        return result
 
     def after_step(self, step: int, scalars: dict[str, Tensor], *, lr: float, method: Method) -> None:
         """Compute and log everything that is due after `step` steps. Write at most one line of metrics.
@@ -234,17 +229,22 @@ class Monitor:
         return every > 0 and step % every == 0
 
     def speed(self, step: int) -> dict[str, float]:
-        """Return images per second and the fraction of time spent waiting for data, both since the last call."""
+        """Return images per second and the fraction of time spent waiting for data, both since the last call.
+
+        On a GPU, the time to launch kernels is not waiting for data, see `Loader.steps`.
+        """
         now = time.perf_counter()
         (then, last_step), self.last_log = self.last_log, (now, step)
         spent = max(now - then - self.seconds_evaluating, 1e-9)
-        if (waiting := self.slow_data.update(spent, self.waited)) is not None:
+        total = self.seconds_waited()
+        waited, self.last_waited = total - self.last_waited, total
+        if (waiting := self.slow_data.update(spent, waited)) is not None:
             self.screen.warn(f"the training steps wait for images {percent(waiting)} of the time. {self.faster_data}")
         values = {
             "train/images_per_s": (step - last_step) * self.batch_size / spent,
-            "train/data_wait": min(1.0, self.waited / spent),
+            "train/data_wait": min(1.0, waited / spent),
         }
-        self.waited = self.seconds_evaluating = 0.0
+        self.seconds_evaluating = 0.0
         return values
 
     def measure_health(self, embeddings: tuple[Tensor, ...]) -> tuple[dict[str, float], str | None]:

@@ -15,6 +15,7 @@ from sslcli.config.run_config import RunConfig
 from sslcli.config.settings import MonitorSettings, TrainSettings, seconds
 from sslcli.data.image_sizes import enlargement_warning
 from sslcli.data.loader import Loader, plain_batches
+from sslcli.data.resident import resident_bytes
 from sslcli.data.sources.base import Source
 from sslcli.distributed import collectives, processes
 from sslcli.distributed.devices import unchanged_random_state
@@ -130,6 +131,7 @@ def assemble(
         probe=build_probe(parts, monitor_settings, device, resolved, screen),
         draw=draw if has_pictures(parts, monitor_settings) else None,
         together=fsdp.is_sharded(parts.method),
+        seconds_waited=lambda: loader.seconds_waited,
         faster_data=faster_data(
             workers=loader.workers,
             cores=cores_per_process(),
@@ -270,11 +272,21 @@ def startup_table(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
         **parts.method.effective(settings.batch_size // (1 if settings.cached_gradients else settings.accumulate)),
         "precision": job.precision,
         "device": str(job.device),
+        **resident_row(job),
         "deterministic kernels": "on" if torch.are_deterministic_algorithms_enabled() else NOT_DETERMINISTIC,
         "torch.compile": "on" if not_compiled is None else f"off: {not_compiled}",
         "CPU threads per process": torch.get_num_threads(),
         **({} if parts.source.images is not None else {"data workers per process": job.loader.workers}),
     }
+
+
+def resident_row(job: Run) -> dict[str, str]:
+    """Return the row of the startup table about images in the memory of the GPU, for a dataset in memory on a GPU."""
+    source = job.loader.source
+    if source.images is None or job.device.type == "cpu":
+        return {}
+    size = f"{resident_bytes(source) / 1e6:,.0f} MB"
+    return {"images on the device": size if job.loader.is_resident else f"no ({size}, dataset.resident)"}
 
 
 def suspicious_settings(job: Run, parts: Parts) -> list[str]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,3 +204,47 @@ def test_a_default_number_of_workers_is_reduced_and_a_chosen_number_is_an_error(
     positions = torch.arange(24)
     with pytest.warns(UserWarning, match="2 data workers per process instead of 3"):
         assert len(list(plain_batches(folder(images, workers=6), positions, batch_size=8))) == 3
+
+
+def seconds_waited(source: Source, device: str) -> float:
+    """Return the seconds in which the loader waited for the images of three steps."""
+    train_loader = Loader(source, Views(VIEWS), batch_size=8, accumulate=1, seed=0, device=torch.device(device))
+    assert len(list(train_loader.steps(0, 3))) == 3
+    return train_loader.seconds_waited
+
+
+def test_a_slow_device_is_not_slow_data_but_a_slow_source_is(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_color(self: Views, view: object, key: object, pixels: torch.Tensor, **_: object) -> torch.Tensor:
+        time.sleep(0.3)
+        return pixels
+
+    monkeypatch.setattr(Views, "color", slow_color)
+    for source in (folder(images), shapes(val_fraction=0.0)):
+        assert seconds_waited(source, "meta") < 0.6
+    assert seconds_waited(shapes(val_fraction=0.0), "cpu") >= 0.9  # the CPU computes the views before the step
+
+    def slow_read(self: ViewCrops, request: object, read: Any = ViewCrops.__getitem__) -> object:
+        time.sleep(0.3)
+        return read(self, request)
+
+    monkeypatch.setattr(ViewCrops, "__getitem__", slow_read)
+    assert 0.9 <= seconds_waited(folder(images), "meta") < 1.5
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_boxes_are_copied_to_a_gpu_without_waiting(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_loader = loader(shapes())
+    train_loader.device = torch.device(device)
+    copies: list[bool] = []
+
+    def copy(tensor: torch.Tensor, *args: Any, to: Any = torch.Tensor.to, **options: Any) -> torch.Tensor:
+        if args[0] != train_loader.device:
+            return to(tensor, *args, **options)  # type: ignore[no-any-return]
+        copies.append(options["non_blocking"])
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    monkeypatch.setattr(augment, "resized_crop", lambda images, boxes, size, **_: boxes)
+    images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    assert train_loader.crop(images, torch.arange(4), range(2)).shape == (8, 4)
+    assert copies == [device == "cuda"]

@@ -43,8 +43,9 @@ def make_monitor(run_dir: Path, *, log_every_steps: int = 1, steps_per_epoch: in
         "on_collapse": "ignore",
         "pictures": 0,
     }
-    parts = {"probe": None, "draw": None, "screen": Screen(silent=True), "faster_data": ""}
-    parts |= {name: changes.pop(name) for name in list(changes) if name in parts}
+    parts = {"probe": None, "draw": None, "screen": Screen(silent=True)}
+    optional = (*parts, "seconds_waited", "faster_data")
+    parts |= {name: changes.pop(name) for name in list(changes) if name in optional}
     run_dir.mkdir(exist_ok=True)
     return Monitor(
         MonitorSettings(**(settings | changes)),
@@ -313,16 +314,12 @@ def test_speed_counts_waiting_for_data_but_not_measuring(tmp_path: Path, monkeyp
         clock.now += 100
         return {}
 
-    def batches() -> Any:
-        for _ in range(3):
-            clock.now += 1  # waiting
-            yield []
-
-    monitor, source = make_monitor(tmp_path, knn_every_epochs=1, steps_per_epoch=2, probe=probe), batches()
+    waited = 7.0  # before the start
+    monitor = make_monitor(tmp_path, knn_every_epochs=1, steps_per_epoch=2, probe=probe, seconds_waited=lambda: waited)
     monitor.start(0, 3)
     for step in (1, 2, 3):
-        monitor.timed_next(source)
-        clock.now += 3  # computing
+        waited += 1
+        clock.now += 4  # waiting and computing
         monitor.after_step(step, {"loss": torch.tensor(1.0)}, lr=0.1, method=Method(nn.Identity()))
     monitor.close()
     lines = read(tmp_path / "metrics.jsonl")
@@ -414,13 +411,15 @@ def test_a_tensorboard_that_cannot_be_opened_is_what_is_told(tmp_path: Path) -> 
 def test_steps_that_wait_for_images_most_of_the_time_are_reported_with_remedies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 0.0
+    now = waited = 0.0
     monkeypatch.setattr(monitor_module.time, "perf_counter", lambda: now)
-    monitor = make_monitor(tmp_path / "run", screen=Screen(), faster_data="Set dataset.workers=7")
+    monitor = make_monitor(
+        tmp_path / "run", screen=Screen(), faster_data="Set dataset.workers=7", seconds_waited=lambda: waited
+    )
     monitor.start(0, 40)
     for _ in range(20):
         now += 1.0
-        monitor.waited += 9.0
+        waited += 9.0
         now += 9.0
         monitor.speed(1)
     said = " ".join(capsys.readouterr().out.split())

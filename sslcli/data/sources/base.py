@@ -78,6 +78,8 @@ class Source:
         modality_channels: the channels of each modality, in order.
         photometric: the channels to which the color operations of views are applied.
         chooses_workers: True if `workers` was chosen by `default_workers`. Callers may then reduce the number.
+        resident: whether the training images of a dataset in memory are copied to the GPU once: True, False or "auto",
+            see `sslcli.data.resident`.
         scaled_decode: True if JPEGs may be decoded at 1/n of their size, with n = 2, 4 or 8. A JPEG is decoded at 1/n
             only if all of its training crops are downscaled at least by the factor n.
 
@@ -93,6 +95,7 @@ class Source:
     modality_channels: Sequence[slice] = (slice(None),)
     photometric: slice = slice(None)
     chooses_workers: bool = False
+    resident: bool | str = False
     scaled_decode: bool = False
     channels: int = 3
     name: str
@@ -307,6 +310,7 @@ class Shapes(Source):
         test_images: number of test images; 0 = no test split. The test images have the last positions.
         nuisances: how strongly properties other than the shape vary, such as the color. The keys are fields of
             `shapes.Nuisances`, and the values are strengths in [0, 1]. The default strength is 1.
+        resident: whether the training images are copied to the GPU once: True, False or "auto".
         common: the arguments of `Source`. `image_size` must be at least 16.
 
     If `limit` excludes an image from all splits, it is not generated: its pixels are 0 and its label is -1.
@@ -319,9 +323,11 @@ class Shapes(Source):
         test_images: int = 2_000,
         image_size: int = 32,
         nuisances: Mapping[str, float] | None = None,
+        resident: bool | str = False,
         **common: Any,
     ) -> None:
         super().__init__(image_size=image_size, **common)
+        self.resident = check_resident(resident)
         check_integer("dataset.train_images", train_images, minimum=1)
         check_integer("dataset.test_images", test_images, minimum=0)
         self.nuisances = _nuisances(nuisances or {})
@@ -370,6 +376,7 @@ class TorchvisionSet(Source):
             other datasets.
         memory_gb: the largest size of the pixels in GB (10**9 bytes). Reading the files takes twice the memory of the
             pixels.
+        resident: whether the training images are copied to the GPU once: True, False or "auto".
         common: the arguments of `Source`.
 
     Raises ValueError if a value is invalid, if the pixels exceed `memory_gb`, or if files are damaged. If files are
@@ -384,9 +391,11 @@ class TorchvisionSet(Source):
         download: bool = True,
         unlabeled: bool = False,
         memory_gb: float = 4.0,
+        resident: bool | str = False,
         **common: Any,
     ) -> None:
         super().__init__(**common)
+        self.resident = check_resident(resident)
         from sslcli.data.sources import vision
 
         parts = vision.read_parts(name, root, download=download, unlabeled=unlabeled, memory_gb=memory_gb)
@@ -401,6 +410,13 @@ def check_flag(name: str, value: bool) -> bool:
     """Return `value`. Raises ValueError unless `value` is a boolean."""
     if not isinstance(value, bool):
         raise ValueError(f"dataset.{name} is {value!r}, but it must be true or false")
+    return value
+
+
+def check_resident(value: bool | str) -> bool | str:
+    """Return `value`. Raises ValueError unless `value` is a boolean or "auto"."""
+    if not (isinstance(value, bool) or value == "auto"):
+        raise ValueError(f"dataset.resident is {value!r}, but it must be auto, true or false")
     return value
 
 
