@@ -1,6 +1,8 @@
-"""Batch size, random views and backbone of the training benchmarks of all libraries."""
+"""Workloads, batch size, random views and backbone of the training benchmarks of all libraries."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -9,6 +11,14 @@ from torch import Tensor, nn
 BATCH, SIZE = 128, 32
 CPU = torch.device("cpu")
 METHODS = ("simclr", "moco_v2", "byol")
+
+
+class Workload(NamedTuple):
+    """Backbone, image size in pixels and images per step."""
+
+    backbone: str
+    size: int
+    batch: int
 
 
 def random_views() -> list[Tensor]:
