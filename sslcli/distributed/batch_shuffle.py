@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sslcli.distributed.collectives import exchange, rank, world_size
+from sslcli.distributed.devices import copy_to
 
 
 class BatchShuffle:
@@ -26,7 +27,7 @@ class BatchShuffle:
         arriving = owner[rank()].argsort(stable=True)  # positions in the shuffled part, by source rank
         self.sent = taken.sum(1).tolist()  # number of rows to each rank
         self.received = owner[rank()].bincount(minlength=world_size()).tolist()
-        self.leaving, self.arriving = leaving.to(device), arriving.to(device)
+        self.leaving, self.arriving = copy_to(device, torch.stack((leaving, arriving))).unbind()
 
     def shuffle(self, rows: Tensor) -> Tensor:
         """Return this process's part (N, ...) of the shuffled batch, without gradient.

@@ -1,4 +1,4 @@
-"""Device of a process, its memory, deterministic kernels, and number of CPU threads."""
+"""Device of a process, its memory, copies to it, deterministic kernels, and number of CPU threads."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from sslcli.distributed.processes import is_launched
 from sslcli.errors import ConfigError
@@ -63,6 +65,25 @@ def uses_deterministic_kernels(setting: Literal["auto"] | bool, device: torch.de
     On a GPU, deterministic kernels are slower, and cuDNN cannot select its fastest kernels by measuring them.
     """
     return setting if isinstance(setting, bool) else device.type == "cpu"
+
+
+def copy_to(device: torch.device, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return `values` on `device`, with the dtype `dtype` if it is given. A copy to a CUDA device does not block.
+
+    Copies to MPS block. A copy that does not block reads the memory of `values` later there, when the memory of a
+    temporary tensor may already be in use again.
+    """
+    return values.to(device=device, dtype=dtype, non_blocking=device.type == "cuda")
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `values` as a tensor (len(values),) on `device`. It is shared by all calls; do not modify it.
+
+    Only the first call copies the values to the device, so later calls do not wait for it.
+    """
+    with torch.inference_mode(False):  # tensors of the inference mode cannot be used in training
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def prepare(device: torch.device, *, deterministic: bool) -> None:

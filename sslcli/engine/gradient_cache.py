@@ -24,6 +24,9 @@ from sslcli.methods.base import Batch, Method
 from sslcli.nn.modes import unchanged_statistics
 from sslcli.nn.noise import Noise
 
+RandomState = tuple[dict[str, Tensor], list[tuple[Tensor, int]]]  # see `_random_state`
+BUCKET_BYTES = 25 << 20  # as in DistributedDataParallel
+
 
 def backward(
     method: Method,
@@ -66,24 +69,46 @@ def backward(
 
 
 def average_gradients(module: nn.Module) -> None:
-    """Replace every gradient by its mean over processes, with one all-reduce per parameter."""
+    """Replace every gradient by its mean over processes."""
     if collectives.world_size() == 1:
         return
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     watchdog.record_collective()
-    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-        work.wait()
+    all_reduce(gradients, bucket_bytes=1 if gradients[0].is_cpu else BUCKET_BYTES)
     torch._foreach_div_(gradients, collectives.world_size())
 
 
-def _random_state(method: nn.Module, device: torch.device) -> tuple[dict[str, Tensor], list[int]]:
+def all_reduce(gradients: list[Tensor], *, bucket_bytes: int) -> None:
+    """Replace each gradient by its sum over processes, in place.
+
+    Consecutive gradients of the same dtype are reduced together, until they have `bucket_bytes` bytes. On the CPU, use
+    a bucket per gradient: with three or more processes, gloo's sums depend on the place of a gradient in its bucket.
+    """
+    buckets: list[list[Tensor]] = []
+    size = bucket_bytes
+    for gradient in gradients:
+        if size >= bucket_bytes or gradient.dtype != buckets[-1][0].dtype:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(gradient)
+        size += gradient.nbytes
+    flat = [bucket[0] if len(bucket) == 1 else torch.cat([part.reshape(-1) for part in bucket]) for bucket in buckets]
+    for work in [dist.all_reduce(values, async_op=True) for values in flat]:
+        work.wait()
+    for bucket, values in zip(buckets, flat, strict=True):
+        if len(bucket) > 1:
+            parts = torch.split(values, [part.numel() for part in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(own) for part, own in zip(parts, bucket, strict=True)])
+
+
+def _random_state(method: nn.Module, device: torch.device) -> RandomState:
     """Return the states of torch's generators and of all `Noise` modules of the method."""
-    return checkpoint.rng_state(device), [part.draws for part in method.modules() if isinstance(part, Noise)]
+    return checkpoint.rng_state(device), [part.position() for part in method.modules() if isinstance(part, Noise)]
 
 
-def _set_random_state(state: tuple[dict[str, Tensor], list[int]], method: nn.Module, device: torch.device) -> None:
+def _set_random_state(state: RandomState, method: nn.Module, device: torch.device) -> None:
     """Set all generators to a state that `_random_state` returned."""
     checkpoint.set_rng_state(state[0], device)
     noises = [part for part in method.modules() if isinstance(part, Noise)]
-    for noise, draws in zip(noises, state[1], strict=True):
-        noise.draws = draws
+    for noise, position in zip(noises, state[1], strict=True):
+        noise.set_position(position)

@@ -116,19 +116,20 @@ def measure(z: Tensor, other: Tensor | None = None) -> dict[str, float]:
 
     The metrics are std, mean_norm, uniformity, rankme and effective_rank. `other` (N, d) holds the embeddings of a
     second view of the same images. If `other` is given, alignment is added. All metrics are NaN if `z` is not finite.
-    The function synchronizes with the device. Call it only in steps that are logged.
+    The function synchronizes with the device: once for all metrics, and once in each singular value decomposition. Call
+    it only in steps that are logged.
     """
     z = _matrix(z.detach())
-    if not bool(torch.isfinite(z).all()):
-        names = ["std", "mean_norm", "uniformity", "rankme", "effective_rank"]
-        return dict.fromkeys(names + (["alignment"] if other is not None else []), math.nan)
+    finite = torch.isfinite(z).all()
+    z = torch.where(finite, z, 0.0)  # the singular value decomposition raises an error if a value is not finite
     values = {
-        "std": float(feature_std(z)),
-        "mean_norm": float(mean_norm(z)),
-        "uniformity": float(uniformity(z)),
-        "rankme": float(rankme(z)),
-        "effective_rank": float(effective_rank(z)),
+        "std": feature_std(z),
+        "mean_norm": mean_norm(z),
+        "uniformity": uniformity(z),
+        "rankme": rankme(z),
+        "effective_rank": effective_rank(z),
     }
     if other is not None:
-        values["alignment"] = float(alignment(z, other.detach()))
-    return values
+        values["alignment"] = alignment(z, other.detach())
+    numbers = torch.stack([value.to(z.dtype) for value in values.values()])
+    return dict(zip(values, torch.where(finite, numbers, math.nan).tolist(), strict=True))

@@ -73,10 +73,14 @@ class MetricMeans:
 
         Each mean is over the steps since the last call of `means`. If all losses are finite, return -1 and "".
         """
-        mine = -1 if self.first_bad is None else int(self.first_bad)
-        means_text = ", ".join(f"{name} {float(value) / self.count:g}" for name, value in self.sums.items())
-        found = [(step, means) for step, means in collectives.gather_objects((mine, means_text)) if step >= 0]
-        return min(found, default=(-1, ""))
+        if self.first_bad is None:  # before the first step, on all processes
+            return -1, ""
+        steps = collectives.all_gather(self.first_bad[None]).tolist()
+        if max(steps) < 0:
+            return -1, ""
+        text = ", ".join(f"{name} {float(value) / self.count:g}" for name, value in self.sums.items())
+        texts = collectives.gather_objects(text)
+        return min((step, text) for step, text in zip(steps, texts, strict=True) if step >= 0)
 
     def means(self) -> dict[str, float]:
         """Return the mean of each scalar over steps and processes, and reset the sums to zero."""
@@ -314,9 +318,9 @@ class Monitor:
         finds a non-finite weight, all processes raise.
         """
         finite = {name: collectives.local(weight).isfinite().all() for name, weight in method.named_parameters()}
-        broken: list[str] = []
-        if finite and not torch.stack(list(finite.values())).all():
-            broken = [name for name, whole in finite.items() if not whole]
+        if not finite or collectives.all_gather(torch.stack(list(finite.values())).all()[None]).all():
+            return
+        broken = [name for name, whole in finite.items() if not whole]
         found = [name for names in collectives.gather_objects(broken) for name in names]
         if found:
             raise TrainingFailed(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sslcli.distributed.collectives import all_gather
 from sslcli.errors import check_positive
 from sslcli.nn.contrastive import check_momentum
+from sslcli.nn.modes import double_precision
 
 EPS = 1e-7  # added to the noise mass c = K / n in the denominators of `nce`, as in the official implementations
 # Gathering one row of the bank takes at least as long as multiplying 8 rows in a matrix product. `scores` therefore
@@ -49,7 +50,7 @@ class Bank(nn.Module):
         bound = 0.0 if empty else math.sqrt(3 / dim)
         self.register_buffer("rows", torch.empty(num_images, dim).uniform_(-bound, bound))
         self.momentum = momentum
-        self.new: list[tuple[Tensor, Tensor]] = []  # (index, embeddings) of each micro-batch of this step
+        self.new: list[tuple[Tensor, Tensor, Tensor]] = []  # index, embeddings, present of this step's micro-batches
 
     def known(self, index: Tensor) -> Tensor:
         """Return a mask (N,): True if the bank has an embedding of the image, False if the row of the image is zero.
@@ -65,30 +66,33 @@ class Bank(nn.Module):
         for which `present` (N,) is False are skipped.
         """
         index, embeddings = all_gather(index), all_gather(embeddings)
-        if present is not None:
-            rows = all_gather(present)
-            index, embeddings = index[rows], embeddings[rows]
-        self.new.append((index, embeddings))
+        rows = torch.ones_like(index, dtype=torch.bool) if present is None else all_gather(present)
+        self.new.append((index, embeddings, rows))
 
     def update(self) -> None:
         """Update the rows of the bank with all embeddings that `remember` got since the previous call of `update`."""
         if self.new:
-            index, embeddings = (torch.cat(parts) for parts in zip(*self.new, strict=True))
-            write(self.rows, index, embeddings, momentum=self.momentum)
+            index, embeddings, present = (torch.cat(parts) for parts in zip(*self.new, strict=True))
+            write(self.rows, index, embeddings, present, momentum=self.momentum)
         self.new.clear()
 
 
 @torch.no_grad()
-def write(rows: Tensor, index: Tensor, embeddings: Tensor, *, momentum: float) -> None:
+def write(rows: Tensor, index: Tensor, embeddings: Tensor, present: Tensor | None = None, *, momentum: float) -> None:
     """Set rows[index] to normalize(momentum * rows[index] + (1 - momentum) * embeddings), in place.
 
-    The shapes are `rows` (n, D), `index` (G,) and `embeddings` (G, D) for G embeddings. If an image occurs more than
-    once in `index`, only its last embedding is used. The result therefore does not depend on the order of the writes.
+    The shapes are `rows` (n, D), `index` (G,), `embeddings` (G, D) and `present` (G,) for G embeddings. Embeddings for
+    which `present` is False are skipped; None = none are skipped. If an image occurs more than once in `index`, only
+    its last embedding is used. The result therefore does not depend on the order of the writes.
     """
-    ordered, places = index.sort(stable=True)
-    last = places[torch.searchsorted(ordered, index, right=True) - 1]  # (G,) last occurrence of each image
-    mixed = rows[index].lerp(embeddings[last].to(rows.dtype), 1 - momentum)
-    rows.index_copy_(0, index, F.normalize(mixed, dim=1))
+    # A boolean index would make the host wait for the number of present embeddings. Instead, the embeddings of an image
+    # are sorted so that the present ones are last, and the rows of images without any are written back unchanged.
+    present = torch.ones_like(index, dtype=torch.bool) if present is None else present
+    ordered, places = (2 * index + present).sort(stable=True)
+    last = places[torch.searchsorted(ordered, 2 * index + 1, right=True) - 1]  # (G,) last embedding of each image
+    before = rows[index]
+    mixed = F.normalize(before.lerp(embeddings[last].to(rows.dtype), 1 - momentum), dim=1)
+    rows.index_copy_(0, index, torch.where(present[last, None], mixed, before))
 
 
 def scores(query: Tensor, rows: Tensor, chosen: Tensor, *, temperature: float) -> Tensor:
@@ -110,7 +114,7 @@ def log_normalizer(logits: Tensor, num_images: int, present: Tensor | None = Non
     training images. Only images for which `present` (N,) is True are included; None includes all images. Returns None
     if `present` is False for all images of all processes.
     """
-    rows = all_gather(logits.detach().double().logsumexp(1))  # (WN,)
+    rows = all_gather(double_precision(logits.detach()).logsumexp(1))  # (WN,)
     if present is not None:
         rows = rows[all_gather(present)]
     if not len(rows):
@@ -129,7 +133,7 @@ def nce(logits: Tensor, *, log_z: float, num_images: int) -> Tensor:
     """
     noise = (logits.shape[1] - 1) / num_images
     log_p = logits - log_z
-    log_total = torch.logaddexp(log_p, log_p.new_tensor(math.log(noise + EPS)))
+    log_total = torch.logaddexp(log_p, log_p.new_full((), math.log(noise + EPS)))
     own = log_p[:, 0] - log_total[:, 0]
     others = (math.log(noise) - log_total[:, 1:]).sum(1)
     return -(own + others)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sslcli.backbones.base import Backbone
 from sslcli.config.moved import reject_old_attributes
+from sslcli.distributed.devices import copy_to
 from sslcli.methods.mixture import UnMix
 from sslcli.nn.modes import evaluating
 
@@ -30,11 +31,10 @@ class Batch:
     present: Tensor | None = None  # (N, M) bool: True if image n has modality m; None = all are present
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on `device`. Copies from pinned memory are asynchronous."""
-        views = [view.to(device, non_blocking=True) for view in self.views]
-        present = None if self.present is None else self.present.to(device, non_blocking=True)
-        index, label = (rows.to(device, non_blocking=True) for rows in (self.index, self.label))
-        return Batch(views, index, label, present)
+        """Return the batch on `device`. Copies from pinned memory to a CUDA device are asynchronous."""
+        present = None if self.present is None else copy_to(device, self.present)
+        views = [copy_to(device, view) for view in self.views]
+        return Batch(views, copy_to(device, self.index), copy_to(device, self.label), present)
 
 
 class GroupOptions(TypedDict, total=False):

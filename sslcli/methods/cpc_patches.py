@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sslcli.distributed.devices import constant
 from sslcli.errors import check_positive
 from sslcli.nn.noise import Noise
 
@@ -177,7 +178,7 @@ def column(values: Tensor) -> Tensor:
 
 def gray(x: Tensor) -> Tensor:
     """Return the luma (M, 1, p, p) of color patches or images (M, 3, p, p)."""
-    return torch.einsum("mchw,c->mhw", x, x.new_tensor(LUMA))[:, None]
+    return torch.einsum("mchw,c->mhw", x, constant(LUMA, x.dtype, x.device))[:, None]
 
 
 def jittered(x: Tensor, strength: Tensor) -> Tensor:

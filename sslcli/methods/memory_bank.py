@@ -104,14 +104,9 @@ class MemoryBank(Method):
         """
         num_images, known = len(self.bank.rows), self.bank.known(index)
         if self.loss == "full":
-            rows, fraction = self.bank.rows, 1.0
-            if self.fill:
-                fraction = float(known.double().mean())
-                v, index = v[known], index[known]
-            if not fraction:
-                return {"loss": 0 * v.sum(), "accuracy": v.new_zeros(())}
-            own = info_nce(v, rows[index], rows, exclude=index[:, None], temperature=self.temperature)
-            return {"loss": fraction * own.loss, "accuracy": fraction * own.accuracy}
+            rows, present = self.bank.rows, known if self.fill else None
+            own = info_nce(v, rows[index], rows, exclude=index[:, None], present=present, temperature=self.temperature)
+            return {"loss": own.loss, "accuracy": own.accuracy}
         others = self.noise.integers(num_images, len(v), self.negatives, device=v.device)
         chosen = torch.cat([index[:, None], others], dim=1)  # (N, K + 1)
         logits = scores(v, self.bank.rows, chosen, temperature=self.temperature)

@@ -45,10 +45,16 @@ class _InfoNCE(torch.autograd.Function):
         positive: Tensor,
         negatives: Tensor,
         exclude: Tensor | None,
+        present: Tensor | None,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         need_query, need_positive, need_negatives = ctx.needs_input_grad[:3]
+        fraction: Any  # weight of each query in the mean: a number, or (N, 1)
+        assert present is None or not need_negatives, "the gradient of the negatives is computed from all queries"
         scaled_query, fraction = query / temperature, 1.0 / len(query)
+        if present is not None:
+            counted = present.to(query.dtype)  # (N,)
+            fraction = counted[:, None] * fraction
         positive_logit = (scaled_query * positive).sum(1)  # (N,)
         grad_negatives = torch.zeros_like(negatives) if need_negatives else None
         if grad_negatives is None and exclude is None:
@@ -63,15 +69,18 @@ class _InfoNCE(torch.autograd.Function):
             grad_positive_logit * scaled_query if need_positive else None,
             None if grad_negatives is None else grad_negatives.mul_(fraction),
         )
-        accuracy = (positive_logit > max_negative_logit).to(query.dtype).mean()
+        losses, hits = log_sum - positive_logit, (positive_logit > max_negative_logit).to(query.dtype)
+        if present is not None:
+            losses, hits = losses * counted, hits * counted
+        accuracy = hits.mean()
         ctx.mark_non_differentiable(accuracy)
-        return (log_sum - positive_logit).mean(), accuracy
+        return losses.mean(), accuracy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 def _by_rows(
@@ -140,7 +149,13 @@ def _by_columns(scaled_query: Tensor, positive_logit: Tensor, negatives: Tensor)
 
 
 def info_nce(
-    query: Tensor, positive: Tensor, negatives: Tensor, *, temperature: float, exclude: Tensor | None = None
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    *,
+    temperature: float,
+    exclude: Tensor | None = None,
+    present: Tensor | None = None,
 ) -> Contrast:
     """Return the mean InfoNCE loss of `query[i]` with `positive[i]` and all `negatives` (CPC eq. 4, MoCo eq. 1).
 
@@ -150,6 +165,8 @@ def info_nce(
         negatives: (M, D), unit rows, shared by all queries.
         temperature: divisor of the cosine similarities, above 0.
         exclude: (N, E) indices into `negatives`; row i lists the negatives to ignore for query i. None = ignore none.
+        present: (N,) bool; a query with False contributes 0 to the means. None = all are present. With this argument,
+            the negatives must not need a gradient.
 
     The loss is the mean over the N rows. It is computed in float32 (float64 for float64 inputs), even under autocast.
     The (N, M) similarities are computed in blocks, so that at most `CHUNK_VALUES` of them are in memory at once. The
@@ -158,7 +175,9 @@ def info_nce(
     check_temperature(temperature)
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(query.dtype, torch.float32)
-        loss, accuracy = _InfoNCE.apply(query.to(dtype), positive.to(dtype), negatives.to(dtype), exclude, temperature)
+        loss, accuracy = _InfoNCE.apply(
+            query.to(dtype), positive.to(dtype), negatives.to(dtype), exclude, present, temperature
+        )
     return Contrast(loss, accuracy)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sslcli.distributed.collectives import rank, world_size
+from sslcli.distributed.devices import constant, copy_to
 from sslcli.nn.noise import Noise
 
 ATTEMPTS = 10  # of iBOT and DINOv2: a mask is finished after this number of rejected blocks in a row
@@ -188,7 +189,7 @@ def multiblock_masks(
     own = slice(rank() * num_images, (rank() + 1) * num_images)
     context = _indices(contexts[own], int(contexts.sum(1).min()))
     blocks = _indices(targets[own].transpose(0, 1), math.prod(target_size))
-    return MultiBlock(context.to(device, non_blocking=True), blocks.to(device, non_blocking=True))
+    return MultiBlock(copy_to(device, context), copy_to(device, blocks))
 
 
 def block_size(
@@ -212,7 +213,7 @@ def choice_of_ratios(numbers: Tensor, ratios: tuple[float, ...], variations: tup
     (0, 0.3) and the variations (0, 0.2), so half of the images have no mask.
     """
     choice = (numbers[:, 0] * len(ratios)).long()
-    middle, variation = (numbers.new_tensor(values)[choice] for values in (ratios, variations))
+    middle, variation = (constant(values, numbers.dtype, numbers.device)[choice] for values in (ratios, variations))
     return middle + (2 * numbers[:, 1] - 1) * variation
 
 
@@ -227,7 +228,7 @@ def spread_ratios(
     total = num_images * world_size()
     num_masked = int(fraction * total)
     places = torch.randperm(total, generator=noise.shared())[rank() * num_images :][:num_images]
-    places = places.to(device, non_blocking=True)
+    places = copy_to(device, places)
     numbers = noise.uniform(num_images, device=device)
     return torch.where(places < num_masked, low + (places + numbers) * (high - low) / max(num_masked, 1), 0.0)
 

@@ -17,6 +17,11 @@ def full_precision(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def double_precision(values: Tensor) -> Tensor:
+    """Convert a tensor to float64, or to float32 on MPS, which has no float64."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Set `module` to evaluation mode within the `with` block, then restore the mode of every submodule."""

@@ -212,3 +212,30 @@ def test_the_number_of_threads_is_the_first_that_is_set(monkeypatch: pytest.Monk
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+def test_only_copies_to_cuda_do_not_wait() -> None:
+    class Values(torch.Tensor):
+        def to(self, **options: Any) -> Any:
+            return options["non_blocking"]
+
+    values = torch.zeros(2).as_subclass(Values)
+    copies = [devices.copy_to(torch.device(name), values) for name in ("cuda:1", "mps", "cpu")]
+    assert copies == [True, False, False]
+
+
+def test_copies_have_the_dtype_that_is_asked_for() -> None:
+    values = torch.arange(3)
+    assert devices.copy_to(torch.device("cpu"), values) is values
+    copied = devices.copy_to(torch.device("meta"), values, torch.float32)
+    assert (copied.device.type, copied.dtype, copied.shape) == ("meta", torch.float32, (3,))
+
+
+def test_a_constant_is_created_once_and_can_be_used_in_training() -> None:
+    with torch.inference_mode():
+        first = devices.constant((0.25, 2.0), torch.float32, torch.device("cpu"))
+    assert devices.constant((0.25, 2.0), torch.float32, torch.device("cpu")) is first
+    weight = torch.ones(2, requires_grad=True)
+    (weight * first).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [0.25, 2.0]

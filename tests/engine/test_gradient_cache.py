@@ -15,7 +15,7 @@ from command_line import SMALL, installed
 from processes import Pair
 from sslcli.distributed.collectives import rank, world_size
 from sslcli.engine import precision
-from sslcli.engine.gradient_cache import average_gradients, backward
+from sslcli.engine.gradient_cache import all_reduce, average_gradients, backward
 from sslcli.errors import EXIT_CONFIG, ConfigError
 from sslcli.methods.base import Batch, Method
 from sslcli.methods.byol import BYOL
@@ -183,6 +183,25 @@ def test_a_single_process_averages_nothing() -> None:
     before = {name: value.clone() for name, value in gradients(method).items()}
     average_gradients(method)
     torch.testing.assert_close(gradients(method), before, rtol=0, atol=0)
+
+
+def reduced(bucket_bytes: int) -> tuple[list[Tensor], int]:
+    """Sums over processes of gradients of several shapes, dtypes and memory layouts, and the number of collectives."""
+    generator = torch.Generator().manual_seed(rank())
+    gradients = [torch.randn(shape, generator=generator) for shape in ((3, 2), (5,), (2, 3, 2, 2), (), (4,))]
+    gradients[2] = gradients[2].contiguous(memory_format=torch.channels_last)
+    gradients[3] = gradients[3].double()
+    with torch.profiler.profile() as profile:
+        all_reduce(gradients, bucket_bytes=bucket_bytes)
+    calls = sum(event.count for event in profile.key_averages() if event.key == "c10d::allreduce_")
+    return gradients, calls
+
+
+def test_buckets_give_the_sums_of_single_gradients_with_fewer_collectives(pair: Pair) -> None:
+    (single, calls), (whole, fewer) = pair.run(reduced, 1)[0], pair.run(reduced, 1000)[0]
+    assert all(torch.equal(one, other) for one, other in zip(single, whole, strict=True))
+    assert whole[2].is_contiguous(memory_format=torch.channels_last)
+    assert (calls, fewer) == (5, 3)
 
 
 @pytest.mark.parametrize(

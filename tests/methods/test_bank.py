@@ -55,3 +55,14 @@ def test_an_image_that_comes_more_than_once_counts_with_its_last_embedding() -> 
         expected[i] = F.normalize(rows[i] + v[place], dim=0)
     write(rows, index, v, momentum=0.5)
     torch.testing.assert_close(rows, expected)
+
+
+def test_only_present_embeddings_are_written() -> None:
+    rows, v, index = units(6, 4), units(5, 4, seed=1), torch.tensor([4, 2, 4, 0, 4])
+    present = torch.tensor([True, False, True, True, False])
+    expected = rows.clone()
+    for i, place in ((0, 3), (4, 2)):
+        expected[i] = F.normalize(rows[i] + v[place], dim=0)
+    write(rows, index, v, present, momentum=0.5)
+    torch.testing.assert_close(rows, expected)
+    assert torch.equal(rows[2], expected[2])  # no embedding of this image is present

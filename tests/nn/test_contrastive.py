@@ -95,6 +95,22 @@ def test_gradient_goes_only_where_it_is_asked_for() -> None:
     assert negatives.grad is None
 
 
+@pytest.mark.parametrize("excluding", [False, True])
+def test_absent_queries_add_nothing_to_the_means_and_get_no_gradient(excluding: bool) -> None:
+    inputs, negatives = [unit_rows(7, 4).requires_grad_() for _ in range(2)], unit_rows(11, 4)
+    exclude = torch.arange(7)[:, None] if excluding else None
+    present = torch.tensor([True, False, True, True, False, True, True])
+    found = info_nce(*inputs, negatives, temperature=0.2, exclude=exclude, present=present)
+    kept = [rows[present] for rows in inputs]
+    mean = explicit_info_nce(*kept, negatives, 0.2, None if exclude is None else exclude[present])
+    expected = [value * 5 / 7 for value in mean]
+    torch.testing.assert_close(list(found), expected)
+    grads, expected_grads = (torch.autograd.grad(loss, inputs) for loss in (found.loss, expected[0]))
+    torch.testing.assert_close(grads, expected_grads)
+    every = info_nce(*inputs, negatives, temperature=0.2, exclude=exclude, present=torch.ones(7, dtype=torch.bool))
+    assert torch.equal(every.loss, info_nce(*inputs, negatives, temperature=0.2, exclude=exclude).loss)
+
+
 def test_excluded_columns_might_as_well_hold_anything() -> None:
     query, positive, negatives = unit_rows(3, 4), unit_rows(3, 4), unit_rows(6, 4)
     exclude = torch.full((3, 1), 2)

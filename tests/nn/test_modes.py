@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sslcli.nn.modes import evaluating, full_precision, unchanged_statistics
+from sslcli.nn.modes import double_precision, evaluating, full_precision, unchanged_statistics
 from tiny import TinyNet
 
 
@@ -19,6 +19,14 @@ from tiny import TinyNet
 )
 def test_full_precision_converts_half_precision_only(dtype: torch.dtype, expected: torch.dtype) -> None:
     assert full_precision(torch.ones(2, dtype=dtype)).dtype == expected
+
+
+def test_double_precision_is_float32_where_there_is_no_float64() -> None:
+    class OnMps(torch.Tensor):
+        device = torch.device("mps")  # type: ignore[assignment]
+
+    assert double_precision(torch.ones(2)).dtype == torch.float64
+    assert double_precision(torch.ones(2, dtype=torch.bfloat16).as_subclass(OnMps)).dtype == torch.float32
 
 
 def test_evaluating_restores_the_mode_of_every_submodule() -> None:

@@ -26,6 +26,7 @@ from sslcli.data.views.color import (
     solarize,
     to_grayscale,
 )
+from sslcli.distributed.devices import copy_to
 from sslcli.kernels import resize
 
 __all__ = [
@@ -123,7 +124,7 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, *, interpolation: str
     count, channels, height, width = images.shape
     dtype = images.dtype if images.is_floating_point() else torch.float32
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    top, left, box_height, box_width = boxes.to(images.device, non_blocking=True).unbind(1)
+    top, left, box_height, box_width = copy_to(images.device, boxes).unbind(1)
     vertical = _resize_weights(top, box_height, height, size, interpolation, work)
     horizontal = _resize_weights(left, box_width, width, size, interpolation, work)
     if images.dtype == torch.uint8:
@@ -199,7 +200,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int, mask: Tensor)
 
     def operation(part: Tensor, rows: Tensor) -> Tensor:
         work = in_working_precision(part)
-        kernels = _gaussian_kernels(sigma[rows].to(work.device, work.dtype, non_blocking=True), kernel_size)
+        kernels = _gaussian_kernels(copy_to(work.device, sigma[rows], work.dtype), kernel_size)
         like = (work.dtype, work.device)
         vertical = kernels @ _reflected_shifts(kernel_size, height, *like)
         horizontal = vertical if height == width else kernels @ _reflected_shifts(kernel_size, width, *like)
@@ -237,8 +238,8 @@ def _reflected_shifts(kernel_size: int, pixels: int, dtype: torch.dtype, device:
     The matrix of tap t, multiplied by a column of `pixels` pixels, shifts the column by t - kernel_size // 2 pixels.
     The column is continued beyond its ends by reflection.
     """
-    index = torch.arange(pixels)
-    source = index + (torch.arange(kernel_size) - kernel_size // 2).unsqueeze(1)
+    index = torch.arange(pixels, device=device)
+    source = index + (torch.arange(kernel_size, device=device) - kernel_size // 2).unsqueeze(1)
     source = source.abs()
     source = torch.where(source >= pixels, 2 * (pixels - 1) - source, source)
-    return (source.unsqueeze(2) == index).view(kernel_size, pixels * pixels).to(device, dtype)
+    return (source.unsqueeze(2) == index).view(kernel_size, pixels * pixels).to(dtype)

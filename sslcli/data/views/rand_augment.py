@@ -25,6 +25,7 @@ from sslcli.data.views.color import (
     column,
     in_working_precision,
 )
+from sslcli.distributed.devices import copy_to
 
 # The geometric operations are last, so that the images with a geometric operation form one slice of the sorted batch.
 OPERATIONS = (
@@ -63,7 +64,7 @@ def rand_augment(
         level = (magnitude + std * normal).clamp(0, MAX_MAGNITUDE)
         operation = torch.where(apply_draw < probability, (operation_draw * len(OPERATIONS)).long(), len(OPERATIONS))
         order = operation.argsort(stable=True)
-        work = work.index_select(0, order.to(work.device, non_blocking=True))
+        work = work.index_select(0, copy_to(work.device, order))
         numbers = torch.arange(len(OPERATIONS) + 1, device=operation.device)
         ends = torch.searchsorted(operation[order], numbers).tolist()
         for number in range(_GEOMETRIC):
@@ -76,7 +77,7 @@ def rand_augment(
             signed = torch.where(sign_draw[chosen] < 0.5, -level[chosen], level[chosen])
             matrix = _matrices(operation[chosen], signed, *work.shape[2:])
             work[rows] = affine(work[rows], matrix, filter_draw[chosen] < 0.5, fill)
-        work = work.index_select(0, order.argsort().to(work.device, non_blocking=True))
+        work = work.index_select(0, copy_to(work.device, order.argsort()))
     return work.to(images.dtype)
 
 
@@ -215,10 +216,9 @@ def affine(images: Tensor, matrix: Tensor, bicubic: Tensor, fill: Tensor) -> Ten
     for mask, radius in ((~bicubic, 1), (bicubic, 2)):
         rows = mask.nonzero().squeeze(1)
         if len(rows):
-            target = rows.to(images.device, non_blocking=True)
-            out[target] = _sample(
-                images.index_select(0, target), matrix[rows].to(images.device, images.dtype), radius, fill
-            )
+            target = copy_to(images.device, rows)
+            own = copy_to(images.device, matrix[rows], images.dtype)
+            out[target] = _sample(images.index_select(0, target), own, radius, fill)
     return out
 
 
@@ -243,7 +243,7 @@ def _sample(images: Tensor, matrix: Tensor, radius: int, fill: Tensor) -> Tensor
             index = (line * width + position).view(count, 1, -1).expand(-1, channels, -1)
             part += flat.gather(2, index).view(images.shape) * horizontal.unsqueeze(1)
         out += part * vertical.unsqueeze(1)
-    color = fill.to(images.device, images.dtype).view(1, -1, 1, 1)
+    color = copy_to(images.device, fill, images.dtype).view(1, -1, 1, 1)
     return torch.where(outside.unsqueeze(1), color, out.clamp_(0, 1))
 
 
