@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from measure import Result, peak_mb, summary
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")  # prefixes of the names of CUDA's functions
@@ -127,7 +128,7 @@ def launches_and_idle(step: Callable[[], object], plan: Plan, ms: float) -> Resu
         synchronize(plan)
     events = profiler.events() or []
     launches = sum(event.name.startswith(LAUNCHES) for event in events)
-    kernels = [event for event in events if str(event.device_type).endswith("CUDA") and not event.is_user_annotation]
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     found = {"launches": launches / plan.group}
     if kernels:
         busy = covered([(event.time_range.start, event.time_range.end) for event in kernels]) / 1e3 / plan.group

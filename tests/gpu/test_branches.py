@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +13,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from command_line import SMALL, installed
+from command_line import SMALL, composed, installed
 from small_runs import differences, metrics, newest
 from sslcli.backbones.wrap import as_backbone
+from sslcli.config.run_config import RunConfig
 from sslcli.distributed import collectives, devices, processes
 from sslcli.engine import checkpoint, compilation, loop, precision
+from sslcli.errors import ConfigError
 from sslcli.evaluation.features import FeatureSet, computed
 from sslcli.methods.simclr import SimCLR
 from sslcli.nn.batch_norm import _FusedSyncNormalize, _SyncNormalize
+from sslcli.runs import slurm_job
 from sslcli.sweeps.queue import cuda_devices
 from tiny import TinyNet, make_batch
 
@@ -170,6 +174,24 @@ def test_launched_processes_train_as_one_process(number: int, device: torch.devi
         assert differences(newest(tmp_path / "group"), newest(tmp_path / "alone")) == []
     losses = [[line["train/loss"] for line in metrics(tmp_path / name)] for name in ("group", "alone")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.gpu(in_make_test=False)
+def test_each_gpu_has_a_process(tmp_path: Path) -> None:
+    gpus = torch.cuda.device_count()
+    line = [*SMALL, f"train.batch_size={32 * gpus}", "launcher=multi", "dataset.limit=2000", "run_dir=run"]
+    assert re.search(rf"processes +{gpus}\n", installed(tmp_path, "ssl-train", *line))
+
+
+@pytest.mark.cuda
+def test_a_job_with_too_few_gpus_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = torch.cuda.device_count()
+    line = ["launcher=slurm", f"launcher.gpus_per_node={gpus + 1}", f"run_dir={tmp_path}"]
+    config = RunConfig.from_plain(composed("train", *line))
+    monkeypatch.setattr(slurm_job, "stored_config", lambda path: config)
+    with pytest.raises(ConfigError, match=f"torch sees {gpus} GPUs"):
+        slurm_job.run_node(tmp_path, "localhost:0")
 
 
 @pytest.mark.gpu(in_make_test=False)

@@ -18,34 +18,39 @@ from sslcli.runs.build import build_source, build_views
 
 pytestmark = pytest.mark.gpu
 VIEWS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "views").glob("*.yaml"))
-SHAPES = [
-    "dataset=shapes",
-    "dataset.train_images=16",
-    "dataset.test_images=0",
-    "dataset.val_fraction=0",
-    "dataset.image_size=96",
-]
+SHAPES = ["dataset=shapes", "dataset.test_images=0", "dataset.val_fraction=0"]
+LARGE = [*SHAPES, "dataset.train_images=16", "dataset.image_size=96"]
 
 
 def views_of(device: torch.device, *overrides: str) -> Tensor:
-    """Return the views of the first batch of a run, in levels from 0 to 255: (3, pixels of all views), on the CPU."""
+    """Return the views of the first epoch of a run, in levels from 0 to 255: (3, pixels of all views), on the CPU."""
     config = RunConfig.from_plain(composed("train", *overrides))
     source, views = build_source(config.dataset, trust=[]), build_views(config.views, trust=[])
-    steps = Loader(source, views, batch_size=16, accumulate=1, seed=0, device=device).steps(0, 1)
-    ((batch,),) = steps
-    assert {view.device for view in batch.views} == {device}
-    restored = [views.restore(view.float().cpu(), mean=source.mean, std=source.std) for view in batch.views]
+    loader = Loader(source, views, batch_size=16, accumulate=1, seed=0, device=device)
+    images = [view for (batch,) in loader.steps(0, loader.steps_per_epoch) for view in batch.views]
+    assert {view.device for view in images} == {device}
+    restored = [views.restore(view.float().cpu(), mean=source.mean, std=source.std) for view in images]
     return 255 * torch.cat([view.transpose(0, 1).flatten(1) for view in restored], 1)
 
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_views_of_images_in_memory(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """All values are equal within 2 of 255 levels. RandAugment rounds to levels: 1 value in 1,000 may differ more."""
-    expected = views_of(CPU, f"views={name}", *SHAPES)
+    expected = views_of(CPU, f"views={name}", *LARGE)
     for kernel in (color, resize):  # so that the CPU uses torch's operations too, as GPUs do
         monkeypatch.setattr(kernel, "library", lambda: None)
-    found = views_of(device, f"views={name}", *SHAPES)
+    found = views_of(device, f"views={name}", *LARGE)
     assert off_by_more_than_two(found, expected) <= (1e-3 if "infomin" in name else 0.0)
+
+
+@pytest.mark.parametrize("resident", ["true", "false"])
+def test_views_of_many_batches(resident: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches are selected on the GPU, or copied to it one batch ahead on a stream of their own."""
+    line = [*SHAPES, "dataset.train_images=160", "dataset.image_size=16", "views=byol_cifar"]
+    expected = views_of(CPU, *line)
+    for kernel in (color, resize):
+        monkeypatch.setattr(kernel, "library", lambda: None)
+    assert off_by_more_than_two(views_of(device, *line, f"dataset.resident={resident}"), expected) == 0.0
 
 
 @pytest.mark.parametrize("workers", [2, 0])
@@ -57,7 +62,7 @@ def test_views_of_image_files(
     The CPU crops files, also if the device is a GPU.
     """
     torch.ones(1, device=device)
-    make_folder(tmp_path / "images", per_class=8, broken=0)
+    make_folder(tmp_path / "images", per_class=32, broken=0)
     folder = [
         "dataset=folder",
         f"dataset.root={tmp_path / 'images'}",

@@ -6,9 +6,11 @@ import importlib
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +60,67 @@ def test_rows_have_the_methods_and_workloads_that_exist(bench: dict[str, ModuleT
 
 def test_the_busy_time_of_a_gpu_counts_overlapping_kernels_once(bench: dict[str, ModuleType]) -> None:
     assert bench["gpu_timing"].covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.0)]) == 4.0
+
+
+def test_steps_of_a_gpu_are_timed_between_events_and_counted(
+    bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is simulated: a step takes 4 ms, waits once, launches 2 kernels, and keeps the GPU busy for 1 ms."""
+    steps = 0
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.step = steps
+
+        def elapsed_time(self, other: Event) -> float:
+            return 4.0 * (other.step - self.step)
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        if mode == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    def set_mode(value: str) -> None:
+        nonlocal mode
+        mode = value
+
+    mode, timing, group = "default", bench["gpu_timing"], 5
+    for name, value in {
+        "Event": Event,
+        "synchronize": lambda device: None,
+        "set_sync_debug_mode": set_mode,
+        "reset_peak_memory_stats": lambda device: None,
+        "max_memory_allocated": lambda device: 3e9,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    host = [event_of("cudaLaunchKernel", "CPU", 0, 1), event_of("cudaMemcpyAsync", "CPU", 0, 1)]
+    kernels = [event_of("kernel", "CUDA", 0, 600), event_of("copy", "CUDA", 500, 1000)]
+    annotation = event_of("Optimizer.step#SGD.step", "CUDA", 0, 4000, is_user_annotation=True)
+    at = [shifted(event, 4000 * n) for n in range(group) for event in (*host, host[0], *kernels, annotation)]
+    monkeypatch.setattr(timing, "profile", lambda activities: nullcontext(SimpleNamespace(events=lambda: at)))
+    plan = timing.Plan(torch.device("cuda", 0), seconds=30.0, warmup=3, groups=4, group=group)
+    found = timing.measure_steps(step, plan, images=64)
+    assert found == pytest.approx(
+        {"images_per_s": 16_000, "ms": 4, "steps": 20, "peak_gb": 3, "syncs": 1, "launches": 2, "idle_percent": 75}
+    )
+    assert mode == "default"
+    assert steps == 3 + (1 + 4 + 1 + 1) * group
+
+
+def event_of(name: str, device: str, start: float, end: float, *, is_user_annotation: bool = False) -> SimpleNamespace:
+    """Return an event of the profiler, from `start` to `end` in microseconds."""
+    time_range = SimpleNamespace(start=start, end=end)
+    kind = getattr(torch.autograd.DeviceType, device)
+    return SimpleNamespace(name=name, device_type=kind, time_range=time_range, is_user_annotation=is_user_annotation)
+
+
+def shifted(event: SimpleNamespace, by: float) -> SimpleNamespace:
+    time_range = SimpleNamespace(start=event.time_range.start + by, end=event.time_range.end + by)
+    return SimpleNamespace(**vars(event) | {"time_range": time_range})
 
 
 def simulated(
