@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -63,7 +64,8 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
         child_processes.kill_with_parent(os.getppid())  # the parent is our agent or the agent of torchrun
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = watchdog.join(member, limit)
-    with watchdog.watched(store, rank=member.rank, size=member.world_size, limit=limit, end=end):
+    leave = partial(os._exit, exit_lost())
+    with watchdog.watched(store, rank=member.rank, size=member.world_size, limit=limit, end=end, leave=leave):
         watchdog.record_collective()
         # Normally the watchdog ends a run that hangs. This longer timeout is a fallback.
         timeout = timedelta(seconds=max(10 * limit, 3600))

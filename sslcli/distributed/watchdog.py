@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ SLOWEST = 10.0  # maximum seconds between two checks
 CHECKS = 20  # minimum number of checks within the time limit
 SLACK = 5.0  # seconds added to the time limit, so that the timeout of data workers expires first
 IMAGES = "the images"  # prefix of `Progress.place` while a process waits for images
+CHECKPOINT = "the checkpoint"  # prefix of `Progress.place` while a process saves a checkpoint
 BUSY_INTERVAL = 1.0  # seconds between two reports within `busy`
 SILENCE = 3  # after this number of checks without a new heartbeat, a process counts as stopped
 
@@ -119,7 +121,9 @@ def cannot_listen(port: int, error: str) -> str:
 
 
 @contextmanager
-def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[str], None]) -> Iterator[None]:
+def watched(
+    store: Store, *, rank: int, size: int, limit: float, end: Callable[[str], None], leave: Callable[[], None]
+) -> Iterator[None]:
     """Watch all processes within the `with` block. A thread calls `end(message)` if no process makes progress.
 
     After `limit` seconds without progress of any process, every process calls `end`. One process passes a message that
@@ -132,13 +136,40 @@ def watched(store: Store, *, rank: int, size: int, limit: float, end: Callable[[
         size: number of processes.
         limit: time limit in seconds.
         end: function that ends this process. If the message is not empty, it first prints the message.
+        leave: function that ends this process after another process has ended, see `watch_ranks`.
     """
     if size == 1:  # there is no other rank to watch
         with watched_alone(limit=limit, end=end):
             yield
         return
-    with in_thread(watch_ranks, store, rank, size, limit, end):
+    with sigterm_flag() as terminated, in_thread(watch_ranks, store, rank, size, limit, end, terminated, leave):
         yield
+
+
+@contextmanager
+def sigterm_flag() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns True if SIGTERM has arrived within the `with` block.
+
+    Python calls the handler of a signal only when the main thread executes Python code. While this thread is blocked
+    in C code, such as a wait for a GPU, only the wakeup file descriptor shows that a signal has arrived.
+    """
+    reader, writer = os.pipe()
+    for end in (reader, writer):
+        os.set_blocking(end, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    arrived: set[int] = set()
+
+    def terminated() -> bool:
+        with suppress(BlockingIOError):
+            arrived.update(os.read(reader, 4096))
+        return signal.SIGTERM in arrived
+
+    try:
+        yield terminated
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
 
 
 @contextmanager
@@ -206,7 +237,14 @@ def watch_image_waits(limit: float, end: Callable[[str], None], closing: threadi
 
 
 def watch_ranks(
-    store: Store, rank: int, size: int, limit: float, end: Callable[[str], None], closing: threading.Event
+    store: Store,
+    rank: int,
+    size: int,
+    limit: float,
+    end: Callable[[str], None],
+    terminated: Callable[[], bool],
+    leave: Callable[[], None],
+    closing: threading.Event,
 ) -> None:
     """Publish the progress of this process in `store`. If it makes no progress, check the other processes for progress.
 
@@ -214,6 +252,10 @@ def watch_ranks(
     number of checks times the interval between checks. It is not measured by a clock, because a clock would also count
     the time in which this process or its machine was suspended. The function returns when the event `closing` is set.
     For the other arguments, see `watched`.
+
+    If a process ends, the agent or torchrun ends the others with SIGTERM. A process that waits on a GPU for a
+    collective with the ended process would wait until it is killed. Therefore `leave()` is called if this process has
+    received SIGTERM, makes no progress, does not save a checkpoint, and another process no longer publishes.
     """
     interval = min(limit / CHECKS, SLOWEST)
     still, beats, before = 0.0, 0, _own.actions
@@ -233,6 +275,10 @@ def watch_ranks(
             silent[r] = 0 if r in found and found[r] != known.get(r) else silent[r] + 1
         known = found or known
         still = 0.0 if moved else still + interval
+        others = any(silent[r] >= SILENCE for r in range(size) if r != rank)
+        if others and terminated() and not own.place.startswith(CHECKPOINT) and not closing.is_set():
+            leave()
+            return
         if still >= limit and not closing.is_set():
             end(stall_message(rank, found, {r for r in silent if silent[r] >= SILENCE}, limit))
             return

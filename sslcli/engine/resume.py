@@ -37,7 +37,7 @@ def save(run: Run, step: int, writer: Writer) -> None:
     If the parameters are not sharded, rank 0 writes the whole checkpoint. If the parameters are sharded, each rank
     writes its own shards in the background, and rank 0 writes all other values.
     """
-    watchdog.report_progress(f"the checkpoint after step {step}")
+    watchdog.report_progress(f"{watchdog.CHECKPOINT} after step {step}")
     mine = {"rng": checkpoint.rng_state(run.device), "metric_means": run.monitor.metric_means.state_dict()}
     processes = collectives.gather_objects(mine)
     run.monitor.synchronize()

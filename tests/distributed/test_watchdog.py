@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -74,7 +75,11 @@ def ended_while_at_work(store: dist.FileStore | None, monkeypatch: pytest.Monkey
     monkeypatch.setattr(watchdog, "SLACK", 0.1)
     stalled: list[str] = []
     alone = watchdog.watched_alone(limit=0.1, end=stalled.append)
-    with alone if store is None else watchdog.watched(store, rank=0, size=1, limit=0.1, end=stalled.append):
+    with (
+        alone
+        if store is None
+        else watchdog.watched(store, rank=0, size=1, limit=0.1, end=stalled.append, leave=pytest.fail)
+    ):
         time.sleep(0.5)
     return stalled
 
@@ -100,7 +105,7 @@ def test_waiting_for_another_that_works_has_no_limit(tmp_path: Path) -> None:
     ended: list[str] = []
     other = Other(tmp_path)
     watchdog.publish(other.store, 0, Progress())
-    with watchdog.watched(other.store, rank=0, size=2, limit=0.4, end=ended.append):
+    with watchdog.watched(other.store, rank=0, size=2, limit=0.4, end=ended.append, leave=pytest.fail):
         for _ in range(10):
             time.sleep(0.1)
             other.progress.actions += 1
@@ -116,7 +121,12 @@ def test_a_process_that_beats_and_does_nothing_is_noticed_at_the_limit_and_not_b
     watchdog.record_collective()
     start = time.monotonic()
     with watchdog.watched(
-        other.store, rank=0, size=2, limit=0.6, end=lambda message: (ended.append(message), over.set())
+        other.store,
+        rank=0,
+        size=2,
+        limit=0.6,
+        end=lambda message: (ended.append(message), over.set()),
+        leave=pytest.fail,
     ):
         while not over.wait(0.02):
             other.publish()
@@ -132,7 +142,7 @@ def test_time_in_which_the_process_itself_was_stopped_does_not_count(tmp_path: P
     watchdog.publish(other.store, 0, Progress())
     child = os.fork()
     if child == 0:
-        with watchdog.watched(other.store, rank=0, size=2, limit=1.0, end=lambda _: os._exit(3)):
+        with watchdog.watched(other.store, rank=0, size=2, limit=1.0, end=lambda _: os._exit(3), leave=pytest.fail):
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(0.2)
@@ -149,6 +159,35 @@ def free_port() -> int:
         server.bind(("127.0.0.1", 0))
         port: int = server.getsockname()[1]
         return port
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "code"),
+    [
+        ("step 7", signal.SIGTERM, 7),
+        ("step 7", signal.SIGUSR1, 3),
+        (f"{watchdog.CHECKPOINT} after step 7", signal.SIGTERM, 3),
+    ],
+)
+def test_a_process_blocked_in_c_code_leaves_after_sigterm_if_another_has_ended(
+    place: str, number: int, code: int, tmp_path: Path
+) -> None:
+    """The other process publishes nothing any more, as after its end. Otherwise the process ends at the limit."""
+    store = Other(tmp_path).store
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.signal(number, lambda *arguments: os._exit(9))  # not called while the main thread is blocked
+        watchdog.report_progress(place)
+        end = lambda message: os._exit(3)  # noqa: E731
+        with watchdog.watched(store, rank=0, size=2, limit=3.0, end=end, leave=lambda: os._exit(7)):
+            os.write(writer, b"x")
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)  # takes about a minute in C code
+        os._exit(0)
+    os.read(reader, 1)
+    time.sleep(0.2)
+    os.kill(child, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
 
 
 def test_processes_that_do_not_come_are_named() -> None:
