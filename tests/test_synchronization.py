@@ -47,6 +47,7 @@ OVERRIDES = [
     "dataset.train_images=16",
     "dataset.test_images=0",
     "dataset.val_fraction=0",
+    "dataset.resident=false",
     "device=cpu",
     "launcher.threads=1",
     "train.batch_size=8",
