@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
             )
         facts = environment(options.device)
         out = options.out or REPOSITORY / "runs" / "gpu_bench" / f"{options.device}-{facts['code']}"
-        results = Results(out, facts | {"command": " ".join(["gpu.py", *arguments])})
+        results = Results(out, facts, " ".join(["gpu.py", *arguments]))
         run_rows(names, results, options)
     except Refused as error:
         print(f"gpu.py: {error}", file=sys.stderr)
@@ -119,16 +119,20 @@ def environment(device: str) -> dict[str, Any]:
 class Results:
     """The results of a directory, which are written after every change. Raises Refused if they cannot be added to."""
 
-    def __init__(self, out: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, out: Path, facts: dict[str, Any], command: str) -> None:
         self.out = out
-        self.content: dict[str, Any] = facts | {"finished": [], "left_out": {}, "results": []}
+        self.content: dict[str, Any] = facts | {"commands": [], "finished": [], "left_out": {}, "results": []}
         path = out / "gpu.json"
         if path.is_file():
-            stored = json.loads(path.read_text())
-            changed = [key for key in ("machine", "versions", "code") if stored[key] != facts[key]]
-            if changed:
+            self.content |= json.loads(path.read_text())
+            known = {name: self.content["versions"].get(name, value) for name, value in facts["versions"].items()}
+            pairs = {name: (self.content[name], facts[name]) for name in ("machine", "code")}
+            pairs["versions"] = (known, facts["versions"])  # a library that was installed meanwhile is no change
+            if changed := [name for name, (stored, current) in pairs.items() if stored != current]:
                 raise Refused(f"{path} has results of other {' and '.join(changed)}: {REMEDY}")
-            self.content = stored
+            self.content["versions"] |= facts["versions"]
+        if command not in self.content["commands"]:
+            self.content["commands"].append(command)
         self.write()
 
     def write(self) -> None:
@@ -163,6 +167,7 @@ def run_rows(names: Sequence[str], results: Results, options: argparse.Namespace
             if name in results.content["finished"] and all(results.has(name, side, 0) for side in sides):
                 continue
             if ROWS[name].needs_files:
+                print("generating JPEG files", file=sys.stderr, flush=True)
                 photos(Plan(torch.device(options.device), 0.0, 0, 0, 0))  # before the time of the row begins
             run_row(name, sides, results, options)
             results.finish(name, left_out)

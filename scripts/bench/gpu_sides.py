@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import mkdtemp
@@ -85,7 +86,7 @@ def build_run(method: str, work: Workload, plan: Plan, *overrides: str, source: 
     loader = build_loader(config, parts, device)
     move_to_device(parts.method, config.train, device)
     optimizer, peak = build_optimizer(config, parts.method)
-    folder = Path(mkdtemp(prefix="sslcli-bench-"))
+    folder = Path(mkdtemp(dir=os.environ.get("BENCH_FOLDER")))  # gpu.py removes this folder
     run = assemble(config, parts, loader, optimizer, peak, folder, device, Screen(silent=True))
     run.method.train()
     return run

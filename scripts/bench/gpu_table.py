@@ -18,7 +18,7 @@ COLUMNS = {  # title -> key of a result
 
 
 def table(content: dict[str, Any], names: Sequence[str]) -> Iterator[str]:
-    """Yield the lines of gpu.md: machine, versions and command, one row per row and side, and what was left out.
+    """Yield the lines of gpu.md: machine, versions and commands, one row per row and side, and what was left out.
 
     A value is the median over the processes. With several processes, the range of images/s or ms is in parentheses.
 
@@ -27,7 +27,8 @@ def table(content: dict[str, Any], names: Sequence[str]) -> Iterator[str]:
     """
     for key in ("machine", "versions"):
         yield f"{key}: {', '.join(f'{name} {value}' for name, value in content[key].items())}  "
-    yield f"commit {content['commit']} (code {content['code']}), {content['date']}, `{content['command']}`"
+    commands = ", ".join(f"`{command}`" for command in content["commands"])
+    yield f"commit {content['commit']} (code {content['code']}), {content['date']}, {commands}"
     yield ""
     yield f"| row | side | {' | '.join(COLUMNS)} | processes |"
     yield f"|---|---|{'---|' * (len(COLUMNS) + 1)}"

@@ -193,6 +193,10 @@ def test_what_cannot_be_measured_is_refused(
     assert "there is no CUDA device" in refused("lars")
     assert main(["lars", "--device", "cpu", "--out", str(tmp_path)]) == 0
     stored = json.loads((tmp_path / "gpu.json").read_text())
+    assert stored["commands"] == [f"gpu.py lars --device cpu --out {tmp_path}"]
+    assert stored["versions"].pop("torchvision")
+    (tmp_path / "gpu.json").write_text(json.dumps(stored))
+    assert main(["lars", "--device", "cpu", "--out", str(tmp_path)]) == 0  # torchvision was installed meanwhile
     (tmp_path / "gpu.json").write_text(json.dumps(stored | {"code": "0"}))
     calls.clear()
     assert "has results of other code: choose another directory" in refused(
