@@ -122,6 +122,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def total_memory(device: torch.device) -> int:
+    """Return the memory of a CUDA device in bytes."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 @contextmanager
 def unchanged_random_state(device: torch.device) -> Iterator[None]:
     """Restore torch's random states of the CPU and of `device` after the `with` block."""

@@ -13,7 +13,7 @@ import torch
 from sslcli.config.run_config import RunConfig
 from sslcli.data.order import epoch_length
 from sslcli.distributed import collectives, watchdog
-from sslcli.distributed.devices import peak_memory, synchronize
+from sslcli.distributed.devices import peak_memory, synchronize, total_memory
 from sslcli.distributed.processes import is_launched
 from sslcli.engine import precision
 from sslcli.engine.loop import optimize
@@ -72,6 +72,8 @@ def find_batch_size(job: Run) -> int:
     if unit > num_images:
         unit = job.loader.batch_size
     largest = num_images // unit * unit
+    if job.loader.is_resident:
+        _ = job.loader.resident_images  # takes memory in every step
     job.method.train()
     for group in job.optimizer.param_groups:
         group["lr"] = 0.0  # random pixels must not let the weights diverge
@@ -172,8 +174,3 @@ def describe(tried: Attempt, device: torch.device) -> str:
     speed = f"{tried.batch_size / tried.seconds:,.0f} images/s without data"
     excess = "" if tried.fits else f", more than {MAX_FRACTION:.0%} of the memory"
     return f"peak {tried.peak / 1e9:.2f} of {total_memory(device) / 1e9:.2f} GB{excess}, {speed}"
-
-
-def total_memory(device: torch.device) -> int:
-    """Return the memory of a GPU in bytes."""
-    return torch.cuda.get_device_properties(device).total_memory

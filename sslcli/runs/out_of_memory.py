@@ -11,13 +11,14 @@ from torch.optim import Optimizer
 
 from sslcli.config.run_config import EvalConfig, RunConfig
 from sslcli.distributed import collectives
-from sslcli.distributed.devices import peak_memory
+from sslcli.distributed.devices import peak_memory, total_memory
 from sslcli.errors import ConfigError, is_out_of_memory
+from sslcli.methods.base import Method
 
 
 @contextmanager
 def explained(
-    config: RunConfig, method: nn.Module, device: torch.device, optimizer: Optimizer | None = None
+    config: RunConfig, method: Method, device: torch.device, optimizer: Optimizer | None = None
 ) -> Iterator[None]:
     """Convert out-of-memory errors in the `with` block to a ConfigError with `training_message`."""
     try:
@@ -25,14 +26,15 @@ def explained(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        usage = memory_usage(method, optimizer, device)
-        raise ConfigError(f"{training_message(error, config)}\n{usage}") from error
+        message = training_message(error, config, has_negatives=method.uses_in_batch_negatives)
+        raise ConfigError(f"{message}\n{memory_usage(method, optimizer, device)}") from error
 
 
-def training_message(error: BaseException, config: RunConfig) -> str:
+def training_message(error: BaseException, config: RunConfig, *, has_negatives: bool = False) -> str:
     """Return the message of a training that ran out of memory.
 
-    The message lists the settings that would reduce the memory usage and are not used yet.
+    The message lists the settings that would reduce the memory usage and are not used yet. `has_negatives` is True if
+    the loss of the method uses in-batch negatives.
     """
     settings, processes = config.train, collectives.world_size()
     per_pass = settings.batch_size // (settings.accumulate * processes)
@@ -40,7 +42,7 @@ def training_message(error: BaseException, config: RunConfig) -> str:
     if per_pass > 1:
         smaller = f"train.accumulate={2 * settings.accumulate} halves the images per forward pass"
         cached = ""
-        if not settings.cached_gradients:
+        if has_negatives and not settings.cached_gradients:
             cached = ", which also halves in-batch negatives; train.cached_gradients=true keeps them"
         remedies.append(f"{smaller} (now {per_pass}{cached})")
     if not settings.activation_checkpointing and settings.compile is not True:
@@ -82,7 +84,7 @@ def _peak(device: torch.device) -> str:
     peak = f"peak memory is {peak_memory(device) / 1e9:.2f} GB"
     if device.type != "cuda":
         return peak
-    return f"{peak} of {torch.cuda.get_device_properties(device).total_memory / 1e9:.2f} GB"
+    return f"{peak} of {total_memory(device) / 1e9:.2f} GB"
 
 
 def _bytes(values: Iterable[object]) -> int:

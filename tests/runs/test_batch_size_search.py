@@ -94,6 +94,15 @@ def test_the_command_prints_what_was_tried_and_the_override(gpu: Any, cli: Cli, 
     assert cli("ssl-train", *SMALL, "train.batch_size=48", "run_dir=run").code == 0
 
 
+def test_resident_images_take_memory_in_each_attempt(gpu: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(50)
+    copied: list[object] = []
+    monkeypatch.setattr("sslcli.data.loader.is_resident", lambda source, device: True)
+    monkeypatch.setattr("sslcli.data.loader.train_images", lambda source, device: copied.append(device))
+    assert cli("ssl-train", *SMALL, *SEARCH).code == 0
+    assert copied == [torch.device("cpu")]
+
+
 def test_a_step_whose_memory_nearly_fills_the_gpu_does_not_fit(gpu: Any, cli: Cli) -> None:
     gpu(50, peak=1.0)
     ended = cli("ssl-train", *SMALL, *SEARCH, "train.batch_size=48")

@@ -42,8 +42,9 @@ def test_errors_of_all_allocators_are_recognized() -> None:
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
-def message(error: BaseException, *overrides: str) -> str:
-    return training_message(error, RunConfig.from_plain(composed("train", *overrides)))
+def message(error: BaseException, *overrides: str, has_negatives: bool = True) -> str:
+    config = RunConfig.from_plain(composed("train", *overrides))
+    return training_message(error, config, has_negatives=has_negatives)
 
 
 def test_the_message_names_the_allocation_and_only_keys_that_still_help() -> None:
@@ -58,6 +59,7 @@ def test_the_message_names_the_allocation_and_only_keys_that_still_help() -> Non
     assert "activation_checkpointing" not in said
     assert "negatives" not in said
     assert "bf16" not in said
+    assert "negatives" not in message(CUDA, has_negatives=False)
     assert "train.precision=bf16" in message(CUDA, "train.precision=fp32")
     assert "can't allocate memory: you tried to allocate 1152921504606846976 bytes" in message(cpu_error())
     assert "out of memory (MemoryError)" in message(MemoryError())
