@@ -43,7 +43,10 @@ OVERRIDES = [
     "monitor.pictures=0",
 ]
 # Values for those keys that a method or backbone has. With 4 processes, each has 4 images, hence groups of 4.
-SMALLER = {"queue_size": 40, "hidden": 32, "dim": 16, "width": 4, "units": 32, "map_hidden": 32, "bn_group": 4}
+SMALLER = {
+    **{"queue_size": 40, "hidden": 32, "dim": 16, "width": 4, "units": 32, "map_hidden": 32, "bn_group": 4},
+    **{"depth": 2, "num_heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+}
 FLOOR = 1e-3  # minimum of a tensor's largest value, for tensors that are zero except for rounding
 
 

@@ -37,7 +37,11 @@ OVERRIDES = [
     "monitor.pictures=0",
     "monitor.health_every_steps=4",
 ]
-SMALLER = {"queue_size": 40, "hidden": 32, "dim": 16, "width": 4}  # of the keys a method or backbone has
+SMALLER = {  # of the keys a method or backbone has
+    **{"queue_size": 40, "hidden": 32, "dim": 16, "width": 4},
+    **{"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+}
+SMALLER_VIT = {"width": 32, "depth": 2, "num_heads": 2}  # of a backbone with attention
 
 
 @cache
@@ -46,6 +50,7 @@ def composed(word: str) -> RunConfig:
     job = checked_jobs("train", get_args_parser().parse_args([f"method={word}", *OVERRIDES]))[0]
     for group in ("method", "backbone"):
         job[group] |= {key: value for key, value in SMALLER.items() if job[group].get(key) is not None}
+    job["backbone"] |= SMALLER_VIT if "num_heads" in job["backbone"] else {}
     return RunConfig.from_plain(job)
 
 

@@ -55,6 +55,8 @@ def smaller(node: dict[str, Any]) -> dict[str, Any]:
             found[key] = 64
         elif key == "arch":
             found[key] = "resnet18"
+        elif key == "num_heads":
+            found[key] = 2  # divides the smaller width
         else:
             found[key] = min(value, 2) if key == "depth" else value
     return found

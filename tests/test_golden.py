@@ -30,10 +30,9 @@ OF_OTHER_METHODS = {
         "ibot",
         "ijepa",
         "lejepa",
-        "mae",
         "msn",
     ),
-    *("schedule", "simmim", "simsiam", "swav", "vicregl"),
+    *("schedule", "simsiam", "swav", "vicregl"),
 }
 
 
