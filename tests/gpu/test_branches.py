@@ -23,6 +23,7 @@ from sslcli.errors import ConfigError
 from sslcli.evaluation.features import FeatureSet, computed
 from sslcli.methods.simclr import SimCLR
 from sslcli.nn.batch_norm import _FusedSyncNormalize, _SyncNormalize
+from sslcli.nn.noise import Noise
 from sslcli.runs import slurm_job
 from sslcli.sweeps.queue import cuda_devices
 from tiny import TinyNet, make_batch
@@ -56,6 +57,22 @@ def test_random_states_are_restored(device: torch.device) -> None:
     checkpoint.set_rng_state(state, device)
     for value in expected:
         assert torch.equal(torch.rand(5, device=value.device), value)
+
+
+def test_random_numbers_of_methods_equal_those_of_the_cpu(device: torch.device) -> None:
+    torch.manual_seed(0)
+    noise = Noise()
+    state = noise.get_extra_state()
+    drawn = []
+    for place in (torch.device("cpu"), device):
+        noise.set_extra_state(state)
+        noise.to(place)
+        drawn.append([noise.uniform(64, 33, device=place), noise.normal(64, 33, device=place)])
+        drawn[-1].append(noise.integers(1000, 64, 33, device=place))
+    (uniform, normal, integers), found = drawn
+    assert torch.equal(found[0].cpu(), uniform)
+    assert torch.equal(found[2].cpu(), integers)
+    torch.testing.assert_close(found[1].cpu(), normal)
 
 
 def test_a_module_on_the_device_becomes_a_backbone(device: torch.device) -> None:

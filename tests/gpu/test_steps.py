@@ -108,6 +108,29 @@ def test_a_step_equals_the_step_of_the_cpu(dtype_name: str, word: str, device: t
     assert abs(found.loss - expected.loss) <= max(scale, factor * float(abs(rounded.loss - expected.loss)))
 
 
+@pytest.mark.parametrize("word", METHODS)
+def test_a_step_does_not_wait_for_the_gpu(word: str, device: torch.device) -> None:
+    """On a GPU, torch raises an error at the first operation that waits."""
+    config = config_of(word)
+    method = build_parts(config).method.train()
+    move_to_device(method, config.train, device)
+    optimizer, _ = build_optimizer(config, method)
+    batches = [batch.to(device) for batch in iterate_batches(word)]
+    before = {name: parameter.detach().clone() for name, parameter in method.named_parameters()}
+    for number, batch in enumerate(batches):  # the first steps create the state of the optimizer and of the memory bank
+        if device.type == "cuda" and number > 1:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            method(batch)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            method.after_step(0.5)
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    assert any(not torch.equal(before[name], parameter) for name, parameter in method.named_parameters())
+
+
 def losses(word: str, run_dir: Path, device: torch.device, **settings: object) -> list[float]:
     """Train for four steps with `settings` of train.yaml, and return the loss of each step."""
     config = config_of(word)
